@@ -1,0 +1,1 @@
+"""The bundled sources: one module per kind. Installed as `relay.sources`."""

@@ -1,0 +1,1 @@
+"""config.toml: its shape (`model`), its secrets, and how it is read."""

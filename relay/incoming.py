@@ -1,0 +1,108 @@
+"""One request as a source sees it: bytes and a few headers, no framework object."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from relay.config.secret import Credential, Secrets
+from relay.errors import Invalid, Malformed, Unauthenticated
+
+T = TypeVar("T")
+_decoders: dict[type, msgspec.json.Decoder[object]] = {}
+
+
+class Incoming(msgspec.Struct, kw_only=True, gc=False):
+    """One request, read.
+
+    Header values may hold surrogates (bytes that were no UTF-8): never store or log them raw;
+    `header` gives a clean one.
+    """
+
+    method: str
+    path: str  # as on the wire, percent-encoded, below the source's prefix, without the query
+    headers: CIMultiDictProxy[str]  # names in any case
+    body: bytes = b""  # empty while only the head has been read
+    params: Mapping[str, str] = {}  # the route's placeholders, percent-decoded
+    query: str = ""  # raw query string; never logged
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        **params: str,
+    ) -> "Incoming":
+        """Build one from plain values (tests)."""
+        return cls(
+            method=method,
+            path=path,
+            headers=CIMultiDictProxy(CIMultiDict(headers or {})),
+            body=body,
+            params=params,
+        )
+
+    def header(self, name: str) -> str:
+        """Return a header's value trimmed and storable; `""` when it is absent or holds surrogates."""
+        value = self.headers.get(name, "").strip()
+        return value if value.isascii() or _storable(value) else ""
+
+    def decode(self, type_: type[T]) -> T:
+        """Decode the JSON body into a msgspec type.
+
+        Raises:
+            Malformed: the body is no JSON in valid UTF-8, or nested too deeply.
+            Invalid: a field is missing or of the wrong type; `field` names it.
+        """
+        decoder = _decoders.get(type_)
+        if decoder is None:
+            decoder = _decoders[type_] = msgspec.json.Decoder(type_)
+        try:
+            self.body.decode()  # msgspec does not look inside Raw and unknown fields
+            return decoder.decode(self.body)  # type: ignore[return-value]
+        except msgspec.ValidationError as error:
+            field, issue = _blame(str(error))
+            raise Invalid(field=field, issue=issue) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise Malformed from None
+
+    def bearer(self, tokens: Secrets) -> Credential:
+        """Return the credential of the request's bearer token.
+
+        The scheme is read in any case, the token is trimmed and compared in constant time as bytes.
+
+        Raises:
+            Unauthenticated: `problem` is `missing`, `scheme` (not Bearer, or two headers) or `unknown`.
+        """
+        values = self.headers.getall("Authorization", [])
+        if not values:
+            raise Unauthenticated(problem="missing")
+        scheme, _, token = values[0].strip().partition(" ")
+        token = token.strip()
+        if len(values) > 1 or scheme.lower() != "bearer" or not token:
+            raise Unauthenticated(problem="scheme")
+        credential = tokens.find(token.encode("utf-8", "surrogateescape"))
+        if credential is None:
+            raise Unauthenticated(problem="unknown")
+        return credential
+
+
+def _storable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _blame(message: str) -> tuple[str, str]:
+    """Split msgspec's "Expected `str`, got `int` - at `$.discord_id`" into field and issue."""
+    issue, _, where = message.partition(" - at ")
+    field = where.strip("`").removeprefix("$").removeprefix(".")
+    if issue.startswith("Object missing required field"):
+        missing = issue.split("`")[1]
+        return (f"{field}.{missing}" if field else missing), "field is required"
+    return field, issue[:1].lower() + issue[1:]

@@ -1,0 +1,180 @@
+"""The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.clock`)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+EMPTY = msgspec.Raw(b"{}")
+"""What an absent, `null` or PHP-style `[]` map becomes."""
+
+DeliveryState = Literal["pending", "delivered", "dead", "expired", "cancelled"]
+WorkerStatus = Literal["ONLINE", "OFFLINE", "MAINTENANCE"]
+
+
+class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
+    """One thing that happened, as accepted; never changes once it is stored."""
+
+    id: int  # row id: the order of acceptance; 0 until the writer gives it one
+    public_id: str  # evt_ + UUIDv7, what senders, receivers and operators see
+    source: str  # name of the source in config.toml
+    type: str  # full type: "<source name>.<type on the wire>"
+    subject: str | None  # what it is about, from the wire: shop id, session id, worker id
+    received_at: int  # wall clock when the body had been read
+    data: bytes  # JSON object or value: the sender's own bytes, never re-encoded
+    context: bytes  # JSON object: what the sender said about the circumstances
+    body: bytes  # the whole request body as it came
+    content_type: str  # of that body
+    sha256: bytes  # digest of the body, verified again before it is forwarded
+    traceparent: str | None = None  # W3C trace context, if one came in
+
+
+class Delivery(msgspec.Struct, kw_only=True, gc=False):
+    """One event owed to one destination, as a lane holds it."""
+
+    id: int  # row id
+    public_id: str  # dlv_ + UUIDv7
+    event_id: int  # row id of the event
+    destination: str  # name of the destination in config.toml
+    attempts: int  # finished attempts so far
+    created_at: int  # when it came into being
+    size: int  # bytes of the event's body, for the budget of bodies held in memory
+    event: StoredEvent | None = None  # None: to be loaded when a slot frees
+
+
+class Attempt(msgspec.Struct, kw_only=True, frozen=True):
+    """One HTTP try of one delivery, as it ended."""
+
+    started_at: int  # wall clock
+    duration_ms: float  # from taking the slot to the last byte we wanted
+    result: str  # closed label: ok, 3xx, 4xx, 429, 5xx, timeout, connect, tls, dns, blocked, protocol
+    status: int | None = None  # HTTP status, None when there was no answer
+    error: str | None = None  # one line for the operator
+    answer: bytes = b""  # first 16 KiB of the answer's body
+    truncated: bool = False  # whether there was more of it
+
+
+class Outcome(msgspec.Struct, kw_only=True, frozen=True):
+    """What an attempt means for its delivery: the new state and, while pending, when to try again."""
+
+    delivery: Delivery
+    attempt: Attempt
+    state: DeliveryState
+    next_attempt_at: int | None = None  # steady clock; only while pending
+    reason: str | None = None  # why it ended, unless delivered
+    counts: bool = True  # False: the attempt is recorded but spends none of the schedule
+
+
+class Owed(msgspec.Struct, frozen=True):
+    """One destination that an event must reach."""
+
+    destination: str
+
+
+class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
+    """What the store remembers of a destination beside its deliveries."""
+
+    name: str
+    paused: bool = False  # by an operator
+    disabled_at: int | None = None  # wall clock; None: enabled
+    disabled_reason: str | None = None  # "gone" (410), "asked" (webhook-delivery: disable), "operator"
+
+
+# --- workers: what a handler may ask for, applied in the event's own transaction ------------------
+
+
+class Session(msgspec.Struct, kw_only=True, frozen=True):
+    """One session that a worker reports."""
+
+    id: str
+    status: str = ""
+    phone: str | None = None
+    name: str | None = None
+    last_activity: str | None = None
+
+
+class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
+    """A worker announces itself; registering an id again updates its row."""
+
+    worker_id: str
+    endpoint: str = ""
+    description: str = ""
+    version: str = ""
+    environment: str = ""
+    max_sessions: int | None = None
+    status: WorkerStatus = "ONLINE"
+
+
+class Heartbeat(msgspec.Struct, kw_only=True, frozen=True, tag="heartbeat"):
+    """A worker is alive; `None` means that it did not say."""
+
+    worker_id: str
+    status: WorkerStatus | None = None
+    version: str | None = None
+    environment: str | None = None
+    cpu: float | None = None
+    memory: float | None = None
+    uptime: float | None = None
+    message_count: int | None = None
+    counts: Mapping[str, int] | None = None  # sessions by status, as the worker counts them
+    sessions: tuple[Session, ...] | None = None  # the list form
+
+
+class Unregister(msgspec.Struct, kw_only=True, frozen=True, tag="unregister"):
+    """A worker says goodbye."""
+
+    worker_id: str
+
+
+WorkerChange = Register | Heartbeat | Unregister
+
+
+class Worker(msgspec.Struct, kw_only=True, frozen=True):
+    """The registry's row for one (source, worker id)."""
+
+    source: str
+    id: str
+    endpoint: str = ""
+    description: str = ""
+    version: str = ""
+    environment: str = ""
+    max_sessions: int | None = None
+    status: WorkerStatus = "ONLINE"
+    maintenance: bool = False  # set by an operator; wins over reports
+    registered_at: int = 0  # wall clock
+    last_heartbeat: int = 0  # wall clock, for display only
+    deadline: int = 0  # steady clock; silent past it means offline
+    unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
+    cpu: float | None = None
+    memory: float | None = None
+    uptime: float | None = None
+    message_count: int | None = None
+    counts: Mapping[str, int] = {}
+    sessions: tuple[Session, ...] = ()
+
+
+class Born(msgspec.Struct, kw_only=True, frozen=True):
+    """An event that the relay itself gives birth to, inside a transaction."""
+
+    type: str  # without the source's name
+    subject: str | None
+    data: Mapping[str, Any]
+
+
+# --- the store's answers --------------------------------------------------------------------------
+
+
+class Receipt(msgspec.Struct, kw_only=True, frozen=True):
+    """What the store gives back once a request's effects are durable."""
+
+    event_id: str = ""  # public id; of the first one for a duplicate; "" when there was no event
+    duplicate: bool = False
+    worker: Worker | None = None  # the row after the change, or the one that was asked about
+    commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker, riding in this reply
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Deliveries that the caller now holds, and when the next one of that destination is due."""
+
+    deliveries: tuple[Delivery, ...]
+    next_due: int | None  # steady clock; None: nothing else is pending

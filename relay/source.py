@@ -1,0 +1,158 @@
+"""The contract of a source: a frozen record of settings with methods that are pure functions of a request."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from relay.config.secret import Secret, Secrets
+from relay.errors import (
+    BodyTimeout,
+    Conflict,
+    Forbidden,
+    Invalid,
+    Malformed,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    PluginFailed,
+    RateLimited,
+    Refusal,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+)
+from relay.incoming import Incoming
+from relay.model import EMPTY, Heartbeat, Receipt, Register, Session, Unregister, WorkerChange
+from relay.units import Duration, Rate, Size
+
+__all__ = [
+    "EMPTY", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
+    "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
+    "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
+    "Secrets", "Session", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
+    "Unregister", "as_map", "route",
+]  # fmt: skip
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """What a handler read out of a request."""
+
+    type: str  # 1 to 200 printable characters; the source's name is put before it
+    subject: str | None = None
+    data: Any = EMPTY  # msgspec.Raw keeps the sender's own bytes; anything else is encoded
+    context: Any = EMPTY
+    key: str | None = None  # dedupes for 7 days within the source
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer: a status and a value rendered as JSON (`bytes` go out as they are)."""
+
+    status: int = 200
+    body: Any = None
+    headers: Mapping[str, str] = {}
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that is fine: what to make durable, and how to answer once it is."""
+
+    reply: Any  # a Reply, a value for a 200, or a function of the Receipt giving either
+    event: Event | None = None  # None: a heartbeat, a question
+    worker: WorkerChange | None = None  # applied in the event's own transaction
+    asks: str | None = None  # a worker id: its row comes back in the receipt
+
+
+Handler = Callable[[Any, Incoming], Accepted | Reply]
+H = TypeVar("H", bound=Handler)
+
+
+def route(method: str, path: str) -> Callable[[H], H]:
+    """Mark a method as the handler of a path; `{name}` stands for one segment, found in `params`.
+
+    Literal segments win over placeholders. One method may carry several routes.
+    """
+
+    def mark(handler: H) -> H:
+        routes = getattr(handler, "__routes__", ())
+        handler.__routes__ = ((method, path), *routes)  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+class _SourceMeta(msgspec.StructMeta):
+    """Lets a source say `class Moddy(Source, kind="moddy", owns=("/internal",))`."""
+
+    def __new__(
+        mcls,
+        name: str,
+        bases: tuple[type, ...],
+        namespace: dict[str, Any],
+        *,
+        kind: str = "",
+        owns: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Any:
+        cls: Any = super().__new__(
+            mcls, name, bases, namespace, **{"frozen": True, "kw_only": True, **options}
+        )
+        cls.kind, cls.owns = kind, owns
+        return cls
+
+
+class Source(msgspec.Struct, metaclass=_SourceMeta):
+    """One kind of sender. Fields are its keys in `[sources.NAME]`; methods see one request each.
+
+    A subclass names its `kind` (the `plugin = …` of config.toml) and the path prefixes that it
+    `owns`: every error below them is rendered by its `refuse`, also those the relay itself raises.
+    """
+
+    kind: ClassVar[str] = ""
+    owns: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def routes(cls) -> tuple[tuple[str, str, str], ...]:
+        """Return (method, path, name of the handler) for each `@route`, in no particular order."""
+        found = []
+        for name in dir(cls):
+            for method, path in getattr(getattr(cls, name), "__routes__", ()):
+                found.append((method, path, name))
+        return tuple(found)
+
+    def verify(self, incoming: Incoming) -> None:
+        """Check who sends, from the head alone where possible (the body is there as well).
+
+        Raises:
+            Unauthenticated: no token or an unknown one.
+            Forbidden: a known one that may not do this.
+        """
+
+    def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
+        """Render any refusal in the sender's own envelope; `incoming` may have no body yet."""
+        _ = incoming
+        error = {"code": refusal.code, "message": refusal.message}
+        return Reply(status=refusal.status, body={"error": error})
+
+    def warnings(self) -> tuple[str, ...]:
+        """Say at start what the operator should know about these settings."""
+        return ()
+
+    def samples(self) -> tuple[Incoming, ...]:
+        """Return documented requests, without credentials: what `--demo` sends."""
+        return ()
+
+
+def as_map(raw: msgspec.Raw | None) -> msgspec.Raw:
+    """Return a JSON map as it came; absent, `null` and PHP's empty `[]` become `{}`.
+
+    Raises:
+        Invalid: it is some other JSON value.
+    """
+    if raw is None:
+        return EMPTY
+    text = bytes(raw)
+    if text[:1] == b"{":
+        return raw
+    if not text or text == b"null" or (text[:1] == b"[" and not text[1:-1].strip()):
+        return EMPTY
+    raise Invalid(issue="expected an object")
