@@ -1,6 +1,7 @@
 """One clock for everything that is judged or stored: integers, microseconds UTC."""
 
 import time
+from functools import lru_cache
 from typing import Protocol
 
 SECOND = 1_000_000
@@ -43,8 +44,13 @@ def rfc3339(micros: int) -> str:
     '2023-11-14T22:13:20.123Z'
     """
     seconds, rest = divmod(micros, SECOND)
+    return f"{_second(seconds)}.{rest // 1000:03d}Z"
+
+
+@lru_cache(maxsize=64)  # events come many to a second, and this is most of what rendering one costs
+def _second(seconds: int) -> str:
     moment = time.gmtime(seconds)
     return (
         f"{moment.tm_year:04d}-{moment.tm_mon:02d}-{moment.tm_mday:02d}"
-        f"T{moment.tm_hour:02d}:{moment.tm_min:02d}:{moment.tm_sec:02d}.{rest // 1000:03d}Z"
+        f"T{moment.tm_hour:02d}:{moment.tm_min:02d}:{moment.tm_sec:02d}"
     )
