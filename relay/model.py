@@ -103,6 +103,7 @@ class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
     environment: str = ""
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
+    reject_conflict: bool = False  # a new id on a live worker's endpoint: Conflict instead of take-over
 
 
 class Heartbeat(msgspec.Struct, kw_only=True, frozen=True, tag="heartbeat"):

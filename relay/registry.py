@@ -1,0 +1,170 @@
+"""The rules of the worker registry, as pure functions of a row, what came, and the time.
+
+| what comes                                      | what happens                                        |
+|-------------------------------------------------|-----------------------------------------------------|
+| new id, by register or heartbeat                | `worker.registered`                                 |
+| register again while ONLINE                     | no event; the row is updated                        |
+| OFFLINE, then heartbeat or register             | `worker.online`                                     |
+| silent past its deadline                        | `worker.offline`, reason `silent`                   |
+| reports OFFLINE                                 | `worker.offline`, reason `reported`                 |
+| reports MAINTENANCE                             | not judged until it reports ONLINE                  |
+| DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
+| a new id on an old endpoint                     | `worker.registered`; the former id gets 35 s        |
+| operator maintenance                            | wins over reports; not judged                       |
+"""
+
+from typing import Any
+
+import msgspec
+
+from relay.clock import SECOND
+from relay.config.model import WorkerRules
+from relay.model import (
+    Born,
+    Heartbeat,
+    Register,
+    Unregister,
+    Worker,
+    WorkerChange,
+    WorkerStatus,
+)
+
+TOMBSTONE = 10 * SECOND
+"""How long a heartbeat that overlaps its worker's DELETE does not resurrect it (in-the-wild.md §1)."""
+
+FORMER = 35 * SECOND
+"""What a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
+
+
+class Now(msgspec.Struct, frozen=True, kw_only=True):
+    """One moment on both scales, microseconds."""
+
+    wall: int
+    steady: int
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """What a change makes of a row."""
+
+    worker: Worker | None  # the row from now on; None: there is none
+    born: tuple[Born, ...] = ()
+    quiet: bool = False  # only last-seen and gauges moved: may be flushed later
+
+
+def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules: WorkerRules) -> Step:
+    """Apply what a worker said about itself."""
+    if isinstance(change, Unregister):
+        return _unregister(row, now)
+    if row is not None and row.unregistered_at is not None:
+        if isinstance(change, Heartbeat) and now.steady - row.unregistered_at < TOMBSTONE:
+            return Step(worker=row, quiet=True)
+        row = None
+    if isinstance(change, Register):
+        return _register(row, change, source, now, rules)
+    return _heartbeat(row, change, source, now, rules)
+
+
+def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
+    """Judge one row: past its deadline it is offline, with the event that says so."""
+    if row.status != "ONLINE" or row.unregistered_at is not None or now.steady <= row.deadline:
+        return None
+    after = msgspec.structs.replace(row, status="OFFLINE")
+    return after, _born("offline", after, row.status, "silent")
+
+
+def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
+    """Put an ONLINE row's deadline off: after a start or a suspension nobody has been heard yet."""
+    if row.status != "ONLINE":
+        return row
+    patience = max(rules.offline_after, rules.startup_hold)
+    return msgspec.structs.replace(row, deadline=now.steady + int(patience * SECOND))
+
+
+def former(row: Worker, now: Now) -> Worker:
+    """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened."""
+    return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))
+
+
+def _register(row: Worker | None, change: Register, source: str, now: Now, rules: WorkerRules) -> Step:
+    base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
+    after = msgspec.structs.replace(
+        base,
+        endpoint=change.endpoint,
+        description=change.description,
+        version=change.version,
+        environment=change.environment,
+        max_sessions=change.max_sessions,
+        status=_status(base, change.status),
+        last_heartbeat=now.wall,
+        deadline=_deadline(now, rules),
+    )
+    return Step(worker=after, born=_transition(row, after))
+
+
+def _heartbeat(row: Worker | None, change: Heartbeat, source: str, now: Now, rules: WorkerRules) -> Step:
+    base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
+    said = {
+        name: value
+        for name in (
+            "version",
+            "environment",
+            "cpu",
+            "memory",
+            "uptime",
+            "message_count",
+            "counts",
+            "sessions",
+        )
+        if (value := getattr(change, name)) is not None
+    }
+    after = msgspec.structs.replace(
+        base,
+        status=_status(base, change.status),
+        last_heartbeat=now.wall,
+        deadline=_deadline(now, rules),
+        **said,
+    )
+    quiet = row is not None and all(
+        getattr(row, name) == getattr(after, name)
+        for name in ("status", "version", "environment", "counts", "sessions")
+    )
+    return Step(worker=after, born=_transition(row, after), quiet=quiet)
+
+
+def _unregister(row: Worker | None, now: Now) -> Step:
+    if row is None or row.unregistered_at is not None:
+        return Step(worker=row, quiet=True)
+    after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=now.steady)
+    return Step(worker=after, born=(_born("unregistered", after, row.status, "requested"),))
+
+
+def _status(row: Worker, reported: WorkerStatus | None) -> WorkerStatus:
+    """Which status a row gets from a report; a worker that says nothing about it is up."""
+    if row.maintenance:
+        return "MAINTENANCE"
+    if reported is not None:
+        return reported
+    return "MAINTENANCE" if row.status == "MAINTENANCE" else "ONLINE"
+
+
+def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
+    if before is None:
+        return (_born("registered", after, None, "new"),)
+    if before.status == after.status:
+        return ()
+    if before.status == "OFFLINE" and after.status == "ONLINE":
+        return (_born("online", after, before.status, "heard"),)
+    if after.status == "OFFLINE":
+        return (_born("offline", after, before.status, "reported"),)
+    return ()
+
+
+def _deadline(now: Now, rules: WorkerRules) -> int:
+    return now.steady + int(rules.offline_after * SECOND)
+
+
+def _born(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> Born:
+    data: dict[str, Any] = {**msgspec.to_builtins(worker), "previous": previous, "reason": reason}
+    for internal in ("deadline", "unregistered_at"):
+        del data[internal]
+    return Born(type=f"worker.{what}", subject=worker.id, data=data)

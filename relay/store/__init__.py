@@ -1,0 +1,139 @@
+"""What the relay remembers: the interface that the rest of the house speaks to.
+
+The verbs are coarse, transactional and batched, so that SQLite (one writer, group commit) and a
+networked database (round trips, several relays) are fast for the same reason. An implementation may
+assume that event ids and bodies are storable as they are; a caller may assume that a verb which
+returned is durable, and that one which raised left nothing behind.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from relay.model import (
+    Claim,
+    Delivery,
+    DestinationState,
+    Outcome,
+    Owed,
+    Receipt,
+    StoredEvent,
+    Worker,
+    WorkerChange,
+)
+
+Route = Callable[[StoredEvent], tuple[Owed, ...]]
+"""Which destinations an event is owed to; pure, asked inside the event's own transaction."""
+
+Listener = Callable[[Sequence[StoredEvent], Sequence[Delivery]], None]
+"""Told once per commit what became durable, before any caller hears of it. The deliveries arrive
+held, with their events; a lane without room gives them back by `release`. Must not raise or block."""
+
+
+class Acceptance(msgspec.Struct, kw_only=True, gc=False):
+    """One accepted request: what to make durable in one transaction."""
+
+    source: str
+    event: StoredEvent | None = None
+    key: str | None = None  # dedupes within the source for `DEDUPE_FOR`
+    change: WorkerChange | None = None
+    asks: str | None = None  # a worker id whose row the receipt shall carry
+
+
+class Counts(msgspec.Struct, kw_only=True, frozen=True):
+    """One destination's books: `created` equals the sum of all the others, always."""
+
+    created: int = 0
+    delivered: int = 0
+    dead: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    pending: int = 0  # counted in the table, not derived: that is what makes the books a check
+
+    @property
+    def unaccounted(self) -> int:
+        """Created minus everything that is known of; 0 unless a delivery got lost."""
+        return self.created - self.delivered - self.dead - self.expired - self.cancelled - self.pending
+
+
+DEDUPE_FOR = 7 * 86_400 * 1_000_000
+"""Microseconds for which a key names its first event."""
+
+
+class Store(Protocol):
+    """Everything remembered. One daemon at a time owns it."""
+
+    route: Route
+    listener: Listener
+
+    async def open(self) -> None:
+        """Take possession: migrate, check after an unclean stop, load the registry.
+
+        Raises:
+            StorageError: it is of a newer version, damaged, or cannot be opened.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish what is queued, mark the stop as clean and let go."""
+        ...
+
+    async def append(self, acceptance: Acceptance) -> Receipt:
+        """Make a request durable: event, its deliveries and the worker change, or none of them.
+
+        Raises:
+            Overloaded: the write queue is full; nothing was queued.
+            Conflict: the worker change contradicts the registry.
+            StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
+            StorageError: this very request could not be stored; others of its batch were.
+        """
+        ...
+
+    async def claim(self, destination: str, limit: int) -> Claim:
+        """Hold up to `limit` due deliveries that nobody holds yet, oldest due first, without bodies."""
+        ...
+
+    def release(self, delivery_ids: Iterable[int]) -> None:
+        """Give deliveries back without an outcome."""
+        ...
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """Read events with their bodies; one that is gone is missing from the answer."""
+        ...
+
+    async def settle(self, outcome: Outcome) -> bool:
+        """Record an attempt and move its delivery on, if it is still pending; releases the hold.
+
+        Returns whether the delivery was pending, so that the outcome counted.
+        """
+        ...
+
+    async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:
+        """Mark silent workers offline, with their events, in one transaction; return those marked.
+
+        With `hold`, every deadline is put off first: nobody is judged on time the relay itself slept.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """Write the heartbeats that so far only moved memory; meant for every two seconds."""
+        ...
+
+    async def destination_states(self) -> dict[str, DestinationState]:
+        """Return what is remembered of each destination: paused, disabled and why."""
+        ...
+
+    async def set_destination(self, state: DestinationState) -> None:
+        """Remember a destination's state."""
+        ...
+
+    async def counts(self) -> dict[str, Counts]:
+        """Return ledger and counted pending deliveries per destination, from one snapshot."""
+        ...
+
+    async def find(
+        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """List `events`, `deliveries`, `attempts` or `workers`, newest first, by keyset."""
+        ...

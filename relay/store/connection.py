@@ -1,0 +1,134 @@
+"""Opening SQLite the one way it is safe here: one connection writes, all others are read-only.
+
+SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint (the
+WAL-reset bug; back-ported fixes in 3.44.6 and 3.50.7), so nothing but the writer ever does either.
+"""
+
+import sqlite3
+from pathlib import Path
+
+import aiosqlite
+
+from relay.errors import StorageError
+from relay.store.schema import MIGRATIONS
+
+OLDEST = (3, 37, 0)
+"""STRICT tables; RETURNING and UPDATE … FROM are older."""
+
+
+def check_library() -> None:
+    """Refuse a SQLite that lacks what the statements need.
+
+    Raises:
+        StorageError: the linked library is too old.
+    """
+    if sqlite3.sqlite_version_info < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise StorageError(
+            f"SQLite {sqlite3.sqlite_version} is linked, {wanted} or newer is needed",
+            hint="use a Python built against a newer SQLite",
+        )
+
+
+def has_wal_reset_bug() -> bool:
+    """Say whether the linked SQLite has the bug that makes a second writer dangerous."""
+    version = sqlite3.sqlite_version_info
+    fixed = ((3, 44, 6) <= version < (3, 45, 0)) or ((3, 50, 7) <= version < (3, 51, 0))
+    return version < (3, 51, 3) and not fixed
+
+
+async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
+    """Open the one writing connection; creates the file with mode 0600.
+
+    Raises:
+        StorageError: the file cannot be opened or is no database.
+    """
+    path.touch(mode=0o600, exist_ok=True)  # noqa: ASYNC240 - once, before the daemon serves
+    connection = await aiosqlite.connect(path, isolation_level=None, cached_statements=512)
+    try:
+        fresh = await _scalar(connection, "PRAGMA page_count") == 0
+        if fresh:
+            await connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        for pragma in (
+            "journal_mode = WAL",
+            f"synchronous = {'FULL' if full else 'NORMAL'}",
+            "busy_timeout = 5000",
+            "foreign_keys = ON",
+            "journal_size_limit = 67108864",
+            "cell_size_check = ON",
+            "trusted_schema = OFF",
+            "temp_store = MEMORY",
+            "mmap_size = 0",
+            "cache_size = -65536",
+        ):
+            await connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.DatabaseError as error:
+        await connection.close()
+        raise _damaged(path, str(error)) from error
+    return connection
+
+
+async def open_reader(path: Path) -> aiosqlite.Connection:
+    """Open a connection that can only read, and never checkpoints."""
+    connection = await aiosqlite.connect(
+        f"{path.absolute().as_uri()}?mode=ro",
+        uri=True,
+        isolation_level=None,  # noqa: ASYNC240 - once, before the daemon serves
+    )
+    await connection.execute("PRAGMA busy_timeout = 5000")
+    await connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
+    """Bring the schema up to date, after a backup copy when there is data.
+
+    Raises:
+        StorageError: the file is of a newer version than this program knows.
+    """
+    version = await _scalar(connection, "PRAGMA user_version")
+    newest = len(MIGRATIONS)
+    if version > newest:
+        raise StorageError(
+            f"{path} has schema version {version}, this program knows {newest}",
+            hint="run the newer hookferry that wrote it, or restore the copy made before the upgrade",
+        )
+    if 0 < version < newest:
+        copy = path.with_name(f"{path.name}.before-v{newest}")
+        copy.unlink(missing_ok=True)
+        await connection.execute("VACUUM INTO ?", (str(copy),))
+        copy.chmod(0o600)
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        await connection.executescript(f"BEGIN IMMEDIATE;{script}PRAGMA user_version = {number};COMMIT;")
+
+
+async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
+    """Look for damage, as is due after an unclean stop.
+
+    Raises:
+        StorageError: SQLite found some; the file is left as it is.
+    """
+    try:
+        async with connection.execute("PRAGMA quick_check(1)") as cursor:
+            row = await cursor.fetchone()
+    except sqlite3.DatabaseError as error:
+        raise _damaged(path, str(error)) from error
+    if row is None or row[0] != "ok":
+        raise _damaged(path, row[0] if row else "no answer")
+
+
+async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
+    async with connection.execute(sql) as cursor:
+        row = await cursor.fetchone()
+    assert row is not None  # noqa: S101 - a PRAGMA with a value always answers
+    return int(row[0])
+
+
+def _damaged(path: Path, what: str) -> StorageError:
+    return StorageError(
+        f"{path} is damaged: {what}",
+        hint=(
+            f"keep it (cp {path} {path}.damaged), then restore a backup or salvage with: "
+            f"sqlite3 {path}.damaged .recover | sqlite3 {path}"
+        ),
+    )

@@ -1,0 +1,71 @@
+"""Lists for operators: newest first, by keyset, every filter with its index."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import aiosqlite
+
+from relay.errors import RelayError
+
+_LISTS: dict[str, tuple[str, dict[str, str]]] = {
+    "events": (
+        """
+        SELECT e.id AS row, e.public_id AS id, e.source, e.type, e.subject, e.received_at, e.size
+          FROM events AS e
+        """,
+        {"id": "e.public_id", "source": "e.source", "type": "e.type", "subject": "e.subject"},
+    ),
+    "deliveries": (
+        """
+        SELECT e.id AS row, e.public_id AS id, v.public_id AS event_id, v.type, e.destination, e.state,
+               e.reason, e.attempts, e.next_attempt_at, e.last_status, e.last_error, e.created_at,
+               e.finished_at
+          FROM deliveries AS e JOIN events AS v ON v.id = e.event_id
+        """,
+        {
+            "id": "e.public_id",
+            "event_id": "v.public_id",
+            "destination": "e.destination",
+            "state": "e.state",
+        },
+    ),
+    "attempts": (
+        """
+        SELECT e.id AS row, d.public_id AS delivery_id, e.started_at, e.duration_ms, e.result,
+               e.status, e.error, e.truncated, e.answer
+          FROM attempts AS e JOIN deliveries AS d ON d.id = e.delivery_id
+        """,
+        {"delivery_id": "d.public_id"},
+    ),
+}
+
+
+async def find(
+    reader: aiosqlite.Connection,
+    kind: str,
+    *,
+    limit: int,
+    before: int | None,
+    filters: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return at most `limit` rows older than row `before`; `row` in each is the next cursor.
+
+    Raises:
+        RelayError: no such list, or it has no such filter.
+    """
+    if kind not in _LISTS:
+        raise RelayError(f"no list of {kind}", hint=f"there are {', '.join(_LISTS)}")
+    select, columns = _LISTS[kind]
+    conditions, values = ["e.id < ?"] if before is not None else [], [before] if before is not None else []
+    for name, value in filters.items():
+        if name not in columns:
+            raise RelayError(f"{kind} have no filter {name!r}", hint=f"there are {', '.join(columns)}")
+        if value is not None:
+            conditions.append(f"{columns[name]} = ?")
+            values.append(value)
+    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+    cursor = await reader.execute(f"{select} {where} ORDER BY e.id DESC LIMIT ?", (*values, limit))
+    names = [column[0] for column in cursor.description]
+    rows = await cursor.fetchall()
+    await cursor.close()
+    return [dict(zip(names, row, strict=True)) for row in rows]

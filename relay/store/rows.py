@@ -1,0 +1,71 @@
+"""Between records and rows: the only place that knows the order of columns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from relay.model import Attempt, Delivery, StoredEvent, Worker
+
+Row = tuple[Any, ...]
+
+EVENT_COLUMNS = (
+    "id, public_id, source, type, subject, received_at, content_type, traceparent, sha256, size,"
+    " context, data_at, data_size, data, body"
+)
+DELIVERY_COLUMNS = "id, public_id, event_id, destination, created_at, next_attempt_at"
+ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, truncated, answer"
+WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
+
+_encode = msgspec.json.Encoder().encode
+_worker = msgspec.json.Decoder(Worker)
+
+
+def event_row(event: StoredEvent) -> Row:
+    """Flatten an event; its data is kept as a place in the body wherever it stands there."""
+    at = event.body.find(event.data)
+    place = (at, len(event.data), None) if at >= 0 else (None, None, event.data)
+    return (
+        event.id, event.public_id, event.source, event.type, event.subject, event.received_at,
+        event.content_type, event.traceparent, event.sha256, len(event.body),
+        event.context, *place, event.body,
+    )  # fmt: skip
+
+
+def event_of(row: Sequence[Any]) -> StoredEvent:
+    """Build an event from a row of `EVENT_COLUMNS`."""
+    body, at = row[14], row[11]
+    return StoredEvent(
+        id=row[0], public_id=row[1], source=row[2], type=row[3], subject=row[4], received_at=row[5],
+        content_type=row[6], traceparent=row[7], sha256=row[8], context=row[10],
+        data=row[13] if at is None else body[at : at + row[12]], body=body,
+    )  # fmt: skip
+
+
+def delivery_row(delivery: Delivery, next_attempt_at: int) -> Row:
+    """Flatten a new delivery."""
+    return (
+        delivery.id, delivery.public_id, delivery.event_id, delivery.destination,
+        delivery.created_at, next_attempt_at,
+    )  # fmt: skip
+
+
+def attempt_row(delivery_id: int, attempt: Attempt) -> Row:
+    """Flatten an attempt."""
+    return (
+        delivery_id, attempt.started_at, attempt.duration_ms, attempt.result, attempt.status,
+        attempt.error, attempt.truncated, attempt.answer,
+    )  # fmt: skip
+
+
+def worker_row(worker: Worker) -> Row:
+    """Flatten a registry row; what lists filter by stands in columns of its own."""
+    return (
+        worker.source, worker.id, worker.status, worker.last_heartbeat, worker.deadline,
+        _encode(worker),
+    )  # fmt: skip
+
+
+def worker_of(record: bytes) -> Worker:
+    """Build a registry row from its JSON record."""
+    return _worker.decode(record)

@@ -1,0 +1,105 @@
+"""The tables, as a list of migrations under `PRAGMA user_version`: its length is the version."""
+
+EVENTS = """
+CREATE TABLE events (
+    id           INTEGER PRIMARY KEY,          -- order of acceptance
+    public_id    TEXT    NOT NULL UNIQUE,      -- evt_ + UUIDv7
+    source       TEXT    NOT NULL,
+    type         TEXT    NOT NULL,             -- full: source name and type
+    subject      TEXT,
+    received_at  INTEGER NOT NULL,             -- microseconds UTC
+    content_type TEXT    NOT NULL,
+    traceparent  TEXT,
+    sha256       BLOB    NOT NULL,             -- of the body, verified before it is forwarded
+    size         INTEGER NOT NULL,             -- bytes of the body
+    context      BLOB    NOT NULL,             -- JSON
+    data_at      INTEGER,                      -- where in the body the data stands, and how long it is,
+    data_size    INTEGER,                      --   so that it is not stored twice
+    data         BLOB,                         -- only where it does not stand in the body
+    body         BLOB    NOT NULL              -- last: a list never reads its overflow pages
+) STRICT;
+CREATE INDEX events_source ON events (source, id);
+CREATE INDEX events_type ON events (type, id);
+CREATE INDEX events_subject ON events (subject, id) WHERE subject IS NOT NULL;
+"""
+
+DELIVERIES = """
+CREATE TABLE deliveries (
+    id              INTEGER PRIMARY KEY,
+    public_id       TEXT    NOT NULL UNIQUE,   -- dlv_ + UUIDv7
+    event_id        INTEGER NOT NULL REFERENCES events (id),
+    destination     TEXT    NOT NULL,
+    state           TEXT    NOT NULL DEFAULT 'pending'
+                    CHECK (state IN ('pending', 'delivered', 'dead', 'expired', 'cancelled')),
+    reason          TEXT,                      -- why it ended, unless delivered
+    attempts        INTEGER NOT NULL DEFAULT 0,
+    created_at      INTEGER NOT NULL,
+    next_attempt_at INTEGER,                   -- steady clock; only while pending
+    finished_at     INTEGER,
+    last_status     INTEGER,
+    last_error      TEXT
+) STRICT;
+CREATE INDEX deliveries_due ON deliveries (destination, next_attempt_at, id) WHERE state = 'pending';
+CREATE INDEX deliveries_event ON deliveries (event_id);
+CREATE INDEX deliveries_ended ON deliveries (destination, state, id)
+    WHERE state IN ('dead', 'expired', 'cancelled');
+
+CREATE TABLE attempts (
+    id          INTEGER PRIMARY KEY,
+    delivery_id INTEGER NOT NULL REFERENCES deliveries (id) ON DELETE CASCADE,
+    started_at  INTEGER NOT NULL,
+    duration_ms REAL    NOT NULL,
+    result      TEXT    NOT NULL,
+    status      INTEGER,
+    error       TEXT,
+    truncated   INTEGER NOT NULL,
+    answer      BLOB    NOT NULL               -- first 16 KiB
+) STRICT;
+CREATE INDEX attempts_delivery ON attempts (delivery_id, id);
+
+CREATE TABLE ledger (                          -- the books: created = all the others + pending
+    destination TEXT    PRIMARY KEY,
+    created     INTEGER NOT NULL,
+    delivered   INTEGER NOT NULL,
+    dead        INTEGER NOT NULL,
+    expired     INTEGER NOT NULL,
+    cancelled   INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE destinations (
+    name            TEXT    PRIMARY KEY,
+    paused          INTEGER NOT NULL DEFAULT 0,
+    disabled_at     INTEGER,
+    disabled_reason TEXT
+) STRICT, WITHOUT ROWID;
+"""
+
+WORKERS = """
+CREATE TABLE workers (
+    source          TEXT    NOT NULL,
+    id              TEXT    NOT NULL,
+    status          TEXT    NOT NULL CHECK (status IN ('ONLINE', 'OFFLINE', 'MAINTENANCE')),
+    last_heartbeat  INTEGER NOT NULL,          -- wall clock, for display
+    deadline        INTEGER NOT NULL,          -- steady clock
+    record          BLOB    NOT NULL,          -- the whole row as JSON
+    PRIMARY KEY (source, id)
+) STRICT, WITHOUT ROWID;
+"""
+
+DEDUPE = """
+CREATE TABLE dedupe (
+    source     TEXT    NOT NULL,
+    key        TEXT    NOT NULL,
+    event_id   TEXT    NOT NULL,               -- public id of the first event
+    expires_at INTEGER NOT NULL,
+    PRIMARY KEY (source, key)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX dedupe_expires ON dedupe (expires_at);
+"""
+
+META = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + DEDUPE + META,)
+"""Each runs in one transaction; never edit one that has been released, append another."""

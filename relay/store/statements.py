@@ -1,0 +1,54 @@
+"""Statements of several rows: one step of SQLite instead of one per row.
+
+SQLite's Python module lets go of the interpreter at every step, so a statement per row would cost a
+thread switch per row while requests come in.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import aiosqlite
+
+from relay.store.rows import Row
+
+ROWS = 32
+"""Each count up to this is one cached statement; preparing a new text costs more than it saves."""
+
+
+async def insert(
+    connection: aiosqlite.Connection,
+    into: str,
+    columns: str,
+    rows: Sequence[Row],
+    *,
+    verb: str = "INSERT",
+    then: str = "",
+) -> None:
+    """Insert rows; `then` is an `ON CONFLICT` clause."""
+    for chunk in _chunks(rows):
+        values = _values(len(chunk), len(chunk[0]))
+        sql = f"{verb} INTO {into} ({columns}) VALUES {values} {then}"
+        await connection.execute(sql, _flat(chunk))
+
+
+async def fetch(connection: aiosqlite.Connection, sql: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """Run a statement over rows, `{values}` standing for them, and return what it returns."""
+    found: list[tuple[Any, ...]] = []
+    for chunk in _chunks(rows):
+        text = sql.format(values=_values(len(chunk), len(chunk[0])))
+        found += await connection.execute_fetchall(text, _flat(chunk))  # type: ignore[arg-type]
+    return found
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for at in range(0, len(rows), ROWS):
+        yield rows[at : at + ROWS]
+
+
+def _values(rows: int, columns: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return ", ".join([row] * rows)
+
+
+def _flat(rows: Sequence[Row]) -> list[Any]:
+    return [value for row in rows for value in row]

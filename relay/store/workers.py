@@ -1,0 +1,57 @@
+"""The registry's rows in memory: what every heartbeat is compared with, without a read."""
+
+from collections.abc import Iterable, Iterator
+
+from relay.model import Worker
+
+WorkerKey = tuple[str, str]
+"""(source, worker id)."""
+
+
+class Roster:
+    """All workers by key and by endpoint; changed only after a commit."""
+
+    def __init__(self, workers: Iterable[Worker] = ()) -> None:
+        self._rows: dict[WorkerKey, Worker] = {}
+        self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
+        self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
+        for worker in workers:
+            self.put(worker)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._rows.values())
+
+    def get(self, key: WorkerKey) -> Worker | None:
+        """Return one row."""
+        return self._rows.get(key)
+
+    def at_endpoint(self, source: str, endpoint: str) -> tuple[WorkerKey, ...]:
+        """Return the keys of all workers that last registered with this endpoint."""
+        return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
+
+    def put(self, worker: Worker) -> None:
+        """Insert or replace a row."""
+        key = (worker.source, worker.id)
+        former = self._rows.get(key)
+        if former is not None and former.endpoint != worker.endpoint:
+            self._leave(former.endpoint, key)
+        self._rows[key] = worker
+        if worker.endpoint:
+            self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
+
+    def drop(self, key: WorkerKey) -> None:
+        """Forget a row."""
+        worker = self._rows.pop(key)
+        self._leave(worker.endpoint, key)
+        self.dirty.discard(key)
+
+    def _leave(self, endpoint: str, key: WorkerKey) -> None:
+        place = (key[0], endpoint)
+        keys = self._endpoints.get(place)
+        if keys is not None:
+            keys.discard(key)
+            if not keys:
+                del self._endpoints[place]

@@ -1,0 +1,30 @@
+"""What many tests lean on: a clock under their hand, and waiting for a thing itself."""
+
+import asyncio
+
+from relay.clock import SECOND
+
+
+class FakeClock:
+    """Both scales under the test's hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000 * SECOND
+
+    def wall(self) -> int:
+        return self.now
+
+    def steady(self) -> int:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += int(seconds * SECOND)
+
+
+async def until(condition, seconds=10.0):
+    """Wait until `condition()` is true, and fail when it is not within `seconds`."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not (result := condition()):
+        assert asyncio.get_running_loop().time() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.005)
+    return result

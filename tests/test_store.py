@@ -1,0 +1,296 @@
+"""What every store promises: one suite, run against each implementation."""
+
+import asyncio
+import hashlib
+import sqlite3
+
+import pytest
+from support import FakeClock, until
+
+from relay.clock import SECOND
+from relay.errors import Overloaded, StorageError, StorageUnavailableError
+from relay.ids import event_id
+from relay.model import Attempt, Heartbeat, Outcome, Owed, Register, StoredEvent, Unregister
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture(params=[SqliteStore])
+async def store(request, tmp_path, clock):
+    store = request.param(tmp_path / "relay.db", clock)
+    store.route = lambda event: () if event.type.startswith("relay.") else (Owed("crm"),)
+    await store.open()
+    yield store
+    await store.close()
+
+
+def event(clock, body=b'{"a": {"n": 45000.00}}', data=b'{"n": 45000.00}', **fields):
+    return StoredEvent(
+        **{
+            "id": 0,
+            "public_id": event_id(clock.wall()),
+            "source": "shop",
+            "type": "shop.order",
+            "subject": "s1",
+            "received_at": clock.wall(),
+            "data": data,
+            "context": b'{"c":1}',
+            "body": body,
+            "content_type": "application/json",
+            "sha256": hashlib.sha256(body).digest(),
+            **fields,
+        }
+    )
+
+
+def accept(clock, key=None, change=None, **fields):
+    return Acceptance(source="shop", event=event(clock, **fields), key=key, change=change)
+
+
+def outcome(delivery, state="delivered", **fields):
+    attempt = Attempt(started_at=1, duration_ms=2.5, result="ok", status=200, answer=b"yes")
+    return Outcome(delivery=delivery, attempt=attempt, state=state, **fields)
+
+
+async def pragma(store, text):
+    await store._connection.execute(f"PRAGMA {text}")
+
+
+async def test_an_event_comes_back_byte_for_byte(store, clock):
+    sent = event(clock)
+    await store.append(Acceptance(source="shop", event=sent))
+    assert await store.load([sent.id]) == {sent.id: sent}
+
+
+async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock):
+    sent = event(clock, body=b"x=1", data=b"{}")
+    await store.append(Acceptance(source="shop", event=sent))
+    assert (await store.load([sent.id]))[sent.id].data == b"{}"
+
+
+async def test_an_event_and_its_deliveries_appear_together(store, clock):
+    heard = []
+    store.listener = lambda events, deliveries: heard.append((list(events), list(deliveries)))
+    receipt = await store.append(accept(clock))
+    [(events, deliveries)] = heard
+    assert [e.public_id for e in events] == [receipt.event_id]
+    assert [d.destination for d in deliveries] == ["crm"]
+    assert deliveries[0].event is events[0]
+
+
+async def test_many_at_once_share_their_commits(store, clock):
+    receipts = await asyncio.gather(*(store.append(accept(clock)) for _ in range(500)))
+    assert len({receipt.event_id for receipt in receipts}) == 500
+    assert (await store.counts())["crm"].created == 500
+    assert store.commits < 50
+
+
+async def test_a_key_names_its_first_event_for_seven_days(store, clock):
+    first = await store.append(accept(clock, key="k"))
+    clock.advance(6.9 * 86400)
+    again = await store.append(accept(clock, key="k"))
+    assert (again.event_id, again.duplicate) == (first.event_id, True)
+    clock.advance(0.2 * 86400)
+    later = await store.append(accept(clock, key="k"))
+    assert later.event_id != first.event_id
+    assert (await store.append(accept(clock, key="k"))).event_id == later.event_id
+    assert (await store.counts())["crm"].created == 2
+
+
+async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
+    receipts = await asyncio.gather(*(store.append(accept(clock, key="k")) for _ in range(5)))
+    assert len({receipt.event_id for receipt in receipts}) == 1
+    assert sorted(receipt.duplicate for receipt in receipts) == [False, True, True, True, True]
+
+
+async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
+    fresh = []
+    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    await store.append(accept(clock))
+    assert (await store.claim("crm", 10)).deliveries == ()
+    store.release([fresh[0].id])
+    claimed = (await store.claim("crm", 10)).deliveries
+    assert [d.id for d in claimed] == [fresh[0].id]
+    assert (await store.claim("crm", 10)).deliveries == ()
+
+
+async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store, clock):
+    fresh = []
+    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    for _ in range(5):
+        await store.append(accept(clock))
+        clock.advance(1)
+    store.release([d.id for d in fresh])
+    claim = await store.claim("crm", 2)
+    assert [d.id for d in claim.deliveries] == [fresh[0].id, fresh[1].id]
+    assert claim.next_due is not None
+    assert [d.id for d in (await store.claim("crm", 9)).deliveries] == [d.id for d in fresh[2:]]
+
+
+async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
+    fresh = []
+    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    await store.append(accept(clock))
+    assert await store.settle(outcome(fresh[0])) is True
+    assert await store.settle(outcome(fresh[0], "dead")) is False
+    [row] = await store.find("deliveries")
+    assert (row["state"], row["attempts"], row["last_status"]) == ("delivered", 1, 200)
+    attempts = await store.find("attempts", delivery_id=row["id"])
+    assert [a["answer"] for a in attempts] == [b"yes", b"yes"]
+    counts = (await store.counts())["crm"]
+    assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (1, 1, 0, 0)
+
+
+async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
+    fresh = []
+    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    await store.append(accept(clock))
+    due = clock.steady() + 5 * SECOND
+    await store.settle(outcome(fresh[0], "pending", next_attempt_at=due))
+    claim = await store.claim("crm", 10)
+    assert (claim.deliveries, claim.next_due) == ((), due)
+    clock.advance(5)
+    [delivery] = (await store.claim("crm", 10)).deliveries
+    assert delivery.attempts == 1
+
+
+async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock):
+    fresh = []
+    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    await store.append(accept(clock))
+    await store.settle(outcome(fresh[0], "pending", next_attempt_at=clock.steady(), counts=False))
+    [delivery] = (await store.claim("crm", 10)).deliveries
+    assert delivery.attempts == 0
+
+
+async def test_everything_survives_a_reopening(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    store = SqliteStore(path, clock)
+    store.route = lambda _event: (Owed("crm"),)
+    await store.open()
+    receipt = await store.append(accept(clock, key="k", change=Register(worker_id="w1")))
+    await store.close()
+    again = SqliteStore(path, clock)
+    await again.open()
+    try:
+        assert len((await again.claim("crm", 10)).deliveries) == 2
+        assert (await again.append(accept(clock, key="k"))).event_id == receipt.event_id
+        assert [w.id for w in again.workers()] == ["w1"]
+        newer = await again.append(accept(clock))
+        rows = await again.find("events", id=newer.event_id)
+        assert rows[0]["row"] == 3
+    finally:
+        await again.close()
+
+
+async def test_a_request_that_cannot_be_stored_fails_alone(store, clock):
+    bad = accept(clock, received_at=2**70)
+    results = await asyncio.gather(
+        store.append(accept(clock)), store.append(bad), store.append(accept(clock)), return_exceptions=True
+    )
+    assert isinstance(results[1], StorageError)
+    assert not isinstance(results[1], StorageUnavailableError)
+    assert len(await store.find("events")) == 2
+
+
+async def test_a_full_disk_fails_the_batch_and_heals_by_itself(store, clock, tmp_path):
+    await pragma(store, "max_page_count = 1")
+    big = b'{"a":"' + b"x" * 4_000_000 + b'"}'
+    with pytest.raises(StorageUnavailableError):
+        await store.append(accept(clock, body=big, data=b"{}"))
+    assert store.failure is not None
+    with pytest.raises(StorageUnavailableError):
+        await store.append(accept(clock))
+    await pragma(store, "max_page_count = 1000000")
+    await until(lambda: store.failure is None)
+    await store.append(accept(clock))
+    assert len(await store.find("events")) == 1
+
+
+async def test_the_queue_is_bounded(store, clock, monkeypatch):
+    monkeypatch.setattr("relay.store.writer.MAX_JOBS", 3)
+    tasks = [asyncio.ensure_future(store.append(accept(clock))) for _ in range(8)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(result, Overloaded) for result in results) == 5
+
+
+async def test_a_worker_lives_through_all_its_states(store, clock):
+    types = []
+    store.listener = lambda events, _deliveries: types.extend(e.type for e in events)
+
+    async def change(what):
+        await store.append(Acceptance(source="shop", change=what))
+
+    await change(Register(worker_id="w1", endpoint="http://w"))
+    await change(Register(worker_id="w1", endpoint="http://w"))
+    clock.advance(89)
+    assert await store.sweep() == ()
+    clock.advance(2)
+    assert [w.id for w in await store.sweep()] == ["w1"]
+    assert await store.sweep() == ()
+    await change(Heartbeat(worker_id="w1"))
+    await change(Unregister(worker_id="w1"))
+    await change(Unregister(worker_id="w1"))
+    await change(Heartbeat(worker_id="w1"))
+    assert types == [
+        "shop.worker.registered", "shop.worker.offline", "shop.worker.online", "shop.worker.unregistered",
+    ]  # fmt: skip
+
+
+async def test_a_quiet_heartbeat_costs_no_commit_and_is_flushed(store, clock, tmp_path):
+    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    before = store.commits
+    clock.advance(30)
+    await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", cpu=3.5)))
+    assert store.commits == before
+    await store.flush()
+    assert store.commits == before + 1
+    with sqlite3.connect(tmp_path / "relay.db") as db:
+        [(seen,)] = db.execute("SELECT last_heartbeat FROM workers").fetchall()
+    db.close()
+    assert seen == clock.wall()
+
+
+async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(store, clock):
+    await store.append(Acceptance(source="shop", change=Register(worker_id="old", endpoint="http://w")))
+    await store.append(Acceptance(source="shop", change=Register(worker_id="new", endpoint="http://w")))
+    clock.advance(36)
+    assert [w.id for w in await store.sweep()] == ["old"]
+
+
+async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store, clock):
+    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    clock.advance(3600)
+    assert await store.sweep(hold=True) == ()
+    assert await store.sweep() == ()
+    clock.advance(91)
+    assert [w.id for w in await store.sweep()] == ["w1"]
+
+
+async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    store = SqliteStore(path, clock)
+    await store.open()
+    await store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(StorageError, match=r"version 99.*knows 1"):
+        await SqliteStore(path, clock).open()
+
+
+async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    path.write_bytes(b"not a database, but somebody's" * 500)
+    with pytest.raises(StorageError, match="damaged"):
+        await SqliteStore(path, clock).open()
+    assert path.read_bytes().startswith(b"not a database")
+
+
+async def test_the_file_is_for_its_owner_only(store, tmp_path):
+    assert (tmp_path / "relay.db").stat().st_mode & 0o777 == 0o600
