@@ -1,0 +1,151 @@
+"""What a destination receives: an event rendered as the body of a request."""
+
+import re
+from collections.abc import Callable, Mapping
+from urllib.parse import quote
+
+import msgspec
+
+from relay.clock import rfc3339
+from relay.model import EMPTY, StoredEvent
+
+SLACK_LIMIT = 4000
+"""Characters of `text`; Slack splits longer messages, which breaks the fence around the data."""
+
+DISCORD_LIMIT = 2000
+"""Characters of `content`; Discord answers 400 beyond it."""
+
+_HEADLINE_LIMIT = 200  # characters of a subject in a headline: senders choose its length
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to write an event down. Rendering is pure: once per event and format is enough."""
+
+    name: str  # `format = …` of a destination
+    content_type: str | None  # None: the sender's own
+    render: Callable[[StoredEvent], bytes]
+
+    def content_type_of(self, event: StoredEvent) -> str:
+        """Return the `content-type` that goes with the rendered event."""
+        return self.content_type or event.content_type or "application/octet-stream"
+
+
+class _Standard(msgspec.Struct):
+    """The envelope of Standard Webhooks; the fields' order is the order on the wire."""
+
+    id: str
+    type: str
+    timestamp: str
+    source: str
+    subject: str | None
+    data: msgspec.Raw  # spliced byte for byte: big integers, 45000.00 and escapes survive
+    context: msgspec.Raw
+
+
+class _CloudEvent(msgspec.Struct, omit_defaults=True):
+    """CloudEvents 1.0, structured JSON. `context` is left out: extension attributes hold no objects."""
+
+    specversion: str
+    id: str
+    source: str  # a URI-reference
+    type: str
+    time: str
+    datacontenttype: str
+    data: msgspec.Raw
+    subject: str | None = None  # the specification forbids null and ""
+
+
+def _standard(event: StoredEvent) -> bytes:
+    return _encode(
+        _Standard(
+            event.public_id,
+            event.type,
+            rfc3339(event.received_at),
+            event.source,
+            event.subject,
+            msgspec.Raw(event.data),
+            msgspec.Raw(event.context),
+        )
+    )
+
+
+def _raw(event: StoredEvent) -> bytes:
+    return event.body
+
+
+def _cloudevents(event: StoredEvent) -> bytes:
+    return _encode(
+        _CloudEvent(
+            specversion="1.0",
+            id=event.public_id,
+            source=f"/relay/{quote(event.source, safe='')}",
+            type=event.type,
+            time=rfc3339(event.received_at),
+            datacontenttype="application/json",
+            data=msgspec.Raw(event.data),
+            subject=event.subject or None,
+        )
+    )
+
+
+def _slack(event: StoredEvent) -> bytes:
+    return _encode({"text": _message(event, SLACK_LIMIT, _escape_slack)})
+
+
+def _discord(event: StoredEvent) -> bytes:
+    nobody: dict[str, list[str]] = {"parse": []}  # whatever a sender writes, no @everyone rings
+    return _encode({"content": _message(event, DISCORD_LIMIT, str), "allowed_mentions": nobody})
+
+
+def _message(event: StoredEvent, limit: int, escape: Callable[[str], str]) -> str:
+    """Write a headline and, unless there are none, the data in a fence, in at most `limit` characters."""
+    about = f" about {_code(event.subject)}" if event.subject else ""
+    headline = escape(
+        f"{_code(event.type)}{about} at {rfc3339(event.received_at)} ({_code(event.public_id)})"
+    )
+    if event.data == bytes(EMPTY):
+        return headline
+    opening, closing, more = "\n```\n", "\n```", "…"
+    room = limit - _length(headline + opening + closing + more)
+    # A character is at most four bytes; cut first, so that megabytes cost no more than a short body.
+    data = event.data[: 4 * limit].decode("utf-8", "ignore").replace("```", "'''")
+    text = escape(data)
+    if _length(text) > room or len(event.data) > 4 * limit:
+        text = re.sub("&[a-z]*$", "", _cut(text, room)) + more  # no half of an &amp;
+    return headline + opening + text + closing
+
+
+def _code(text: str) -> str:
+    """Put a sender's text on one line between backticks, where it can neither format nor mention."""
+    line = " ".join(text.split()).replace("`", "'")
+    return f"`{line if len(line) <= _HEADLINE_LIMIT else line[: _HEADLINE_LIMIT - 1] + '…'}`"
+
+
+def _escape_slack(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _length(text: str) -> int:
+    """Count as both services may: a character beyond the basic plane is two UTF-16 units."""
+    return len(text) + sum(character > "\uffff" for character in text)
+
+
+def _cut(text: str, units: int) -> str:
+    return text.encode("utf-16-le")[: 2 * units].decode("utf-16-le", "ignore")
+
+
+_JSON = "application/json"
+
+FORMATS: Mapping[str, Format] = {
+    each.name: each
+    for each in (
+        Format(name="standard", content_type=_JSON, render=_standard),
+        Format(name="raw", content_type=None, render=_raw),
+        Format(name="cloudevents", content_type="application/cloudevents+json", render=_cloudevents),
+        Format(name="slack", content_type=_JSON, render=_slack),
+        Format(name="discord", content_type=_JSON, render=_discord),
+    )
+}
+"""Every format by its name in config.toml."""
