@@ -1,0 +1,1 @@
+"""Everything that brings a stored event to its destinations."""
