@@ -53,6 +53,11 @@ class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and mos
         self.issue = issue
         self.retry_after = retry_after or self.pause
 
+    @property
+    def detail(self) -> str:
+        """What is wrong with which field, or the message where no field is to blame."""
+        return f"{self.field or self.message}: {self.issue}" if self.issue else self.message
+
 
 class Malformed(Refusal):
     """The body is not what its format demands: broken JSON, invalid UTF-8, a body cut short."""

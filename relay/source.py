@@ -1,5 +1,6 @@
 """The contract of a source: a frozen record of settings with methods that are pure functions of a request."""
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -31,7 +32,7 @@ __all__ = [
     "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
     "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "as_map", "route",
+    "Unregister", "as_map", "as_value", "check_id", "check_type", "route",
 ]  # fmt: skip
 
 
@@ -61,6 +62,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerChange | None = None  # applied in the event's own transaction
     asks: str | None = None  # a worker id: its row comes back in the receipt
 
+
+_LONGEST_TYPE = 200
+_LONGEST_ID = 256
 
 Handler = Callable[[Any, Incoming], Accepted | Reply]
 H = TypeVar("H", bound=Handler)
@@ -142,17 +146,49 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return ()
 
 
-def as_map(raw: msgspec.Raw | None) -> msgspec.Raw:
+def as_value(raw: msgspec.Raw) -> msgspec.Raw:
+    """Return a JSON value as it came; absent, `null` and PHP's empty `[]` become `{}`."""
+    text = bytes(raw)
+    if not text or text == b"null" or (text[:1] == b"[" and not text[1:-1].strip()):
+        return EMPTY
+    return raw
+
+
+def as_map(raw: msgspec.Raw, field: str = "") -> msgspec.Raw:
     """Return a JSON map as it came; absent, `null` and PHP's empty `[]` become `{}`.
 
     Raises:
-        Invalid: it is some other JSON value.
+        Invalid: it is some other JSON value; blames `field`.
     """
-    if raw is None:
-        return EMPTY
-    text = bytes(raw)
-    if text[:1] == b"{":
-        return raw
-    if not text or text == b"null" or (text[:1] == b"[" and not text[1:-1].strip()):
-        return EMPTY
-    raise Invalid(issue="expected an object")
+    value = as_value(raw)
+    if bytes(value)[:1] != b"{":
+        raise Invalid(field=field, issue="expected an object")
+    return value
+
+
+def check_type(type_: str, field: str = "") -> None:
+    """Demand that an event's type, as on the wire, is 1 to 200 printable characters.
+
+    Raises:
+        Invalid: it is not; blames `field`.
+    """
+    if not type_ or len(type_) > _LONGEST_TYPE or not type_.isprintable():
+        issue = f"expected 1 to {_LONGEST_TYPE} printable characters"
+        raise Invalid("Invalid event type", field=field, issue=issue)
+
+
+def check_id(id_: str, field: str = "") -> str:
+    """Return an id if it is 1 to 256 characters of any Unicode but control characters and surrogates.
+
+    Raises:
+        Invalid: it is not; blames `field`.
+    """
+    fits = 0 < len(id_) <= _LONGEST_ID
+    if not fits or not (id_.isprintable() or _clean(id_)):
+        issue = f"expected 1 to {_LONGEST_ID} characters without control characters"
+        raise Invalid(field=field, issue=issue)
+    return id_
+
+
+def _clean(text: str) -> bool:
+    return all(unicodedata.category(character) not in {"Cc", "Cs"} for character in text)

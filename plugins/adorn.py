@@ -1,0 +1,116 @@
+"""Adorn Studio: try-on sessions in jewellery shops, posted without authentication, times or ids."""
+
+import msgspec
+
+from relay.hookspecs import hookimpl
+from relay.source import (
+    EMPTY,
+    Accepted,
+    Event,
+    Incoming,
+    Invalid,
+    Receipt,
+    Refusal,
+    Reply,
+    Secrets,
+    Source,
+    as_map,
+    check_type,
+    route,
+)
+
+PATH = "/v1/events"
+_NONE = msgspec.Raw(b"null")
+
+
+class Envelope(msgspec.Struct):
+    """What all of its events share; who and where may be numbers, `null` or missing."""
+
+    event_type: str
+    session_id: str
+    store_id: msgspec.Raw = _NONE
+    seller_id: msgspec.Raw = _NONE
+    device_id: msgspec.Raw = _NONE
+    payload: msgspec.Raw = EMPTY
+
+
+class Adorn(Source, kind="adorn", owns=("/v1",)):
+    """Adorn Studio: `POST /v1/events`. Without tokens it is open, as its own clients need it."""
+
+    tokens: Secrets = Secrets()
+
+    def verify(self, incoming: Incoming) -> None:
+        """Demand one of the tokens, if there are any."""
+        if self.tokens:
+            incoming.bearer(self.tokens)
+
+    @route("POST", PATH)
+    def event(self, incoming: Incoming) -> Accepted:
+        """Take an event of any type; only the envelope's type counts, a payload may hold its own."""
+        envelope = incoming.decode(Envelope)
+        if not envelope.session_id:
+            raise Invalid(field="session_id", issue="expected a non-empty string")
+        check_type(envelope.event_type, "event_type")
+        return Accepted(
+            event=Event(
+                type=envelope.event_type,
+                subject=envelope.session_id,
+                data=as_map(envelope.payload, "payload"),
+                context=_context(envelope),
+            ),
+            reply=_reply,
+        )
+
+    def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
+        """Answer `{"status": "error", "message": …}`; a wrong field is "Invalid" and its name."""
+        _ = incoming
+        message = f"Invalid {refusal.field}" if refusal.field else refusal.detail
+        return Reply(status=refusal.status, body={"status": "error", "message": message})
+
+    def warnings(self) -> tuple[str, ...]:
+        """See `Source.warnings`."""
+        return () if self.tokens else ("open to everyone who can reach it: it has no tokens",)
+
+    def samples(self) -> tuple[Incoming, ...]:
+        """See `Source.samples`."""
+        return (Incoming.of("POST", PATH, {"Content-Type": "application/json"}, _SAMPLE),)
+
+
+def _reply(receipt: Receipt) -> dict[str, str]:
+    return {"status": "ok", "event_id": receipt.event_id}
+
+
+def _context(envelope: Envelope) -> dict[str, msgspec.Raw]:
+    """Keep who and where as they came; what was not said is left out."""
+    said = {
+        "store_id": envelope.store_id,
+        "seller_id": envelope.seller_id,
+        "device_id": envelope.device_id,
+    }
+    return {name: value for name, value in said.items() if bytes(value) != b"null"}
+
+
+_SAMPLE = b"""{
+  "event_type": "image.shared",
+  "session_id": "550e8400-e29b-41d4-a716-446655440000",
+  "store_id": "store_1",
+  "seller_id": "seller_1",
+  "device_id": "ipad_1",
+  "payload": {
+    "channel": "whatsapp",
+    "destination": "+6512345678",
+    "jewelry_id": "necklace_11",
+    "jewelry_name": "Diamond Cascade Necklace",
+    "jeweler_id": "abharana",
+    "jeweler_name": "Abharana",
+    "share_status": "sent",
+    "message_sid": "SM1234567890abcdef",
+    "image_url": "https://storage.example.com/images/tryon_abc123.jpg"
+  }
+}"""
+
+
+@hookimpl
+def relay_sources() -> list[type[Source]]:
+    """Offer Adorn Studio."""
+    return [Adorn]

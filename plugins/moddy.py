@@ -1,0 +1,133 @@
+"""Moddy, a Discord bot: it tells its backend, a FastAPI service, what members do."""
+
+from typing import Literal, get_args
+
+import msgspec
+
+from relay.hookspecs import hookimpl
+from relay.source import (
+    EMPTY,
+    Accepted,
+    Event,
+    Incoming,
+    Invalid,
+    Malformed,
+    PluginFailed,
+    Refusal,
+    Reply,
+    Secrets,
+    Source,
+    Unauthenticated,
+    as_map,
+    route,
+)
+
+PATH = "/internal/event/notify"
+HEALTH = "/internal/health"
+
+Kind = Literal["member_joined", "member_left", "role_updated", "command_used", "message_sent"]
+
+
+class Notification(msgspec.Struct):
+    """The body of an event. Discord ids exceed 2^53, so an integer is a client's mistake."""
+
+    event_type: Kind
+    discord_id: str
+    metadata: msgspec.Raw = EMPTY
+
+
+class Moddy(Source, kind="moddy", owns=("/internal",)):
+    """Moddy: `POST /internal/event/notify`, and `GET /internal/health` for everyone."""
+
+    tokens: Secrets
+
+    def verify(self, incoming: Incoming) -> None:
+        """Demand one of the tokens, but for the health check."""
+        if incoming.path != HEALTH:
+            incoming.bearer(self.tokens)
+
+    @route("POST", PATH)
+    def notify(self, incoming: Incoming) -> Accepted:
+        """Take one of the five documented types."""
+        body = incoming.decode(Notification)
+        return Accepted(
+            event=Event(type=body.event_type, subject=body.discord_id or None, data=_metadata(body.metadata)),
+            reply={
+                "success": True,
+                "message": f"Event {body.event_type} processed successfully",
+                "event_received": True,
+            },
+        )
+
+    @route("GET", HEALTH)
+    def health(self, incoming: Incoming) -> Reply:
+        """Say that the backend is there: the bot asks before it sends."""
+        _ = incoming
+        return Reply(body={"status": "healthy", "message": "Backend is running"})
+
+    def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
+        """Answer as the bot's own backend does: `error` for who, `detail` for what."""
+        _ = incoming
+        status = refusal.status
+        body: dict[str, object] = {"detail": refusal.message}
+        match refusal:
+            case Unauthenticated(problem="unknown"):
+                status, body = 403, {"error": "Invalid internal API secret"}
+            case Unauthenticated():
+                body = {"error": _AUTHORIZATION[refusal.problem]}
+            case Malformed():
+                body = {"detail": [_blame("", refusal.message, "json_invalid")]}
+            case Invalid():
+                status, body = 422, {"detail": [_explain(refusal)]}
+            case PluginFailed():
+                body = {"detail": "Failed to process event"}
+        return Reply(status=status, body=body)
+
+    def samples(self) -> tuple[Incoming, ...]:
+        """See `Source.samples`."""
+        return (Incoming.of("POST", PATH, {"Content-Type": "application/json"}, _SAMPLE),)
+
+
+def _metadata(raw: msgspec.Raw) -> msgspec.Raw:
+    """Take a map or `null`; unlike PHP clients, this one never means a map by a list."""
+    if bytes(raw)[:1] == b"[":
+        raise Invalid(field="metadata", issue="expected an object")
+    return as_map(raw, "metadata")
+
+
+_AUTHORIZATION = {"missing": "Missing Authorization header", "scheme": "Invalid Authorization format"}
+_TYPES = {
+    "": ("model_attributes_type", "Input should be a valid dictionary or object to extract fields from"),
+    "event_type": ("enum", f"Input should be one of {', '.join(get_args(Kind))}"),
+    "discord_id": ("string_type", "Input should be a valid string"),
+    "metadata": ("dict_type", "Input should be a valid dictionary"),
+}
+"""What pydantic says of each field (its names for these errors are stable)."""
+
+
+def _explain(refusal: Invalid) -> dict[str, object]:
+    if refusal.issue == "field is required":
+        return _blame(refusal.field, "Field required", "missing")
+    type_, message = _TYPES[refusal.field]
+    return _blame(refusal.field, message, type_)
+
+
+def _blame(field: str, message: str, type_: str) -> dict[str, object]:
+    return {"loc": ["body", field] if field else ["body"], "msg": message, "type": type_}
+
+
+_SAMPLE = b"""{
+  "event_type": "member_joined",
+  "discord_id": "123456789012345678",
+  "metadata": {
+    "guild_id": "987654321098765432",
+    "guild_name": "Moddy Server",
+    "joined_at": "2024-01-20T15:30:00Z"
+  }
+}"""
+
+
+@hookimpl
+def relay_sources() -> list[type[Source]]:
+    """Offer Moddy."""
+    return [Moddy]
