@@ -24,7 +24,7 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
-from relay.model import EMPTY, Heartbeat, Receipt, Register, Session, Unregister, WorkerChange
+from relay.model import EMPTY, Heartbeat, Receipt, Register, Session, Unregister, WorkerChange, WorkerStatus
 from relay.units import Duration, Rate, Size
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
     "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "as_map", "as_value", "check_id", "check_type", "route",
+    "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "route",
 ]  # fmt: skip
 
 

@@ -1,0 +1,362 @@
+"""WhatsApp workers: they register, send heartbeats, and report sessions and messages.
+
+Four generations are in the field. They differ in base path (`/api/v1`, `/api`), in the shape of a
+heartbeat (flat, under `metrics`, a list of sessions) and in whether an event has an envelope. A
+worker whose registration fails runs on for ever unheard, and a notification is tried once: so what
+can be understood is taken, and what cannot be understood in a gauge is left out.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from relay.hookspecs import hookimpl
+from relay.source import (
+    EMPTY,
+    Accepted,
+    Event,
+    Heartbeat,
+    Incoming,
+    Invalid,
+    Receipt,
+    Refusal,
+    Register,
+    Reply,
+    Secrets,
+    Session,
+    Source,
+    Unregister,
+    WorkerStatus,
+    as_value,
+    check_id,
+    route,
+)
+
+_NULL = msgspec.Raw(b"null")
+_LARGEST = 2**63 - 1  # what a row can hold
+_MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
+_STATUSES: dict[str, WorkerStatus] = {
+    "ONLINE": "ONLINE",
+    "OFFLINE": "OFFLINE",
+    "MAINTENANCE": "MAINTENANCE",
+}
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+def served(method: str, path: str) -> Callable[[H], H]:
+    """Mark a handler below both bases: `/api/v1` of the document and `/api` of the latest workers."""
+
+    def mark(handler: H) -> H:
+        return route(method, f"/api/v1{path}")(route(method, f"/api{path}")(handler))
+
+    return mark
+
+
+class Registration(msgspec.Struct, rename="camel"):
+    """The body of a registration; only the id has to be right."""
+
+    worker_id: str
+    endpoint: Any = None
+    description: Any = None
+    version: Any = None
+    environment: Any = None
+    max_sessions: Any = None
+    status: Any = None
+
+
+class Farewell(msgspec.Struct, rename="camel"):
+    """The body of `DELETE workers/unregister`."""
+
+    worker_id: str
+
+
+class Notice(msgspec.Struct, rename="camel"):
+    """The body of a session or message event: an envelope where it has `event`, else flat."""
+
+    event: str | None = None
+    session_id: str | None = None
+    worker_id: str | None = None
+    status: Any = None
+    timestamp: msgspec.Raw = _NULL
+    data: msgspec.Raw = EMPTY
+
+
+class WhatsApp(
+    Source,
+    kind="whatsapp",
+    owns=("/api/v1/workers", "/api/v1/webhooks", "/api/workers", "/api/webhooks"),
+):
+    """WhatsApp workers of every generation; the id in the path, decoded, says which one."""
+
+    tokens: Secrets
+    conflict: Literal["accept", "reject"] = (
+        "accept"  # a new id on a live worker's endpoint: take over, or 409
+    )
+
+    def verify(self, incoming: Incoming) -> None:
+        """Demand one of the tokens."""
+        incoming.bearer(self.tokens)
+
+    @served("POST", "/workers/register")
+    def register(self, incoming: Incoming) -> Accepted:
+        """Register an id, or the same id again after a restart."""
+        body = incoming.decode(Registration)
+        worker_id = check_id(body.worker_id, "workerId")
+        change = Register(
+            worker_id=worker_id,
+            endpoint=_text(body.endpoint),
+            description=_text(body.description),
+            version=_text(body.version),
+            environment=_text(body.environment),
+            max_sessions=_whole(body.max_sessions),
+            status=_status(body.status) or "ONLINE",
+            reject_conflict=self.conflict == "reject",
+        )
+        data = {
+            "workerId": worker_id,
+            "status": "registered",
+            "assignedSessions": [],
+            "message": "Worker registered successfully",
+            "recoveryRequired": False,
+            "assignedSessionCount": 0,
+        }
+        return Accepted(worker=change, reply={"success": True, "data": data})
+
+    @served("PUT", "/workers/{worker}/heartbeat")
+    def heartbeat(self, incoming: Incoming) -> Accepted:
+        """Take a sign of life, also from a worker that never registered."""
+        worker_id = check_id(incoming.params["worker"], "workerId")
+
+        def reply(receipt: Receipt) -> dict[str, Any]:
+            data = {"workerId": worker_id, "status": "acknowledged", "commands": list(receipt.commands)}
+            return {"success": True, "data": data}
+
+        return Accepted(worker=_heartbeat(worker_id, incoming.decode(dict)), reply=reply)
+
+    @served("DELETE", "/workers/unregister")
+    @served("POST", "/workers/unregister")
+    def unregister(self, incoming: Incoming) -> Accepted:
+        """Take leave of the worker that the body names."""
+        return _farewell(incoming.decode(Farewell).worker_id)
+
+    @served("DELETE", "/workers/{worker}")
+    def delete(self, incoming: Incoming) -> Accepted:
+        """Take leave of the worker that the path names."""
+        return _farewell(incoming.params["worker"])
+
+    @served("POST", "/workers/{worker}/events")
+    def event(self, incoming: Incoming) -> Accepted:
+        """Take an event of a worker; unlike the webhooks it must have an envelope."""
+        return _accept(incoming, incoming.decode(Notice), {"success": True, "message": "Event received"})
+
+    @served("POST", "/webhooks/session-status")
+    @served("POST", "/webhooks/session-status/{session}")
+    def session_status(self, incoming: Incoming) -> Accepted:
+        """Take a change of a session; a flat one gets its type from its status."""
+        notice = incoming.decode(Notice)
+        status = _text(notice.status).strip().lower()
+        if not notice.event and not status:
+            raise Invalid(field="status", issue="field is required")
+        reply = {"success": True, "message": "Session status updated"}
+        return _accept(incoming, notice, reply, flat=f"session.{status}")
+
+    @served("POST", "/webhooks/message-status")
+    def message_status(self, incoming: Incoming) -> Accepted:
+        """Take what became of a message."""
+        reply = {"success": True, "message": "Message status updated"}
+        return _accept(incoming, incoming.decode(Notice), reply, flat="message_status")
+
+    @served("POST", "/workers/{worker}/sessions/recovery-status")
+    def recovery_status(self, incoming: Incoming) -> Accepted:
+        """Take how the recovery of a worker's sessions went."""
+        return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.recovery_status")
+
+    @served("POST", "/workers/{worker}/sessions-preserved")
+    def sessions_preserved(self, incoming: Incoming) -> Accepted:
+        """Take note of the sessions that a worker kept at its shutdown."""
+        return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.preserved")
+
+    @served("GET", "/workers/{worker}/sessions/assigned")
+    def assigned(self, incoming: Incoming) -> Accepted:
+        """Answer with the sessions that the worker itself last reported: nobody else assigns any."""
+        worker_id = check_id(incoming.params["worker"], "workerId")
+
+        def reply(receipt: Receipt) -> dict[str, Any]:
+            known = receipt.worker.sessions if receipt.worker else ()
+            sessions = [_assignment(session) for session in known]
+            return {"success": True, "data": {"workerId": worker_id, "sessions": sessions}}
+
+        return Accepted(asks=worker_id, reply=reply)
+
+    def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
+        """Answer `{"success": false, "error": …, "code": …}`."""
+        _ = incoming
+        body = {"success": False, "error": refusal.detail, "code": refusal.code.upper()}
+        return Reply(status=refusal.status, body=body)
+
+    def samples(self) -> tuple[Incoming, ...]:
+        """See `Source.samples`."""
+        headers = {"Content-Type": "application/json"}
+        base = "/api/v1"
+        return (
+            Incoming.of("POST", f"{base}/workers/register", headers, _REGISTER),
+            Incoming.of("PUT", f"{base}/workers/worker-001/heartbeat", headers, _BEAT, worker="worker-001"),
+            Incoming.of("POST", f"{base}/webhooks/session-status", headers, _QR_READY),
+        )
+
+
+def _farewell(worker_id: str) -> Accepted:
+    """Answer 200 for an unknown worker too: it is gone, which is what was asked for."""
+    change = Unregister(worker_id=check_id(worker_id, "workerId"))
+    return Accepted(worker=change, reply={"success": True, "message": "Worker unregistered successfully"})
+
+
+def _received(incoming: Incoming) -> dict[str, Any]:
+    return {"success": True, "data": {"workerId": incoming.params["worker"], "status": "received"}}
+
+
+def _accept(incoming: Incoming, notice: Notice, reply: dict[str, Any], *, flat: str = "") -> Accepted:
+    """Make an event of an envelope, or of a flat body with the type `flat`."""
+    if not notice.event and not flat:
+        raise Invalid(field="event", issue="field is required")
+    worker_id = incoming.params.get("worker") or notice.worker_id
+    session_id = incoming.params.get("session") or notice.session_id
+    context: dict[str, Any] = {}
+    if worker_id:
+        context["worker_id"] = check_id(worker_id, "workerId")
+    if session_id:
+        context["session_id"] = check_id(session_id, "sessionId")
+    if bytes(notice.timestamp) != b"null":
+        context["timestamp"] = notice.timestamp
+    event = Event(
+        type=notice.event or flat,
+        subject=session_id or worker_id or None,
+        data=as_value(notice.data) if notice.event else msgspec.Raw(incoming.body.strip()),
+        context=context,
+    )
+    return Accepted(event=event, reply=reply)
+
+
+def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:
+    """Read a heartbeat of any generation: gauges flat or under `metrics`, sessions counted or listed."""
+    metrics = body.get("metrics")
+    said = {**metrics, **body} if isinstance(metrics, dict) else body
+    counts, sessions = _sessions(said.get("sessions"))
+    return Heartbeat(
+        worker_id=worker_id,
+        status=_status(said.get("status")),
+        version=_text(said.get("version")) or None,
+        environment=_text(said.get("environment")) or None,
+        cpu=_number(said.get("cpuUsage")),
+        memory=_number(said.get("memoryUsage")),
+        uptime=_number(said.get("uptime")),
+        message_count=_whole(said.get("messageCount")),
+        counts=counts,
+        sessions=sessions,
+    )
+
+
+def _sessions(value: Any) -> tuple[dict[str, int] | None, tuple[Session, ...] | None]:
+    """Return what a worker counts, and its sessions where it lists them."""
+    if isinstance(value, dict):
+        counts = {name: count for name, number in value.items() if (count := _whole(number)) is not None}
+        counts.pop("maxSessions", None)  # a limit, no count
+        return dict(list(counts.items())[:_MOST_COUNTS]), None
+    if isinstance(value, list):
+        sessions = tuple(_session(item) for item in value if isinstance(item, dict) and _id(item))
+        by_status = Counter(session.status.lower() or "unknown" for session in sessions).most_common(
+            _MOST_COUNTS
+        )
+        return {"total": len(sessions), **dict(by_status)}, sessions
+    return None, None
+
+
+def _session(item: Mapping[str, Any]) -> Session:
+    return Session(
+        id=_id(item),
+        status=_text(item.get("status")),
+        phone=_text(item.get("phoneNumber")) or None,
+        name=_text(item.get("displayName")) or None,
+        last_activity=_text(item.get("lastActivity")) or None,
+    )
+
+
+def _assignment(session: Session) -> dict[str, str | None]:
+    return {
+        "sessionId": session.id,
+        "status": session.status,
+        "phoneNumber": session.phone,
+        "displayName": session.name,
+        "lastActivity": session.last_activity,
+    }
+
+
+def _id(item: Mapping[str, Any]) -> str:
+    return _text(item.get("sessionId"))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _status(value: Any) -> WorkerStatus | None:
+    return _STATUSES.get(_text(value).strip().upper())
+
+
+def _number(value: Any) -> float | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return float(value) if fits else None
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    return value if fits else None
+
+
+_REGISTER = b"""{
+  "workerId": "worker-001",
+  "endpoint": "http://localhost:8001",
+  "maxSessions": 50,
+  "description": "Primary worker instance",
+  "status": "ONLINE",
+  "version": "1.0.0",
+  "environment": "PRODUCTION",
+  "timestamp": "2024-01-15T10:30:00.000Z"
+}"""
+_BEAT = b"""{
+  "status": "ONLINE",
+  "cpuUsage": 45.5,
+  "memoryUsage": 67.8,
+  "uptime": 3600,
+  "messageCount": 1250,
+  "sessions": {
+    "total": 25,
+    "connected": 20,
+    "disconnected": 2,
+    "qr_required": 2,
+    "reconnecting": 1,
+    "error": 0
+  },
+  "timestamp": "2024-01-15T10:30:00.000Z"
+}"""
+_QR_READY = b"""{
+  "event": "qr_ready",
+  "sessionId": "user123-session1",
+  "workerId": "worker-001",
+  "data": {
+    "status": "qr_required",
+    "qrCode": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAA...",
+    "qrString": "1@ABC123XYZ..."
+  },
+  "timestamp": "2024-01-15T10:30:00.000Z"
+}"""
+
+
+@hookimpl
+def relay_sources() -> list[type[Source]]:
+    """Offer WhatsApp workers."""
+    return [WhatsApp]
