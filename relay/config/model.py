@@ -1,39 +1,50 @@
 """The shape of config.toml: one record per table, every default in one place.
 
 `relay.config.bind` fills these from TOML; a field's type decides how its text is read (`Duration`,
-`Size`, `Rate`, `Secret`, `Secrets`, `Path`), its name is the key.
+`Size`, `Rate`, `Secret`, `Secrets`, `Path`), its name is the key. Bounds are msgspec's `Meta`; a
+`check` is a function of `relay.config.checks`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from relay.config import checks
 from relay.config.secret import Secret
 from relay.units import Duration, Rate, Size
+
+
+def _check(function: Callable[[Any], Any], **more: Any) -> msgspec.Meta:
+    return msgspec.Meta(extra={"check": function, **more})
+
+
+Interval = Annotated[Duration, msgspec.Meta(gt=0)]
+"""A duration that cannot be zero."""
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
     """`[server]`: the public listener, where senders post."""
 
-    listen: str = "127.0.0.1:8080"
-    max_body: Size = 2 * 2**20
-    trusted_proxies: tuple[str, ...] = ()
+    listen: Annotated[str, _check(checks.listen)] = "127.0.0.1:8080"
+    max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
+    trusted_proxies: tuple[Annotated[str, _check(checks.network)], ...] = ()
     shutdown_grace: Duration = 20.0
 
 
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """`[admin]`: metrics, health and the JSON API."""
 
-    listen: str = "127.0.0.1:8081"
-    socket: str = "relay.sock"
+    listen: Annotated[str, _check(checks.listen_or_off)] = "127.0.0.1:8081"
+    socket: Annotated[str, msgspec.Meta(min_length=1)] = "relay.sock"
     tokens: tuple[Secret, ...] = ()
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """`[storage]`: where events live."""
 
-    url: str = "sqlite:relay.db"
+    url: Annotated[str, _check(checks.storage)] = "sqlite:relay.db"
     durability: Literal["full", "normal"] = "full"
     min_free_disk: Size = 64 * 2**20
 
@@ -54,10 +65,10 @@ class Plugins(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     """`[workers]`, and `workers = {…}` of a source: when a silent worker is offline."""
 
-    offline_after: Duration = 90.0
-    check_every: Duration = 10.0
+    offline_after: Interval = 90.0
+    check_every: Interval = 10.0
     startup_hold: Duration = 90.0
-    forget_after: Duration = 30 * 86_400.0
+    forget_after: Interval = 30 * 86_400.0
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +76,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     plugin: str
-    prefix: str = ""
-    max_body: Size = 2 * 2**20
+    prefix: Annotated[str, _check(checks.prefix)] = ""
+    max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
     rate_limit: Rate | None = None
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Annotated[str, _check(checks.web_origin)], ...] = ()
     workers: WorkerRules = WorkerRules()
     settings: Any = None  # the plugin's Source instance, bound by the loader
 
@@ -76,10 +87,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
 class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`retry = {…}` of a destination."""
 
-    schedule: tuple[Duration, ...] = (
+    schedule: tuple[Interval, ...] = (
         5, 30, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400,
     )  # fmt: skip
-    jitter: float = 0.1
+    jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
     max_retry_after: Duration = 3600.0
 
 
@@ -87,19 +98,22 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[destinations.NAME]`: one outgoing webhook."""
 
     name: str
-    url: str
-    events: tuple[str, ...] = ("*",)
+    url: Annotated[str, _check(checks.url)]
+    events: tuple[Annotated[str, _check(checks.pattern)], ...] = ("*",)
     where: Any = None  # relay.filters reads it
-    secrets: tuple[Secret, ...] = ()
+    secrets: tuple[Annotated[Secret, _check(checks.signing_secret)], ...] = ()
     format: str = "standard"
     method: Literal["POST", "PUT"] = "POST"
-    headers: dict[str, Secret] = {}  # values may be secrets, so none of them prints
-    timeout: Duration = 15.0
-    connect_timeout: Duration = 5.0
-    concurrency: int = 8
+    headers: dict[
+        Annotated[str, _check(checks.header_name)],
+        Annotated[Secret, _check(checks.header_value, literal=True)],
+    ] = {}  # values may be secrets, so none of them prints
+    timeout: Interval = 15.0
+    connect_timeout: Interval = 5.0
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 8
     retry: RetryConfig = RetryConfig()
     allow_private: bool = False
-    ca_file: Path | None = None
+    ca_file: Annotated[Path, _check(checks.existing_file)] | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,142 @@
+"""What values must look like beyond their type: a check returns its value or raises ValueError."""
+
+import ipaddress
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from relay.config.secret import Secret
+from relay.signing import decode_key
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)  # RFC 9110, 5.6.2
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
+_PORTS = range(65_536)
+_OURS = {"connection", "content-length", "host", "transfer-encoding"}
+RESERVED = "relay"
+"""The source name that the relay's own events have."""
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Return host and port of `host:port`; an IPv6 host stands in brackets, port 0 is any free one.
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> split_listen("[::1]:8080")
+    ('::1', 8080)
+    """
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    valid = bool(colon and bare) and (":" in bare) == bracketed and not set(bare) & set(" /[]@")
+    if not valid or not _PORT.fullmatch(port) or int(port) not in _PORTS:
+        raise ValueError('expected "host:port" such as "127.0.0.1:8080" or "[::1]:8080"')
+    return bare, int(port)
+
+
+def listen(text: str) -> str:
+    """Check the address of a listener."""
+    split_listen(text)
+    return text
+
+
+def listen_or_off(text: str) -> str:
+    """Check the address of a listener that `""` turns off."""
+    return listen(text) if text else text
+
+
+def network(text: str) -> str:
+    """Check an address or a network in CIDR notation."""
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
+    return text
+
+
+def storage(text: str) -> str:
+    """Check where events live."""
+    if not text.removeprefix("sqlite:") or not text.startswith("sqlite:"):
+        raise ValueError('expected "sqlite:" and the name of a file, such as "sqlite:relay.db"')
+    return text
+
+
+def url(text: str) -> str:
+    """Check the address of a destination; its text is never repeated, it may hold a password."""
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("not a URL: its host or port cannot be read") from None
+    if parts.scheme not in {"http", "https"}:
+        raise ValueError("expected a URL that starts with http:// or https://")
+    if not host:
+        raise ValueError("the URL has no host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("no user name or password in a URL; put an authorization header into `headers`")
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("the URL holds spaces or control characters")
+    return text
+
+
+def web_origin(text: str) -> str:
+    """Check an origin as browsers send it, or `*`."""
+    parts = urlsplit(text)
+    if text != "*" and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError('expected an origin such as "https://shop.example", or "*"')
+    return text
+
+
+def prefix(text: str) -> str:
+    """Check the path below which a source is mounted."""
+    if not _PREFIX.fullmatch(text):
+        raise ValueError('expected a path such as "/acme": a slash first, none at the end')
+    return text
+
+
+def name(text: str) -> str:
+    """Check the name of a source or destination: it becomes part of event types, labels and paths."""
+    if not _NAME.fullmatch(text):
+        raise ValueError("a name is 1 to 64 of a-z, 0-9, - and _, and starts with a letter or a digit")
+    return text
+
+
+def pattern(text: str) -> str:
+    """Check a pattern of event types."""
+    if not text.removeprefix("!"):
+        raise ValueError('a pattern must not be empty; "*" matches every event')
+    return text
+
+
+def header_name(text: str) -> str:
+    """Check the name of a header that an operator adds to deliveries."""
+    if not _TOKEN.fullmatch(text):
+        raise ValueError("not a legal header name")
+    if text.lower() in _OURS or text.lower().startswith("webhook-"):
+        raise ValueError("the relay sets this header itself")
+    return text
+
+
+def header_value(value: Secret) -> Secret:
+    """Check a header's value without ever repeating it."""
+    text = value.reveal()
+    if any(character != "\t" and not character.isprintable() for character in text):
+        raise ValueError("a header's value holds no line breaks or control characters")
+    return value
+
+
+def signing_secret(value: Secret) -> Secret:
+    """Check that a destination's secret is a Standard Webhooks key."""
+    decode_key(value)
+    return value
+
+
+def existing_file(path: Path) -> Path:
+    """Check that a file named by the operator is there and can be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return path

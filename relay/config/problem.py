@@ -1,0 +1,87 @@
+"""What is wrong with a configuration: one record per fault, all of them told at once."""
+
+import difflib
+import json
+from collections.abc import Collection, Iterable
+
+import msgspec
+
+from relay.errors import RelayError
+
+KeyPath = tuple[str | int, ...]
+"""The way to a value in a TOML document: keys of tables, indices of arrays."""
+
+_BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+_SHOWN = 60  # characters of a wrong value that help; more would bury the sentence
+
+
+class Problem(msgspec.Struct, frozen=True, order=True):
+    """One fault, or one warning, and where it is; prints as `file:line: key: problem`."""
+
+    file: str
+    line: int  # 0: the file as a whole
+    key: str  # dotted; "" where no key is to blame
+    problem: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return ": ".join(part for part in (place, self.key, self.problem) if part)
+
+
+class ConfigError(RelayError):
+    """The configuration cannot be used; `problems` has every reason, ordered by place."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(sorted(set(problems)))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a path the way TOML does.
+
+    >>> dotted(("sources", "a b", "tokens", 0, "env"))
+    'sources."a b".tokens[0].env'
+    """
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            bare = step != "" and _BARE.issuperset(step)
+            text += ("." if text else "") + (step if bare else json.dumps(step, ensure_ascii=False))
+    return text
+
+
+def shown(value: object) -> str:
+    """Describe a wrong value briefly, as it stands in the file; never call it on what may be a secret.
+
+    >>> shown(True), shown("x"), shown({})
+    ('true', '"x"', 'a table')
+    """
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    text = (
+        json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | int | float) else str(value)
+    )
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def kind_of(value: object) -> str:
+    """Name the kind of a value that must not be shown.
+
+    >>> kind_of("s3cret")
+    'a string'
+    """
+    return "a string" if isinstance(value, str) else shown(value)
+
+
+def guess(name: str, known: Collection[str]) -> str:
+    """Return `, did you mean "…"?` where one of the known names is near, else nothing.
+
+    >>> guess("max_boddy", ["listen", "max_body"])
+    ', did you mean "max_body"?'
+    """
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f', did you mean "{near[0]}"?' if near else ""

@@ -1,0 +1,57 @@
+"""The tables of config.toml with keys of ours; `relay.loader` adds the sources, whose keys plugins own."""
+
+from pathlib import Path
+from typing import Any
+
+from relay.config import checks
+from relay.config.bind import WRONG, Binder
+from relay.config.model import Config, DestinationConfig, Plugins
+from relay.config.problem import KeyPath
+
+
+def bind_tables(binder: Binder) -> Config:
+    """Bind everything but `[sources]`; where something is wrong and reported, its default stands in."""
+    document = binder.document
+    values = binder.fields(
+        Config,
+        {key: value for key, value in document.data.items() if key not in {"sources", "destinations"}},
+        (),
+        given={
+            "path": document.path,
+            "state_dir": _state_dir(binder),
+            "plugins": Plugins(dirs=tuple(binder.origin.folder / path for path in Plugins().dirs)),
+        },
+        hidden={"path", "warnings"},
+    )
+    good: dict[str, Any] = {key: value for key, value in values.items() if value is not WRONG}
+    good.setdefault("state_dir", document.path.parent)
+    return Config(**good, destinations=_destinations(binder))
+
+
+def named_tables(binder: Binder, key: str) -> dict[str, dict[str, Any]]:
+    """Return the tables `[key.NAME]`, after reporting names that cannot be one."""
+    tables = binder.tables(key)
+    for name in tables:
+        try:
+            checks.name(name)
+        except ValueError as error:
+            binder.report((key, name), str(error))
+    return tables
+
+
+def _state_dir(binder: Binder) -> Path:
+    """Return where the daemon writes by default; systemd may name several folders, colon-separated."""
+    given = binder.origin.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return binder.origin.folder / given
+
+
+def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
+    found = {}
+    for name, table in named_tables(binder, "destinations").items():
+        path: KeyPath = ("destinations", name)
+        destination = binder.struct(DestinationConfig, table, path, given={"name": name}, hidden={"name"})
+        if destination is not None:
+            found[name] = destination
+        if not table.get("secrets"):
+            binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
+    return found
