@@ -1,0 +1,245 @@
+import json
+from fnmatch import fnmatchcase
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import relay.envelope
+import relay.filters
+from relay.envelope import EnvelopeView
+from relay.filters import Explanation, Patterns, Router, Subscription
+from relay.model import Owed, StoredEvent
+from relay.where import Miss
+
+
+def event(type_="adorn.attire.sold", data=b'{"total":45000.00}', subject="s-1"):
+    return StoredEvent(
+        id=7,
+        public_id="evt_018bcfe5-6800-7000-8000-000000000001",
+        source=type_.partition(".")[0],
+        type=type_,
+        subject=subject,
+        received_at=1_700_000_000_123_456,
+        data=data,
+        context=b"{}",
+        body=b"",
+        content_type="application/json",
+        sha256=b"",
+    )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "full_type", "matches"),
+    [
+        (("*",), "moddy.member_joined", True),
+        (("moddy.*",), "moddy.member_joined", True),
+        (("moddy.*",), "moddy", False),
+        (("moddy.*",), "adorn.moddy.x", False),
+        (("lazychat.*",), "lazychat.plugin.updated", True),  # * crosses dots
+        (("*.updated",), "lazychat.plugin.updated", True),
+        (("moddy.member_?oined",), "moddy.member_joined", True),
+        (("moddy.[!x]*",), "moddy.member_joined", True),
+        (("Moddy.*",), "moddy.member_joined", False),  # case counts
+        (("adorn.*", "moddy.*"), "moddy.member_joined", True),
+        (("adorn.*", "!adorn.attire.*"), "adorn.attire.sold", False),
+        (("!adorn.attire.*", "adorn.*"), "adorn.attire.sold", False),  # in any order
+        (("adorn.*", "!adorn.attire.*", "adorn.attire.sold"), "adorn.attire.sold", False),
+        (("adorn.*", "!adorn.attire.*"), "adorn.session", True),
+        (("*",), "relay.delivery.dead", False),
+        (("r*",), "relay.delivery.dead", False),
+        (("[r]elay.*",), "relay.delivery.dead", False),
+        (("relay*",), "relay.delivery.dead", False),
+        (("relay.*",), "relay.delivery.dead", True),
+        (("*", "relay.delivery.*"), "relay.delivery.dead", True),
+        (("relay.*", "!*.dead"), "relay.delivery.dead", False),
+        (("relay.*", "!*"), "relay.delivery.dead", False),
+        (("*",), "relayed.x", True),
+        ((), "moddy.member_joined", False),
+    ],
+)
+def test_patterns_are_those_of_a_shell_and_the_relays_own_events_must_be_named(patterns, full_type, matches):
+    assert Patterns(patterns).matches(full_type) is matches
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (("",), "a pattern is empty"),
+        (("*", "!"), "a pattern is empty"),
+        (("!adorn.*",), '"!adorn.*" takes away from nothing'),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
+    with pytest.raises(ValueError, match=words.replace("*", r"\*")):
+        Patterns(patterns)
+
+
+@given(
+    wanted=st.lists(st.text("ab.*?[]", min_size=1, max_size=5), min_size=1, max_size=3),
+    unwanted=st.lists(st.text("ab.*?[]", min_size=1, max_size=5), max_size=2),
+    full_type=st.text("ab.", min_size=1, max_size=6),
+)
+def test_patterns_mean_what_fnmatchcase_means(wanted, unwanted, full_type):
+    expected = any(fnmatchcase(full_type, each) for each in wanted) and not any(
+        fnmatchcase(full_type, each) for each in unwanted
+    )
+    for patterns in (wanted + ["!" + each for each in unwanted], ["!" + each for each in unwanted] + wanted):
+        assert Patterns(tuple(patterns)).matches(full_type) is expected
+
+
+@pytest.mark.parametrize(
+    ("subscription", "explanation", "lines"),
+    [
+        (
+            Subscription.of(("moddy.*", "adorn.*")),
+            Explanation(matches=True, reason="matched", pattern="adorn.*"),
+            ('yes: "adorn.*" matches',),
+        ),
+        (
+            Subscription.of(("moddy.*",)),
+            Explanation(matches=False, reason="no_pattern"),
+            ("no: no pattern names this type",),
+        ),
+        (
+            Subscription.of(("*", "!*.sold")),
+            Explanation(matches=False, reason="taken_away", pattern="!*.sold"),
+            ('no: "!*.sold" takes it away',),
+        ),
+        (
+            Subscription.of(("*",), {"data.total": {"gte": 45000}}),
+            Explanation(matches=True, reason="matched", pattern="*"),
+            ('yes: "*" matches',),
+        ),
+        (
+            Subscription.of(("*",), {"data.total": {"gt": 45000}}),
+            Explanation(
+                matches=False,
+                reason="where",
+                pattern="*",
+                misses=((Miss(path="data.total", expected="> 45000", found="45000.0"),),),
+            ),
+            ("no: data.total is 45000.0, expected > 45000",),
+        ),
+        (
+            Subscription.of(("*",), [{"data.total": 1}, {"subject": "s-2", "data.x": True}]),
+            Explanation(
+                matches=False,
+                reason="where",
+                pattern="*",
+                misses=(
+                    (Miss(path="data.total", expected="1", found="45000.0"),),
+                    (
+                        Miss(path="subject", expected='"s-2"', found='"s-1"'),
+                        Miss(path="data.x", expected="true", found="absent"),
+                    ),
+                ),
+            ),
+            (
+                "no: alternative 1: data.total is 45000.0, expected 1",
+                'no: alternative 2: subject is "s-1", expected "s-2"',
+                "no: alternative 2: data.x is absent, expected true",
+            ),
+        ),
+    ],
+)
+def test_every_decision_can_be_explained(subscription, explanation, lines):
+    view = EnvelopeView(event())
+    assert subscription.explain(view) == explanation
+    assert subscription.explain(view).lines() == lines
+    assert subscription.matches(view) is explanation.matches
+
+
+def test_an_explanation_is_data_for_json():
+    explanation = Subscription.of(("*",), {"data.total": 1}).explain(EnvelopeView(event()))
+    assert json.loads(msgspec.json.encode(explanation)) == {
+        "matches": False,
+        "reason": "where",
+        "pattern": "*",
+        "misses": [[{"path": "data.total", "expected": "1", "found": "45000.0"}]],
+    }
+
+
+def test_a_subscription_that_is_wrong_is_refused():
+    with pytest.raises(ValueError, match="unknown operator"):
+        Subscription.of(("*",), {"data.total": {"gte_": 1}})
+
+
+def test_an_event_goes_to_every_destination_that_wants_it_in_the_configs_order():
+    router = Router(
+        {
+            "crm": Subscription.of(("adorn.*",)),
+            "bot": Subscription.of(("moddy.*",)),
+            "big": Subscription.of(("*",), {"data.total": {"gte": 1000}}),
+            "all": Subscription.of(("*",)),
+        }
+    )
+    for _ in range(2):  # planned, then remembered
+        assert router.route(event()) == (Owed("crm"), Owed("big"), Owed("all"))
+        assert router.route(event(data=b'{"total":1}')) == (Owed("crm"), Owed("all"))
+        assert router.route(event("moddy.x", data=b"{}")) == (Owed("bot"), Owed("all"))
+        assert router.route(event("relay.delivery.dead")) == ()
+
+
+def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(relay.envelope, "_decode", decoded.append)
+    asks = Subscription.of(("adorn.*",), {"data.total": 1})
+    router = Router({"a": asks, "b": asks, "c": Subscription.of(("*",), {"subject": "s-1"})})
+    router.route(event("moddy.x"))
+    assert decoded == []
+    router.route(event())
+    assert decoded == [b'{"total":45000.00}']
+
+
+def test_senders_that_invent_types_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(relay.filters, "_PLANS", 8)
+    router = Router({"all": Subscription.of(("*",))})
+    for number in range(50):
+        assert router.route(event(f"moddy.{number}")) == (Owed("all"),)
+        assert len(router._plans) <= 8
+
+
+patterns = st.lists(
+    st.sampled_from(["*", "adorn.*", "moddy.*", "*.sold", "relay.*", "adorn.attire.sold"]),
+    min_size=1,
+    max_size=2,
+)
+conditions = st.none() | st.lists(
+    st.dictionaries(
+        st.sampled_from(["data.total", "subject", "data.x"]),
+        st.sampled_from([1, 45000, "s-1", True, {"exists": False}, {"gte": 2}, {"not": "s-1"}]),
+        min_size=1,
+    ),
+    min_size=1,
+    max_size=2,
+)
+subscriptions = st.builds(
+    lambda wanted, unwanted, where: Subscription.of((*wanted, *("!" + each for each in unwanted)), where),
+    patterns,
+    st.just([]) | patterns,
+    conditions,
+)
+events = st.builds(
+    event,
+    st.sampled_from(["adorn.attire.sold", "adorn.session", "moddy.x", "relay.delivery.dead"]),
+    st.sampled_from([b"{}", b'{"total":1}', b'{"total":45000.00,"x":true}', b"[]", b"nonsense"]),
+    st.sampled_from([None, "s-1", "s-2"]),
+)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), subscriptions), st.lists(events, min_size=1, max_size=4))
+def test_matching_routing_and_explaining_agree(by_name, some):
+    router = Router(by_name)
+    for each in some:
+        view = EnvelopeView(each)
+        explained = router.explain(each)
+        wanted = [name for name, subscription in by_name.items() if subscription.matches(view)]
+        assert [owed.destination for owed in router.route(each)] == wanted
+        assert [name for name, explanation in explained.items() if explanation.matches] == wanted
+        for explanation in explained.values():
+            assert explanation.lines()
+            assert all(
+                line.startswith("yes" if explanation.matches else "no") for line in explanation.lines()
+            )
