@@ -129,7 +129,7 @@ def _escape_slack(text: str) -> str:
 
 def _length(text: str) -> int:
     """Count as both services may: a character beyond the basic plane is two UTF-16 units."""
-    return len(text) + sum(character > "\uffff" for character in text)
+    return len(text.encode("utf-16-le")) // 2
 
 
 def _cut(text: str, units: int) -> str:
