@@ -27,6 +27,7 @@ class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
     content_type: str  # of that body
     sha256: bytes  # digest of the body, verified again before it is forwarded
     traceparent: str | None = None  # W3C trace context, if one came in
+    rendered: dict[str, bytes] | None = None  # bodies by format, while in memory; never stored
 
 
 class Delivery(msgspec.Struct, kw_only=True, gc=False):

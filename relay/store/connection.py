@@ -71,9 +71,9 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
 async def open_reader(path: Path) -> aiosqlite.Connection:
     """Open a connection that can only read, and never checkpoints."""
     connection = await aiosqlite.connect(
-        f"{path.absolute().as_uri()}?mode=ro",
+        f"{path.absolute().as_uri()}?mode=ro",  # noqa: ASYNC240 - once, before the daemon serves
         uri=True,
-        isolation_level=None,  # noqa: ASYNC240 - once, before the daemon serves
+        isolation_level=None,
     )
     await connection.execute("PRAGMA busy_timeout = 5000")
     await connection.execute("PRAGMA query_only = ON")

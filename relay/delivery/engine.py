@@ -1,0 +1,73 @@
+"""All lanes together: told of what is new, started, paused and stopped."""
+
+import asyncio
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from relay.clock import Clock
+from relay.config.model import DestinationConfig
+from relay.delivery.client import Client
+from relay.delivery.lane import Lane
+from relay.delivery.memory import Memory
+from relay.delivery.sender import Sender
+from relay.delivery.slots import Slots
+from relay.metrics import Metrics
+from relay.model import Delivery, DestinationState, StoredEvent
+from relay.store import Store
+
+
+class Engine:
+    """Forwards what the store owes to each destination, every one in a lane of its own."""
+
+    def __init__(
+        self,
+        destinations: Mapping[str, DestinationConfig],
+        *,
+        store: Store,
+        clock: Clock,
+        metrics: Metrics,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.lanes: dict[str, Lane] = {}
+        self._destinations = destinations
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._rand = rand
+
+    async def start(self, own: Collection[tuple[str, int]] = ()) -> None:
+        """Open a lane per destination and go on with what the store remembers.
+
+        `own` are the relay's own listeners, which are never dialled.
+        """
+        states = await self._store.destination_states()
+        slots, memory = Slots(), Memory()
+        for name, config in self._destinations.items():
+            client = Client(config, own=own)
+            self.lanes[name] = Lane(
+                config,
+                Sender(config, client, self._clock, self._rand),
+                store=self._store,
+                clock=self._clock,
+                metrics=self._metrics,
+                slots=slots,
+                memory=memory,
+                state=states.get(name) or DestinationState(name=name),
+            )
+        for lane in self.lanes.values():
+            lane.turn()
+
+    def listen(self, _events: Sequence[StoredEvent], deliveries: Sequence[Delivery]) -> None:
+        """Hand fresh deliveries to their lanes, in memory (see `relay.store.Listener`)."""
+        for delivery in deliveries:
+            self._metrics.created.labels(delivery.destination).inc()
+            lane = self.lanes.get(delivery.destination)
+            if lane is None:
+                self._store.release((delivery.id,))
+            else:
+                lane.offer(delivery)
+
+    async def stop(self, seconds: float) -> None:
+        """Let what is in flight finish for so long, record it, and end."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        await asyncio.gather(*(lane.stop(deadline) for lane in self.lanes.values()))

@@ -1,0 +1,102 @@
+"""One attempt: render, sign, send, and say what it means. Knows nothing of queues."""
+
+import hashlib
+from collections.abc import Callable
+
+from relay.clock import SECOND, Clock
+from relay.config.model import DestinationConfig
+from relay.delivery.client import Client
+from relay.formats import FORMATS
+from relay.model import Attempt, Delivery, Outcome, StoredEvent
+from relay.retry import RetryPolicy, Verdict, verdict
+from relay.signing import Signer
+
+BLOCKED_REST = 300 * SECOND
+"""How long a destination rests whose address the guard refused: a fault of configuration or of DNS."""
+
+
+class Sender:
+    """Makes attempts at one destination."""
+
+    def __init__(
+        self, config: DestinationConfig, client: Client, clock: Clock, rand: Callable[[], float]
+    ) -> None:
+        self._config = config
+        self._client = client
+        self._clock = clock
+        self._rand = rand
+        self._signer = Signer(config.secrets)
+        self._format = FORMATS[config.format]
+        self._policy = RetryPolicy.of(config.retry)
+        self._headers = {name: value.reveal() for name, value in config.headers.items()}
+
+    async def attempt(self, delivery: Delivery, event: StoredEvent) -> tuple[Outcome, Verdict]:
+        """Send an event once and judge what came of it; never raises for what a receiver does."""
+        body = self._render(event)
+        started = self._clock.wall()
+        headers = {
+            **self._headers,
+            "content-type": self._format.content_type_of(event),
+            **self._signer.headers(event.public_id, started // SECOND, body),
+        }
+        if event.traceparent is not None:
+            headers["traceparent"] = event.traceparent
+        answer = await self._client.send(self._config.url, headers, body)
+        attempt = Attempt(
+            started_at=started,
+            duration_ms=answer.duration_ms,
+            result=answer.result,
+            status=answer.status,
+            error=answer.error,
+            answer=answer.body,
+            truncated=answer.truncated,
+        )
+        meaning = verdict(
+            answer.status,
+            answer.result,
+            answer.headers,
+            now=self._clock.wall(),
+            max_retry_after=self._config.retry.max_retry_after,
+        )
+        return self._judge(delivery, attempt, meaning), meaning
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
+
+    def _render(self, event: StoredEvent) -> bytes:
+        """Render once per event and format, whatever the number of destinations and attempts."""
+        if event.rendered is None:
+            event.rendered = {}
+        body = event.rendered.get(self._format.name)
+        if body is None:
+            body = event.rendered[self._format.name] = self._format.render(event)
+        return body
+
+    def _judge(self, delivery: Delivery, attempt: Attempt, meaning: Verdict) -> Outcome:
+        match meaning.kind:
+            case "ok":
+                return Outcome(delivery=delivery, attempt=attempt, state="delivered")
+            case "abort":
+                return Outcome(delivery=delivery, attempt=attempt, state="dead", reason=meaning.reason)
+            case "disable" | "hold":
+                # Not this delivery's fault: it stays owed and has spent nothing.
+                rest = BLOCKED_REST if meaning.kind == "hold" else 0
+                due = self._clock.steady() + rest
+                return Outcome(
+                    delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due, counts=False
+                )
+        delay = self._policy.next_delay(delivery.attempts + 1, meaning.hint, self._rand())
+        if delay is None:
+            return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="exhausted")
+        due = self._clock.steady() + int(delay * SECOND)
+        return Outcome(delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due)
+
+
+def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome | None:
+    """Judge what was read back from the disk: a body that is gone or not what came in is dead."""
+    if event is not None and hashlib.sha256(event.body).digest() == event.sha256:
+        return None
+    why = "the event is gone" if event is None else "the stored body is not the one that came in"
+    attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=why)
+    return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="corrupt", counts=False)

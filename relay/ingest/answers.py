@@ -1,0 +1,115 @@
+"""From a source's reply, or a refusal, to the bytes of an answer. Always JSON, never a redirect."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from relay import __version__
+from relay.errors import MethodNotAllowed, PluginFailed, Refusal
+from relay.incoming import Incoming
+from relay.ingest.routes import Mount
+from relay.model import Receipt
+from relay.source import Accepted, Reply
+
+log = logging.getLogger("relay.ingest")
+_encode = msgspec.json.Encoder().encode
+JSON = "application/json"
+
+
+def render(reply: Reply) -> web.Response:
+    """Turn a reply into a response; `bytes` go out as they are."""
+    body = reply.body if isinstance(reply.body, bytes) else _encode(reply.body)
+    headers = {"Content-Type": JSON, **reply.headers}
+    return web.Response(status=reply.status, body=body, headers=headers)
+
+
+def answer(accepted: Accepted, receipt: Receipt) -> web.Response:
+    """Render the reply of an accepted request for one receipt.
+
+    Raises:
+        PluginFailed: the reply cannot be made; nothing may be stored then.
+    """
+    reply = accepted.reply
+    try:
+        if callable(reply):
+            reply = reply(receipt)
+        return render(reply if isinstance(reply, Reply) else Reply(body=reply))
+    except Exception as error:
+        log.exception("a reply could not be rendered")
+        raise PluginFailed from error
+
+
+def answer_again(accepted: Accepted, receipt: Receipt, ready: web.Response) -> web.Response:
+    """Render the reply anew for what the store said; nothing that fails here may become an error."""
+    if not callable(accepted.reply):
+        return ready
+    try:
+        return answer(accepted, receipt)
+    except PluginFailed:
+        return ready
+
+
+def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> web.Response:
+    """Render a refusal in the source's own envelope, or plainly if its plugin fails at that too."""
+    try:
+        response = render(mount.source.refuse(refusal, incoming))
+    except Exception:
+        log.exception("%s: refuse() failed", mount.config.plugin)
+        response = _plain(refusal)
+    return _annotate(response, refusal)
+
+
+def outside(path: str, method: str, refusal: Refusal) -> web.Response:
+    """Answer a path that no source owns."""
+    if path == "/health" and method in ("GET", "HEAD"):
+        return render(Reply(body={"status": "ok", "version": __version__}))
+    return _annotate(_plain(refusal), refusal)
+
+
+def preflight(handlers: Mapping[str, Any]) -> web.Response:
+    """Answer a browser's CORS preflight."""
+    methods = ", ".join(sorted(handlers))
+    headers = {
+        "Access-Control-Allow-Methods": methods,
+        "Access-Control-Allow-Headers": "authorization, content-type",
+        "Access-Control-Max-Age": "600",
+    }
+    return web.Response(status=204, headers=headers)
+
+
+def allow_origin(origins: tuple[str, ...], origin: str | None, response: web.StreamResponse) -> None:
+    """Let a configured origin's page read the answer."""
+    response.headers["Vary"] = "Origin"
+    if origin is not None and ("*" in origins or origin in origins):
+        response.headers["Access-Control-Allow-Origin"] = origin
+
+
+def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
+    """Call a source's method; what is no refusal is the plugin's failure, and shows in its envelope.
+
+    Raises:
+        Refusal: the source's own, or PluginFailed.
+    """
+    try:
+        return plugin(incoming)
+    except Refusal:
+        raise
+    except Exception as error:
+        log.exception("a plugin failed at %s %s", incoming.method, incoming.path)
+        raise PluginFailed from error
+
+
+def _plain(refusal: Refusal) -> web.Response:
+    error = {"code": refusal.code, "message": refusal.message}
+    return render(Reply(status=refusal.status, body={"error": error}))
+
+
+def _annotate(response: web.Response, refusal: Refusal) -> web.Response:
+    if refusal.retry_after and response.status in (408, 429, 503):
+        response.headers["Retry-After"] = str(refusal.retry_after)
+    if isinstance(refusal, MethodNotAllowed):
+        response.headers["Allow"] = ", ".join(refusal.allow)
+    return response

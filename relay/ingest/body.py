@@ -1,0 +1,82 @@
+"""Reading a request's body: with a limit, a deadline and a budget over all requests in flight."""
+
+import asyncio
+
+from aiohttp import StreamReader, web
+
+from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
+
+
+class Budget:
+    """Bytes of bodies being read or waiting for their commit, over all connections."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Reserve bytes.
+
+        Raises:
+            Overloaded: there are not that many left.
+        """
+        if self.used + size > self.limit:
+            raise Overloaded
+        self.used += size
+
+    def give(self, size: int) -> None:
+        """Return reserved bytes."""
+        self.used -= size
+
+
+async def read_body(request: web.BaseRequest, limit: int, seconds: float, budget: Budget) -> bytes:
+    """Read the body; the caller gives `len(body)` back to the budget once it is done with it.
+
+    Raises:
+        UnsupportedEncoding: it is compressed; inflating hostile bodies froze peers for seconds.
+        TooLarge: by its Content-Length, or while it arrives.
+        BodyTimeout: it did not arrive within `seconds`.
+        Malformed: it was cut short or badly framed.
+        Overloaded: the budget is used up.
+    """
+    encoding = request.headers.get("Content-Encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedEncoding
+    if (request.content_length or 0) > limit:
+        raise TooLarge
+    content = request.content
+    if content.is_eof() and content.exception() is None:
+        body = content.read_nowait()
+        if len(body) > limit:
+            raise TooLarge
+        budget.take(len(body))
+        return body
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+    return await _read_slowly(content, limit, seconds, budget)
+
+
+async def _read_slowly(content: StreamReader, limit: int, seconds: float, budget: Budget) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(seconds):
+            while chunk := await content.readany():
+                if size + len(chunk) > limit:
+                    raise TooLarge  # noqa: TRY301 - one place gives the bytes back
+                budget.take(len(chunk))
+                size += len(chunk)
+                chunks.append(chunk)
+    except TimeoutError:
+        budget.give(size)
+        raise BodyTimeout from None
+    except (TooLarge, Overloaded):
+        budget.give(size)
+        raise
+    except Exception as error:
+        budget.give(size)
+        raise Malformed("The body was cut short") from error
+    return b"".join(chunks)

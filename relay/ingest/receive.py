@@ -1,0 +1,216 @@
+"""One request's way: read, verify, understand, make durable, and only then answer."""
+
+import hashlib
+import logging
+
+import msgspec
+from aiohttp import web
+
+from relay.clock import SECOND, Clock
+from relay.errors import (
+    MethodNotAllowed,
+    PluginFailed,
+    Refusal,
+    StorageDown,
+    StorageError,
+    StorageUnavailableError,
+)
+from relay.ids import event_id
+from relay.incoming import Incoming
+from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, preflight, refuse, render
+from relay.ingest.body import Budget, read_body
+from relay.ingest.echoes import Echoes
+from relay.ingest.gate import Gate
+from relay.ingest.routes import Handle, Match, Mount, Routes
+from relay.logs import Sparing
+from relay.metrics import Metrics
+from relay.model import Heartbeat, Receipt, StoredEvent
+from relay.source import Accepted, Event, Reply, check_type
+from relay.store import Acceptance, Store
+
+log = logging.getLogger("relay.ingest")
+_encode = msgspec.json.Encoder().encode
+
+BODY_SECONDS = 10.0
+MOST_BYTES = 32 * 2**20
+TRACEPARENT = 55  # characters of a W3C traceparent, version 00
+
+
+class Ingest:
+    """The public side's one handler."""
+
+    def __init__(
+        self,
+        *,
+        mounts: tuple[Mount, ...],
+        store: Store,
+        clock: Clock,
+        metrics: Metrics,
+        body_seconds: float = BODY_SECONDS,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        self.mounts = {mount.name: mount for mount in mounts}
+        self.gate = Gate(clock)
+        self._routes = Routes(mounts)
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._body_seconds = body_seconds
+        self._budget = Budget(most_bytes)
+        self._echoes = Echoes(clock)
+        self._log = Sparing(log, clock)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; everything that goes wrong is said in the source's own envelope."""
+        began = self._clock.steady()
+        path, _, query = request.raw_path.partition("?")
+        incoming = Incoming(method=request.method, path=path, headers=request.headers, query=query)
+        mount: Mount | None = None
+        try:
+            match = self._routes.find(path)
+            mount = match.mount
+            response = await self._serve(request, match, incoming)
+            self._metrics.ingest.labels(mount.name).observe((self._clock.steady() - began) / SECOND)
+        except Refusal as refusal:
+            mount = mount or self._routes.owner(path)
+            if mount is None:
+                return outside(path, request.method, refusal)
+            response = self._refuse(mount, refusal, incoming)
+        if mount.config.cors_origins:
+            allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
+        return response
+
+    async def _serve(self, request: web.BaseRequest, match: Match, incoming: Incoming) -> web.Response:
+        mount = match.mount
+        handler = match.handlers.get(incoming.method)
+        if handler is None:
+            if incoming.method == "OPTIONS" and mount.config.cors_origins:
+                return preflight(match.handlers)
+            raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
+        body = await read_body(request, mount.config.max_body, self._body_seconds, self._budget)
+        try:
+            incoming.body = body
+            incoming.params = match.params
+            return await self._accept(request, mount, handler, incoming)
+        finally:
+            self._budget.give(len(body))
+
+    async def _accept(
+        self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming
+    ) -> web.Response:
+        ask(mount.source.verify, incoming)
+        self.gate.check(mount, incoming)
+        accepted = ask(handler, incoming)
+        if isinstance(accepted, Reply):
+            return render(accepted)
+        if not isinstance(accepted, Accepted):
+            log.error("%s: a handler returned %s", mount.config.plugin, type(accepted).__name__)
+            raise PluginFailed
+        event = accepted.event
+        stored = None if event is None else self._record(mount, event, incoming)
+        # The answer is rendered before the append, so that a plugin which cannot do it costs a 500
+        # with nothing stored, and leaves only after the commit.
+        expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
+        response = answer(accepted, expected)
+        acceptance = Acceptance(
+            source=mount.name,
+            event=stored,
+            key=None if event is None else event.key or _key(incoming),
+            change=accepted.worker,
+            asks=accepted.asks,
+        )
+        if stored is None:
+            receipt = await self._append(acceptance)
+        else:
+            receipt = await self._append_once(request, acceptance, stored)
+        self._count(mount, acceptance, receipt)
+        return response if receipt == expected else answer_again(accepted, receipt, response)
+
+    def _record(self, mount: Mount, event: Event, incoming: Incoming) -> StoredEvent:
+        check_type(event.type)
+        now = self._clock.wall()
+        body, trace = incoming.body, incoming.header("traceparent")
+        try:
+            data, context = _json(event.data), _json(event.context)
+        except Exception as error:
+            log.exception("%s: an event's data cannot be encoded", mount.config.plugin)
+            raise PluginFailed from error
+        return StoredEvent(
+            id=0,
+            public_id=event_id(now),
+            source=mount.name,
+            type=f"{mount.name}.{event.type}",
+            subject=event.subject,
+            received_at=now,
+            data=data,
+            context=context,
+            body=body,
+            content_type=incoming.header("Content-Type") or "application/octet-stream",
+            sha256=hashlib.sha256(body).digest(),
+            traceparent=trace if len(trace) == TRACEPARENT else None,
+        )
+
+    async def _append_once(
+        self, request: web.BaseRequest, acceptance: Acceptance, stored: StoredEvent
+    ) -> Receipt:
+        """Append, unless this repeats a request whose sender hung up before it was answered."""
+        fingerprint = (request.raw_path, stored.sha256)
+        first = await self._echoes.first(fingerprint)
+        if first is not None:
+            receipt = msgspec.structs.replace(first, duplicate=True)
+            self._echoes.unheard(fingerprint, receipt, gone=_gone(request))
+            return receipt
+        entry = self._echoes.begin(fingerprint, lambda: _gone(request))
+        try:
+            receipt = await self._append(acceptance)
+        except BaseException:
+            self._echoes.end(fingerprint, entry, None)
+            raise
+        self._echoes.end(fingerprint, entry, receipt)
+        return receipt
+
+    async def _append(self, acceptance: Acceptance) -> Receipt:
+        try:
+            return await self._store.append(acceptance)
+        except StorageUnavailableError as error:
+            raise StorageDown from error
+        except StorageError as error:
+            raise PluginFailed from error
+
+    def _count(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
+        metrics, name = self._metrics, mount.name
+        if isinstance(acceptance.change, Heartbeat):
+            metrics.heartbeats.labels(name).inc()
+        if acceptance.event is None:
+            return
+        if receipt.duplicate:
+            metrics.duplicates.labels(name).inc()
+        else:
+            metrics.received.labels(name).inc()
+            metrics.bytes.labels(name).inc(len(acceptance.event.body))
+
+    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> web.Response:
+        self._metrics.rejected.labels(mount.name, refusal.reason).inc()
+        if isinstance(refusal, PluginFailed):
+            self._metrics.plugin_errors.labels(mount.config.plugin).inc()
+        response = refuse(mount, refusal, incoming)
+        what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
+        self._log.info(what, f"{what}: {refusal.message}")
+        return response
+
+
+def _key(incoming: Incoming) -> str | None:
+    """Return the sender's own idempotency key; the two header names are the field's."""
+    headers = incoming.headers
+    if "Idempotency-Key" in headers or "webhook-id" in headers:
+        return incoming.header("Idempotency-Key") or incoming.header("webhook-id") or None
+    return None
+
+
+def _json(value: object) -> bytes:
+    return bytes(value) if isinstance(value, msgspec.Raw) else _encode(value)
+
+
+def _gone(request: web.BaseRequest) -> bool:
+    transport = request.transport
+    return transport is None or transport.is_closing()

@@ -1,0 +1,87 @@
+"""aiohttp's server, hardened for the open internet: caps, deadlines, and never a word of HTML."""
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+log = logging.getLogger("relay.http")
+
+KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
+FIRST_HEAD = 10.0  # seconds for the first request's head
+LINGERING = 1.0  # seconds to swallow the rest of a refused body
+MAX_CONNECTIONS = 4096
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"Connection: close\r\nContent-Length: 60\r\n\r\n"
+    b'{"error":{"code":"overload","message":"Too many connections"}}'.ljust(60)
+)
+
+
+class Connection(RequestHandler):
+    """One connection, refused with 503 beyond the cap and closed if it never says what it wants."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection in, or send it away."""
+        super().connection_made(transport)
+        server: Any = self._manager
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - aiohttp listens on streams
+        if len(server.connections) > server.max_connections:
+            transport.write(_FULL)
+            transport.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._head_deadline = loop.call_later(FIRST_HEAD, self._close_if_silent)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Count the connection out."""
+        deadline = getattr(self, "_head_deadline", None)
+        if deadline is not None:
+            deadline.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_silent(self) -> None:
+        if self._request_count == 0:
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP, in JSON and without a traceback in the log."""
+        _ = message
+        log.debug("bad request from %s: %s", request.remote, type(exc).__name__)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        text = "Bad request" if status < 500 else "Internal server error"  # noqa: PLR2004 - HTTP
+        code = "bad_request" if status < 500 else "internal_error"  # noqa: PLR2004 - HTTP
+        body = msgspec.json.encode({"error": {"code": code, "message": text}})
+        response = web.Response(status=status, body=body, content_type="application/json")
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """Makes hardened connections for one listener."""
+
+    def __init__(self, handler: Any, *, max_connections: int = MAX_CONNECTIONS) -> None:
+        super().__init__(handler)
+        self.max_connections = max_connections
+
+    def __call__(self) -> RequestHandler:
+        """Return the protocol of a new connection."""
+        return Connection(
+            self,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=KEEPALIVE,
+            lingering_time=LINGERING,
+            access_log=None,  # type: ignore[arg-type] # None turns it off, as in AppRunner
+            auto_decompress=False,
+        )
