@@ -109,10 +109,10 @@ def _message(event: StoredEvent, limit: int, escape: Callable[[str], str]) -> st
         return headline
     opening, closing, more = "\n```\n", "\n```", "…"
     room = limit - _length(headline + opening + closing + more)
-    # A character is at most four bytes; cut first, so that megabytes cost no more than a short body.
+    # A character is at most four bytes, so this much never fits whole: megabytes cost no more than that.
     data = event.data[: 4 * limit].decode("utf-8", "ignore").replace("```", "'''")
     text = escape(data)
-    if _length(text) > room or len(event.data) > 4 * limit:
+    if _length(text) > room:
         text = re.sub("&[a-z]*$", "", _cut(text, room)) + more  # no half of an &amp;
     return headline + opening + text + closing
 

@@ -130,6 +130,8 @@ def test_a_value_that_the_fast_decoder_refuses_leaves_its_neighbours_readable(od
     assert shown.find(Path.parse("data.odd")) is not ABSENT
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b'"\xff"', b"[" * 100_000, b'{"a":' * 100_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"\xff", b'"\xff"', b"[" * 100_000, b"[1e400," + b"[" * 100_000, b'{"a":' * 100_000]
+)
 def test_what_cannot_be_decoded_at_all_is_absent(raw):
     assert view(raw).find(Path.parse("data")) is ABSENT
