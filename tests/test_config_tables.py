@@ -76,7 +76,8 @@ def test_state_goes_where_config_or_systemd_says_or_beside_the_config(bind, tmp_
 def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
     (tmp_path / "ca.pem").write_text("x")
     config, binder = bind(
-        CRM
+        "sources.adorn.plugin = 'adorn'\n"
+        + CRM
         + """
         events = ["adorn.*", "!adorn.attire.*"]
         where = [{ "data.sale_made" = true }]

@@ -105,6 +105,8 @@ class Binder:
         for key, field in fields.items():
             if key in keys and key in table:
                 values[key] = self.value(field.type, table[key], (*path, key), base=values.get(key))
+                if field.required and isinstance(values[key], Secrets) and not values[key]:
+                    self.report((*path, key), "an empty list lets nobody in")
             elif field.required and key not in values:
                 self.report((*path, key), "missing; it has no default")
                 values[key] = WRONG

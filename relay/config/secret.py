@@ -70,6 +70,12 @@ class Secrets:
     def __len__(self) -> int:
         return len(self._credentials)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secrets) and self._credentials == other._credentials
+
+    def __hash__(self) -> int:
+        return hash(self._credentials)
+
     def __repr__(self) -> str:
         return f"<{len(self)} secrets>"
 

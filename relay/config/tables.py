@@ -6,7 +6,10 @@ from typing import Any
 from relay.config import checks
 from relay.config.bind import WRONG, Binder
 from relay.config.model import Config, DestinationConfig, Plugins
-from relay.config.problem import KeyPath
+from relay.config.problem import KeyPath, guess
+from relay.filters import OPERATOR_EVENTS, Patterns
+from relay.formats import FORMATS
+from relay.where import compile_where
 
 
 def bind_tables(binder: Binder) -> Config:
@@ -51,7 +54,31 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
         path: KeyPath = ("destinations", name)
         destination = binder.struct(DestinationConfig, table, path, given={"name": name}, hidden={"name"})
         if destination is not None:
+            _check_choice(binder, destination, path)
             found[name] = destination
         if not table.get("secrets"):
             binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
     return found
+
+
+def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
+    """Check which events a destination chooses, and how it wants them written."""
+    try:
+        Patterns(destination.events)
+    except ValueError as error:
+        binder.report((*path, "events"), str(error))
+    try:
+        if destination.where is not None:
+            compile_where(destination.where)
+    except ValueError as error:
+        binder.report((*path, "where"), str(error))
+    if destination.format not in FORMATS:
+        advice = guess(destination.format, FORMATS) or f"; there are: {', '.join(FORMATS)}"
+        binder.report((*path, "format"), f'no format is called "{destination.format}"{advice}')
+    tables = binder.document.data.get("sources")
+    sources = tables if isinstance(tables, dict) else {}
+    for index, pattern in enumerate(destination.events):
+        source, dot, _ = pattern.removeprefix("!").partition(".")
+        known = source in sources or f"{source}." == OPERATOR_EVENTS
+        if dot and not known and not set(source) & set("*?["):
+            binder.warn((*path, "events", index), f'no source is called "{source}"{guess(source, sources)}')

@@ -1,0 +1,119 @@
+"""The three doors that plugins come in by: the operator's folders, installed packages, bundled sources."""
+
+import hashlib
+import importlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import msgspec
+
+import relay
+from relay.config.problem import Problem
+
+Door = Literal["dirs", "entry point", "bundled"]
+GROUP = "relay"
+"""The group of entry points that packages offer plugins under."""
+
+BUNDLED = "relay.sources"
+"""The package of the bundled sources; its files stand in `plugins/` (see pyproject.toml)."""
+
+
+class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that came in: imported, and not yet asked what it offers."""
+
+    module: Any  # an entry point may name any object
+    file: str  # for messages and lists
+    door: Door
+    version: str  # "" where it states none
+
+
+def at_the_doors(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+    """Import every plugin, the earlier door first; one that cannot be imported is a problem."""
+    yield from _in_folders(dirs)
+    yield from _installed()
+    yield from _bundled()
+
+
+def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+    files = [file for folder in dirs for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
+    for file in dict.fromkeys(file.resolve() for file in files):
+        loaded = _attempt(str(file), partial(_import_file, file))
+        if isinstance(loaded, Problem):
+            yield loaded
+        else:
+            version = str(getattr(loaded, "__version__", ""))
+            yield Plugin(module=loaded, file=str(file), door="dirs", version=version)
+
+
+def _installed() -> Iterator[Plugin | Problem]:
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        name = f'entry point "{point.name} = {point.value}"'
+        loaded = _attempt(name, point.load)
+        if isinstance(loaded, Problem):
+            yield loaded
+        else:
+            file = str(getattr(loaded, "__file__", None) or name)
+            version = point.dist.version if point.dist else ""
+            yield Plugin(module=loaded, file=file, door="entry point", version=version)
+
+
+def _bundled() -> Iterator[Plugin | Problem]:
+    package = importlib.import_module(BUNDLED)
+    for info in pkgutil.iter_modules(package.__path__):
+        name = f"{BUNDLED}.{info.name}"
+        loaded = _attempt(name, partial(importlib.import_module, name))
+        if isinstance(loaded, Problem):
+            yield loaded
+        else:
+            yield Plugin(module=loaded, file=str(loaded.__file__), door="bundled", version=relay.__version__)
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Run a file as a module of a private name; the same bytes run once, so a reload gets equal classes.
+
+    The name holds a digest of path and content: an edited file is another module, never a stale one.
+    Nothing is written beside the operator's files.
+    """
+    content = file.read_bytes()
+    key = hashlib.sha256(bytes(file) + b"\0" + content).hexdigest()[:16]
+    name = f"_relay_plugin_{file.stem}_{key}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    sys.modules[name] = module  # msgspec looks annotations up there
+    try:
+        exec(compile(content, str(file), "exec"), module.__dict__)  # noqa: S102 - running it is the point
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _attempt(file: str, load: Callable[[], Any]) -> Any:
+    """Return what `load` returns, or a problem in one sentence: a plugin may raise anything."""
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - see above
+        if isinstance(error, SyntaxError) and error.filename == file:
+            return Problem(file, error.lineno or 0, "", f"cannot be imported: {error.msg}")
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        line = (lines[-1] if lines else 0) or 0
+        return Problem(file, line, "", f"cannot be imported: {in_one_line(error)}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """Write an exception as part of a sentence.
+
+    >>> in_one_line(KeyError("x"))
+    "KeyError: 'x'"
+    """
+    return " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())

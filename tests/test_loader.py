@@ -1,0 +1,371 @@
+"""Plugins come in by three doors, and every source's settings are bound, or all that is wrong is told."""
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from relay import __version__
+from relay.config.problem import ConfigError
+from relay.loader import discover, load
+
+PLUGIN = """
+from relay.hookspecs import hookimpl
+from relay.source import Accepted, Duration, Event, Secrets, Source, route
+
+class Shop(Source, kind="{kind}", owns=("/{kind}",)):
+    tokens: Secrets
+    patience: Duration = 5.0
+
+    @route("POST", "/{kind}/{{id}}/events")
+    def event(self, incoming):
+        return Accepted(event=Event(type="sold"), reply={{}})
+
+    def warnings(self):
+        return ("is in a hurry",) if self.patience < 1 else ()
+
+@hookimpl
+def relay_sources():
+    return [Shop]
+"""
+HEAD = "from relay.hookspecs import hookimpl\nfrom relay.source import Source, Invalid, Secrets, route\n"
+SHOP = "[sources.shop]\nplugin = 'shop'\ntokens = [{ env = 'TOKEN' }]\n"
+
+
+@pytest.fixture
+def plugins(tmp_path):
+    folder = tmp_path / "plugins.d"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def setup(tmp_path):
+    def run(text):
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return load(path, {"TOKEN": "hush"})
+
+    return run
+
+
+@pytest.fixture
+def told(setup, tmp_path):
+    def run(text):
+        with pytest.raises(ConfigError) as caught:
+            setup(text)
+        assert "hush" not in str(caught.value)
+        return [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+    return run
+
+
+def install(folder, monkeypatch, name, source, entry):
+    """Lay an installed distribution into a folder on the path."""
+    info = folder / f"{name}-3.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 3.2\n")
+    (info / "entry_points.txt").write_text(f"[relay]\n{entry}\n")
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+# --- doors --------------------------------------------------------------------------------------
+
+
+def test_the_bundled_sources_are_always_there():
+    kinds, problems = discover([])
+    assert problems == []
+    assert set(kinds) == {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+    moddy = kinds["moddy"]
+    assert (moddy.door, moddy.version, Path(moddy.file).name) == ("bundled", __version__, "moddy.py")
+
+
+def test_a_file_in_a_plugin_folder_offers_a_kind(plugins):
+    (plugins / "shop.py").write_text("__version__ = '1.2'\n" + PLUGIN.format(kind="shop"))
+    (plugins / "_helper.py").write_text("raise RuntimeError")
+    kinds, problems = discover([plugins, plugins / "missing"])
+    assert problems == []
+    shop = kinds["shop"]
+    assert (shop.door, shop.file, shop.version) == ("dirs", str(plugins / "shop.py"), "1.2")
+    assert not (plugins / "__pycache__").exists()
+
+
+def test_an_installed_package_offers_a_kind(tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, "acme_relay", PLUGIN.format(kind="acme"), "acme = acme_relay")
+    kinds, problems = discover([])
+    assert problems == []
+    assert (kinds["acme"].door, kinds["acme"].version) == ("entry point", "3.2")
+
+
+def test_an_earlier_door_hides_the_same_kind_of_a_later_one(plugins, tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, "two_kinds", PLUGIN.format(kind="moddy"), "x = two_kinds")
+    assert discover([])[0]["moddy"].door == "entry point"
+    (plugins / "mine.py").write_text(PLUGIN.format(kind="moddy"))
+    kinds, problems = discover([plugins])
+    assert kinds["moddy"].door == "dirs"
+    assert problems == []
+
+
+def test_two_plugins_of_one_door_with_one_kind_stop_the_start_naming_both_files(plugins):
+    (plugins / "a.py").write_text(PLUGIN.format(kind="shop"))
+    (plugins / "b.py").write_text(PLUGIN.format(kind="shop"))
+    _, (problem,) = discover([plugins])
+    assert str(problem) == f'{plugins}/b.py: offers the kind "shop", as {plugins}/a.py does; keep one of them'
+
+
+def test_a_folder_named_twice_is_read_once(plugins):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
+    kinds, problems = discover([plugins, plugins.parent / "." / "plugins.d"])
+    assert problems == []
+    assert "shop" in kinds
+
+
+def test_an_unchanged_file_gives_the_same_class_again_and_an_edited_one_another(plugins):
+    file = plugins / "shop.py"
+    file.write_text(PLUGIN.format(kind="shop"))
+    first = discover([plugins])[0]["shop"].source
+    assert discover([plugins])[0]["shop"].source is first
+    file.write_text(PLUGIN.format(kind="shop") + "\n# edited\n")
+    assert discover([plugins])[0]["shop"].source is not first
+
+
+def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
+    (plugins / "bad.py").write_text("raise RuntimeError")
+    assert discover([plugins])[1] != []
+    assert not [name for name in sys.modules if name.startswith("_relay_plugin_bad_")]
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "says"),
+    [
+        ("import nonsense_module", 1, "cannot be imported: ModuleNotFoundError: No module named"),
+        ("x = 1\ndef f(:\n", 2, "cannot be imported: invalid syntax"),
+        ("x = 1\n\nraise SystemExit(3)", 3, "cannot be imported: SystemExit: 3"),
+        ("def f():\n    return 1 / 0\nf()", 2, "cannot be imported: ZeroDivisionError"),
+        ("'\0'", 0, "cannot be imported: "),
+        ("x = 1", 0, "offers nothing; define relay_sources() with @hookimpl"),
+        (
+            HEAD + "@hookimpl\ndef relay_source(): return []",
+            0,
+            'a hook "relay_source" that does not exist, did you',
+        ),
+        (
+            "def relay_source(): return []",
+            0,
+            'has a hook "relay_source" that does not exist, did you mean "relay_s',
+        ),
+        ("def relay_sources(): return []", 0, "defines relay_sources() without @hookimpl"),
+        (
+            HEAD + "@hookimpl(specname='relay_x')\ndef f(): return []",
+            0,
+            'has a hook "relay_x" that does not exist',
+        ),
+        (
+            HEAD + "@hookimpl\ndef relay_sources(config): return []",
+            0,
+            "is no valid plugin: Argument(s) {'config'}",
+        ),
+        (
+            HEAD + "@hookimpl\ndef relay_sources(): return 3",
+            0,
+            "returned 3; expected a list of Source classes",
+        ),
+        (
+            HEAD + "@hookimpl\ndef relay_sources(): return [3]",
+            0,
+            "returned a list with 3, which is no Source class",
+        ),
+        (HEAD + "@hookimpl\ndef relay_sources(): return 1/0", 0, "relay_sources() raised ZeroDivisionError"),
+        (HEAD + "@hookimpl\ndef relay_sources():\n yield 1", 0, "expected a list of Source classes"),
+        (
+            HEAD + "class Shop(Source): pass\n@hookimpl\ndef relay_sources(): return [Shop]",
+            0,
+            "Shop has the kind '': a name is 1 to 64",
+        ),
+        (
+            HEAD
+            + "class Shop(Source, kind='s'):\n prefix: str\n@hookimpl\ndef relay_sources(): return [Shop]",
+            0,
+            "Shop has a field `prefix`: that key belongs to every source",
+        ),
+        (
+            HEAD + "class Shop(Source, kind='s'):\n x: 'Nope'\n@hookimpl\ndef relay_sources(): return [Shop]",
+            0,
+            "Shop has a field of an unknown type: name 'Nope' is not defined",
+        ),
+    ],
+)
+def test_a_broken_plugin_is_one_sentence_that_names_its_file(plugins, source, line, says):
+    file = plugins / "bad.py"
+    file.write_text(source)
+    kinds, (problem,) = discover([plugins])
+    assert problem.file == str(file)
+    assert problem.line == line
+    assert says in problem.problem
+    assert "\n" not in str(problem)
+    assert "moddy" in kinds
+
+
+def test_a_broken_entry_point_is_named(tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, "broken_relay", "raise RuntimeError('no')", "b = broken_relay")
+    _, (problem,) = discover([])
+    assert str(problem) == 'entry point "b = broken_relay": cannot be imported: RuntimeError: no'
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+def test_a_source_has_the_keys_of_all_sources_and_those_of_its_plugin(setup, plugins):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
+    result = setup(
+        "[server]\nmax_body = '1 MiB'\n[workers]\noffline_after = '60s'\n"
+        + SHOP
+        + "patience = '2m'\nprefix = '/acme'\nworkers = { check_every = '1s' }\nrate_limit = '10/s'\n"
+    )
+    shop = result.config.sources["shop"]
+    assert (shop.name, shop.plugin, shop.prefix, shop.max_body) == ("shop", "shop", "/acme", 2**20)
+    assert (shop.workers.offline_after, shop.workers.check_every) == (60.0, 1.0)
+    assert type(shop.settings) is result.kinds["shop"].source
+    assert shop.settings.patience == 120.0
+    assert shop.settings.tokens.find(b"hush") is not None
+    assert "hush" not in repr(result)
+
+
+def test_an_unchanged_config_loads_equal(setup, plugins):
+    """What a reload relies on to see that nothing changed."""
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
+    first, second = setup(SHOP), setup(SHOP)
+    assert first == second
+    assert first != setup(SHOP + "patience = '9s'")
+
+
+def test_warnings_come_from_plugins_and_from_destinations_and_stop_nothing(setup, plugins, tmp_path):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
+    text = (
+        SHOP
+        + "patience = '1ms'\n[destinations.crm]\nurl = 'http://x'\nevents = ['shpo.*', 'shop.*', '*.x']\n"
+    )
+    warnings = [warning.replace(f"{tmp_path}/", "") for warning in setup(text).config.warnings]
+    assert warnings == [
+        "config.toml:1: sources.shop: is in a hurry",
+        "config.toml:5: destinations.crm: unsigned: it has no `secrets`, "
+        "so its receiver cannot tell who sends",
+        'config.toml:7: destinations.crm.events[0]: no source is called "shpo", did you mean "shop"?',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        (SHOP + "patence = '1s'", ['4: sources.shop.patence: unknown key, did you mean "patience"?']),
+        (SHOP + "prefx = '/a'", ['4: sources.shop.prefx: unknown key, did you mean "prefix"?']),
+        (SHOP + "settings = 1", ["4: sources.shop.settings: unknown key; known here: cors_origins, max"]),
+        (SHOP + "patience = 5", ['4: sources.shop.patience: expected a duration such as "5s", got 5']),
+        (SHOP + "prefix = 'acme/'", ["4: sources.shop.prefix: expected a path"]),
+        ("[sources.shop]\nplugin = 'shop'", ["1: sources.shop.tokens: missing; it has no default"]),
+        (
+            "[sources.shop]\nplugin = 'shop'\ntokens = []",
+            ["3: sources.shop.tokens: an empty list lets nobody in"],
+        ),
+        (
+            "[sources.shop]\nplugin = 'shop'\ntokens = ['hush']",
+            ["3: sources.shop.tokens[0]: a literal secret"],
+        ),
+        ("[sources.a]", ["1: sources.a.plugin: missing"]),
+        ("[sources.a]\nplugin = 5", ["2: sources.a.plugin: expected a string, got 5"]),
+        (
+            "[sources.a]\nplugin = 'lazychatt'\ntokens = []",
+            ['2: sources.a.plugin: no plugin offers the kind "lazychatt", did you mean "lazychat"?'],
+        ),
+        (
+            "[sources.a]\nplugin = 'x'",
+            ['2: sources.a.plugin: no plugin offers the kind "x"; there are: adorn, compozy, lazych'],
+        ),
+        ("[sources.relay]\nplugin = 'adorn'", ["1: sources.relay: this name is reserved"]),
+        ("[sources.Bad]\nplugin = 'adorn'", ["1: sources.Bad: a name is 1 to 64"]),
+        ("sources = 5", ["1: sources: expected tables such as [sources.NAME], got 5"]),
+        (
+            "[sources.a]\nplugin = 'adorn'\n[sources.b]\nplugin = 'adorn'",
+            ['3: sources.b: claims everything below /v1, as source "a" does; give it a `prefix`'],
+        ),
+        (
+            "log.levle = 1\n" + SHOP + "max_body = 1",
+            ["1: log.levle: unknown", "5: sources.shop.max_body: exp"],
+        ),
+        (
+            "[destinations.crm]\nurl = 'http://x'\nevents = ['!a']\nformat = 'standart'\nwhere = 5",
+            [
+                '3: destinations.crm.events: "!a" takes away from nothing',
+                '4: destinations.crm.format: no format is called "standart", did you mean "standard"?',
+                "5: destinations.crm.where: expected a table of conditions",
+            ],
+        ),
+        (
+            "sources = 5\n[destinations.crm]\nurl = 'http://x'\nevents = ['a.*']",
+            ["1: sources: expected tables"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_told_at_its_line(told, plugins, text, problems):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
+    found = told(text)
+    assert len(found) == len(problems)
+    for problem, expected in zip(found, problems, strict=True):
+        assert problem.startswith(f"config.toml:{expected}")
+
+
+@pytest.mark.parametrize(
+    ("raises", "says"),
+    [
+        ("raise ValueError('shops need a name')", "shops need a name"),
+        ("raise Invalid(field='shop', issue='is closed')", "shop: is closed"),
+        ("1 / 0", 'the plugin "shop" ('),
+    ],
+)
+@pytest.mark.parametrize("method", ["__post_init__", "warnings"])
+def test_a_plugin_that_refuses_its_settings_is_a_problem_of_its_table(told, plugins, method, raises, says):
+    (plugins / "shop.py").write_text(
+        HEAD
+        + f"class Shop(Source, kind='shop'):\n    def {method}(self):\n        {raises}\n"
+        + "@hookimpl\ndef relay_sources(): return [Shop]\n"
+    )
+    (problem,) = told("\n[sources.shop]\nplugin = 'shop'")
+    assert problem.startswith(f"config.toml:2: sources.shop: {says}")
+
+
+def test_a_prefix_lets_a_second_instance_of_a_plugin_in(setup):
+    config = setup("[sources.a]\nplugin = 'adorn'\n[sources.b]\nplugin = 'adorn'\nprefix = '/b'").config
+    assert set(config.sources) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("route", "claim"),
+    [("/internal/event/notify", "POST /internal/event/notify"), ("/health", "GET /health")],
+)
+def test_two_claims_to_one_route_stop_the_start(told, plugins, route, claim):
+    method = claim.split()[0]
+    (plugins / "shop.py").write_text(
+        HEAD
+        + f"class Shop(Source, kind='shop', owns=('/shop',)):\n    @route('{method}', '{route}')\n"
+        + "    def event(self, incoming): pass\n@hookimpl\ndef relay_sources(): return [Shop]\n"
+    )
+    (problem,) = told(
+        "[sources.m]\nplugin = 'moddy'\ntokens = [{ env = 'TOKEN' }]\n[sources.s]\nplugin = 'shop'"
+    )
+    rival = "the relay itself" if route == "/health" else 'source "m"'
+    assert problem == f"config.toml:4: sources.s: claims {claim}, as {rival} does; give it a `prefix`"
+
+
+def test_while_a_plugin_is_broken_an_unknown_kind_is_not_blamed_as_well(told, plugins):
+    (plugins / "shop.py").write_text("def f(:")
+    (problem,) = told(SHOP)
+    assert problem.startswith("plugins.d/shop.py:1: cannot be imported")
+
+
+def test_a_setup_does_not_change(setup):
+    result = setup("")
+    with pytest.raises(AttributeError):
+        result.config = None
+    assert isinstance(result, msgspec.Struct)
