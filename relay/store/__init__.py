@@ -132,6 +132,10 @@ class Store(Protocol):
         """Return ledger and counted pending deliveries per destination, from one snapshot."""
         ...
 
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the registry as it is now."""
+        ...
+
     async def find(
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
     ) -> list[dict[str, Any]]:

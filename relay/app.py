@@ -1,0 +1,206 @@
+"""The daemon's life, downwards: take possession, open up, serve, drain, let go."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from relay import __version__
+from relay.api import Api
+from relay.clock import Clock, SystemClock
+from relay.config.model import Config, WorkerRules
+from relay.delivery.engine import Engine
+from relay.errors import RelayError
+from relay.filters import Router, Subscription
+from relay.health import Health
+from relay.ingest.receive import Ingest
+from relay.ingest.routes import Mount
+from relay.ingest.server import Server
+from relay.jobs import Jobs
+from relay.listeners import address, bind, bind_unix, close, listen, url
+from relay.metrics import Metrics
+from relay.statedir import StateDir
+from relay.store.connection import has_wal_reset_bug
+from relay.store.sqlite import SqliteStore
+from relay.units import render_size
+from relay.workers import Watch
+
+log = logging.getLogger("relay")
+
+FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memory
+DISK_EVERY = 1.0
+BOOKS_EVERY = 15.0
+
+
+class Addresses(msgspec.Struct, frozen=True):
+    """Where the daemon listens, once it does."""
+
+    public: str  # URL
+    admin: str | None  # URL; None: off
+    socket: Path
+
+
+class App:
+    """The parts, put together; `run` is their life."""
+
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        self.config = config
+        self.clock = clock = clock or SystemClock()
+        self.health = Health()
+        self.state_dir = StateDir(config.state_dir)
+        self.metrics = Metrics(config.sources, config.destinations)
+        self.store = SqliteStore(
+            _database(config),
+            clock,
+            full=config.storage.durability == "full",
+            rules=self._rules,
+            on_fatal=_die,
+        )
+        mounts = tuple(
+            Mount(name=name, source=source.settings, config=source) for name, source in config.sources.items()
+        )
+        self.ingest = Ingest(mounts=mounts, store=self.store, clock=clock, metrics=self.metrics)
+        self.engine = Engine(config.destinations, store=self.store, clock=clock, metrics=self.metrics)
+        router = Router({name: Subscription.of(d.events, d.where) for name, d in config.destinations.items()})
+        self.store.route = router.route
+        self.store.listener = self.engine.listen
+        self.watch = Watch(self.store, clock, min([r.check_every for r in self._all_rules()]))
+        self.api = Api(
+            store=self.store,
+            ingest=self.ingest,
+            engine=self.engine,
+            health=self.health,
+            clock=clock,
+            registry=self.metrics.registry,
+        )
+        self.stopping = asyncio.Event()
+
+    async def run(self, on_ready: Callable[[Addresses], None] = lambda _addresses: None) -> None:
+        """Live until `stopping` is set.
+
+        Raises:
+            RelayError: it could not start; nothing is left behind.
+        """
+        config = self.config
+        grace = config.server.shutdown_grace
+        async with AsyncExitStack() as life:
+            self.state_dir.take()
+            life.callback(self.state_dir.release)
+            public = bind(config.server.listen, "[server] listen")
+            life.callback(public.close)
+            admin = bind(config.admin.listen, "[admin] listen") if config.admin.listen else None
+            if admin is not None:
+                life.callback(admin.close)
+            socket_path = _socket_path(config)
+            unix = bind_unix(socket_path)
+            life.callback(socket_path.unlink, missing_ok=True)
+
+            self._warn()
+            await self.store.open()
+            life.push_async_callback(self.store.close)
+            await self.watch.sweep()
+            jobs = self._jobs()
+            jobs.start()
+            life.callback(jobs.stop)
+            own = [address(sock) for sock in (public, admin) if sock is not None]
+            await self.engine.start(own)
+            life.push_async_callback(self.engine.stop, grace)
+
+            runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
+            if admin is not None:
+                app = self.api.tcp_app(config.admin.tokens)
+                runners.append(await listen(app, admin, grace=1.0))
+            for runner in runners:
+                life.push_async_callback(runner.cleanup)
+            front = await listen(Server(self.ingest.handle), public, grace=grace)
+            life.push_async_callback(close, front)
+
+            self.health.phase = None
+            addresses = Addresses(url(public), None if admin is None else url(admin), socket_path)
+            log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
+            on_ready(addresses)
+            await self.stopping.wait()
+            self.health.phase = "draining"
+            log.info("draining: no new requests, what is in flight has %gs", grace)
+        log.info("stopped, nothing is lost")
+
+    def _jobs(self) -> Jobs:
+        jobs = Jobs()
+        jobs.add("sweep", self.watch.interval, self.watch.sweep)
+        jobs.add("flush", FLUSH_EVERY, self.store.flush)
+        jobs.add("disk", DISK_EVERY, self._check_disk)
+        jobs.add("books", BOOKS_EVERY, self._check_books)
+        return jobs
+
+    async def _check_disk(self) -> None:
+        """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""
+        floor, free = self.config.storage.min_free_disk, self.state_dir.free_bytes()
+        full = free < floor
+        if full != self.ingest.gate.disk_full:
+            log.log(
+                logging.ERROR if full else logging.INFO,
+                "%s free in %s, min_free_disk is %s: senders are %s",
+                render_size(free),
+                self.state_dir.path,
+                render_size(floor),
+                "refused with 503" if full else "accepted again",
+            )
+        self.ingest.gate.disk_full = full
+
+    async def _check_books(self) -> None:
+        """Compare ledger and table per destination, and refresh the gauges."""
+        for name, counts in (await self.store.counts()).items():
+            lane = self.engine.lanes.get(name)
+            if lane is None:
+                continue
+            self.metrics.unaccounted.labels(name).set(counts.unaccounted)
+            self.metrics.pending.labels(name, "in_flight").set(lane.in_flight)
+            self.metrics.pending.labels(name, "waiting").set(max(0, counts.pending - lane.in_flight))
+            if counts.unaccounted:
+                log.error("%s: %d deliveries are not accounted for", name, counts.unaccounted)
+
+    def _rules(self, source: str) -> WorkerRules:
+        config = self.config.sources.get(source)
+        return config.workers if config is not None else self.config.workers
+
+    def _all_rules(self) -> list[WorkerRules]:
+        return [self.config.workers, *(source.workers for source in self.config.sources.values())]
+
+    def _warn(self) -> None:
+        for warning in self.config.warnings:
+            log.warning("%s", warning)
+        if has_wal_reset_bug():
+            log.info("the linked SQLite has the WAL-reset bug: no other program may write relay.db")
+
+
+async def serve(config: Config) -> None:
+    """Run the daemon until SIGTERM or SIGINT."""
+    app = App(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, app.stopping.set)
+    await app.run()
+
+
+def _database(config: Config) -> Path:
+    scheme, _, name = config.storage.url.partition(":")
+    if scheme != "sqlite" or not name:
+        raise RelayError(f"no such storage: {config.storage.url}", hint='write url = "sqlite:relay.db"')
+    return config.state_dir / name
+
+
+def _socket_path(config: Config) -> Path:
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(runtime or config.state_dir) / config.admin.socket
+
+
+def _die(why: str) -> None:
+    """Stop at once: what the disk may have lost must not be answered for; a restart reads it anew."""
+    log.critical("stopping at once: %s", why)
+    logging.shutdown()
+    os._exit(1)

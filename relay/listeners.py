@@ -1,0 +1,93 @@
+"""Sockets and what listens on them, opened before anything is promised and closed in a safe order."""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+from aiohttp import web
+
+from relay.errors import RelayError
+
+BACKLOG = 1024
+SETTLE = 0.3  # seconds for requests that are on their way while the listeners close
+UNIX_PATH_LIMIT = 107  # bytes of a socket's path, Linux
+
+
+def bind(listen: str, key: str) -> socket.socket:
+    """Bind `host:port` without listening yet, so that the port is known and taken.
+
+    Raises:
+        RelayError: the address is in use or not ours.
+    """
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, int(port)))
+    except OSError as error:
+        sock.close()
+        raise RelayError(
+            f"cannot listen on {listen}: {error.strerror}", hint=f"change {key} in config.toml"
+        ) from error
+    sock.settimeout(0)
+    return sock
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Bind a unix socket (0660), replacing a stale one: the state directory's lock is ours already.
+
+    Raises:
+        RelayError: the path is too long or cannot be written.
+    """
+    if len(os.fsencode(path)) > UNIX_PATH_LIMIT:
+        raise RelayError(f"{path} is too long for a unix socket", hint="set [admin] socket to a shorter path")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o117)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        sock.close()
+        raise RelayError(f"cannot listen on {path}: {error.strerror}", hint="check its folder") from error
+    sock.settimeout(0)
+    return sock
+
+
+def address(sock: socket.socket) -> tuple[str, int]:
+    """Return the (host, port) that a TCP socket is bound to."""
+    name = sock.getsockname()
+    return str(name[0]), int(name[1])
+
+
+def url(sock: socket.socket) -> str:
+    """Return the http URL of a bound TCP socket."""
+    host, port = address(sock)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def listen(
+    server: web.Server | web.Application, sock: socket.socket, *, grace: float
+) -> web.BaseRunner:
+    """Serve on a bound socket; `grace` is how long a request under way may take at the end."""
+    runner: web.BaseRunner
+    if isinstance(server, web.Application):
+        runner = web.AppRunner(server, access_log=None, shutdown_timeout=grace)
+    else:
+        runner = web.ServerRunner(server, shutdown_timeout=grace)
+    await runner.setup()
+    await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    return runner
+
+
+async def close(runner: web.BaseRunner) -> None:
+    """Stop accepting, let what is on its way arrive, answer it, then close."""
+    for site in list(runner.sites):
+        await site.stop()
+    await asyncio.sleep(SETTLE)
+    await runner.cleanup()
