@@ -1,0 +1,96 @@
+"""The recorded samples: what each sender sends, byte for byte, and what must come of it.
+
+`samples/<kind>/<case>/request.http` is one HTTP/1.1 request. Lines of its head may end with LF, the
+file's last newline is not part of the body, `{fill:N}` stands for N letters and `Content-Length:
+{auto}` for the body's own. `expect.json` beside it says what comes back and what is kept; in it
+`<event_id>` and `<uuid>` stand for an id with and without `evt_`. `worker` names the change, the
+worker's id, and what its row says after the change was applied to an empty registry.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from relay.config.secret import Credential, Secrets, digest
+from relay.source import Source
+from relay.sources.adorn import Adorn
+from relay.sources.compozy import Compozy
+from relay.sources.lazychat import LazyChat
+from relay.sources.moddy import Moddy
+from relay.sources.whatsapp import WhatsApp
+
+ROOT = Path(__file__).parent / "samples"
+UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_PLACEHOLDERS = {"<event_id>": re.compile(f"evt_{UUID}"), "<uuid>": re.compile(UUID)}
+_FILL = re.compile(rb"\{fill:([0-9]+)\}")
+
+
+class ExpectedEvent(msgspec.Struct, forbid_unknown_fields=True):
+    type: str  # full: the source's name is its kind
+    subject: str | None
+    data: Any
+    context: Any
+
+
+class Expect(msgspec.Struct, forbid_unknown_fields=True):
+    why: str  # the section of the document, or the row of in-the-wild.md, that the case pins
+    status: int
+    body: Any
+    event: ExpectedEvent | None
+    worker: dict[str, Any] | None
+    headers: dict[str, str] = {}
+
+
+class Sample(msgspec.Struct):
+    kind: str
+    case: str
+    request: bytes  # as on the wire
+    expect: Expect
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.case}"
+
+
+def sources() -> dict[str, Source]:
+    """Configure one source of each kind, named after it, with the tokens that the samples use."""
+    return {
+        "lazychat": LazyChat(tokens=Secrets.of("dev-token")),
+        "moddy": Moddy(tokens=Secrets.of("dev-token")),
+        "adorn": Adorn(),
+        "whatsapp": WhatsApp(tokens=Secrets.of("worker-secret-token-12345")),
+        "compozy": Compozy(
+            tokens=Secrets(
+                Credential(digest=digest(b"test-token"), name="all"),
+                Credential(digest=digest(b"read-only"), name="reader", scopes=frozenset({"events:read"})),
+            )
+        ),
+    }
+
+
+def read_samples() -> list[Sample]:
+    """Read every case, in the order of its path."""
+    return [read_sample(folder) for folder in sorted(ROOT.glob("*/*"))]
+
+
+def read_sample(folder: Path) -> Sample:
+    """Read one case."""
+    expect = msgspec.json.decode(_filled((folder / "expect.json").read_bytes()), type=Expect)
+    head, _, body = _filled((folder / "request.http").read_bytes()).partition(b"\n\n")
+    body = body.removesuffix(b"\n")
+    head = head.replace(b"\n", b"\r\n").replace(b"{auto}", str(len(body)).encode())
+    return Sample(folder.parent.name, folder.name, head + b"\r\n\r\n" + body, expect)
+
+
+def like(actual: Any, expected: Any) -> bool:
+    """Compare JSON values; a placeholder fits any id of its kind."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        return actual.keys() == expected.keys() and all(like(actual[k], expected[k]) for k in expected)
+    if expected in _PLACEHOLDERS if isinstance(expected, str) else False:
+        return isinstance(actual, str) and _PLACEHOLDERS[expected].fullmatch(actual) is not None
+    return bool(actual == expected) and type(actual) is type(expected)
+
+
+def _filled(text: bytes) -> bytes:
+    return _FILL.sub(lambda match: b"x" * int(match[1]), text)
