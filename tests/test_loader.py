@@ -250,8 +250,10 @@ def test_warnings_come_from_plugins_and_from_destinations_and_stop_nothing(setup
     warnings = [warning.replace(f"{tmp_path}/", "") for warning in setup(text).config.warnings]
     assert warnings == [
         "config.toml:1: sources.shop: is in a hurry",
-        "config.toml:5: destinations.crm: unsigned: it has no `secrets`, "
-        "so its receiver cannot tell who sends",
+        (
+            "config.toml:5: destinations.crm: unsigned: it has no `secrets`, "
+            "so its receiver cannot tell who sends"
+        ),
         'config.toml:7: destinations.crm.events[0]: no source is called "shpo", did you mean "shop"?',
     ]
 

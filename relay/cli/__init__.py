@@ -1,0 +1,18 @@
+"""The `relay` command: one module per noun, imported when its command is asked for."""
+
+import click
+
+import relay
+from relay.cli.group import Group
+
+COMMANDS = {
+    "check-config": ("relay.cli.config:check", "Tell every problem of config.toml at once."),
+    "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
+}
+"""Every command: where it is, and its line in `relay --help`, which imports none of them."""
+
+
+@click.group(cls=Group, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(relay.__version__, message="hookferry %(version)s")
+def main() -> None:
+    """Take webhooks in, store them, and deliver them until the end is known."""

@@ -1,0 +1,44 @@
+"""`relay plugins`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from relay.cli.group import Group
+from relay.cli.options import config_option, json_option
+from relay.cli.output import print_json, print_table
+from relay.config.bind import Binder
+from relay.config.document import read
+from relay.config.find import look_for_config
+from relay.config.problem import ConfigError
+from relay.config.tables import bind_tables
+from relay.loader import discover
+
+
+@click.group(cls=Group)
+def plugins() -> None:
+    """What plugins are there, and where they come from."""
+
+
+@plugins.command("list")
+@config_option
+@json_option
+def list_(config: Path | None, *, as_json: bool) -> None:
+    """List every kind of source, the door it came in by, its version and file.
+
+    Reads `[plugins] dirs` of the configuration; without one, there are the installed and the bundled plugins.
+    """
+    path = look_for_config(config)
+    dirs = bind_tables(Binder(read(path), os.environ)).plugins.dirs if path else ()
+    kinds, problems = discover(dirs)
+    found = [
+        {"kind": kind.name, "door": kind.door, "version": kind.version, "file": kind.file}
+        for _, kind in sorted(kinds.items())
+    ]
+    if as_json:
+        print_json(found)
+    else:
+        print_table(("kind", "door", "version", "file"), [list(row.values()) for row in found])
+    if problems:
+        raise ConfigError(problems)

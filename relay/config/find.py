@@ -1,0 +1,35 @@
+"""Which config.toml is meant."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from relay.errors import RelayError
+
+VARIABLE = "RELAY_CONFIG"
+PLACES = (Path("config.toml"), Path("/etc/relay/config.toml"))
+
+
+def find_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the file that was named, else that of `RELAY_CONFIG`, else the first of `PLACES` there is.
+
+    Raises:
+        RelayError: none was named and none is there.
+    """
+    path = look_for_config(given, environ)
+    if path is None:
+        places = " nor ".join(str(place) for place in PLACES)
+        raise RelayError(
+            f"there is no configuration: neither {places} exists",
+            hint=f"name one with -c FILE or {VARIABLE}=FILE",
+        )
+    return path
+
+
+def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file as `find_config` does, or None where a command can do without."""
+    if given is not None:
+        return given
+    if name := environ.get(VARIABLE):
+        return Path(name)
+    return next((place for place in PLACES if place.exists()), None)

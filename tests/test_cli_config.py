@@ -1,0 +1,228 @@
+"""`relay check-config` and `relay plugins list`, as an operator meets them."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from relay import __version__
+from relay.cli import COMMANDS, main
+from relay.cli.output import count
+from relay.config import find
+from relay.errors import RelayError
+
+GOOD = '[sources.adorn]\nplugin = "adorn"\n[destinations.crm]\nurl = "https://crm.example"\n'
+BAD = '[server]\nmax_boddy = "2 MiB"\nlisten = 8080\n'
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RELAY_CONFIG", raising=False)
+    monkeypatch.setattr(find, "PLACES", (Path("config.toml"), tmp_path / "etc" / "config.toml"))
+    return tmp_path
+
+
+@pytest.fixture
+def relay(here):
+    def run(*args, **environ):
+        return CliRunner().invoke(main, args, env=environ)
+
+    return run
+
+
+def test_a_good_config_is_one_line_and_its_warnings(relay, here):
+    (here / "config.toml").write_text(GOOD)
+    result = relay("check-config")
+    assert result.exit_code == 0
+    assert result.stdout == "config.toml: ok (1 source, 1 destination)\n"
+    source, destination = result.stderr.splitlines()
+    assert source.startswith("warning: config.toml:1: sources.adorn: open to everyone")
+    assert destination.startswith("warning: config.toml:3: destinations.crm: unsigned")
+
+
+def test_every_problem_is_a_line_on_stderr_and_then_what_to_do(relay, here):
+    (here / "config.toml").write_text(BAD)
+    result = relay("check-config")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        'config.toml:2: server.max_boddy: unknown key, did you mean "max_body"?',
+        "config.toml:3: server.listen: expected a string, got 8080",
+        "2 problems; correct and run `relay check-config config.toml` again",
+    ]
+
+
+def test_problems_come_as_json(relay, here):
+    (here / "config.toml").write_text(BAD)
+    result = relay("check-config", "--json")
+    assert result.exit_code == 1
+    answer = json.loads(result.stdout)
+    assert answer["ok"] is False
+    assert answer["problems"][1] == {
+        "file": "config.toml",
+        "line": 3,
+        "key": "server.listen",
+        "problem": "expected a string, got 8080",
+    }
+
+
+def test_a_good_config_comes_as_json_with_its_warnings(relay, here):
+    (here / "config.toml").write_text(GOOD)
+    result = relay("check-config", "--json")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert (answer["ok"], answer["problems"], len(answer["warnings"])) == (True, [], 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "file"),
+    [
+        ([], {}, "config.toml"),
+        ([], {"RELAY_CONFIG": "variable.toml"}, "variable.toml"),
+        (["-c", "option.toml"], {"RELAY_CONFIG": "variable.toml"}, "option.toml"),
+        (["argument.toml"], {"RELAY_CONFIG": "variable.toml"}, "argument.toml"),
+    ],
+)
+def test_the_config_is_found_by_argument_option_variable_and_place(relay, here, args, environ, file):
+    for name in ("config.toml", "variable.toml", "option.toml", "argument.toml"):
+        (here / name).write_text(GOOD)
+    assert relay("check-config", *args, **environ).stdout.startswith(f"{file}: ok")
+
+
+def test_the_last_place_is_the_system_s(relay, here):
+    (here / "etc").mkdir()
+    (here / "etc" / "config.toml").write_text(GOOD)
+    assert relay("check-config").stdout.startswith(f"{here}/etc/config.toml: ok")
+
+
+def test_without_a_config_it_says_how_to_name_one(relay):
+    result = relay("check-config")
+    assert result.exit_code == 1
+    assert "neither config.toml nor " in result.stderr
+    assert "-c FILE or RELAY_CONFIG=FILE" in result.stderr
+
+
+def test_a_file_that_is_not_there_is_a_problem(relay):
+    result = relay("check-config", "no.toml")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == "no.toml: cannot be read: No such file or directory"
+
+
+def test_two_files_are_a_usage_error(relay):
+    assert relay("check-config", "a.toml", "-c", "b.toml").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["chek-config"], 'there is no command "chek-config", did you mean "check-config"?'),
+        (["plugins", "lst"], 'there is no command "lst", did you mean "list"?'),
+        (["xyz"], 'there is no command "xyz"'),
+        (["--nope"], "--nope"),
+    ],
+)
+def test_an_unknown_command_is_a_usage_error_with_a_suggestion(relay, args, says):
+    result = relay(*args)
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_version_is_the_package_s(relay):
+    assert relay("--version").stdout == f"hookferry {__version__}\n"
+
+
+def test_help_lists_each_command_with_the_first_line_of_its_own_help(relay):
+    text = relay("--help").stdout
+    for name, (_, summary) in COMMANDS.items():
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        assert command.get_short_help_str(200) == summary
+        assert f"{name} " in text
+        assert summary in " ".join(text.split())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["check-config", "{config}"], ["plugins", "list"]])
+def test_what_serves_requests_is_not_imported_for_it(here, args):
+    (here / "config.toml").write_text(GOOD)
+    args = [arg.format(config=here / "config.toml") for arg in args]
+    program = (
+        "import sys; from relay.cli import main; main(sys.argv[1:], standalone_mode=False);"
+        "print([m for m in ('aiohttp', 'prometheus_client', 'aiosqlite', 'apscheduler') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_plugins_are_listed_tab_separated_when_piped(relay):
+    result = relay("plugins", "list")
+    assert result.exit_code == 0
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["adorn", "compozy", "lazychat", "moddy", "whatsapp"]
+    assert rows[0][1:3] == ["bundled", __version__]
+    assert rows[0][3].endswith("adorn.py")
+
+
+def test_plugins_are_an_aligned_table_on_a_terminal(here):
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-c", "from relay.cli import main; main(['plugins', 'list'])"]
+    subprocess.run(program, stdout=theirs, check=True)
+    os.close(theirs)
+    lines = os.read(ours, 65_536).decode().splitlines()
+    os.close(ours)
+    assert lines[0].split() == ["KIND", "DOOR", "VERSION", "FILE"]
+    assert {line.index("bundled") for line in lines[1:]} == {lines[0].index("DOOR")}
+
+
+def test_plugins_of_the_config_s_folders_are_listed(relay, here):
+    (here / "config.toml").write_text("[plugins]\ndirs = ['mine']\n[server]\nlisten = 1\n")
+    (here / "mine").mkdir()
+    (here / "mine" / "shop.py").write_text(
+        "from relay.hookspecs import hookimpl\nfrom relay.source import Source\n"
+        "class Shop(Source, kind='shop'): pass\n@hookimpl\ndef relay_sources(): return [Shop]\n"
+    )
+    shop = next(
+        kind for kind in json.loads(relay("plugins", "list", "--json").stdout) if kind["kind"] == "shop"
+    )
+    assert shop == {"kind": "shop", "door": "dirs", "version": "", "file": str(here / "mine" / "shop.py")}
+
+
+def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):
+    (here / "config.toml").write_text("")
+    (here / "plugins.d").mkdir()
+    (here / "plugins.d" / "bad.py").write_text("def f(:")
+    result = relay("plugins", "list")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{here}/plugins.d/bad.py:1: cannot be imported")
+    assert len(result.stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RelayError("the disk is full", hint="make room"), 1, "the disk is full\n  make room\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_goes_wrong_in_a_command_is_told_without_a_traceback(error, code, says):
+    @click.group(cls=type(main))
+    def group():
+        pass
+
+    @group.command()
+    def fail():
+        raise error
+
+    result = CliRunner().invoke(group, ["fail"])
+    assert (result.exit_code, result.stderr) == (code, says)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 events"), (1, "1 event"), (1204, "1 204 events")])
+def test_numbers_of_things_read_well(number, text):
+    assert count(number, "event") == text
