@@ -8,7 +8,7 @@ from relay.clock import Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
 from relay.delivery.lane import Lane
-from relay.delivery.memory import Memory
+from relay.delivery.memory import MOST, Memory
 from relay.delivery.sender import Sender
 from relay.delivery.slots import Slots
 from relay.metrics import Metrics
@@ -27,6 +27,7 @@ class Engine:
         clock: Clock,
         metrics: Metrics,
         rand: Callable[[], float] = random.random,
+        memory: int = MOST,
     ) -> None:
         self.lanes: dict[str, Lane] = {}
         self._destinations = destinations
@@ -34,6 +35,7 @@ class Engine:
         self._clock = clock
         self._metrics = metrics
         self._rand = rand
+        self._memory = Memory(memory)
 
     async def start(self, own: Collection[tuple[str, int]] = ()) -> None:
         """Open a lane per destination and go on with what the store remembers.
@@ -41,7 +43,7 @@ class Engine:
         `own` are the relay's own listeners, which are never dialled.
         """
         states = await self._store.destination_states()
-        slots, memory = Slots(), Memory()
+        slots = Slots()
         for name, config in self._destinations.items():
             client = Client(config, own=own)
             self.lanes[name] = Lane(
@@ -51,7 +53,7 @@ class Engine:
                 clock=self._clock,
                 metrics=self._metrics,
                 slots=slots,
-                memory=memory,
+                memory=self._memory,
                 state=states.get(name) or DestinationState(name=name),
             )
         for lane in self.lanes.values():

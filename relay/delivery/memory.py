@@ -8,7 +8,7 @@ MOST = 32 * 2**20
 class Memory:
     """Counts the bytes of bodies that windows hold."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int) -> None:
         self._free = most
 
     def room(self, size: int) -> bool:

@@ -1,0 +1,302 @@
+"""Lanes at work: the real store, the real client, receivers on loopback."""
+
+import asyncio
+import hashlib
+import json
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+from support import until
+
+from relay.clock import SystemClock
+from relay.config.model import DestinationConfig, RetryConfig
+from relay.config.secret import Secret
+from relay.delivery.engine import Engine
+from relay.ids import event_id
+from relay.metrics import Metrics
+from relay.model import Owed, StoredEvent
+from relay.signing import verify
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+CLOCK = SystemClock()
+
+
+class Receiver:
+    """Records what arrives and answers as the test says."""
+
+    def __init__(self):
+        self.requests = []
+        self.answers = []  # (status, headers) for the next ones, then 200
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.busy = self.most_busy = 0
+
+    async def handle(self, request):
+        body = await request.read()
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        self.requests.append((request.headers, body))
+        status, headers = self.answers.pop(0) if self.answers else (200, {})
+        try:
+            await self.gate.wait()
+        finally:
+            self.busy -= 1
+        return web.Response(status=status, headers=headers, text="noted")
+
+    @asynccontextmanager
+    async def serve(self):
+        runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/hook"
+        try:
+            yield self
+        finally:
+            self.gate.set()
+            await runner.cleanup()
+
+
+@pytest.fixture
+async def receiver():
+    async with Receiver().serve() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+async def store(tmp_path):
+    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    await store.open()
+    yield store
+    await store.close()
+
+
+def destination(name, url, **fields):
+    defaults = {
+        "retry": RetryConfig(schedule=(0.02, 0.02, 0.02, 0.02)),
+        "allow_private": True,
+        "timeout": 2.0,
+    }
+    return DestinationConfig(name=name, url=url, secrets=(Secret(SECRET),), **{**defaults, **fields})
+
+
+@asynccontextmanager
+async def engine_for(store, *destinations, own=(), **options):
+    names = [config.name for config in destinations]
+    store.route = lambda _event: tuple(Owed(name) for name in names)
+    metrics = Metrics((), names)
+    configs = {config.name: config for config in destinations}
+    engine = Engine(configs, store=store, clock=CLOCK, metrics=metrics, **options)
+    engine.metrics = metrics
+    store.listener = engine.listen
+    await engine.start(own)
+    try:
+        yield engine
+    finally:
+        await engine.stop(2.0)
+
+
+async def send(store, body=b'{"n":1}'):
+    event = StoredEvent(
+        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject="s",
+        received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
+        sha256=hashlib.sha256(body).digest(), traceparent=None,
+    )  # fmt: skip
+    return (await store.append(Acceptance(source="shop", event=event))).event_id
+
+
+async def ended(store, count=1):
+    """Wait until that many deliveries have ended, and return them oldest first."""
+
+    async def look():
+        rows = await store.find("deliveries", limit=1000)
+        return [row for row in reversed(rows) if row["state"] != "pending"]
+
+    async with asyncio.timeout(10):
+        while len(rows := await look()) < count:  # noqa: ASYNC110 - the store has no event to await
+            await asyncio.sleep(0.01)
+    return rows
+
+
+async def test_an_event_arrives_signed_and_once(store, receiver):
+    async with engine_for(store, destination("crm", receiver.url)):
+        sent = await send(store)
+        [row] = await ended(store)
+    [(headers, body)] = receiver.requests
+    verify((Secret(SECRET),), headers, body, CLOCK.wall() // 1_000_000)
+    assert headers["webhook-id"] == sent
+    assert (row["state"], row["attempts"], row["last_status"]) == ("delivered", 1, 200)
+
+
+async def test_three_failures_and_a_recovery_leave_one_id_and_four_attempts(store, receiver):
+    receiver.answers = [(500, {}), (503, {}), (404, {})]
+    async with engine_for(store, destination("crm", receiver.url)):
+        sent = await send(store)
+        [row] = await ended(store)
+    assert [headers["webhook-id"] for headers, _ in receiver.requests] == [sent] * 4
+    assert (row["state"], row["attempts"]) == ("delivered", 4)
+    attempts = await store.find("attempts", delivery_id=row["id"])
+    assert [attempt["result"] for attempt in reversed(attempts)] == ["5xx", "5xx", "4xx", "ok"]
+
+
+async def test_a_schedule_that_is_exhausted_ends_dead(store, receiver):
+    receiver.answers = [(500, {})] * 3
+    config = destination("crm", receiver.url, retry=RetryConfig(schedule=(0.01, 0.01)))
+    async with engine_for(store, config):
+        await send(store)
+        [row] = await ended(store)
+    assert (row["state"], row["reason"], row["attempts"]) == ("dead", "exhausted", 3)
+
+
+async def test_a_receiver_may_abort_a_message(store, receiver):
+    receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
+    async with engine_for(store, destination("crm", receiver.url)):
+        await send(store)
+        [row] = await ended(store)
+    assert (row["state"], row["reason"], row["attempts"]) == ("dead", "aborted", 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [((410, {}), "gone"), ((500, {"webhook-delivery": "disable"}), "asked")]
+)
+async def test_a_receiver_that_is_gone_is_disabled_and_its_deliveries_are_held(
+    store, receiver, answer, reason
+):
+    receiver.answers = [answer]
+    async with engine_for(store, destination("crm", receiver.url)) as engine:
+        first = await send(store)
+        lane = engine.lanes["crm"]
+        await until(lambda: lane.state.disabled_reason == reason)
+        second = await send(store)
+        assert (await store.counts())["crm"].pending == 2
+        assert len(receiver.requests) == 1
+        await lane.set_state(type(lane.state)(name="crm"))
+        rows = await ended(store, 2)
+    assert {headers["webhook-id"] for headers, _ in receiver.requests} == {first, second}
+    assert [row["state"] for row in rows] == ["delivered", "delivered"]
+
+
+async def test_retry_after_on_503_rests_the_whole_destination(store, receiver):
+    receiver.answers = [(503, {"Retry-After": "1"})]
+    async with engine_for(store, destination("crm", receiver.url)) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["crm"].held == "resting")
+        began = asyncio.get_running_loop().time()
+        await send(store)
+        await ended(store, 2)
+        assert asyncio.get_running_loop().time() - began > 0.7
+    assert len(receiver.requests) == 3
+
+
+async def test_a_hanging_destination_delays_no_other(store, receiver):
+    async with Receiver().serve() as stuck:
+        stuck.gate.clear()
+        configs = destination("stuck", stuck.url, concurrency=2), destination("crm", receiver.url)
+        async with engine_for(store, *configs):
+            for _ in range(20):
+                await send(store)
+            rows = await ended(store, 20)
+            assert {row["destination"] for row in rows} == {"crm"}
+            assert stuck.most_busy == 2
+            stuck.gate.set()
+            await ended(store, 40)
+
+
+async def test_no_more_than_concurrency_at_once(store, receiver):
+    receiver.gate.clear()
+    async with engine_for(store, destination("crm", receiver.url, concurrency=3)):
+        for _ in range(10):
+            await send(store)
+        await until(lambda: receiver.busy == 3)
+        receiver.gate.set()
+        await ended(store, 10)
+    assert receiver.most_busy == 3
+
+
+async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store, receiver, monkeypatch):
+    monkeypatch.setattr("relay.delivery.lane.WINDOW", 8)
+    receiver.gate.clear()
+    async with engine_for(store, destination("crm", receiver.url, concurrency=2)) as engine:
+        ids = [await send(store) for _ in range(60)]
+        assert len(engine.lanes["crm"]._window) <= 8
+        receiver.gate.set()
+        await ended(store, 60)
+    arrived = [headers["webhook-id"] for headers, _ in receiver.requests]
+    assert sorted(arrived) == sorted(ids)
+
+
+async def test_bodies_beyond_the_memory_budget_are_read_back_when_a_slot_frees(store, receiver):
+    receiver.gate.clear()
+    async with engine_for(store, destination("crm", receiver.url, concurrency=1), memory=0) as engine:
+        for number in range(5):
+            await send(store, b'{"n":%d}' % number)
+        assert all(delivery.event is None for delivery in engine.lanes["crm"]._window)
+        receiver.gate.set()
+        await ended(store, 5)
+    assert sorted(json.loads(body)["data"]["n"] for _, body in receiver.requests) == [0, 1, 2, 3, 4]
+
+
+async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receiver):
+    async with Receiver().serve() as other:
+        store.route = lambda _event: (Owed("crm"),)
+        await send(store)
+        await store._connection.execute("UPDATE events SET body = x'7b7d'")
+        store.release([1])
+        async with engine_for(store, destination("crm", other.url)):
+            [row] = await ended(store)
+    assert (row["state"], row["reason"]) == ("dead", "corrupt")
+    assert other.requests == []
+
+
+async def test_our_own_listener_is_never_dialled_and_no_attempt_is_burnt(store, receiver):
+    port = int(receiver.url.split(":")[2].split("/")[0])
+    async with engine_for(store, destination("crm", receiver.url), own=[("127.0.0.1", port)]) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["crm"].held == "resting")
+        await until(lambda: engine.lanes["crm"].in_flight == 0)
+    [row] = await store.find("deliveries")
+    assert (row["state"], row["attempts"]) == ("pending", 0)
+    assert receiver.requests == []
+
+
+async def test_what_is_in_flight_at_the_end_is_finished_and_recorded(store, receiver):
+    receiver.gate.clear()
+    async with engine_for(store, destination("crm", receiver.url)):
+        await send(store)
+        await until(lambda: receiver.busy == 1)
+        asyncio.get_running_loop().call_later(0.05, receiver.gate.set)
+    [row] = await store.find("deliveries")
+    assert row["state"] == "delivered"
+
+
+async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver):
+    async with engine_for(store, destination("crm", receiver.url)) as engine:
+        lane = engine.lanes["crm"]
+        await lane.set_state(type(lane.state)(name="crm", paused=True))
+        await send(store)
+        assert (await store.counts())["crm"].pending == 1
+        await lane.set_state(type(lane.state)(name="crm"))
+        await ended(store)
+    assert len(receiver.requests) == 1
+
+
+async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
+    store.route = lambda _event: (Owed("crm"),)
+    sent = await send(store)
+    store.release([1])
+    async with engine_for(store, destination("crm", receiver.url)):
+        await ended(store)
+    assert receiver.requests[0][0]["webhook-id"] == sent
+
+
+async def test_the_books_balance_after_every_kind_of_end(store, receiver):
+    receiver.answers = [(200, {}), (400, {"webhook-delivery": "abort-message"}), (500, {})]
+    async with engine_for(store, destination("crm", receiver.url, concurrency=1)):
+        for _ in range(3):
+            await send(store)
+        await ended(store, 3)
+    counts = (await store.counts())["crm"]
+    assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (3, 2, 1, 0)
