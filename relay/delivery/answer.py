@@ -19,6 +19,7 @@ from aiohttp import (
     NonHttpUrlClientError,
     ServerDisconnectedError,
 )
+from aiohttp.http_exceptions import HttpProcessingError
 
 from relay.delivery.guard import Blocked
 
@@ -77,10 +78,12 @@ def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911 -
             return "blocked", f"not dialled: {getattr(error, 'description', None) or 'not an HTTP URL'}"
         case ServerDisconnectedError():
             return "protocol", "the receiver closed the connection without an answer"
-        case ClientResponseError():
-            return "protocol", f"the answer is not HTTP: {error.message}"
+        case ClientResponseError() | HttpProcessingError():
+            return "protocol", f"malformed answer: {error.message}"
         case ClientPayloadError():
-            return "protocol", f"the answer's body is broken: {error}"
+            cause = error.__cause__
+            why = cause.message if isinstance(cause, HttpProcessingError) else error
+            return "protocol", f"the body broke off: {why}"
         case ClientOSError() | OSError():
             return "connect", f"the connection broke: {_os(error)}"
         case _:

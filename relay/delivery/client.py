@@ -1,12 +1,13 @@
 """The HTTP client that deliveries go out with: whatever a receiver does becomes an `Answer`."""
 
 import asyncio
+import functools
+import io
+import re
 import socket
-import ssl
 import time
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 
 from aiohttp import (
     ClientConnectionResetError,
@@ -15,21 +16,18 @@ from aiohttp import (
     ClientOSError,
     ClientResponse,
     ClientSession,
-    ClientTimeout,
     ConnectionTimeoutError,
-    DummyCookieJar,
     ServerDisconnectedError,
-    TCPConnector,
 )
 from aiohttp.abc import AbstractResolver
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from relay import __version__
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, Result, of_failure, of_status, one_line
 from relay.delivery.guard import Blocked, refused
 from relay.delivery.resolver import Resolver
-from relay.errors import RelayError
+from relay.delivery.session import AddressInfo, open_session, trust_in
 from relay.units import render_duration
 
 READ_LIMIT = 64 * 1024
@@ -40,15 +38,9 @@ KEEP_LIMIT = 16 * 1024
 
 _STEERING = ("retry-after", "webhook-delivery")  # the headers that a delivery's fate may hang on
 _STEERING_LIMIT = 200  # characters; a date needs 29
-_DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
-_LINE_LIMIT = 8190  # bytes of the status line and of each header
-_HEADER_LIMIT = 128
+_ONE_WRITE = 2**20  # bytes; aiohttp wants larger bodies as files, which it sends piece by piece
 
-# aiohttp puts these in on its own; a webhook names its content type, and wants neither a compressed
-# answer nor a negotiation.
-_NOT_AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type")
-
-_Info = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
+_QUOTED = re.compile(r"https?://[\w.:-]+(?:[/?][\w.~:/?@!$&'()*+,;=%-]*)?", re.ASCII).fullmatch
 
 _dialled: ContextVar[list[str]] = ContextVar("dialled")
 """Addresses that the attempt at hand has connected to; none means that it got a kept-alive connection."""
@@ -60,7 +52,7 @@ class Client:
     To be built inside the running loop, and closed when nothing is being sent any more.
 
     Args:
-        destination: timeouts, method, concurrency, `allow_private` and `ca_file` are used.
+        destination: its method, timeouts, `allow_private` and `ca_file` are used.
         own: the relay's own listeners, as (address, port); never dialled.
         resolver: stands in for the system's.
 
@@ -80,16 +72,28 @@ class Client:
         self._connect_timeout = destination.connect_timeout
         self._allow_private = destination.allow_private
         self._own = tuple(own)
-        self._resolver = resolver or Resolver()
-        trust = _trust(destination.ca_file)
-        self._pooled = self._session(trust=trust, keep=True)
-        self._fresh = self._session(trust=trust, keep=False)
+        trust, names = trust_in(destination.ca_file), resolver or Resolver()
+        self._pooled, self._fresh = (
+            open_session(
+                sockets=self._socket,
+                resolver=names,
+                trust=trust,
+                connect_timeout=self._connect_timeout,
+                keep=keep,
+            )
+            for keep in (True, False)
+        )
 
     async def send(self, url: str | URL, headers: Mapping[str, str], body: bytes) -> Answer:
         """Send one request and say what came of it; a receiver can make this raise nothing.
 
         The total timeout spans look-up, connect, handshake, upload and answer. A status once received
         decides the result, even where the body then breaks off or stalls.
+
+        Args:
+            url: where to; a string goes out as written (a `%2F` in its query stays one).
+            headers: content type, signatures and what the destination wants besides.
+            body: the bytes that were signed.
 
         Raises:
             ValueError: a header holds a line break.
@@ -104,13 +108,13 @@ class Client:
             async with asyncio.timeout(self._timeout):
                 response = await self._request(url, headers, body, dialled)
                 whole = await _read(response, kept)
-        except (ClientError, OSError) as error:
+        except (ClientError, HttpProcessingError, OSError) as error:
             failure = error
         finally:
             # At its end an answer gives the connection back; one still held broke off, ran over the
             # limit, came before the request was out, or switched protocols.
             if response is not None and response.connection is not None:
-                _hang_up(response)
+                response.close()
         duration_ms = (time.perf_counter() - started) * 1000
         if response is None:
             result, text = self._name(failure, dialled)
@@ -139,46 +143,23 @@ class Client:
         failed. The second try has a connection of its own, so it cannot meet the same fate.
         """
         try:
-            return await self._pooled.request(
-                self._method, url, headers=headers, data=body, allow_redirects=False
-            )
+            return await self._ask(self._pooled, url, headers, body)
         except ClientConnectorError:
             raise
         except (ClientOSError, ClientConnectionResetError, ServerDisconnectedError) as error:
             if dialled or _spoke(error):
                 raise
-        return await self._fresh.request(self._method, url, headers=headers, data=body, allow_redirects=False)
+        return await self._ask(self._fresh, url, headers, body)
 
-    def _session(self, *, trust: ssl.SSLContext | bool, keep: bool) -> ClientSession:
-        connector = TCPConnector(
-            ssl=trust,
-            resolver=self._resolver,
-            ttl_dns_cache=_DNS_TTL,
-            limit=0,  # the lane's slots bound it; waiting in a second queue would count as the receiver's
-            force_close=not keep,
-            socket_factory=self._socket,
-        )
-        session = ClientSession(
-            connector=connector,
-            headers={"User-Agent": f"hookferry/{__version__}"},
-            skip_auto_headers=_NOT_AUTOMATIC,
-            cookie_jar=DummyCookieJar(),
-            timeout=ClientTimeout(
-                total=None,  # `send` spans the retry and the body as well
-                connect=self._connect_timeout,
-                ceil_threshold=float("inf"),  # aiohttp would round timeouts above 5 s up to whole seconds
-            ),
-            auto_decompress=False,
-            trust_env=False,
-            max_line_size=_LINE_LIMIT,
-            max_field_size=_LINE_LIMIT,
-            max_headers=_HEADER_LIMIT,
-        )
-        # aiohttp repeats a PUT whenever a connection breaks, even a new one; `_request` knows better.
-        session._retry_connection = False  # noqa: SLF001 - there is no public switch
-        return session
+    async def _ask(
+        self, session: ClientSession, url: str | URL, headers: Mapping[str, str], body: bytes
+    ) -> ClientResponse:
+        if isinstance(url, str):
+            url = _as_written(url)
+        data = body if len(body) <= _ONE_WRITE else io.BytesIO(body)
+        return await session.request(self._method, url, headers=headers, data=data, allow_redirects=False)
 
-    def _socket(self, info: _Info) -> socket.socket:
+    def _socket(self, info: AddressInfo) -> socket.socket:
         """Make the socket of one connect, unless the guard refuses its address."""
         family, kind, protocol, _, address = info
         host, port = str(address[0]), int(address[1])
@@ -189,6 +170,7 @@ class Client:
         return socket.socket(family, kind, protocol)
 
     def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[Result, str]:
+        """Name a failure without an answer."""
         if isinstance(failure, ConnectionTimeoutError):
             limit = render_duration(self._connect_timeout)
             if dialled:
@@ -200,19 +182,23 @@ class Client:
 
     def _remark(self, response: ClientResponse, failure: Exception | None) -> str | None:
         """Say what the operator should know of an answer; None when all is well."""
+        result, trouble = of_status(response.status), ""
         if isinstance(failure, TimeoutError):
             trouble = f"; its body was not complete within {render_duration(self._timeout)}"
         elif failure is not None:
             trouble = f"; {of_failure(failure)[1]}"
-        else:
-            trouble = ""
-        status = response.status
-        if of_status(status) == "3xx":
-            target = response.headers.get("Location", "nowhere")
-            return one_line(f"HTTP {status} to {target}: redirects are never followed{trouble}")
-        if of_status(status) != "ok" or trouble:
-            return one_line(f"HTTP {status} {response.reason or ''}{trouble}")
-        return None
+        if result == "ok" and not trouble:
+            return None
+        line = f"HTTP {response.status} {response.reason or ''}".rstrip()
+        if result == "3xx":
+            line += f" to {response.headers.get('Location', 'nowhere')}: redirects are never followed"
+        return one_line(line + trouble)
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_written(url: str) -> URL | str:
+    """Parse a URL without yarl's unquoting where it needs no quoting either."""
+    return URL(url, encoded=True) if _QUOTED(url) else url
 
 
 async def _read(response: ClientResponse, kept: bytearray) -> bool:
@@ -224,14 +210,6 @@ async def _read(response: ClientResponse, kept: bytearray) -> bool:
         if size > READ_LIMIT:
             return False
     return size <= KEEP_LIMIT
-
-
-def _hang_up(response: ClientResponse) -> None:
-    """Drop a connection at once: a polite TLS close would go on reading what the receiver still sends."""
-    connection = response.connection
-    if connection is not None and connection.transport is not None:
-        connection.transport.abort()
-    response.close()
 
 
 def _spoke(error: Exception) -> bool:
@@ -247,18 +225,3 @@ def _steering(response: ClientResponse) -> dict[str, str]:
         if value is not None and len(value) <= _STEERING_LIMIT and value.isascii() and value.isprintable():
             found[name] = value
     return found
-
-
-def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Return what certificates are checked against: that file alone, else the system's store."""
-    if ca_file is None:
-        return True
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # ssl.SSLError is one, too
-        raise RelayError(
-            f"ca_file {ca_file} cannot be used: {error.strerror or error}",
-            hint="give the path of a PEM file with the certificates to trust",
-        ) from error
-    context.set_alpn_protocols(["http/1.1"])
-    return context

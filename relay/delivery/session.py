@@ -1,0 +1,145 @@
+"""aiohttp's client, set up so that a receiver can do no harm with it."""
+
+import functools
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
+from aiohttp.abc import AbstractResolver
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
+
+from relay import __version__
+from relay.errors import RelayError
+
+_SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
+_HEADS = 16  # heads waiting to be looked at; a receiver has use for one or two before the answer
+
+_DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
+WIRE_LIMIT = 2**20
+"""Bytes of one answer, counted on the wire; generous, as bodies are given up long before."""
+
+_LINE_LIMIT = 8190  # bytes of the status line and of each header
+_HEADER_LIMIT = 128
+
+# aiohttp puts these in on its own; a webhook names its content type, and wants neither a compressed
+# answer nor a negotiation.
+_NOT_AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type")
+
+AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
+"""Family, type, protocol, canonical name and address: what a socket is about to connect to."""
+
+SocketFactory = Callable[[AddressInfo], socket.socket]
+
+
+class _Protocol(ResponseHandler):
+    """Bounds an answer on the wire, and ends a body whose framing is broken.
+
+    aiohttp bounds what it hands out; but receivers can send for ever what is neither header nor body:
+    1xx announcements, remarks behind a chunk's size. And where a chunk is malformed, aiohttp 3.14
+    drops the connection yet leaves the reader of the body waiting for its timeout.
+    """
+
+    _received = 0
+
+    def set_response_params(self, **params: Any) -> None:
+        self._received = 0
+        super().set_response_params(**params)
+
+    def data_received(self, data: bytes) -> None:
+        if len(data) <= _SLICE:
+            self._feed(data)
+            return
+        for at in range(0, len(data), _SLICE):
+            if self._exception is not None:
+                return
+            self._feed(data[at : at + _SLICE])
+
+    def _feed(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._received > WIRE_LIMIT or len(self._buffer) > _HEADS:
+            if self.transport is not None:
+                self.transport.abort()
+            self.set_exception(HttpProcessingError(message="far more than an answer"))
+        else:
+            super().data_received(data)
+
+    def close(self) -> None:
+        """Drop the connection: a polite TLS close waits 30 s for receivers that are hanging anyway."""
+        self.abort()
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        super().set_exception(exc, *cause)
+        payload = self._payload
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(exc, *cause)
+
+
+def open_session(
+    *,
+    sockets: SocketFactory,
+    resolver: AbstractResolver,
+    trust: ssl.SSLContext | bool,
+    connect_timeout: float,
+    keep: bool,
+) -> ClientSession:
+    """Open a session without cookies, redirects of its own, decompression or proxies.
+
+    Args:
+        sockets: makes the socket of every single connect; may refuse with an `OSError`.
+        resolver: looks names up; the session does not close it.
+        trust: what `trust_in` returned.
+        connect_timeout: seconds for look-up, connect and TLS handshake together.
+        keep: whether connections are kept for the next request.
+    """
+    connector = TCPConnector(
+        ssl=trust,
+        resolver=resolver,
+        ttl_dns_cache=_DNS_TTL,
+        limit=0,  # the lane's slots bound it; waiting in a second queue would count as the receiver's
+        force_close=not keep,
+        socket_factory=sockets,
+    )
+    # There is no public way to a protocol of one's own.
+    connector._factory = functools.partial(_Protocol, loop=connector._loop)  # type: ignore[assignment]  # noqa: SLF001
+    session = ClientSession(
+        connector=connector,
+        headers={"User-Agent": f"hookferry/{__version__}"},
+        skip_auto_headers=_NOT_AUTOMATIC,
+        cookie_jar=DummyCookieJar(),
+        timeout=ClientTimeout(
+            total=None,  # the client's own spans the retry and the body as well
+            connect=connect_timeout,
+            ceil_threshold=float("inf"),  # aiohttp would round timeouts above 5 s up to whole seconds
+        ),
+        auto_decompress=False,
+        trust_env=False,
+        max_line_size=_LINE_LIMIT,
+        max_field_size=_LINE_LIMIT,
+        max_headers=_HEADER_LIMIT,
+    )
+    # aiohttp repeats a PUT whenever a connection breaks, even a new one; the client knows better.
+    session._retry_connection = False  # noqa: SLF001 - there is no public switch
+    return session
+
+
+def trust_in(ca_file: Path | None) -> ssl.SSLContext | bool:
+    """Return what certificates are checked against: that file alone, else the system's store.
+
+    Raises:
+        RelayError: the file cannot be read, or holds no certificate.
+    """
+    if ca_file is None:
+        return True
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one, too
+        raise RelayError(
+            f"ca_file {ca_file} cannot be used: {error.strerror or error}",
+            hint="give the path of a PEM file with the certificates to trust",
+        ) from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context

@@ -1,0 +1,501 @@
+"""Receivers that misbehave: raw servers on loopback, one function per bad habit.
+
+    async with receivers.hang() as receiver:
+        answer = await client.send(receiver.url, {}, b"{}")
+    assert receiver.requests == [...]
+
+Nothing here speaks HTTP through a library: what the habits send is visible to the byte.
+"""
+
+import asyncio
+import functools
+import socket
+import ssl
+import struct
+import subprocess
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+BLOCK = b"x" * 65_536
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came."""
+
+    line: str
+    headers: dict[str, str]  # lower-case names
+    body: bytes
+
+
+class Peer:
+    """One connection, as a habit sees it."""
+
+    def __init__(self, receiver, reader, writer):
+        self.receiver = receiver
+        self.reader: asyncio.StreamReader = reader
+        self.writer: asyncio.StreamWriter = writer
+
+    async def request(self) -> Request:
+        """Read and remember one request; a client that hangs up ends the habit."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        line, *fields = head.rstrip("\r\n").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in fields)}
+        body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        request = Request(line, headers, body)
+        self.receiver.requests.append(request)
+        self.receiver.asked.set()
+        return request
+
+    async def send(self, data: bytes) -> None:
+        """Write, as fast as the client reads."""
+        self.writer.write(data)
+        await self.writer.drain()
+        self.receiver.sent += len(data)
+
+    async def gone(self) -> None:
+        """Wait until the client has hung up."""
+        while await self.reader.read(65_536):
+            pass
+
+    async def drip(self, data: bytes, pause: float = 0.02) -> None:
+        """Send one byte at a time, for ever."""
+        for at in range(2**30):
+            await self.send(data[at % len(data) :][:1])
+            await asyncio.sleep(pause)
+
+    async def flood(self, block: bytes = BLOCK, total: int = 10 * 2**30) -> None:
+        """Send 10 GB of the same, or until the client hangs up."""
+        for _ in range(total // len(block)):
+            await self.send(block)
+
+    def reset(self) -> None:
+        """Break the connection with RST."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+Habit = Callable[[Peer], Awaitable[None]]
+
+
+@dataclass
+class Receiver:
+    """A server with one habit; closes every connection when left, and raises what a habit raised."""
+
+    habit: Habit
+    tls: ssl.SSLContext | None = None
+    scheme: str = ""
+    host: str = "127.0.0.1"
+    url: str = ""
+    port: int = 0
+    connections: int = 0
+    sent: int = 0  # bytes
+    requests: list[Request] = field(default_factory=list)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # a request has come
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # a connection's habit has come to its end
+
+    async def __aenter__(self) -> Self:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_server(self._accept, self.host, 0, ssl=self.tls, limit=2**20)
+        self.port = self._server.sockets[0].getsockname()[1]
+        scheme = self.scheme or ("https" if self.tls else "http")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"{scheme}://{host}:{self.port}/hook"
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    def _accept(self, reader, writer) -> None:
+        self.connections += 1
+        self._tasks.add(asyncio.create_task(self._live(Peer(self, reader, writer))))
+
+    async def _live(self, peer: Peer) -> None:
+        try:
+            await self.habit(peer)
+        except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+            pass  # the client hung up
+        finally:
+            self.ended.set()
+            if not peer.writer.transport.is_closing():
+                peer.writer.transport.abort() if self.tls else peer.writer.close()
+
+
+def receiver(habit: Callable[..., Awaitable[None]]) -> Callable[..., Receiver]:
+    """Turn a habit into what makes receivers that have it; keywords go to the habit."""
+
+    @functools.wraps(habit)
+    def make(*, tls: ssl.SSLContext | None = None, scheme: str = "", host: str = "127.0.0.1", **options):
+        return Receiver(functools.partial(habit, **options), tls=tls, scheme=scheme, host=host)
+
+    return make
+
+
+def head(status: str = "200 OK", **headers: object) -> bytes:
+    """Render an answer's head: `head("204 No Content", retry_after=3)`."""
+    lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode("latin-1", "surrogateescape")
+
+
+# --- well-behaved -------------------------------------------------------------------------------------
+
+
+@receiver
+async def answers(peer, status="200 OK", body=b"", **headers):
+    """Answer every request alike, and keep the connection."""
+    while True:
+        await peer.request()
+        length = {} if status.startswith("204") else {"content_length": len(body)}
+        await peer.send(head(status, **length, **headers) + body)
+
+
+@receiver
+async def answers_until_close(peer, body=b"until close"):
+    """Speak HTTP/1.0: the body ends with the connection."""
+    await peer.request()
+    await peer.send(b"HTTP/1.0 200 OK\r\n\r\n" + body)
+
+
+@receiver
+async def answers_in_chunks(peer, chunks=(b"in ", b"chunks")):
+    """Use chunked encoding, as it is meant."""
+    while True:
+        await peer.request()
+        body = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in (*chunks, b""))
+        await peer.send(head(transfer_encoding="chunked") + body)
+
+
+# --- silent and slow ----------------------------------------------------------------------------------
+
+
+@receiver
+async def hang(peer):
+    """Take the request and never answer."""
+    await peer.request()
+    await peer.gone()
+
+
+@receiver
+async def never_reads(peer):
+    """Accept, then neither read nor write: an upload fills every buffer on the way."""
+    peer.writer.transport.pause_reading()
+    await asyncio.Event().wait()
+
+
+@receiver
+async def hang_in_head(peer):
+    """Stop in the middle of the status line."""
+    await peer.request()
+    await peer.send(b"HTTP/1.1 20")
+    await peer.gone()
+
+
+@receiver
+async def hang_in_body(peer, status="200 OK"):
+    """Say yes, begin the body, stop."""
+    await peer.request()
+    await peer.send(head(status, content_length=100) + b"begun")
+    await peer.gone()
+
+
+@receiver
+async def drip_head(peer):
+    """Send a head one byte at a time: no pause is long enough to notice."""
+    await peer.request()
+    await peer.drip(head(x_slow="y" * 80)[:-2])
+
+
+@receiver
+async def drip_body(peer, status="500 Internal Server Error"):
+    """Send a body one byte at a time."""
+    await peer.request()
+    await peer.send(head(status, content_length=2**30))
+    await peer.drip(b".")
+
+
+@receiver
+async def informational_flood(peer):
+    """Announce for ever that the answer is about to come."""
+    await peer.request()
+    await peer.flood(head("103 Early Hints") * 64)
+
+
+# --- too much -----------------------------------------------------------------------------------------
+
+
+@receiver
+async def endless_headers(peer):
+    """Send headers for ever."""
+    await peer.request()
+    await peer.send(b"HTTP/1.1 200 OK\r\n")
+    await peer.flood(b"X-More: yes\r\n" * 4000)
+
+
+@receiver
+async def many_headers(peer, count=100_000):
+    """Send a complete answer with 100,000 headers."""
+    await peer.request()
+    await peer.send(head(content_length=0)[:-2])
+    await peer.flood(b"X-More: yes\r\n" * 1000, total=count * 13)
+    await peer.send(b"\r\n")
+
+
+@receiver
+async def huge_header(peer):
+    """Send one header of 20 MB."""
+    await peer.request()
+    await peer.send(b"HTTP/1.1 200 OK\r\nX-Huge: ")
+    await peer.flood(total=20 * 2**20)
+    await peer.send(b"\r\n\r\n")
+
+
+@receiver
+async def huge_status_line(peer):
+    """Send a reason phrase of 20 MB."""
+    await peer.request()
+    await peer.send(b"HTTP/1.1 200 ")
+    await peer.flood(total=20 * 2**20)
+
+
+@receiver
+async def huge_body(peer, status="200 OK"):
+    """Send 10 GB."""
+    await peer.request()
+    await peer.send(head(status, content_length=10 * 2**30))
+    await peer.flood()
+
+
+@receiver
+async def endless_chunks(peer):
+    """Send chunks for ever."""
+    await peer.request()
+    await peer.send(head(transfer_encoding="chunked"))
+    await peer.flood(b"10000\r\n" + BLOCK + b"\r\n")
+
+
+@receiver
+async def endless_chunk_extension(peer):
+    """Put 10 GB where a chunk's size may carry remarks."""
+    await peer.request()
+    await peer.send(head(transfer_encoding="chunked") + b"1;")
+    await peer.flood()
+
+
+@receiver
+async def endless_trailers(peer):
+    """End the body, then send headers for ever."""
+    await peer.request()
+    await peer.send(head(transfer_encoding="chunked") + b"2\r\nok\r\n0\r\n")
+    await peer.flood(b"X-More: yes\r\n" * 4000)
+
+
+@receiver
+async def gzip_bomb(peer, size=100 * 2**20):
+    """Send 100 MB of zeros, packed into 100 KB."""
+    bomb = _bomb(size)
+    while True:
+        await peer.request()
+        await peer.send(head(content_encoding="gzip", content_length=len(bomb)) + bomb)
+
+
+@functools.cache
+def _bomb(size: int) -> bytes:
+    packer, zeros = zlib.compressobj(9, wbits=31), bytes(2**20)
+    return b"".join([packer.compress(zeros) for _ in range(size // len(zeros))]) + packer.flush()
+
+
+# --- no HTTP, or wrong HTTP ---------------------------------------------------------------------------
+
+
+@receiver
+async def says(peer, answer=b""):
+    """Send these very bytes to every request, then close."""
+    await peer.request()
+    await peer.send(answer)
+
+
+NONSENSE = {
+    "HTTP/0.9": b"<html>hello</html>",
+    "garbage": bytes(range(256)) * 8,
+    "another protocol": b"220 mail.example ESMTP\r\n",
+    "a version of its own": b"HTTP/9.7 200 OK\r\n\r\n",
+    "no status": b"HTTP/1.1 OK\r\n\r\n",
+    "a status of one digit": b"HTTP/1.1 2 OK\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nok",
+    "length and chunks": head(content_length=2, transfer_encoding="chunked") + b"ok",
+    "a negative length": head(content_length=-1) + b"ok",
+    "a length with a word in it": head(content_length="two") + b"ok",
+    "NUL in a header": b"HTTP/1.1 200 OK\r\nX-Nul: a\0b\r\n\r\n",
+    "a header without a name": b"HTTP/1.1 200 OK\r\n: nameless\r\n\r\n",
+    "a space in a header's name": b"HTTP/1.1 200 OK\r\nX Y: z\r\n\r\n",
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "switching protocols": head("101 Switching Protocols", upgrade="websocket", connection="upgrade"),
+    "status 999": head("999 Beyond", content_length=0),
+}
+"""Answers that are none, by what is wrong with them."""
+
+BROKEN_BODIES = {
+    "a chunk size that is no number": head(transfer_encoding="chunked") + b"zz\r\nok\r\n0\r\n\r\n",
+    "a chunk longer than its size": head(transfer_encoding="chunked") + b"1\r\ntoo long\r\n0\r\n\r\n",
+    "chunks that stop": head(transfer_encoding="chunked") + b"2\r\nok\r\n",
+    "an enormous chunk size": head(transfer_encoding="chunked") + b"f" * 40 + b"\r\nok",
+    "less than its length": head(content_length=10) + b"ok",
+}
+"""Answers that say yes and then break their body."""
+
+
+# --- connections --------------------------------------------------------------------------------------
+
+
+@receiver
+async def breaks_its_body(peer, answer):
+    """Let the head arrive before the broken body follows."""
+    await peer.request()
+    start, end, rest = answer.partition(b"\r\n\r\n")
+    await peer.send(start + end)
+    await asyncio.sleep(0.02)  # what this habit is about
+    await peer.send(rest)
+
+
+@receiver
+async def closes_at_once(peer):
+    """Accept and close."""
+
+
+@receiver
+async def closes_unanswered(peer):
+    """Take the request and close."""
+    await peer.request()
+
+
+@receiver
+async def answers_once(peer):
+    """Answer the very first request, and close every further connection and request unanswered."""
+    await peer.request()
+    if len(peer.receiver.requests) == 1:
+        await peer.send(head(content_length=0))
+        await peer.request()
+
+
+@receiver
+async def speaks_first(peer, greeting=b"220 mail.example ESMTP\r\n"):
+    """Greet before any request, as a mail server does."""
+    await peer.send(greeting)
+    await peer.gone()
+
+
+@receiver
+async def resets(peer):
+    """Take the request and break the connection."""
+    await peer.request()
+    peer.reset()
+
+
+@receiver
+async def resets_in_body(peer, status="200 OK"):
+    """Say yes, begin the body, break the connection once the beginning has been read."""
+    await peer.request()
+    await peer.send(head(status, content_length=100) + b"begun")
+    await asyncio.sleep(0.02)  # RST may overtake what was sent; this habit is about what arrived
+    peer.reset()
+
+
+@receiver
+async def closes_kept_alive(peer):
+    """Answer one request, promise to keep the connection, close it at the next."""
+    await peer.request()
+    await peer.send(head(content_length=0))
+    await peer.reader.read(1)
+
+
+@receiver
+async def resets_kept_alive(peer):
+    """Answer one request, promise to keep the connection, break it at the next."""
+    await peer.request()
+    await peer.send(head(content_length=0))
+    await peer.reader.read(1)
+    peer.reset()
+
+
+@receiver
+async def breaks_off_kept_alive(peer, beginning=b"HTTP/1.1 200 O"):
+    """Answer one request, begin to answer the next, close."""
+    await peer.request()
+    await peer.send(head(content_length=0))
+    await peer.request()
+    await peer.send(beginning)
+
+
+@receiver
+async def answers_before_reading(peer, status="413 Payload Too Large"):
+    """Judge by the head alone, and leave the body unread."""
+    await peer.reader.readuntil(b"\r\n\r\n")
+    peer.writer.transport.pause_reading()
+    await peer.send(head(status, content_length=0))
+    await asyncio.Event().wait()
+
+
+@receiver
+async def says_more_than_its_length(peer):
+    """Send a second, unasked answer behind the first: it must not answer the next request."""
+    await peer.request()
+    await peer.send(head(content_length=2) + b"ok" + head("500 Unasked", content_length=0))
+    await peer.gone()
+
+
+# --- TLS ----------------------------------------------------------------------------------------------
+
+
+class Certificates:
+    """A small authority of our own: `good`, `expired`, `wrong_name` (signed by it) and `self_signed`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.ca = folder / "ca.pem"
+        self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
+        self._self_signed("ca.pem", "/CN=test authority", "basicConstraints=critical,CA:TRUE")
+        self._self_signed("self_signed.pem", "/CN=localhost", "subjectAltName=IP:127.0.0.1")
+        self._openssl("req", "-new", "-key", "key.pem", "-subj", "/CN=receiver", "-out", "request.pem")
+        self._signed("good.pem", "DNS:localhost,IP:127.0.0.1", days=1)
+        self._signed("expired.pem", "DNS:localhost,IP:127.0.0.1", days=-1)
+        self._signed("wrong_name.pem", "DNS:elsewhere.example", days=1)
+
+    def server(self, name: str) -> ssl.SSLContext:
+        """Return what a receiver with that certificate listens with."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self._folder / f"{name}.pem", self._folder / "key.pem")
+        return context
+
+    def _self_signed(self, out: str, subject: str, extension: str) -> None:
+        self._openssl(
+            "req", "-x509", "-key", "key.pem", "-days", "1", "-subj", subject, "-addext", extension,
+            "-out", out,
+        )  # fmt: skip
+
+    def _signed(self, out: str, names: str, days: int) -> None:
+        (self._folder / "names").write_text(f"subjectAltName={names}\n")
+        self._openssl(
+            "x509", "-req", "-in", "request.pem", "-CA", "ca.pem", "-CAkey", "key.pem", "-CAcreateserial",
+            "-days", str(days), "-extfile", "names", "-out", out,
+        )  # fmt: skip
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self._folder, check=True, capture_output=True)
+
+
+def unused_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
