@@ -1,0 +1,40 @@
+"""Moddy: who may not speak, and what its health check needs."""
+
+import pytest
+from samples import sources
+
+from relay.errors import Draining, PluginFailed, Unauthenticated
+from relay.incoming import Incoming
+from relay.sources.moddy import HEALTH, PATH
+
+SOURCE = sources()["moddy"]
+HEAD = Incoming.of("POST", PATH)
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "error"),
+    [
+        ("missing", 401, "Missing Authorization header"),
+        ("scheme", 401, "Invalid Authorization format"),
+        ("unknown", 403, "Invalid internal API secret"),
+    ],
+)
+def test_each_way_of_being_unknown_has_its_documented_answer(problem, status, error):
+    reply = SOURCE.refuse(Unauthenticated(problem=problem), HEAD)
+    assert (reply.status, reply.body) == (status, {"error": error})
+
+
+def test_a_failure_of_ours_reads_as_documented():
+    reply = SOURCE.refuse(PluginFailed(), HEAD)
+    assert (reply.status, reply.body) == (500, {"detail": "Failed to process event"})
+
+
+def test_passing_trouble_is_json_too():
+    reply = SOURCE.refuse(Draining(), HEAD)
+    assert (reply.status, reply.body) == (503, {"detail": "Shutting down"})
+
+
+def test_the_health_check_needs_no_token_and_the_event_does():
+    SOURCE.verify(Incoming.of("GET", HEALTH))
+    with pytest.raises(Unauthenticated):
+        SOURCE.verify(HEAD)

@@ -1,0 +1,129 @@
+"""WhatsApp workers: what rides in replies, and how little a heartbeat must get right."""
+
+import msgspec
+import pytest
+from samples import sources
+
+from relay.config.secret import Secrets
+from relay.incoming import Incoming
+from relay.model import Receipt, Session, Worker
+from relay.sources.whatsapp import WhatsApp
+
+SOURCE = sources()["whatsapp"]
+TOKENS = Secrets.of("worker-secret-token-12345")
+
+
+def beat(body: object, worker: str = "worker-001"):
+    """Send a heartbeat."""
+    return SOURCE.heartbeat(Incoming.of("PUT", "/", {}, msgspec.json.encode(body), worker=worker))
+
+
+def register(source: WhatsApp, **body: object):
+    """Send a registration."""
+    request = Incoming.of("POST", "/", {}, msgspec.json.encode({"workerId": "w"} | body))
+    return source.register(request).worker
+
+
+def test_commands_ride_in_the_heartbeat_s_reply_and_nothing_else_does():
+    commands = ({"type": "restart", "sessionId": "s"},)
+    data = beat({}).reply(Receipt(commands=commands))["data"]
+    assert data == {"workerId": "worker-001", "status": "acknowledged", "commands": list(commands)}
+
+
+def test_assigned_sessions_are_those_that_the_worker_last_reported():
+    accepted = SOURCE.assigned(Incoming.of("GET", "/", worker="w 1"))
+    session = Session(id="s", status="CONNECTED", phone="+62", last_activity="2024-01-15T10:30:00.000Z")
+    worker = Worker(source="whatsapp", id="w 1", sessions=(session,))
+    assert accepted.asks == "w 1"
+    assert accepted.reply(Receipt(worker=worker))["data"]["sessions"] == [
+        {
+            "sessionId": "s",
+            "status": "CONNECTED",
+            "phoneNumber": "+62",
+            "displayName": None,
+            "lastActivity": "2024-01-15T10:30:00.000Z",
+        }
+    ]
+
+
+@pytest.mark.parametrize(("conflict", "rejects"), [("accept", False), ("reject", True)])
+def test_the_operator_decides_whether_an_endpoint_may_be_taken_over(conflict, rejects):
+    assert register(WhatsApp(tokens=TOKENS, conflict=conflict)).reject_conflict is rejects
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        (50, 50),
+        (50.0, 50),
+        (0, 0),
+        (2**63 - 1, 2**63 - 1),
+        (2**63, None),
+        (-1, None),
+        (1.5, None),
+        (True, None),
+        ("50", None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_count_is_a_whole_number_that_a_row_can_hold(value, count):
+    assert register(SOURCE, maxSessions=value).max_sessions == count
+    assert beat({"messageCount": value}).worker.message_count == count
+
+
+@pytest.mark.parametrize(
+    ("value", "gauge"),
+    [
+        (45.5, 45.5),
+        (3, 3.0),
+        (-2.5, -2.5),
+        (10**18, 1e18),
+        (10**400, None),
+        ("45%", None),
+        (False, None),
+        ({}, None),
+    ],
+)
+def test_a_gauge_is_a_number_or_left_out(value, gauge):
+    for body in ({"cpuUsage": value}, {"metrics": {"cpuUsage": value}}):
+        assert beat(body).worker.cpu == gauge
+
+
+def test_a_flat_gauge_wins_over_a_nested_one():
+    assert beat({"cpuUsage": 2, "metrics": {"cpuUsage": 1, "uptime": 5}}).worker.cpu == 2.0
+
+
+@pytest.mark.parametrize("metrics", [None, [], "x", 5])
+def test_metrics_of_another_kind_are_left_out(metrics):
+    assert beat({"status": "ONLINE", "metrics": metrics}).worker.status == "ONLINE"
+
+
+@pytest.mark.parametrize(
+    "sessions",
+    [{f"status{n}": n for n in range(99)}, [{"sessionId": f"{n}", "status": f"{n}"} for n in range(99)]],
+)
+def test_a_worker_cannot_make_up_more_than_a_few_kinds_of_status(sessions):
+    assert len(beat({"sessions": sessions}).worker.counts) <= 33
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("ONLINE", "ONLINE"),
+        (" offline ", "OFFLINE"),
+        ("Maintenance", "MAINTENANCE"),
+        ("busy", None),
+        (1, None),
+        (None, None),
+    ],
+)
+def test_a_status_counts_in_any_case_and_an_unknown_one_says_nothing(said, status):
+    assert beat({"status": said}).worker.status == status
+    assert register(SOURCE, status=said).status == (status or "ONLINE")
+
+
+def test_a_flat_body_is_kept_whole_and_byte_for_byte():
+    body = b'\n{"sessionId": "s",  "status": "Connected", "n": 1.00}\n'
+    event = SOURCE.session_status(Incoming.of("POST", "/", {}, body)).event
+    assert (event.type, bytes(event.data)) == ("session.connected", body.strip())
