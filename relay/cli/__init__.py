@@ -7,7 +7,7 @@ from relay.cli.group import Group
 
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Tell every problem of config.toml at once."),
-    "serve": ("relay.cli.serve:serve", "Run the daemon; --demo shows everything once."),
+    "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
     "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
 }
 """Every command: where it is, and its line in `relay --help`, which imports none of them."""
