@@ -15,7 +15,7 @@ from relay.config import checks
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.model import Config, SourceConfig
-from relay.config.problem import ConfigError, KeyPath, Problem, guess
+from relay.config.problem import ConfigError, KeyPath, Problem, guess, shown
 from relay.config.tables import bind_tables, named_tables
 from relay.doors import Door, Plugin, at_the_doors, in_one_line
 from relay.errors import Refusal
@@ -178,7 +178,7 @@ def _bind_source(
     if kind is None:
         if blame_kinds and isinstance(plugin, str):  # else a broken plugin may be the one that is meant
             known = guess(plugin, kinds) or f"; there are: {', '.join(sorted(kinds))}"
-            binder.report((*path, "plugin"), f'no plugin offers the kind "{plugin}"{known}')
+            binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
         return None
     settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
     if source is None or settings is None:

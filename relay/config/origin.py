@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from relay.config.problem import guess, kind_of
+from relay.config.problem import guess, kind_of, shown
 from relay.config.secret import Secret
 
 FORMS = '{ env = "NAME" }, { file = "path" } or { credential = "name" }'
@@ -42,7 +42,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"expected {FORMS}, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
         for key, text in value.items():
             if key not in _KEYS:
-                raise ValueError(f'unknown key "{key}"{guess(key, _KEYS) or f"; expected {FORMS}"}')
+                advice = guess(key, _KEYS) or f"; expected {FORMS}"
+                raise ValueError(f"unknown key {shown(key)}{advice}")
             if not isinstance(text, str) or not text:
                 raise ValueError(f"`{key}` must be a string that is not empty")
         places = [key for key in _KEYS[:-1] if key in value]

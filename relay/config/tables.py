@@ -6,7 +6,7 @@ from typing import Any
 from relay.config import checks
 from relay.config.bind import WRONG, Binder
 from relay.config.model import Config, DestinationConfig, Plugins
-from relay.config.problem import KeyPath, guess
+from relay.config.problem import KeyPath, guess, shown
 from relay.filters import OPERATOR_EVENTS, Patterns
 from relay.formats import FORMATS
 from relay.where import compile_where
@@ -74,11 +74,13 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
         binder.report((*path, "where"), str(error))
     if destination.format not in FORMATS:
         advice = guess(destination.format, FORMATS) or f"; there are: {', '.join(FORMATS)}"
-        binder.report((*path, "format"), f'no format is called "{destination.format}"{advice}')
+        binder.report((*path, "format"), f"no format is called {shown(destination.format)}{advice}")
     tables = binder.document.data.get("sources")
     sources = tables if isinstance(tables, dict) else {}
     for index, pattern in enumerate(destination.events):
         source, dot, _ = pattern.removeprefix("!").partition(".")
         known = source in sources or f"{source}." == OPERATOR_EVENTS
         if dot and not known and not set(source) & set("*?["):
-            binder.warn((*path, "events", index), f'no source is called "{source}"{guess(source, sources)}')
+            binder.warn(
+                (*path, "events", index), f"no source is called {shown(source)}{guess(source, sources)}"
+            )
