@@ -93,9 +93,11 @@ def discover(dirs: Sequence[Path]) -> tuple[dict[str, Kind], list[Problem]]:
 
 def _kinds_of(manager: pluggy.PluginManager, plugin: Plugin) -> Iterator[Kind]:
     _check_hooks(manager, plugin.module)
+    if manager.is_registered(plugin.module):
+        raise _PluginError("comes in twice; keep one of its entry points")
     try:
         manager.register(plugin.module)
-    except (pluggy.PluginValidationError, ValueError) as error:
+    except pluggy.PluginValidationError as error:
         raise _PluginError(f"is no valid plugin: {str(error).splitlines()[-1]}") from None
     for hook in manager.hook.relay_sources.get_hookimpls():
         if hook.plugin is plugin.module:

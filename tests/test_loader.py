@@ -214,6 +214,13 @@ def test_a_broken_entry_point_is_named(tmp_path, monkeypatch):
     assert str(problem) == 'entry point "b = broken_relay": cannot be imported: RuntimeError: no'
 
 
+def test_one_module_behind_two_entry_points_is_named(tmp_path, monkeypatch):
+    entries = "a = twice_relay\nb = twice_relay"
+    install(tmp_path / "site", monkeypatch, "twice_relay", PLUGIN.format(kind="twice"), entries)
+    _, (problem,) = discover([])
+    assert str(problem) == f"{tmp_path}/site/twice_relay.py: comes in twice; keep one of its entry points"
+
+
 # --- sources ------------------------------------------------------------------------------------
 
 
