@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from relay.clock import SECOND
+from relay.clock import SECOND, rfc3339
 from relay.config.model import WorkerRules
 from relay.model import (
     Born,
@@ -66,7 +66,7 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
     """Judge one row: past its deadline it is offline, with the event that says so."""
-    if row.status != "ONLINE" or row.unregistered_at is not None or now.steady <= row.deadline:
+    if row.status != "ONLINE" or row.maintenance or now.steady <= row.deadline:
         return None
     after = msgspec.structs.replace(row, status="OFFLINE")
     return after, _born("offline", after, row.status, "silent")
@@ -124,11 +124,14 @@ def _heartbeat(row: Worker | None, change: Heartbeat, source: str, now: Now, rul
         deadline=_deadline(now, rules),
         **said,
     )
-    quiet = row is not None and all(
-        getattr(row, name) == getattr(after, name)
-        for name in ("status", "version", "environment", "counts", "sessions")
-    )
+    quiet = row is not None and _matters(row) == _matters(after)
     return Step(worker=after, born=_transition(row, after), quiet=quiet)
+
+
+def _matters(row: Worker) -> tuple[Any, ...]:
+    """What of a row must not be lost in a crash: all but last-seen and gauges."""
+    sessions = [(session.id, session.status, session.phone, session.name) for session in row.sessions]
+    return row.status, row.version, row.environment, row.counts, sessions
 
 
 def _unregister(row: Worker | None, now: Now) -> Step:
@@ -164,7 +167,10 @@ def _deadline(now: Now, rules: WorkerRules) -> int:
 
 
 def _born(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> Born:
-    data: dict[str, Any] = {**msgspec.to_builtins(worker), "previous": previous, "reason": reason}
+    row = msgspec.to_builtins(worker)
     for internal in ("deadline", "unregistered_at"):
-        del data[internal]
+        del row[internal]
+    for moment in ("registered_at", "last_heartbeat"):
+        row[moment] = rfc3339(row[moment])
+    data = {"worker": row, "previous": previous, "reason": reason}
     return Born(type=f"worker.{what}", subject=worker.id, data=data)

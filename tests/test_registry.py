@@ -1,0 +1,222 @@
+"""The rules of the worker registry, as the table at its head lists them."""
+
+import msgspec
+import pytest
+
+from relay.clock import SECOND
+from relay.config.model import WorkerRules
+from relay.model import Heartbeat, Register, Session, Unregister, Worker, WorkerChange
+from relay.registry import FORMER, TOMBSTONE, Now, Step, apply, former, hold, silent
+
+RULES = WorkerRules(offline_after=90.0, startup_hold=120.0)
+WALL, STEADY = 1_705_314_600_000_000, 5_000 * SECOND
+
+
+def at(seconds: float) -> Now:
+    """Return a moment that many seconds after the start of the test; the clocks differ on purpose."""
+    return Now(wall=WALL + int(seconds * SECOND), steady=STEADY + int(seconds * SECOND))
+
+
+def said(row: Worker | None, change: WorkerChange, seconds: float = 0) -> Step:
+    """Apply one change."""
+    return apply(row, change, "whatsapp", at(seconds), RULES)
+
+
+def types(step: Step) -> list[str]:
+    """List the events that a step gave birth to."""
+    return [born.type for born in step.born]
+
+
+REGISTER = Register(worker_id="w", endpoint="http://w:8001", version="1.0.0", max_sessions=50)
+BEAT = Heartbeat(worker_id="w")
+ONLINE = said(None, REGISTER).worker
+OFFLINE = msgspec.structs.replace(ONLINE, status="OFFLINE")
+RESTING = msgspec.structs.replace(ONLINE, status="MAINTENANCE")
+SERVICED = msgspec.structs.replace(RESTING, maintenance=True)
+GONE = said(ONLINE, Unregister(worker_id="w")).worker
+
+
+def report(status: str) -> Heartbeat:
+    """Build a heartbeat with a status."""
+    return Heartbeat(worker_id="w", status=status)
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "seconds", "status", "events"),
+    [
+        (None, REGISTER, 0, "ONLINE", ["worker.registered"]),
+        (None, BEAT, 0, "ONLINE", ["worker.registered"]),
+        (None, report("OFFLINE"), 0, "OFFLINE", ["worker.registered"]),
+        (ONLINE, REGISTER, 5, "ONLINE", []),
+        (ONLINE, BEAT, 5, "ONLINE", []),
+        (ONLINE, report("OFFLINE"), 5, "OFFLINE", ["worker.offline"]),
+        (ONLINE, report("MAINTENANCE"), 5, "MAINTENANCE", []),
+        (OFFLINE, BEAT, 5, "ONLINE", ["worker.online"]),
+        (OFFLINE, REGISTER, 5, "ONLINE", ["worker.online"]),
+        (OFFLINE, report("OFFLINE"), 5, "OFFLINE", []),
+        (OFFLINE, report("MAINTENANCE"), 5, "MAINTENANCE", []),
+        (RESTING, BEAT, 5, "MAINTENANCE", []),
+        (RESTING, report("ONLINE"), 5, "ONLINE", []),
+        (RESTING, REGISTER, 5, "ONLINE", []),
+        (RESTING, report("OFFLINE"), 5, "OFFLINE", ["worker.offline"]),
+        (SERVICED, report("ONLINE"), 5, "MAINTENANCE", []),
+        (SERVICED, report("OFFLINE"), 5, "MAINTENANCE", []),
+        (SERVICED, REGISTER, 5, "MAINTENANCE", []),
+        (ONLINE, Unregister(worker_id="w"), 5, "OFFLINE", ["worker.unregistered"]),
+        (GONE, Unregister(worker_id="w"), 5, "OFFLINE", []),
+        (GONE, BEAT, 9.9, "OFFLINE", []),
+        (GONE, BEAT, 10, "ONLINE", ["worker.registered"]),
+        (GONE, REGISTER, 1, "ONLINE", ["worker.registered"]),
+    ],
+)
+def test_what_comes_decides_what_happens(row, change, seconds, status, events):
+    step = said(row, change, seconds)
+    assert (step.worker.status, types(step)) == (status, events)
+
+
+def test_a_stranger_who_takes_leave_leaves_no_trace():
+    assert said(None, Unregister(worker_id="w")) == Step(worker=None, quiet=True)
+
+
+def test_a_registration_fills_the_row():
+    assert (
+        Worker(
+            source="whatsapp",
+            id="w",
+            endpoint="http://w:8001",
+            version="1.0.0",
+            max_sessions=50,
+            registered_at=WALL,
+            last_heartbeat=WALL,
+            deadline=STEADY + 90 * SECOND,
+        )
+        == ONLINE
+    )
+
+
+def test_registering_again_updates_the_row_and_keeps_since_when_it_is_known():
+    row = said(ONLINE, Register(worker_id="w", endpoint="http://w:8002", version="2.0.0"), 60).worker
+    assert (row.endpoint, row.version, row.registered_at) == ("http://w:8002", "2.0.0", WALL)
+    assert (row.last_heartbeat, row.deadline) == (WALL + 60 * SECOND, STEADY + 150 * SECOND)
+
+
+def test_a_worker_that_comes_back_after_its_farewell_starts_anew():
+    row = said(GONE, REGISTER, 60).worker
+    assert (row.unregistered_at, row.registered_at) == (None, WALL + 60 * SECOND)
+
+
+def test_a_late_heartbeat_after_the_farewell_changes_nothing():
+    assert said(GONE, BEAT, 5) == Step(worker=GONE, quiet=True)
+    assert TOMBSTONE == 10 * SECOND
+
+
+def test_a_heartbeat_says_what_it_knows_and_leaves_the_rest():
+    beat = Heartbeat(
+        worker_id="w", cpu=45.5, memory=67.8, uptime=3600.0, message_count=1250, counts={"total": 25}
+    )
+    row = said(ONLINE, beat, 30).worker
+    assert (row.cpu, row.memory, row.uptime, row.message_count, row.counts) == (
+        45.5,
+        67.8,
+        3600.0,
+        1250,
+        {"total": 25},
+    )
+    assert (row.endpoint, row.version, row.max_sessions) == ("http://w:8001", "1.0.0", 50)
+    later = said(row, BEAT, 60).worker
+    assert (later.cpu, later.counts, later.last_heartbeat) == (45.5, {"total": 25}, WALL + 60 * SECOND)
+
+
+def listed(status: str = "CONNECTED", last_activity: str = "10:30") -> Heartbeat:
+    """Build a heartbeat with a list of one session."""
+    session = Session(id="s", status=status, last_activity=last_activity)
+    return Heartbeat(worker_id="w", sessions=(session,))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "quiet"),
+    [
+        (BEAT, BEAT, True),
+        (BEAT, Heartbeat(worker_id="w", cpu=99.0, memory=1.0, uptime=7.0, message_count=5), True),
+        (listed(), listed(last_activity="10:31"), True),
+        (listed(), listed(status="DISCONNECTED"), False),
+        (listed(), Heartbeat(worker_id="w", sessions=()), False),
+        (BEAT, Heartbeat(worker_id="w", counts={"total": 1}), False),
+        (BEAT, Heartbeat(worker_id="w", version="2.0.0"), False),
+        (BEAT, Heartbeat(worker_id="w", environment="TEST"), False),
+        (BEAT, report("OFFLINE"), False),
+        (report("OFFLINE"), BEAT, False),
+        (report("MAINTENANCE"), BEAT, True),
+    ],
+)
+def test_a_heartbeat_is_quiet_if_only_last_seen_and_gauges_move(first, second, quiet):
+    row = said(ONLINE, first, 30).worker
+    assert said(row, second, 60).quiet is quiet
+
+
+@pytest.mark.parametrize("change", [REGISTER, BEAT])
+def test_the_first_sign_of_a_worker_is_never_quiet(change):
+    assert said(None, change).quiet is False
+
+
+@pytest.mark.parametrize(
+    ("row", "seconds", "marked"),
+    [
+        (ONLINE, 90, False),
+        (ONLINE, 90.1, True),
+        (OFFLINE, 1000, False),
+        (RESTING, 1000, False),
+        (SERVICED, 1000, False),
+        (msgspec.structs.replace(ONLINE, maintenance=True), 1000, False),
+        (GONE, 1000, False),
+    ],
+)
+def test_only_an_online_worker_past_its_deadline_is_marked_offline(row, seconds, marked):
+    assert (silent(row, at(seconds)) is not None) is marked
+
+
+def test_silence_is_told_once_with_its_reason_and_what_was_before():
+    after, born = silent(ONLINE, at(91))
+    assert silent(after, at(200)) is None
+    assert (born.type, born.subject) == ("worker.offline", "w")
+    assert (born.data["previous"], born.data["reason"]) == ("ONLINE", "silent")
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "previous", "reason"),
+    [
+        (None, REGISTER, None, "new"),
+        (OFFLINE, BEAT, "OFFLINE", "heard"),
+        (ONLINE, report("OFFLINE"), "ONLINE", "reported"),
+        (RESTING, Unregister(worker_id="w"), "MAINTENANCE", "requested"),
+    ],
+)
+def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, reason):
+    step = said(row, change)
+    [born] = step.born
+    assert (born.subject, born.data["previous"], born.data["reason"]) == ("w", previous, reason)
+    assert born.data["worker"]["status"] == step.worker.status
+
+
+def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
+    [born] = said(None, REGISTER).born
+    row = msgspec.json.decode(msgspec.json.encode(born.data))["worker"]
+    assert row.keys() == set(Worker.__struct_fields__) - {"deadline", "unregistered_at"}
+    assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
+
+
+def test_a_former_id_has_35_seconds_left_unless_it_has_less_and_a_heartbeat_undoes_that():
+    row = former(ONLINE, at(0))
+    assert (row.deadline, FORMER) == (STEADY + 35 * SECOND, 35 * SECOND)
+    assert former(ONLINE, at(80)).deadline == ONLINE.deadline
+    assert said(row, BEAT, 30).worker.deadline == STEADY + 120 * SECOND
+
+
+@pytest.mark.parametrize("rules", [RULES, WorkerRules(offline_after=120.0, startup_hold=5.0)])
+def test_after_a_start_an_online_worker_has_the_longer_of_both_patiences(rules):
+    assert hold(ONLINE, at(500), rules).deadline == STEADY + 620 * SECOND
+
+
+@pytest.mark.parametrize("row", [OFFLINE, RESTING, GONE])
+def test_after_a_start_others_stay_as_they_are(row):
+    assert hold(row, at(500), RULES) == row
