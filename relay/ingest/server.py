@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -29,10 +29,10 @@ class Connection(RequestHandler):
         """Count the connection in, or send it away."""
         super().connection_made(transport)
         server: Any = self._manager
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - aiohttp listens on streams
         if len(server.connections) > server.max_connections:
-            transport.write(_FULL)
-            transport.close()
+            stream = cast("asyncio.Transport", transport)  # uvloop's transports inherit from nothing
+            stream.write(_FULL)
+            stream.close()
             return
         loop = asyncio.get_running_loop()
         self._head_deadline = loop.call_later(FIRST_HEAD, self._close_if_silent)
