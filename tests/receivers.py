@@ -117,6 +117,12 @@ class Receiver:
             if isinstance(outcome, Exception):
                 raise outcome
 
+    async def until(self, requests: int) -> None:
+        """Wait until so many requests have come."""
+        while len(self.requests) < requests:
+            self.asked.clear()
+            await self.asked.wait()
+
     def _accept(self, reader, writer) -> None:
         self.connections += 1
         self._tasks.add(asyncio.create_task(self._live(Peer(self, reader, writer))))

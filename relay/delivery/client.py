@@ -6,7 +6,7 @@ import io
 import re
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from contextvars import ContextVar
 
 from aiohttp import (
@@ -151,13 +151,13 @@ class Client:
                 raise
         return await self._ask(self._fresh, url, headers, body)
 
-    async def _ask(
+    def _ask(
         self, session: ClientSession, url: str | URL, headers: Mapping[str, str], body: bytes
-    ) -> ClientResponse:
+    ) -> Awaitable[ClientResponse]:
         if isinstance(url, str):
             url = _as_written(url)
         data = body if len(body) <= _ONE_WRITE else io.BytesIO(body)
-        return await session.request(self._method, url, headers=headers, data=data, allow_redirects=False)
+        return session.request(self._method, url, headers=headers, data=data, allow_redirects=False)
 
     def _socket(self, info: AddressInfo) -> socket.socket:
         """Make the socket of one connect, unless the guard refuses its address."""

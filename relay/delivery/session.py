@@ -15,15 +15,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 from relay import __version__
 from relay.errors import RelayError
 
-_SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
-_HEADS = 16  # heads waiting to be looked at; a receiver has use for one or two before the answer
-
-_DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
 WIRE_LIMIT = 2**20
 """Bytes of one answer, counted on the wire; generous, as bodies are given up long before."""
 
+_SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
+_HEADS = 16  # heads waiting to be looked at; a receiver has use for one or two before the answer
 _LINE_LIMIT = 8190  # bytes of the status line and of each header
 _HEADER_LIMIT = 128
+_DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
 
 # aiohttp puts these in on its own; a webhook names its content type, and wants neither a compressed
 # answer nor a negotiation.
@@ -50,22 +49,18 @@ class _Protocol(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        if len(data) <= _SLICE:
-            self._feed(data)
+        if len(data) > _SLICE:
+            for at in range(0, len(data), _SLICE):
+                if self._exception is None:
+                    self.data_received(data[at : at + _SLICE])
             return
-        for at in range(0, len(data), _SLICE):
-            if self._exception is not None:
-                return
-            self._feed(data[at : at + _SLICE])
-
-    def _feed(self, data: bytes) -> None:
         self._received += len(data)
-        if self._received > WIRE_LIMIT or len(self._buffer) > _HEADS:
-            if self.transport is not None:
-                self.transport.abort()
-            self.set_exception(HttpProcessingError(message="far more than an answer"))
-        else:
+        if self._received <= WIRE_LIMIT and len(self._buffer) <= _HEADS:
             super().data_received(data)
+            return
+        if self.transport is not None:
+            self.transport.abort()
+        self.set_exception(HttpProcessingError(message="far more than an answer"))
 
     def close(self) -> None:
         """Drop the connection: a polite TLS close waits 30 s for receivers that are hanging anyway."""
