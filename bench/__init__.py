@@ -1,0 +1,1 @@
+"""What the relay's promises cost, measured against bare aiohttp: `python -m bench` lists it all."""

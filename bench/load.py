@@ -1,0 +1,98 @@
+"""A load generator that costs little itself: keep-alive connections, prebuilt bytes, a fixed count."""
+
+import asyncio
+import re
+import time
+from typing import cast
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
+_DEADLINE = 120.0  # seconds for one round, so that nothing here runs for ever
+
+
+class LoadError(Exception):
+    """The server did not answer with 2xx."""
+
+
+class _Sender(asyncio.Protocol):
+    """One connection: asks, waits for the whole answer, asks again while there is something to ask."""
+
+    def __init__(self, load: "_Load") -> None:
+        self._load = load
+        self._received = b""
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+
+    def ask(self) -> None:
+        if self._load.unasked:
+            self._load.unasked -= 1
+            self.transport.write(self._load.request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head = self._received.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        length = _LENGTH.search(self._received, 0, head)
+        if length is None or not self._received.startswith(b"HTTP/1.1 2"):
+            self._load.fail(LoadError(f"unexpected answer: {self._received!r}"))
+        elif len(self._received) >= head + 4 + int(length[1]):
+            self._received = b""
+            self._load.answered()
+            self.ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._load.fail(LoadError(f"the server closed a connection ({exc})"))
+
+
+class _Load:
+    """One round: how much is left, and whether it is over."""
+
+    def __init__(self, request: bytes, count: int) -> None:
+        self.request = request
+        self.unasked = count
+        self._unanswered = count
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def answered(self) -> None:
+        self._unanswered -= 1
+        if not self._unanswered and not self.over.done():
+            self.over.set_result(None)
+
+    def fail(self, error: LoadError) -> None:
+        if not self.over.done():
+            self.over.set_exception(error)
+
+
+def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """Build a request as it goes over the wire."""
+    fields = {"Host": "localhost", **headers, "Content-Length": str(len(body))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+async def send(address: tuple[str, int], request: bytes, *, count: int, connections: int) -> float:
+    """Send a request `count` times over so many connections, each waiting for its answers.
+
+    Returns the moment (`time.perf_counter`) at which the first byte went out.
+
+    Raises:
+        LoadError: an answer was no 2xx, or a connection broke.
+        TimeoutError: it took more than two minutes.
+    """
+    load, loop = _Load(request, count), asyncio.get_running_loop()
+    senders = []
+    try:
+        for _ in range(min(connections, count)):
+            _, sender = await loop.create_connection(lambda: _Sender(load), *address)
+            senders.append(sender)
+        began = time.perf_counter()
+        for sender in senders:
+            sender.ask()
+        async with asyncio.timeout(_DEADLINE):
+            await load.over
+    finally:
+        for sender in senders:
+            sender.transport.close()
+    return began

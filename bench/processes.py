@@ -1,0 +1,69 @@
+"""The servers under test, as processes of their own: started, asked for the CPU time they used, ended by pid."""
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+_LISTENS = re.compile(r"listens on http://([0-9.]+):([0-9]+)")
+_START = 30.0  # seconds for a server to come up
+_STOP = 30.0  # seconds for it to go after SIGTERM
+
+
+class Server(msgspec.Struct, frozen=True):
+    """One running server."""
+
+    pid: int
+    address: tuple[str, int]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address[0]}:{self.address[1]}"
+
+    def cpu(self) -> float:
+        """Return the seconds of CPU that the process and all its threads have used.
+
+        To the nanosecond, as glibc's `clock_getcpuclockid` has it; `/proc/PID/stat` counts in 10 ms.
+        """
+        return time.clock_gettime(~self.pid << 3 | 2)
+
+
+@asynccontextmanager
+async def python(log: Path, *arguments: str) -> AsyncIterator[Server]:
+    """Run our own interpreter until the block ends; the program says in its log where it listens.
+
+    Raises:
+        RuntimeError: it ended, or did not listen within 30 s.
+    """
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    try:
+        yield Server(process.pid, await _address(process, log))
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), _STOP)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _address(process: asyncio.subprocess.Process, log: Path) -> tuple[str, int]:
+    text = ""
+    for _ in range(int(_START / 0.02)):
+        text = log.read_text()  # noqa: ASYNC240 - nothing else goes on yet
+        found = _LISTENS.search(text)
+        if found is not None:
+            return found[1], int(found[2])
+        if process.returncode is not None:
+            break
+        await asyncio.sleep(0.02)
+    raise RuntimeError(f"a server did not come up:\n{text}")

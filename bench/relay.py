@@ -1,0 +1,63 @@
+"""From the first byte in to the recorded answer of one destination, against a proxy that keeps nothing."""
+
+import asyncio
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.load import send
+from bench.processes import Server, python
+from bench.rounds import Comparison, Plan, Round, alternate
+from bench.subject import PATH, REQUEST, relay
+
+_DEADLINE = 120.0  # seconds for the last delivery of a round to be recorded
+
+
+async def run(plan: Plan) -> Comparison:
+    """Measure it."""
+    with TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        async with python(folder / "receiver.log", "-m", "bench.serve", "receiver") as receiver:
+            rival = ("-m", "bench.serve", "proxy", PATH, f"{receiver.url}/hook")
+            async with (
+                relay(folder, receiver.url) as ours,
+                python(folder / "bare.log", *rival) as theirs,
+            ):
+                mine, others = await alternate(
+                    plan,
+                    lambda: _relay_round(plan, ours, folder / "relay.db"),
+                    lambda: _proxy_round(plan, theirs),
+                )
+    return Comparison(
+        name="relay",
+        title="events from the first byte in to the recorded answer of one destination",
+        rival="bare aiohttp proxy",
+        target=0.75,
+        ours=mine,
+        theirs=others,
+    )
+
+
+async def _relay_round(plan: Plan, server: Server, database: Path) -> Round:
+    """Send, then wait until the ledger has every delivery: reading it costs the daemon nothing."""
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as books:
+        wanted = _delivered(books) + plan.requests
+        cpu = server.cpu()
+        began = await send(server.address, REQUEST, count=plan.requests, connections=plan.connections)
+        async with asyncio.timeout(_DEADLINE):
+            while _delivered(books) < wanted:  # noqa: ASYNC110 - another process's progress
+                await asyncio.sleep(0.002)
+        return Round(plan.requests, time.perf_counter() - began, server.cpu() - cpu)
+
+
+async def _proxy_round(plan: Plan, server: Server) -> Round:
+    cpu = server.cpu()
+    began = await send(server.address, REQUEST, count=plan.requests, connections=plan.connections)
+    return Round(plan.requests, time.perf_counter() - began, server.cpu() - cpu)
+
+
+def _delivered(books: sqlite3.Connection) -> int:
+    row = books.execute("SELECT delivered FROM ledger").fetchone()
+    return int(row[0]) if row else 0

@@ -1,0 +1,87 @@
+"""Rounds of two sides in turn, so that whatever else the machine does strikes both alike."""
+
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """How much to measure."""
+
+    rounds: int = 7  # per side, after one that is thrown away
+    requests: int = 4000  # per round
+    connections: int = 64
+
+
+class Round(msgspec.Struct, frozen=True):
+    """One round of one side."""
+
+    events: int
+    seconds: float  # from the first byte out to the end of the last event
+    cpu: float  # seconds of the server under test
+
+    @property
+    def rate(self) -> float:
+        """Events per second."""
+        return self.events / self.seconds
+
+    @property
+    def cost(self) -> float:
+        """Microseconds of CPU per event."""
+        return self.cpu / self.events * 1e6
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """The median of some figures, the least and the most of them."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> "Spread":
+        return cls(statistics.median(figures), min(figures), max(figures))
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """The relay and its rival, round by round. A ratio of 1 means that the relay is as good."""
+
+    name: str
+    title: str
+    rival: str
+    target: float  # the least that the ratio of rates shall be
+    ours: tuple[Round, ...]
+    theirs: tuple[Round, ...]
+
+    def rates(self) -> tuple[Spread, Spread, Spread]:
+        """Return events per second of the relay and of its rival, and the ratio within each pair."""
+        ratios = [o.rate / t.rate for o, t in zip(self.ours, self.theirs, strict=True)]
+        return _spread(self.ours, "rate"), _spread(self.theirs, "rate"), Spread.of(ratios)
+
+    def costs(self) -> tuple[Spread, Spread, Spread]:
+        """Return CPU microseconds per event likewise; the ratio is turned over, so that more is better."""
+        ratios = [t.cost / o.cost for o, t in zip(self.ours, self.theirs, strict=True)]
+        return _spread(self.ours, "cost"), _spread(self.theirs, "cost"), Spread.of(ratios)
+
+
+Side = Callable[[], Awaitable[Round]]
+
+
+async def alternate(plan: Plan, ours: Side, theirs: Side) -> tuple[tuple[Round, ...], tuple[Round, ...]]:
+    """Let both sides warm up, then measure them in turn; who begins changes from pair to pair."""
+    await ours()
+    await theirs()
+    mine, others = [], []
+    for number in range(plan.rounds):
+        if number % 2:
+            others.append(await theirs())
+            mine.append(await ours())
+        else:
+            mine.append(await ours())
+            others.append(await theirs())
+    return tuple(mine), tuple(others)
+
+
+def _spread(rounds: Sequence[Round], figure: str) -> Spread:
+    return Spread.of([getattr(each, figure) for each in rounds])

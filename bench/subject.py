@@ -1,0 +1,56 @@
+"""The relay under test: a real daemon of its own, with Moddy as the sender."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from bench.load import post
+from bench.processes import Server, python
+
+_TOKEN = "bench-token"
+_SERVE = "from relay.cli import main; main()"
+_CONFIG = f"""\
+development = true
+state_dir = "."
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = ""
+[storage]
+durability = "full"
+[log]
+format = "text"
+[sources.moddy]
+plugin = "moddy"
+tokens = ["{_TOKEN}"]
+"""
+_DESTINATION = """\
+[destinations.bench]
+url = "{url}/hook"
+events = ["moddy.*"]
+secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
+allow_private = true
+concurrency = 64
+"""
+_SAMPLE = b"""{
+  "event_type": "member_joined",
+  "discord_id": "123456789012345678",
+  "metadata": {
+    "guild_id": "987654321098765432",
+    "guild_name": "Moddy Server",
+    "joined_at": "2024-01-20T15:30:00Z"
+  }
+}"""
+
+PATH = "/internal/event/notify"
+REQUEST = post(PATH, _SAMPLE, {"Content-Type": "application/json", "Authorization": f"Bearer {_TOKEN}"})
+"""Moddy's documented example, 206 bytes of JSON, as it goes over the wire."""
+
+
+@asynccontextmanager
+async def relay(folder: Path, destination: str | None = None) -> AsyncIterator[Server]:
+    """Run `relay serve` in a folder, with one destination at that URL or with none."""
+    config = folder / "config.toml"
+    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else ""))
+    async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
+        yield server

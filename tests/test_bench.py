@@ -1,0 +1,50 @@
+"""The benchmarks run; what they measure is judged by people, on a quiet machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_name_the_benchmarks_are_listed():
+    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay"]
+
+
+def test_a_misspelt_name_is_refused():
+    command = [sys.executable, "-m", "bench", "ingets"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "'ingest', 'relay'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "rival"), [("ingest", "bare aiohttp handler"), ("relay", "bare aiohttp proxy")]
+)
+def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, rival):
+    title, heads, ours, theirs, ratio, target = bench(name, *SHORT).splitlines()
+    assert title.startswith(f"{name}: ")
+    assert "events/s" in heads
+    assert ours.split()[0] == "relay"
+    assert theirs.strip().startswith(rival)
+    assert float(ratio.split()[1]) > 0
+    assert target.startswith("  target of the ratio: 0.")
+
+
+def test_json_has_every_round_of_both_sides():
+    for comparison in json.loads(bench("ingest", "relay", "--json", *SHORT)):
+        for side in ("ours", "theirs"):
+            assert len(comparison[side]) == 2
+            assert all(each["events"] == 20 and each["seconds"] > 0 for each in comparison[side])
+        assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
