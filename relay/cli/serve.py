@@ -29,7 +29,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -
         raise click.UsageError("--exit goes with --demo")
     # aiohttp and the rest load only here: every other command must start fast without them.
     if demo:
-        from relay.demo import run_demo  # noqa: PLC0415 - see above
+        from relay.demo.life import run_demo  # noqa: PLC0415 - see above
 
         ctx.exit(_run(lambda: run_demo(leave=leave)))
     from relay.app import serve as run_app  # noqa: PLC0415 - see above

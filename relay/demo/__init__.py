@@ -1,0 +1,1 @@
+"""`relay serve --demo`: the way of an event, shown once from end to end."""
