@@ -1,0 +1,266 @@
+"""The whole relay for a test: in this process (`running`), or as the daemon that ships (`Daemon`)."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from unittest.mock import patch
+
+from aiohttp import web
+from wire import Answer, exchange
+
+from relay import listeners
+from relay.app import Addresses, App
+from relay.clock import Clock
+from relay.loader import load
+from relay.model import StoredEvent
+
+SERVE = (sys.executable, "-c", "from relay.cli import main; main()", "serve")
+"""The `relay serve` command, whatever is on PATH."""
+
+HEAD = """\
+development = true
+state_dir = "state"
+[server]
+listen = "127.0.0.1:{port}"
+shutdown_grace = "5s"
+[admin]
+listen = "127.0.0.1:0"
+[storage]
+min_free_disk = "1 MiB"
+[log]
+format = "json"
+"""
+
+SOURCES = """\
+[sources.adorn]
+plugin = "adorn"
+[sources.compozy]
+plugin = "compozy"
+tokens = ["test-token", { secret = "read-only", scopes = ["events:read"], name = "reader" }]
+[sources.lazychat]
+plugin = "lazychat"
+tokens = ["dev-token"]
+[sources.moddy]
+plugin = "moddy"
+tokens = ["dev-token"]
+[sources.whatsapp]
+plugin = "whatsapp"
+tokens = ["worker-secret-token-12345"]
+"""
+"""One source of each kind, named after it, with the tokens that the samples use."""
+
+
+def destination(name: str, url: str, more: str = "") -> str:
+    """Render a destination that retries within moments."""
+    return f"""\
+[destinations.{name}]
+url = "{url}"
+events = ["*"]
+allow_private = true
+secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
+retry = {{ schedule = ["0.1s", "0.1s", "0.1s", "0.1s"] }}
+{more}
+"""
+
+
+def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
+    """Write a config.toml of `HEAD` and these parts; port 0: any free one."""
+    path = folder / "config.toml"
+    path.write_text("\n".join([HEAD.format(port=port), *parts]))
+    return path
+
+
+# --- in this process ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Relay:
+    """A running App."""
+
+    app: App
+    addresses: Addresses
+
+    async def exchange(self, raw: bytes, *, bodiless: bool = False) -> Answer:
+        """Send one request to the public listener on a connection of its own."""
+        return await exchange(self.addresses.public, raw, bodiless=bodiless)
+
+    async def admin(self, raw: bytes) -> Answer:
+        """Send one request to the admin listener."""
+        assert self.addresses.admin is not None
+        return await exchange(self.addresses.admin, raw)
+
+    def counted(self, metric: str, **labels: str) -> float:
+        """Return the present value of a metric."""
+        return self.app.metrics.registry.get_sample_value(metric, labels) or 0.0
+
+    async def rows(self, kind: str = "events", **filters: Any) -> list[dict[str, Any]]:
+        """Return what is stored, oldest first."""
+        found: list[dict[str, Any]] = []
+        before = None
+        while page := await self.app.store.find(kind, limit=500, before=before, **filters):
+            found += page
+            before = page[-1]["row"]
+        return found[::-1]
+
+    async def event(self, public_id: str) -> StoredEvent:
+        """Return one event, whole."""
+        [row] = await self.rows(id=public_id)
+        return (await self.app.store.load([row["row"]]))[row["row"]]
+
+
+@asynccontextmanager
+async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = None) -> AsyncIterator[Relay]:
+    """Run the relay in this process until the test is through with it."""
+    app = App(load(config).config, clock)
+    ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
+    life = asyncio.create_task(app.run(ready.set_result))
+    await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)
+    if life.done():
+        await life
+    with patch.object(listeners, "SETTLE", settle):
+        try:
+            yield Relay(app, ready.result())
+        finally:
+            app.stopping.set()
+            await life
+
+
+# --- as the daemon that ships -------------------------------------------------------------------------
+
+
+class Daemon:
+    """A process of `relay serve`; leaving the context ends it, however the test went."""
+
+    def __init__(self, config: Path, command: Sequence[str] = SERVE) -> None:
+        self.config = config
+        self.lines: deque[str] = deque(maxlen=1000)  # of its log
+        self.logged = 0  # bytes
+        self.url = ""
+        self.socket = Path()
+        self._command = command
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        try:
+            await self.ready()
+        except BaseException:
+            await self.end()
+            raise
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.end()
+
+    async def start(self) -> None:
+        """Start the process without waiting for anything."""
+        environment = {name: value for name, value in os.environ.items() if name != "RUNTIME_DIRECTORY"}
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command,
+            "-c",
+            str(self.config),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        self._listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(self._read())
+
+    async def ready(self, seconds: float = 10.0) -> None:
+        """Wait until it says where it listens."""
+        async with asyncio.timeout(seconds):
+            self.url = await asyncio.shield(self._listening)
+
+    async def exit(self, seconds: float = 10.0) -> int:
+        """Wait for its end and return its exit code."""
+        async with asyncio.timeout(seconds):
+            await self._reader
+            return await self.process.wait()
+
+    async def stop(self) -> int:
+        """Ask it to end, as systemd does."""
+        self.process.send_signal(signal.SIGTERM)
+        return await self.exit()
+
+    async def end(self) -> None:
+        """Kill it if it still lives."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.exit()
+
+    @property
+    def said(self) -> str:
+        """What it wrote to stderr."""
+        return "\n".join(self.lines)
+
+    def resident(self) -> int:
+        """Return its resident memory in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for raw in self.process.stderr:
+            self.logged += len(raw)
+            line = raw.decode().rstrip("\n")
+            self.lines.append(line)
+            if (found := re.search(r"listens on (http://[^\s,\"]+)", line)) and not self._listening.done():
+                self._listening.set_result(found[1])
+        if not self._listening.done():
+            self._listening.set_exception(AssertionError(f"it never listened:\n{self.said}"))
+            self._listening.exception()  # seen: nobody has to wait for it
+
+
+# --- the other side -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A receiver that keeps what arrives, answering as the test says."""
+
+    def __init__(self) -> None:
+        self.arrived: list[tuple[str, dict[str, Any]]] = []  # (webhook-id, envelope)
+        self.answers: deque[tuple[int, dict[str, str]]] = deque()  # for the next ones, then 200
+        self.open = asyncio.Event()  # cleared: requests wait
+        self.open.set()
+        self.busy = 0
+        self.url = ""
+
+    async def __aenter__(self) -> Self:
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024)
+        await site.start()
+        host, port = self._runner.addresses[0]
+        self.url = f"http://{host}:{port}/hook"
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self.open.set()
+        await self._runner.cleanup()
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the events that arrived, in order, repetitions included."""
+        return [id_ for id_, _ in self.arrived]
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        body = await request.read()
+        self.arrived.append((request.headers["webhook-id"], json.loads(body)))
+        status, headers = self.answers.popleft() if self.answers else (200, {})
+        self.busy += 1
+        try:
+            await self.open.wait()
+        finally:
+            self.busy -= 1
+        return web.Response(status=status, headers=headers)

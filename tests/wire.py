@@ -1,0 +1,98 @@
+"""HTTP/1.1 by hand: what a test sends is visible to the byte, and what comes back is read strictly."""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+CONTINUE = 100
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response."""
+
+    status: int
+    headers: dict[str, str]  # lower-case names
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """Decode the body, which must say that it is JSON."""
+        assert self.headers["content-type"] == "application/json", self
+        return json.loads(self.body)
+
+
+class Wire:
+    """One connection to a server."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, url: str) -> Self:
+        """Connect to the server of an `http://` URL."""
+        parts = urlsplit(url)
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port, limit=2**20))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.hang_up()
+
+    async def send(self, data: bytes) -> None:
+        """Write as fast as the server reads; one that stopped listening may still answer."""
+        with contextlib.suppress(ConnectionError):
+            self.writer.write(data)
+            await self.writer.drain()
+
+    async def answer(self, *, bodiless: bool = False) -> Answer:
+        """Read one response; every one of them says how long it is."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        line, *fields = head.rstrip("\r\n").split("\r\n")
+        version, status, *_ = line.split(" ", 2)
+        assert version in ("HTTP/1.1", "HTTP/1.0"), line
+        headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
+        silent = bodiless or status in ("100", "204")
+        body = b"" if silent else await self.reader.readexactly(int(headers["content-length"]))
+        return Answer(int(status), headers, body)
+
+    async def closed(self) -> bool:
+        """Wait until the server has closed; False if it says something instead."""
+        try:
+            return not await self.reader.read(1)
+        except ConnectionError:
+            return True
+
+    async def hang_up(self) -> None:
+        """Close, whatever is still to come."""
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+async def exchange(url: str, raw: bytes, *, bodiless: bool = False) -> Answer:
+    """Send one request on a connection of its own and return the answer."""
+    async with asyncio.timeout(10), await Wire.open(url) as wire:
+        sending = asyncio.create_task(wire.send(raw))  # the answer may come before the body is through
+        try:
+            while (answer := await wire.answer(bodiless=bodiless)).status == CONTINUE:
+                pass
+            return answer
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+
+def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
+    """Render a request: `request("POST", "/v1/events", b"{}", x_event_type="a")`."""
+    fields = {"host": "relay.test", **headers}
+    if body is not None:
+        fields = {"content_type": "application/json", "content_length": str(len(body)), **fields}
+    lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in fields.items()]
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""])
+    return head.encode("utf-8", "surrogateescape") + (body or b"")
