@@ -1,0 +1,190 @@
+"""`relay serve --demo`, as the real command."""
+
+import asyncio
+import io
+import itertools
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+
+from relay.config.secret import Secret
+from relay.demo.narrator import Narrator
+from relay.demo.receiver import Arrival, Receiver
+from relay.demo.setting import choose_listen, write_config
+from relay.demo.story import OFFLINE, SAMPLES
+from relay.loader import load
+from relay.signing import Signer
+
+SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+ARRIVALS = [type_ for types in (*SAMPLES.values(), (OFFLINE,)) for type_ in types if type_]
+PATIENCE = 30  # seconds, for a machine that is busy with other things
+LATE = """
+from relay.cli import main
+from relay.demo import story
+story.PATIENCE = 0.2
+story.SAMPLES["moddy"] = ("moddy.never",)
+main(["serve", "--demo", "--exit"])
+"""
+
+
+@asynccontextmanager
+async def demo(folder, *arguments, code="from relay.cli import main; main()"):
+    """Run the command in `folder`, its temporary files beneath; it is dead at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        code,
+        *arguments,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()  # closes the pipe as well
+
+
+async def read_until(process, text):
+    lines = []
+    while line := (await process.stdout.readline()).decode():
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"it ended before it said {text!r}:\n{''.join(lines)}")
+
+
+async def test_with_exit_it_ends_with_0_once_every_sample_has_arrived_signed(tmp_path):
+    async with demo(tmp_path, "serve", "--demo", "--exit") as process:
+        output = (await process.communicate())[0].decode()
+        assert process.returncode == 0, output
+    delivered = re.findall(r"delivered +([a-z._]+)(?: \(.+\))?, signature valid, \d+ ms\n", output)
+    assert delivered == ARRIVALS, output
+    assert output.count(" answered   20") == sum(map(len, SAMPLES.values()))
+    assert f"{len(ARRIVALS)} events delivered, every signature valid." in output
+    assert "\x1b" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_with_exit_it_ends_with_1_and_says_what_did_not_arrive(tmp_path):
+    async with demo(tmp_path, code=LATE) as process:
+        output = (await process.communicate())[0].decode()
+        assert process.returncode == 1, output
+    assert "moddy.never did not arrive within 0.2 s" in output
+    assert "every signature valid." not in output
+
+
+async def test_it_keeps_serving_shows_what_is_pasted_and_leaves_nothing_behind_at_ctrl_c(tmp_path):
+    async with demo(tmp_path, "serve", "--demo") as process:
+        lines = await read_until(process, "curl -i")
+        await post(shlex.split(lines[-1]))
+        arrived = await read_until(process, "compozy.hello.world")
+        assert re.search(r"delivered +compozy\.hello\.world, signature valid", arrived[-1])
+        [folder] = tmp_path.glob("hookferry-demo-*")
+        assert any(str(folder) in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        rest = (await process.communicate())[0].decode()
+        assert (process.returncode, rest) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def post(curl):
+    """Send what the command line would."""
+    options = list(itertools.pairwise(curl))
+    headers = dict(value.split(": ", 1) for option, value in options if option == "-H")
+    [body] = [value for option, value in options if option == "-d"]
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(curl[2], data=body.encode(), headers=headers) as response,
+    ):
+        assert response.status == 202, await response.text()
+
+
+async def test_exit_belongs_to_the_demo(tmp_path):
+    async with demo(tmp_path, "serve", "--exit") as process:
+        output = (await process.communicate())[0].decode()
+        assert process.returncode == 2
+    assert "--exit goes with --demo" in output
+
+
+def test_every_sample_of_every_source_has_its_place_in_the_story(tmp_path):
+    config = load(write_config(tmp_path, listen="127.0.0.1:0", receiver="http://127.0.0.1:9", secret=SECRET))
+    samples = {name: len(source.settings.samples()) for name, source in config.config.sources.items()}
+    assert samples == {name: len(types) for name, types in SAMPLES.items()}
+
+
+def test_the_usual_port_is_taken_when_it_is_free_and_any_other_when_not():
+    with socket.socket() as rival:
+        rival.bind(("127.0.0.1", 0))
+        usual = f"127.0.0.1:{rival.getsockname()[1]}"
+        assert choose_listen(usual) == "127.0.0.1:0"
+    assert choose_listen(usual) == usual
+    assert choose_listen(usual, leave=True) == "127.0.0.1:0"
+
+
+async def test_the_receiver_tells_a_valid_signature_from_a_forged_one():
+    body = b'{"type": "moddy.member_left", "timestamp": "2024-01-20T15:30:00.000Z", "subject": "1"}'
+    other = Secret("whsec_" + "B" * 32)
+    async with Receiver(SECRET) as receiver, aiohttp.ClientSession() as session:
+        now = int(time.time())
+        answers = []
+        for secret in (SECRET, other):
+            headers = Signer((secret,)).headers("evt_1", now, body)
+            async with session.post(receiver.url, data=body, headers=headers) as response:
+                answers.append(response.status)
+        arrivals = [receiver.arrivals.get_nowait() for _ in answers]
+    assert urlsplit(receiver.url).hostname == "127.0.0.1"
+    assert answers == [204, 401]
+    assert [arrival.problem is None for arrival in arrivals] == [True, False]
+    assert arrivals[0].type == "moddy.member_left"
+    assert "no signature fits" in str(arrivals[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environ", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+    ],
+)
+def test_colour_is_for_terminals_and_for_those_who_want_it(terminal, environ, coloured):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    Narrator(stream, environ).arrived(Arrival(type="a.b", subject=None, milliseconds=2.5, problem=None))
+    assert ("\x1b[32msignature valid\x1b[0m" in stream.getvalue()) is coloured
+    assert ("\x1b" in stream.getvalue()) is coloured
+
+
+def test_a_bad_signature_and_a_long_answer_are_told_in_one_line_each():
+    stream = io.StringIO()
+    narrator = Narrator(stream, {})
+    narrator.step("moddy", "answered", "x" * 500)
+    narrator.arrived(Arrival(type="a.b", subject="s", milliseconds=1, problem="no signature fits"))
+    long, refused = stream.getvalue().splitlines()
+    assert len(long) < 120
+    assert long.endswith("x...")
+    assert refused.split() == ["refused", "a.b", "(s),", "no", "signature", "fits"]
+
+
+def test_an_event_type_that_the_terminal_cannot_show_does_not_end_the_demo():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Narrator(stream, {}).step("", "delivered", "compozy.größe")
+    assert raw.getvalue() == b"          delivered  compozy.gr\\xf6\\xdfe\n"
