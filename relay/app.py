@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
+from aiohttp import web
 
 from relay import __version__
 from relay.api import Api
@@ -22,7 +23,7 @@ from relay.ingest.receive import Ingest
 from relay.ingest.routes import Mount
 from relay.ingest.server import Server
 from relay.jobs import Jobs
-from relay.listeners import address, bind, bind_unix, close, listen, url
+from relay.listeners import address, bind, bind_unix, listen, stop_listening, url
 from relay.metrics import Metrics
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
@@ -79,6 +80,7 @@ class App:
             registry=self.metrics.registry,
         )
         self.stopping = asyncio.Event()
+        self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
     async def run(self, on_ready: Callable[[Addresses], None] = lambda _addresses: None) -> None:
         """Live until `stopping` is set.
@@ -109,7 +111,7 @@ class App:
             life.callback(jobs.stop)
             own = [address(sock) for sock in (public, admin) if sock is not None]
             await self.engine.start(own)
-            life.push_async_callback(self.engine.stop, grace)
+            life.push_async_callback(self._stop_engine)
 
             runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
             if admin is not None:
@@ -117,8 +119,9 @@ class App:
                 runners.append(await listen(app, admin, grace=1.0))
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
-            front = await listen(Server(self.ingest.handle), public, grace=grace)
-            life.push_async_callback(close, front)
+            server = Server(self.ingest.handle)
+            front = await listen(server, public, grace=1.0)
+            life.push_async_callback(self._close, front, server)
 
             self.health.phase = None
             addresses = Addresses(url(public), None if admin is None else url(admin), socket_path)
@@ -126,8 +129,23 @@ class App:
             on_ready(addresses)
             await self.stopping.wait()
             self.health.phase = "draining"
+            self._deadline = asyncio.get_running_loop().time() + grace
             log.info("draining: no new requests, what is in flight has %gs", grace)
         log.info("stopped, nothing is lost")
+
+    async def _close(self, front: web.BaseRunner, server: Server) -> None:
+        """Let the requests under way finish; who asks anew is sent away, with 503 where it is connected."""
+        server.leave()
+        await stop_listening(front)
+        self.ingest.gate.draining = True
+        await server.finish(self._time_left())
+        await front.cleanup()
+
+    async def _stop_engine(self) -> None:
+        await self.engine.stop(self._time_left())
+
+    def _time_left(self) -> float:
+        return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
     def _jobs(self) -> Jobs:
         jobs = Jobs()

@@ -85,9 +85,9 @@ async def listen(
     return runner
 
 
-async def close(runner: web.BaseRunner) -> None:
-    """Stop accepting, let what is on its way arrive, answer it, then close."""
+async def stop_listening(runner: web.BaseRunner) -> None:
+    """Stop accepting connections, and let the requests that are on their way arrive."""
+    await asyncio.sleep(0)  # one turn of the loop accepts what has connected: closing would reset it
     for site in list(runner.sites):
         await site.stop()
     await asyncio.sleep(SETTLE)
-    await runner.cleanup()

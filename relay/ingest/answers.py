@@ -23,6 +23,8 @@ def render(reply: Reply) -> web.Response:
     """Turn a reply into a response; `bytes` go out as they are."""
     body = reply.body if isinstance(reply.body, bytes) else _encode(reply.body)
     headers = {"Content-Type": JSON, **reply.headers}
+    if any(character in value for value in headers.values() for character in "\r\n\0"):
+        raise ValueError("a header's value may not have line ends")  # aiohttp would say so after the commit
     return web.Response(status=reply.status, body=body, headers=headers)
 
 

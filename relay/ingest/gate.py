@@ -1,6 +1,7 @@
 """Why a verified request cannot be taken in at the moment, if so."""
 
 from relay.clock import Clock
+from relay.config.secret import Secrets
 from relay.errors import DiskFull, Draining, Paused, RateLimited
 from relay.incoming import Incoming
 from relay.ingest.routes import Mount
@@ -14,10 +15,10 @@ class Gate:
         self.draining = False
         self.disk_full = False
         self._clock = clock
-        self._buckets: dict[tuple[str, str], TokenBucket] = {}
+        self._buckets: dict[tuple[str, bytes], TokenBucket] = {}
 
-    def check(self, mount: Mount, incoming: Incoming) -> None:
-        """Let a request pass whose sender has been verified.
+    def check(self, mount: Mount, incoming: Incoming, *, late: bool) -> None:
+        """Let a request pass whose sender has been verified; `late`: it began when we were draining.
 
         Raises:
             Draining: the daemon is stopping.
@@ -25,7 +26,7 @@ class Gate:
             Paused: an operator paused this source.
             RateLimited: more than the source's `rate_limit` per token.
         """
-        if self.draining:
+        if late:
             raise Draining
         if self.disk_full:
             raise DiskFull
@@ -38,10 +39,16 @@ class Gate:
         rate = mount.config.rate_limit
         assert rate is not None  # noqa: S101 - asked only where there is one
         now = self._clock.steady()
-        # Only verified tokens get here, so there are as many buckets as tokens.
-        key = (mount.name, incoming.headers.get("Authorization", ""))
+        # Only verified tokens get here, so there are as many buckets as tokens, and one without any.
+        key = (mount.name, _token(mount, incoming))
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = TokenBucket(rate, now, burst=rate.count)
         if wait := bucket.take(now):
             raise RateLimited(retry_after=max(1, round(wait + 0.5)))
+
+
+def _token(mount: Mount, incoming: Incoming) -> bytes:
+    """Return the digest of the configured token that was sent, however it was spelt."""
+    tokens = getattr(mount.source, "tokens", None)
+    return incoming.bearer(tokens).digest if isinstance(tokens, Secrets) and tokens else b""

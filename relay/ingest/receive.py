@@ -17,7 +17,7 @@ from relay.errors import (
 )
 from relay.ids import event_id
 from relay.incoming import Incoming
-from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, preflight, refuse, render
+from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, preflight, refuse
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
@@ -63,7 +63,7 @@ class Ingest:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""
         began = self._clock.steady()
-        path, _, query = request.raw_path.partition("?")
+        path, _, query = _target(request).partition("?")
         incoming = Incoming(method=request.method, path=path, headers=request.headers, query=query)
         mount: Mount | None = None
         try:
@@ -87,10 +87,13 @@ class Ingest:
             if incoming.method == "OPTIONS" and mount.config.cors_origins:
                 return preflight(match.handlers)
             raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
+        late = self.gate.draining  # a body that began before the drain may still end
         body = await read_body(request, mount.config.max_body, self._body_seconds, self._budget)
         try:
             incoming.body = body
             incoming.params = match.params
+            ask(mount.source.verify, incoming)
+            self.gate.check(mount, incoming, late=late)
             return await self._accept(request, mount, handler, incoming)
         finally:
             self._budget.give(len(body))
@@ -98,11 +101,9 @@ class Ingest:
     async def _accept(
         self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming
     ) -> web.Response:
-        ask(mount.source.verify, incoming)
-        self.gate.check(mount, incoming)
         accepted = ask(handler, incoming)
         if isinstance(accepted, Reply):
-            return render(accepted)
+            return answer(Accepted(reply=accepted), Receipt())
         if not isinstance(accepted, Accepted):
             log.error("%s: a handler returned %s", mount.config.plugin, type(accepted).__name__)
             raise PluginFailed
@@ -127,13 +128,15 @@ class Ingest:
         return response if receipt == expected else answer_again(accepted, receipt, response)
 
     def _record(self, mount: Mount, event: Event, incoming: Incoming) -> StoredEvent:
-        check_type(event.type)
         now = self._clock.wall()
         body, trace = incoming.body, incoming.header("traceparent")
         try:
+            check_type(event.type)
             data, context = _json(event.data), _json(event.context)
+        except Refusal:
+            raise
         except Exception as error:
-            log.exception("%s: an event's data cannot be encoded", mount.config.plugin)
+            log.exception("%s: an event has no type, or data that cannot be encoded", mount.config.plugin)
             raise PluginFailed from error
         return StoredEvent(
             id=0,
@@ -197,6 +200,12 @@ class Ingest:
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
         self._log.info(what, f"{what}: {refusal.message}")
         return response
+
+
+def _target(request: web.BaseRequest) -> str:
+    """Return path and query; a whole URL, as sent to proxies, must be taken (RFC 9112, 3.2.2)."""
+    target = request.raw_path
+    return target if target.startswith("/") else request.rel_url.raw_path_qs
 
 
 def _key(incoming: Incoming) -> str | None:

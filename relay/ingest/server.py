@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -15,10 +17,10 @@ FIRST_HEAD = 10.0  # seconds for the first request's head
 LINGERING = 1.0  # seconds to swallow the rest of a refused body
 MAX_CONNECTIONS = 4096
 
+_FULL_BODY = b'{"error":{"code":"overload","message":"Too many connections"}}'
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    b"Connection: close\r\nContent-Length: 60\r\n\r\n"
-    b'{"error":{"code":"overload","message":"Too many connections"}}'.ljust(60)
+    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
 )
 
 
@@ -57,7 +59,10 @@ class Connection(RequestHandler):
     ) -> web.StreamResponse:
         """Answer what is no HTTP, in JSON and without a traceback in the log."""
         _ = message
-        log.debug("bad request from %s: %s", request.remote, type(exc).__name__)
+        if status < 500:  # noqa: PLR2004 - HTTP
+            log.debug("bad request from %s: %s", request.remote, type(exc).__name__)
+        else:
+            log.error("a request could not be answered", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
         text = "Bad request" if status < 500 else "Internal server error"  # noqa: PLR2004 - HTTP
@@ -71,9 +76,44 @@ class Connection(RequestHandler):
 class Server(web.Server):
     """Makes hardened connections for one listener."""
 
-    def __init__(self, handler: Any, *, max_connections: int = MAX_CONNECTIONS) -> None:
-        super().__init__(handler)
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        super().__init__(self._answer)
         self.max_connections = max_connections
+        self._handle = handler
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._leaving = False
+
+    def leave(self) -> None:
+        """Let every answer from now on close its connection: kept ones move on to our successor."""
+        self._leaving = True
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for so long until no request is under way.
+
+        aiohttp's own shutdown waits for handlers as well, but it throws away what still arrives of a body.
+        """
+        if self._under_way:
+            self._idle.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._under_way += 1
+        try:
+            response = await self._handle(request)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+        if self._leaving:
+            response.force_close()
+        return response
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
