@@ -1,0 +1,42 @@
+"""Fixtures that several modules share."""
+
+import asyncio
+import logging
+
+import pytest
+from certificates import Certificates
+from client import AMPLE
+
+from relay.config.model import DestinationConfig
+from relay.delivery.client import Client
+
+
+@pytest.fixture
+async def silence(caplog):
+    """Fail a test after which anything of a receiver's doing shows in the log."""
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    caplog.set_level(logging.INFO)
+    yield
+    assert complaints == []
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+async def client_for():
+    """Make clients that are closed at the end."""
+    clients = []
+
+    def make(timeout=AMPLE, **settings):
+        settings = {"connect_timeout": AMPLE, "allow_private": True, **settings}
+        clients.append(Client(DestinationConfig(name="zoo", url="", timeout=timeout, **settings)))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()

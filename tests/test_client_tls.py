@@ -1,0 +1,94 @@
+"""Whose certificates are trusted, and what is said of the others."""
+
+import asyncio
+
+import pytest
+import receivers
+from client import SHORT, send
+
+from relay.config.model import DestinationConfig
+from relay.delivery.client import KEEP_LIMIT, Client
+from relay.errors import RelayError
+
+pytestmark = pytest.mark.usefixtures("silence")
+
+
+async def test_a_receiver_whose_authority_is_in_the_ca_file_is_trusted(client_for, certificates):
+    async with receivers.answers(tls=certificates.server("good"), body=b"safe") as receiver:
+        client = client_for(ca_file=certificates.ca)
+        for _ in range(2):
+            assert (await send(client, receiver.url)).body == b"safe"
+        assert receiver.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("certificate", "reason"),
+    [
+        ("expired", "certificate has expired"),
+        ("self_signed", "self-signed certificate"),
+        ("wrong_name", "certificate is not valid for '127.0.0.1'"),
+    ],
+)
+async def test_a_bad_certificate_is_a_tls_failure_with_its_reason(
+    client_for, certificates, certificate, reason
+):
+    async with receivers.answers(tls=certificates.server(certificate)) as receiver:
+        answer = await send(client_for(ca_file=certificates.ca), receiver.url)
+        assert (answer.result, answer.status) == ("tls", None)
+        assert (
+            answer.error
+            == f"certificate of 127.0.0.1 not accepted: {answer.error.partition('accepted: ')[2]}"
+        )
+        assert reason in answer.error
+        assert receiver.requests == []
+
+
+async def test_an_authority_that_nobody_trusts_is_a_tls_failure(client_for, certificates):
+    async with receivers.answers(tls=certificates.server("good")) as receiver:
+        answer = await send(client_for(), receiver.url)
+        assert answer.result == "tls"
+        assert "unable to get local issuer certificate" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (receivers.speaks_first, "wrong version number"),
+        (receivers.closes_at_once, "broke off the TLS handshake"),
+    ],
+)
+async def test_a_port_without_tls_is_a_tls_failure(client_for, make, reason):
+    async with make(scheme="https") as receiver:
+        answer = await send(client_for(), receiver.url)
+        assert answer.result == "tls"
+        assert reason in answer.error
+
+
+def test_a_ca_file_that_cannot_be_used_stops_the_start_with_its_name(tmp_path):
+    empty = tmp_path / "empty.pem"
+    empty.write_text("no certificate")
+
+    async def build(path):
+        Client(DestinationConfig(name="zoo", url="", ca_file=path))
+
+    for path in (empty, tmp_path / "absent.pem"):
+        with pytest.raises(RelayError, match=path.name):
+            asyncio.run(build(path))
+
+
+async def test_a_connection_is_dropped_at_once_when_tls_would_wait_for_a_polite_end(client_for, certificates):
+    async with receivers.never_reads(tls=certificates.server("good")) as receiver:
+        client, sockets = client_for(SHORT, ca_file=certificates.ca), []
+        connector = client._pooled.connector
+        connector._socket_factory = lambda info: sockets.append(client._socket(info)) or sockets[-1]
+        assert (await send(client, receiver.url)).result == "timeout"
+        await asyncio.sleep(0)  # asyncio closes the socket in the next turn of the loop
+        assert [sock.fileno() for sock in sockets] == [-1]
+
+
+async def test_a_flood_over_tls_is_cut_off_as_well(client_for, certificates):
+    async with receivers.huge_body(tls=certificates.server("good")) as receiver:
+        answer = await send(client_for(ca_file=certificates.ca), receiver.url)
+        assert (answer.result, answer.truncated, len(answer.body)) == ("ok", True, KEEP_LIMIT)
+        await asyncio.wait_for(receiver.ended.wait(), 1)
+        assert receiver.sent < 50 * 2**20

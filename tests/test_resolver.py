@@ -1,0 +1,83 @@
+"""Names without addresses, and look-ups that never end."""
+
+import asyncio
+import socket
+import threading
+
+import pytest
+import receivers
+from client import SHORT, send
+
+from relay.delivery import resolver as resolver_module
+
+pytestmark = pytest.mark.usefixtures("silence")
+
+
+@pytest.fixture
+def dead_dns(monkeypatch):
+    """Let every look-up of a name but `localhost` hang until the end of the test."""
+    released, real = threading.Event(), socket.getaddrinfo
+
+    def hang(host, *args, **kwargs):
+        if host != "localhost":
+            released.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(resolver_module.socket, "getaddrinfo", hang)
+    yield
+    released.set()
+
+
+async def test_a_name_without_an_address_is_a_dns_failure(client_for, monkeypatch):
+    def fail(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(resolver_module.socket, "getaddrinfo", fail)
+    answer = await send(client_for(), "http://absent.example/")
+    assert (answer.result, answer.error) == (
+        "dns",
+        "cannot resolve absent.example: Name or service not known",
+    )
+
+
+async def test_a_name_that_is_looked_up_in_vain_ends_at_the_connect_timeout(client_for, dead_dns):
+    answer = await send(client_for(connect_timeout=SHORT), "http://dead.example/")
+    assert (answer.result, answer.error) == ("dns", "the name was not resolved within 200ms")
+
+
+async def test_dead_names_hold_up_neither_other_destinations_nor_other_threads(client_for, dead_dns):
+    dead = [asyncio.create_task(send(client_for(), f"http://dead{number}.example/")) for number in range(40)]
+    async with receivers.answers() as receiver:
+        async with asyncio.timeout(2):
+            healthy = await send(client_for(), f"http://localhost:{receiver.port}/")
+            await asyncio.to_thread(int)
+        assert healthy.result == "ok"
+    assert not any(task.done() for task in dead)
+    held = [thread for thread in threading.enumerate() if thread.name.startswith("dns dead")]
+    assert len(held) == 40
+    assert all(thread.daemon for thread in held)  # else they would hold the exit of the process
+    for task in dead:
+        task.cancel()
+    await asyncio.wait(dead)
+
+
+async def test_a_name_that_cannot_be_encoded_is_no_more_than_a_failed_look_up():
+    with pytest.raises(OSError, match="not a host name"):
+        await resolver_module.Resolver().resolve("x" * 64 + ".example")
+
+
+async def test_a_link_local_address_keeps_its_zone(monkeypatch):
+    info = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 80, 0, 3))
+    monkeypatch.setattr(resolver_module.socket, "getaddrinfo", lambda *_, **__: [info])
+    (found,) = await resolver_module.Resolver().resolve("printer.local", 80)
+    assert found["host"] == "fe80::1%3"
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://receiver.example/", "http://127.1/", "http:///", "nothing", "http://[::1/"]
+)
+async def test_a_url_that_cannot_be_dialled_is_blocked_and_stays_out_of_the_error(client_for, url):
+    answer = await send(client_for(), url.replace("//", "//user:hunter2@", 1))
+    assert answer.result == "blocked"
+    assert "hunter2" not in answer.error
