@@ -70,7 +70,7 @@ class Metrics:
         self.plugin_errors = counter(
             "relay_plugin_errors",
             "Requests that a plugin failed at.",
-            ("plugin"),
+            ("plugin",),
         )
         self.created = counter(
             "relay_deliveries_created",

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
 from aiohttp import web
-from wire import Answer, exchange
+from wire import Answer, exchange, request
 
 from relay import listeners
 from relay.app import Addresses, App
@@ -38,6 +39,11 @@ listen = "127.0.0.1:0"
 min_free_disk = "1 MiB"
 [log]
 format = "json"
+"""
+
+PLUGINS = f"""
+[plugins]
+dirs = ["{Path(__file__).parent / "plugins"}"]
 """
 
 SOURCES = """\
@@ -93,10 +99,11 @@ class Relay:
         """Send one request to the public listener on a connection of its own."""
         return await exchange(self.addresses.public, raw, bodiless=bodiless)
 
-    async def admin(self, raw: bytes) -> Answer:
-        """Send one request to the admin listener."""
-        assert self.addresses.admin is not None
-        return await exchange(self.addresses.admin, raw)
+    async def operator(self, method: str, path: str) -> Any:
+        """Ask the admin API on the unix socket, as the `relay` command does."""
+        answer = await exchange(self.addresses.socket, request(method, path))
+        assert answer.status == HTTPStatus.OK, answer
+        return answer.json
 
     def counted(self, metric: str, **labels: str) -> float:
         """Return the present value of a metric."""
@@ -145,7 +152,6 @@ class Daemon:
         self.lines: deque[str] = deque(maxlen=1000)  # of its log
         self.logged = 0  # bytes
         self.url = ""
-        self.socket = Path()
         self._command = command
 
     async def __aenter__(self) -> Self:
@@ -185,6 +191,12 @@ class Daemon:
         async with asyncio.timeout(seconds):
             await self._reader
             return await self.process.wait()
+
+    async def operator(self, method: str, path: str) -> Any:
+        """Ask the admin API on the unix socket, as the `relay` command does."""
+        answer = await exchange(self.config.parent / "state" / "relay.sock", request(method, path))
+        assert answer.status == HTTPStatus.OK, answer
+        return answer.json
 
     async def stop(self) -> int:
         """Ask it to end, as systemd does."""

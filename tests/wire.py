@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ class Answer:
     @property
     def json(self) -> Any:
         """Decode the body, which must say that it is JSON."""
-        assert self.headers["content-type"] == "application/json", self
+        assert self.headers["content-type"].partition(";")[0] == "application/json", self
         return json.loads(self.body)
 
 
@@ -33,8 +34,10 @@ class Wire:
         self.writer = writer
 
     @classmethod
-    async def open(cls, url: str) -> Self:
-        """Connect to the server of an `http://` URL."""
+    async def open(cls, url: str | Path) -> Self:
+        """Connect to the server of an `http://` URL, or to a unix socket."""
+        if isinstance(url, Path):
+            return cls(*await asyncio.open_unix_connection(url, limit=2**20))
         parts = urlsplit(url)
         return cls(*await asyncio.open_connection(parts.hostname, parts.port, limit=2**20))
 
@@ -75,7 +78,7 @@ class Wire:
             await self.writer.wait_closed()
 
 
-async def exchange(url: str, raw: bytes, *, bodiless: bool = False) -> Answer:
+async def exchange(url: str | Path, raw: bytes, *, bodiless: bool = False) -> Answer:
     """Send one request on a connection of its own and return the answer."""
     async with asyncio.timeout(10), await Wire.open(url) as wire:
         sending = asyncio.create_task(wire.send(raw))  # the answer may come before the body is through

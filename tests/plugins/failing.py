@@ -1,0 +1,89 @@
+"""Sources that fail on request: a header of the request says where and how."""
+
+from typing import Any
+
+from relay.hookspecs import hookimpl
+from relay.source import (
+    Accepted,
+    Event,
+    Forbidden,
+    Incoming,
+    Invalid,
+    Receipt,
+    Refusal,
+    Reply,
+    Source,
+    Unauthenticated,
+    route,
+)
+from relay.sources.adorn import Adorn
+from relay.sources.compozy import Compozy
+from relay.sources.lazychat import LazyChat
+from relay.sources.moddy import Moddy
+from relay.sources.whatsapp import WhatsApp
+
+FAILURES = {"auth": Unauthenticated, "forbidden": Forbidden, "crash": ZeroDivisionError}
+
+
+def failing(base: type[Source]) -> type[Source]:
+    """Return a bundled source whose `verify` raises what the header `X-Fail` names."""
+
+    def verify(self: Source, incoming: Incoming) -> None:
+        base.verify(self, incoming)
+        failure = FAILURES.get(incoming.header("X-Fail"))
+        if failure is not None:
+            raise failure
+
+    members = {"verify": verify, "__module__": __name__}
+    return type(base)(base.__name__, (base,), members, kind=f"failing_{base.kind}", owns=base.owns)
+
+
+class Flawed(Source, kind="flawed", owns=("/flawed",)):
+    """A plugin with every fault that one can have."""
+
+    def verify(self, incoming: Incoming) -> None:
+        """Fail here for `X-Fail: verify`."""
+        if incoming.header("X-Fail") == "verify":
+            raise KeyError("secret")
+
+    @route("POST", "/flawed/events")
+    def event(self, incoming: Incoming) -> Any:
+        """Take an event, or fail as the header says."""
+        flaw = incoming.header("X-Fail")
+        if flaw == "handler":
+            raise KeyError("secret")
+        if flaw == "refuse":
+            raise Invalid(field="everything", issue="is wrong")
+        fine = Accepted(event=Event(type="a"), reply={"fine": True})
+        return ANSWERS.get(flaw, fine)
+
+    def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
+        """Fail here for `X-Fail: refuse`."""
+        if incoming.header("X-Fail") == "refuse":
+            raise KeyError("secret")
+        return Reply(status=refusal.status, body={"flawed": refusal.code})
+
+
+def _impossible(receipt: Receipt) -> Reply:
+    raise KeyError(receipt)
+
+
+ANSWERS: dict[str, Any] = {
+    "no answer": None,
+    "bare reply": Reply(body=object()),
+    "type": Accepted(event=Event(type=5), reply={}),
+    "data": Accepted(event=Event(type="a", data=object()), reply={}),
+    "reply": Accepted(event=Event(type="a"), reply=_impossible),
+    "reply value": Accepted(event=Event(type="a"), reply=object()),
+    "reply status": Accepted(event=Event(type="a"), reply=Reply(status="fine", body={})),
+    "reply header": Accepted(
+        event=Event(type="a"), reply=Reply(headers={"X-Injected": "a\r\nb: c"}, body={})
+    ),
+}
+"""What the handler answers for each value of `X-Fail` that breaks later."""
+
+
+@hookimpl
+def relay_sources() -> list[type[Source]]:
+    """Offer all of them."""
+    return [Flawed, *map(failing, (Adorn, Compozy, LazyChat, Moddy, WhatsApp))]
