@@ -3,7 +3,6 @@
 import asyncio
 
 import aiohttp
-from yarl import URL
 
 from relay.config.model import Config
 from relay.demo.narrator import Narrator
@@ -62,7 +61,7 @@ class Story:
 
     async def _send(self, source: str, sample: Incoming, type_: str | None) -> str:
         self._narrator.step(source, "sent", f"{sample.method} {sample.path}")
-        url = URL(self._relay + sample.path, encoded=True)
+        url = self._relay + sample.path
         headers = {**sample.headers, "Authorization": f"Bearer {TOKEN}"}
         try:
             async with self._session.request(
