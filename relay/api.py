@@ -134,7 +134,7 @@ class Api:
         lane = self._engine.lanes.get(request.match_info["name"])
         if lane is None:
             raise _missing("destination", request.match_info["name"], self._engine.lanes)
-        now, state = self._clock.wall(), lane.state
+        now, state = self._clock.wall(), lane.standing.state
         changes: dict[str, dict[str, Any]] = {
             "pause": {"paused": True},
             "resume": {"paused": False},

@@ -109,6 +109,9 @@ class Metrics:
             "Deliveries not yet ended.",
             ("destination", "state"),
         )
+        self.circuit = gauge(
+            "relay_destination_circuit_open", "1 while a destination is only probed.", destination
+        )
         self.disabled = gauge(
             "relay_destination_disabled",
             "1 while a destination is disabled.",
@@ -128,7 +131,14 @@ class Metrics:
 
     def add_destination(self, name: str) -> None:
         """Create a destination's children at 0."""
-        for metric in (self.created, self.attempt_seconds, self.latency, self.unaccounted, self.disabled):
+        for metric in (
+            self.created,
+            self.attempt_seconds,
+            self.latency,
+            self.unaccounted,
+            self.disabled,
+            self.circuit,
+        ):
             metric.labels(name)
         for outcome in OUTCOMES:
             self.finished.labels(name, outcome)

@@ -1,6 +1,6 @@
 """The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.clock`)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -41,6 +41,11 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     created_at: int  # when it came into being
     size: int  # bytes of the event's body, for the budget of bodies held in memory
     event: StoredEvent | None = None  # None: to be loaded when a slot frees
+    order_key: str | None = None  # see `Owed`
+    latest_key: str | None = None
+    expires_at: int | None = None  # steady clock
+    on_dead: str | None = None
+    replay_of: int | None = None  # row id of the delivery that this one repeats
 
 
 class Attempt(msgspec.Struct, kw_only=True, frozen=True):
@@ -59,7 +64,7 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
     """What an attempt means for its delivery: the new state and, while pending, when to try again."""
 
     delivery: Delivery
-    attempt: Attempt
+    attempt: Attempt | None  # None: it ended without one (expired in its lane's window)
     state: DeliveryState
     next_attempt_at: int | None = None  # steady clock; only while pending
     reason: str | None = None  # why it ended, unless delivered
@@ -67,9 +72,24 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Owed(msgspec.Struct, frozen=True):
-    """One destination that an event must reach."""
+    """One destination that an event must reach, and on which terms."""
 
     destination: str
+    order_key: str | None = None  # those of one (destination, key) go out one after another
+    latest_key: str | None = None  # a newer one of that key makes the older pointless
+    ttl: int | None = None  # microseconds from creation to expiry
+    max_pending: int | None = None  # beyond so many pending ones the new one is dead at once
+    on_dead: str | None = None  # destination that a dead one's event is handed to
+
+
+class News(msgspec.Struct, frozen=True):
+    """What one commit changed that lanes must know."""
+
+    events: Sequence[StoredEvent] = ()
+    deliveries: Sequence[Delivery] = ()  # new and due: held for their lanes, with their events
+    woken: Collection[str] = ()  # destinations that have something else due now
+    dropped: Collection[int] = ()  # deliveries that ended without an attempt: expired, cancelled
+    books: Mapping[str, Mapping[str, int]] = {}  # per destination: how many were created, ended how
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
@@ -77,8 +97,9 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
 
     name: str
     paused: bool = False  # by an operator
+    failing_since: int | None = None  # wall clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
-    disabled_reason: str | None = None  # "gone" (410), "asked" (webhook-delivery: disable), "operator"
+    disabled_reason: str | None = None  # gone (410), asked (by header), failing, operator
 
 
 # --- workers: what a handler may ask for, applied in the event's own transaction ------------------

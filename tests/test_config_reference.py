@@ -11,6 +11,7 @@ from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.model import (
     Admin,
+    CircuitConfig,
     Config,
     DestinationConfig,
     Log,
@@ -38,9 +39,10 @@ TABLES = {
     "sources.NAME": SourceConfig,
     "destinations.NAME": DestinationConfig,
     "destinations.NAME.retry": RetryConfig,
+    "destinations.NAME.circuit": CircuitConfig,
 }
 NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
-OWN_TABLES = {"server", "admin", "storage", "log", "plugins", "workers", "sources", "destinations", "retry"}
+OWN_TABLES = {"server", "admin", "storage", "log", "plugins", "workers", "sources", "destinations", "retry", "circuit"}
 SETTING = re.compile(r"(?P<key>[a-z_]+) = (?P<value>.*?)(?: +# (?P<comment>.*))?")
 NONE, REQUIRED = "none", "required"
 

@@ -75,7 +75,7 @@ async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock)
 
 async def test_an_event_and_its_deliveries_appear_together(store, clock):
     heard = []
-    store.listener = lambda events, deliveries: heard.append((list(events), list(deliveries)))
+    store.listener = lambda news: heard.append((list(news.events), list(news.deliveries)))
     receipt = await store.append(accept(clock))
     [(events, deliveries)] = heard
     assert [e.public_id for e in events] == [receipt.event_id]
@@ -110,31 +110,31 @@ async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
 
 async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
     fresh = []
-    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    store.listener = lambda news: fresh.extend(news.deliveries)
     await store.append(accept(clock))
-    assert (await store.claim("crm", 10)).deliveries == ()
+    assert (await store.claim("crm", 10, retries=False)).deliveries == ()
     store.release([fresh[0].id])
-    claimed = (await store.claim("crm", 10)).deliveries
+    claimed = (await store.claim("crm", 10, retries=False)).deliveries
     assert [d.id for d in claimed] == [fresh[0].id]
-    assert (await store.claim("crm", 10)).deliveries == ()
+    assert (await store.claim("crm", 10, retries=False)).deliveries == ()
 
 
 async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store, clock):
     fresh = []
-    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    store.listener = lambda news: fresh.extend(news.deliveries)
     for _ in range(5):
         await store.append(accept(clock))
         clock.advance(1)
     store.release([d.id for d in fresh])
-    claim = await store.claim("crm", 2)
+    claim = await store.claim("crm", 2, retries=False)
     assert [d.id for d in claim.deliveries] == [fresh[0].id, fresh[1].id]
     assert claim.next_due is not None
-    assert [d.id for d in (await store.claim("crm", 9)).deliveries] == [d.id for d in fresh[2:]]
+    assert [d.id for d in (await store.claim("crm", 9, retries=False)).deliveries] == [d.id for d in fresh[2:]]
 
 
 async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
     fresh = []
-    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    store.listener = lambda news: fresh.extend(news.deliveries)
     await store.append(accept(clock))
     assert await store.settle(outcome(fresh[0])) is True
     assert await store.settle(outcome(fresh[0], "dead")) is False
@@ -148,23 +148,23 @@ async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
 
 async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
     fresh = []
-    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    store.listener = lambda news: fresh.extend(news.deliveries)
     await store.append(accept(clock))
     due = clock.steady() + 5 * SECOND
     await store.settle(outcome(fresh[0], "pending", next_attempt_at=due))
-    claim = await store.claim("crm", 10)
+    claim = await store.claim("crm", 10, retries=True)
     assert (claim.deliveries, claim.next_due) == ((), due)
     clock.advance(5)
-    [delivery] = (await store.claim("crm", 10)).deliveries
+    [delivery] = (await store.claim("crm", 10, retries=True)).deliveries
     assert delivery.attempts == 1
 
 
 async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock):
     fresh = []
-    store.listener = lambda _events, deliveries: fresh.extend(deliveries)
+    store.listener = lambda news: fresh.extend(news.deliveries)
     await store.append(accept(clock))
     await store.settle(outcome(fresh[0], "pending", next_attempt_at=clock.steady(), counts=False))
-    [delivery] = (await store.claim("crm", 10)).deliveries
+    [delivery] = (await store.claim("crm", 10, retries=False)).deliveries
     assert delivery.attempts == 0
 
 
@@ -178,7 +178,7 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
     again = SqliteStore(path, clock)
     await again.open()
     try:
-        assert len((await again.claim("crm", 10)).deliveries) == 2
+        assert len((await again.claim("crm", 10, retries=False)).deliveries) == 2
         assert (await again.append(accept(clock, key="k"))).event_id == receipt.event_id
         assert [w.id for w in again.workers()] == ["w1"]
         newer = await again.append(accept(clock))
@@ -221,7 +221,7 @@ async def test_the_queue_is_bounded(store, clock, monkeypatch):
 
 async def test_a_worker_lives_through_all_its_states(store, clock):
     types = []
-    store.listener = lambda events, _deliveries: types.extend(e.type for e in events)
+    store.listener = lambda news: types.extend(e.type for e in news.events)
 
     async def change(what):
         await store.append(Acceptance(source="shop", change=what))

@@ -94,6 +94,14 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_retry_after: Duration = 3600.0
 
 
+class CircuitConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`circuit = {…}` of a destination: when to stop asking, and how often to probe."""
+
+    failures: Annotated[int, msgspec.Meta(ge=1)] = 10
+    probe: Interval = 30.0
+    max_probe: Interval = 300.0
+
+
 class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[destinations.NAME]`: one outgoing webhook."""
 
@@ -111,7 +119,15 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Interval = 15.0
     connect_timeout: Interval = 5.0
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 8
+    rate_limit: Rate | None = None
+    max_pending: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
+    order_by: str | None = None
+    ttl: Interval | None = None
+    latest_by: str | None = None
+    on_dead: str | None = None
+    disable_after: Interval = 5 * 86_400.0
     retry: RetryConfig = RetryConfig()
+    circuit: CircuitConfig = CircuitConfig()
     allow_private: bool = False
     ca_file: Annotated[Path, _check(checks.existing_file)] | None = None
 

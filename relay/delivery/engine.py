@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from relay.clock import Clock
 from relay.config.model import DestinationConfig
@@ -11,8 +11,8 @@ from relay.delivery.lane import Lane
 from relay.delivery.memory import MOST, Memory
 from relay.delivery.sender import Sender
 from relay.delivery.slots import Slots
-from relay.metrics import Metrics
-from relay.model import Delivery, DestinationState, StoredEvent
+from relay.metrics import OUTCOMES, Metrics
+from relay.model import DestinationState, News
 from relay.store import Store
 
 
@@ -59,15 +59,29 @@ class Engine:
         for lane in self.lanes.values():
             lane.turn()
 
-    def listen(self, _events: Sequence[StoredEvent], deliveries: Sequence[Delivery]) -> None:
+    def listen(self, news: News) -> None:
         """Hand fresh deliveries to their lanes, in memory (see `relay.store.Listener`)."""
-        for delivery in deliveries:
-            self._metrics.created.labels(delivery.destination).inc()
+        for name, columns in news.books.items():
+            self._count(name, columns)
+        for delivery in news.deliveries:
             lane = self.lanes.get(delivery.destination)
             if lane is None:
                 self._store.release((delivery.id,))
             else:
                 lane.offer(delivery)
+        for name in news.woken:
+            if (lane := self.lanes.get(name)) is not None:
+                lane.wake()
+        if news.dropped:
+            for lane in self.lanes.values():
+                lane.drop(news.dropped)
+
+    def _count(self, name: str, columns: Mapping[str, int]) -> None:
+        if columns["created"]:
+            self._metrics.created.labels(name).inc(columns["created"])
+        for outcome in OUTCOMES:
+            if columns[outcome]:
+                self._metrics.finished.labels(name, outcome).inc(columns[outcome])
 
     async def stop(self, seconds: float) -> None:
         """Let what is in flight finish for so long, record it, and end."""

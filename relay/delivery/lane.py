@@ -1,25 +1,26 @@
-"""One destination's lane: its slots, its window of held deliveries, its rests. No lane waits for another."""
+"""One destination's lane: its slots, feeds and rests. No lane ever waits for another."""
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Iterable
+
+import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
+from relay.delivery.feed import Feed
 from relay.delivery.memory import Memory
 from relay.delivery.sender import BLOCKED_REST, Sender, corrupt
 from relay.delivery.slots import Slots
+from relay.delivery.standing import Standing
 from relay.errors import StorageError
 from relay.metrics import Metrics
-from relay.model import Delivery, DestinationState, Outcome
+from relay.model import Delivery, DestinationState, Outcome, StoredEvent
+from relay.rate import TokenBucket
 from relay.retry import Verdict
 from relay.store import Store
 
 log = logging.getLogger("relay.delivery")
-
-WINDOW = 256
-"""Held deliveries that a lane keeps in memory; the rest of its backlog stays in the store."""
 
 POLL = 30 * SECOND
 """A lane looks into the store at least this often: the safety net under being told."""
@@ -44,65 +45,79 @@ class Lane:
     ) -> None:
         self.config = config
         self.name = config.name
-        self.state = state
+        self.standing = Standing(config, state, store=store, clock=clock, metrics=metrics)
         self._sender = sender
         self._store = store
         self._clock = clock
         self._metrics = metrics
         self._slots = slots
         self._memory = memory
-        self._window: deque[Delivery] = deque()
-        self._active = 0  # attempts being made
+        self._first = Feed(memory, retries=False)
+        self._retry = Feed(memory, retries=True)
+        self._feeds = (self._first, self._retry)
+        # A quarter of the slots is kept for first attempts, so that retries cannot hold up what is new.
+        spare = -(-config.concurrency // 4) if config.concurrency > 1 else 0
+        self._most_retries = config.concurrency - spare
+        rate = config.rate_limit
+        self._bucket = None if rate is None else TokenBucket(rate, clock.steady())
+        self._rate_until = 0  # steady clock: when the rate limit allows the next attempt
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0  # steady clock: when to look into the store
-        self._rest_until = 0  # steady clock: a receiver asked for it, or its address is refused
-        self._refilling = False
         self._stopping = False
 
     @property
     def in_flight(self) -> int:
         """How many attempts are being made."""
-        return self._active
+        return self._first.active + self._retry.active
 
     @property
     def held(self) -> str | None:
         """Why nothing is sent for now; None: it is."""
-        if self.state.paused:
-            return "paused"
-        if self.state.disabled_at is not None:
-            return f"disabled: {self.state.disabled_reason}"
-        if self._rest_until > self._clock.steady():
-            return "resting"
-        return None
+        return self.standing.held
 
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
-        if self._stopping or self.held is not None or len(self._window) >= WINDOW:
+        feed = self._first
+        if self._stopping or self.held is not None or feed.room <= 0:
             self._store.release((delivery.id,))
-            self._due = 0
-        elif self._window or not self._begin(delivery):
-            self._memory.keep(delivery)
-            self._window.append(delivery)
+            feed.due = 0
+        elif len(feed) or not self._may_begin():
+            feed.put((delivery,))
+            self._set_timer()
+        else:
+            self._begin(feed, delivery)
+
+    def wake(self) -> None:
+        """Look into the store: something that was waiting there is due."""
+        self._first.due = 0
+        self.turn()
+
+    def drop(self, delivery_ids: Collection[int]) -> None:
+        """Forget deliveries that ended without an attempt."""
+        for feed in self._feeds:
+            feed.drop(delivery_ids)
 
     def turn(self) -> None:
-        """Go on: fill free slots from the window, the window from the store, and set the timer."""
+        """Go on: fill free slots from the feeds, the feeds from the store, and set the timer."""
         if self._stopping:
             return
         if self.held is None:
-            while self._window and self._begin(self._window[0]):
-                self._memory.drop(self._window.popleft())
-            self._look()
+            while (feed := self._next()) is not None and self._may_begin():
+                self._begin(feed, feed.take())
+            now = self._clock.steady()
+            for feed in self._feeds:
+                if feed.wants(now):
+                    feed.refilling = True
+                    self._spawn(self._refill(feed))
         self._set_timer()
 
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
-        await self._store.set_destination(state)
-        self.state = state
-        self._metrics.disabled.labels(self.name).set(state.disabled_at is not None)
+        await self.standing.change(state)
         if self.held is not None:
             self._let_go()
-        self._due = 0
+        for feed in self._feeds:
+            feed.due = 0
         self.turn()
 
     async def stop(self, deadline: float) -> None:
@@ -114,50 +129,61 @@ class Lane:
         if self._tasks:
             left = max(0.0, deadline - asyncio.get_running_loop().time())
             await asyncio.wait(self._tasks, timeout=left)
-        if self._active:
-            log.warning("%s: %d attempts cut off; they will be made again", self.name, self._active)
+        if self.in_flight:
+            log.warning("%s: %d attempts cut off; they will be made again", self.name, self.in_flight)
         cut_off = tuple(self._tasks)
         for task in cut_off:
             task.cancel()
         await asyncio.gather(*cut_off, return_exceptions=True)
         await self._sender.close()
 
+    # --- slots ---
+
+    def _next(self) -> Feed | None:
+        """Choose whose turn it is: the feed with fewer attempts under way, within its share."""
+        ready = [
+            feed
+            for feed in self._feeds
+            if len(feed) and (not feed.retries or feed.active < self._most_retries)
+        ]
+        return min(ready, key=lambda feed: feed.active) if ready else None
+
+    def _may_begin(self) -> bool:
+        """Take a slot for one more attempt, if circuit, concurrency, cap and rate allow it."""
+        now, active = self._clock.steady(), self.in_flight
+        if active >= self.standing.circuit.limit(now, self.config.concurrency) or self._rate_until > now:
+            return False
+        if not self._slots.take(self, active):
+            return False
+        if self._bucket is not None and (wait := self._bucket.take(now)):
+            self._rate_until = now + int(wait * SECOND) + 1
+            self._slots.give(active)
+            return False
+        return True
+
+    def _begin(self, feed: Feed, delivery: Delivery) -> None:
+        feed.active += 1
+        self._spawn(self._work(feed, delivery))
+
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _begin(self, delivery: Delivery) -> bool:
-        """Start sending in a slot of its own, if there is one."""
-        if self._active >= self.config.concurrency or not self._slots.take(self, self._active):
-            return False
-        self._active += 1
-        self._spawn(self._work(delivery))
-        return True
-
-    async def _work(self, delivery: Delivery) -> None:
-        """Keep one slot busy until the window is empty."""
-        try:
-            while True:
-                await self._deliver_or_keep(delivery)
-                if self._stopping or self.held is not None or not self._window:
-                    break
-                delivery = self._window.popleft()
-                self._memory.drop(delivery)
-                self._look()
-        finally:
-            self._active -= 1
-            self._slots.give(self._active)
-        self.turn()
-
-    async def _deliver_or_keep(self, delivery: Delivery) -> None:
-        """Deliver; whatever fails on our side leaves the delivery pending, for the next look."""
+    async def _work(self, feed: Feed, delivery: Delivery) -> None:
+        """Fill one slot with one delivery; whatever fails on our side leaves it pending."""
         try:
             await self._deliver(delivery)
         except Exception:
             log.exception("%s: %s could not be tried", self.name, delivery.public_id)
             self._store.release((delivery.id,))
-            self._due = min(self._due, self._clock.steady() + POLL)
+            feed.due = min(feed.due, self._clock.steady() + POLL)
+        finally:
+            feed.active -= 1
+            self._slots.give(self.in_flight)
+        self.turn()
+
+    # --- one delivery ---
 
     async def _deliver(self, delivery: Delivery) -> None:
         event = delivery.event
@@ -165,102 +191,98 @@ class Lane:
             event = (await self._store.load((delivery.event_id,))).get(delivery.event_id)
             dead = corrupt(delivery, event, self._clock.wall())
             if dead is not None:
-                log.error("%s: %s is dead: %s", self.name, delivery.public_id, dead.attempt.error)
+                log.error("%s: %s is dead: its stored body cannot be trusted", self.name, delivery.public_id)
                 await self._record(dead)
                 return
+            delivery.event = event
         assert event is not None  # noqa: S101 - `corrupt` judged that
+        if not self._store.begin_attempt(delivery.id):
+            return
+        if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
+            await self._record(Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl"))
+            return
+        probing = self.standing.circuit.is_open
         outcome, meaning = await self._sender.attempt(delivery, event)
-        if meaning.kind != "ok":
-            self._note(outcome, meaning)
+        if meaning.kind == "ok":
+            await self.standing.succeed("ok", event)
+        else:
+            outcome = await self._fail(outcome, meaning, event, probing=probing)
         await self._record(outcome)
-        if meaning.kind == "disable":
-            await self._disable(meaning.reason or "asked")
 
-    def _note(self, outcome: Outcome, meaning: Verdict) -> None:
-        """Say what failed, and rest if that is what it means."""
-        now, attempt = self._clock.steady(), outcome.attempt
-        log.info(
-            "%s: %s attempt %d failed: %s",
-            self.name,
-            outcome.delivery.public_id,
-            outcome.delivery.attempts + 1,
-            attempt.error or attempt.result,
-        )
+    async def _fail(
+        self, outcome: Outcome, meaning: Verdict, event: StoredEvent, *, probing: bool
+    ) -> Outcome:
+        """Say what failed, and take what it says about the destination."""
+        attempt, delivery = outcome.attempt, outcome.delivery
+        assert attempt is not None  # noqa: S101 - a sender makes one
+        why = attempt.error or attempt.result
+        log.info("%s: %s attempt %d failed: %s", self.name, delivery.public_id, delivery.attempts + 1, why)
         if meaning.kind == "hold":
-            self._rest_until = now + BLOCKED_REST
-            log.error("%s: held, %s", self.name, attempt.error)
+            log.error("%s: held, %s", self.name, why)
+            self.standing.rest(BLOCKED_REST)
         elif meaning.pause:
-            self._rest_until = max(self._rest_until, now + int(meaning.pause * SECOND))
+            self.standing.rest(int(meaning.pause * SECOND))
+        disable = (meaning.reason or "asked") if meaning.kind == "disable" else None
+        await self.standing.fail(attempt.result, event, why, disable=disable)
         if self.held is not None:
             self._let_go()
+        if not probing or meaning.kind == "abort":
+            return outcome
+        # A failed probe is recorded, but spends nothing of its delivery's schedule.
+        again = self.standing.circuit.open_until or self._clock.steady()
+        return msgspec.structs.replace(
+            outcome, state="pending", reason=None, next_attempt_at=again, counts=False
+        )
 
     async def _record(self, outcome: Outcome) -> None:
         """Write what became of an attempt; while the disk is full this waits, it never gives up."""
-        while True:
-            try:
-                counted = await self._store.settle(outcome)
-                break
-            except StorageError as error:
-                log.warning("%s: an outcome waits for the store: %s", self.name, error.message)
-                await asyncio.sleep(STORAGE_PAUSE)
-        metrics, attempt = self._metrics, outcome.attempt
-        metrics.attempts.labels(self.name, attempt.result).inc()
-        metrics.attempt_seconds.labels(self.name).observe(attempt.duration_ms / 1000)
+        counted = await self._patiently(outcome)
+        attempt, delivery = outcome.attempt, outcome.delivery
+        if attempt is not None:
+            self._metrics.attempts.labels(self.name, attempt.result).inc()
+            self._metrics.attempt_seconds.labels(self.name).observe(attempt.duration_ms / 1000)
         if not counted:
             return
         if outcome.state == "pending":
-            if outcome.next_attempt_at is not None:
-                self._due = min(self._due, outcome.next_attempt_at)
-            return
-        metrics.finished.labels(self.name, outcome.state).inc()
-        if outcome.state == "delivered":
-            waited = self._clock.wall() - outcome.delivery.created_at
-            metrics.latency.labels(self.name).observe(waited / SECOND)
+            feed = self._retry if delivery.attempts + outcome.counts else self._first
+            feed.due = min(feed.due, outcome.next_attempt_at or 0)
+        elif outcome.state == "delivered":
+            waited = self._clock.wall() - delivery.created_at
+            self._metrics.latency.labels(self.name).observe(waited / SECOND)
         else:
-            log.warning(
-                "%s: %s is %s: %s", self.name, outcome.delivery.public_id, outcome.state, outcome.reason
-            )
+            log.warning("%s: %s is %s: %s", self.name, delivery.public_id, outcome.state, outcome.reason)
 
-    async def _disable(self, reason: str) -> None:
-        if self.state.disabled_at is None:
-            log.error("%s: disabled by its receiver (%s); its deliveries are held", self.name, reason)
-            state = DestinationState(
-                name=self.name,
-                paused=self.state.paused,
-                disabled_at=self._clock.wall(),
-                disabled_reason=reason,
-            )
-            await self.set_state(state)
+    async def _patiently(self, outcome: Outcome) -> bool:
+        while True:
+            try:
+                return await self._store.settle(outcome)
+            except StorageError as error:
+                log.warning("%s: an outcome waits for the store: %s", self.name, error.message)
+                await asyncio.sleep(STORAGE_PAUSE)
 
-    def _look(self) -> None:
-        """Refill the window once it is half empty and something may be due."""
-        if self._refilling or self._due > self._clock.steady() or len(self._window) > WINDOW // 2:
-            return
-        self._refilling = True
-        self._spawn(self._refill())
+    # --- the store ---
 
-    async def _refill(self) -> None:
+    async def _refill(self, feed: Feed) -> None:
         """Claim what is due, and read as many bodies as memory allows."""
-        self._due = self._clock.steady() + POLL
+        feed.due = self._clock.steady() + POLL
         try:
-            claim = await self._store.claim(self.name, WINDOW - len(self._window))
+            claim = await self._store.claim(self.name, feed.room, retries=feed.retries)
             if claim.next_due is not None:
-                self._due = min(self._due, claim.next_due)
+                feed.due = min(feed.due, claim.next_due)
             await self._load(claim.deliveries)
             if self._stopping or self.held is not None:
                 self._store.release(delivery.id for delivery in claim.deliveries)
+                feed.due = 0
             else:
-                for delivery in claim.deliveries:
-                    self._memory.keep(delivery)
-                    self._window.append(delivery)
+                feed.put(claim.deliveries)
         except Exception:
             log.exception("%s: cannot look for due deliveries", self.name)
-            self._due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
+            feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
         finally:
-            self._refilling = False
+            feed.refilling = False
         self.turn()
 
-    async def _load(self, deliveries: tuple[Delivery, ...]) -> None:
+    async def _load(self, deliveries: Iterable[Delivery]) -> None:
         """Read the bodies of the first of them, in one go; the others are read when a slot is free."""
         wanted, size = [], 0
         for delivery in deliveries:
@@ -277,18 +299,22 @@ class Lane:
                 delivery.event = event
 
     def _let_go(self) -> None:
-        """Give the window back to the store: what is held does not wait in memory."""
-        for delivery in self._window:
-            self._memory.drop(delivery)
-        self._store.release(delivery.id for delivery in self._window)
-        self._window.clear()
-        self._due = 0
+        """Give the feeds back to the store: what is held does not wait in memory."""
+        for feed in self._feeds:
+            self._store.release(delivery.id for delivery in feed.empty())
+            feed.due = 0
 
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._clock.steady()
-        at = self._rest_until if self._rest_until > now else self._due
-        if at > now and self.state.disabled_at is None and not self.state.paused:
+        now, until = self._clock.steady(), self.standing.held_until
+        if until is None:
+            return
+        if until > now:
+            at = until
+        else:
+            waits = [*(feed.due for feed in self._feeds), self._rate_until]
+            at = min((wait for wait in waits if wait > now), default=now)
+        if at > now:
             self._timer = asyncio.get_running_loop().call_later((at - now) / SECOND, self.turn)

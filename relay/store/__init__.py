@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import msgspec
 
 from relay.model import (
+    Born,
     Claim,
-    Delivery,
     DestinationState,
+    News,
     Outcome,
     Owed,
     Receipt,
@@ -26,9 +27,13 @@ from relay.model import (
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
 """Which destinations an event is owed to; pure, asked inside the event's own transaction."""
 
-Listener = Callable[[Sequence[StoredEvent], Sequence[Delivery]], None]
-"""Told once per commit what became durable, before any caller hears of it. The deliveries arrive
-held, with their events; a lane without room gives them back by `release`. Must not raise or block."""
+Listener = Callable[[News], None]
+"""Told once per commit what lanes must know, before any caller hears of it. New deliveries arrive held,
+with their events; a lane without room gives them back by `release`. Must not raise or block."""
+
+
+OPERATOR_EVENTS = "relay"
+"""Source of the relay's own events; their deliveries never raise others, so nothing loops."""
 
 
 class Acceptance(msgspec.Struct, kw_only=True, gc=False):
@@ -90,8 +95,15 @@ class Store(Protocol):
         """
         ...
 
-    async def claim(self, destination: str, limit: int) -> Claim:
-        """Hold up to `limit` due deliveries that nobody holds yet, oldest due first, without bodies."""
+    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
+        """Hold up to `limit` due deliveries that nobody holds yet, oldest due first, without bodies.
+
+        Those that have been tried before and those that have not are claimed apart.
+        """
+        ...
+
+    def begin_attempt(self, delivery_id: int) -> bool:
+        """Mark a held delivery as being sent; False: it is just being ended otherwise, do not send it."""
         ...
 
     def release(self, delivery_ids: Iterable[int]) -> None:
@@ -109,6 +121,14 @@ class Store(Protocol):
         """
         ...
 
+    async def expire(self) -> int:
+        """End some deliveries past their time to live, held ones too; return how many, 0: none is left."""
+        ...
+
+    async def cancel(self, delivery_ids: Sequence[int]) -> int:
+        """End pending deliveries by an operator's will; one in flight ends by its outcome instead."""
+        ...
+
     async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:
         """Mark silent workers offline, with their events, in one transaction; return those marked.
 
@@ -124,8 +144,8 @@ class Store(Protocol):
         """Return what is remembered of each destination: paused, disabled and why."""
         ...
 
-    async def set_destination(self, state: DestinationState) -> None:
-        """Remember a destination's state."""
+    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
+        """Remember a destination's state, and raise an operator event about it in the same transaction."""
         ...
 
     async def counts(self) -> dict[str, Counts]:

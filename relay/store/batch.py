@@ -1,9 +1,9 @@
 """Everything that one transaction will write, gathered in memory first."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 
-import aiosqlite
 import msgspec
 
 from relay import registry
@@ -11,23 +11,26 @@ from relay.clock import Clock
 from relay.config.model import WorkerRules
 from relay.errors import Conflict
 from relay.ids import delivery_id, event_id
-from relay.model import Born, Delivery, Outcome, Receipt, Register, StoredEvent, Worker, WorkerChange
-from relay.store import DEDUPE_FOR, Acceptance, Route
-from relay.store.rows import (
-    ATTEMPT_COLUMNS,
-    DELIVERY_COLUMNS,
-    EVENT_COLUMNS,
-    WORKER_COLUMNS,
-    Row,
-    attempt_row,
-    delivery_row,
-    event_row,
-    worker_row,
+from relay.model import (
+    Born,
+    Delivery,
+    DeliveryState,
+    DestinationState,
+    Outcome,
+    Owed,
+    Receipt,
+    Register,
+    StoredEvent,
+    Worker,
+    WorkerChange,
 )
-from relay.store.statements import fetch, insert
+from relay.store import DEDUPE_FOR, Acceptance, Route
+from relay.store.rows import Row
 from relay.store.workers import Roster, WorkerKey
 
-BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
+Ending = tuple[DeliveryState, str]
+"""An end and its reason."""
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -51,6 +54,7 @@ class Batch:
         roster: Roster,
         rules: Callable[[str], WorkerRules],
         known: Mapping[tuple[str, str], str],
+        pending: Counter[str],
     ) -> None:
         self.steady = clock.steady()
         self.wall = clock.wall()
@@ -58,13 +62,23 @@ class Batch:
         self._route = route
         self._roster = roster
         self._rules = rules
+        self._pending = pending  # by destination, before this batch
+        self._added: Counter[str] = Counter()
         self._keys = dict(known)
-        self._new_keys: list[Row] = []
+        self.new_keys: list[Row] = []
         self.events: list[StoredEvent] = []
         self.deliveries: list[Delivery] = []
         self.workers: dict[WorkerKey, Worker] = {}
         self.outcomes: list[Outcome] = []
-        self.settled: frozenset[int] = frozenset()  # deliveries that were pending until now
+        self.states: list[DestinationState] = []
+        self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
+        self.expiring = False  # whether to end what is past its `expires_at`
+        self.cancelling: list[int] = []  # deliveries that an operator cancels
+        # Known once it is written:
+        self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
+        self.due: list[Delivery] = []  # new deliveries to go out now
+        self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
+        self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
 
     def accept(self, acceptance: Acceptance) -> Receipt:
         """Take in one request.
@@ -86,7 +100,7 @@ class Batch:
             return Receipt(worker=worker)
         if key is not None:
             self._keys[acceptance.source, key] = event.public_id
-            self._new_keys.append((acceptance.source, key, event.public_id, self.steady + DEDUPE_FOR))
+            self.new_keys.append((acceptance.source, key, event.public_id, self.steady + DEDUPE_FOR))
         self._add(event)
         return Receipt(event_id=event.public_id, worker=worker)
 
@@ -102,31 +116,47 @@ class Batch:
             if silence is not None:
                 after, born = silence
                 self.workers[key] = after
-                self._bear(worker.source, born)
+                self.bear(worker.source, born)
                 marked.append(after)
         return tuple(marked)
 
+    def owe(
+        self, owed: Owed, event_id: int, size: int, event: StoredEvent | None, replay_of: int | None = None
+    ) -> None:
+        """Take in a new delivery; beyond its destination's `max_pending` it is dead at its birth."""
+        self._sequences.delivery += 1
+        delivery = Delivery(
+            id=self._sequences.delivery,
+            public_id=delivery_id(self.wall),
+            event_id=event_id,
+            destination=owed.destination,
+            attempts=0,
+            created_at=self.wall,
+            size=size,
+            event=event,
+            order_key=owed.order_key,
+            latest_key=owed.latest_key,
+            expires_at=None if owed.ttl is None else self.steady + owed.ttl,
+            on_dead=owed.on_dead,
+            replay_of=replay_of,
+        )
+        self.deliveries.append(delivery)
+        if owed.max_pending is not None:
+            waiting = self._pending[owed.destination] + self._added[owed.destination]
+            if waiting >= owed.max_pending:
+                self.stillborn[delivery.id] = ("dead", "backlog_full")
+                return
+        self._added[owed.destination] += 1
+
     def _add(self, event: StoredEvent) -> None:
-        sequences = self._sequences
-        sequences.event += 1
-        event.id = sequences.event
+        self._sequences.event += 1
+        event.id = self._sequences.event
         self.events.append(event)
         for owed in self._route(event):
-            sequences.delivery += 1
-            self.deliveries.append(
-                Delivery(
-                    id=sequences.delivery,
-                    public_id=delivery_id(self.wall),
-                    event_id=event.id,
-                    destination=owed.destination,
-                    attempts=0,
-                    created_at=self.wall,
-                    size=len(event.body),
-                    event=event,
-                )
-            )
+            self.owe(owed, event.id, len(event.body), event)
 
-    def _bear(self, source: str, born: Born) -> None:
+    def bear(self, source: str, born: Born) -> None:
+        """Take in an event that the relay itself gives birth to, routed like any other."""
         body = _encode(born.data)
         self._add(
             StoredEvent(
@@ -159,7 +189,7 @@ class Batch:
             self._take_over(source, change, now)
         self.workers[key] = step.worker
         for born in step.born:
-            self._bear(source, born)
+            self.bear(source, born)
         return step.worker
 
     def _take_over(self, source: str, change: Register, now: registry.Now) -> None:
@@ -173,78 +203,3 @@ class Batch:
             raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
         for worker in neighbours:
             self.workers[source, worker.id] = registry.former(worker, now)
-
-    async def write(self, connection: aiosqlite.Connection) -> None:
-        """Write everything, inside the transaction that the caller began."""
-        if self.outcomes:
-            await self._write_outcomes(connection)
-        if self.events:
-            await insert(connection, "events", EVENT_COLUMNS, [event_row(e) for e in self.events])
-        if self.deliveries:
-            rows = [delivery_row(d, self.steady) for d in self.deliveries]
-            await insert(connection, "deliveries", DELIVERY_COLUMNS, rows)
-        if self._new_keys:
-            columns = "source, key, event_id, expires_at"
-            await insert(connection, "dedupe", columns, self._new_keys, verb="REPLACE")
-        if self.workers:
-            rows = [worker_row(worker) for worker in self.workers.values()]
-            await insert(connection, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
-        if books := self._books():
-            adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
-            await insert(
-                connection,
-                "ledger",
-                f"destination, {', '.join(BOOKS)}",
-                books,
-                then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
-            )
-
-    async def _write_outcomes(self, connection: aiosqlite.Connection) -> None:
-        """Move deliveries on where they are still pending (compare-and-set), and keep every attempt."""
-        moves = [self._move(outcome) for outcome in self.outcomes]
-        moved = await fetch(
-            connection,
-            """
-            WITH moves (id, state, reason, attempts, next_attempt_at, finished_at, last_status, last_error)
-                AS (VALUES {values})
-            UPDATE deliveries
-               SET state = moves.state, reason = moves.reason, attempts = moves.attempts,
-                   next_attempt_at = moves.next_attempt_at, finished_at = moves.finished_at,
-                   last_status = moves.last_status, last_error = moves.last_error
-              FROM moves
-             WHERE deliveries.id = moves.id AND deliveries.state = 'pending'
-            RETURNING deliveries.id
-            """,
-            moves,
-        )
-        self.settled = frozenset(row[0] for row in moved)
-        attempts = [attempt_row(outcome.delivery.id, outcome.attempt) for outcome in self.outcomes]
-        await insert(connection, "attempts", ATTEMPT_COLUMNS, attempts)
-
-    def _move(self, outcome: Outcome) -> Row:
-        ended = outcome.state != "pending"
-        return (
-            outcome.delivery.id,
-            outcome.state,
-            outcome.reason,
-            outcome.delivery.attempts + outcome.counts,
-            None if ended else outcome.next_attempt_at,
-            self.wall if ended else None,
-            outcome.attempt.status,
-            outcome.attempt.error,
-        )
-
-    def _books(self) -> list[Row]:
-        """What this transaction adds to the ledger, a row per destination."""
-        sums: dict[str, dict[str, int]] = {}
-
-        def add(destination: str, column: str) -> None:
-            columns = sums.setdefault(destination, dict.fromkeys(BOOKS, 0))
-            columns[column] += 1
-
-        for delivery in self.deliveries:
-            add(delivery.destination, "created")
-        for outcome in self.outcomes:
-            if outcome.state != "pending" and outcome.delivery.id in self.settled:
-                add(outcome.delivery.destination, outcome.state)
-        return [(destination, *columns.values()) for destination, columns in sums.items()]

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from relay.model import Attempt, Delivery, StoredEvent, Worker
+from relay.model import Attempt, Delivery, DeliveryState, StoredEvent, Worker
 
 Row = tuple[Any, ...]
 
@@ -13,7 +13,14 @@ EVENT_COLUMNS = (
     "id, public_id, source, type, subject, received_at, content_type, traceparent, sha256, size,"
     " context, data_at, data_size, data, body"
 )
-DELIVERY_COLUMNS = "id, public_id, event_id, destination, created_at, next_attempt_at"
+DELIVERY_COLUMNS = (
+    "id, public_id, event_id, destination, state, reason, created_at, next_attempt_at, finished_at,"
+    " order_key, latest_key, expires_at, on_dead, replay_of"
+)
+CLAIM_COLUMNS = (
+    "d.id, d.public_id, d.event_id, d.destination, d.attempts, d.created_at, e.size,"
+    " d.order_key, d.latest_key, d.expires_at, d.on_dead, d.replay_of"
+)
 ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, truncated, answer"
 WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
 
@@ -42,11 +49,27 @@ def event_of(row: Sequence[Any]) -> StoredEvent:
     )  # fmt: skip
 
 
-def delivery_row(delivery: Delivery, next_attempt_at: int) -> Row:
-    """Flatten a new delivery."""
+def delivery_row(
+    delivery: Delivery,
+    state: DeliveryState,
+    reason: str | None,
+    next_attempt_at: int | None,
+    ended: int | None,
+) -> Row:
+    """Flatten a new delivery, which may have ended at its very birth."""
     return (
-        delivery.id, delivery.public_id, delivery.event_id, delivery.destination,
-        delivery.created_at, next_attempt_at,
+        delivery.id, delivery.public_id, delivery.event_id, delivery.destination, state, reason,
+        delivery.created_at, next_attempt_at, ended, delivery.order_key, delivery.latest_key,
+        delivery.expires_at, delivery.on_dead, delivery.replay_of,
+    )  # fmt: skip
+
+
+def delivery_of(row: Sequence[Any]) -> Delivery:
+    """Build a delivery, without its event, from a row of `CLAIM_COLUMNS`."""
+    return Delivery(
+        id=row[0], public_id=row[1], event_id=row[2], destination=row[3], attempts=row[4],
+        created_at=row[5], size=row[6], order_key=row[7], latest_key=row[8], expires_at=row[9],
+        on_dead=row[10], replay_of=row[11],
     )  # fmt: skip
 
 

@@ -37,9 +37,24 @@ CREATE TABLE deliveries (
     next_attempt_at INTEGER,                   -- steady clock; only while pending
     finished_at     INTEGER,
     last_status     INTEGER,
-    last_error      TEXT
+    last_error      TEXT,
+    order_key       TEXT,                      -- only the oldest pending one of a key has a due time
+    latest_key      TEXT,                      -- a newer one of the key expires the older
+    expires_at      INTEGER,                   -- steady clock
+    on_dead         TEXT,                      -- destination to hand the event to
+    replay_of       INTEGER                    -- the delivery that an operator had repeated
 ) STRICT;
-CREATE INDEX deliveries_due ON deliveries (destination, next_attempt_at, id) WHERE state = 'pending';
+-- First attempts and retries are claimed apart, so that neither can starve the other.
+CREATE INDEX deliveries_first ON deliveries (destination, next_attempt_at, id)
+    WHERE state = 'pending' AND attempts = 0;
+CREATE INDEX deliveries_retry ON deliveries (destination, next_attempt_at, id)
+    WHERE state = 'pending' AND attempts > 0;
+CREATE INDEX deliveries_order ON deliveries (destination, order_key, id)
+    WHERE state = 'pending' AND order_key IS NOT NULL;
+CREATE INDEX deliveries_latest ON deliveries (destination, latest_key, id)
+    WHERE state = 'pending' AND latest_key IS NOT NULL;
+CREATE INDEX deliveries_expiry ON deliveries (expires_at)
+    WHERE state = 'pending' AND expires_at IS NOT NULL;
 CREATE INDEX deliveries_event ON deliveries (event_id);
 CREATE INDEX deliveries_ended ON deliveries (destination, state, id)
     WHERE state IN ('dead', 'expired', 'cancelled');
@@ -69,6 +84,7 @@ CREATE TABLE ledger (                          -- the books: created = all the o
 CREATE TABLE destinations (
     name            TEXT    PRIMARY KEY,
     paused          INTEGER NOT NULL DEFAULT 0,
+    failing_since   INTEGER,
     disabled_at     INTEGER,
     disabled_reason TEXT
 ) STRICT, WITHOUT ROWID;

@@ -1,5 +1,6 @@
 """The store in one SQLite file."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,22 @@ import aiosqlite
 from relay.clock import Clock
 from relay.config.model import WorkerRules
 from relay.errors import StorageError
-from relay.model import Claim, Delivery, DestinationState, Heartbeat, Outcome, Receipt, StoredEvent, Worker
+from relay.model import (
+    Born,
+    Claim,
+    DestinationState,
+    Heartbeat,
+    News,
+    Outcome,
+    Receipt,
+    StoredEvent,
+    Worker,
+)
 from relay.registry import Now, apply
-from relay.store import Acceptance, Counts, Listener, Route
-from relay.store.batch import BOOKS, Batch, Sequences
+from relay.store import OPERATOR_EVENTS, Acceptance, Counts, Listener, Route
+from relay.store.batch import Batch, Sequences
+from relay.store.claim import claim
+from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.find import find
 from relay.store.holds import Holds
@@ -26,7 +39,7 @@ def _nowhere(_event: StoredEvent) -> tuple[()]:
     return ()
 
 
-def _deaf(_events: Sequence[StoredEvent], _deliveries: Sequence[Delivery]) -> None:
+def _deaf(_news: News) -> None:
     return
 
 
@@ -79,6 +92,14 @@ class SqliteStore:
             )
             [(event, delivery)] = ids
             self._sequences = Sequences(event, delivery or 0)
+            self._pending = Counter(
+                {
+                    row[0]: row[1]
+                    for row in await self._connection.execute_fetchall(
+                        "SELECT destination, created - delivered - dead - expired - cancelled FROM ledger"
+                    )
+                }
+            )
             self._reader = await open_reader(self.path)
         except BaseException:
             await self._connection.close()
@@ -126,16 +147,30 @@ class SqliteStore:
             roster=self._roster,
             rules=self._rules,
             known=known,
+            pending=self._pending,
         )
+
+    async def write(self, batch: Batch) -> None:
+        """See `Gatherer.write`."""
+        await write(batch, self._connection, self._holds)
+
+    def forget(self) -> None:
+        """See `Gatherer.forget`."""
+        self._holds.spare()
 
     def publish(self, batch: Batch) -> None:
         """See `Gatherer.publish`: in one step of the loop, so that no claim can come between."""
         for worker in batch.workers.values():
             self._roster.put(worker)
         self._holds.release(outcome.delivery.id for outcome in batch.outcomes)
-        self._holds.add(batch.deliveries)
-        if batch.events:
-            self.listener(batch.events, batch.deliveries)
+        self._holds.release(batch.ended)
+        self._holds.spare()
+        self._holds.add(batch.due)
+        books = sums(batch)
+        for destination, columns in books.items():
+            self._pending[destination] += 2 * columns["created"] - sum(columns.values())
+        if books or batch.events or batch.woken:
+            self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books))
 
     # --- verbs ---
 
@@ -198,47 +233,39 @@ class SqliteStore:
         """See `Store.sweep`."""
         return await self._writer.submit(Job(lambda batch: batch.sweep(hold=hold)))
 
-    async def claim(self, destination: str, limit: int) -> Claim:
+    async def expire(self) -> int:
+        """See `Store.expire`."""
+
+        def apply_(batch: Batch) -> int:
+            batch.expiring = True
+            return 0
+
+        return await self._writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))
+
+    async def cancel(self, delivery_ids: Sequence[int]) -> int:
+        """See `Store.cancel`."""
+
+        def apply_(batch: Batch) -> int:
+            batch.cancelling += delivery_ids
+            return 0
+
+        def answer(batch: Batch, _: int) -> int:
+            return sum(delivery_id in batch.ended for delivery_id in delivery_ids)
+
+        return await self._writer.submit(Job(apply_, answer=answer))
+
+    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
         """See `Store.claim`."""
 
         async def ask(connection: aiosqlite.Connection) -> Claim:
             now = self._clock.steady()
-            rows = await connection.execute_fetchall(
-                """
-                SELECT d.id, d.public_id, d.event_id, d.attempts, d.created_at, e.size
-                  FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
-                 WHERE d.destination = ? AND d.state = 'pending' AND d.next_attempt_at <= ?
-                 ORDER BY d.next_attempt_at, d.id
-                 LIMIT ?
-                """,
-                (destination, now, limit + self._holds.of(destination)),
-            )
-            claimed = tuple(
-                Delivery(
-                    id=row[0],
-                    public_id=row[1],
-                    event_id=row[2],
-                    destination=destination,
-                    attempts=row[3],
-                    created_at=row[4],
-                    size=row[5],
-                )
-                for row in rows
-                if row[0] not in self._holds
-            )[:limit]
-            self._holds.add(claimed)
-            if len(claimed) == limit:
-                return Claim(claimed, now)
-            later = await connection.execute_fetchall(
-                """
-                SELECT min(next_attempt_at) FROM deliveries
-                 WHERE destination = ? AND state = 'pending' AND next_attempt_at > ?
-                """,
-                (destination, now),
-            )
-            return Claim(claimed, next(iter(later))[0])
+            return await claim(connection, self._holds, destination, limit, retries=retries, now=now)
 
         return await self._writer.errand(ask)
+
+    def begin_attempt(self, delivery_id: int) -> bool:
+        """See `Store.begin_attempt`."""
+        return self._holds.begin(delivery_id)
 
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Store.release`."""
@@ -256,28 +283,28 @@ class SqliteStore:
     async def destination_states(self) -> dict[str, DestinationState]:
         """See `Store.destination_states`."""
         rows = await self._reader.execute_fetchall(
-            "SELECT name, paused, disabled_at, disabled_reason FROM destinations"
+            "SELECT name, paused, failing_since, disabled_at, disabled_reason FROM destinations"
         )
         return {
             row[0]: DestinationState(
-                name=row[0], paused=bool(row[1]), disabled_at=row[2], disabled_reason=row[3]
+                name=row[0],
+                paused=bool(row[1]),
+                failing_since=row[2],
+                disabled_at=row[3],
+                disabled_reason=row[4],
             )
             for row in rows
         }
 
-    async def set_destination(self, state: DestinationState) -> None:
+    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
         """See `Store.set_destination`."""
 
-        async def write(connection: aiosqlite.Connection) -> None:
-            await connection.execute(
-                """
-                REPLACE INTO destinations (name, paused, disabled_at, disabled_reason)
-                VALUES (?, ?, ?, ?)
-                """,
-                (state.name, state.paused, state.disabled_at, state.disabled_reason),
-            )
+        def apply_(batch: Batch) -> None:
+            batch.states.append(state)
+            if tell is not None:
+                batch.bear(OPERATOR_EVENTS, tell)
 
-        await self._writer.errand(write)
+        await self._writer.submit(Job(apply_))
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""

@@ -68,8 +68,16 @@ class Gatherer(Protocol):
         """Start gathering, inside the transaction."""
         ...
 
+    async def write(self, batch: Batch) -> None:
+        """Write what was gathered, inside the transaction."""
+        ...
+
     def publish(self, batch: Batch) -> None:
         """Take a committed batch into memory and tell the listener."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what was marked for a transaction that was rolled back."""
         ...
 
 
@@ -163,7 +171,7 @@ class Writer:
                     job.fail(refusal)
                 else:
                     served.append(job)
-            await batch.write(self._connection)
+            await self._gatherer.write(batch)
             await self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - whatever it is, its jobs must hear of it
             await self._undo(jobs, error)
@@ -176,6 +184,7 @@ class Writer:
     async def _undo(self, jobs: list[Job[Any]], error: Exception) -> None:
         if self._connection.in_transaction:
             await self._connection.execute("ROLLBACK")
+        self._gatherer.forget()
         code = getattr(error, "sqlite_errorcode", 0)
         if code == sqlite3.SQLITE_IOERR_FSYNC:
             # The kernel may have thrown the pages away: nothing in memory can be trusted any more.

@@ -1,0 +1,122 @@
+"""How a destination stands: paused, disabled, failing since when, its circuit; and telling of changes."""
+
+import logging
+
+import msgspec
+
+from relay.clock import SECOND, Clock
+from relay.config.model import DestinationConfig
+from relay.delivery.circuit import Circuit
+from relay.errors import StorageError
+from relay.metrics import Metrics
+from relay.model import Born, DestinationState, StoredEvent
+from relay.store import OPERATOR_EVENTS, Store
+
+log = logging.getLogger("relay.delivery")
+
+
+class Standing:
+    """What is known of one destination beside its deliveries; changes are durable and told of."""
+
+    def __init__(
+        self,
+        config: DestinationConfig,
+        state: DestinationState,
+        *,
+        store: Store,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.state = state
+        self.circuit = Circuit(config.circuit)
+        self.rest_until = 0  # steady clock: the receiver asked for it, or its address is refused
+        self._config = config
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._show()
+
+    @property
+    def held(self) -> str | None:
+        """Why nothing is sent for now; None: it is."""
+        if self.state.paused:
+            return "paused"
+        if self.state.disabled_at is not None:
+            return f"disabled: {self.state.disabled_reason}"
+        now = self._clock.steady()
+        if self.rest_until > now:
+            return "resting"
+        if self.circuit.limit(now, 1) == 0:
+            return "circuit open"
+        return None
+
+    @property
+    def held_until(self) -> int | None:
+        """When a hold ends by itself (steady clock); None: only an operator ends it."""
+        if self.state.paused or self.state.disabled_at is not None:
+            return None
+        return max(self.rest_until, self.circuit.open_until or 0)
+
+    async def change(self, state: DestinationState, tell: Born | None = None) -> None:
+        """Take a new state on, at once in memory, then durably; raises what the store raises."""
+        self.state = state
+        self._show()
+        await self._store.set_destination(state, tell)
+
+    def rest(self, micros: int) -> None:
+        """Send nothing for so long."""
+        self.rest_until = max(self.rest_until, self._clock.steady() + micros)
+
+    async def succeed(self, result: str, event: StoredEvent) -> None:
+        """Take in an attempt that was delivered."""
+        if self.state.failing_since is not None:
+            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=None))
+        await self._record(result, event, result)
+
+    async def fail(self, result: str, event: StoredEvent, why: str, *, disable: str | None) -> None:
+        """Take in one that was not; `disable` is the reason when the receiver wants to be left alone."""
+        now = self._clock.wall()
+        since = self.state.failing_since
+        if since is None:
+            since = now
+            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=now))
+        if disable is None and now - since > self._config.disable_after * SECOND:
+            disable = "failing"
+        if disable is not None and self.state.disabled_at is None:
+            log.error("%s: disabled (%s); its deliveries are held, none is lost", self._config.name, disable)
+            state = msgspec.structs.replace(self.state, disabled_at=now, disabled_reason=disable)
+            await self._tolerantly(state, self._born("disabled", event, disable))
+        await self._record(result, event, why)
+
+    async def _record(self, result: str, event: StoredEvent, why: str) -> None:
+        change = self.circuit.record(result, self._clock.steady())
+        if change is None:
+            return
+        log.warning("%s: circuit %s: %s", self._config.name, change, why)
+        self._show()
+        type_ = "circuit_opened" if change == "opened" else "recovered"
+        await self._tolerantly(self.state, self._born(type_, event, why))
+
+    async def _tolerantly(self, state: DestinationState, tell: Born | None = None) -> None:
+        """Change the state; go on with what is in memory while the store cannot write it down."""
+        try:
+            await self.change(state, tell)
+        except StorageError as error:
+            log.warning("%s: its state could not be written down: %s", self._config.name, error.message)
+
+    def _born(self, type_: str, event: StoredEvent, why: str) -> Born | None:
+        """Make an operator event, unless a delivery of one is the cause: nothing may loop."""
+        if event.source == OPERATOR_EVENTS:
+            return None
+        name = self._config.name
+        url = self._config.url.partition("?")[0]  # a query may hold a secret
+        return Born(
+            type=f"destination.{type_}",
+            subject=name,
+            data={"destination": name, "url": url, "reason": why},
+        )
+
+    def _show(self) -> None:
+        name = self._config.name
+        self._metrics.disabled.labels(name).set(self.state.disabled_at is not None)
+        self._metrics.circuit.labels(name).set(self.circuit.is_open)

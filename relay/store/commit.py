@@ -1,0 +1,289 @@
+"""Writing a batch: the statements of one transaction, in the order that makes them right together.
+
+Ends come first, because they free what new deliveries may have to wait for.
+"""
+
+from collections.abc import Sequence
+
+import aiosqlite
+
+from relay.model import Born, Delivery, Outcome, Owed
+from relay.store import OPERATOR_EVENTS
+from relay.store.batch import Batch, Ending
+from relay.store.holds import Holds
+from relay.store.rows import (
+    ATTEMPT_COLUMNS,
+    DELIVERY_COLUMNS,
+    EVENT_COLUMNS,
+    WORKER_COLUMNS,
+    Row,
+    attempt_row,
+    delivery_row,
+    event_row,
+    worker_row,
+)
+from relay.store.statements import fetch, insert
+
+BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
+EXPIRE_AT_ONCE = 1000
+"""Most deliveries that one transaction expires; the next follows at once."""
+
+
+async def write(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+    """Write everything, inside the transaction that the caller began."""
+    if batch.outcomes:
+        await _write_outcomes(batch, connection)
+        _follow_deaths(batch)
+    if batch.expiring:
+        await _expire(batch, connection, holds)
+    if batch.cancelling:
+        await _cancel(batch, connection, holds)
+    if batch.events:
+        await insert(connection, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
+    if batch.deliveries:
+        await _write_deliveries(batch, connection, holds)
+    if batch.new_keys:
+        columns = "source, key, event_id, expires_at"
+        await insert(connection, "dedupe", columns, batch.new_keys, verb="REPLACE")
+    if batch.workers:
+        rows = [worker_row(worker) for worker in batch.workers.values()]
+        await insert(connection, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
+    if batch.states:
+        columns = "name, paused, failing_since, disabled_at, disabled_reason"
+        states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
+        await insert(connection, "destinations", columns, states, verb="REPLACE")
+    if ledger := _books(batch):
+        adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
+        await insert(
+            connection,
+            "ledger",
+            f"destination, {', '.join(BOOKS)}",
+            ledger,
+            then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
+        )
+
+
+async def _write_outcomes(batch: Batch, connection: aiosqlite.Connection) -> None:
+    """Move deliveries on where they are still pending (compare-and-set), and keep every attempt."""
+    moved = await fetch(
+        connection,
+        """
+        WITH moves (id, state, reason, attempts, next_attempt_at, finished_at, last_status, last_error)
+            AS (VALUES {values})
+        UPDATE deliveries
+           SET state = moves.state, reason = moves.reason, attempts = moves.attempts,
+               next_attempt_at = moves.next_attempt_at, finished_at = moves.finished_at,
+               last_status = moves.last_status, last_error = moves.last_error
+          FROM moves
+         WHERE deliveries.id = moves.id AND deliveries.state = 'pending'
+        RETURNING deliveries.id
+        """,
+        [_move(outcome, batch.wall) for outcome in batch.outcomes],
+    )
+    batch.settled = frozenset(row[0] for row in moved)
+    attempts = [
+        attempt_row(outcome.delivery.id, outcome.attempt)
+        for outcome in batch.outcomes
+        if outcome.attempt is not None
+    ]
+    if attempts:
+        await insert(connection, "attempts", ATTEMPT_COLUMNS, attempts)
+    freed = [
+        (outcome.delivery.destination, outcome.delivery.order_key)
+        for outcome in batch.outcomes
+        if outcome.state != "pending" and outcome.delivery.order_key is not None
+    ]
+    await _free(batch, connection, freed)
+
+
+def _move(outcome: Outcome, now: int) -> Row:
+    ended = outcome.state != "pending"
+    attempt = outcome.attempt
+    return (
+        outcome.delivery.id,
+        outcome.state,
+        outcome.reason,
+        outcome.delivery.attempts + outcome.counts,
+        None if ended else outcome.next_attempt_at,
+        now if ended else None,
+        attempt.status if attempt is not None else None,
+        attempt.error if attempt is not None else outcome.reason,
+    )
+
+
+def _follow_deaths(batch: Batch) -> None:
+    """A delivery that died is told of, and its event handed to the destination that stands in."""
+    for outcome in batch.outcomes:
+        delivery = outcome.delivery
+        if outcome.state != "dead" or delivery.id not in batch.settled:
+            continue
+        if delivery.on_dead is not None:
+            batch.owe(Owed(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
+        if delivery.event is None or delivery.event.source != OPERATOR_EVENTS:
+            batch.bear(OPERATOR_EVENTS, _death(outcome))
+
+
+def _death(outcome: Outcome) -> Born:
+    delivery, attempt = outcome.delivery, outcome.attempt
+    event = delivery.event
+    return Born(
+        type="delivery.dead",
+        subject=delivery.destination,
+        data={
+            "delivery": delivery.public_id,
+            "event": event.public_id if event is not None else None,
+            "type": event.type if event is not None else None,
+            "destination": delivery.destination,
+            "reason": outcome.reason,
+            "attempts": delivery.attempts + outcome.counts,
+            "last_status": attempt.status if attempt is not None else None,
+            "last_error": attempt.error if attempt is not None else None,
+        },
+    )
+
+
+async def _expire(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+    """End what is past its time to live; what is being sent ends by its outcome."""
+    rows = await connection.execute_fetchall(
+        """
+        SELECT id, destination, order_key FROM deliveries
+         WHERE state = 'pending' AND expires_at <= ? ORDER BY expires_at LIMIT ?
+        """,
+        (batch.steady, EXPIRE_AT_ONCE),
+    )
+    await _end(batch, connection, holds, list(map(tuple, rows)), ("expired", "ttl"))
+
+
+async def _cancel(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+    marks = ", ".join("?" * len(batch.cancelling))
+    rows = await connection.execute_fetchall(
+        f"SELECT id, destination, order_key FROM deliveries WHERE state = 'pending' AND id IN ({marks})",  # noqa: S608 - marks only
+        batch.cancelling,
+    )
+    await _end(batch, connection, holds, list(map(tuple, rows)), ("cancelled", "operator"))
+
+
+async def _end(
+    batch: Batch, connection: aiosqlite.Connection, holds: Holds, rows: Sequence[Row], ending: Ending
+) -> None:
+    """End pending deliveries (id, destination, order key) without an attempt, but for those in flight."""
+    doomed = [row for row in rows if holds.doom(row[0])]
+    if not doomed:
+        return
+    state, reason = ending
+    marks = ", ".join("?" * len(doomed))
+    await connection.execute(
+        f"""
+        UPDATE deliveries SET state = ?, reason = ?, finished_at = ?, next_attempt_at = NULL
+         WHERE id IN ({marks})
+        """,  # noqa: S608 - marks only
+        (state, reason, batch.wall, *(row[0] for row in doomed)),
+    )
+    batch.ended.update({row[0]: (row[1], ending) for row in doomed})
+    await _free(batch, connection, [(row[1], row[2]) for row in doomed if row[2] is not None])
+
+
+async def _free(batch: Batch, connection: aiosqlite.Connection, keys: Sequence[Row]) -> None:
+    """Make the next delivery of each (destination, order key) due, now that its head has ended."""
+    if not keys:
+        return
+    rows = await fetch(
+        connection,
+        f"""
+        WITH freed (destination, order_key) AS (VALUES {{values}})
+        UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
+         WHERE next_attempt_at IS NULL AND id IN (
+               SELECT (SELECT min(id) FROM deliveries AS d
+                        WHERE d.destination = freed.destination AND d.order_key = freed.order_key
+                          AND d.state = 'pending')
+                 FROM freed)
+        RETURNING destination
+        """,  # noqa: S608 - an integer of ours
+        keys,
+    )
+    batch.woken.update(row[0] for row in rows)
+
+
+async def _write_deliveries(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+    """Insert the new ones: some supersede older ones, some wait behind one of their key."""
+    ordered = [d for d in batch.deliveries if d.order_key is not None]
+    latest = [d for d in batch.deliveries if d.latest_key is not None]
+    if latest:
+        await _supersede(batch, connection, holds, latest)
+    busy: set[tuple[str, str | None]] = await _busy_keys(connection, ordered) if ordered else set()
+    rows = []
+    for delivery in batch.deliveries:
+        if (ending := batch.stillborn.get(delivery.id)) is not None:
+            rows.append(delivery_row(delivery, ending[0], ending[1], None, batch.wall))
+            continue
+        key = (delivery.destination, delivery.order_key)
+        behind = delivery.order_key is not None and key in busy
+        busy.add(key)
+        rows.append(delivery_row(delivery, "pending", None, None if behind else batch.steady, None))
+        if not behind:
+            batch.due.append(delivery)
+    await insert(connection, "deliveries", DELIVERY_COLUMNS, rows)
+
+
+async def _busy_keys(
+    connection: aiosqlite.Connection, deliveries: Sequence[Delivery]
+) -> set[tuple[str, str | None]]:
+    """Return the (destination, order key) pairs of these that have an earlier pending delivery."""
+    keys = list({(d.destination, d.order_key) for d in deliveries})
+    rows = await fetch(
+        connection,
+        """
+        WITH asked (destination, order_key) AS (VALUES {values})
+        SELECT destination, order_key FROM asked
+         WHERE EXISTS (SELECT 1 FROM deliveries AS d
+                        WHERE d.destination = asked.destination AND d.order_key = asked.order_key
+                          AND d.state = 'pending')
+        """,
+        keys,
+    )
+    return {(row[0], row[1]) for row in rows}
+
+
+async def _supersede(
+    batch: Batch, connection: aiosqlite.Connection, holds: Holds, deliveries: Sequence[Delivery]
+) -> None:
+    """Expire what a newer delivery of the same key makes pointless, in the store and in this batch."""
+    newest = {(d.destination, d.latest_key): d.id for d in deliveries if d.id not in batch.stillborn}
+    for delivery in deliveries:
+        if newest.get((delivery.destination, delivery.latest_key), delivery.id) > delivery.id:
+            batch.stillborn.setdefault(delivery.id, ("expired", "superseded"))
+    older = await fetch(
+        connection,
+        """
+        WITH newer (destination, latest_key) AS (VALUES {values})
+        SELECT d.id, d.destination, d.order_key
+          FROM newer JOIN deliveries AS d USING (destination, latest_key)
+         WHERE d.state = 'pending'
+        """,
+        list(newest),
+    )
+    await _end(batch, connection, holds, older, ("expired", "superseded"))
+
+
+def _books(batch: Batch) -> list[Row]:
+    """What this transaction adds to the ledger, a row per destination."""
+    return [(name, *columns.values()) for name, columns in sums(batch).items()]
+
+
+def sums(batch: Batch) -> dict[str, dict[str, int]]:
+    """Count, per destination, what a written batch created and ended."""
+    found: dict[str, dict[str, int]] = {}
+
+    def add(destination: str, column: str) -> None:
+        found.setdefault(destination, dict.fromkeys(BOOKS, 0))[column] += 1
+
+    for delivery in batch.deliveries:
+        add(delivery.destination, "created")
+        if delivery.id in batch.stillborn:
+            add(delivery.destination, batch.stillborn[delivery.id][0])
+    for outcome in batch.outcomes:
+        if outcome.state != "pending" and outcome.delivery.id in batch.settled:
+            add(outcome.delivery.destination, outcome.state)
+    for destination, (state, _) in batch.ended.values():
+        add(destination, state)
+    return found
