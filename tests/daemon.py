@@ -78,6 +78,11 @@ retry = {{ schedule = ["0.1s", "0.1s", "0.1s", "0.1s"] }}
 """
 
 
+def adorn(session: str = "s", **more: Any) -> bytes:
+    """Render the body of an event that needs no token; its subject is the session."""
+    return json.dumps({"event_type": "session.started", "session_id": session, **more}).encode()
+
+
 def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
     """Write a config.toml of `HEAD` and these parts; port 0: any free one."""
     path = folder / "config.toml"

@@ -157,7 +157,7 @@ class Ingest:
         self, request: web.BaseRequest, acceptance: Acceptance, stored: StoredEvent
     ) -> Receipt:
         """Append, unless this repeats a request whose sender hung up before it was answered."""
-        fingerprint = (request.raw_path, stored.sha256)
+        fingerprint = (request.raw_path, stored.sha256, stored.type, stored.subject, stored.context)
         first = await self._echoes.first(fingerprint)
         if first is not None:
             receipt = msgspec.structs.replace(first, duplicate=True)
