@@ -1,4 +1,4 @@
-"""HTTP as senders really speak it: odd heads, large and broken bodies, connections kept, capped and silent."""
+"""HTTP as senders really speak it: odd heads, broken bodies, connections kept, capped and silent."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What becomes of requests: nobody is lost who hangs up early, nobody counted twice, nothing promised too soon."""
+"""What becomes of requests: none is lost, none is counted twice, nothing is promised too soon."""
 
 import asyncio
 import json
