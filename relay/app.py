@@ -14,7 +14,7 @@ from aiohttp import web
 from relay import __version__
 from relay.api import Api
 from relay.clock import Clock, SystemClock
-from relay.config.model import Config, WorkerRules
+from relay.config.model import Config, DestinationConfig, WorkerRules
 from relay.delivery.engine import Engine
 from relay.errors import RelayError
 from relay.filters import Router, Subscription
@@ -28,12 +28,14 @@ from relay.metrics import Metrics
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
+from relay.terms import Terms
 from relay.units import render_size
 from relay.workers import Watch
 
 log = logging.getLogger("relay")
 
 FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memory
+EXPIRE_EVERY = 1.0
 DISK_EVERY = 1.0
 BOOKS_EVERY = 15.0
 
@@ -151,9 +153,15 @@ class App:
         jobs = Jobs()
         jobs.add("sweep", self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
+        jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self._check_books)
         return jobs
+
+    async def _expire(self) -> None:
+        """End what is past its `ttl`, in short transactions."""
+        while await self.store.expire():
+            pass
 
     async def _check_disk(self) -> None:
         """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""
@@ -203,6 +211,17 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)
     await app.run()
+
+
+def _terms(destination: DestinationConfig) -> Terms:
+    return Terms.of(
+        destination.name,
+        order_by=destination.order_by,
+        latest_by=destination.latest_by,
+        ttl=destination.ttl,
+        max_pending=destination.max_pending,
+        on_dead=destination.on_dead,
+    )
 
 
 def _database(config: Config) -> Path:

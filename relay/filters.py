@@ -9,6 +9,7 @@ import msgspec
 
 from relay.envelope import EnvelopeView
 from relay.model import Owed, StoredEvent
+from relay.terms import Terms
 from relay.where import Miss, Where, compile_where
 
 __all__ = ["Explanation", "Patterns", "Router", "Subscription", "compile_where"]
@@ -113,13 +114,17 @@ class Subscription(msgspec.Struct, frozen=True):
 
 
 class Router:
-    """Finds the destinations of an event; patterns are tried once per type."""
+    """Finds the destinations of an event, and on which terms; patterns are tried once per type."""
 
-    __slots__ = ("_plans", "_subscriptions")
+    __slots__ = ("_plans", "_subscriptions", "_terms")
 
-    def __init__(self, subscriptions: Mapping[str, Subscription]) -> None:
+    def __init__(
+        self, subscriptions: Mapping[str, Subscription], terms: Mapping[str, Terms] | None = None
+    ) -> None:
+        """Take a subscription per destination, and terms where there are any."""
         self._subscriptions = dict(subscriptions)
-        # Per type: whether a `where` has a say, and who may be owed.
+        self._terms = {name: Terms(Owed(name)) for name in subscriptions} | dict(terms or {})
+        # Per type: whether the event itself has a say, and who may be owed.
         self._plans: dict[str, tuple[bool, tuple[Owed, ...]]] = {}
 
     def route(self, event: StoredEvent) -> tuple[Owed, ...]:
@@ -127,11 +132,15 @@ class Router:
         plan = self._plans.get(event.type)
         if plan is None:
             plan = self._plan(event.type)
-        filtered, candidates = plan
-        if not filtered:
+        depends, candidates = plan
+        if not depends:
             return candidates
         view = EnvelopeView(event)
-        return tuple(owed for owed in candidates if self._passes(owed.destination, view))
+        return tuple(
+            self._terms[owed.destination].owed(view)
+            for owed in candidates
+            if self._passes(owed.destination, view)
+        )
 
     def explain(self, event: StoredEvent) -> Mapping[str, Explanation]:
         """Say of every destination why it is owed the event or not."""
@@ -144,10 +153,10 @@ class Router:
 
     def _plan(self, full_type: str) -> tuple[bool, tuple[Owed, ...]]:
         names = [name for name, each in self._subscriptions.items() if each.patterns.matches(full_type)]
-        filtered = any(self._subscriptions[name].where is not None for name in names)
+        depends = any(self._subscriptions[name].where is not None or self._terms[name].vary for name in names)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        plan = self._plans[full_type] = (filtered, tuple(map(Owed, names)))
+        plan = self._plans[full_type] = (depends, tuple(self._terms[name].plain for name in names))
         return plan
 
 

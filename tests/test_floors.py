@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("relay", "errors", "units", "clock", "ids", "model", "rate", "logs", "health", "statedir", "listeners"),
     (
-        "config.secret", "signing", "envelope", "where", "filters", "formats", "config",
+        "config.secret", "signing", "envelope", "where", "terms", "filters", "formats", "config",
         "retry", "registry", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),

@@ -7,6 +7,7 @@ from relay.config import checks
 from relay.config.bind import WRONG, Binder
 from relay.config.model import Config, DestinationConfig, Plugins
 from relay.config.problem import KeyPath, guess, shown
+from relay.envelope import Path as EnvelopePath
 from relay.filters import OPERATOR_EVENTS, Patterns
 from relay.formats import FORMATS
 from relay.where import compile_where
@@ -58,7 +59,29 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
             found[name] = destination
         if not table.get("secrets"):
             binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
+    for name in found:
+        _check_stand_in(binder, found, name)
     return found
+
+
+def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], name: str) -> None:
+    """Check that `on_dead` leads somewhere, and that no event goes round in a circle."""
+    key: KeyPath = ("destinations", name, "on_dead")
+    way, stand_in = [name], destinations[name].on_dead
+    while stand_in is not None:
+        if stand_in not in destinations:
+            if len(way) == 1:
+                known = binder.document.data["destinations"]
+                if stand_in not in known:
+                    advice = guess(stand_in, known) or f"; there are: {', '.join(known)}"
+                    binder.report(key, f"no destination is called {shown(stand_in)}{advice}")
+            return
+        if stand_in in way:
+            if stand_in == name:
+                binder.report(key, f"goes round in a circle: {' -> '.join([*way, stand_in])}")
+            return
+        way.append(stand_in)
+        stand_in = destinations[stand_in].on_dead
 
 
 def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
@@ -72,6 +95,13 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
             compile_where(destination.where)
     except ValueError as error:
         binder.report((*path, "where"), str(error))
+    for field in ("order_by", "latest_by"):
+        text = getattr(destination, field)
+        try:
+            if text is not None:
+                EnvelopePath.parse(text)
+        except ValueError as error:
+            binder.report((*path, field), str(error))
     if destination.format not in FORMATS:
         advice = guess(destination.format, FORMATS) or f"; there are: {', '.join(FORMATS)}"
         binder.report((*path, "format"), f"no format is called {shown(destination.format)}{advice}")
