@@ -271,9 +271,12 @@ class Recorder:
         """The ids of the events that arrived, in order, repetitions included."""
         return [id_ for id_, _ in self.arrived]
 
+    def note(self, event_id: str, body: bytes) -> None:
+        """Keep an arrival."""
+        self.arrived.append((event_id, json.loads(body)))
+
     async def _handle(self, request: web.BaseRequest) -> web.Response:
-        body = await request.read()
-        self.arrived.append((request.headers["webhook-id"], json.loads(body)))
+        self.note(request.headers["webhook-id"], await request.read())
         status, headers = self.answers.popleft() if self.answers else (200, {})
         self.busy += 1
         try:

@@ -1,0 +1,18 @@
+"""kill -9 under load, in short; `python -m tests.torture.kill` does it a thousand times."""
+
+from torture.kill import IN_FLIGHT, torture
+
+
+async def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path):
+    toll = await torture(tmp_path, 20, seed=1)
+    assert toll.lost == set()
+    assert toll.undelivered == set()
+    assert toll.corrupt == []
+    assert toll.most_repeated <= IN_FLIGHT
+    assert len(toll.acknowledged) > 20
+
+
+async def test_a_relay_that_answers_before_it_commits_is_found_out(tmp_path):
+    toll = await torture(tmp_path, 2, seed=1, variant="acks-early")
+    assert toll.lost
+    assert not toll.fine

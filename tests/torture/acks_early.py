@@ -1,0 +1,32 @@
+"""A relay that answers before it commits: `relay`, broken on purpose, for the harness to notice."""
+
+import asyncio
+
+from relay.cli import main
+from relay.model import Receipt
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+
+LATE = 0.1  # seconds between the answer and the commit
+
+_append = SqliteStore.append
+_tasks: set[asyncio.Task[Receipt]] = set()
+
+
+async def append(self: SqliteStore, acceptance: Acceptance) -> Receipt:
+    """Promise what is not kept yet."""
+
+    async def later() -> Receipt:
+        await asyncio.sleep(LATE)
+        return await _append(self, acceptance)
+
+    task = asyncio.create_task(later())
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    return Receipt(event_id=acceptance.event.public_id if acceptance.event else "")
+
+
+SqliteStore.append = append  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    main()

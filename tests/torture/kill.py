@@ -1,0 +1,161 @@
+"""kill -9 in a loop, under load: nothing acknowledged is lost, nothing is corrupt, all of it arrives.
+
+Run `python -m tests.torture.kill --cycles 1000`; `--variant acks-early` must find losses.
+"""
+
+import asyncio
+import itertools
+import random
+import sqlite3
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+from daemon import SERVE, SOURCES, Daemon, Recorder, adorn, destination, write_config
+from support import until
+from wire import Wire, request
+
+SENDERS = 4
+IN_FLIGHT = 8  # the destination's concurrency: what may arrive twice after one kill
+LONGEST_LIFE = 0.25  # seconds of load before a kill
+DRAIN = 120.0  # seconds for the last life to deliver what is left
+
+VARIANTS: dict[str, Sequence[str]] = {
+    "honest": SERVE,
+    "acks-early": (sys.executable, str(Path(__file__).with_name("acks_early.py")), "serve"),
+}
+
+
+@dataclass
+class Toll:
+    """What the kills cost."""
+
+    cycles: int = 0
+    acknowledged: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)  # acknowledged, and not in the database
+    undelivered: set[str] = field(default_factory=set)  # in the database, and never arrived
+    corrupt: list[str] = field(default_factory=list)
+    most_repeated: int = 0  # deliveries made again after one kill
+
+    @property
+    def fine(self) -> bool:
+        """Say whether every promise was kept."""
+        return not (self.lost or self.undelivered or self.corrupt) and self.most_repeated <= IN_FLIGHT
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cycles} kills: {len(self.acknowledged)} acknowledged, {len(self.lost)} lost, "
+            f"{len(self.undelivered)} undelivered, {len(self.corrupt)} corrupt files, "
+            f"at most {self.most_repeated} of {IN_FLIGHT} repeated after one kill"
+        )
+
+
+class Counting(Recorder):
+    """A receiver that keeps numbers only, for runs of hours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def note(self, event_id: str, body: bytes) -> None:
+        """Count an arrival."""
+        _ = body
+        self.counts[event_id] += 1
+
+    @property
+    def repeated(self) -> int:
+        """How many arrivals were not the first of their event."""
+        return self.counts.total() - len(self.counts)
+
+
+async def torture(
+    folder: Path,
+    cycles: int,
+    *,
+    seed: int,
+    variant: str = "honest",
+    tell: Callable[[Toll], None] = lambda _toll: None,
+) -> Toll:
+    """Kill the daemon that many times, then let it deliver what is left."""
+    rand, toll = random.Random(seed), Toll()
+    async with Counting() as receiver:
+        config = write_config(folder, SOURCES, destination("crm", receiver.url, f"concurrency = {IN_FLIGHT}"))
+        database = folder / "state" / "relay.db"
+        newest = 0
+        for toll.cycles in range(1, cycles + 1):
+            repeated = receiver.repeated
+            async with Daemon(config, VARIANTS[variant]) as daemon:
+                acknowledged = await load_and_kill(daemon, rand)
+            toll.acknowledged |= acknowledged
+            toll.most_repeated = max(toll.most_repeated, receiver.repeated - repeated)
+            with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
+                found = reader.execute("SELECT id, public_id FROM events WHERE id > ?", (newest,)).fetchall()
+                toll.corrupt += [text for (text,) in reader.execute("PRAGMA quick_check") if text != "ok"]
+            toll.lost |= acknowledged - {public_id for _, public_id in found}
+            newest = max([newest, *(id_ for id_, _ in found)])
+            tell(toll)
+        repeated = receiver.repeated
+        async with Daemon(config, VARIANTS[variant]) as daemon:
+            await until(lambda: owed(database) == 0, DRAIN)
+            await daemon.stop()
+        toll.most_repeated = max(toll.most_repeated, receiver.repeated - repeated)
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
+            stored = {public_id for (public_id,) in reader.execute("SELECT public_id FROM events")}
+            toll.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
+        toll.undelivered = stored - receiver.counts.keys()
+        toll.lost |= toll.acknowledged - stored
+    return toll
+
+
+async def load_and_kill(daemon: Daemon, rand: random.Random) -> set[str]:
+    """Send from several connections, kill at a moment that nobody chose, return what was acknowledged."""
+    acknowledged: set[str] = set()
+    senders = [asyncio.create_task(_send(daemon.url, acknowledged)) for _ in range(SENDERS)]
+    await until(lambda: acknowledged)
+    await asyncio.sleep(rand.uniform(0, LONGEST_LIFE))  # this is the random moment, nothing is waited for
+    await daemon.end()
+    await asyncio.gather(*senders)
+    return acknowledged
+
+
+async def _send(url: str, acknowledged: set[str]) -> None:
+    try:
+        async with await Wire.open(url) as wire:
+            for number in itertools.count():
+                await wire.send(request("POST", "/v1/events", adorn(f"session {number}")))
+                acknowledged.add((await wire.answer()).json["event_id"])
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return  # killed
+
+
+def owed(database: Path) -> int:
+    """Count the deliveries that have not ended."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
+        [count] = reader.execute("SELECT count(*) FROM deliveries WHERE state = 'pending'").fetchone()
+    return int(count)
+
+
+@click.command()
+@click.option("--cycles", default=1000, show_default=True)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
+def main(cycles: int, seed: int, variant: str) -> None:
+    """Kill the daemon in a loop, and count what it cost."""
+
+    def tell(toll: Toll) -> None:
+        if toll.cycles % 50 == 0:
+            click.echo(toll)
+
+    with tempfile.TemporaryDirectory() as folder:
+        toll = asyncio.run(torture(Path(folder), cycles, seed=seed, variant=variant, tell=tell))
+    click.echo(toll)
+    sys.exit(0 if toll.fine else 1)
+
+
+if __name__ == "__main__":
+    main()
