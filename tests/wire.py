@@ -58,7 +58,7 @@ class Wire:
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *fields = head.rstrip("\r\n").split("\r\n")
         version, status, *_ = line.split(" ", 2)
-        assert version in ("HTTP/1.1", "HTTP/1.0"), line
+        assert version.startswith("HTTP/"), line
         headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
         silent = bodiless or status in ("100", "204")
         body = b"" if silent else await self.reader.readexactly(int(headers["content-length"]))
