@@ -69,8 +69,11 @@ class App:
         )
         self.ingest = Ingest(mounts=mounts, store=self.store, clock=clock, metrics=self.metrics)
         self.engine = Engine(config.destinations, store=self.store, clock=clock, metrics=self.metrics)
-        router = Router({name: Subscription.of(d.events, d.where) for name, d in config.destinations.items()})
-        self.store.route = router.route
+        self.router = Router(
+            {name: Subscription.of(d.events, d.where) for name, d in config.destinations.items()},
+            {name: _terms(destination) for name, destination in config.destinations.items()},
+        )
+        self.store.route = self.router.route
         self.store.listener = self.engine.listen
         self.watch = Watch(self.store, clock, min([r.check_every for r in self._all_rules()]))
         self.api = Api(
@@ -81,6 +84,7 @@ class App:
             clock=clock,
             registry=self.metrics.registry,
         )
+        self.health.watch(self._trouble)
         self.stopping = asyncio.Event()
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
@@ -157,6 +161,12 @@ class App:
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self._check_books)
         return jobs
+
+    def _trouble(self) -> str | None:
+        """Say what keeps senders out at the moment."""
+        if self.store.failure is not None:
+            return f"the store cannot write: {self.store.failure}"
+        return "less free space than min_free_disk" if self.ingest.gate.disk_full else None
 
     async def _expire(self) -> None:
         """End what is past its `ttl`, in short transactions."""

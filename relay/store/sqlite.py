@@ -1,7 +1,9 @@
 """The store in one SQLite file."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from relay.store.rows import EVENT_COLUMNS, event_of, worker_of
 from relay.store.statements import fetch
 from relay.store.workers import Roster
 from relay.store.writer import Job, Writer
+
+log = logging.getLogger("relay.store")
 
 
 def _nowhere(_event: StoredEvent) -> tuple[()]:
@@ -114,7 +118,9 @@ class SqliteStore:
             return
         self._opened = False
         try:
-            await self.flush()
+            if self._writer.failure is None:
+                with suppress(StorageError):  # heartbeats only; the next ones say the same
+                    await self.flush()
             await self._writer.stop()
             if self._writer.failure is None:
                 await self._set_meta("stopped", "cleanly")
@@ -170,7 +176,10 @@ class SqliteStore:
         for destination, columns in books.items():
             self._pending[destination] += 2 * columns["created"] - sum(columns.values())
         if books or batch.events or batch.woken:
-            self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books))
+            try:
+                self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books))
+            except Exception:  # it is durable all the same, and its senders must hear so
+                log.exception("what was committed could not be handed on; lanes will find it in the store")
 
     # --- verbs ---
 

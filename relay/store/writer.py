@@ -104,6 +104,7 @@ class Writer:
     def start(self) -> None:
         """Begin to work."""
         self._task = asyncio.create_task(self._run(), name="store writer")
+        self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Finish what is queued, then end."""
@@ -135,6 +136,12 @@ class Writer:
         self._errands.append((errand, future))
         self._wake.set()
         return await future
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """A writer that ends by itself leaves everybody waiting: better to stop and start anew."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("the writer failed", exc_info=error)
+            self._on_fatal(f"the writer failed: {error}")
 
     async def _run(self) -> None:
         while True:
