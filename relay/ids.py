@@ -6,41 +6,29 @@ Written by hand because the standard library has none before 3.14; 48 bits of Un
 
 import os
 
-_BATCH = 512 * 10
-_pool = b""
-_used = 0
+_RANDOM = 10  # bytes of each id: 74 bits are used
+_BATCH = 512
+_VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}  # its upper bits are 10
+_pool: list[str] = []
 
 
-def _random10() -> bytes:
-    """Ten random bytes, drawn from the system in batches: one system call per 512 ids."""
-    global _pool, _used  # noqa: PLW0603 - the pool is the point
-    if _used >= len(_pool):
-        _pool, _used = os.urandom(_BATCH), 0
-    chunk = _pool[_used : _used + 10]
-    _used += 10
-    return chunk
+def _random() -> str:
+    """Return ten random bytes in hex, drawn from the system in batches: one system call per 512 ids."""
+    if not _pool:
+        drawn = os.urandom(_BATCH * _RANDOM).hex()
+        _pool.extend(drawn[at : at + 2 * _RANDOM] for at in range(0, len(drawn), 2 * _RANDOM))
+    return _pool.pop()
 
 
-def _forget_pool() -> None:
-    global _pool  # noqa: PLW0603 - a forked child must not repeat its parent's ids
-    _pool = b""
-
-
-os.register_at_fork(after_in_child=_forget_pool)
+# A forked child must not repeat its parent's ids.
+os.register_at_fork(after_in_child=_pool.clear)
 
 
 def uuid7(micros: int) -> str:
     """Return a hyphenated lower-case UUIDv7 for a moment in microseconds since the epoch."""
-    tail = int.from_bytes(_random10(), "big")
-    value = (
-        ((micros // 1000) & 0xFFFF_FFFF_FFFF) << 80
-        | 0x7 << 76
-        | (tail >> 62 & 0xFFF) << 64
-        | 0b10 << 62
-        | (tail & 0x3FFF_FFFF_FFFF_FFFF)
-    )
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    time, tail = f"{micros // 1000:012x}", _random()
+    variant = _VARIANTS[tail[3]]
+    return f"{time[:8]}-{time[8:]}-7{tail[:3]}-{variant}{tail[4:7]}-{tail[7:19]}"
 
 
 def event_id(micros: int) -> str:
