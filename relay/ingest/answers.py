@@ -5,30 +5,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from relay import __version__
 from relay.errors import MethodNotAllowed, PluginFailed, Refusal
 from relay.incoming import Incoming
+from relay.ingest.response import Response
 from relay.ingest.routes import Mount
 from relay.model import Receipt
 from relay.source import Accepted, Reply
 
 log = logging.getLogger("relay.ingest")
 _encode = msgspec.json.Encoder().encode
-JSON = "application/json"
 
 
-def render(reply: Reply) -> web.Response:
+def render(reply: Reply) -> Response:
     """Turn a reply into a response; `bytes` go out as they are."""
     body = reply.body if isinstance(reply.body, bytes) else _encode(reply.body)
-    headers = {"Content-Type": JSON, **reply.headers}
-    if any(character in value for value in headers.values() for character in "\r\n\0"):
-        raise ValueError("a header's value may not have line ends")  # aiohttp would say so after the commit
-    return web.Response(status=reply.status, body=body, headers=headers)
+    response = Response(reply.status, body)
+    for name, value in reply.headers.items():
+        if any(character in value for character in "\r\n\0"):
+            raise ValueError(
+                "a header's value may not have line ends"
+            )  # aiohttp would say so after the commit
+        response.headers[name] = value
+    return response
 
 
-def answer(accepted: Accepted, receipt: Receipt) -> web.Response:
+def answer(accepted: Accepted, receipt: Receipt) -> Response:
     """Render the reply of an accepted request for one receipt.
 
     Raises:
@@ -44,7 +47,7 @@ def answer(accepted: Accepted, receipt: Receipt) -> web.Response:
         raise PluginFailed from error
 
 
-def answer_again(accepted: Accepted, receipt: Receipt, ready: web.Response) -> web.Response:
+def answer_again(accepted: Accepted, receipt: Receipt, ready: Response) -> Response:
     """Render the reply anew for what the store said; nothing that fails here may become an error."""
     if not callable(accepted.reply):
         return ready
@@ -54,7 +57,7 @@ def answer_again(accepted: Accepted, receipt: Receipt, ready: web.Response) -> w
         return ready
 
 
-def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> web.Response:
+def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
     """Render a refusal in the source's own envelope, or plainly if its plugin fails at that too."""
     try:
         response = render(mount.source.refuse(refusal, incoming))
@@ -64,25 +67,28 @@ def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> web.Response:
     return _annotate(response, refusal)
 
 
-def outside(path: str, method: str, refusal: Refusal) -> web.Response:
+def outside(path: str, method: str, refusal: Refusal) -> Response:
     """Answer a path that no source owns."""
     if path == "/health" and method in ("GET", "HEAD"):
         return render(Reply(body={"status": "ok", "version": __version__}))
     return _annotate(_plain(refusal), refusal)
 
 
-def preflight(handlers: Mapping[str, Any]) -> web.Response:
+def preflight(handlers: Mapping[str, Any]) -> Response:
     """Answer a browser's CORS preflight."""
     methods = ", ".join(sorted(handlers))
-    headers = {
-        "Access-Control-Allow-Methods": methods,
-        "Access-Control-Allow-Headers": "authorization, content-type",
-        "Access-Control-Max-Age": "600",
-    }
-    return web.Response(status=204, headers=headers)
+    response = Response(204, b"")
+    response.headers.update(
+        {
+            "Access-Control-Allow-Methods": methods,
+            "Access-Control-Allow-Headers": "authorization, content-type",
+            "Access-Control-Max-Age": "600",
+        }
+    )
+    return response
 
 
-def allow_origin(origins: tuple[str, ...], origin: str | None, response: web.StreamResponse) -> None:
+def allow_origin(origins: tuple[str, ...], origin: str | None, response: Response) -> None:
     """Let a configured origin's page read the answer."""
     response.headers["Vary"] = "Origin"
     if origin is not None and ("*" in origins or origin in origins):
@@ -104,12 +110,12 @@ def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
         raise PluginFailed from error
 
 
-def _plain(refusal: Refusal) -> web.Response:
+def _plain(refusal: Refusal) -> Response:
     error = {"code": refusal.code, "message": refusal.message}
     return render(Reply(status=refusal.status, body={"error": error}))
 
 
-def _annotate(response: web.Response, refusal: Refusal) -> web.Response:
+def _annotate(response: Response, refusal: Refusal) -> Response:
     if refusal.retry_after and response.status in (408, 429, 503):
         response.headers["Retry-After"] = str(refusal.retry_after)
     if isinstance(refusal, MethodNotAllowed):

@@ -21,6 +21,7 @@ from relay.ingest.answers import allow_origin, answer, answer_again, ask, outsid
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
+from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing
 from relay.metrics import Metrics
@@ -55,12 +56,13 @@ class Ingest:
         self._store = store
         self._clock = clock
         self._metrics = metrics
+        self._meters = {mount.name: _Meter(metrics, mount.name) for mount in mounts}
         self._body_seconds = body_seconds
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
         self._log = Sparing(log, clock)
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> Response:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""
         began = self._clock.steady()
         path, _, query = _target(request).partition("?")
@@ -70,7 +72,7 @@ class Ingest:
             match = self._routes.find(path)
             mount = match.mount
             response = await self._serve(request, match, incoming)
-            self._metrics.ingest.labels(mount.name).observe((self._clock.steady() - began) / SECOND)
+            self._meters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND)
         except Refusal as refusal:
             mount = mount or self._routes.owner(path)
             if mount is None:
@@ -80,7 +82,7 @@ class Ingest:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
 
-    async def _serve(self, request: web.BaseRequest, match: Match, incoming: Incoming) -> web.Response:
+    async def _serve(self, request: web.BaseRequest, match: Match, incoming: Incoming) -> Response:
         mount = match.mount
         handler = match.handlers.get(incoming.method)
         if handler is None:
@@ -100,7 +102,7 @@ class Ingest:
 
     async def _accept(
         self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming
-    ) -> web.Response:
+    ) -> Response:
         accepted = ask(handler, incoming)
         if isinstance(accepted, Reply):
             return answer(Accepted(reply=accepted), Receipt())
@@ -181,18 +183,18 @@ class Ingest:
             raise PluginFailed from error
 
     def _count(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
-        metrics, name = self._metrics, mount.name
+        meter = self._meters[mount.name]
         if isinstance(acceptance.change, Heartbeat):
-            metrics.heartbeats.labels(name).inc()
+            meter.heartbeats.inc()
         if acceptance.event is None:
             return
         if receipt.duplicate:
-            metrics.duplicates.labels(name).inc()
+            meter.duplicates.inc()
         else:
-            metrics.received.labels(name).inc()
-            metrics.bytes.labels(name).inc(len(acceptance.event.body))
+            meter.received.inc()
+            meter.bytes.inc(len(acceptance.event.body))
 
-    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> web.Response:
+    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
         if isinstance(refusal, PluginFailed):
             self._metrics.plugin_errors.labels(mount.config.plugin).inc()
@@ -200,6 +202,17 @@ class Ingest:
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
         self._log.info(what, f"{what}: {refusal.message}")
         return response
+
+
+class _Meter:
+    """One source's counters, looked up once: a look-up costs three times what counting does."""
+
+    def __init__(self, metrics: Metrics, source: str) -> None:
+        self.received = metrics.received.labels(source)
+        self.bytes = metrics.bytes.labels(source)
+        self.duplicates = metrics.duplicates.labels(source)
+        self.heartbeats = metrics.heartbeats.labels(source)
+        self.seconds = metrics.ingest.labels(source)
 
 
 def _target(request: web.BaseRequest) -> str:

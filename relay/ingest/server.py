@@ -10,6 +10,8 @@ import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from relay.ingest.response import Response
+
 log = logging.getLogger("relay.http")
 
 KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
@@ -78,11 +80,11 @@ class Server(web.Server):
 
     def __init__(
         self,
-        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        handler: Callable[[web.BaseRequest], Awaitable[Response]],
         *,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        super().__init__(self._answer)
+        super().__init__(self._answer)  # type: ignore[arg-type] # see Response
         self.max_connections = max_connections
         self._handle = handler
         self._under_way = 0
@@ -103,7 +105,7 @@ class Server(web.Server):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest) -> Response:
         self._under_way += 1
         try:
             response = await self._handle(request)

@@ -1,0 +1,81 @@
+"""An answer has the bytes that aiohttp's own response would have, whatever the request."""
+
+import asyncio
+import re
+
+import pytest
+from aiohttp import web
+
+from relay.ingest.response import Response
+
+BODY = b'{"fine":true}'
+LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+async def answers_to(request, make):
+    """Send a raw request to a server of ours and return everything it sends until it closes."""
+
+    async def handle(_request):
+        return make()
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(web.Server(handle, access_log=None), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    try:
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 2)
+    finally:
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+    return sorted(re.sub(rb"Date: [^\r]+", b"Date: now", answer).split(b"\r\n"))
+
+
+def ours(status, headers, *, last):
+    response = Response(status, BODY)
+    response.headers.update(headers)
+    if last:
+        response.force_close()
+    return response
+
+
+def theirs(status, headers, *, last):
+    response = web.Response(status=status, body=BODY, content_type="application/json")
+    response.headers.update(headers)
+    if last:
+        response.force_close()
+    return response
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 304, 404, 422, 503, 599])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}" + LAST,
+        LAST,
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + LAST,
+        b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n" + LAST,
+    ],
+    ids=["kept", "closed", "1.0", "1.0 kept", "HEAD"],
+)
+async def test_an_answer_is_what_aiohttp_would_have_written(request_, status):
+    found = await answers_to(request_, lambda: ours(status, {}, last=False))
+    assert found == await answers_to(request_, lambda: theirs(status, {}, last=False))
+    assert b" ".join(found).count(b"Date: now") == request_.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_headers_of_its_own_and_the_end_of_the_connection_are_written_as_aiohttp_does(last):
+    request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + (b"" if last else LAST)
+    headers = {"retry-after": "7", "content-type": "text/plain"}
+    found = await answers_to(request, lambda: ours(503, headers, last=last))
+    assert found == await answers_to(request, lambda: theirs(503, headers, last=last))
+    assert b"Connection: close" in found
+    assert found.count(b"Retry-After: 7") + found.count(b"retry-after: 7") == (1 if last else 2)
+
+
+def test_a_status_that_is_no_number_is_refused_at_once():
+    with pytest.raises(ValueError, match="fine"):
+        Response("fine", BODY)
