@@ -74,6 +74,18 @@ async def test_a_stop_finishes_what_is_under_way_and_exits_0(tmp_path, recorder)
     assert rows(config, "SELECT result FROM attempts WHERE delivery_id = 1") == [("ok",)]
 
 
+async def test_a_stop_cuts_off_what_takes_longer_than_the_grace_and_keeps_it(tmp_path, recorder):
+    config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+    config.write_text(config.read_text().replace('shutdown_grace = "5s"', 'shutdown_grace = "0.5s"'))
+    async with Daemon(config) as daemon:
+        recorder.open.clear()
+        await send(daemon)
+        await until(lambda: recorder.busy == 1)
+        assert await daemon.stop() == 0
+    assert "1 attempts cut off" in daemon.said
+    assert rows(config, "SELECT state, attempts FROM deliveries") == [("pending", 0)]
+
+
 async def until_refused(daemon):
     """Wait until the listener is closed: the stop has gone past accepting."""
     async with asyncio.timeout(5):
