@@ -27,13 +27,21 @@ class Sparing:
 
     def info(self, key: str, line: str) -> None:
         """Log a line; keys come from closed lists."""
+        self._write(logging.INFO, key, line, None)
+
+    def error(self, key: str, line: str, error: BaseException | None) -> None:
+        """Log a failure with its traceback."""
+        self._write(logging.ERROR, key, line, error)
+
+    def _write(self, level: int, key: str, line: str, error: BaseException | None) -> None:
         now = self._clock.steady()
         written, swallowed = self._last.get(key, (0, 0))
         if now - written < self._every:
             self._last[key] = (written, swallowed + 1)
             return
         self._last[key] = (now, 0)
-        self._log.info("%s%s", line, f" ({swallowed} more like it)" if swallowed else "")
+        more = f" ({swallowed} more like it)" if swallowed else ""
+        self._log.log(level, "%s%s", line, more, exc_info=error)
 
 
 class JsonLines(logging.Formatter):

@@ -332,6 +332,16 @@ async def test_a_plugin_that_fails_costs_its_own_500_with_nothing_stored(flawed:
     assert other.status == 200
 
 
+async def test_a_failing_plugin_is_told_once_with_where_it_failed(tmp_path, caplog):
+    table = '[sources.flawed]\nplugin = "flawed"\n'
+    async with running(write_config(tmp_path, PLUGINS, table)) as relay:
+        for flaw in ("handler", "handler", "refuse", "no answer"):
+            await relay.exchange(request("POST", "/flawed/events", b"{}", x_fail=flaw))
+    [line] = [record for record in caplog.records if record.exc_info]
+    assert line.getMessage() == "flawed: POST /flawed/events failed"
+    assert line.exc_info[2].tb_next.tb_frame.f_code.co_name == "event"
+
+
 async def test_a_refusal_that_the_plugin_cannot_render_is_said_plainly(flawed: Relay):
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail="refuse"))
     assert answer.status == 400

@@ -31,6 +31,14 @@ def test_a_line_is_written_once_in_ten_seconds_and_counts_what_it_swallowed(capl
     assert caplog.messages[2:] == ["refused: auth (5 more like it)"]
 
 
+def test_a_failure_is_written_with_its_traceback_as_sparingly(caplog):
+    sparing = Sparing(LOG, FakeClock())
+    for number in range(3):
+        sparing.error("failed", "shop: failed", KeyError(number))
+    [line] = caplog.records
+    assert (line.levelname, line.getMessage(), str(line.exc_info[1])) == ("ERROR", "shop: failed", "0")
+
+
 def test_json_is_one_object_per_line():
     text = JsonLines().format(record("%s is dead:\n%s", "crm", "é"))
     assert "\n" not in text

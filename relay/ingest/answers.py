@@ -1,6 +1,5 @@
 """From a source's reply, or a refusal, to the bytes of an answer. Always JSON, never a redirect."""
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from relay.ingest.routes import Mount
 from relay.model import Receipt
 from relay.source import Accepted, Reply
 
-log = logging.getLogger("relay.ingest")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -24,9 +22,7 @@ def render(reply: Reply) -> Response:
     response = Response(reply.status, body)
     for name, value in reply.headers.items():
         if any(character in value for character in "\r\n\0"):
-            raise ValueError(
-                "a header's value may not have line ends"
-            )  # aiohttp would say so after the commit
+            raise ValueError("a header's value may not have line ends")
         response.headers[name] = value
     return response
 
@@ -43,7 +39,6 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
             reply = reply(receipt)
         return render(reply if isinstance(reply, Reply) else Reply(body=reply))
     except Exception as error:
-        log.exception("a reply could not be rendered")
         raise PluginFailed from error
 
 
@@ -58,20 +53,21 @@ def answer_again(accepted: Accepted, receipt: Receipt, ready: Response) -> Respo
 
 
 def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
-    """Render a refusal in the source's own envelope, or plainly if its plugin fails at that too."""
-    try:
-        response = render(mount.source.refuse(refusal, incoming))
-    except Exception:
-        log.exception("%s: refuse() failed", mount.config.plugin)
-        response = _plain(refusal)
-    return _annotate(response, refusal)
+    """Render a refusal in the source's own envelope; whatever its plugin raises comes through."""
+    return _annotate(render(mount.source.refuse(refusal, incoming)), refusal)
+
+
+def plain(refusal: Refusal) -> Response:
+    """Render a refusal where no source can."""
+    error = {"code": refusal.code, "message": refusal.message}
+    return _annotate(render(Reply(status=refusal.status, body={"error": error})), refusal)
 
 
 def outside(path: str, method: str, refusal: Refusal) -> Response:
     """Answer a path that no source owns."""
     if path == "/health" and method in ("GET", "HEAD"):
         return render(Reply(body={"status": "ok", "version": __version__}))
-    return _annotate(_plain(refusal), refusal)
+    return plain(refusal)
 
 
 def preflight(handlers: Mapping[str, Any]) -> Response:
@@ -106,13 +102,7 @@ def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
     except Refusal:
         raise
     except Exception as error:
-        log.exception("a plugin failed at %s %s", incoming.method, incoming.path)
         raise PluginFailed from error
-
-
-def _plain(refusal: Refusal) -> Response:
-    error = {"code": refusal.code, "message": refusal.message}
-    return render(Reply(status=refusal.status, body={"error": error}))
 
 
 def _annotate(response: Response, refusal: Refusal) -> Response:

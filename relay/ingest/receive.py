@@ -17,7 +17,7 @@ from relay.errors import (
 )
 from relay.ids import event_id
 from relay.incoming import Incoming
-from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, preflight, refuse
+from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, plain, preflight, refuse
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
@@ -107,8 +107,7 @@ class Ingest:
         if isinstance(accepted, Reply):
             return answer(Accepted(reply=accepted), Receipt())
         if not isinstance(accepted, Accepted):
-            log.error("%s: a handler returned %s", mount.config.plugin, type(accepted).__name__)
-            raise PluginFailed
+            raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         event = accepted.event
         stored = None if event is None else self._record(mount, event, incoming)
         # The answer is rendered before the append, so that a plugin which cannot do it costs a 500
@@ -138,7 +137,6 @@ class Ingest:
         except Refusal:
             raise
         except Exception as error:
-            log.exception("%s: an event has no type, or data that cannot be encoded", mount.config.plugin)
             raise PluginFailed from error
         return StoredEvent(
             id=0,
@@ -198,10 +196,19 @@ class Ingest:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
         if isinstance(refusal, PluginFailed):
             self._metrics.plugin_errors.labels(mount.config.plugin).inc()
-        response = refuse(mount, refusal, incoming)
+            self._fail(mount, incoming, refusal.__cause__)
+        try:
+            response = refuse(mount, refusal, incoming)
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the sender is answered all the same
+            self._fail(mount, incoming, error)
+            response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
         self._log.info(what, f"{what}: {refusal.message}")
         return response
+
+    def _fail(self, mount: Mount, incoming: Incoming, error: BaseException | None) -> None:
+        line = f"{mount.name}: {incoming.method} {incoming.path} failed"
+        self._log.error(f"{mount.name}: failed", line, error)
 
 
 class _Meter:
