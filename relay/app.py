@@ -14,7 +14,7 @@ from aiohttp import web
 from relay import __version__
 from relay.api import Api
 from relay.clock import Clock, SystemClock
-from relay.config.model import Config, DestinationConfig, WorkerRules
+from relay.config.model import Config, DestinationConfig
 from relay.delivery.engine import Engine
 from relay.errors import RelayError
 from relay.filters import Router, Subscription
@@ -30,7 +30,7 @@ from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
 from relay.terms import Terms
 from relay.units import render_size
-from relay.workers import Watch
+from relay.workers import Rulebook, Watch
 
 log = logging.getLogger("relay")
 
@@ -57,11 +57,14 @@ class App:
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.metrics = Metrics(config.sources, config.destinations)
+        self.rulebook = Rulebook(
+            config.workers, {name: source.workers for name, source in config.sources.items()}
+        )
         self.store = SqliteStore(
             _database(config),
             clock,
             full=config.storage.durability == "full",
-            rules=self._rules,
+            rules=self.rulebook.of,
             on_fatal=_die,
         )
         mounts = tuple(
@@ -75,7 +78,7 @@ class App:
         )
         self.store.route = self.router.route
         self.store.listener = self.engine.listen
-        self.watch = Watch(self.store, clock, min([r.check_every for r in self._all_rules()]))
+        self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
         self.api = Api(
             store=self.store,
             ingest=self.ingest,
@@ -199,13 +202,6 @@ class App:
             self.metrics.pending.labels(name, "waiting").set(max(0, counts.pending - lane.in_flight))
             if counts.unaccounted:
                 log.error("%s: %d deliveries are not accounted for", name, counts.unaccounted)
-
-    def _rules(self, source: str) -> WorkerRules:
-        config = self.config.sources.get(source)
-        return config.workers if config is not None else self.config.workers
-
-    def _all_rules(self) -> list[WorkerRules]:
-        return [self.config.workers, *(source.workers for source in self.config.sources.values())]
 
     def _warn(self) -> None:
         for warning in self.config.warnings:

@@ -149,7 +149,14 @@ class Unregister(msgspec.Struct, kw_only=True, frozen=True, tag="unregister"):
     worker_id: str
 
 
-WorkerChange = Register | Heartbeat | Unregister
+class SessionSeen(msgspec.Struct, kw_only=True, frozen=True, tag="session"):
+    """A session changed; a sign of its worker's life, but no heartbeat."""
+
+    session: Session
+    worker_id: str = ""  # "": the worker that last reported the session
+
+
+WorkerChange = Register | Heartbeat | Unregister | SessionSeen
 
 
 class Worker(msgspec.Struct, kw_only=True, frozen=True):
@@ -168,6 +175,8 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     last_heartbeat: int = 0  # wall clock, for display only
     deadline: int = 0  # steady clock; silent past it means offline
     unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
+    beats: int = 0  # heartbeats in time since it was offline, until they are enough
+    restarts: int = 0  # how often its uptime went back
     cpu: float | None = None
     memory: float | None = None
     uptime: float | None = None

@@ -10,6 +10,7 @@
 | reports MAINTENANCE                             | not judged until it reports ONLINE                  |
 | DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
 | a new id on an old endpoint                     | `worker.registered`; the former id gets 35 s        |
+| uptime that went back                           | `worker.restarted`                                  |
 | operator maintenance                            | wins over reports; not judged                       |
 """
 
@@ -23,6 +24,8 @@ from relay.model import (
     Born,
     Heartbeat,
     Register,
+    Session,
+    SessionSeen,
     Unregister,
     Worker,
     WorkerChange,
@@ -34,6 +37,13 @@ TOMBSTONE = 10 * SECOND
 
 FORMER = 35 * SECOND
 """What a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
+
+
+RESTARTED = 5.0
+"""Seconds that an uptime must go back to mean a restart: workers round, and read two clocks."""
+
+MOST_SESSIONS = 1000
+"""Sessions kept per worker; each is a few dozen bytes in every event about it."""
 
 
 class Now(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +65,8 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     """Apply what a worker said about itself."""
     if isinstance(change, Unregister):
         return _unregister(row, now)
+    if isinstance(change, SessionSeen):
+        return _see(row, change.session)
     if row is not None and row.unregistered_at is not None:
         if isinstance(change, Heartbeat) and now.steady - row.unregistered_at < TOMBSTONE:
             return Step(worker=row, quiet=True)
@@ -103,35 +115,64 @@ def _register(row: Worker | None, change: Register, source: str, now: Now, rules
 
 def _heartbeat(row: Worker | None, change: Heartbeat, source: str, now: Now, rules: WorkerRules) -> Step:
     base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
-    said = {
-        name: value
-        for name in (
-            "version",
-            "environment",
-            "cpu",
-            "memory",
-            "uptime",
-            "message_count",
-            "counts",
-            "sessions",
-        )
-        if (value := getattr(change, name)) is not None
-    }
+    said = {name: value for name in _SAID if (value := getattr(change, name)) is not None}
+    if change.sessions is not None:
+        said["sessions"] = change.sessions[:MOST_SESSIONS]
+    status, beats = _recovered(base, _status(base, change.status), now, rules)
+    restarted = row is not None and _went_back(row.uptime, change.uptime)
     after = msgspec.structs.replace(
         base,
-        status=_status(base, change.status),
+        status=status,
+        beats=beats,
+        restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
         **said,
     )
-    quiet = row is not None and _matters(row) == _matters(after)
-    return Step(worker=after, born=_transition(row, after), quiet=quiet)
+    born = _transition(row, after)
+    if restarted:
+        born += (_born("restarted", after, row.status if row else None, "uptime"),)
+    quiet = row is not None and not restarted and _matters(row) == _matters(after)
+    return Step(worker=after, born=born, quiet=quiet)
+
+
+def _recovered(row: Worker, status: WorkerStatus, now: Now, rules: WorkerRules) -> tuple[WorkerStatus, int]:
+    """Let a silent worker be ONLINE only after `recover_after` heartbeats, each in time after the last."""
+    if row.status != "OFFLINE" or status != "ONLINE" or not row.last_heartbeat:
+        return status, 0
+    beats = row.beats + 1 if now.steady <= row.deadline else 1
+    return ("ONLINE", 0) if beats >= rules.recover_after else ("OFFLINE", beats)
+
+
+def _went_back(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and after < before - RESTARTED
+
+
+def _see(row: Worker | None, session: Session) -> Step:
+    """Keep a worker's sessions current between its heartbeats."""
+    if row is None or row.unregistered_at is not None:
+        return Step(worker=row, quiet=True)
+    known = {each.id: each for each in row.sessions}
+    former = known.get(session.id)
+    if former is not None:
+        told = {
+            name: value for name in ("status", "phone", "name", "last_activity")
+            if (value := getattr(session, name))
+        }  # fmt: skip
+        session = msgspec.structs.replace(former, **told)
+    elif len(known) >= MOST_SESSIONS:
+        return Step(worker=row, quiet=True)
+    known[session.id] = session
+    return Step(worker=msgspec.structs.replace(row, sessions=tuple(known.values())))
+
+
+_SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")
 
 
 def _matters(row: Worker) -> tuple[Any, ...]:
     """What of a row must not be lost in a crash: all but last-seen and gauges."""
     sessions = [(session.id, session.status, session.phone, session.name) for session in row.sessions]
-    return row.status, row.version, row.environment, row.counts, sessions
+    return row.status, row.version, row.environment, row.beats, row.counts, sessions
 
 
 def _unregister(row: Worker | None, now: Now) -> Step:
@@ -168,7 +209,7 @@ def _deadline(now: Now, rules: WorkerRules) -> int:
 
 def _born(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> Born:
     row = msgspec.to_builtins(worker)
-    for internal in ("deadline", "unregistered_at"):
+    for internal in ("deadline", "unregistered_at", "beats"):
         del row[internal]
     for moment in ("registered_at", "last_heartbeat"):
         row[moment] = rfc3339(row[moment])

@@ -1,11 +1,51 @@
 """Watching workers: who is silent past its deadline is offline."""
 
 import logging
+import re
+from collections.abc import Mapping
+from fnmatch import translate
+from functools import lru_cache
+
+import msgspec
 
 from relay.clock import SECOND, Clock
+from relay.config.model import WorkerRules
 from relay.store import Store
 
 log = logging.getLogger("relay.workers")
+
+_REMEMBERED = 16_384  # workers whose rules are looked up once; beyond them patterns are tried again
+
+
+class Rulebook:
+    """Which rules hold for a worker: its source's, and among them those for ids of its pattern."""
+
+    def __init__(self, default: WorkerRules, sources: Mapping[str, WorkerRules]) -> None:
+        self._default = default
+        self._sources = dict(sources)
+        self._overrides = {
+            name: [(re.compile(translate(pattern)), override) for pattern, override in rules.ids.items()]
+            for name, rules in self._sources.items()
+        }
+        self.of = lru_cache(maxsize=_REMEMBERED)(self._of)
+
+    @property
+    def shortest_interval(self) -> float:
+        """Seconds between sweeps that are enough for every source."""
+        return min(rules.check_every for rules in [self._default, *self._sources.values()])
+
+    def _of(self, source: str, worker_id: str) -> WorkerRules:
+        """Return the rules of one worker; the first pattern that fits decides."""
+        rules = self._sources.get(source, self._default)
+        for pattern, override in self._overrides.get(source, ()):
+            if pattern.match(worker_id):
+                told = {
+                    name: value
+                    for name, value in msgspec.structs.asdict(override).items()
+                    if value is not None
+                }
+                return msgspec.structs.replace(rules, **told)
+        return rules
 
 
 class Watch:

@@ -5,8 +5,8 @@ import pytest
 
 from relay.clock import SECOND
 from relay.config.model import WorkerRules
-from relay.model import Heartbeat, Register, Session, Unregister, Worker, WorkerChange
-from relay.registry import FORMER, TOMBSTONE, Now, Step, apply, former, hold, silent
+from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker, WorkerChange
+from relay.registry import FORMER, MOST_SESSIONS, TOMBSTONE, Now, Step, apply, former, hold, silent
 
 RULES = WorkerRules(offline_after=90.0, startup_hold=120.0)
 WALL, STEADY = 1_705_314_600_000_000, 5_000 * SECOND
@@ -201,7 +201,7 @@ def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, r
 def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
     [born] = said(None, REGISTER).born
     row = msgspec.json.decode(msgspec.json.encode(born.data))["worker"]
-    assert row.keys() == set(Worker.__struct_fields__) - {"deadline", "unregistered_at"}
+    assert row.keys() == set(Worker.__struct_fields__) - {"deadline", "unregistered_at", "beats"}
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
 
 
@@ -220,3 +220,58 @@ def test_after_a_start_an_online_worker_has_the_longer_of_both_patiences(rules):
 @pytest.mark.parametrize("row", [OFFLINE, RESTING, GONE])
 def test_after_a_start_others_stay_as_they_are(row):
     assert hold(row, at(500), RULES) == row
+
+
+PATIENT = WorkerRules(offline_after=90.0, recover_after=3)
+
+
+def test_a_silent_worker_is_online_only_after_enough_heartbeats_in_time():
+    row, statuses = OFFLINE, []
+    for seconds in (200, 230, 260):
+        step = apply(row, BEAT, "whatsapp", at(seconds), PATIENT)
+        row = step.worker
+        statuses.append((row.status, types(step)))
+    assert statuses == [("OFFLINE", []), ("OFFLINE", []), ("ONLINE", ["worker.online"])]
+    assert row.beats == 0
+
+
+def test_a_heartbeat_that_comes_too_late_counts_as_the_first_again():
+    row = apply(OFFLINE, BEAT, "whatsapp", at(200), PATIENT).worker
+    row = apply(row, BEAT, "whatsapp", at(400), PATIENT).worker
+    assert (row.status, row.beats) == ("OFFLINE", 1)
+
+
+def test_registering_anew_needs_no_further_heartbeats():
+    assert apply(OFFLINE, REGISTER, "whatsapp", at(200), PATIENT).worker.status == "ONLINE"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "restarted"),
+    [(3600, 5, True), (3600, 3630, False), (3600, 3596, False), (None, 5, False), (3600, None, False)],
+)
+def test_uptime_that_goes_back_is_a_restart(before, after, restarted):
+    row = msgspec.structs.replace(ONLINE, uptime=before)
+    step = said(row, Heartbeat(worker_id="w", uptime=after), 30)
+    assert (types(step) == ["worker.restarted"]) is restarted
+    assert step.worker.restarts == restarted
+    assert step.quiet is not restarted
+
+
+def test_a_session_event_keeps_the_registry_current_without_a_heartbeat():
+    one = said(ONLINE, SessionSeen(session=Session(id="s1", status="qr_required", phone="+62")), 5)
+    two = said(one.worker, SessionSeen(session=Session(id="s1", status="connected")), 10)
+    assert two.worker.sessions == (Session(id="s1", status="connected", phone="+62"),)
+    assert (two.worker.last_heartbeat, types(two), two.quiet) == (ONLINE.last_heartbeat, [], False)
+
+
+@pytest.mark.parametrize("row", [None, GONE])
+def test_a_session_of_an_unknown_worker_makes_no_worker(row):
+    step = said(row, SessionSeen(session=Session(id="s1", status="connected")), 60)
+    assert (step.worker, step.born) == (row, ())
+
+
+def test_the_sessions_of_one_worker_have_an_end():
+    many = tuple(Session(id=str(number)) for number in range(MOST_SESSIONS + 5))
+    row = said(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
+    assert len(row.sessions) == MOST_SESSIONS
+    assert said(row, SessionSeen(session=Session(id="new"))).worker == row

@@ -62,6 +62,14 @@ class Plugins(msgspec.Struct, frozen=True, kw_only=True):
     dirs: tuple[Path, ...] = (Path("plugins.d"),)
 
 
+class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
+    """`ids = { "batch-*" = {…} }` of worker rules: what is different for ids of a pattern."""
+
+    offline_after: Interval | None = None
+    forget_after: Interval | None = None
+    recover_after: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     """`[workers]`, and `workers = {…}` of a source: when a silent worker is offline."""
 
@@ -69,6 +77,8 @@ class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     check_every: Interval = 10.0
     startup_hold: Duration = 90.0
     forget_after: Interval = 30 * 86_400.0
+    recover_after: Annotated[int, msgspec.Meta(ge=1)] = 1
+    ids: dict[Annotated[str, _check(checks.pattern)], WorkerOverride] = {}
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):

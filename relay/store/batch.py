@@ -20,6 +20,7 @@ from relay.model import (
     Owed,
     Receipt,
     Register,
+    SessionSeen,
     StoredEvent,
     Worker,
     WorkerChange,
@@ -52,7 +53,7 @@ class Batch:
         sequences: Sequences,
         route: Route,
         roster: Roster,
-        rules: Callable[[str], WorkerRules],
+        rules: Callable[[str, str], WorkerRules],
         known: Mapping[tuple[str, str], str],
         pending: Counter[str],
     ) -> None:
@@ -110,7 +111,7 @@ class Batch:
         for worker in self._roster:
             key = (worker.source, worker.id)
             if hold:
-                self.workers[key] = registry.hold(worker, now, self._rules(worker.source))
+                self.workers[key] = registry.hold(worker, now, self._rules(worker.source, worker.id))
                 continue
             silence = registry.silent(worker, now)
             if silence is not None:
@@ -180,8 +181,10 @@ class Batch:
     def _change(self, source: str, change: WorkerChange) -> Worker | None:
         now = registry.Now(wall=self.wall, steady=self.steady)
         key = (source, change.worker_id)
+        if isinstance(change, SessionSeen) and not change.worker_id:
+            key = self._roster.with_session(source, change.session.id) or key
         before = self._worker(key)
-        step = registry.apply(before, change, source, now, self._rules(source))
+        step = registry.apply(before, change, source, now, self._rules(*key))
         if step.worker is None:
             return None
         is_new = before is None or before.unregistered_at is not None

@@ -56,7 +56,7 @@ class SqliteStore:
         clock: Clock,
         *,
         full: bool = True,
-        rules: Callable[[str], WorkerRules] = lambda _source: WorkerRules(),
+        rules: Callable[[str, str], WorkerRules] = lambda _source, _id: WorkerRules(),
         on_fatal: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self.path = path
@@ -203,7 +203,7 @@ class SqliteStore:
             return None
         key = (acceptance.source, change.worker_id)
         now = Now(wall=self._clock.wall(), steady=self._clock.steady())
-        step = apply(self._roster.get(key), change, acceptance.source, now, self._rules(acceptance.source))
+        step = apply(self._roster.get(key), change, key[0], now, self._rules(*key))
         if not step.quiet or step.worker is None:
             return None
         self._roster.put(step.worker)

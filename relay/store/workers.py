@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from relay.model import Worker
+from relay.model import Session, Worker
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
@@ -14,6 +14,7 @@ class Roster:
     def __init__(self, workers: Iterable[Worker] = ()) -> None:
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
+        self._sessions: dict[tuple[str, str], WorkerKey] = {}
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
         for worker in workers:
             self.put(worker)
@@ -32,6 +33,10 @@ class Roster:
         """Return the keys of all workers that last registered with this endpoint."""
         return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
 
+    def with_session(self, source: str, session_id: str) -> WorkerKey | None:
+        """Return the key of the worker that last reported a session."""
+        return self._sessions.get((source, session_id))
+
     def put(self, worker: Worker) -> None:
         """Insert or replace a row."""
         key = (worker.source, worker.id)
@@ -39,6 +44,9 @@ class Roster:
         if former is not None and former.endpoint != worker.endpoint:
             self._leave(former.endpoint, key)
         self._rows[key] = worker
+        before = former.sessions if former is not None else ()
+        if before != worker.sessions:
+            self._index(key, before, worker.sessions)
         if worker.endpoint:
             self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
 
@@ -46,7 +54,15 @@ class Roster:
         """Forget a row."""
         worker = self._rows.pop(key)
         self._leave(worker.endpoint, key)
+        self._index(key, worker.sessions, ())
         self.dirty.discard(key)
+
+    def _index(self, key: WorkerKey, before: Iterable[Session], after: Iterable[Session]) -> None:
+        for session in before:
+            if self._sessions.get((key[0], session.id)) == key:
+                del self._sessions[key[0], session.id]
+        for session in after:
+            self._sessions[key[0], session.id] = key
 
     def _leave(self, endpoint: str, key: WorkerKey) -> None:
         place = (key[0], endpoint)
