@@ -11,7 +11,7 @@ import aiosqlite
 
 from relay.store.rows import Row
 
-ROWS = 32
+ROWS = 64
 """Each count up to this is one cached statement; preparing a new text costs more than it saves."""
 
 
