@@ -1,6 +1,7 @@
 """The daemon's life, downwards: take possession, open up, serve, drain, let go."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,12 @@ FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memor
 EXPIRE_EVERY = 1.0
 DISK_EVERY = 1.0
 BOOKS_EVERY = 15.0
+
+GC_THRESHOLDS = (20_000, 20, 100)
+"""Cycles are looked for a thirtieth as often as by default, which was a tenth of the CPU of an event.
+
+No request leaves its body in a cycle: 400 bodies of 400 KB left the memory as it was, even without any
+collection."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -212,6 +219,7 @@ class App:
 
 async def serve(config: Config) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
+    gc.set_threshold(*GC_THRESHOLDS)
     app = App(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
