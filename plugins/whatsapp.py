@@ -26,6 +26,7 @@ from relay.source import (
     Reply,
     Secrets,
     Session,
+    SessionSeen,
     Source,
     Unregister,
     WorkerStatus,
@@ -79,6 +80,8 @@ class Notice(msgspec.Struct, rename="camel"):
     session_id: str | None = None
     worker_id: str | None = None
     status: Any = None
+    phone_number: Any = None
+    display_name: Any = None
     timestamp: msgspec.Raw = _NULL
     data: msgspec.Raw = EMPTY
 
@@ -149,7 +152,8 @@ class WhatsApp(
     @served("POST", "/workers/{worker}/events")
     def event(self, incoming: Incoming) -> Accepted:
         """Take an event of a worker; unlike the webhooks it must have an envelope."""
-        return _accept(incoming, incoming.decode(Notice), {"success": True, "message": "Event received"})
+        reply = {"success": True, "message": "Event received"}
+        return _accept(incoming, incoming.decode(Notice), reply, of_session=True)
 
     @served("POST", "/webhooks/session-status")
     @served("POST", "/webhooks/session-status/{session}")
@@ -160,7 +164,7 @@ class WhatsApp(
         if not notice.event and not status:
             raise Invalid(field="status", issue="field is required")
         reply = {"success": True, "message": "Session status updated"}
-        return _accept(incoming, notice, reply, flat=f"session.{status}")
+        return _accept(incoming, notice, reply, flat=f"session.{status}", of_session=True)
 
     @served("POST", "/webhooks/message-status")
     def message_status(self, incoming: Incoming) -> Accepted:
@@ -217,7 +221,9 @@ def _received(incoming: Incoming) -> dict[str, Any]:
     return {"success": True, "data": {"workerId": incoming.params["worker"], "status": "received"}}
 
 
-def _accept(incoming: Incoming, notice: Notice, reply: dict[str, Any], *, flat: str = "") -> Accepted:
+def _accept(
+    incoming: Incoming, notice: Notice, reply: dict[str, Any], *, flat: str = "", of_session: bool = False
+) -> Accepted:
     """Make an event of an envelope, or of a flat body with the type `flat`."""
     if not notice.event and not flat:
         raise Invalid(field="event", issue="field is required")
@@ -236,7 +242,39 @@ def _accept(incoming: Incoming, notice: Notice, reply: dict[str, Any], *, flat: 
         data=as_value(notice.data) if notice.event else msgspec.Raw(incoming.body.strip()),
         context=context,
     )
-    return Accepted(event=event, reply=reply)
+    seen = _seen(notice, worker_id, session_id) if of_session else None
+    return Accepted(event=event, worker=seen, reply=reply)
+
+
+def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
+    """Read what a session's event says of the session itself; a message's status is another matter."""
+    said = _map(notice.data) if notice.event else {}
+    status = _text(said.get("status")) or _text(notice.status)
+    if not session_id or not status or (notice.event or "").startswith("message"):
+        return None
+    session = Session(
+        id=session_id,
+        status=status,
+        phone=_text(said.get("phoneNumber")) or _text(notice.phone_number) or None,
+        name=_text(said.get("displayName")) or _text(notice.display_name) or None,
+        last_activity=_stamp(notice.timestamp),
+    )
+    return SessionSeen(session=session, worker_id=worker_id or "")
+
+
+def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
+    """Decode what should be an object; a notification is tried once, so nothing here may refuse it."""
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _stamp(raw: msgspec.Raw) -> str | None:
+    """Return a timestamp that is text."""
+    text = bytes(raw)
+    return msgspec.json.decode(text, type=str) if text[:1] == b'"' else None
 
 
 def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:

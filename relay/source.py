@@ -24,14 +24,24 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
-from relay.model import EMPTY, Heartbeat, Receipt, Register, Session, Unregister, WorkerChange, WorkerStatus
+from relay.model import (
+    EMPTY,
+    Heartbeat,
+    Receipt,
+    Register,
+    Session,
+    SessionSeen,
+    Unregister,
+    WorkerChange,
+    WorkerStatus,
+)
 from relay.units import Duration, Rate, Size
 
 __all__ = [
     "EMPTY", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
     "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
     "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
-    "Secrets", "Session", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
+    "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
     "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "route",
 ]  # fmt: skip
 

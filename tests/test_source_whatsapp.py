@@ -4,9 +4,11 @@ import msgspec
 import pytest
 from samples import sources
 
+from relay.config.model import SourceConfig
 from relay.config.secret import Secrets
 from relay.incoming import Incoming
-from relay.model import Receipt, Session, Worker
+from relay.ingest.routes import Mount, Routes
+from relay.model import Receipt, Session, SessionSeen, Worker
 from relay.sources.whatsapp import WhatsApp
 
 SOURCE = sources()["whatsapp"]
@@ -127,3 +129,49 @@ def test_a_flat_body_is_kept_whole_and_byte_for_byte():
     body = b'\n{"sessionId": "s",  "status": "Connected", "n": 1.00}\n'
     event = SOURCE.session_status(Incoming.of("POST", "/", {}, body)).event
     assert (event.type, bytes(event.data)) == ("session.connected", body.strip())
+
+
+def seen(path, body):
+    """Return what a notification says of a session."""
+    routes = Routes(
+        (Mount(name="whatsapp", source=SOURCE, config=SourceConfig(name="whatsapp", plugin="whatsapp")),)
+    )
+    match = routes.find(path)
+    incoming = Incoming.of("POST", path, {}, msgspec.json.encode(body), **match.params)
+    return match.handlers["POST"](incoming).worker
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        (
+            "/api/v1/webhooks/session-status",
+            {"event": "connected", "sessionId": "s1", "workerId": "w",
+             "data": {"status": "connected", "phoneNumber": "+62"}, "timestamp": "t"},
+            SessionSeen(
+                worker_id="w",
+                session=Session(id="s1", status="connected", phone="+62", last_activity="t"),
+            ),
+        ),
+        (
+            "/api/v1/webhooks/session-status/s1",
+            {"status": "QR_REQUIRED", "phoneNumber": None},
+            SessionSeen(session=Session(id="s1", status="QR_REQUIRED")),
+        ),
+        (
+            "/api/v1/workers/w/events",
+            {"event": "session_status_changed", "sessionId": "s1", "data": {"status": "connected"}},
+            SessionSeen(worker_id="w", session=Session(id="s1", status="connected")),
+        ),
+        (
+            "/api/v1/workers/w/events",
+            {"event": "message_sent", "sessionId": "s1", "data": {"status": "x"}},
+            None,
+        ),
+        ("/api/v1/webhooks/message-status", {"sessionId": "s1", "status": "delivered"}, None),
+        ("/api/v1/workers/w/events", {"event": "worker_started", "data": {"status": "ok"}}, None),
+        ("/api/v1/workers/w/events", {"event": "session_created", "sessionId": "s1", "data": [1]}, None),
+    ],
+)  # fmt: skip
+def test_a_session_s_event_says_what_became_of_the_session(path, body, expected):
+    assert seen(path, body) == expected
