@@ -42,7 +42,7 @@ async def fails(config, *command):
     daemon = Daemon(config, *command)
     await daemon.start()
     try:
-        assert await daemon.exit(seconds=5) == 1
+        assert await daemon.exit(seconds=3) == 1
     finally:
         await daemon.end()
     return daemon.said
@@ -164,6 +164,17 @@ async def test_what_a_crash_interrupts_is_delivered_after_the_restart(tmp_path, 
         assert await daemon.stop() == 0
     assert len(recorder.ids) <= len(ids) + 2
     assert rows(config, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_the_daemon_stores_what_early_closing_senders_sent_on_its_own_event_loop(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    async with Daemon(config) as daemon:
+        for number in range(200):
+            padding = "x" * (300_000 if number % 20 == 0 else 10)
+            async with await Wire.open(daemon.url) as wire:
+                body = adorn(f"session {number}", payload={"text": padding})
+                await wire.send(request("POST", ADORN, body, connection="close"))
+        await until(lambda: rows(config, "SELECT count(DISTINCT subject) FROM events") == [(200,)])
 
 
 async def test_the_log_is_json_and_knows_no_secret(tmp_path):
