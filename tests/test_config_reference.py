@@ -42,7 +42,18 @@ TABLES = {
     "destinations.NAME.circuit": CircuitConfig,
 }
 NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
-OWN_TABLES = {"server", "admin", "storage", "log", "plugins", "workers", "sources", "destinations", "retry", "circuit"}
+OWN_TABLES = {
+    "server",
+    "admin",
+    "storage",
+    "log",
+    "plugins",
+    "workers",
+    "sources",
+    "destinations",
+    "retry",
+    "circuit",
+}
 SETTING = re.compile(r"(?P<key>[a-z_]+) = (?P<value>.*?)(?: +# (?P<comment>.*))?")
 NONE, REQUIRED = "none", "required"
 

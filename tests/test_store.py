@@ -129,7 +129,9 @@ async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store,
     claim = await store.claim("crm", 2, retries=False)
     assert [d.id for d in claim.deliveries] == [fresh[0].id, fresh[1].id]
     assert claim.next_due is not None
-    assert [d.id for d in (await store.claim("crm", 9, retries=False)).deliveries] == [d.id for d in fresh[2:]]
+    assert [d.id for d in (await store.claim("crm", 9, retries=False)).deliveries] == [
+        d.id for d in fresh[2:]
+    ]
 
 
 async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
