@@ -155,7 +155,7 @@ class Lane:
     def _may_begin(self) -> bool:
         """Take a slot for one more attempt, if circuit, concurrency, cap and rate allow it."""
         now, active = self._clock.steady(), self.in_flight
-        if active >= self.standing.circuit.limit(now, self.config.concurrency) or self._rate_until > now:
+        if active >= self.standing.circuit.limit(now) or self._rate_until > now:
             return False
         if not self._slots.take(self, active):
             return False
@@ -205,17 +205,18 @@ class Lane:
         if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
             await self._record(Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl"))
             return
-        probing = self.standing.circuit.is_open
+        circuit = self.standing.circuit
+        probing, openings = circuit.is_open, circuit.openings
         outcome, meaning = await self._sender.attempt(delivery, event)
         if meaning.kind == "ok":
-            await self.standing.succeed("ok", event)
+            await self.standing.succeed(event, openings)
         else:
-            outcome = await self._fail(outcome, meaning, event, probing=probing)
+            await self._fail(outcome, meaning, event, openings)
+            if probing and circuit.is_open:
+                outcome = self._unspent(outcome)
         await self._record(outcome)
 
-    async def _fail(
-        self, outcome: Outcome, meaning: Verdict, event: StoredEvent, *, probing: bool
-    ) -> Outcome:
+    async def _fail(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
         """Say what failed, and take what it says about the destination."""
         attempt, delivery = outcome.attempt, outcome.delivery
         assert attempt is not None  # noqa: S101 - a sender makes one
@@ -227,13 +228,15 @@ class Lane:
         elif meaning.pause:
             self.standing.rest(int(meaning.pause * SECOND))
         disable = (meaning.reason or "asked") if meaning.kind == "disable" else None
-        await self.standing.fail(attempt.result, event, why, disable=disable)
+        await self.standing.fail(attempt.result, event, why, openings, disable=disable)
         if self.held is not None:
             self._let_go()
-        if not probing or meaning.kind == "abort":
+
+    def _unspent(self, outcome: Outcome) -> Outcome:
+        """Keep a failed probe on record, but spend nothing of its delivery's schedule."""
+        if outcome.reason == "aborted":
             return outcome
-        # A failed probe is recorded, but spends nothing of its delivery's schedule.
-        again = self.standing.circuit.open_until or self._clock.steady()
+        again = self.standing.circuit.open_until
         return msgspec.structs.replace(
             outcome, state="pending", reason=None, next_attempt_at=again, counts=False
         )

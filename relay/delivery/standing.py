@@ -28,7 +28,7 @@ class Standing:
         metrics: Metrics,
     ) -> None:
         self.state = state
-        self.circuit = Circuit(config.circuit)
+        self.circuit = Circuit(config.circuit, config.concurrency)
         self.rest_until = 0  # steady clock: the receiver asked for it, or its address is refused
         self._config = config
         self._store = store
@@ -46,7 +46,7 @@ class Standing:
         now = self._clock.steady()
         if self.rest_until > now:
             return "resting"
-        if self.circuit.limit(now, 1) == 0:
+        if self.circuit.limit(now) == 0:
             return "circuit open"
         return None
 
@@ -67,13 +67,15 @@ class Standing:
         """Send nothing for so long."""
         self.rest_until = max(self.rest_until, self._clock.steady() + micros)
 
-    async def succeed(self, result: str, event: StoredEvent) -> None:
-        """Take in an attempt that was delivered."""
+    async def succeed(self, event: StoredEvent, openings: int) -> None:
+        """Take in an attempt that was delivered; see `Circuit.record` for `openings`."""
         if self.state.failing_since is not None:
             await self._tolerantly(msgspec.structs.replace(self.state, failing_since=None))
-        await self._record(result, event, result)
+        await self._record("ok", event, "ok", openings)
 
-    async def fail(self, result: str, event: StoredEvent, why: str, *, disable: str | None) -> None:
+    async def fail(
+        self, result: str, event: StoredEvent, why: str, openings: int, *, disable: str | None
+    ) -> None:
         """Take in one that was not; `disable` is the reason when the receiver wants to be left alone."""
         now = self._clock.wall()
         since = self.state.failing_since
@@ -86,10 +88,10 @@ class Standing:
             log.error("%s: disabled (%s); its deliveries are held, none is lost", self._config.name, disable)
             state = msgspec.structs.replace(self.state, disabled_at=now, disabled_reason=disable)
             await self._tolerantly(state, self._born("disabled", event, disable))
-        await self._record(result, event, why)
+        await self._record(result, event, why, openings)
 
-    async def _record(self, result: str, event: StoredEvent, why: str) -> None:
-        change = self.circuit.record(result, self._clock.steady())
+    async def _record(self, result: str, event: StoredEvent, why: str, openings: int) -> None:
+        change = self.circuit.record(result, self._clock.steady(), openings)
         if change is None:
             return
         log.warning("%s: circuit %s: %s", self._config.name, change, why)

@@ -1,0 +1,193 @@
+"""The circuit as a value: what opens it, how it probes, how it recovers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.clock import SECOND
+from relay.config.model import CircuitConfig
+from relay.delivery.answer import RESULTS
+from relay.delivery.circuit import TROUBLE, Circuit
+
+NOW = 1_700_000_000 * SECOND
+LIFE = sorted(set(RESULTS) - TROUBLE - {"blocked"})
+
+
+class Destination:
+    """A circuit with a clock, fed with results of attempts."""
+
+    def __init__(self, concurrency=8, **config):
+        self.circuit = Circuit(CircuitConfig(**config), concurrency)
+        self.now = NOW
+
+    def ends(self, *results):
+        """End attempts that began just before, and return what the last one changed."""
+        changes = [self.circuit.record(result, self.now, self.circuit.openings) for result in results]
+        return changes[-1]
+
+    def after(self, seconds):
+        self.now += int(seconds * SECOND)
+        return self
+
+    @property
+    def limit(self):
+        return self.circuit.limit(self.now)
+
+    @property
+    def probe_in(self):
+        return (self.circuit.open_until - self.now) / SECOND
+
+
+def opened(**config):
+    destination = Destination(**config)
+    assert destination.ends(*["timeout"] * 10) == "opened"
+    return destination
+
+
+@pytest.mark.parametrize("result", sorted(TROUBLE))
+def test_ten_of_the_same_trouble_in_a_row_open_it_and_nine_do_not(result):
+    destination = Destination()
+    assert destination.ends(*[result] * 9) is None
+    assert (destination.limit, destination.circuit.is_open) == (8, False)
+    assert destination.ends(result) == "opened"
+    assert (destination.limit, destination.circuit.is_open) == (0, True)
+
+
+def test_different_troubles_add_up():
+    assert Destination().ends(*sorted(TROUBLE), "dns", "5xx", "429") == "opened"
+
+
+@pytest.mark.parametrize("result", LIFE)
+def test_any_other_answer_proves_life_and_the_count_begins_anew(result):
+    destination = Destination()
+    assert destination.ends(*["5xx"] * 9, result, *["5xx"] * 9) is None
+    assert destination.ends("5xx") == "opened"
+
+
+def test_a_refused_address_says_nothing_either_way():
+    destination = Destination()
+    assert destination.ends(*["connect", "blocked"] * 9) is None
+    assert destination.ends("blocked") is None
+    assert destination.ends("connect") == "opened"
+    assert destination.after(30).ends("blocked") is None
+    assert destination.circuit.is_open
+
+
+def test_how_many_in_a_row_is_configured():
+    assert Destination(failures=1).ends("dns") == "opened"
+    assert Destination(failures=3).ends("dns", "dns") is None
+
+
+def test_one_probe_is_allowed_after_the_wait_and_not_before():
+    destination = opened()
+    assert destination.after(29.999999).limit == 0
+    assert destination.after(0.000001).limit == 1
+    assert destination.after(3600).limit == 1
+
+
+def test_failed_probes_double_the_wait_up_to_the_most():
+    destination, waits = opened(), []
+    for _ in range(7):
+        waits.append(destination.probe_in)
+        assert destination.after(destination.probe_in).ends("timeout") is None
+    assert waits == [30, 60, 120, 240, 300, 300, 300]
+
+
+@pytest.mark.parametrize("result", LIFE)
+def test_a_probe_that_is_answered_closes_it_and_the_next_opening_waits_from_the_start(result):
+    destination = opened()
+    destination.after(30).ends("timeout")
+    assert destination.after(60).ends(result) == "recovered"
+    assert not destination.circuit.is_open
+    assert destination.ends("timeout") == "opened"
+    assert destination.probe_in == 30
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "allowed"),
+    [
+        (1, [1, 1, 1, 1]),
+        (2, [1, 2, 2, 2]),
+        (3, [1, 2, 2, 3]),
+        (8, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
+        (20, [1, *[2] * 2, *[4] * 4, *[8] * 8, *[16] * 16, 20, 20]),
+    ],
+)
+def test_after_recovery_each_full_round_of_answers_allows_twice_as_many(concurrency, allowed):
+    destination = opened(concurrency=concurrency)
+    destination.after(30).ends("ok")
+    seen = []
+    for _ in allowed:
+        seen.append(destination.limit)
+        destination.ends("ok")
+    assert seen == allowed
+
+
+@pytest.mark.parametrize("answers", range(7))
+def test_trouble_while_ramping_up_opens_it_again_at_once(answers):
+    destination = opened(concurrency=8)
+    destination.after(30).ends("ok", *["ok"] * answers)
+    assert destination.ends("5xx") == "opened"
+    assert (destination.limit, destination.probe_in) == (0, 30)
+
+
+def test_once_it_has_ramped_up_it_takes_ten_in_a_row_again():
+    destination = opened(concurrency=8)
+    destination.after(30).ends("ok", *["ok"] * 7)
+    assert destination.ends(*["5xx"] * 9) is None
+    assert destination.ends("5xx") == "opened"
+
+
+def test_late_failures_of_attempts_begun_before_the_opening_neither_prolong_it_nor_count_as_probes():
+    destination = opened()
+    for seconds in (1, 29, 60):  # before the probe is due, and long after
+        assert destination.after(seconds).circuit.record("timeout", destination.now, 0) is None
+    assert destination.circuit.open_until == NOW + 30 * SECOND
+    assert destination.limit == 1
+
+
+def test_late_failures_of_attempts_begun_before_the_opening_do_not_stop_a_recovery():
+    destination = opened()
+    destination.after(30).ends("ok")
+    assert destination.circuit.record("timeout", destination.now, 0) is None
+    assert destination.limit == 1
+
+
+def test_a_late_answer_of_an_attempt_begun_before_the_opening_proves_life():
+    destination = opened()
+    assert destination.after(1).circuit.record("ok", destination.now, 0) == "recovered"
+
+
+def test_an_operator_may_have_the_probe_made_now():
+    destination = opened()
+    destination.after(30).ends("timeout")
+    destination.circuit.probe_at(destination.now)
+    assert destination.limit == 1
+    destination.ends("timeout")
+    assert destination.probe_in == 60
+
+
+def test_asking_for_a_probe_opens_nothing_and_puts_nothing_off():
+    destination = Destination()
+    destination.circuit.probe_at(destination.now)
+    assert destination.limit == 8
+    destination = opened()
+    destination.circuit.probe_at(destination.now + 3600 * SECOND)
+    assert destination.probe_in == 30
+
+
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(RESULTS), st.floats(0, 400), st.booleans())),
+    concurrency=st.integers(1, 64),
+    failures=st.integers(1, 12),
+)
+def test_whatever_comes_it_allows_between_none_and_all_and_always_probes_again(steps, concurrency, failures):
+    destination = Destination(concurrency, failures=failures)
+    for result, seconds, late in steps:
+        circuit = destination.after(seconds).circuit
+        circuit.record(result, destination.now, max(0, circuit.openings - late))
+        if circuit.is_open:
+            assert destination.limit in (0, 1)
+            assert circuit.open_until <= destination.now + 300 * SECOND
+        else:
+            assert 1 <= destination.limit <= concurrency
