@@ -1,6 +1,7 @@
 """`python -m bench`: list the benchmarks, or run those that are named."""
 
 import importlib
+import signal
 
 import click
 
@@ -25,6 +26,7 @@ def main(names: tuple[str, ...], rounds: int, requests: int, connections: int, *
         for name, module in modules:
             print(f"{name:<10}{module.__doc__}")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the servers as well
     plan = Plan(rounds=rounds, requests=requests, connections=connections)
     comparisons = []
     for _, module in modules:

@@ -1,4 +1,4 @@
-"""The servers under test, as processes of their own: started, asked for the CPU time they used, ended by pid."""
+"""The servers under test, each a process of its own: started, asked for its CPU time, ended by pid."""
 
 import asyncio
 import re
