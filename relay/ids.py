@@ -1,4 +1,4 @@
-"""UUIDv7 (RFC 9562 §5.7) as public ids: `evt_…` for events, `dlv_…` for deliveries.
+"""UUIDv7 (RFC 9562 §5.7) as public ids: `evt_…` for events, `dlv_…` for deliveries, `cmd_…` for commands.
 
 Written by hand because the standard library has none before 3.14; 48 bits of Unix milliseconds and
 74 random bits. Nothing may rely on their order: rows are ordered by their integer `id`.
@@ -39,3 +39,8 @@ def event_id(micros: int) -> str:
 def delivery_id(micros: int) -> str:
     """Return a new public id for a delivery created at that moment."""
     return "dlv_" + uuid7(micros)
+
+
+def command_id(micros: int) -> str:
+    """Return a new public id for a command queued at that moment."""
+    return "cmd_" + uuid7(micros)

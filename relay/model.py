@@ -185,6 +185,19 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     sessions: tuple[Session, ...] = ()
 
 
+class Command(msgspec.Struct, kw_only=True, frozen=True):
+    """What an operator wants a worker to do; it rides in the reply to a heartbeat."""
+
+    public_id: str  # cmd_ + UUIDv7
+    source: str
+    worker_id: str
+    body: Mapping[str, Any]  # free JSON with a `type`
+    created_at: int  # wall clock
+    expires_at: int  # steady clock
+    state: Literal["queued", "sent", "expired", "cancelled"] = "queued"
+    sent_at: int | None = None  # wall clock; proves no receipt: the worker says nothing of it
+
+
 class Born(msgspec.Struct, kw_only=True, frozen=True):
     """An event that the relay itself gives birth to, inside a transaction."""
 
@@ -203,6 +216,7 @@ class Receipt(msgspec.Struct, kw_only=True, frozen=True):
     duplicate: bool = False
     worker: Worker | None = None  # the row after the change, or the one that was asked about
     commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker, riding in this reply
+    sent: tuple[Command, ...] = ()  # the same, as the store keeps them
 
 
 class Claim(msgspec.Struct, frozen=True):

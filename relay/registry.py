@@ -92,6 +92,14 @@ def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
     return msgspec.structs.replace(row, deadline=now.steady + int(patience * SECOND))
 
 
+def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
+    """Take a worker into an operator's maintenance, or give it back with its full patience."""
+    if on == row.maintenance:
+        return row
+    status: WorkerStatus = "MAINTENANCE" if on else "ONLINE"
+    return msgspec.structs.replace(row, maintenance=on, status=status, deadline=_deadline(now, rules))
+
+
 def former(row: Worker, now: Now) -> Worker:
     """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened."""
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))

@@ -210,3 +210,18 @@ async def test_a_rate_limit_without_tokens_counts_everyone_together(tmp_path):
         first = await relay.exchange(request("POST", ADORN, adorn(), authorization="a"))
         again = await relay.exchange(request("POST", ADORN, adorn(), authorization="b"))
     assert (first.status, again.status) == (200, 429)
+
+
+async def test_a_source_sees_the_path_below_its_prefix(tmp_path):
+    second = """
+[sources.second]
+plugin = "moddy"
+prefix = "/acme"
+tokens = ["dev-token"]
+"""
+    async with running(write_config(tmp_path, SOURCES, second)) as relay:
+        assert (await relay.exchange(request("GET", "/acme/internal/health"))).status == 200
+        assert (await relay.exchange(request("GET", "/internal/health"))).status == 200
+        assert (await relay.exchange(request("GET", "/acme/internal/nothing"))).json == {
+            "detail": "No such path"
+        }

@@ -1,5 +1,6 @@
 """One request's way: read, verify, understand, make durable, and only then answer."""
 
+import asyncio
 import hashlib
 import logging
 
@@ -25,7 +26,7 @@ from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing
 from relay.metrics import Metrics
-from relay.model import Heartbeat, Receipt, StoredEvent
+from relay.model import Command, Heartbeat, Receipt, StoredEvent
 from relay.source import Accepted, Event, Reply, check_type
 from relay.store import Acceptance, Store
 
@@ -61,6 +62,7 @@ class Ingest:
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
         self._log = Sparing(log, clock)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def handle(self, request: web.BaseRequest) -> Response:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""
@@ -71,12 +73,14 @@ class Ingest:
         try:
             match = self._routes.find(path)
             mount = match.mount
+            incoming.path = path.removeprefix(mount.config.prefix)
             response = await self._serve(request, match, incoming)
             self._meters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND)
         except Refusal as refusal:
             mount = mount or self._routes.owner(path)
             if mount is None:
                 return outside(path, request.method, refusal)
+            incoming.path = path.removeprefix(mount.config.prefix)
             response = self._refuse(mount, refusal, incoming)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
@@ -126,7 +130,17 @@ class Ingest:
         else:
             receipt = await self._append_once(request, acceptance, stored)
         self._count(mount, acceptance, receipt)
-        return response if receipt == expected else answer_again(accepted, receipt, response)
+        if receipt != expected:
+            response = answer_again(accepted, receipt, response)
+        if receipt.sent:
+            response.lost = lambda: self._take_back(receipt.sent)
+        return response
+
+    def _take_back(self, commands: tuple[Command, ...]) -> None:
+        """Queue a worker's commands again whose reply could not be written."""
+        task = asyncio.create_task(self._store.fleet(lambda fleet: fleet.requeue(commands)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _record(self, mount: Mount, event: Event, incoming: Incoming) -> StoredEvent:
         now = self._clock.wall()

@@ -1,5 +1,6 @@
 """An answer of one write: all that `web.Response` can do beyond that costs an event four times as much."""
 
+from collections.abc import Callable
 from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
@@ -20,12 +21,13 @@ class Response:
     connection), a `web.Response` takes over; else that one would write these very bytes.
     """
 
-    __slots__ = ("_is_last", "_other", "body", "headers", "status")
+    __slots__ = ("_is_last", "_other", "body", "headers", "lost", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
         self.body = body
         self.headers: CIMultiDict[str] = CIMultiDict()  # beside the content type
+        self.lost: Callable[[], None] | None = None  # called when it could not be written
         self._is_last = False
         self._other: web.Response | None = None
 

@@ -48,6 +48,16 @@ class Connection(RequestHandler):
             deadline.cancel()
         super().connection_lost(exc)
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer, and tell who wants to know that it could not be written."""
+        written, is_reset = await super().finish_response(request, resp, start_time)
+        lost = getattr(resp, "lost", None)
+        if is_reset and lost is not None:
+            lost()
+        return written, is_reset
+
     def _close_if_silent(self) -> None:
         if self._request_count == 0:
             self.force_close()

@@ -7,13 +7,14 @@ returned is durable, and that one which raised left nothing behind.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from relay.model import (
     Born,
     Claim,
+    Command,
     DestinationState,
     News,
     Outcome,
@@ -24,6 +25,7 @@ from relay.model import (
     WorkerChange,
 )
 
+T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
 """Which destinations an event is owed to; pure, asked inside the event's own transaction."""
 
@@ -44,6 +46,34 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     key: str | None = None  # dedupes within the source for `DEDUPE_FOR`
     change: WorkerChange | None = None
     asks: str | None = None  # a worker id whose row the receipt shall carry
+
+
+class FleetChange(Protocol):
+    """What operators and jobs may do to workers inside a transaction; keys are (source, worker id)."""
+
+    def forget(self, keys: Iterable[tuple[str, str]]) -> int:
+        """Remove workers; return how many there were."""
+        ...
+
+    def forget_old(self) -> int:
+        """Remove workers that have been offline for longer than their rules keep them."""
+        ...
+
+    def maintain(self, key: tuple[str, str], *, on: bool) -> Worker | None:
+        """Begin or end maintenance; None: there is no such worker."""
+        ...
+
+    def queue(self, command: Command) -> None:
+        """Have a command ride in the worker's next heartbeat's reply."""
+        ...
+
+    def requeue(self, commands: Iterable[Command]) -> None:
+        """Take back what was sent in a reply that could not be written."""
+        ...
+
+    def expire_commands(self) -> None:
+        """End commands that were not fetched in time."""
+        ...
 
 
 class Counts(msgspec.Struct, kw_only=True, frozen=True):
@@ -150,6 +180,10 @@ class Store(Protocol):
 
     async def counts(self) -> dict[str, Counts]:
         """Return ledger and counted pending deliveries per destination, from one snapshot."""
+        ...
+
+    async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
+        """Change workers as an operator or a job wishes, in one transaction."""
         ...
 
     def workers(self) -> tuple[Worker, ...]:

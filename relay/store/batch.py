@@ -6,28 +6,26 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from relay import registry
 from relay.clock import Clock
 from relay.config.model import WorkerRules
-from relay.errors import Conflict
 from relay.ids import delivery_id, event_id
 from relay.model import (
     Born,
+    Command,
     Delivery,
     DeliveryState,
     DestinationState,
     Outcome,
     Owed,
     Receipt,
-    Register,
-    SessionSeen,
     StoredEvent,
     Worker,
-    WorkerChange,
 )
+from relay.registry import Now
 from relay.store import DEDUPE_FOR, Acceptance, Route
+from relay.store.fleet import Fleet
 from relay.store.rows import Row
-from relay.store.workers import Roster, WorkerKey
+from relay.store.workers import Roster
 
 Ending = tuple[DeliveryState, str]
 """An end and its reason."""
@@ -61,15 +59,13 @@ class Batch:
         self.wall = clock.wall()
         self._sequences = sequences
         self._route = route
-        self._roster = roster
-        self._rules = rules
         self._pending = pending  # by destination, before this batch
         self._added: Counter[str] = Counter()
         self._keys = dict(known)
         self.new_keys: list[Row] = []
         self.events: list[StoredEvent] = []
         self.deliveries: list[Delivery] = []
-        self.workers: dict[WorkerKey, Worker] = {}
+        self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules, self.bear)
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
@@ -92,34 +88,20 @@ class Batch:
             first = self._keys.get((acceptance.source, key))
             if first is not None:
                 return Receipt(event_id=first, duplicate=True)
-        worker = None
+        worker: Worker | None = None
+        sent: tuple[Command, ...] = ()
         if acceptance.change is not None:
-            worker = self._change(acceptance.source, acceptance.change)
+            worker, sent = self.fleet.change(acceptance.source, acceptance.change)
         elif acceptance.asks is not None:
-            worker = self._worker((acceptance.source, acceptance.asks))
+            worker = self.fleet.get((acceptance.source, acceptance.asks))
         if event is None:
-            return Receipt(worker=worker)
+            commands = tuple({"id": command.public_id, **command.body} for command in sent)
+            return Receipt(worker=worker, commands=commands, sent=sent)
         if key is not None:
             self._keys[acceptance.source, key] = event.public_id
             self.new_keys.append((acceptance.source, key, event.public_id, self.steady + DEDUPE_FOR))
         self._add(event)
         return Receipt(event_id=event.public_id, worker=worker)
-
-    def sweep(self, *, hold: bool) -> tuple[Worker, ...]:
-        """Take in the silence of every worker past its deadline; with `hold`, put deadlines off instead."""
-        now, marked = registry.Now(wall=self.wall, steady=self.steady), []
-        for worker in self._roster:
-            key = (worker.source, worker.id)
-            if hold:
-                self.workers[key] = registry.hold(worker, now, self._rules(worker.source, worker.id))
-                continue
-            silence = registry.silent(worker, now)
-            if silence is not None:
-                after, born = silence
-                self.workers[key] = after
-                self.bear(worker.source, born)
-                marked.append(after)
-        return tuple(marked)
 
     def owe(
         self, owed: Owed, event_id: int, size: int, event: StoredEvent | None, replay_of: int | None = None
@@ -174,35 +156,3 @@ class Batch:
                 sha256=hashlib.sha256(body).digest(),
             )
         )
-
-    def _worker(self, key: WorkerKey) -> Worker | None:
-        return self.workers.get(key) or self._roster.get(key)
-
-    def _change(self, source: str, change: WorkerChange) -> Worker | None:
-        now = registry.Now(wall=self.wall, steady=self.steady)
-        key = (source, change.worker_id)
-        if isinstance(change, SessionSeen) and not change.worker_id:
-            key = self._roster.with_session(source, change.session.id) or key
-        before = self._worker(key)
-        step = registry.apply(before, change, source, now, self._rules(*key))
-        if step.worker is None:
-            return None
-        is_new = before is None or before.unregistered_at is not None
-        if is_new and isinstance(change, Register):
-            self._take_over(source, change, now)
-        self.workers[key] = step.worker
-        for born in step.born:
-            self.bear(source, born)
-        return step.worker
-
-    def _take_over(self, source: str, change: Register, now: registry.Now) -> None:
-        """A new id on an old endpoint: the ids that were there have less time to be heard again."""
-        neighbours = [
-            worker
-            for key in self._roster.at_endpoint(source, change.endpoint)
-            if (worker := self._worker(key)) is not None and worker.status == "ONLINE"
-        ]
-        if neighbours and change.reject_conflict:
-            raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
-        for worker in neighbours:
-            self.workers[source, worker.id] = registry.former(worker, now)

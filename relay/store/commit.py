@@ -15,12 +15,10 @@ from relay.store.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
-    WORKER_COLUMNS,
     Row,
     attempt_row,
     delivery_row,
     event_row,
-    worker_row,
 )
 from relay.store.statements import fetch, insert
 
@@ -45,9 +43,7 @@ async def write(batch: Batch, connection: aiosqlite.Connection, holds: Holds) ->
     if batch.new_keys:
         columns = "source, key, event_id, expires_at"
         await insert(connection, "dedupe", columns, batch.new_keys, verb="REPLACE")
-    if batch.workers:
-        rows = [worker_row(worker) for worker in batch.workers.values()]
-        await insert(connection, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
+    await batch.fleet.write(connection)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
         states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]

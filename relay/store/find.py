@@ -7,6 +7,7 @@ import aiosqlite
 
 from relay.errors import RelayError
 
+_CURSORS = {"worker_metrics": "e.at", "worker_commands": "e.created_at"}
 _LISTS: dict[str, tuple[str, dict[str, str]]] = {
     "events": (
         """
@@ -37,6 +38,22 @@ _LISTS: dict[str, tuple[str, dict[str, str]]] = {
         """,
         {"delivery_id": "d.public_id"},
     ),
+    "worker_metrics": (
+        """
+        SELECT e.at AS row, e.source, e.worker_id, e.at, e.status, e.cpu, e.memory, e.uptime,
+               e.message_count, e.sessions
+          FROM worker_metrics AS e
+        """,
+        {"source": "e.source", "worker_id": "e.worker_id"},
+    ),
+    "worker_commands": (
+        """
+        SELECT e.created_at AS row, e.public_id AS id, e.source, e.worker_id, e.state, e.created_at,
+               e.sent_at, e.expires_at, e.body
+          FROM worker_commands AS e
+        """,
+        {"id": "e.public_id", "source": "e.source", "worker_id": "e.worker_id", "state": "e.state"},
+    ),
 }
 
 
@@ -56,7 +73,9 @@ async def find(
     if kind not in _LISTS:
         raise RelayError(f"no list of {kind}", hint=f"there are {', '.join(_LISTS)}")
     select, columns = _LISTS[kind]
-    conditions, values = ["e.id < ?"] if before is not None else [], [before] if before is not None else []
+    cursor_column = _CURSORS.get(kind, "e.id")
+    conditions = [f"{cursor_column} < ?"] if before is not None else []
+    values: list[Any] = [before] if before is not None else []
     for name, value in filters.items():
         if name not in columns:
             raise RelayError(f"{kind} have no filter {name!r}", hint=f"there are {', '.join(columns)}")
@@ -64,7 +83,7 @@ async def find(
             conditions.append(f"{columns[name]} = ?")
             values.append(value)
     where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    cursor = await reader.execute(f"{select} {where} ORDER BY e.id DESC LIMIT ?", (*values, limit))
+    cursor = await reader.execute(f"{select} {where} ORDER BY {cursor_column} DESC LIMIT ?", (*values, limit))
     names = [column[0] for column in cursor.description]
     rows = await cursor.fetchall()
     await cursor.close()

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from relay.model import Attempt, Delivery, DeliveryState, StoredEvent, Worker
+from relay.model import Attempt, Command, Delivery, DeliveryState, StoredEvent, Worker
 
 Row = tuple[Any, ...]
 
@@ -23,6 +23,8 @@ CLAIM_COLUMNS = (
 )
 ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, truncated, answer"
 WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
+MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, message_count, sessions"
+COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, sent_at, body"
 
 _encode = msgspec.json.Encoder().encode
 _worker = msgspec.json.Decoder(Worker)
@@ -92,3 +94,27 @@ def worker_row(worker: Worker) -> Row:
 def worker_of(record: bytes) -> Worker:
     """Build a registry row from its JSON record."""
     return _worker.decode(record)
+
+
+def measurement_row(worker: Worker, at: int) -> Row:
+    """Flatten a worker's gauges at a moment."""
+    return (
+        worker.source, worker.id, at, worker.status, worker.cpu, worker.memory, worker.uptime,
+        worker.message_count, _encode(worker.counts),
+    )  # fmt: skip
+
+
+def command_row(command: Command) -> Row:
+    """Flatten a command."""
+    return (
+        command.public_id, command.source, command.worker_id, command.state, command.created_at,
+        command.expires_at, command.sent_at, _encode(command.body),
+    )  # fmt: skip
+
+
+def command_of(row: Sequence[Any]) -> Command:
+    """Build a command from a row of `COMMAND_COLUMNS`."""
+    return Command(
+        public_id=row[0], source=row[1], worker_id=row[2], state=row[3], created_at=row[4],
+        expires_at=row[5], sent_at=row[6], body=msgspec.json.decode(row[7]),
+    )  # fmt: skip

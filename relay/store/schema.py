@@ -100,6 +100,33 @@ CREATE TABLE workers (
     record          BLOB    NOT NULL,          -- the whole row as JSON
     PRIMARY KEY (source, id)
 ) STRICT, WITHOUT ROWID;
+
+CREATE TABLE worker_metrics (                  -- at most one row per worker and minute
+    source        TEXT    NOT NULL,
+    worker_id     TEXT    NOT NULL,
+    at            INTEGER NOT NULL,            -- wall clock
+    status        TEXT    NOT NULL,
+    cpu           REAL,
+    memory        REAL,
+    uptime        REAL,
+    message_count INTEGER,
+    sessions      BLOB    NOT NULL,            -- JSON: counts by status
+    PRIMARY KEY (source, worker_id, at)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX worker_metrics_at ON worker_metrics (at);
+
+CREATE TABLE worker_commands (
+    public_id  TEXT    PRIMARY KEY,            -- cmd_ + UUIDv7
+    source     TEXT    NOT NULL,
+    worker_id  TEXT    NOT NULL,
+    state      TEXT    NOT NULL CHECK (state IN ('queued', 'sent', 'expired', 'cancelled')),
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL,               -- steady clock
+    sent_at    INTEGER,
+    body       BLOB    NOT NULL                -- JSON
+) STRICT, WITHOUT ROWID;
+CREATE INDEX worker_commands_worker ON worker_commands (source, worker_id, created_at);
+CREATE INDEX worker_commands_queued ON worker_commands (expires_at) WHERE state = 'queued';
 """
 
 DEDUPE = """

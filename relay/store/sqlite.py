@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
 
@@ -24,19 +24,20 @@ from relay.model import (
     Worker,
 )
 from relay.registry import Now, apply
-from relay.store import OPERATOR_EVENTS, Acceptance, Counts, Listener, Route
+from relay.store import OPERATOR_EVENTS, Acceptance, Counts, FleetChange, Listener, Route
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.find import find
 from relay.store.holds import Holds
-from relay.store.rows import EVENT_COLUMNS, event_of, worker_of
+from relay.store.rows import EVENT_COLUMNS, event_of
 from relay.store.statements import fetch
-from relay.store.workers import Roster
+from relay.store.workers import Roster, load_roster
 from relay.store.writer import Job, Writer
 
 log = logging.getLogger("relay.store")
+T = TypeVar("T")
 
 
 def _nowhere(_event: StoredEvent) -> tuple[()]:
@@ -89,8 +90,7 @@ class SqliteStore:
             if await self._meta("stopped") != "cleanly":
                 await quick_check(self._connection, self.path)
             await self._set_meta("stopped", "not yet")
-            rows = await self._connection.execute_fetchall("SELECT record FROM workers")
-            self._roster = Roster(worker_of(row[0]) for row in rows)
+            self._roster = await load_roster(self._connection)
             ids = await self._connection.execute_fetchall(
                 "SELECT coalesce((SELECT max(id) FROM events), 0), (SELECT max(id) FROM deliveries)"
             )
@@ -166,8 +166,7 @@ class SqliteStore:
 
     def publish(self, batch: Batch) -> None:
         """See `Gatherer.publish`: in one step of the loop, so that no claim can come between."""
-        for worker in batch.workers.values():
-            self._roster.put(worker)
+        batch.fleet.publish()
         self._holds.release(outcome.delivery.id for outcome in batch.outcomes)
         self._holds.release(batch.ended)
         self._holds.spare()
@@ -202,6 +201,8 @@ class SqliteStore:
         if acceptance.event is not None or not isinstance(change, Heartbeat):
             return None
         key = (acceptance.source, change.worker_id)
+        if key in self._roster.commands:
+            return None
         now = Now(wall=self._clock.wall(), steady=self._clock.steady())
         step = apply(self._roster.get(key), change, key[0], now, self._rules(*key))
         if not step.quiet or step.worker is None:
@@ -215,18 +216,15 @@ class SqliteStore:
         if not self._roster.dirty:
             return
         dirty, self._roster.dirty = self._roster.dirty, set()
-
-        def apply_(batch: Batch) -> None:
-            for key in dirty:
-                worker = self._roster.get(key)
-                if worker is not None:
-                    batch.workers.setdefault(key, worker)
-
         try:
-            await self._writer.submit(Job(apply_))
+            await self._writer.submit(Job(lambda batch: batch.fleet.flush(dirty)))
         except StorageError:
             self._roster.dirty |= dirty
             raise
+
+    async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
+        """See `Store.fleet`."""
+        return await self._writer.submit(Job(lambda batch: wish(batch.fleet)))
 
     async def settle(self, outcome: Outcome) -> bool:
         """See `Store.settle`."""
@@ -240,7 +238,7 @@ class SqliteStore:
 
     async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:
         """See `Store.sweep`."""
-        return await self._writer.submit(Job(lambda batch: batch.sweep(hold=hold)))
+        return await self._writer.submit(Job(lambda batch: batch.fleet.sweep(hold=hold)))
 
     async def expire(self) -> int:
         """See `Store.expire`."""

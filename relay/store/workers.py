@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
-from relay.model import Session, Worker
+import aiosqlite
+
+from relay.model import Command, Session, Worker
+from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
@@ -11,13 +14,17 @@ WorkerKey = tuple[str, str]
 class Roster:
     """All workers by key and by endpoint; changed only after a commit."""
 
-    def __init__(self, workers: Iterable[Worker] = ()) -> None:
+    def __init__(self, workers: Iterable[Worker] = (), commands: Iterable[Command] = ()) -> None:
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
+        self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
+        self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
         for worker in workers:
             self.put(worker)
+        for command in commands:
+            self.note(command)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,12 +57,28 @@ class Roster:
         if worker.endpoint:
             self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
 
+    def queued(self) -> list[Command]:
+        """Return every command that waits for a heartbeat."""
+        return [command for commands in self.commands.values() for command in commands]
+
+    def note(self, command: Command) -> None:
+        """Remember a command while it is queued, and no longer."""
+        key = (command.source, command.worker_id)
+        others = [each for each in self.commands.get(key, ()) if each.public_id != command.public_id]
+        if command.state == "queued":
+            others = sorted([*others, command], key=lambda each: (each.created_at, each.public_id))
+        if others:
+            self.commands[key] = others
+        else:
+            self.commands.pop(key, None)
+
     def drop(self, key: WorkerKey) -> None:
         """Forget a row."""
         worker = self._rows.pop(key)
         self._leave(worker.endpoint, key)
         self._index(key, worker.sessions, ())
         self.dirty.discard(key)
+        self.measured.pop(key, None)
 
     def _index(self, key: WorkerKey, before: Iterable[Session], after: Iterable[Session]) -> None:
         for session in before:
@@ -71,3 +94,12 @@ class Roster:
             keys.discard(key)
             if not keys:
                 del self._endpoints[place]
+
+
+async def load_roster(connection: aiosqlite.Connection) -> Roster:
+    """Read all workers, and the commands that wait for them."""
+    workers = await connection.execute_fetchall("SELECT record FROM workers")
+    commands = await connection.execute_fetchall(
+        f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants
+    )
+    return Roster([worker_of(row[0]) for row in workers], [command_of(tuple(row)) for row in commands])

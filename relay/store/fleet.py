@@ -1,0 +1,200 @@
+"""The workers' side of a batch: what they said, who is silent, what operators told them."""
+
+from collections.abc import Callable, Iterable
+
+import aiosqlite
+import msgspec
+
+from relay import registry
+from relay.clock import SECOND
+from relay.config.model import WorkerRules
+from relay.errors import Conflict
+from relay.model import Born, Command, Heartbeat, Register, SessionSeen, Worker, WorkerChange
+from relay.registry import Now
+from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
+from relay.store.rows import measurement_row as measurement
+from relay.store.statements import insert
+from relay.store.workers import Roster, WorkerKey
+
+MEASURE_EVERY = 60 * SECOND
+"""At most one row of `worker_metrics` per worker and minute, however often it beats."""
+
+COMMANDS_AT_ONCE = 20
+"""Commands that ride in one heartbeat's reply."""
+
+
+class Fleet:
+    """What one transaction changes about workers; `Roster` is what was true before it."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        now: Now,
+        rules: Callable[[str, str], WorkerRules],
+        bear: Callable[[str, Born], None],
+    ) -> None:
+        self._roster = roster
+        self._now = now
+        self._rules = rules
+        self._bear = bear
+        self.workers: dict[WorkerKey, Worker] = {}
+        self.forgotten: set[WorkerKey] = set()
+        self.measured: dict[WorkerKey, Worker] = {}
+        self.commands: dict[str, Command] = {}  # new, or of another state than before
+
+    def get(self, key: WorkerKey) -> Worker | None:
+        """Return a row as this transaction will leave it."""
+        return self.workers.get(key) or self._roster.get(key)
+
+    def change(self, source: str, change: WorkerChange) -> tuple[Worker | None, tuple[Command, ...]]:
+        """Take in what a worker said; return its row and the commands that ride in its reply.
+
+        Raises:
+            Conflict: it contradicts the registry; nothing was taken in.
+        """
+        key = (source, change.worker_id)
+        if isinstance(change, SessionSeen) and not change.worker_id:
+            key = self._roster.with_session(source, change.session.id) or key
+        before = self.get(key)
+        step = registry.apply(before, change, source, self._now, self._rules(*key))
+        if step.worker is None:
+            return None, ()
+        is_new = before is None or before.unregistered_at is not None
+        if is_new and isinstance(change, Register):
+            self._take_over(source, change)
+        self.workers[key] = step.worker
+        for born in step.born:
+            self._bear(source, born)
+        if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
+            return step.worker, ()
+        self._measure(key, step.worker)
+        return step.worker, self._send(key)
+
+    def sweep(self, *, hold: bool) -> tuple[Worker, ...]:
+        """Take in the silence of every worker past its deadline; with `hold`, put deadlines off instead."""
+        marked = []
+        for row in self._roster:
+            key = (row.source, row.id)
+            worker = self.workers.get(key, row)
+            if hold:
+                self.workers[key] = registry.hold(worker, self._now, self._rules(*key))
+                continue
+            silence = registry.silent(worker, self._now)
+            if silence is not None:
+                after, born = silence
+                self.workers[key] = after
+                self._bear(worker.source, born)
+                marked.append(after)
+        return tuple(marked)
+
+    def flush(self, keys: Iterable[WorkerKey]) -> None:
+        """Take in rows that heartbeats so far moved in memory only."""
+        for key in keys:
+            worker = self._roster.get(key)
+            if worker is not None:
+                self.workers.setdefault(key, worker)
+                self._measure(key, worker)
+
+    def forget(self, keys: Iterable[WorkerKey]) -> int:
+        """Remove rows, with what is queued for them; return how many there were."""
+        found = {key for key in keys if self._roster.get(key) is not None}
+        self.forgotten |= found
+        for key in found:
+            self._expire(self._roster.commands.get(key, ()), "cancelled")
+        return len(found)
+
+    def forget_old(self) -> int:
+        """Remove rows that have been offline for longer than their rules keep them."""
+        old = []
+        for worker in self._roster:
+            keep = int(self._rules(worker.source, worker.id).forget_after * SECOND)
+            if worker.status == "OFFLINE" and self._now.wall - worker.last_heartbeat > keep:
+                old.append((worker.source, worker.id))
+        return self.forget(old)
+
+    def maintain(self, key: WorkerKey, *, on: bool) -> Worker | None:
+        """Take in an operator's maintenance, or its end; None: there is no such worker."""
+        worker = self.get(key)
+        if worker is None or worker.unregistered_at is not None:
+            return None
+        after = registry.maintain(worker, self._now, self._rules(*key), on=on)
+        self.workers[key] = after
+        return after
+
+    def queue(self, command: Command) -> None:
+        """Take in a command for a worker's next heartbeat."""
+        self.commands[command.public_id] = command
+
+    def requeue(self, commands: Iterable[Command]) -> None:
+        """Take back what was sent in a reply that could not be written."""
+        for command in commands:
+            again = msgspec.structs.replace(command, state="queued", sent_at=None)
+            self.commands[command.public_id] = again
+
+    def expire_commands(self) -> None:
+        """End commands that were not fetched in time."""
+        late = [c for c in self._roster.queued() if c.expires_at <= self._now.steady]
+        self._expire(late, "expired")
+
+    def _expire(self, commands: Iterable[Command], state: str) -> None:
+        for command in commands:
+            self.commands[command.public_id] = msgspec.structs.replace(command, state=state)
+
+    def _send(self, key: WorkerKey) -> tuple[Command, ...]:
+        """Choose what rides in this heartbeat's reply, and mark it as sent."""
+        queued = [
+            command
+            for command in self._roster.commands.get(key, ())
+            if command.public_id not in self.commands and command.expires_at > self._now.steady
+        ]
+        sent = tuple(
+            msgspec.structs.replace(command, state="sent", sent_at=self._now.wall)
+            for command in queued[:COMMANDS_AT_ONCE]
+        )
+        self.commands.update({command.public_id: command for command in sent})
+        return sent
+
+    def _measure(self, key: WorkerKey, worker: Worker) -> None:
+        gauges = (worker.cpu, worker.memory, worker.uptime, worker.message_count)
+        due = self._now.steady - self._roster.measured.get(key, -MEASURE_EVERY) >= MEASURE_EVERY
+        if due and any(gauge is not None for gauge in gauges):
+            self.measured[key] = worker
+
+    def _take_over(self, source: str, change: Register) -> None:
+        """A new id on an old endpoint: the ids that were there have less time to be heard again."""
+        neighbours = [
+            worker
+            for key in self._roster.at_endpoint(source, change.endpoint)
+            if (worker := self.get(key)) is not None and worker.status == "ONLINE"
+        ]
+        if neighbours and change.reject_conflict:
+            raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
+        for worker in neighbours:
+            self.workers[source, worker.id] = registry.former(worker, self._now)
+
+    async def write(self, connection: aiosqlite.Connection) -> None:
+        """Write it all, inside the batch's transaction."""
+        if rows := [worker_row(w) for key, w in self.workers.items() if key not in self.forgotten]:
+            await insert(connection, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
+        if self.measured:
+            rows = [measurement(worker, self._now.wall) for worker in self.measured.values()]
+            await insert(connection, "worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
+        if self.commands:
+            rows = [command_row(command) for command in self.commands.values()]
+            await insert(connection, "worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
+        if self.forgotten:
+            await connection.executemany(
+                "DELETE FROM workers WHERE source = ? AND id = ?", list(self.forgotten)
+            )
+
+    def publish(self) -> None:
+        """Take what is committed into the roster."""
+        roster = self._roster
+        for worker in self.workers.values():
+            roster.put(worker)
+        for key in self.measured:
+            roster.measured[key] = self._now.steady
+        for command in self.commands.values():
+            roster.note(command)
+        for key in self.forgotten:
+            roster.drop(key)
