@@ -5,7 +5,7 @@ from relay.units import Rate
 
 
 class TokenBucket:
-    """Full at first; `take` says how long to wait when it is empty."""
+    """Full at first; it tells how long to wait when it is empty."""
 
     __slots__ = ("_at", "_burst", "_per_micro", "_tokens")
 
@@ -16,11 +16,15 @@ class TokenBucket:
         self._tokens = self._burst
         self._at = now
 
-    def take(self, now: int) -> float:
-        """Take one token and return 0, or return the seconds until there is one, taking none."""
+    def wait(self, now: int) -> float:
+        """Return the seconds until there is a token: 0 when there is one."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_micro)
         self._at = now
-        if self._tokens >= 1:
+        return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_micro / SECOND
+
+    def take(self, now: int) -> float:
+        """Take one token and return 0, or return the seconds until there is one, taking none."""
+        wait = self.wait(now)
+        if not wait:
             self._tokens -= 1
-            return 0.0
-        return (1 - self._tokens) / self._per_micro / SECOND
+        return wait

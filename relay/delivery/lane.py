@@ -157,12 +157,13 @@ class Lane:
         now, active = self._clock.steady(), self.in_flight
         if active >= self.standing.circuit.limit(now) or self._rate_until > now:
             return False
+        if self._bucket is not None and (wait := self._bucket.wait(now)):
+            self._rate_until = now + int(wait * SECOND) + 1
+            return False
         if not self._slots.take(self, active):
             return False
-        if self._bucket is not None and (wait := self._bucket.take(now)):
-            self._rate_until = now + int(wait * SECOND) + 1
-            self._slots.give(active)
-            return False
+        if self._bucket is not None:
+            self._bucket.take(now)
         return True
 
     def _begin(self, feed: Feed, delivery: Delivery) -> None:

@@ -12,12 +12,12 @@ class Waiter(Protocol):
     """Who wants to be told when a slot is free."""
 
     def turn(self) -> None:
-        """Try again."""
+        """Try again; take what is needed, or nothing."""
         ...
 
 
 class Slots:
-    """Counts attempts being made; who is refused is told when one ends."""
+    """Counts attempts being made; who is refused is told when one ends, first come, first served."""
 
     def __init__(self, cap: int = CAP) -> None:
         self._free = cap
@@ -39,5 +39,6 @@ class Slots:
         if active < OWN:
             return
         self._free += 1
-        if self._waiting:
+        while self._free > 0 and self._waiting:
+            # One that has nothing to send any more takes nothing: then it is the next one's.
             self._waiting.popleft().turn()

@@ -1,0 +1,84 @@
+"""The token bucket as a value."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.clock import SECOND
+from relay.rate import TokenBucket
+from relay.units import Rate
+
+NOW = 1_700_000_000 * SECOND
+
+
+def taken(bucket, now):
+    """Take all there is and count it."""
+    count = 0
+    while not bucket.take(now):
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize(
+    ("rate", "burst"),
+    [
+        (Rate(50, 1), 50),
+        (Rate(1, 1), 1),
+        (Rate(300, 60), 5),
+        (Rate(90, 60), 1),  # a second's worth would be 1.5: no two at once
+        (Rate(5, 3600), 1),  # a second's worth would be nothing at all
+    ],
+)
+def test_a_full_bucket_gives_a_seconds_worth_and_at_least_one(rate, burst):
+    assert taken(TokenBucket(rate, NOW), NOW) == burst
+
+
+def test_a_burst_may_be_given():
+    assert taken(TokenBucket(Rate(60, 60), NOW, burst=60), NOW) == 60
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds"), [(Rate(50, 1), 0.02), (Rate(1, 1), 1), (Rate(30, 60), 2), (Rate(1, 3600), 3600)]
+)
+def test_an_empty_bucket_says_how_long_until_the_next_token(rate, seconds):
+    bucket = TokenBucket(rate, NOW)
+    taken(bucket, NOW)
+    assert bucket.take(NOW) == pytest.approx(seconds)
+    half = NOW + int(seconds * SECOND / 2)
+    assert bucket.take(half) == pytest.approx(seconds / 2)
+
+
+def test_asking_how_long_to_wait_takes_nothing():
+    bucket = TokenBucket(Rate(1, 1), NOW)
+    assert [bucket.wait(NOW), bucket.wait(NOW), bucket.take(NOW)] == [0, 0, 0]
+    assert bucket.wait(NOW) == bucket.wait(NOW) == pytest.approx(1)
+
+
+def test_idle_time_saves_up_no_more_than_the_burst():
+    bucket = TokenBucket(Rate(10, 1), NOW)
+    assert taken(bucket, NOW) == 10
+    assert taken(bucket, NOW + 3600 * SECOND) == 10
+
+
+rates = st.builds(Rate, st.integers(1, 10_000), st.sampled_from([1, 60, 3600]))
+
+
+@given(rate=rates, pauses=st.lists(st.floats(0, 100), max_size=50))
+def test_no_window_ever_holds_more_than_the_burst_and_what_its_length_allows(rate, pauses):
+    bucket, now, times = TokenBucket(rate, NOW), NOW, []
+    for pause in pauses:
+        now += int(pause * SECOND)
+        times += [now] * taken(bucket, now)
+    burst = max(1.0, rate.count / rate.seconds)
+    for first in range(0, len(times), max(1, len(times) // 20)):
+        length = (times[-1] - times[first]) / SECOND
+        assert len(times) - first <= burst + length * rate.count / rate.seconds + 1e-6
+
+
+@given(rate=rates, idle=st.floats(0, 10_000))
+def test_waiting_as_long_as_it_said_is_enough(rate, idle):
+    bucket = TokenBucket(rate, NOW)
+    now = NOW + int(idle * SECOND)
+    taken(bucket, now)
+    now += int(bucket.wait(now) * SECOND) + 1
+    assert bucket.wait(now) < 1e-6

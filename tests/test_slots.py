@@ -1,0 +1,120 @@
+"""The cap over all lanes, as a value."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.delivery.slots import OWN, Slots
+
+
+class Waiter:
+    """A lane as the slots see it: it wants so many at once, and takes all it can when told."""
+
+    def __init__(self, slots, wants):
+        self.slots = slots
+        self.wants = wants
+        self.active = 0
+        self.told = 0
+
+    def turn(self):
+        self.told += 1
+        self.fill()
+
+    def fill(self):
+        while self.active < self.wants and self.slots.take(self, self.active):
+            self.active += 1
+
+    def end(self):
+        self.active -= 1
+        self.slots.give(self.active)
+
+
+def test_every_lane_has_two_slots_of_its_own_beside_the_cap():
+    slots = Slots(cap=3)
+    greedy, modest = Waiter(slots, 10), Waiter(slots, 10)
+    greedy.fill()
+    modest.fill()
+    assert (greedy.active, modest.active) == (5, 2)
+
+
+def test_who_was_refused_is_told_when_a_slot_is_free():
+    slots = Slots(cap=1)
+    first, second = Waiter(slots, 3), Waiter(slots, 3)
+    first.fill()
+    second.fill()
+    assert (second.active, second.told) == (2, 0)
+    first.wants = 0
+    first.end()
+    assert (second.active, second.told) == (3, 1)
+
+
+def test_who_was_refused_often_is_told_once():
+    slots = Slots(cap=1)
+    first, second = Waiter(slots, 3), Waiter(slots, 3)
+    first.fill()
+    for _ in range(3):
+        second.fill()
+    first.wants = second.wants = 0
+    first.end()
+    assert second.told == 1
+
+
+def test_the_own_slots_free_nothing_for_others():
+    slots = Slots(cap=0)
+    first, second = Waiter(slots, 3), Waiter(slots, 3)
+    first.fill()
+    second.fill()
+    first.end()
+    assert (second.active, second.told) == (2, 0)
+
+
+def test_a_slot_that_one_waiter_has_no_use_for_any_more_is_the_next_ones():
+    slots = Slots(cap=1)
+    holder, paused, waiting = Waiter(slots, 3), Waiter(slots, 3), Waiter(slots, 3)
+    for waiter in (holder, paused, waiting):
+        waiter.fill()
+    paused.wants = holder.wants = 0
+    holder.end()
+    assert (paused.active, waiting.active) == (2, 3)
+
+
+def test_waiters_are_served_in_the_order_of_their_coming():
+    slots = Slots(cap=1)
+    lanes = [Waiter(slots, 3) for _ in range(4)]
+    for lane in lanes:
+        lane.fill()
+    served = []
+    for holder in lanes[:-1]:
+        holder.wants = 0
+        holder.end()
+        served += [number for number, lane in enumerate(lanes) if lane.active == 3]
+    assert served == [1, 2, 3]
+
+
+@given(
+    cap=st.integers(0, 6),
+    wants=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    ends=st.lists(st.integers(0, 5), max_size=60),
+)
+def test_the_cap_is_never_passed_and_never_left_unused(cap, wants, ends):
+    slots = Slots(cap)
+    lanes = [Waiter(slots, want) for want in wants]
+    for lane in lanes:
+        lane.fill()
+    for number in ends:
+        lane = lanes[number % len(lanes)]
+        if lane.active:
+            lane.wants -= 1
+            lane.end()
+            lane.fill()
+        shared = Counter({lane: max(0, lane.active - OWN) for lane in lanes}).total()
+        lacking = any(lane.active < lane.wants for lane in lanes)
+        assert shared == cap if lacking else shared <= cap
+    for lane in lanes:
+        lane.wants = 0
+        while lane.active:
+            lane.end()
+    late = Waiter(slots, 100)
+    late.fill()
+    assert late.active == cap + OWN
