@@ -25,6 +25,7 @@ from relay.ingest.routes import Mount
 from relay.ingest.server import Server
 from relay.jobs import Jobs
 from relay.listeners import address, bind, bind_unix, listen, stop_listening, url
+from relay.loader import Setup
 from relay.metrics import Metrics
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
@@ -58,8 +59,8 @@ class Addresses(msgspec.Struct, frozen=True):
 class App:
     """The parts, put together; `run` is their life."""
 
-    def __init__(self, config: Config, clock: Clock | None = None) -> None:
-        self.config = config
+    def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
+        self.config = config = setup.config
         self.clock = clock = clock or SystemClock()
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
@@ -78,7 +79,9 @@ class App:
             Mount(name=name, source=source.settings, config=source) for name, source in config.sources.items()
         )
         self.ingest = Ingest(mounts=mounts, store=self.store, clock=clock, metrics=self.metrics)
-        self.engine = Engine(config.destinations, store=self.store, clock=clock, metrics=self.metrics)
+        self.engine = Engine(
+            config.destinations, formats=setup.formats, store=self.store, clock=clock, metrics=self.metrics
+        )
         self.router = Router(
             {name: Subscription.of(d.events, d.where) for name, d in config.destinations.items()},
             {name: _terms(destination) for name, destination in config.destinations.items()},
@@ -217,10 +220,10 @@ class App:
             log.info("the linked SQLite has the WAL-reset bug: no other program may write relay.db")
 
 
-async def serve(config: Config) -> None:
+async def serve(setup: Setup) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
     gc.set_threshold(*GC_THRESHOLDS)
-    app = App(config)
+    app = App(setup)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)

@@ -28,6 +28,7 @@ BUNDLED = "relay.sources"
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """Something that came in: imported, and not yet asked what it offers."""
 
+    name: str  # of the file or the entry point; the value of a metric's label
     module: Any  # an entry point may name any object
     file: str  # for messages and lists
     door: Door
@@ -49,7 +50,7 @@ def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
             yield loaded
         else:
             version = str(getattr(loaded, "__version__", ""))
-            yield Plugin(module=loaded, file=str(file), door="dirs", version=version)
+            yield Plugin(name=file.stem, module=loaded, file=str(file), door="dirs", version=version)
 
 
 def _installed() -> Iterator[Plugin | Problem]:
@@ -61,7 +62,7 @@ def _installed() -> Iterator[Plugin | Problem]:
         else:
             file = str(getattr(loaded, "__file__", None) or name)
             version = point.dist.version if point.dist else ""
-            yield Plugin(module=loaded, file=file, door="entry point", version=version)
+            yield Plugin(name=point.name, module=loaded, file=file, door="entry point", version=version)
 
 
 def _bundled() -> Iterator[Plugin | Problem]:
@@ -72,7 +73,8 @@ def _bundled() -> Iterator[Plugin | Problem]:
         if isinstance(loaded, Problem):
             yield loaded
         else:
-            yield Plugin(module=loaded, file=str(loaded.__file__), door="bundled", version=relay.__version__)
+            file = str(loaded.__file__)
+            yield Plugin(name=info.name, module=loaded, file=file, door="bundled", version=relay.__version__)
 
 
 def _import_file(file: Path) -> ModuleType:

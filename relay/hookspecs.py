@@ -2,6 +2,7 @@
 
 import pluggy
 
+from relay.formats import Format
 from relay.source import Source
 
 PROJECT = "relay"
@@ -11,4 +12,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def relay_sources() -> list[type[Source]]:  # type: ignore[empty-body]
-    """Return the kinds of source that this plugin offers."""
+    """Return kinds of source: what `plugin = …` of a source may name."""
+
+
+@hookspec
+def relay_formats() -> list[Format]:  # type: ignore[empty-body]
+    """Return ways to write an event down: what `format = …` of a destination may name."""

@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,13 @@ from relay.config.document import read
 from relay.config.model import Config, SourceConfig
 from relay.config.problem import ConfigError, KeyPath, Problem, guess, shown
 from relay.config.tables import bind_tables, named_tables
-from relay.doors import Door, Plugin, at_the_doors, in_one_line
+from relay.doors import at_the_doors, in_one_line
 from relay.errors import Refusal
+from relay.formats import Format
+from relay.offers import Kind, Offers, PluginError
 from relay.source import Source
 
-_COMMON = frozenset(SourceConfig.__struct_fields__)
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
-
-
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """A kind of source that `plugin = …` may name."""
-
-    name: str
-    source: type[Source]
-    file: str  # where it came from
-    door: Door
-    version: str
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,10 +31,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
     config: Config
     kinds: Mapping[str, Kind]
-
-
-class _PluginError(Exception):
-    """What is wrong with a plugin, as one sentence about its file."""
+    formats: Mapping[str, Format]  # by name, those of the relay itself included
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
@@ -54,65 +42,70 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
     """
     binder = Binder(read(path), environ)
     config = bind_tables(binder)
-    kinds, broken = discover(config.plugins.dirs)
+    offers, broken = discover(config.plugins.dirs)
     binder.problems += broken
     sources = {}
     for name, table in named_tables(binder, "sources").items():
         if name == checks.RESERVED:
             binder.report(("sources", name), "this name is reserved for the relay's own events")
-        source = _bind_source(binder, config, kinds, name, table, blame_kinds=not broken)
+        source = _bind_source(binder, config, offers.kinds, name, table, blame_kinds=not broken)
         if source is not None:
             sources[name] = source
     _check_claims(binder, sources)
+    if not broken:  # else a broken plugin may be the one that is meant
+        _check_formats(binder, config, offers.formats)
     if binder.problems:
         raise ConfigError(binder.problems)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))
-    return Setup(config=msgspec.structs.replace(config, sources=sources, warnings=warnings), kinds=kinds)
+    return Setup(
+        config=msgspec.structs.replace(config, sources=sources, warnings=warnings),
+        kinds=offers.kinds,
+        formats=offers.formats,
+    )
 
 
-def discover(dirs: Sequence[Path]) -> tuple[dict[str, Kind], list[Problem]]:
-    """Return the kinds on offer by name, and what is wrong with plugins; earlier doors hide later ones."""
+def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:
+    """Return everything on offer, and what is wrong with plugins."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    kinds: dict[str, Kind] = {}
+    offers = Offers()
     problems: list[Problem] = []
     for plugin in at_the_doors(dirs):
         if isinstance(plugin, Problem):
             problems.append(plugin)
             continue
         try:
-            for kind in _kinds_of(manager, plugin):
-                rival = kinds.setdefault(kind.name, kind)
-                if rival is not kind and rival.door == kind.door:
-                    text = f'offers the kind "{kind.name}", as {rival.file} does; keep one of them'
-                    problems.append(Problem(plugin.file, 0, "", text))
-        except _PluginError as error:
+            for hook, function in _hooks_of(manager, plugin.module).items():
+                offers.take(plugin, hook, function)
+        except PluginError as error:
             problems.append(Problem(plugin.file, 0, "", str(error)))
-    return kinds, problems
+    return offers, problems
 
 
-def _kinds_of(manager: pluggy.PluginManager, plugin: Plugin) -> Iterator[Kind]:
-    _check_hooks(manager, plugin.module)
-    if manager.is_registered(plugin.module):
-        raise _PluginError("comes in twice; keep one of its entry points")
+def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[..., Any]]:
+    """Return a plugin's hooks as plain functions, by the name of the hook."""
+    _check_marks(manager, module)
+    if manager.is_registered(module):
+        raise PluginError("comes in twice; keep one of its entry points")
     try:
-        manager.register(plugin.module)
+        manager.register(module)
     except pluggy.PluginValidationError as error:
-        raise _PluginError(f"is no valid plugin: {str(error).splitlines()[-1]}") from None
-    for hook in manager.hook.relay_sources.get_hookimpls():
-        if hook.plugin is plugin.module:
-            for source in _call(hook.function):
-                _check_source(source)
-                yield Kind(
-                    name=source.kind,
-                    source=source,
-                    file=plugin.file,
-                    door=plugin.door,
-                    version=plugin.version,
-                )
+        raise PluginError(f"is no valid plugin: {str(error).splitlines()[-1]}") from None
+    found: dict[str, Callable[..., Any]] = {}
+    for caller in manager.get_hookcallers(module) or ():
+        takes = inspect.signature(getattr(hookspecs, caller.name)).parameters
+        for hook in caller.get_hookimpls():
+            if hook.plugin is not module:
+                continue
+            if caller.name in found:
+                raise PluginError(f"defines {caller.name}() twice")
+            if hook.hookwrapper or hook.wrapper or hook.argnames != tuple(takes):
+                raise PluginError(f"must define {caller.name}({', '.join(takes)}) as a plain function")
+            found[caller.name] = hook.function
+    return found
 
 
-def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
+def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
     """Find misspelt hooks: pluggy passes over a function without a mark, whatever its name."""
     known = [name for name in vars(hookspecs) if name.startswith("relay_")]
     found = False
@@ -124,36 +117,12 @@ def _check_hooks(manager: pluggy.PluginManager, module: Any) -> None:
         if not options and not (own and name.startswith("relay_")):
             continue
         if hook not in known:
-            raise _PluginError(f'has a hook "{hook}" that does not exist{guess(hook, known)}')
+            raise PluginError(f'has a hook "{hook}" that does not exist{guess(hook, known)}')
         if not options:
-            raise _PluginError(f"defines {name}() without @hookimpl; put the mark above it")
+            raise PluginError(f"defines {name}() without @hookimpl; put the mark above it")
         found = True
     if not found:
-        raise _PluginError("offers nothing; define relay_sources() with @hookimpl")
-
-
-def _call(function: Any) -> list[Any]:
-    try:
-        offered = function()
-    except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
-        raise _PluginError(f"relay_sources() raised {in_one_line(error)}") from None
-    if not isinstance(offered, list | tuple):
-        raise _PluginError(f"relay_sources() returned {offered!r:.60}; expected a list of Source classes")
-    return list(offered)
-
-
-def _check_source(source: Any) -> None:
-    if not (isinstance(source, type) and issubclass(source, Source)):
-        raise _PluginError(f"relay_sources() returned a list with {source!r:.60}, which is no Source class")
-    try:
-        checks.name(source.kind)
-        fields = {field.name for field in msgspec.structs.fields(source)}
-    except ValueError as error:
-        raise _PluginError(f"{source.__name__} has the kind {source.kind!r}: {error}") from None
-    except NameError as error:
-        raise _PluginError(f"{source.__name__} has a field of an unknown type: {error}") from None
-    if taken := sorted(fields & _COMMON):
-        raise _PluginError(f"{source.__name__} has a field `{taken[0]}`: that key belongs to every source")
+        raise PluginError(f"offers nothing; define one of {', '.join(known)} with @hookimpl")
 
 
 def _bind_source(
@@ -218,3 +187,12 @@ def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
             if rival != f'source "{name}"':
                 binder.report(("sources", name), f"claims {claim}, as {rival} does; give it a `prefix`")
                 break
+
+
+def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]) -> None:
+    for name, destination in config.destinations.items():
+        wanted = destination.format
+        if wanted not in formats:
+            advice = guess(wanted, formats) or f"; there are: {', '.join(formats)}"
+            path: KeyPath = ("destinations", name, "format")
+            binder.report(path, f"no format is called {shown(wanted)}{advice}")

@@ -132,7 +132,7 @@ class Relay:
 @asynccontextmanager
 async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = None) -> AsyncIterator[Relay]:
     """Run the relay in this process until the test is through with it."""
-    app = App(load(config).config, clock)
+    app = App(load(config), clock)
     ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
     life = asyncio.create_task(app.run(ready.set_result))
     await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)

@@ -152,13 +152,13 @@ def test_the_page_names_each_key_with_its_default(table, field, tmp_path):
 @pytest.mark.parametrize("table", TABLES)
 def test_the_page_and_config_toml_name_no_key_that_is_none(table):
     known = {field.name for name, field in keys() if name == table}
-    plugins = {key for kind in discover([])[0].values() for key in kind.source.__struct_fields__}
+    plugins = {key for kind in discover([])[0].kinds.values() for key in kind.source.__struct_fields__}
     assert set(documented(table)) == known
     assert set(general(table)) - known == (plugins if table == "sources.NAME" else set())
 
 
 def test_config_toml_shows_each_key_of_each_bundled_source(tmp_path):
-    for kind in discover([])[0].values():
+    for kind in discover([])[0].kinds.values():
         for field in msgspec.structs.fields(kind.source):
             line = SHOWN[f"sources.{kind.name}"][field.name]
             assert line.comment, f"{kind.name}.{field.name}"
@@ -166,11 +166,10 @@ def test_config_toml_shows_each_key_of_each_bundled_source(tmp_path):
 
 
 def test_config_toml_runs_as_it_is():
-    config = load(REFERENCE, {}).config
+    setup = load(REFERENCE, {})
+    config = setup.config
     assert config.development
-    assert (
-        {source.plugin for source in config.sources.values()} == set(config.sources) == set(discover([])[0])
-    )
+    assert {source.plugin for source in config.sources.values()} == set(config.sources) == set(setup.kinds)
     assert set(config.destinations) == {"crm"}
     assert len(config.warnings) == 1  # Adorn's clients send no token
 

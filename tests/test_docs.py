@@ -25,7 +25,7 @@ OPERATING = (ROOT / "docs" / "operating.md").read_text()
 def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     file = write_config(folder, listen="127.0.0.1:0", receiver="http://127.0.0.1:9", secret=SECRET)
-    return App(load(file).config)
+    return App(load(file))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

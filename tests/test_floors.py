@@ -16,7 +16,7 @@ FLOORS = (
         "retry", "registry", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),
-    ("doors", "loader", "ingest", "delivery", "workers", "jobs"),
+    ("doors", "offers", "loader", "ingest", "delivery", "workers", "jobs"),
     ("api",),
     ("app", "demo"),
     ("cli",),

@@ -29,6 +29,14 @@ class Shop(Source, kind="{kind}", owns=("/{kind}",)):
 def relay_sources():
     return [Shop]
 """
+FORMAT = """
+from relay.formats import Format
+from relay.hookspecs import hookimpl
+
+@hookimpl
+def relay_formats():
+    return [Format(name={name!r}, content_type={content_type!r}, render={render})]
+"""
 HEAD = "from relay.hookspecs import hookimpl\nfrom relay.source import Source, Invalid, Secrets, route\n"
 SHOP = "[sources.shop]\nplugin = 'shop'\ntokens = [{ env = 'TOKEN' }]\n"
 
@@ -75,36 +83,36 @@ def install(folder, monkeypatch, name, source, entry):
 
 
 def test_the_bundled_sources_are_always_there():
-    kinds, problems = discover([])
+    offers, problems = discover([])
     assert problems == []
-    assert set(kinds) == {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
-    moddy = kinds["moddy"]
+    assert set(offers.kinds) == {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+    moddy = offers.kinds["moddy"]
     assert (moddy.door, moddy.version, Path(moddy.file).name) == ("bundled", __version__, "moddy.py")
 
 
 def test_a_file_in_a_plugin_folder_offers_a_kind(plugins):
     (plugins / "shop.py").write_text("__version__ = '1.2'\n" + PLUGIN.format(kind="shop"))
     (plugins / "_helper.py").write_text("raise RuntimeError")
-    kinds, problems = discover([plugins, plugins / "missing"])
+    offers, problems = discover([plugins, plugins / "missing"])
     assert problems == []
-    shop = kinds["shop"]
+    shop = offers.kinds["shop"]
     assert (shop.door, shop.file, shop.version) == ("dirs", str(plugins / "shop.py"), "1.2")
     assert not (plugins / "__pycache__").exists()
 
 
 def test_an_installed_package_offers_a_kind(tmp_path, monkeypatch):
     install(tmp_path / "site", monkeypatch, "acme_relay", PLUGIN.format(kind="acme"), "acme = acme_relay")
-    kinds, problems = discover([])
+    offers, problems = discover([])
     assert problems == []
-    assert (kinds["acme"].door, kinds["acme"].version) == ("entry point", "3.2")
+    assert (offers.kinds["acme"].door, offers.kinds["acme"].version) == ("entry point", "3.2")
 
 
 def test_an_earlier_door_hides_the_same_kind_of_a_later_one(plugins, tmp_path, monkeypatch):
     install(tmp_path / "site", monkeypatch, "two_kinds", PLUGIN.format(kind="moddy"), "x = two_kinds")
-    assert discover([])[0]["moddy"].door == "entry point"
+    assert discover([])[0].kinds["moddy"].door == "entry point"
     (plugins / "mine.py").write_text(PLUGIN.format(kind="moddy"))
-    kinds, problems = discover([plugins])
-    assert kinds["moddy"].door == "dirs"
+    offers, problems = discover([plugins])
+    assert offers.kinds["moddy"].door == "dirs"
     assert problems == []
 
 
@@ -117,18 +125,18 @@ def test_two_plugins_of_one_door_with_one_kind_stop_the_start_naming_both_files(
 
 def test_a_folder_named_twice_is_read_once(plugins):
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
-    kinds, problems = discover([plugins, plugins.parent / "." / "plugins.d"])
+    offers, problems = discover([plugins, plugins.parent / "." / "plugins.d"])
     assert problems == []
-    assert "shop" in kinds
+    assert "shop" in offers.kinds
 
 
 def test_an_unchanged_file_gives_the_same_class_again_and_an_edited_one_another(plugins):
     file = plugins / "shop.py"
     file.write_text(PLUGIN.format(kind="shop"))
-    first = discover([plugins])[0]["shop"].source
-    assert discover([plugins])[0]["shop"].source is first
+    first = discover([plugins])[0].kinds["shop"].source
+    assert discover([plugins])[0].kinds["shop"].source is first
     file.write_text(PLUGIN.format(kind="shop") + "\n# edited\n")
-    assert discover([plugins])[0]["shop"].source is not first
+    assert discover([plugins])[0].kinds["shop"].source is not first
 
 
 def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
@@ -145,7 +153,7 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
         ("x = 1\n\nraise SystemExit(3)", 3, "cannot be imported: SystemExit: 3"),
         ("def f():\n    return 1 / 0\nf()", 2, "cannot be imported: ZeroDivisionError"),
         ("'\0'", 0, "cannot be imported: "),
-        ("x = 1", 0, "offers nothing; define relay_sources() with @hookimpl"),
+        ("x = 1", 0, "offers nothing; define one of relay_sources, relay_formats"),
         (
             HEAD + "@hookimpl\ndef relay_source(): return []",
             0,
@@ -177,6 +185,22 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
             0,
             "returned a list with 3, which is no Source class",
         ),
+        (
+            HEAD + "@hookimpl\ndef relay_formats(): return ['audit']",
+            0,
+            "relay_formats() returned a list with 'audit', which is no Format",
+        ),
+        (
+            HEAD + "@hookimpl(wrapper=True)\ndef relay_sources(): return (yield)",
+            0,
+            "must define relay_sources() as a plain function",
+        ),
+        (
+            HEAD + "f = hookimpl(specname='relay_sources')(lambda: [])\n"
+            "g = hookimpl(specname='relay_sources')(lambda: [])",
+            0,
+            "defines relay_sources() twice",
+        ),
         (HEAD + "@hookimpl\ndef relay_sources(): return 1/0", 0, "relay_sources() raised ZeroDivisionError"),
         (HEAD + "@hookimpl\ndef relay_sources():\n yield 1", 0, "expected a list of Source classes"),
         (
@@ -200,12 +224,12 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
 def test_a_broken_plugin_is_one_sentence_that_names_its_file(plugins, source, line, says):
     file = plugins / "bad.py"
     file.write_text(source)
-    kinds, (problem,) = discover([plugins])
+    offers, (problem,) = discover([plugins])
     assert problem.file == str(file)
     assert problem.line == line
     assert says in problem.problem
     assert "\n" not in str(problem)
-    assert "moddy" in kinds
+    assert "moddy" in offers.kinds
 
 
 def test_a_broken_entry_point_is_named(tmp_path, monkeypatch):
@@ -219,6 +243,73 @@ def test_one_module_behind_two_entry_points_is_named(tmp_path, monkeypatch):
     install(tmp_path / "site", monkeypatch, "twice_relay", PLUGIN.format(kind="twice"), entries)
     _, (problem,) = discover([])
     assert str(problem) == f"{tmp_path}/site/twice_relay.py: comes in twice; keep one of its entry points"
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+CRM = "[destinations.crm]\nurl = 'http://x'\nsecrets = []\n"
+
+
+def offer_format(folder, file="audit.py", name="audit", content_type="text/plain", render="bytes"):
+    (folder / file).write_text(FORMAT.format(name=name, content_type=content_type, render=render))
+
+
+def test_a_destination_may_use_a_plugin_s_format(setup, plugins):
+    offer_format(plugins)
+    result = setup(CRM + "format = 'audit'")
+    assert result.formats["audit"].content_type == "text/plain"
+    assert list(result.formats) == ["standard", "raw", "cloudevents", "slack", "discord", "audit"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "says"),
+    [
+        ("audt", 'no format is called "audt", did you mean "audit"?'),
+        ("x", 'no format is called "x"; there are: standard, raw, cloudevents, slack, discord, audit'),
+    ],
+)
+def test_a_format_that_nobody_offers_is_told_together_with_all_else(told, plugins, format_, says):
+    offer_format(plugins)
+    levle, audit, where = told(f"log.levle = 1\n{CRM}format = '{format_}'\nwhere = 5")
+    assert levle.startswith("config.toml:1: log.levle: unknown key")
+    assert audit == f"config.toml:5: destinations.crm.format: {says}"
+    assert where.startswith("config.toml:6: destinations.crm.where: expected a table")
+
+
+def test_while_a_plugin_is_broken_an_unknown_format_is_not_blamed_as_well(told, plugins):
+    (plugins / "audit.py").write_text("def f(:")
+    (problem,) = told(CRM + "format = 'audit'")
+    assert problem.startswith("plugins.d/audit.py:1: cannot be imported")
+
+
+def test_a_format_of_a_taken_name_stops_the_start_naming_who_has_it(plugins):
+    offer_format(plugins, "a.py", "slack")
+    offer_format(plugins, "b.py", "audit")
+    offer_format(plugins, "c.py", "audit")
+    assert [str(problem).replace(f"{plugins}/", "") for problem in discover([plugins])[1]] == [
+        'a.py: offers the format "slack", as the relay itself does; give it another name',
+        'c.py: offers the format "audit", as b.py does; give it another name',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"name": ""}, "has a format called '': a name is 1 to 64"),
+        ({"name": 5}, "has a format called 5: expected string"),
+        (
+            {"content_type": "text/plain\n"},
+            "\"audit\" has the content type 'text/plain\\n', which is no head",
+        ),
+        ({"content_type": b"text/plain"}, "has the content type b'text/plain', which is no header value"),
+        ({"render": "None"}, 'the format "audit" has a `render` that is no plain function'),
+        ({"render": "__import__('asyncio').sleep"}, "has a `render` that is no plain function"),
+    ],
+)
+def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
+    offer_format(plugins, **wrong)
+    _, (problem,) = discover([plugins])
+    assert says in str(problem)
 
 
 # --- sources ------------------------------------------------------------------------------------

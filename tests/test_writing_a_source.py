@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from relay import errors, hookspecs, source
+from relay import errors, source
 from relay.app import App
 from relay.config.model import SourceConfig
 from relay.config.secret import Secret
@@ -45,7 +45,7 @@ async def running(folder, receiver):
     (folder / "plugins.d" / "parcels.py").write_text(EXAMPLE)
     config = folder / "config.toml"
     config.write_text(CONFIG.format(receiver=receiver, secret=SECRET.reveal()) + SETTINGS)
-    app = App(load(config, {}).config)
+    app = App(load(config, {}))
     ready = asyncio.get_running_loop().create_future()
     life = asyncio.create_task(app.run(ready.set_result))
     await asyncio.wait((life, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -121,14 +121,6 @@ def test_every_refusal_is_in_the_table_with_its_status_and_reason():
 @pytest.mark.parametrize("name", source.__all__)
 def test_everything_that_a_source_may_import_is_on_the_page(name):
     assert re.search(rf"\b{name}\b", PAGE)
-
-
-def test_every_hook_is_on_the_page_with_its_signature():
-    hooks = {name: value for name, value in vars(hookspecs).items() if name.startswith("relay_")}
-    documented = dict(re.findall(r"^\* `(relay_\w+)(.*)`:", PAGE, re.MULTILINE))
-    assert documented.keys() == hooks.keys()
-    assert documented["relay_sources"] == "() -> list[type[Source]]"
-    assert inspect.signature(hooks["relay_sources"]).return_annotation == list[type[source.Source]]
 
 
 def test_the_keys_that_belong_to_every_source_are_on_the_page():

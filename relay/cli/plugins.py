@@ -31,10 +31,10 @@ def list_(config: Path | None, *, as_json: bool) -> None:
     """
     path = look_for_config(config)
     dirs = bind_tables(Binder(read(path), os.environ)).plugins.dirs if path else ()
-    kinds, problems = discover(dirs)
+    offers, problems = discover(dirs)
     found = [
         {"kind": kind.name, "door": kind.door, "version": kind.version, "file": kind.file}
-        for _, kind in sorted(kinds.items())
+        for _, kind in sorted(offers.kinds.items())
     ]
     if as_json:
         print_json(found)

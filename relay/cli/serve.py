@@ -36,9 +36,10 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -
     from relay.loader import load  # noqa: PLC0415 - see above
     from relay.logs import configure  # noqa: PLC0415 - see above
 
-    loaded = load(find_config(config)).config
-    configure(loaded.log.level, loaded.log.format, under_systemd="JOURNAL_STREAM" in os.environ)
-    _run(lambda: run_app(loaded))
+    setup = load(find_config(config))
+    log = setup.config.log
+    configure(log.level, log.format, under_systemd="JOURNAL_STREAM" in os.environ)
+    _run(lambda: run_app(setup))
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

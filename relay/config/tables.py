@@ -1,4 +1,4 @@
-"""The tables of config.toml with keys of ours; `relay.loader` adds the sources, whose keys plugins own."""
+"""The tables of config.toml with keys of ours; `relay.loader` adds what plugins have a say in."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from relay.config.model import Config, DestinationConfig, Plugins
 from relay.config.problem import KeyPath, guess, shown
 from relay.envelope import Path as EnvelopePath
 from relay.filters import OPERATOR_EVENTS, Patterns
-from relay.formats import FORMATS
 from relay.where import compile_where
 
 
@@ -85,7 +84,7 @@ def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], 
 
 
 def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
-    """Check which events a destination chooses, and how it wants them written."""
+    """Check which events a destination chooses, and how it wants them kept in order."""
     try:
         Patterns(destination.events)
     except ValueError as error:
@@ -102,9 +101,6 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
                 EnvelopePath.parse(text)
         except ValueError as error:
             binder.report((*path, field), str(error))
-    if destination.format not in FORMATS:
-        advice = guess(destination.format, FORMATS) or f"; there are: {', '.join(FORMATS)}"
-        binder.report((*path, "format"), f"no format is called {shown(destination.format)}{advice}")
     tables = binder.document.data.get("sources")
     sources = tables if isinstance(tables, dict) else {}
     for index, pattern in enumerate(destination.events):

@@ -11,6 +11,7 @@ from relay.delivery.lane import Lane
 from relay.delivery.memory import MOST, Memory
 from relay.delivery.sender import Sender
 from relay.delivery.slots import Slots
+from relay.formats import FORMATS, Format
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
 from relay.store import Store
@@ -26,6 +27,7 @@ class Engine:
         store: Store,
         clock: Clock,
         metrics: Metrics,
+        formats: Mapping[str, Format] = FORMATS,
         rand: Callable[[], float] = random.random,
         memory: int = MOST,
     ) -> None:
@@ -34,6 +36,7 @@ class Engine:
         self._store = store
         self._clock = clock
         self._metrics = metrics
+        self._formats = formats
         self._rand = rand
         self._memory = Memory(memory)
 
@@ -48,7 +51,7 @@ class Engine:
             client = Client(config, own=own)
             self.lanes[name] = Lane(
                 config,
-                Sender(config, client, self._clock, self._rand),
+                Sender(config, self._formats[config.format], client, self._clock, self._rand),
                 store=self._store,
                 clock=self._clock,
                 metrics=self._metrics,

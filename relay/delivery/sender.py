@@ -6,7 +6,7 @@ from collections.abc import Callable
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
-from relay.formats import FORMATS
+from relay.formats import Format
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
 from relay.retry import RetryPolicy, Verdict, verdict
 from relay.signing import Signer
@@ -19,14 +19,19 @@ class Sender:
     """Makes attempts at one destination."""
 
     def __init__(
-        self, config: DestinationConfig, client: Client, clock: Clock, rand: Callable[[], float]
+        self,
+        config: DestinationConfig,
+        format_: Format,
+        client: Client,
+        clock: Clock,
+        rand: Callable[[], float],
     ) -> None:
         self._config = config
         self._client = client
         self._clock = clock
         self._rand = rand
         self._signer = Signer(config.secrets)
-        self._format = FORMATS[config.format]
+        self._format = format_
         self._policy = RetryPolicy.of(config.retry)
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
 

@@ -55,9 +55,10 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
                 receiver=receiver.url,
                 secret=secret,
             )
-            config = load(file).config
+            setup = load(file)
+            config = setup.config
             configure(config.log.level, config.log.format, under_systemd=False)
-            async with _running(App(config)) as at, aiohttp.ClientSession() as session:
+            async with _running(App(setup)) as at, aiohttp.ClientSession() as session:
                 narrator.open(relay=at.public, admin=at.admin or "", receiver=receiver.url, folder=folder)
                 story = Story(session, narrator, receiver.arrivals, config, at.public)
                 problems = await story.tell()

@@ -1,0 +1,118 @@
+"""What plugins offer, taken in hook by hook: checked, and told apart by name."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from relay.config import checks
+from relay.config.model import SourceConfig
+from relay.doors import Door, Plugin, in_one_line
+from relay.formats import FORMATS, Format
+from relay.source import Source
+
+_COMMON = frozenset(SourceConfig.__struct_fields__)
+
+
+class PluginError(Exception):
+    """What is wrong with a plugin, as one sentence about its file."""
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of source that `plugin = …` may name."""
+
+    name: str
+    source: type[Source]
+    file: str  # where it came from
+    door: Door
+    version: str
+
+
+class Offers:
+    """Everything on offer; grows with each plugin."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
+        self.formats: dict[str, Format] = dict(FORMATS)
+        self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
+
+    def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
+        """Take in what a plugin offers by one of its hooks.
+
+        Raises:
+            PluginError: it is of no use, or another plugin offers the same.
+        """
+        match hook:
+            case "relay_sources":
+                for source in _offered(hook, function, "Source classes"):
+                    self._take_source(plugin, source)
+            case "relay_formats":
+                for format_ in _offered(hook, function, "Formats"):
+                    self._take_format(plugin, format_)
+
+    def _take_source(self, plugin: Plugin, source: Any) -> None:
+        _check_source(source)
+        kind = Kind(
+            name=source.kind, source=source, file=plugin.file, door=plugin.door, version=plugin.version
+        )
+        rival = self.kinds.setdefault(kind.name, kind)
+        if rival is not kind and rival.door == kind.door:
+            raise PluginError(f'offers the kind "{kind.name}", as {rival.file} does; keep one of them')
+
+    def _take_format(self, plugin: Plugin, format_: Any) -> None:
+        _check_format(format_)
+        if format_.name in self.formats:
+            rival = self._files[format_.name]
+            raise PluginError(f'offers the format "{format_.name}", as {rival} does; give it another name')
+        self.formats[format_.name] = format_
+        self._files[format_.name] = plugin.file
+
+
+def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:
+    try:
+        offered = function()
+    except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
+        raise PluginError(f"{hook}() raised {in_one_line(error)}") from None
+    if not isinstance(offered, list | tuple):
+        raise PluginError(f"{hook}() returned {offered!r:.60}; expected a list of {expected}")
+    yield from offered
+
+
+def _check_source(source: Any) -> None:
+    if not (isinstance(source, type) and issubclass(source, Source)):
+        raise PluginError(f"relay_sources() returned a list with {source!r:.60}, which is no Source class")
+    try:
+        checks.name(source.kind)
+        fields = {field.name for field in msgspec.structs.fields(source)}
+    except ValueError as error:
+        raise PluginError(f"{source.__name__} has the kind {source.kind!r}: {error}") from None
+    except NameError as error:
+        raise PluginError(f"{source.__name__} has a field of an unknown type: {error}") from None
+    if taken := sorted(fields & _COMMON):
+        raise PluginError(f"{source.__name__} has a field `{taken[0]}`: that key belongs to every source")
+
+
+def _check_format(format_: Any) -> None:
+    if not isinstance(format_, Format):
+        raise PluginError(f"relay_formats() returned a list with {format_!r:.60}, which is no Format")
+    _check_name("format", format_.name)
+    if format_.content_type is not None and not _is_header_value(format_.content_type):
+        raise PluginError(
+            f'the format "{format_.name}" has the content type {format_.content_type!r:.60}, '
+            "which is no header value"
+        )
+    render: Any = format_.render
+    if not callable(render) or inspect.iscoroutinefunction(render):
+        raise PluginError(f'the format "{format_.name}" has a `render` that is no plain function')
+
+
+def _check_name(what: str, name: Any) -> None:
+    try:
+        checks.name(name)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"has a {what} called {name!r:.60}: {error}") from None
+
+
+def _is_header_value(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable() and value.strip() == value != ""
