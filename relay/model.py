@@ -97,7 +97,7 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
 
     name: str
     paused: bool = False  # by an operator
-    failing_since: int | None = None  # wall clock of the first failure since the last success
+    failing_since: int | None = None  # steady clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
     disabled_reason: str | None = None  # gone (410), asked (by header), failing, operator
 

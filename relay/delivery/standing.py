@@ -63,6 +63,15 @@ class Standing:
         self._show()
         await self._store.set_destination(state, tell)
 
+    async def steer(self, state: DestinationState) -> None:
+        """Take on what an operator decided; one who lets it go on means at once, and as if it were new."""
+        was_held = self.state.paused or self.state.disabled_at is not None
+        if was_held and not state.paused and state.disabled_at is None:
+            state = msgspec.structs.replace(state, failing_since=None)
+            self.rest_until = 0
+            self.circuit.probe_at(self._clock.steady())
+        await self.change(state)
+
     def rest(self, micros: int) -> None:
         """Send nothing for so long."""
         self.rest_until = max(self.rest_until, self._clock.steady() + micros)
@@ -77,7 +86,7 @@ class Standing:
         self, result: str, event: StoredEvent, why: str, openings: int, *, disable: str | None
     ) -> None:
         """Take in one that was not; `disable` is the reason when the receiver wants to be left alone."""
-        now = self._clock.wall()
+        now = self._clock.steady()  # a step of the wall clock disables nobody
         since = self.state.failing_since
         if since is None:
             since = now
@@ -86,7 +95,9 @@ class Standing:
             disable = "failing"
         if disable is not None and self.state.disabled_at is None:
             log.error("%s: disabled (%s); its deliveries are held, none is lost", self._config.name, disable)
-            state = msgspec.structs.replace(self.state, disabled_at=now, disabled_reason=disable)
+            state = msgspec.structs.replace(
+                self.state, disabled_at=self._clock.wall(), disabled_reason=disable
+            )
             await self._tolerantly(state, self._born("disabled", event, disable))
         await self._record(result, event, why, openings)
 
