@@ -29,9 +29,10 @@ class Feed:
         """How many more fit."""
         return WINDOW - len(self._window)
 
-    def wants(self, now: int) -> bool:
-        """Say whether to refill: half empty, and something may be due."""
-        return not self.refilling and self.due <= now and len(self._window) <= WINDOW // 2
+    def wants(self, now: int, *, probing: bool) -> bool:
+        """Say whether to refill: half empty, and something may be due. A probe needs one delivery."""
+        few = 0 if probing else WINDOW // 2
+        return not self.refilling and self.due <= now and len(self._window) <= few
 
     def put(self, deliveries: Iterable[Delivery]) -> None:
         """Add held deliveries; bodies beyond the budget are let go and read again later."""

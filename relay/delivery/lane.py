@@ -25,6 +25,8 @@ log = logging.getLogger("relay.delivery")
 POLL = 30 * SECOND
 """A lane looks into the store at least this often: the safety net under being told."""
 
+TICK = 0.001  # seconds; uvloop's timers ring up to half of that early, and must not ring in a row
+
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
 
 
@@ -58,6 +60,7 @@ class Lane:
         self._first = Feed(memory, retries=False)
         self._retry = Feed(memory, retries=True)
         self._feeds = (self._first, self._retry)
+        self._latest = self._retry  # the feed whose turn it was last
         # A quarter of the slots is kept for first attempts, so that retries cannot hold up what is new.
         spare = -(-config.concurrency // 4) if config.concurrency > 1 else 0
         self._most_retries = config.concurrency - spare
@@ -82,9 +85,14 @@ class Lane:
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
         feed = self._first
-        if self._stopping or self.held is not None or feed.room <= 0:
+        if self._stopping or self.held is not None:
             self._store.release((delivery.id,))
             feed.due = 0
+        elif feed.room <= 0 or feed.due <= self._clock.steady():
+            # The store has older ones: what is new must not overtake them for ever.
+            self._store.release((delivery.id,))
+            feed.due = 0
+            self.turn()
         elif len(feed) or not self._may_begin():
             feed.put((delivery,))
             self._set_timer()
@@ -110,14 +118,14 @@ class Lane:
                 self._begin(feed, feed.take())
             now = self._clock.steady()
             for feed in self._feeds:
-                if feed.wants(now):
+                if feed.wants(now, probing=self.standing.circuit.is_open):
                     feed.refilling = True
                     self._spawn(self._refill(feed))
         self._set_timer()
 
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
-        await self.standing.change(state)
+        await self.standing.steer(state)
         if self.held is not None:
             self._let_go()
         for feed in self._feeds:
@@ -144,13 +152,16 @@ class Lane:
     # --- slots ---
 
     def _next(self) -> Feed | None:
-        """Choose whose turn it is: the feed with fewer attempts under way, within its share."""
+        """Choose whose turn it is: the feed with fewer attempts under way, within its share.
+
+        With one at a time, or few in a second, none is under way: then they take turns.
+        """
         ready = [
             feed
             for feed in self._feeds
             if len(feed) and (not feed.retries or feed.active < self._most_retries)
         ]
-        return min(ready, key=lambda feed: feed.active) if ready else None
+        return min(ready, key=lambda feed: (feed.active, feed is self._latest)) if ready else None
 
     def _may_begin(self) -> bool:
         """Take a slot for one more attempt, if circuit, concurrency, cap and rate allow it."""
@@ -168,6 +179,7 @@ class Lane:
 
     def _begin(self, feed: Feed, delivery: Delivery) -> None:
         feed.active += 1
+        self._latest = feed
         self._spawn(self._work(feed, delivery))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -202,6 +214,9 @@ class Lane:
             delivery.event = event
         assert event is not None  # noqa: S101 - `corrupt` judged that
         if not self._store.begin_attempt(delivery.id):
+            # It is just being ended otherwise; should that fail, the store has it for us again.
+            self._store.release((delivery.id,))
+            self._first.due = self._retry.due = 0
             return
         if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
             await self._record(Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl"))
@@ -274,7 +289,8 @@ class Lane:
         """Claim what is due, and read as many bodies as memory allows."""
         feed.due = self._clock.steady() + POLL
         try:
-            claim = await self._store.claim(self.name, feed.room, retries=feed.retries)
+            wanted = 1 if self.standing.circuit.is_open else feed.room
+            claim = await self._store.claim(self.name, wanted, retries=feed.retries)
             if claim.next_due is not None:
                 feed.due = min(feed.due, claim.next_due)
             await self._load(claim.deliveries)
@@ -327,7 +343,8 @@ class Lane:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        self._timer = asyncio.get_running_loop().call_later((at - now) / SECOND, self._on_timer)
+        wait = max((at - now) / SECOND, TICK)
+        self._timer = asyncio.get_running_loop().call_later(wait, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
