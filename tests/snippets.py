@@ -1,0 +1,183 @@
+"""The code on docs/receiving.md, in every language that this machine has: put into files, built, run.
+
+A driver (tests/drivers) reads {name: [secrets, headers, body in base64, now]} on stdin, calls the snippet's
+`verify` with each, and prints {name: [webhook-id, null]} or {name: [null, why not]}.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "receiving.md").read_text()
+SECRET = "whsec_aG9va2ZlcnJ5IGV4YW1wbGUga2V5LCAzMiBieXRlcy4="
+OTHER = "whsec_" + base64.b64encode(b"another key of 32 bytes, for it.").decode()
+
+
+def section(heading: str) -> str:
+    """Return what is below a heading, up to the next one of any level."""
+    hidden = re.sub(  # the # of comments in code, which look like headings
+        r"^```.*?^```", lambda block: block[0].replace("#", "\0"), PAGE, flags=re.MULTILINE | re.DOTALL
+    )
+    pattern = rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)"
+    [text] = re.findall(pattern, hidden, re.MULTILINE | re.DOTALL)
+    return text.replace("\0", "#")
+
+
+def blocks(heading: str, fence: str) -> list[str]:
+    """Return the code of one kind below a heading."""
+    return re.findall(rf"^```{fence}\n(.*?)^```", section(heading), re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Language:
+    """How the snippets of one language are put into files and run."""
+
+    needs: str  # the command that must be there
+    files: dict[str, str]
+    driver: tuple[str, ...]
+    receiver: tuple[str, ...]
+    build: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Put the snippets and the driver into a folder, and build them."""
+        for name, text in self.files.items():
+            (folder / name).write_text(text)
+        [suffix] = {Path(name).suffix for name in self.files}
+        shutil.copy(TESTS / "drivers" / f"driver{suffix}", folder)
+        if self.build:
+            # Go's own cache is used where there is a home for one: without it net/http takes 20 s.
+            cache = {} if os.environ.get("HOME") else {"GOCACHE": str(folder / "cache")}
+            run(self.build, folder, GOFLAGS="-mod=mod", GOTOOLCHAIN="local", CGO_ENABLED="0", **cache)
+
+
+PYTHON = (sys.executable, "-W", "error", "-B")
+PYTHON_VERIFY, PYTHON_RECEIVER, LIBRARY_VERIFY = blocks("Python", "python")
+JS_VERIFY, JS_RECEIVER = blocks("JavaScript", "js")
+PHP_VERIFY, PHP_RECEIVER = blocks("PHP", "php")
+GO_VERIFY, GO_RECEIVER = blocks("Go", "go")
+
+LANGUAGES = {
+    "python": Language(
+        needs=sys.executable,
+        files={"verify.py": PYTHON_VERIFY, "receiver.py": PYTHON_RECEIVER},
+        driver=(*PYTHON, "driver.py"),
+        receiver=(*PYTHON, "receiver.py"),
+    ),
+    "standardwebhooks": Language(
+        needs=sys.executable,
+        files={"verify.py": LIBRARY_VERIFY, "receiver.py": PYTHON_RECEIVER},
+        driver=(*PYTHON, "driver.py"),
+        receiver=(*PYTHON, "receiver.py"),
+    ),
+    "node": Language(
+        needs="node",
+        files={"verify.mjs": JS_VERIFY, "receiver.mjs": JS_RECEIVER},
+        driver=("node", "driver.mjs"),
+        receiver=("node", "receiver.mjs"),
+    ),
+    "php": Language(
+        needs="php",
+        files={"verify.php": PHP_VERIFY, "receiver.php": PHP_RECEIVER},
+        driver=("php", "driver.php"),
+        receiver=("php", "-S", "127.0.0.1:0", "receiver.php"),
+    ),
+    "go": Language(
+        needs="go",
+        files={"verify.go": GO_VERIFY, "receiver.go": GO_RECEIVER},
+        build=("go", "build", "-o", "program", "verify.go", "receiver.go", "driver.go"),
+        driver=("./program", "verify"),
+        receiver=("./program",),
+    ),
+}
+HERE = [name for name, language in LANGUAGES.items() if shutil.which(language.needs)]
+"""What can be run on this machine."""
+
+
+def run(command: tuple[str, ...], folder: Path, stdin: str = "", **environ: str) -> str:
+    """Run a command that must succeed, and return what it prints."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        input=stdin,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def judge(language: Language, folder: Path, cases: dict[str, tuple[Any, ...]]) -> dict[str, list[str | None]]:
+    """Put (secrets, headers, body, now) by name to a `verify`; gives [webhook-id, problem] by name."""
+    questions = {
+        name: (secrets, headers, base64.b64encode(body).decode(), now)
+        for name, (secrets, headers, body, now) in cases.items()
+    }
+    answers: dict[str, list[str | None]] = json.loads(run(language.driver, folder, json.dumps(questions)))
+    return answers
+
+
+@contextmanager
+def receiver(language: Language, folder: Path) -> Iterator[str]:
+    """Run the receiver in a folder that `write` has filled; gives its URL."""
+    environ = {**os.environ, "WEBHOOK_SECRETS": f"{OTHER} {SECRET}", "PORT": "0"}
+    process = subprocess.Popen(
+        language.receiver,
+        cwd=folder,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        while not (url := re.search(r"http://127\.0\.0\.1:\d+", said)):
+            line = process.stdout.readline()
+            assert line, f"it ended: {said}"
+            said += line
+        yield f"{url[0]}/"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def inbox(folder: Path) -> dict[str, bytes]:
+    """Return what a receiver has kept, by id."""
+    if (folder / "inbox.db").exists():
+        with sqlite3.connect(folder / "inbox.db") as db:
+            rows = dict(db.execute("SELECT id, body FROM inbox"))
+        db.close()
+        return rows
+    return {path.name: path.read_bytes() for path in (folder / "inbox").iterdir()}
+
+
+def empty_inbox(folder: Path) -> None:
+    """Forget everything that a receiver has kept; it must not be running."""
+    (folder / "inbox.db").unlink(missing_ok=True)
+    if (folder / "inbox").is_file():
+        (folder / "inbox").unlink()
+    shutil.rmtree(folder / "inbox", ignore_errors=True)
+
+
+def break_inbox(folder: Path) -> None:
+    """Make a running receiver unable to keep anything."""
+    if (folder / "inbox.db").exists():
+        with sqlite3.connect(folder / "inbox.db") as db:
+            db.execute("DROP TABLE inbox")
+        db.close()
+    else:
+        shutil.rmtree(folder / "inbox", ignore_errors=True)
+        (folder / "inbox").write_text("in the way")
