@@ -23,7 +23,8 @@ from relay.errors import REASONS
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-RESULTS = ("ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol")
+RESULTS = ("ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol",
+           "format")  # fmt: skip
 OUTCOMES = ("delivered", "dead", "expired", "cancelled")
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)

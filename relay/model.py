@@ -53,7 +53,7 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
 
     started_at: int  # wall clock
     duration_ms: float  # from taking the slot to the last byte we wanted
-    result: str  # closed label: ok, 3xx, 4xx, 429, 5xx, timeout, connect, tls, dns, blocked, protocol
+    result: str  # closed label, one of `relay.delivery.answer.RESULTS`
     status: int | None = None  # HTTP status, None when there was no answer
     error: str | None = None  # one line for the operator
     answer: bytes = b""  # first 16 KiB of the answer's body

@@ -1,11 +1,16 @@
 """The closed words for what came of an attempt."""
 
+from relay import metrics
 from relay.delivery.answer import RESULTS, of_failure, of_status, one_line
 
 
 def test_every_status_has_a_result_of_the_closed_list():
     assert {of_status(status) for status in range(1000)} == {"ok", "3xx", "4xx", "429", "5xx", "protocol"}
     assert set(RESULTS) > {of_status(status) for status in range(1000)}
+
+
+def test_every_result_is_counted_and_no_other():
+    assert RESULTS == metrics.RESULTS
 
 
 def test_an_error_of_an_unknown_kind_has_a_result_all_the_same():

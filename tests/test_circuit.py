@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from relay.clock import SECOND
 from relay.config.model import CircuitConfig
 from relay.delivery.answer import RESULTS
-from relay.delivery.circuit import TROUBLE, Circuit
+from relay.delivery.circuit import TROUBLE, UNSENT, Circuit
 
 NOW = 1_700_000_000 * SECOND
-LIFE = sorted(set(RESULTS) - TROUBLE - {"blocked"})
+LIFE = sorted(set(RESULTS) - TROUBLE - UNSENT)
 
 
 class Destination:
@@ -64,12 +64,13 @@ def test_any_other_answer_proves_life_and_the_count_begins_anew(result):
     assert destination.ends("5xx") == "opened"
 
 
-def test_a_refused_address_says_nothing_either_way():
+@pytest.mark.parametrize("result", sorted(UNSENT))
+def test_what_never_went_out_says_nothing_either_way(result):
     destination = Destination()
-    assert destination.ends(*["connect", "blocked"] * 9) is None
-    assert destination.ends("blocked") is None
+    assert destination.ends(*["connect", result] * 9) is None
+    assert destination.ends(result) is None
     assert destination.ends("connect") == "opened"
-    assert destination.after(30).ends("blocked") is None
+    assert destination.after(30).ends(result) is None
     assert destination.circuit.is_open
 
 

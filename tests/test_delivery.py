@@ -10,9 +10,10 @@ from aiohttp import web
 from support import until
 
 from relay.clock import SystemClock
-from relay.config.model import DestinationConfig, RetryConfig
+from relay.config.model import CircuitConfig, DestinationConfig, RetryConfig
 from relay.config.secret import Secret
 from relay.delivery.engine import Engine
+from relay.formats import FORMATS, Format
 from relay.ids import event_id
 from relay.metrics import Metrics
 from relay.model import DestinationState, Owed, StoredEvent
@@ -99,9 +100,9 @@ async def engine_for(store, *destinations, own=(), **options):
         await engine.stop(2.0)
 
 
-async def send(store, body=b'{"n":1}'):
+async def send(store, body=b'{"n":1}', subject="s"):
     event = StoredEvent(
-        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject="s",
+        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject=subject,
         received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
         sha256=hashlib.sha256(body).digest(), traceparent=None,
     )  # fmt: skip
@@ -149,6 +150,71 @@ async def test_a_schedule_that_is_exhausted_ends_dead(store, receiver):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], row["reason"], row["attempts"]) == ("dead", "exhausted", 3)
+
+
+def odd(render):
+    """Return all formats, and one of a plugin's."""
+    return {**FORMATS, "odd": Format(name="odd", content_type="text/x-odd", render=render)}
+
+
+async def test_a_plugin_s_format_is_sent_and_signed_as_it_was_written(store, receiver):
+    formats = odd(lambda event: event.type.upper().encode())
+    config = destination("crm", receiver.url, format="odd")
+    async with engine_for(store, config, formats=formats):
+        await send(store)
+        await ended(store)
+    [(headers, body)] = receiver.requests
+    assert (headers["content-type"], body) == ("text/x-odd", b"SHOP.ORDER")
+    verify((Secret(SECRET),), headers, body, CLOCK.wall() // 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("render", "error"),
+    [
+        (lambda event: {}["nothing"], "the format odd failed: KeyError: 'nothing'"),
+        (lambda event: event.type, "the format odd failed: TypeError: expected bytes, got str"),
+    ],
+)
+async def test_a_format_that_fails_spends_attempts_and_ends_dead(store, receiver, caplog, render, error):
+    retry = RetryConfig(schedule=(0.01, 0.01))
+    config = destination("crm", receiver.url, format="odd", retry=retry)
+    async with engine_for(store, config, destination("ok", receiver.url), formats=odd(render)) as engine:
+        await send(store)
+        rows = await ended(store, 2)
+        assert engine.lanes["crm"].standing.circuit.is_open is False
+    by_name = {row["destination"]: row for row in rows}
+    assert by_name["ok"]["state"] == "delivered"
+    dead = by_name["crm"]
+    assert (dead["state"], dead["reason"], dead["last_error"]) == ("dead", "exhausted", error)
+    assert [row["result"] for row in await store.find("attempts", delivery_id=dead["id"])] == ["format"] * 3
+    assert len(receiver.requests) == 1
+    assert len([record for record in caplog.records if record.exc_info]) == 1  # one traceback for all three
+
+
+async def test_a_probe_that_cannot_be_written_makes_way_for_another(store, receiver):
+    """Else it would be tried again and again, at once: nothing was asked, so the circuit did not move."""
+    written = []
+
+    def render(event):
+        written.append(event.subject)
+        return b"fine" if event.subject != "poison" else 1 / 0
+
+    config = destination(
+        "crm",
+        receiver.url,
+        format="odd",
+        concurrency=1,
+        circuit=CircuitConfig(failures=1, probe=0.05, max_probe=0.05),
+        retry=RetryConfig(schedule=(0.1, 5.0)),
+    )
+    receiver.answers = [(500, {})]
+    async with engine_for(store, config, formats=odd(render)) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["crm"].standing.circuit.is_open)
+        await send(store, subject="poison")
+        [row] = await ended(store)
+        assert row["state"] == "delivered"
+        assert written.count("poison") <= 2
 
 
 async def test_a_receiver_may_abort_a_message(store, receiver):

@@ -23,7 +23,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from relay.delivery.guard import Blocked
 
-Result = Literal["ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol"]
+Result = Literal["ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol",
+                 "format"]  # fmt: skip
 RESULTS: tuple[Result, ...] = get_args(Result)
 """Every result an attempt can have: the label values of the attempt metrics."""
 

@@ -12,6 +12,9 @@ from relay.config.model import CircuitConfig
 TROUBLE = frozenset(("connect", "tls", "dns", "timeout", "protocol", "429", "5xx"))
 """Results that say nothing of life; any other answer proves it."""
 
+UNSENT = frozenset(("blocked", "format"))
+"""Results of attempts that never left the house: they say nothing either way."""
+
 Change = Literal["opened", "recovered"]
 
 
@@ -60,7 +63,7 @@ class Circuit:
 
     def record(self, result: str, now: int, openings: int) -> Change | None:
         """Take in the result of an attempt that began after so many openings; return what it changed."""
-        if result == "blocked":  # never dialled: says nothing either way
+        if result in UNSENT:
             return None
         if result in TROUBLE:
             # One that began before the circuit opened tells nothing new: it is no failed probe.

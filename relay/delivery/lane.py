@@ -250,8 +250,8 @@ class Lane:
 
     def _unspent(self, outcome: Outcome) -> Outcome:
         """Keep a failed probe on record, but spend nothing of its delivery's schedule."""
-        if outcome.reason == "aborted":
-            return outcome
+        if outcome.reason == "aborted" or (outcome.attempt and outcome.attempt.result == "format"):
+            return outcome  # the receiver has spoken, or was never asked
         again = self.standing.circuit.open_until
         return msgspec.structs.replace(
             outcome, state="pending", reason=None, next_attempt_at=again, counts=False

@@ -1,15 +1,20 @@
 """One attempt: render, sign, send, and say what it means. Knows nothing of queues."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
+from relay.delivery.answer import Answer, one_line
 from relay.delivery.client import Client
 from relay.formats import Format
+from relay.logs import Sparing
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
 from relay.retry import RetryPolicy, Verdict, verdict
 from relay.signing import Signer
+
+log = logging.getLogger("relay.delivery")
 
 BLOCKED_REST = 300 * SECOND
 """How long a destination rests whose address the guard refused: a fault of configuration or of DNS."""
@@ -32,21 +37,19 @@ class Sender:
         self._rand = rand
         self._signer = Signer(config.secrets)
         self._format = format_
+        self._log = Sparing(log, clock)
         self._policy = RetryPolicy.of(config.retry)
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
 
     async def attempt(self, delivery: Delivery, event: StoredEvent) -> tuple[Outcome, Verdict]:
         """Send an event once and judge what came of it; never raises for what a receiver does."""
-        body = self._render(event)
         started = self._clock.wall()
-        headers = {
-            **self._headers,
-            "content-type": self._format.content_type_of(event),
-            **self._signer.headers(event.public_id, started // SECOND, body),
-        }
-        if event.traceparent is not None:
-            headers["traceparent"] = event.traceparent
-        answer = await self._client.send(self._config.url, headers, body)
+        try:
+            body = self._render(event)
+        except Exception as error:  # noqa: BLE001 - a plugin's format may raise anything
+            answer = self._unwritten(event, error)
+        else:
+            answer = await self._send(event, body, started)
         attempt = Attempt(
             started_at=started,
             duration_ms=answer.duration_ms,
@@ -69,14 +72,33 @@ class Sender:
         """Close every connection."""
         await self._client.close()
 
+    async def _send(self, event: StoredEvent, body: bytes, now: int) -> Answer:
+        headers = {
+            **self._headers,
+            "content-type": self._format.content_type_of(event),
+            **self._signer.headers(event.public_id, now // SECOND, body),
+        }
+        if event.traceparent is not None:
+            headers["traceparent"] = event.traceparent
+        return await self._client.send(self._config.url, headers, body)
+
     def _render(self, event: StoredEvent) -> bytes:
         """Render once per event and format, whatever the number of destinations and attempts."""
         if event.rendered is None:
             event.rendered = {}
         body = event.rendered.get(self._format.name)
         if body is None:
-            body = event.rendered[self._format.name] = self._format.render(event)
+            body = self._format.render(event)
+            if not isinstance(body, bytes):
+                raise TypeError(f"expected bytes, got {type(body).__name__}")
+            event.rendered[self._format.name] = body
         return body
+
+    def _unwritten(self, event: StoredEvent, error: Exception) -> Answer:
+        """Spend an attempt on a body that could not be written: by the next one the plugin may be mended."""
+        what = f"the format {self._format.name} failed"
+        self._log.error(what, f"{self._config.name}: {what} at {event.public_id}", error)
+        return Answer(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))
 
     def _judge(self, delivery: Delivery, attempt: Attempt, meaning: Verdict) -> Outcome:
         match meaning.kind:
