@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from relay import __version__
+from relay.api_workers import WorkersApi
 from relay.clock import Clock, rfc3339
 from relay.config.secret import Secret
 from relay.delivery.engine import Engine
@@ -72,7 +73,7 @@ class Api:
             web.get("/api/events", self._list("events", "id", "source", "type", "subject")),
             web.get("/api/deliveries", self._list("deliveries", "id", "event_id", "destination", "state")),
             web.get("/api/attempts", self._list("attempts", "delivery_id")),
-            web.get("/api/workers", self._workers),
+            *WorkersApi(self._store, self._clock).routes(),
             web.get("/api/destinations", self._destinations),
             web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
             web.post("/api/sources/{name}/{verb:pause|resume}", self._steer_source),
@@ -109,19 +110,6 @@ class Api:
             return _json({"items": [_item(row) for row in rows], "next_cursor": more})
 
         return answer
-
-    async def _workers(self, request: web.Request) -> web.Response:
-        query = _known(request, ("source", "id", "status"))
-        items = [
-            {**msgspec.to_builtins(worker), "last_heartbeat": rfc3339(worker.last_heartbeat)}
-            for worker in self._store.workers()
-            if worker.unregistered_at is None
-            and all(getattr(worker, name) == value for name, value in query.items())
-        ]
-        for item in items:
-            del item["deadline"], item["unregistered_at"]
-            item["registered_at"] = rfc3339(item["registered_at"])
-        return _json({"items": items, "next_cursor": None})
 
     async def _destinations(self, _request: web.Request) -> web.Response:
         counts = await self._store.counts()

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api import Api
-from relay.clock import Clock, SystemClock
+from relay.clock import SECOND, Clock, SystemClock
 from relay.config.model import Config, DestinationConfig
 from relay.delivery.engine import Engine
 from relay.errors import RelayError
@@ -38,6 +38,7 @@ log = logging.getLogger("relay")
 
 FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memory
 EXPIRE_EVERY = 1.0
+FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
 BOOKS_EVERY = 15.0
 
@@ -171,6 +172,7 @@ class App:
         jobs.add("sweep", self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
+        jobs.add("forget", FORGET_EVERY, self._forget_workers)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self._check_books)
         return jobs
@@ -184,6 +186,13 @@ class App:
     async def _expire(self) -> None:
         """End what is past its `ttl`, in short transactions."""
         while await self.store.expire():
+            pass
+
+    async def _forget_workers(self) -> None:
+        """Drop workers that have long been offline, and gauges past their retention."""
+        await self.store.fleet(lambda fleet: fleet.forget_old())
+        before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
+        while await self.store.prune_worker_metrics(before):
             pass
 
     async def _check_disk(self) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ),
     ("incoming", "source", "hookspecs", "store"),
     ("doors", "offers", "loader", "ingest", "delivery", "workers", "jobs"),
-    ("api",),
+    ("api_workers", "api"),
     ("app", "demo"),
     ("cli",),
 )  # fmt: skip

@@ -67,12 +67,12 @@ class FleetChange(Protocol):
         """Have a command ride in the worker's next heartbeat's reply."""
         ...
 
-    def requeue(self, commands: Iterable[Command]) -> None:
-        """Take back what was sent in a reply that could not be written."""
+    def cancel_command(self, key: tuple[str, str], public_id: str) -> bool:
+        """End a queued command; False: it is not queued."""
         ...
 
-    def expire_commands(self) -> None:
-        """End commands that were not fetched in time."""
+    def requeue(self, commands: Iterable[Command]) -> None:
+        """Take back what was sent in a reply that could not be written."""
         ...
 
 
@@ -152,7 +152,10 @@ class Store(Protocol):
         ...
 
     async def expire(self) -> int:
-        """End some deliveries past their time to live, held ones too; return how many, 0: none is left."""
+        """End some deliveries past their time to live, held ones too; return how many, 0: none is left.
+
+        Commands that no heartbeat fetched in time end with them.
+        """
         ...
 
     async def cancel(self, delivery_ids: Sequence[int]) -> int:
@@ -184,6 +187,10 @@ class Store(Protocol):
 
     async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
         """Change workers as an operator or a job wishes, in one transaction."""
+        ...
+
+    async def prune_worker_metrics(self, before: int) -> int:
+        """Delete some gauges older than `before` (wall clock); return how many, 0: none is left."""
         ...
 
     def workers(self) -> tuple[Worker, ...]:

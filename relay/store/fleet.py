@@ -125,6 +125,12 @@ class Fleet:
         """Take in a command for a worker's next heartbeat."""
         self.commands[command.public_id] = command
 
+    def cancel_command(self, key: WorkerKey, public_id: str) -> bool:
+        """Take in that a queued command is not wanted any more; False: it is not queued."""
+        found = [c for c in self._roster.commands.get(key, ()) if c.public_id == public_id]
+        self._expire(found, "cancelled")
+        return bool(found)
+
     def requeue(self, commands: Iterable[Command]) -> None:
         """Take back what was sent in a reply that could not be written."""
         for command in commands:

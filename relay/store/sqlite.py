@@ -38,6 +38,8 @@ from relay.store.writer import Job, Writer
 
 log = logging.getLogger("relay.store")
 T = TypeVar("T")
+PRUNE_AT_ONCE = 1000
+"""Rows that one transaction deletes: senders do not notice a transaction of this size."""
 
 
 def _nowhere(_event: StoredEvent) -> tuple[()]:
@@ -245,6 +247,7 @@ class SqliteStore:
 
         def apply_(batch: Batch) -> int:
             batch.expiring = True
+            batch.fleet.expire_commands()
             return 0
 
         return await self._writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))
@@ -312,6 +315,21 @@ class SqliteStore:
                 batch.bear(OPERATOR_EVENTS, tell)
 
         await self._writer.submit(Job(apply_))
+
+    async def prune_worker_metrics(self, before: int) -> int:
+        """See `Store.prune_worker_metrics`."""
+
+        async def prune(connection: aiosqlite.Connection) -> int:
+            cursor = await connection.execute(
+                """
+                DELETE FROM worker_metrics WHERE (source, worker_id, at) IN (
+                       SELECT source, worker_id, at FROM worker_metrics WHERE at < ? ORDER BY at LIMIT ?)
+                """,
+                (before, PRUNE_AT_ONCE),
+            )
+            return cursor.rowcount
+
+        return await self._writer.errand(prune)
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""

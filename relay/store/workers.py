@@ -66,7 +66,7 @@ class Roster:
         key = (command.source, command.worker_id)
         others = [each for each in self.commands.get(key, ()) if each.public_id != command.public_id]
         if command.state == "queued":
-            others = sorted([*others, command], key=lambda each: (each.created_at, each.public_id))
+            others = sorted([*others, command], key=lambda each: each.created_at)
         if others:
             self.commands[key] = others
         else:

@@ -1,0 +1,197 @@
+"""Workers in the running relay: commands, maintenance, gauges, and what operators see of them."""
+
+import asyncio
+import json
+from urllib.parse import quote
+
+import pytest
+from daemon import SOURCES, running, write_config
+from support import FakeClock, until
+from wire import Wire, exchange, request
+
+TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
+QUICK = """
+[workers]
+check_every = "0.1s"
+"""
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def relay(tmp_path, clock):
+    async with running(write_config(tmp_path, SOURCES, QUICK), clock=clock) as relay:
+        yield relay
+
+
+def beat(worker="w1", **body):
+    path = f"/api/v1/workers/{quote(worker, safe='')}/heartbeat"
+    return request("PUT", path, body=json.dumps(body).encode(), **TOKEN)
+
+
+async def ask(relay, method, path, body=None):
+    """Ask the admin API, and return status and JSON."""
+    raw = None if body is None else json.dumps(body).encode()
+    answer = await exchange(relay.addresses.socket, request(method, f"/api/workers{path}", body=raw))
+    return answer.status, answer.json
+
+
+async def worker(relay, id_="w1"):
+    return (await ask(relay, "GET", f"/whatsapp/{quote(id_, safe='')}"))[1]
+
+
+async def types(relay):
+    return [row["type"].removeprefix("whatsapp.worker.") for row in await relay.rows()]
+
+
+async def test_a_command_rides_in_the_next_heartbeat_s_reply_once(relay):
+    await relay.exchange(beat())
+    status, queued = await ask(
+        relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart", "n": 1}}
+    )
+    assert (status, queued["state"]) == (201, "queued")
+    first, second = await relay.exchange(beat()), await relay.exchange(beat())
+    assert first.json["data"]["commands"] == [{"id": queued["id"], "type": "restart", "n": 1}]
+    assert second.json["data"]["commands"] == []
+    [command] = (await worker(relay))["commands"]
+    assert (command["state"], command["command"]) == ("sent", {"type": "restart", "n": 1})
+    assert command["sent_at"] is not None
+
+
+async def test_commands_come_in_the_order_they_were_given(relay):
+    await relay.exchange(beat())
+    for number in range(25):
+        await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "t", "n": number}})
+    replies = [await relay.exchange(beat()) for _ in range(2)]
+    numbers = [[c["n"] for c in reply.json["data"]["commands"]] for reply in replies]
+    assert numbers == [list(range(20)), list(range(20, 25))]
+
+
+async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay):
+    await relay.exchange(beat())
+    await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
+    wire = await Wire.open(relay.addresses.public)
+    # The writer is held until the worker is gone, so that the reply has nobody to go to.
+    held, writer = asyncio.Event(), relay.app.store._writer
+    blocked = asyncio.ensure_future(writer.errand(lambda _connection: held.wait()))
+    await wire.send(beat())
+    await until(lambda: writer._jobs)
+    await wire.hang_up()
+    await relay.exchange(request("GET", "/health"))  # whatever came before it has been noticed then
+    held.set()
+    await blocked
+    async with asyncio.timeout(5):
+        while not (commands := (await relay.exchange(beat())).json["data"]["commands"]):
+            pass
+    assert commands[0]["type"] == "restart"
+
+
+async def test_a_command_that_nobody_fetches_expires(relay, clock):
+    await relay.exchange(beat())
+    await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}, "ttl": "1m"})
+    clock.advance(61)
+    assert (await relay.exchange(beat())).json["data"]["commands"] == []
+    await relay.app.store.expire()
+    assert (await worker(relay))["commands"][0]["state"] == "expired"
+
+
+async def test_a_queued_command_can_be_taken_back_and_a_sent_one_cannot(relay):
+    await relay.exchange(beat())
+    ids = []
+    for _ in range(2):
+        _, queued = await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "x"}})
+        ids.append(queued["id"])
+    assert (await ask(relay, "DELETE", f"/whatsapp/w1/commands/{ids[0]}"))[0] == 200
+    assert [c["id"] for c in (await relay.exchange(beat())).json["data"]["commands"]] == [ids[1]]
+    assert (await ask(relay, "DELETE", f"/whatsapp/w1/commands/{ids[1]}"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"command": "restart"}, {"command": {}}, {"command": {"type": "x"}, "ttl": "soon"}, [1]]
+)
+async def test_a_command_that_is_none_is_refused_with_a_hint(relay, body):
+    await relay.exchange(beat())
+    status, said = await ask(relay, "POST", "/whatsapp/w1/commands", body)
+    assert status == 400
+    assert said["error"]["message"]
+
+
+async def test_queued_commands_survive_a_restart(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    async with running(config) as relay:
+        await relay.exchange(beat())
+        await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
+    async with running(config) as relay:
+        assert len((await relay.exchange(beat())).json["data"]["commands"]) == 1
+
+
+async def test_maintenance_wins_over_reports_and_over_silence(relay, clock):
+    await relay.exchange(beat(status="ONLINE"))
+    assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True}))[1]["status"] == "MAINTENANCE"
+    await relay.exchange(beat(status="ONLINE"))
+    clock.advance(1000)
+    await relay.app.store.sweep()
+    assert (await worker(relay))["status"] == "MAINTENANCE"
+    assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": False}))[1]["status"] == "ONLINE"
+    clock.advance(91)
+    await relay.app.store.sweep()
+    assert (await worker(relay))["status"] == "OFFLINE"
+    assert await types(relay) == ["registered", "offline"]
+
+
+async def test_a_forgotten_worker_is_new_when_it_beats_again(relay):
+    await relay.exchange(beat())
+    assert (await ask(relay, "DELETE", "/whatsapp/w1"))[0] == 200
+    assert (await ask(relay, "GET", "/whatsapp/w1"))[0] == 404
+    await relay.exchange(beat())
+    assert await types(relay) == ["registered", "registered"]
+
+
+async def test_workers_that_have_long_been_offline_are_forgotten_by_themselves(relay, clock):
+    await relay.exchange(beat("old"))
+    clock.advance(100)
+    await relay.app.store.sweep()
+    await relay.exchange(beat("young"))
+    clock.advance(30 * 86_400 - 50)
+    await relay.app._forget_workers()
+    assert [w.id for w in relay.app.store.workers()] == ["young"]
+
+
+async def test_gauges_are_kept_once_a_minute_and_pruned(relay, clock):
+    for _ in range(6):
+        await relay.exchange(beat(cpuUsage=5.5, uptime=1, sessions={"total": 2}))
+        await relay.app.store.flush()
+        clock.advance(30)
+    rows = (await worker(relay))["metrics"]
+    assert [row["cpu"] for row in rows] == [5.5] * 3
+    assert rows[0]["sessions"] == {"total": 2}
+    clock.advance(8 * 86_400)
+    await relay.app._forget_workers()
+    assert (await worker(relay))["metrics"] == []
+
+
+async def test_a_session_s_event_shows_in_the_registry_at_once(relay):
+    await relay.exchange(beat(sessions=[{"sessionId": "s1", "status": "CONNECTING"}]))
+    body = json.dumps({"sessionId": "s1", "status": "CONNECTED", "phoneNumber": "+62"}).encode()
+    await relay.exchange(request("POST", "/api/v1/webhooks/session-status", body=body, **TOKEN))
+    [session] = (await worker(relay))["sessions"]
+    assert (session["status"], session["phone"]) == ("CONNECTED", "+62")
+
+
+async def test_a_restart_is_an_event(relay):
+    for uptime in (3600, 3630, 4):
+        await relay.exchange(beat(uptime=uptime))
+    assert await types(relay) == ["registered", "restarted"]
+
+
+async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
+    odd = "büro 7/östlich"
+    await relay.exchange(beat(odd, version="2"))
+    await relay.exchange(beat("w1", version="1"))
+    assert (await worker(relay, odd))["id"] == odd
+    listed = (await ask(relay, "GET", "?version=2"))[1]["items"]
+    assert [item["id"] for item in listed] == [odd]
+    assert (await ask(relay, "GET", "?verson=2"))[0] == 400
