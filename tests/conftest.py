@@ -6,9 +6,11 @@ import logging
 import pytest
 from certificates import Certificates
 from client import AMPLE
+from lanes import CLOCK, Receiver
 
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
+from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -40,3 +42,19 @@ async def client_for():
     yield make
     for client in clients:
         await client.close()
+
+
+@pytest.fixture
+async def receiver():
+    """A receiver that says 200."""
+    async with Receiver().serve() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+async def store(tmp_path):
+    """An empty store on the machine's clock."""
+    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    await store.open()
+    yield store
+    await store.close()

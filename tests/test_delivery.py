@@ -1,125 +1,17 @@
 """Lanes at work: the real store, the real client, receivers on loopback."""
 
 import asyncio
-import hashlib
 import json
-from contextlib import asynccontextmanager
 
 import pytest
-from aiohttp import web
+from lanes import CLOCK, SECRET, Receiver, destination, ended, engine_for, route, send
 from support import until
 
-from relay.clock import SystemClock
-from relay.config.model import CircuitConfig, DestinationConfig, RetryConfig
+from relay.config.model import CircuitConfig, RetryConfig
 from relay.config.secret import Secret
-from relay.delivery.engine import Engine
 from relay.formats import FORMATS, Format
-from relay.ids import event_id
-from relay.metrics import Metrics
-from relay.model import DestinationState, Owed, StoredEvent
+from relay.model import DestinationState
 from relay.signing import verify
-from relay.store import Acceptance
-from relay.store.sqlite import SqliteStore
-
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-CLOCK = SystemClock()
-
-
-class Receiver:
-    """Records what arrives and answers as the test says."""
-
-    def __init__(self):
-        self.requests = []
-        self.answers = []  # (status, headers) for the next ones, then 200
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.busy = self.most_busy = 0
-
-    async def handle(self, request):
-        body = await request.read()
-        self.busy += 1
-        self.most_busy = max(self.most_busy, self.busy)
-        self.requests.append((request.headers, body))
-        status, headers = self.answers.pop(0) if self.answers else (200, {})
-        try:
-            await self.gate.wait()
-        finally:
-            self.busy -= 1
-        return web.Response(status=status, headers=headers, text="noted")
-
-    @asynccontextmanager
-    async def serve(self):
-        runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/hook"
-        try:
-            yield self
-        finally:
-            self.gate.set()
-            await runner.cleanup()
-
-
-@pytest.fixture
-async def receiver():
-    async with Receiver().serve() as receiver:
-        yield receiver
-
-
-@pytest.fixture
-async def store(tmp_path):
-    store = SqliteStore(tmp_path / "relay.db", CLOCK)
-    await store.open()
-    yield store
-    await store.close()
-
-
-def destination(name, url, **fields):
-    defaults = {
-        "retry": RetryConfig(schedule=(0.02, 0.02, 0.02, 0.02)),
-        "allow_private": True,
-        "timeout": 2.0,
-    }
-    return DestinationConfig(name=name, url=url, secrets=(Secret(SECRET),), **{**defaults, **fields})
-
-
-@asynccontextmanager
-async def engine_for(store, *destinations, own=(), **options):
-    names = [config.name for config in destinations]
-    store.route = lambda event: () if event.source == "relay" else tuple(Owed(name) for name in names)
-    metrics = Metrics((), names)
-    configs = {config.name: config for config in destinations}
-    engine = Engine(configs, store=store, clock=CLOCK, metrics=metrics, **options)
-    engine.metrics = metrics
-    store.listener = engine.listen
-    await engine.start(own)
-    try:
-        yield engine
-    finally:
-        await engine.stop(2.0)
-
-
-async def send(store, body=b'{"n":1}', subject="s"):
-    event = StoredEvent(
-        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject=subject,
-        received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
-        sha256=hashlib.sha256(body).digest(), traceparent=None,
-    )  # fmt: skip
-    return (await store.append(Acceptance(source="shop", event=event))).event_id
-
-
-async def ended(store, count=1):
-    """Wait until that many deliveries have ended, and return them oldest first."""
-
-    async def look():
-        rows = await store.find("deliveries", limit=1000)
-        return [row for row in reversed(rows) if row["state"] != "pending"]
-
-    async with asyncio.timeout(10):
-        while len(rows := await look()) < count:  # noqa: ASYNC110 - the store has no event to await
-            await asyncio.sleep(0.01)
-    return rows
 
 
 async def test_an_event_arrives_signed_and_once(store, receiver):
@@ -307,7 +199,7 @@ async def test_bodies_beyond_the_memory_budget_are_read_back_when_a_slot_frees(s
 
 async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receiver):
     async with Receiver().serve() as other:
-        store.route = lambda event: () if event.source == "relay" else (Owed("crm"),)
+        store.route = route([destination("crm", other.url)])
         await send(store)
         await store._connection.execute("UPDATE events SET body = x'7b7d'")
         store.release([1])
@@ -350,7 +242,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
 
 
 async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
-    store.route = lambda event: () if event.source == "relay" else (Owed("crm"),)
+    store.route = route([destination("crm", receiver.url)])
     sent = await send(store)
     store.release([1])
     async with engine_for(store, destination("crm", receiver.url)):

@@ -1,0 +1,142 @@
+"""Lanes at work, for a test: the real store and client, receivers on loopback that record and obey."""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from relay.clock import SystemClock
+from relay.config.model import DestinationConfig, RetryConfig
+from relay.config.secret import Secret
+from relay.delivery.engine import Engine
+from relay.filters import Router, Subscription
+from relay.ids import event_id
+from relay.metrics import Metrics
+from relay.model import StoredEvent
+from relay.store import Acceptance
+from relay.terms import Terms
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+CLOCK = SystemClock()
+
+
+class Receiver:
+    """Records what arrives and answers as the test says."""
+
+    def __init__(self):
+        self.requests = []
+        self.times = []  # steady clock, of each arrival
+        self.answers = []  # (status, headers) for the next ones, then `usual`
+        self.usual = (200, {})
+        self.gate = asyncio.Event()  # cleared: requests wait
+        self.gate.set()
+        self.busy = self.most_busy = 0
+
+    @property
+    def ids(self):
+        """The ids of the events that arrived, in order, repetitions included."""
+        return [headers["webhook-id"] for headers, _ in self.requests]
+
+    def answer(self, request_headers, body):
+        """Choose an answer: (status, headers)."""
+        return self.answers.pop(0) if self.answers else self.usual
+
+    async def wait(self):
+        """Wait with the answer for what the test is about."""
+        await self.gate.wait()
+
+    async def handle(self, request):
+        body = await request.read()
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        self.requests.append((request.headers, body))
+        self.times.append(CLOCK.steady())
+        status, headers = self.answer(request.headers, body)
+        try:
+            await self.wait()
+        finally:
+            self.busy -= 1
+        return web.Response(status=status, headers=headers, text="noted")
+
+    @asynccontextmanager
+    async def serve(self):
+        runner = web.ServerRunner(web.Server(self.handle), shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
+        try:
+            yield self
+        finally:
+            self.gate.set()
+            await runner.cleanup()
+
+
+def destination(name, url, **fields):
+    """Configure a destination that is signed for, retries within moments and is patient for 2 s."""
+    defaults = {
+        "retry": RetryConfig(schedule=(0.02, 0.02, 0.02, 0.02)),
+        "allow_private": True,
+        "timeout": 2.0,
+    }
+    return DestinationConfig(name=name, url=url, secrets=(Secret(SECRET),), **{**defaults, **fields})
+
+
+def route(destinations: Iterable[DestinationConfig]):
+    """Route events as the daemon does, on each destination's terms."""
+    subscriptions, terms = {}, {}
+    for config in destinations:
+        subscriptions[config.name] = Subscription.of(config.events, config.where)
+        terms[config.name] = Terms.of(
+            config.name,
+            order_by=config.order_by,
+            latest_by=config.latest_by,
+            ttl=config.ttl,
+            max_pending=config.max_pending,
+            on_dead=config.on_dead,
+        )
+    return Router(subscriptions, terms).route
+
+
+@asynccontextmanager
+async def engine_for(store, *destinations, own=(), **options):
+    """Run an engine for these destinations; events are owed by their `events` and terms."""
+    store.route = route(destinations)
+    configs = {config.name: config for config in destinations}
+    engine = Engine(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
+    store.listener = engine.listen
+    await engine.start(own)
+    try:
+        yield engine
+    finally:
+        await engine.stop(2.0)
+
+
+async def send(store, body=b'{"n":1}', subject="s"):
+    """Store an event `shop.order` and return its public id."""
+    event = StoredEvent(
+        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject=subject,
+        received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
+        sha256=hashlib.sha256(body).digest(), traceparent=None,
+    )  # fmt: skip
+    return (await store.append(Acceptance(source="shop", event=event))).event_id
+
+
+async def send_many(store, count, body=b'{"n":1}', subject="s"):
+    """Store so many events at once, and return their public ids in the order of acceptance."""
+    return await asyncio.gather(*(send(store, body, subject) for _ in range(count)))
+
+
+async def ended(store, count=1, destination=None):
+    """Wait until that many deliveries have ended, and return them oldest first."""
+
+    async def look():
+        rows = await store.find("deliveries", limit=1000, destination=destination)
+        return [row for row in reversed(rows) if row["state"] != "pending"]
+
+    async with asyncio.timeout(10):
+        while len(rows := await look()) < count:  # noqa: ASYNC110 - the store has no event to await
+            await asyncio.sleep(0.01)
+    return rows
