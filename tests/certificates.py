@@ -6,11 +6,12 @@ from pathlib import Path
 
 
 class Certificates:
-    """A small authority of our own: `good`, `expired`, `wrong_name` (signed by it) and `self_signed`."""
+    """A small authority of our own: `good`, `expired`, `wrong_name`, `client`; and one `self_signed`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.ca = folder / "ca.pem"
+        self.key = folder / "key.pem"  # of all of them
         self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
         self._self_signed("ca.pem", "/CN=test authority", "basicConstraints=critical,CA:TRUE")
         self._self_signed("self_signed.pem", "/CN=localhost", "subjectAltName=IP:127.0.0.1")
@@ -18,12 +19,20 @@ class Certificates:
         self._signed("good.pem", "DNS:localhost,IP:127.0.0.1", days=1)
         self._signed("expired.pem", "DNS:localhost,IP:127.0.0.1", days=-1)
         self._signed("wrong_name.pem", "DNS:elsewhere.example", days=1)
+        self._signed("client.pem", "DNS:relay.example", days=1)
 
-    def server(self, name: str) -> ssl.SSLContext:
-        """Return what a receiver with that certificate listens with."""
+    def server(self, name: str, *, demanding: bool = False) -> ssl.SSLContext:
+        """Return what a receiver with that certificate listens with; `demanding` one of its clients."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self._folder / f"{name}.pem", self._folder / "key.pem")
+        context.load_cert_chain(self.path(name), self.key)
+        if demanding:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self.ca)
         return context
+
+    def path(self, name: str) -> Path:
+        """Return where a certificate is."""
+        return self._folder / f"{name}.pem"
 
     def _self_signed(self, out: str, subject: str, extension: str) -> None:
         self._openssl(

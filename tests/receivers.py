@@ -180,6 +180,16 @@ async def answers_in_chunks(peer, chunks=(b"in ", b"chunks")):
         await peer.send(head(transfer_encoding="chunked") + body)
 
 
+@receiver
+async def shows_certificates(peer):
+    """Answer with the name in the certificate that the client has shown."""
+    shown = peer.writer.get_extra_info("peercert") or {}
+    name = shown.get("subjectAltName", ((None, "nobody"),))[0][1].encode()
+    while True:
+        await peer.request()
+        await peer.send(head(content_length=len(name)) + name)
+
+
 # --- silent and slow ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """config.toml and its page in docs name every key of the model, each with its true default."""
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 
 from relay.config.bind import Binder
+from relay.config.client_cert import ClientCert
 from relay.config.document import read
 from relay.config.model import (
     Admin,
@@ -40,6 +42,7 @@ TABLES = {
     "destinations.NAME": DestinationConfig,
     "destinations.NAME.retry": RetryConfig,
     "destinations.NAME.circuit": CircuitConfig,
+    "destinations.NAME.client_cert": ClientCert,
 }
 NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
 OWN_TABLES = {
@@ -53,6 +56,7 @@ OWN_TABLES = {
     "destinations",
     "retry",
     "circuit",
+    "client_cert",
 }
 SETTING = re.compile(r"(?P<key>[a-z_]+) = (?P<value>.*?)(?: +# (?P<comment>.*))?")
 NONE, REQUIRED = "none", "required"
@@ -174,13 +178,16 @@ def test_config_toml_runs_as_it_is():
     assert len(config.warnings) == 1  # Adorn's clients send no token
 
 
-def test_config_toml_is_valid_with_every_setting_enabled(tmp_path):
+def test_config_toml_is_valid_with_every_setting_enabled(certificates, tmp_path):
     text = re.sub(r"^#(?=[a-z\[])", "", REFERENCE.read_text(), flags=re.MULTILINE)
     assert tomllib.loads(text)["destinations"]["crm"]["retry"]["jitter"] == 0.1
-    (tmp_path / "ca.pem").write_text("")
+    for name, made in [("ca.pem", "ca.pem"), ("client.pem", "client.pem"), ("client-key.pem", "key.pem")]:
+        shutil.copy(certificates.ca.with_name(made), tmp_path / name)
     path = tmp_path / "config.toml"
     path.write_text(text)
-    assert load(path, {}).config.destinations["crm"].ca_file == tmp_path / "ca.pem"
+    crm = load(path, {}).config.destinations["crm"]
+    assert crm.ca_file == tmp_path / "ca.pem"
+    assert crm.client_cert.cert == tmp_path / "client.pem"
 
 
 def test_without_development_each_stand_in_is_a_problem(tmp_path):

@@ -2,9 +2,11 @@
 
 import ipaddress
 import re
+import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from relay.config.client_cert import ClientCert
 from relay.config.secret import Secret
 from relay.signing import decode_key
 
@@ -140,3 +142,9 @@ def existing_file(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return path
+
+
+def client_cert(value: ClientCert) -> ClientCert:
+    """Check that a client certificate and its key can be used, and belong together."""
+    value.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    return value

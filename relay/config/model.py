@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from relay.config import checks
+from relay.config.client_cert import ClientCert
 from relay.config.secret import Secret
 from relay.units import Duration, Rate, Size
 
@@ -140,6 +141,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     circuit: CircuitConfig = CircuitConfig()
     allow_private: bool = False
     ca_file: Annotated[Path, _check(checks.existing_file)] | None = None
+    client_cert: Annotated[ClientCert, _check(checks.client_cert)] | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import msgspec
 from aiohttp import (
+    ClientConnectionResetError,
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
     ClientConnectorError,
@@ -57,7 +58,7 @@ def of_status(status: int) -> Result:
     return classes.get(status // 100, "protocol")
 
 
-def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911 - a table, one row per failure
+def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911, PLR0912 - a table, one row per failure
     """Name what aiohttp raised and say it in the operator's words; time-outs are the client's to name."""
     match error:
         case ClientConnectorCertificateError():
@@ -85,6 +86,10 @@ def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911 -
             cause = error.__cause__
             why = cause.message if isinstance(cause, HttpProcessingError) else error
             return "protocol", f"the body broke off: {why}"
+        case ClientOSError(__cause__=ssl.SSLError() as alert):
+            return "tls", f"the receiver ended TLS: {_tls(alert)}"
+        case ClientOSError(__cause__=ClientConnectionResetError()):
+            return "connect", "the connection broke before the request was out"
         case ClientOSError() | OSError():
             return "connect", f"the connection broke: {_os(error)}"
         case _:

@@ -27,7 +27,7 @@ from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, Result, of_failure, of_status, one_line
 from relay.delivery.guard import Blocked, refused
 from relay.delivery.resolver import Resolver
-from relay.delivery.session import AddressInfo, open_session, trust_in
+from relay.delivery.session import AddressInfo, open_session, tls_of
 from relay.units import render_duration
 
 READ_LIMIT = 64 * 1024
@@ -52,12 +52,12 @@ class Client:
     To be built inside the running loop, and closed when nothing is being sent any more.
 
     Args:
-        destination: its method, timeouts, `allow_private` and `ca_file` are used.
+        destination: its method, timeouts, `allow_private`, `ca_file` and `client_cert` are used.
         own: the relay's own listeners, as (address, port); never dialled.
         resolver: stands in for the system's.
 
     Raises:
-        RelayError: the `ca_file` cannot be read, or holds no certificate.
+        RelayError: a certificate's file cannot be read or used.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Client:
         self._connect_timeout = destination.connect_timeout
         self._allow_private = destination.allow_private
         self._own = tuple(own)
-        trust, names = trust_in(destination.ca_file), resolver or Resolver()
+        tls, names = tls_of(destination), resolver or Resolver()
         self._pooled, self._fresh = (
             open_session(
                 sockets=self._socket,
                 resolver=names,
-                trust=trust,
+                tls=tls,
                 connect_timeout=self._connect_timeout,
                 keep=keep,
             )

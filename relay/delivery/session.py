@@ -4,7 +4,6 @@ import functools
 import socket
 import ssl
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
@@ -13,6 +12,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relay import __version__
+from relay.config.model import DestinationConfig
 from relay.errors import RelayError
 
 WIRE_LIMIT = 2**20
@@ -77,7 +77,7 @@ def open_session(
     *,
     sockets: SocketFactory,
     resolver: AbstractResolver,
-    trust: ssl.SSLContext | bool,
+    tls: ssl.SSLContext | bool,
     connect_timeout: float,
     keep: bool,
 ) -> ClientSession:
@@ -86,12 +86,12 @@ def open_session(
     Args:
         sockets: makes the socket of every single connect; may refuse with an `OSError`.
         resolver: looks names up; the session does not close it.
-        trust: what `trust_in` returned.
+        tls: what `tls_of` returned.
         connect_timeout: seconds for look-up, connect and TLS handshake together.
         keep: whether connections are kept for the next request.
     """
     connector = TCPConnector(
-        ssl=trust,
+        ssl=tls,
         resolver=resolver,
         ttl_dns_cache=_DNS_TTL,
         limit=0,  # the lane's slots bound it; waiting in a second queue would count as the receiver's
@@ -121,13 +121,16 @@ def open_session(
     return session
 
 
-def trust_in(ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Return what certificates are checked against: that file alone, else the system's store.
+def tls_of(destination: DestinationConfig) -> ssl.SSLContext | bool:
+    """Return what a destination's `ca_file` and `client_cert` make of TLS; True: aiohttp's own defaults.
+
+    A `ca_file` alone is trusted, else the system's certificates.
 
     Raises:
-        RelayError: the file cannot be read, or holds no certificate.
+        RelayError: a file cannot be read, or does not hold what it should.
     """
-    if ca_file is None:
+    ca_file, client_cert = destination.ca_file, destination.client_cert
+    if ca_file is None and client_cert is None:
         return True
     try:
         context = ssl.create_default_context(cafile=ca_file)
@@ -136,5 +139,10 @@ def trust_in(ca_file: Path | None) -> ssl.SSLContext | bool:
             f"ca_file {ca_file} cannot be used: {error.strerror or error}",
             hint="give the path of a PEM file with the certificates to trust",
         ) from error
+    if client_cert is not None:
+        try:
+            client_cert.load_into(context)
+        except ValueError as error:
+            raise RelayError(f"client_cert of {destination.name}: {error}") from None
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -1,0 +1,64 @@
+"""What a destination is shown where it demands a certificate of its clients (mutual TLS)."""
+
+import ssl
+from pathlib import Path
+
+import msgspec
+
+from relay.config.secret import Secret
+
+# OpenSSL's words for two keys of one kind, and of two kinds.
+_MISMATCHES = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+
+
+class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
+    """`client_cert = {…}` of a destination."""
+
+    cert: Path  # PEM: the certificate, then the authorities between it and the receiver's
+    key: Path | None = None  # PEM; None: in the file of the certificate
+    password: Secret | None = None  # of an encrypted key
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Let a TLS context show the certificate.
+
+        Raises:
+            ValueError: a file cannot be read or used; the message names it, and never holds the password.
+        """
+        key = self.key or self.cert
+        for path in (self.cert, key):
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        password = _Password(self.password)
+        try:
+            # Certificate and key fail alike in load_cert_chain; this one looks at certificates alone.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self.cert)
+        except ssl.SSLError:
+            raise ValueError(f"{self.cert} holds no certificate in PEM form") from None
+        try:
+            context.load_cert_chain(self.cert, key, password)
+        except (ssl.SSLError, ValueError) as error:  # ValueError: a password longer than OpenSSL takes
+            raise ValueError(self._trouble(key, password, getattr(error, "reason", None))) from None
+
+    def _trouble(self, key: Path, password: "_Password", reason: str | None) -> str:
+        if reason in _MISMATCHES:
+            return f"the key in {key} is not that of the certificate in {self.cert}"
+        if password.asked:
+            advice = "its `password` does not open it" if self.password else "give its `password`"
+            return f"the key in {key} is encrypted; {advice}"
+        if reason is None:
+            return f"{key} holds no private key in PEM form"
+        return f"{self.cert} cannot be used: {reason.replace('_', ' ').lower()}"
+
+
+class _Password:
+    """Answers OpenSSL, which would ask the terminal else, and remembers being asked."""
+
+    def __init__(self, secret: Secret | None) -> None:
+        self._secret = secret
+        self.asked = False
+
+    def __call__(self) -> str:
+        self.asked = True
+        return self._secret.reveal() if self._secret else ""

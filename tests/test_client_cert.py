@@ -1,0 +1,191 @@
+"""Receivers that demand a certificate of their clients, and what must be said of one that is no use."""
+
+import asyncio
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+
+import pytest
+import receivers
+from client import send
+
+from relay.config.client_cert import ClientCert
+from relay.config.model import DestinationConfig
+from relay.config.problem import ConfigError
+from relay.config.secret import Secret
+from relay.delivery.client import Client
+from relay.errors import RelayError
+from relay.loader import load
+
+PASSWORD = "open sesame"
+
+
+@pytest.fixture(scope="module")
+def files(certificates, tmp_path_factory):
+    """A folder of certificates and keys, usable and not."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    shutil.copy(certificates.path("client"), folder / "client.pem")
+    shutil.copy(certificates.key, folder / "key.pem")
+    (folder / "both.pem").write_bytes((folder / "client.pem").read_bytes() + certificates.key.read_bytes())
+    openssl("pkcs8", "-topk8", "-in", "key.pem", "-passout", f"pass:{PASSWORD}", "-out", "locked.pem")
+    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "strange.pem")
+    openssl("genrsa", "-out", "rsa.pem", "2048")
+    openssl("x509", "-in", "client.pem", "-outform", "DER", "-out", "binary.der")
+    lines = (folder / "client.pem").read_text().splitlines(keepends=True)
+    (folder / "torn.pem").write_text("".join(lines[:2] + lines[3:]))
+    (folder / "empty.pem").write_text("")
+    return folder
+
+
+class Demanding:
+    """A blocking TLS server: unlike asyncio's, it tells clients in an alert why it lets them down."""
+
+    def __init__(self, context):
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}/hook"
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self):
+        raw, _ = self._listener.accept()
+        tls = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+        with pytest.raises(ssl.SSLError):
+            tls.do_handshake()
+        with socket.socket(fileno=tls.detach()) as raw:
+            while raw.recv(65_536):  # what is unread at a close would turn the alert into a reset
+                pass
+
+
+@pytest.fixture
+def demanding(certificates):
+    """What a receiver listens with that lets in whom our authority knows."""
+    return certificates.server("good", demanding=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "password"),
+    [
+        ({"cert": "client.pem", "key": "key.pem"}, None),
+        ({"cert": "both.pem"}, None),
+        ({"cert": "client.pem", "key": "locked.pem"}, Secret(PASSWORD)),
+    ],
+)
+async def test_a_receiver_that_demands_a_certificate_is_shown_it(
+    certificates, demanding, files, names, password
+):
+    shown = ClientCert(**{key: files / name for key, name in names.items()}, password=password)
+    destination = DestinationConfig(
+        name="crm", url="", ca_file=certificates.ca, client_cert=shown, allow_private=True
+    )
+    client = Client(destination)
+    async with receivers.shows_certificates(tls=demanding) as receiver:
+        answer = await send(client, receiver.url)
+        await client.close()
+        assert (answer.result, answer.body) == ("ok", b"relay.example")
+
+
+async def test_a_receiver_that_demands_none_is_reached_all_the_same(client_for, certificates, files):
+    shown = ClientCert(cert=files / "both.pem")
+    async with receivers.shows_certificates(tls=certificates.server("good")) as receiver:
+        answer = await send(client_for(ca_file=certificates.ca, client_cert=shown), receiver.url)
+        assert (answer.result, answer.body) == ("ok", b"nobody")
+
+
+async def test_a_client_certificate_leaves_the_systems_authorities_in_charge(
+    client_for, certificates, demanding, files, monkeypatch
+):
+    shown = ClientCert(cert=files / "both.pem")
+    async with receivers.shows_certificates(tls=demanding) as receiver:
+        stranger = await send(client_for(client_cert=shown), receiver.url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))  # where OpenSSL has the system's
+        known = await send(client_for(client_cert=shown), receiver.url)
+        assert (stranger.result, known.result) == ("tls", "ok")
+        assert "certificate of 127.0.0.1 not accepted" in stranger.error
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (ssl.TLSVersion.TLSv1_2, "failed: sslv3 alert handshake failure"),
+        (ssl.TLSVersion.TLSv1_3, "the receiver ended TLS: tlsv13 alert certificate required"),
+    ],
+)
+async def test_without_a_certificate_the_receivers_alert_is_the_reason(
+    client_for, certificates, demanding, version, reason
+):
+    demanding.minimum_version = demanding.maximum_version = version
+    with Demanding(demanding) as receiver:
+        answer = await send(client_for(ca_file=certificates.ca), receiver.url)
+    assert (answer.result, answer.status) == ("tls", None)
+    assert answer.error.endswith(reason)
+
+
+async def test_a_certificate_of_an_authority_that_the_receiver_does_not_know_is_a_tls_failure(
+    client_for, certificates, demanding
+):
+    shown = ClientCert(cert=certificates.path("self_signed"), key=certificates.key)
+    with Demanding(demanding) as receiver:
+        answer = await send(client_for(ca_file=certificates.ca, client_cert=shown), receiver.url)
+    assert answer.result == "tls"
+    assert answer.error.startswith("the receiver ended TLS: tlsv1 alert")
+
+
+UNUSABLE = [
+    ('cert = "absent.pem"', "absent.pem cannot be read: No such file or directory"),
+    ('cert = "client.pem", key = "absent.pem"', "absent.pem cannot be read: No such file or directory"),
+    ('cert = "."', " cannot be read: Is a directory"),
+    ('cert = "empty.pem", key = "key.pem"', "empty.pem holds no certificate in PEM form"),
+    ('cert = "torn.pem", key = "key.pem"', "torn.pem holds no certificate in PEM form"),
+    ('cert = "binary.der", key = "key.pem"', "binary.der holds no certificate in PEM form"),
+    ('cert = "key.pem"', "key.pem holds no certificate in PEM form"),
+    ('cert = "client.pem"', "client.pem holds no private key in PEM form"),
+    ('cert = "client.pem", key = "empty.pem"', "empty.pem holds no private key in PEM form"),
+    ('cert = "client.pem", key = "strange.pem"', "strange.pem is not that of the certificate in"),
+    ('cert = "client.pem", key = "rsa.pem"', "rsa.pem is not that of the certificate in"),
+    ('cert = "client.pem", key = "locked.pem"', "locked.pem is encrypted; give its `password`"),
+    (
+        'cert = "client.pem", key = "locked.pem", password = "hush"',
+        "locked.pem is encrypted; its `password` does not open it",
+    ),
+    (
+        f'cert = "client.pem", key = "locked.pem", password = "{"hush" * 1000}"',
+        "locked.pem is encrypted; its `password` does not open it",
+    ),
+    ('key = "key.pem"', "missing; it has no default"),
+    ('crt = "client.pem"', 'unknown key, did you mean "cert"?'),
+]
+
+
+@pytest.mark.parametrize(("table", "problem"), UNUSABLE)
+def test_a_certificate_that_is_no_use_is_a_problem_that_names_the_file(files, table, problem):
+    path = files / "config.toml"
+    url = "https://receiver.example/hook"
+    path.write_text(f'development = true\n[destinations.crm]\nurl = "{url}"\nclient_cert = {{ {table} }}\n')
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    told = str(caught.value)
+    assert "config.toml:4: destinations.crm.client_cert" in told
+    assert problem in told
+    assert "hush" not in told
+
+
+def test_a_certificate_that_became_useless_after_the_check_stops_the_start_with_its_name(files):
+    async def build():
+        Client(DestinationConfig(name="crm", url="", client_cert=ClientCert(cert=files / "empty.pem")))
+
+    with pytest.raises(RelayError, match=r"client_cert of crm: .*empty\.pem holds no certificate"):
+        asyncio.run(build())
