@@ -62,6 +62,7 @@ class App:
 
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         self.config = config = setup.config
+        self._setup = setup
         self.clock = clock = clock or SystemClock()
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
@@ -175,6 +176,8 @@ class App:
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self._check_books)
+        for job in self._setup.jobs:
+            jobs.add(job.name, job.every, job.work)
         return jobs
 
     def _trouble(self) -> str | None:

@@ -3,6 +3,7 @@
 import pluggy
 
 from relay.formats import Format
+from relay.model import Job
 from relay.source import Source
 
 PROJECT = "relay"
@@ -18,3 +19,8 @@ def relay_sources() -> list[type[Source]]:  # type: ignore[empty-body]
 @hookspec
 def relay_formats() -> list[Format]:  # type: ignore[empty-body]
     """Return ways to write an event down: what `format = …` of a destination may name."""
+
+
+@hookspec
+def relay_jobs() -> list[Job]:  # type: ignore[empty-body]
+    """Return periodic work; it runs in the daemon's event loop while the daemon serves."""

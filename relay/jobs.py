@@ -1,5 +1,6 @@
 """Periodic work, by APScheduler: short, idempotent, one at a time, and late rather than dropped."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC
@@ -28,6 +29,9 @@ class Jobs:
                 await work()
             except Exception:
                 log.exception("job %s failed", name)
+            except asyncio.CancelledError:
+                if self._scheduler.running:  # else it is our stop, which APScheduler would log as a failure
+                    log.exception("job %s was cancelled", name)
 
         self._scheduler.add_job(run, "interval", seconds=seconds, id=name, name=name)
 
@@ -36,6 +40,6 @@ class Jobs:
         self._scheduler.start()
 
     def stop(self) -> None:
-        """Begin no further run; one that is under way ends by itself."""
+        """Begin no further run, and cancel those that are under way."""
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)

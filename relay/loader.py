@@ -20,6 +20,7 @@ from relay.config.tables import bind_tables, named_tables
 from relay.doors import at_the_doors, in_one_line
 from relay.errors import Refusal
 from relay.formats import Format
+from relay.model import Job
 from relay.offers import Kind, Offers, PluginError
 from relay.source import Source
 
@@ -32,6 +33,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     config: Config
     kinds: Mapping[str, Kind]
     formats: Mapping[str, Format]  # by name, those of the relay itself included
+    jobs: tuple[Job, ...] = ()
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
@@ -61,6 +63,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
         config=msgspec.structs.replace(config, sources=sources, warnings=warnings),
         kinds=offers.kinds,
         formats=offers.formats,
+        jobs=tuple(offers.jobs.values()),
     )
 
 

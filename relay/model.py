@@ -1,6 +1,6 @@
 """The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.clock`)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -100,6 +100,14 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
     failing_since: int | None = None  # steady clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
     disabled_reason: str | None = None  # gone (410), asked (by header), failing, operator
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """Periodic work that a plugin asks for, one run at a time."""
+
+    name: str  # unique within its plugin
+    every: float  # seconds from one run to the next; the first comes so long after the start
+    work: Callable[[], Awaitable[None]]
 
 
 # --- workers: what a handler may ask for, applied in the event's own transaction ------------------

@@ -10,8 +10,10 @@ from relay.config import checks
 from relay.config.model import SourceConfig
 from relay.doors import Door, Plugin, in_one_line
 from relay.formats import FORMATS, Format
+from relay.model import Job
 from relay.source import Source
 
+_YEAR = 366 * 86_400
 _COMMON = frozenset(SourceConfig.__struct_fields__)
 
 
@@ -35,6 +37,7 @@ class Offers:
     def __init__(self) -> None:
         self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
         self.formats: dict[str, Format] = dict(FORMATS)
+        self.jobs: dict[str, Job] = {}  # by plugin and name
         self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
 
     def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
@@ -50,6 +53,9 @@ class Offers:
             case "relay_formats":
                 for format_ in _offered(hook, function, "Formats"):
                     self._take_format(plugin, format_)
+            case "relay_jobs":
+                for job in _offered(hook, function, "Jobs"):
+                    self._take_job(plugin, job)
 
     def _take_source(self, plugin: Plugin, source: Any) -> None:
         _check_source(source)
@@ -67,6 +73,13 @@ class Offers:
             raise PluginError(f'offers the format "{format_.name}", as {rival} does; give it another name')
         self.formats[format_.name] = format_
         self._files[format_.name] = plugin.file
+
+    def _take_job(self, plugin: Plugin, job: Any) -> None:
+        _check_job(job)
+        name = f"{plugin.name}.{job.name}"  # so that the log says whose it is
+        if name in self.jobs:
+            raise PluginError(f'offers the job "{name}", which there is already; give it another name')
+        self.jobs[name] = msgspec.structs.replace(job, name=name)
 
 
 def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:
@@ -105,6 +118,19 @@ def _check_format(format_: Any) -> None:
     render: Any = format_.render
     if not callable(render) or inspect.iscoroutinefunction(render):
         raise PluginError(f'the format "{format_.name}" has a `render` that is no plain function')
+
+
+def _check_job(job: Any) -> None:
+    if not isinstance(job, Job):
+        raise PluginError(f"relay_jobs() returned a list with {job!r:.60}, which is no Job")
+    _check_name("job", job.name)
+    every: Any = job.every
+    if not isinstance(every, int | float) or not 0 < every <= _YEAR:
+        raise PluginError(
+            f'the job "{job.name}" comes every {every!r:.60}; expected seconds, above 0 and up to a year'
+        )
+    if not inspect.iscoroutinefunction(job.work):
+        raise PluginError(f'the job "{job.name}" has a `work` that is no `async def` function')
 
 
 def _check_name(what: str, name: Any) -> None:

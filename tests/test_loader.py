@@ -312,6 +312,53 @@ def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
     assert says in str(problem)
 
 
+# --- jobs ---------------------------------------------------------------------------------------
+
+JOBS = """
+from functools import partial
+from relay.hookspecs import hookimpl
+from relay.model import Job
+
+async def work(): pass
+
+@hookimpl
+def relay_jobs():
+    return [{}]
+"""
+JOB = "Job(name='tidy', every=60, work=work)"
+
+
+def test_jobs_are_named_after_their_plugins(setup, plugins):
+    (plugins / "a.py").write_text(JOBS.format(JOB + ", Job(name='ping', every=0.5, work=partial(work))"))
+    (plugins / "b.py").write_text(JOBS.format(JOB))
+    jobs = setup("").jobs
+    assert [(job.name, job.every) for job in jobs] == [("a.tidy", 60), ("a.ping", 0.5), ("b.tidy", 60)]
+
+
+def test_two_jobs_of_one_name_stop_the_start(plugins):
+    (plugins / "a.py").write_text(JOBS.format(f"{JOB}, {JOB}"))
+    _, (problem,) = discover([plugins])
+    assert problem.problem == 'offers the job "a.tidy", which there is already; give it another name'
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ("3", "relay_jobs() returned a list with 3, which is no Job"),
+        ("Job(name='a b', every=60, work=work)", "has a job called 'a b': a name is 1 to 64"),
+        ("Job(name='tidy', every=0, work=work)", 'the job "tidy" comes every 0; expected seconds'),
+        ("Job(name='tidy', every='1h', work=work)", "comes every '1h'; expected seconds, above 0"),
+        ("Job(name='tidy', every=1e9, work=work)", "comes every 1000000000.0; expected seconds"),
+        ("Job(name='tidy', every=float('nan'), work=work)", "comes every nan; expected seconds"),
+        ("Job(name='tidy', every=60, work=print)", "a `work` that is no `async def` function"),
+    ],
+)
+def test_a_job_of_no_use_is_told_in_one_sentence(plugins, job, says):
+    (plugins / "a.py").write_text(JOBS.format(job))
+    _, (problem,) = discover([plugins])
+    assert says in problem.problem
+
+
 # --- sources ------------------------------------------------------------------------------------
 
 
