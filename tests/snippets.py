@@ -155,13 +155,25 @@ def receiver(language: Language, folder: Path) -> Iterator[str]:
 
 
 def inbox(folder: Path) -> dict[str, bytes]:
-    """Return what a receiver has kept, by id."""
+    """Return what waits in a receiver's inbox, by id; nothing is left of what has been handled."""
     if (folder / "inbox.db").exists():
         with sqlite3.connect(folder / "inbox.db") as db:
-            rows = dict(db.execute("SELECT id, body FROM inbox"))
+            rows = dict(db.execute("SELECT id, body FROM inbox WHERE NOT done"))
         db.close()
         return rows
-    return {path.name: path.read_bytes() for path in (folder / "inbox").iterdir()}
+    bodies = {path.name: path.read_bytes() for path in (folder / "inbox").iterdir()}
+    return {name: body for name, body in bodies.items() if body}
+
+
+def handle_inbox(folder: Path) -> None:
+    """Mark everything as handled, as the page's workers do."""
+    if (folder / "inbox.db").exists():
+        with sqlite3.connect(folder / "inbox.db") as db:
+            db.execute("UPDATE inbox SET done = 1, body = NULL")
+        db.close()
+    else:
+        for path in (folder / "inbox").iterdir():
+            path.write_bytes(b"")
 
 
 def empty_inbox(folder: Path) -> None:

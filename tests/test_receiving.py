@@ -21,6 +21,7 @@ from snippets import (
     blocks,
     break_inbox,
     empty_inbox,
+    handle_inbox,
     inbox,
     judge,
     receiver,
@@ -223,6 +224,16 @@ async def test_a_receiver_keeps_each_event_once_however_often_it_comes(place):
     assert inbox(place[1]) == {one.public_id: FORMATS["standard"].render(one) for one in (first, second)}
 
 
+async def test_a_receiver_remembers_what_has_been_handled(place):
+    handled, fresh = event(), event()
+    with receiver(*place) as url:
+        async with sending(url, SECRET) as send:
+            assert await send(handled) == 204
+            handle_inbox(place[1])
+            assert [await send(handled), await send(fresh)] == [204, 204]
+    assert list(inbox(place[1])) == [fresh.public_id]
+
+
 async def test_a_receiver_remembers_over_a_kill(place):
     kept = event()
     for _ in range(2):
@@ -256,7 +267,7 @@ async def test_a_receiver_that_cannot_keep_an_event_does_not_say_yes(place):
 
 def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    [schema] = re.findall(r'db\.execute\("(CREATE TABLE .*?)"\)', PYTHON_RECEIVER)
+    [schema] = re.findall(r'^SCHEMA = """(.*?)"""', PYTHON_RECEIVER, re.MULTILINE | re.DOTALL)
     [code] = blocks("A slow handler: answer first", "python")
     worker = {"__name__": "worker"}
     exec(compile(code, "worker.py", "exec"), worker)
@@ -265,6 +276,9 @@ def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_pat
         db.execute("CREATE TABLE members (id TEXT)")
         rows = [(name, json.dumps({"id": name})) for name in ("a", "b", "c")]
         db.executemany("INSERT INTO inbox (id, body) VALUES (?, ?)", rows)
+        db.execute("INSERT INTO inbox (id, arrived, done) VALUES ('old', '2020-01-01 00:00:00', 1)")
+        db.execute("UPDATE inbox SET arrived = '2020-01-01 00:00:00' WHERE id = 'b'")
+        db.execute("UPDATE inbox SET arrived = datetime('now', '-29 days') WHERE id = 'a'")
     bad = {"b"}
 
     def handle(db, event):
@@ -279,7 +293,8 @@ def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_pat
     worker["work"](handle)
     worker["work"](handle)
     assert [row for (row,) in db.execute("SELECT id FROM members")] == ["a", "c", "b"]
-    assert db.execute("SELECT id, body, done FROM inbox").fetchall() == [(name, None, 1) for name in "abc"]
+    assert capfd.readouterr().err == ""
+    assert db.execute("SELECT id, body, done FROM inbox").fetchall() == [("a", None, 1), ("c", None, 1)]
     db.close()
 
 
@@ -291,7 +306,8 @@ def test_the_worker_for_folders_handles_each_event_once_and_tries_a_failed_one_a
     (folder / "evt_1").write_text("one\n")
     (folder / "evt_2").write_text("two\n")
     (folder / "evt_3").touch()
-    os.utime(folder / "evt_3", (0, 0))  # done, long ago
+    for name in ("evt_2", "evt_3"):
+        os.utime(folder / name, (0, 0))  # long ago; what is not done is not forgotten
     handle.write_text(
         "#!/bin/sh\nread -r event && echo $event >>seen && { [ $event = one ] || [ -e well ]; }\n"
     )
@@ -300,7 +316,7 @@ def test_the_worker_for_folders_handles_each_event_once_and_tries_a_failed_one_a
     def rounds(count):
         for _ in range(count):
             run(("sh",), tmp_path, script)
-        return (tmp_path / "seen").read_text().split()
+        return (tmp_path / "seen").read_text().splitlines()
 
     assert rounds(2) == ["one", "two", "two"]
     (tmp_path / "well").touch()
