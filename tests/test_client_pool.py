@@ -89,7 +89,7 @@ async def test_a_cancelled_send_hangs_up_and_leaves_nothing_behind(client_for):
             with pytest.raises(asyncio.CancelledError):
                 await sending
             await receiver.ended.wait()
-        assert not client._pooled.connector._acquired
+        assert not client._pooled._acquired
 
 
 async def test_hanging_receivers_delay_no_other(client_for):

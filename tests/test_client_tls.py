@@ -79,7 +79,7 @@ def test_a_ca_file_that_cannot_be_used_stops_the_start_with_its_name(tmp_path):
 async def test_a_connection_is_dropped_at_once_when_tls_would_wait_for_a_polite_end(client_for, certificates):
     async with receivers.never_reads(tls=certificates.server("good")) as receiver:
         client, sockets = client_for(SHORT, ca_file=certificates.ca), []
-        connector = client._pooled.connector
+        connector = client._pooled
         connector._socket_factory = lambda info: sockets.append(client._socket(info)) or sockets[-1]
         assert (await send(client, receiver.url)).result == "timeout"
         await asyncio.sleep(0)  # asyncio closes the socket in the next turn of the loop

@@ -193,7 +193,7 @@ async def test_a_name_that_is_bound_anew_between_look_ups_is_judged_anew():
         client = Client(destination, own=[("127.0.0.3", receiver.port)], resolver=names)
         try:
             assert (await client.send(url, {}, b"{}")).result == "ok"
-            client._pooled.connector.clear_dns_cache()
+            client._pooled.clear_dns_cache()
             rebound = await client.send(url, {}, b"{}")
         finally:
             await client.close()

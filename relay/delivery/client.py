@@ -1,12 +1,9 @@
 """The HTTP client that deliveries go out with: whatever a receiver does becomes an `Answer`."""
 
 import asyncio
-import functools
-import io
-import re
 import socket
 import time
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 
 from aiohttp import (
@@ -14,8 +11,6 @@ from aiohttp import (
     ClientConnectorError,
     ClientError,
     ClientOSError,
-    ClientResponse,
-    ClientSession,
     ConnectionTimeoutError,
     ServerDisconnectedError,
 )
@@ -25,9 +20,11 @@ from yarl import URL
 
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, Result, of_failure, of_status, one_line
+from relay.delivery.connector import AddressInfo, open_connector, tls_of
+from relay.delivery.exchange import Exchange, Response
 from relay.delivery.guard import Blocked, refused
+from relay.delivery.proxy import Proxy
 from relay.delivery.resolver import Resolver
-from relay.delivery.session import AddressInfo, open_session, tls_of
 from relay.units import render_duration
 
 READ_LIMIT = 64 * 1024
@@ -38,9 +35,6 @@ KEEP_LIMIT = 16 * 1024
 
 _STEERING = ("retry-after", "webhook-delivery")  # the headers that a delivery's fate may hang on
 _STEERING_LIMIT = 200  # characters; a date needs 29
-_ONE_WRITE = 2**20  # bytes; aiohttp wants larger bodies as files, which it sends piece by piece
-
-_QUOTED = re.compile(r"https?://[\w.:-]+(?:[/?][\w.~:/?@!$&'()*+,;=%-]*)?", re.ASCII).fullmatch
 
 _dialled: ContextVar[list[str]] = ContextVar("dialled")
 """Addresses that the attempt at hand has connected to; none means that it got a kept-alive connection."""
@@ -52,7 +46,7 @@ class Client:
     To be built inside the running loop, and closed when nothing is being sent any more.
 
     Args:
-        destination: its method, timeouts, `allow_private`, `ca_file` and `client_cert` are used.
+        destination: its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy` are used.
         own: the relay's own listeners, as (address, port); never dialled.
         resolver: stands in for the system's.
 
@@ -72,16 +66,11 @@ class Client:
         self._connect_timeout = destination.connect_timeout
         self._allow_private = destination.allow_private
         self._own = tuple(own)
+        self._proxy = None if destination.proxy is None else Proxy(destination.proxy)
         tls, names = tls_of(destination), resolver or Resolver()
+        self._exchange = Exchange(destination.method, destination.connect_timeout)
         self._pooled, self._fresh = (
-            open_session(
-                sockets=self._socket,
-                resolver=names,
-                tls=tls,
-                connect_timeout=self._connect_timeout,
-                keep=keep,
-            )
-            for keep in (True, False)
+            open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep) for keep in (True, False)
         )
 
     async def send(self, url: str | URL, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -101,7 +90,7 @@ class Client:
         started = time.perf_counter()
         dialled: list[str] = []
         _dialled.set(dialled)
-        response: ClientResponse | None = None
+        response: Response | None = None
         failure: Exception | None = None
         kept, whole = bytearray(), False
         try:
@@ -111,10 +100,8 @@ class Client:
         except (ClientError, HttpProcessingError, OSError) as error:
             failure = error
         finally:
-            # At its end an answer gives the connection back; one still held broke off, ran over the
-            # limit, came before the request was out, or switched protocols.
-            if response is not None and response.connection is not None:
-                response.close()
+            if response is not None:
+                response.end()
         duration_ms = (time.perf_counter() - started) * 1000
         if response is None:
             result, text = self._name(failure, dialled)
@@ -136,28 +123,20 @@ class Client:
 
     async def _request(
         self, url: str | URL, headers: Mapping[str, str], body: bytes, dialled: list[str]
-    ) -> ClientResponse:
+    ) -> Response:
         """Get an answer's head; when a kept-alive connection had died meanwhile, ask once more.
 
         Receivers close idle connections at the very moment of a send: without this, 20 of 40 POSTs
         failed. The second try has a connection of its own, so it cannot meet the same fate.
         """
         try:
-            return await self._ask(self._pooled, url, headers, body)
+            return await self._exchange.ask(self._pooled, url, headers, body)
         except ClientConnectorError:
             raise
         except (ClientOSError, ClientConnectionResetError, ServerDisconnectedError) as error:
             if dialled or _spoke(error):
                 raise
-        return await self._ask(self._fresh, url, headers, body)
-
-    def _ask(
-        self, session: ClientSession, url: str | URL, headers: Mapping[str, str], body: bytes
-    ) -> Awaitable[ClientResponse]:
-        if isinstance(url, str):
-            url = _as_written(url)
-        data = body if len(body) <= _ONE_WRITE else io.BytesIO(body)
-        return session.request(self._method, url, headers=headers, data=data, allow_redirects=False)
+        return await self._exchange.ask(self._fresh, url, headers, body)
 
     def _socket(self, info: AddressInfo) -> socket.socket:
         """Make the socket of one connect, unless the guard refuses its address."""
@@ -171,16 +150,21 @@ class Client:
 
     def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[Result, str]:
         """Name a failure without an answer."""
+        result: Result
         if isinstance(failure, ConnectionTimeoutError):
             limit = render_duration(self._connect_timeout)
-            if dialled:
-                return "timeout", f"no connection to {', '.join(dialled)} within {limit}"
-            return "dns", f"the name was not resolved within {limit}"
-        if failure is None or isinstance(failure, TimeoutError):
-            return "timeout", f"no answer within {render_duration(self._timeout)}"
-        return of_failure(failure)
+            if not dialled:
+                result, text = "dns", f"the name was not resolved within {limit}"
+            else:  # of a proxy, what was dialled may well have taken the connection
+                peer = "" if self._proxy else f" to {', '.join(dialled)}"
+                result, text = "timeout", f"no connection{peer} within {limit}"
+        elif failure is None or isinstance(failure, TimeoutError):
+            result, text = "timeout", f"no answer within {render_duration(self._timeout)}"
+        else:
+            result, text = of_failure(failure)
+        return result, text if self._proxy is None else f"through the proxy {self._proxy.name}: {text}"
 
-    def _remark(self, response: ClientResponse, failure: Exception | None) -> str | None:
+    def _remark(self, response: Response, failure: Exception | None) -> str | None:
         """Say what the operator should know of an answer; None when all is well."""
         result, trouble = of_status(response.status), ""
         if isinstance(failure, TimeoutError):
@@ -195,13 +179,7 @@ class Client:
         return one_line(line + trouble)
 
 
-@functools.lru_cache(maxsize=1024)
-def _as_written(url: str) -> URL | str:
-    """Parse a URL without yarl's unquoting where it needs no quoting either."""
-    return URL(url, encoded=True) if _QUOTED(url) else url
-
-
-async def _read(response: ClientResponse, kept: bytearray) -> bool:
+async def _read(response: Response, kept: bytearray) -> bool:
     """Read a body up to the limit and keep its beginning; say whether all of it was kept."""
     size = 0
     while block := await response.content.readany():
@@ -217,7 +195,7 @@ def _spoke(error: Exception) -> bool:
     return isinstance(error, ServerDisconnectedError) and not isinstance(error.message, str)
 
 
-def _steering(response: ClientResponse) -> dict[str, str]:
+def _steering(response: Response) -> dict[str, str]:
     """Pick the headers that steer deliveries, where their values are plain ASCII of sane length."""
     found = {}
     for name in _STEERING:

@@ -6,12 +6,11 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
+from aiohttp import TCPConnector
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 
-from relay import __version__
 from relay.config.model import DestinationConfig
 from relay.errors import RelayError
 
@@ -20,13 +19,7 @@ WIRE_LIMIT = 2**20
 
 _SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
 _HEADS = 16  # heads waiting to be looked at; a receiver has use for one or two before the answer
-_LINE_LIMIT = 8190  # bytes of the status line and of each header
-_HEADER_LIMIT = 128
 _DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
-
-# aiohttp puts these in on its own; a webhook names its content type, and wants neither a compressed
-# answer nor a negotiation.
-_NOT_AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type")
 
 AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
 """Family, type, protocol, canonical name and address: what a socket is about to connect to."""
@@ -34,7 +27,7 @@ AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, i
 SocketFactory = Callable[[AddressInfo], socket.socket]
 
 
-class _Protocol(ResponseHandler):
+class Protocol(ResponseHandler):
     """Bounds an answer on the wire, and ends a body whose framing is broken.
 
     aiohttp bounds what it hands out; but receivers can send for ever what is neither header nor body:
@@ -45,10 +38,12 @@ class _Protocol(ResponseHandler):
     _received = 0
 
     def set_response_params(self, **params: Any) -> None:
+        """Begin an answer."""
         self._received = 0
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
+        """Parse what arrived, up to the limits."""
         if len(data) > _SLICE:
             for at in range(0, len(data), _SLICE):
                 if self._exception is None:
@@ -67,27 +62,22 @@ class _Protocol(ResponseHandler):
         self.abort()
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        """End head and body alike."""
         super().set_exception(exc, *cause)
         payload = self._payload
         if payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(exc, *cause)
 
 
-def open_session(
-    *,
-    sockets: SocketFactory,
-    resolver: AbstractResolver,
-    tls: ssl.SSLContext | bool,
-    connect_timeout: float,
-    keep: bool,
-) -> ClientSession:
-    """Open a session without cookies, redirects of its own, decompression or proxies.
+def open_connector(
+    *, sockets: SocketFactory, resolver: AbstractResolver, tls: ssl.SSLContext | bool, keep: bool
+) -> TCPConnector:
+    """Open a pool of connections.
 
     Args:
         sockets: makes the socket of every single connect; may refuse with an `OSError`.
-        resolver: looks names up; the session does not close it.
+        resolver: looks names up; the connector does not close it.
         tls: what `tls_of` returned.
-        connect_timeout: seconds for look-up, connect and TLS handshake together.
         keep: whether connections are kept for the next request.
     """
     connector = TCPConnector(
@@ -99,26 +89,8 @@ def open_session(
         socket_factory=sockets,
     )
     # There is no public way to a protocol of one's own.
-    connector._factory = functools.partial(_Protocol, loop=connector._loop)  # type: ignore[assignment]  # noqa: SLF001
-    session = ClientSession(
-        connector=connector,
-        headers={"User-Agent": f"hookferry/{__version__}"},
-        skip_auto_headers=_NOT_AUTOMATIC,
-        cookie_jar=DummyCookieJar(),
-        timeout=ClientTimeout(
-            total=None,  # the client's own spans the retry and the body as well
-            connect=connect_timeout,
-            ceil_threshold=float("inf"),  # aiohttp would round timeouts above 5 s up to whole seconds
-        ),
-        auto_decompress=False,
-        trust_env=False,
-        max_line_size=_LINE_LIMIT,
-        max_field_size=_LINE_LIMIT,
-        max_headers=_HEADER_LIMIT,
-    )
-    # aiohttp repeats a PUT whenever a connection breaks, even a new one; the client knows better.
-    session._retry_connection = False  # noqa: SLF001 - there is no public switch
-    return session
+    connector._factory = functools.partial(Protocol, loop=connector._loop)  # type: ignore[assignment]  # noqa: SLF001
+    return connector
 
 
 def tls_of(destination: DestinationConfig) -> ssl.SSLContext | bool:
