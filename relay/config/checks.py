@@ -6,6 +6,8 @@ import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from relay.config.client_cert import ClientCert
 from relay.config.secret import Secret
 from relay.signing import decode_key
@@ -81,6 +83,24 @@ def url(text: str) -> str:
     if any(character.isspace() or not character.isprintable() for character in text):
         raise ValueError("the URL holds spaces or control characters")
     return text
+
+
+def proxy(value: Secret) -> Secret:
+    """Check the address of an HTTP proxy; its text is never repeated, it may hold a password."""
+    text = value.reveal()
+    try:
+        address = URL(text)
+    except ValueError:
+        raise ValueError("not a URL: its host or port cannot be read") from None
+    if address.scheme != "http":
+        raise ValueError("expected the URL of an HTTP proxy, such as http://proxy.example:3128")
+    if not address.host or not address.port:
+        raise ValueError("the URL has no host, or no port")
+    if address.path_qs != "/" or address.fragment:
+        raise ValueError("the URL of a proxy ends with its host and port")
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("the URL holds spaces or control characters")
+    return value
 
 
 def web_origin(text: str) -> str:

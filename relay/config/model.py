@@ -142,6 +142,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_private: bool = False
     ca_file: Annotated[Path, _check(checks.existing_file)] | None = None
     client_cert: Annotated[ClientCert, _check(checks.client_cert)] | None = None
+    proxy: Annotated[Secret, _check(checks.proxy, literal=True)] | None = None  # may hold a password
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

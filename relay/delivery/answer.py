@@ -13,6 +13,7 @@ from aiohttp import (
     ClientConnectorDNSError,
     ClientConnectorError,
     ClientConnectorSSLError,
+    ClientHttpProxyError,
     ClientOSError,
     ClientPayloadError,
     ClientResponseError,
@@ -70,7 +71,7 @@ def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911, 
             return "tls", f"TLS handshake with {_peer(error)} failed: {_tls(error.os_error)}"
         case ClientConnectorDNSError():
             return "dns", f"cannot resolve {error.host}: {_os(error.os_error)}"
-        case ClientConnectorError(os_error=Blocked() as blocked):
+        case ClientConnectorError(os_error=Blocked() as blocked) | (Blocked() as blocked):
             return "blocked", f"not dialled: {blocked.reason}"
         case ClientConnectorError(os_error=ConnectionResetError() | ConnectionAbortedError()) if error.ssl:
             return "tls", f"{_peer(error)} broke off the TLS handshake"
@@ -80,6 +81,8 @@ def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911, 
             return "blocked", f"not dialled: {getattr(error, 'description', None) or 'not an HTTP URL'}"
         case ServerDisconnectedError():
             return "protocol", "the receiver closed the connection without an answer"
+        case ClientHttpProxyError():
+            return "connect", f"the tunnel was refused: HTTP {error.status} {error.message}".rstrip()
         case ClientResponseError() | HttpProcessingError():
             return "protocol", f"malformed answer: {error.message}"
         case ClientPayloadError():

@@ -66,9 +66,11 @@ class Client:
         self._connect_timeout = destination.connect_timeout
         self._allow_private = destination.allow_private
         self._own = tuple(own)
-        self._proxy = None if destination.proxy is None else Proxy(destination.proxy)
+        self._proxy = None
+        if destination.proxy is not None:
+            self._proxy = Proxy(destination.proxy, allow_private=self._allow_private, own=self._own)
         tls, names = tls_of(destination), resolver or Resolver()
-        self._exchange = Exchange(destination.method, destination.connect_timeout)
+        self._exchange = Exchange(destination.method, destination.connect_timeout, self._proxy)
         self._pooled, self._fresh = (
             open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep) for keep in (True, False)
         )

@@ -25,6 +25,7 @@ from aiohttp.http import RawResponseMessage
 from yarl import URL
 
 from relay import __version__
+from relay.delivery.proxy import Proxy
 
 LINE_LIMIT = 8190
 """Bytes of an answer's status line, and of each of its headers."""
@@ -34,7 +35,7 @@ HEADER_LIMIT = 128
 
 _QUOTED = re.compile(r"https?://[\w.:-]+(?:[/?][\w.~:/?@!$&'()*+,;=%-]*)?", re.ASCII).fullmatch
 _BREAK = re.compile(r"[\r\n\0]").search
-_AGENT = f"User-Agent: hookferry/{__version__}\r\n"
+_AGENT = f"hookferry/{__version__}"
 _ANNOUNCEMENTS = range(100, 200)
 _SWITCHING = 101
 
@@ -63,8 +64,9 @@ class Response:
 class Exchange:
     """Asks receivers by one method; `connect_timeout` spans look-up, connect and handshake, in seconds."""
 
-    def __init__(self, method: str, connect_timeout: float) -> None:
+    def __init__(self, method: str, connect_timeout: float, proxy: Proxy | None = None) -> None:
         self._method = method
+        self._proxy = proxy
         self._loop = asyncio.get_running_loop()
         self._timeout = ClientTimeout(
             total=None,  # the client's own spans the retry and the body as well
@@ -81,6 +83,7 @@ class Exchange:
         Raises:
             ValueError: a header holds a line break or NUL.
             aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError: no answer could be had.
+            Blocked: the proxy must not be asked for it.
         """
         request, start = self._prepare(url)
         head = _head(start, headers, len(body))
@@ -101,12 +104,17 @@ class Exchange:
             raise NonHttpUrlClientError(target)
         request = ClientRequest(self._method, target, loop=self._loop)
         # Its headers are now Host and, where the URL has a user, Authorization.
-        own = "".join(
-            f"{name}: {value}\r\n"
-            for name, value in request.headers.items()
-            if name in ("Host", "Authorization")
-        )
-        return request, f"{self._method} {target.raw_path_qs} HTTP/1.1\r\n{own}"
+        own = {name: value for name, value in request.headers.items() if name in ("Host", "Authorization")}
+        path = target.raw_path_qs
+        if self._proxy is not None:
+            self._proxy.check(target)
+            # Host is what aiohttp would add at the first connect, and so change the key of the pool.
+            tunnel = {"Host": own["Host"], "User-Agent": _AGENT, **self._proxy.credentials}
+            request.update_proxy(self._proxy.url, None, tunnel)
+            if target.scheme == "http":  # no tunnel, and thus nobody else who must not see the credentials
+                path = f"http://{own['Host']}{path}"
+                own |= self._proxy.credentials
+        return request, f"{self._method} {path} HTTP/1.1\r\n{_lines(own)}"
 
 
 async def _converse(connection: Connection, head: bytes, body: bytes) -> Response:
@@ -131,9 +139,12 @@ async def _converse(connection: Connection, head: bytes, body: bytes) -> Respons
 def _head(start: str, headers: Mapping[str, str], length: int) -> bytes:
     if _BREAK("".join(headers.values())) or _BREAK("".join(headers)):
         raise ValueError("a header holds a control character: a line break or NUL")
-    agent = "" if any(name.lower() == "user-agent" for name in headers) else _AGENT
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return f"{start}{agent}{lines}Content-Length: {length}\r\n\r\n".encode()
+    agent = "" if any(name.lower() == "user-agent" for name in headers) else f"User-Agent: {_AGENT}\r\n"
+    return f"{start}{agent}{_lines(headers)}Content-Length: {length}\r\n\r\n".encode()
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
 def _as_written(url: str) -> URL:

@@ -1,8 +1,11 @@
 """The address guard: which addresses an outgoing webhook may be dialled at.
 
 Judged on the very address of a connect, so neither a literal, a look-up that changes its mind nor an
-IPv4 address wrapped in IPv6 slips past. The table is explicit because `ipaddress.is_global` follows
-the registries of the Python release at hand (on 3.11.7 it was wrong for 11 of 20 addresses).
+IPv4 address wrapped in IPv6 slips past. Behind a proxy that address is the proxy's: what it connects
+to itself is out of our sight, and only a target that is spelt as an address can be refused.
+
+The table is explicit because `ipaddress.is_global` follows the registries of the Python release at
+hand (on 3.11.7 it was wrong for 11 of 20 addresses).
 """
 
 import socket
@@ -114,6 +117,25 @@ def refused(
         if any(_same(judged, port, listener) for listener in own):
             return f"{judged}{inside} port {port} is the relay itself"
     return None
+
+
+def refused_target(
+    host: str, port: int, *, allow_private: bool, own: Collection[tuple[str, int]] = ()
+) -> str | None:
+    """Return why a proxy must not be asked for this host, as far as its text tells; None when it may be.
+
+    An address is judged like one that is dialled, in every spelling that a C library reads as one. Of
+    names only those of loopback are known (RFC 6761 §6.3): where others lead is the proxy's to judge.
+    Arguments as in `refused`, but for the host as it stands in a URL.
+    """
+    host = host.rstrip(".").lower()
+    if ":" not in host:
+        loopback = host == "localhost" or host.endswith(".localhost")
+        try:
+            host = socket.inet_ntoa(socket.inet_aton("127.0.0.1" if loopback else host))
+        except OSError:
+            return None
+    return refused(host, port, allow_private=allow_private, own=own)
 
 
 def _kind(address: Address) -> str | None:
