@@ -27,6 +27,8 @@ from relay.jobs import Jobs
 from relay.listeners import address, bind, bind_unix, listen, stop_listening, url
 from relay.loader import Setup
 from relay.metrics import Metrics
+from relay.model import News
+from relay.observers import Observers
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
@@ -89,7 +91,8 @@ class App:
             {name: _terms(destination) for name, destination in config.destinations.items()},
         )
         self.store.route = self.router.route
-        self.store.listener = self.engine.listen
+        self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
+        self.store.listener = self._listen if setup.observers else self.engine.listen
         self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
         self.api = Api(
             store=self.store,
@@ -126,6 +129,8 @@ class App:
             self._warn()
             await self.store.open()
             life.push_async_callback(self.store.close)
+            self.observers.start()
+            life.push_async_callback(self._stop_observers)
             await self.watch.sweep()
             jobs = self._jobs()
             jobs.start()
@@ -165,6 +170,9 @@ class App:
     async def _stop_engine(self) -> None:
         await self.engine.stop(self._time_left())
 
+    async def _stop_observers(self) -> None:
+        await self.observers.stop(self._time_left())
+
     def _time_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
@@ -179,6 +187,11 @@ class App:
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
         return jobs
+
+    def _listen(self, news: News) -> None:
+        """Hand on what was committed; lanes first, plugins are never waited for."""
+        self.engine.listen(news)
+        self.observers.listen(news)
 
     def _trouble(self) -> str | None:
         """Say what keeps senders out at the moment."""

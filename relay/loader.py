@@ -21,7 +21,7 @@ from relay.doors import at_the_doors, in_one_line
 from relay.errors import Refusal
 from relay.formats import Format
 from relay.model import Job
-from relay.offers import Kind, Offers, PluginError
+from relay.offers import Kind, Observer, Offers, PluginError
 from relay.source import Source
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
@@ -33,7 +33,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     config: Config
     kinds: Mapping[str, Kind]
     formats: Mapping[str, Format]  # by name, those of the relay itself included
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[Job, ...]
+    observers: tuple[Observer, ...]
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
@@ -64,6 +65,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
         kinds=offers.kinds,
         formats=offers.formats,
         jobs=tuple(offers.jobs.values()),
+        observers=tuple(offers.observers.values()),
     )
 
 
@@ -102,7 +104,8 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
                 continue
             if caller.name in found:
                 raise PluginError(f"defines {caller.name}() twice")
-            if hook.hookwrapper or hook.wrapper or hook.argnames != tuple(takes):
+            plain = not (hook.hookwrapper or hook.wrapper or inspect.iscoroutinefunction(hook.function))
+            if not plain or hook.argnames != tuple(takes):
                 raise PluginError(f"must define {caller.name}({', '.join(takes)}) as a plain function")
             found[caller.name] = hook.function
     return found

@@ -70,7 +70,7 @@ class Metrics:
         self.heartbeats = counter("relay_heartbeats", "Worker heartbeats.", source)
         self.plugin_errors = counter(
             "relay_plugin_errors",
-            "Requests that a plugin failed at.",
+            "Requests and reports that a plugin failed at.",
             ("plugin",),
         )
         self.created = counter(

@@ -83,13 +83,14 @@ class Owed(msgspec.Struct, frozen=True):
 
 
 class News(msgspec.Struct, frozen=True):
-    """What one commit changed that lanes must know."""
+    """What one commit changed that lanes and plugins must know."""
 
     events: Sequence[StoredEvent] = ()
     deliveries: Sequence[Delivery] = ()  # new and due: held for their lanes, with their events
     woken: Collection[str] = ()  # destinations that have something else due now
     dropped: Collection[int] = ()  # deliveries that ended without an attempt: expired, cancelled
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: how many were created, ended how
+    outcomes: Sequence[Outcome] = ()  # recorded, and their deliveries moved on
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):

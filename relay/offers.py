@@ -1,7 +1,7 @@
 """What plugins offer, taken in hook by hook: checked, and told apart by name."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,7 +10,7 @@ from relay.config import checks
 from relay.config.model import SourceConfig
 from relay.doors import Door, Plugin, in_one_line
 from relay.formats import FORMATS, Format
-from relay.model import Job
+from relay.model import Job, Outcome, StoredEvent
 from relay.source import Source
 
 _YEAR = 366 * 86_400
@@ -31,6 +31,14 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
+class Observer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one plugin wants to be told after a commit."""
+
+    plugin: str
+    events_stored: Callable[[Sequence[StoredEvent]], None] | None = None
+    attempts_recorded: Callable[[Sequence[Outcome]], None] | None = None
+
+
 class Offers:
     """Everything on offer; grows with each plugin."""
 
@@ -38,6 +46,7 @@ class Offers:
         self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
         self.formats: dict[str, Format] = dict(FORMATS)
         self.jobs: dict[str, Job] = {}  # by plugin and name
+        self.observers: dict[str, Observer] = {}  # by file
         self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
 
     def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
@@ -56,6 +65,10 @@ class Offers:
             case "relay_jobs":
                 for job in _offered(hook, function, "Jobs"):
                     self._take_job(plugin, job)
+            case "relay_events_stored" | "relay_attempts_recorded":
+                observer = self.observers.get(plugin.file) or Observer(plugin=plugin.name)
+                wish = {hook.removeprefix("relay_"): function}
+                self.observers[plugin.file] = msgspec.structs.replace(observer, **wish)
 
     def _take_source(self, plugin: Plugin, source: Any) -> None:
         _check_source(source)

@@ -16,7 +16,7 @@ FLOORS = (
         "retry", "registry", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),
-    ("doors", "offers", "loader", "ingest", "delivery", "workers", "jobs"),
+    ("doors", "offers", "loader", "observers", "ingest", "delivery", "workers", "jobs"),
     ("api_workers", "api"),
     ("app", "demo"),
     ("cli",),

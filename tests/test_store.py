@@ -148,6 +148,24 @@ async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (1, 1, 0, 0)
 
 
+async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store, clock):
+    fresh, told = [], []
+
+    def listen(news):
+        fresh.extend(news.deliveries)
+        told.extend(news.outcomes)
+
+    store.listener = listen
+    await store.append(accept(clock))
+    assert told == []
+    failed = outcome(fresh[0], "pending", next_attempt_at=clock.steady() + SECOND)
+    await store.settle(failed)
+    assert told == [failed]
+    delivered, late = outcome(fresh[0]), outcome(fresh[0], "dead")
+    assert [await store.settle(delivered), await store.settle(late)] == [True, False]
+    assert told == [failed, delivered]
+
+
 async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)

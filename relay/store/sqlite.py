@@ -176,9 +176,10 @@ class SqliteStore:
         books = sums(batch)
         for destination, columns in books.items():
             self._pending[destination] += 2 * columns["created"] - sum(columns.values())
-        if books or batch.events or batch.woken:
+        outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
+        if books or batch.events or batch.woken or outcomes:
             try:
-                self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books))
+                self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books, outcomes))
             except Exception:  # it is durable all the same, and its senders must hear so
                 log.exception("what was committed could not be handed on; lanes will find it in the store")
 
