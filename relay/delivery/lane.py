@@ -219,7 +219,8 @@ class Lane:
             self._first.due = self._retry.due = 0
             return
         if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
-            await self._record(Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl"))
+            stale = Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl", counts=False)
+            await self._record(stale)
             return
         circuit = self.standing.circuit
         probing, openings = circuit.is_open, circuit.openings

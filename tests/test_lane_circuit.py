@@ -1,0 +1,317 @@
+"""Destinations that fail for long: the circuit at work, being disabled, being let go on, telling of it."""
+
+import asyncio
+
+import msgspec
+import pytest
+from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from support import until
+
+from relay.clock import SECOND
+from relay.config.model import CircuitConfig, RetryConfig
+from relay.model import DestinationState
+from relay.store.sqlite import SqliteStore
+
+QUICK = CircuitConfig(failures=3, probe=0.1, max_probe=0.2)
+LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
+NEVER_OPENS = CircuitConfig(failures=1_000_000)
+OFTEN = RetryConfig(schedule=(0.01,) * 30)
+
+
+class Stepped(Receiver):
+    """Answers as many requests as it is allowed to, and lets the others wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = asyncio.Semaphore(0)
+
+    async def wait(self):
+        if self.usual[0] == 200:
+            await self.allowed.acquire()
+
+    def allow(self, count):
+        for _ in range(count):
+            self.allowed.release()
+
+
+@pytest.fixture
+async def ops():
+    """A receiver of operator events."""
+    async with Receiver().serve() as ops:
+        yield ops
+
+
+async def spent(store):
+    """Return the attempts that deliveries have spent, and those on record."""
+    rows = await store.find("deliveries", limit=1000)
+    return sum(row["attempts"] for row in rows), len(await store.find("attempts", limit=1000))
+
+
+def types(rows):
+    return [row["type"] for row in reversed(rows)]
+
+
+# --- the circuit --------------------------------------------------------------------------------------
+
+
+async def test_an_open_circuit_holds_deliveries_and_they_spend_nothing(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, concurrency=1, circuit=LASTING, retry=OFTEN)
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 5)
+        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        await send_many(store, 5)
+        await until(lambda: not engine.lanes["crm"]._tasks)
+        assert (await store.counts())["crm"].pending == 10
+        assert await spent(store) == (3, 3)
+    assert len(receiver.requests) == 3
+
+
+async def test_probes_come_one_at_a_time_and_late_and_a_failed_one_is_recorded_but_spends_nothing(
+    store, receiver
+):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
+    async with engine_for(store, crm):
+        await send_many(store, 50)
+        await until(lambda: len(receiver.requests) == 3 + 4)
+        pauses = [(b - a) / SECOND for a, b in zip(receiver.times[2:], receiver.times[3:], strict=False)]
+        await until(lambda: receiver.busy == 0)
+    for pause, least in zip(pauses, (0.1, 0.2, 0.2, 0.2), strict=True):
+        assert least <= pause < least + 2.0
+    assert await spent(store) == (3, 7)
+    assert (await store.counts())["crm"].pending == 50
+
+
+async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, receiver):
+    receiver.usual = (500, {})
+    async with engine_for(store, destination("crm", receiver.url, circuit=QUICK, retry=OFTEN)) as engine:
+        await send_many(store, 200)
+        lane = engine.lanes["crm"]
+        await until(lambda: lane.held == "circuit open" and not lane._tasks)
+        receiver.gate.clear()
+        await until(lambda: lane.in_flight == 1 and len(lane._tasks) == 1)
+        assert len(lane._first) + len(lane._retry) <= 2
+        assert receiver.busy == 1
+        receiver.gate.set()
+
+
+async def test_after_recovery_the_receiver_is_asked_one_two_four_and_eight_at_a_time(store):
+    async with Stepped().serve() as receiver:
+        receiver.usual = (500, {})
+        crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=8, timeout=30.0)
+        async with engine_for(store, crm) as engine:
+            lane = engine.lanes["crm"]
+            await send_many(store, 100)
+            await until(lambda: lane.held == "circuit open" and lane.in_flight == 0)
+            receiver.usual = (200, {})
+            seen = []
+            for probe_or_round in (1, 1, 2, 4, 8):
+                await until(lambda: receiver.busy == probe_or_round)  # noqa: B023 - awaited at once
+                await until(lambda: len(lane._tasks) == lane.in_flight)
+                lane.turn()
+                seen.append(lane.in_flight)
+                receiver.allow(probe_or_round)
+            assert seen == [1, 1, 2, 4, 8]
+            receiver.allow(100)
+            rows = await ended(store, 100)
+    assert {row["state"] for row in rows} == {"delivered"}
+    assert receiver.most_busy == 8
+
+
+async def test_a_probe_that_is_answered_with_a_refusal_proves_life_and_spends_its_attempt(store, receiver):
+    receiver.answers = [(500, {})] * 3
+    receiver.usual = (404, {})
+    crm = destination(
+        "crm", receiver.url, circuit=QUICK, concurrency=1, retry=RetryConfig(schedule=(0.01,) * 3)
+    )
+    async with engine_for(store, crm) as engine:
+        await send(store)
+        [row] = await ended(store)
+        assert engine.lanes["crm"].held is None
+    assert (row["state"], row["reason"], row["attempts"]) == ("dead", "exhausted", 4)
+    assert len(receiver.requests) == 4
+
+
+async def test_a_last_attempt_that_is_a_failed_probe_kills_nothing(store, receiver):
+    receiver.answers = [(500, {})] * 5
+    crm = destination(
+        "crm", receiver.url, circuit=QUICK, concurrency=1, retry=RetryConfig(schedule=(0.01,) * 3)
+    )
+    async with engine_for(store, crm):
+        await send(store)
+        [row] = await ended(store)
+    assert (row["state"], row["attempts"], len(receiver.requests)) == ("delivered", 4, 6)
+
+
+async def test_a_refused_address_holds_everything_and_opens_no_circuit(store, receiver):
+    crm = destination("crm", receiver.url, allow_private=False, circuit=CircuitConfig(failures=1))
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 20)
+        lane = engine.lanes["crm"]
+        await until(lambda: lane.held == "resting" and not lane._tasks)
+        assert not lane.standing.circuit.is_open
+        attempts, recorded = await spent(store)
+        assert attempts == 0
+        assert 1 <= recorded <= 8
+        assert {row["result"] for row in await store.find("attempts")} == {"blocked"}
+        assert (await store.counts())["crm"].pending == 20
+    assert receiver.requests == []
+
+
+# --- disabled -----------------------------------------------------------------------------------------
+
+
+async def test_nothing_but_failures_for_long_enough_disables_and_holds_and_loses_nothing(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination(
+        "crm", receiver.url, disable_after=0.3, circuit=NEVER_OPENS,
+        retry=RetryConfig(schedule=(0.02,) * 100),
+    )  # fmt: skip
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 3)
+        lane = engine.lanes["crm"]
+        await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
+        assert 0.3 < (receiver.times[-1] - receiver.times[0]) / SECOND < 5.0
+        await send(store)
+        assert (await store.counts())["crm"].pending == 4
+
+
+async def test_a_success_in_between_counts_as_life(store, receiver):
+    crm = destination("crm", receiver.url, disable_after=0.2, retry=RetryConfig(schedule=(0.1,)))
+    receiver.answers = [(500, {}), (200, {}), (500, {}), (200, {}), (500, {}), (200, {}), (500, {})]
+    async with engine_for(store, crm) as engine:
+        for number in range(4):
+            await send(store)
+            await ended(store, number + 1)
+        assert engine.lanes["crm"].standing.state == DestinationState(name="crm")
+    assert receiver.times[-1] - receiver.times[0] > 0.3 * SECOND
+
+
+async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, disable_after=0.3, retry=RetryConfig(schedule=(0.4, 0.1, 0.1)))
+    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    await store.open()
+    async with engine_for(store, crm) as engine:
+        await send(store)
+        await until(lambda: receiver.requests)
+        await until(lambda: engine.lanes["crm"].in_flight == 0)
+    await store.close()
+    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    await store.open()
+    async with engine_for(store, crm) as engine:
+        lane = engine.lanes["crm"]
+        assert lane.standing.state.failing_since is not None
+        await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
+        assert await spent(store) == (2, 2)
+    await store.close()
+    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    await store.open()
+    async with engine_for(store, crm) as engine:
+        assert engine.lanes["crm"].held == "disabled: failing"
+        assert (await store.counts())["crm"].pending == 1
+    await store.close()
+    assert len(receiver.requests) == 2
+
+
+async def test_enabling_probes_at_once_releases_what_is_held_and_counts_failures_anew(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, disable_after=0.1, circuit=QUICK, retry=OFTEN, concurrency=1)
+    async with engine_for(store, crm) as engine:
+        lane = engine.lanes["crm"]
+        await send_many(store, 5)
+        await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
+        before = await spent(store)
+        lane.standing.circuit.open_until += 3600 * SECOND
+        receiver.answers, receiver.usual = [(500, {})], (200, {})  # a failure right after changes nothing
+        await lane.set_state(
+            msgspec.structs.replace(lane.standing.state, disabled_at=None, disabled_reason=None)
+        )
+        rows = await ended(store, 5)
+        assert lane.standing.state == DestinationState(name="crm")
+    assert [row["state"] for row in rows] == ["delivered"] * 5
+    assert sum(row["attempts"] for row in rows) == before[0] + 5
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        DestinationState(name="crm", paused=True),
+        DestinationState(name="crm", disabled_at=1, disabled_reason="operator"),
+    ],
+    ids=["paused", "disabled"],
+)
+async def test_what_is_held_by_an_operator_spends_nothing_and_goes_out_when_let_go(store, receiver, state):
+    async with engine_for(store, destination("crm", receiver.url)) as engine:
+        lane = engine.lanes["crm"]
+        await lane.set_state(state)
+        sent = await send_many(store, 300)
+        assert await spent(store) == (0, 0)
+        assert receiver.requests == []
+        await lane.set_state(DestinationState(name="crm"))
+        rows = await ended(store, 300)
+    assert {(row["state"], row["attempts"]) for row in rows} == {("delivered", 1)}
+    assert sorted(receiver.ids) == sorted(sent)
+
+
+# --- telling ------------------------------------------------------------------------------------------
+
+
+async def test_each_change_is_told_to_a_destination_that_subscribes_to_it_by_name(store, receiver, ops):
+    receiver.answers = [(500, {})] * 3 + [(200, {}), (400, {"webhook-delivery": "abort-message"}), (410, {})]
+    crm = destination("crm", receiver.url, concurrency=1, circuit=QUICK, retry=OFTEN)
+    watch = destination("watch", ops.url, events=("relay.*",), concurrency=1)
+    async with engine_for(store, crm, watch):
+        for count in (1, 2):
+            await send(store)
+            await ended(store, count, "crm")
+        await send(store)
+        await ended(store, 4, "watch")
+        events = [msgspec.json.decode(body) for _, body in ops.requests]
+    assert [event["type"] for event in events] == [
+        "relay.destination.circuit_opened",
+        "relay.destination.recovered",
+        "relay.delivery.dead",
+        "relay.destination.disabled",
+    ]
+    assert [event["data"]["reason"] for event in events[2:]] == ["aborted", "gone"]
+    assert {event["subject"] for event in events} == {"crm"}
+    opened = events[0]["data"]
+    assert opened.keys() == {"destination", "url", "reason"}
+    assert (opened["destination"], opened["url"]) == ("crm", receiver.url)
+
+
+async def test_star_takes_no_operator_events(store, receiver):
+    receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
+    async with engine_for(store, destination("crm", receiver.url)):
+        sent = await send(store)
+        await ended(store)
+        assert "relay.delivery.dead" in types(await store.find("events"))
+        assert len(await store.find("deliveries")) == 1
+    assert receiver.ids == [sent]
+
+
+async def test_deliveries_of_operator_events_never_raise_any(store, receiver, ops):
+    receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
+    ops.answers = [(500, {})] * 4 + [(410, {})]
+    watch = destination(
+        "watch", ops.url, events=("relay.*",), circuit=QUICK, retry=RetryConfig(schedule=(0.01,) * 6)
+    )
+    async with engine_for(store, destination("crm", receiver.url), watch) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["watch"].held == "disabled: gone")  # after its circuit had opened
+        await until(lambda: not engine.lanes["watch"]._tasks)
+        assert types(await store.find("events")) == ["shop.order", "relay.delivery.dead"]
+        assert len(ops.requests) == 5
+
+
+async def test_an_operator_event_that_dies_raises_no_other(store, receiver, ops):
+    receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
+    ops.usual = (500, {})
+    watch = destination("watch", ops.url, events=("relay.*",), retry=RetryConfig(schedule=(0.01,)))
+    async with engine_for(store, destination("crm", receiver.url), watch):
+        await send(store)
+        [row] = await ended(store, 1, "watch")
+        assert (row["state"], row["reason"]) == ("dead", "exhausted")
+        assert types(await store.find("events")) == ["shop.order", "relay.delivery.dead"]

@@ -1,0 +1,119 @@
+"""Order and freshness, end to end: receivers that fail at random see each key in line, and nothing stale."""
+
+import asyncio
+import json
+import random
+from collections import defaultdict
+
+from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from support import until
+
+from relay.clock import SECOND
+from relay.config.model import CircuitConfig, RetryConfig
+
+KEYS = 20
+EACH = 15
+
+
+class Flaky(Receiver):
+    """Takes its time, fails about every third request, and keeps what it took, by subject."""
+
+    def __init__(self):
+        super().__init__()
+        self.rand = random.Random(5)
+        self.taken = defaultdict(list)
+        self.most_of_a_key = 0
+        self._open = defaultdict(int)
+
+    async def handle(self, request):
+        subject = json.loads(await request.read())["subject"]
+        self._open[subject] += 1
+        self.most_of_a_key = max(self.most_of_a_key, self._open[subject])
+        try:
+            return await super().handle(request)
+        finally:
+            self._open[subject] -= 1
+
+    async def wait(self):
+        await asyncio.sleep(0.002)  # what this receiver is like
+
+    def answer(self, request_headers, body):
+        if self.rand.random() < 0.3:
+            return 500, {}
+        event = json.loads(body)
+        self.taken[event["subject"]].append(event["data"]["n"])
+        return 200, {}
+
+
+async def test_each_key_arrives_strictly_in_order_and_once_whatever_fails(store):
+    async with Flaky().serve() as receiver:
+        crm = destination(
+            "crm", receiver.url, order_by="subject", concurrency=8,
+            circuit=CircuitConfig(failures=1_000_000), retry=RetryConfig(schedule=(0.01,) * 30),
+        )  # fmt: skip
+        async with engine_for(store, crm):
+            for number in range(EACH):
+                body = b'{"n":%d}' % number
+                await asyncio.gather(*(send(store, body, f"key {key}") for key in range(KEYS)))
+            rows = await ended(store, KEYS * EACH)
+    assert {row["state"] for row in rows} == {"delivered"}
+    assert receiver.taken == {f"key {key}": list(range(EACH)) for key in range(KEYS)}
+    assert receiver.most_of_a_key == 1
+    assert receiver.most_busy > 1
+    assert len(receiver.requests) > KEYS * EACH
+
+
+async def test_the_death_of_one_lets_the_next_of_its_key_go(store, receiver):
+    receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
+    async with engine_for(store, destination("crm", receiver.url, order_by="subject")):
+        sent = [await send(store) for _ in range(3)]
+        rows = await ended(store, 3)
+    assert [row["state"] for row in rows] == ["dead", "delivered", "delivered"]
+    assert receiver.ids == sent
+
+
+async def test_order_survives_a_restart(store, receiver):
+    receiver.gate.clear()
+    crm = destination("crm", receiver.url, order_by="subject")
+    async with engine_for(store, crm):
+        sent = [await send(store, subject=f"key {n % 2}") for n in range(20)]
+        await until(lambda: receiver.busy == 2)
+        receiver.gate.set()
+    async with engine_for(store, crm):
+        await ended(store, 20)
+    assert sorted(receiver.ids) == sorted(sent)
+    for key in (0, 1):
+        assert [id_ for id_ in receiver.ids if id_ in sent[key::2]] == sent[key::2]
+
+
+async def test_what_expires_while_it_waits_for_a_slot_is_not_sent(store, receiver):
+    receiver.gate.clear()
+    crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
+    async with engine_for(store, crm) as engine:
+        first = await send(store)
+        await send_many(store, 10)
+        assert len(engine.lanes["crm"]._first) == 10
+        stored = CLOCK.steady()
+        await until(lambda: CLOCK.steady() > stored + 0.1 * SECOND)
+        receiver.gate.set()
+        rows = await ended(store, 11)
+    assert [(row["state"], row["reason"]) for row in rows] == [
+        ("delivered", None),
+        *[("expired", "ttl")] * 10,
+    ]
+    assert [row["attempts"] for row in rows[1:]] == [0] * 10
+    assert receiver.ids == [first]
+    assert await store.find("attempts", delivery_id=rows[1]["id"]) == []
+
+
+async def test_what_expires_while_it_is_held_is_not_sent_when_it_is_let_go(store, receiver):
+    receiver.answers = [(503, {"Retry-After": "1"})]
+    crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
+    async with engine_for(store, crm) as engine:
+        first = await send(store)
+        await until(lambda: engine.lanes["crm"].held == "resting")
+        await send_many(store, 5)
+        rows = await ended(store, 6)
+    assert {(row["state"], row["reason"]) for row in rows} == {("expired", "ttl")}
+    assert receiver.ids == [first]
+    assert (await store.counts())["crm"].unaccounted == 0
