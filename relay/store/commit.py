@@ -5,8 +5,6 @@ Ends come first, because they free what new deliveries may have to wait for.
 
 from collections.abc import Sequence
 
-import aiosqlite
-
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS
 from relay.store.batch import Batch, Ending
@@ -21,37 +19,38 @@ from relay.store.rows import (
     event_row,
 )
 from relay.store.statements import fetch, insert
+from relay.store.transaction import Transaction
 
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 EXPIRE_AT_ONCE = 1000
 """Most deliveries that one transaction expires; the next follows at once."""
 
 
-async def write(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     """Write everything, inside the transaction that the caller began."""
     if batch.outcomes:
-        await _write_outcomes(batch, connection)
+        await _write_outcomes(batch, transaction)
         _follow_deaths(batch)
     if batch.expiring:
-        await _expire(batch, connection, holds)
+        await _expire(batch, transaction, holds)
     if batch.cancelling:
-        await _cancel(batch, connection, holds)
+        await _cancel(batch, transaction, holds)
     if batch.events:
-        await insert(connection, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
+        insert(transaction, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
     if batch.deliveries:
-        await _write_deliveries(batch, connection, holds)
+        await _write_deliveries(batch, transaction, holds)
     if batch.new_keys:
         columns = "source, key, event_id, expires_at"
-        await insert(connection, "dedupe", columns, batch.new_keys, verb="REPLACE")
-    await batch.fleet.write(connection)
+        insert(transaction, "dedupe", columns, batch.new_keys, verb="REPLACE")
+    batch.fleet.write(transaction)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
         states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
-        await insert(connection, "destinations", columns, states, verb="REPLACE")
+        insert(transaction, "destinations", columns, states, verb="REPLACE")
     if ledger := _books(batch):
         adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
-        await insert(
-            connection,
+        insert(
+            transaction,
             "ledger",
             f"destination, {', '.join(BOOKS)}",
             ledger,
@@ -59,10 +58,10 @@ async def write(batch: Batch, connection: aiosqlite.Connection, holds: Holds) ->
         )
 
 
-async def _write_outcomes(batch: Batch, connection: aiosqlite.Connection) -> None:
+async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
     """Move deliveries on where they are still pending (compare-and-set), and keep every attempt."""
     moved = await fetch(
-        connection,
+        transaction,
         """
         WITH moves (id, state, reason, attempts, next_attempt_at, finished_at, last_status, last_error)
             AS (VALUES {values})
@@ -83,13 +82,13 @@ async def _write_outcomes(batch: Batch, connection: aiosqlite.Connection) -> Non
         if outcome.attempt is not None
     ]
     if attempts:
-        await insert(connection, "attempts", ATTEMPT_COLUMNS, attempts)
+        insert(transaction, "attempts", ATTEMPT_COLUMNS, attempts)
     freed = [
         (outcome.delivery.destination, outcome.delivery.order_key)
         for outcome in batch.outcomes
         if outcome.state != "pending" and outcome.delivery.order_key is not None
     ]
-    await _free(batch, connection, freed)
+    await _free(batch, transaction, freed)
 
 
 def _move(outcome: Outcome, now: int) -> Row:
@@ -138,29 +137,29 @@ def _death(outcome: Outcome) -> Born:
     )
 
 
-async def _expire(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+async def _expire(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     """End what is past its time to live; what is being sent ends by its outcome."""
-    rows = await connection.execute_fetchall(
+    rows = await transaction.fetch(
         """
         SELECT id, destination, order_key FROM deliveries
          WHERE state = 'pending' AND expires_at <= ? ORDER BY expires_at LIMIT ?
         """,
         (batch.steady, EXPIRE_AT_ONCE),
     )
-    await _end(batch, connection, holds, list(map(tuple, rows)), ("expired", "ttl"))
+    await _end(batch, transaction, holds, rows, ("expired", "ttl"))
 
 
-async def _cancel(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+async def _cancel(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     marks = ", ".join("?" * len(batch.cancelling))
-    rows = await connection.execute_fetchall(
+    rows = await transaction.fetch(
         f"SELECT id, destination, order_key FROM deliveries WHERE state = 'pending' AND id IN ({marks})",  # noqa: S608 - marks only
         batch.cancelling,
     )
-    await _end(batch, connection, holds, list(map(tuple, rows)), ("cancelled", "operator"))
+    await _end(batch, transaction, holds, rows, ("cancelled", "operator"))
 
 
 async def _end(
-    batch: Batch, connection: aiosqlite.Connection, holds: Holds, rows: Sequence[Row], ending: Ending
+    batch: Batch, transaction: Transaction, holds: Holds, rows: Sequence[Row], ending: Ending
 ) -> None:
     """End pending deliveries (id, destination, order key) without an attempt, but for those in flight."""
     doomed = [row for row in rows if holds.doom(row[0])]
@@ -168,7 +167,7 @@ async def _end(
         return
     state, reason = ending
     marks = ", ".join("?" * len(doomed))
-    await connection.execute(
+    transaction.run(
         f"""
         UPDATE deliveries SET state = ?, reason = ?, finished_at = ?, next_attempt_at = NULL
          WHERE id IN ({marks})
@@ -176,15 +175,15 @@ async def _end(
         (state, reason, batch.wall, *(row[0] for row in doomed)),
     )
     batch.ended.update({row[0]: (row[1], ending) for row in doomed})
-    await _free(batch, connection, [(row[1], row[2]) for row in doomed if row[2] is not None])
+    await _free(batch, transaction, [(row[1], row[2]) for row in doomed if row[2] is not None])
 
 
-async def _free(batch: Batch, connection: aiosqlite.Connection, keys: Sequence[Row]) -> None:
+async def _free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> None:
     """Make the next delivery of each (destination, order key) due, now that its head has ended."""
     if not keys:
         return
     rows = await fetch(
-        connection,
+        transaction,
         f"""
         WITH freed (destination, order_key) AS (VALUES {{values}})
         UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
@@ -200,13 +199,13 @@ async def _free(batch: Batch, connection: aiosqlite.Connection, keys: Sequence[R
     batch.woken.update(row[0] for row in rows)
 
 
-async def _write_deliveries(batch: Batch, connection: aiosqlite.Connection, holds: Holds) -> None:
+async def _write_deliveries(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     """Insert the new ones: some supersede older ones, some wait behind one of their key."""
     ordered = [d for d in batch.deliveries if d.order_key is not None]
     latest = [d for d in batch.deliveries if d.latest_key is not None]
     if latest:
-        await _supersede(batch, connection, holds, latest)
-    busy: set[tuple[str, str | None]] = await _busy_keys(connection, ordered) if ordered else set()
+        await _supersede(batch, transaction, holds, latest)
+    busy: set[tuple[str, str | None]] = await _busy_keys(transaction, ordered) if ordered else set()
     rows = []
     for delivery in batch.deliveries:
         if (ending := batch.stillborn.get(delivery.id)) is not None:
@@ -218,16 +217,14 @@ async def _write_deliveries(batch: Batch, connection: aiosqlite.Connection, hold
         rows.append(delivery_row(delivery, "pending", None, None if behind else batch.steady, None))
         if not behind:
             batch.due.append(delivery)
-    await insert(connection, "deliveries", DELIVERY_COLUMNS, rows)
+    insert(transaction, "deliveries", DELIVERY_COLUMNS, rows)
 
 
-async def _busy_keys(
-    connection: aiosqlite.Connection, deliveries: Sequence[Delivery]
-) -> set[tuple[str, str | None]]:
+async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -> set[tuple[str, str | None]]:
     """Return the (destination, order key) pairs of these that have an earlier pending delivery."""
     keys = list({(d.destination, d.order_key) for d in deliveries})
     rows = await fetch(
-        connection,
+        transaction,
         """
         WITH asked (destination, order_key) AS (VALUES {values})
         SELECT destination, order_key FROM asked
@@ -241,7 +238,7 @@ async def _busy_keys(
 
 
 async def _supersede(
-    batch: Batch, connection: aiosqlite.Connection, holds: Holds, deliveries: Sequence[Delivery]
+    batch: Batch, transaction: Transaction, holds: Holds, deliveries: Sequence[Delivery]
 ) -> None:
     """Expire what a newer delivery of the same key makes pointless, in the store and in this batch."""
     newest = {(d.destination, d.latest_key): d.id for d in deliveries if d.id not in batch.stillborn}
@@ -249,7 +246,7 @@ async def _supersede(
         if newest.get((delivery.destination, delivery.latest_key), delivery.id) > delivery.id:
             batch.stillborn.setdefault(delivery.id, ("expired", "superseded"))
     older = await fetch(
-        connection,
+        transaction,
         """
         WITH newer (destination, latest_key) AS (VALUES {values})
         SELECT d.id, d.destination, d.order_key
@@ -258,7 +255,7 @@ async def _supersede(
         """,
         list(newest),
     )
-    await _end(batch, connection, holds, older, ("expired", "superseded"))
+    await _end(batch, transaction, holds, older, ("expired", "superseded"))
 
 
 def _books(batch: Batch) -> list[Row]:

@@ -11,6 +11,7 @@ import aiosqlite
 
 from relay.errors import StorageError
 from relay.store.schema import MIGRATIONS
+from relay.store.transaction import Database
 
 OLDEST = (3, 37, 0)
 """STRICT tables; RETURNING and UPDATE … FROM are older."""
@@ -44,7 +45,7 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
         StorageError: the file cannot be opened or is no database.
     """
     path.touch(mode=0o600, exist_ok=True)  # noqa: ASYNC240 - once, before the daemon serves
-    connection = await aiosqlite.connect(path, isolation_level=None, cached_statements=512)
+    connection = await aiosqlite.connect(path, isolation_level=None, cached_statements=512, factory=Database)
     try:
         fresh = await _scalar(connection, "PRAGMA page_count") == 0
         if fresh:

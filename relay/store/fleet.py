@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 
-import aiosqlite
 import msgspec
 
 from relay import registry
@@ -14,6 +13,7 @@ from relay.registry import Now
 from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
 from relay.store.rows import measurement_row as measurement
 from relay.store.statements import insert
+from relay.store.transaction import Transaction
 from relay.store.workers import Roster, WorkerKey
 
 MEASURE_EVERY = 60 * SECOND
@@ -178,20 +178,18 @@ class Fleet:
         for worker in neighbours:
             self.workers[source, worker.id] = registry.former(worker, self._now)
 
-    async def write(self, connection: aiosqlite.Connection) -> None:
+    def write(self, transaction: Transaction) -> None:
         """Write it all, inside the batch's transaction."""
         if rows := [worker_row(w) for key, w in self.workers.items() if key not in self.forgotten]:
-            await insert(connection, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
+            insert(transaction, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
         if self.measured:
             rows = [measurement(worker, self._now.wall) for worker in self.measured.values()]
-            await insert(connection, "worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
+            insert(transaction, "worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
         if self.commands:
             rows = [command_row(command) for command in self.commands.values()]
-            await insert(connection, "worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
-        if self.forgotten:
-            await connection.executemany(
-                "DELETE FROM workers WHERE source = ? AND id = ?", list(self.forgotten)
-            )
+            insert(transaction, "worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
+        for key in self.forgotten:
+            transaction.run("DELETE FROM workers WHERE source = ? AND id = ?", key)
 
     def publish(self) -> None:
         """Take what is committed into the roster."""

@@ -7,16 +7,15 @@ thread switch per row while requests come in.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import aiosqlite
-
 from relay.store.rows import Row
+from relay.store.transaction import Transaction
 
 ROWS = 64
 """Each count up to this is one cached statement; preparing a new text costs more than it saves."""
 
 
-async def insert(
-    connection: aiosqlite.Connection,
+def insert(
+    transaction: Transaction,
     into: str,
     columns: str,
     rows: Sequence[Row],
@@ -24,19 +23,18 @@ async def insert(
     verb: str = "INSERT",
     then: str = "",
 ) -> None:
-    """Insert rows; `then` is an `ON CONFLICT` clause."""
+    """Have rows inserted; `then` is an `ON CONFLICT` clause."""
     for chunk in _chunks(rows):
         values = _values(len(chunk), len(chunk[0]))
-        sql = f"{verb} INTO {into} ({columns}) VALUES {values} {then}"
-        await connection.execute(sql, _flat(chunk))
+        transaction.run(f"{verb} INTO {into} ({columns}) VALUES {values} {then}", _flat(chunk))
 
 
-async def fetch(connection: aiosqlite.Connection, sql: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+async def fetch(transaction: Transaction, sql: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     """Run a statement over rows, `{values}` standing for them, and return what it returns."""
     found: list[tuple[Any, ...]] = []
     for chunk in _chunks(rows):
         text = sql.format(values=_values(len(chunk), len(chunk[0])))
-        found += await connection.execute_fetchall(text, _flat(chunk))  # type: ignore[arg-type]
+        found += await transaction.fetch(text, _flat(chunk))
     return found
 
 

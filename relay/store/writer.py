@@ -15,6 +15,7 @@ import aiosqlite
 
 from relay.errors import Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
+from relay.store.transaction import Transaction
 
 log = logging.getLogger("relay.store")
 
@@ -64,11 +65,11 @@ class Job(Generic[T]):
 class Gatherer(Protocol):
     """What the writer needs from the store."""
 
-    async def begin(self, jobs: Iterable[Job[Any]]) -> Batch:
+    async def begin(self, transaction: Transaction, jobs: Iterable[Job[Any]]) -> Batch:
         """Start gathering, inside the transaction."""
         ...
 
-    async def write(self, batch: Batch) -> None:
+    async def write(self, transaction: Transaction, batch: Batch) -> None:
         """Write what was gathered, inside the transaction."""
         ...
 
@@ -169,8 +170,8 @@ class Writer:
         """One transaction; if one of its jobs is to blame, the others get another try without it."""
         served: list[Job[Any]] = []
         try:
-            await self._connection.execute("BEGIN IMMEDIATE")
-            batch = await self._gatherer.begin(jobs)
+            transaction = Transaction(self._connection)
+            batch = await self._gatherer.begin(transaction, jobs)
             for job in jobs:
                 try:
                     job.result = job.apply(batch)
@@ -178,8 +179,8 @@ class Writer:
                     job.fail(refusal)
                 else:
                     served.append(job)
-            await self._gatherer.write(batch)
-            await self._connection.execute("COMMIT")
+            await self._gatherer.write(transaction, batch)
+            await transaction.commit()
         except Exception as error:  # noqa: BLE001 - whatever it is, its jobs must hear of it
             await self._undo(jobs, error)
             return
