@@ -33,6 +33,7 @@ from relay.store.find import find
 from relay.store.holds import Holds
 from relay.store.rows import EVENT_COLUMNS, event_of
 from relay.store.statements import fetch
+from relay.store.transaction import Transaction
 from relay.store.workers import Roster, load_roster
 from relay.store.writer import Job, Writer
 
@@ -132,14 +133,14 @@ class SqliteStore:
 
     # --- the writer's side ---
 
-    async def begin(self, jobs: Iterable[Job[Any]]) -> Batch:
+    async def begin(self, transaction: Transaction, jobs: Iterable[Job[Any]]) -> Batch:
         """See `Gatherer.begin`: look the batch's keys up and start gathering."""
         keys = [job.key for job in jobs if job.key is not None]
         known: dict[tuple[str, str], str] = {}
         if keys:
             now = self._clock.steady()
             rows = await fetch(
-                self._connection,
+                transaction,
                 """
                 WITH asked (source, key) AS (VALUES {values})
                 SELECT dedupe.source, dedupe.key, dedupe.event_id, dedupe.expires_at
@@ -158,9 +159,9 @@ class SqliteStore:
             pending=self._pending,
         )
 
-    async def write(self, batch: Batch) -> None:
+    async def write(self, transaction: Transaction, batch: Batch) -> None:
         """See `Gatherer.write`."""
-        await write(batch, self._connection, self._holds)
+        await write(batch, transaction, self._holds)
 
     def forget(self) -> None:
         """See `Gatherer.forget`."""
