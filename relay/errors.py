@@ -19,6 +19,10 @@ class RelayError(Exception):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
+class UnknownError(RelayError):
+    """What an operator named is not there."""
+
+
 class StorageError(RelayError):
     """The store could not do what was asked; nothing of it was kept."""
 

@@ -82,6 +82,39 @@ class Owed(msgspec.Struct, frozen=True):
     on_dead: str | None = None  # destination that a dead one's event is handed to
 
 
+class Selection(msgspec.Struct, kw_only=True, frozen=True):
+    """Which events an operator means, or which deliveries of them; None: any."""
+
+    source: str | None = None
+    type: str | None = None  # full type, or a pattern as destinations have them
+    subject: str | None = None
+    since: int | None = None  # wall clock: received then or later
+    until: int | None = None  # received before
+    destination: str | None = None  # owed to it, and as the next field says
+    state: DeliveryState | None = None  # of the latest delivery of an event to a destination
+
+    @property
+    def of_deliveries(self) -> bool:
+        """Whether it is deliveries that are chosen, rather than events."""
+        return self.destination is not None or self.state is not None
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """One event that was selected, without its body."""
+
+    event_id: int  # row id
+    size: int  # bytes of the body
+    destinations: tuple[str, ...] = ()  # of the deliveries that were selected
+
+
+class Named(msgspec.Struct, frozen=True):
+    """One delivery that an operator named."""
+
+    id: int  # row id
+    state: DeliveryState
+    chosen: Chosen
+
+
 class News(msgspec.Struct, frozen=True):
     """What one commit changed that lanes and plugins must know."""
 
@@ -91,6 +124,7 @@ class News(msgspec.Struct, frozen=True):
     dropped: Collection[int] = ()  # deliveries that ended without an attempt: expired, cancelled
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: how many were created, ended how
     outcomes: Sequence[Outcome] = ()  # recorded, and their deliveries moved on
+    hurried: Collection[str] = ()  # destinations whose retries an operator made due
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):

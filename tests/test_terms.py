@@ -10,7 +10,7 @@ from relay.clock import SECOND
 from relay.filters import Router, Subscription
 from relay.ids import event_id
 from relay.model import Attempt, Outcome, StoredEvent
-from relay.store import Acceptance
+from relay.store import Acceptance, Cancelled
 from relay.store.sqlite import SqliteStore
 from relay.terms import Terms
 
@@ -82,7 +82,7 @@ async def test_any_end_of_the_head_releases_its_key(store, clock):
     await store.settle(ending(store.fresh[0], "dead", reason="aborted"))
     [second] = (await store.claim("crm", 9, retries=False)).deliveries
     store.release([second.id])
-    assert await store.cancel([second.id]) == 1
+    assert (await store.cancel([second.id])).ended == 1
     assert await due(store) == [3]
 
 
@@ -220,7 +220,7 @@ async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(store, clock):
     owe(store, ("crm", {}))
     await store.append(accept(clock))
     assert store.begin_attempt(1)
-    assert await store.cancel([1]) == 0
+    assert await store.cancel([1]) == Cancelled(in_flight=1)
     assert await store.settle(ending(store.fresh[0])) is True
     assert await states(store) == [("delivered", None)]
 
@@ -233,7 +233,7 @@ async def test_a_delivery_that_is_just_being_ended_cannot_begin(store, clock):
     while not cancelling.done():
         began.append(store.begin_attempt(1) if store._holds._doomed else None)
         await asyncio.sleep(0)
-    assert await cancelling == 1
+    assert (await cancelling).ended == 1
     assert False in began
 
 

@@ -75,6 +75,9 @@ class Engine:
         for name in news.woken:
             if (lane := self.lanes.get(name)) is not None:
                 lane.wake()
+        for name in news.hurried:
+            if (lane := self.lanes.get(name)) is not None:
+                lane.wake(retries=True)
         if news.dropped:
             for lane in self.lanes.values():
                 lane.drop(news.dropped)

@@ -99,9 +99,9 @@ class Lane:
         else:
             self._begin(feed, delivery)
 
-    def wake(self) -> None:
+    def wake(self, *, retries: bool = False) -> None:
         """Look into the store: something that was waiting there is due."""
-        self._first.due = 0
+        (self._retry if retries else self._first).due = 0
         self.turn()
 
     def drop(self, delivery_ids: Collection[int]) -> None:

@@ -6,20 +6,23 @@ assume that event ids and bodies are storable as they are; a caller may assume t
 returned is durable, and that one which raised left nothing behind.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from relay.model import (
     Born,
+    Chosen,
     Claim,
     Command,
     DestinationState,
+    Named,
     News,
     Outcome,
     Owed,
     Receipt,
+    Selection,
     StoredEvent,
     Worker,
     WorkerChange,
@@ -74,6 +77,20 @@ class FleetChange(Protocol):
     def requeue(self, commands: Iterable[Command]) -> None:
         """Take back what was sent in a reply that could not be written."""
         ...
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """What came of cancelling."""
+
+    ended: int = 0
+    in_flight: int = 0  # being sent: delivered if that succeeds, cancelled if it fails
+
+
+class Span(msgspec.Struct, frozen=True):
+    """The row ids of the oldest and the newest event that a selection can mean, at one moment."""
+
+    first: int
+    last: int
 
 
 class Counts(msgspec.Struct, kw_only=True, frozen=True):
@@ -158,8 +175,44 @@ class Store(Protocol):
         """
         ...
 
-    async def cancel(self, delivery_ids: Sequence[int]) -> int:
-        """End pending deliveries by an operator's will; one in flight ends by its outcome instead."""
+    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
+        """End pending deliveries by an operator's will; for one in flight its outcome comes first."""
+        ...
+
+    async def hurry(self, delivery_ids: Sequence[int]) -> int:
+        """Make retries due now; return how many were not."""
+        ...
+
+    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
+        """Owe loaded events once more, in one transaction and as new deliveries in the order given.
+
+        Returns, for each, whether it was: not where the event is gone, nor where it is pending already.
+        """
+        ...
+
+    async def span(self, selection: Selection) -> Span:
+        """Say where the events of a selection lie, so that later ones are left out of it."""
+        ...
+
+    def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
+        """Read a selection in order of event id, in pages that may be empty, without bodies."""
+        ...
+
+    def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
+        """Read the row ids of a selection's pending deliveries, in pages; one may come twice."""
+        ...
+
+    async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
+        """Find events by public id, with or without `evt_`, shortened while unique; in order of row id.
+
+        Raises:
+            UnknownError: there is none of that id.
+            RelayError: an id is malformed or short for several, or there are more than 1,000.
+        """
+        ...
+
+    async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
+        """Find deliveries likewise."""
         ...
 
     async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:

@@ -41,6 +41,14 @@ class Sequences:
         self.delivery = delivery
 
 
+class Repeat(msgspec.Struct):
+    """An event to be owed once more."""
+
+    event: StoredEvent
+    owed: Owed
+    done: bool = False  # known once it is written
+
+
 class Batch:
     """One transaction in the making."""
 
@@ -71,11 +79,15 @@ class Batch:
         self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
         self.expiring = False  # whether to end what is past its `expires_at`
         self.cancelling: list[int] = []  # deliveries that an operator cancels
+        self.hurrying: list[int] = []  # deliveries that an operator makes due
+        self.repeating: list[Repeat] = []  # in the order of their events
         # Known once it is written:
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries to go out now
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
+        self.hurried: dict[int, str] = {}  # deliveries that were made due, with destination
+        self.unwanted: set[int] = set()  # cancelled ones that are being sent: their outcome comes first
 
     def accept(self, acceptance: Acceptance) -> Receipt:
         """Take in one request.

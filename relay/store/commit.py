@@ -18,8 +18,9 @@ from relay.store.rows import (
     delivery_row,
     event_row,
 )
-from relay.store.statements import fetch, insert
+from relay.store.statements import fetch, insert, run
 from relay.store.transaction import Transaction
+from relay.store.wishes import as_wished, hurry, repeat
 
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 EXPIRE_AT_ONCE = 1000
@@ -28,13 +29,11 @@ EXPIRE_AT_ONCE = 1000
 
 async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     """Write everything, inside the transaction that the caller began."""
-    if batch.outcomes:
-        await _write_outcomes(batch, transaction)
-        _follow_deaths(batch)
-    if batch.expiring:
-        await _expire(batch, transaction, holds)
-    if batch.cancelling:
-        await _cancel(batch, transaction, holds)
+    await _write_ends(batch, transaction, holds)
+    if batch.hurrying:
+        await hurry(batch, transaction)
+    if batch.repeating:
+        await repeat(batch, transaction)
     if batch.events:
         insert(transaction, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
     if batch.deliveries:
@@ -56,6 +55,17 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
             ledger,
             then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
         )
+
+
+async def _write_ends(batch: Batch, transaction: Transaction, holds: Holds) -> None:
+    if batch.outcomes:
+        batch.outcomes = as_wished(batch.outcomes, holds)
+        await _write_outcomes(batch, transaction)
+        _follow_deaths(batch)
+    if batch.expiring:
+        await _expire(batch, transaction, holds)
+    if batch.cancelling:
+        await _cancel(batch, transaction, holds)
 
 
 async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
@@ -150,29 +160,41 @@ async def _expire(batch: Batch, transaction: Transaction, holds: Holds) -> None:
 
 
 async def _cancel(batch: Batch, transaction: Transaction, holds: Holds) -> None:
-    marks = ", ".join("?" * len(batch.cancelling))
-    rows = await transaction.fetch(
-        f"SELECT id, destination, order_key FROM deliveries WHERE state = 'pending' AND id IN ({marks})",  # noqa: S608 - marks only
-        batch.cancelling,
+    rows = await fetch(
+        transaction,
+        """
+        WITH asked (id) AS (VALUES {values})
+        SELECT id, destination, order_key FROM deliveries
+         WHERE id IN (SELECT id FROM asked) AND state = 'pending'
+        """,
+        [(delivery_id,) for delivery_id in dict.fromkeys(batch.cancelling)],
     )
     await _end(batch, transaction, holds, rows, ("cancelled", "operator"))
+    batch.unwanted = {row[0] for row in rows} - batch.ended.keys()
 
 
 async def _end(
     batch: Batch, transaction: Transaction, holds: Holds, rows: Sequence[Row], ending: Ending
 ) -> None:
-    """End pending deliveries (id, destination, order key) without an attempt, but for those in flight."""
-    doomed = [row for row in rows if holds.doom(row[0])]
+    """End pending deliveries (id, destination, order key) without an attempt, but for those in flight.
+
+    One whose outcome has just been written by this very transaction is in flight no more.
+    """
+    doomed = [row for row in rows if row[0] in batch.settled or holds.doom(row[0])]
     if not doomed:
         return
     state, reason = ending
-    marks = ", ".join("?" * len(doomed))
-    transaction.run(
-        f"""
-        UPDATE deliveries SET state = ?, reason = ?, finished_at = ?, next_attempt_at = NULL
-         WHERE id IN ({marks})
-        """,  # noqa: S608 - marks only
-        (state, reason, batch.wall, *(row[0] for row in doomed)),
+    run(
+        transaction,
+        """
+        WITH ends (id, state, reason, finished_at) AS (VALUES {values})
+        UPDATE deliveries
+           SET state = ends.state, reason = ends.reason, finished_at = ends.finished_at,
+               next_attempt_at = NULL
+          FROM ends
+         WHERE deliveries.id = ends.id
+        """,
+        [(row[0], state, reason, batch.wall) for row in doomed],
     )
     batch.ended.update({row[0]: (row[1], ending) for row in doomed})
     await _free(batch, transaction, [(row[1], row[2]) for row in doomed if row[2] is not None])
@@ -240,21 +262,30 @@ async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -
 async def _supersede(
     batch: Batch, transaction: Transaction, holds: Holds, deliveries: Sequence[Delivery]
 ) -> None:
-    """Expire what a newer delivery of the same key makes pointless, in the store and in this batch."""
-    newest = {(d.destination, d.latest_key): d.id for d in deliveries if d.id not in batch.stillborn}
-    for delivery in deliveries:
-        if newest.get((delivery.destination, delivery.latest_key), delivery.id) > delivery.id:
-            batch.stillborn.setdefault(delivery.id, ("expired", "superseded"))
-    older = await fetch(
+    """Expire what a newer event of the same key makes pointless, in the store and in this batch.
+
+    The event counts, not the delivery: an old one that is replayed does not supersede a newer one.
+    """
+    born = [d for d in deliveries if d.id not in batch.stillborn]
+    pending = await fetch(
         transaction,
         """
-        WITH newer (destination, latest_key) AS (VALUES {values})
-        SELECT d.id, d.destination, d.order_key
-          FROM newer JOIN deliveries AS d USING (destination, latest_key)
+        WITH asked (destination, latest_key) AS (VALUES {values})
+        SELECT d.id, d.destination, d.order_key, d.latest_key, d.event_id
+          FROM asked JOIN deliveries AS d USING (destination, latest_key)
          WHERE d.state = 'pending'
         """,
-        list(newest),
+        list({(d.destination, d.latest_key) for d in born}),
     )
+    ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in born]
+    ages += [((row[1], row[3]), (row[4], row[0])) for row in pending]
+    newest: dict[tuple[str, str | None], tuple[int, int]] = {}
+    for key, age in ages:
+        newest[key] = max(age, newest.get(key, age))
+    for d in born:
+        if newest[d.destination, d.latest_key] > (d.event_id, d.id):
+            batch.stillborn[d.id] = ("expired", "superseded")
+    older = [row for row in pending if newest[row[1], row[3]] > (row[4], row[0])]
     await _end(batch, transaction, holds, older, ("expired", "superseded"))
 
 

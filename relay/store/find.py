@@ -20,7 +20,8 @@ _LISTS: dict[str, tuple[str, dict[str, str]]] = {
         """
         SELECT e.id AS row, e.public_id AS id, v.public_id AS event_id, v.type, e.destination, e.state,
                e.reason, e.attempts, e.next_attempt_at, e.last_status, e.last_error, e.created_at,
-               e.finished_at
+               e.finished_at,
+               (SELECT r.public_id FROM deliveries AS r WHERE r.id = e.replay_of) AS replay_of
           FROM deliveries AS e JOIN events AS v ON v.id = e.event_id
         """,
         {

@@ -14,6 +14,7 @@ class Holds:
         self._counts: Counter[str] = Counter()
         self._flying: set[int] = set()
         self._doomed: set[int] = set()  # being ended without an attempt by the transaction at work
+        self.unwanted: set[int] = set()  # in flight, and cancelled unless that delivers them
 
     def __contains__(self, delivery_id: int) -> bool:
         return delivery_id in self._destinations
@@ -46,10 +47,25 @@ class Holds:
         """Take all marks of `doom` back: the transaction is over, one way or the other."""
         self._doomed.clear()
 
-    def release(self, delivery_ids: Iterable[int]) -> None:
-        """Let go of these; ids that nobody holds are ignored."""
+    def unwant(self, delivery_ids: Iterable[int]) -> list[int]:
+        """Mark those in flight as cancelled once their outcome is known; return the others."""
+        late = []
+        for delivery_id in delivery_ids:
+            if delivery_id in self._flying:
+                self.unwanted.add(delivery_id)
+            else:
+                late.append(delivery_id)
+        return late
+
+    def release(self, delivery_ids: Iterable[int]) -> list[int]:
+        """Let go of these, ignoring those that nobody holds; return the unwanted ones among them."""
+        unwanted = []
         for delivery_id in delivery_ids:
             self._flying.discard(delivery_id)
+            if delivery_id in self.unwanted:
+                self.unwanted.remove(delivery_id)
+                unwanted.append(delivery_id)
             destination = self._destinations.pop(delivery_id, None)
             if destination is not None:
                 self._counts[destination] -= 1
+        return unwanted

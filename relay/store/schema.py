@@ -21,6 +21,7 @@ CREATE TABLE events (
 CREATE INDEX events_source ON events (source, id);
 CREATE INDEX events_type ON events (type, id);
 CREATE INDEX events_subject ON events (subject, id) WHERE subject IS NOT NULL;
+CREATE INDEX events_received ON events (received_at);  -- its entries come in order: cheap
 """
 
 DELIVERIES = """
@@ -57,6 +58,8 @@ CREATE INDEX deliveries_expiry ON deliveries (expires_at)
     WHERE state = 'pending' AND expires_at IS NOT NULL;
 CREATE INDEX deliveries_event ON deliveries (event_id);
 CREATE INDEX deliveries_ended ON deliveries (destination, state, id)
+    WHERE state IN ('dead', 'expired', 'cancelled');
+CREATE INDEX deliveries_repeat ON deliveries (state, event_id, destination)
     WHERE state IN ('dead', 'expired', 'cancelled');
 
 CREATE TABLE attempts (

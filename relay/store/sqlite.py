@@ -32,8 +32,10 @@ from relay.store.connection import check_library, migrate, open_reader, open_wri
 from relay.store.find import find
 from relay.store.holds import Holds
 from relay.store.rows import EVENT_COLUMNS, event_of
+from relay.store.select import Selecting
 from relay.store.statements import fetch
 from relay.store.transaction import Transaction
+from relay.store.wishes import Wishing
 from relay.store.workers import Roster, load_roster
 from relay.store.writer import Job, Writer
 
@@ -51,7 +53,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore:
+class SqliteStore(Selecting, Wishing):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
@@ -120,6 +122,7 @@ class SqliteStore:
         if not self._opened:
             return
         self._opened = False
+        self.release(tuple(self._holds.unwanted))  # their attempts were cut off
         try:
             if self._writer.failure is None:
                 with suppress(StorageError):  # heartbeats only; the next ones say the same
@@ -172,15 +175,18 @@ class SqliteStore:
         batch.fleet.publish()
         self._holds.release(outcome.delivery.id for outcome in batch.outcomes)
         self._holds.release(batch.ended)
+        self._cancel_again(self._holds.unwant(batch.unwanted))
         self._holds.spare()
         self._holds.add(batch.due)
         books = sums(batch)
         for destination, columns in books.items():
             self._pending[destination] += 2 * columns["created"] - sum(columns.values())
         outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
-        if books or batch.events or batch.woken or outcomes:
+        hurried = frozenset(batch.hurried.values())
+        if books or batch.events or batch.woken or outcomes or hurried:
+            due, ended = batch.due, batch.ended
             try:
-                self.listener(News(batch.events, batch.due, batch.woken, batch.ended, books, outcomes))
+                self.listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried))
             except Exception:  # it is durable all the same, and its senders must hear so
                 log.exception("what was committed could not be handed on; lanes will find it in the store")
 
@@ -254,18 +260,6 @@ class SqliteStore:
 
         return await self._writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))
 
-    async def cancel(self, delivery_ids: Sequence[int]) -> int:
-        """See `Store.cancel`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.cancelling += delivery_ids
-            return 0
-
-        def answer(batch: Batch, _: int) -> int:
-            return sum(delivery_id in batch.ended for delivery_id in delivery_ids)
-
-        return await self._writer.submit(Job(apply_, answer=answer))
-
     async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
         """See `Store.claim`."""
 
@@ -281,7 +275,7 @@ class SqliteStore:
 
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Store.release`."""
-        self._holds.release(delivery_ids)
+        self._cancel_again(self._holds.release(delivery_ids))
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Store.load`."""

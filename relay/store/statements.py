@@ -29,6 +29,12 @@ def insert(
         transaction.run(f"{verb} INTO {into} ({columns}) VALUES {values} {then}", _flat(chunk))
 
 
+def run(transaction: Transaction, sql: str, rows: Sequence[Row]) -> None:
+    """Have a statement run over rows, `{values}` standing for them."""
+    for chunk in _chunks(rows):
+        transaction.run(sql.format(values=_values(len(chunk), len(chunk[0]))), _flat(chunk))
+
+
 async def fetch(transaction: Transaction, sql: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     """Run a statement over rows, `{values}` standing for them, and return what it returns."""
     found: list[tuple[Any, ...]] = []

@@ -1,0 +1,270 @@
+"""What an operator's selection means, and that reading it never looks at more than it must."""
+
+import hashlib
+
+import pytest
+from support import FakeClock
+
+from relay.clock import SECOND
+from relay.errors import RelayError, UnknownError
+from relay.ids import event_id
+from relay.model import Attempt, Outcome, Owed, Selection, StoredEvent
+from relay.store import Acceptance, Span, select
+from relay.store.select import pending_sql, select_sql
+from relay.store.sqlite import SqliteStore
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture(params=[SqliteStore])
+async def store(request, tmp_path, clock):
+    store = request.param(tmp_path / "relay.db", clock)
+    store.route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
+    store.fresh = []
+    store.listener = lambda news: store.fresh.extend(news.deliveries)
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def send(store, clock, type_="shop.order", subject=None, source="shop"):
+    clock.advance(1)
+    event = StoredEvent(
+        id=0, public_id=event_id(clock.wall()), source=source, type=type_, subject=subject,
+        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
+        sha256=hashlib.sha256(b"{}").digest(),
+    )  # fmt: skip
+    return (await store.append(Acceptance(source=source, event=event))).event_id
+
+
+async def end(store, number, state, **fields):
+    """End the delivery of that row id, or have it wait for a retry."""
+    [delivery] = [delivery for delivery in store.fresh if delivery.id == number]
+    attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
+    await store.settle(Outcome(delivery=delivery, attempt=attempt, state=state, **fields))
+
+
+async def chosen(store, **fields):
+    selection = Selection(**fields)
+    span = await store.span(selection)
+    return [(one.event_id, *one.destinations) async for page in store.select(selection, span) for one in page]
+
+
+async def pending(store, **fields):
+    return [one async for page in store.pending(Selection(**fields)) for one in page]
+
+
+def order_crm(event):
+    return (Owed("crm", order_key=event.subject), Owed("erp")) if event.source == "shop" else ()
+
+
+@pytest.fixture
+async def shops(store, clock):
+    """Six events of two sources, received a second apart."""
+    begun = clock.wall()
+    for type_, subject in (("order", "a"), ("order", "b"), ("refund.full", "a"), ("refund.part", None)):
+        await send(store, clock, f"shop.{type_}", subject)
+    await send(store, clock, "till.order", "a", "till")
+    await send(store, clock, "relay.destination.disabled", "crm", "relay")
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"source": "till"}, [5]),
+        ({"type": "shop.order"}, [1, 2]),
+        ({"type": "shop.refund.*"}, [3, 4]),
+        ({"type": "*.order"}, [1, 2, 5]),
+        ({"type": "*"}, [1, 2, 3, 4, 5]),
+        ({"type": "relay.*"}, [6]),
+        ({"subject": "a"}, [1, 3, 5]),
+        ({"subject": "a", "source": "shop", "type": "*.order"}, [1]),
+        ({"subject": "nobody"}, []),
+        ({"destination": "crm"}, [1, 2, 3, 4, 5]),
+        ({"destination": "nowhere"}, []),
+    ],
+)
+async def test_a_selection_means_what_its_fields_say_together(store, shops, fields, ids):
+    assert [found[0] for found in await chosen(store, **fields)] == ids
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "ids"),
+    [(2, None, [2, 3, 4, 5, 6]), (None, 3, [1, 2]), (3, 5, [3, 4]), (7, None, []), (None, 1, [])],
+)
+async def test_since_counts_itself_and_until_does_not(store, shops, since, until, ids):
+    times = [None if second is None else shops + second * SECOND for second in (since, until)]
+    assert [found[0] for found in await chosen(store, since=times[0], until=times[1])] == ids
+
+
+async def test_a_clock_that_was_set_back_hides_no_event(store, clock):
+    await send(store, clock)
+    clock.now -= 3600 * SECOND
+    early = clock.wall()
+    await send(store, clock)
+    clock.now += 7200 * SECOND
+    late = clock.wall()
+    await send(store, clock)
+    assert [found[0] for found in await chosen(store, until=late)] == [1, 2]
+    assert [found[0] for found in await chosen(store, since=early, until=early + 5 * SECOND)] == [2]
+
+
+async def test_the_destinations_of_chosen_deliveries_come_with_their_event(store, shops):
+    await end(store, 1, "dead", reason="exhausted")
+    await end(store, 2, "dead", reason="exhausted")
+    await end(store, 5, "dead", reason="exhausted")
+    await end(store, 7, "delivered")
+    assert await chosen(store, state="dead") == [(1, "crm", "erp"), (3, "crm")]
+    assert await chosen(store, state="dead", destination="erp") == [(1, "erp")]
+    assert await chosen(store, state="dead", subject="a", type="shop.order") == [(1, "crm", "erp")]
+    assert await chosen(store, state="delivered") == [(4, "crm")]
+    assert (await chosen(store, state="pending", destination="crm")) == [(2, "crm"), (5, "crm")]
+
+
+async def test_what_was_repeated_since_is_no_more_what_it_was(store, shops):
+    await end(store, 1, "dead", reason="exhausted")
+    event = (await store.load([1]))[1]
+    assert await store.repeat([(event, Owed("crm"))]) == (True,)
+    assert await chosen(store, state="dead") == []
+    await end(store, store.fresh[-1].id, "dead", reason="exhausted")
+    assert await chosen(store, state="dead") == [(1, "crm")]
+
+
+@pytest.mark.parametrize("fields", [{}, {"type": "shop.refund.*"}, {"destination": "crm"}, {"state": "dead"}])
+async def test_small_pages_find_the_same(store, shops, monkeypatch, fields):
+    for number in (1, 2, 5, 6, 9):
+        await end(store, number, "dead", reason="exhausted")
+    whole = await chosen(store, **fields)
+    for size in (1, 2, 3):
+        monkeypatch.setattr(select, "PAGE", size)
+        assert await chosen(store, **fields) == whole
+    assert whole
+
+
+async def test_what_comes_in_after_the_span_was_taken_is_left_out(store, clock, shops):
+    span = await store.span(Selection())
+    await send(store, clock)
+    assert span == Span(1, 6)
+    assert [one.event_id async for page in store.select(Selection(), span) for one in page][-1] == 6
+
+
+async def test_an_empty_store_has_nothing_to_select(store):
+    assert await chosen(store) == []
+    assert await pending(store) == []
+
+
+async def test_pending_deliveries_are_found_on_every_shelf_and_none_else(store, clock):
+    store.route = order_crm
+    for _ in range(3):
+        await send(store, clock, subject="a")
+    await end(store, 1, "pending", next_attempt_at=clock.steady() + SECOND)
+    await end(store, 2, "delivered")
+    await end(store, 4, "dead", reason="exhausted")
+    assert sorted(await pending(store)) == [1, 3, 5, 6]
+    assert await pending(store, destination="crm") == [3, 5, 1]
+    assert await pending(store, destination="erp", subject="b") == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_small_pages_of_pending_ones_find_the_same(store, clock, monkeypatch, size):
+    store.route = lambda event: (Owed("crm", order_key=event.subject),)
+    for number in range(6):
+        await send(store, clock, subject=f"{number // 2}")
+    for number in (1, 3):
+        await end(store, number, "pending", next_attempt_at=clock.steady() + SECOND)
+    monkeypatch.setattr(select, "PAGE", size)
+    assert await pending(store) == [2, 4, 6, 5, 1, 3]
+
+
+async def test_ids_may_go_without_their_prefix_and_be_shortened_while_unique(store, clock):
+    first = await send(store, clock)
+    second = await send(store, clock)
+    both = second[4:9]
+    assert first[4:9] == both
+    for given in (first, first[4:], first.upper().replace("EVT", "evt"), first[:-5], first[4:-5]):
+        assert [one.event_id for one in await store.name_events([given])] == [1]
+    assert [one.event_id for one in await store.name_events([second, first, second[4:]])] == [1, 2]
+    with pytest.raises(RelayError, match="short for more than one event"):
+        await store.name_events([both])
+
+
+async def test_deliveries_are_named_likewise(store, clock):
+    await send(store, clock)
+    rows = await store.find("deliveries")
+    named = await store.name_deliveries([row["id"][4:] for row in rows])
+    assert [(one.id, one.state, one.chosen.event_id, *one.chosen.destinations) for one in named] == [
+        (1, "pending", 1, "crm"),
+        (2, "pending", 1, "erp"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "why"),
+    [
+        ("evt_00000000", UnknownError, "no event 'evt_00000000'"),
+        ("dlv_00000000", RelayError, "is no event id"),
+        ("", RelayError, "is no event id"),
+        ("evt_", RelayError, "is no event id"),
+        ("%", RelayError, "is no event id"),
+    ],
+)
+async def test_an_id_that_names_nothing_is_said_to(store, clock, given, error, why):
+    await send(store, clock)
+    with pytest.raises(error, match=why):
+        await store.name_events([given])
+
+
+async def test_too_many_ids_are_refused_with_what_to_do_instead(store):
+    with pytest.raises(RelayError, match="1001 ids") as refused:
+        await store.name_events(["evt_0"] * 1001)
+    assert refused.value.hint == "use a filter instead"
+
+
+async def plan(store, sql, values):
+    rows = await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+    return [row[3] for row in rows]
+
+
+def scans(steps):
+    """What reads all of a table or index, but for the page of candidates that the statement made."""
+    return [step for step in steps if step.startswith("SCAN") and step not in ("SCAN c", "SCAN asked")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "index"),
+    [
+        ({}, "events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
+        ({"source": "shop"}, "events_source (source=? AND id>? AND id<?)"),
+        ({"type": "shop.order"}, "events_type (type=? AND id>? AND id<?)"),
+        ({"type": "shop.*"}, "events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
+        ({"subject": "a", "type": "shop.order"}, "events_subject (subject=? AND id>? AND id<?)"),
+        ({"state": "dead"}, "deliveries_repeat (state=? AND event_id>? AND event_id<?)"),
+        (
+            {"state": "dead", "destination": "crm"},
+            "deliveries_repeat (state=? AND event_id>? AND event_id<?)",
+        ),
+        ({"state": "delivered", "source": "shop"}, "events_source (source=? AND id>? AND id<?)"),
+        ({"destination": "crm"}, "d USING INDEX deliveries_event (event_id=?)"),
+    ],
+)
+async def test_every_selection_has_its_index(store, fields, index):
+    selection = Selection(**fields)
+    values = {"after": 0, "last": 9, "page": 9, **dict.fromkeys(Selection.__struct_fields__), **fields}
+    steps = await plan(store, select_sql(selection), values)
+    assert scans(steps) == []
+    assert any(index in step for step in steps), steps
+
+
+@pytest.mark.parametrize(
+    ("sql", "index"), list(zip(pending_sql(), ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True))
+)
+async def test_every_shelf_has_its_index_and_needs_no_sorting(store, sql, index):
+    steps = await plan(store, sql, {"destination": "crm", "last": 9, "due": 0, "id": 0, "page": 9})
+    assert scans(steps) == []
+    assert any(f"INDEX {index} (destination=?" in step for step in steps), steps
+    assert not any("TEMP B-TREE" in step for step in steps)
