@@ -39,10 +39,19 @@ class Observer(msgspec.Struct, frozen=True, kw_only=True):
     attempts_recorded: Callable[[Sequence[Outcome]], None] | None = None
 
 
+class Offering(msgspec.Struct, frozen=True):
+    """One thing that a plugin offers, for lists."""
+
+    what: str  # source, format, job, or the hook that it wants to be told by
+    name: str
+    plugin: Plugin
+
+
 class Offers:
     """Everything on offer; grows with each plugin."""
 
     def __init__(self) -> None:
+        self.found: list[Offering] = []
         self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
         self.formats: dict[str, Format] = dict(FORMATS)
         self.jobs: dict[str, Job] = {}  # by plugin and name
@@ -69,6 +78,7 @@ class Offers:
                 observer = self.observers.get(plugin.file) or Observer(plugin=plugin.name)
                 wish = {hook.removeprefix("relay_"): function}
                 self.observers[plugin.file] = msgspec.structs.replace(observer, **wish)
+                self.found.append(Offering(hook, plugin.name, plugin))
 
     def _take_source(self, plugin: Plugin, source: Any) -> None:
         _check_source(source)
@@ -78,6 +88,8 @@ class Offers:
         rival = self.kinds.setdefault(kind.name, kind)
         if rival is not kind and rival.door == kind.door:
             raise PluginError(f'offers the kind "{kind.name}", as {rival.file} does; keep one of them')
+        if rival is kind:
+            self.found.append(Offering("source", kind.name, plugin))
 
     def _take_format(self, plugin: Plugin, format_: Any) -> None:
         _check_format(format_)
@@ -86,6 +98,7 @@ class Offers:
             raise PluginError(f'offers the format "{format_.name}", as {rival} does; give it another name')
         self.formats[format_.name] = format_
         self._files[format_.name] = plugin.file
+        self.found.append(Offering("format", format_.name, plugin))
 
     def _take_job(self, plugin: Plugin, job: Any) -> None:
         _check_job(job)
@@ -93,6 +106,7 @@ class Offers:
         if name in self.jobs:
             raise PluginError(f'offers the job "{name}", which there is already; give it another name')
         self.jobs[name] = msgspec.structs.replace(job, name=name)
+        self.found.append(Offering("job", name, plugin))
 
 
 def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:

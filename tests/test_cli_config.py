@@ -165,8 +165,8 @@ def test_plugins_are_listed_tab_separated_when_piped(relay):
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert [row[0] for row in rows] == ["adorn", "compozy", "lazychat", "moddy", "whatsapp"]
-    assert rows[0][1:3] == ["bundled", __version__]
-    assert rows[0][3].endswith("adorn.py")
+    assert rows[0][1:4] == ["source", "bundled", __version__]
+    assert rows[0][4].endswith("adorn.py")
 
 
 def test_plugins_are_an_aligned_table_on_a_terminal(here):
@@ -176,21 +176,31 @@ def test_plugins_are_an_aligned_table_on_a_terminal(here):
     os.close(theirs)
     lines = os.read(ours, 65_536).decode().splitlines()
     os.close(ours)
-    assert lines[0].split() == ["KIND", "DOOR", "VERSION", "FILE"]
+    assert lines[0].split() == ["NAME", "OFFER", "DOOR", "VERSION", "FILE"]
     assert {line.index("bundled") for line in lines[1:]} == {lines[0].index("DOOR")}
 
 
-def test_plugins_of_the_config_s_folders_are_listed(relay, here):
+def test_all_that_plugins_of_the_config_s_folders_offer_is_listed(relay, here):
     (here / "config.toml").write_text("[plugins]\ndirs = ['mine']\n[server]\nlisten = 1\n")
     (here / "mine").mkdir()
     (here / "mine" / "shop.py").write_text(
         "from relay.hookspecs import hookimpl\nfrom relay.source import Source\n"
+        "from relay.formats import Format\nfrom relay.model import Job\n"
         "class Shop(Source, kind='shop'): pass\n@hookimpl\ndef relay_sources(): return [Shop]\n"
+        "@hookimpl\ndef relay_formats(): return [Format(name='line', content_type=None, render=bytes)]\n"
+        "async def work(): pass\n"
+        "@hookimpl\ndef relay_jobs(): return [Job(name='tidy', every=60, work=work)]\n"
+        "@hookimpl\ndef relay_events_stored(events): pass\n"
     )
-    shop = next(
-        kind for kind in json.loads(relay("plugins", "list", "--json").stdout) if kind["kind"] == "shop"
-    )
-    assert shop == {"kind": "shop", "door": "dirs", "version": "", "file": str(here / "mine" / "shop.py")}
+    listed = json.loads(relay("plugins", "list", "--json").stdout)
+    mine = [row for row in listed if row["file"] == str(here / "mine" / "shop.py")]
+    assert {(row["door"], row["version"]) for row in mine} == {("dirs", "")}
+    assert [(row["name"], row["offer"]) for row in mine] == [
+        ("shop", "source"),
+        ("line", "format"),
+        ("shop", "relay_events_stored"),
+        ("shop.tidy", "job"),
+    ]
 
 
 def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):

@@ -25,7 +25,7 @@ def plugins() -> None:
 @config_option
 @json_option
 def list_(config: Path | None, *, as_json: bool) -> None:
-    """List every kind of source, the door it came in by, its version and file.
+    """List what plugins offer: kinds of source, formats, jobs, and the hooks that they are told by.
 
     Reads `[plugins] dirs` of the configuration; without one, there are the installed and the bundled plugins.
     """
@@ -33,12 +33,18 @@ def list_(config: Path | None, *, as_json: bool) -> None:
     dirs = bind_tables(Binder(read(path), os.environ)).plugins.dirs if path else ()
     offers, problems = discover(dirs)
     found = [
-        {"kind": kind.name, "door": kind.door, "version": kind.version, "file": kind.file}
-        for _, kind in sorted(offers.kinds.items())
+        {
+            "name": offering.name,
+            "offer": offering.what,
+            "door": offering.plugin.door,
+            "version": offering.plugin.version,
+            "file": offering.plugin.file,
+        }
+        for offering in sorted(offers.found, key=lambda offering: (offering.what != "source", offering.name))
     ]
     if as_json:
         print_json(found)
     else:
-        print_table(("kind", "door", "version", "file"), [list(row.values()) for row in found])
+        print_table(("name", "offer", "door", "version", "file"), [list(row.values()) for row in found])
     if problems:
         raise ConfigError(problems)
