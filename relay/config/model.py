@@ -58,7 +58,7 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plugins(msgspec.Struct, frozen=True, kw_only=True):
-    """`[plugins]`: where to look for sources of one's own."""
+    """`[plugins]`: where to look for plugins of one's own."""
 
     dirs: tuple[Path, ...] = (Path("plugins.d"),)
 
