@@ -201,6 +201,16 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
             0,
             "defines relay_sources() twice",
         ),
+        (
+            HEAD + "@hookimpl\ndef relay_events_stored(): pass",
+            0,
+            "must define relay_events_stored(events) as a plain function",
+        ),
+        (
+            HEAD + "@hookimpl\nasync def relay_attempts_recorded(outcomes): pass",
+            0,
+            "must define relay_attempts_recorded(outcomes) as a plain function",
+        ),
         (HEAD + "@hookimpl\ndef relay_sources(): return 1/0", 0, "relay_sources() raised ZeroDivisionError"),
         (HEAD + "@hookimpl\ndef relay_sources():\n yield 1", 0, "expected a list of Source classes"),
         (
@@ -310,6 +320,21 @@ def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
     offer_format(plugins, **wrong)
     _, (problem,) = discover([plugins])
     assert says in str(problem)
+
+
+# --- observers ----------------------------------------------------------------------------------
+
+
+def test_a_plugin_that_wants_to_be_told_is_one_observer_whatever_it_asks_for(setup, plugins):
+    stored = "@hookimpl\ndef relay_events_stored(events): pass\n"
+    recorded = "@hookimpl\ndef relay_attempts_recorded(outcomes): pass\n"
+    (plugins / "both.py").write_text(HEAD + stored + recorded)
+    (plugins / "one.py").write_text(HEAD + recorded)
+    both, one = setup("").observers
+    assert (both.plugin, both.events_stored.__name__) == ("both", "relay_events_stored")
+    assert both.attempts_recorded.__name__ == "relay_attempts_recorded"
+    assert (one.plugin, one.events_stored) == ("one", None)
+    assert one.attempts_recorded is not both.attempts_recorded
 
 
 # --- jobs ---------------------------------------------------------------------------------------
