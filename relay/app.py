@@ -82,7 +82,13 @@ class App:
         mounts = tuple(
             Mount(name=name, source=source.settings, config=source) for name, source in config.sources.items()
         )
-        self.ingest = Ingest(mounts=mounts, store=self.store, clock=clock, metrics=self.metrics)
+        self.ingest = Ingest(
+            mounts=mounts,
+            store=self.store,
+            clock=clock,
+            metrics=self.metrics,
+            trusted_proxies=config.server.trusted_proxies,
+        )
         self.engine = Engine(
             config.destinations, formats=setup.formats, store=self.store, clock=clock, metrics=self.metrics
         )
@@ -177,7 +183,7 @@ class App:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
     def _jobs(self) -> Jobs:
-        jobs = Jobs()
+        jobs = Jobs(self.clock)
         jobs.add("sweep", self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)

@@ -22,6 +22,7 @@ from relay.ingest.answers import allow_origin, answer, answer_again, ask, outsid
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
+from relay.ingest.remote import Remote
 from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing
@@ -48,6 +49,7 @@ class Ingest:
         store: Store,
         clock: Clock,
         metrics: Metrics,
+        trusted_proxies: tuple[str, ...] = (),
         body_seconds: float = BODY_SECONDS,
         most_bytes: int = MOST_BYTES,
     ) -> None:
@@ -61,6 +63,7 @@ class Ingest:
         self._body_seconds = body_seconds
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
+        self._remote = Remote(trusted_proxies)
         self._log = Sparing(log, clock)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -81,7 +84,7 @@ class Ingest:
             if mount is None:
                 return outside(path, request.method, refusal)
             incoming.path = path.removeprefix(mount.config.prefix)
-            response = self._refuse(mount, refusal, incoming)
+            response = self._refuse(mount, refusal, incoming, request.remote)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
@@ -206,7 +209,7 @@ class Ingest:
             meter.received.inc()
             meter.bytes.inc(len(acceptance.event.body))
 
-    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
+    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
         if isinstance(refusal, PluginFailed):
             self._metrics.plugin_errors.labels(mount.config.plugin).inc()
@@ -217,7 +220,8 @@ class Ingest:
             self._fail(mount, incoming, error)
             response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
-        self._log.info(what, f"{what}: {refusal.message}")
+        sender = self._remote.of(peer, incoming.header("X-Forwarded-For"))
+        self._log.info(what, f"{what}: {refusal.message} ({sender})")
         return response
 
     def _fail(self, mount: Mount, incoming: Incoming, error: BaseException | None) -> None:
