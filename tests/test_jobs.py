@@ -2,16 +2,20 @@
 
 import asyncio
 import logging
+from datetime import datetime, timedelta
 
 import pytest
+from apscheduler.schedulers import base
 from support import until
 
+from relay import jobs as module
+from relay.clock import SECOND, SystemClock
 from relay.jobs import Jobs
 
 
 @pytest.fixture
 async def jobs():
-    jobs = Jobs()
+    jobs = Jobs(SystemClock())
     jobs.start()
     yield jobs
     jobs.stop()
@@ -66,7 +70,7 @@ async def test_a_slow_job_does_not_overlap_itself_and_holds_up_no_other(jobs):
 
 
 async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplog):
-    jobs = Jobs()
+    jobs = Jobs(SystemClock())
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def work():
@@ -84,3 +88,66 @@ async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplo
     await asyncio.wait_for(ended.wait(), 10)
     await until(lambda: len(asyncio.all_tasks()) == 1)
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+class Stepped(SystemClock):
+    """The machine's clocks, the wall's put forward or back by the test; APScheduler reads it, too."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.by = timedelta()
+        clock = self
+
+        class Moment(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + clock.by
+
+        for place in (base, module):
+            monkeypatch.setattr(place, "datetime", Moment)
+        monkeypatch.setattr(module, "LOOK_EVERY", 0.02)
+
+    def wall(self):
+        return super().wall() + int(self.by.total_seconds() * SECOND)
+
+
+@pytest.mark.parametrize("days", [1 / 24, -1 / 24, 1, -1, 173 * 365, -50 * 365])
+async def test_a_clock_step_neither_stops_a_job_nor_makes_it_run_for_every_time_it_missed(
+    monkeypatch, caplog, days
+):
+    clock, runs = Stepped(monkeypatch), []
+
+    async def work():
+        runs.append(1)
+
+    jobs = Jobs(clock)
+    jobs.add("count", 0.05, work)
+    jobs.start()
+    try:
+        await until(lambda: runs)
+        before = len(runs)
+        clock.by = timedelta(days=days)
+        began = asyncio.get_running_loop().time()
+        await until(lambda: len(runs) >= before + 5, seconds=5)
+        went = asyncio.get_running_loop().time() - began
+        assert len(runs) - before <= went / 0.05 + 3
+    finally:
+        jobs.stop()
+    assert any(message.startswith("the machine's clock stepped by ") for message in caplog.messages)
+
+
+async def test_a_rare_job_runs_at_once_when_the_clock_steps_so_that_none_is_put_off(monkeypatch):
+    clock, runs = Stepped(monkeypatch), []
+
+    async def work():
+        runs.append(1)
+
+    jobs = Jobs(clock)
+    jobs.add("rare", 3600, work)
+    jobs.start()
+    try:
+        clock.by = timedelta(hours=-1)
+        await until(lambda: runs)
+    finally:
+        jobs.stop()
+    assert len(runs) == 1
