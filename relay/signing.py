@@ -1,22 +1,24 @@
 """Standard Webhooks signatures, over bytes (https://www.standardwebhooks.com, "Signature scheme").
 
-The signed text is `<webhook-id>.<webhook-timestamp>.<body>`; the signature is its HMAC-SHA256 in base64.
+The signed text is `<webhook-id>.<webhook-timestamp>.<body>`; a signature is, in base64, its HMAC-SHA256
+behind `v1,`, or its ed25519 signature behind `v1a,`. Several stand in one header, spaces between them.
 """
 
 import binascii
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 from relay.config.secret import Secret
+from relay.keys import has_signed, is_asymmetric, private_key, public_key, shared_key
 
-PREFIX = "whsec_"
 TOLERANCE = 300
 """Seconds that a timestamp may be off, in either direction, as the reference libraries have it."""
 
 _TIMESTAMP = re.compile(r"[0-9]{1,12}", re.ASCII)
-_KEY_BYTES = range(24, 65)  # the specification's bounds
+_HMAC, _ED25519 = "v1,", "v1a,"
 
 
 class SignatureError(Exception):
@@ -28,18 +30,17 @@ class SignatureError(Exception):
 
 
 class Signer:
-    """Signs with every current secret, so that rotating one means adding the next."""
+    """Signs with every current secret, of either kind, so that rotating one means adding the next."""
 
-    __slots__ = ("_states",)
+    __slots__ = ("_signatures",)
 
     def __init__(self, secrets: tuple[Secret, ...]) -> None:
         """Decode the secrets.
 
         Raises:
-            ValueError: one of them is no key; the message does not hold it.
+            ValueError: one of them is no key to sign with; the message does not hold it.
         """
-        # A keyed state is copied per signature: a fifth faster than hmac.digest, which keys it again.
-        self._states = tuple(hmac.new(decode_key(secret), digestmod="sha256") for secret in secrets)
+        self._signatures = tuple(map(_signature_by, secrets))
 
     def headers(self, webhook_id: str, timestamp: int, body: bytes) -> dict[str, str]:
         """Return the headers of one attempt, made at `timestamp` (seconds since the epoch).
@@ -47,9 +48,9 @@ class Signer:
         Without secrets there is no `webhook-signature`.
         """
         headers = {"webhook-id": webhook_id, "webhook-timestamp": str(timestamp)}
-        if self._states:
+        if self._signatures:
             head = f"{webhook_id}.{timestamp}.".encode()
-            headers["webhook-signature"] = " ".join([_sign(state, head, body) for state in self._states])
+            headers["webhook-signature"] = " ".join([sign(head, body) for sign in self._signatures])
         return headers
 
 
@@ -61,6 +62,8 @@ def verify(
     tolerance: int = TOLERANCE,
 ) -> None:
     """Check a signed request at `now` (seconds since the epoch), in constant time per signature.
+
+    A secret is `whsec_…`, or for ed25519 the sender's `whpk_…` (its `whsk_…` will do as well).
 
     Raises:
         SignatureError: a header is missing, the timestamp is off, or no signature fits.
@@ -85,31 +88,45 @@ def verify(
     candidates = [text.encode("utf-8", "surrogatepass") for text in given["webhook-signature"].split(" ")]
     fits = False
     for secret in secrets:
-        expected = _sign(hmac.new(decode_key(secret), digestmod="sha256"), head, body).encode()
-        for candidate in candidates:
-            fits |= hmac.compare_digest(expected, candidate)
+        fits |= (_fits_pair if is_asymmetric(secret) else _fits_shared)(secret, candidates, head, body)
     if not fits:
         raise SignatureError("signature", "no signature fits: another secret, or the body was changed")
 
 
-def decode_key(secret: Secret) -> bytes:
-    """Return the key in `whsec_<base64>` or bare base64, padded or not.
-
-    Raises:
-        ValueError: it is no base64 of 24 to 64 bytes; the message does not hold it.
-    """
-    text = secret.reveal().removeprefix(PREFIX).rstrip("=")
-    try:
-        key = binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
-    except ValueError:  # also binascii.Error, and text that is not ASCII
-        key = b""
-    if len(key) not in _KEY_BYTES:
-        raise ValueError("expected a signing secret: whsec_ and the base64 of 24 to 64 random bytes")
-    return key
+def _signature_by(secret: Secret) -> Callable[[bytes, bytes], str]:
+    """Return what signs head and body with a secret."""
+    if is_asymmetric(secret):
+        return partial(_sign_by_pair, private_key(secret).sign)
+    # A keyed state is copied per signature: a fifth faster than hmac.digest, which keys it again.
+    return partial(_sign, hmac.new(shared_key(secret), digestmod="sha256"))
 
 
 def _sign(state: hmac.HMAC, head: bytes, body: bytes) -> str:
     mac = state.copy()
     mac.update(head)
     mac.update(body)
-    return "v1," + binascii.b2a_base64(mac.digest(), newline=False).decode()
+    return _HMAC + binascii.b2a_base64(mac.digest(), newline=False).decode()
+
+
+def _sign_by_pair(sign: Callable[[bytes], bytes], head: bytes, body: bytes) -> str:
+    return _ED25519 + binascii.b2a_base64(sign(head + body), newline=False).decode()
+
+
+def _fits_shared(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
+    expected, fits = _signature_by(secret)(head, body).encode(), False
+    for candidate in candidates:
+        fits |= hmac.compare_digest(expected, candidate)
+    return fits
+
+
+def _fits_pair(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
+    key, version = public_key(secret), _ED25519.encode()
+    for candidate in candidates:
+        if candidate.startswith(version):
+            try:
+                signature = binascii.a2b_base64(candidate.removeprefix(version), strict_mode=True)
+            except binascii.Error:
+                continue
+            if has_signed(key, signature, head + body):
+                return True
+    return False

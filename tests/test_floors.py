@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("relay", "errors", "units", "clock", "ids", "model", "rate", "logs", "health", "statedir", "listeners"),
     (
-        "config.secret", "signing", "envelope", "where", "terms", "filters", "formats", "config",
+        "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",
         "retry", "registry", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),
@@ -28,6 +28,7 @@ SPEAKERS = {
     "aiosqlite": {"relay.store"},
     "apscheduler": {"relay.jobs"},
     "click": {"relay.cli"},
+    "cryptography": {"relay.keys"},
     "pluggy": {"relay.hookspecs", "relay.loader"},
     "prometheus_client": {"relay.api", "relay.metrics"},
 }

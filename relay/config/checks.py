@@ -10,7 +10,7 @@ from yarl import URL
 
 from relay.config.client_cert import ClientCert
 from relay.config.secret import Secret
-from relay.signing import decode_key
+from relay.signing import Signer
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)
@@ -150,8 +150,8 @@ def header_value(value: Secret) -> Secret:
 
 
 def signing_secret(value: Secret) -> Secret:
-    """Check that a destination's secret is a Standard Webhooks key."""
-    decode_key(value)
+    """Check that a destination's secret is a Standard Webhooks key to sign with."""
+    Signer((value,))
     return value
 
 

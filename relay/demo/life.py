@@ -19,9 +19,9 @@ from relay.demo.narrator import Narrator
 from relay.demo.receiver import Receiver
 from relay.demo.setting import choose_listen, write_config
 from relay.demo.story import Story
+from relay.keys import SHARED
 from relay.loader import load
 from relay.logs import configure
-from relay.signing import PREFIX
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -45,7 +45,7 @@ async def run_demo(*, leave: bool) -> int:
 
 
 async def _demo(narrator: Narrator, *, leave: bool) -> int:
-    secret = Secret(PREFIX + base64.b64encode(secrets.token_bytes(32)).decode())
+    secret = Secret(SHARED + base64.b64encode(secrets.token_bytes(32)).decode())
     with TemporaryDirectory(prefix="hookferry-demo-") as name:
         folder = Path(name)
         async with Receiver(secret) as receiver:
