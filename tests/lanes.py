@@ -114,10 +114,10 @@ async def engine_for(store, *destinations, own=(), **options):
         await engine.stop(2.0)
 
 
-async def send(store, body=b'{"n":1}', subject="s"):
-    """Store an event `shop.order` and return its public id."""
+async def send(store, body=b'{"n":1}', subject="s", type_="shop.order"):
+    """Store an event and return its public id."""
     event = StoredEvent(
-        id=0, public_id=event_id(CLOCK.wall()), source="shop", type="shop.order", subject=subject,
+        id=0, public_id=event_id(CLOCK.wall()), source="shop", type=type_, subject=subject,
         received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
         sha256=hashlib.sha256(body).digest(), traceparent=None,
     )  # fmt: skip
