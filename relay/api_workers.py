@@ -9,6 +9,7 @@ from relay.clock import SECOND, Clock, rfc3339
 from relay.errors import RelayError
 from relay.ids import command_id
 from relay.model import Command, Worker
+from relay.registry import shown
 from relay.store import Store
 from relay.units import parse_duration
 
@@ -138,12 +139,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 
 def _item(worker: Worker) -> dict[str, Any]:
-    item = msgspec.to_builtins(worker)
-    for internal in ("deadline", "unregistered_at", "beats"):
-        del item[internal]
-    for moment in ("registered_at", "last_heartbeat"):
-        item[moment] = rfc3339(item[moment])
-    return {**item, "session_count": worker.counts.get("total", len(worker.sessions))}
+    return {**shown(worker), "session_count": worker.counts.get("total", len(worker.sessions))}
 
 
 def _measurement(row: dict[str, Any]) -> dict[str, Any]:

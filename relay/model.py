@@ -220,6 +220,7 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
     beats: int = 0  # heartbeats in time since it was offline, until they are enough
     restarts: int = 0  # how often its uptime went back
+    was_offline: bool = False  # when its maintenance began: nobody has been told yet that it is back
     cpu: float | None = None
     memory: float | None = None
     uptime: float | None = None

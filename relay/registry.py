@@ -12,6 +12,9 @@
 | a new id on an old endpoint                     | `worker.registered`; the former id gets 35 s        |
 | uptime that went back                           | `worker.restarted`                                  |
 | operator maintenance                            | wins over reports; not judged                       |
+
+Whoever follows the events hears `offline` and `online` in turn: a worker that was OFFLINE before its
+maintenance is `online` when it is ONLINE again, and not `offline` a second time.
 """
 
 from typing import Any
@@ -31,6 +34,12 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
+
+INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline")
+"""What of a row is ours alone, and in no event or list."""
+
+ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
+"""What the worker's document allows; others come (NODE_ENV in upper case), and are kept."""
 
 TOMBSTONE = 10 * SECOND
 """How long a heartbeat that overlaps its worker's DELETE does not resurrect it (in-the-wild.md §1)."""
@@ -67,13 +76,16 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
         return _unregister(row, now)
     if isinstance(change, SessionSeen):
         return _see(row, change.session)
+    base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
     if row is not None and row.unregistered_at is not None:
-        if isinstance(change, Heartbeat) and now.steady - row.unregistered_at < TOMBSTONE:
+        # Not a negative time: the steady clock of another run may have been ahead of this one's.
+        if isinstance(change, Heartbeat) and 0 <= now.steady - row.unregistered_at < TOMBSTONE:
             return Step(worker=row, quiet=True)
+        base = Worker(source=source, id=row.id, registered_at=now.wall, maintenance=row.maintenance)
         row = None
     if isinstance(change, Register):
-        return _register(row, change, source, now, rules)
-    return _heartbeat(row, change, source, now, rules)
+        return _register(row, base, change, now, rules)
+    return _heartbeat(row, base, change, now, rules)
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
@@ -96,8 +108,14 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
     """Take a worker into an operator's maintenance, or give it back with its full patience."""
     if on == row.maintenance:
         return row
-    status: WorkerStatus = "MAINTENANCE" if on else "ONLINE"
-    return msgspec.structs.replace(row, maintenance=on, status=status, deadline=_deadline(now, rules))
+    status: WorkerStatus = "MAINTENANCE" if on else "OFFLINE" if row.was_offline else "ONLINE"
+    return msgspec.structs.replace(
+        row,
+        maintenance=on,
+        status=status,
+        was_offline=on and _is_lost(row),
+        deadline=_deadline(now, rules),
+    )
 
 
 def former(row: Worker, now: Now) -> Worker:
@@ -105,8 +123,18 @@ def former(row: Worker, now: Now) -> Worker:
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))
 
 
-def _register(row: Worker | None, change: Register, source: str, now: Now, rules: WorkerRules) -> Step:
-    base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
+def shown(row: Worker) -> dict[str, Any]:
+    """Return a row as events and operators see it: JSON without what is ours alone, RFC 3339 times."""
+    item: dict[str, Any] = msgspec.to_builtins(row)
+    for name in INTERNAL:
+        del item[name]
+    for moment in ("registered_at", "last_heartbeat"):
+        item[moment] = rfc3339(item[moment])
+    return item
+
+
+def _register(row: Worker | None, base: Worker, change: Register, now: Now, rules: WorkerRules) -> Step:
+    status = _status(base, change.status)
     after = msgspec.structs.replace(
         base,
         endpoint=change.endpoint,
@@ -114,15 +142,15 @@ def _register(row: Worker | None, change: Register, source: str, now: Now, rules
         version=change.version,
         environment=change.environment,
         max_sessions=change.max_sessions,
-        status=_status(base, change.status),
+        status=status,
+        was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
     )
     return Step(worker=after, born=_transition(row, after))
 
 
-def _heartbeat(row: Worker | None, change: Heartbeat, source: str, now: Now, rules: WorkerRules) -> Step:
-    base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
+def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, rules: WorkerRules) -> Step:
     said = {name: value for name in _SAID if (value := getattr(change, name)) is not None}
     if change.sessions is not None:
         said["sessions"] = change.sessions[:MOST_SESSIONS]
@@ -131,6 +159,7 @@ def _heartbeat(row: Worker | None, change: Heartbeat, source: str, now: Now, rul
     after = msgspec.structs.replace(
         base,
         status=status,
+        was_offline=status == "MAINTENANCE" and _is_lost(base),
         beats=beats,
         restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
@@ -199,14 +228,17 @@ def _status(row: Worker, reported: WorkerStatus | None) -> WorkerStatus:
     return "MAINTENANCE" if row.status == "MAINTENANCE" else "ONLINE"
 
 
+def _is_lost(row: Worker) -> bool:
+    """Whether `offline` was the last that was told of a worker."""
+    return row.status == "OFFLINE" or row.was_offline
+
+
 def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
     if before is None:
         return (_born("registered", after, None, "new"),)
-    if before.status == after.status:
-        return ()
-    if before.status == "OFFLINE" and after.status == "ONLINE":
+    if after.status == "ONLINE" and _is_lost(before):
         return (_born("online", after, before.status, "heard"),)
-    if after.status == "OFFLINE":
+    if after.status == "OFFLINE" and not _is_lost(before):
         return (_born("offline", after, before.status, "reported"),)
     return ()
 
@@ -216,10 +248,5 @@ def _deadline(now: Now, rules: WorkerRules) -> int:
 
 
 def _born(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> Born:
-    row = msgspec.to_builtins(worker)
-    for internal in ("deadline", "unregistered_at", "beats"):
-        del row[internal]
-    for moment in ("registered_at", "last_heartbeat"):
-        row[moment] = rfc3339(row[moment])
-    data = {"worker": row, "previous": previous, "reason": reason}
+    data = {"worker": shown(worker), "previous": previous, "reason": reason}
     return Born(type=f"worker.{what}", subject=worker.id, data=data)

@@ -6,7 +6,19 @@ import pytest
 from relay.clock import SECOND
 from relay.config.model import WorkerRules
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker, WorkerChange
-from relay.registry import FORMER, MOST_SESSIONS, TOMBSTONE, Now, Step, apply, former, hold, silent
+from relay.registry import (
+    FORMER,
+    INTERNAL,
+    MOST_SESSIONS,
+    TOMBSTONE,
+    Now,
+    Step,
+    apply,
+    former,
+    hold,
+    maintain,
+    silent,
+)
 
 RULES = WorkerRules(offline_after=90.0, startup_hold=120.0)
 WALL, STEADY = 1_705_314_600_000_000, 5_000 * SECOND
@@ -33,6 +45,7 @@ ONLINE = said(None, REGISTER).worker
 OFFLINE = msgspec.structs.replace(ONLINE, status="OFFLINE")
 RESTING = msgspec.structs.replace(ONLINE, status="MAINTENANCE")
 SERVICED = msgspec.structs.replace(RESTING, maintenance=True)
+LOST = msgspec.structs.replace(RESTING, was_offline=True)
 GONE = said(ONLINE, Unregister(worker_id="w")).worker
 
 
@@ -59,6 +72,9 @@ def report(status: str) -> Heartbeat:
         (RESTING, report("ONLINE"), 5, "ONLINE", []),
         (RESTING, REGISTER, 5, "ONLINE", []),
         (RESTING, report("OFFLINE"), 5, "OFFLINE", ["worker.offline"]),
+        (LOST, report("ONLINE"), 5, "ONLINE", ["worker.online"]),
+        (LOST, report("OFFLINE"), 5, "OFFLINE", []),
+        (LOST, BEAT, 5, "MAINTENANCE", []),
         (SERVICED, report("ONLINE"), 5, "MAINTENANCE", []),
         (SERVICED, report("OFFLINE"), 5, "MAINTENANCE", []),
         (SERVICED, REGISTER, 5, "MAINTENANCE", []),
@@ -201,7 +217,7 @@ def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, r
 def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
     [born] = said(None, REGISTER).born
     row = msgspec.json.decode(msgspec.json.encode(born.data))["worker"]
-    assert row.keys() == set(Worker.__struct_fields__) - {"deadline", "unregistered_at", "beats"}
+    assert row.keys() == set(Worker.__struct_fields__) - set(INTERNAL)
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
 
 
@@ -275,3 +291,24 @@ def test_the_sessions_of_one_worker_have_an_end():
     row = said(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
     assert len(row.sessions) == MOST_SESSIONS
     assert said(row, SessionSeen(session=Session(id="new"))).worker == row
+
+
+def test_a_worker_that_was_offline_before_its_maintenance_is_online_once_it_is_heard_after_it():
+    row = maintain(OFFLINE, at(5), RULES, on=True)
+    row = said(row, BEAT, 30).worker
+    assert row.status == "MAINTENANCE"
+    row = maintain(row, at(40), RULES, on=False)
+    assert row.status == "OFFLINE"
+    assert types(said(row, BEAT, 60)) == ["worker.online"]
+
+
+@pytest.mark.parametrize("change", [REGISTER, BEAT])
+def test_maintenance_outlasts_a_restart_with_farewell_and_registration(change):
+    row = maintain(ONLINE, at(5), RULES, on=True)
+    row = said(row, Unregister(worker_id="w"), 10).worker
+    step = said(row, change, 30)
+    assert (step.worker.status, types(step)) == ("MAINTENANCE", ["worker.registered"])
+
+
+def test_a_farewell_in_the_future_of_a_clock_set_back_swallows_no_heartbeat():
+    assert said(GONE, BEAT, -86_400).worker.status == "ONLINE"
