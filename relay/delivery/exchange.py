@@ -111,7 +111,7 @@ class Exchange:
             # Host is what aiohttp would add at the first connect, and so change the key of the pool.
             tunnel = {"Host": own["Host"], "User-Agent": _AGENT, **self._proxy.credentials}
             request.update_proxy(self._proxy.url, None, tunnel)
-            if target.scheme == "http":  # no tunnel, and thus nobody else who must not see the credentials
+            if target.scheme == "http":  # without a tunnel the proxy reads the request itself
                 path = f"http://{own['Host']}{path}"
                 own |= self._proxy.credentials
         return request, f"{self._method} {path} HTTP/1.1\r\n{_lines(own)}"
