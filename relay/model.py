@@ -125,6 +125,7 @@ class News(msgspec.Struct, frozen=True):
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: how many were created, ended how
     outcomes: Sequence[Outcome] = ()  # recorded, and their deliveries moved on
     hurried: Collection[str] = ()  # destinations whose retries an operator made due
+    turned: Sequence[tuple[str, WorkerStatus]] = ()  # workers of another status than before: source, status
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):

@@ -14,6 +14,9 @@ from relay.store import Store
 
 log = logging.getLogger("relay.workers")
 
+LATE = SECOND // 2
+"""What a sweep may be late without anybody asking why: timers and a busy loop."""
+
 _REMEMBERED = 16_384  # workers whose rules are looked up once; beyond them patterns are tried again
 
 
@@ -58,9 +61,17 @@ class Watch:
         self._last: int | None = None  # steady clock; None: not yet since the start
 
     async def sweep(self) -> None:
-        """Mark who is silent; when the sweep itself was away for long, put deadlines off instead."""
+        """Mark who is silent; when the sweep itself was away for long, put deadlines off instead.
+
+        One that comes late judges as if it were in time: what workers sent while the process stood
+        still has yet to be read, and the next sweep comes after that.
+        """
         now = self._clock.steady()
-        away = self._last is None or now - self._last > 3 * self.interval * SECOND
-        for worker in await self._store.sweep(hold=away):
+        if self._last is None or now - self._last > 3 * self.interval * SECOND:
+            marked = await self._store.sweep(hold=True)
+        else:
+            in_time = self._last + int(self.interval * SECOND) + LATE
+            marked = await self._store.sweep(at=min(now, in_time))
+        for worker in marked:
             log.warning("%s: worker %s is offline: silent", worker.source, worker.id)
         self._last = now

@@ -9,6 +9,9 @@ from daemon import SOURCES, running, write_config
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
+from relay.model import Heartbeat
+from relay.store import Acceptance
+
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 QUICK = """
 [workers]
@@ -155,7 +158,7 @@ async def test_workers_that_have_long_been_offline_are_forgotten_by_themselves(r
     clock.advance(100)
     await relay.app.store.sweep()
     await relay.exchange(beat("young"))
-    clock.advance(30 * 86_400 - 50)
+    clock.advance(30 * 86_400)
     await relay.app._forget_workers()
     assert [w.id for w in relay.app.store.workers()] == ["young"]
 
@@ -195,3 +198,86 @@ async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
     listed = (await ask(relay, "GET", "?version=2"))[1]["items"]
     assert [item["id"] for item in listed] == [odd]
     assert (await ask(relay, "GET", "?verson=2"))[0] == 400
+
+
+async def held(relay):
+    """Hold the writer, as a slow disk does; return what lets it go."""
+    go, writer = asyncio.Event(), relay.app.store._writer
+    asking = asyncio.ensure_future(writer.errand(lambda _connection: go.wait()))
+    await until(lambda: not writer._errands)
+
+    async def release():
+        go.set()
+        await asking
+
+    return release
+
+
+async def test_heartbeats_that_wait_behind_a_sweep_for_a_slow_disk_are_no_silence(relay, clock):
+    await relay.exchange(beat(status="ONLINE"))
+    release = await held(relay)
+    clock.advance(89)
+    sweep = asyncio.ensure_future(relay.app.store.sweep())
+    await until(lambda: relay.app.store._writer._jobs)
+    waiting = asyncio.ensure_future(relay.exchange(beat(version="2")))  # no quiet one: it needs the disk
+    await until(lambda: len(relay.app.store._writer._jobs) >= 2)
+    clock.advance(60)
+    await release()
+    assert await sweep == ()
+    assert (await waiting).status == 200
+    assert await types(relay) == ["registered"]
+
+
+async def test_a_heartbeat_while_its_worker_s_last_change_is_written_is_not_lost(relay, clock):
+    await relay.exchange(beat(sessions=[{"sessionId": "s1", "status": "A"}]))
+    release = await held(relay)
+    clock.advance(60)
+    event = json.dumps({"sessionId": "s1", "status": "B", "workerId": "w1"}).encode()
+    changes = [
+        request("POST", "/api/v1/webhooks/session-status", body=event, **TOKEN),
+        beat(sessions=[{"sessionId": "s1", "status": "A"}]),
+    ]
+    waiting = []
+    for raw in changes:
+        waiting.append(asyncio.ensure_future(relay.exchange(raw)))
+        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+    await release()
+    await asyncio.gather(*waiting)
+    shown = await worker(relay)
+    assert shown["sessions"][0]["status"] == "A"
+    clock.advance(89)
+    assert await relay.app.store.sweep() == ()
+
+
+async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(relay):
+    await relay.exchange(beat(status="ONLINE"))
+    release = await held(relay)
+    waiting = []
+    for status in ("OFFLINE", "ONLINE"):
+        waiting.append(asyncio.ensure_future(relay.exchange(beat(status=status))))
+        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+    await release()
+    await asyncio.gather(*waiting)
+    assert await types(relay) == ["registered", "offline", "online"]
+
+
+async def test_a_heartbeat_that_cannot_be_stored_is_a_sign_of_life_all_the_same(relay, clock):
+    await relay.exchange(beat())
+    clock.advance(80)
+    relay.app.store._writer.failure = "the disk is full"
+    assert (await relay.exchange(beat(version="2"))).status == 503
+    relay.app.store._writer.failure = None
+    clock.advance(80)
+    assert await relay.app.store.sweep() == ()
+    assert (await worker(relay))["version"] == ""
+
+
+async def test_many_that_fall_silent_at_once_are_told_of_one_by_one_each_once(relay, clock):
+    for number in range(300):
+        await relay.app.store.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id=f"w{number}")))
+    clock.advance(91)
+    assert len(await relay.app.store.sweep()) == 300
+    assert await relay.app.store.sweep() == ()
+    events = await relay.rows()
+    offline = [row["subject"] for row in events if row["type"] == "whatsapp.worker.offline"]
+    assert sorted(offline) == sorted(f"w{number}" for number in range(300))

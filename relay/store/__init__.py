@@ -215,10 +215,12 @@ class Store(Protocol):
         """Find deliveries likewise."""
         ...
 
-    async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:
-        """Mark silent workers offline, with their events, in one transaction; return those marked.
+    async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
+        """Mark workers offline that are silent at a moment (steady clock; None: now); return those marked.
 
-        With `hold`, every deadline is put off first: nobody is judged on time the relay itself slept.
+        Each in one transaction with its event. With `hold`, every deadline is put off first: nobody is
+        judged on time the relay itself slept. What was heard before the call counts, however long the
+        disk takes for it.
         """
         ...
 
@@ -244,6 +246,14 @@ class Store(Protocol):
 
     async def prune_worker_metrics(self, before: int) -> int:
         """Delete some gauges older than `before` (wall clock); return how many, 0: none is left."""
+        ...
+
+    async def prune_worker_commands(self, before: int) -> int:
+        """Delete commands given before (wall clock) that are queued no more; return how many."""
+        ...
+
+    def census(self, source: str, status: str) -> int:
+        """Count a source's workers in a status."""
         ...
 
     def workers(self) -> tuple[Worker, ...]:

@@ -8,7 +8,16 @@ from relay import registry
 from relay.clock import SECOND
 from relay.config.model import WorkerRules
 from relay.errors import Conflict
-from relay.model import Born, Command, Heartbeat, Register, SessionSeen, Worker, WorkerChange
+from relay.model import (
+    Born,
+    Command,
+    Heartbeat,
+    Register,
+    SessionSeen,
+    Worker,
+    WorkerChange,
+    WorkerStatus,
+)
 from relay.registry import Now
 from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
 from relay.store.rows import measurement_row as measurement
@@ -38,6 +47,8 @@ class Fleet:
         self._rules = rules
         self._bear = bear
         self.workers: dict[WorkerKey, Worker] = {}
+        self.seen: dict[WorkerKey, Worker] = {}  # rows to be written as they are in memory
+        self.holding = False
         self.forgotten: set[WorkerKey] = set()
         self.measured: dict[WorkerKey, Worker] = {}
         self.commands: dict[str, Command] = {}  # new, or of another state than before
@@ -62,7 +73,7 @@ class Fleet:
         is_new = before is None or before.unregistered_at is not None
         if is_new and isinstance(change, Register):
             self._take_over(source, change)
-        self.workers[key] = step.worker
+        self._move(key, step.worker)
         for born in step.born:
             self._bear(source, born)
         if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
@@ -70,29 +81,36 @@ class Fleet:
         self._measure(key, step.worker)
         return step.worker, self._send(key)
 
-    def sweep(self, *, hold: bool) -> tuple[Worker, ...]:
-        """Take in the silence of every worker past its deadline; with `hold`, put deadlines off instead."""
-        marked = []
+    def hold(self) -> None:
+        """Put off every deadline; in memory only, because a start puts them off as well."""
+        self.holding = True
+
+    def sweep(self, at: int, most: int) -> list[Worker]:
+        """Take in the silence of up to so many workers whose deadline was past at that moment."""
+        marked: list[Worker] = []
+        now = Now(wall=self._now.wall, steady=at)
         for row in self._roster:
             key = (row.source, row.id)
-            worker = self.workers.get(key, row)
-            if hold:
-                self.workers[key] = registry.hold(worker, self._now, self._rules(*key))
-                continue
-            silence = registry.silent(worker, self._now)
+            silence = registry.silent(self.workers.get(key, row), now)
             if silence is not None:
                 after, born = silence
-                self.workers[key] = after
-                self._bear(worker.source, born)
+                self._move(key, after)
+                self._bear(row.source, born)
                 marked.append(after)
-        return tuple(marked)
+                if len(marked) == most:
+                    break
+        return marked
+
+    def _move(self, key: WorkerKey, worker: Worker) -> None:
+        self.workers[key] = worker
+        self._roster.moving.add(key)
 
     def flush(self, keys: Iterable[WorkerKey]) -> None:
         """Take in rows that heartbeats so far moved in memory only."""
         for key in keys:
             worker = self._roster.get(key)
             if worker is not None:
-                self.workers.setdefault(key, worker)
+                self.seen[key] = worker
                 self._measure(key, worker)
 
     def forget(self, keys: Iterable[WorkerKey]) -> int:
@@ -108,7 +126,7 @@ class Fleet:
         old = []
         for worker in self._roster:
             keep = int(self._rules(worker.source, worker.id).forget_after * SECOND)
-            if worker.status == "OFFLINE" and self._now.wall - worker.last_heartbeat > keep:
+            if worker.status == "OFFLINE" and self._now.steady - worker.deadline > keep:
                 old.append((worker.source, worker.id))
         return self.forget(old)
 
@@ -118,7 +136,7 @@ class Fleet:
         if worker is None or worker.unregistered_at is not None:
             return None
         after = registry.maintain(worker, self._now, self._rules(*key), on=on)
-        self.workers[key] = after
+        self._move(key, after)
         return after
 
     def queue(self, command: Command) -> None:
@@ -176,11 +194,12 @@ class Fleet:
         if neighbours and change.reject_conflict:
             raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
         for worker in neighbours:
-            self.workers[source, worker.id] = registry.former(worker, self._now)
+            self._move((source, worker.id), registry.former(worker, self._now))
 
     def write(self, transaction: Transaction) -> None:
         """Write it all, inside the batch's transaction."""
-        if rows := [worker_row(w) for key, w in self.workers.items() if key not in self.forgotten]:
+        workers = {**self.seen, **self.workers}
+        if rows := [worker_row(w) for key, w in workers.items() if key not in self.forgotten]:
             insert(transaction, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
         if self.measured:
             rows = [measurement(worker, self._now.wall) for worker in self.measured.values()]
@@ -191,14 +210,25 @@ class Fleet:
         for key in self.forgotten:
             transaction.run("DELETE FROM workers WHERE source = ? AND id = ?", key)
 
-    def publish(self) -> None:
-        """Take what is committed into the roster."""
-        roster = self._roster
-        for worker in self.workers.values():
+    def publish(self) -> list[tuple[str, WorkerStatus]]:
+        """Take what is committed into the roster; return the source and status of each that turned."""
+        roster, turned = self._roster, []
+        for key, worker in self.workers.items():
+            if worker.unregistered_at is None and _standing(roster.get(key)) != worker.status:
+                turned.append((worker.source, worker.status))
             roster.put(worker)
+        roster.moving.clear()
+        if self.holding:
+            for worker in tuple(roster):
+                roster.put(registry.hold(worker, self._now, self._rules(worker.source, worker.id)))
         for key in self.measured:
             roster.measured[key] = self._now.steady
         for command in self.commands.values():
             roster.note(command)
         for key in self.forgotten:
             roster.drop(key)
+        return turned
+
+
+def _standing(worker: Worker | None) -> WorkerStatus | None:
+    return None if worker is None or worker.unregistered_at is not None else worker.status

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiosqlite
 
@@ -16,15 +16,12 @@ from relay.model import (
     Born,
     Claim,
     DestinationState,
-    Heartbeat,
     News,
     Outcome,
     Receipt,
     StoredEvent,
-    Worker,
 )
-from relay.registry import Now, apply
-from relay.store import OPERATOR_EVENTS, Acceptance, Counts, FleetChange, Listener, Route
+from relay.store import OPERATOR_EVENTS, Acceptance, Counts, Listener, Route
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
@@ -35,14 +32,12 @@ from relay.store.rows import EVENT_COLUMNS, event_of
 from relay.store.select import Selecting
 from relay.store.statements import fetch
 from relay.store.transaction import Transaction
+from relay.store.watching import Watching
 from relay.store.wishes import Wishing
 from relay.store.workers import Roster, load_roster
 from relay.store.writer import Job, Writer
 
 log = logging.getLogger("relay.store")
-T = TypeVar("T")
-PRUNE_AT_ONCE = 1000
-"""Rows that one transaction deletes: senders do not notice a transaction of this size."""
 
 
 def _nowhere(_event: StoredEvent) -> tuple[()]:
@@ -53,7 +48,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Selecting, Wishing):
+class SqliteStore(Selecting, Watching, Wishing):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
@@ -65,6 +60,7 @@ class SqliteStore(Selecting, Wishing):
         rules: Callable[[str, str], WorkerRules] = lambda _source, _id: WorkerRules(),
         on_fatal: Callable[[str], None] = lambda _why: None,
     ) -> None:
+        super().__init__()
         self.path = path
         self.route: Route = _nowhere
         self.listener: Listener = _deaf
@@ -169,10 +165,11 @@ class SqliteStore(Selecting, Wishing):
     def forget(self) -> None:
         """See `Gatherer.forget`."""
         self._holds.spare()
+        self._roster.moving.clear()
 
     def publish(self, batch: Batch) -> None:
         """See `Gatherer.publish`: in one step of the loop, so that no claim can come between."""
-        batch.fleet.publish()
+        turned = batch.fleet.publish()
         self._holds.release(outcome.delivery.id for outcome in batch.outcomes)
         self._holds.release(batch.ended)
         self._cancel_again(self._holds.unwant(batch.unwanted))
@@ -183,10 +180,10 @@ class SqliteStore(Selecting, Wishing):
             self._pending[destination] += 2 * columns["created"] - sum(columns.values())
         outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
         hurried = frozenset(batch.hurried.values())
-        if books or batch.events or batch.woken or outcomes or hurried:
+        if books or batch.events or batch.woken or outcomes or hurried or turned:
             due, ended = batch.due, batch.ended
             try:
-                self.listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried))
+                self.listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried, turned))
             except Exception:  # it is durable all the same, and its senders must hear so
                 log.exception("what was committed could not be handed on; lanes will find it in the store")
 
@@ -203,38 +200,9 @@ class SqliteStore(Selecting, Wishing):
             size=len(event.body) if event is not None else 0,
             key=key,
         )
+        if acceptance.change is not None:
+            return await self._change((acceptance.source, acceptance.change.worker_id), job)
         return await self._writer.submit(job, bounded=True)
-
-    def _beat(self, acceptance: Acceptance) -> Receipt | None:
-        """Take a heartbeat that moves only last-seen and gauges in memory; `flush` writes it."""
-        change = acceptance.change
-        if acceptance.event is not None or not isinstance(change, Heartbeat):
-            return None
-        key = (acceptance.source, change.worker_id)
-        if key in self._roster.commands:
-            return None
-        now = Now(wall=self._clock.wall(), steady=self._clock.steady())
-        step = apply(self._roster.get(key), change, key[0], now, self._rules(*key))
-        if not step.quiet or step.worker is None:
-            return None
-        self._roster.put(step.worker)
-        self._roster.dirty.add(key)
-        return Receipt(worker=step.worker)
-
-    async def flush(self) -> None:
-        """See `Store.flush`."""
-        if not self._roster.dirty:
-            return
-        dirty, self._roster.dirty = self._roster.dirty, set()
-        try:
-            await self._writer.submit(Job(lambda batch: batch.fleet.flush(dirty)))
-        except StorageError:
-            self._roster.dirty |= dirty
-            raise
-
-    async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
-        """See `Store.fleet`."""
-        return await self._writer.submit(Job(lambda batch: wish(batch.fleet)))
 
     async def settle(self, outcome: Outcome) -> bool:
         """See `Store.settle`."""
@@ -245,10 +213,6 @@ class SqliteStore(Selecting, Wishing):
 
         job = Job(apply, answer=lambda batch, _: outcome.delivery.id in batch.settled)
         return await self._writer.submit(job)
-
-    async def sweep(self, *, hold: bool = False) -> tuple[Worker, ...]:
-        """See `Store.sweep`."""
-        return await self._writer.submit(Job(lambda batch: batch.fleet.sweep(hold=hold)))
 
     async def expire(self) -> int:
         """See `Store.expire`."""
@@ -312,21 +276,6 @@ class SqliteStore(Selecting, Wishing):
 
         await self._writer.submit(Job(apply_))
 
-    async def prune_worker_metrics(self, before: int) -> int:
-        """See `Store.prune_worker_metrics`."""
-
-        async def prune(connection: aiosqlite.Connection) -> int:
-            cursor = await connection.execute(
-                """
-                DELETE FROM worker_metrics WHERE (source, worker_id, at) IN (
-                       SELECT source, worker_id, at FROM worker_metrics WHERE at < ? ORDER BY at LIMIT ?)
-                """,
-                (before, PRUNE_AT_ONCE),
-            )
-            return cursor.rowcount
-
-        return await self._writer.errand(prune)
-
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""
         rows = await self._reader.execute_fetchall(
@@ -338,10 +287,6 @@ class SqliteStore(Selecting, Wishing):
         )
         names = (*BOOKS, "pending")
         return {row[0]: Counts(**dict(zip(names, row[1:], strict=True))) for row in map(tuple, rows)}
-
-    def workers(self) -> tuple[Worker, ...]:
-        """Return the registry as it is now, from memory."""
-        return tuple(self._roster)
 
     async def find(
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any

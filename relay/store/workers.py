@@ -1,5 +1,6 @@
 """The registry's rows in memory: what every heartbeat is compared with, without a read."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import aiosqlite
@@ -12,12 +13,14 @@ WorkerKey = tuple[str, str]
 
 
 class Roster:
-    """All workers by key and by endpoint; changed only after a commit."""
+    """All workers by key and by endpoint; changed after a commit, by quiet heartbeats, else by nothing."""
 
     def __init__(self, workers: Iterable[Worker] = (), commands: Iterable[Command] = ()) -> None:
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}
+        self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
+        self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
         self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
         self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
@@ -50,6 +53,8 @@ class Roster:
         former = self._rows.get(key)
         if former is not None and former.endpoint != worker.endpoint:
             self._leave(former.endpoint, key)
+        self._count(former, -1)
+        self._count(worker, 1)
         self._rows[key] = worker
         before = former.sessions if former is not None else ()
         if before != worker.sessions:
@@ -75,10 +80,15 @@ class Roster:
     def drop(self, key: WorkerKey) -> None:
         """Forget a row."""
         worker = self._rows.pop(key)
+        self._count(worker, -1)
         self._leave(worker.endpoint, key)
         self._index(key, worker.sessions, ())
         self.dirty.discard(key)
         self.measured.pop(key, None)
+
+    def _count(self, worker: Worker | None, one: int) -> None:
+        if worker is not None and worker.unregistered_at is None:
+            self.census[worker.source, worker.status] += one
 
     def _index(self, key: WorkerKey, before: Iterable[Session], after: Iterable[Session]) -> None:
         for session in before:
