@@ -1,8 +1,11 @@
 """One clock for everything that is judged or stored: integers, microseconds UTC."""
 
 import time
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Protocol
+
+from relay.units import parse_duration
 
 SECOND = 1_000_000
 
@@ -45,6 +48,27 @@ def rfc3339(micros: int) -> str:
     """
     seconds, rest = divmod(micros, SECOND)
     return f"{_second(seconds)}.{rest // 1000:03d}Z"
+
+
+def moment(text: str, now: int) -> int:
+    """Read a point in time: RFC 3339, or how long ago, as in `"2h"`; microseconds since the epoch.
+
+    Raises:
+        ValueError: the text is neither.
+
+    >>> moment("2023-11-14T22:13:20Z", 0)
+    1700000000000000
+    """
+    try:
+        then = datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            return now - int(parse_duration(text) * SECOND)
+        except ValueError:
+            raise ValueError('expected "2h", "14d" or a time such as "2026-01-31T12:00:00Z"') from None
+    if then.tzinfo is None:
+        raise ValueError(f'"{text}" lacks its time zone; end it with Z for UTC')
+    return (then - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
 
 
 @lru_cache(maxsize=64)  # events come many to a second, and this is most of what rendering one costs

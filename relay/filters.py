@@ -142,6 +142,16 @@ class Router:
             if self._passes(owed.destination, view)
         )
 
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Those of the config, in its order."""
+        return tuple(self._subscriptions)
+
+    def owed_to(self, destination: str, event: StoredEvent) -> Owed | None:
+        """Return the terms of one destination, whether or not it asks for such events; None: no such one."""
+        terms = self._terms.get(destination)
+        return None if terms is None else terms.owed(EnvelopeView(event))
+
     def explain(self, event: StoredEvent) -> Mapping[str, Explanation]:
         """Say of every destination why it is owed the event or not."""
         view = EnvelopeView(event)

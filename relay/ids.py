@@ -1,7 +1,8 @@
-"""UUIDv7 (RFC 9562 §5.7) as public ids: `evt_…` for events, `dlv_…` for deliveries, `cmd_…` for commands.
+"""UUIDv7 (RFC 9562 §5.7) as public ids of events, deliveries, commands and replays.
 
-Written by hand because the standard library has none before 3.14; 48 bits of Unix milliseconds and
-74 random bits. Nothing may rely on their order: rows are ordered by their integer `id`.
+They begin with `evt_`, `dlv_`, `cmd_` and `rpl_`. Written by hand because the standard library has none
+before 3.14; 48 bits of Unix milliseconds and 74 random bits. Nothing may rely on their order: rows are
+ordered by their integer `id`.
 """
 
 import os
@@ -44,3 +45,8 @@ def delivery_id(micros: int) -> str:
 def command_id(micros: int) -> str:
     """Return a new public id for a command queued at that moment."""
     return "cmd_" + uuid7(micros)
+
+
+def replay_id(micros: int) -> str:
+    """Return a new public id for a replay begun at that moment."""
+    return "rpl_" + uuid7(micros)

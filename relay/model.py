@@ -104,6 +104,7 @@ class Chosen(msgspec.Struct, frozen=True):
 
     event_id: int  # row id
     size: int  # bytes of the body
+    received_at: int
     destinations: tuple[str, ...] = ()  # of the deliveries that were selected
 
 

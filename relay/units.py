@@ -107,3 +107,13 @@ def render_size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count} B"
+
+
+def render_rate(rate: Rate) -> str:
+    """Write a rate the way an operator would.
+
+    >>> render_rate(Rate(1000, 60))
+    '1000/m'
+    """
+    unit = next((unit for unit, seconds in _SECONDS.items() if seconds == rate.seconds), f"{rate.seconds:g}s")
+    return f"{rate.count}/{unit}"

@@ -11,6 +11,7 @@ import relay.filters
 from relay.envelope import EnvelopeView
 from relay.filters import Explanation, Patterns, Router, Subscription
 from relay.model import Owed, StoredEvent
+from relay.terms import Terms
 from relay.where import Miss
 
 
@@ -180,6 +181,15 @@ def test_an_event_goes_to_every_destination_that_wants_it_in_the_configs_order()
         assert router.route(event(data=b'{"total":1}')) == (Owed("crm"), Owed("all"))
         assert router.route(event("moddy.x", data=b"{}")) == (Owed("bot"), Owed("all"))
         assert router.route(event("relay.delivery.dead")) == ()
+
+
+def test_an_operator_may_send_an_event_where_it_would_not_go_on_that_ones_terms():
+    terms = {"big": Terms.of("big", order_by="subject", ttl=1.0)}
+    router = Router({"big": Subscription.of(("moddy.*",), {"data.total": 1})}, terms)
+    assert router.route(event()) == ()
+    assert router.owed_to("big", event()) == Owed("big", order_key="s-1", ttl=1_000_000)
+    assert router.owed_to("gone", event()) is None
+    assert router.destinations == ("big",)
 
 
 def test_nothing_is_decoded_where_nobody_asks(monkeypatch):

@@ -16,7 +16,7 @@ FLOORS = (
         "retry", "registry", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),
-    ("doors", "offers", "loader", "observers", "ingest", "delivery", "workers", "jobs"),
+    ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs"),
     ("api_workers", "api"),
     ("app", "demo"),
     ("cli",),

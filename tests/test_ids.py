@@ -3,7 +3,7 @@ import uuid
 
 import pytest
 
-from relay.ids import delivery_id, event_id, uuid7
+from relay.ids import delivery_id, event_id, replay_id, uuid7
 
 MOMENT = 1_700_000_000_123_456
 
@@ -32,7 +32,7 @@ def test_every_random_bit_is_sometimes_set_and_sometimes_not():
     assert ever | fixed == (1 << 128) - 1
 
 
-@pytest.mark.parametrize(("make", "prefix"), [(event_id, "evt_"), (delivery_id, "dlv_")])
+@pytest.mark.parametrize(("make", "prefix"), [(event_id, "evt_"), (delivery_id, "dlv_"), (replay_id, "rpl_")])
 def test_a_public_id_says_what_it_names(make, prefix):
     assert uuid.UUID(make(MOMENT).removeprefix(prefix)).version == 7
 

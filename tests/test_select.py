@@ -75,7 +75,8 @@ async def shops(store, clock):
 @pytest.mark.parametrize(
     ("fields", "ids"),
     [
-        ({}, [1, 2, 3, 4, 5, 6]),
+        ({}, [1, 2, 3, 4, 5]),
+        ({"source": "relay"}, [6]),
         ({"source": "till"}, [5]),
         ({"type": "shop.order"}, [1, 2]),
         ({"type": "shop.refund.*"}, [3, 4]),
@@ -95,7 +96,7 @@ async def test_a_selection_means_what_its_fields_say_together(store, shops, fiel
 
 @pytest.mark.parametrize(
     ("since", "until", "ids"),
-    [(2, None, [2, 3, 4, 5, 6]), (None, 3, [1, 2]), (3, 5, [3, 4]), (7, None, []), (None, 1, [])],
+    [(2, None, [2, 3, 4, 5]), (None, 3, [1, 2]), (3, 5, [3, 4]), (7, None, []), (None, 1, [])],
 )
 async def test_since_counts_itself_and_until_does_not(store, shops, since, until, ids):
     times = [None if second is None else shops + second * SECOND for second in (since, until)]
@@ -150,7 +151,7 @@ async def test_what_comes_in_after_the_span_was_taken_is_left_out(store, clock, 
     span = await store.span(Selection())
     await send(store, clock)
     assert span == Span(1, 6)
-    assert [one.event_id async for page in store.select(Selection(), span) for one in page][-1] == 6
+    assert [one.event_id async for page in store.select(Selection(), span) for one in page][-1] == 5
 
 
 async def test_an_empty_store_has_nothing_to_select(store):

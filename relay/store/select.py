@@ -15,7 +15,7 @@ import msgspec
 from relay.errors import RelayError, UnknownError
 from relay.filters import Patterns
 from relay.model import Chosen, Named, Selection
-from relay.store import Span
+from relay.store import OPERATOR_EVENTS, Span
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -115,7 +115,7 @@ class Selecting:
 
     async def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
         """See `Store.select`."""
-        sql, meant = select_sql(selection), _judge(selection)
+        sql, meant = select_sql(selection), _judge(selection, deliveries=selection.of_deliveries)
         values = msgspec.structs.asdict(selection) | {
             "after": span.first - 1,
             "last": span.last,
@@ -125,7 +125,7 @@ class Selecting:
             rows = list(await self._reader.execute_fetchall(sql, values))
             candidates = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
             yield tuple(
-                Chosen(of[0][0], of[0][1], tuple(dict.fromkeys(row[6] for row in of if row[6] is not None)))
+                Chosen(of[0][0], of[0][1], of[0][5], tuple(row[6] for row in of if row[6] is not None))
                 for of in candidates
                 if meant(*of[0][2:6]) and (not selection.of_deliveries or of[0][6] is not None)
             )
@@ -135,7 +135,7 @@ class Selecting:
 
     async def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
         """See `Store.pending`."""
-        meant = _judge(selection)
+        meant = _judge(selection, deliveries=True)
         [(last,)] = await self._reader.execute_fetchall("SELECT max(id) FROM deliveries")
         if selection.destination is None:
             names = [row[0] for row in await self._reader.execute_fetchall("SELECT destination FROM ledger")]
@@ -150,21 +150,21 @@ class Selecting:
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
         """See `Store.name_events`."""
-        sql = "SELECT id, size FROM events WHERE public_id BETWEEN ? AND ? LIMIT 2"
+        sql = "SELECT id, size, received_at FROM events WHERE public_id BETWEEN ? AND ? LIMIT 2"
         rows = await self._name("event", "evt_", sql, ids)
         return tuple(Chosen(*row) for row in sorted(set(rows)))
 
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
         """See `Store.name_deliveries`."""
         sql = """
-            SELECT d.id, d.state, d.event_id, e.size, d.destination
+            SELECT d.id, d.state, d.event_id, e.size, e.received_at, d.destination
               FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
              WHERE d.public_id BETWEEN ? AND ? LIMIT 2
         """
         rows = await self._name("delivery", "dlv_", sql, ids)
         return tuple(
-            Named(id_, state, Chosen(event_id, size, (destination,)))
-            for id_, state, event_id, size, destination in sorted(set(rows))
+            Named(id_, state, Chosen(event_id, size, received_at, (destination,)))
+            for id_, state, event_id, size, received_at, destination in sorted(set(rows))
         )
 
     async def _name(self, noun: str, prefix: str, sql: str, ids: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -186,14 +186,19 @@ class Selecting:
         return found
 
 
-def _judge(selection: Selection) -> Callable[[str, str, str | None, int], bool]:
-    """Compile what a candidate must be, given source, type, subject and time of receipt."""
+def _judge(selection: Selection, *, deliveries: bool) -> Callable[[str, str, str | None, int], bool]:
+    """Compile what a candidate must be, given source, type, subject and time of receipt.
+
+    Where events are chosen, the relay's own must be named, as everywhere.
+    """
+    own = deliveries or selection.source is not None or selection.type is not None
     patterns = Patterns((selection.type,)) if selection.type is not None else None
     exact = None if patterns is None or _PATTERN.search(selection.type or "") else selection.type
 
     def meant(source: str, type_: str, subject: str | None, received_at: int) -> bool:
         return (
-            (selection.source is None or source == selection.source)
+            (own or source != OPERATOR_EVENTS)
+            and (selection.source is None or source == selection.source)
             and (selection.subject is None or subject == selection.subject)
             and (selection.since is None or received_at >= selection.since)
             and (selection.until is None or received_at < selection.until)

@@ -1,0 +1,33 @@
+"""Times as operators write them."""
+
+import pytest
+
+from relay.clock import SECOND, moment, rfc3339
+
+NOW = 1_700_000_000 * SECOND
+
+
+@pytest.mark.parametrize(
+    ("text", "ago"),
+    [
+        ("2h", 7200),
+        ("1h30m", 5400),
+        ("14d", 14 * 86_400),
+        ("2023-11-14T22:13:20Z", 0),
+        ("2023-11-14T23:13:20+01:00", 0),
+        ("2023-11-14T22:13:10.5Z", 9.5),
+        ("2023-11-15T00:13:20Z", -7200),
+    ],
+)
+def test_a_moment_is_so_long_ago_or_a_time_with_its_zone(text, ago):
+    assert moment(text, NOW) == NOW - int(ago * SECOND)
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2", "2023-11-14T22:13:20", "2023-11-14", "-2h"])
+def test_what_is_no_moment_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r'such as "2026-01-31T12:00:00Z"|end it with Z'):
+        moment(text, NOW)
+
+
+def test_what_is_rendered_can_be_read_to_the_millisecond():
+    assert moment(rfc3339(NOW + 123_456), 0) == NOW + 123_000
