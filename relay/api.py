@@ -11,15 +11,18 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from relay import __version__
+from relay.api_repeats import RepeatsApi
 from relay.api_workers import WorkersApi
 from relay.clock import Clock, rfc3339
 from relay.config.secret import Secret
 from relay.delivery.engine import Engine
 from relay.delivery.lane import Lane
-from relay.errors import RelayError
+from relay.errors import RelayError, StorageError, UnknownError
+from relay.filters import Router
 from relay.health import Health
 from relay.ingest.receive import Ingest
 from relay.model import DestinationState
+from relay.replay import Replays
 from relay.store import Store
 
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
@@ -39,6 +42,8 @@ class Api:
         health: Health,
         clock: Clock,
         registry: CollectorRegistry,
+        replays: Replays,
+        router: Router,
     ) -> None:
         self._store = store
         self._ingest = ingest
@@ -47,6 +52,7 @@ class Api:
         self._clock = clock
         self._registry = registry
         self._began = clock.steady()
+        self._repeats = RepeatsApi(store, clock, replays, router)
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""
@@ -73,6 +79,7 @@ class Api:
             web.get("/api/events", self._list("events", "id", "source", "type", "subject")),
             web.get("/api/deliveries", self._list("deliveries", "id", "event_id", "destination", "state")),
             web.get("/api/attempts", self._list("attempts", "delivery_id")),
+            *self._repeats.routes(),
             *WorkersApi(self._store, self._clock).routes(),
             web.get("/api/destinations", self._destinations),
             web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
@@ -155,6 +162,10 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         response = _error(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
+    except UnknownError as error:
+        return _error(404, "not_found", error.message, error.hint)
+    except StorageError as error:
+        return _error(503, "unavailable", error.message, error.hint)
     except RelayError as error:
         return _error(400, "bad_request", error.message, error.hint)
     return response

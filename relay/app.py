@@ -29,6 +29,7 @@ from relay.loader import Setup
 from relay.metrics import Metrics
 from relay.model import News
 from relay.observers import Observers
+from relay.replay import Replays
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
@@ -100,6 +101,7 @@ class App:
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.store.listener = self._listen if setup.observers else self.engine.listen
         self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
+        self.replays = Replays(store=self.store, router=self.router, clock=clock)
         self.api = Api(
             store=self.store,
             ingest=self.ingest,
@@ -107,6 +109,8 @@ class App:
             health=self.health,
             clock=clock,
             registry=self.metrics.registry,
+            replays=self.replays,
+            router=self.router,
         )
         self.health.watch(self._trouble)
         self.stopping = asyncio.Event()
@@ -144,6 +148,7 @@ class App:
             own = [address(sock) for sock in (public, admin) if sock is not None]
             await self.engine.start(own)
             life.push_async_callback(self._stop_engine)
+            life.push_async_callback(self.replays.stop)
 
             runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
             if admin is not None:

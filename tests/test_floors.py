@@ -17,7 +17,7 @@ FLOORS = (
     ),
     ("incoming", "source", "hookspecs", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs"),
-    ("api_workers", "api"),
+    ("api_workers", "api_repeats", "api"),
     ("app", "demo"),
     ("cli",),
 )  # fmt: skip

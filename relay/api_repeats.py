@@ -1,0 +1,232 @@
+"""Events and deliveries once more, now or not at all, for operators; and why an event goes where."""
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from relay.clock import Clock, moment, rfc3339
+from relay.errors import RelayError, UnknownError
+from relay.filters import Patterns, Router
+from relay.model import Named, Selection
+from relay.replay import DEFAULT_RATE, Replay, Replays, Wish
+from relay.store import Cancelled, Store
+from relay.units import parse_rate, render_rate
+
+W = TypeVar("W", bound="_Wish")
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A `Selection` as operators write it."""
+
+    source: str | None = None
+    type: str | None = None
+    subject: str | None = None
+    since: str | None = None
+    until: str | None = None
+    destination: str | None = None
+    state: Literal["pending", "delivered", "dead", "expired", "cancelled"] | None = None
+
+    def selection(self, clock: Clock) -> Selection:
+        """Read times and pattern.
+
+        Raises:
+            RelayError: one of them is wrong, or nothing is filtered.
+        """
+        fields = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        if not fields:
+            hint = 'since = "2000-01-01T00:00:00Z" means everything'
+            raise RelayError("the filter is empty", hint=f"name at least one of {_FIELDS}; {hint}")
+        for name in ("since", "until"):
+            if name in fields:
+                fields[name] = _read(name, lambda text: moment(text, clock.wall()), fields[name])
+        if self.type is not None:
+            _read("type", lambda text: Patterns((text,)), self.type)
+        return Selection(**fields)
+
+
+_FIELDS = ", ".join(_Filter.__struct_fields__)
+
+
+class _Wish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What every one of these requests has."""
+
+    filter: _Filter | None = None
+    dry_run: bool = False  # only count
+
+
+class _Replay(_Wish, kw_only=True):
+    events: tuple[str, ...] | None = None
+    to: str | None = None
+    rate: str = render_rate(DEFAULT_RATE)
+
+
+class _Retry(_Wish, kw_only=True):
+    ids: tuple[str, ...] | None = None
+    rate: str = render_rate(DEFAULT_RATE)
+
+
+class _Cancel(_Wish, kw_only=True):
+    ids: tuple[str, ...] | None = None
+
+
+class RepeatsApi:
+    """The part of the admin API about replays, retries by hand and cancelling."""
+
+    def __init__(self, store: Store, clock: Clock, replays: Replays, router: Router) -> None:
+        self._store = store
+        self._clock = clock
+        self._replays = replays
+        self._router = router
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/events/{id}/explain", self._explain),
+            web.post("/api/deliveries/retry", self._retry),
+            web.post("/api/deliveries/cancel", self._cancel),
+            web.get("/api/replays", self._list),
+            web.post("/api/replays", self._start),
+            web.get("/api/replays/{id}", self._show),
+            web.delete("/api/replays/{id}", self._stop),
+        ]
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        [chosen] = await self._store.name_events([request.match_info["id"]])
+        event = (await self._store.load([chosen.event_id])).get(chosen.event_id)
+        if event is None:
+            raise UnknownError("the event was deleted just now")
+        return _json(
+            {
+                "id": event.public_id,
+                "type": event.type,
+                "destinations": [
+                    {"name": name, "matches": each.matches, "reason": each.reason, "lines": each.lines()}
+                    for name, each in self._router.explain(event).items()
+                ],
+            }
+        )
+
+    async def _start(self, request: web.Request) -> web.Response:
+        asked = await _body(request, _Replay)
+        rate = _read("rate", parse_rate, asked.rate)
+        if asked.events is not None:
+            _either(asked, "events")
+            wish = Wish(what=await self._store.name_events(asked.events), to=asked.to, rate=rate)
+        else:
+            wish = Wish(what=self._selection(asked, "events"), to=asked.to, rate=rate)
+        return await self._begin(wish, dry_run=asked.dry_run)
+
+    async def _begin(self, wish: Wish, *, dry_run: bool) -> web.Response:
+        if dry_run:
+            return _json({"count": await self._replays.count(wish)})
+        return _json(_item(await self._replays.start(wish)), 201)
+
+    async def _list(self, _request: web.Request) -> web.Response:
+        return _json({"items": [_item(replay) for replay in self._replays.all()], "next_cursor": None})
+
+    async def _show(self, request: web.Request) -> web.Response:
+        return _json(_item(self._replays.get(request.match_info["id"])))
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        return _json(_item(await self._replays.cancel(request.match_info["id"])))
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        asked = await _body(request, _Retry)
+        if asked.ids is not None:
+            _either(asked, "ids")
+            named = await self._store.name_deliveries(asked.ids)
+            return _json({"count": len(named)} if asked.dry_run else await self._retried(named))
+        selection = self._selection(asked, "ids")
+        if selection.state is None:
+            hint = "dead, expired, cancelled and delivered ones are repeated, pending ones made due now"
+            raise RelayError("the filter must name a state", hint=hint)
+        if selection.state != "pending":
+            wish = Wish(what=selection, rate=_read("rate", parse_rate, asked.rate))
+            return await self._begin(wish, dry_run=asked.dry_run)
+        count = hurried = 0
+        async for page in self._store.pending(selection):
+            count += len(page)
+            hurried += 0 if asked.dry_run else await self._store.hurry(page)
+        if asked.dry_run:
+            return _json({"count": count})
+        return _json({"created": 0, "hurried": hurried, "skipped": max(0, count - hurried)})
+
+    async def _retried(self, named: tuple[Named, ...]) -> dict[str, int]:
+        return msgspec.structs.asdict(await self._replays.retry(named))
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        asked = await _body(request, _Cancel)
+        if asked.ids is not None:
+            _either(asked, "ids")
+            named = await self._store.name_deliveries(asked.ids)
+            pending = [one.id for one in named if one.state == "pending"]
+            count, done = len(pending), Cancelled() if asked.dry_run else await self._store.cancel(pending)
+        else:
+            count, done = await self._cancel_selection(self._selection(asked, "ids"), dry_run=asked.dry_run)
+        if asked.dry_run:
+            return _json({"count": count})
+        return _json({"cancelled": done.ended, "in_flight": done.in_flight})
+
+    async def _cancel_selection(self, selection: Selection, *, dry_run: bool) -> tuple[int, Cancelled]:
+        if selection.state not in (None, "pending"):
+            raise RelayError(
+                f"{selection.state} deliveries have ended", hint="only pending ones can be cancelled"
+            )
+        count = ended = in_flight = 0
+        async for page in self._store.pending(selection):
+            count += len(page)
+            if not dry_run:
+                done = await self._store.cancel(page)
+                ended, in_flight = ended + done.ended, in_flight + done.in_flight
+        return count, Cancelled(ended, in_flight)
+
+    def _selection(self, asked: _Wish, other: str) -> Selection:
+        if asked.filter is None:
+            raise RelayError(f'neither "{other}" nor "filter" says which', hint="send one of them")
+        return asked.filter.selection(self._clock)
+
+
+async def _body(request: web.Request, wish: type[W]) -> W:
+    try:
+        return msgspec.json.decode(await request.read(), type=wish)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        fields = ", ".join(wish.__struct_fields__)
+        raise RelayError(f"the body is wrong: {error}", hint=f"it has {fields}; a filter {_FIELDS}") from None
+
+
+def _either(asked: _Wish, other: str) -> None:
+    if asked.filter is not None:
+        raise RelayError(f'both "{other}" and "filter" say which', hint="send one of them")
+
+
+def _read(name: str, reader: Any, text: str) -> Any:
+    try:
+        return reader(text)
+    except ValueError as error:
+        raise RelayError(f'"{name}": {error}') from None
+
+
+def _item(replay: Replay) -> dict[str, Any]:
+    return {
+        "id": replay.id,
+        "state": replay.state,
+        "count": replay.total,
+        "done": replay.done,
+        "created": replay.created,
+        "skipped": replay.skipped,
+        "to": replay.wish.to,
+        "rate": render_rate(replay.wish.rate),
+        "per_second": round(replay.per_second, 1),
+        "eta_seconds": None if replay.eta is None else round(replay.eta, 1),
+        "reached": None if replay.reached is None else rfc3339(replay.reached),
+        "began_at": rfc3339(replay.began_at),
+        "ended_at": None if replay.ended_at is None else rfc3339(replay.ended_at),
+        "error": replay.error,
+    }
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=_encode(value), content_type="application/json")
