@@ -50,6 +50,12 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     min_free_disk: Size = 64 * 2**20
 
 
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """`[retention]`: how long what is no longer needed is kept."""
+
+    worker_metrics: Interval = 7 * 86_400.0
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True):
     """`[log]`."""
 
@@ -154,6 +160,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     server: Server = Server()
     admin: Admin = Admin()
     storage: Storage = Storage()
+    retention: Retention = Retention()
     log: Log = Log()
     plugins: Plugins = Plugins()
     workers: WorkerRules = WorkerRules()
