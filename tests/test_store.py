@@ -10,7 +10,17 @@ from support import FakeClock, until
 from relay.clock import SECOND
 from relay.errors import Overloaded, StorageError, StorageUnavailableError
 from relay.ids import event_id
-from relay.model import Attempt, Heartbeat, Outcome, Owed, Register, StoredEvent, Unregister
+from relay.model import (
+    Attempt,
+    Heartbeat,
+    Outcome,
+    Owed,
+    Register,
+    Session,
+    SessionSeen,
+    StoredEvent,
+    Unregister,
+)
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore
 
@@ -274,6 +284,27 @@ async def test_a_quiet_heartbeat_costs_no_commit_and_is_flushed(store, clock, tm
         [(seen,)] = db.execute("SELECT last_heartbeat FROM workers").fetchall()
     db.close()
     assert seen == clock.wall()
+
+
+async def test_a_heartbeat_while_its_worker_s_row_is_written_is_not_lost(store, clock):
+    sessions = (Session(id="s1", status="CONNECTING"),)
+    await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", sessions=sessions)))
+    beats = []
+
+    def route(_event):
+        beats.append(asyncio.create_task(beat()))  # it runs when the transaction awaits the disk
+        return ()
+
+    async def beat():
+        clock.advance(30)
+        await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1")))
+
+    store.route = route
+    seen = SessionSeen(session=Session(id="s1", status="CONNECTED"))
+    await store.append(accept(clock, change=seen))
+    await asyncio.gather(*beats)
+    [worker] = store.workers()
+    assert (worker.last_heartbeat, worker.sessions) == (clock.wall(), (seen.session,))
 
 
 async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(store, clock):

@@ -202,9 +202,14 @@ async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
 
 async def held(relay):
     """Hold the writer, as a slow disk does; return what lets it go."""
-    go, writer = asyncio.Event(), relay.app.store._writer
-    asking = asyncio.ensure_future(writer.errand(lambda _connection: go.wait()))
-    await until(lambda: not writer._errands)
+    began, go = asyncio.Event(), asyncio.Event()
+
+    async def hold(_connection):
+        began.set()
+        await go.wait()
+
+    asking = asyncio.ensure_future(relay.app.store._writer.errand(hold))
+    await began.wait()
 
     async def release():
         go.set()
