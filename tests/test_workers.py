@@ -13,10 +13,6 @@ from relay.model import Heartbeat
 from relay.store import Acceptance
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
-QUICK = """
-[workers]
-check_every = "0.1s"
-"""
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def clock():
 
 @pytest.fixture
 async def relay(tmp_path, clock):
-    async with running(write_config(tmp_path, SOURCES, QUICK), clock=clock) as relay:
+    async with running(write_config(tmp_path, SOURCES), clock=clock) as relay:
         yield relay
 
 
