@@ -1,0 +1,26 @@
+"""A backlog before a dead destination, in short; `python -m tests.torture.backlog` has 100,000 in it."""
+
+from torture.backlog import CONCURRENCY, FAILURES, MOST_GROWTH, torture
+
+
+async def test_a_backlog_drains_by_a_ramp_in_order_with_nothing_lost_at_flat_memory(tmp_path):
+    toll = await torture(tmp_path, 3000)
+    assert toll.pending == 3000
+    assert (toll.lost, toll.repeated, toll.disordered) == (0, 0, 0)
+    assert (toll.rushed, toll.unbalanced) == (0, 0)
+    assert FAILURES <= toll.spent < FAILURES + CONCURRENCY
+    assert max(toll.grown, toll.drained) < MOST_GROWTH
+    assert toll.fine
+
+
+async def test_a_destination_without_order_is_found_out(tmp_path):
+    toll = await torture(tmp_path, 600, variant="unordered")
+    assert toll.disordered
+    assert not toll.fine
+
+
+async def test_a_destination_whose_circuit_never_opens_is_found_out(tmp_path):
+    toll = await torture(tmp_path, 300, variant="headlong")
+    assert toll.rushed
+    assert toll.spent > FAILURES + CONCURRENCY
+    assert not toll.fine
