@@ -1,8 +1,17 @@
-"""Certificates for receivers, good and bad, made by the openssl command."""
+"""Certificates for receivers, good and bad, made on the spot."""
 
+import ipaddress
 import ssl
-import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+DAY = timedelta(days=1)
+HERE = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
 
 
 class Certificates:
@@ -10,16 +19,16 @@ class Certificates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
         self.ca = folder / "ca.pem"
         self.key = folder / "key.pem"  # of all of them
-        self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
-        self._self_signed("ca.pem", "/CN=test authority", "basicConstraints=critical,CA:TRUE")
-        self._self_signed("self_signed.pem", "/CN=localhost", "subjectAltName=IP:127.0.0.1")
-        self._openssl("req", "-new", "-key", "key.pem", "-subj", "/CN=receiver", "-out", "request.pem")
-        self._signed("good.pem", "DNS:localhost,IP:127.0.0.1", days=1)
-        self._signed("expired.pem", "DNS:localhost,IP:127.0.0.1", days=-1)
-        self._signed("wrong_name.pem", "DNS:elsewhere.example", days=1)
-        self._signed("client.pem", "DNS:relay.example", days=1)
+        self.key.write_bytes(self.private(serialization.NoEncryption()))
+        self._make("ca", issuer="ca", is_authority=True)
+        self._make("self_signed", HERE, issuer="self_signed")
+        self._make("good", HERE)
+        self._make("expired", HERE, ends=-DAY)
+        self._make("wrong_name", [x509.DNSName("elsewhere.example")])
+        self._make("client", [x509.DNSName("relay.example")])
 
     def server(self, name: str, *, demanding: bool = False) -> ssl.SSLContext:
         """Return what a receiver with that certificate listens with; `demanding` one of its clients."""
@@ -34,18 +43,34 @@ class Certificates:
         """Return where a certificate is."""
         return self._folder / f"{name}.pem"
 
-    def _self_signed(self, out: str, subject: str, extension: str) -> None:
-        self._openssl(
-            "req", "-x509", "-key", "key.pem", "-days", "1", "-subj", subject, "-addext", extension,
-            "-out", out,
-        )  # fmt: skip
+    def private(self, encryption: serialization.KeySerializationEncryption) -> bytes:
+        """Return the key as PEM, locked or not."""
+        return private_pem(self._key, encryption)
 
-    def _signed(self, out: str, names: str, days: int) -> None:
-        (self._folder / "names").write_text(f"subjectAltName={names}\n")
-        self._openssl(
-            "x509", "-req", "-in", "request.pem", "-CA", "ca.pem", "-CAkey", "key.pem", "-CAcreateserial",
-            "-days", str(days), "-extfile", "names", "-out", out,
-        )  # fmt: skip
+    def _make(self, name, names=(), *, issuer="ca", ends=DAY, is_authority=False) -> None:
+        now, key = datetime.now(UTC), self._key.public_key()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(_named(name))
+            .issuer_name(_named(issuer))
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - 3 * DAY)
+            .not_valid_after(now + ends)
+            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        made = builder.sign(self._key, hashes.SHA256())
+        self.path(name).write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
-    def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self._folder, check=True, capture_output=True)
+
+def private_pem(key, encryption: serialization.KeySerializationEncryption | None = None) -> bytes:
+    """Return a private key as PEM, locked or not."""
+    encryption = encryption or serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

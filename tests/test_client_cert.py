@@ -4,12 +4,14 @@ import asyncio
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 
 import pytest
 import receivers
+from certificates import private_pem
 from client import send
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from relay.config.client_cert import ClientCert
 from relay.config.model import DestinationConfig
@@ -26,17 +28,14 @@ PASSWORD = "open sesame"
 def files(certificates, tmp_path_factory):
     """A folder of certificates and keys, usable and not."""
     folder = tmp_path_factory.mktemp("files")
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
     shutil.copy(certificates.path("client"), folder / "client.pem")
     shutil.copy(certificates.key, folder / "key.pem")
     (folder / "both.pem").write_bytes((folder / "client.pem").read_bytes() + certificates.key.read_bytes())
-    openssl("pkcs8", "-topk8", "-in", "key.pem", "-passout", f"pass:{PASSWORD}", "-out", "locked.pem")
-    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "strange.pem")
-    openssl("genrsa", "-out", "rsa.pem", "2048")
-    openssl("x509", "-in", "client.pem", "-outform", "DER", "-out", "binary.der")
+    locked = certificates.private(serialization.BestAvailableEncryption(PASSWORD.encode()))
+    (folder / "locked.pem").write_bytes(locked)
+    (folder / "strange.pem").write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1())))
+    (folder / "rsa.pem").write_bytes(private_pem(rsa.generate_private_key(65537, 2048)))
+    (folder / "binary.der").write_bytes(ssl.PEM_cert_to_DER_cert((folder / "client.pem").read_text()))
     lines = (folder / "client.pem").read_text().splitlines(keepends=True)
     (folder / "torn.pem").write_text("".join(lines[:2] + lines[3:]))
     (folder / "empty.pem").write_text("")
