@@ -8,7 +8,7 @@ can be understood is taken, and what cannot be understood in a gauge is left out
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -38,11 +38,8 @@ from relay.source import (
 _NULL = msgspec.Raw(b"null")
 _LARGEST = 2**63 - 1  # what a row can hold
 _MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
-_STATUSES: dict[str, WorkerStatus] = {
-    "ONLINE": "ONLINE",
-    "OFFLINE": "OFFLINE",
-    "MAINTENANCE": "MAINTENANCE",
-}
+_STATUSES: dict[str, WorkerStatus] = {status: status for status in get_args(WorkerStatus)}
+_TOLD = {f"session_{status}": status for status in ("created", "connected", "disconnected", "deleted")}
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -94,9 +91,7 @@ class WhatsApp(
     """WhatsApp workers of every generation; the id in the path, decoded, says which one."""
 
     tokens: Secrets
-    conflict: Literal["accept", "reject"] = (
-        "accept"  # a new id on a live worker's endpoint: take over, or 409
-    )
+    conflict: Literal["accept", "reject"] = "accept"  # "reject": 409 to a new id on a live one's endpoint
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens."""
@@ -117,15 +112,19 @@ class WhatsApp(
             status=_status(body.status) or "ONLINE",
             reject_conflict=self.conflict == "reject",
         )
-        data = {
-            "workerId": worker_id,
-            "status": "registered",
-            "assignedSessions": [],
-            "message": "Worker registered successfully",
-            "recoveryRequired": False,
-            "assignedSessionCount": 0,
-        }
-        return Accepted(worker=change, reply={"success": True, "data": data})
+
+        def reply(receipt: Receipt) -> dict[str, Any]:
+            data = {
+                "workerId": worker_id,
+                "status": "registered",
+                "assignedSessions": _assigned(receipt),
+                "message": "Worker registered successfully",
+                "recoveryRequired": False,
+                "assignedSessionCount": 0,  # of sessions to recover
+            }
+            return {"success": True, "data": data}
+
+        return Accepted(worker=change, reply=reply)
 
     @served("PUT", "/workers/{worker}/heartbeat")
     def heartbeat(self, incoming: Incoming) -> Accepted:
@@ -188,9 +187,7 @@ class WhatsApp(
         worker_id = check_id(incoming.params["worker"], "workerId")
 
         def reply(receipt: Receipt) -> dict[str, Any]:
-            known = receipt.worker.sessions if receipt.worker else ()
-            sessions = [_assignment(session) for session in known]
-            return {"success": True, "data": {"workerId": worker_id, "sessions": sessions}}
+            return {"success": True, "data": {"workerId": worker_id, "sessions": _assigned(receipt)}}
 
         return Accepted(asks=worker_id, reply=reply)
 
@@ -249,7 +246,7 @@ def _accept(
 def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
     """Read what a session's event says of the session itself; a message's status is another matter."""
     said = _map(notice.data) if notice.event else {}
-    status = _text(said.get("status")) or _text(notice.status)
+    status = _text(said.get("status")) or _text(notice.status) or _TOLD.get(notice.event or "", "")
     if not session_id or not status or (notice.event or "").startswith("message"):
         return None
     session = Session(
@@ -321,14 +318,17 @@ def _session(item: Mapping[str, Any]) -> Session:
     )
 
 
-def _assignment(session: Session) -> dict[str, str | None]:
-    return {
-        "sessionId": session.id,
-        "status": session.status,
-        "phoneNumber": session.phone,
-        "displayName": session.name,
-        "lastActivity": session.last_activity,
-    }
+def _assigned(receipt: Receipt) -> list[dict[str, str | None]]:
+    return [
+        {
+            "sessionId": session.id,
+            "status": session.status,
+            "phoneNumber": session.phone,
+            "displayName": session.name,
+            "lastActivity": session.last_activity,
+        }
+        for session in (receipt.worker.sessions if receipt.worker else ())
+    ]
 
 
 def _id(item: Mapping[str, Any]) -> str:

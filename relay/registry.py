@@ -47,7 +47,6 @@ TOMBSTONE = 10 * SECOND
 FORMER = 35 * SECOND
 """What a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
 
-
 RESTARTED = 5.0
 """Seconds that an uptime must go back to mean a restart: workers round, and read two clocks."""
 
@@ -200,6 +199,8 @@ def _see(row: Worker | None, session: Session) -> Step:
     elif len(known) >= MOST_SESSIONS:
         return Step(worker=row, quiet=True)
     known[session.id] = session
+    if session.status.lower() == "deleted":
+        del known[session.id]
     return Step(worker=msgspec.structs.replace(row, sessions=tuple(known.values())))
 
 

@@ -312,3 +312,8 @@ def test_maintenance_outlasts_a_restart_with_farewell_and_registration(change):
 
 def test_a_farewell_in_the_future_of_a_clock_set_back_swallows_no_heartbeat():
     assert said(GONE, BEAT, -86_400).worker.status == "ONLINE"
+
+
+def test_a_deleted_session_is_forgotten():
+    row = said(ONLINE, SessionSeen(session=Session(id="s1", status="connected"))).worker
+    assert said(row, SessionSeen(session=Session(id="s1", status="deleted"))).worker.sessions == ()

@@ -170,8 +170,18 @@ def seen(path, body):
         ),
         ("/api/v1/webhooks/message-status", {"sessionId": "s1", "status": "delivered"}, None),
         ("/api/v1/workers/w/events", {"event": "worker_started", "data": {"status": "ok"}}, None),
-        ("/api/v1/workers/w/events", {"event": "session_created", "sessionId": "s1", "data": [1]}, None),
+        ("/api/v1/workers/w/events", {"event": "session_deleted", "sessionId": "s1"},
+         SessionSeen(session=Session(id="s1", status="deleted"), worker_id="w")),
+        ("/api/v1/workers/w/events", {"event": "session_noticed", "sessionId": "s1", "data": [1]}, None),
     ],
 )  # fmt: skip
 def test_a_session_s_event_says_what_became_of_the_session(path, body, expected):
     assert seen(path, body) == expected
+
+
+def test_a_worker_that_registers_again_is_told_the_sessions_it_had():
+    accepted = SOURCE.register(Incoming.of("POST", "/", {}, b'{"workerId": "w"}'))
+    worker = Worker(source="whatsapp", id="w", sessions=(Session(id="s", status="CONNECTED"),))
+    data = accepted.reply(Receipt(worker=worker))["data"]
+    assert [session["sessionId"] for session in data["assignedSessions"]] == ["s"]
+    assert (data["recoveryRequired"], data["assignedSessionCount"]) == (False, 0)
