@@ -99,6 +99,32 @@ async def test_a_replay_that_is_cancelled_says_how_far_it_came(relay, receiver):
     assert event["subject"] == "0"
 
 
+async def test_a_fresh_event_overtakes_a_replay(relay, receiver):
+    sent = [await send(relay, f"{number}") for number in range(30)]
+    await until(lambda: finished(relay, "delivered") == 30)
+    replay = await accepted(relay, "/api/replays", filter={"source": "adorn"}, rate="20/s")
+    fresh = await send(relay, "fresh")
+    await until(lambda: fresh in receiver.ids)
+    assert len(receiver.ids) < 2 * len(sent)
+    assert (await relay.operator("GET", f"/api/replays/{replay['id']}"))["state"] == "running"
+
+
+async def test_what_a_replay_owed_stays_owed_over_a_restart(tmp_path, receiver):
+    config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+    async with running(config) as relay:
+        event_id = await send(relay)
+        await until(lambda: finished(relay, "delivered") == 1)
+        await relay.operator("POST", "/api/destinations/crm/pause")
+        replay = await over(relay, await accepted(relay, "/api/replays", events=[event_id]))
+    async with running(config) as relay:
+        assert (await ask(relay, "GET", f"/api/replays/{replay['id']}"))[0] == 404
+        again = await over(relay, await accepted(relay, "/api/replays", events=[event_id]))
+        assert (again["created"], again["skipped"]) == (0, 1)
+        await relay.operator("POST", "/api/destinations/crm/resume")
+        await until(lambda: finished(relay, "delivered") == 1)
+    assert receiver.ids == [event_id] * 2
+
+
 async def test_dead_deliveries_are_retried_where_they_died(relay, receiver):
     receiver.answers.extend([(500, {"webhook-delivery": "abort-message"})] * 3)
     for number in range(3):
