@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS
-from relay.store.batch import Batch, Ending
+from relay.store.batch import Batch
+from relay.store.ends import cancel, end, expire, free
 from relay.store.holds import Holds
 from relay.store.rows import (
     ATTEMPT_COLUMNS,
@@ -18,13 +19,11 @@ from relay.store.rows import (
     delivery_row,
     event_row,
 )
-from relay.store.statements import fetch, insert, run
+from relay.store.statements import fetch, insert
 from relay.store.transaction import Transaction
 from relay.store.wishes import as_wished, hurry, repeat
 
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
-EXPIRE_AT_ONCE = 1000
-"""Most deliveries that one transaction expires; the next follows at once."""
 
 
 async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
@@ -63,9 +62,9 @@ async def _write_ends(batch: Batch, transaction: Transaction, holds: Holds) -> N
         await _write_outcomes(batch, transaction)
         _follow_deaths(batch)
     if batch.expiring:
-        await _expire(batch, transaction, holds)
+        await expire(batch, transaction, holds)
     if batch.cancelling:
-        await _cancel(batch, transaction, holds)
+        await cancel(batch, transaction, holds)
 
 
 async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
@@ -98,7 +97,7 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         for outcome in batch.outcomes
         if outcome.state != "pending" and outcome.delivery.order_key is not None
     ]
-    await _free(batch, transaction, freed)
+    await free(batch, transaction, freed)
 
 
 def _move(outcome: Outcome, now: int) -> Row:
@@ -145,80 +144,6 @@ def _death(outcome: Outcome) -> Born:
             "last_error": attempt.error if attempt is not None else None,
         },
     )
-
-
-async def _expire(batch: Batch, transaction: Transaction, holds: Holds) -> None:
-    """End what is past its time to live; what is being sent ends by its outcome."""
-    rows = await transaction.fetch(
-        """
-        SELECT id, destination, order_key FROM deliveries
-         WHERE state = 'pending' AND expires_at <= ? ORDER BY expires_at LIMIT ?
-        """,
-        (batch.steady, EXPIRE_AT_ONCE),
-    )
-    await _end(batch, transaction, holds, rows, ("expired", "ttl"))
-
-
-async def _cancel(batch: Batch, transaction: Transaction, holds: Holds) -> None:
-    rows = await fetch(
-        transaction,
-        """
-        WITH asked (id) AS (VALUES {values})
-        SELECT id, destination, order_key FROM deliveries
-         WHERE id IN (SELECT id FROM asked) AND state = 'pending'
-        """,
-        [(delivery_id,) for delivery_id in dict.fromkeys(batch.cancelling)],
-    )
-    await _end(batch, transaction, holds, rows, ("cancelled", "operator"))
-    batch.unwanted = {row[0] for row in rows} - batch.ended.keys()
-
-
-async def _end(
-    batch: Batch, transaction: Transaction, holds: Holds, rows: Sequence[Row], ending: Ending
-) -> None:
-    """End pending deliveries (id, destination, order key) without an attempt, but for those in flight.
-
-    One whose outcome has just been written by this very transaction is in flight no more.
-    """
-    doomed = [row for row in rows if row[0] in batch.settled or holds.doom(row[0])]
-    if not doomed:
-        return
-    state, reason = ending
-    run(
-        transaction,
-        """
-        WITH ends (id, state, reason, finished_at) AS (VALUES {values})
-        UPDATE deliveries
-           SET state = ends.state, reason = ends.reason, finished_at = ends.finished_at,
-               next_attempt_at = NULL
-          FROM ends
-         WHERE deliveries.id = ends.id
-        """,
-        [(row[0], state, reason, batch.wall) for row in doomed],
-    )
-    batch.ended.update({row[0]: (row[1], ending) for row in doomed})
-    await _free(batch, transaction, [(row[1], row[2]) for row in doomed if row[2] is not None])
-
-
-async def _free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> None:
-    """Make the next delivery of each (destination, order key) due, now that its head has ended."""
-    if not keys:
-        return
-    rows = await fetch(
-        transaction,
-        f"""
-        WITH freed (destination, order_key) AS (VALUES {{values}})
-        UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
-         WHERE next_attempt_at IS NULL AND id IN (
-               SELECT (SELECT min(id) FROM deliveries AS d
-                        WHERE d.destination = freed.destination AND d.order_key = freed.order_key
-                          AND d.state = 'pending')
-                 FROM freed)
-        RETURNING destination
-        """,  # noqa: S608 - an integer of ours
-        keys,
-    )
-    batch.woken.update(row[0] for row in rows)
 
 
 async def _write_deliveries(batch: Batch, transaction: Transaction, holds: Holds) -> None:
@@ -286,7 +211,7 @@ async def _supersede(
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
             batch.stillborn[d.id] = ("expired", "superseded")
     older = [row for row in pending if newest[row[1], row[3]] > (row[4], row[0])]
-    await _end(batch, transaction, holds, older, ("expired", "superseded"))
+    await end(batch, transaction, holds, older, ("expired", "superseded"))
 
 
 def _books(batch: Batch) -> list[Row]:
