@@ -99,7 +99,9 @@ class App:
         )
         self.store.route = self.router.route
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
-        self.store.listener = self._listen if setup.observers else self.engine.listen
+        self.store.listener = self._listen
+        for name in config.sources:
+            self.metrics.count_workers(name, self.store.census)
         self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
         self.replays = Replays(store=self.store, router=self.router, clock=clock)
         self.api = Api(
@@ -202,6 +204,8 @@ class App:
     def _listen(self, news: News) -> None:
         """Hand on what was committed; lanes first, plugins are never waited for."""
         self.engine.listen(news)
+        for source, status in news.turned:
+            self.metrics.transitions.labels(source, status).inc()
         self.observers.listen(news)
 
     def _trouble(self) -> str | None:
@@ -216,11 +220,12 @@ class App:
             pass
 
     async def _forget_workers(self) -> None:
-        """Drop workers that have long been offline, and gauges past their retention."""
+        """Drop workers that have long been offline, and gauges and commands past their retention."""
         await self.store.fleet(lambda fleet: fleet.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.prune_worker_metrics(before):
             pass
+        await self.store.prune_worker_commands(before)
 
     async def _check_disk(self) -> None:
         """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""

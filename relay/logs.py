@@ -29,6 +29,10 @@ class Sparing:
         """Log a line; keys come from closed lists."""
         self._write(logging.INFO, key, line, None)
 
+    def warning(self, key: str, line: str) -> None:
+        """Log what an operator should see."""
+        self._write(logging.WARNING, key, line, None)
+
     def error(self, key: str, line: str, error: BaseException | None) -> None:
         """Log a failure with its traceback."""
         self._write(logging.ERROR, key, line, error)

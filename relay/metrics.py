@@ -5,8 +5,9 @@ A scrape never touches a table; children are created at start, so that a rate ha
 
 import platform
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +21,7 @@ from prometheus_client import (
 
 from relay import __version__
 from relay.errors import REASONS
+from relay.model import WorkerStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -68,6 +70,12 @@ class Metrics:
             buckets=_FAST,
         )
         self.heartbeats = counter("relay_heartbeats", "Worker heartbeats.", source)
+        self.workers = gauge("relay_workers", "Registered workers.", ("source", "status"))
+        self.transitions = counter(
+            "relay_worker_transitions",
+            "Workers that came into a status, new ones included.",
+            ("source", "to"),
+        )
         self.plugin_errors = counter(
             "relay_plugin_errors",
             "Requests and reports that a plugin failed at.",
@@ -129,6 +137,14 @@ class Metrics:
             metric.labels(name)
         for reason in REASONS:
             self.rejected.labels(name, reason)
+        for status in get_args(WorkerStatus):
+            self.workers.labels(name, status)
+            self.transitions.labels(name, status)
+
+    def count_workers(self, source: str, census: Callable[[str, str], int]) -> None:
+        """Have a scrape ask how many workers of a source are in a status; `census` answers from memory."""
+        for status in get_args(WorkerStatus):
+            self.workers.labels(source, status).set_function(partial(census, source, status))
 
     def add_destination(self, name: str) -> None:
         """Create a destination's children at 0."""

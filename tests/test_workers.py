@@ -282,3 +282,59 @@ async def test_many_that_fall_silent_at_once_are_told_of_one_by_one_each_once(re
     events = await relay.rows()
     offline = [row["subject"] for row in events if row["type"] == "whatsapp.worker.offline"]
     assert sorted(offline) == sorted(f"w{number}" for number in range(300))
+
+
+async def test_metrics_count_workers_by_status_and_every_change_of_it(relay, clock):
+    def counted():
+        statuses = ("ONLINE", "OFFLINE", "MAINTENANCE")
+        of = [relay.counted("relay_workers", source="whatsapp", status=status) for status in statuses]
+        to = [
+            relay.counted("relay_worker_transitions_total", source="whatsapp", to=status)
+            for status in statuses
+        ]
+        return of, to
+
+    assert counted() == ([0, 0, 0], [0, 0, 0])
+    for id_ in ("w1", "w2", "w3"):
+        await relay.exchange(beat(id_))
+    assert counted() == ([3, 0, 0], [3, 0, 0])
+    await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True})
+    clock.advance(91)
+    await relay.exchange(beat("w2"))
+    await relay.app.store.sweep()
+    assert counted() == ([1, 1, 1], [3, 1, 1])
+    await relay.exchange(request("DELETE", "/api/v1/workers/w3", **TOKEN))
+    await ask(relay, "DELETE", "/whatsapp/w2")
+    assert counted() == ([0, 0, 1], [3, 1, 1])
+
+
+async def test_the_census_is_right_from_the_start(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    async with running(config) as relay:
+        await relay.exchange(beat())
+    async with running(config) as relay:
+        assert relay.counted("relay_workers", source="whatsapp", status="ONLINE") == 1
+        assert relay.counted("relay_worker_transitions_total", source="whatsapp", to="ONLINE") == 0
+
+
+@pytest.mark.parametrize(("environment", "told"), [("TEST", True), ("PRODUCTION", False), (None, False)])
+async def test_an_unusual_environment_is_kept_and_told_in_the_log(relay, caplog, environment, told):
+    body = {"workerId": "w1", "endpoint": "http://w1", "environment": environment}
+    raw = request("POST", "/api/v1/workers/register", body=json.dumps(body).encode(), **TOKEN)
+    assert (await relay.exchange(raw)).status == 200
+    assert (await worker(relay))["environment"] == (environment or "")
+    line = (
+        "whatsapp: worker 'w1' registered with the environment 'TEST',"
+        " usual are DEVELOPMENT, STAGING, TESTING, PRODUCTION"
+    )
+    assert [message for message in caplog.messages if "environment" in message] == [line] * told
+
+
+async def test_commands_that_have_ended_are_pruned_and_queued_ones_are_kept(relay, clock):
+    await relay.exchange(beat())
+    await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "sent"}})
+    await relay.exchange(beat())
+    await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "queued"}, "ttl": "30d"})
+    clock.advance(8 * 86_400)
+    await relay.app._forget_workers()
+    assert [c["command"]["type"] for c in (await worker(relay))["commands"]] == ["queued"]

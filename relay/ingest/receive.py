@@ -27,7 +27,8 @@ from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing
 from relay.metrics import Metrics
-from relay.model import Command, Heartbeat, Receipt, StoredEvent
+from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
+from relay.registry import ENVIRONMENTS
 from relay.source import Accepted, Event, Reply, check_type
 from relay.store import Acceptance, Store
 
@@ -36,6 +37,7 @@ _encode = msgspec.json.Encoder().encode
 
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
+LONGEST_SHOWN = 64  # characters of a sender's own words in the log
 TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
@@ -133,6 +135,7 @@ class Ingest:
         else:
             receipt = await self._append_once(request, acceptance, stored)
         self._count(mount, acceptance, receipt)
+        self._wonder(mount, acceptance)
         if receipt != expected:
             response = answer_again(accepted, receipt, response)
         if receipt.sent:
@@ -208,6 +211,16 @@ class Ingest:
         else:
             meter.received.inc()
             meter.bytes.inc(len(acceptance.event.body))
+
+    def _wonder(self, mount: Mount, acceptance: Acceptance) -> None:
+        """Say when a worker registers with an environment that its document does not know; it is kept."""
+        change = acceptance.change
+        if isinstance(change, Register) and change.environment and change.environment not in ENVIRONMENTS:
+            self._log.warning(
+                f"{mount.name}: environment",
+                f"{mount.name}: worker {change.worker_id!r} registered with the environment"
+                f" {change.environment[:LONGEST_SHOWN]!r}, usual are {', '.join(ENVIRONMENTS)}",
+            )
 
     def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
