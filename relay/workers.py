@@ -34,8 +34,10 @@ class Rulebook:
 
     @property
     def shortest_interval(self) -> float:
-        """Seconds between sweeps that are enough for every source."""
-        return min(rules.check_every for rules in [self._default, *self._sources.values()])
+        """Seconds between sweeps that are enough for every worker."""
+        rules = [self._default, *self._sources.values()]
+        overrides = [override.check_every for each in rules for override in each.ids.values()]
+        return min([each.check_every for each in rules] + [each for each in overrides if each is not None])
 
     def _of(self, source: str, worker_id: str) -> WorkerRules:
         """Return the rules of one worker; the first pattern that fits decides."""

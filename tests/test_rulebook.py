@@ -22,5 +22,12 @@ def test_an_unknown_source_has_the_general_rules():
     assert BOOK.of("gone", "batch-7") == WorkerRules()
 
 
-def test_the_sweep_is_as_frequent_as_the_most_impatient_source_needs():
+def test_the_sweep_is_as_frequent_as_the_most_impatient_workers_need():
     assert BOOK.shortest_interval == 5.0
+    ids = {"quick-*": WorkerOverride(check_every=1.0)}
+    assert Rulebook(WorkerRules(), {"whatsapp": WorkerRules(ids=ids)}).shortest_interval == 1.0
+    assert Rulebook(WorkerRules(), {}).shortest_interval == 10.0
+
+
+def test_every_rule_can_be_another_one_for_a_pattern():
+    assert set(WorkerOverride.__struct_fields__) == set(WorkerRules.__struct_fields__) - {"ids"}

@@ -73,6 +73,8 @@ class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
     """`ids = { "batch-*" = {…} }` of worker rules: what is different for ids of a pattern."""
 
     offline_after: Interval | None = None
+    check_every: Interval | None = None
+    startup_hold: Duration | None = None
     forget_after: Interval | None = None
     recover_after: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
