@@ -1,5 +1,7 @@
 """Workers for operators: who there is, with sessions and gauges; forget, maintenance, commands."""
 
+import re
+from heapq import nsmallest
 from typing import Any
 
 import msgspec
@@ -15,7 +17,8 @@ from relay.units import parse_duration
 
 RECENT_METRICS = 60  # rows shown with a worker: an hour
 RECENT_COMMANDS = 20
-MOST_COMMANDS = 500  # rows of a list
+MOST_ROWS = 500  # of a list
+FILTERS = ("source", "id", "status", "version", "environment", "endpoint")
 DEFAULT_TTL = "10m"
 MOST_COMMAND_BYTES = 16 * 1024
 
@@ -43,17 +46,28 @@ class WorkersApi:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        known = ("source", "id", "status", "version", "environment", "endpoint")
+        known = (*FILTERS, "limit", "cursor")
         if unknown := set(request.query) - set(known):
             raise RelayError(f"unknown parameter {min(unknown)!r}", hint=f"there are {', '.join(known)}")
-        wanted = dict(request.query)
-        workers = [
-            worker
-            for worker in self._store.workers()
-            if worker.unregistered_at is None
-            and all(getattr(worker, name) == value for name, value in wanted.items())
-        ]
-        return _json({"items": [_item(worker) for worker in workers], "next_cursor": None})
+        wanted = {name: request.query[name] for name in FILTERS if name in request.query}
+        limit = request.query.get("limit", "50")
+        if not re.fullmatch("[1-9][0-9]{0,8}", limit):
+            raise RelayError("limit must be a whole number", hint="for example limit=50")
+        source, _, id_ = request.query.get("cursor", "").partition("/")
+        workers = nsmallest(
+            min(int(limit), MOST_ROWS) + 1,
+            (
+                worker
+                for worker in self._store.workers()
+                if worker.unregistered_at is None
+                and (worker.source, worker.id) > (source, id_)
+                and all(getattr(worker, name) == value for name, value in wanted.items())
+            ),
+            key=lambda worker: (worker.source, worker.id),
+        )
+        page = workers[: min(int(limit), MOST_ROWS)]
+        more = f"{page[-1].source}/{page[-1].id}" if len(workers) > len(page) else None
+        return _json({"items": [_item(worker) for worker in page], "next_cursor": more})
 
     async def _show(self, request: web.Request) -> web.Response:
         worker = self._find(request)
@@ -84,7 +98,7 @@ class WorkersApi:
 
     async def _commands(self, request: web.Request) -> web.Response:
         worker = self._find(request)
-        rows = await self._rows("worker_commands", worker, MOST_COMMANDS)
+        rows = await self._rows("worker_commands", worker, MOST_ROWS)
         return _json({"items": [_command(row) for row in rows], "next_cursor": None})
 
     async def _queue(self, request: web.Request) -> web.Response:

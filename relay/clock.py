@@ -25,11 +25,15 @@ class Clock(Protocol):
         ...
 
 
+_ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux counts the time that the machine was suspended here: what sleeps through it is late, and knows."""
+
+
 class SystemClock:
     """The machine's own clocks."""
 
     def __init__(self) -> None:
-        self._offset = time.time_ns() - time.monotonic_ns()
+        self._offset = time.time_ns() - time.clock_gettime_ns(_ELAPSED)
 
     def wall(self) -> int:
         """See `Clock.wall`."""
@@ -37,7 +41,7 @@ class SystemClock:
 
     def steady(self) -> int:
         """See `Clock.steady`."""
-        return (time.monotonic_ns() + self._offset) // 1000
+        return (time.clock_gettime_ns(_ELAPSED) + self._offset) // 1000
 
 
 def rfc3339(micros: int) -> str:

@@ -196,6 +196,23 @@ async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
     assert (await ask(relay, "GET", "?verson=2"))[0] == 400
 
 
+async def test_the_list_goes_on_where_a_page_ended_by_source_and_id(relay):
+    ids = ["a", "b/c", "d e", "z", "ü"]
+    for id_ in reversed(ids):
+        await relay.exchange(beat(id_))
+    found, cursor = [], ""
+    while cursor is not None:
+        page = (await ask(relay, "GET", f"?limit=2&cursor={quote(cursor, safe='')}"))[1]
+        found += [item["id"] for item in page["items"]]
+        cursor = page["next_cursor"]
+    assert found == ids
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "", "1_0"])
+async def test_a_limit_that_is_none_is_refused(relay, limit):
+    assert (await ask(relay, "GET", f"?limit={limit}"))[0] == 400
+
+
 async def held(relay):
     """Hold the writer, as a slow disk does; return what lets it go."""
     began, go = asyncio.Event(), asyncio.Event()
