@@ -13,7 +13,7 @@ FLOORS = (
     ("relay", "errors", "units", "clock", "ids", "model", "rate", "logs", "health", "statedir", "listeners"),
     (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",
-        "retry", "registry", "metrics",
+        "retry", "registry", "retention", "metrics",
     ),
     ("incoming", "source", "hookspecs", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs"),

@@ -53,7 +53,19 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """`[retention]`: how long what is no longer needed is kept."""
 
+    events: Interval = 14 * 86_400.0
+    dead: Interval = 30 * 86_400.0
+    held: Interval = 30 * 86_400.0
+    attempts: Interval = 14 * 86_400.0
+    stats: Interval = 400 * 86_400.0
     worker_metrics: Interval = 7 * 86_400.0
+
+
+class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):
+    """`retention = {…}` of a source: what is different for its events."""
+
+    events: Interval | None = None
+    types: dict[Annotated[str, _check(checks.pattern)], Interval] = {}
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +111,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
     rate_limit: Rate | None = None
     cors_origins: tuple[Annotated[str, _check(checks.web_origin)], ...] = ()
+    retention: SourceRetention = SourceRetention()
     workers: WorkerRules = WorkerRules()
     settings: Any = None  # the plugin's Source instance, bound by the loader
 
