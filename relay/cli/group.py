@@ -6,11 +6,9 @@ from typing import Any, Never
 
 import click
 
+from relay.cli.exits import FAILED, INTERRUPTED, CommandError
 from relay.config.problem import guess
 from relay.errors import RelayError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 
 class Group(click.Group):
@@ -55,7 +53,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as error:
-            _leave(ctx, str(error), 1)
+            _leave(ctx, str(error), error.code if isinstance(error, CommandError) else FAILED)
         except (KeyboardInterrupt, click.Abort):
             _leave(ctx, "interrupted", INTERRUPTED)
 

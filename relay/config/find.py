@@ -1,9 +1,10 @@
-"""Which config.toml is meant."""
+"""Which config.toml is meant, and where the relay that it describes is reached."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from relay.config.model import Config
 from relay.errors import RelayError
 
 VARIABLE = "RELAY_CONFIG"
@@ -33,3 +34,9 @@ def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.e
     if name := environ.get(VARIABLE):
         return Path(name)
     return next((place for place in PLACES if place.exists()), None)
+
+
+def socket_path(config: Config, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the admin API's unix socket: in systemd's runtime directory, else in the state directory."""
+    runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(runtime or config.state_dir) / config.admin.socket

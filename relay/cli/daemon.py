@@ -1,0 +1,237 @@
+"""The running relay, as commands reach it: its admin API over the unix socket, or by URL and token.
+
+Plain `http.client`: a command must start fast, and aiohttp alone takes longer to import than it to answer.
+"""
+
+import functools
+import http.client
+import json
+import os
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Never, Protocol
+from urllib.parse import quote, urlencode, urlsplit
+
+import click
+
+from relay.cli.exits import FAILED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
+from relay.cli.options import config_option
+from relay.config.bind import Binder
+from relay.config.document import read
+from relay.config.find import find_config, look_for_config, socket_path
+from relay.config.model import Admin
+from relay.config.tables import bind_tables
+
+VARIABLE = "RELAY_SOCKET"
+RUNTIME = Path("/run/relay")
+"""Where the socket is with `RuntimeDirectory=relay`; a shell does not have the unit's environment."""
+
+SECONDS = 60.0
+"""How long an answer may take to begin."""
+
+_CODES: Mapping[int, int] = {
+    HTTPStatus.UNAUTHORIZED: NOT_ALLOWED,
+    HTTPStatus.FORBIDDEN: NOT_ALLOWED,
+    HTTPStatus.NOT_FOUND: NOTHING,
+}
+
+
+class _Place(Protocol):
+    """Where a relay listens."""
+
+    name: str
+    headers: Mapping[str, str]
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a connection, not open yet."""
+        ...
+
+    def silent(self) -> str:
+        """Return what to try when nobody answers there."""
+        ...
+
+
+class Daemon:
+    """Asks the running relay; every path starts below `/api/` and is given segment by segment.
+
+    All verbs raise `CommandError` where the relay cannot be reached, does not allow it, or says no.
+    """
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+
+    def get(self, *path: str, **query: object) -> Any:
+        """Return what is there; a query's value None leaves it out.
+
+        `daemon.get("destinations", name)`, `daemon.get("deliveries", state="dead", limit=50)`.
+        """
+        told = {name: value for name, value in query.items() if value is not None}
+        return self._ask("GET", path, f"?{urlencode(told)}" if told else "")
+
+    def post(self, *path: str, body: object = None) -> Any:
+        """Have something done and return what came of it; `body` is anything that JSON can say."""
+        return self._ask("POST", path, body=body)
+
+    def delete(self, *path: str) -> Any:
+        """Remove something and return what came of it."""
+        return self._ask("DELETE", path)
+
+    def _ask(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
+        target = "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
+        headers = {"Accept": "application/json", "Content-Type": "application/json", **self._place.headers}
+        payload = None if body is None else json.dumps(body).encode()
+        try:
+            with closing(self._place.connect()) as connection:
+                connection.request(method, target, payload, headers)
+                response = connection.getresponse()
+                status, content = response.status, response.read()
+        except PermissionError:
+            hint = "run the command as root, or as a member of the group that the socket belongs to"
+            raise CommandError(f"may not use {self._place.name}", hint=hint, code=NOT_ALLOWED) from None
+        except TimeoutError:
+            raise self._unreachable(f"{self._place.name} does not answer") from None
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise self._unreachable(f"no relay answers at {self._place.name}: {why}") from None
+        answer = self._decode(content)
+        if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+            self._refused(status, answer)
+        return answer
+
+    def _decode(self, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise self._unreachable(f"what answers at {self._place.name} is no relay") from None
+
+    def _unreachable(self, message: str) -> CommandError:
+        return CommandError(message, hint=self._place.silent(), code=UNREACHABLE)
+
+    def _refused(self, status: int, answer: Any) -> Never:
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(error, dict):
+            raise self._unreachable(f"what answers at {self._place.name} is no relay (HTTP {status})")
+        message, hint = str(error.get("message") or f"HTTP {status}"), str(error.get("hint") or "")
+        raise CommandError(message, hint=hint, code=_CODES.get(status, FAILED))
+
+
+class _Socket:
+    """A unix socket on this machine; its permissions are the access control."""
+
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return _SocketConnection(self.path)
+
+    def silent(self) -> str:
+        return f"start one with `relay serve`, or name its socket with --socket or {VARIABLE}"
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("relay", timeout=SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class _Url:
+    """An admin listener somewhere, which wants one of `[admin] tokens`."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.name = url
+        parts = urlsplit(url)
+        try:
+            self._address = (parts.hostname or "", parts.port)
+        except ValueError:
+            self._address = ("", None)
+        if parts.scheme not in ("http", "https") or not self._address[0] or parts.path.strip("/"):
+            raise click.BadParameter('expected "http://host:port" or "https://host:port"', param_hint="--url")
+        self._secure = parts.scheme == "https"
+        self.headers: Mapping[str, str] = {"Authorization": f"Bearer {token}"}
+
+    def connect(self) -> http.client.HTTPConnection:
+        host, port = self._address
+        if self._secure:
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(host, port, timeout=SECONDS, context=context)
+        return http.client.HTTPConnection(host, port, timeout=SECONDS)
+
+    def silent(self) -> str:
+        return "see `[admin] listen` in its config.toml; it is reached from its own machine by default"
+
+
+def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say which relay is meant, and that one as its argument `daemon`."""
+
+    @config_option
+    @click.option(
+        "--socket",
+        "socket_file",
+        type=click.Path(path_type=Path),
+        envvar=VARIABLE,
+        show_envvar=True,
+        help="The relay's unix socket; else the configuration's.",
+    )
+    @click.option("--url", help='A relay elsewhere: its admin listener, such as "http://127.0.0.1:8081".')
+    @click.option(
+        "--token-file",
+        type=click.Path(path_type=Path),
+        help="With --url: the file that one of its `[admin] tokens` stands in.",
+    )
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        config: Path | None,
+        socket_file: Path | None,
+        url: str | None,
+        token_file: Path | None,
+        **options: Any,
+    ) -> Any:
+        place: _Place
+        if url is not None:
+            if token_file is None:
+                raise click.UsageError("--url needs --token-file")
+            place = _Url(url, _token(token_file))
+        elif token_file is not None:
+            raise click.UsageError("--token-file goes with --url")
+        else:
+            place = _Socket(socket_file or _socket_of(config))
+        return command(*args, daemon=Daemon(place), **options)
+
+    return wrapped
+
+
+def _token(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise CommandError(f"{file} cannot be read: {why}", hint="write the token into it") from None
+
+
+def _socket_of(given: Path | None) -> Path:
+    """Return the socket of the configuration; what is wrong with it otherwise does not matter here."""
+    if look_for_config(given) is None and _is_there(RUNTIME / Admin().socket):
+        return RUNTIME / Admin().socket
+    config = bind_tables(Binder(read(find_config(given)), os.environ))
+    path, in_runtime = socket_path(config), RUNTIME / config.admin.socket
+    return in_runtime if _is_there(in_runtime) and not _is_there(path) else path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # then connecting says so
+        return True

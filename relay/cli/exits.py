@@ -1,0 +1,17 @@
+"""How a command ends when it is not well: each exit code means one thing, in every command."""
+
+from relay.errors import RelayError
+
+FAILED = 1  # it did not work, or found problems
+UNREACHABLE = 3  # no relay answers
+NOTHING = 4  # what was named is not there
+NOT_ALLOWED = 5
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
+
+
+class CommandError(RelayError):
+    """A command failed in a way that has an exit code of its own."""
+
+    def __init__(self, message: str, *, hint: str = "", code: int = FAILED) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
