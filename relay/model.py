@@ -108,6 +108,17 @@ class Chosen(msgspec.Struct, frozen=True):
     destinations: tuple[str, ...] = ()  # of the deliveries that were selected
 
 
+class Stat(msgspec.Struct, frozen=True):
+    """What came in of one type within one hour."""
+
+    hour: int  # its beginning, wall clock
+    source: str
+    type: str
+    events: int
+    duplicates: int  # requests that repeated a stored event
+    bytes: int  # of bodies
+
+
 class Named(msgspec.Struct, frozen=True):
     """One delivery that an operator named."""
 

@@ -23,6 +23,7 @@ from relay.model import (
     Owed,
     Receipt,
     Selection,
+    Stat,
     StoredEvent,
     Worker,
     WorkerChange,
@@ -213,6 +214,16 @@ class Store(Protocol):
 
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
         """Find deliveries likewise."""
+        ...
+
+    def stats(self, selection: Selection) -> AsyncIterator[tuple[Stat, ...]]:
+        """Read what came in, in pages that may be empty, the latest hour first; outlives the events.
+
+        The hour in which the selection begins counts in full.
+
+        Raises:
+            RelayError: the selection is by more than source, type and time.
+        """
         ...
 
     async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:

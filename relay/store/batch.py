@@ -25,6 +25,7 @@ from relay.registry import Now
 from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.fleet import Fleet
 from relay.store.rows import Row
+from relay.store.stats import Tallies
 from relay.store.workers import Roster
 
 Ending = tuple[DeliveryState, str]
@@ -72,6 +73,7 @@ class Batch:
         self._keys = dict(known)
         self.new_keys: list[Row] = []
         self.events: list[StoredEvent] = []
+        self.tallies = Tallies()
         self.deliveries: list[Delivery] = []
         self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules, self.bear)
         self.outcomes: list[Outcome] = []
@@ -99,6 +101,7 @@ class Batch:
         if event is not None and key is not None:
             first = self._keys.get((acceptance.source, key))
             if first is not None:
+                self.tallies.add(event, duplicate=True)
                 return Receipt(event_id=first, duplicate=True)
         worker: Worker | None = None
         sent: tuple[Command, ...] = ()
@@ -147,6 +150,7 @@ class Batch:
         self._sequences.event += 1
         event.id = self._sequences.event
         self.events.append(event)
+        self.tallies.add(event)
         for owed in self._route(event):
             self.owe(owed, event.id, len(event.body), event)
 

@@ -35,6 +35,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         await repeat(batch, transaction)
     if batch.events:
         insert(transaction, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
+    batch.tallies.write(transaction)
     if batch.deliveries:
         await _write_deliveries(batch, transaction, holds)
     if batch.new_keys:

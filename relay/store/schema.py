@@ -74,6 +74,7 @@ CREATE TABLE attempts (
     answer      BLOB    NOT NULL               -- first 16 KiB
 ) STRICT;
 CREATE INDEX attempts_delivery ON attempts (delivery_id, id);
+CREATE INDEX attempts_started ON attempts (started_at);  -- its entries come in order: cheap
 
 CREATE TABLE ledger (                          -- the books: created = all the others + pending
     destination TEXT    PRIMARY KEY,
@@ -143,9 +144,21 @@ CREATE TABLE dedupe (
 CREATE INDEX dedupe_expires ON dedupe (expires_at);
 """
 
+STATS = """
+CREATE TABLE stats (                           -- outlives the events that it counts
+    hour       INTEGER NOT NULL,               -- its beginning, microseconds UTC
+    source     TEXT    NOT NULL,
+    type       TEXT    NOT NULL,
+    events     INTEGER NOT NULL,
+    duplicates INTEGER NOT NULL,               -- requests that repeated a stored event
+    bytes      INTEGER NOT NULL,               -- of bodies
+    PRIMARY KEY (hour, source, type)
+) STRICT, WITHOUT ROWID;
+"""
+
 META = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + DEDUPE + META,)
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + DEDUPE + STATS + META,)
 """Each runs in one transaction; never edit one that has been released, append another."""

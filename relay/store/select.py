@@ -115,7 +115,7 @@ class Selecting:
 
     async def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
         """See `Store.select`."""
-        sql, meant = select_sql(selection), _judge(selection, deliveries=selection.of_deliveries)
+        sql, meant = select_sql(selection), judge(selection, deliveries=selection.of_deliveries)
         values = msgspec.structs.asdict(selection) | {
             "after": span.first - 1,
             "last": span.last,
@@ -135,7 +135,7 @@ class Selecting:
 
     async def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
         """See `Store.pending`."""
-        meant = _judge(selection, deliveries=True)
+        meant = judge(selection, deliveries=True)
         [(last,)] = await self._reader.execute_fetchall("SELECT max(id) FROM deliveries")
         if selection.destination is None:
             names = [row[0] for row in await self._reader.execute_fetchall("SELECT destination FROM ledger")]
@@ -186,7 +186,7 @@ class Selecting:
         return found
 
 
-def _judge(selection: Selection, *, deliveries: bool) -> Callable[[str, str, str | None, int], bool]:
+def judge(selection: Selection, *, deliveries: bool) -> Callable[[str, str, str | None, int], bool]:
     """Compile what a candidate must be, given source, type, subject and time of receipt.
 
     Where events are chosen, the relay's own must be named, as everywhere.

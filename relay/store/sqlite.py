@@ -31,6 +31,7 @@ from relay.store.holds import Holds
 from relay.store.rows import EVENT_COLUMNS, event_of
 from relay.store.select import Selecting
 from relay.store.statements import fetch
+from relay.store.stats import Tallying
 from relay.store.transaction import Transaction
 from relay.store.watching import Watching
 from relay.store.wishes import Wishing
@@ -48,7 +49,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Selecting, Watching, Wishing):
+class SqliteStore(Selecting, Tallying, Watching, Wishing):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
