@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -42,9 +42,28 @@ def at_the_doors(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
     yield from _bundled()
 
 
-def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+def prints(dirs: Sequence[Path], others: Iterable[str]) -> Mapping[str, bytes]:
+    """Return the digest of every plugin's file, without running any: those in the folders, and others.
+
+    Two answers that differ mean that code was added, edited or removed in between.
+    """
+    return {file: _digest(file) for file in (*map(str, _files(dirs)), *others)}
+
+
+def _digest(file: str) -> bytes:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).digest()
+    except OSError:  # gone; or an entry point that has no file
+        return b""
+
+
+def _files(dirs: Sequence[Path]) -> Sequence[Path]:
     files = [file for folder in dirs for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
-    for file in dict.fromkeys(file.resolve() for file in files):
+    return tuple(dict.fromkeys(file.resolve() for file in files))
+
+
+def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+    for file in _files(dirs):
         loaded = _attempt(str(file), partial(_import_file, file))
         if isinstance(loaded, Problem):
             yield loaded

@@ -23,6 +23,17 @@ class UnknownError(RelayError):
     """What an operator named is not there."""
 
 
+class RestartNeededError(RelayError):
+    """What has changed can only be taken in by a start: `keys` of config.toml, files of plugins."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        super().__init__(
+            f"restart needed: {', '.join(keys)}",
+            hint="nothing was changed; restart the relay, or put these back and reload",
+        )
+        self.keys = keys
+
+
 class StorageError(RelayError):
     """The store could not do what was asked; nothing of it was kept."""
 

@@ -1,4 +1,7 @@
-"""What config.toml and the plugins are together: sources with their settings bound. Asks pluggy, once."""
+"""What config.toml and the plugins are together: sources with their settings bound. Asks pluggy, once.
+
+A running relay reads the file anew with the plugins that it has: their code runs once.
+"""
 
 import inspect
 import os
@@ -14,15 +17,23 @@ from relay import hookspecs
 from relay.config import checks
 from relay.config.bind import Binder
 from relay.config.document import read
-from relay.config.model import Config, SourceConfig
+from relay.config.model import Admin, Config, SourceConfig, Storage
 from relay.config.problem import ConfigError, KeyPath, Problem, guess, shown
 from relay.config.tables import bind_tables, named_tables
-from relay.doors import at_the_doors, in_one_line
-from relay.errors import Refusal
+from relay.doors import at_the_doors, in_one_line, prints
+from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
 from relay.model import Job
 from relay.offers import Kind, Observer, Offers, PluginError
 from relay.source import Source
+
+_AT_START = {
+    "server": ("listen",),
+    "admin": Admin.__struct_fields__,
+    "storage": Storage.__struct_fields__,
+    "plugins": ("dirs",),
+}
+"""Keys, by table, that only a start takes in; `state_dir` is one, too."""
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 
@@ -35,6 +46,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     formats: Mapping[str, Format]  # by name, those of the relay itself included
     jobs: tuple[Job, ...]
     observers: tuple[Observer, ...]
+    code: Mapping[str, bytes]  # digests of the plugins' files, as they were imported
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
@@ -47,26 +59,69 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
     config = bind_tables(binder)
     offers, broken = discover(config.plugins.dirs)
     binder.problems += broken
-    sources = {}
-    for name, table in named_tables(binder, "sources").items():
-        if name == checks.RESERVED:
-            binder.report(("sources", name), "this name is reserved for the relay's own events")
-        source = _bind_source(binder, config, offers.kinds, name, table, blame_kinds=not broken)
-        if source is not None:
-            sources[name] = source
-    _check_claims(binder, sources)
-    if not broken:  # else a broken plugin may be the one that is meant
-        _check_formats(binder, config, offers.formats)
-    if binder.problems:
-        raise ConfigError(binder.problems)
-    warnings = tuple(str(warning) for warning in sorted(binder.warnings))
     return Setup(
-        config=msgspec.structs.replace(config, sources=sources, warnings=warnings),
+        config=_complete(binder, config, offers.kinds, offers.formats, blame=not broken),
         kinds=offers.kinds,
         formats=offers.formats,
         jobs=tuple(offers.jobs.values()),
         observers=tuple(offers.observers.values()),
+        code=prints(config.plugins.dirs, {offering.plugin.file for offering in offers.found}),
     )
+
+
+def load_again(setup: Setup, environ: Mapping[str, str] = os.environ) -> Setup:
+    """Read the config.toml of a running relay anew, with the plugins that it has.
+
+    Raises:
+        ConfigError: with every problem of the file at once.
+        RestartNeededError: plugins, or keys that only a start takes in, are others than before.
+    """
+    binder = Binder(read(setup.config.path), environ)
+    config = bind_tables(binder)
+    code = prints(config.plugins.dirs, setup.code)
+    keys = _changed_keys(setup.config, config)
+    files = tuple(file for file in code if code[file] != setup.code.get(file))
+    if not files and "plugins.dirs" not in keys:
+        config = _complete(binder, config, setup.kinds, setup.formats, blame=True)
+    elif binder.problems:  # not those of sources, whose plugins are others now
+        raise ConfigError(binder.problems)
+    if keys or files:
+        raise RestartNeededError((*keys, *files))
+    return msgspec.structs.replace(setup, config=config)
+
+
+def _changed_keys(old: Config, new: Config) -> tuple[str, ...]:
+    keys = [
+        f"{table}.{field}"
+        for table, fields in _AT_START.items()
+        for field in fields
+        if getattr(getattr(old, table), field) != getattr(getattr(new, table), field)
+    ]
+    return (*(("state_dir",) if old.state_dir != new.state_dir else ()), *keys)
+
+
+def _complete(
+    binder: Binder, config: Config, kinds: Mapping[str, Kind], formats: Mapping[str, Format], *, blame: bool
+) -> Config:
+    """Add the sources; without `blame`, a plugin that is not there may be the one that is meant.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    sources = {}
+    for name, table in named_tables(binder, "sources").items():
+        if name == checks.RESERVED:
+            binder.report(("sources", name), "this name is reserved for the relay's own events")
+        source = _bind_source(binder, config, kinds, name, table, blame_kinds=blame)
+        if source is not None:
+            sources[name] = source
+    _check_claims(binder, sources)
+    if blame:
+        _check_formats(binder, config, formats)
+    if binder.problems:
+        raise ConfigError(binder.problems)
+    warnings = tuple(str(warning) for warning in sorted(binder.warnings))
+    return msgspec.structs.replace(config, sources=sources, warnings=warnings)
 
 
 def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:
