@@ -83,6 +83,24 @@ async def test_probes_come_one_at_a_time_and_late_and_a_failed_one_is_recorded_b
     assert (await store.counts())["crm"].pending == 50
 
 
+async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(store, receiver, monkeypatch):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
+    async with engine_for(store, crm) as engine:
+        lane = engine.lanes["crm"]
+        await send(store)
+        await until(lambda: lane.held == "circuit open" and not lane._tasks)
+        due = lane.standing.circuit.open_until
+        readings = iter([due - 1])
+        with monkeypatch.context() as patched:
+            patched.setattr(CLOCK, "steady", lambda: next(readings, due + 1))
+            lane._timer.cancel()
+            lane._on_timer()
+        assert lane._timer is not None
+        receiver.usual = (200, {})
+        await ended(store)
+
+
 async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, receiver):
     receiver.usual = (500, {})
     async with engine_for(store, destination("crm", receiver.url, circuit=QUICK, retry=OFTEN)) as engine:

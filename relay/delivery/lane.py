@@ -80,22 +80,22 @@ class Lane:
     @property
     def held(self) -> str | None:
         """Why nothing is sent for now; None: it is."""
-        return self.standing.held
+        return self.standing.held_at(self._clock.steady())
 
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
-        feed = self._first
-        if self._stopping or self.held is not None:
+        feed, now = self._first, self._clock.steady()
+        if self._stopping or self.standing.held_at(now) is not None:
             self._store.release((delivery.id,))
             feed.due = 0
-        elif feed.room <= 0 or feed.due <= self._clock.steady():
+        elif feed.room <= 0 or feed.due <= now:
             # The store has older ones: what is new must not overtake them for ever.
             self._store.release((delivery.id,))
             feed.due = 0
             self.turn()
         elif len(feed) or not self._may_begin():
             feed.put((delivery,))
-            self._set_timer()
+            self._set_timer(now)
         else:
             self._begin(feed, delivery)
 
@@ -113,15 +113,16 @@ class Lane:
         """Go on: fill free slots from the feeds, the feeds from the store, and set the timer."""
         if self._stopping:
             return
-        if self.held is None:
+        # Read once: what is not due yet must not be past already when it comes to setting the timer.
+        now = self._clock.steady()
+        if self.standing.held_at(now) is None:
             while (feed := self._next()) is not None and self._may_begin():
                 self._begin(feed, feed.take())
-            now = self._clock.steady()
             for feed in self._feeds:
                 if feed.wants(now, probing=self.standing.circuit.is_open):
                     feed.refilling = True
                     self._spawn(self._refill(feed))
-        self._set_timer()
+        self._set_timer(now)
 
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
@@ -329,9 +330,9 @@ class Lane:
             self._store.release(delivery.id for delivery in feed.empty())
             feed.due = 0
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, now: int) -> None:
         """See to it that `turn` is called when something may have changed; too early does no harm."""
-        now, until = self._clock.steady(), self.standing.held_until
+        until = self.standing.held_until
         if until is None:
             return
         if until > now:

@@ -36,14 +36,12 @@ class Standing:
         self._metrics = metrics
         self._show()
 
-    @property
-    def held(self) -> str | None:
-        """Why nothing is sent for now; None: it is."""
+    def held_at(self, now: int) -> str | None:
+        """Return why nothing is sent at that moment (steady clock); None: it is."""
         if self.state.paused:
             return "paused"
         if self.state.disabled_at is not None:
             return f"disabled: {self.state.disabled_reason}"
-        now = self._clock.steady()
         if self.rest_until > now:
             return "resting"
         if self.circuit.limit(now) == 0:
