@@ -174,7 +174,9 @@ async def test_a_fresh_event_reaches_an_idle_lane_without_a_read_of_the_database
         await until(lambda: receiver.requests)
         verbs = [statement.split()[0] for statement in statements]
         receiver.gate.set()
-    assert verbs == ["BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
+    assert verbs[0] == "BEGIN"
+    assert verbs[-1] == "COMMIT"
+    assert set(verbs[1:-1]) == {"INSERT"}
 
 
 async def paused(lane, receiver):
