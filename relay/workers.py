@@ -14,9 +14,6 @@ from relay.store import Store
 
 log = logging.getLogger("relay.workers")
 
-LATE = SECOND // 2
-"""What a sweep may be late without anybody asking why: timers and a busy loop."""
-
 _REMEMBERED = 16_384  # workers whose rules are looked up once; beyond them patterns are tried again
 
 
@@ -72,7 +69,7 @@ class Watch:
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
             marked = await self._store.sweep(hold=True)
         else:
-            in_time = self._last + int(self.interval * SECOND) + LATE
+            in_time = self._last + int(self.interval * SECOND)
             marked = await self._store.sweep(at=min(now, in_time))
         for worker in marked:
             log.warning("%s: worker %s is offline: silent", worker.source, worker.id)

@@ -1,8 +1,12 @@
 """What many tests lean on: a clock under their hand, and waiting for a thing itself."""
 
 import asyncio
+from datetime import datetime, timedelta
 
-from relay.clock import SECOND
+from apscheduler.schedulers import base
+
+from relay import jobs
+from relay.clock import SECOND, SystemClock
 
 
 class FakeClock:
@@ -19,6 +23,27 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.now += int(seconds * SECOND)
+
+
+class SteppedClock(SystemClock):
+    """The machine's clocks, the wall's put forward or back by the test; APScheduler reads it, too."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.by = timedelta()
+        clock = self
+
+        class Moment(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + clock.by
+
+        for place in (base, jobs):
+            monkeypatch.setattr(place, "datetime", Moment)
+        monkeypatch.setattr(jobs, "LOOK_EVERY", 0.02)
+
+    def wall(self):
+        return super().wall() + int(self.by.total_seconds() * SECOND)
 
 
 async def until(condition, seconds=10.0):

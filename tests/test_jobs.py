@@ -2,14 +2,12 @@
 
 import asyncio
 import logging
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
-from apscheduler.schedulers import base
-from support import until
+from support import SteppedClock, until
 
-from relay import jobs as module
-from relay.clock import SECOND, SystemClock
+from relay.clock import SystemClock
 from relay.jobs import Jobs
 
 
@@ -90,32 +88,11 @@ async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplo
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
 
 
-class Stepped(SystemClock):
-    """The machine's clocks, the wall's put forward or back by the test; APScheduler reads it, too."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.by = timedelta()
-        clock = self
-
-        class Moment(datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return datetime.now(tz) + clock.by
-
-        for place in (base, module):
-            monkeypatch.setattr(place, "datetime", Moment)
-        monkeypatch.setattr(module, "LOOK_EVERY", 0.02)
-
-    def wall(self):
-        return super().wall() + int(self.by.total_seconds() * SECOND)
-
-
 @pytest.mark.parametrize("days", [1 / 24, -1 / 24, 1, -1, 173 * 365, -50 * 365])
 async def test_a_clock_step_neither_stops_a_job_nor_makes_it_run_for_every_time_it_missed(
     monkeypatch, caplog, days
 ):
-    clock, runs = Stepped(monkeypatch), []
+    clock, runs = SteppedClock(monkeypatch), []
 
     async def work():
         runs.append(1)
@@ -137,7 +114,7 @@ async def test_a_clock_step_neither_stops_a_job_nor_makes_it_run_for_every_time_
 
 
 async def test_a_rare_job_runs_at_once_when_the_clock_steps_so_that_none_is_put_off(monkeypatch):
-    clock, runs = Stepped(monkeypatch), []
+    clock, runs = SteppedClock(monkeypatch), []
 
     async def work():
         runs.append(1)
