@@ -27,7 +27,7 @@ async def run(plan: Plan) -> Comparison:
             ):
                 mine, others = await alternate(
                     plan,
-                    lambda: _relay_round(plan, ours, folder / "relay.db"),
+                    lambda: relay_round(plan, ours, folder / "relay.db"),
                     lambda: _proxy_round(plan, theirs),
                 )
     return Comparison(
@@ -40,7 +40,7 @@ async def run(plan: Plan) -> Comparison:
     )
 
 
-async def _relay_round(plan: Plan, server: Server, database: Path) -> Round:
+async def relay_round(plan: Plan, server: Server, database: Path) -> Round:
     """Send, then wait until the ledger has every delivery: reading it costs the daemon nothing."""
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as books:
         wanted = _delivered(books) + plan.requests
@@ -49,7 +49,8 @@ async def _relay_round(plan: Plan, server: Server, database: Path) -> Round:
         async with asyncio.timeout(_DEADLINE):
             while _delivered(books) < wanted:  # noqa: ASYNC110 - another process's progress
                 await asyncio.sleep(0.002)
-        return Round(plan.requests, time.perf_counter() - began, server.cpu() - cpu)
+        seconds, cpu = time.perf_counter() - began, server.cpu() - cpu
+        return Round(plan.requests, seconds, cpu, _p99(books, plan.requests))
 
 
 async def _proxy_round(plan: Plan, server: Server) -> Round:
@@ -59,5 +60,18 @@ async def _proxy_round(plan: Plan, server: Server) -> Round:
 
 
 def _delivered(books: sqlite3.Connection) -> int:
-    row = books.execute("SELECT delivered FROM ledger").fetchone()
+    row = books.execute("SELECT delivered FROM ledger WHERE destination = 'bench'").fetchone()
     return int(row[0]) if row else 0
+
+
+def _p99(books: sqlite3.Connection, newest: int) -> float:
+    """Return the milliseconds within which 99 of 100 of the newest deliveries had their recorded answer."""
+    rows = books.execute(
+        """
+        SELECT finished_at - created_at FROM deliveries
+         WHERE destination = 'bench' AND state = 'delivered' ORDER BY id DESC LIMIT ?
+        """,
+        (newest,),
+    )
+    delays = sorted(row[0] for row in rows)
+    return float(delays[len(delays) * 99 // 100]) / 1000

@@ -9,17 +9,19 @@ from bench.rounds import Comparison, Spread
 
 
 def table(comparison: Comparison) -> str:
-    """Render one comparison in five lines."""
-    rates, costs = comparison.rates(), comparison.costs()
-    rows = [("", "events/s (least-most)", "CPU us/event (least-most)")]
-    names = ("relay", comparison.rival)
-    rows += [
-        (name, _figures(rate, ",.0f"), _figures(cost, ".0f"))
-        for name, rate, cost in zip(names, rates, costs, strict=False)
+    """Render one comparison in six lines."""
+    columns = [
+        _column("events/s (least-most)", comparison.rates(), ",.0f"),
+        _column("CPU us/event (least-most)", comparison.costs(), ".0f"),
     ]
-    rows.append(("ratio", _figures(rates[2], ".2f"), _figures(costs[2], ".2f")))
-    met = "met" if rates[2].median >= comparison.target else "missed"
-    lines = [f"  {name:<22}{rate:>26}{cost:>28}" for name, rate, cost in rows]
+    judged = [comparison.rates()[2]]
+    if (delays := comparison.delays()) is not None:
+        columns.append(_column("p99 ms (least-most)", delays, ".1f"))
+        judged.append(delays[2])
+    met = "met" if all(ratio.median >= comparison.target for ratio in judged) else "missed"
+    names = ("", comparison.us, comparison.rival, "ratio")
+    rows = zip(names, *columns, strict=True)
+    lines = [f"  {name:<22}" + "".join(f"{cell:>28}" for cell in cells) for name, *cells in rows]
     lines = [f"{comparison.name}: {comparison.title}", *lines]
     return "\n".join([*lines, f"  target of the ratio: {comparison.target:.2f}, {met}"])
 
@@ -36,6 +38,11 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
         "rate": dict(zip(("ours", "theirs", "ratio"), rates, strict=True)),
         "cpu_micros": dict(zip(("ours", "theirs", "ratio"), costs, strict=True)),
     }
+
+
+def _column(head: str, spreads: tuple[Spread, Spread, Spread], form: str) -> tuple[str, str, str, str]:
+    ours, theirs, ratio = spreads
+    return head, _figures(ours, form), _figures(theirs, form), _figures(ratio, ".2f")
 
 
 def _figures(spread: Spread, form: str) -> str:

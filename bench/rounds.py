@@ -20,6 +20,7 @@ class Round(msgspec.Struct, frozen=True):
     events: int
     seconds: float  # from the first byte out to the end of the last event
     cpu: float  # seconds of the server under test
+    p99: float | None = None  # ms from acceptance to recorded answer; one event in 100 took longer
 
     @property
     def rate(self) -> float:
@@ -50,7 +51,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     title: str
     rival: str
-    target: float  # the least that the ratio of rates shall be
+    us: str = "relay"
+    target: float  # the least that the ratio of rates shall be, and that of p99
     ours: tuple[Round, ...]
     theirs: tuple[Round, ...]
 
@@ -61,8 +63,18 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     def costs(self) -> tuple[Spread, Spread, Spread]:
         """Return CPU microseconds per event likewise; the ratio is turned over, so that more is better."""
-        ratios = [t.cost / o.cost for o, t in zip(self.ours, self.theirs, strict=True)]
-        return _spread(self.ours, "cost"), _spread(self.theirs, "cost"), Spread.of(ratios)
+        return self._less_is_more("cost")
+
+    def delays(self) -> tuple[Spread, Spread, Spread] | None:
+        """Return p99 in milliseconds likewise, where both sides have it."""
+        if any(each.p99 is None for each in (*self.ours, *self.theirs)):
+            return None
+        return self._less_is_more("p99")
+
+    def _less_is_more(self, figure: str) -> tuple[Spread, Spread, Spread]:
+        pairs = zip(self.ours, self.theirs, strict=True)
+        ratios = [getattr(their, figure) / getattr(our, figure) for our, their in pairs]
+        return _spread(self.ours, figure), _spread(self.theirs, figure), Spread.of(ratios)
 
 
 Side = Callable[[], Awaitable[Round]]

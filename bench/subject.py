@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.load import post
 from bench.processes import Server, python
 
-_TOKEN = "bench-token"
+TOKEN = "bench-token"
 _SERVE = "from relay.cli import main; main()"
 _CONFIG = f"""\
 development = true
@@ -22,7 +22,7 @@ durability = "full"
 format = "text"
 [sources.moddy]
 plugin = "moddy"
-tokens = ["{_TOKEN}"]
+tokens = ["{TOKEN}"]
 """
 _DESTINATION = """\
 [destinations.bench]
@@ -43,14 +43,21 @@ _SAMPLE = b"""{
 }"""
 
 PATH = "/internal/event/notify"
-REQUEST = post(PATH, _SAMPLE, {"Content-Type": "application/json", "Authorization": f"Bearer {_TOKEN}"})
-"""Moddy's documented example, 206 bytes of JSON, as it goes over the wire."""
+
+
+def request(prefix: str = "") -> bytes:
+    """Build Moddy's documented example, 206 bytes of JSON, as it goes over the wire."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    return post(prefix + PATH, _SAMPLE, headers)
+
+
+REQUEST = request()
 
 
 @asynccontextmanager
-async def relay(folder: Path, destination: str | None = None) -> AsyncIterator[Server]:
-    """Run `relay serve` in a folder, with one destination at that URL or with none."""
+async def relay(folder: Path, destination: str | None = None, more: str = "") -> AsyncIterator[Server]:
+    """Run `relay serve` in a folder, with one destination at that URL or with none, and more configured."""
     config = folder / "config.toml"
-    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else ""))
+    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else "") + more)
     async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
         yield server

@@ -19,14 +19,14 @@ def bench(*arguments):
 
 
 def test_without_a_name_the_benchmarks_are_listed():
-    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay"]
+    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "zoo"]
 
 
 def test_a_misspelt_name_is_refused():
     command = [sys.executable, "-m", "bench", "ingets"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "'ingest', 'relay'" in done.stderr
+    assert "'ingest', 'relay', 'zoo'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,16 @@ def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, rival):
     assert theirs.strip().startswith(rival)
     assert float(ratio.split()[1]) > 0
     assert target.startswith("  target of the ratio: 0.")
+
+
+def test_a_zoo_beside_costs_throughput_and_p99_that_are_both_compared():
+    _, heads, crowded, alone, ratio, target = bench("zoo", *SHORT).splitlines()
+    assert "events/s" in heads
+    assert "p99 ms" in heads
+    assert crowded.strip().startswith("beside the zoo")
+    assert alone.strip().startswith("alone")
+    assert all(float(each) > 0 for each in ratio.replace("(", " ").split()[1::2])
+    assert target.startswith("  target of the ratio: 0.83")
 
 
 def test_json_has_every_round_of_both_sides():

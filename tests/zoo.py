@@ -120,7 +120,8 @@ async def main() -> None:
     with TemporaryDirectory() as folder:
         async with zoo(Path(folder)) as animals:
             for animal in animals.values():
-                print(f"animal {animal.url}")  # noqa: T201 - said to who started us
+                if not animal.guarded:
+                    print(f"animal {animal.url}")  # noqa: T201 - said to who started us
             async with receivers.answers() as healthy:
                 print(f"listens on {healthy.url.removesuffix('/hook')}", flush=True)  # noqa: T201
                 await asyncio.Event().wait()

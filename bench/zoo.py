@@ -1,0 +1,87 @@
+"""A healthy destination of a relay with a zoo of misbehaving ones, against the same relay without it."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.load import send
+from bench.processes import Server, python
+from bench.relay import relay_round
+from bench.rounds import Comparison, Plan, Round, alternate
+from bench.subject import TOKEN, relay, request
+
+_ANIMALS = Path(__file__).parents[1] / "tests" / "zoo.py"
+_FED = 20  # events for every animal, at the beginning of a round
+_PREFIX = "/zoo"
+_KEEPER = f"""\
+[sources.keeper]
+plugin = "moddy"
+prefix = "{_PREFIX}"
+tokens = ["{TOKEN}"]
+"""
+# Probed every second however long it has been dead: this zoo never gets less lively.
+_CAGE = """\
+[destinations.animal{number}]
+url = "{url}"
+events = ["keeper.*"]
+allow_private = true
+timeout = "1s"
+concurrency = 4
+retry = {{ schedule = ["1s", "1s", "1s", "1s", "1s"] }}
+circuit = {{ probe = "1s", max_probe = "1s" }}
+"""
+
+
+async def run(plan: Plan) -> Comparison:
+    """Measure it."""
+    with TemporaryDirectory(prefix="bench-") as one, TemporaryDirectory(prefix="bench-") as other:
+        crowded, alone = Path(one), Path(other)
+        async with (
+            python(alone / "receiver.log", "-m", "bench.serve", "receiver") as receiver,
+            python(crowded / "zoo.log", str(_ANIMALS)) as animals,
+            relay(crowded, receiver.url, _cages(crowded / "zoo.log")) as ours,
+            relay(alone, receiver.url) as theirs,
+        ):
+
+            async def beside() -> Round:
+                with _asleep(theirs):
+                    await send(ours.address, request(_PREFIX), count=_FED, connections=1)
+                    return await relay_round(plan, ours, crowded / "relay.db")
+
+            async def by_itself() -> Round:
+                with _asleep(ours, animals):
+                    return await relay_round(plan, theirs, alone / "relay.db")
+
+            mine, others = await alternate(plan, beside, by_itself)
+    return Comparison(
+        name="zoo",
+        title="events from the first byte in to the recorded answer of a healthy destination",
+        us="beside the zoo",
+        rival="alone",
+        target=1 / 1.2,
+        ours=mine,
+        theirs=others,
+    )
+
+
+def _cages(log: Path) -> str:
+    """Configure a destination for every animal that the zoo has said to have."""
+    urls = re.findall(r"^animal (.+)$", log.read_text(), re.MULTILINE)
+    cages = [_CAGE.format(number=number, url=url) for number, url in enumerate(urls)]
+    return "\n".join([_KEEPER, *cages])
+
+
+@contextmanager
+def _asleep(*servers: Server) -> Iterator[None]:
+    """Keep what is not being measured off the machine."""
+    for server in servers:
+        os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            os.kill(server.pid, signal.SIGCONT)
