@@ -276,6 +276,17 @@ class Receipt(msgspec.Struct, kw_only=True, frozen=True):
     sent: tuple[Command, ...] = ()  # the same, as the store keeps them
 
 
+class Pruned(msgspec.Struct, kw_only=True, frozen=True):
+    """What a pass of retention deleted."""
+
+    events: int = 0
+    attempts: int = 0  # of deliveries that stay
+    keys: int = 0  # that duplicates are known by
+    stats: int = 0
+    pages: int = 0  # given back to the disk
+    done: bool = True  # False: there was more than one pass may take
+
+
 class Claim(msgspec.Struct, frozen=True):
     """Deliveries that the caller now holds, and when the next one of that destination is due."""
 

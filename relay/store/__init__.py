@@ -21,6 +21,7 @@ from relay.model import (
     News,
     Outcome,
     Owed,
+    Pruned,
     Receipt,
     Selection,
     Stat,
@@ -28,6 +29,7 @@ from relay.model import (
     Worker,
     WorkerChange,
 )
+from relay.retention import Policy
 
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
@@ -253,6 +255,13 @@ class Store(Protocol):
 
     async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
         """Change workers as an operator or a job wishes, in one transaction."""
+        ...
+
+    async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:
+        """Delete what has been dealt with for as long as a policy says, in small transactions.
+
+        Begins nothing new after so many seconds; the next call goes on from there.
+        """
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:

@@ -58,6 +58,7 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
             "journal_size_limit = 67108864",
             "cell_size_check = ON",
             "trusted_schema = OFF",
+            "secure_delete = ON",  # what was deleted is overwritten, whatever the library's default
             "temp_store = MEMORY",
             "mmap_size = 0",
             "cache_size = -65536",

@@ -28,6 +28,7 @@ from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.find import find
 from relay.store.holds import Holds
+from relay.store.prune import Pruning
 from relay.store.rows import EVENT_COLUMNS, event_of
 from relay.store.select import Selecting
 from relay.store.statements import fetch
@@ -49,7 +50,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Selecting, Tallying, Watching, Wishing):
+class SqliteStore(Pruning, Selecting, Tallying, Watching, Wishing):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
