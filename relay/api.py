@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from relay import __version__
+from relay.api_events import EventsApi
 from relay.api_repeats import RepeatsApi
 from relay.api_workers import WorkersApi
 from relay.clock import Clock, rfc3339
@@ -21,13 +22,12 @@ from relay.errors import RelayError, StorageError, UnknownError
 from relay.filters import Router
 from relay.health import Health
 from relay.ingest.receive import Ingest
+from relay.items import item, list_items
 from relay.model import DestinationState
 from relay.replay import Replays
-from relay.store import Store
+from relay.store import Counts, Store
 
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
-_TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
-MOST_ROWS = 500
 
 
 class Api:
@@ -79,10 +79,13 @@ class Api:
             web.get("/api/events", self._list("events", "id", "source", "type", "subject")),
             web.get("/api/deliveries", self._list("deliveries", "id", "event_id", "destination", "state")),
             web.get("/api/attempts", self._list("attempts", "delivery_id")),
+            *EventsApi(self._store).routes(),
             *self._repeats.routes(),
             *WorkersApi(self._store, self._clock).routes(),
             web.get("/api/destinations", self._destinations),
+            web.get("/api/destinations/{name}", self._show_destination),
             web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
+            web.get("/api/sources", self._sources),
             web.post("/api/sources/{name}/{verb:pause|resume}", self._steer_source),
         ]
 
@@ -109,12 +112,10 @@ class Api:
     def _list(self, kind: str, *filters: str) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
             query = _known(request, (*filters, "limit", "cursor"))
-            limit = min(_number(query.get("limit", "50"), "limit"), MOST_ROWS)
+            limit = _number(query.get("limit", "50"), "limit")
             before = _number(query["cursor"], "cursor") if "cursor" in query else None
             wanted = {name: query.get(name) for name in filters}
-            rows = await self._store.find(kind, limit=limit, before=before, **wanted)
-            more = str(rows[-1]["row"]) if len(rows) == limit else None
-            return _json({"items": [_item(row) for row in rows], "next_cursor": more})
+            return _json(await list_items(self._store, kind, limit=limit, before=before, filters=wanted))
 
         return answer
 
@@ -125,10 +126,29 @@ class Api:
         ]
         return _json({"items": items, "next_cursor": None})
 
+    async def _show_destination(self, request: web.Request) -> web.Response:
+        lane = self._lane(request)
+        counts, latest = (
+            await self._store.counts(),
+            await self._store.find("deliveries", destination=lane.name, limit=1),
+        )
+        return _json(
+            {
+                **_destination(lane),
+                **_counts(counts.get(lane.name)),
+                **_standing(lane),
+                "latest": item(latest[0]) if latest else None,
+            }
+        )
+
+    def _lane(self, request: web.Request) -> Lane:
+        name = request.match_info["name"]
+        if name not in self._engine.lanes:
+            raise _missing("destination", name, self._engine.lanes)
+        return self._engine.lanes[name]
+
     async def _steer(self, request: web.Request) -> web.Response:
-        lane = self._engine.lanes.get(request.match_info["name"])
-        if lane is None:
-            raise _missing("destination", request.match_info["name"], self._engine.lanes)
+        lane = self._lane(request)
         now, state = self._clock.wall(), lane.standing.state
         changes: dict[str, dict[str, Any]] = {
             "pause": {"paused": True},
@@ -139,6 +159,18 @@ class Api:
         change = changes[request.match_info["verb"]]
         await lane.set_state(DestinationState(**{**msgspec.structs.asdict(state), **change}))
         return _json(_destination(lane))
+
+    async def _sources(self, _request: web.Request) -> web.Response:
+        items = [
+            {
+                "name": mount.name,
+                "plugin": mount.config.plugin,
+                "prefix": mount.config.prefix,
+                "paused": mount.paused,
+            }
+            for mount in self._ingest.mounts.values()
+        ]
+        return _json({"items": items, "next_cursor": None})
 
     async def _steer_source(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
@@ -233,20 +265,21 @@ def _number(text: str, name: str) -> int:
     return int(text)
 
 
-def _item(row: dict[str, Any]) -> dict[str, Any]:
-    item = {name: value for name, value in row.items() if name != "row"}
-    for name in _TIMES:
-        if item.get(name) is not None:
-            item[name] = rfc3339(item[name])
-    if "answer" in item:
-        item["answer"] = item["answer"].decode("utf-8", "replace")
-        item["truncated"] = bool(item["truncated"])
-    return item
-
-
 def _destination(lane: Lane) -> dict[str, Any]:
     return {"name": lane.name, "held": lane.held, "in_flight": lane.in_flight}
 
 
-def _counts(counts: Any) -> dict[str, Any]:
-    return {} if counts is None else msgspec.structs.asdict(counts)
+def _standing(lane: Lane) -> dict[str, Any]:
+    """Say why it is not moving; without the URL, which may hold a token."""
+    state, until = lane.standing.state, lane.standing.held_until
+    times = {
+        "failing_since": state.failing_since,
+        "disabled_at": state.disabled_at,
+        "held_until": until if lane.held else None,
+    }
+    shown = {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
+    return {"events": lane.config.events, **shown}
+
+
+def _counts(counts: Counts | None) -> dict[str, Any]:
+    return msgspec.structs.asdict(counts or Counts())

@@ -15,9 +15,9 @@ FLOORS = (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",
         "retry", "registry", "retention", "metrics",
     ),
-    ("incoming", "source", "hookspecs", "store"),
+    ("incoming", "source", "hookspecs", "items", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs"),
-    ("api_workers", "api_repeats", "api"),
+    ("api_workers", "api_events", "api_repeats", "api"),
     ("app", "demo"),
     ("cli",),
 )  # fmt: skip

@@ -1,0 +1,46 @@
+"""One event or one delivery for operators, with everything that belongs to it; and a body as it came."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from relay.errors import UnknownError
+from relay.items import show_delivery, show_event
+from relay.store import Store
+
+_encode = msgspec.json.Encoder().encode
+
+
+class EventsApi:
+    """The part of the admin API about single events and deliveries; ids may be shortened while unique."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/events/{id}", self._event),
+            web.get("/api/events/{id}/body", self._body),
+            web.get("/api/deliveries/{id}", self._delivery),
+        ]
+
+    async def _event(self, request: web.Request) -> web.Response:
+        return _json(await show_event(self._store, request.match_info["id"]))
+
+    async def _delivery(self, request: web.Request) -> web.Response:
+        return _json(await show_delivery(self._store, request.match_info["id"]))
+
+    async def _body(self, request: web.Request) -> web.Response:
+        """Answer with the sender's bytes; as a download, so that no browser takes them for a page of ours."""
+        [chosen] = await self._store.name_events([request.match_info["id"]])
+        event = (await self._store.load([chosen.event_id])).get(chosen.event_id)
+        if event is None:
+            raise UnknownError("the event was deleted just now")
+        headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
+        return web.Response(body=event.body, content_type="application/octet-stream", headers=headers)
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=_encode(value), content_type="application/json")
