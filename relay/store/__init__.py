@@ -6,7 +6,7 @@ assume that event ids and bodies are storable as they are; a caller may assume t
 returned is durable, and that one which raised left nothing behind.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -175,6 +175,15 @@ class Store(Protocol):
         """End some deliveries past their time to live, held ones too; return how many, 0: none is left.
 
         Commands that no heartbeat fetched in time end with them.
+        """
+        ...
+
+    async def expire_held(self, names: Collection[str], kept: int) -> int:
+        """End some deliveries that were due for so many microseconds at a destination that took nothing.
+
+        `names` are the destinations that take nothing now; how long they have been doing so is remembered
+        from call to call. A day before the first delivery expires, the operator event
+        `relay.deliveries.expiring` is raised, once. Returns how many ended, 0: none is left.
         """
         ...
 

@@ -50,6 +50,13 @@ class Repeat(msgspec.Struct):
     done: bool = False  # known once it is written
 
 
+class Look(msgspec.Struct, frozen=True):
+    """What a look at the destinations found."""
+
+    names: frozenset[str]  # that take nothing at the moment
+    kept: int  # microseconds until what is due there expires
+
+
 class Batch:
     """One transaction in the making."""
 
@@ -80,6 +87,7 @@ class Batch:
         self.states: list[DestinationState] = []
         self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
         self.expiring = False  # whether to end what is past its `expires_at`
+        self.look: Look | None = None  # whether to end what is held for too long
         self.cancelling: list[int] = []  # deliveries that an operator cancels
         self.hurrying: list[int] = []  # deliveries that an operator makes due
         self.repeating: list[Repeat] = []  # in the order of their events

@@ -9,6 +9,7 @@ from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS
 from relay.store.batch import Batch
 from relay.store.ends import cancel, end, expire, free
+from relay.store.held import expire_held
 from relay.store.holds import Holds
 from relay.store.rows import (
     ATTEMPT_COLUMNS,
@@ -64,6 +65,8 @@ async def _write_ends(batch: Batch, transaction: Transaction, holds: Holds) -> N
         _follow_deaths(batch)
     if batch.expiring:
         await expire(batch, transaction, holds)
+    if batch.look is not None:
+        await expire_held(batch, transaction, holds, batch.look)
     if batch.cancelling:
         await cancel(batch, transaction, holds)
 

@@ -94,6 +94,14 @@ CREATE TABLE destinations (
 ) STRICT, WITHOUT ROWID;
 """
 
+HELD = """
+CREATE TABLE held (                            -- destinations that take nothing at the moment
+    destination TEXT    PRIMARY KEY,
+    since       INTEGER NOT NULL,              -- steady clock
+    told        INTEGER NOT NULL DEFAULT 0     -- whether the operator knows what is about to expire
+) STRICT, WITHOUT ROWID;
+"""
+
 WORKERS = """
 CREATE TABLE workers (
     source          TEXT    NOT NULL,
@@ -160,5 +168,5 @@ META = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + DEDUPE + STATS + META,)
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,)
 """Each runs in one transaction; never edit one that has been released, append another."""

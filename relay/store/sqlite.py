@@ -27,6 +27,7 @@ from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.find import find
+from relay.store.held import Holding
 from relay.store.holds import Holds
 from relay.store.prune import Pruning
 from relay.store.rows import EVENT_COLUMNS, event_of
@@ -50,7 +51,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Pruning, Selecting, Tallying, Watching, Wishing):
+class SqliteStore(Holding, Pruning, Selecting, Tallying, Watching, Wishing):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(

@@ -1,0 +1,229 @@
+"""Deliveries that nobody takes: their operator is told in time, then they expire, and the books balance."""
+
+import hashlib
+
+import msgspec
+import pytest
+from support import FakeClock
+
+from relay.clock import SECOND
+from relay.ids import event_id
+from relay.model import Attempt, Outcome, Owed, StoredEvent
+from relay.store import Acceptance, held
+from relay.store.sqlite import SqliteStore
+
+DAY = 86_400.0
+KEPT = int(30 * DAY * SECOND)
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+def make(path, clock):
+    store = SqliteStore(path, clock)
+    store.route = lambda event: (
+        (Owed("ops"),) if event.source == "relay" else (Owed("crm", order_key=event.subject), Owed("erp"))
+    )
+    store.fresh, store.news = [], []
+
+    def listen(news):
+        store.news.append(news)
+        store.fresh.extend(news.deliveries)
+
+    store.listener = listen
+    return store
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    store = make(tmp_path / "relay.db", clock)
+    await store.open()
+    yield store
+    for name, books in (await store.counts()).items():
+        assert books.unaccounted == 0, name
+    await store.close()
+
+
+async def send(store, clock, subject=None):
+    event = StoredEvent(
+        id=0, public_id=event_id(clock.wall()), source="shop", type="shop.order", subject=subject,
+        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
+        sha256=hashlib.sha256(b"{}").digest(),
+    )  # fmt: skip
+    await store.append(Acceptance(source="shop", event=event))
+
+
+async def fail(store, clock, destination, seconds):
+    """Have the latest delivery to a destination wait for a retry."""
+    delivery = [each for each in store.fresh if each.destination == destination][-1]
+    attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
+    due = clock.steady() + int(seconds * SECOND)
+    await store.settle(Outcome(delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due))
+
+
+async def look(store, *names, kept=KEPT):
+    """Look until nothing is left, as the daemon does; return how many expired."""
+    count = 0
+    while some := await store.expire_held(names, kept):
+        count += some
+    return count
+
+
+async def states(store, destination):
+    rows = await store.find("deliveries", destination=destination, limit=500)
+    return [(row["state"], row["reason"]) for row in reversed(rows)]
+
+
+def warnings(store):
+    return [
+        (event.subject, msgspec.json.decode(event.body))
+        for news in store.news
+        for event in news.events
+        if event.type == "relay.deliveries.expiring"
+    ]
+
+
+async def test_what_was_due_all_the_while_expires_and_nothing_elsewhere(store, clock):
+    await look(store, "crm")
+    await send(store, clock)
+    clock.advance(30 * DAY - 1)
+    assert await look(store, "crm") == 0
+    clock.advance(1)
+    assert await look(store, "crm") == 1
+    assert await states(store, "crm") == [("expired", "held")]
+    assert await states(store, "erp") == [("pending", None)]
+    assert (await store.counts())["crm"].expired == 1
+
+
+async def test_a_destination_that_took_something_meanwhile_begins_anew(store, clock):
+    await send(store, clock)
+    await look(store, "crm")
+    clock.advance(20 * DAY)
+    await look(store)
+    await look(store, "crm")
+    clock.advance(29 * DAY)
+    assert await look(store, "crm") == 0
+    clock.advance(DAY)
+    assert await look(store, "crm") == 1
+
+
+async def test_a_retry_is_held_from_when_it_is_due(store, clock):
+    await send(store, clock)
+    await look(store, "crm")
+    await fail(store, clock, "crm", 5 * DAY)
+    clock.advance(30 * DAY)
+    assert await look(store, "crm") == 0
+    clock.advance(5 * DAY)
+    assert await look(store, "crm") == 1
+
+
+async def test_what_waits_behind_another_goes_by_its_creation_and_is_not_made_due(store, clock):
+    for _ in range(3):
+        await send(store, clock, "a")
+    await look(store, "crm")
+    clock.advance(20 * DAY)
+    await send(store, clock, "a")
+    clock.advance(10 * DAY)
+    store.news.clear()
+    assert await look(store, "crm") == 3
+    assert [state for state, _ in await states(store, "crm")] == ["expired"] * 3 + ["pending"]
+    assert [news.woken for news in store.news if news.woken] == [{"crm"}]
+
+
+async def test_the_operator_is_told_a_day_before_and_once(store, clock):
+    await send(store, clock)
+    await look(store, "crm")
+    clock.advance(29 * DAY - 1)
+    await look(store, "crm")
+    assert warnings(store) == []
+    clock.advance(1)
+    for _ in range(3):
+        await look(store, "crm")
+        clock.advance(60)
+    data = {"destination": "crm", "expires_in_seconds": 86_400, "held": 30 * 86_400}
+    assert warnings(store) == [("crm", data)]
+    await look(store)
+    await look(store, "crm")
+    clock.advance(29 * DAY)
+    await look(store, "crm")
+    assert len(warnings(store)) == 2
+
+
+async def test_nobody_is_told_of_what_will_not_expire_yet(store, clock):
+    await look(store, "crm", "erp")
+    clock.advance(40 * DAY)
+    await look(store, "crm", "erp")
+    await send(store, clock)
+    clock.advance(28 * DAY)
+    await look(store, "crm", "erp")
+    assert warnings(store) == []
+    clock.advance(DAY)
+    await look(store, "crm", "erp")
+    assert [subject for subject, _ in warnings(store)] == ["crm", "erp"]
+
+
+async def test_where_little_time_is_given_the_operator_is_told_half_way(store, clock):
+    kept = 3600 * SECOND
+    await send(store, clock)
+    await look(store, "crm", kept=kept)
+    clock.advance(1799)
+    await look(store, "crm", kept=kept)
+    assert warnings(store) == []
+    clock.advance(1)
+    await look(store, "crm", kept=kept)
+    assert len(warnings(store)) == 1
+
+
+async def test_a_restart_does_not_begin_anew(tmp_path, store, clock):
+    await send(store, clock)
+    await look(store, "crm")
+    clock.advance(29 * DAY)
+    await look(store, "crm")
+    await store.close()
+    clock.advance(DAY)
+    again = make(tmp_path / "relay.db", clock)
+    await again.open()
+    assert await look(again, "crm") == 1
+    assert warnings(again) == []
+    await again.close()
+    await store.open()
+
+
+async def test_what_is_in_flight_does_not_expire(store, clock):
+    await send(store, clock)
+    await look(store, "crm")
+    [delivery] = [each for each in store.fresh if each.destination == "crm"]
+    assert store.begin_attempt(delivery.id)
+    clock.advance(31 * DAY)
+    assert await look(store, "crm") == 0
+    await store.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
+    assert await states(store, "crm") == [("delivered", None)]
+
+
+async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
+    monkeypatch.setattr(held, "AT_ONCE", 10)
+    for number in range(25):
+        await send(store, clock)
+        if number % 2:
+            await fail(store, clock, "crm", 0)
+    await look(store, "crm")
+    clock.advance(31 * DAY)
+    store.news.clear()
+    assert await look(store, "crm") == 25
+    assert [len(news.dropped) for news in store.news if news.dropped] == [20, 5]
+
+
+@pytest.mark.parametrize(
+    ("sql", "values"),
+    [
+        (held.WAITING_SQL, ("crm", 1, 1)),
+        *[(held.DUE_SQL.format(share=share), ("crm", 1, 1)) for share in held.SHARES],
+        *[(held.FIRST_SQL.format(share=share), ("crm",)) for share in held.SHARES],
+    ],
+)
+async def test_no_look_scans_the_deliveries(store, sql, values):
+    plan = [row[3] for row in await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)]
+    assert any("SEARCH deliveries USING" in step and "INDEX deliveries_" in step for step in plan), plan
+    assert not any("SCAN deliveries" in step or "TEMP B-TREE" in step for step in plan), plan
