@@ -142,6 +142,12 @@ class Router:
             if self._passes(owed.destination, view)
         )
 
+    def adopt(self, other: "Router") -> None:
+        """Route as another router does, for everybody who holds this one, in one step."""
+        self._subscriptions = other._subscriptions  # noqa: SLF001 - one of our own kind
+        self._terms = other._terms  # noqa: SLF001 - likewise
+        self._plans = {}
+
     @property
     def destinations(self) -> tuple[str, ...]:
         """Those of the config, in its order."""

@@ -60,6 +60,10 @@ class Jobs:
 
         self._scheduler.add_job(run, _Every(seconds), id=name, name=name)
 
+    def change(self, name: str, seconds: float) -> None:
+        """Run a job every so many seconds from now on."""
+        self._scheduler.reschedule_job(name, trigger=_Every(seconds))
+
     def start(self) -> None:
         """Begin."""
         self._scheduler.start()

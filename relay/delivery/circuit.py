@@ -39,16 +39,20 @@ class Circuit:
     )
 
     def __init__(self, config: CircuitConfig, concurrency: int) -> None:
-        self._concurrency = concurrency
-        self._needed = config.failures
-        self._probe = int(config.probe * SECOND)
-        self._most_probe = int(config.max_probe * SECOND)
-        self._wait = self._probe
         self._failures = 0
+        self._set(config, concurrency)
         self._ramp: int | None = None  # attempts allowed at once while recovering; None: all
         self._round = 0  # answers until twice as many are allowed
         self.open_until: int | None = None  # when the next probe is due; None: closed
         self.openings = 0  # how often it has opened: an attempt remembers it from its beginning
+
+    def change(self, config: CircuitConfig, concurrency: int, now: int) -> None:
+        """Go by another config, which may mend what failed: forget failures, probe now if it is open."""
+        self._failures = 0
+        self._set(config, concurrency)
+        if self._ramp is not None:
+            self._climb(min(self._ramp, concurrency))
+        self.probe_at(now)
 
     @property
     def is_open(self) -> bool:
@@ -83,6 +87,13 @@ class Circuit:
         """Probe then at the latest, if it is open."""
         if self.open_until is not None:
             self.open_until, self._wait = min(self.open_until, now), self._probe
+
+    def _set(self, config: CircuitConfig, concurrency: int) -> None:
+        self._concurrency = concurrency
+        self._needed = config.failures
+        self._probe = int(config.probe * SECOND)
+        self._most_probe = int(config.max_probe * SECOND)
+        self._wait = self._probe
 
     def _climb(self, ramp: int) -> None:
         """Allow so many at once; after a full round of answers it is time for more."""

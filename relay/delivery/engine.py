@@ -1,8 +1,10 @@
-"""All lanes together: told of what is new, started, paused and stopped."""
+"""All lanes together: told of what is new, started, changed and stopped."""
 
 import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping
+
+import msgspec
 
 from relay.clock import Clock
 from relay.config.model import DestinationConfig
@@ -15,6 +17,19 @@ from relay.formats import FORMATS, Format
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
 from relay.store import Store
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Everything that lanes for a config need, made beforehand: taking it on cannot fail."""
+
+    destinations: Mapping[str, DestinationConfig]
+    senders: Mapping[str, Sender]  # for those that are new, and those that are others than before
+    states: Mapping[str, DestinationState]
+
+    async def discard(self) -> None:
+        """Close what was made for it."""
+        for sender in self.senders.values():
+            await sender.close()
 
 
 class Engine:
@@ -38,29 +53,59 @@ class Engine:
         self._metrics = metrics
         self._formats = formats
         self._rand = rand
+        self._slots = Slots()
         self._memory = Memory(memory)
+        self._own: Collection[tuple[str, int]] = ()
+        self._leaving: dict[Lane, asyncio.Task[None]] = {}  # not in the config, with attempts under way
 
     async def start(self, own: Collection[tuple[str, int]] = ()) -> None:
         """Open a lane per destination and go on with what the store remembers.
 
         `own` are the relay's own listeners, which are never dialled.
         """
-        states = await self._store.destination_states()
-        slots = Slots()
-        for name, config in self._destinations.items():
-            client = Client(config, own=own)
-            self.lanes[name] = Lane(
-                config,
-                Sender(config, self._formats[config.format], client, self._clock, self._rand),
-                store=self._store,
-                clock=self._clock,
-                metrics=self._metrics,
-                slots=slots,
-                memory=self._memory,
-                state=states.get(name) or DestinationState(name=name),
-            )
-        for lane in self.lanes.values():
-            lane.turn()
+        self._own = own
+        self.adopt(await self.plan(self._destinations))
+
+    async def plan(self, destinations: Mapping[str, DestinationConfig]) -> Plan:
+        """Make what lanes for these destinations need, beside the present ones.
+
+        Raises:
+            RelayError: a certificate's file cannot be read or used.
+        """
+        senders: dict[str, Sender] = {}
+        plan = Plan(destinations, senders, await self._store.destination_states())
+        try:
+            for name, config in destinations.items():
+                lane = self.lanes.get(name)
+                if lane is None or lane.config != config or _has_files(config):
+                    client = Client(config, own=self._own)
+                    senders[name] = Sender(
+                        config, self._formats[config.format], client, self._clock, self._rand
+                    )
+        except BaseException:
+            await plan.discard()
+            raise
+        return plan
+
+    def adopt(self, plan: Plan) -> None:
+        """Go by a plan from now on, in one step: lanes that it does not touch do not notice."""
+        former, self.lanes = self.lanes, {}
+        for name, config in plan.destinations.items():
+            lane = former.pop(name, None)
+            if lane is None:
+                state = plan.states.get(name) or DestinationState(name=name)
+                lane = self._open(config, plan.senders[name], state)
+                lane.turn()
+            elif name in plan.senders:
+                lane.change(config, plan.senders[name])
+            self.lanes[name] = lane
+        for lane in former.values():
+            lane.leave()
+            self._leaving[lane] = asyncio.create_task(self._see_off(lane))
+
+    def in_flight(self, name: str) -> int:
+        """Return how many attempts are being made at a destination, also one that has left the config."""
+        return sum(lane.in_flight for lane in (*self.lanes.values(), *self._leaving) if lane.name == name)
 
     def listen(self, news: News) -> None:
         """Hand fresh deliveries to their lanes, in memory (see `relay.store.Listener`)."""
@@ -92,4 +137,33 @@ class Engine:
     async def stop(self, seconds: float) -> None:
         """Let what is in flight finish for so long, record it, and end."""
         deadline = asyncio.get_running_loop().time() + seconds
-        await asyncio.gather(*(lane.stop(deadline) for lane in self.lanes.values()))
+        for task in self._leaving.values():
+            task.cancel()
+        lanes = (*self.lanes.values(), *self._leaving)
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+        await asyncio.gather(*(lane.stop(deadline) for lane in lanes))
+
+    def _open(self, config: DestinationConfig, sender: Sender, state: DestinationState) -> Lane:
+        return Lane(
+            config,
+            sender,
+            store=self._store,
+            clock=self._clock,
+            metrics=self._metrics,
+            slots=self._slots,
+            memory=self._memory,
+            state=state,
+        )
+
+    async def _see_off(self, lane: Lane) -> None:
+        """Wait for the last attempts of a lane; if its destination has returned, they may be its first."""
+        await lane.stop(None)
+        del self._leaving[lane]
+        if (successor := self.lanes.get(lane.name)) is not None:
+            successor.wake()
+            successor.wake(retries=True)
+
+
+def _has_files(config: DestinationConfig) -> bool:
+    """Say whether files beside the config matter, which may have been renewed under the same names."""
+    return config.ca_file is not None or config.client_cert is not None

@@ -4,19 +4,17 @@ import asyncio
 import logging
 from collections.abc import Collection, Coroutine, Iterable
 
-import msgspec
-
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.feed import Feed
 from relay.delivery.memory import Memory
-from relay.delivery.sender import BLOCKED_REST, Sender, corrupt
+from relay.delivery.pace import Pace
+from relay.delivery.sender import BLOCKED_REST, Sender, corrupt, outdated, unspent
 from relay.delivery.slots import Slots
 from relay.delivery.standing import Standing
 from relay.errors import StorageError
 from relay.metrics import RESULTS, Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
-from relay.rate import TokenBucket
 from relay.retry import Verdict
 from relay.store import Store
 
@@ -49,6 +47,7 @@ class Lane:
         self.name = config.name
         self.standing = Standing(config, state, store=store, clock=clock, metrics=metrics)
         self._sender = sender
+        self._former: set[Sender] = set()  # replaced, with attempts still under way
         self._store = store
         self._clock = clock
         # Looked up once: a look-up costs three times what counting does.
@@ -61,16 +60,12 @@ class Lane:
         self._retry = Feed(memory, retries=True)
         self._feeds = (self._first, self._retry)
         self._latest = self._retry  # the feed whose turn it was last
-        # A quarter of the slots is kept for first attempts, so that retries cannot hold up what is new.
-        spare = -(-config.concurrency // 4) if config.concurrency > 1 else 0
-        self._most_retries = config.concurrency - spare
-        rate = config.rate_limit
-        self._bucket = None if rate is None else TokenBucket(rate, clock.steady())
-        self._rate_until = 0  # steady clock: when the rate limit allows the next attempt
+        self._pace = Pace(config.rate_limit, clock.steady())
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
         self._stopping = False
+        self._left = False  # the config has no such destination any more
 
     @property
     def in_flight(self) -> int:
@@ -133,14 +128,35 @@ class Lane:
             feed.due = 0
         self.turn()
 
-    async def stop(self, deadline: float) -> None:
-        """Begin nothing more and wait for what is in flight until `deadline` (loop time), then cut it off."""
-        self._stopping = True
-        self._let_go()
-        if self._timer is not None:
-            self._timer.cancel()
+    def change(self, config: DestinationConfig, sender: Sender) -> None:
+        """Go by another config from now on; attempts under way end by the one that they began with."""
+        self._former.add(self._sender)
+        self._spawn(self._see_off(self._sender, tuple(self._tasks)))
+        former, self.config, self._sender = self.config, config, sender
+        if config != former:
+            self.standing.go_by(config)
+            self._spawn(self.standing.forgive())
+        if config.rate_limit != former.rate_limit:
+            self._pace = Pace(config.rate_limit, self._clock.steady())
+        for feed in self._feeds:
+            feed.due = 0
+        self.turn()
+
+    def leave(self) -> None:
+        """Begin nothing more, as the destination is not in the config; the store keeps what it is owed."""
+        self._left = True
+        self.standing.leave()
+        self._halt()
+
+    async def stop(self, deadline: float | None) -> None:
+        """Begin nothing more and wait for what is in flight until `deadline` (loop time), then cut it off.
+
+        None: however long that takes.
+        """
+        self._halt()
         if self._tasks:
-            left = max(0.0, deadline - asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            left = None if deadline is None else max(0.0, deadline - now)
             await asyncio.wait(self._tasks, timeout=left)
         if self.in_flight:
             log.warning("%s: %d attempts cut off; they will be made again", self.name, self.in_flight)
@@ -148,9 +164,29 @@ class Lane:
         for task in cut_off:
             task.cancel()
         await asyncio.gather(*cut_off, return_exceptions=True)
-        await self._sender.close()
+        for sender in (*self._former, self._sender):
+            await sender.close()
+
+    def _halt(self) -> None:
+        self._stopping = True
+        self._let_go()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _see_off(self, sender: Sender, under_way: Collection[asyncio.Task[None]]) -> None:
+        """Close a sender that was replaced, as soon as no attempt is under way that began with it."""
+        if under_way:
+            await asyncio.wait(under_way)
+        await sender.close()
+        self._former.discard(sender)
 
     # --- slots ---
+
+    @property
+    def _most_retries(self) -> int:
+        """All slots but a quarter, kept for first attempts: retries must not hold up what is new."""
+        most = self.config.concurrency
+        return most - -(-most // 4) if most > 1 else most
 
     def _next(self) -> Feed | None:
         """Choose whose turn it is: the feed with fewer attempts under way, within its share.
@@ -167,15 +203,11 @@ class Lane:
     def _may_begin(self) -> bool:
         """Take a slot for one more attempt, if circuit, concurrency, cap and rate allow it."""
         now, active = self._clock.steady(), self.in_flight
-        if active >= self.standing.circuit.limit(now) or self._rate_until > now:
-            return False
-        if self._bucket is not None and (wait := self._bucket.wait(now)):
-            self._rate_until = now + int(wait * SECOND) + 1
+        if active >= self.standing.circuit.limit(now) or not self._pace.allows(now):
             return False
         if not self._slots.take(self, active):
             return False
-        if self._bucket is not None:
-            self._bucket.take(now)
+        self._pace.take(now)
         return True
 
     def _begin(self, feed: Feed, delivery: Delivery) -> None:
@@ -223,15 +255,17 @@ class Lane:
             stale = Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl", counts=False)
             await self._record(stale)
             return
-        circuit = self.standing.circuit
+        circuit, sender = self.standing.circuit, self._sender
         probing, openings = circuit.is_open, circuit.openings
-        outcome, meaning = await self._sender.attempt(delivery, event)
-        if meaning.kind == "ok":
+        outcome, meaning = await sender.attempt(delivery, event)
+        if sender is not self._sender or self._left:
+            outcome = outdated(outcome, meaning, self._clock.steady(), probing=probing)
+        elif meaning.kind == "ok":
             await self.standing.succeed(event, openings)
         else:
             await self._fail(outcome, meaning, event, openings)
             if probing and circuit.is_open:
-                outcome = self._unspent(outcome)
+                outcome = unspent(outcome, circuit.open_until)
         await self._record(outcome)
 
     async def _fail(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
@@ -249,15 +283,6 @@ class Lane:
         await self.standing.fail(attempt.result, event, why, openings, disable=disable)
         if self.held is not None:
             self._let_go()
-
-    def _unspent(self, outcome: Outcome) -> Outcome:
-        """Keep a failed probe on record, but spend nothing of its delivery's schedule."""
-        if outcome.reason == "aborted" or (outcome.attempt and outcome.attempt.result == "format"):
-            return outcome  # the receiver has spoken, or was never asked
-        again = self.standing.circuit.open_until
-        return msgspec.structs.replace(
-            outcome, state="pending", reason=None, next_attempt_at=again, counts=False
-        )
 
     async def _record(self, outcome: Outcome) -> None:
         """Write what became of an attempt; while the disk is full this waits, it never gives up."""
@@ -338,7 +363,7 @@ class Lane:
         if until > now:
             at = until
         else:
-            waits = [*(feed.due for feed in self._feeds), self._rate_until]
+            waits = [*(feed.due for feed in self._feeds), self._pace.until]
             at = min((wait for wait in waits if wait > now), default=now)
         if at <= now or (self._timer is not None and now < self._timer_at <= at):
             return

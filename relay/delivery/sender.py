@@ -4,6 +4,8 @@ import hashlib
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, one_line
@@ -127,3 +129,20 @@ def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome 
     why = "the event is gone" if event is None else "the stored body is not the one that came in"
     attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=why)
     return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="corrupt", counts=False)
+
+
+def unspent(outcome: Outcome, again: int | None) -> Outcome:
+    """Keep a failed probe on record, but spend nothing of its delivery's schedule; it is due `again`."""
+    if outcome.reason == "aborted" or (outcome.attempt and outcome.attempt.result == "format"):
+        return outcome  # the receiver has spoken, or was never asked
+    return msgspec.structs.replace(outcome, state="pending", reason=None, next_attempt_at=again, counts=False)
+
+
+def outdated(outcome: Outcome, meaning: Verdict, now: int, *, probing: bool) -> Outcome:
+    """Take what came of an attempt under a former config, which says nothing of the destination as it is.
+
+    What was to be held then, or was a failed probe, is due now: with the new one it may go through.
+    """
+    if meaning.kind in ("disable", "hold"):
+        return msgspec.structs.replace(outcome, next_attempt_at=now)
+    return unspent(outcome, now) if probing and meaning.kind == "retry" else outcome

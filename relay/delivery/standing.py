@@ -55,6 +55,22 @@ class Standing:
             return None
         return max(self.rest_until, self.circuit.open_until or 0)
 
+    def go_by(self, config: DestinationConfig) -> None:
+        """Take on another config: what failed with the one before may have been mended by it."""
+        self._config = config
+        self.rest_until = 0
+        self.circuit.change(config.circuit, config.concurrency, self._clock.steady())
+
+    def leave(self) -> None:
+        """Stop showing what is no fact any more: the config has no such destination."""
+        for gauge in (self._metrics.disabled, self._metrics.circuit):
+            gauge.labels(self._config.name).set(0)
+
+    async def forgive(self) -> None:
+        """Count from anew how long it has been failing."""
+        if self.state.failing_since is not None:
+            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=None))
+
     async def change(self, state: DestinationState, tell: Born | None = None) -> None:
         """Take a new state on, at once in memory, then durably; raises what the store raises."""
         self.state = state
@@ -76,8 +92,7 @@ class Standing:
 
     async def succeed(self, event: StoredEvent, openings: int) -> None:
         """Take in an attempt that was delivered; see `Circuit.record` for `openings`."""
-        if self.state.failing_since is not None:
-            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=None))
+        await self.forgive()
         await self._record("ok", event, "ok", openings)
 
     async def fail(

@@ -1,11 +1,14 @@
 """Why a verified request cannot be taken in at the moment, if so."""
 
+from collections.abc import Mapping
+
 from relay.clock import Clock
 from relay.config.secret import Secrets
 from relay.errors import DiskFull, Draining, Paused, RateLimited
 from relay.incoming import Incoming
 from relay.ingest.routes import Mount
 from relay.rate import TokenBucket
+from relay.units import Rate
 
 
 class Gate:
@@ -15,7 +18,7 @@ class Gate:
         self.draining = False
         self.disk_full = False
         self._clock = clock
-        self._buckets: dict[tuple[str, bytes], TokenBucket] = {}
+        self._buckets: dict[tuple[str, Rate, bytes], TokenBucket] = {}
 
     def check(self, mount: Mount, incoming: Incoming, *, late: bool) -> None:
         """Let a request pass whose sender has been verified; `late`: it began when we were draining.
@@ -35,12 +38,17 @@ class Gate:
         if mount.config.rate_limit is not None:
             self._limit(mount, incoming)
 
+    def keep(self, mounts: Mapping[str, Mount]) -> None:
+        """Forget the buckets of sources that are gone or have another rate now; the others go on."""
+        rates = {(name, mount.config.rate_limit) for name, mount in mounts.items()}
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[:2] in rates}
+
     def _limit(self, mount: Mount, incoming: Incoming) -> None:
         rate = mount.config.rate_limit
         assert rate is not None  # noqa: S101 - asked only where there is one
         now = self._clock.steady()
         # Only verified tokens get here, so there are as many buckets as tokens, and one without any.
-        key = (mount.name, _token(mount, incoming))
+        key = (mount.name, rate, _token(mount, incoming))
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = TokenBucket(rate, now, burst=rate.count)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+from collections.abc import Iterable
 
 import msgspec
 from aiohttp import web
@@ -47,7 +48,7 @@ class Ingest:
     def __init__(
         self,
         *,
-        mounts: tuple[Mount, ...],
+        mounts: Iterable[Mount],
         store: Store,
         clock: Clock,
         metrics: Metrics,
@@ -55,19 +56,33 @@ class Ingest:
         body_seconds: float = BODY_SECONDS,
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self.mounts = {mount.name: mount for mount in mounts}
+        self.mounts: dict[str, Mount] = {}
         self.gate = Gate(clock)
-        self._routes = Routes(mounts)
         self._store = store
         self._clock = clock
         self._metrics = metrics
-        self._meters = {mount.name: _Meter(metrics, mount.name) for mount in mounts}
+        self._meters: dict[str, _Meter] = {}
         self._body_seconds = body_seconds
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
-        self._remote = Remote(trusted_proxies)
         self._log = Sparing(log, clock)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.mount(mounts, trusted_proxies)
+
+    def mount(self, mounts: Iterable[Mount], trusted_proxies: tuple[str, ...]) -> None:
+        """Serve these sources from now on, in one step; requests under way end as they began.
+
+        One that was served before stays paused if it is, and its rate buckets are not filled up.
+        """
+        before, self.mounts = self.mounts, {mount.name: mount for mount in mounts}
+        for name, mount in self.mounts.items():
+            if name in before:
+                mount.paused = before[name].paused
+            if name not in self._meters:  # that of a source which is gone stays, for its last requests
+                self._meters[name] = _Meter(self._metrics, name)
+        self._routes = Routes(tuple(self.mounts.values()))
+        self._remote = Remote(trusted_proxies)
+        self.gate.keep(self.mounts)
 
     async def handle(self, request: web.BaseRequest) -> Response:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""

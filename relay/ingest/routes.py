@@ -22,6 +22,11 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     paused: bool = False
 
 
+def mounts_of(sources: Mapping[str, SourceConfig]) -> tuple[Mount, ...]:
+    """Return the configured sources, to be mounted."""
+    return tuple(Mount(name=name, source=each.settings, config=each) for name, each in sources.items())
+
+
 class Match(msgspec.Struct, frozen=True):
     """A path that exists: its handlers by method, and what stood for the placeholders."""
 

@@ -1,0 +1,301 @@
+"""Lanes while the config changes: what is new, changed, gone and back; what is under way ends as it began."""
+
+import asyncio
+import logging
+
+import msgspec
+import pytest
+from lanes import Receiver, destination, ended, engine_for, route, send, send_many
+from support import until
+
+from relay.clock import SECOND
+from relay.config.model import CircuitConfig, RetryConfig
+from relay.config.secret import Secret
+from relay.errors import RelayError
+from relay.units import Rate
+
+LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
+LATER = RetryConfig(schedule=(3600.0,) * 9)
+
+
+@pytest.fixture
+async def other():
+    """Another receiver."""
+    async with Receiver().serve() as other:
+        yield other
+
+
+async def change(engine, store, *destinations):
+    """Go by other destinations, as a reload does."""
+    plan = await engine.plan({config.name: config for config in destinations})
+    store.route = route(destinations)
+    engine.adopt(plan)
+
+
+async def unaccounted(store):
+    return {name: counts.unaccounted for name, counts in (await store.counts()).items()}
+
+
+async def test_a_destination_that_does_not_change_keeps_lane_circuit_and_bucket(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, concurrency=1, circuit=LASTING, rate_limit=Rate(100, 1))
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 5)
+        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        lane = engine.lanes["crm"]
+        kept = lane._pace, lane._sender, lane.standing.circuit
+        await change(engine, store, msgspec.structs.replace(crm))
+        assert engine.lanes == {"crm": lane}
+        assert (lane._pace, lane._sender, lane.standing.circuit) == kept
+        assert lane.held == "circuit open"
+
+
+async def test_a_changed_url_is_gone_to_at_once_while_an_attempt_hangs_at_the_old_one(store, receiver, other):
+    receiver.gate.clear()
+    crm = destination("crm", receiver.url, concurrency=2)
+    async with engine_for(store, crm) as engine:
+        first = await send(store)
+        await until(lambda: receiver.busy == 1)
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        second = await send(store)
+        await until(lambda: other.ids == [second])
+        receiver.gate.set()
+        rows = await ended(store, 2)
+        await until(lambda: not engine.lanes["crm"]._former)
+    assert receiver.ids == [first]
+    assert {row["state"] for row in rows} == {"delivered"}
+    assert await unaccounted(store) == {"crm": 0}
+
+
+@pytest.mark.parametrize("answer", [(410, {}), (500, {"webhook-delivery": "disable"})])
+async def test_a_former_url_that_wants_to_be_left_alone_disables_nothing(store, receiver, other, answer):
+    receiver.gate.clear()
+    receiver.usual = answer
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        event = await send(store)
+        await until(lambda: receiver.busy == 1)
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        receiver.gate.set()
+        [row] = await ended(store)
+        assert engine.lanes["crm"].held is None
+    assert (other.ids, row["state"], row["attempts"]) == ([event], "delivered", 1)
+    assert (await store.destination_states()).get("crm") is None
+
+
+async def test_what_fails_at_the_former_url_is_retried_at_the_new_one(store, receiver, other):
+    receiver.gate.clear()
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        event = await send(store)
+        await until(lambda: receiver.busy == 1)
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        receiver.gate.set()
+        [row] = await ended(store)
+    assert (receiver.ids, other.ids) == ([event], [event])
+    assert (row["state"], row["attempts"]) == ("delivered", 2)
+
+
+async def test_a_failed_probe_of_the_former_url_spends_nothing_and_is_due_at_once(store, receiver, other):
+    receiver.usual = (500, {})
+    probing = CircuitConfig(failures=1, probe=0.05, max_probe=0.05)
+    crm = destination("crm", receiver.url, circuit=probing, retry=LATER)
+    async with engine_for(store, crm) as engine:
+        first = await send(store)
+        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        receiver.gate.clear()
+        second = await send(store)
+        await until(lambda: receiver.busy == 1)
+        assert receiver.ids[-1] == second
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        receiver.gate.set()
+        [row] = await ended(store)
+        assert (row["event_id"], row["attempts"]) == (second, 1)
+        assert first not in other.ids
+
+
+async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_it_ramps_up(
+    store, receiver, other
+):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, circuit=LASTING, retry=LATER, concurrency=4)
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 4)
+        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        waiting = await send_many(store, 10)
+        assert engine.lanes["crm"].standing.state.failing_since is not None
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        await ended(store, 10)
+        assert sorted(other.ids) == sorted(waiting)
+        assert engine.lanes["crm"].standing.state.failing_since is None
+        assert other.most_busy <= 4
+    assert (await store.destination_states())["crm"].failing_since is None
+
+
+async def test_a_refused_address_that_the_change_permits_is_dialled_at_once(store, receiver):
+    crm = destination("crm", receiver.url, allow_private=False)
+    async with engine_for(store, crm) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["crm"].held == "resting")
+        await change(engine, store, msgspec.structs.replace(crm, allow_private=True))
+        fresh = await send(store)
+        await until(lambda: receiver.ids == [fresh])  # the refused one waits for its own time
+
+
+async def test_a_new_secret_signs_what_comes_after_it(store, receiver):
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        await send(store)
+        await ended(store)
+        rotated = (Secret("whsec_bm90IGEgc2VjcmV0LCBmb3IgZGV2ZWxvcG1lbnQ="), *crm.secrets)
+        await change(engine, store, msgspec.structs.replace(crm, secrets=rotated))
+        await send(store)
+        await ended(store, 2)
+    signatures = [headers["webhook-signature"].split() for headers, _ in receiver.requests]
+    assert [len(each) for each in signatures] == [1, 2]
+
+
+async def test_concurrency_and_rate_limit_change_with_the_config(store, receiver):
+    receiver.gate.clear()
+    crm = destination("crm", receiver.url, concurrency=1)
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 8)
+        await until(lambda: receiver.busy == 1)
+        await change(engine, store, msgspec.structs.replace(crm, concurrency=4))
+        await until(lambda: receiver.busy == 4)
+        receiver.gate.set()
+        await ended(store, 8)
+        limited = msgspec.structs.replace(crm, concurrency=4, rate_limit=Rate(1, 3600))
+        await change(engine, store, limited)
+        await send_many(store, 2)
+        await ended(store, 9)
+        await until(lambda: not engine.lanes["crm"].in_flight)
+        assert len(receiver.requests) == 9
+        await change(engine, store, msgspec.structs.replace(limited, rate_limit=None))
+        await ended(store, 10)
+
+
+async def test_a_pause_survives_a_change(store, receiver, other):
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        lane = engine.lanes["crm"]
+        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=True))
+        await send(store)
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        assert engine.lanes["crm"].held == "paused"
+        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=False))
+        await ended(store)
+    assert (len(receiver.ids), len(other.ids)) == (0, 1)
+
+
+async def test_a_new_destination_owes_nothing_of_the_past(store, receiver, other):
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 3)
+        await ended(store, 3)
+        await change(engine, store, crm, destination("audit", other.url))
+        fresh = await send(store)
+        await ended(store, 1, destination="audit")
+    assert other.ids == [fresh]
+
+
+async def test_a_removed_destination_keeps_what_it_is_owed_and_gets_it_when_it_returns(
+    store, receiver, other
+):
+    other.usual = (500, {})
+    crm, gone = destination("crm", receiver.url), destination("gone", other.url, retry=LATER)
+    async with engine_for(store, crm, gone) as engine:
+        owed = await send_many(store, 5)
+        await until(lambda: len(other.ids) == 5)
+        lane = engine.lanes["gone"]
+        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=True))
+        owed += await send_many(store, 5)
+        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=False))
+        await change(engine, store, crm)
+        await send_many(store, 2)
+        await ended(store, 12, destination="crm")
+        assert (await store.counts())["gone"].pending == 10
+        other.usual = (200, {})
+        await store.hurry([row["row"] for row in await store.find("deliveries", destination="gone")])
+        await change(engine, store, crm, gone)
+        await ended(store, 10, destination="gone")
+    assert set(other.ids) == set(owed)
+    assert await unaccounted(store) == {"crm": 0, "gone": 0}
+
+
+async def test_an_attempt_at_a_removed_destination_ends_and_is_not_made_twice_when_it_returns(
+    store, receiver, other
+):
+    other.gate.clear()
+    crm, gone = destination("crm", receiver.url), destination("gone", other.url)
+    async with engine_for(store, crm, gone) as engine:
+        event = await send(store)
+        await until(lambda: other.busy == 1)
+        await change(engine, store, crm)
+        assert engine.in_flight("gone") == 1
+        await change(engine, store, crm, gone)
+        assert engine.in_flight("gone") == 1
+        other.gate.set()
+        await ended(store, 1, destination="gone")
+        await until(lambda: engine.in_flight("gone") == 0)
+    assert other.ids == [event]
+
+
+async def test_what_fails_at_a_removed_destination_is_taken_up_by_the_one_that_returns(
+    store, receiver, other
+):
+    other.gate.clear()
+    other.answers.append((410, {}))
+    crm, gone = destination("crm", receiver.url), destination("gone", other.url)
+    async with engine_for(store, crm, gone) as engine:
+        event = await send(store)
+        await until(lambda: other.busy == 1)
+        await change(engine, store, crm)
+        await change(engine, store, crm, gone)
+        other.gate.set()
+        await ended(store, 1, destination="gone")
+        assert engine.lanes["gone"].held is None
+    assert other.ids == [event, event]
+
+
+async def test_a_stop_ends_lanes_that_have_left_and_senders_that_were_replaced(
+    store, receiver, other, caplog
+):
+    for each in (receiver, other):
+        each.gate.clear()
+    crm, gone = destination("crm", receiver.url), destination("gone", other.url)
+    async with engine_for(store, crm, gone) as engine:
+        await send(store)
+        await until(lambda: receiver.busy == other.busy == 1)
+        await change(engine, store, msgspec.structs.replace(crm, timeout=9.0))
+        await engine.stop(0.0)
+        assert engine.in_flight("crm") == engine.in_flight("gone") == 0
+        assert not [task for task in asyncio.all_tasks() if "Lane" in repr(task.get_coro())]
+    cut_off = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sorted(line.partition(":")[0] for line in cut_off) == ["crm", "gone"]
+
+
+async def test_renewed_certificates_get_a_new_client_and_leave_the_rest_alone(store, receiver, certificates):
+    crm = destination("crm", receiver.url, ca_file=certificates.ca)
+    async with engine_for(store, crm) as engine:
+        lane = engine.lanes["crm"]
+        sender, circuit = lane._sender, lane.standing.circuit
+        lane.standing.rest(60 * SECOND)
+        await change(engine, store, crm)
+        assert lane._sender is not sender
+        assert (lane.standing.circuit, lane.held) == (circuit, "resting")
+
+
+async def test_a_plan_that_fails_leaves_nothing_open_and_nothing_changed(store, receiver, tmp_path):
+    broken = tmp_path / "ca.pem"
+    broken.write_text("no certificate")
+    crm = destination("crm", receiver.url)
+    async with engine_for(store, crm) as engine:
+        before = dict(engine.lanes)
+        audit = destination("audit", receiver.url)
+        with pytest.raises(RelayError, match=r"ca\.pem cannot be used"):
+            await change(engine, store, audit, destination("tls", receiver.url, ca_file=broken))
+        assert engine.lanes == before
+        await send(store)
+        await ended(store)
