@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from relay.api import Api
 from relay.clock import SECOND, Clock, SystemClock
 from relay.config.model import Config, DestinationConfig
 from relay.delivery.engine import Engine
+from relay.delivery.progress import Progress
 from relay.errors import RelayError
 from relay.filters import Router, Subscription
 from relay.health import Health
@@ -33,8 +35,10 @@ from relay.replay import Replays
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
+from relay.systemd import Inherited, Notifier
 from relay.terms import Terms
 from relay.units import render_size
+from relay.watchdog import Watchdog
 from relay.workers import Rulebook, Watch
 
 log = logging.getLogger("relay")
@@ -44,6 +48,7 @@ EXPIRE_EVERY = 1.0
 FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
 BOOKS_EVERY = 15.0
+WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
 GC_THRESHOLDS = (20_000, 20, 100)
 """Cycles are looked for a thirtieth as often as by default, which was a tenth of the CPU of an event.
@@ -115,6 +120,9 @@ class App:
             router=self.router,
         )
         self.health.watch(self._trouble)
+        self.health.watch(lambda: "; ".join(self._stuck()) or None)
+        self.progress = Progress(clock)
+        self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
         self.stopping = asyncio.Event()
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
@@ -127,13 +135,11 @@ class App:
         config = self.config
         grace = config.server.shutdown_grace
         async with AsyncExitStack() as life:
+            self.watchdog.start()
+            life.callback(self.watchdog.stop)
             self.state_dir.take()
             life.callback(self.state_dir.release)
-            public = bind(config.server.listen, "[server] listen")
-            life.callback(public.close)
-            admin = bind(config.admin.listen, "[admin] listen") if config.admin.listen else None
-            if admin is not None:
-                life.callback(admin.close)
+            public, admin = self._listeners(life)
             socket_path = _socket_path(config)
             unix = bind_unix(socket_path)
             life.callback(socket_path.unlink, missing_ok=True)
@@ -165,12 +171,29 @@ class App:
             self.health.phase = None
             addresses = Addresses(url(public), None if admin is None else url(admin), socket_path)
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
+            self.watchdog.started()
             on_ready(addresses)
             await self.stopping.wait()
             self.health.phase = "draining"
             self._deadline = asyncio.get_running_loop().time() + grace
+            self.watchdog.stopping()
             log.info("draining: no new requests, what is in flight has %gs", grace)
         log.info("stopped, nothing is lost")
+
+    def _listeners(self, life: AsyncExitStack) -> tuple[socket.socket, socket.socket | None]:
+        """Take over what systemd listens on for us, and bind the rest."""
+        server, admin = self.config.server, self.config.admin
+        inherited = Inherited()
+        life.callback(inherited.close)
+        public = inherited.take("public") or bind(server.listen, "[server] listen")
+        life.callback(public.close)
+        private = None
+        if admin.listen:
+            private = inherited.take("admin") or bind(admin.listen, "[admin] listen")
+            life.callback(private.close)
+        for name in inherited.names:
+            log.warning("systemd opened a socket %r that nothing here listens on", name)
+        return public, private
 
     async def _close(self, front: web.BaseRunner, server: Server) -> None:
         """Let the requests under way finish; who asks anew is sent away, with 503 where it is connected."""
@@ -213,6 +236,22 @@ class App:
         if self.store.failure is not None:
             return f"the store cannot write: {self.store.failure}"
         return "less free space than min_free_disk" if self.ingest.gate.disk_full else None
+
+    def _stuck(self) -> list[str]:
+        """Say which work does not get on, although nothing outside is to blame: a restart would help."""
+        found = []
+        if self.store.busy > WRITER_PATIENCE:
+            found.append("the store's writer is stuck")
+        return found + [
+            f"due deliveries to {name} are not picked up" for name in self.progress.stuck(self.engine.lanes)
+        ]
+
+    def _summary(self) -> str:
+        if self.health.phase == "draining":
+            return "draining"
+        if reasons := self.health.reasons():
+            return f"not ready: {'; '.join(reasons)}"
+        return f"serving {len(self.ingest.mounts)} sources and {len(self.engine.lanes)} destinations"
 
     async def _expire(self) -> None:
         """End what is past its `ttl`, in short transactions."""

@@ -18,6 +18,7 @@ class Feed:
         self.active = 0  # attempts being made
         self.due = 0  # steady clock: when to look into the store
         self.refilling = False
+        self.looks = 0  # into the store, come back
         self._memory = memory
         self._window: deque[Delivery] = deque()
 

@@ -77,6 +77,16 @@ class Lane:
         """Why nothing is sent for now; None: it is."""
         return self.standing.held_at(self._clock.steady())
 
+    @property
+    def looks(self) -> tuple[tuple[int, bool], ...]:
+        """Of each feed: how often it has looked into the store, and whether one more is due or under way."""
+        now, probing = self._clock.steady(), self.standing.circuit.is_open
+        idle = self._stopping or self.held is not None
+        return tuple(
+            (feed.looks, feed.refilling or (not idle and feed.wants(now, probing=probing)))
+            for feed in self._feeds
+        )
+
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
         feed, now = self._first, self._clock.steady()
@@ -331,6 +341,7 @@ class Lane:
             feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
         finally:
             feed.refilling = False
+            feed.looks += 1
         self.turn()
 
     async def _load(self, deliveries: Iterable[Delivery]) -> None:

@@ -85,6 +85,11 @@ class SqliteStore(Holding, Pruning, Selecting, Tallying, Watching, Wishing):
         """How many transactions of requests and outcomes have been committed since `open`."""
         return self._writer.commits
 
+    @property
+    def busy(self) -> float:
+        """Seconds that the writer has spent on the step under way; 0 while it waits for work."""
+        return self._writer.busy
+
     async def open(self) -> None:
         """See `Store.open`."""
         check_library()

@@ -7,6 +7,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
@@ -101,6 +102,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self.failure: str | None = None  # why writes fail at the moment; None: they work
         self.commits = 0
+        self._busy_since: float | None = None  # time.monotonic() of the step under way; None: nothing to do
 
     def start(self) -> None:
         """Begin to work."""
@@ -131,6 +133,11 @@ class Writer:
         self._wake.set()
         return job.future
 
+    @property
+    def busy(self) -> float:
+        """Seconds that the transaction, errand or probe under way has taken so far; 0: there is none."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
     async def errand(self, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
         """Run something of its own on the writing connection, after all transactions queued so far."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -151,15 +158,19 @@ class Writer:
                     return
                 self._wake.clear()
                 await self._wake.wait()
+            self._busy_since = time.monotonic()
             errands, self._errands = self._errands, deque()
             while self._jobs:
                 await self._commit(self._take())
+                self._busy_since = time.monotonic()
                 if errands:
                     break
             for errand, future in errands:
                 await self._settle_errand(errand, future)
+                self._busy_since = time.monotonic()
             if self.failure is not None and not self._stopping:
                 await self._recover()
+            self._busy_since = None
 
     def _take(self) -> list[Job[Any]]:
         jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), MAX_BATCH))]
@@ -228,6 +239,7 @@ class Writer:
         log.error("writes fail, senders are refused with 503: %s", self.failure)
         while self.failure is not None and not self._stopping:
             await asyncio.sleep(PROBE_EVERY)
+            self._busy_since = time.monotonic()
             try:
                 await self._connection.execute("BEGIN IMMEDIATE")
                 await self._connection.execute("REPLACE INTO meta (name, value) VALUES ('probe', '')")

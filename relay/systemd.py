@@ -1,0 +1,123 @@
+"""What a service and systemd tell each other: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
+
+By hand, because it is one datagram and three environment variables; outside systemd all of it is silent.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from relay.errors import RelayError
+
+log = logging.getLogger("relay.systemd")
+
+FIRST_FD = 3  # SD_LISTEN_FDS_START
+_PATIENCE = 0.25  # seconds that a datagram may wait for room in the manager's queue
+
+
+class Notifier:
+    """Tells the service manager how the daemon is; mute without `$NOTIFY_SOCKET`."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        name = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{name[1:]}" if name.startswith("@") else name
+        self.watchdog = _watchdog(environment)
+        """Seconds within which the manager wants to hear `alive` again; None: it does not watch."""
+
+    def ready(self, status: str) -> None:
+        """Say that start-up or a reload is through."""
+        self._send("READY=1", _status(status))
+
+    def reloading(self) -> None:
+        """Say that a reload begins; `ready` ends it."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send("RELOADING=1", f"MONOTONIC_USEC={now}", "STATUS=reloading")
+
+    def stopping(self, status: str) -> None:
+        """Say that the end has begun."""
+        self._send("STOPPING=1", _status(status))
+
+    def status(self, status: str) -> None:
+        """Set the line that `systemctl status` shows."""
+        self._send(_status(status))
+
+    def alive(self) -> None:
+        """Feed the watchdog."""
+        self._send("WATCHDOG=1")
+
+    def extend(self, seconds: float) -> None:
+        """Ask for so much time from now before a start, reload or stop counts as hung."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(_PATIENCE)
+                sock.sendto("\n".join(lines).encode(), self._address)
+        except OSError as error:
+            log.warning("cannot tell systemd %s: %s", lines[0], error)
+
+
+class Inherited:
+    """The listening sockets that a `.socket` unit opened for us, by their `FileDescriptorName`."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ, first: int = FIRST_FD) -> None:
+        self._sockets: dict[str, socket.socket] = {}
+        if environment.get("LISTEN_PID") != str(os.getpid()):
+            return  # none, or meant for the process that started us
+        count = int(environment.get("LISTEN_FDS", "0"))
+        names = environment.get("LISTEN_FDNAMES", "").split(":")
+        for index in range(count):
+            name = names[index] if index < len(names) else ""
+            os.set_inheritable(first + index, False)  # noqa: FBT003 - the name says it
+            if name in self._sockets:
+                self.close()
+                raise RelayError(
+                    f"two sockets are called {name!r}",
+                    hint="set FileDescriptorName=public or =admin once each in the .socket units",
+                )
+            self._sockets[name] = socket.socket(fileno=first + index)
+
+    @property
+    def names(self) -> set[str]:
+        """What has not been taken yet."""
+        return set(self._sockets)
+
+    def take(self, name: str) -> socket.socket | None:
+        """Return the TCP socket of that name, None where the daemon has to bind its own.
+
+        Raises:
+            RelayError: it is something else than a listening TCP socket.
+        """
+        sock = self._sockets.pop(name, None)
+        if sock is None:
+            return None
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or not listening:
+            sock.close()
+            raise RelayError(
+                f"the socket {name!r} from systemd is not a listening TCP socket",
+                hint="write ListenStream=host:port and Accept=no in its .socket unit",
+            )
+        sock.settimeout(0)
+        return sock
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        while self._sockets:
+            self._sockets.popitem()[1].close()
+
+
+def _watchdog(environment: Mapping[str, str]) -> float | None:
+    if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    micros = environment.get("WATCHDOG_USEC", "")
+    return int(micros) / 1_000_000 if micros.isdigit() and int(micros) else None
+
+
+def _status(text: str) -> str:
+    return "STATUS=" + text.replace("\n", " ")

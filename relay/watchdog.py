@@ -1,0 +1,67 @@
+"""Feeds systemd's watchdog, from within the event loop and only while the relay gets on with its work.
+
+A loop that has stopped turning cannot feed it; a writer or a lane that is stuck speaks against it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from relay.systemd import Notifier
+
+log = logging.getLogger("relay.systemd")
+
+SHARE = 4  # feedings per deadline: three may come late
+START_EVERY = 10.0  # seconds between requests for more time while migrations and checks run
+START_MORE = 30.0  # seconds asked for each time
+
+
+class Watchdog:
+    """Speaks to the service manager at a steady pace, from `start` to `stop`."""
+
+    def __init__(
+        self, notifier: Notifier, *, stuck: Callable[[], list[str]], status: Callable[[], str]
+    ) -> None:
+        self._notifier = notifier
+        self._stuck = stuck
+        self._status = status
+        self._said = ""
+        self._starting = True
+        self._fed = True
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin, and ask for more time to start for as long as it takes."""
+        self._beat()
+
+    def started(self) -> None:
+        """Say that start-up is through: from now on it is the work that counts."""
+        self._starting = False
+        self._said = self._status()
+        self._notifier.ready(self._said)
+
+    def stopping(self) -> None:
+        """Say that the end has begun; what drains is fed until `stop`."""
+        self._said = self._status()
+        self._notifier.stopping(self._said)
+
+    def stop(self) -> None:
+        """End."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _beat(self) -> None:
+        if self._starting:
+            self._notifier.extend(START_MORE)
+        elif (status := self._status()) != self._said:
+            self._said = status
+            self._notifier.status(status)
+        stuck = [] if self._starting else self._stuck()
+        if not stuck:
+            self._notifier.alive()
+        elif self._fed:
+            log.critical("the watchdog is not fed any more: %s", "; ".join(stuck))
+        self._fed = not stuck
+        deadline = self._notifier.watchdog
+        pace = START_EVERY if deadline is None else min(deadline / SHARE, START_EVERY)
+        self._timer = asyncio.get_running_loop().call_later(pace, self._beat)

@@ -1,0 +1,284 @@
+"""What systemd and the daemon tell each other, over a real notify socket and really inherited ones."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+
+import pytest
+from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from support import FakeClock, until
+from wire import exchange, request
+
+from relay import app as app_module
+from relay.delivery import progress
+from relay.errors import RelayError
+from relay.systemd import Inherited, Notifier
+from relay.watchdog import Watchdog
+
+
+class Manager:
+    """The other end of a notify socket."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self._flushes = []
+        self.told = []  # one dictionary per datagram
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def heard(self, key):
+        """Return every value of a key so far, in order."""
+        self._flush()
+        return [message[key] for message in self.told if key in message]
+
+    def close(self):
+        """Stop listening."""
+        self._tell("END")
+        self._reader.join()
+        self.socket.close()
+
+    def _flush(self):
+        """Wait until everything sent so far is read."""
+        done = threading.Event()
+        self._flushes.append(done)
+        self._tell("FLUSH")
+        assert done.wait(5)
+
+    def _tell(self, word):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(word.encode(), self.socket.getsockname())
+
+    def _read(self):
+        while (datagram := self.socket.recv(4096).decode()) != "END":
+            if datagram == "FLUSH":
+                self._flushes.pop(0).set()
+            else:
+                self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    manager = Manager(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def listening():
+    """A listening TCP socket, as a .socket unit opens it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
+        yield sock
+
+
+# --- what is said ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("say", "said"),
+    [
+        (lambda n: n.ready("serving"), {"READY": "1", "STATUS": "serving"}),
+        (lambda n: n.stopping("draining"), {"STOPPING": "1", "STATUS": "draining"}),
+        (lambda n: n.status("two\nlines"), {"STATUS": "two lines"}),
+        (lambda n: n.alive(), {"WATCHDOG": "1"}),
+        (lambda n: n.extend(2.5), {"EXTEND_TIMEOUT_USEC": "2500000"}),
+    ],
+)
+def test_each_message_has_the_words_of_sd_notify(manager, say, said):
+    say(Notifier())
+    manager.heard("")
+    assert manager.told == [said]
+
+
+def test_a_reload_tells_its_moment_on_the_monotonic_clock(manager):
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    Notifier().reloading()
+    assert manager.heard("RELOADING") == ["1"]
+    [moment] = manager.heard("MONOTONIC_USEC")
+    assert before <= int(moment) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def test_an_address_with_an_at_sign_is_abstract():
+    manager = Manager(f"\0hookferry-test-{os.getpid()}")
+    Notifier({"NOTIFY_SOCKET": f"@hookferry-test-{os.getpid()}"}).alive()
+    assert manager.heard("WATCHDOG") == ["1"]
+    manager.close()
+
+
+def test_a_manager_that_is_gone_costs_a_line_in_the_log(tmp_path, caplog):
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).alive()
+    assert "cannot tell systemd WATCHDOG=1" in caplog.text
+
+
+def test_without_a_manager_nothing_is_said(caplog):
+    Notifier({}).ready("serving")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "60000000"}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": str(os.getpid())}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "often"}, None),
+        ({}, None),
+    ],
+)
+def test_the_watchdog_is_fed_only_where_systemd_watches_this_process(environment, seconds):
+    assert Notifier(environment).watchdog == seconds
+
+
+# --- sockets that systemd opened ------------------------------------------------------------------------
+
+
+def handed(names, pid=None):
+    return {"LISTEN_PID": str(pid or os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": names}
+
+
+def test_an_inherited_socket_is_taken_once_by_its_name(listening):
+    inherited = Inherited(handed("public"), first=os.dup(listening.fileno()))
+    assert inherited.names == {"public"}
+    assert inherited.take("admin") is None
+    with inherited.take("public") as sock:
+        assert sock.getsockname() == listening.getsockname()
+        assert not os.get_inheritable(sock.fileno())
+    assert inherited.take("public") is None
+
+
+def test_sockets_for_another_process_are_not_touched(listening):
+    assert Inherited(handed("public", pid=1), first=listening.fileno()).names == set()
+    assert listening.getsockname()
+
+
+def test_a_socket_that_does_not_listen_is_refused():
+    with socket.socket() as sock, pytest.raises(RelayError, match="not a listening TCP socket"):
+        Inherited(handed("public"), first=os.dup(sock.fileno())).take("public")
+
+
+def test_two_sockets_of_one_name_are_refused(listening):
+    first = 200  # and the next one: surely free
+    os.dup2(listening.fileno(), first)
+    os.dup2(listening.fileno(), first + 1)
+    environment = {**handed("public:public"), "LISTEN_FDS": "2"}
+    with pytest.raises(RelayError, match="two sockets are called 'public'"):
+        Inherited(environment, first=first)
+    os.close(first + 1)
+
+
+# --- the daemon -----------------------------------------------------------------------------------------
+
+
+async def test_a_daemon_tells_its_life(tmp_path, manager):
+    config = write_config(tmp_path, SOURCES)
+    async with Daemon(config) as daemon:
+        await until(lambda: manager.heard("READY") == ["1"])
+        assert "READY" not in manager.told[0]
+        assert manager.heard("EXTEND_TIMEOUT_USEC")
+        assert manager.heard("STATUS") == ["serving 5 sources and 0 destinations"]
+        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 3)
+        assert manager.heard("STOPPING") == []
+        assert await daemon.stop() == 0
+    assert manager.heard("STOPPING") == ["1"]
+    assert manager.heard("STATUS")[-1] == "draining"
+
+
+async def beats(watchdog, count):
+    """Wait until the watchdog has had so many chances to feed."""
+    asked, stuck = [], watchdog._stuck
+    watchdog._stuck = lambda: asked.append(1) or stuck()
+    await until(lambda: len(asked) > count)
+
+
+async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(app_module, "WRITER_PATIENCE", 0.1)
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        writer = relay.app.store._writer
+        write, let_go = writer._gatherer.write, asyncio.Event()
+
+        async def wait(transaction, batch):
+            await let_go.wait()
+            await type(writer._gatherer).write(writer._gatherer, transaction, batch)
+
+        monkeypatch.setattr(writer._gatherer, "write", wait)
+        sender = asyncio.create_task(relay.exchange(request("POST", "/v1/events", adorn())))
+        await until(lambda: "not ready: the store's writer is stuck" in manager.heard("STATUS"))
+        fed = len(manager.heard("WATCHDOG"))
+        await beats(relay.app.watchdog, 4)
+        assert len(manager.heard("WATCHDOG")) == fed
+        answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
+        assert (answer.status, answer.json["reasons"]) == (503, ["the store's writer is stuck"])
+        let_go.set()
+        monkeypatch.setattr(writer._gatherer, "write", write)
+        assert (await sender).status == 200
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+
+
+async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    async with Recorder() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            claim, let_go = relay.app.store.claim, asyncio.Event()
+
+            async def stall(*args, **named):
+                await let_go.wait()
+                return await claim(*args, **named)
+
+            monkeypatch.setattr(relay.app.store, "claim", stall)
+            relay.app.engine.lanes["crm"].wake()
+            wanted = "not ready: due deliveries to crm are not picked up"
+            await until(lambda: wanted in manager.heard("STATUS"))
+            fed = len(manager.heard("WATCHDOG"))
+            await beats(relay.app.watchdog, 4)
+            assert len(manager.heard("WATCHDOG")) == fed
+            let_go.set()
+            await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+
+
+async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/nobody"))
+    async with running(config) as relay:
+        for number in range(12):
+            await relay.exchange(request("POST", "/v1/events", adorn(f"s{number}")))
+        await until(lambda: relay.app.engine.lanes["crm"].held)
+        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 8)
+        assert relay.app._stuck() == []
+
+
+async def test_starvation_is_said_once(manager, caplog):
+    watchdog = Watchdog(Notifier(), stuck=lambda: ["the loop limps"], status=lambda: "limping")
+    watchdog.started()
+    for _ in range(3):
+        watchdog._beat()
+        watchdog.stop()
+    assert caplog.text.count("the watchdog is not fed any more: the loop limps") == 1
+    assert manager.heard("WATCHDOG") == []
+
+
+def test_a_lane_that_looks_again_and_again_is_not_stuck():
+    class Lane:
+        looks = ((0, True), (0, True))
+
+    clock, lane = FakeClock(), Lane()
+    watch = progress.Progress(clock)
+    for look in range(5):
+        lane.looks = ((look, True), (look, True))
+        assert watch.stuck({"crm": lane}) == []
+        clock.advance(59)
+    assert watch.stuck({"crm": lane}) == []
+    clock.advance(2)
+    assert watch.stuck({"crm": lane}) == ["crm"]
+    lane.looks = ((4, True), (5, False))
+    assert watch.stuck({"crm": lane}) == ["crm"]
+    lane.looks = ((5, True), (5, False))
+    assert watch.stuck({"crm": lane}) == []
