@@ -32,12 +32,14 @@ from relay.metrics import Metrics
 from relay.model import News
 from relay.observers import Observers
 from relay.replay import Replays
+from relay.retention import Policy
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
 from relay.systemd import Inherited, Notifier
 from relay.terms import Terms
 from relay.units import render_size
+from relay.upkeep import Upkeep
 from relay.watchdog import Watchdog
 from relay.workers import Rulebook, Watch
 
@@ -107,6 +109,7 @@ class App:
         self.store.listener = self._listen
         for name in config.sources:
             self.metrics.count_workers(name, self.store.census)
+        self.upkeep = Upkeep(self.store, self.engine, Policy.of_config(config))
         self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
         self.replays = Replays(store=self.store, router=self.router, clock=clock)
         self.api = Api(
@@ -218,6 +221,7 @@ class App:
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
+        jobs.add("retention", self.upkeep.every, self.upkeep.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self._check_books)
         for job in self._setup.jobs:

@@ -7,7 +7,7 @@ from fnmatch import translate
 import msgspec
 
 from relay.clock import SECOND
-from relay.config.model import Retention, SourceRetention
+from relay.config.model import Config, Retention, SourceRetention
 
 
 class Keep(msgspec.Struct, frozen=True):
@@ -35,6 +35,11 @@ class Policy:
                     (re.compile(translate(f"{name}.{pattern}")), Keep(_micros(kept), _micros(kept)))
                     for pattern, kept in rules.types.items()
                 ]
+
+    @classmethod
+    def of_config(cls, config: Config) -> "Policy":
+        """Return what a whole config says."""
+        return cls(config.retention, {name: source.retention for name, source in config.sources.items()})
 
     @property
     def by_type(self) -> tuple[str, ...]:

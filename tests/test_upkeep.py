@@ -1,0 +1,89 @@
+"""The pass of each minute, with a real store and real lanes: who holds, what expires, what the log says."""
+
+import hashlib
+import logging
+
+import pytest
+from support import FakeClock
+
+from relay.config.model import DestinationConfig, Retention
+from relay.delivery.engine import Engine
+from relay.ids import event_id
+from relay.metrics import Metrics
+from relay.model import DestinationState, Owed, StoredEvent
+from relay.retention import Policy
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+from relay.upkeep import Upkeep
+
+DAY = 86_400.0
+DESTINATIONS = {
+    name: DestinationConfig(name=name, url="http://127.0.0.1:9/") for name in ("paused", "dead", "well")
+}
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    store = SqliteStore(tmp_path / "relay.db", clock)
+    await store.open()
+    yield store
+    for name, books in (await store.counts()).items():
+        assert books.unaccounted == 0, name
+    await store.close()
+
+
+@pytest.fixture
+async def engine(store, clock):
+    """Lanes of which one is paused and one waits for an answer to its probe."""
+    engine = Engine(DESTINATIONS, store=store, clock=clock, metrics=Metrics({}, DESTINATIONS))
+    await engine.start()
+    await engine.lanes["paused"].set_state(DestinationState(name="paused", paused=True))
+    circuit = engine.lanes["dead"].standing.circuit
+    while not circuit.is_open:
+        circuit.record("connect", clock.steady(), circuit.openings)
+    yield engine
+    await engine.stop(0)
+
+
+async def send(store, clock, *names):
+    store.route = lambda event: () if event.source == "relay" else tuple(map(Owed, names))
+    event = StoredEvent(
+        id=0, public_id=event_id(clock.wall()), source="shop", type="shop.order", subject=None,
+        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
+        sha256=hashlib.sha256(b"{}").digest(),
+    )  # fmt: skip
+    await store.append(Acceptance(source="shop", event=event))
+
+
+async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, engine, clock, caplog):
+    for _ in range(2):
+        await send(store, clock, "paused", "dead", "well", "not in the config")
+    upkeep = Upkeep(store, engine, Policy(Retention()))
+    await upkeep.run()
+    clock.advance(30 * DAY)
+    assert engine.lanes["dead"].held is None  # its probe is due
+    caplog.clear()
+    await upkeep.run()
+    found = {(row["destination"], row["state"]) for row in await store.find("deliveries")}
+    expired = {(name, "expired") for name in ("paused", "dead", "not in the config")}
+    assert found == {*expired, ("well", "pending")}
+    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
+        "6 deliveries expired: nobody took them within [retention] held"
+    ]
+
+
+async def test_what_went_is_told_when_there_is_any(store, engine, clock, caplog):
+    caplog.set_level(logging.INFO, "relay.upkeep")
+    await send(store, clock)
+    upkeep = Upkeep(store, engine, Policy(Retention()))
+    await upkeep.run()
+    assert caplog.messages == []
+    clock.advance(14 * DAY)
+    await upkeep.run()
+    [said] = caplog.messages
+    assert said.startswith("retention: 1 events and 0 attempts gone, 0 pages given back in ")
