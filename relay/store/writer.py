@@ -204,11 +204,7 @@ class Writer:
         if self._connection.in_transaction:
             await self._connection.execute("ROLLBACK")
         self._gatherer.forget()
-        code = getattr(error, "sqlite_errorcode", 0)
-        if code == sqlite3.SQLITE_IOERR_FSYNC:
-            # The kernel may have thrown the pages away: nothing in memory can be trusted any more.
-            self._on_fatal(f"fsync failed: {error}")
-        if code & 0xFF in _TRANSIENT:
+        if self._code(error) & 0xFF in _TRANSIENT:
             self.failure = f"{error}"
             for job in jobs:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
@@ -220,6 +216,14 @@ class Writer:
             log.error("could not store a request", exc_info=error)
             jobs[0].fail(StorageError(f"could not be stored: {error}"))
 
+    def _code(self, error: Exception) -> int:
+        """Return SQLite's code of an error, 0 where it is none of its; stops all where fsync failed."""
+        code: int = getattr(error, "sqlite_errorcode", 0)
+        if code == sqlite3.SQLITE_IOERR_FSYNC:
+            # The kernel may have thrown the pages away: nothing in memory can be trusted any more.
+            self._on_fatal(f"fsync failed: {error}")
+        return code
+
     async def _settle_errand(
         self, errand: Callable[[aiosqlite.Connection], Awaitable[T]], future: "asyncio.Future[T]"
     ) -> None:
@@ -228,8 +232,11 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - whatever it is, the one who asked must hear of it
             if self._connection.in_transaction:
                 await self._connection.execute("ROLLBACK")
+            passing = self._code(error) & 0xFF in _TRANSIENT
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(
+                    StorageUnavailableError(f"the store failed: {error}") if passing else error
+                )
         else:
             if not future.done():
                 future.set_result(result)

@@ -1,0 +1,54 @@
+"""What runs on the writing connection beside the transactions of requests fails as they do."""
+
+import sqlite3
+
+import pytest
+from support import FakeClock
+
+from relay.errors import StorageUnavailableError
+from relay.store.sqlite import SqliteStore
+
+
+@pytest.fixture
+async def died():
+    return []
+
+
+@pytest.fixture
+async def store(tmp_path, died):
+    store = SqliteStore(tmp_path / "relay.db", FakeClock(), on_fatal=died.append)
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def test_a_full_disk_fails_an_errand_and_leaves_no_transaction_open(store, died):
+    async def fill(connection):
+        await connection.execute("BEGIN IMMEDIATE")
+        await connection.execute("INSERT INTO meta (name, value) VALUES ('x', ?)", ("x" * 100_000,))
+
+    await store._connection.execute_fetchall("PRAGMA max_page_count = 1")
+    with pytest.raises(StorageUnavailableError, match="full"):
+        await store._writer.errand(fill)
+    assert not store._connection.in_transaction
+    assert (store.failure, died) == (None, [])
+
+
+async def test_a_failed_fsync_of_an_errand_stops_the_daemon_too(store, died):
+    async def fail(_connection):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+        raise error
+
+    with pytest.raises(StorageUnavailableError):
+        await store._writer.errand(fail)
+    assert died == ["fsync failed: disk I/O error"]
+
+
+async def test_an_errand_hears_of_its_own_mistakes(store, died):
+    async def fail(_connection):
+        raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        await store._writer.errand(fail)
+    assert died == []
