@@ -15,7 +15,7 @@ from bench.rounds import Comparison, Plan, Round, alternate
 from bench.subject import TOKEN, relay, request
 
 _ANIMALS = Path(__file__).parents[1] / "tests" / "zoo.py"
-_FED = 20  # events for every animal, at the beginning of a round
+_FED = 4  # events for every animal, at the beginning of a round
 _PREFIX = "/zoo"
 _KEEPER = f"""\
 [sources.keeper]
@@ -23,7 +23,8 @@ plugin = "moddy"
 prefix = "{_PREFIX}"
 tokens = ["{TOKEN}"]
 """
-# Probed every second however long it has been dead: this zoo never gets less lively.
+# Probed about every five seconds however long it has been dead (by default it would be every 30 s to
+# 5 min): this zoo never gets less lively. No two in step: destinations do not die at the same moment.
 _CAGE = """\
 [destinations.animal{number}]
 url = "{url}"
@@ -32,7 +33,7 @@ allow_private = true
 timeout = "1s"
 concurrency = 4
 retry = {{ schedule = ["1s", "1s", "1s", "1s", "1s"] }}
-circuit = {{ probe = "1s", max_probe = "1s" }}
+circuit = {{ probe = "{probe}ms", max_probe = "{probe}ms" }}
 """
 
 
@@ -71,7 +72,9 @@ async def run(plan: Plan) -> Comparison:
 def _cages(log: Path) -> str:
     """Configure a destination for every animal that the zoo has said to have."""
     urls = re.findall(r"^animal (.+)$", log.read_text(), re.MULTILINE)
-    cages = [_CAGE.format(number=number, url=url) for number, url in enumerate(urls)]
+    cages = [
+        _CAGE.format(number=number, url=url, probe=5000 + 77 * number) for number, url in enumerate(urls)
+    ]
     return "\n".join([_KEEPER, *cages])
 
 
