@@ -8,6 +8,13 @@ from relay.cli.group import Group
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Tell every problem of config.toml at once."),
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
+    "events": ("relay.cli.events:events", "What came in, and sending it once more."),
+    "deliveries": ("relay.cli.deliveries:deliveries", "What is owed to destinations, and what became of it."),
+    "destinations": (
+        "relay.cli.destinations:destinations",
+        "Who receives, what is owed, and stopping and going on.",
+    ),
+    "sources": ("relay.cli.sources:sources", "Who sends, and telling them to keep it for a while."),
     "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
 }
 """Every command: where it is, and its line in `relay --help`, which imports none of them."""

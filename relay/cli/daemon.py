@@ -80,7 +80,23 @@ class Daemon:
         """Remove something and return what came of it."""
         return self._ask("DELETE", path)
 
+    def read(self, *path: str) -> bytes:
+        """Return what is there as it came, byte for byte."""
+        status, content = self._exchange("GET", path)
+        if status != HTTPStatus.OK:
+            self._refused(status, self._decode(content))
+        return content
+
     def _ask(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
+        status, content = self._exchange(method, path, query, body)
+        answer = self._decode(content)
+        if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+            self._refused(status, answer)
+        return answer
+
+    def _exchange(
+        self, method: str, path: tuple[str, ...], query: str = "", body: object = None
+    ) -> tuple[int, bytes]:
         target = "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
         headers = {"Accept": "application/json", "Content-Type": "application/json", **self._place.headers}
         payload = None if body is None else json.dumps(body).encode()
@@ -97,10 +113,7 @@ class Daemon:
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise self._unreachable(f"no relay answers at {self._place.name}: {why}") from None
-        answer = self._decode(content)
-        if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-            self._refused(status, answer)
-        return answer
+        return status, content
 
     def _decode(self, content: bytes) -> Any:
         try:

@@ -6,6 +6,7 @@ FAILED = 1  # it did not work, or found problems
 UNREACHABLE = 3  # no relay answers
 NOTHING = 4  # what was named is not there
 NOT_ALLOWED = 5
+BATCH = 6  # part of a batch failed
 INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 

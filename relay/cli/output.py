@@ -29,7 +29,8 @@ def print_json(value: Any) -> None:
 def count(number: int, noun: str) -> str:
     """Write a number of things.
 
-    >>> count(1, "source"), count(1204, "event")
-    ('1 source', '1 204 events')
+    >>> count(1, "source"), count(1204, "event"), count(2, "delivery")
+    ('1 source', '1 204 events', '2 deliveries')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else many}".replace(",", " ")

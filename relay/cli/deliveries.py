@@ -1,0 +1,142 @@
+"""`relay deliveries`."""
+
+from typing import Any
+
+import click
+
+from relay.cli.confirm import confirm, yes_option
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import BATCH, NOTHING, CommandError
+from relay.cli.following import follow
+from relay.cli.group import Group
+from relay.cli.listing import filter_options, page_options, print_fields, print_page
+from relay.cli.offline import Offline, reader_options
+from relay.cli.options import json_option
+from relay.cli.output import count, print_json, print_table
+
+COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
+_TRIES = ("started_at", "duration_ms", "result", "status", "error")
+_FILTERS = ("destination", "state", "source", "type", "subject", "since", "until")
+
+
+@click.group(cls=Group)
+def deliveries() -> None:
+    """What is owed to destinations, and what became of it."""
+
+
+@deliveries.command("list")
+@filter_options("destination", "state", "event")
+@page_options
+@reader_options
+def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, event: str | None, **query: Any) -> None:
+    """List deliveries, newest first.
+
+    Example: relay deliveries list --destination crm --state dead
+    """
+    print_page(daemon.get("deliveries", event_id=event, **query), COLUMNS, as_json=as_json, quiet=quiet)
+
+
+@deliveries.command()
+@click.argument("delivery")
+@json_option
+@reader_options
+def show(daemon: Daemon | Offline, delivery: str, *, as_json: bool) -> None:
+    """Show one delivery and every HTTP try of it.
+
+    Example: relay deliveries show 01a201eb
+
+    DELIVERY is an id, with or without dlv_, shortened while unique.
+    """
+    answer = daemon.get("deliveries", delivery)
+    if as_json:
+        print_json(answer)
+        return
+    print_fields(answer)
+    if answer["tries"]:
+        click.echo()
+        rows = [["" if each[name] is None else each[name] for name in _TRIES] for each in answer["tries"]]
+        print_table([name.replace("_", " ") for name in _TRIES], rows)
+
+
+@deliveries.command()
+@click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
+@filter_options(*_FILTERS)
+@click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
+@yes_option
+@json_option
+@daemon_options
+def retry(
+    daemon: Daemon,
+    ids: tuple[str, ...],
+    *,
+    rate: str | None,
+    yes: bool,
+    as_json: bool,
+    **filters: str | None,
+) -> None:
+    """Give ended deliveries another life; make pending ones due now.
+
+    Example: relay deliveries retry --destination crm --state dead
+
+    Takes either deliveries by their ids or a filter, which must say in which state.
+    """
+    wish = _wish(ids, filters)
+    if rate is not None:
+        wish["rate"] = rate
+    number = _count(daemon, "retry", wish)
+    if not ids:
+        confirm(f"Retry {count(number, 'delivery')}?", yes=yes)
+    answer = daemon.post("deliveries", "retry", body=wish)
+    if "ended_at" in answer:
+        follow(daemon, answer, as_json=as_json)
+        return
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"{count(answer['created'], 'delivery')} owed anew, {answer['hurried']} made due now")
+    if answer["skipped"]:
+        raise CommandError(f"skipped {answer['skipped']}: pending already, or just being sent", code=BATCH)
+
+
+@deliveries.command()
+@click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
+@filter_options(*_FILTERS)
+@yes_option
+@json_option
+@daemon_options
+def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **filters: str | None) -> None:
+    """End pending deliveries.
+
+    Example: relay deliveries cancel --destination crm --since 1h
+
+    Takes either deliveries by their ids or a filter. One that is just being sent ends by its outcome.
+    """
+    wish = _wish(ids, filters)
+    number = _count(daemon, "cancel", wish)
+    if not ids:
+        confirm(f"Cancel {count(number, 'delivery')}?", yes=yes)
+    answer = daemon.post("deliveries", "cancel", body=wish)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(
+            f"{count(answer['cancelled'], 'delivery')} cancelled, {answer['in_flight']} just being sent"
+        )
+    missed = len(set(ids)) - answer["cancelled"] - answer["in_flight"]
+    if missed > 0:
+        raise CommandError(f"{count(missed, 'delivery')} had ended already", code=BATCH)
+
+
+def _wish(ids: tuple[str, ...], filters: dict[str, str | None]) -> dict[str, Any]:
+    chosen = {name: value for name, value in filters.items() if value is not None}
+    if bool(ids) == bool(chosen):
+        raise click.UsageError("name deliveries by their ids, or by a filter such as --destination crm")
+    return {"ids": ids} if ids else {"filter": chosen}
+
+
+def _count(daemon: Daemon, verb: str, wish: dict[str, Any]) -> int:
+    number: int = daemon.post("deliveries", verb, body={**wish, "dry_run": True})["count"]
+    if number == 0:
+        hint = "`relay deliveries list` shows what there is"
+        raise CommandError(f"nothing to {verb}: none is meant by that, or all ended", hint=hint, code=NOTHING)
+    return number

@@ -1,0 +1,80 @@
+"""`relay destinations`."""
+
+from typing import Any
+
+import click
+
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.group import Group
+from relay.cli.listing import print_fields, print_page, quiet_option
+from relay.cli.options import json_option
+from relay.cli.output import print_json
+
+COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
+
+
+@click.group(cls=Group)
+def destinations() -> None:
+    """Who receives, what is owed, and stopping and going on."""
+
+
+@destinations.command("list")
+@quiet_option
+@json_option
+@daemon_options
+def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
+    """List destinations, with why one is held and its books.
+
+    Example: relay destinations list
+    """
+    print_page(daemon.get("destinations"), COLUMNS, as_json=as_json, quiet=quiet, key="name")
+
+
+@destinations.command()
+@click.argument("name")
+@json_option
+@daemon_options
+def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
+    """Show what a destination is owed, and why it does not move.
+
+    Example: relay destinations show crm
+    """
+    answer = daemon.get("destinations", name)
+    if as_json:
+        print_json(answer)
+        return
+    latest = answer.pop("latest")
+    told = {} if latest is None else {f"latest_{name}": latest[name] for name in _LATEST}
+    print_fields({**answer, **told})
+    if answer["held"] in _ADVICE:
+        click.echo(_ADVICE[answer["held"]].format(name=name), err=True)
+
+
+_LATEST = ("id", "type", "state", "attempts", "last_status", "last_error", "next_attempt_at")
+_ADVICE = {
+    "paused": "`relay destinations resume {name}` goes on",
+    "circuit open": "it does not answer; it is probed, and gets everything once it is back",
+    **{
+        f"disabled: {reason}": "`relay destinations enable {name}` sends what it is owed"
+        for reason in ("gone", "asked", "failing", "operator")
+    },
+}
+
+
+def _steering(verb: str, summary: str) -> None:
+    @destinations.command(verb, help=f"{summary}\n\nExample: relay destinations {verb} crm")
+    @click.argument("name")
+    @json_option
+    @daemon_options
+    def steer(daemon: Daemon, name: str, *, as_json: bool) -> None:
+        answer: dict[str, Any] = daemon.post("destinations", name, verb)
+        if as_json:
+            print_json(answer)
+        else:
+            click.echo(f"{name}: {answer['held'] or 'open'}")
+
+
+_steering("pause", "Hold what a destination is owed, until it is resumed.")
+_steering("resume", "Go on sending to a paused destination.")
+_steering("disable", "Hold what a destination is owed, as after a 410.")
+_steering("enable", "Go on sending to a disabled destination, also after a 410.")

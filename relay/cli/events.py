@@ -1,0 +1,124 @@
+"""`relay events`."""
+
+import sys
+from typing import Any
+
+import click
+
+from relay.cli.confirm import confirm, yes_option
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import NOTHING, CommandError
+from relay.cli.following import follow
+from relay.cli.group import Group
+from relay.cli.listing import filter_options, page_options, print_fields, print_page
+from relay.cli.offline import Offline, reader_options
+from relay.cli.options import json_option
+from relay.cli.output import count, print_json, print_table
+
+COLUMNS = ("id", "received_at", "type", "subject", "size")
+_DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
+
+
+@click.group(cls=Group)
+def events() -> None:
+    """What came in, and sending it once more."""
+
+
+@events.command("list")
+@filter_options("source", "type", "subject")
+@page_options
+@reader_options
+def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
+    """List events, newest first.
+
+    Example: relay events list --source adorn --limit 10
+    """
+    print_page(daemon.get("events", **query), COLUMNS, as_json=as_json, quiet=quiet)
+
+
+@events.command()
+@click.argument("event")
+@json_option
+@reader_options
+def show(daemon: Daemon | Offline, event: str, *, as_json: bool) -> None:
+    """Show one event and what became of it.
+
+    Example: relay events show 01a201eb
+
+    EVENT is an id, with or without evt_, shortened while unique.
+    """
+    answer = daemon.get("events", event)
+    if as_json:
+        print_json(answer)
+        return
+    print_fields(answer)
+    if answer["deliveries"]:
+        click.echo()
+        rows = [
+            ["" if each[name] is None else each[name] for name in _DELIVERIES]
+            for each in answer["deliveries"]
+        ]
+        print_table([name.replace("_", " ") for name in _DELIVERIES], rows)
+
+
+@events.command()
+@click.argument("event")
+@json_option
+@daemon_options
+def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
+    """Write an event's body as it came, byte for byte.
+
+    Example: relay events body 01a201eb > body.json
+
+    With --json, as a JSON string; bytes that are no UTF-8 are replaced.
+    """
+    content = daemon.read("events", event, "body")
+    if as_json:
+        print_json({"body": content.decode("utf-8", "replace")})
+    else:
+        sys.stdout.buffer.write(content)
+
+
+@events.command()
+@click.argument("ids", metavar="[EVENT]...", nargs=-1)
+@filter_options("source", "type", "subject", "since", "until", "destination", "state")
+@click.option("--to", help='The destination; "*": wherever today\'s routes lead.')
+@click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@yes_option
+@json_option
+@daemon_options
+def replay(
+    daemon: Daemon,
+    ids: tuple[str, ...],
+    *,
+    to: str | None,
+    rate: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **filters: str | None,
+) -> None:
+    """Send stored events once more, as new deliveries.
+
+    Example: relay events replay --source adorn --since 2h --to crm
+
+    Takes either events by their ids or a filter, never both. Ctrl-C ends it; what it has owed by then
+    stays owed.
+    """
+    chosen = {name: value for name, value in filters.items() if value is not None}
+    if bool(ids) == bool(chosen):
+        raise click.UsageError("name events by their ids, or by a filter such as --since 2h")
+    wish: dict[str, Any] = {"events": ids} if ids else {"filter": chosen}
+    wish |= {name: value for name, value in (("to", to), ("rate", rate)) if value is not None}
+    number = daemon.post("replays", body={**wish, "dry_run": True})["count"]
+    if dry_run:
+        print_json({"count": number}) if as_json else click.echo(count(number, "event"))
+        return
+    if number == 0:
+        raise CommandError(
+            "no event is meant by that", hint="`relay events list` shows what there is", code=NOTHING
+        )
+    if not ids:
+        confirm(f"Replay {count(number, 'event')}{f' to {to}' if to else ''}?", yes=yes)
+    follow(daemon, daemon.post("replays", body=wish), as_json=as_json)

@@ -1,0 +1,78 @@
+"""Lists straight from the database file, for when no relay runs: `--offline`."""
+
+import asyncio
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay.cli.daemon import daemon_options
+from relay.cli.exits import FAILED, NOTHING, CommandError
+from relay.config.bind import Binder
+from relay.config.document import read
+from relay.config.find import find_config
+from relay.config.tables import bind_tables
+from relay.errors import StorageError, UnknownError
+
+
+class Offline:
+    """Answers what `Daemon.get` would of events and deliveries, reading the file only."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def get(self, kind: str, given: str | None = None, **query: Any) -> Any:
+        """Return a page of a list, or one of its things.
+
+        Raises:
+            CommandError: there is no such thing, or the file cannot be read.
+        """
+        try:
+            return asyncio.run(self._read(kind, given, **query))
+        except UnknownError as error:
+            raise CommandError(error.message, hint=error.hint, code=NOTHING) from None
+        except StorageError as error:
+            raise CommandError(error.message, hint=error.hint, code=FAILED) from None
+
+    async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
+        # The store loads only here: every other command must start fast without it.
+        from relay.items import list_items, show_delivery, show_event  # noqa: PLC0415 - see above
+        from relay.store.reading import reading  # noqa: PLC0415 - see above
+
+        async with reading(self._file) as reads:
+            if given is not None:
+                return await (show_event if kind == "events" else show_delivery)(reads, given)
+            limit, cursor = query.pop("limit"), query.pop("cursor")
+            if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
+                raise click.BadParameter(
+                    "expected the number that the page before ended with", param_hint="--cursor"
+                )
+            before = None if cursor is None else int(cursor)
+            return await list_items(reads, kind, limit=limit, before=before, filters=query)
+
+
+def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command that only reads the options of `daemon_options`, and `--offline`."""
+    online = daemon_options(command)
+
+    @click.option(
+        "--offline", is_flag=True, help="Read the configuration's database file; no relay need run."
+    )
+    @functools.wraps(online)
+    def wrapped(*args: Any, offline: bool, config: Path | None, url: str | None, **options: Any) -> Any:
+        if not offline:
+            return online(*args, config=config, url=url, **options)
+        if url is not None:
+            raise click.UsageError("--offline reads a file of this machine; leave out --url")
+        del options["socket_file"], options["token_file"]
+        return command(*args, daemon=Offline(_database_of(config)), **options)
+
+    return wrapped
+
+
+def _database_of(given: Path | None) -> Path:
+    config = bind_tables(Binder(read(find_config(given)), os.environ))
+    return config.state_dir / config.storage.url.removeprefix("sqlite:")

@@ -1,0 +1,69 @@
+"""`relay sources`."""
+
+import click
+
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import NOTHING, CommandError
+from relay.cli.group import Group
+from relay.cli.listing import print_fields, print_page, quiet_option
+from relay.cli.options import json_option
+from relay.cli.output import print_json
+from relay.config.problem import guess
+
+COLUMNS = ("name", "plugin", "prefix", "paused")
+
+
+@click.group(cls=Group)
+def sources() -> None:
+    """Who sends, and telling them to keep it for a while."""
+
+
+@sources.command("list")
+@quiet_option
+@json_option
+@daemon_options
+def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
+    """List sources.
+
+    Example: relay sources list
+    """
+    print_page(daemon.get("sources"), COLUMNS, as_json=as_json, quiet=quiet, key="name")
+
+
+@sources.command()
+@click.argument("name")
+@json_option
+@daemon_options
+def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
+    """Show a source, and its latest event.
+
+    Example: relay sources show adorn
+    """
+    found = {item["name"]: item for item in daemon.get("sources")["items"]}
+    if name not in found:
+        hint = f"there are {', '.join(found)}"
+        raise CommandError(f'no source "{name}"{guess(name, found)}', hint=hint, code=NOTHING)
+    latest = daemon.get("events", source=name, limit=1)["items"]
+    answer = {**found[name], "latest": latest[0] if latest else None}
+    if as_json:
+        print_json(answer)
+        return
+    told = {f"latest_{field}": latest[0][field] for field in ("id", "type", "received_at")} if latest else {}
+    print_fields({**found[name], **told})
+
+
+def _steering(verb: str, summary: str) -> None:
+    @sources.command(verb, help=f"{summary}\n\nExample: relay sources {verb} adorn")
+    @click.argument("name")
+    @json_option
+    @daemon_options
+    def steer(daemon: Daemon, name: str, *, as_json: bool) -> None:
+        answer = daemon.post("sources", name, verb)
+        if as_json:
+            print_json(answer)
+        else:
+            click.echo(f"{name}: {'paused' if answer['paused'] else 'open'}")
+
+
+_steering("pause", "Answer a source's senders with 503 and Retry-After, so that they keep their events.")
+_steering("resume", "Take a paused source's events in again.")

@@ -1,0 +1,58 @@
+"""Reading a database without being its daemon, which may run or not."""
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+
+from relay.errors import StorageError
+from relay.store.find import find
+from relay.store.schema import MIGRATIONS
+from relay.store.select import Selecting
+
+
+class Reading(Selecting):
+    """The verbs of the store that only read."""
+
+    def __init__(self, reader: aiosqlite.Connection) -> None:
+        self._reader = reader
+
+    async def find(
+        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """See `Store.find`."""
+        return await find(self._reader, kind, limit=limit, before=before, filters=filters)
+
+
+@asynccontextmanager
+async def reading(path: Path) -> AsyncIterator[Reading]:
+    """Open a database to read from it, leaving no file behind that its daemon could not use.
+
+    Raises:
+        StorageError: there is none, or it is of another version.
+    """
+    address = _address(path)
+    try:
+        async with aiosqlite.connect(address, uri=True) as reader:
+            [(version,)] = await reader.execute_fetchall("PRAGMA user_version")
+            if version != len(MIGRATIONS):
+                raise StorageError(
+                    f"{path} has schema version {version}, this program knows {len(MIGRATIONS)}",
+                    hint="use the program that wrote it, or let `relay serve` bring it up to date",
+                )
+            yield Reading(reader)
+    except sqlite3.Error as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def _address(path: Path) -> str:
+    if not path.exists():
+        hint = "a relay that never ran has none; see `state_dir`"
+        raise StorageError(f"there is no database {path}", hint=hint)
+    # Without a log everything stands in the file itself, and opening it as immutable spares SQLite the
+    # shared memory file, which would belong to whoever typed the command.
+    log = path.with_name(f"{path.name}-wal")
+    return f"{path.absolute().as_uri()}?mode=ro{'' if log.exists() else '&immutable=1'}"

@@ -1,0 +1,204 @@
+"""`relay events` and `relay deliveries` against a relay that runs, and one that does not."""
+
+import asyncio
+
+import pytest
+from commands import Commands, run
+from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+BODY = adorn("s-1", payload={"total": "45000.00"})
+OTHER = adorn("s-2")
+
+
+@pytest.fixture
+async def recorder():
+    async with Recorder() as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def config(tmp_path, recorder):
+    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        yield relay
+
+
+@pytest.fixture
+def commands(relay):
+    return Commands(relay.addresses.socket)
+
+
+def finished(relay, outcome="delivered"):
+    return relay.counted("relay_deliveries_finished_total", destination="crm", outcome=outcome)
+
+
+@pytest.fixture
+async def events(relay):
+    """Two events that have been delivered, in order."""
+    found = [
+        (await relay.exchange(request("POST", "/v1/events", body))).json["event_id"] for body in (BODY, OTHER)
+    ]
+    await until(lambda: finished(relay) == 2)
+    return found
+
+
+async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, events):
+    rows = (await commands("events", "list")).rows
+    assert [row[0] for row in rows] == events[::-1]
+    assert rows[0][2:] == ["adorn.session.started", "s-2", str(len(OTHER))]
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["--subject", "s-1"], ["s-1"]),
+        (["--source", "adorn", "--limit", "1"], ["s-2"]),
+        (["--type", "adorn.session.started"], ["s-2", "s-1"]),
+        (["--source", "moddy"], []),
+    ],
+)
+async def test_lists_are_filtered(commands, events, args, found):
+    assert [row[3] for row in (await commands("events", "list", *args)).rows] == found
+
+
+async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, events):
+    page = (await commands("events", "list", "--limit", "1", "--json")).json
+    assert [each["id"] for each in page["items"]] == [events[1]]
+    rest = await commands("events", "list", "--cursor", page["next_cursor"], "-q")
+    assert rest.out == f"{events[0]}\n"
+
+
+async def test_an_event_is_shown_with_its_deliveries(commands, events):
+    said = await commands("events", "show", events[0][:-1])
+    assert ["id", events[0]] in said.rows
+    assert ["states", "1 delivered"] in said.rows
+    assert said.rows[-1][1:3] == ["crm", "delivered"]
+    assert (await commands("events", "show", events[0], "--json")).json["subject"] == "s-1"
+
+
+async def test_a_body_comes_byte_for_byte(commands, events):
+    assert (await commands("events", "body", events[0])).out.encode() == BODY
+    assert (await commands("events", "body", events[0], "--json")).json == {"body": BODY.decode()}
+
+
+@pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
+async def test_what_there_is_not_is_4(commands, events, command):
+    said = await commands(*command, "0190", code=4)
+    assert said.err.endswith("'0190'\n  the list of them shows what there is\n")
+
+
+async def test_events_are_replayed_by_their_ids_without_asking(commands, events, relay, recorder):
+    said = await commands("events", "replay", events[0])
+    assert said.out == "1 of 1 event: 1 delivery\n"
+    await until(lambda: recorder.ids.count(events[0]) == 2)
+
+
+async def test_events_are_replayed_by_a_filter_once_somebody_said_yes(commands, events, recorder):
+    wish = ("events", "replay", "--source", "adorn", "--since", "1h", "--to", "crm")
+    assert (await commands(*wish, "--dry-run")).out == "2 events\n"
+    refused = await commands(*wish, code=2)
+    assert "Replay 2 events to crm? Add --yes" in refused.err
+    answer = (await commands(*wish, "--yes", "--json")).json
+    assert (answer["state"], answer["done"], answer["created"]) == ("done", 2, 2)
+    await until(lambda: len(recorder.ids) == 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ([], 2, "name events by their ids, or by a filter"),
+        (["0190", "--since", "2h"], 2, "name events by their ids, or by a filter"),
+        (["--source", "moddy"], 4, "no event is meant by that\n  `relay events list`"),
+        (["--since", "yesterday"], 1, '"since": expected "2h"'),
+        (["--source", "adorn", "--rate", "fast"], 1, '"rate": expected a rate'),
+    ],
+)
+async def test_a_wrong_replay_says_what_is_wrong(commands, events, args, code, says):
+    assert says in (await commands("events", "replay", *args, code=code)).err
+
+
+async def test_a_replay_that_skips_something_is_6(commands, events, relay):
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", events[0])
+    said = await commands("events", "replay", events[0], code=6)
+    assert said.err == "skipped 1 event: owed to nobody, or pending already\n"
+
+
+async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events):
+    rows = (await commands("deliveries", "list", "--state", "delivered")).rows
+    assert [row[3:7] for row in rows] == [["crm", "delivered", "1", "200"]] * 2
+    [[delivery, *_]] = (await commands("deliveries", "list", "--event", events[0])).rows
+    said = await commands("deliveries", "show", delivery)
+    assert ["destination", "crm"] in said.rows
+    assert said.rows[-1][2:4] == ["ok", "200"]
+
+
+async def test_an_ended_delivery_is_retried(commands, events, recorder):
+    [delivery] = (await commands("deliveries", "list", "--event", events[0], "-q")).out.split()
+    assert (await commands("deliveries", "retry", delivery)).out == "1 delivery owed anew, 0 made due now\n"
+    await until(lambda: recorder.ids.count(events[0]) == 2)
+
+
+async def test_deliveries_are_retried_by_a_filter(commands, events, recorder):
+    wish = ("deliveries", "retry", "--destination", "crm", "--state", "delivered")
+    assert "Retry 2 deliveries? Add --yes" in (await commands(*wish, code=2)).err
+    assert (await commands(*wish, "-y")).out == "2 of 2 events: 2 deliveries\n"
+    await until(lambda: len(recorder.ids) == 4)
+
+
+async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, events, relay):
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", *events)
+    pending = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
+    ended = (await commands("deliveries", "list", "--state", "delivered", "-q")).out.split()
+    said = await commands("deliveries", "cancel", pending[0], ended[0], code=6)
+    assert (said.out, said.err) == (
+        "1 delivery cancelled, 0 just being sent\n",
+        "1 delivery had ended already\n",
+    )
+    said = await commands("deliveries", "cancel", "--destination", "crm", "--yes", "--json")
+    assert said.json == {"cancelled": 1, "in_flight": 0}
+    assert "nothing to cancel" in (await commands("deliveries", "cancel", "--destination", "crm", code=4)).err
+
+
+async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
+    async with running(config) as relay:
+        event = (await relay.exchange(request("POST", "/v1/events", BODY))).json["event_id"]
+        await until(lambda: finished(relay) == 1)
+        there = await Commands(relay.addresses.socket)("events", "show", event, "--json")
+    before = sorted(path.name for path in (config.parent / "state").iterdir())
+
+    async def offline(*args, code=0):
+        return await asyncio.to_thread(run, *args, "--offline", "-c", config, code=code)
+
+    assert (await offline("events", "list", "-q")).out == f"{event}\n"
+    assert (await offline("events", "show", event, "--json")).json == there.json
+    [[delivery, *_]] = (await offline("deliveries", "list", "--state", "delivered")).rows
+    assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
+    assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err
+    assert "expected the number" in (await offline("events", "list", "--cursor", "x", code=2)).err
+    assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
+
+
+async def test_a_running_relay_s_file_can_be_read_beside_it(commands, events, config):
+    said = await asyncio.to_thread(run, "events", "list", "-q", "--offline", "-c", config)
+    assert said.out.split() == events[::-1]
+
+
+def test_without_a_file_offline_says_so(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    said = run("events", "list", "--offline", "-c", config, code=1)
+    assert said.err.startswith(f"there is no database {tmp_path / 'state' / 'relay.db'}\n")
+    said = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
+    assert "leave out --url" in said.err
+
+
+def test_a_relay_that_does_not_run_is_3(tmp_path):
+    for command in (["events", "list"], ["deliveries", "retry", "0190"], ["events", "replay", "0190"]):
+        assert "start one with `relay serve`" in run(*command, "--socket", tmp_path / "none", code=3).err
