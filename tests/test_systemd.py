@@ -2,9 +2,14 @@
 
 import asyncio
 import os
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
@@ -12,10 +17,14 @@ from support import FakeClock, until
 from wire import exchange, request
 
 from relay import app as app_module
+from relay.cli import COMMANDS
+from relay.config.model import Server
 from relay.delivery import progress
 from relay.errors import RelayError
 from relay.systemd import Inherited, Notifier
 from relay.watchdog import Watchdog
+
+ROOT = Path(__file__).parent.parent
 
 
 class Manager:
@@ -282,3 +291,86 @@ def test_a_lane_that_looks_again_and_again_is_not_stuck():
     assert watch.stuck({"crm": lane}) == ["crm"]
     lane.looks = ((5, True), (5, False))
     assert watch.stuck({"crm": lane}) == []
+
+
+# --- the unit files -------------------------------------------------------------------------------------
+
+UNITS = ROOT / "systemd"
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (package systemd)"
+)
+
+
+@pytest.fixture
+def units(tmp_path):
+    """The units beside each other, their program replaced by one that is on every machine."""
+    for file in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
+        text = file.read_text().replace("/opt/relay/bin/relay", "/bin/true")
+        (tmp_path / file.name).write_text(text)
+    return sorted(tmp_path.iterdir())
+
+
+def analyze(*arguments):
+    command = ("systemd-analyze", *map(str, arguments))
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+@needs_systemd
+def test_systemd_finds_no_fault_in_the_units(units):
+    assert len(units) == 3
+    verified = analyze("verify", "--man=no", *units)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+
+
+@needs_systemd
+def test_systemd_finds_a_fault_that_is_there(units):
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    service.write_text(service.read_text().replace("ProtectClock=yes", "ProtectClok=yes"))
+    assert "ProtectClok" in analyze("verify", "--man=no", service).stderr
+
+
+@needs_systemd
+def test_the_service_is_exposed_at_1_4_at_most(units):
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    judged = analyze("security", "--offline=true", "--threshold=14", service)
+    assert judged.returncode == 0, judged.stdout
+    service.write_text(service.read_text().replace("ProtectSystem=strict\n", "").replace("User=relay\n", ""))
+    assert analyze("security", "--offline=true", "--threshold=14", service).returncode != 0
+
+
+@pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])
+def test_what_a_unit_sets_is_explained(unit):
+    section, explained, bare = "", False, []
+    for line in (UNITS / unit).read_text().splitlines():
+        if line.startswith("["):
+            section, explained = line, False
+        elif line.startswith("#"):
+            explained = True
+        elif not line:
+            explained = False
+        elif section == "[Service]" and not explained:
+            bare.append(line)
+    assert bare == []
+
+
+def test_the_sockets_stand_for_the_listeners_of_the_reference():
+    config = tomllib.loads((ROOT / "config.toml").read_text())
+    for unit, name, listen in (
+        ("relay.socket", "public", config["server"]["listen"]),
+        ("relay-admin.socket", "admin", config["admin"]["listen"]),
+    ):
+        lines = (UNITS / unit).read_text().splitlines()
+        assert f"ListenStream={listen}" in lines
+        assert f"FileDescriptorName={name}" in lines
+
+
+def test_the_service_waits_longer_than_a_stop_may_take():
+    [seconds] = re.findall(r"^TimeoutStopSec=(\d+)s$", (UNITS / "relay.service").read_text(), re.MULTILINE)
+    assert int(seconds) > Server().shutdown_grace
+
+
+def test_the_commands_of_the_service_are_ones_there_are():
+    service = (UNITS / "relay.service").read_text()
+    named = re.findall(r"^Exec\w+=/opt/relay/bin/relay ([\w-]+)", service, re.MULTILINE)
+    assert named
+    assert set(named) <= set(COMMANDS)
