@@ -22,5 +22,4 @@ async def test_a_destination_without_order_is_found_out(tmp_path):
 async def test_a_destination_whose_circuit_never_opens_is_found_out(tmp_path):
     toll = await torture(tmp_path, 300, variant="headlong")
     assert toll.rushed
-    assert toll.spent > FAILURES + CONCURRENCY
     assert not toll.fine
