@@ -287,6 +287,14 @@ class Pruned(msgspec.Struct, kw_only=True, frozen=True):
     done: bool = True  # False: there was more than one pass may take
 
 
+class Expunged(msgspec.Struct, kw_only=True, frozen=True):
+    """What an operator's deletion came to."""
+
+    events: int  # gone, with deliveries and attempts
+    cancelled: int  # deliveries that were still owed
+    left: tuple[int, ...]  # row ids of events that something is just being sent of; ask again
+
+
 class Claim(msgspec.Struct, frozen=True):
     """Deliveries that the caller now holds, and when the next one of that destination is due."""
 

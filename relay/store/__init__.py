@@ -17,6 +17,7 @@ from relay.model import (
     Claim,
     Command,
     DestinationState,
+    Expunged,
     Named,
     News,
     Outcome,
@@ -271,6 +272,17 @@ class Store(Protocol):
 
         Begins nothing new after so many seconds; the next call goes on from there.
         """
+        ...
+
+    async def expunge(self, event_ids: Sequence[int]) -> Expunged:
+        """Delete events whatever their age; deliveries still owed are cancelled first.
+
+        An event of which a delivery is in flight stays until that has its outcome: the caller asks again.
+        """
+        ...
+
+    def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
+        """Delete a selection's events likewise; tells page by page, and stops where the caller does."""
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:

@@ -165,14 +165,14 @@ class Pruning:
         for group in await self._groups(policy):
             async for victims, more in self._victims(group, policy, now):
                 for some in portions(victims):
-                    gone["events"] += await self._paced(partial(delete_events, some))
+                    gone["events"] += await paced(self._writer, partial(delete_events, some))
                 if more and loop.time() > deadline:
                     return _pruned(gone, done=False)
         before = {"attempts": now - policy.attempts, "keys": steady, "stats": now - policy.stats}
         for name, moment in before.items():
             more = True
             while more:
-                count, more = await self._paced(partial(_delete_rows, name, moment))
+                count, more = await paced(self._writer, partial(_delete_rows, name, moment))
                 gone[name] += count
                 if more and loop.time() > deadline:
                     return _pruned(gone, done=False)
@@ -220,16 +220,17 @@ class Pruning:
             )
             if free <= max(pages // SPARE, VACUUM_PAGES):
                 break
-            freed += await self._paced(vacuum_some)
+            freed += await paced(self._writer, vacuum_some)
         return freed
 
-    async def _paced(self, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
-        """Run one transaction, and then leave the disk to others for as long."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        result = await self._writer.errand(errand)
-        await asyncio.sleep(min(loop.time() - began, LONGEST_PAUSE))
-        return result
+
+async def paced(writer: Writer, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
+    """Run one transaction, and then leave the disk to others for as long."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    result = await writer.errand(errand)
+    await asyncio.sleep(min(loop.time() - began, LONGEST_PAUSE))
+    return result
 
 
 def _pruned(gone: Counter[str], *, done: bool) -> Pruned:

@@ -14,8 +14,9 @@ import msgspec
 
 from relay.errors import RelayError, UnknownError
 from relay.filters import Patterns
-from relay.model import Chosen, Named, Selection
+from relay.model import Chosen, Named, Selection, StoredEvent
 from relay.store import OPERATOR_EVENTS, Span
+from relay.store.rows import EVENT_COLUMNS, event_of
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -132,6 +133,15 @@ class Selecting:
             if len(candidates) < PAGE:
                 return
             values["after"] = rows[-1][0]
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """See `Store.load`."""
+        marks = ", ".join("?" * len(event_ids))
+        rows = await self._reader.execute_fetchall(
+            f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN ({marks})",  # noqa: S608 - marks only
+            event_ids,
+        )
+        return {row[0]: event_of(tuple(row)) for row in rows}
 
     async def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
         """See `Store.pending`."""

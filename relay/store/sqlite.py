@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
+from relay.store.expunge import Expunging
 from relay.store.find import find
 from relay.store.held import Holding
 from relay.store.holds import Holds
 from relay.store.prune import Pruning
-from relay.store.rows import EVENT_COLUMNS, event_of
-from relay.store.select import Selecting
 from relay.store.statements import fetch
 from relay.store.stats import Tallying
 from relay.store.transaction import Transaction
 from relay.store.watching import Watching
-from relay.store.wishes import Wishing
 from relay.store.workers import Roster, load_roster
 from relay.store.writer import Job, Writer
 
@@ -51,7 +49,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Holding, Pruning, Selecting, Tallying, Watching, Wishing):
+class SqliteStore(Expunging, Holding, Pruning, Tallying, Watching):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
@@ -248,15 +246,6 @@ class SqliteStore(Holding, Pruning, Selecting, Tallying, Watching, Wishing):
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Store.release`."""
         self._cancel_again(self._holds.release(delivery_ids))
-
-    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
-        """See `Store.load`."""
-        marks = ", ".join("?" * len(event_ids))
-        rows = await self._reader.execute_fetchall(
-            f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN ({marks})",  # noqa: S608 - marks only
-            event_ids,
-        )
-        return {row[0]: event_of(tuple(row)) for row in rows}
 
     async def destination_states(self) -> dict[str, DestinationState]:
         """See `Store.destination_states`."""
