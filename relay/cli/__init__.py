@@ -15,6 +15,15 @@ COMMANDS = {
         "Who receives, what is owed, and stopping and going on.",
     ),
     "sources": ("relay.cli.sources:sources", "Who sends, and telling them to keep it for a while."),
+    "workers": ("relay.cli.workers:workers", "Who sends heartbeats, and telling them something."),
+    "status": ("relay.cli.status:status", "Show on one screen how the relay is."),
+    "explain": (
+        "relay.cli.explain:explain",
+        "Say of every destination whether an event goes there, and why.",
+    ),
+    "send": ("relay.cli.send:send", "Send a sample event through the front door."),
+    "listen": ("relay.cli.listen:listen", "Receive webhooks on this machine, verify and print them."),
+    "completion": ("relay.cli.completion:completion", "Print what makes a shell complete this command."),
     "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
 }
 """Every command: where it is, and its line in `relay --help`, which imports none of them."""

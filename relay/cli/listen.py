@@ -1,0 +1,114 @@
+"""`relay listen`: a receiver of one's own, to see what a destination would be sent."""
+
+import threading
+import time
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import click
+
+from relay.cli.exits import CommandError
+from relay.cli.options import json_option
+from relay.cli.output import print_json
+from relay.config.secret import Secret
+from relay.signing import SignatureError, verify
+
+LARGEST = 16 * 2**20
+
+
+@click.command()
+@click.argument("port", type=click.IntRange(0, 65_535), default=9000)
+@click.option("--secret", "secrets", multiple=True, help="Verify signatures with it; whsec_… or whpk_….")
+@click.option(
+    "--status", type=click.IntRange(200, 599), default=204, show_default=True, help="Answer with it."
+)
+@json_option
+def listen(port: int, *, secrets: tuple[str, ...], status: int, as_json: bool) -> None:
+    """Receive webhooks on this machine, verify their signatures and print them, until Ctrl-C.
+
+    Example: relay listen 9000 --secret whsec_…
+
+    A wrong signature is answered with 401. PORT 0 takes any free one.
+    """
+    try:
+        verify(tuple(map(Secret, secrets)), _PROBE, b"", int(_PROBE["webhook-timestamp"]))
+    except SignatureError:
+        pass  # the secrets can be used, that is all that was asked
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--secret") from None
+    try:
+        server = Receiver(port, tuple(map(Secret, secrets)), status, as_json=as_json)
+    except OSError as error:
+        raise CommandError(
+            f"cannot listen on port {port}: {error.strerror}", hint="name another one: relay listen 0"
+        ) from None
+    with server:
+        click.echo(f"listening on http://127.0.0.1:{server.server_port}", err=True)
+        server.serve_forever()
+
+
+_PROBE = {"webhook-id": "-", "webhook-timestamp": "0", "webhook-signature": "-"}
+
+
+class Receiver(ThreadingHTTPServer):
+    """Answers on loopback with one status, or 401 to what is not signed as it should be."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, secrets: tuple[Secret, ...], status: int, *, as_json: bool) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.secrets = secrets
+        self.status = status
+        self.as_json = as_json
+        self.printing = threading.Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+    protocol_version = "HTTP/1.1"
+    timeout: ClassVar[float] = 60.0
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or int(length) > LARGEST:
+            self.close_connection = True
+            self._answer(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE if length.isdigit() else HTTPStatus.LENGTH_REQUIRED
+            )
+            return
+        body = self.rfile.read(int(length))
+        problem = self._problem(body)
+        self._show(body, problem)
+        self._answer(self.server.status if problem in (None, "") else HTTPStatus.UNAUTHORIZED)
+
+    do_PUT = do_POST  # noqa: N815 - likewise
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing: what arrives is printed already."""
+
+    def _problem(self, body: bytes) -> str | None:
+        """Return what is wrong with the signature, "" if nothing; None where nothing was to be verified."""
+        if not self.server.secrets:
+            return None
+        try:
+            verify(self.server.secrets, dict(self.headers), body, int(time.time()))
+        except SignatureError as error:
+            return str(error)
+        return ""
+
+    def _show(self, body: bytes, problem: str | None) -> None:
+        text = body.decode("utf-8", "replace")
+        signed = {None: "not verified", "": "signature ok"}.get(problem, f"signature wrong: {problem}")
+        id_ = self.headers.get("webhook-id", "")
+        with self.server.printing:
+            if self.server.as_json:
+                print_json({"id": id_, "signature": signed, "path": self.path, "body": text})
+            else:
+                click.echo(f"{id_}\t{signed}\t{text}")
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        if status != HTTPStatus.NO_CONTENT:
+            self.send_header("Content-Length", "0")
+        self.end_headers()

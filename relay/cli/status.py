@@ -1,0 +1,61 @@
+"""`relay status`."""
+
+from typing import Any
+
+import click
+
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import FAILED
+from relay.cli.listing import cell
+from relay.cli.options import json_option
+from relay.cli.output import count, print_json, print_table
+from relay.units import render_duration
+
+_DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
+
+
+@click.command()
+@json_option
+@daemon_options
+@click.pass_context
+def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
+    """Show on one screen how the relay is: 0 when it is ready, 1 with the reasons when it is not.
+
+    Example: relay status
+    """
+    answer = _gather(daemon)
+    if as_json:
+        print_json(answer)
+    else:
+        _tell(answer)
+    if not answer["ready"]:
+        ctx.exit(FAILED)
+
+
+def _gather(daemon: Daemon) -> dict[str, Any]:
+    answer = {
+        **daemon.get("status"),
+        "sources": daemon.get("sources")["items"],
+        "destinations": daemon.get("destinations")["items"],
+    }
+    states: dict[str, int] = {}
+    cursor = None
+    while True:
+        page = daemon.get("workers", limit=500, cursor=cursor)
+        for worker in page["items"]:
+            states[worker["status"]] = states.get(worker["status"], 0) + 1
+        if (cursor := page["next_cursor"]) is None:
+            return {**answer, "workers": states}
+
+
+def _tell(answer: dict[str, Any]) -> None:
+    ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
+    click.echo(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
+    paused = [source["name"] for source in answer["sources"] if source["paused"]]
+    click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
+    click.echo(f"workers: {cell(answer['workers']) or 'none'}")
+    backlog = sum(each["pending"] for each in answer["destinations"])
+    click.echo(f"backlog: {count(backlog, 'delivery')}")
+    rows = [[cell(each[name]) for name in _DESTINATION] for each in answer["destinations"]]
+    if rows:
+        print_table([name.replace("_", " ") for name in _DESTINATION], rows)
