@@ -15,6 +15,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api import Api
+from relay.books import Books
 from relay.clock import SECOND, Clock, SystemClock
 from relay.config.model import Config, DestinationConfig
 from relay.delivery.engine import Engine
@@ -26,6 +27,7 @@ from relay.ingest.receive import Ingest
 from relay.ingest.routes import Mount
 from relay.ingest.server import Server
 from relay.jobs import Jobs
+from relay.lag import Lag
 from relay.listeners import address, bind, bind_unix, listen, stop_listening, url
 from relay.loader import Setup
 from relay.metrics import Metrics
@@ -107,6 +109,12 @@ class App:
         self.store.route = self.router.route
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.store.listener = self._listen
+        self.store.on_commit = self.metrics.count_commit
+        self.metrics.weigh(self.store.path)
+        for kind in setup.kinds.values():
+            self.metrics.plugins.labels(kind.name, kind.version).set(1)
+        self.books = Books(self.store, self.engine, self.metrics, clock)
+        self.lag = Lag(self.metrics)
         for name in config.sources:
             self.metrics.count_workers(name, self.store.census)
         self.upkeep = Upkeep(self.store, self.engine, Policy.of_config(config))
@@ -171,6 +179,9 @@ class App:
             front = await listen(server, public, grace=1.0)
             life.push_async_callback(self._close, front, server)
 
+            await self.books.check()
+            self.lag.start()
+            life.callback(self.lag.stop)
             self.health.phase = None
             addresses = Addresses(url(public), None if admin is None else url(admin), socket_path)
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
@@ -216,14 +227,14 @@ class App:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
     def _jobs(self) -> Jobs:
-        jobs = Jobs(self.clock)
+        jobs = Jobs(self.clock, self.metrics)
         jobs.add("sweep", self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
         jobs.add("retention", self.upkeep.every, self.upkeep.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
-        jobs.add("books", BOOKS_EVERY, self._check_books)
+        jobs.add("books", BOOKS_EVERY, self.books.check)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
         return jobs
@@ -284,18 +295,6 @@ class App:
                 "refused with 503" if full else "accepted again",
             )
         self.ingest.gate.disk_full = full
-
-    async def _check_books(self) -> None:
-        """Compare ledger and table per destination, and refresh the gauges."""
-        for name, counts in (await self.store.counts()).items():
-            lane = self.engine.lanes.get(name)
-            if lane is None:
-                continue
-            self.metrics.unaccounted.labels(name).set(counts.unaccounted)
-            self.metrics.pending.labels(name, "in_flight").set(lane.in_flight)
-            self.metrics.pending.labels(name, "waiting").set(max(0, counts.pending - lane.in_flight))
-            if counts.unaccounted:
-                log.error("%s: %d deliveries are not accounted for", name, counts.unaccounted)
 
     def _warn(self) -> None:
         for warning in self.config.warnings:

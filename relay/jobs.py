@@ -14,6 +14,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 
 from relay.clock import SECOND, Clock
+from relay.metrics import Metrics
 
 log = logging.getLogger("relay.jobs")
 
@@ -37,8 +38,9 @@ class _Every(BaseTrigger):  # type: ignore[misc] # APScheduler 3 ships no types
 class Jobs:
     """The daemon's periodic jobs, each by its name."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, metrics: Metrics | None = None) -> None:
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._scheduler = AsyncIOScheduler(
             timezone=UTC,
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
@@ -48,15 +50,22 @@ class Jobs:
 
     def add(self, name: str, seconds: float, work: Work) -> None:
         """Run `work` every so many seconds; what it raises is logged and the next run comes all the same."""
+        metrics = self._metrics
+        metrics.add_job(name)
 
         async def run() -> None:
+            outcome, began = "failed", self._clock.steady()
             try:
                 await work()
+                outcome = "ok"
+                metrics.job_success.labels(name).set(self._clock.wall() / SECOND)
             except Exception:
                 log.exception("job %s failed", name)
             except asyncio.CancelledError:
                 if self._scheduler.running:  # else it is our stop, which APScheduler would log as a failure
                     log.exception("job %s was cancelled", name)
+            metrics.job_runs.labels(name, outcome).inc()
+            metrics.job_seconds.labels(name).observe((self._clock.steady() - began) / SECOND)
 
         self._scheduler.add_job(run, _Every(seconds), id=name, name=name)
 

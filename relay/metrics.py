@@ -7,6 +7,7 @@ import platform
 import sqlite3
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 from prometheus_client import (
@@ -30,6 +31,8 @@ RESULTS = ("ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns",
 OUTCOMES = ("delivered", "dead", "expired", "cancelled")
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
+
+_SHARED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
@@ -126,6 +129,31 @@ class Metrics:
             "1 while a destination is disabled.",
             destination,
         )
+        self.oldest = gauge(
+            "relay_delivery_oldest_pending_timestamp_seconds",
+            "When the oldest pending delivery was created; 0: there is none.",
+            destination,
+        )
+        self.job_success = gauge(
+            "relay_job_last_success_timestamp_seconds",
+            "When a periodic job last succeeded.",
+            ("job_name",),
+        )
+        self.job_runs = counter("relay_job_runs", "Runs of periodic jobs.", ("job_name", "outcome"))
+        self.job_seconds = histogram(
+            "relay_job_duration_seconds", "One run of a periodic job.", ("job_name",), buckets=_SLOW
+        )
+        self.plugins = gauge(
+            "relay_plugin_info", "1 for every kind of source there is.", ("plugin", "version")
+        )
+        self.size = gauge("relay_storage_size_bytes", "Size of the database's files.", ("file",))
+        self.commit_seconds = histogram(
+            "relay_storage_commit_duration_seconds", "One transaction.", buckets=_FAST
+        )
+        self.commit_events = histogram(
+            "relay_storage_commit_events", "Requests and outcomes that shared a transaction.", buckets=_SHARED
+        )
+        self.lag = gauge("relay_event_loop_lag_seconds", "How late the event loop last was.")
         for name in sources:
             self.add_source(name)
         for name in destinations:
@@ -146,6 +174,23 @@ class Metrics:
         for status in get_args(WorkerStatus):
             self.workers.labels(source, status).set_function(partial(census, source, status))
 
+    def count_commit(self, seconds: float, jobs: int) -> None:
+        """Count a transaction."""
+        self.commit_seconds.observe(seconds)
+        self.commit_events.observe(jobs)
+
+    def weigh(self, database: Path) -> None:
+        """Have a scrape ask the file system how large the database is."""
+        for file, path in (("main", database), ("wal", database.with_name(f"{database.name}-wal"))):
+            self.size.labels(file).set_function(partial(_size, path))
+
+    def add_job(self, name: str) -> None:
+        """Create a periodic job's children at 0."""
+        self.job_success.labels(name)
+        self.job_seconds.labels(name)
+        for outcome in ("ok", "failed"):
+            self.job_runs.labels(name, outcome)
+
     def add_destination(self, name: str) -> None:
         """Create a destination's children at 0."""
         for metric in (
@@ -155,11 +200,19 @@ class Metrics:
             self.unaccounted,
             self.disabled,
             self.circuit,
+            self.oldest,
         ):
             metric.labels(name)
         for outcome in OUTCOMES:
             self.finished.labels(name, outcome)
         for result in RESULTS:
             self.attempts.labels(name, result)
-        for state in ("waiting", "in_flight"):
+        for state in ("due", "waiting", "in_flight", "held"):
             self.pending.labels(name, state)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -16,11 +16,11 @@ FLOORS = (
     ),
     (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",
-        "retry", "registry", "retention", "metrics",
+        "retry", "registry", "retention", "metrics", "lag",
     ),
     ("incoming", "source", "hookspecs", "items", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
-     "upkeep"),
+     "books", "upkeep"),
     ("api_workers", "api_events", "api_repeats", "api"),
     ("app", "demo"),
     ("cli",),

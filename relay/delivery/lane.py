@@ -298,9 +298,10 @@ class Lane:
         """Write what became of an attempt; while the disk is full this waits, it never gives up."""
         counted = await self._patiently(outcome)
         attempt, delivery = outcome.attempt, outcome.delivery
+        exemplar = {"event_id": delivery.event.public_id} if delivery.event else None
         if attempt is not None:
             self._attempts[attempt.result].inc()
-            self._attempt_seconds.observe(attempt.duration_ms / 1000)
+            self._attempt_seconds.observe(attempt.duration_ms / 1000, exemplar)
         if not counted:
             return
         if outcome.state == "pending":
@@ -308,7 +309,7 @@ class Lane:
             feed.due = min(feed.due, outcome.next_attempt_at or 0)
         elif outcome.state == "delivered":
             waited = self._clock.wall() - delivery.created_at
-            self._latency.observe(waited / SECOND)
+            self._latency.observe(waited / SECOND, exemplar)
         else:
             log.warning("%s: %s is %s: %s", self.name, delivery.public_id, outcome.state, outcome.reason)
 

@@ -113,6 +113,13 @@ class Counts(msgspec.Struct, kw_only=True, frozen=True):
         return self.created - self.delivered - self.dead - self.expired - self.cancelled - self.pending
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """What a destination is owed at the moment."""
+
+    due: int  # pending deliveries whose time has come
+    oldest: int  # when the oldest pending one was created
+
+
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
 """Microseconds for which a key names its first event."""
 
@@ -257,6 +264,10 @@ class Store(Protocol):
 
     async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
         """Remember a destination's state, and raise an operator event about it in the same transaction."""
+        ...
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """Return what each destination is owed, those without anything left out; `now` is steady."""
         ...
 
     async def counts(self) -> dict[str, Counts]:

@@ -21,7 +21,8 @@ from relay.model import (
     Receipt,
     StoredEvent,
 )
-from relay.store import OPERATOR_EVENTS, Acceptance, Counts, Listener, Route
+from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route
+from relay.store.backlog import backlog
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
@@ -65,6 +66,7 @@ class SqliteStore(Expunging, Holding, Pruning, Tallying, Watching):
         self.path = path
         self.route: Route = _nowhere
         self.listener: Listener = _deaf
+        self.on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None
         self._clock = clock
         self._full = full
         self._rules = rules
@@ -115,7 +117,7 @@ class SqliteStore(Expunging, Holding, Pruning, Tallying, Watching):
         except BaseException:
             await self._connection.close()
             raise
-        self._writer = Writer(self._connection, self, self._on_fatal)
+        self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit)
         self._writer.start()
         self._opened = True
 
@@ -272,6 +274,10 @@ class SqliteStore(Expunging, Holding, Pruning, Tallying, Watching):
                 batch.bear(OPERATOR_EVENTS, tell)
 
         await self._writer.submit(Job(apply_))
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """See `Store.backlog`."""
+        return await backlog(self._reader, now)
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""

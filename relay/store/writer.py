@@ -87,11 +87,16 @@ class Writer:
     """Owns the writing connection from `start` to `stop`."""
 
     def __init__(
-        self, connection: aiosqlite.Connection, gatherer: Gatherer, on_fatal: Callable[[str], None]
+        self,
+        connection: aiosqlite.Connection,
+        gatherer: Gatherer,
+        on_fatal: Callable[[str], None],
+        on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None,
     ) -> None:
         self._connection = connection
         self._gatherer = gatherer
         self._on_fatal = on_fatal
+        self._on_commit = on_commit
         self._jobs: deque[Job[Any]] = deque()
         self._errands: deque[tuple[Callable[[aiosqlite.Connection], Awaitable[Any]], asyncio.Future[Any]]] = (
             deque()
@@ -180,6 +185,7 @@ class Writer:
     async def _commit(self, jobs: list[Job[Any]]) -> None:
         """One transaction; if one of its jobs is to blame, the others get another try without it."""
         served: list[Job[Any]] = []
+        began = time.monotonic()
         try:
             transaction = Transaction(self._connection)
             batch = await self._gatherer.begin(transaction, jobs)
@@ -196,6 +202,7 @@ class Writer:
             await self._undo(jobs, error)
             return
         self.commits += 1
+        self._on_commit(time.monotonic() - began, len(jobs))
         self._gatherer.publish(batch)
         for job in served:
             job.succeed(batch)
