@@ -219,8 +219,7 @@ class Fleet:
             roster.put(worker)
         roster.moving.clear()
         if self.holding:
-            for worker in tuple(roster):
-                roster.put(registry.hold(worker, self._now, self._rules(worker.source, worker.id)))
+            roster.hold(self._now, self._rules)
         for key in self.measured:
             roster.measured[key] = self._now.steady
         for command in self.commands.values():

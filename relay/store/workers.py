@@ -1,11 +1,13 @@
 """The registry's rows in memory: what every heartbeat is compared with, without a read."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import aiosqlite
 
+from relay.config.model import WorkerRules
 from relay.model import Command, Session, Worker
+from relay.registry import Now, hold
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
 WorkerKey = tuple[str, str]
@@ -61,6 +63,11 @@ class Roster:
             self._index(key, before, worker.sessions)
         if worker.endpoint:
             self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
+
+    def hold(self, now: Now, rules: Callable[[str, str], WorkerRules]) -> None:
+        """Put off every deadline."""
+        for key, worker in self._rows.items():  # no key is new, and nothing else of a row changes
+            self._rows[key] = hold(worker, now, rules(*key))
 
     def queued(self) -> list[Command]:
         """Return every command that waits for a heartbeat."""
