@@ -295,6 +295,13 @@ class Expunged(msgspec.Struct, kw_only=True, frozen=True):
     left: tuple[int, ...]  # row ids of events that something is just being sent of; ask again
 
 
+class Imported(msgspec.Struct, kw_only=True, frozen=True):
+    """How far an import has come."""
+
+    lines: int  # read and durable
+    new: int  # of which the events were not there before
+
+
 class Claim(msgspec.Struct, frozen=True):
     """Deliveries that the caller now holds, and when the next one of that destination is due."""
 

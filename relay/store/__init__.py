@@ -6,7 +6,7 @@ assume that event ids and bodies are storable as they are; a caller may assume t
 returned is durable, and that one which raised left nothing behind.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ from relay.model import (
     DestinationState,
     Expunged,
     Named,
+    Imported,
     News,
     Outcome,
     Owed,
@@ -309,6 +310,25 @@ class Store(Protocol):
         ...
 
     def workers(self) -> tuple[Worker, ...]:
+    def export(self, selection: Selection, span: Span, *, deliveries: bool = False) -> AsyncIterator[bytes]:
+        """Write a selection's events as lines of JSON (`relay.store.line`), with deliveries if asked."""
+        ...
+
+    def read_in(self, lines: AsyncIterable[bytes], *, owe: bool = False) -> AsyncIterator[Imported]:
+        """Take in the events of an export, but for those that are there; tells now and then how far it is.
+
+        With `owe`, what is new is delivered by today's routes; without, it is only kept. Deliveries of an
+        export are not taken in: they were another store's.
+
+        Raises:
+            RelayError: a line is no exported event; what came before it is in.
+        """
+        ...
+
+    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
+        """Take in events in one transaction; say for each whether it was not there before."""
+        ...
+
         """Return the registry as it is now."""
         ...
 

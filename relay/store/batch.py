@@ -50,6 +50,14 @@ class Repeat(msgspec.Struct):
     done: bool = False  # known once it is written
 
 
+class Restored(msgspec.Struct):
+    """An event of an export, to be taken in."""
+
+    event: StoredEvent
+    owe: bool  # by today's routes
+    done: bool = False  # known once it is written; False: it was there
+
+
 class Look(msgspec.Struct, frozen=True):
     """What a look at the destinations found."""
 
@@ -92,7 +100,9 @@ class Batch:
         self.hurrying: list[int] = []  # deliveries that an operator makes due
         self.repeating: list[Repeat] = []  # in the order of their events
         # Known once it is written:
+        self.restoring: list[Restored] = []
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
+        self.restored: list[StoredEvent] = []
         self.due: list[Delivery] = []  # new deliveries to go out now
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
@@ -163,6 +173,16 @@ class Batch:
             self.owe(owed, event.id, len(event.body), event)
 
     def bear(self, source: str, born: Born) -> None:
+    def put_back(self, restored: Restored) -> None:
+        """Take in an event that was accepted once: it is news to nobody, and counted already."""
+        event = restored.event
+        self._sequences.event += 1
+        event.id = self._sequences.event
+        self.restored.append(event)
+        if restored.owe:
+            for owed in self._route(event):
+                self.owe(owed, event.id, len(event.body), event)
+
         """Take in an event that the relay itself gives birth to, routed like any other."""
         body = _encode(born.data)
         self._add(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS
 from relay.store.batch import Batch
+from relay.store.dump import restore
 from relay.store.ends import cancel, end, expire, free
 from relay.store.held import expire_held
 from relay.store.holds import Holds
@@ -34,8 +35,10 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         await hurry(batch, transaction)
     if batch.repeating:
         await repeat(batch, transaction)
-    if batch.events:
-        insert(transaction, "events", EVENT_COLUMNS, [event_row(e) for e in batch.events])
+    if batch.restoring:
+        await restore(batch, transaction)
+    if events := batch.events + batch.restored:
+        insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in events])
     batch.tallies.write(transaction)
     if batch.deliveries:
         await _write_deliveries(batch, transaction, holds)

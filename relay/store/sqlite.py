@@ -27,6 +27,7 @@ from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import BOOKS, sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
+from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
 from relay.store.find import find
 from relay.store.held import Holding
@@ -50,7 +51,7 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Expunging, Holding, Pruning, Tallying, Watching):
+class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, Watching):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
