@@ -19,10 +19,13 @@ COMMANDS = {
     "status": ("relay.cli.status:status", "Show on one screen how the relay is."),
     "explain": (
         "relay.cli.explain:explain",
-        "Say of every destination whether an event goes there, and why.",
+        "Say of every destination whether an event goes there.",
     ),
     "send": ("relay.cli.send:send", "Send a sample event through the front door."),
-    "listen": ("relay.cli.listen:listen", "Receive webhooks on this machine, verify and print them."),
+    "listen": (
+        "relay.cli.listen:listen",
+        "Receive webhooks on this machine, verify their signatures and print them.",
+    ),
     "completion": ("relay.cli.completion:completion", "Print what makes a shell complete this command."),
     "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
 }

@@ -12,11 +12,12 @@ from relay.cli.output import print_json, print_table
 @json_option
 @daemon_options
 def explain(daemon: Daemon, event: str, *, as_json: bool) -> None:
-    """Say of every destination whether an event goes there, or which condition fails on which value.
+    """Say of every destination whether an event goes there.
 
     Example: relay explain 01a201eb
 
-    Judged by today's configuration. EVENT is an id, shortened while unique.
+    Where it does not, the condition that fails is named, and the value on which. Judged by today's
+    configuration. EVENT is an id, shortened while unique.
     """
     answer = daemon.get("events", event, "explain")
     if as_json:

@@ -25,11 +25,11 @@ LARGEST = 16 * 2**20
 )
 @json_option
 def listen(port: int, *, secrets: tuple[str, ...], status: int, as_json: bool) -> None:
-    """Receive webhooks on this machine, verify their signatures and print them, until Ctrl-C.
+    """Receive webhooks on this machine, verify their signatures and print them.
 
     Example: relay listen 9000 --secret whsec_…
 
-    A wrong signature is answered with 401. PORT 0 takes any free one.
+    Goes on until Ctrl-C. A wrong signature is answered with 401. PORT 0 takes any free one.
     """
     try:
         verify(tuple(map(Secret, secrets)), _PROBE, b"", int(_PROBE["webhook-timestamp"]))

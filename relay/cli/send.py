@@ -46,11 +46,12 @@ def send(
     config: Path | None,
     as_json: bool,
 ) -> None:
-    """Send a sample event through the front door, with the secret that the configuration has.
+    """Send a sample event through the front door.
 
     Example: relay send adorn image.shared
 
-    TYPE is one of those that --list names; without it, the first is sent.
+    It carries the secret that the configuration has. TYPE is one of those that --list names;
+    without it, the first is sent.
     """
     path = find_config(config)
     setup = load(path).config

@@ -19,9 +19,11 @@ _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 @daemon_options
 @click.pass_context
 def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
-    """Show on one screen how the relay is: 0 when it is ready, 1 with the reasons when it is not.
+    """Show on one screen how the relay is.
 
     Example: relay status
+
+    The exit code is 1 while the relay is not ready, and the reasons are said.
     """
     answer = _gather(daemon)
     if as_json:
