@@ -18,8 +18,8 @@ from relay.model import (
     Command,
     DestinationState,
     Expunged,
-    Named,
     Imported,
+    Named,
     News,
     Outcome,
     Owed,
@@ -297,19 +297,6 @@ class Store(Protocol):
         """Delete a selection's events likewise; tells page by page, and stops where the caller does."""
         ...
 
-    async def prune_worker_metrics(self, before: int) -> int:
-        """Delete some gauges older than `before` (wall clock); return how many, 0: none is left."""
-        ...
-
-    async def prune_worker_commands(self, before: int) -> int:
-        """Delete commands given before (wall clock) that are queued no more; return how many."""
-        ...
-
-    def census(self, source: str, status: str) -> int:
-        """Count a source's workers in a status."""
-        ...
-
-    def workers(self) -> tuple[Worker, ...]:
     def export(self, selection: Selection, span: Span, *, deliveries: bool = False) -> AsyncIterator[bytes]:
         """Write a selection's events as lines of JSON (`relay.store.line`), with deliveries if asked."""
         ...
@@ -329,6 +316,19 @@ class Store(Protocol):
         """Take in events in one transaction; say for each whether it was not there before."""
         ...
 
+    async def prune_worker_metrics(self, before: int) -> int:
+        """Delete some gauges older than `before` (wall clock); return how many, 0: none is left."""
+        ...
+
+    async def prune_worker_commands(self, before: int) -> int:
+        """Delete commands given before (wall clock) that are queued no more; return how many."""
+        ...
+
+    def census(self, source: str, status: str) -> int:
+        """Count a source's workers in a status."""
+        ...
+
+    def workers(self) -> tuple[Worker, ...]:
         """Return the registry as it is now."""
         ...
 

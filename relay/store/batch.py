@@ -99,10 +99,10 @@ class Batch:
         self.cancelling: list[int] = []  # deliveries that an operator cancels
         self.hurrying: list[int] = []  # deliveries that an operator makes due
         self.repeating: list[Repeat] = []  # in the order of their events
-        # Known once it is written:
         self.restoring: list[Restored] = []
-        self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
+        # Known once it is written:
         self.restored: list[StoredEvent] = []
+        self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries to go out now
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
@@ -172,7 +172,6 @@ class Batch:
         for owed in self._route(event):
             self.owe(owed, event.id, len(event.body), event)
 
-    def bear(self, source: str, born: Born) -> None:
     def put_back(self, restored: Restored) -> None:
         """Take in an event that was accepted once: it is news to nobody, and counted already."""
         event = restored.event
@@ -183,6 +182,7 @@ class Batch:
             for owed in self._route(event):
                 self.owe(owed, event.id, len(event.body), event)
 
+    def bear(self, source: str, born: Born) -> None:
         """Take in an event that the relay itself gives birth to, routed like any other."""
         body = _encode(born.data)
         self._add(
