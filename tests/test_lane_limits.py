@@ -59,14 +59,14 @@ async def test_a_rate_limit_spends_no_attempt_and_waits_exactly_as_long_as_it_mu
 
 async def test_a_rate_limit_holds_across_bursts_of_retries(store, receiver):
     receiver.usual = (500, {})
-    crm = destination("crm", receiver.url, rate_limit=Rate(20, 1), circuit=NEVER_OPENS)
+    crm = destination("crm", receiver.url, rate_limit=Rate(100, 1), circuit=NEVER_OPENS)
     async with engine_for(store, crm):
         began = CLOCK.steady()
-        await send_many(store, 10)
-        rows = await ended(store, 10)
+        await send_many(store, 30)
+        rows = await ended(store, 30)
     assert {(row["state"], row["attempts"]) for row in rows} == {("dead", 5)}
-    assert len(receiver.times) == 50
-    assert receiver.times[-1] - began >= (50 - 20) / 20 * SECOND
+    assert len(receiver.times) == 150
+    assert receiver.times[-1] - began >= (150 - 100) / 100 * SECOND
 
 
 # --- shares -------------------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ async def test_with_one_slot_first_attempts_and_retries_take_turns(store, receiv
 
 async def test_within_a_rate_limit_first_attempts_and_retries_take_turns(store, receiver):
     receiver.answers = [(500, {})]
-    crm = destination("crm", receiver.url, rate_limit=Rate(50, 1), retry=RetryConfig(schedule=(0.2,)))
+    crm = destination("crm", receiver.url, rate_limit=Rate(100, 1), retry=RetryConfig(schedule=(0.2,)))
     async with engine_for(store, crm):
         refused = await send(store)
         await until(lambda: receiver.requests)
-        await send_many(store, 120)
-        await ended(store, 121)
-    assert receiver.ids.index(refused, 1) < 90  # about the 60th; behind all others without turns
+        await send_many(store, 180)
+        await ended(store, 181)
+    assert receiver.ids.index(refused, 1) < 160  # about the 120th; behind all others without turns
 
 
 async def test_what_is_old_leaves_before_what_is_new(store, monkeypatch):
@@ -207,7 +207,7 @@ async def test_due_work_that_must_wait_costs_nothing(store, receiver, turns, hol
         await send_many(store, 200)
         await until(lambda: lane.in_flight == len(lane._tasks) == in_flight)
         turns.clear()
-        await asyncio.sleep(0.3)  # the window that is measured
+        await asyncio.sleep(0.2)  # the window that is measured
         assert turns == []
         assert (await store.counts())["crm"].pending >= 199
         assert len(receiver.requests) <= 10
@@ -220,7 +220,7 @@ async def test_an_idle_lane_does_not_turn(store, receiver, turns):
         await ended(store)
         await until(lambda: not engine.lanes["crm"]._tasks)
         turns.clear()
-        await asyncio.sleep(0.3)  # the window that is measured
+        await asyncio.sleep(0.2)  # the window that is measured
         assert turns == []
 
 
