@@ -1,0 +1,181 @@
+"""What Prometheus scrapes, and the alerts and the dashboard that ship for it."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from prometheus_client import generate_latest
+from support import until
+from wire import exchange, request
+
+from relay import __version__
+from relay.app import App
+from relay.cli import COMMANDS
+from relay.loader import load
+
+SHIPPED = Path(__file__).parent.parent / "systemd" / "prometheus"
+ALERTS = (SHIPPED / "alerts.yml").read_text()
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (package prometheus)"
+)
+
+
+def promtool(*arguments, cwd=SHIPPED, given=""):
+    command = ("promtool", *arguments)
+    return subprocess.run(command, cwd=cwd, input=given, capture_output=True, text=True, check=False)
+
+
+def expressions():
+    """Return every expression that ships, named after where it is."""
+    alerts = dict(re.findall(r"- alert: (\w+)\n +expr: (.+)", ALERTS))
+    panels = json.loads((SHIPPED / "dashboard.json").read_text())["panels"]
+    shown = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in panels
+        for target in panel["targets"]
+    }
+    return {**alerts, **shown}
+
+
+def app_with(tmp_path, destinations):
+    parts = [destination(f"d{number}", "http://127.0.0.1:9/x") for number in range(destinations)]
+    return App(load(write_config(tmp_path, SOURCES, *parts)))
+
+
+async def scrape(relay, accept="text/plain"):
+    answer = await exchange(relay.addresses.admin, request("GET", "/metrics", accept=accept))
+    assert answer.status == 200
+    return answer.body.decode()
+
+
+@needs_promtool
+async def test_promtool_finds_no_fault_in_a_scrape(tmp_path):
+    async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
+        text = await scrape(relay)
+    checked = promtool("check", "metrics", given=text)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert promtool("check", "metrics", given=text.replace("_total", "")).returncode != 0
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "rules", "--lint=all", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+        ("check", "config", "scrape.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_finds_no_fault_in_what_ships(arguments):
+    checked = promtool(*arguments)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@needs_promtool
+def test_an_alert_that_fires_too_late_is_noticed(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "alerts.yml").write_text(ALERTS.replace("for: 1m", "for: 9m"))
+    assert promtool("test", "rules", "alerts_test.yml", cwd=tmp_path).returncode != 0
+
+
+def test_every_alert_is_tested_and_ends_in_a_command_to_type():
+    names = re.findall(r"- alert: (\w+)", ALERTS)
+    tested = re.findall(r"^  - name: (\w+)", (SHIPPED / "alerts_test.yml").read_text(), re.MULTILINE)
+    assert tested == names
+    commands = re.findall(r'description: ".*: ([^:"]+)"$', ALERTS, re.MULTILINE)
+    assert len(commands) == len(names)
+    ours = {command.split()[1] for command in commands if command.startswith("relay ")}
+    assert ours
+    assert ours <= set(COMMANDS)
+
+
+async def test_every_expression_names_metrics_that_are_exported(tmp_path):
+    async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
+        text = await scrape(relay)
+    exported = {"up", *re.findall(r"^(\w+)[{ ]", text, re.MULTILINE)}
+    named = {
+        where: set(re.findall(r"\b((?:relay|process)_\w+|up)\b", expression))
+        for where, expression in expressions().items()
+    }
+    assert [where for where, names in named.items() if not names] == []
+    assert {where: names - exported for where, names in named.items() if names - exported} == {}
+
+
+def test_a_scrape_of_50_destinations_takes_under_50_ms_and_no_database(tmp_path):
+    app = app_with(tmp_path, 50)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        text = generate_latest(app.metrics.registry)
+        took.append(time.perf_counter() - began)
+    assert b'relay_deliveries_pending{destination="d49"' in text
+    assert not app.store.path.exists()
+    assert min(took) < 0.05
+
+
+async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):
+    async with Recorder() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="crm"))
+            text = await scrape(relay, OPENMETRICS)
+    for name in ("relay_delivery_latency_seconds", "relay_delivery_attempt_duration_seconds"):
+        assert re.search(rf'^{name}_bucket.* # {{event_id="{receiver.ids[0]}"}}', text, re.MULTILINE)
+    assert text.endswith("# EOF\n")
+
+
+async def test_pending_deliveries_are_told_apart_by_what_they_wait_for(tmp_path):
+    async with Recorder() as receiver:
+        receiver.answers.append((500, {}))
+        config = write_config(
+            tmp_path,
+            SOURCES,
+            destination("held", receiver.url),
+            destination("retried", receiver.url).replace("0.1s", "1h"),
+        )
+        async with running(config) as relay:
+
+            def pending(name):
+                states = ("due", "waiting", "in_flight", "held")
+                return {
+                    state: relay.counted("relay_deliveries_pending", destination=name, state=state)
+                    for state in states
+                }
+
+            def oldest(name):
+                return relay.counted("relay_delivery_oldest_pending_timestamp_seconds", destination=name)
+
+            await relay.operator("POST", "/api/destinations/held/pause")
+            before = time.time()
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(
+                lambda: relay.counted("relay_delivery_attempts_total", destination="retried", result="5xx")
+            )
+            await relay.app.books.check()
+            assert pending("held") == {"due": 0, "waiting": 0, "in_flight": 0, "held": 1}
+            assert pending("retried") == {"due": 0, "waiting": 1, "in_flight": 0, "held": 0}
+            assert before - 1 < oldest("held") < time.time() + 1
+            await relay.operator("POST", "/api/destinations/held/resume")
+            await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="held"))
+            await relay.app.books.check()
+            assert sum(pending("held").values()) == 0
+            assert oldest("held") == 0
+
+
+async def test_jobs_and_commits_are_counted(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        await relay.exchange(request("POST", "/v1/events", adorn()))
+        assert relay.counted("relay_storage_commit_duration_seconds_count") >= 1
+        assert relay.counted("relay_storage_commit_events_sum") >= 1
+        assert relay.counted("relay_storage_size_bytes", file="main") > 0
+        await until(lambda: relay.counted("relay_job_runs_total", job_name="disk", outcome="ok"))
+        assert relay.counted("relay_job_last_success_timestamp_seconds", job_name="disk") > 1_700_000_000
+        assert relay.counted("relay_plugin_info", plugin="adorn", version=__version__) == 1
