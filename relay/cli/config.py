@@ -1,12 +1,16 @@
-"""`relay check-config`."""
+"""`relay check-config` and `relay config`."""
 
 from pathlib import Path
 
 import click
 import msgspec
 
+from relay.cli.effective import as_toml, effective
+from relay.cli.exits import CommandError
+from relay.cli.group import Group
 from relay.cli.options import config_option, json_option
 from relay.cli.output import count, print_json
+from relay.cli.starting import START
 from relay.config.find import find_config
 from relay.config.model import Config
 from relay.config.problem import ConfigError
@@ -55,3 +59,45 @@ def _tell_success(path: Path, config: Config, *, as_json: bool) -> None:
     click.echo(f"{path}: ok ({', '.join(parts)})")
     for warning in config.warnings:
         click.echo(f"warning: {warning}", err=True)
+
+
+@click.group("config", cls=Group)
+def config_() -> None:
+    """What the configuration comes to, and a first one."""
+
+
+@config_.command()
+@config_option
+@json_option
+def show(config: Path | None, *, as_json: bool) -> None:
+    """Show what the configuration comes to, every default included.
+
+    Example: relay config show -c /etc/relay/config.toml
+
+    Secrets are shown as <secret>, paths as the relay would use them.
+    """
+    tables = effective(load(find_config(config)).config)
+    if as_json:
+        print_json(tables)
+    else:
+        click.echo("\n".join(as_toml(tables)))
+
+
+@config_.command()
+@click.argument("file", type=click.Path(path_type=Path), default=Path("config.toml"))
+def init(file: Path) -> None:
+    """Write a config.toml for production to start from.
+
+    Example: relay config init /etc/relay/config.toml
+
+    FILE must not be there yet.
+    """
+    try:
+        with file.open("x") as new:
+            new.write(START)
+    except FileExistsError:
+        hint = f"`relay check-config {file}` checks it; name another file"
+        raise CommandError(f"{file} is there already", hint=hint) from None
+    except OSError as error:
+        raise CommandError(f"{file} cannot be written: {error.strerror}", hint="name another file") from None
+    click.echo(f"{file}: written; set its secrets, then run `relay check-config {file}`")

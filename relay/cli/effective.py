@@ -1,0 +1,94 @@
+"""What a configuration comes to, defaults included, as config.toml would say it; secrets as `<secret>`."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from relay.config.model import Config
+from relay.config.problem import dotted
+from relay.config.secret import Secret, Secrets
+from relay.units import Rate, render_duration, render_rate
+
+_NAMED = ("sources", "destinations")
+_OURS = {"path", "warnings", "name", "settings"}  # fields that nobody writes
+_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
+def effective(config: Config) -> dict[str, Any]:
+    """Return the tables of config.toml as JSON has them; what has no value is left out."""
+    tables = _table(config)
+    for name, source in config.sources.items():
+        tables["sources"][name] |= _table(source.settings)
+    return tables
+
+
+def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a config.toml that says the same."""
+    loose = {name: value for name, value in tables.items() if not isinstance(value, dict)}
+    yield from _lines(loose)
+    for name, table in tables.items():
+        if name in _NAMED:
+            for each, inner in table.items():
+                yield from ("", f"[{dotted((name, each))}]", *_lines(inner))
+        elif isinstance(table, dict):
+            yield from ("", f"[{name}]", *_lines(table))
+
+
+def _table(record: msgspec.Struct) -> dict[str, Any]:
+    values = {
+        field.name: _value(getattr(record, field.name), _unit(field.type))
+        for field in msgspec.structs.fields(record)
+        if field.name not in _OURS
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _value(value: Any, unit: str | None) -> Any:
+    shown: Any
+    if isinstance(value, Secret):
+        shown = str(value)
+    elif isinstance(value, Secrets):
+        shown = ["<secret>"] * len(value)
+    elif isinstance(value, Rate):
+        shown = render_rate(value)
+    elif isinstance(value, msgspec.Struct):
+        shown = _table(value)
+    elif isinstance(value, Path):
+        shown = str(value)
+    elif isinstance(value, dict):
+        shown = {key: _value(item, unit) for key, item in value.items()}
+    elif isinstance(value, tuple | list):
+        shown = [_value(item, unit) for item in value]
+    elif value is not None and unit == "duration":
+        shown = render_duration(value)
+    elif value is not None and unit == "size":
+        shown = next(f"{value // factor} {name}" for factor, name in _SIZES if value % factor == 0)
+    else:
+        shown = value
+    return shown
+
+
+def _unit(type_: Any) -> str | None:
+    """Find in which unit a field of that type is written, wherever in the type it says so."""
+    for part in (*get_args(type_), *getattr(type_, "__metadata__", ())):
+        if isinstance(part, msgspec.Meta) and part.extra and "unit" in part.extra:
+            return str(part.extra["unit"])
+        if not isinstance(part, msgspec.Meta) and (found := _unit(part)):
+            return found
+    return None
+
+
+def _lines(table: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in table.items():
+        yield f"{dotted((name,))} = {_written(value)}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(_lines(value))} }}" if value else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""Asking, and following a replay, as a terminal would see it."""
+
+import io
+import itertools
+
+import click
+import pytest
+
+from relay.cli import following
+from relay.cli.confirm import confirm
+from relay.cli.exits import CommandError
+from relay.cli.following import follow
+from relay.cli.output import print_table
+
+RUNNING = {
+    "id": "rpl_1", "state": "running", "count": 1204, "done": 400, "created": 400, "skipped": 0,
+    "per_second": 100.0, "eta_seconds": 8.04, "reached": "2026-01-31T12:00:00.000Z", "ended_at": None,
+    "error": None,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Scripted:
+    """Answers one look after the other; an exception is raised."""
+
+    def __init__(self, *looks):
+        self.looks = iter(looks)
+
+    def get(self, *path):
+        assert path == ("replays", "rpl_1")
+        look = next(self.looks)
+        if isinstance(look, BaseException):
+            raise look
+        return {**RUNNING, **look}
+
+    def delete(self, *path):
+        return {**RUNNING, "done": 500, "state": "cancelling"}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(following, "EVERY", 0)
+
+
+def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    follow(
+        Scripted({"done": 1204, "created": 1204, "ended_at": "now", "state": "done"}), RUNNING, as_json=False
+    )
+    assert "400 of 1 204 events, 100/s, 8s left" in screen.getvalue()
+    assert capsys.readouterr().out == "1 204 of 1 204 events: 1 204 deliveries\n"
+
+
+def test_ctrl_c_cancels_and_says_how_to_go_on(capsys):
+    with pytest.raises(CommandError) as said:
+        follow(Scripted({}, KeyboardInterrupt()), RUNNING, as_json=False)
+    assert said.value.code == 130
+    assert said.value.message.startswith("cancelled after 500 of 1 204 events; go on with the same command")
+    assert said.value.message.endswith("--since 2026-01-31T12:00:00.000Z")
+
+
+def test_a_replay_that_failed_is_1_with_where_to_go_on():
+    with pytest.raises(CommandError) as said:
+        follow(
+            Scripted({"ended_at": "now", "state": "failed", "error": "the disk is full"}),
+            RUNNING,
+            as_json=True,
+        )
+    assert (said.value.code, said.value.message) == (1, "the replay ended early: the disk is full")
+    assert said.value.hint == "go on with --since 2026-01-31T12:00:00.000Z"
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n"])
+def test_on_a_terminal_the_question_has_the_count(monkeypatch, capsys, answer):
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    if answer == "y\n":
+        confirm("Replay 1 204 events?", yes=False)
+    else:
+        with pytest.raises(CommandError, match="nothing was changed"):
+            confirm("Replay 1 204 events?", yes=False)
+    assert capsys.readouterr().out.startswith("Replay 1 204 events? [y/N]: ")
+
+
+def test_who_said_yes_is_not_asked(monkeypatch):
+    monkeypatch.setattr("sys.stdin", itertools.repeat(None))
+    confirm("Replay 1 204 events?", yes=True)
+
+
+def test_where_nobody_can_answer_yes_is_demanded(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(click.UsageError, match="Add --yes"):
+        confirm("Replay 1 204 events?", yes=False)
+
+
+def test_a_table_on_a_terminal_is_aligned_under_headings(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    print_table(("id", "type"), [("1", "a"), ("1234", "b\nc")])
+    assert screen.getvalue() == "ID    TYPE\n1     a\n1234  b c\n"
