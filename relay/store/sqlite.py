@@ -23,9 +23,10 @@ from relay.model import (
 )
 from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route
 from relay.store.backlog import backlog
+from relay.store.balance import COUNTS_SQL, balance
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
-from relay.store.commit import BOOKS, sums, write
+from relay.store.commit import sums, write
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
@@ -282,15 +283,7 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""
-        rows = await self._reader.execute_fetchall(
-            """
-            SELECT ledger.*, (SELECT count(*) FROM deliveries
-                               WHERE deliveries.destination = ledger.destination AND state = 'pending')
-              FROM ledger
-            """
-        )
-        names = (*BOOKS, "pending")
-        return {row[0]: Counts(**dict(zip(names, row[1:], strict=True))) for row in map(tuple, rows)}
+        return balance(await self._reader.execute_fetchall(COUNTS_SQL))
 
     async def find(
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any

@@ -1,0 +1,22 @@
+"""Comparing ledger and table reads pending rows only."""
+
+import pytest
+from stores import opened
+from support import FakeClock
+
+from relay.store.balance import COUNTS_SQL
+
+
+@pytest.fixture
+async def store(tmp_path):
+    async with opened(tmp_path / "relay.db", FakeClock()) as store:
+        yield store
+
+
+async def test_the_books_are_balanced_along_the_indexes_of_pending_deliveries(store):
+    plan = [row[3] for row in await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {COUNTS_SQL}")]
+    assert [step for step in plan if step.startswith("SCAN")] == ["SCAN ledger"]
+    assert [step for step in plan if step.startswith("SEARCH")] == [
+        "SEARCH d USING INDEX deliveries_first (destination=?)",
+        "SEARCH d USING INDEX deliveries_retry (destination=?)",
+    ]
