@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -374,3 +375,59 @@ def test_the_commands_of_the_service_are_ones_there_are():
     named = re.findall(r"^Exec\w+=/opt/relay/bin/relay ([\w-]+)", service, re.MULTILINE)
     assert named
     assert set(named) <= set(COMMANDS)
+
+
+# --- socket activation ----------------------------------------------------------------------------------
+
+HANDED = """\
+import os, sys
+os.dup2(int(sys.argv.pop(1)), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="public")
+from relay.cli import main
+main()
+"""
+"""`relay`, with the socket of the number that follows handed over as systemd does."""
+
+RESTARTS = 2  # 20 in a row lost nothing, either, and take half a minute
+
+
+async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path, manager, listening):
+    config = write_config(tmp_path, SOURCES)
+    host, port = listening.getsockname()
+    statuses = []
+
+    async def start():
+        starts = len(manager.heard("READY"))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", HANDED, str(listening.fileno()), "serve", "-c", str(config)),
+            pass_fds=[listening.fileno()],
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        await until(lambda: len(manager.heard("READY")) > starts)
+        return process
+
+    async def send():
+        while True:
+            answer = await exchange(f"http://{host}:{port}", request("POST", "/v1/events", adorn()))
+            statuses.append(answer.status)
+
+    process = await start()
+    senders = [asyncio.create_task(send()) for _ in range(4)]
+    try:
+        for _ in range(RESTARTS):
+            answered = len(statuses)
+            await until(lambda least=answered: len(statuses) > least + 20)
+            process.terminate()
+            assert await process.wait() == 0
+            process = await start()
+        answered = len(statuses)
+        await until(lambda: len(statuses) > answered + 20)
+    finally:
+        failed = [sender.exception() for sender in senders if sender.done()]
+        for sender in senders:
+            sender.cancel()
+        await asyncio.gather(*senders, return_exceptions=True)
+        process.terminate()
+        await process.wait()
+    assert failed == []
+    assert set(statuses) == {200}
