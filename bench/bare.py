@@ -33,7 +33,7 @@ async def _session(app: web.Application) -> AsyncIterator[None]:
 def handler(path: str) -> web.Application:
     """Answer every event; nothing is kept."""
     app = web.Application()
-    app.router.add_post(path, _take)
+    app.router.add_route("*", path, _take)
     return app
 
 

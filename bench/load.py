@@ -3,6 +3,8 @@
 import asyncio
 import re
 import time
+from collections.abc import Sequence
+from itertools import cycle
 from typing import cast
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
@@ -27,7 +29,7 @@ class _Sender(asyncio.Protocol):
     def ask(self) -> None:
         if self._load.unasked:
             self._load.unasked -= 1
-            self.transport.write(self._load.request)
+            self.transport.write(next(self._load.requests))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -49,8 +51,8 @@ class _Sender(asyncio.Protocol):
 class _Load:
     """One round: how much is left, and whether it is over."""
 
-    def __init__(self, request: bytes, count: int) -> None:
-        self.request = request
+    def __init__(self, requests: Sequence[bytes], count: int) -> None:
+        self.requests = cycle(requests)
         self.unasked = count
         self._unanswered = count
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,13 +69,22 @@ class _Load:
 
 def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
     """Build a request as it goes over the wire."""
+    return _request("POST", path, body, headers)
+
+
+def put(path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """Build a request as it goes over the wire."""
+    return _request("PUT", path, body, headers)
+
+
+def _request(method: str, path: str, body: bytes, headers: dict[str, str]) -> bytes:
     fields = {"Host": "localhost", **headers, "Content-Length": str(len(body))}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-async def send(address: tuple[str, int], request: bytes, *, count: int, connections: int) -> float:
-    """Send a request `count` times over so many connections, each waiting for its answers.
+async def send(address: tuple[str, int], *requests: bytes, count: int, connections: int) -> float:
+    """Send so many requests, these in turn, over so many connections, each waiting for its answers.
 
     Returns the moment (`time.perf_counter`) at which the first byte went out.
 
@@ -81,7 +92,7 @@ async def send(address: tuple[str, int], request: bytes, *, count: int, connecti
         LoadError: an answer was no 2xx, or a connection broke.
         TimeoutError: it took more than two minutes.
     """
-    load, loop = _Load(request, count), asyncio.get_running_loop()
+    load, loop = _Load(requests, count), asyncio.get_running_loop()
     senders = []
     try:
         for _ in range(min(connections, count)):

@@ -21,7 +21,7 @@ T = TypeVar("T")
 PRUNE_AT_ONCE = 1000
 """Rows that one transaction deletes: senders do not notice a transaction of this size."""
 
-ROWS_AT_ONCE = 250
+ROWS_AT_ONCE = 500
 """Workers that one transaction marks or flushes: some milliseconds of the loop, however many there are."""
 
 

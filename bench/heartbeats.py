@@ -1,0 +1,199 @@
+"""What ten thousand workers cost: CPU per heartbeat at their own pace, and sweeps over all of them."""
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+from bench.load import put, send
+from bench.loop import run
+from bench.processes import Server, python
+from bench.subject import TOKEN, relay
+from relay.clock import SECOND
+from relay.model import Heartbeat, Register
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+
+WORKERS = 10_000
+MEASURED = 60.0  # seconds between two rows of a worker's gauges
+PACE = WORKERS / 30  # heartbeats a second: each worker one in 30 s
+_SOURCE = f"""\
+[sources.whatsapp]
+plugin = "whatsapp"
+tokens = ["{TOKEN}"]
+"""
+_PATH = "/api/v1/workers/{}/heartbeat"
+_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
+
+
+class _Once(asyncio.Protocol):
+    """A connection of its own for one heartbeat, as axios makes them by default."""
+
+    def __init__(self, request: bytes, ended: Callable[[bytes], None]) -> None:
+        self._request = request
+        self._received = b""
+        self._ended = ended
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head = self._received.find(b"\r\n\r\n")
+        length = _LENGTH.search(self._received, 0, head) if head >= 0 else None
+        if length is not None and len(self._received) >= head + 4 + int(length[1]):
+            self._transport.close()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._ended(self._received)
+
+
+def _beat(number: int, uptime: int) -> bytes:
+    body = (
+        b'{"status":"ONLINE","metrics":{"sessions":{"total":25,"connected":20,"disconnected":2,"qr_required":2,'
+        b'"reconnecting":1,"error":0,"maxSessions":50},"cpuUsage":45.5,"memoryUsage":67.8,"uptime":%d,'
+        b'"messageCount":%d},"timestamp":"2024-01-15T10:30:00.000Z"}' % (uptime, uptime)
+    )
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    return put(_PATH.format(f"worker-{number}"), body, headers)
+
+
+async def _at_their_pace(server: Server, uptime: int) -> None:
+    """Send one heartbeat of every worker within 30 s, each over a connection of its own."""
+    loop, began, unanswered = asyncio.get_running_loop(), time.perf_counter(), WORKERS
+    over = loop.create_future()
+
+    def ended(received: bytes) -> None:
+        nonlocal unanswered
+        unanswered -= 1
+        if not received.startswith(b"HTTP/1.1 200") and not over.done():
+            over.set_exception(RuntimeError(f"unexpected answer: {received!r}"))
+        elif not unanswered and not over.done():
+            over.set_result(None)
+
+    for number in range(WORKERS):
+        request = _beat(number, uptime)
+        await loop.create_connection(lambda request=request: _Once(request, ended), *server.address)  # type: ignore[misc] # mypy cannot infer a default
+        await asyncio.sleep(began + number / PACE - time.perf_counter())
+    async with asyncio.timeout(30):
+        await over
+
+
+async def heartbeats() -> None:
+    """Measure a daemon of its own at the workers' pace."""
+    with TemporaryDirectory(prefix="bench-") as name:
+        bare = ("-m", "bench.serve", "handler", _PATH.format("{worker}"))
+        async with (
+            relay(Path(name), more=_SOURCE) as server,
+            python(Path(name) / "bare.log", *bare) as rival,
+        ):
+
+            async def crowd(uptime: int) -> None:
+                beats = [_beat(number, uptime) for number in range(WORKERS)]
+                await send(server.address, *beats, count=WORKERS, connections=64)
+
+            print(f"heartbeats of {WORKERS:,} workers: CPU each, of a core at one in 30 s, target 10%")
+            began = time.perf_counter()
+            await crowd(0)  # all of them are new
+            for uptime in (1, 2, 3):
+                await _measure("as fast as they go, connections kept", server, crowd(uptime))
+            await _measure("at their own pace, a connection each", server, _at_their_pace(server, 30))
+            await _measure("a bare aiohttp handler, likewise", rival, _at_their_pace(rival, 30))
+            await asyncio.sleep(began + MEASURED + 10 - time.perf_counter())
+            await _measure("as fast as they go, a row of gauges for each", server, crowd(60))
+
+
+async def _measure(what: str, server: Server, sending: Coroutine[None, None, None]) -> None:
+    before = server.cpu()
+    await sending
+    await asyncio.sleep(2.5)  # for the flush, which comes every 2 s
+    cost = (server.cpu() - before) / WORKERS
+    print(f"  {what:<46}{cost * 1e6:8.0f} us, {cost * PACE:.1%}")
+
+
+class _Clock:
+    """A clock in our hand."""
+
+    def __init__(self) -> None:
+        self.now = time.time_ns() // 1000
+
+    def wall(self) -> int:
+        return self.now
+
+    def steady(self) -> int:
+        return self.now
+
+
+@asynccontextmanager
+async def _ticking() -> AsyncIterator[list[float]]:
+    """Note the longest time for which the loop did not turn."""
+    gaps: list[float] = [0.0]
+
+    async def tick() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            gaps[0] = max(gaps[0], now - last)
+            last = now
+
+    task = asyncio.create_task(tick())
+    await asyncio.sleep(0.01)
+    gaps[0] = 0.0
+    try:
+        yield gaps
+    finally:
+        task.cancel()
+
+
+async def sweeps() -> None:
+    """Measure sweeps over a store of that many workers."""
+    clock = _Clock()
+
+    async def say(what: str, doing: Callable[[], Awaitable[object]]) -> None:
+        async with _ticking() as gaps:
+            began = time.perf_counter()
+            await doing()
+            took = time.perf_counter() - began
+        print(f"  {what:<46}{took * 1e3:8.1f} ms, the loop stood still for {gaps[0] * 1e3:.1f} ms at most")
+
+    with TemporaryDirectory(prefix="bench-") as name:
+        store = SqliteStore(Path(name) / "relay.db", clock)
+        await store.open()
+        try:
+            ids = [f"worker-{number}" for number in range(WORKERS)]
+            changes = [Register(worker_id=id_, endpoint=f"http://{id_}:8001") for id_ in ids]
+            for at in range(0, WORKERS, 1000):
+                some = changes[at : at + 1000]
+                await asyncio.gather(*(store.append(Acceptance(source="bench", change=c)) for c in some))
+            print(f"sweeps over {WORKERS:,} workers")
+            for _ in range(3):
+                await say("nobody is silent", store.sweep)
+            await say("deadlines are put off, as after a start", lambda: store.sweep(hold=True))
+            clock.now += 85 * SECOND
+            for id_ in ids[WORKERS // 100 :]:
+                await store.append(Acceptance(source="bench", change=Heartbeat(worker_id=id_, uptime=1)))
+            await say("all heartbeats are flushed at once", store.flush)
+            clock.now += 10 * SECOND
+            await say("one in a hundred has fallen silent", store.sweep)
+            clock.now += 95 * SECOND
+            await say("all others have", store.sweep)
+        finally:
+            await store.close()
+
+
+async def main() -> None:
+    """Measure both."""
+    await sweeps()
+    if sys.argv[1:] != ["sweeps"]:
+        await heartbeats()
+
+
+if __name__ == "__main__":
+    run(main())
