@@ -15,19 +15,24 @@ from relay.api_events import EventsApi
 from relay.api_repeats import RepeatsApi
 from relay.api_workers import WorkersApi
 from relay.clock import Clock, rfc3339
+from relay.config.problem import ConfigError
 from relay.config.secret import Secret
 from relay.delivery.engine import Engine
 from relay.delivery.lane import Lane
-from relay.errors import RelayError, StorageError, UnknownError
+from relay.errors import RelayError, RestartNeededError, StorageError, UnknownError
 from relay.filters import Router
 from relay.health import Health
 from relay.ingest.receive import Ingest
 from relay.items import item, list_items
 from relay.model import DestinationState
+from relay.reload import Reloads
 from relay.replay import Replays
 from relay.store import Counts, Store
 
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
+
+ABSENT = "not_in_config"
+"""What holds the deliveries of a destination that is configured no more; its return resumes them."""
 
 
 class Api:
@@ -44,6 +49,7 @@ class Api:
         registry: CollectorRegistry,
         replays: Replays,
         router: Router,
+        reloads: Reloads,
     ) -> None:
         self._store = store
         self._ingest = ingest
@@ -52,6 +58,7 @@ class Api:
         self._clock = clock
         self._registry = registry
         self._began = clock.steady()
+        self._reloads = reloads
         self._repeats = RepeatsApi(store, clock, replays, router)
 
     def socket_app(self) -> web.Application:
@@ -76,6 +83,7 @@ class Api:
     def _api_routes(self) -> list[web.RouteDef]:
         return [
             web.get("/api/status", self._status),
+            web.post("/api/reload", self._reload),
             web.get("/api/events", self._list("events", "id", "source", "type", "subject")),
             web.get("/api/deliveries", self._list("deliveries", "id", "event_id", "destination", "state")),
             web.get("/api/attempts", self._list("attempts", "delivery_id")),
@@ -109,6 +117,9 @@ class Api:
             }
         )
 
+    async def _reload(self, _request: web.Request) -> web.Response:
+        return _json(await self._reloads.reload())
+
     def _list(self, kind: str, *filters: str) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
             query = _known(request, (*filters, "limit", "cursor"))
@@ -124,22 +135,27 @@ class Api:
         items = [
             {**_destination(lane), **_counts(counts.get(lane.name))} for lane in self._engine.lanes.values()
         ]
+        items += [
+            {**self._absent(name), **_counts(books)}
+            for name, books in counts.items()
+            if name not in self._engine.lanes and books.pending
+        ]
         return _json({"items": items, "next_cursor": None})
 
     async def _show_destination(self, request: web.Request) -> web.Response:
-        lane = self._lane(request)
-        counts, latest = (
-            await self._store.counts(),
-            await self._store.find("deliveries", destination=lane.name, limit=1),
-        )
+        counts, name = await self._store.counts(), request.match_info["name"]
+        if name not in self._engine.lanes and name in counts:
+            told = self._absent(name)
+        else:
+            lane = self._lane(request)
+            told = {**_destination(lane), **_standing(lane)}
+        latest = await self._store.find("deliveries", destination=name, limit=1)
         return _json(
-            {
-                **_destination(lane),
-                **_counts(counts.get(lane.name)),
-                **_standing(lane),
-                "latest": item(latest[0]) if latest else None,
-            }
+            {**told, **_counts(counts.get(name)), "latest": item(latest[0]) if latest else None},
         )
+
+    def _absent(self, name: str) -> dict[str, Any]:
+        return {"name": name, "held": ABSENT, "in_flight": self._engine.in_flight(name)}
 
     def _lane(self, request: web.Request) -> Lane:
         name = request.match_info["name"]
@@ -174,11 +190,21 @@ class Api:
 
     async def _steer_source(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        mount = self._ingest.mounts.get(name)
-        if mount is None:
+        if name not in self._ingest.mounts:
             raise _missing("source", name, self._ingest.mounts)
-        mount.paused = request.match_info["verb"] == "pause"
-        return _json({"name": name, "paused": mount.paused})
+        paused = request.match_info["verb"] == "pause"
+        await self._store.pause_source(name, paused=paused)
+        if (mount := self._ingest.mounts.get(name)) is not None:  # unless a reload has removed it
+            mount.paused = paused
+        return _json({"name": name, "paused": paused})
+
+
+_ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
+    UnknownError: (404, "not_found"),
+    RestartNeededError: (409, "restart_needed"),
+    StorageError: (503, "unavailable"),
+    RelayError: (400, "bad_request"),
+}
 
 
 @web.middleware
@@ -194,12 +220,13 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         response = _error(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
-    except UnknownError as error:
-        return _error(404, "not_found", error.message, error.hint)
-    except StorageError as error:
-        return _error(503, "unavailable", error.message, error.hint)
+    except ConfigError as error:
+        hint = "nothing was changed; correct the file and reload again"
+        problems = [msgspec.structs.asdict(problem) for problem in error.problems]
+        return _error(400, "bad_config", error.message, hint, problems=problems)
     except RelayError as error:
-        return _error(400, "bad_request", error.message, error.hint)
+        status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+        return _error(status, code, error.message, error.hint)
     return response
 
 
@@ -243,8 +270,8 @@ def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=_encode(value), content_type="application/json")
 
 
-def _error(status: int, code: str, message: str, hint: str = "") -> web.Response:
-    return _json({"error": {"code": code, "message": message, "hint": hint}}, status)
+def _error(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
+    return _json({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
 
 
 def _missing(kind: str, name: str, known: Mapping[str, Any]) -> web.HTTPNotFound:

@@ -17,14 +17,11 @@ from relay import __version__
 from relay.api import Api
 from relay.books import Books
 from relay.clock import SECOND, Clock, SystemClock
-from relay.config.model import Config, DestinationConfig
-from relay.delivery.engine import Engine
+from relay.config.find import socket_path
+from relay.config.model import Config
 from relay.delivery.progress import Progress
 from relay.errors import RelayError
-from relay.filters import Router, Subscription
 from relay.health import Health
-from relay.ingest.receive import Ingest
-from relay.ingest.routes import Mount
 from relay.ingest.server import Server
 from relay.jobs import Jobs
 from relay.lag import Lag
@@ -33,17 +30,15 @@ from relay.loader import Setup
 from relay.metrics import Metrics
 from relay.model import News
 from relay.observers import Observers
+from relay.reload import SWEEP, Reloads
 from relay.replay import Replays
-from relay.retention import Policy
+from relay.state import State
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
 from relay.store.sqlite import SqliteStore
 from relay.systemd import Inherited, Notifier
-from relay.terms import Terms
 from relay.units import render_size
-from relay.upkeep import Upkeep
 from relay.watchdog import Watchdog
-from relay.workers import Rulebook, Watch
 
 log = logging.getLogger("relay")
 
@@ -73,40 +68,21 @@ class App:
     """The parts, put together; `run` is their life."""
 
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
-        self.config = config = setup.config
+        config = setup.config
         self._setup = setup
         self.clock = clock = clock or SystemClock()
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
-        self.metrics = Metrics(config.sources, config.destinations)
-        self.rulebook = Rulebook(
-            config.workers, {name: source.workers for name, source in config.sources.items()}
-        )
+        self.metrics = Metrics()
         self.store = SqliteStore(
             _database(config),
             clock,
             full=config.storage.durability == "full",
-            rules=self.rulebook.of,
             on_fatal=_die,
         )
-        mounts = tuple(
-            Mount(name=name, source=source.settings, config=source) for name, source in config.sources.items()
-        )
-        self.ingest = Ingest(
-            mounts=mounts,
-            store=self.store,
-            clock=clock,
-            metrics=self.metrics,
-            trusted_proxies=config.server.trusted_proxies,
-        )
-        self.engine = Engine(
-            config.destinations, formats=setup.formats, store=self.store, clock=clock, metrics=self.metrics
-        )
-        self.router = Router(
-            {name: Subscription.of(d.events, d.where) for name, d in config.destinations.items()},
-            {name: _terms(destination) for name, destination in config.destinations.items()},
-        )
-        self.store.route = self.router.route
+        self.state = State(setup, store=self.store, clock=clock, metrics=self.metrics)
+        self.ingest, self.engine = self.state.ingest, self.state.engine
+        self.watch, self.upkeep = self.state.watch, self.state.upkeep
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.store.listener = self._listen
         self.store.on_commit = self.metrics.count_commit
@@ -115,11 +91,9 @@ class App:
             self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.books = Books(self.store, self.engine, self.metrics, clock)
         self.lag = Lag(self.metrics)
-        for name in config.sources:
-            self.metrics.count_workers(name, self.store.census)
-        self.upkeep = Upkeep(self.store, self.engine, Policy.of_config(config))
-        self.watch = Watch(self.store, clock, self.rulebook.shortest_interval)
-        self.replays = Replays(store=self.store, router=self.router, clock=clock)
+        self.jobs = Jobs(clock, self.metrics)
+        self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
+        self.replays = Replays(store=self.store, router=self.state.router, clock=clock)
         self.api = Api(
             store=self.store,
             ingest=self.ingest,
@@ -128,7 +102,8 @@ class App:
             clock=clock,
             registry=self.metrics.registry,
             replays=self.replays,
-            router=self.router,
+            router=self.state.router,
+            reloads=self.reloads,
         )
         self.health.watch(self._trouble)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
@@ -137,6 +112,11 @@ class App:
         self.stopping = asyncio.Event()
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
+    @property
+    def config(self) -> Config:
+        """What holds at the moment; a reload changes it."""
+        return self.state.config
+
     async def run(self, on_ready: Callable[[Addresses], None] = lambda _addresses: None) -> None:
         """Live until `stopping` is set.
 
@@ -144,16 +124,15 @@ class App:
             RelayError: it could not start; nothing is left behind.
         """
         config = self.config
-        grace = config.server.shutdown_grace
         async with AsyncExitStack() as life:
             self.watchdog.start()
             life.callback(self.watchdog.stop)
             self.state_dir.take()
             life.callback(self.state_dir.release)
             public, admin = self._listeners(life)
-            socket_path = _socket_path(config)
-            unix = bind_unix(socket_path)
-            life.callback(socket_path.unlink, missing_ok=True)
+            door = socket_path(config)
+            unix = bind_unix(door)
+            life.callback(door.unlink, missing_ok=True)
 
             self._warn()
             await self.store.open()
@@ -161,13 +140,14 @@ class App:
             self.observers.start()
             life.push_async_callback(self._stop_observers)
             await self.watch.sweep()
-            jobs = self._jobs()
-            jobs.start()
-            life.callback(jobs.stop)
+            self._add_jobs()
+            self.jobs.start()
+            life.callback(self.jobs.stop)
             own = [address(sock) for sock in (public, admin) if sock is not None]
-            await self.engine.start(own)
+            await self.state.start(own)
             life.push_async_callback(self._stop_engine)
             life.push_async_callback(self.replays.stop)
+            life.push_async_callback(self.reloads.close)
 
             runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
             if admin is not None:
@@ -183,12 +163,14 @@ class App:
             self.lag.start()
             life.callback(self.lag.stop)
             self.health.phase = None
-            addresses = Addresses(url(public), None if admin is None else url(admin), socket_path)
+            addresses = Addresses(url(public), None if admin is None else url(admin), door)
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
             self.watchdog.started()
+            self.reloads.open()
             on_ready(addresses)
             await self.stopping.wait()
             self.health.phase = "draining"
+            grace = self.config.server.shutdown_grace
             self._deadline = asyncio.get_running_loop().time() + grace
             self.watchdog.stopping()
             log.info("draining: no new requests, what is in flight has %gs", grace)
@@ -226,9 +208,9 @@ class App:
     def _time_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
-    def _jobs(self) -> Jobs:
-        jobs = Jobs(self.clock, self.metrics)
-        jobs.add("sweep", self.watch.interval, self.watch.sweep)
+    def _add_jobs(self) -> None:
+        jobs = self.jobs
+        jobs.add(SWEEP, self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
@@ -237,7 +219,6 @@ class App:
         jobs.add("books", BOOKS_EVERY, self.books.check)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
-        return jobs
 
     def _listen(self, news: News) -> None:
         """Hand on what was committed; lanes first, plugins are never waited for."""
@@ -304,24 +285,14 @@ class App:
 
 
 async def serve(setup: Setup) -> None:
-    """Run the daemon until SIGTERM or SIGINT."""
+    """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads its configuration."""
     gc.set_threshold(*GC_THRESHOLDS)
     app = App(setup)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, app.reloads.soon)
     await app.run()
-
-
-def _terms(destination: DestinationConfig) -> Terms:
-    return Terms.of(
-        destination.name,
-        order_by=destination.order_by,
-        latest_by=destination.latest_by,
-        ttl=destination.ttl,
-        max_pending=destination.max_pending,
-        on_dead=destination.on_dead,
-    )
 
 
 def _database(config: Config) -> Path:
@@ -329,11 +300,6 @@ def _database(config: Config) -> Path:
     if scheme != "sqlite" or not name:
         raise RelayError(f"no such storage: {config.storage.url}", hint='write url = "sqlite:relay.db"')
     return config.state_dir / name
-
-
-def _socket_path(config: Config) -> Path:
-    runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-    return Path(runtime or config.state_dir) / config.admin.socket
 
 
 def _die(why: str) -> None:

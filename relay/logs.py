@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Literal
@@ -85,6 +86,11 @@ class TextLines(logging.Formatter):
             level = f"\x1b[{_COLOUR.get(record.levelname, '0')}m{level}\x1b[0m"
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         return f"{clock} {level} {record.name}: {text}"
+
+
+def under_systemd() -> bool:
+    """Say whether stderr leads to the journal."""
+    return "JOURNAL_STREAM" in os.environ
 
 
 def configure(level: str, format_: Format, *, under_systemd: bool) -> None:

@@ -53,6 +53,14 @@ class Metrics:
                 "sqlite": sqlite3.sqlite_version,
             }
         )
+        self.reloaded = gauge(
+            "relay_config_last_reload_successful",
+            "1 if the latest reload of the configuration, or else the start, succeeded.",
+        )
+        self.reloaded_at = gauge(
+            "relay_config_last_reload_success_timestamp_seconds",
+            "When the configuration was last taken in.",
+        )
         source, destination = ("source",), ("destination",)
         self.received = counter("relay_events_received", "Events newly stored from requests.", source)
         self.duplicates = counter(

@@ -9,7 +9,7 @@ from functools import lru_cache
 import msgspec
 
 from relay.clock import SECOND, Clock
-from relay.config.model import WorkerRules
+from relay.config.model import Config, WorkerRules
 from relay.store import Store
 
 log = logging.getLogger("relay.workers")
@@ -28,6 +28,11 @@ class Rulebook:
             for name, rules in self._sources.items()
         }
         self.of = lru_cache(maxsize=_REMEMBERED)(self._of)
+
+    @classmethod
+    def of_config(cls, config: Config) -> "Rulebook":
+        """Return what a whole config says."""
+        return cls(config.workers, {name: source.workers for name, source in config.sources.items()})
 
     @property
     def shortest_interval(self) -> float:
@@ -58,6 +63,13 @@ class Watch:
         self._store = store
         self._clock = clock
         self._last: int | None = None  # steady clock; None: not yet since the start
+
+    def go_by(self, interval: float) -> None:
+        """Judge every so many seconds from now on."""
+        now = self._clock.steady()
+        if self._last is not None and now - self._last <= 3 * self.interval * SECOND:
+            self._last = now  # by a shorter interval, we would seem to have been away
+        self.interval = interval
 
     async def sweep(self) -> None:
         """Mark who is silent; when the sweep itself was away for long, put deadlines off instead.

@@ -9,6 +9,7 @@ COMMANDS = {
     "check-config": ("relay.cli.config:check", "Tell every problem of config.toml at once."),
     "config": ("relay.cli.config:config_", "What the configuration comes to, and a first one."),
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
+    "reload": ("relay.cli.reload:reload", "Have the running relay go by its changed config.toml."),
     "events": ("relay.cli.events:events", "What came in, and sending it once more."),
     "deliveries": ("relay.cli.deliveries:deliveries", "What is owed to destinations, and what became of it."),
     "destinations": (

@@ -53,6 +53,8 @@ def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
 _LATEST = ("id", "type", "state", "attempts", "last_status", "last_error", "next_attempt_at")
 _ADVICE = {
     "paused": "`relay destinations resume {name}` goes on",
+    "not_in_config": "put it back into config.toml and `relay reload`, or end them:"
+    " `relay deliveries cancel --destination {name}`",
     "circuit open": "it does not answer; it is probed, and gets everything once it is back",
     **{
         f"disabled: {reason}": "`relay destinations enable {name}` sends what it is owed"

@@ -1,7 +1,6 @@
 """`relay serve`: run the daemon."""
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -34,11 +33,11 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -
         ctx.exit(_run(lambda: run_demo(leave=leave)))
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
     from relay.loader import load  # noqa: PLC0415 - see above
-    from relay.logs import configure  # noqa: PLC0415 - see above
+    from relay.logs import configure, under_systemd  # noqa: PLC0415 - see above
 
     setup = load(find_config(config))
     log = setup.config.log
-    configure(log.level, log.format, under_systemd="JOURNAL_STREAM" in os.environ)
+    configure(log.level, log.format, under_systemd=under_systemd())
     _run(lambda: run_app(setup))
 
 

@@ -89,7 +89,8 @@ class Engine:
 
     def adopt(self, plan: Plan) -> None:
         """Go by a plan from now on, in one step: lanes that it does not touch do not notice."""
-        former, self.lanes = self.lanes, {}
+        former = dict(self.lanes)
+        self.lanes.clear()  # not another one: others hold it
         for name, config in plan.destinations.items():
             lane = former.pop(name, None)
             if lane is None:

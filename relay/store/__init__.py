@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from relay.config.model import WorkerRules
 from relay.model import (
     Born,
     Chosen,
@@ -36,6 +37,9 @@ from relay.retention import Policy
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
 """Which destinations an event is owed to; pure, asked inside the event's own transaction."""
+
+Rules = Callable[[str, str], WorkerRules]
+"""Which rules hold for a worker, by its source and id; pure, asked inside its own transaction."""
 
 Listener = Callable[[News], None]
 """Told once per commit what lanes must know, before any caller hears of it. New deliveries arrive held,
@@ -129,6 +133,7 @@ class Store(Protocol):
     """Everything remembered. One daemon at a time owns it."""
 
     route: Route
+    rules: Rules
     listener: Listener
 
     async def open(self) -> None:
@@ -269,6 +274,14 @@ class Store(Protocol):
 
     async def backlog(self, now: int) -> dict[str, Backlog]:
         """Return what each destination is owed, those without anything left out; `now` is steady."""
+        ...
+
+    async def paused_sources(self) -> frozenset[str]:
+        """Return the sources that an operator has paused."""
+        ...
+
+    async def pause_source(self, name: str, *, paused: bool) -> None:
+        """Remember whether a source is paused."""
         ...
 
     async def counts(self) -> dict[str, Counts]:

@@ -93,6 +93,7 @@ class Batch:
         self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules, self.bear)
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
+        self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
         self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
         self.expiring = False  # whether to end what is past its `expires_at`
         self.look: Look | None = None  # whether to end what is held for too long

@@ -50,6 +50,8 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
         states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
         insert(transaction, "destinations", columns, states, verb="REPLACE")
+    if batch.pauses:
+        insert(transaction, "sources", "name, paused", batch.pauses, verb="REPLACE")
     if ledger := _books(batch):
         adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
         insert(

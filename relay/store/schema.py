@@ -92,6 +92,11 @@ CREATE TABLE destinations (
     disabled_at     INTEGER,
     disabled_reason TEXT
 ) STRICT, WITHOUT ROWID;
+
+CREATE TABLE sources (
+    name   TEXT    PRIMARY KEY,
+    paused INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
 """
 
 HELD = """

@@ -21,7 +21,7 @@ from relay.model import (
     Receipt,
     StoredEvent,
 )
-from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route
+from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route, Rules
 from relay.store.backlog import backlog
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.batch import Batch, Sequences
@@ -48,6 +48,10 @@ def _nowhere(_event: StoredEvent) -> tuple[()]:
     return ()
 
 
+def _by_default(_source: str, _worker: str) -> WorkerRules:
+    return WorkerRules()
+
+
 def _deaf(_news: News) -> None:
     return
 
@@ -61,17 +65,16 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
         clock: Clock,
         *,
         full: bool = True,
-        rules: Callable[[str, str], WorkerRules] = lambda _source, _id: WorkerRules(),
         on_fatal: Callable[[str], None] = lambda _why: None,
     ) -> None:
         super().__init__()
         self.path = path
         self.route: Route = _nowhere
+        self.rules: Rules = _by_default
         self.listener: Listener = _deaf
         self.on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None
         self._clock = clock
         self._full = full
-        self._rules = rules
         self._on_fatal = on_fatal
         self._holds = Holds()
         self._roster = Roster()
@@ -163,7 +166,7 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
             sequences=self._sequences,
             route=self.route,
             roster=self._roster,
-            rules=self._rules,
+            rules=self.rules,
             known=known,
             pending=self._pending,
         )
@@ -280,6 +283,15 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
     async def backlog(self, now: int) -> dict[str, Backlog]:
         """See `Store.backlog`."""
         return await backlog(self._reader, now)
+
+    async def paused_sources(self) -> frozenset[str]:
+        """See `Store.paused_sources`."""
+        rows = await self._reader.execute_fetchall("SELECT name FROM sources WHERE paused")
+        return frozenset(row[0] for row in rows)
+
+    async def pause_source(self, name: str, *, paused: bool) -> None:
+        """See `Store.pause_source`."""
+        await self._writer.submit(Job(lambda batch: batch.pauses.append((name, paused))))
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""

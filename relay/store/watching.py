@@ -8,11 +8,10 @@ from typing import TypeVar
 import aiosqlite
 
 from relay.clock import Clock
-from relay.config.model import WorkerRules
 from relay.errors import Overloaded, StorageError
 from relay.model import Heartbeat, Receipt, Worker
 from relay.registry import Now, apply, hold
-from relay.store import Acceptance, FleetChange
+from relay.store import Acceptance, FleetChange, Rules
 from relay.store.batch import Batch
 from relay.store.workers import Roster, WorkerKey
 from relay.store.writer import Job, Writer
@@ -30,7 +29,7 @@ class Watching:
 
     _clock: Clock
     _roster: Roster
-    _rules: Callable[[str, str], WorkerRules]
+    rules: Rules
     _writer: Writer
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class Watching:
         key = (acceptance.source, change.worker_id)
         if key in self._roster.commands or key in self._roster.moving or key in self._queued:
             return None
-        step = apply(self._roster.get(key), change, key[0], self._now(), self._rules(*key))
+        step = apply(self._roster.get(key), change, key[0], self._now(), self.rules(*key))
         if not step.quiet or step.worker is None:
             return None
         self._roster.put(step.worker)
@@ -62,7 +61,7 @@ class Watching:
         except (Overloaded, StorageError):
             worker = self._roster.get(key)
             if worker is not None:
-                self._roster.put(hold(worker, self._now(), self._rules(*key)))
+                self._roster.put(hold(worker, self._now(), self.rules(*key)))
             raise
         finally:
             self._queued[key] -= 1

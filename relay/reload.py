@@ -1,0 +1,139 @@
+"""Reloads: a changed config.toml is taken in while everything runs, whole or not at all."""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from relay.clock import SECOND, Clock
+from relay.config.model import Config
+from relay.errors import RelayError
+from relay.jobs import Jobs
+from relay.loader import load_again
+from relay.logs import configure, under_systemd
+from relay.metrics import Metrics
+from relay.state import State
+
+log = logging.getLogger("relay.reload")
+
+SWEEP = "sweep"
+"""The job whose interval the config has a say in."""
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload brought; tables as config.toml names them."""
+
+    path: str  # of the file
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = [
+            f"{what} {', '.join(names)}"
+            for what, names in (("added", self.added), ("changed", self.changed), ("removed", self.removed))
+            if names
+        ]
+        return f"{self.path}: {'; '.join(told) or 'nothing has changed'}"
+
+
+class Reloads:
+    """Reloads one after the other, between `open` and `close`."""
+
+    def __init__(self, state: State, jobs: Jobs, metrics: Metrics, clock: Clock) -> None:
+        self._state = state
+        self._jobs = jobs
+        self._metrics = metrics
+        self._clock = clock
+        self._open = asyncio.Event()
+        self._closed = False
+        self._one = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._count(successful=True)  # the start was one
+
+    def open(self) -> None:
+        """Begin; who asked before has been waiting for this."""
+        self._open.set()
+
+    async def close(self) -> None:
+        """Let the one under way finish, and refuse any further one."""
+        self._closed = True
+        self._open.set()
+        async with self._one:
+            pass
+        await asyncio.gather(*self._tasks)
+
+    def soon(self) -> None:
+        """Reload without anybody waiting for it, as at a SIGHUP; the log says what became of it."""
+        task = asyncio.create_task(self._quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def reload(self) -> Reloaded:
+        """Read the config anew and go by it.
+
+        Raises:
+            ConfigError: the file has problems; nothing has changed.
+            RestartNeededError: only a start can take in what changed; nothing has.
+            RelayError: it cannot be gone by, or the relay is stopping; nothing has changed.
+        """
+        await self._open.wait()
+        async with self._one:
+            if self._closed:
+                raise RelayError("the relay is stopping", hint="its successor reads the file at its start")
+            before, interval = self._state.config, self._state.watch.interval
+            try:
+                # In a thread: files are read and patterns compiled while requests are answered.
+                setup = await asyncio.to_thread(load_again, self._state.setup)
+                draft = await self._state.prepare(setup)
+            except Exception as error:
+                self._count(successful=False)
+                why = str(error) if isinstance(error, RelayError) else repr(error)
+                log.error("not reloaded, the configuration stays as it was: %s", why)  # noqa: TRY400 - said in words
+                raise
+            self._state.adopt(draft)
+            if self._state.watch.interval != interval:
+                self._jobs.change(SWEEP, self._state.watch.interval)
+            if setup.config.log != before.log:
+                told = setup.config.log
+                configure(told.level, told.format, under_systemd=under_systemd())
+            done = _compare(before, setup.config)
+            self._count(successful=True)
+            log.info("reloaded %s", done)
+            for warning in done.warnings:
+                log.warning("%s", warning)
+            return done
+
+    async def _quietly(self) -> None:
+        with suppress(Exception):  # the log has it
+            await self.reload()
+
+    def _count(self, *, successful: bool) -> None:
+        self._metrics.reloaded.set(successful)
+        if successful:
+            self._metrics.reloaded_at.set(self._clock.wall() / SECOND)
+
+
+def _compare(before: Config, config: Config) -> Reloaded:
+    """Say which tables are others than before."""
+    old, new = dict(_tables(before)), dict(_tables(config))
+    return Reloaded(
+        path=str(config.path),
+        added=tuple(name for name in new if name not in old),
+        changed=tuple(name for name, table in new.items() if name in old and old[name] != table),
+        removed=tuple(name for name in old if name not in new),
+        warnings=config.warnings,
+    )
+
+
+def _tables(config: Config) -> Iterator[tuple[str, Any]]:
+    for name, value in msgspec.structs.asdict(config).items():
+        if isinstance(value, Mapping):
+            for inner, table in value.items():
+                yield f"{name}.{inner}", table
+        elif name not in {"path", "warnings"}:
+            yield name, value
