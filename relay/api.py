@@ -84,7 +84,7 @@ class Api:
         return [
             web.get("/api/status", self._status),
             web.post("/api/reload", self._reload),
-            web.get("/api/events", self._list("events", "id", "source", "type", "subject")),
+            web.get("/api/events", self._list("events", "id", "source", "type", "subject", "since", "until")),
             web.get("/api/deliveries", self._list("deliveries", "id", "event_id", "destination", "state")),
             web.get("/api/attempts", self._list("attempts", "delivery_id")),
             *EventsApi(self._store).routes(),
@@ -126,7 +126,10 @@ class Api:
             limit = _number(query.get("limit", "50"), "limit")
             before = _number(query["cursor"], "cursor") if "cursor" in query else None
             wanted = {name: query.get(name) for name in filters}
-            return _json(await list_items(self._store, kind, limit=limit, before=before, filters=wanted))
+            now = self._clock.wall()
+            return _json(
+                await list_items(self._store, kind, limit=limit, before=before, filters=wanted, now=now)
+            )
 
         return answer
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from relay.clock import rfc3339
+from relay.clock import moment, rfc3339
+from relay.errors import RelayError
 from relay.model import Chosen, Named
 
 MOST_ROWS = 500
@@ -31,17 +32,28 @@ class Reads(Protocol):
 
 
 async def list_items(
-    reads: Reads, kind: str, *, limit: int, before: int | None, filters: Mapping[str, Any]
+    reads: Reads, kind: str, *, limit: int, before: int | None, filters: Mapping[str, Any], now: int
 ) -> dict[str, Any]:
-    """Return one page, newest first, and the cursor of the next.
+    """Return one page, newest first, and the cursor of the next; `since` and `until` come as text.
 
     Raises:
-        RelayError: no such list, or it has no such filter.
+        RelayError: no such list, it has no such filter, or a time is none.
     """
     limit = min(limit, MOST_ROWS)
-    rows = await reads.find(kind, limit=limit, before=before, **filters)
+    wanted = dict(filters)
+    for name in ("since", "until"):
+        if wanted.get(name) is not None:
+            wanted[name] = _moment(name, wanted[name], now)
+    rows = await reads.find(kind, limit=limit, before=before, **wanted)
     more = str(rows[-1]["row"]) if len(rows) == limit else None
     return {"items": [item(row) for row in rows], "next_cursor": more}
+
+
+def _moment(name: str, text: str, now: int) -> int:
+    try:
+        return moment(text, now)
+    except ValueError as error:
+        raise RelayError(f'"{name}": {error}') from None
 
 
 async def show_event(reads: Reads, given: str) -> dict[str, Any]:

@@ -61,6 +61,10 @@ async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, eve
         (["--source", "adorn", "--limit", "1"], ["s-2"]),
         (["--type", "adorn.session.started"], ["s-2", "s-1"]),
         (["--source", "moddy"], []),
+        (["--since", "1h"], ["s-2", "s-1"]),
+        (["--since", "1h", "--source", "adorn", "--limit", "1"], ["s-2"]),
+        (["--until", "1h"], []),
+        (["--until", "2100-01-01T00:00:00Z"], ["s-2", "s-1"]),
     ],
 )
 async def test_lists_are_filtered(commands, events, args, found):
@@ -182,6 +186,8 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
     [[delivery, *_]] = (await offline("deliveries", "list", "--state", "delivered")).rows
     assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
     assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err
+    assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
+    assert '"since": expected' in (await offline("events", "list", "--since", "noon", code=1)).err
     assert "expected the number" in (await offline("events", "list", "--cursor", "x", code=2)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
 

@@ -25,13 +25,13 @@ def events() -> None:
 
 
 @events.command("list")
-@filter_options("source", "type", "subject")
+@filter_options("source", "type", "subject", "since", "until")
 @page_options
 @reader_options
 def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
     """List events, newest first.
 
-    Example: relay events list --source adorn --limit 10
+    Example: relay events list --source adorn --since 2h
     """
     print_page(daemon.get("events", **query), COLUMNS, as_json=as_json, quiet=quiet)
 

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import click
 
 from relay.cli.daemon import daemon_options
-from relay.cli.exits import FAILED, NOTHING, CommandError
+from relay.cli.exits import NOTHING, CommandError
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
 from relay.config.tables import bind_tables
-from relay.errors import StorageError, UnknownError
+from relay.errors import UnknownError
 
 
 class Offline:
@@ -28,14 +29,13 @@ class Offline:
         """Return a page of a list, or one of its things.
 
         Raises:
-            CommandError: there is no such thing, or the file cannot be read.
+            CommandError: there is no such thing.
+            RelayError: the file cannot be read, or the question is wrong.
         """
         try:
             return asyncio.run(self._read(kind, given, **query))
         except UnknownError as error:
             raise CommandError(error.message, hint=error.hint, code=NOTHING) from None
-        except StorageError as error:
-            raise CommandError(error.message, hint=error.hint, code=FAILED) from None
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # The store loads only here: every other command must start fast without it.
@@ -51,7 +51,8 @@ class Offline:
                     "expected the number that the page before ended with", param_hint="--cursor"
                 )
             before = None if cursor is None else int(cursor)
-            return await list_items(reads, kind, limit=limit, before=before, filters=query)
+            now = time.time_ns() // 1000
+            return await list_items(reads, kind, limit=limit, before=before, filters=query, now=now)
 
 
 def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Lists for operators: newest first, by keyset, every filter with its index."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiosqlite
@@ -58,6 +58,18 @@ _LISTS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+SPAN_SQL = "SELECT min(id), max(id) FROM events WHERE received_at >= ? AND received_at < ?"
+"""Where in the order of ids the events of a time are: the list itself then needs no other order."""
+
+_TIMES = ("since", "until")  # of events, microseconds UTC
+
+
+def list_sql(kind: str, conditions: Sequence[str]) -> str:
+    """Return the statement for a page of a list."""
+    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+    return f"{_LISTS[kind][0]} {where} ORDER BY {_CURSORS.get(kind, 'e.id')} DESC LIMIT ?"
+
+
 async def find(
     reader: aiosqlite.Connection,
     kind: str,
@@ -73,18 +85,24 @@ async def find(
     """
     if kind not in _LISTS:
         raise RelayError(f"no list of {kind}", hint=f"there are {', '.join(_LISTS)}")
-    select, columns = _LISTS[kind]
-    cursor_column = _CURSORS.get(kind, "e.id")
-    conditions = [f"{cursor_column} < ?"] if before is not None else []
+    columns = _LISTS[kind][1]
+    conditions = [f"{_CURSORS.get(kind, 'e.id')} < ?"] if before is not None else []
     values: list[Any] = [before] if before is not None else []
+    times = {name: filters[name] for name in _TIMES if kind == "events" and filters.get(name) is not None}
+    if times:
+        bounds = (times.get("since", 0), times.get("until", 2**63 - 1))
+        [(first, last)] = await reader.execute_fetchall(SPAN_SQL, bounds)
+        conditions += ["e.id BETWEEN ? AND ?", "+e.received_at >= ?", "+e.received_at < ?"]
+        values += [first, last, *bounds]
     for name, value in filters.items():
+        if kind == "events" and name in _TIMES:
+            continue
         if name not in columns:
             raise RelayError(f"{kind} have no filter {name!r}", hint=f"there are {', '.join(columns)}")
         if value is not None:
             conditions.append(f"{columns[name]} = ?")
             values.append(value)
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    cursor = await reader.execute(f"{select} {where} ORDER BY {cursor_column} DESC LIMIT ?", (*values, limit))
+    cursor = await reader.execute(list_sql(kind, conditions), (*values, limit))
     names = [column[0] for column in cursor.description]
     rows = await cursor.fetchall()
     await cursor.close()
