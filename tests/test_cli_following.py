@@ -53,6 +53,7 @@ def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
         Scripted({"done": 1204, "created": 1204, "ended_at": "now", "state": "done"}), RUNNING, as_json=False
     )
     assert "400 of 1 204 events, 100/s, 8s left" in screen.getvalue()
+    assert screen.getvalue().endswith("\r\033[K")
     assert capsys.readouterr().out == "1 204 of 1 204 events: 1 204 deliveries\n"
 
 

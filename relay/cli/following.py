@@ -31,6 +31,8 @@ def follow(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool) -> None:
         replay = daemon.delete("replays", replay["id"])
         since = f"; go on with the same command and --since {replay['reached']}" if replay["reached"] else ""
         raise CommandError(f"cancelled after {_done(replay)}{since}", code=INTERRUPTED) from None
+    finally:
+        _show(None)
     if as_json:
         print_json(replay)
     else:
@@ -48,9 +50,13 @@ def _done(replay: Mapping[str, Any]) -> str:
     return f"{replay['done']:,} of {count(replay['count'], 'event')}".replace(",", " ")
 
 
-def _show(replay: Mapping[str, Any]) -> None:
+def _show(replay: Mapping[str, Any] | None) -> None:
+    """Write over the line of progress; None: clear it for what is said next."""
     if not sys.stderr.isatty():
         return
-    left = replay["eta_seconds"]
-    eta = "" if left is None else f", {render_duration(round(left))} left"
-    click.echo(f"\r{_done(replay)}, {replay['per_second']:g}/s{eta}\033[K", err=True, nl=False)
+    text = ""
+    if replay is not None:
+        left = replay["eta_seconds"]
+        eta = "" if left is None else f", {render_duration(round(left))} left"
+        text = f"{_done(replay)}, {replay['per_second']:g}/s{eta}"
+    click.echo(f"\r{text}\033[K", err=True, nl=False)
