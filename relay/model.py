@@ -302,6 +302,33 @@ class Imported(msgspec.Struct, kw_only=True, frozen=True):
     new: int  # of which the events were not there before
 
 
+class Backup(msgspec.Struct, kw_only=True, frozen=True):
+    """A copy of the store that has been checked."""
+
+    path: str
+    bytes: int
+    events: int
+    deliveries: int
+    seconds: float  # that it took
+
+
+class Compacted(msgspec.Struct, kw_only=True, frozen=True):
+    """What giving free room back came to."""
+
+    before: int  # bytes of the file
+    after: int
+    whole: bool  # False: a reader was in the way, the file shrinks a little later
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One thing that a doctor looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""  # what to do, where it is not ok
+
+
 class Claim(msgspec.Struct, frozen=True):
     """Deliveries that the caller now holds, and when the next one of that destination is due."""
 

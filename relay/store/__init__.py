@@ -7,16 +7,20 @@ returned is durable, and that one which raised left nothing behind.
 """
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from relay.config.model import WorkerRules
 from relay.model import (
+    Backup,
     Born,
+    Check,
     Chosen,
     Claim,
     Command,
+    Compacted,
     DestinationState,
     Expunged,
     Imported,
@@ -272,16 +276,16 @@ class Store(Protocol):
         """Remember a destination's state, and raise an operator event about it in the same transaction."""
         ...
 
-    async def backlog(self, now: int) -> dict[str, Backlog]:
-        """Return what each destination is owed, those without anything left out; `now` is steady."""
-        ...
-
     async def paused_sources(self) -> frozenset[str]:
         """Return the sources that an operator has paused."""
         ...
 
     async def pause_source(self, name: str, *, paused: bool) -> None:
         """Remember whether a source is paused."""
+        ...
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """Return what each destination is owed, those without anything left out; `now` is steady."""
         ...
 
     async def counts(self) -> dict[str, Counts]:
@@ -327,6 +331,22 @@ class Store(Protocol):
 
     async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
         """Take in events in one transaction; say for each whether it was not there before."""
+        ...
+
+    async def backup(self, target: Path, *, replace: bool = False) -> Backup:
+        """Copy everything to a file of mode 0600 while work goes on, and check the copy.
+
+        Raises:
+            StorageError: the target is there already, there is too little room, or the copy is not sound.
+        """
+        ...
+
+    async def compact(self) -> Compacted:
+        """Give all free room back to the disk, in small transactions."""
+        ...
+
+    async def examine(self, *, min_free: int = 0, destinations: Collection[str] | None = None) -> list[Check]:
+        """Look for everything that could be wrong; `destinations` are those that the config has."""
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import aiosqlite
 
 from relay.errors import StorageError
+from relay.store.apart import read_only
 from relay.store.find import find
 from relay.store.schema import MIGRATIONS
 from relay.store.select import Selecting
@@ -52,7 +53,4 @@ def _address(path: Path) -> str:
     if not path.exists():
         hint = "a relay that never ran has none; see `state_dir`"
         raise StorageError(f"there is no database {path}", hint=hint)
-    # Without a log everything stands in the file itself, and opening it as immutable spares SQLite the
-    # shared memory file, which would belong to whoever typed the command.
-    log = path.with_name(f"{path.name}-wal")
-    return f"{path.absolute().as_uri()}?mode=ro{'' if log.exists() else '&immutable=1'}"
+    return read_only(path)

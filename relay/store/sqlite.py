@@ -23,11 +23,14 @@ from relay.model import (
 )
 from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route, Rules
 from relay.store.backlog import backlog
+from relay.store.backup import BackingUp
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import sums, write
+from relay.store.compact import Compacting
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
+from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
 from relay.store.find import find
@@ -56,7 +59,9 @@ def _deaf(_news: News) -> None:
     return
 
 
-class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, Watching):
+class SqliteStore(
+    BackingUp, Compacting, Examining, Exporting, Expunging, Holding, Importing, Pruning, Tallying, Watching
+):
     """See `relay.store.Store` for what each verb promises."""
 
     def __init__(
@@ -280,10 +285,6 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
 
         await self._writer.submit(Job(apply_))
 
-    async def backlog(self, now: int) -> dict[str, Backlog]:
-        """See `Store.backlog`."""
-        return await backlog(self._reader, now)
-
     async def paused_sources(self) -> frozenset[str]:
         """See `Store.paused_sources`."""
         rows = await self._reader.execute_fetchall("SELECT name FROM sources WHERE paused")
@@ -292,6 +293,10 @@ class SqliteStore(Exporting, Expunging, Holding, Importing, Pruning, Tallying, W
     async def pause_source(self, name: str, *, paused: bool) -> None:
         """See `Store.pause_source`."""
         await self._writer.submit(Job(lambda batch: batch.pauses.append((name, paused))))
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """See `Store.backlog`."""
+        return await backlog(self._reader, now)
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""

@@ -1,0 +1,183 @@
+"""A backup is a whole database that another relay can start from, made while work goes on."""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import stat
+
+import pytest
+from stores import end, ids, opened, send
+from support import FakeClock, until
+
+from relay.errors import StorageError
+from relay.store import apart, backup
+from relay.store.backup import back_up
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    async with opened(tmp_path / "relay.db", clock) as store:
+        yield store
+
+
+async def test_a_relay_starts_from_a_backup_and_owes_what_was_owed(store, clock, tmp_path):
+    events = [await send(store, clock, body=b"%d" % number) for number in range(3)]
+    await end(store, events[0])
+    made = await store.backup(tmp_path / "copy.db")
+    assert (made.events, made.deliveries) == (3, 6)
+    assert made.bytes == (tmp_path / "copy.db").stat().st_size
+    await send(store, clock)
+    async with opened(tmp_path / "copy.db", clock) as copy:
+        assert await copy.load([1, 2, 3]) == {event.id: event for event in events}
+        assert (await copy.counts())["crm"].pending == 2
+        claim = await copy.claim("crm", 10, retries=False)
+        assert len(claim.deliveries) == 2
+        assert [row for (row,) in await copy._reader.execute_fetchall("PRAGMA auto_vacuum")] == [2]
+
+
+async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, clock, tmp_path):
+    await send(store, clock)
+    before = set(tmp_path.iterdir())
+    old = os.umask(0)
+    try:
+        await store.backup(tmp_path / "copy.db")
+    finally:
+        os.umask(old)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "copy.db"}
+    assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
+
+
+async def test_a_backup_replaces_a_file_only_when_told(store, clock, tmp_path):
+    target = tmp_path / "copy.db"
+    target.write_text("precious")
+    with pytest.raises(StorageError, match="is there already") as caught:
+        await store.backup(target)
+    assert "--force" in caught.value.hint
+    assert target.read_text() == "precious"
+    await send(store, clock)
+    assert (await store.backup(target, replace=True)).events == 1
+    with sqlite3.connect(target) as copy:
+        assert copy.execute("SELECT count(*) FROM events").fetchone() == (1,)
+    copy.close()
+
+
+async def test_a_backup_never_replaces_the_database_itself(store, tmp_path):
+    (tmp_path / "link.db").hardlink_to(tmp_path / "relay.db")
+    for name in ("relay.db", "link.db"):
+        with pytest.raises(StorageError, match="cannot be a backup of"):
+            await store.backup(tmp_path / name, replace=True)
+
+
+async def test_the_rest_of_a_backup_that_was_cut_short_is_in_nobodys_way(store, tmp_path):
+    (tmp_path / "copy.db.part").write_text("half of it")
+    await store.backup(tmp_path / "copy.db")
+    assert not (tmp_path / "copy.db.part").exists()
+
+
+async def test_a_folder_that_is_not_there_is_named(store, tmp_path):
+    with pytest.raises(StorageError, match="there is no folder") as caught:
+        await store.backup(tmp_path / "nowhere" / "copy.db")
+    assert caught.value.hint.startswith("mkdir -p ")
+
+
+async def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(backup.shutil, "disk_usage", lambda _path: usage._replace(free=10))
+    with pytest.raises(StorageError, match="10 B free, a copy may take"):
+        await store.backup(tmp_path / "copy.db")
+    assert not list(tmp_path.glob("copy*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ("UPDATE ledger SET created = created + 1", "the copy does not balance: crm, erp"),
+        ("DELETE FROM deliveries; DELETE FROM ledger", "the copy lacks the latest events"),
+    ],
+)
+async def test_a_copy_that_is_not_sound_gets_no_name(store, clock, monkeypatch, damage, complaint):
+    folder = store.path.parent
+    await send(store, clock)
+    verify = backup._verify
+
+    def damaged(part, stop, before):
+        with sqlite3.connect(part) as copy:
+            copy.executescript(damage)
+        copy.close()
+        return verify(part, stop, before)
+
+    monkeypatch.setattr(backup, "_verify", damaged)
+    with pytest.raises(StorageError, match=complaint):
+        await store.backup(folder / "copy.db")
+    assert not list(folder.glob("copy*"))
+
+
+async def test_a_damaged_copy_gets_no_name(store, clock, tmp_path, monkeypatch):
+    for _ in range(50):
+        await send(store, clock, body=b"x" * 5000)
+    verify = backup._verify
+
+    def damaged(part, stop, before):
+        with part.open("r+b") as file:
+            file.seek(4096 * 3)
+            file.write(b"\xff" * 4096)
+        return verify(part, stop, before)
+
+    monkeypatch.setattr(backup, "_verify", damaged)
+    with pytest.raises(StorageError, match=r"damaged|malformed"):
+        await store.backup(tmp_path / "copy.db")
+    assert not list(tmp_path.glob("copy*"))
+
+
+async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
+    for _ in range(20):
+        await send(store, clock, body=b"x" * 100_000)
+    task = asyncio.ensure_future(store.backup(tmp_path / "copy.db"))
+    sent = 0
+    while not task.done():
+        await send(store, clock)
+        sent += 1
+    made = await task
+    assert sent > 0
+    assert 20 <= made.events <= 20 + sent
+    assert len(await ids(store)) == 20 + sent
+
+
+async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
+    store, clock, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(apart, "_LOOK_EVERY", 1)
+    await send(store, clock)
+    begun = []
+
+    def slow(source, target, stop, *, replace=False):
+        begun.append(stop)
+        stop.wait(10)
+        return back_up(source, target, stop, replace=replace)
+
+    monkeypatch.setattr(backup, "back_up", slow)
+    task = asyncio.ensure_future(store.backup(tmp_path / "copy.db"))
+    await until(lambda: begun)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert begun[0].is_set()
+    assert not list(tmp_path.glob("copy*"))
+
+
+def test_a_stopped_relays_file_is_backed_up_without_a_trace_beside_it(tmp_path, clock):
+    async def fill():
+        async with opened(tmp_path / "relay.db", clock) as store:
+            await send(store, clock)
+
+    asyncio.run(fill())
+    before = (tmp_path / "relay.db").read_bytes()
+    assert back_up(tmp_path / "relay.db", tmp_path / "copy.db", apart.Stop()).events == 1
+    assert (tmp_path / "relay.db").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"relay.db", "copy.db"}

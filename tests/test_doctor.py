@@ -1,0 +1,183 @@
+"""Each thing that can be wrong is found by its own check, and by no other."""
+
+import asyncio
+import shutil
+import sqlite3
+
+import pytest
+from stores import end, opened, send
+from support import FakeClock
+
+from relay.clock import SECOND
+from relay.model import Owed
+from relay.store import doctor
+from relay.store.apart import Stop
+from relay.store.doctor import Patient, examine
+
+NAMES = [
+    "sqlite", "permissions", "disk", "fsync", "version", "integrity", "conservation", "stuck", "bodies",
+    "clock", "room", "destinations",
+]  # fmt: skip
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def path(tmp_path, clock):
+    """A stopped relay's database, with something of everything."""
+
+    async def fill():
+        async with opened(tmp_path / "relay.db", clock) as store:
+            owed = (Owed("crm", order_key="a"), Owed("erp"))
+            store.route = lambda event: () if event.source == "relay" else owed
+            events = [await send(store, clock, body=b'{"n": %d}' % number) for number in range(9)]
+            await end(store, events[0], "delivered", "erp")
+            await end(store, events[1], "dead", "erp")
+
+    asyncio.run(fill())
+    return tmp_path / "relay.db"
+
+
+def patient(path, clock, **known):
+    return Patient(**{"path": path, "now": clock.wall(), "destinations": ["crm", "erp"], **known})
+
+
+def ill(path, clock, **known):
+    """Return detail and hint of what is not as it should be."""
+    checks = examine(patient(path, clock, **known), Stop())
+    return {check.name: (check.detail, check.hint) for check in checks if not check.ok}
+
+
+def change(path, sql):
+    database = sqlite3.connect(path)
+    database.executescript(sql)
+    database.close()
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def test_a_sound_database_passes_every_check_and_stays_as_it_is(path, clock):
+    before = path.read_bytes()
+    checks = examine(patient(path, clock), Stop())
+    assert [check.name for check in checks] == NAMES
+    assert [check for check in checks if not check.ok or check.hint or not check.detail] == []
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["relay.db"]
+
+
+async def test_a_running_relay_examines_itself(tmp_path, clock):
+    async with opened(tmp_path / "relay.db", clock) as store:
+        await send(store, clock)
+        checks = await store.examine(destinations=["crm", "erp"])
+    assert [check.name for check in checks if check.ok] == NAMES
+
+
+async def test_an_empty_database_is_well(tmp_path, clock):
+    async with opened(tmp_path / "relay.db", clock) as store:
+        assert all(check.ok for check in await store.examine(destinations=[]))
+
+
+@pytest.mark.parametrize(
+    ("sql", "name", "detail"),
+    [
+        ("UPDATE ledger SET created = created + 2 WHERE destination = 'crm'", "conservation", r"crm (+2)"),
+        (
+            "DELETE FROM deliveries WHERE destination = 'erp' AND state = 'pending'",
+            "conservation",
+            "erp (+7)",
+        ),
+        ("UPDATE events SET body = x'7b7d' WHERE id = 1", "bodies", "the body of evt_"),
+        (
+            "UPDATE events SET body = CAST(replace(CAST(body AS TEXT), '8', '7') AS BLOB) WHERE id = 9",
+            "bodies",
+            "is not the one that came in",
+        ),
+        (
+            "UPDATE deliveries SET next_attempt_at = NULL WHERE id = 1",
+            "stuck",
+            "1 deliveries wait for nothing",
+        ),
+        ("PRAGMA foreign_keys = OFF; DELETE FROM events WHERE id = 5", "integrity", "a row of deliveries"),
+        ("PRAGMA user_version = 99", "version", "schema version 99, this program knows"),
+        ("PRAGMA auto_vacuum = NONE; VACUUM", "room", "never given back"),
+    ],
+)
+def test_what_is_wrong_inside_is_found(path, clock, sql, name, detail):
+    change(path, sql)
+    found = ill(path, clock)
+    assert list(found) == [name]
+    assert detail in found[name][0]
+    assert found[name][1]
+
+
+def test_a_damaged_page_is_found_and_hides_no_other_check(path, clock):
+    with path.open("r+b") as file:
+        file.seek(4096 * 4 + 2)
+        file.write(b"\xff" * 600)
+    found = ill(path, clock)
+    assert "integrity" in found
+    assert "put a backup in its place" in found["integrity"][1]
+    assert len(examine(patient(path, clock), Stop())) == len(NAMES)
+
+
+def test_what_is_no_database_is_told_by_every_check_that_cannot_look(path, clock):
+    path.write_bytes(b"this is no database, and never was" * 500)
+    found = ill(path, clock)
+    assert "file is not a database" in found["version"][0]
+    assert "sqlite" not in found
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, clock):
+    found = ill(tmp_path / "relay.db", clock)
+    assert set(found) == {"permissions", "open"}
+    assert str(tmp_path / "relay.db") in found["permissions"][0]
+
+
+def test_what_others_can_read_is_found(path, clock):
+    path.chmod(0o644)
+    assert ill(path, clock)["permissions"] == (f"{path} has mode 0644", f"chmod 600 {path}")
+
+
+def test_a_disk_below_its_floor_is_found(path, clock):
+    free = shutil.disk_usage(path.parent).free
+    assert list(ill(path, clock, min_free=free * 2)) == ["disk"]
+
+
+def test_a_slow_disk_is_found(path, clock, monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_FSYNC", 0.0)
+    assert list(ill(path, clock)) == ["fsync"]
+
+
+def test_an_event_from_the_future_is_found(path, clock):
+    early = clock.wall() - 301 * SECOND
+    assert list(ill(path, clock, now=early)) == ["clock"]
+    assert ill(path, clock, now=early + SECOND) == {}
+
+
+def test_a_log_that_does_not_shrink_is_found(path, clock, monkeypatch):
+    monkeypatch.setattr(doctor, "LONG_LOG", -1)
+    assert list(ill(path, clock)) == ["room"]
+
+
+def test_what_is_owed_to_a_destination_that_is_not_in_the_config_is_found(path, clock):
+    assert ill(path, clock, destinations=["crm"])["destinations"][0].endswith("the config: erp (7)")
+    assert ill(path, clock, destinations=None) == {}
+
+
+def test_bodies_are_sampled_evenly_and_the_latest_is_among_them(path, clock, monkeypatch):
+    monkeypatch.setattr(doctor, "SAMPLE", 3)
+    [bodies] = [check for check in examine(patient(path, clock), Stop()) if check.name == "bodies"]
+    assert bodies.detail == "4 bodies are as they came in"  # of ten, one of them the relay's own
+    change(path, "UPDATE events SET body = x'7b7d' WHERE id = (SELECT max(id) FROM events)")
+    assert list(ill(path, clock)) == ["bodies"]
+
+
+def test_looking_for_what_is_stuck_reads_pending_rows_only(path):
+    database = sqlite3.connect(path)
+    plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {doctor.STUCK_SQL}", ("crm",))]
+    database.close()
+    assert not any(step.startswith("SCAN") for step in plan), plan
+    assert any("deliveries_order" in step for step in plan)
