@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is judged by people, on a quiet machine."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,14 @@ def test_json_has_every_round_of_both_sides():
             assert len(comparison[side]) == 2
             assert all(each["events"] == 20 and each["seconds"] > 0 for each in comparison[side])
         assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
+
+
+def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
+    command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines = done.stdout.splitlines()
+    assert title == "sweeps over 10,000 workers"
+    assert len(lines) == 7
+    assert all(
+        re.fullmatch(r"  .+ [0-9.]+ ms, the loop stood still for [0-9.]+ ms at most", each) for each in lines
+    )
