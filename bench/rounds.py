@@ -11,7 +11,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     rounds: int = 7  # per side, after one that is thrown away
     requests: int = 4000  # per round
-    connections: int = 64
+    connections: int = 128
 
 
 class Round(msgspec.Struct, frozen=True):

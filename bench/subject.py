@@ -30,7 +30,7 @@ url = "{url}/hook"
 events = ["moddy.*"]
 secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
 allow_private = true
-concurrency = 64
+concurrency = 192
 """
 _SAMPLE = b"""{
   "event_type": "member_joined",
