@@ -109,6 +109,7 @@ class App:
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
         self.progress = Progress(clock)
         self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
+        self.reloads.around = self.watchdog.reloading
         self.stopping = asyncio.Event()
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import msgspec
@@ -49,6 +49,7 @@ class Reloads:
         self._jobs = jobs
         self._metrics = metrics
         self._clock = clock
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for each reload
         self._open = asyncio.Event()
         self._closed = False
         self._one = asyncio.Lock()
@@ -85,28 +86,32 @@ class Reloads:
         async with self._one:
             if self._closed:
                 raise RelayError("the relay is stopping", hint="its successor reads the file at its start")
-            before, interval = self._state.config, self._state.watch.interval
-            try:
-                # In a thread: files are read and patterns compiled while requests are answered.
-                setup = await asyncio.to_thread(load_again, self._state.setup)
-                draft = await self._state.prepare(setup)
-            except Exception as error:
-                self._count(successful=False)
-                why = str(error) if isinstance(error, RelayError) else repr(error)
-                log.error("not reloaded, the configuration stays as it was: %s", why)  # noqa: TRY400 - said in words
-                raise
-            self._state.adopt(draft)
-            if self._state.watch.interval != interval:
-                self._jobs.change(SWEEP, self._state.watch.interval)
-            if setup.config.log != before.log:
-                told = setup.config.log
-                configure(told.level, told.format, under_systemd=under_systemd())
-            done = _compare(before, setup.config)
-            self._count(successful=True)
-            log.info("reloaded %s", done)
-            for warning in done.warnings:
-                log.warning("%s", warning)
-            return done
+            with self.around():
+                return await self._take_in()
+
+    async def _take_in(self) -> Reloaded:
+        before, interval = self._state.config, self._state.watch.interval
+        try:
+            # In a thread: files are read and patterns compiled while requests are answered.
+            setup = await asyncio.to_thread(load_again, self._state.setup)
+            draft = await self._state.prepare(setup)
+        except Exception as error:
+            self._count(successful=False)
+            why = str(error) if isinstance(error, RelayError) else repr(error)
+            log.error("not reloaded, the configuration stays as it was: %s", why)  # noqa: TRY400 - said in words
+            raise
+        self._state.adopt(draft)
+        if self._state.watch.interval != interval:
+            self._jobs.change(SWEEP, self._state.watch.interval)
+        if setup.config.log != before.log:
+            told = setup.config.log
+            configure(told.level, told.format, under_systemd=under_systemd())
+        done = _compare(before, setup.config)
+        self._count(successful=True)
+        log.info("reloaded %s", done)
+        for warning in done.warnings:
+            log.warning("%s", warning)
+        return done
 
     async def _quietly(self) -> None:
         with suppress(Exception):  # the log has it

