@@ -11,12 +11,11 @@ from relay.clock import SystemClock
 from relay.config.model import DestinationConfig, RetryConfig
 from relay.config.secret import Secret
 from relay.delivery.engine import Engine
-from relay.filters import Router, Subscription
+from relay.delivery.routing import router_of
 from relay.ids import event_id
 from relay.metrics import Metrics
 from relay.model import StoredEvent
 from relay.store import Acceptance
-from relay.terms import Terms
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CLOCK = SystemClock()
@@ -86,18 +85,7 @@ def destination(name, url, **fields):
 
 def route(destinations: Iterable[DestinationConfig]):
     """Route events as the daemon does, on each destination's terms."""
-    subscriptions, terms = {}, {}
-    for config in destinations:
-        subscriptions[config.name] = Subscription.of(config.events, config.where)
-        terms[config.name] = Terms.of(
-            config.name,
-            order_by=config.order_by,
-            latest_by=config.latest_by,
-            ttl=config.ttl,
-            max_pending=config.max_pending,
-            on_dead=config.on_dead,
-        )
-    return Router(subscriptions, terms).route
+    return router_of({config.name: config for config in destinations}).route
 
 
 @asynccontextmanager

@@ -168,6 +168,34 @@ def test_an_operator_may_have_the_probe_made_now():
     assert destination.probe_in == 60
 
 
+def test_another_config_is_probed_at_once_and_waits_by_its_own_rules():
+    destination = Destination(failures=3, probe=30, max_probe=300)
+    destination.ends("5xx", "5xx", "5xx")
+    destination.after(30).ends("5xx")
+    destination.circuit.change(CircuitConfig(failures=3, probe=5, max_probe=10), 8, destination.now)
+    assert destination.limit == 1
+    destination.ends("5xx")
+    assert destination.probe_in == 10
+
+
+def test_another_config_forgets_failures_and_takes_the_number_at_once_from_it():
+    destination = Destination(failures=3)
+    destination.ends("5xx", "5xx")
+    destination.circuit.change(CircuitConfig(failures=3), 4, destination.now)
+    assert destination.ends("5xx") is None
+    assert destination.limit == 4
+
+
+@pytest.mark.parametrize(("concurrency", "limit"), [(8, 2), (2, 2), (1, 1)])
+def test_another_config_goes_on_ramping_up_within_its_concurrency(concurrency, limit):
+    destination = Destination(concurrency=8)
+    destination.ends(*["5xx"] * 10)
+    destination.after(30).ends("ok", "ok")
+    assert destination.limit == 2
+    destination.circuit.change(CircuitConfig(), concurrency, destination.now)
+    assert destination.limit == limit
+
+
 def test_asking_for_a_probe_opens_nothing_and_puts_nothing_off():
     destination = Destination()
     destination.circuit.probe_at(destination.now)

@@ -67,6 +67,17 @@ async def test_a_slow_job_does_not_overlap_itself_and_holds_up_no_other(jobs):
     await until(lambda: len(slow) >= 2)
 
 
+async def test_a_rare_job_that_becomes_frequent_need_not_wait_for_its_next_rare_run(jobs):
+    runs = []
+
+    async def work():
+        runs.append(1)
+
+    jobs.add("rare", 3600, work)
+    jobs.change("rare", 0.01)
+    await until(lambda: len(runs) >= 3)
+
+
 async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplog):
     jobs = Jobs(SystemClock())
     begun, ended = asyncio.Event(), asyncio.Event()

@@ -5,7 +5,7 @@ import logging
 
 import msgspec
 import pytest
-from lanes import Receiver, destination, ended, engine_for, route, send, send_many
+from lanes import CLOCK, Receiver, destination, ended, engine_for, route, send, send_many
 from support import until
 
 from relay.clock import SECOND
@@ -133,6 +133,35 @@ async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_i
     assert (await store.destination_states())["crm"].failing_since is None
 
 
+async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, receiver, other):
+    receiver.usual = other.usual = (500, {})
+    crm = destination("crm", receiver.url, retry=LATER)
+    async with engine_for(store, crm) as engine:
+        await send(store)
+        await until(lambda: engine.lanes["crm"].standing.state.failing_since is not None)
+        await until(lambda: not engine.lanes["crm"].in_flight)
+        moment = CLOCK.steady()
+        await change(engine, store, msgspec.structs.replace(crm, url=other.url))
+        await send(store)
+        await until(lambda: len(other.ids) == 1)
+        await until(lambda: not engine.lanes["crm"].in_flight)
+    assert (await store.destination_states())["crm"].failing_since > moment
+
+
+async def test_a_destination_that_has_left_shows_no_open_circuit(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, circuit=LASTING, retry=LATER)
+    async with engine_for(store, crm) as engine:
+        await send_many(store, 4)
+        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        shown = engine.lanes["crm"].standing._metrics.registry.get_sample_value
+        circuit = ("relay_destination_circuit_open", {"destination": "crm"})
+        assert shown(*circuit) == 1
+        await change(engine, store)
+        assert shown(*circuit) == 0
+        assert engine.lanes == {}
+
+
 async def test_a_refused_address_that_the_change_permits_is_dialled_at_once(store, receiver):
     crm = destination("crm", receiver.url, allow_private=False)
     async with engine_for(store, crm) as engine:
@@ -257,6 +286,7 @@ async def test_what_fails_at_a_removed_destination_is_taken_up_by_the_one_that_r
         await ended(store, 1, destination="gone")
         assert engine.lanes["gone"].held is None
     assert other.ids == [event, event]
+    assert await store.destination_states() == {}
 
 
 async def test_a_stop_ends_lanes_that_have_left_and_senders_that_were_replaced(

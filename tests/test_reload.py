@@ -277,6 +277,19 @@ async def test_a_paused_source_stays_paused_over_reloads_restarts_and_its_own_ab
         assert await status() == 200
 
 
+async def test_a_pause_while_a_reload_is_being_prepared_is_kept(tmp_path, monkeypatch):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        plan = relay.app.engine.plan
+
+        async def pause_meanwhile(destinations):
+            await relay.operator("POST", "/api/sources/adorn/pause")
+            return await plan(destinations)
+
+        monkeypatch.setattr(relay.app.engine, "plan", pause_meanwhile)
+        await reload(relay)
+        assert (await relay.exchange(request("POST", ADORN, adorn()))).status == 503
+
+
 # --- what is refused ----------------------------------------------------------------------------------
 
 
