@@ -20,18 +20,18 @@ class Books:
         self._clock = clock
 
     async def check(self) -> None:
-        """Do so once."""
+        """Do so once, also for destinations that have left the config: what they are owed is held."""
         counts, backlog = await self._store.counts(), await self._store.backlog(self._clock.steady())
-        for name, lane in self._engine.lanes.items():
-            owed, waiting = counts.get(name), backlog.get(name)
+        for name in self._engine.lanes.keys() | counts.keys():
+            lane, owed, waiting = self._engine.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if owed is None else owed.unaccounted
             self._metrics.unaccounted.labels(name).set(unaccounted)
             if unaccounted:
                 log.error("%s: %d deliveries are not accounted for", name, unaccounted)
             pending = 0 if owed is None else owed.pending
-            in_flight = min(lane.in_flight, pending)
+            in_flight = min(self._engine.in_flight(name), pending)
             rest = pending - in_flight
-            held = rest if lane.held is not None else 0
+            held = rest if lane is None or lane.held is not None else 0
             due = 0 if held or waiting is None else min(rest, max(0, waiting.due - in_flight))
             for state, number in (
                 ("in_flight", in_flight),
