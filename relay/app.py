@@ -15,6 +15,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api import Api
+from relay.backups import Backups
 from relay.books import Books
 from relay.clock import SECOND, Clock, SystemClock
 from relay.config.find import socket_path
@@ -83,6 +84,7 @@ class App:
         self.state = State(setup, store=self.store, clock=clock, metrics=self.metrics)
         self.ingest, self.engine = self.state.ingest, self.state.engine
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
+        self.backups = Backups(self.store, clock, lambda: self.config)
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.store.listener = self._listen
         self.store.on_commit = self.metrics.count_commit
@@ -216,6 +218,7 @@ class App:
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
         jobs.add("retention", self.upkeep.every, self.upkeep.run)
+        jobs.add("backup", self.backups.every, self.backups.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("books", BOOKS_EVERY, self.books.check)
         for job in self._setup.jobs:

@@ -13,6 +13,7 @@ from relay.config.client_cert import ClientCert
 from relay.config.document import read
 from relay.config.model import (
     Admin,
+    BackupConfig,
     CircuitConfig,
     Config,
     DestinationConfig,
@@ -37,6 +38,7 @@ TABLES = {
     "admin": Admin,
     "storage": Storage,
     "retention": Retention,
+    "backup": BackupConfig,
     "log": Log,
     "plugins": Plugins,
     "workers": WorkerRules,
@@ -51,6 +53,7 @@ OWN_TABLES = {
     "server",
     "admin",
     "storage",
+    "backup",
     "log",
     "retention",
     "plugins",

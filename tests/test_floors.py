@@ -20,7 +20,7 @@ FLOORS = (
     ),
     ("incoming", "source", "hookspecs", "items", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
-     "books", "upkeep", "state", "reload"),
+     "books", "upkeep", "backups", "state", "reload"),
     ("api_workers", "api_events", "api_repeats", "api"),
     ("app", "demo"),
     ("cli",),

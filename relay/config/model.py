@@ -61,6 +61,14 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     worker_metrics: Interval = 7 * 86_400.0
 
 
+class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[backup]`: copies of the database, made while it works."""
+
+    every: Interval | None = None
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 7
+    dir: Annotated[str, msgspec.Meta(min_length=1)] = "backups"
+
+
 class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):
     """`retention = {…}` of a source: what is different for its events."""
 
@@ -176,6 +184,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     admin: Admin = Admin()
     storage: Storage = Storage()
     retention: Retention = Retention()
+    backup: BackupConfig = BackupConfig()
     log: Log = Log()
     plugins: Plugins = Plugins()
     workers: WorkerRules = WorkerRules()

@@ -1,0 +1,62 @@
+"""Backups in their time: so many are kept, and none is thrown away before a newer one has been checked."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from relay.clock import SECOND, Clock
+from relay.config.model import Config
+from relay.errors import StorageError
+from relay.store import Store
+from relay.units import render_size
+
+log = logging.getLogger("relay.backups")
+
+
+_NAME = "relay-%Y%m%dT%H%M%SZ.db"
+
+
+class Backups:
+    """Goes by `[backup]`, whatever it says at the moment."""
+
+    every = 60.0  # seconds between looks at whether one is due
+
+    def __init__(self, store: Store, clock: Clock, config: Callable[[], Config]) -> None:
+        self._store = store
+        self._clock = clock
+        self._config = config
+
+    async def run(self) -> None:
+        """Make a backup if one is due; the files themselves say when the last one was made."""
+        config = self._config()
+        every, now = config.backup.every, self._clock.wall() // SECOND
+        folder = config.state_dir / config.backup.dir
+        if every is None or any(0 <= now - made < every for made in _made(folder).values()):
+            return
+        name = datetime.fromtimestamp(now, UTC).strftime(_NAME)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            done = await self._store.backup(folder / name)
+            for old in sorted(_made(folder))[: -config.backup.keep]:
+                old.unlink()
+        except (OSError, StorageError) as error:
+            log.error("no backup: %s", error)  # noqa: TRY400 - said in words; the next look tries again
+            return
+        log.info(
+            "backed up %d events in %.1f s to %s, %s",
+            done.events,
+            done.seconds,
+            name,
+            render_size(done.bytes),
+        )
+
+
+def _made(folder: Path) -> dict[Path, float]:
+    """Return the backups in a folder, and when they were made: their names say so, in seconds since 1970."""
+    found = {}
+    for path in folder.glob("relay-*.db"):
+        with suppress(ValueError):  # somebody else's file
+            found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
+    return found
