@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from relay.clock import SystemClock
+from relay.config.model import Retention
+from relay.retention import Policy
+from relay.store.sqlite import SqliteStore
+
 ROOT = Path(__file__).parents[1]
 SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
 
@@ -70,3 +75,22 @@ def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
     assert all(
         re.fullmatch(r"  .+ [0-9.]+ ms, the loop stood still for [0-9.]+ ms at most", each) for each in lines
     )
+
+
+@pytest.fixture
+def old_events(tmp_path):
+    """Make what the benchmark of retention begins with, but fewer."""
+    fill = "import asyncio, pathlib, sys; from bench.retention import fill;"
+    fill += "asyncio.run(fill(pathlib.Path(sys.argv[1]), 50))"
+    path = tmp_path / "relay.db"
+    subprocess.run([sys.executable, "-c", fill, path], cwd=ROOT, timeout=60, check=True)
+    return path
+
+
+async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
+    store = SqliteStore(old_events, SystemClock())
+    await store.open()
+    assert [check for check in await store.examine() if not check.ok] == []
+    assert (await store.counts())["gone"].delivered == 50
+    assert (await store.prune(Policy(Retention()))).events == 50
+    await store.close()
