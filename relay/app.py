@@ -264,7 +264,8 @@ class App:
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.prune_worker_metrics(before):
             pass
-        await self.store.prune_worker_commands(before)
+        while await self.store.prune_worker_commands(before):
+            pass
 
     async def _check_disk(self) -> None:
         """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""

@@ -11,7 +11,7 @@ from support import FakeClock
 from relay.clock import SECOND
 from relay.config.model import Retention, SourceRetention
 from relay.ids import event_id
-from relay.model import Attempt, Outcome, Owed, StoredEvent
+from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
 from relay.retention import Policy
 from relay.store import Acceptance, prune
 from relay.store.sqlite import SqliteStore
@@ -242,6 +242,21 @@ async def test_what_was_looked_at_is_not_read_again_until_the_next_round(store, 
     clock.advance(3600)
     await store.prune(POLICY)
     assert len(asked) == 20
+
+
+async def test_commands_that_are_queued_no_more_go_some_at_a_time(store, clock, monkeypatch):
+    monkeypatch.setattr("relay.store.watching.PRUNE_AT_ONCE", 2)
+    for number in range(4):
+        state = "queued" if number == 1 else "sent"
+        command = Command(
+            public_id=f"cmd_{number}", source="wa", worker_id="w", body={"type": "restart"},
+            created_at=clock.wall(), expires_at=clock.steady() + 2**50, state=state,
+        )  # fmt: skip
+        await store.fleet(lambda fleet, command=command: fleet.queue(command))
+        clock.advance(1)
+    before = clock.wall()
+    assert [await store.prune_worker_commands(before) for _ in range(3)] == [2, 1, 0]
+    assert [row["id"] for row in await store.find("worker_commands")] == ["cmd_1"]
 
 
 async def test_free_pages_are_given_back_when_they_are_a_tenth_of_the_file(store, clock):

@@ -354,7 +354,7 @@ class Store(Protocol):
         ...
 
     async def prune_worker_commands(self, before: int) -> int:
-        """Delete commands given before (wall clock) that are queued no more; return how many."""
+        """Delete some commands given before (wall clock), but not queued ones; return how many, 0: none."""
         ...
 
     def census(self, source: str, status: str) -> int:

@@ -143,6 +143,7 @@ CREATE TABLE worker_commands (
     body       BLOB    NOT NULL                -- JSON
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX worker_commands_worker ON worker_commands (source, worker_id, created_at);
+CREATE INDEX worker_commands_ended ON worker_commands (created_at) WHERE state <> 'queued';
 CREATE INDEX worker_commands_queued ON worker_commands (expires_at) WHERE state = 'queued';
 """
 

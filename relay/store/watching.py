@@ -120,7 +120,12 @@ class Watching:
 
         async def prune(connection: aiosqlite.Connection) -> int:
             cursor = await connection.execute(
-                "DELETE FROM worker_commands WHERE state <> 'queued' AND created_at < ?", (before,)
+                """
+                DELETE FROM worker_commands WHERE public_id IN (
+                       SELECT public_id FROM worker_commands
+                        WHERE state <> 'queued' AND created_at < ? ORDER BY created_at LIMIT ?)
+                """,
+                (before, PRUNE_AT_ONCE),
             )
             return cursor.rowcount
 
