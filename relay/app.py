@@ -14,7 +14,8 @@ import msgspec
 from aiohttp import web
 
 from relay import __version__
-from relay.api import Api
+from relay.api.admin import Api
+from relay.api.parts import Parts
 from relay.backups import Backups
 from relay.books import Books
 from relay.clock import SECOND, Clock, SystemClock
@@ -97,15 +98,17 @@ class App:
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
         self.replays = Replays(store=self.store, router=self.state.router, clock=clock)
         self.api = Api(
-            store=self.store,
-            ingest=self.ingest,
-            engine=self.engine,
-            health=self.health,
-            clock=clock,
-            registry=self.metrics.registry,
-            replays=self.replays,
-            router=self.state.router,
-            reloads=self.reloads,
+            Parts(
+                store=self.store,
+                ingest=self.ingest,
+                engine=self.engine,
+                health=self.health,
+                clock=clock,
+                registry=self.metrics.registry,
+                replays=self.replays,
+                router=self.state.router,
+                reloads=self.reloads,
+            )
         )
         self.health.watch(self._trouble)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)

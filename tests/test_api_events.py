@@ -67,6 +67,15 @@ async def test_what_there_is_not_is_404(relay, path):
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize("kind", ["events", "deliveries", "attempts"])
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=", "cursor=-1", "colour=red"])
+async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, query):
+    answer = await exchange(relay.addresses.socket, request("GET", f"/api/{kind}?{query}"))
+    assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
+    assert query.partition("=")[0] in answer.json["error"]["message"]
+    assert answer.json["error"]["hint"]
+
+
 async def test_a_destination_says_what_it_is_owed_and_why_it_does_not_move(relay, event):
     shown = await relay.operator("GET", "/api/destinations/crm")
     assert (shown["created"], shown["pending"], shown["held"], shown["held_until"]) == (1, 0, None, None)

@@ -66,7 +66,7 @@ async def test_a_worker_is_forgotten_once_somebody_said_yes(commands):
     )
     assert (await commands("workers", "forget", "whatsapp", "w1", "--yes")).out == "w1: forgotten\n"
     said = await commands("workers", "forget", "whatsapp", "w1", "--yes", code=4)
-    assert said.err == "no worker 'w1' of source 'whatsapp'\n  GET /api/workers lists them\n"
+    assert said.err == "no worker 'w1' of source 'whatsapp'\n  `relay workers list` shows who there is\n"
 
 
 async def test_the_status_is_one_screen(commands):

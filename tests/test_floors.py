@@ -21,7 +21,7 @@ FLOORS = (
     ("incoming", "source", "hookspecs", "items", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
      "books", "upkeep", "backups", "state", "reload"),
-    ("api_workers", "api_events", "api_repeats", "api"),
+    ("api",),
     ("app", "demo"),
     ("cli",),
 )  # fmt: skip

@@ -5,17 +5,17 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from aiohttp import web
 
+from relay.api.answers import body_of, say
+from relay.api.parts import Parts
 from relay.clock import Clock, moment, rfc3339
 from relay.errors import RelayError, UnknownError
-from relay.filters import Patterns, Router
+from relay.filters import Patterns
 from relay.model import Named, Selection
-from relay.replay import DEFAULT_RATE, Replay, Replays, Wish
-from relay.store import Cancelled, Store
+from relay.replay import DEFAULT_RATE, Replay, Wish
+from relay.store import Cancelled
 from relay.units import parse_rate, render_rate
 
 W = TypeVar("W", bound="_Wish")
-
-_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -75,11 +75,11 @@ class _Cancel(_Wish, kw_only=True):
 class RepeatsApi:
     """The part of the admin API about replays, retries by hand and cancelling."""
 
-    def __init__(self, store: Store, clock: Clock, replays: Replays, router: Router) -> None:
-        self._store = store
-        self._clock = clock
-        self._replays = replays
-        self._router = router
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._clock = parts.clock
+        self._replays = parts.replays
+        self._router = parts.router
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
@@ -98,7 +98,7 @@ class RepeatsApi:
         event = (await self._store.load([chosen.event_id])).get(chosen.event_id)
         if event is None:
             raise UnknownError("the event was deleted just now")
-        return _json(
+        return say(
             {
                 "id": event.public_id,
                 "type": event.type,
@@ -121,24 +121,24 @@ class RepeatsApi:
 
     async def _begin(self, wish: Wish, *, dry_run: bool) -> web.Response:
         if dry_run:
-            return _json({"count": await self._replays.count(wish)})
-        return _json(_item(await self._replays.start(wish)), 201)
+            return say({"count": await self._replays.count(wish)})
+        return say(_item(await self._replays.start(wish)), 201)
 
     async def _list(self, _request: web.Request) -> web.Response:
-        return _json({"items": [_item(replay) for replay in self._replays.all()], "next_cursor": None})
+        return say({"items": [_item(replay) for replay in self._replays.all()], "next_cursor": None})
 
     async def _show(self, request: web.Request) -> web.Response:
-        return _json(_item(self._replays.get(request.match_info["id"])))
+        return say(_item(self._replays.get(request.match_info["id"])))
 
     async def _stop(self, request: web.Request) -> web.Response:
-        return _json(_item(await self._replays.cancel(request.match_info["id"])))
+        return say(_item(await self._replays.cancel(request.match_info["id"])))
 
     async def _retry(self, request: web.Request) -> web.Response:
         asked = await _body(request, _Retry)
         if asked.ids is not None:
             _either(asked, "ids")
             named = await self._store.name_deliveries(asked.ids)
-            return _json({"count": len(named)} if asked.dry_run else await self._retried(named))
+            return say({"count": len(named)} if asked.dry_run else await self._retried(named))
         selection = self._selection(asked, "ids")
         if selection.state is None:
             hint = "dead, expired, cancelled and delivered ones are repeated, pending ones made due now"
@@ -151,8 +151,8 @@ class RepeatsApi:
             count += len(page)
             hurried += 0 if asked.dry_run else await self._store.hurry(page)
         if asked.dry_run:
-            return _json({"count": count})
-        return _json({"created": 0, "hurried": hurried, "skipped": max(0, count - hurried)})
+            return say({"count": count})
+        return say({"created": 0, "hurried": hurried, "skipped": max(0, count - hurried)})
 
     async def _retried(self, named: tuple[Named, ...]) -> dict[str, int]:
         return msgspec.structs.asdict(await self._replays.retry(named))
@@ -167,8 +167,8 @@ class RepeatsApi:
         else:
             count, done = await self._cancel_selection(self._selection(asked, "ids"), dry_run=asked.dry_run)
         if asked.dry_run:
-            return _json({"count": count})
-        return _json({"cancelled": done.ended, "in_flight": done.in_flight})
+            return say({"count": count})
+        return say({"cancelled": done.ended, "in_flight": done.in_flight})
 
     async def _cancel_selection(self, selection: Selection, *, dry_run: bool) -> tuple[int, Cancelled]:
         if selection.state not in (None, "pending"):
@@ -190,11 +190,7 @@ class RepeatsApi:
 
 
 async def _body(request: web.Request, wish: type[W]) -> W:
-    try:
-        return msgspec.json.decode(await request.read(), type=wish)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        fields = ", ".join(wish.__struct_fields__)
-        raise RelayError(f"the body is wrong: {error}", hint=f"it has {fields}; a filter {_FIELDS}") from None
+    return await body_of(request, wish, f"it has {', '.join(wish.__struct_fields__)}; a filter {_FIELDS}")
 
 
 def _either(asked: _Wish, other: str) -> None:
@@ -226,7 +222,3 @@ def _item(replay: Replay) -> dict[str, Any]:
         "ended_at": None if replay.ended_at is None else rfc3339(replay.ended_at),
         "error": replay.error,
     }
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=_encode(value), content_type="application/json")

@@ -1,22 +1,18 @@
 """One event or one delivery for operators, with everything that belongs to it; and a body as it came."""
 
-from typing import Any
-
-import msgspec
 from aiohttp import web
 
+from relay.api.answers import say
+from relay.api.parts import Parts
 from relay.errors import UnknownError
 from relay.items import show_delivery, show_event
-from relay.store import Store
-
-_encode = msgspec.json.Encoder().encode
 
 
 class EventsApi:
     """The part of the admin API about single events and deliveries; ids may be shortened while unique."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
@@ -27,10 +23,10 @@ class EventsApi:
         ]
 
     async def _event(self, request: web.Request) -> web.Response:
-        return _json(await show_event(self._store, request.match_info["id"]))
+        return say(await show_event(self._store, request.match_info["id"]))
 
     async def _delivery(self, request: web.Request) -> web.Response:
-        return _json(await show_delivery(self._store, request.match_info["id"]))
+        return say(await show_delivery(self._store, request.match_info["id"]))
 
     async def _body(self, request: web.Request) -> web.Response:
         """Answer with the sender's bytes; as a download, so that no browser takes them for a page of ours."""
@@ -40,7 +36,3 @@ class EventsApi:
             raise UnknownError("the event was deleted just now")
         headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
         return web.Response(body=event.body, content_type="application/octet-stream", headers=headers)
-
-
-def _json(value: Any) -> web.Response:
-    return web.Response(body=_encode(value), content_type="application/json")

@@ -1,0 +1,74 @@
+"""The two apps that operators ask: one for the unix socket, one for the admin listener."""
+
+from aiohttp import web
+from prometheus_client.aiohttp import make_aiohttp_handler
+
+from relay import __version__
+from relay.api.access import guard
+from relay.api.answers import errors, say
+from relay.api.destinations import DestinationsApi
+from relay.api.events import EventsApi
+from relay.api.lists import ListsApi
+from relay.api.parts import Parts
+from relay.api.repeats import RepeatsApi
+from relay.api.sources import SourcesApi
+from relay.api.workers import WorkersApi
+from relay.config.secret import Secret
+
+
+class Api:
+    """Answers operators; both listeners share it, only what they let through differs."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._began = parts.clock.steady()
+        self._resources = tuple(
+            resource(parts)
+            for resource in (ListsApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi)
+        )
+
+    def socket_app(self) -> web.Application:
+        """Return the app for the unix socket, whose file permissions are its access control."""
+        app = web.Application(middlewares=[errors])
+        app.add_routes(self.routes())
+        return app
+
+    def tcp_app(self, tokens: tuple[Secret, ...]) -> web.Application:
+        """Return the app for the admin listener: health and metrics, the API only with a token."""
+        app = web.Application(middlewares=[errors, guard(tokens)])
+        app.add_routes(self.routes())
+        return app
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return all that is answered."""
+        return [
+            web.get("/health", self._alive),
+            web.get("/ready", self._ready),
+            web.get("/metrics", make_aiohttp_handler(self._parts.registry)),
+            web.get("/api/status", self._status),
+            web.post("/api/reload", self._reload),
+            *(route for resource in self._resources for route in resource.routes()),
+        ]
+
+    async def _alive(self, _request: web.Request) -> web.Response:
+        return say({"status": "ok", "version": __version__})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        reasons = self._parts.health.reasons()
+        return say({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        reasons = self._parts.health.reasons()
+        return say(
+            {
+                "version": __version__,
+                "ready": not reasons,
+                "reasons": reasons,
+                "uptime_seconds": (self._parts.clock.steady() - self._began) // 1_000_000,
+                "sources": sorted(self._parts.ingest.mounts),
+                "destinations": sorted(self._parts.engine.lanes),
+            }
+        )
+
+    async def _reload(self, _request: web.Request) -> web.Response:
+        return say(await self._parts.reloads.reload())

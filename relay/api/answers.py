@@ -1,0 +1,108 @@
+"""What every resource of the API has in common: JSON out, questions read strictly, errors with a hint."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from relay.config.problem import ConfigError, guess
+from relay.errors import RelayError, RestartNeededError, StorageError, UnknownError
+from relay.items import MOST_ROWS
+
+T = TypeVar("T")
+
+_encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
+_MOST_DIGITS = 18  # of a number that SQLite can hold
+
+_ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
+    UnknownError: (404, "not_found"),
+    RestartNeededError: (409, "restart_needed"),
+    StorageError: (503, "unavailable"),
+    RelayError: (400, "bad_request"),
+}
+
+
+def say(value: Any, status: int = 200) -> web.Response:
+    """Answer with a value as JSON."""
+    return web.Response(status=status, body=_encode(value), content_type="application/json")
+
+
+def refuse(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
+    """Answer with `{"error": {"code", "message", "hint"}}`; the hint is what to try next."""
+    return say({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
+    """Return the error that there is no such thing, with those that there are."""
+    names = tuple(known)
+    return UnknownError(
+        f"no {kind} {name!r}{guess(name, names)}", hint=f"there are {', '.join(names) or 'none'}"
+    )
+
+
+def query_of(request: web.Request, names: Iterable[str]) -> dict[str, str]:
+    """Return the parameters of a question.
+
+    Raises:
+        RelayError: one is not known here.
+    """
+    known = tuple(names)
+    if strange := set(request.query) - set(known):
+        raise RelayError(f"unknown parameter {min(strange)!r}", hint=f"there are {', '.join(known)}")
+    return dict(request.query)
+
+
+def number(text: str, name: str) -> int:
+    """Read a whole number that a parameter says.
+
+    Raises:
+        RelayError: it is none.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
+        raise RelayError(f"{name} must be a whole number", hint=f"for example {name}=50")
+    return int(text)
+
+
+def limit_of(query: Mapping[str, str]) -> int:
+    """Return how many rows a list may have: 50 unless it says otherwise, and never more than `MOST_ROWS`.
+
+    Raises:
+        RelayError: it is no number of rows.
+    """
+    wanted = number(query.get("limit", "50"), "limit")
+    if wanted == 0:
+        raise RelayError("limit must be at least 1", hint="for example limit=50")
+    return min(wanted, MOST_ROWS)
+
+
+async def body_of(request: web.Request, wish: type[T], hint: str) -> T:
+    """Read what a request's body asks for.
+
+    Raises:
+        RelayError: it is not what is expected; `hint` says what that is.
+    """
+    try:
+        return msgspec.json.decode(await request.read(), type=wish)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise RelayError(f"the body is wrong: {error}", hint=hint) from None
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Say every error in the API's own words."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except web.HTTPException as error:
+        hint = "relay --help lists what there is" if error.status == web.HTTPNotFound.status_code else ""
+        response = refuse(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+    except ConfigError as error:
+        hint = "nothing was changed; correct the file and reload again"
+        problems = [msgspec.structs.asdict(problem) for problem in error.problems]
+        return refuse(400, "bad_config", error.message, hint, problems=problems)
+    except RelayError as error:
+        status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+        return refuse(status, code, error.message, error.hint)
+    return response

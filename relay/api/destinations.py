@@ -1,0 +1,98 @@
+"""Destinations for operators: what is owed, since when, why it does not move; and steering them."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.answers import say, unknown
+from relay.api.parts import Parts
+from relay.clock import rfc3339
+from relay.delivery.lane import Lane
+from relay.items import item
+from relay.model import DestinationState
+from relay.store import Counts
+
+ABSENT = "not_in_config"
+"""What holds the deliveries of a destination that is configured no more; its return resumes them."""
+
+
+class DestinationsApi:
+    """The part of the admin API under `/api/destinations`."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._engine = parts.engine
+        self._clock = parts.clock
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/destinations", self._list),
+            web.get("/api/destinations/{name}", self._show),
+            web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
+        ]
+
+    async def _list(self, _request: web.Request) -> web.Response:
+        counts = await self._store.counts()
+        items = [
+            {**_destination(lane), **_counts(counts.get(lane.name))} for lane in self._engine.lanes.values()
+        ]
+        items += [
+            {**self._absent(name), **_counts(books)}
+            for name, books in counts.items()
+            if name not in self._engine.lanes and books.pending
+        ]
+        return say({"items": items, "next_cursor": None})
+
+    async def _show(self, request: web.Request) -> web.Response:
+        counts, name = await self._store.counts(), request.match_info["name"]
+        if name not in self._engine.lanes and name in counts:
+            told = self._absent(name)
+        else:
+            lane = self._lane(request)
+            told = {**_destination(lane), **_standing(lane)}
+        latest = await self._store.find("deliveries", destination=name, limit=1)
+        return say({**told, **_counts(counts.get(name)), "latest": item(latest[0]) if latest else None})
+
+    async def _steer(self, request: web.Request) -> web.Response:
+        lane = self._lane(request)
+        now, state = self._clock.wall(), lane.standing.state
+        changes: dict[str, dict[str, Any]] = {
+            "pause": {"paused": True},
+            "resume": {"paused": False},
+            "disable": {"disabled_at": state.disabled_at or now, "disabled_reason": "operator"},
+            "enable": {"disabled_at": None, "disabled_reason": None},
+        }
+        change = changes[request.match_info["verb"]]
+        await lane.set_state(DestinationState(**{**msgspec.structs.asdict(state), **change}))
+        return say(_destination(lane))
+
+    def _absent(self, name: str) -> dict[str, Any]:
+        return {"name": name, "held": ABSENT, "in_flight": self._engine.in_flight(name)}
+
+    def _lane(self, request: web.Request) -> Lane:
+        name = request.match_info["name"]
+        if name not in self._engine.lanes:
+            raise unknown("destination", name, self._engine.lanes)
+        return self._engine.lanes[name]
+
+
+def _destination(lane: Lane) -> dict[str, Any]:
+    return {"name": lane.name, "held": lane.held, "in_flight": lane.in_flight}
+
+
+def _standing(lane: Lane) -> dict[str, Any]:
+    """Say why it is not moving; without the URL, which may hold a token."""
+    state, until = lane.standing.state, lane.standing.held_until
+    times = {
+        "failing_since": state.failing_since,
+        "disabled_at": state.disabled_at,
+        "held_until": until if lane.held else None,
+    }
+    shown = {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
+    return {"events": lane.config.events, **shown}
+
+
+def _counts(counts: Counts | None) -> dict[str, Any]:
+    return msgspec.structs.asdict(counts or Counts())
