@@ -4,7 +4,7 @@ from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from relay import __version__
-from relay.api.access import guard
+from relay.api.access import audit, guard
 from relay.api.answers import errors, say
 from relay.api.destinations import DestinationsApi
 from relay.api.events import EventsApi
@@ -29,13 +29,13 @@ class Api:
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""
-        app = web.Application(middlewares=[errors])
+        app = web.Application(middlewares=[audit, errors])
         app.add_routes(self.routes())
         return app
 
     def tcp_app(self, tokens: tuple[Secret, ...]) -> web.Application:
         """Return the app for the admin listener: health and metrics, the API only with a token."""
-        app = web.Application(middlewares=[errors, guard(tokens)])
+        app = web.Application(middlewares=[guard(tokens), audit, errors])
         app.add_routes(self.routes())
         return app
 

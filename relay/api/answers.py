@@ -12,6 +12,14 @@ from relay.items import MOST_ROWS
 
 T = TypeVar("T")
 
+WISH = web.RequestKey("wish", str)
+"""What a request asks for in its body, for the log of changes; only of bodies whose every field is known."""
+
+DRY = web.RequestKey("dry", bool)
+"""Whether it only counts, and changes nothing."""
+
+_LONGEST_WISH = 400  # characters of it in the log
+
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
 _MOST_DIGITS = 18  # of a number that SQLite can hold
 
@@ -83,9 +91,13 @@ async def body_of(request: web.Request, wish: type[T], hint: str) -> T:
         RelayError: it is not what is expected; `hint` says what that is.
     """
     try:
-        return msgspec.json.decode(await request.read(), type=wish)
+        asked = msgspec.json.decode(await request.read(), type=wish)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise RelayError(f"the body is wrong: {error}", hint=hint) from None
+    if isinstance(asked, msgspec.Struct):
+        request[DRY] = bool(getattr(asked, "dry_run", False))
+        request[WISH] = msgspec.json.encode(asked).decode()[:_LONGEST_WISH]
+    return asked
 
 
 @web.middleware

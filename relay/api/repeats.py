@@ -18,7 +18,7 @@ from relay.units import parse_rate, render_rate
 W = TypeVar("W", bound="_Wish")
 
 
-class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A `Selection` as operators write it."""
 
     source: str | None = None
@@ -50,7 +50,7 @@ class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 _FIELDS = ", ".join(_Filter.__struct_fields__)
 
 
-class _Wish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Wish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What every one of these requests has."""
 
     filter: _Filter | None = None
