@@ -1,5 +1,6 @@
 """What every resource of the API has in common: JSON out, questions read strictly, errors with a hint."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from relay.errors import RelayError, RestartNeededError, StorageError, UnknownEr
 from relay.items import MOST_ROWS
 
 T = TypeVar("T")
+
+log = logging.getLogger("relay.api")
 
 WISH = web.RequestKey("wish", str)
 """What a request asks for in its body, for the log of changes; only of bodies whose every field is known."""
@@ -39,6 +42,12 @@ def say(value: Any, status: int = 200) -> web.Response:
 def refuse(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
     """Answer with `{"error": {"code", "message", "hint"}}`; the hint is what to try next."""
     return say({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
+
+
+def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
+    """Return the status that an error has, and its words."""
+    status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+    return status, {"code": code, "message": error.message, "hint": error.hint}
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
@@ -115,6 +124,10 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
         return refuse(400, "bad_config", error.message, hint, problems=problems)
     except RelayError as error:
-        status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
-        return refuse(status, code, error.message, error.hint)
+        status, told = error_of(error)
+        return say({"error": told}, status)
+    except Exception:
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
+        hint = "this is a bug of the relay; its log has the traceback"
+        return refuse(500, "internal_error", "The relay could not answer that", hint)
     return response

@@ -1,15 +1,15 @@
 """Events and deliveries once more, now or not at all, for operators; and why an event goes where."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from relay.api.answers import body_of, say
 from relay.api.parts import Parts
-from relay.clock import Clock, moment, rfc3339
+from relay.api.selecting import FIELDS, Filter, read_field
+from relay.clock import rfc3339
 from relay.errors import RelayError, UnknownError
-from relay.filters import Patterns
 from relay.model import Named, Selection
 from relay.replay import DEFAULT_RATE, Replay, Wish
 from relay.store import Cancelled
@@ -18,42 +18,10 @@ from relay.units import parse_rate, render_rate
 W = TypeVar("W", bound="_Wish")
 
 
-class _Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A `Selection` as operators write it."""
-
-    source: str | None = None
-    type: str | None = None
-    subject: str | None = None
-    since: str | None = None
-    until: str | None = None
-    destination: str | None = None
-    state: Literal["pending", "delivered", "dead", "expired", "cancelled"] | None = None
-
-    def selection(self, clock: Clock) -> Selection:
-        """Read times and pattern.
-
-        Raises:
-            RelayError: one of them is wrong, or nothing is filtered.
-        """
-        fields = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
-        if not fields:
-            hint = 'since = "2000-01-01T00:00:00Z" means everything'
-            raise RelayError("the filter is empty", hint=f"name at least one of {_FIELDS}; {hint}")
-        for name in ("since", "until"):
-            if name in fields:
-                fields[name] = _read(name, lambda text: moment(text, clock.wall()), fields[name])
-        if self.type is not None:
-            _read("type", lambda text: Patterns((text,)), self.type)
-        return Selection(**fields)
-
-
-_FIELDS = ", ".join(_Filter.__struct_fields__)
-
-
 class _Wish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What every one of these requests has."""
 
-    filter: _Filter | None = None
+    filter: Filter | None = None
     dry_run: bool = False  # only count
 
 
@@ -111,7 +79,7 @@ class RepeatsApi:
 
     async def _start(self, request: web.Request) -> web.Response:
         asked = await _body(request, _Replay)
-        rate = _read("rate", parse_rate, asked.rate)
+        rate = read_field("rate", parse_rate, asked.rate)
         if asked.events is not None:
             _either(asked, "events")
             wish = Wish(what=await self._store.name_events(asked.events), to=asked.to, rate=rate)
@@ -144,7 +112,7 @@ class RepeatsApi:
             hint = "dead, expired, cancelled and delivered ones are repeated, pending ones made due now"
             raise RelayError("the filter must name a state", hint=hint)
         if selection.state != "pending":
-            wish = Wish(what=selection, rate=_read("rate", parse_rate, asked.rate))
+            wish = Wish(what=selection, rate=read_field("rate", parse_rate, asked.rate))
             return await self._begin(wish, dry_run=asked.dry_run)
         count = hurried = 0
         async for page in self._store.pending(selection):
@@ -190,19 +158,12 @@ class RepeatsApi:
 
 
 async def _body(request: web.Request, wish: type[W]) -> W:
-    return await body_of(request, wish, f"it has {', '.join(wish.__struct_fields__)}; a filter {_FIELDS}")
+    return await body_of(request, wish, f"it has {', '.join(wish.__struct_fields__)}; a filter {FIELDS}")
 
 
 def _either(asked: _Wish, other: str) -> None:
     if asked.filter is not None:
         raise RelayError(f'both "{other}" and "filter" say which', hint="send one of them")
-
-
-def _read(name: str, reader: Any, text: str) -> Any:
-    try:
-        return reader(text)
-    except ValueError as error:
-        raise RelayError(f'"{name}": {error}') from None
 
 
 def _item(replay: Replay) -> dict[str, Any]:
