@@ -10,10 +10,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 
 from relay.clock import SECOND, Clock
+from relay.config.problem import guess
+from relay.errors import UnknownError
 from relay.metrics import Metrics
 
 log = logging.getLogger("relay.jobs")
@@ -35,6 +38,26 @@ class _Every(BaseTrigger):  # type: ignore[misc] # APScheduler 3 ships no types
         return now + self._pause
 
 
+class Past(msgspec.Struct, kw_only=True):
+    """What is known of a job's runs since the relay started."""
+
+    name: str
+    every: float  # seconds from one run to the next
+    running: bool = False
+    runs: int = 0  # that have ended
+    failures: int = 0
+    started_at: int | None = None  # the latest run; wall clock
+    succeeded_at: int | None = None  # the latest that succeeded
+    seconds: float | None = None  # that the latest one took
+    error: str | None = None  # what it failed of
+
+
+class _Job(msgspec.Struct, frozen=True):
+    past: Past
+    work: Work
+    one: asyncio.Lock  # held by its run: there is one at a time, whoever asked for it
+
+
 class Jobs:
     """The daemon's periodic jobs, each by its name."""
 
@@ -45,33 +68,72 @@ class Jobs:
             timezone=UTC,
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
+        self._jobs: dict[str, _Job] = {}
         self._apart = self._difference()
         self._look: asyncio.TimerHandle | None = None
 
     def add(self, name: str, seconds: float, work: Work) -> None:
         """Run `work` every so many seconds; what it raises is logged and the next run comes all the same."""
-        metrics = self._metrics
-        metrics.add_job(name)
+        self._metrics.add_job(name)
+        job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, asyncio.Lock())
 
         async def run() -> None:
-            outcome, began = "failed", self._clock.steady()
             try:
-                await work()
-                outcome = "ok"
-                metrics.job_success.labels(name).set(self._clock.wall() / SECOND)
-            except Exception:
-                log.exception("job %s failed", name)
+                await self._run(job)
             except asyncio.CancelledError:
-                if self._scheduler.running:  # else it is our stop, which APScheduler would log as a failure
+                if self._scheduler.running:  # else our own stop, which APScheduler would log as a failure
                     log.exception("job %s was cancelled", name)
-            metrics.job_runs.labels(name, outcome).inc()
-            metrics.job_seconds.labels(name).observe((self._clock.steady() - began) / SECOND)
 
         self._scheduler.add_job(run, _Every(seconds), id=name, name=name)
 
     def change(self, name: str, seconds: float) -> None:
         """Run a job every so many seconds from now on."""
+        self._jobs[name].past.every = seconds
         self._scheduler.reschedule_job(name, trigger=_Every(seconds))
+
+    def all(self) -> list[Past]:
+        """Return what is known of every job, in the order of their names."""
+        return [self._jobs[name].past for name in sorted(self._jobs)]
+
+    def next_run(self, name: str) -> datetime | None:
+        """Return when a job runs next; None: nobody knows, as the jobs do not run."""
+        moment: datetime | None = getattr(self._scheduler.get_job(name), "next_run_time", None)
+        return moment
+
+    async def run(self, name: str) -> Past:
+        """Run a job now, or after the run under way, and return what came of it.
+
+        Raises:
+            UnknownError: there is no such job.
+        """
+        if name not in self._jobs:
+            known = ", ".join(sorted(self._jobs))
+            raise UnknownError(f"no job {name!r}{guess(name, self._jobs)}", hint=f"there are {known}")
+        return await self._run(self._jobs[name])
+
+    async def _run(self, job: _Job) -> Past:
+        """Run a job once, after the run under way; what its work raises is noted and logged."""
+        async with job.one:
+            past, name, began = job.past, job.past.name, self._clock.steady()
+            outcome, past.running, past.error = "failed", True, None
+            past.started_at = self._clock.wall()
+            try:
+                await job.work()
+                outcome, past.succeeded_at = "ok", self._clock.wall()
+                self._metrics.job_success.labels(name).set(past.succeeded_at / SECOND)
+            except Exception as error:
+                log.exception("job %s failed", name)
+                past.error = f"{type(error).__name__}: {error}"
+            except asyncio.CancelledError:
+                past.error = "it was cancelled"
+                raise
+            finally:
+                past.running, past.seconds = False, (self._clock.steady() - began) / SECOND
+                past.runs += 1
+                past.failures += outcome != "ok"
+                self._metrics.job_runs.labels(name, outcome).inc()
+                self._metrics.job_seconds.labels(name).observe(past.seconds)
+            return msgspec.structs.replace(past)
 
     def start(self) -> None:
         """Begin."""

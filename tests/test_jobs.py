@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from support import SteppedClock, until
 
 from relay.clock import SystemClock
+from relay.errors import UnknownError
 from relay.jobs import Jobs
 
 
@@ -139,3 +140,66 @@ async def test_a_rare_job_runs_at_once_when_the_clock_steps_so_that_none_is_put_
     finally:
         jobs.stop()
     assert len(runs) == 1
+
+
+async def test_a_job_runs_at_once_when_it_is_asked_to_and_says_what_came_of_it(jobs):
+    runs = []
+
+    async def work():
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyError("nothing")
+
+    jobs.add("count", 3600, work)
+    assert (jobs.all()[0].runs, jobs.all()[0].started_at) == (0, None)
+    past = await jobs.run("count")
+    assert (past.runs, past.failures, past.error, past.running) == (1, 0, None, False)
+    assert past.succeeded_at is not None
+    past = await jobs.run("count")
+    assert (past.runs, past.failures, past.error) == (2, 1, "KeyError: 'nothing'")
+    assert jobs.next_run("count") - timedelta(seconds=3590) > datetime.now(UTC)
+
+
+async def test_a_run_that_is_asked_for_waits_for_the_one_under_way(jobs):
+    gate, busy, most = asyncio.Event(), [], []
+
+    async def work():
+        busy.append(1)
+        most.append(len(busy))
+        await gate.wait()
+        busy.pop()
+
+    jobs.add("slow", 0.01, work)
+    await until(lambda: busy)
+    asked = asyncio.create_task(jobs.run("slow"))
+    await asyncio.sleep(0)
+    assert jobs.all()[0].running
+    gate.set()
+    assert (await asked).runs >= 2
+    assert max(most) == 1
+
+
+async def test_a_run_whose_asker_leaves_is_cancelled_and_counted_as_failed(jobs):
+    begun = asyncio.Event()
+
+    async def work():
+        begun.set()
+        await asyncio.Event().wait()
+
+    jobs.add("slow", 3600, work)
+    asked = asyncio.create_task(jobs.run("slow"))
+    await begun.wait()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert (jobs.all()[0].failures, jobs.all()[0].error) == (1, "it was cancelled")
+
+
+async def test_a_job_there_is_not_is_named_with_those_there_are(jobs):
+    async def work():
+        pass
+
+    jobs.add("sweep", 3600, work)
+    with pytest.raises(UnknownError, match="no job 'swep'; did you mean \"sweep\"") as raised:
+        await jobs.run("swep")
+    assert raised.value.hint == "there are sweep"
