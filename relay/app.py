@@ -108,6 +108,7 @@ class App:
                 replays=self.replays,
                 router=self.state.router,
                 reloads=self.reloads,
+                jobs=self.jobs,
             )
         )
         self.health.watch(self._trouble)

@@ -8,12 +8,15 @@ from relay.api.access import audit, guard
 from relay.api.answers import errors, say
 from relay.api.destinations import DestinationsApi
 from relay.api.events import EventsApi
+from relay.api.jobs import JobsApi
 from relay.api.lists import ListsApi
 from relay.api.parts import Parts
 from relay.api.repeats import RepeatsApi
 from relay.api.sources import SourcesApi
 from relay.api.workers import WorkersApi
 from relay.config.secret import Secret
+
+RESOURCES = (ListsApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi)
 
 
 class Api:
@@ -22,10 +25,7 @@ class Api:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._began = parts.clock.steady()
-        self._resources = tuple(
-            resource(parts)
-            for resource in (ListsApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi)
-        )
+        self._resources = tuple(resource(parts) for resource in RESOURCES)
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""

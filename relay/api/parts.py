@@ -8,6 +8,7 @@ from relay.delivery.engine import Engine
 from relay.filters import Router
 from relay.health import Health
 from relay.ingest.receive import Ingest
+from relay.jobs import Jobs
 from relay.reload import Reloads
 from relay.replay import Replays
 from relay.store import Store
@@ -25,3 +26,4 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     replays: Replays
     router: Router
     reloads: Reloads
+    jobs: Jobs

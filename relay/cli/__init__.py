@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "sources": ("relay.cli.sources:sources", "Who sends, and telling them to keep it for a while."),
     "workers": ("relay.cli.workers:workers", "Who sends heartbeats, and telling them something."),
+    "jobs": ("relay.cli.jobs:jobs", "What runs periodically, and running it now."),
     "status": ("relay.cli.status:status", "Show on one screen how the relay is."),
     "explain": (
         "relay.cli.explain:explain",

@@ -9,8 +9,8 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Never, Protocol
@@ -69,8 +69,7 @@ class Daemon:
 
         `daemon.get("destinations", name)`, `daemon.get("deliveries", state="dead", limit=50)`.
         """
-        told = {name: value for name, value in query.items() if value is not None}
-        return self._ask("GET", path, f"?{urlencode(told)}" if told else "")
+        return self._ask("GET", path, _query(query))
 
     def post(self, *path: str, body: object = None) -> Any:
         """Have something done and return what came of it; `body` is anything that JSON can say."""
@@ -87,6 +86,24 @@ class Daemon:
             self._refused(status, self._decode(content))
         return content
 
+    def lines(
+        self, method: str, *path: str, body: object = None, **query: object
+    ) -> Generator[dict[str, Any], None, None]:
+        """Yield the lines of JSON of an answer as they come; closing the iterator hangs up."""
+        for line in self.stream(method, *path, body=body, **query):
+            yield self._decode(line)
+
+    def stream(
+        self, method: str, *path: str, body: object = None, **query: object
+    ) -> Generator[bytes, None, None]:
+        """Yield the lines of an answer as they come; closing the iterator hangs up."""
+        with self._failing(), closing(self._place.connect()) as connection:
+            self._send(connection, method, path, _query(query), body)
+            response = connection.getresponse()
+            if response.status != HTTPStatus.OK:
+                self._refused(response.status, self._decode(response.read()))
+            yield from response
+
     def _ask(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
         status, content = self._exchange(method, path, query, body)
         answer = self._decode(content)
@@ -97,14 +114,28 @@ class Daemon:
     def _exchange(
         self, method: str, path: tuple[str, ...], query: str = "", body: object = None
     ) -> tuple[int, bytes]:
+        with self._failing(), closing(self._place.connect()) as connection:
+            self._send(connection, method, path, query, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: tuple[str, ...],
+        query: str,
+        body: object,
+    ) -> None:
         target = "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
         headers = {"Accept": "application/json", "Content-Type": "application/json", **self._place.headers}
-        payload = None if body is None else json.dumps(body).encode()
+        connection.request(method, target, None if body is None else json.dumps(body).encode(), headers)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Say in words why nobody could be asked."""
         try:
-            with closing(self._place.connect()) as connection:
-                connection.request(method, target, payload, headers)
-                response = connection.getresponse()
-                status, content = response.status, response.read()
+            yield
         except PermissionError:
             hint = "run the command as root, or as a member of the group that the socket belongs to"
             raise CommandError(f"may not use {self._place.name}", hint=hint, code=NOT_ALLOWED) from None
@@ -113,7 +144,6 @@ class Daemon:
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise self._unreachable(f"no relay answers at {self._place.name}: {why}") from None
-        return status, content
 
     def _decode(self, content: bytes) -> Any:
         try:
@@ -130,6 +160,11 @@ class Daemon:
             raise self._unreachable(f"what answers at {self._place.name} is no relay (HTTP {status})")
         message, hint = str(error.get("message") or f"HTTP {status}"), str(error.get("hint") or "")
         raise CommandError(message, hint=hint, code=_CODES.get(status, FAILED))
+
+
+def _query(query: Mapping[str, object]) -> str:
+    told = {name: value for name, value in query.items() if value is not None}
+    return f"?{urlencode(told)}" if told else ""
 
 
 class _Socket:

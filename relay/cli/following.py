@@ -1,6 +1,5 @@
 """Replays as they go: how far, how fast, how long still; and ending one with Ctrl-C."""
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ import click
 from relay.cli.daemon import Daemon
 from relay.cli.exits import BATCH, FAILED, INTERRUPTED, CommandError
 from relay.cli.output import count, print_json
-from relay.units import render_duration
+from relay.cli.progress import pace, show
 
 EVERY = 0.2
 """Seconds between two looks."""
@@ -51,12 +50,8 @@ def _done(replay: Mapping[str, Any]) -> str:
 
 
 def _show(replay: Mapping[str, Any] | None) -> None:
-    """Write over the line of progress; None: clear it for what is said next."""
-    if not sys.stderr.isatty():
-        return
+    """Tell how far it is; None: clear that for what is said next."""
     text = ""
     if replay is not None:
-        left = replay["eta_seconds"]
-        eta = "" if left is None else f", {render_duration(round(left))} left"
-        text = f"{_done(replay)}, {replay['per_second']:g}/s{eta}"
-    click.echo(f"\r{text}\033[K", err=True, nl=False)
+        text = f"{_done(replay)}, {pace(replay['per_second'], replay['eta_seconds'])}"
+    show(text)
