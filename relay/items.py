@@ -1,15 +1,19 @@
 """Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
+
+import msgspec
 
 from relay.clock import moment, rfc3339
 from relay.errors import RelayError
-from relay.model import Chosen, Named
+from relay.model import Chosen, Named, Selection, Stat
 
 MOST_ROWS = 500
 """Rows that one answer may have."""
 
+_PLACE = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of a count: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
 
 
@@ -31,6 +35,16 @@ class Reads(Protocol):
         ...
 
 
+class Tells(Protocol):
+    """What of a store is read for counts; see `relay.store.Store`."""
+
+    def stats(
+        self, selection: Selection, *, after: tuple[int, str, str] | None = None
+    ) -> AsyncIterator[tuple[Stat, ...]]:
+        """See `Store.stats`."""
+        ...
+
+
 async def list_items(
     reads: Reads, kind: str, *, limit: int, before: int | None, filters: Mapping[str, Any], now: int
 ) -> dict[str, Any]:
@@ -47,6 +61,31 @@ async def list_items(
     rows = await reads.find(kind, limit=limit, before=before, **wanted)
     more = str(rows[-1]["row"]) if len(rows) == limit else None
     return {"items": [item(row) for row in rows], "next_cursor": more}
+
+
+async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: str | None) -> dict[str, Any]:
+    """Return one page of the counts per hour, source and type, the latest first.
+
+    Raises:
+        RelayError: the selection is by more than source, type and time, or the cursor is none of this list.
+    """
+    after = None
+    if cursor is not None:
+        place = _PLACE.fullmatch(cursor)
+        if place is None:
+            hint = "send the next_cursor of the page before"
+            raise RelayError("the cursor is none of this list", hint=hint)
+        after = (int(place[1]), place[2], place[3])
+    found: list[Stat] = []
+    async for page in reads.stats(selection, after=after):
+        found += page
+        if len(found) > limit:
+            break
+    last = found[limit - 1] if len(found) > limit else None
+    return {
+        "items": [{**msgspec.structs.asdict(each), "hour": rfc3339(each.hour)} for each in found[:limit]],
+        "next_cursor": None if last is None else f"{last.hour}/{last.source}/{last.type}",
+    }
 
 
 def _moment(name: str, text: str, now: int) -> int:

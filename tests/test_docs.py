@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import relay
-from relay.api import lists, workers
+from relay.api import lists, stats, workers
 from relay.app import App
 from relay.cli import COMMANDS
 from relay.config.secret import Secret
@@ -102,6 +102,6 @@ def test_the_page_for_operators_has_every_metric_with_its_labels(app):
 
 
 def test_every_filter_of_a_list_is_on_the_page_for_operators():
-    for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS}.items():
+    for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
         [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", OPERATING, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == set(filters)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -61,8 +62,19 @@ class Wire:
         assert version.startswith("HTTP/"), line
         headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
         silent = bodiless or status in ("100", "204")
-        body = b"" if silent else await self.reader.readexactly(int(headers["content-length"]))
+        if silent:
+            body = b""
+        elif headers.get("transfer-encoding") == "chunked":
+            body = b"".join([chunk async for chunk in self.chunks()])
+        else:
+            body = await self.reader.readexactly(int(headers["content-length"]))
         return Answer(int(status), headers, body)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Read a chunked body piece by piece."""
+        while size := int(await self.reader.readuntil(b"\r\n"), 16):
+            yield (await self.reader.readexactly(size + 2))[:-2]
+        await self.reader.readexactly(2)
 
     async def closed(self) -> bool:
         """Wait until the server has closed; False if it says something instead."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.answers import DRY, WISH, refuse
+from relay.api.answers import DRY, LINES, WISH, refuse
 from relay.config.secret import Secret
 
 log = logging.getLogger("relay.audit")
@@ -33,14 +33,14 @@ async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
     if request.method in _READING:
         response: web.StreamResponse = await handler(request)
         return response
-    outcome = "broken off"
+    who, outcome = _who(request), "broken off"
     try:
         response = await handler(request)
         outcome = str(response.status)
     finally:
         if not request.get(DRY):
             asked = f" {wish}" if (wish := request.get(WISH)) else ""
-            log.info("%s: %s %s%s: %s", _who(request), request.method, _path(request), asked, outcome)
+            log.info("%s: %s %s%s: %s", who, request.method, _path(request), asked, outcome)
     return response
 
 
@@ -63,7 +63,7 @@ def guard(tokens: tuple[Secret, ...]) -> Any:
         else:
             hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
             return refuse(401, "unauthorized", "Missing or unknown token", hint)
-        if request.method != "GET" and request.content_type != "application/json":
+        if request.method != "GET" and request.content_type not in ("application/json", LINES):
             return refuse(415, "unsupported_media_type", "Changes need Content-Type: application/json")
         return await handler(request)  # type: ignore[no-any-return]
 

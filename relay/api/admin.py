@@ -13,10 +13,14 @@ from relay.api.lists import ListsApi
 from relay.api.parts import Parts
 from relay.api.repeats import RepeatsApi
 from relay.api.sources import SourcesApi
+from relay.api.stats import StatsApi
+from relay.api.transfer import TransferApi
 from relay.api.workers import WorkersApi
 from relay.config.secret import Secret
 
-RESOURCES = (ListsApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi)
+RESOURCES = (
+    ListsApi, TransferApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi, StatsApi,
+)  # fmt: skip
 
 
 class Api:

@@ -21,6 +21,10 @@ WISH = web.RequestKey("wish", str)
 DRY = web.RequestKey("dry", bool)
 """Whether it only counts, and changes nothing."""
 
+LINES = "application/x-ndjson"
+"""The content type of a line of JSON after the other."""
+
+_HUNG_UP = 499  # as nginx has it in its log; nobody hears it
 _LONGEST_WISH = 400  # characters of it in the log
 
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
@@ -126,6 +130,8 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
     except RelayError as error:
         status, told = error_of(error)
         return say({"error": told}, status)
+    except ConnectionError:  # nobody is there to be answered any more
+        return web.Response(status=_HUNG_UP)
     except Exception:
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         hint = "this is a bug of the relay; its log has the traceback"

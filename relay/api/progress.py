@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import error_of, say
+from relay.api.answers import LINES, error_of, say
 from relay.errors import RelayError
 
 T = TypeVar("T")
 
 EVERY = 0.5  # seconds between two lines
-LINES = "application/x-ndjson"
 
 _encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
 

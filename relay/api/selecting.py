@@ -1,5 +1,6 @@
 """Which events, or which deliveries of them: the filter that long work takes, as operators write it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -21,14 +22,14 @@ class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
     destination: str | None = None
     state: Literal["pending", "delivered", "dead", "expired", "cancelled"] | None = None
 
-    def selection(self, clock: Clock) -> Selection:
-        """Read times and pattern.
+    def selection(self, clock: Clock, *, everything: bool = False) -> Selection:
+        """Read times and pattern; with `everything`, a filter that filters nothing means all there is.
 
         Raises:
             RelayError: one of them is wrong, or nothing is filtered.
         """
         fields = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
-        if not fields:
+        if not fields and not everything:
             hint = 'since = "2000-01-01T00:00:00Z" means everything'
             raise RelayError("the filter is empty", hint=f"name at least one of {FIELDS}; {hint}")
         for name in ("since", "until"):
@@ -40,6 +41,18 @@ class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
 
 
 FIELDS = ", ".join(Filter.__struct_fields__)
+
+
+def filter_of(query: Mapping[str, str]) -> Filter:
+    """Take a filter from the parameters of a question.
+
+    Raises:
+        RelayError: a parameter is none of a filter, or of the wrong kind.
+    """
+    try:
+        return msgspec.convert(query, Filter)
+    except msgspec.ValidationError as error:
+        raise RelayError(f"the filter is wrong: {error}", hint=f"it has {FIELDS}") from None
 
 
 def read_field(name: str, reader: Any, text: str) -> Any:

@@ -10,7 +10,10 @@ COMMANDS = {
     "config": ("relay.cli.config:config_", "What the configuration comes to, and a first one."),
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
     "reload": ("relay.cli.reload:reload", "Have the running relay go by its changed config.toml."),
-    "events": ("relay.cli.events:events", "What came in, and sending it once more."),
+    "events": (
+        "relay.cli.events:events",
+        "What came in: looking at it, sending it once more, moving and deleting it.",
+    ),
     "deliveries": ("relay.cli.deliveries:deliveries", "What is owed to destinations, and what became of it."),
     "destinations": (
         "relay.cli.destinations:destinations",
@@ -18,6 +21,10 @@ COMMANDS = {
     ),
     "sources": ("relay.cli.sources:sources", "Who sends, and telling them to keep it for a while."),
     "workers": ("relay.cli.workers:workers", "Who sends heartbeats, and telling them something."),
+    "stats": (
+        "relay.cli.stats:stats",
+        "Count what came in per hour, source and type, also of events that are gone.",
+    ),
     "jobs": ("relay.cli.jobs:jobs", "What runs periodically, and running it now."),
     "status": ("relay.cli.status:status", "Show on one screen how the relay is."),
     "explain": (

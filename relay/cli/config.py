@@ -5,12 +5,12 @@ from pathlib import Path
 import click
 import msgspec
 
-from relay.cli.effective import as_toml, effective
 from relay.cli.exits import CommandError
 from relay.cli.group import Group
 from relay.cli.options import config_option, json_option
 from relay.cli.output import count, print_json
 from relay.cli.starting import START
+from relay.config.effective import as_toml, effective
 from relay.config.find import find_config
 from relay.config.model import Config
 from relay.config.problem import ConfigError

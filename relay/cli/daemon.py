@@ -7,10 +7,11 @@ import functools
 import http.client
 import json
 import os
+import select
 import socket
 import ssl
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Never, Protocol
@@ -104,6 +105,27 @@ class Daemon:
                 self._refused(response.status, self._decode(response.read()))
             yield from response
 
+    def send(self, *path: str, chunks: Iterable[bytes], **query: object) -> Any:
+        """Send a body piece by piece and return what came of it; an early answer ends the sending."""
+        with self._failing(), closing(self._place.connect()) as connection:
+            connection.putrequest("POST", _target(path, _query(query)))
+            headers = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
+            for name, value in {**headers, **self._place.headers}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has answered and said why, one hopes
+                for chunk in chunks:
+                    if _has_answered(connection):
+                        break
+                    connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                else:
+                    connection.send(b"0\r\n\r\n")
+            response = connection.getresponse()
+            status, answer = response.status, self._decode(response.read())
+        if status != HTTPStatus.OK:
+            self._refused(status, answer)
+        return answer
+
     def _ask(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
         status, content = self._exchange(method, path, query, body)
         answer = self._decode(content)
@@ -127,9 +149,9 @@ class Daemon:
         query: str,
         body: object,
     ) -> None:
-        target = "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
         headers = {"Accept": "application/json", "Content-Type": "application/json", **self._place.headers}
-        connection.request(method, target, None if body is None else json.dumps(body).encode(), headers)
+        payload = None if body is None else json.dumps(body).encode()
+        connection.request(method, _target(path, query), payload, headers)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -160,6 +182,17 @@ class Daemon:
             raise self._unreachable(f"what answers at {self._place.name} is no relay (HTTP {status})")
         message, hint = str(error.get("message") or f"HTTP {status}"), str(error.get("hint") or "")
         raise CommandError(message, hint=hint, code=_CODES.get(status, FAILED))
+
+
+def _target(path: tuple[str, ...], query: str) -> str:
+    return "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
+
+
+def _has_answered(connection: http.client.HTTPConnection) -> bool:
+    """Whether something can be read; over TLS that may be anything, so it says nothing there."""
+    if isinstance(connection.sock, ssl.SSLSocket):
+        return False
+    return bool(select.select([connection.sock], [], [], 0)[0])
 
 
 def _query(query: Mapping[str, object]) -> str:

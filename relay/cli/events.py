@@ -14,6 +14,7 @@ from relay.cli.listing import filter_options, page_options, print_fields, print_
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
+from relay.cli.transfer import delete, export, import_
 
 COLUMNS = ("id", "received_at", "type", "subject", "size")
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
@@ -21,7 +22,11 @@ _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_er
 
 @click.group(cls=Group)
 def events() -> None:
-    """What came in, and sending it once more."""
+    """What came in: looking at it, sending it once more, moving and deleting it."""
+
+
+for _command in (export, import_, delete):
+    events.add_command(_command)
 
 
 @events.command("list")

@@ -4,23 +4,26 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from relay.api.selecting import filter_of
 from relay.cli.daemon import daemon_options
 from relay.cli.exits import NOTHING, CommandError
+from relay.clock import SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
 from relay.config.tables import bind_tables
 from relay.errors import UnknownError
+from relay.model import Selection
 
 
 class Offline:
-    """Answers what `Daemon.get` would of events and deliveries, reading the file only."""
+    """Answers what `Daemon` would of events, deliveries, counts and exports, reading the file only."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -37,12 +40,42 @@ class Offline:
         except UnknownError as error:
             raise CommandError(error.message, hint=error.hint, code=NOTHING) from None
 
+    def stream(
+        self, _method: str, _kind: str, *, deliveries: int, **query: Any
+    ) -> Generator[bytes, None, None]:
+        """Yield the lines of an export."""
+        with asyncio.Runner() as runner:
+            lines = self._export(query, deliveries=bool(deliveries))
+            try:
+                while True:
+                    yield runner.run(anext(lines))
+            except StopAsyncIteration:
+                return
+            finally:
+                runner.run(lines.aclose())
+
+    async def _export(self, query: dict[str, Any], *, deliveries: bool) -> AsyncGenerator[bytes, None]:
+        from relay.store.reading import reading  # noqa: PLC0415 - as below
+
+        selection = _selection(query)
+        async with reading(self._file) as reads:
+            span = await reads.span(selection)
+            async for line in reads.export(selection, span, deliveries=deliveries):
+                yield line
+
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # The store loads only here: every other command must start fast without it.
-        from relay.items import list_items, show_delivery, show_event  # noqa: PLC0415 - see above
+        from relay.items import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
         from relay.store.reading import reading  # noqa: PLC0415 - see above
 
         async with reading(self._file) as reads:
+            if kind == "export":
+                selection = _selection(query, "dry_run")
+                span = await reads.span(selection)
+                return {"count": sum([len(page) async for page in reads.select(selection, span)])}
+            if kind == "stats":
+                limit, cursor = query.pop("limit"), query.pop("cursor")
+                return await list_stats(reads, _selection(query), limit=limit, cursor=cursor)
             if given is not None:
                 return await (show_event if kind == "events" else show_delivery)(reads, given)
             limit, cursor = query.pop("limit"), query.pop("cursor")
@@ -53,6 +86,11 @@ class Offline:
             before = None if cursor is None else int(cursor)
             now = time.time_ns() // 1000
             return await list_items(reads, kind, limit=limit, before=before, filters=query, now=now)
+
+
+def _selection(query: dict[str, Any], *others: str) -> Selection:
+    filters = {name: value for name, value in query.items() if value is not None and name not in others}
+    return filter_of(filters).selection(SystemClock(), everything=True)
 
 
 def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -245,10 +245,13 @@ class Store(Protocol):
         """Find deliveries likewise."""
         ...
 
-    def stats(self, selection: Selection) -> AsyncIterator[tuple[Stat, ...]]:
+    def stats(
+        self, selection: Selection, *, after: tuple[int, str, str] | None = None
+    ) -> AsyncIterator[tuple[Stat, ...]]:
         """Read what came in, in pages that may be empty, the latest hour first; outlives the events.
 
-        The hour in which the selection begins counts in full.
+        The hour in which the selection begins counts in full. `after` is the hour, source and type of the
+        one to go on behind.
 
         Raises:
             RelayError: the selection is by more than source, type and time.

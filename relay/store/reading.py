@@ -10,12 +10,13 @@ import aiosqlite
 
 from relay.errors import StorageError
 from relay.store.apart import read_only
+from relay.store.dump import Exporting
 from relay.store.find import find
 from relay.store.schema import MIGRATIONS
-from relay.store.select import Selecting
+from relay.store.stats import Tallying
 
 
-class Reading(Selecting):
+class Reading(Exporting, Tallying):
     """The verbs of the store that only read."""
 
     def __init__(self, reader: aiosqlite.Connection) -> None:

@@ -53,7 +53,9 @@ class Tallying:
 
     _reader: aiosqlite.Connection
 
-    async def stats(self, selection: Selection) -> AsyncIterator[tuple[Stat, ...]]:
+    async def stats(
+        self, selection: Selection, *, after: tuple[int, str, str] | None = None
+    ) -> AsyncIterator[tuple[Stat, ...]]:
         """See `Store.stats`."""
         if selection.of_deliveries or selection.subject is not None:
             raise RelayError(
@@ -63,7 +65,8 @@ class Tallying:
             Selection(source=selection.source, type=selection.type, until=selection.until), deliveries=False
         )
         since = selection.since or 0
-        values = {"since": since - since % HOUR, "hour": 2**63 - 1, "source": "", "type": "", "page": PAGE}
+        hour, source, type_ = after or (2**63 - 1, "", "")
+        values = {"since": since - since % HOUR, "hour": hour, "source": source, "type": type_, "page": PAGE}
         while rows := list(await self._reader.execute_fetchall(PAGE_SQL, values)):
             stats = [Stat(*row) for row in rows]
             yield tuple(stat for stat in stats if meant(stat.source, stat.type, None, stat.hour))

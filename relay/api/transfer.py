@@ -1,0 +1,156 @@
+"""Events out of the relay and into it: export, import, and deleting on request."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+from aiohttp import web
+
+from relay.api.answers import LINES, body_of, say
+from relay.api.parts import Parts
+from relay.api.progress import tell
+from relay.api.selecting import FIELDS, Filter, filter_of
+from relay.errors import RelayError
+from relay.model import Selection
+from relay.store import Store
+
+LONGEST_LINE = 64 * 2**20
+"""Bytes of one exported event; the largest body there can be, in base64, is far below."""
+
+CHUNK = 64 * 1024
+_TRUE, _FALSE = ("1", "true"), ("", "0", "false")
+
+
+class _Deletion(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    events: tuple[str, ...] | None = None
+    filter: Filter | None = None
+    dry_run: bool = False  # only count
+
+
+class TransferApi:
+    """The part of the admin API that moves or removes many events."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._clock = parts.clock
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/export", self._export),
+            web.post("/api/import", self._import),
+            web.post("/api/events/delete", self._delete),
+        ]
+
+    async def _export(self, request: web.Request) -> web.StreamResponse:
+        """Answer with a line per event; an answer that breaks off was not the whole of it."""
+        query = dict(request.query)
+        deliveries, dry_run = _flag(query, "deliveries"), _flag(query, "dry_run")
+        selection = filter_of(query).selection(self._clock, everything=True)
+        span = await self._store.span(selection)
+        if dry_run:
+            count = sum([len(page) async for page in self._store.select(selection, span)])
+            return say({"count": count})
+        lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
+        await lines.prepare(request)
+        async for line in self._store.export(selection, span, deliveries=deliveries):
+            await lines.write(line)
+        await lines.write_eof()
+        return lines
+
+    async def _import(self, request: web.Request) -> web.Response:
+        query = dict(request.query)
+        owe = _flag(query, "deliver")
+        if query:
+            raise RelayError(f"unknown parameter {min(query)!r}", hint="there is deliver")
+        steps = [done async for done in self._store.read_in(_lines(request), owe=owe)]
+        return say(steps[-1])
+
+    async def _delete(self, request: web.Request) -> web.StreamResponse:
+        hint = f"it has events or filter, and dry_run; a filter {FIELDS}"
+        asked = await body_of(request, _Deletion, hint)
+        if (asked.events is None) == (asked.filter is None):
+            raise RelayError('either "events" or "filter" says which', hint=hint)
+        if asked.filter is not None:
+            selection = asked.filter.selection(self._clock)
+            work = Deleting(self._store, await _named_by(self._store, selection))
+        else:
+            named = await self._store.name_events(asked.events or ())
+            work = Deleting(self._store, [chosen.event_id for chosen in named])
+        if asked.dry_run:
+            return say({"count": work.count})
+        return await tell(request, work.run(), progress=work.told, result=lambda _: work.told())
+
+
+class Deleting:
+    """One deletion, and how far it is."""
+
+    AT_ONCE = 1000  # events between two looks at whether anybody still waits for it
+    PATIENCE = 20  # seconds for what is just being sent: longer than an attempt takes by default
+
+    def __init__(self, store: Store, event_ids: list[int]) -> None:
+        self._store = store
+        self._ids = event_ids
+        self.count = len(event_ids)
+        self.deleted = self.cancelled = 0
+
+    async def run(self) -> None:
+        """Delete them all; an event of which something is being sent all the time stays."""
+        left: list[int] = []
+        for at in range(0, self.count, self.AT_ONCE):
+            left += await self._some(self._ids[at : at + self.AT_ONCE])
+        for _ in range(self.PATIENCE):
+            if not left:
+                return
+            await asyncio.sleep(1)
+            left = [*await self._some(left)]
+
+    async def _some(self, event_ids: list[int]) -> tuple[int, ...]:
+        gone = await self._store.expunge(event_ids)
+        self.deleted += gone.events
+        self.cancelled += gone.cancelled
+        return gone.left
+
+    def told(self) -> dict[str, int]:
+        """Return how far it is."""
+        return {"count": self.count, "deleted": self.deleted, "cancelled": self.cancelled}
+
+
+async def _named_by(store: Store, selection: Selection) -> list[int]:
+    span = await store.span(selection)
+    return [chosen.event_id async for page in store.select(selection, span) for chosen in page]
+
+
+async def _lines(request: web.Request) -> AsyncIterator[bytes]:
+    """Yield the lines of a request's body, whatever the pieces in which it comes; empty ones are none.
+
+    Raises:
+        RelayError: one is longer than any event, or the rest of them does not come.
+    """
+    parts: list[bytes] = []  # of a line that has not ended
+    size = 0
+    try:
+        async for chunk in request.content.iter_chunked(CHUNK):
+            *ended, rest = chunk.split(b"\n")
+            for end in ended:
+                line, parts, size = b"".join((*parts, end)), [], 0
+                if line.strip():
+                    yield line
+            parts.append(rest)
+            size += len(rest)
+            if size > LONGEST_LINE:
+                hint = "import what `relay events export` wrote"
+                raise RelayError("a line is longer than any event", hint=hint)
+    except (web.RequestPayloadError, ConnectionError) as error:
+        hint = "run it again: an event that is in counts once"
+        raise RelayError(f"the import broke off: {error}", hint=hint) from None
+    if (line := b"".join(parts)).strip():
+        yield line
+
+
+def _flag(query: dict[str, str], name: str) -> bool:
+    """Take a yes or no out of the parameters."""
+    given = query.pop(name, "").lower()
+    if given not in _TRUE + _FALSE:
+        raise RelayError(f"{name} is {given!r:.40}", hint=f"write {name}=1 or leave it out")
+    return given in _TRUE

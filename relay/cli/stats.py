@@ -1,0 +1,26 @@
+"""`relay stats`."""
+
+from typing import Any
+
+import click
+
+from relay.cli.daemon import Daemon
+from relay.cli.listing import filter_options, page_options, print_page
+from relay.cli.offline import Offline, reader_options
+
+COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
+
+
+@click.command()
+@filter_options("source", "type", "since", "until")
+@page_options
+@reader_options
+def stats(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
+    """Count what came in per hour, source and type, also of events that are gone.
+
+    Example: relay stats --source adorn --since 7d
+
+    The latest hour comes first; the one in which --since falls counts in full. TYPE may be a pattern.
+    With -q, only the types.
+    """
+    print_page(daemon.get("stats", **query), COLUMNS, as_json=as_json, quiet=quiet, key="type")

@@ -1,0 +1,172 @@
+"""`relay events export`, `import` and `delete`: many events out, in, or gone."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from relay.cli.confirm import confirm, yes_option
+from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import BATCH, INTERRUPTED, NOTHING, CommandError
+from relay.cli.listing import filter_options
+from relay.cli.offline import Offline, reader_options
+from relay.cli.options import json_option
+from relay.cli.output import count, print_json
+from relay.cli.progress import Meter, show, work
+
+LOOK_EVERY = 100  # lines between two looks at the clock
+CHUNK = 256 * 1024
+_FILTERS = ("source", "type", "subject", "since", "until", "destination", "state")
+
+
+@click.command()
+@filter_options(*_FILTERS)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file; else to stdout.")
+@click.option("--deliveries", is_flag=True, help="Tell what became of each event as well.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@json_option
+@reader_options
+def export(
+    daemon: Daemon | Offline,
+    *,
+    output: Path | None,
+    deliveries: bool,
+    force: bool,
+    as_json: bool,
+    **filters: str | None,
+) -> None:
+    """Write events as lines of JSON, bodies included, the oldest first.
+
+    Example: relay events export --source adorn --since 2d -o adorn.jsonl
+
+    `relay events import` reads them again. A file gets its name when it is complete. With --json and
+    -o, what was written is said in JSON; the lines themselves always are.
+    """
+    if output is None and as_json:
+        raise click.UsageError("the lines are JSON anyway; --json goes with -o FILE")
+    wanted = {name: value for name, value in filters.items() if value is not None}
+    number = daemon.get("export", dry_run=1, **wanted)["count"]
+    lines = daemon.stream("GET", "export", deliveries=int(deliveries), **wanted)
+    with closing(lines), _written(output, force=force) as file:
+        written = _copy(lines, file, Meter(number, "event"))
+    if output is not None:
+        told = {"events": written, "file": str(output)}
+        print_json(told) if as_json else click.echo(f"{output}: {count(written, 'event')}")
+
+
+@click.command("import")
+@click.argument("file", type=click.File("rb"))
+@click.option("--deliver", is_flag=True, help="Owe what is new by today's routes; else it is only kept.")
+@json_option
+@daemon_options
+def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> None:
+    """Take in the events of an export; those that are there already count once.
+
+    Example: relay events import adorn.jsonl
+
+    FILE may be - for the standard input. A line that is no event ends it; what came before is in, and
+    the same file may be imported again once it is mended.
+    """
+    try:
+        done = daemon.send("import", chunks=_chunks(file), deliver=int(deliver))
+    except KeyboardInterrupt:
+        raise CommandError(
+            "interrupted: what was sent by then is in; import the file again", code=INTERRUPTED
+        ) from None
+    finally:
+        show("")
+    told = f"{count(done['lines'], 'event')} read, {done['new']} of them new"
+    print_json(done) if as_json else click.echo(told)
+
+
+@click.command()
+@click.argument("ids", metavar="[EVENT]...", nargs=-1)
+@filter_options(*_FILTERS)
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@yes_option
+@json_option
+@daemon_options
+def delete(
+    daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: str | None
+) -> None:
+    """Delete events whatever their age; what is still owed of them is cancelled.
+
+    Example: relay events delete --subject sess_42
+
+    Takes either events by their ids or a filter. Counts per hour stay. `relay db compact` afterwards
+    leaves nothing of them in the file.
+    """
+    chosen = {name: value for name, value in filters.items() if value is not None}
+    if bool(ids) == bool(chosen):
+        raise click.UsageError("name events by their ids, or by a filter such as --subject sess_42")
+    wish: dict[str, Any] = {"events": ids} if ids else {"filter": chosen}
+    number = daemon.post("events", "delete", body={**wish, "dry_run": True})["count"]
+    if dry_run:
+        print_json({"count": number}) if as_json else click.echo(count(number, "event"))
+        return
+    if number == 0:
+        hint = "`relay events list` shows what there is"
+        raise CommandError("no event is meant by that", hint=hint, code=NOTHING)
+    confirm(f"Delete {count(number, 'event')} for good?", yes=yes)
+    meter = Meter(number, "event")
+    done = work(
+        daemon, "events", "delete", body=wish,
+        tell=lambda at: meter.text(at["deleted"]), stopped="what was deleted by then is gone",
+    )  # fmt: skip
+    if as_json:
+        print_json(done)
+    else:
+        owed = f", {count(done['cancelled'], 'delivery')} cancelled" if done["cancelled"] else ""
+        click.echo(f"{count(done['deleted'], 'event')} deleted{owed}")
+    if left := done["count"] - done["deleted"]:
+        hint = "run the command again"
+        raise CommandError(f"{count(left, 'event')} stay: just being sent", hint=hint, code=BATCH)
+
+
+def _copy(lines: Iterator[bytes], file: BinaryIO, meter: Meter) -> int:
+    written = 0
+    try:
+        for line in lines:
+            file.write(line)
+            written += 1
+            if written % LOOK_EVERY == 0:
+                show(meter.text(written))
+        file.flush()
+    finally:
+        show("")
+    return written
+
+
+@contextmanager
+def _written(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
+    """Give a file that gets its name when everything is in it; bodies are nobody else's business."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    if path.exists() and not force:
+        raise CommandError(f"{path} is there already", hint="name another file, or say --force")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        part.touch(mode=0o600)
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}", hint="name another file") from None
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted: {path} was not written", code=INTERRUPTED) from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    sent = 0
+    while chunk := file.read(CHUNK):
+        yield chunk
+        sent += len(chunk)
+        show(f"{sent / 2**20:.1f} MiB sent")
