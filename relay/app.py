@@ -100,15 +100,14 @@ class App:
         self.api = Api(
             Parts(
                 store=self.store,
-                ingest=self.ingest,
-                engine=self.engine,
+                state=self.state,
                 health=self.health,
                 clock=clock,
                 registry=self.metrics.registry,
                 replays=self.replays,
-                router=self.state.router,
                 reloads=self.reloads,
                 jobs=self.jobs,
+                backups=self.backups,
             )
         )
         self.health.watch(self._trouble)

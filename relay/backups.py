@@ -9,6 +9,7 @@ from pathlib import Path
 from relay.clock import SECOND, Clock
 from relay.config.model import Config
 from relay.errors import StorageError
+from relay.model import Backup
 from relay.store import Store
 from relay.units import render_size
 
@@ -28,22 +29,45 @@ class Backups:
         self._clock = clock
         self._config = config
 
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        config = self._config()
+        return config.state_dir / config.backup.dir
+
+    def made(self) -> dict[Path, float]:
+        """Return those there are, the oldest first, and when each was made, in seconds since 1970."""
+        found = {}
+        for path in sorted(self.folder.glob("relay-*.db")):
+            with suppress(ValueError):  # somebody else's file
+                found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
+        return found
+
     async def run(self) -> None:
         """Make a backup if one is due; the files themselves say when the last one was made."""
-        config = self._config()
-        every, now = config.backup.every, self._clock.wall() // SECOND
-        folder = config.state_dir / config.backup.dir
-        if every is None or any(0 <= now - made < every for made in _made(folder).values()):
+        every, now = self._config().backup.every, self._clock.wall() // SECOND
+        if every is None or any(0 <= now - made < every for made in self.made().values()):
             return
+        try:
+            await self.make()
+        except StorageError as error:
+            log.error("no backup: %s", error)  # noqa: TRY400 - said in words; the next look tries again
+
+    async def make(self) -> Backup:
+        """Make a backup now, and let go of the oldest where there are more than `[backup] keep`.
+
+        Raises:
+            StorageError: it could not be made; none was let go of.
+        """
+        folder, now = self.folder, self._clock.wall() // SECOND
         name = datetime.fromtimestamp(now, UTC).strftime(_NAME)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             done = await self._store.backup(folder / name)
-            for old in sorted(_made(folder))[: -config.backup.keep]:
+            for old in list(self.made())[: -self._config().backup.keep]:
                 old.unlink()
-        except (OSError, StorageError) as error:
-            log.error("no backup: %s", error)  # noqa: TRY400 - said in words; the next look tries again
-            return
+        except OSError as error:
+            raise StorageError(f"{folder}: {error.strerror}", hint="see `[backup] dir`") from error
         log.info(
             "backed up %d events in %.1f s to %s, %s",
             done.events,
@@ -51,12 +75,4 @@ class Backups:
             name,
             render_size(done.bytes),
         )
-
-
-def _made(folder: Path) -> dict[Path, float]:
-    """Return the backups in a folder, and when they were made: their names say so, in seconds since 1970."""
-    found = {}
-    for path in folder.glob("relay-*.db"):
-        with suppress(ValueError):  # somebody else's file
-            found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
-    return found
+        return done

@@ -24,7 +24,7 @@ from relay.doors import at_the_doors, in_one_line, prints
 from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
 from relay.model import Job
-from relay.offers import Kind, Observer, Offers, PluginError
+from relay.offers import Kind, Observer, Offering, Offers, PluginError
 from relay.source import Source
 
 _AT_START = {
@@ -46,6 +46,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     formats: Mapping[str, Format]  # by name, those of the relay itself included
     jobs: tuple[Job, ...]
     observers: tuple[Observer, ...]
+    offers: tuple[Offering, ...]  # all that plugins offer, for lists
     code: Mapping[str, bytes]  # digests of the plugins' files, as they were imported
 
 
@@ -65,6 +66,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
         formats=offers.formats,
         jobs=tuple(offers.jobs.values()),
         observers=tuple(offers.observers.values()),
+        offers=offers.listed(),
         code=prints(config.plugins.dirs, {offering.plugin.file for offering in offers.found}),
     )
 

@@ -320,6 +320,20 @@ class Compacted(msgspec.Struct, kw_only=True, frozen=True):
     whole: bool  # False: a reader was in the way, the file shrinks a little later
 
 
+class Measured(msgspec.Struct, kw_only=True, frozen=True):
+    """What a database holds, and what room that takes."""
+
+    path: str
+    version: int  # of its tables
+    bytes: int  # of the file
+    free: int  # of these: to be used again before the file grows
+    log: int  # bytes of the write-ahead log beside it
+    events: int
+    oldest: int | None  # when the first of them came in; wall clock
+    newest: int | None
+    pending: int  # deliveries that are owed
+
+
 class Check(msgspec.Struct, frozen=True):
     """One thing that a doctor looked at."""
 

@@ -46,6 +46,16 @@ class Offering(msgspec.Struct, frozen=True):
     name: str
     plugin: Plugin
 
+    def shown(self) -> dict[str, str]:
+        """Return it as JSON has it."""
+        return {
+            "name": self.name,
+            "offer": self.what,
+            "door": self.plugin.door,
+            "version": self.plugin.version,
+            "file": self.plugin.file,
+        }
+
 
 class Offers:
     """Everything on offer; grows with each plugin."""
@@ -57,6 +67,10 @@ class Offers:
         self.jobs: dict[str, Job] = {}  # by plugin and name
         self.observers: dict[str, Observer] = {}  # by file
         self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
+
+    def listed(self) -> tuple[Offering, ...]:
+        """Return all of it: sources first, then by name."""
+        return tuple(sorted(self.found, key=lambda offering: (offering.what != "source", offering.name)))
 
     def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
         """Take in what a plugin offers by one of its hooks.

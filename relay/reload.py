@@ -10,11 +10,13 @@ import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.config.model import Config
-from relay.errors import RelayError
+from relay.config.problem import ConfigError
+from relay.errors import RelayError, RestartNeededError
 from relay.jobs import Jobs
 from relay.loader import load_again
 from relay.logs import configure, under_systemd
 from relay.metrics import Metrics
+from relay.model import Check
 from relay.state import State
 
 log = logging.getLogger("relay.reload")
@@ -88,6 +90,22 @@ class Reloads:
                 raise RelayError("the relay is stopping", hint="its successor reads the file at its start")
             with self.around():
                 return await self._take_in()
+
+    async def drift(self) -> Check:
+        """Compare the file as it is now with what the relay goes by; nothing is changed."""
+        hint = "relay reload"
+        try:
+            setup = await asyncio.to_thread(load_again, self._state.setup)
+        except ConfigError as error:
+            detail, hint = str(error), "correct it before the relay is reloaded or started anew"
+        except RestartNeededError as error:
+            detail, hint = error.message, "restart the relay, or put these back"
+        else:
+            done = _compare(self._state.config, setup.config)
+            if not (done.added or done.changed or done.removed):
+                return Check(name="config", ok=True, detail=f"{done.path} is what the relay goes by")
+            detail = f"not taken in yet: {done}"
+        return Check(name="config", ok=False, detail=detail, hint=hint)
 
     async def _take_in(self) -> Reloaded:
         before, interval = self._state.config, self._state.watch.interval

@@ -56,7 +56,7 @@ class Scripted:
     def __init__(self, *lines):
         self._lines = lines
 
-    def lines(self, *_path, body):
+    def lines(self, _method, *_path, body):
         for line in self._lines:
             if isinstance(line, BaseException):
                 raise line

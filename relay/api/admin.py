@@ -6,12 +6,14 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from relay import __version__
 from relay.api.access import audit, guard
 from relay.api.answers import errors, say
+from relay.api.database import DatabaseApi
 from relay.api.destinations import DestinationsApi
 from relay.api.events import EventsApi
 from relay.api.jobs import JobsApi
 from relay.api.lists import ListsApi
 from relay.api.parts import Parts
 from relay.api.repeats import RepeatsApi
+from relay.api.setup import SetupApi
 from relay.api.sources import SourcesApi
 from relay.api.stats import StatsApi
 from relay.api.transfer import TransferApi
@@ -20,6 +22,7 @@ from relay.config.secret import Secret
 
 RESOURCES = (
     ListsApi, TransferApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi, StatsApi,
+    DatabaseApi, SetupApi,
 )  # fmt: skip
 
 

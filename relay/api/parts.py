@@ -3,6 +3,7 @@
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from relay.backups import Backups
 from relay.clock import Clock
 from relay.delivery.engine import Engine
 from relay.filters import Router
@@ -11,6 +12,7 @@ from relay.ingest.receive import Ingest
 from relay.jobs import Jobs
 from relay.reload import Reloads
 from relay.replay import Replays
+from relay.state import State
 from relay.store import Store
 
 
@@ -18,12 +20,26 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """All that the API speaks for; every resource takes the ones that it is about."""
 
     store: Store
-    ingest: Ingest
-    engine: Engine
+    state: State
     health: Health
     clock: Clock
     registry: CollectorRegistry
     replays: Replays
-    router: Router
     reloads: Reloads
     jobs: Jobs
+    backups: Backups
+
+    @property
+    def ingest(self) -> Ingest:
+        """Where requests come in."""
+        return self.state.ingest
+
+    @property
+    def engine(self) -> Engine:
+        """Where deliveries go out."""
+        return self.state.engine
+
+    @property
+    def router(self) -> Router:
+        """What says which event goes where."""
+        return self.state.router

@@ -36,6 +36,8 @@ COMMANDS = {
         "relay.cli.listen:listen",
         "Receive webhooks on this machine, verify their signatures and print them.",
     ),
+    "doctor": ("relay.cli.doctor:doctor", "Look for everything that could be wrong, and say what to do."),
+    "db": ("relay.cli.db:db", "The database: what it takes, copies of it, giving room back."),
     "completion": ("relay.cli.completion:completion", "Print what makes a shell complete this command."),
     "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
 }

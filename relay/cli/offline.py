@@ -17,16 +17,37 @@ from relay.clock import SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
+from relay.config.model import Config
 from relay.config.tables import bind_tables
 from relay.errors import UnknownError
-from relay.model import Selection
+from relay.model import Check, Measured, Selection
+from relay.store.apart import Stop
 
 
 class Offline:
     """Answers what `Daemon` would of events, deliveries, counts and exports, reading the file only."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._file = database_of(config)
+
+    def measure(self) -> Measured:
+        """Say what the file holds and takes; raises `StorageError`."""
+        from relay.store.measure import measure  # noqa: PLC0415 - as below
+
+        return measure(self._file, Stop())
+
+    def examine(self) -> list[Check]:
+        """Look for everything that could be wrong with it."""
+        from relay.store.doctor import Patient, examine  # noqa: PLC0415 - as below
+
+        patient = Patient(
+            path=self._file,
+            now=SystemClock().wall(),
+            min_free=self._config.storage.min_free_disk,
+            destinations=self._config.destinations.keys(),
+        )
+        return examine(patient, Stop())
 
     def get(self, kind: str, given: str | None = None, **query: Any) -> Any:
         """Return a page of a list, or one of its things.
@@ -107,11 +128,26 @@ def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if url is not None:
             raise click.UsageError("--offline reads a file of this machine; leave out --url")
         del options["socket_file"], options["token_file"]
-        return command(*args, daemon=Offline(_database_of(config)), **options)
+        return command(*args, daemon=Offline(tables_of(config)), **options)
 
     return wrapped
 
 
-def _database_of(given: Path | None) -> Path:
-    config = bind_tables(Binder(read(find_config(given)), os.environ))
-    return config.state_dir / config.storage.url.removeprefix("sqlite:")
+STATE = Path("/var/lib/relay")
+"""Where the database is with `StateDirectory=relay`; a shell does not have the unit's environment."""
+
+
+def tables_of(given: Path | None) -> Config:
+    """Read the configuration, but for what plugins have a say in.
+
+    Raises:
+        ConfigError: there is none, or it has problems.
+    """
+    return bind_tables(Binder(read(find_config(given)), os.environ))
+
+
+def database_of(config: Config) -> Path:
+    """Return where the database is."""
+    name = config.storage.url.removeprefix("sqlite:")
+    path = config.state_dir / name
+    return STATE / name if not path.exists() and (STATE / name).exists() else path

@@ -32,16 +32,7 @@ def list_(config: Path | None, *, as_json: bool) -> None:
     path = look_for_config(config)
     dirs = bind_tables(Binder(read(path), os.environ)).plugins.dirs if path else ()
     offers, problems = discover(dirs)
-    found = [
-        {
-            "name": offering.name,
-            "offer": offering.what,
-            "door": offering.plugin.door,
-            "version": offering.plugin.version,
-            "file": offering.plugin.file,
-        }
-        for offering in sorted(offers.found, key=lambda offering: (offering.what != "source", offering.name))
-    ]
+    found = [offering.shown() for offering in offers.listed()]
     if as_json:
         print_json(found)
     else:

@@ -50,6 +50,7 @@ class Meter:
 def work(
     daemon: Daemon,
     *path: str,
+    method: str = "POST",
     body: object = None,
     tell: Callable[[Mapping[str, Any]], str],
     stopped: str,
@@ -62,7 +63,7 @@ def work(
         CommandError: it failed, was interrupted, or the relay went away.
     """
     try:
-        with closing(daemon.lines("POST", *path, body=body)) as lines:
+        with closing(daemon.lines(method, *path, body=body)) as lines:
             for line in lines:
                 if "result" in line:
                     return line["result"]

@@ -24,6 +24,7 @@ from relay.model import (
     DestinationState,
     Expunged,
     Imported,
+    Measured,
     Named,
     News,
     Outcome,
@@ -346,6 +347,14 @@ class Store(Protocol):
 
     async def compact(self) -> Compacted:
         """Give all free room back to the disk, in small transactions."""
+        ...
+
+    async def measure(self) -> Measured:
+        """Say what there is and what room it takes.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
         ...
 
     async def examine(self, *, min_free: int = 0, destinations: Collection[str] | None = None) -> list[Check]:

@@ -36,6 +36,7 @@ from relay.store.expunge import Expunging
 from relay.store.find import find
 from relay.store.held import Holding
 from relay.store.holds import Holds
+from relay.store.measure import Measuring
 from relay.store.prune import Pruning
 from relay.store.statements import fetch
 from relay.store.stats import Tallying
@@ -60,7 +61,17 @@ def _deaf(_news: News) -> None:
 
 
 class SqliteStore(
-    BackingUp, Compacting, Examining, Exporting, Expunging, Holding, Importing, Pruning, Tallying, Watching
+    BackingUp,
+    Compacting,
+    Examining,
+    Exporting,
+    Expunging,
+    Holding,
+    Importing,
+    Measuring,
+    Pruning,
+    Tallying,
+    Watching,
 ):
     """See `relay.store.Store` for what each verb promises."""
 

@@ -1,0 +1,80 @@
+"""The database for operators: what it takes, copies of it, giving room back, and what could be wrong."""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.answers import say
+from relay.api.parts import Parts
+from relay.api.progress import tell
+from relay.clock import SECOND, rfc3339
+from relay.model import Backup, Check, Measured
+
+
+class DatabaseApi:
+    """The part of the admin API under `/api/db`, and the doctor."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._state = parts.state
+        self._backups = parts.backups
+        self._reloads = parts.reloads
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/db", self._show),
+            web.post("/api/db/backup", self._back_up),
+            web.post("/api/db/compact", self._compact),
+            web.get("/api/doctor", self._examine),
+        ]
+
+    async def _show(self, _request: web.Request) -> web.Response:
+        made = [
+            {"path": str(path), "bytes": path.stat().st_size, "made_at": rfc3339(int(moment * SECOND))}
+            for path, moment in self._backups.made().items()
+        ]
+        return say({**shown(await self._store.measure()), "backups": made})
+
+    async def _back_up(self, request: web.Request) -> web.StreamResponse:
+        size = (await self._store.measure()).bytes
+
+        def progress() -> dict[str, int]:
+            return {"bytes": sum(map(_size, self._backups.folder.glob("*.part"))), "of": size}
+
+        def result(done: Backup) -> dict[str, Any]:
+            return {**msgspec.structs.asdict(done), "seconds": round(done.seconds, 3)}
+
+        return await tell(request, self._backups.make(), progress=progress, result=result)
+
+    async def _compact(self, request: web.Request) -> web.StreamResponse:
+        path = Path((await self._store.measure()).path)
+        return await tell(request, self._store.compact(), progress=lambda: {"bytes": _size(path)})
+
+    async def _examine(self, request: web.Request) -> web.StreamResponse:
+        return await tell(request, self._checks(), result=lambda checks: {"checks": checks})
+
+    async def _checks(self) -> list[Check]:
+        config = self._state.config
+        found = await self._store.examine(
+            min_free=config.storage.min_free_disk, destinations=config.destinations.keys()
+        )
+        return [*found, await self._reloads.drift()]
+
+
+def shown(measured: Measured) -> dict[str, Any]:
+    """Return what was measured as JSON has it."""
+    told = msgspec.structs.asdict(measured)
+    for name in ("oldest", "newest"):
+        told[name] = None if told[name] is None else rfc3339(told[name])
+    return {**told, "sqlite": sqlite3.sqlite_version}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it has got its name meanwhile
+        return 0

@@ -1,0 +1,52 @@
+"""What a database holds, and what room that takes; the file is only read, a daemon may be using it."""
+
+import sqlite3
+from functools import partial
+from pathlib import Path
+
+from relay.errors import StorageError
+from relay.model import Measured
+from relay.store.apart import Stop, apart, opened
+
+SQL = """
+    SELECT (SELECT user_version FROM pragma_user_version),
+           (SELECT page_count FROM pragma_page_count) * page_size,
+           (SELECT freelist_count FROM pragma_freelist_count) * page_size,
+           (SELECT count(*) FROM events),
+           (SELECT min(received_at) FROM events),
+           (SELECT max(received_at) FROM events),
+           (SELECT coalesce(sum(created - delivered - dead - expired - cancelled), 0) FROM ledger)
+      FROM pragma_page_size
+"""
+
+
+def measure(path: Path, stop: Stop) -> Measured:
+    """Look at a database.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    if not path.exists():
+        raise StorageError(f"there is no database {path}", hint="a relay that never ran has none")
+    log = path.with_name(f"{path.name}-wal")
+    try:
+        with opened(path, stop) as connection:
+            [row] = connection.execute(SQL).fetchall()
+        version, size, free, events, oldest, newest, pending = row
+        log_size = log.stat().st_size if log.exists() else 0
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"{path} cannot be read: {error}", hint=f"relay db check {path}") from error
+    return Measured(
+        path=str(path), version=version, bytes=size, free=free, log=log_size, events=events,
+        oldest=oldest, newest=newest, pending=pending,
+    )  # fmt: skip
+
+
+class Measuring:
+    """The store's verb."""
+
+    path: Path
+
+    async def measure(self) -> Measured:
+        """See `Store.measure`."""
+        return await apart(partial(measure, self.path))
