@@ -99,6 +99,18 @@ async def test_sources_are_listed_with_what_is_paused(relay):
     assert items[0] == {"name": "adorn", "plugin": "adorn", "prefix": "", "paused": False}
 
 
+async def test_a_source_comes_with_its_settings_and_its_latest_event(relay, event):
+    shown = await relay.operator("GET", "/api/sources/adorn")
+    assert shown["latest"]["id"] == event
+    shown = await relay.operator("GET", "/api/sources/compozy")
+    assert (shown["plugin"], shown["latest"]) == ("compozy", None)
+    assert shown["settings"]["max_body"] == "2 MiB"
+    assert shown["settings"]["tokens"] == ["<secret>", "<secret>"]
+    answer = await exchange(relay.addresses.socket, request("GET", "/api/sources/adorm"))
+    assert answer.status == 404
+    assert answer.json["error"]["message"] == "no source 'adorm', did you mean \"adorn\"?"
+
+
 def test_an_answer_that_is_no_text_is_shown_all_the_same():
     shown = item({"row": 3, "started_at": 0, "answer": b"\xff!", "truncated": 1})
     assert shown == {"started_at": "1970-01-01T00:00:00.000Z", "answer": "\ufffd!", "truncated": True}

@@ -1,9 +1,14 @@
 """Sources for operators: who may send, and telling them to keep it for a while."""
 
+from typing import Any
+
 from aiohttp import web
 
 from relay.api.answers import say, unknown
 from relay.api.parts import Parts
+from relay.config.effective import effective_source
+from relay.ingest.routes import Mount
+from relay.items import item
 
 
 class SourcesApi:
@@ -17,27 +22,39 @@ class SourcesApi:
         """Return what to mount."""
         return [
             web.get("/api/sources", self._list),
+            web.get("/api/sources/{name}", self._show),
             web.post("/api/sources/{name}/{verb:pause|resume}", self._steer),
         ]
 
     async def _list(self, _request: web.Request) -> web.Response:
-        items = [
-            {
-                "name": mount.name,
-                "plugin": mount.config.plugin,
-                "prefix": mount.config.prefix,
-                "paused": mount.paused,
-            }
-            for mount in self._ingest.mounts.values()
-        ]
+        items = [_source(mount) for mount in self._ingest.mounts.values()]
         return say({"items": items, "next_cursor": None})
 
+    async def _show(self, request: web.Request) -> web.Response:
+        mount = self._mount(request)
+        latest = await self._store.find("events", source=mount.name, limit=1)
+        settings = effective_source(mount.config)
+        return say({**_source(mount), "settings": settings, "latest": item(latest[0]) if latest else None})
+
     async def _steer(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        if name not in self._ingest.mounts:
-            raise unknown("source", name, self._ingest.mounts)
+        name = self._mount(request).name
         paused = request.match_info["verb"] == "pause"
         await self._store.pause_source(name, paused=paused)
         if (mount := self._ingest.mounts.get(name)) is not None:  # unless a reload has removed it
             mount.paused = paused
         return say({"name": name, "paused": paused})
+
+    def _mount(self, request: web.Request) -> Mount:
+        name = request.match_info["name"]
+        if name not in self._ingest.mounts:
+            raise unknown("source", name, self._ingest.mounts)
+        return self._ingest.mounts[name]
+
+
+def _source(mount: Mount) -> dict[str, Any]:
+    return {
+        "name": mount.name,
+        "plugin": mount.config.plugin,
+        "prefix": mount.config.prefix,
+        "paused": mount.paused,
+    }

@@ -3,12 +3,10 @@
 import click
 
 from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import NOTHING, CommandError
 from relay.cli.group import Group
 from relay.cli.listing import print_fields, print_page, quiet_option
 from relay.cli.options import json_option
 from relay.cli.output import print_json
-from relay.config.problem import guess
 
 COLUMNS = ("name", "plugin", "prefix", "paused")
 
@@ -35,21 +33,17 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
 @json_option
 @daemon_options
 def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
-    """Show a source, and its latest event.
+    """Show a source, its latest event and its settings.
 
     Example: relay sources show adorn
     """
-    found = {item["name"]: item for item in daemon.get("sources")["items"]}
-    if name not in found:
-        hint = f"there are {', '.join(found)}"
-        raise CommandError(f'no source "{name}"{guess(name, found)}', hint=hint, code=NOTHING)
-    latest = daemon.get("events", source=name, limit=1)["items"]
-    answer = {**found[name], "latest": latest[0] if latest else None}
+    answer = daemon.get("sources", name)
     if as_json:
         print_json(answer)
         return
-    told = {f"latest_{field}": latest[0][field] for field in ("id", "type", "received_at")} if latest else {}
-    print_fields({**found[name], **told})
+    latest, settings = answer.pop("latest"), answer.pop("settings")
+    told = {f"latest_{field}": latest[field] for field in ("id", "type", "received_at")} if latest else {}
+    print_fields({**answer, **told, **settings})
 
 
 def _steering(verb: str, summary: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from relay.config.model import Config
+from relay.config.model import Config, SourceConfig
 from relay.config.problem import dotted
 from relay.config.secret import Secret, Secrets
 from relay.units import Rate, render_duration, render_rate
@@ -20,9 +20,13 @@ _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 def effective(config: Config) -> dict[str, Any]:
     """Return the tables of config.toml as JSON has them; what has no value is left out."""
     tables = _table(config)
-    for name, source in config.sources.items():
-        tables["sources"][name] |= _table(source.settings)
+    tables["sources"] = {name: effective_source(source) for name, source in config.sources.items()}
     return tables
+
+
+def effective_source(source: SourceConfig) -> dict[str, Any]:
+    """Return one source's table likewise, its plugin's own keys included."""
+    return _table(source) | _table(source.settings)
 
 
 def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
