@@ -47,6 +47,14 @@ def test_the_help_of_a_command_is_its_golden_page(path):
     assert help_of(path) == golden(path).read_text()
 
 
+@pytest.mark.parametrize("path", LEAVES, ids=[" ".join(path) for path in LEAVES])
+def test_help_begins_with_an_example_after_one_sentence(path):
+    lines = [line.strip() for line in help_of(path).splitlines()]
+    example = next(number for number, line in enumerate(lines) if line.startswith("Example: "))
+    assert "relay " + " ".join(path) in lines[example]
+    assert len([line for line in lines[:example] if not line]) == 2  # the usage and the sentence
+
+
 def test_there_is_no_golden_page_of_a_command_that_is_gone():
     assert {file.name for file in GOLDEN.iterdir()} == {golden(path).name for path in EVERY}
 

@@ -25,6 +25,8 @@ from relay.loader import load
 def check(ctx: click.Context, file: Path | None, config: Path | None, *, as_json: bool) -> None:
     """Tell every problem of config.toml at once.
 
+    Example: relay check-config /etc/relay/config.toml
+
     Checks FILE, or else the configuration that `relay serve` would take, together with its plugins
     and secrets. Warnings do not change the exit code.
     """

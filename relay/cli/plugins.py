@@ -27,6 +27,8 @@ def plugins() -> None:
 def list_(config: Path | None, *, as_json: bool) -> None:
     """List what plugins offer: kinds of source, formats, jobs, and the hooks that they are told by.
 
+    Example: relay plugins list -c /etc/relay/config.toml
+
     Reads `[plugins] dirs` of the configuration; without one, there are the installed and the bundled plugins.
     """
     path = look_for_config(config)

@@ -22,6 +22,8 @@ from relay.config.find import find_config
 def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -> None:
     """Run the daemon until SIGTERM or Ctrl-C.
 
+    Example: relay serve -c /etc/relay/config.toml
+
     Starts only with a configuration that `relay check-config` finds no problem in.
     """
     if leave and not demo:
