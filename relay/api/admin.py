@@ -1,5 +1,7 @@
 """The two apps that operators ask: one for the unix socket, one for the admin listener."""
 
+from importlib.resources import files
+
 from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
 
@@ -19,6 +21,9 @@ from relay.api.stats import StatsApi
 from relay.api.transfer import TransferApi
 from relay.api.workers import WorkersApi
 from relay.config.secret import Secret
+
+_DESCRIPTION = (files("relay.api") / "openapi.json").read_bytes()
+"""What all of this is in OpenAPI's words; tests hold it to the routes and to real answers."""
 
 RESOURCES = (
     ListsApi, TransferApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi, StatsApi,
@@ -52,10 +57,14 @@ class Api:
             web.get("/health", self._alive),
             web.get("/ready", self._ready),
             web.get("/metrics", make_aiohttp_handler(self._parts.registry)),
+            web.get("/api/openapi.json", self._describe),
             web.get("/api/status", self._status),
             web.post("/api/reload", self._reload),
             *(route for resource in self._resources for route in resource.routes()),
         ]
+
+    async def _describe(self, _request: web.Request) -> web.Response:
+        return web.Response(body=_DESCRIPTION, content_type="application/json")
 
     async def _alive(self, _request: web.Request) -> web.Response:
         return say({"status": "ok", "version": __version__})
