@@ -11,7 +11,7 @@ from relay.api.parts import Parts
 from relay.api.progress import tell
 from relay.api.selecting import FIELDS, Filter, filter_of
 from relay.errors import RelayError
-from relay.model import Selection
+from relay.model import Expunged
 from relay.store import Store
 
 LONGEST_LINE = 64 * 2**20
@@ -73,10 +73,12 @@ class TransferApi:
             raise RelayError('either "events" or "filter" says which', hint=hint)
         if asked.filter is not None:
             selection = asked.filter.selection(self._clock)
-            work = Deleting(self._store, await _named_by(self._store, selection))
+            span = await self._store.span(selection)
+            count = sum([len(page) async for page in self._store.select(selection, span)])
+            work = Deleting(self._store, count, self._store.expunge_selected(selection, span))
         else:
-            named = await self._store.name_events(asked.events or ())
-            work = Deleting(self._store, [chosen.event_id for chosen in named])
+            named = [chosen.event_id for chosen in await self._store.name_events(asked.events or ())]
+            work = Deleting(self._store, len(named), _at_once(self._store, named))
         if asked.dry_run:
             return say({"count": work.count})
         return await tell(request, work.run(), progress=work.told, result=lambda _: work.told())
@@ -85,28 +87,26 @@ class TransferApi:
 class Deleting:
     """One deletion, and how far it is."""
 
-    AT_ONCE = 1000  # events between two looks at whether anybody still waits for it
     PATIENCE = 20  # seconds for what is just being sent: longer than an attempt takes by default
 
-    def __init__(self, store: Store, event_ids: list[int]) -> None:
+    def __init__(self, store: Store, count: int, steps: AsyncIterator[Expunged]) -> None:
         self._store = store
-        self._ids = event_ids
-        self.count = len(event_ids)
+        self._steps = steps
+        self.count = count
         self.deleted = self.cancelled = 0
 
     async def run(self) -> None:
         """Delete them all; an event of which something is being sent all the time stays."""
         left: list[int] = []
-        for at in range(0, self.count, self.AT_ONCE):
-            left += await self._some(self._ids[at : at + self.AT_ONCE])
+        async for gone in self._steps:
+            left += self._add(gone)
         for _ in range(self.PATIENCE):
             if not left:
                 return
             await asyncio.sleep(1)
-            left = [*await self._some(left)]
+            left = [*self._add(await self._store.expunge(left))]
 
-    async def _some(self, event_ids: list[int]) -> tuple[int, ...]:
-        gone = await self._store.expunge(event_ids)
+    def _add(self, gone: Expunged) -> tuple[int, ...]:
         self.deleted += gone.events
         self.cancelled += gone.cancelled
         return gone.left
@@ -116,9 +116,8 @@ class Deleting:
         return {"count": self.count, "deleted": self.deleted, "cancelled": self.cancelled}
 
 
-async def _named_by(store: Store, selection: Selection) -> list[int]:
-    span = await store.span(selection)
-    return [chosen.event_id async for page in store.select(selection, span) for chosen in page]
+async def _at_once(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged]:
+    yield await store.expunge(event_ids)
 
 
 async def _lines(request: web.Request) -> AsyncIterator[bytes]:
