@@ -34,6 +34,10 @@ class RestartNeededError(RelayError):
         self.keys = keys
 
 
+class BusyError(RelayError):
+    """What is asked for is under way already, and goes one at a time."""
+
+
 class StorageError(RelayError):
     """The store could not do what was asked; nothing of it was kept."""
 

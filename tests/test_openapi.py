@@ -194,7 +194,7 @@ async def test_every_answer_is_as_it_is_described(relay, recorder):
     delivery = (await ask("GET", "/api/deliveries?limit=1&state=delivered")).json["items"][0]["id"]
     await ask("GET", f"/api/deliveries/{delivery}")
     await ask("POST", "/api/reload")
-    for verb in ("pause", "resume", "disable", "enable"):
+    for verb in ("pause", "resume", "disable", "enable", "test"):
         await ask("POST", f"/api/destinations/idle/{verb}")
     for verb in ("pause", "resume"):
         await ask("POST", f"/api/sources/moddy/{verb}")

@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from relay.config.problem import ConfigError, guess
-from relay.errors import RelayError, RestartNeededError, StorageError, UnknownError
+from relay.errors import BusyError, RelayError, RestartNeededError, StorageError, UnknownError
 from relay.items import MOST_ROWS
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ _MOST_DIGITS = 18  # of a number that SQLite can hold
 _ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
     UnknownError: (404, "not_found"),
     RestartNeededError: (409, "restart_needed"),
+    BusyError: (409, "busy"),
     StorageError: (503, "unavailable"),
     RelayError: (400, "bad_request"),
 }

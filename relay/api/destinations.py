@@ -9,6 +9,7 @@ from relay.api.answers import say, unknown
 from relay.api.parts import Parts
 from relay.clock import rfc3339
 from relay.delivery.lane import Lane
+from relay.delivery.ping import Pings
 from relay.items import item
 from relay.model import DestinationState
 from relay.store import Counts
@@ -24,6 +25,7 @@ class DestinationsApi:
         self._store = parts.store
         self._engine = parts.engine
         self._clock = parts.clock
+        self._pings = Pings(parts.clock)
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
@@ -31,6 +33,7 @@ class DestinationsApi:
             web.get("/api/destinations", self._list),
             web.get("/api/destinations/{name}", self._show),
             web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
+            web.post("/api/destinations/{name}/test", self._test),
         ]
 
     async def _list(self, _request: web.Request) -> web.Response:
@@ -67,6 +70,9 @@ class DestinationsApi:
         change = changes[request.match_info["verb"]]
         await lane.set_state(DestinationState(**{**msgspec.structs.asdict(state), **change}))
         return say(_destination(lane))
+
+    async def _test(self, request: web.Request) -> web.Response:
+        return say(await self._pings.send(self._lane(request)))
 
     def _absent(self, name: str) -> dict[str, Any]:
         return {"name": name, "held": ABSENT, "in_flight": self._engine.in_flight(name)}

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.exits import FAILED
 from relay.cli.group import Group
 from relay.cli.listing import print_fields, print_page, quiet_option
 from relay.cli.options import json_option
@@ -61,6 +62,55 @@ _ADVICE = {
         for reason in ("gone", "asked", "failing", "operator")
     },
 }
+
+
+@destinations.command()
+@click.argument("name")
+@json_option
+@daemon_options
+@click.pass_context
+def test(ctx: click.Context, daemon: Daemon, name: str, *, as_json: bool) -> None:
+    """Send a destination one signed ping, and show its answer and what it took.
+
+    Example: relay destinations test crm
+
+    The request, of type relay.ping, goes the way of a delivery: address guard, TLS, proxy, format,
+    signatures. It is sent also while deliveries are held. It is no event and spends no attempt, and what
+    comes of it changes nothing. The exit code is 1 unless the answer is a 2xx.
+    """
+    answer = daemon.post("destinations", name, "test")
+    if as_json:
+        print_json(answer)
+    else:
+        _tell(answer)
+    if not answer["ok"]:
+        ctx.exit(FAILED)
+
+
+def _tell(answer: dict[str, Any]) -> None:
+    took = answer["timing_ms"]
+    steps = [f"{step.replace('_', ' ')} {took[step]} ms" for step in _STEPS if took[step] is not None]
+    duration = f"{answer['duration_ms']} ms" + (f" ({', '.join(steps)})" if steps else "")
+    print_fields(
+        {
+            **{name: answer[name] for name in ("destination", "id", "status", "error")},
+            "duration": duration,
+            "signatures": answer["signatures"] or "none: it has no `secrets`",
+            "answer": _printable(answer["answer"]) + ("…" if answer["truncated"] else ""),
+            "held": answer["held"],
+            "verdict": answer["verdict"],
+        }
+    )
+    if answer["hint"]:
+        click.echo(answer["hint"], err=True)
+
+
+_STEPS = ("dns", "connect", "tls", "first_byte")
+
+
+def _printable(text: str) -> str:
+    """Keep what a receiver says from steering the terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _steering(verb: str, summary: str) -> None:

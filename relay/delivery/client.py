@@ -25,6 +25,7 @@ from relay.delivery.exchange import Exchange, Response
 from relay.delivery.guard import Blocked, refused
 from relay.delivery.proxy import Proxy
 from relay.delivery.resolver import Resolver
+from relay.delivery.times import Times
 from relay.units import render_duration
 
 READ_LIMIT = 64 * 1024
@@ -38,6 +39,9 @@ _STEERING_LIMIT = 200  # characters; a date needs 29
 
 _dialled: ContextVar[list[str]] = ContextVar("dialled")
 """Addresses that the attempt at hand has connected to; none means that it got a kept-alive connection."""
+
+_times: ContextVar[Times | None] = ContextVar("times", default=None)
+"""What the attempt at hand notes its steps in, where somebody wants to know."""
 
 
 class Client:
@@ -75,7 +79,9 @@ class Client:
             open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep) for keep in (True, False)
         )
 
-    async def send(self, url: str | URL, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def send(
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, times: Times | None = None
+    ) -> Answer:
         """Send one request and say what came of it; a receiver can make this raise nothing.
 
         The total timeout spans look-up, connect, handshake, upload and answer. A status once received
@@ -85,6 +91,7 @@ class Client:
             url: where to; a string goes out as written (a `%2F` in its query stays one).
             headers: content type, signatures and what the destination wants besides.
             body: the bytes that were signed.
+            times: filled in, on a connection of the request's own, so that every step is made.
 
         Raises:
             ValueError: a header holds a line break.
@@ -97,7 +104,11 @@ class Client:
         kept, whole = bytearray(), False
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._request(url, headers, body, dialled)
+                if times is None:
+                    response = await self._request(url, headers, body, dialled)
+                else:
+                    times.began = started
+                    response = await self._request_anew(url, headers, body, times)
                 whole = await _read(response, kept)
         except (ClientError, HttpProcessingError, OSError) as error:
             failure = error
@@ -140,6 +151,16 @@ class Client:
                 raise
         return await self._exchange.ask(self._fresh, url, headers, body)
 
+    async def _request_anew(
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, times: Times
+    ) -> Response:
+        """Get an answer's head over a new connection, and note when each step was done."""
+        _times.set(times)
+        try:
+            return await self._exchange.ask(self._fresh, url, headers, body, times)
+        finally:
+            _times.set(None)
+
     def _socket(self, info: AddressInfo) -> socket.socket:
         """Make the socket of one connect, unless the guard refuses its address."""
         family, kind, protocol, _, address = info
@@ -148,6 +169,8 @@ class Client:
         if reason is not None:
             raise Blocked(reason)
         _dialled.get().append(host)
+        if (times := _times.get()) is not None:
+            times.dialled = times.dialled or time.perf_counter()
         return socket.socket(family, kind, protocol)
 
     def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[Result, str]:

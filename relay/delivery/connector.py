@@ -1,8 +1,10 @@
 """aiohttp's client, set up so that a receiver can do no harm with it."""
 
+import asyncio
 import functools
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +38,10 @@ class Protocol(ResponseHandler):
     """
 
     _received = 0
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.connected_at = time.perf_counter()  # made between the connect and the TLS handshake
 
     def set_response_params(self, **params: Any) -> None:
         """Begin an answer."""

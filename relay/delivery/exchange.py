@@ -8,6 +8,7 @@ the whole: 98 against 33 microseconds of CPU (see docs/benchmarks.md).
 import asyncio
 import functools
 import re
+import time
 from collections.abc import Mapping
 
 from aiohttp import (
@@ -25,7 +26,9 @@ from aiohttp.http import RawResponseMessage
 from yarl import URL
 
 from relay import __version__
+from relay.delivery.connector import Protocol
 from relay.delivery.proxy import Proxy
+from relay.delivery.times import Times
 
 LINE_LIMIT = 8190
 """Bytes of an answer's status line, and of each of its headers."""
@@ -76,9 +79,14 @@ class Exchange:
         self._prepare = functools.lru_cache(maxsize=16)(self._prepared)
 
     async def ask(
-        self, connector: TCPConnector, url: str | URL, headers: Mapping[str, str], body: bytes
+        self,
+        connector: TCPConnector,
+        url: str | URL,
+        headers: Mapping[str, str],
+        body: bytes,
+        times: Times | None = None,
     ) -> Response:
-        """Send a request and return the answer as soon as its head is there.
+        """Send a request and return the answer as soon as its head is there, noting `times` on the way.
 
         Raises:
             ValueError: a header holds a line break or NUL.
@@ -91,11 +99,16 @@ class Exchange:
             connection = await connector.connect(request, [], self._timeout)
         except TimeoutError as error:
             raise ConnectionTimeoutError("not connected in time") from error
+        if times is not None and isinstance(connection.protocol, Protocol):
+            times.connected, times.ready = connection.protocol.connected_at, time.perf_counter()
         try:
-            return await _converse(connection, head, body)
+            response = await _converse(connection, head, body)
         except BaseException:
             connection.close()
             raise
+        if times is not None:
+            times.answered = time.perf_counter()
+        return response
 
     def _prepared(self, url: str | URL) -> tuple[ClientRequest, str]:
         """Return what the connector wants to know of a URL, and a request's first lines."""

@@ -3,15 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Collection, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
+from relay.delivery.answer import Answer
 from relay.delivery.feed import Feed
 from relay.delivery.memory import Memory
 from relay.delivery.pace import Pace
 from relay.delivery.sender import BLOCKED_REST, Sender, corrupt, outdated, unspent
 from relay.delivery.slots import Slots
 from relay.delivery.standing import Standing
+from relay.delivery.times import Times
 from relay.errors import StorageError
 from relay.metrics import RESULTS, Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
@@ -19,6 +22,7 @@ from relay.retry import Verdict
 from relay.store import Store
 
 log = logging.getLogger("relay.delivery")
+T = TypeVar("T")
 
 POLL = 30 * SECOND
 """A lane looks into the store at least this often: the safety net under being told."""
@@ -61,7 +65,7 @@ class Lane:
         self._feeds = (self._first, self._retry)
         self._latest = self._retry  # the feed whose turn it was last
         self._pace = Pace(config.rate_limit, clock.steady())
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
         self._stopping = False
@@ -138,6 +142,11 @@ class Lane:
             feed.due = 0
         self.turn()
 
+    async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
+        """Send an event that nobody is owed, whatever holds deliveries; it counts for nothing here."""
+        # A task of the lane's own: a sender that a reload replaces is closed after it.
+        return await asyncio.shield(self._spawn(self._sender.ping(event, times)))
+
     def change(self, config: DestinationConfig, sender: Sender) -> None:
         """Go by another config from now on; attempts under way end by the one that they began with."""
         self._former.add(self._sender)
@@ -183,7 +192,7 @@ class Lane:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def _see_off(self, sender: Sender, under_way: Collection[asyncio.Task[None]]) -> None:
+    async def _see_off(self, sender: Sender, under_way: Collection[asyncio.Task[Any]]) -> None:
         """Close a sender that was replaced, as soon as no attempt is under way that began with it."""
         if under_way:
             await asyncio.wait(under_way)
@@ -225,10 +234,11 @@ class Lane:
         self._latest = feed
         self._spawn(self._work(feed, delivery))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _work(self, feed: Feed, delivery: Delivery) -> None:
         """Fill one slot with one delivery; whatever fails on our side leaves it pending."""

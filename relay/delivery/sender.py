@@ -10,6 +10,7 @@ from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, one_line
 from relay.delivery.client import Client
+from relay.delivery.times import Times
 from relay.formats import Format
 from relay.logs import Sparing
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
@@ -46,12 +47,7 @@ class Sender:
     async def attempt(self, delivery: Delivery, event: StoredEvent) -> tuple[Outcome, Verdict]:
         """Send an event once and judge what came of it; never raises for what a receiver does."""
         started = self._clock.wall()
-        try:
-            body = self._render(event)
-        except Exception as error:  # noqa: BLE001 - a plugin's format may raise anything
-            answer = self._unwritten(event, error)
-        else:
-            answer = await self._send(event, body, started)
+        answer = await self._ask(event, started)
         attempt = Attempt(
             started_at=started,
             duration_ms=answer.duration_ms,
@@ -61,20 +57,23 @@ class Sender:
             answer=answer.body,
             truncated=answer.truncated,
         )
-        meaning = verdict(
-            answer.status,
-            answer.result,
-            answer.headers,
-            now=self._clock.wall(),
-            max_retry_after=self._config.retry.max_retry_after,
-        )
+        meaning = self._meaning(answer)
         return self._judge(delivery, attempt, meaning), meaning
+
+    async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
+        """Send an event that nobody is owed, and say what the answer would mean for a delivery."""
+        answer = await self._ask(event, self._clock.wall(), times)
+        return answer, self._meaning(answer)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._client.close()
 
-    async def _send(self, event: StoredEvent, body: bytes, now: int) -> Answer:
+    async def _ask(self, event: StoredEvent, now: int, times: Times | None = None) -> Answer:
+        try:
+            body = self._render(event)
+        except Exception as error:  # noqa: BLE001 - a plugin's format may raise anything
+            return self._unwritten(event, error)
         headers = {
             **self._headers,
             "content-type": self._format.content_type_of(event),
@@ -82,7 +81,16 @@ class Sender:
         }
         if event.traceparent is not None:
             headers["traceparent"] = event.traceparent
-        return await self._client.send(self._config.url, headers, body)
+        return await self._client.send(self._config.url, headers, body, times)
+
+    def _meaning(self, answer: Answer) -> Verdict:
+        return verdict(
+            answer.status,
+            answer.result,
+            answer.headers,
+            now=self._clock.wall(),
+            max_retry_after=self._config.retry.max_retry_after,
+        )
 
     def _render(self, event: StoredEvent) -> bytes:
         """Render once per event and format, whatever the number of destinations and attempts."""
