@@ -20,7 +20,7 @@ FLOORS = (
     ),
     ("incoming", "source", "hookspecs", "items", "store"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
-     "books", "upkeep", "backups", "state", "reload"),
+     "books", "upkeep", "backups", "state", "reload", "diagnosis"),
     ("api",),
     ("app", "demo"),
     ("cli",),

@@ -93,6 +93,9 @@ async def test_neither_an_open_circuit_nor_its_failures_notice_a_ping(tmp_path):
             said = (await commands("destinations", "test", "crm", "--json")).json
             assert (said["ok"], said["held"]) == (True, "circuit open")
             assert lane.held == "circuit open"
+            await until(
+                lambda: relay.counted("relay_delivery_attempts_total", destination="crm", result="5xx")
+            )
             [attempt] = await relay.rows("attempts")
             assert attempt["status"] == 500
 

@@ -9,6 +9,7 @@ from relay.api.answers import body_of, say
 from relay.api.parts import Parts
 from relay.api.selecting import FIELDS, Filter, read_field
 from relay.clock import rfc3339
+from relay.delivery.routing import explained
 from relay.errors import RelayError, UnknownError
 from relay.model import Named, Selection
 from relay.replay import DEFAULT_RATE, Replay, Wish
@@ -70,10 +71,7 @@ class RepeatsApi:
             {
                 "id": event.public_id,
                 "type": event.type,
-                "destinations": [
-                    {"name": name, "matches": each.matches, "reason": each.reason, "lines": each.lines()}
-                    for name, each in self._router.explain(event).items()
-                ],
+                "destinations": explained(self._router, event),
             }
         )
 

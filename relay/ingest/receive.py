@@ -1,7 +1,6 @@
 """One request's way: read, verify, understand, make durable, and only then answer."""
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Iterable
 
@@ -17,12 +16,12 @@ from relay.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from relay.ids import event_id
 from relay.incoming import Incoming
 from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, plain, preflight, refuse
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
+from relay.ingest.record import record
 from relay.ingest.remote import Remote
 from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
@@ -30,16 +29,14 @@ from relay.logs import Sparing
 from relay.metrics import Metrics
 from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
 from relay.registry import ENVIRONMENTS
-from relay.source import Accepted, Event, Reply, check_type
+from relay.source import Accepted, Reply
 from relay.store import Acceptance, Store
 
 log = logging.getLogger("relay.ingest")
-_encode = msgspec.json.Encoder().encode
 
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
 LONGEST_SHOWN = 64  # characters of a sender's own words in the log
-TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
 class Ingest:
@@ -133,7 +130,7 @@ class Ingest:
         if not isinstance(accepted, Accepted):
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         event = accepted.event
-        stored = None if event is None else self._record(mount, event, incoming)
+        stored = None if event is None else record(mount.name, event, incoming, self._clock.wall())
         # The answer is rendered before the append, so that a plugin which cannot do it costs a 500
         # with nothing stored, and leaves only after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
@@ -162,31 +159,6 @@ class Ingest:
         task = asyncio.create_task(self._store.fleet(lambda fleet: fleet.requeue(commands)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _record(self, mount: Mount, event: Event, incoming: Incoming) -> StoredEvent:
-        now = self._clock.wall()
-        body, trace = incoming.body, incoming.header("traceparent")
-        try:
-            check_type(event.type)
-            data, context = _json(event.data), _json(event.context)
-        except Refusal:
-            raise
-        except Exception as error:
-            raise PluginFailed from error
-        return StoredEvent(
-            id=0,
-            public_id=event_id(now),
-            source=mount.name,
-            type=f"{mount.name}.{event.type}",
-            subject=event.subject,
-            received_at=now,
-            data=data,
-            context=context,
-            body=body,
-            content_type=incoming.header("Content-Type") or "application/octet-stream",
-            sha256=hashlib.sha256(body).digest(),
-            traceparent=trace if len(trace) == TRACEPARENT else None,
-        )
 
     async def _append_once(
         self, request: web.BaseRequest, acceptance: Acceptance, stored: StoredEvent
@@ -280,10 +252,6 @@ def _key(incoming: Incoming) -> str | None:
     if "Idempotency-Key" in headers or "webhook-id" in headers:
         return incoming.header("Idempotency-Key") or incoming.header("webhook-id") or None
     return None
-
-
-def _json(value: object) -> bytes:
-    return bytes(value) if isinstance(value, msgspec.Raw) else _encode(value)
 
 
 def _gone(request: web.BaseRequest) -> bool:
