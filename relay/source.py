@@ -147,6 +147,15 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         error = {"code": refusal.code, "message": refusal.message}
         return Reply(status=refusal.status, body={"error": error})
 
+    def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
+        """Say for `relay verify` why `verify` refuses a request, beyond what a bearer token tells.
+
+        Asked only then. A source that checks signatures says here which secret, encoding or bytes would
+        fit, and never a secret itself.
+        """
+        _ = incoming
+        return ()
+
     def warnings(self) -> tuple[str, ...]:
         """Say at start what the operator should know about these settings."""
         return ()

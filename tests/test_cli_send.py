@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 from commands import run
-from daemon import SOURCES, running, write_config
+from daemon import SOURCES, destination, running, write_config
 
 from relay.config.secret import Secret
 from relay.signing import Signer
@@ -117,8 +117,28 @@ def test_what_arrives_is_verified_printed_and_answered():
 def test_without_a_secret_nothing_is_verified():
     with listening("--json") as (url, out):
         assert post(url + "/hook", b"plain", {"webhook-id": "evt_2"}) == 204
-        said = json.loads("".join(out.readline() for _ in range(6)))
-        assert said == {"id": "evt_2", "signature": "not verified", "path": "/hook", "body": "plain"}
+        said = json.loads(until_closed(out))
+        assert {**said, "headers": None} == {
+            "id": "evt_2", "signature": "not verified", "method": "POST", "path": "/hook", "headers": None,
+            "body": "plain",
+        }  # fmt: skip
+        assert "evt_2" in said["headers"].values()
+
+
+def until_closed(out):
+    """Read one object of JSON as `print_json` writes it."""
+    return "".join(iter(out.readline, "}\n")) + "}"
+
+
+@pytest.mark.parametrize("body", [b'{"a": 1}\r\n', b"\xff\x00"])
+def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
+    config = write_config(tmp_path, destination("crm", "http://127.0.0.1:9/"))
+    signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), body)
+    with listening("--json") as (url, out):
+        assert post(url, body, signed) == 204
+        (tmp_path / "captured.json").write_text(until_closed(out))
+    args = ("--destination", "crm", "--request", tmp_path / "captured.json", "-c", config)
+    assert run("verify", *args).out == "verifies: destinations.crm.secrets[0]\n"
 
 
 def test_a_secret_that_is_none_and_a_port_that_is_taken_are_said():

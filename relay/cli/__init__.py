@@ -31,6 +31,7 @@ COMMANDS = {
         "relay.cli.explain:explain",
         "Say of every destination whether an event goes there.",
     ),
+    "verify": ("relay.cli.verify:verify", "Tell why a request's token or signature does not match."),
     "send": ("relay.cli.send:send", "Send a sample event through the front door."),
     "listen": (
         "relay.cli.listen:listen",

@@ -1,5 +1,6 @@
 """`relay listen`: a receiver of one's own, to see what a destination would be sent."""
 
+import base64
 import threading
 import time
 from http import HTTPStatus
@@ -29,7 +30,8 @@ def listen(port: int, *, secrets: tuple[str, ...], status: int, as_json: bool) -
 
     Example: relay listen 9000 --secret whsec_…
 
-    Goes on until Ctrl-C. A wrong signature is answered with 401. PORT 0 takes any free one.
+    Goes on until Ctrl-C. A wrong signature is answered with 401. PORT 0 takes any free one. What --json
+    prints of a request, `relay verify` reads.
     """
     try:
         verify(tuple(map(Secret, secrets)), _PROBE, b"", int(_PROBE["webhook-timestamp"]))
@@ -103,9 +105,21 @@ class _Handler(BaseHTTPRequestHandler):
         id_ = self.headers.get("webhook-id", "")
         with self.server.printing:
             if self.server.as_json:
-                print_json({"id": id_, "signature": signed, "path": self.path, "body": text})
+                print_json({"id": id_, "signature": signed, **self._captured(body, text)})
             else:
                 click.echo(f"{id_}\t{signed}\t{text}")
+
+    def _captured(self, body: bytes, text: str) -> dict[str, object]:
+        """Write the request down as `relay verify` reads it."""
+        headers = {name: self.headers.get_all(name, []) for name in self.headers}
+        exact = {} if text.encode() == body else {"body_base64": base64.b64encode(body).decode()}
+        return {
+            "method": self.command,
+            "path": self.path,
+            "headers": {name: found[0] if len(found) == 1 else found for name, found in headers.items()},
+            "body": text,
+            **exact,
+        }
 
     def _answer(self, status: int) -> None:
         self.send_response(status)

@@ -1,7 +1,7 @@
-"""The clear text of the tokens that sources accept, for the moment of use: bound are their digests only."""
+"""The clear text of configured secrets, for the moment of use: what is bound of tokens is their digests."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,19 +12,20 @@ from relay.config.secret import Secret, Secrets
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """One configured token, and where it stands."""
+    """One configured secret, and where it stands."""
 
     secret: Secret  # as it was found, spaces around it included
     key: str  # such as `sources.moddy.tokens[0]`
-    place: str  # what it is found in: `the file moddy.token`; "" for the text itself
-    source: str | None = None  # None: a token of `[admin]`
+    kind: Literal["source", "destination", "admin"]
+    owner: str = ""  # the source's or destination's name
+    place: str = ""  # what it is found in: `the file moddy.token`; "" for the text itself
     field: str = ""  # of the source's settings
     name: str = ""
     scopes: tuple[str, ...] | None = None  # None: every scope
 
 
 def tokens_of(binder: Binder, source: SourceConfig) -> Iterator[Token]:
-    """Yield a source's tokens, in the order of the file; `source` must have been bound from that file."""
+    """Yield a source's tokens, in the order of the file that it was bound from."""
     table = binder.document.data["sources"][source.name]
     for field in source.settings.__struct_fields__:
         if isinstance(getattr(source.settings, field), Secrets):
@@ -33,8 +34,9 @@ def tokens_of(binder: Binder, source: SourceConfig) -> Iterator[Token]:
                 yield Token(
                     secret=binder.origin.secret(long["secret"]),
                     key=dotted(("sources", source.name, field, index)),
+                    kind="source",
+                    owner=source.name,
                     place=_place(long["secret"]),
-                    source=source.name,
                     field=field,
                     name=long.get("name", ""),
                     scopes=None if long.get("scopes") is None else tuple(long["scopes"]),
@@ -42,14 +44,17 @@ def tokens_of(binder: Binder, source: SourceConfig) -> Iterator[Token]:
 
 
 def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
-    """Return the tokens of every source and of the admin API."""
-    given = binder.document.data.get("admin", {}).get("tokens", ())
-    admin = [
-        Token(secret=secret, key=dotted(("admin", "tokens", index)), place=_place(given[index]))
-        for index, secret in enumerate(config.admin.tokens)
-    ]
+    """Return the tokens of every source and of the admin API, and the signing secrets of destinations."""
     found = [token for source in config.sources.values() for token in tokens_of(binder, source)]
-    return (*found, *admin)
+    given = binder.document.data.get("admin", {}).get("tokens", ())
+    for index, secret in enumerate(config.admin.tokens):
+        key = dotted(("admin", "tokens", index))
+        found.append(Token(secret=secret, key=key, kind="admin", place=_place(given[index])))
+    for name, destination in config.destinations.items():
+        for index, secret in enumerate(destination.secrets):
+            key = dotted(("destinations", name, "secrets", index))
+            found.append(Token(secret=secret, key=key, kind="destination", owner=name))
+    return tuple(found)
 
 
 def _place(given: Any) -> str:

@@ -1,0 +1,200 @@
+"""A request that somebody wrote down: as it was on the wire, as `curl -v` prints it, or as JSON."""
+
+import base64
+import binascii
+import re
+from typing import Any
+
+import msgspec
+from multidict import CIMultiDict
+
+from relay.diagnosis.finding import Finding
+
+_LINE = re.compile(rb"([A-Za-z]+) (\S+)(?: HTTP/[0-9.]+)?")
+_FIELD = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*(.*)")
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_LONE_LF = re.compile(rb"(?<!\r)\n")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r\n]*)?\r?\n")
+_BOM = b"\xef\xbb\xbf"
+_AUTO = "{auto}"  # stands for the body's own length
+_EXPECTED = (
+    'expected a request: "POST /path HTTP/1.1", headers, an empty line and the body;'
+    " what `curl -v` prints; or JSON with method, path, headers and body"
+)
+
+
+class Captured(msgspec.Struct, kw_only=True):
+    """A request as it was written down, and what writing it down did to it."""
+
+    method: str
+    target: str  # as in the request line; "": not known
+    headers: CIMultiDict[str]
+    body: bytes = b""
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()  # what is worth knowing, and no fault
+
+
+class _Json(msgspec.Struct):
+    """A request as JSON. `relay listen --json` prints such."""
+
+    method: str = "POST"
+    path: str = ""
+    headers: dict[str, str | list[str]] = {}
+    body: str | None = None
+    body_base64: str | None = None
+
+
+def read_captured(content: bytes, body: bytes | None = None) -> Captured:
+    """Read a request; `body`, where it was kept apart, is taken in place of what the file has.
+
+    Raises:
+        ValueError: it is none; a sentence.
+    """
+    content = content.removeprefix(_BOM).lstrip(b"\r\n")
+    if content.startswith(b"{"):
+        captured = _from_json(content)
+    elif b"> " in content and any(_LINE.fullmatch(line[2:].rstrip()) for line in _sent(content)):
+        captured = _from_http(b"\n".join(line[2:].rstrip(b"\r") for line in _sent(content)) + b"\n\n")
+        captured.notes += ("`curl -v` prints no body",)
+    else:
+        captured = _from_http(content)
+    if body is not None:
+        captured.body = body
+        _measure(captured, trim=False)
+    else:
+        _measure(captured, trim=True)
+    return captured
+
+
+def _sent(content: bytes) -> list[bytes]:
+    """Return the lines that `curl -v` marks as sent, up to the end of the first head."""
+    lines = [line for line in content.split(b"\n") if line.startswith(b">")]
+    ends = [at for at, line in enumerate(lines) if at and not line[1:].strip()]
+    return lines[: ends[0]] if ends else lines
+
+
+def _from_json(content: bytes) -> Captured:
+    try:
+        given = msgspec.json.decode(content, type=_Json)
+        text = (given.body or "").encode()
+        body = text if given.body_base64 is None else base64.b64decode(given.body_base64, validate=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}; the body is text, as it was sent, or body_base64") from None
+    except (msgspec.DecodeError, UnicodeError, binascii.Error) as error:
+        raise ValueError(f"no JSON of a request: {error}") from None
+    headers: CIMultiDict[str] = CIMultiDict()
+    for name, value in given.headers.items():
+        for one in [value] if isinstance(value, str) else value:
+            headers.add(_named(name), one)
+    return Captured(method=given.method.upper(), target=given.path, headers=headers, body=body)
+
+
+def _from_http(content: bytes) -> Captured:
+    end = _HEAD_END.search(content)
+    head, body = (content, b"") if end is None else (content[: end.start()], content[end.end() :])
+    first, *rest = (line.rstrip(b"\r") for line in head.split(b"\n"))
+    start, lines = _LINE.fullmatch(first.strip()), rest
+    if start is None:
+        lines = [first, *rest]
+        if not _FIELD.fullmatch(first):
+            raise ValueError(_EXPECTED)
+    fields, notes = _unfolded(lines)
+    headers: CIMultiDict[str] = CIMultiDict()
+    for number, line in enumerate(fields, 1):
+        field = _FIELD.fullmatch(line)
+        if field is None:  # it may be a part of a secret, so it is not repeated
+            raise ValueError(f"header {number} is none, it has no name; {_EXPECTED}")
+        headers.add(_named(_text(field[1])), _text(field[2]))
+    method, target = ("POST", "") if start is None else (_text(start[1]).upper(), _text(start[2]))
+    return Captured(method=method, target=target, headers=headers, body=body, notes=notes)
+
+
+def _unfolded(lines: list[bytes]) -> tuple[list[bytes], tuple[str, ...]]:
+    """Put headers together that a mail program, or a sender of long ago, has broken into lines."""
+    fields: list[bytes] = []
+    for line in lines:
+        if line[:1] in (b" ", b"\t") and fields:
+            fields[-1] += line.strip()
+        else:
+            fields.append(line)
+    broken = len(fields) < len(lines)
+    return fields, ("lines that begin with a space were joined to the header before",) if broken else ()
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _named(name: str) -> str:
+    """Return a header's name as on the wire, also where a web framework made a variable of it."""
+    return name[5:].replace("_", "-") if name.startswith("HTTP_") else name
+
+
+def _measure(captured: Captured, *, trim: bool) -> None:
+    """Undo what tools do to a body while they save it, as far as its length tells.
+
+    `trim`: the body stands at the end of a file, whose last newline need not be the sender's.
+    """
+    if "chunked" in captured.headers.get("Transfer-Encoding", "").lower():
+        if (joined := _joined(captured.body)) is not None:
+            captured.body = joined
+        return
+    length = captured.headers.get("Content-Length", "").strip()
+    if length == _AUTO:
+        captured.body = captured.body.removesuffix(b"\n")
+        return
+    if not length:
+        return
+    if not (length.isascii() and length.isdigit()):
+        captured.findings += (_wrong_length(f"Content-Length is no number: {length[:20]!r}"),)
+        return
+    _fit(captured, int(length), trim=trim)
+
+
+def _fit(captured: Captured, length: int, *, trim: bool) -> None:
+    body = captured.body
+    restored = {
+        "CRLF to LF": _LONE_LF.sub(b"\r\n", body),
+        "LF to CRLF": body.replace(b"\r\n", b"\n"),
+    }
+    if len(body) == length:
+        return
+    for change, other in restored.items():
+        if len(other) == length:
+            captured.body = other
+            note = (
+                f"saving it changed the body's line ends from {change}; by Content-Length they were put back"
+            )
+            captured.notes += (note,)
+            return
+    if len(body) > length:
+        if body[length:].strip() or not trim:
+            captured.notes += (f"only the {length} bytes that Content-Length names were looked at",)
+        captured.body = body[:length]
+        return
+    lost = "; a newline at its end may have been lost when it was saved" if length - len(body) == 1 else ""
+    captured.findings += (
+        _wrong_length(f"cut short: {len(body)} bytes of the {length} that Content-Length names{lost}"),
+    )
+
+
+def _wrong_length(what: str) -> Finding:
+    do = "capture the whole body, or give it with --data @FILE; if that is all that was sent, mend the sender"
+    return Finding(cause="bytes", where="body", what=what, do=do)
+
+
+def _joined(body: bytes) -> bytes | None:
+    """Put chunks together (RFC 9112 §7.1); None: these are none, as some tools have put them together."""
+    parts: list[Any] = []
+    at = 0
+    while match := _CHUNK.match(body, at):
+        size = int(match[1], 16)
+        if size == 0:
+            return b"".join(parts)
+        at = match.end() + size
+        parts.append(body[match.end() : at])
+        end = re.compile(rb"\r?\n").match(body, at)
+        if len(parts[-1]) < size or end is None:
+            return None
+        at = end.end()
+    return None
