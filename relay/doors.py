@@ -21,6 +21,9 @@ Door = Literal["dirs", "entry point", "bundled"]
 GROUP = "relay"
 """The group of entry points that packages offer plugins under."""
 
+NO_PLUGINS = ("_", "test_")
+"""How names of files begin that stand in the folders and are no plugins."""
+
 BUNDLED = "relay.sources"
 """The package of the bundled sources; its files stand in `plugins/` (see pyproject.toml)."""
 
@@ -58,8 +61,8 @@ def _digest(file: str) -> bytes:
 
 
 def _files(dirs: Sequence[Path]) -> Sequence[Path]:
-    files = [file for folder in dirs for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
-    return tuple(dict.fromkeys(file.resolve() for file in files))
+    files = [file for folder in dirs for file in sorted(folder.glob("*.py"))]
+    return tuple(dict.fromkeys(file.resolve() for file in files if not file.name.startswith(NO_PLUGINS)))
 
 
 def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:

@@ -31,7 +31,10 @@ COMMANDS = {
         "relay.cli.explain:explain",
         "Say of every destination whether an event goes there.",
     ),
-    "verify": ("relay.cli.verify:verify", "Tell why a request's token or signature does not match."),
+    "verify": (
+        "relay.cli.verify:verify",
+        "Tell why a request's token or signature does not match: which of secret, encoding, bytes, clock.",
+    ),
     "send": ("relay.cli.send:send", "Send a sample event through the front door."),
     "listen": (
         "relay.cli.listen:listen",
@@ -40,7 +43,7 @@ COMMANDS = {
     "doctor": ("relay.cli.doctor:doctor", "Look for everything that could be wrong, and say what to do."),
     "db": ("relay.cli.db:db", "The database: what it takes, copies of it, giving room back."),
     "completion": ("relay.cli.completion:completion", "Print what makes a shell complete this command."),
-    "plugins": ("relay.cli.plugins:plugins", "What plugins are there, and where they come from."),
+    "plugins": ("relay.cli.plugins:plugins", "What plugins are there, where they come from, and a new one."),
 }
 """Every command: where it is, and its line in `relay --help`, which imports none of them."""
 
