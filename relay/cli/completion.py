@@ -3,9 +3,11 @@
 import click
 from click.shell_completion import get_completion_class
 
+from relay.cli.options import OneOf
+
 
 @click.command()
-@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.argument("shell", type=OneOf(("bash", "zsh", "fish")))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print what makes a shell complete this command.

@@ -7,7 +7,7 @@ import msgspec
 
 from relay.cli.exits import CommandError
 from relay.cli.group import Group
-from relay.cli.options import config_option, json_option
+from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json
 from relay.cli.starting import START
 from relay.config.effective import as_toml, effective
@@ -18,7 +18,7 @@ from relay.loader import load
 
 
 @click.command("check-config")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=FILE)
 @config_option
 @json_option
 @click.pass_context
@@ -86,7 +86,7 @@ def show(config: Path | None, *, as_json: bool) -> None:
 
 
 @config_.command()
-@click.argument("file", type=click.Path(path_type=Path), default=Path("config.toml"))
+@click.argument("file", type=FILE, default=Path("config.toml"))
 def init(file: Path) -> None:
     """Write a config.toml for production to start from.
 

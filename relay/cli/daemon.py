@@ -20,7 +20,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import click
 
 from relay.cli.exits import FAILED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
-from relay.cli.options import config_option
+from relay.cli.options import FILE, config_option
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, look_for_config, socket_path
@@ -260,7 +260,7 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--socket",
         "socket_file",
-        type=click.Path(path_type=Path),
+        type=FILE,
         envvar=VARIABLE,
         show_envvar=True,
         help="The relay's unix socket; else the configuration's.",
@@ -268,7 +268,7 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--url", help='A relay elsewhere: its admin listener, such as "http://127.0.0.1:8081".')
     @click.option(
         "--token-file",
-        type=click.Path(path_type=Path),
+        type=FILE,
         help="With --url: the file that one of its `[admin] tokens` stands in.",
     )
     @functools.wraps(command)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from relay.cli.options import json_option
+from relay.cli.options import OneOf, json_option
 from relay.cli.output import print_json, print_table
 
 STATES = ("pending", "delivered", "dead", "expired", "cancelled")
@@ -15,10 +15,10 @@ _FILTERS: Mapping[str, tuple[Any, str]] = {
     "type": (str, "Of this full type, such as adorn.image.shared."),
     "subject": (str, "About this subject."),
     "destination": (str, "Owed to this destination."),
-    "state": (click.Choice(STATES), "In this state."),
+    "state": (OneOf(STATES), "In this state."),
     "since": (str, 'Received since then: "2h" ago, or RFC 3339.'),
     "until": (str, "Received before then."),
-    "status": (click.Choice(("ONLINE", "OFFLINE", "MAINTENANCE")), "Of this status."),
+    "status": (OneOf(("ONLINE", "OFFLINE", "MAINTENANCE")), "Of this status."),
     "version": (str, "Of this version."),
     "environment": (str, "Of this environment."),
     "event": (str, "Of this event; its id in full."),

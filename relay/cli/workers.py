@@ -9,7 +9,7 @@ from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.group import Group
 from relay.cli.listing import filter_options, page_options, print_fields, print_page
-from relay.cli.options import json_option
+from relay.cli.options import OneOf, json_option
 from relay.cli.output import print_json, print_table
 
 COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
@@ -75,7 +75,7 @@ def forget(daemon: Daemon, source: str, id_: str, *, yes: bool, as_json: bool) -
 @workers.command()
 @click.argument("source")
 @click.argument("id_", metavar="WORKER")
-@click.argument("state", type=click.Choice(("on", "off")))
+@click.argument("state", type=OneOf(("on", "off")))
 @json_option
 @daemon_options
 def maintenance(daemon: Daemon, source: str, id_: str, state: str, *, as_json: bool) -> None:
