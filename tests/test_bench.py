@@ -77,6 +77,16 @@ def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
     )
 
 
+def test_what_commands_cost_is_printed_beside_the_limit():
+    command = [sys.executable, "-m", "bench.startup", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines = done.stdout.splitlines()
+    assert title.startswith("CPU per command")
+    assert [line.split("  ")[1] for line in lines][:2] == ["python -c pass", "relay --help"]
+    assert all(re.search(r" [0-9]+ ms \([0-9]+-[0-9]+\)", line) for line in lines)
+    assert "limit 120 ms" in lines[1]
+
+
 @pytest.fixture
 def old_events(tmp_path):
     """Make what the benchmark of retention begins with, but fewer."""
