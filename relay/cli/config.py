@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from relay.cli.exits import CommandError
+from relay.cli.exits import CommandError, code_of
 from relay.cli.group import Group
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json
@@ -37,7 +37,7 @@ def check(ctx: click.Context, file: Path | None, config: Path | None, *, as_json
         loaded = load(path).config
     except ConfigError as error:
         _tell_problems(path, error, as_json=as_json)
-        ctx.exit(1)
+        ctx.exit(code_of(error))
     _tell_success(path, loaded, as_json=as_json)
 
 

@@ -297,6 +297,9 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _token(file: Path) -> str:
     try:
         return file.read_text().strip()
+    except PermissionError as error:
+        hint = "it must be readable for who runs the command"
+        raise CommandError(f"{file} cannot be read: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CommandError(f"{file} cannot be read: {why}", hint="write the token into it") from None
@@ -304,15 +307,16 @@ def _token(file: Path) -> str:
 
 def _socket_of(given: Path | None) -> Path:
     """Return the socket of the configuration; what is wrong with it otherwise does not matter here."""
-    if look_for_config(given) is None and _is_there(RUNTIME / Admin().socket):
+    if look_for_config(given) is None and is_there(RUNTIME / Admin().socket):
         return RUNTIME / Admin().socket
     config = bind_tables(Binder(read(find_config(given)), os.environ))
     path, in_runtime = socket_path(config), RUNTIME / config.admin.socket
-    return in_runtime if _is_there(in_runtime) and not _is_there(path) else path
+    return in_runtime if is_there(in_runtime) and not is_there(path) else path
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
+    """Say whether there is a file, as far as this user may know."""
     try:
         return path.exists()
-    except PermissionError:  # then connecting says so
+    except PermissionError:  # then using it says so
         return True

@@ -15,8 +15,8 @@ from relay.cli.doctor import named, tell
 from relay.cli.exits import INTERRUPTED, CommandError
 from relay.cli.group import Group
 from relay.cli.listing import print_fields
-from relay.cli.offline import Offline, database_of, reader_options, tables_of
-from relay.cli.options import config_option, json_option
+from relay.cli.offline import Offline, database_of, readable, reader_options, tables_of
+from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json, print_table
 from relay.cli.progress import show, work
 from relay.clock import SystemClock, rfc3339
@@ -56,7 +56,7 @@ def status(daemon: Daemon | Offline, *, as_json: bool) -> None:
 
 
 @db.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=FILE, required=False)
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 @json_option
 @daemon_options
@@ -76,7 +76,7 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
     else:
         if ctx.params.get("url") is not None:
             raise click.UsageError("leave out FILE: a relay elsewhere makes its backups itself")
-        done = _copy(database_of(tables_of(ctx.params.get("config"))), file, force=force)
+        done = _copy(readable(database_of(tables_of(ctx.params.get("config")))), file, force=force)
     if as_json:
         print_json(done)
     else:
@@ -85,7 +85,7 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
 
 
 @db.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=FILE, required=False)
 @config_option
 @json_option
 def check(file: Path | None, config: Path | None, *, as_json: bool) -> None:
@@ -98,7 +98,7 @@ def check(file: Path | None, config: Path | None, *, as_json: bool) -> None:
     """
     from relay.store.doctor import Patient, examine  # noqa: PLC0415 - loads what other commands do without
 
-    path = file or database_of(tables_of(config))
+    path = readable(file or database_of(tables_of(config)))
     if not path.exists():
         raise CommandError(f"there is no database {path}", hint="name a file, or the configuration with -c")
     patient = Patient(path=path, now=SystemClock().wall())

@@ -1,5 +1,6 @@
 """How a command ends when it is not well: each exit code means one thing, in every command."""
 
+from relay.config.problem import UnreadableError
 from relay.errors import RelayError
 
 FAILED = 1  # it did not work, or found problems
@@ -16,3 +17,10 @@ class CommandError(RelayError):
     def __init__(self, message: str, *, hint: str = "", code: int = FAILED) -> None:
         super().__init__(message, hint=hint)
         self.code = code
+
+
+def code_of(error: RelayError) -> int:
+    """Return the exit code of a command that ends with an error."""
+    if isinstance(error, CommandError):
+        return error.code
+    return NOT_ALLOWED if isinstance(error, UnreadableError) else FAILED

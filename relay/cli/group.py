@@ -6,7 +6,7 @@ from typing import Any, Never
 
 import click
 
-from relay.cli.exits import FAILED, INTERRUPTED, CommandError
+from relay.cli.exits import INTERRUPTED, code_of
 from relay.config.problem import guess
 from relay.errors import RelayError
 
@@ -53,7 +53,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as error:
-            _leave(ctx, str(error), error.code if isinstance(error, CommandError) else FAILED)
+            _leave(ctx, str(error), code_of(error))
         except (KeyboardInterrupt, click.Abort):
             _leave(ctx, "interrupted", INTERRUPTED)
 

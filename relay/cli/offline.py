@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from relay.api.selecting import filter_of
-from relay.cli.daemon import daemon_options
-from relay.cli.exits import NOTHING, CommandError
+from relay.cli.daemon import daemon_options, is_there
+from relay.cli.exits import NOT_ALLOWED, NOTHING, CommandError
 from relay.clock import SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
@@ -29,7 +29,7 @@ class Offline:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._file = database_of(config)
+        self._file = readable(database_of(config))
 
     def measure(self) -> Measured:
         """Say what the file holds and takes; raises `StorageError`."""
@@ -150,4 +150,16 @@ def database_of(config: Config) -> Path:
     """Return where the database is."""
     name = config.storage.url.removeprefix("sqlite:")
     path = config.state_dir / name
-    return STATE / name if not path.exists() and (STATE / name).exists() else path
+    return STATE / name if not is_there(path) and is_there(STATE / name) else path
+
+
+def readable(path: Path) -> Path:
+    """Return a database's file, unless this user may not read it.
+
+    Raises:
+        CommandError: he may not.
+    """
+    if is_there(path) and not os.access(path, os.R_OK):
+        hint = "run the command as root, or as the user that the relay runs as"
+        raise CommandError(f"may not read {path}", hint=hint, code=NOT_ALLOWED)
+    return path

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from relay.config.lines import find_lines
-from relay.config.problem import ConfigError, KeyPath, Problem
+from relay.config.problem import ConfigError, KeyPath, Problem, UnreadableError
 
 _AT_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
 _AT_END = " (at end of document)"
@@ -34,13 +34,18 @@ def read(path: Path) -> Document:
     """Read a TOML file.
 
     Raises:
+        UnreadableError: this user may not read it.
         ConfigError: it cannot be opened, is not UTF-8 or is not TOML; one problem, with its line.
     """
     file = str(path)
     try:
         content = path.read_bytes()
+    except PermissionError as error:
+        hint = "run the command as root, or as the user that the relay runs as"
+        raise UnreadableError([_unread(file, error)], hint=hint) from None
     except OSError as error:
-        raise ConfigError([Problem(file, 0, "", f"cannot be read: {error.strerror}")]) from None
+        hint = "name another file with -c; `relay config init FILE` writes one to start from"
+        raise ConfigError([_unread(file, error)], hint=hint) from None
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -54,6 +59,10 @@ def read(path: Path) -> Document:
     except ValueError as error:  # TOMLDecodeError is one; a number of 5,000 digits is another
         raise ConfigError([_syntax(file, text, str(error))]) from None
     return Document(file=file, path=path.absolute(), data=data, lines=lines)
+
+
+def _unread(file: str, error: OSError) -> Problem:
+    return Problem(file, 0, "", f"cannot be read: {error.strerror}")
 
 
 def _syntax(file: str, text: str, message: str) -> Problem:

@@ -31,9 +31,13 @@ class Problem(msgspec.Struct, frozen=True, order=True):
 class ConfigError(RelayError):
     """The configuration cannot be used; `problems` has every reason, ordered by place."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], *, hint: str = "") -> None:
         self.problems = tuple(sorted(set(problems)))
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__("\n".join(map(str, self.problems)), hint=hint)
+
+
+class UnreadableError(ConfigError):
+    """This user may not read the configuration."""
 
 
 def dotted(path: KeyPath) -> str:
