@@ -3,7 +3,6 @@
 from importlib.resources import files
 
 from aiohttp import web
-from prometheus_client.aiohttp import make_aiohttp_handler
 
 from relay import __version__
 from relay.api.access import audit, guard
@@ -15,6 +14,7 @@ from relay.api.jobs import JobsApi
 from relay.api.lists import ListsApi
 from relay.api.parts import Parts
 from relay.api.repeats import RepeatsApi
+from relay.api.scrape import Scrape
 from relay.api.setup import SetupApi
 from relay.api.sources import SourcesApi
 from relay.api.stats import StatsApi
@@ -56,7 +56,7 @@ class Api:
         return [
             web.get("/health", self._alive),
             web.get("/ready", self._ready),
-            web.get("/metrics", make_aiohttp_handler(self._parts.registry)),
+            web.get("/metrics", Scrape(self._parts.registry).answer),
             web.get("/api/openapi.json", self._describe),
             web.get("/api/status", self._status),
             web.post("/api/reload", self._reload),
