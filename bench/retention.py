@@ -133,21 +133,23 @@ async def main(events: int) -> None:
                     server, lambda: left() > 0 and time.perf_counter() < began + PATIENCE
                 )
                 took = time.perf_counter() - began
-        _say("before", before)
-        _say("while they go", during)
-        rise = _percentile(during, 99) - _percentile(before, 99)
+        say("before", before)
+        say("while they go", during)
+        rise = percentile(during, 99) - percentile(before, 99)
         met = "met" if rise <= TARGET and took < PATIENCE else "missed"
         target = f"target {TARGET * 1e3:.0f} ms, {met}"
         print(f"  all gone in {took:.0f} s; the 99th percentile rose by {rise * 1e3:.1f} ms: {target}")
 
 
-def _percentile(figures: list[float], percent: int) -> float:
+def percentile(figures: list[float], percent: int) -> float:
+    """Return a percentile of at least two figures."""
     return statistics.quantiles(figures, n=100)[percent - 1]
 
 
-def _say(what: str, figures: list[float]) -> None:
-    shares = ", ".join(f"p{percent} {_percentile(figures, percent) * 1e3:.1f}" for percent in (50, 90, 99))
-    print(f"  {what:<15}{len(figures):>8,} answers, ms: {shares}, most {max(figures) * 1e3:.1f}")
+def say(what: str, figures: list[float], unit: str = "answers") -> None:
+    """Print how durations in seconds are spread."""
+    shares = ", ".join(f"p{percent} {percentile(figures, percent) * 1e3:.1f}" for percent in (50, 90, 99))
+    print(f"  {what:<15}{len(figures):>8,} {unit}, ms: {shares}, most {max(figures) * 1e3:.1f}")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,17 @@ def test_what_commands_cost_is_printed_beside_the_limit():
     assert "limit 120 ms" in lines[1]
 
 
+def test_scrapes_are_timed_at_rest_and_beside_senders():
+    command = [sys.executable, "-m", "bench.scrape", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines, verdict = done.stdout.splitlines()
+    assert title.startswith("2 scrapes of 50 destinations")
+    assert [line.split(" ms: ")[0].rsplit(maxsplit=2)[0].strip() for line in lines] == [
+        "at rest", "beside senders", "without scrapes", "between scrapes",
+    ]  # fmt: skip
+    assert "the target of the medians is 50 ms" in verdict
+
+
 @pytest.fixture
 def old_events(tmp_path):
     """Make what the benchmark of retention begins with, but fewer."""

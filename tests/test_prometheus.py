@@ -181,7 +181,11 @@ async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):
             await relay.exchange(request("POST", "/v1/events", adorn()))
             await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="crm"))
             text = await scrape(relay, OPENMETRICS)
-    for name in ("relay_delivery_latency_seconds", "relay_delivery_attempt_duration_seconds"):
+    for name in (
+        "relay_ingest_duration_seconds",
+        "relay_delivery_latency_seconds",
+        "relay_delivery_attempt_duration_seconds",
+    ):
         assert re.search(rf'^{name}_bucket.* # {{event_id="{receiver.ids[0]}"}}', text, re.MULTILINE)
     assert text.endswith("# EOF\n")
 

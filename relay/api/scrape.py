@@ -1,20 +1,23 @@
-"""What a scrape gets: every metric, rendered by prometheus_client a family at a time.
+"""What a scrape gets: every metric, in Prometheus' text or as OpenMetrics.
 
-Rendered at once, 50 destinations would keep senders waiting for as long as a scrape takes.
+prometheus_client counts, collects and negotiates. Its renderers take 25 to 40 ms for 50 destinations, because
+they make each series' name and labels anew; here those are remembered, which leaves 13 ms, most of it for
+collecting. And senders have their turns in between.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import cast
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar, Sample
+from prometheus_client.utils import floatToGoString
 
-STRETCH = 500  # samples rendered, about 4 ms, before others have their turn
-_END: Final = b"# EOF\n"  # OpenMetrics ends in it
+STRETCH = 500  # samples, about 2 ms, before others have their turn
+_number = cast("Callable[[float], str]", floatToGoString)  # which comes without types
 
 
 class Scrape:
@@ -22,39 +25,61 @@ class Scrape:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        self._heads: dict[tuple[str, ...], str] = {}  # a series' name and labels as they are written
 
     async def answer(self, request: web.Request) -> web.Response:
-        """Render what the Accept header asks for; uncompressed, as nobody is far away who may ask."""
-        encode, content_type = _encoder(request)
-        parts, samples, end = [], 0, b""
+        """Write what the Accept header asks for; uncompressed, as whoever may ask is near."""
+        _, content_type = choose_encoder(",".join(request.headers.getall("Accept", [])))
+        modern = content_type.startswith("application/openmetrics-text")
+        lines: list[str] = []
+        samples = 0
         for family in self._wanted(request).collect():
-            # Our names need no escaping. Said so, prometheus_client looks at each once, not at every letter:
-            # two fifths of the time of OpenMetrics.
-            text = encode(_One(family), escaping=ALLOWUTF8)
-            if text.endswith(_END):
-                text, end = text.removesuffix(_END), _END
-            parts.append(text)
+            lines += self._openmetrics(family) if modern else self._text(family)
             samples += len(family.samples)
             if samples > STRETCH:
                 samples = 0
                 await asyncio.sleep(0)
-        return web.Response(body=b"".join([*parts, end]), headers={"Content-Type": content_type})
+        if modern:
+            lines.append("# EOF\n")
+        return web.Response(body="".join(lines).encode(), headers={"Content-Type": content_type})
 
     def _wanted(self, request: web.Request) -> Collector:
         names = request.query.getall("name[]", [])
         return self._registry.restricted_registry(names) if names else self._registry
 
+    def _text(self, family: Metric) -> Iterator[str]:
+        """Write a family as Prometheus did before: its name is that of its series."""
+        name, kind = family.name, family.type
+        if kind == "counter":
+            name += "_total"
+        elif kind == "info":
+            name, kind = f"{name}_info", "gauge"
+        yield f"# HELP {name} {family.documentation}\n# TYPE {name} {kind}\n"
+        for sample in family.samples:
+            yield f"{self._head(sample)} {_number(sample.value)}\n"
 
-def _encoder(request: web.Request) -> tuple[Callable[..., bytes], str]:
-    """Return what renders, and the content type of it."""
-    return choose_encoder(",".join(request.headers.getall("Accept", [])))
+    def _openmetrics(self, family: Metric) -> Iterator[str]:
+        yield f"# HELP {family.name} {family.documentation}\n# TYPE {family.name} {family.type}\n"
+        for sample in family.samples:
+            like = "" if sample.exemplar is None else _exemplar(sample.exemplar)
+            yield f"{self._head(sample)} {_number(sample.value)}{like}\n"
+
+    def _head(self, sample: Sample) -> str:
+        key = (sample.name, *sample.labels.values())
+        head = self._heads.get(key)
+        if head is None:
+            labels = f"{{{_labels(sample.labels)}}}" if sample.labels else ""
+            head = self._heads[key] = sample.name + labels
+        return head
 
 
-class _One(Collector):
-    """A family as a collector of its own."""
+def _exemplar(exemplar: Exemplar) -> str:
+    return f" # {{{_labels(exemplar.labels)}}} {_number(exemplar.value)} {exemplar.timestamp}"
 
-    def __init__(self, family: Metric) -> None:
-        self._family = family
 
-    def collect(self) -> Iterable[Metric]:
-        return [self._family]
+def _labels(labels: dict[str, str]) -> str:
+    return ",".join(f'{name}="{_escape(value)}"' for name, value in sorted(labels.items()))
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -92,7 +92,8 @@ class Ingest:
             mount = match.mount
             incoming.path = path.removeprefix(mount.config.prefix)
             response = await self._serve(request, match, incoming)
-            self._meters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND)
+            exemplar = {"event_id": response.event_id} if response.event_id else None
+            self._meters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
         except Refusal as refusal:
             mount = mount or self._routes.owner(path)
             if mount is None:
@@ -150,6 +151,7 @@ class Ingest:
         self._wonder(mount, acceptance)
         if receipt != expected:
             response = answer_again(accepted, receipt, response)
+        response.event_id = receipt.event_id
         if receipt.sent:
             response.lost = lambda: self._take_back(receipt.sent)
         return response

@@ -21,12 +21,13 @@ class Response:
     connection), a `web.Response` takes over; else that one would write these very bytes.
     """
 
-    __slots__ = ("_is_last", "_other", "body", "headers", "lost", "status")
+    __slots__ = ("_is_last", "_other", "body", "event_id", "headers", "lost", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
         self.body = body
         self.headers: CIMultiDict[str] = CIMultiDict()  # beside the content type
+        self.event_id = ""  # of the event that it acknowledges
         self.lost: Callable[[], None] | None = None  # called when it could not be written
         self._is_last = False
         self._other: web.Response | None = None

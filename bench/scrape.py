@@ -1,0 +1,83 @@
+"""How long a scrape of 50 destinations takes, at rest and beside senders, and what these notice of it."""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.loop import run
+from bench.processes import python
+from bench.retention import PACE, latencies, percentile, say
+from bench.subject import relay
+
+DESTINATIONS = 50
+SCRAPES = 100
+EVERY = 0.25  # seconds between two, sixty times as often as Prometheus
+TARGET = 0.050  # seconds that a scrape may take
+
+# As Prometheus asks; the socket has the same handler as the admin listener.
+_ASK = b"""\
+GET /metrics HTTP/1.1\r
+Host: relay\r
+Accept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1\r
+Accept-Encoding: gzip\r
+Connection: close\r
+\r
+"""
+_IDLE = """\
+[destinations.idle{number}]
+url = "{url}/hook"
+events = ["nobody.*"]
+allow_private = true
+"""
+
+
+async def scrapes(door: Path, count: int) -> list[float]:
+    """Return the seconds that each took, from the connection to the last byte.
+
+    Raises:
+        RuntimeError: an answer is not a whole scrape.
+    """
+    found = []
+    for _ in range(count):
+        began = time.perf_counter()
+        reader, writer = await asyncio.open_unix_connection(door)
+        writer.write(_ASK)
+        text = await reader.read()
+        found.append(time.perf_counter() - began)
+        writer.close()
+        if not (text.startswith(b"HTTP/1.1 200 ") and text.endswith(b"# EOF\n")):
+            raise RuntimeError(f"unexpected answer: {text[:200]!r}")
+        await asyncio.sleep(EVERY)
+    return found
+
+
+async def main(count: int) -> None:
+    """Measure all of it."""
+    with TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        async with python(folder / "receiver.log", "-m", "bench.serve", "receiver") as receiver:
+            idle = "".join(_IDLE.format(number=n, url=receiver.url) for n in range(1, DESTINATIONS))
+            async with relay(folder, receiver.url, idle) as server:
+                print(f"{count} scrapes of {DESTINATIONS} destinations, {PACE:.0f} events/s", flush=True)
+                door, cpu = folder / "relay.sock", server.cpu()
+                at_rest = await scrapes(door, count)
+                cpu = (server.cpu() - cpu) / count
+                quiet = asyncio.ensure_future(asyncio.sleep(count * EVERY))
+                before = await latencies(server, lambda: not quiet.done())
+                scraping = asyncio.ensure_future(scrapes(door, count))
+                during = await latencies(server, lambda: not scraping.done())
+                beside = await scraping
+    say("at rest", at_rest, "scrapes")
+    say("beside senders", beside, "scrapes")
+    say("without scrapes", before)
+    say("between scrapes", during)
+    met = "met" if max(percentile(at_rest, 50), percentile(beside, 50)) < TARGET else "missed"
+    print(
+        f"  {cpu * 1e3:.1f} ms of CPU each at rest; the target of the medians is {TARGET * 1e3:.0f} ms, {met}"
+    )
+
+
+if __name__ == "__main__":
+    run(main(int(sys.argv[1]) if sys.argv[1:] else SCRAPES))
