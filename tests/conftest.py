@@ -7,6 +7,7 @@ import pytest
 from certificates import Certificates
 from client import AMPLE
 from lanes import CLOCK, Receiver
+from roots import fetch
 
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
@@ -58,3 +59,9 @@ async def store(tmp_path):
     await store.open()
     yield store
     await store.close()
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory):
+    """The folder of what an installation by Debian's Python fetches, fetched once."""
+    return fetch(tmp_path_factory.mktemp("wheels"))

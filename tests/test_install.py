@@ -1,134 +1,158 @@
-"""The page for installing: its commands, run in a scratch root with stand-ins for a machine's own tools."""
+"""The page for installing: its commands, as they are written there, in a clean root.
 
-import os
+All of it is done for real but for two things that no root of its own can have: a systemd that runs (systemctl
+enables and disables, and does nothing else), and /proc (systemd-tmpfiles works from outside).
+"""
+
 import re
-import stat
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from daemon import adorn
+from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
+from wire import exchange, request
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "install.md").read_text()
+PAGE = (CHECKOUT / "docs" / "install.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", PAGE, re.DOTALL))
+UNITS = {"relay.service", "relay.socket", "relay-admin.socket"}
+HERE = "/root/hookferry"
 
-RELAY = f'#!/bin/sh\nexec "{sys.executable}" -c "from relay.cli import main; main()" "$@"\n'
-PYTHON = """\
+SYSTEMCTL = """\
 #!/bin/sh
-# python3 -m venv DIR: an environment whose pip fetches nothing; what it would install is tested as the wheel.
-mkdir -p "$3/bin"
-printf '#!/bin/sh\\necho "pip $*" >>"$CALLS"\\n' >"$3/bin/pip"
-cp "$RELAY" "$3/bin/relay"
-chmod +x "$3/bin/pip" "$3/bin/relay"
+echo "systemctl $*" >>/calls
+for word; do shift; [ "$word" = --now ] || set -- "$@" "$word"; done
+SYSTEMD_OFFLINE=1 exec /bin/systemctl "$@"
 """
-NOTED = '#!/bin/sh\necho "${0##*/} $*" >>"$CALLS"\n'
-STAND_INS = {
-    "python3": PYTHON,
-    **dict.fromkeys(("apt-get", "systemctl", "systemd-sysusers", "systemd-tmpfiles", "userdel"), NOTED),
-}
+TMPFILES = '#!/bin/sh\necho "systemd-tmpfiles $*" >>/calls\n'
 
 
 class Machine:
     """A root to install into."""
 
-    def __init__(self, folder):
-        self.root = folder / "root"
-        self.calls = folder / "calls"
-        tools = folder / "tools"
-        for made in (self.root, self.root / "usr/local/bin", tools):
-            made.mkdir(parents=True)
-        self.calls.touch()
-        (folder / "relay").write_text(RELAY)
-        for name, text in STAND_INS.items():
-            (tools / name).write_text(text)
-            (tools / name).chmod(0o755)
-        self._environment = {
-            **os.environ,
-            "PATH": f"{tools}:{os.environ['PATH']}",
-            "CALLS": str(self.calls),
-            "RELAY": str(folder / "relay"),
-        }
+    def __init__(self, root, pip):
+        self.root = root
+        self._pip = pip
 
     def run(self, name):
-        """Run a block of the page and return what it asked of the machine's own tools."""
-        before = self.calls.read_text()
-        script = re.sub(r"(?<![\w.])/(opt|etc|usr|var)/", rf"{self.root}/\1/", BLOCKS[name])
-        command = ("bash", "-euo", "pipefail", "-c", script)
-        done = subprocess.run(
-            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        return self.calls.read_text().removeprefix(before).splitlines()
+        """Run a block of the page and return what it asked of systemd."""
+        self.root.add("calls", "")
+        script = BLOCKS[name]
+        self.root.run("bash", "-euo", "pipefail", "-c", script, cwd=HERE, **self._pip)
+        calls = (self.root.path / "calls").read_text().splitlines()
+        for call in calls:
+            if call.startswith("systemd-tmpfiles "):
+                command = ("systemd-tmpfiles", f"--root={self.root.path}", *call.split()[1:])
+                subprocess.run(command, check=True, capture_output=True)
+        return calls
 
-    def files(self):
-        """Return the files that there are, but for links."""
-        found = [path for path in self.root.rglob("*") if path.is_file() and not path.is_symlink()]
-        return {str(path.relative_to(self.root)) for path in found}
+    def listing(self, *paths):
+        """Return mode, owner and name of files."""
+        return self.root.run("stat", "-c", "%a %U:%G %n", *paths).splitlines()
+
+    def text(self, path, change=None):
+        """Return what is in a file, after changing it."""
+        file = self.root.path / path.lstrip("/")
+        if change is not None:
+            file.write_text(change(file.read_text()))
+        return file.read_text()
 
 
-@pytest.fixture
-def machine(tmp_path):
-    """A machine with the relay installed."""
-    machine = Machine(tmp_path)
-    assert "systemd-sysusers relay.conf" in machine.run("install")
+@pytest.fixture(scope="module")
+def installed(wheels, tmp_path_factory):
+    """A machine after the first block."""
+    root = Root(tmp_path_factory.mktemp("root"), *DEBIAN)
+    copy_checkout(root.path / HERE.lstrip("/"))
+    subprocess.run(["cp", "-R", wheels, root.path / "wheels"], check=True)
+    root.add("usr/local/sbin/systemctl", SYSTEMCTL, 0o755)
+    root.add("usr/local/sbin/systemd-tmpfiles", TMPFILES, 0o755)
+    machine = Machine(root, offline("/wheels"))
+    assert machine.run("install") == ["systemd-tmpfiles --create relay.conf"]
     return machine
 
 
+@pytest.fixture
+def machine(installed, tmp_path):
+    """Such a machine for one test."""
+    return Machine(installed.root.copy(tmp_path / "root"), installed._pip)
+
+
 def test_the_page_has_every_step():
-    assert list(BLOCKS) == ["install", "start", "upgrade", "rollback", "backup", "restore", "uninstall"]
+    steps = ["install", "check", "start", "upgrade", "rollback", "backup", "restore", "package", "uninstall"]
+    assert list(BLOCKS) == steps
 
 
-def test_an_install_puts_everything_where_the_page_says(machine):
-    units = {f"etc/systemd/system/{name}" for name in ("relay.service", "relay.socket", "relay-admin.socket")}
-    snippets = {"usr/lib/sysusers.d/relay.conf", "usr/lib/tmpfiles.d/relay.conf"}
-    program = {"opt/relay/bin/pip", "opt/relay/bin/relay"}
-    assert machine.files() == units | snippets | program | {"etc/relay/config.toml", "etc/relay/environment"}
-    for name in ("config.toml", "environment"):
-        assert stat.S_IMODE((machine.root / "etc/relay" / name).stat().st_mode) == 0o640
-    assert (machine.root / "usr/local/bin/relay").samefile(machine.root / "opt/relay/bin/relay")
+def test_an_install_puts_everything_where_the_page_says(installed):
+    assert installed.listing("/etc/relay", "/etc/relay/config.toml", "/etc/relay/environment") == [
+        "750 root:relay /etc/relay",
+        "640 root:relay /etc/relay/config.toml",
+        "640 root:relay /etc/relay/environment",
+    ]
+    units = (installed.root.path / "etc/systemd/system").glob("relay*")
+    assert {path.name for path in units} == UNITS
+    assert installed.root.run("readlink", "/usr/local/bin/relay") == "/opt/relay/bin/relay\n"
+    entry = installed.root.run("getent", "passwd", "relay")
+    assert re.fullmatch(r"relay:x:\d+:\d+:hookferry webhook relay:/var/lib/relay:/usr/sbin/nologin\n", entry)
+
+
+def test_the_check_reads_the_secrets_of_the_service(machine):
+    machine.text("/etc/relay/config.toml", lambda text: text.replace("development = true", "#"))
+    machine.text("/etc/relay/config.toml", lambda text: re.sub(r", development = \"[^\"]*\"", "", text))
+    with pytest.raises(AssertionError, match="CRM_WEBHOOK_SECRET is not set"):
+        machine.run("check")
+    names = re.findall(r'env = "(\w+)"', machine.text("/etc/relay/config.toml"))
+    secrets = {name: f"a $ecret & {name}" for name in names}
+    secrets["CRM_WEBHOOK_SECRET"] = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    lines = "".join(f"{name}='{secret}'\n" for name, secret in secrets.items())
+    machine.text("/etc/relay/environment", lambda _: lines)
+    machine.run("check")
 
 
 def test_a_start_enables_every_unit_that_was_installed(machine):
-    [enable] = [call for call in machine.run("start") if "enable" in call]
-    units = {path.name for path in (machine.root / "etc/systemd/system").iterdir()}
-    assert set(enable.split()[3:]) == units
+    machine.run("start")
+    wanted = {path.name for path in (machine.root.path / "etc/systemd/system").rglob("*.wants/relay*")}
+    assert wanted == UNITS
 
 
 def test_an_upgrade_can_be_taken_back(machine):
-    program = machine.root / "opt/relay/bin/relay"
-    former = program.read_text() + "# former\n"
-    program.write_text(former)
-    assert machine.run("upgrade")[-1] == "systemctl restart relay.service"
-    program.write_text(RELAY + "# newer\n")
+    machine.text(f"{HERE}/relay/__init__.py", lambda text: re.sub(r'"\d+\.\d+\.\d+"', '"99.0.0"', text))
+    former = machine.root.run("relay", "--version")
+    assert machine.run("upgrade") == ["systemctl restart relay.service"]
+    assert machine.root.run("relay", "--version") == "hookferry 99.0.0\n"
     assert machine.run("rollback") == ["systemctl stop relay.service", "systemctl start relay.service"]
-    assert program.read_text() == former
-    assert not (machine.root / "opt/relay.former").exists()
+    assert machine.root.run("relay", "--version") == former
+    assert not (machine.root.path / "opt/relay.former").exists()
 
 
 def test_an_upgrade_that_the_configuration_does_not_suit_does_not_restart(machine):
-    (machine.root / "etc/relay/config.toml").write_text("[nonsense]\n")
-    with pytest.raises(AssertionError, match="upgrade"):
+    machine.text("/etc/relay/config.toml", lambda _: "[nonsense]\n")
+    with pytest.raises(AssertionError, match="nonsense"):
         machine.run("upgrade")
-    assert "restart" not in machine.calls.read_text()
+    assert "restart" not in machine.text("/calls")
 
 
-def test_a_restored_backup_is_what_was_backed_up(machine):
-    state = machine.root / "var/lib/relay"
-    state.mkdir(parents=True)
-    (state / "relay.db").write_text("then")
-    (state / "relay.db-wal").write_text("then, too")
+async def test_a_restored_backup_is_what_was_backed_up(machine):
+    machine.text("/etc/relay/config.toml", lambda text: re.sub(r"127\.0\.0\.1:80\d\d", "127.0.0.1:0", text))
+
+    async def receive(session):
+        async with machine.root.serve() as daemon:
+            answer = await exchange(daemon.url, request("POST", "/v1/events", adorn(session)))
+            assert answer.status == 200
+            listed = machine.root.run("relay", "events", "list", "-q")
+            assert await daemon.stop() == 0
+        return listed.split()
+
+    [then] = await receive("then")
     machine.run("backup")
-    (state / "relay.db").write_text("now")
-    (state / "relay.db-shm").write_text("now")
+    assert len(await receive("now")) == 2
     machine.run("restore")
-    kept = {path.name: path.read_text() for path in state.iterdir()}
-    assert kept == {"relay.db": "then", "relay.db-wal": "then, too"}
+    assert machine.listing("/var/lib/relay/relay.db") == ["600 relay:relay /var/lib/relay/relay.db"]
+    assert (await receive("later"))[-1] == then
 
 
 def test_an_uninstall_leaves_nothing(machine):
-    (machine.root / "var/lib/relay").mkdir(parents=True)
-    (machine.root / "var/lib/relay/relay.db").touch()
+    machine.root.add("var/lib/relay/relay.db", "")
+    machine.run("start")
     machine.run("uninstall")
-    assert machine.files() == set()
-    assert not (machine.root / "usr/local/bin/relay").is_symlink()
+    left = machine.root.run("find", "/", "-name", "*relay*", "-not", "-path", f"{HERE}/*").splitlines()
+    assert left == []
+    assert machine.root.attempt("getent", "passwd", "relay").returncode != 0

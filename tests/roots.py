@@ -1,0 +1,184 @@
+"""A clean root to install into: the Debian packages of this machine that it takes, and nothing else of it.
+
+Made from what dpkg knows to be theirs, so it takes a second and no network. dpkg, systemd's own tools and a
+Python are at work in it as on any Debian; only what needs a running systemd does nothing there.
+"""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from functools import partial
+from pathlib import Path
+
+from daemon import Daemon
+
+CHECKOUT = Path(__file__).parent.parent
+STATUS = Path("/var/lib/dpkg/status")
+BULK = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/i18n/")
+DEBIAN = ("apt", "passwd", "python3-venv", "systemd")
+"""What the machine of docs/install.md has, besides what every Debian has."""
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Root:
+    """A root of its own, in which commands run by chroot(2)."""
+
+    def __init__(self, path, *packages):
+        assert shutil.which("dpkg-query"), "this test needs a Debian: it installs Debian's packages"
+        assert os.geteuid() == 0, "this test needs root for a root of its own: sudo .venv/bin/pytest FILE"
+        self.path = path
+        self._packages = _closure(packages)
+        self._copy()
+
+    def run(self, *command, cwd="/", user=None, **environment):
+        """Run a command in there and return what it printed."""
+        done = self.attempt(*command, cwd=cwd, user=user, **environment)
+        assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def attempt(self, *command, cwd="/", user=None, **environment):
+        """Run a command in there, however it ends."""
+        whose = () if user is None else (f"--userspec={user}:{user}",)
+        return subprocess.run(
+            ["chroot", *whose, self.path, "env", f"--chdir={cwd}", *command],
+            env={"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def serve(self, **environment):
+        """Return the daemon in there, with what the unit gives it: its user, its directories and secrets."""
+        for folder, mode in (("var/lib/relay", 0o700), ("run/relay", 0o750)):
+            (self.path / folder).mkdir(exist_ok=True, parents=True)
+            (self.path / folder).chmod(mode)
+            self.run("chown", "relay:relay", f"/{folder}")
+        directories = ("STATE_DIRECTORY=/var/lib/relay", "RUNTIME_DIRECTORY=/run/relay")
+        given = (f"PATH={PATH}", *directories, *(f"{name}={value}" for name, value in environment.items()))
+        command = ("chroot", "--userspec=relay:relay", str(self.path), "env", *given)
+        return Daemon(Path("/etc/relay/config.toml"), (*command, "/opt/relay/bin/relay", "serve"))
+
+    def add(self, path, text, mode=0o644):
+        """Put a file there."""
+        file = self.path / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(mode)
+
+    def copy(self, path):
+        """Return a root like this one at another path."""
+        subprocess.run(["cp", "-a", self.path, path], check=True)
+        other = object.__new__(type(self))
+        other.path, other._packages = path, self._packages
+        return other
+
+    def _copy(self):
+        self.path.chmod(0o755)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (self.path / "usr" / name).mkdir(parents=True, exist_ok=True)
+            (self.path / name).symlink_to(f"usr/{name}")
+        listed = subprocess.run(
+            ["dpkg-query", "--listfiles", *self._packages], capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        wanted = {path for path in listed if path.startswith("/") and not path.startswith(BULK)}
+        there = sorted(
+            path for path in wanted if os.path.lexists(path) and path not in ("/.", "/bin", "/sbin")
+        )
+        there = [path for path in there if path not in ("/lib", "/lib64")]
+        pack = subprocess.Popen(
+            ["tar", "-C", "/", "--no-recursion", "-cf-", "-T-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        unpack = subprocess.Popen(["tar", "-C", self.path, "-xpf-"], stdin=pack.stdout)
+        pack.stdout.close()
+        pack.communicate("\n".join(path[1:] for path in there).encode())
+        assert (unpack.wait(), pack.wait()) == (0, 0)
+        self._pretend_configured()
+
+    def _pretend_configured(self):
+        """Do what matters of what the packages' own scripts did."""
+        base = self.path / "usr/share/base-passwd"
+        for name in ("passwd", "group"):
+            shutil.copy(base / f"{name}.master", self.path / "etc" / name)
+        (self.path / "etc/alternatives").mkdir(exist_ok=True)
+        for folder in ("dev", "proc", "run", "tmp", "root", "var/lib/dpkg/info", "var/lib/dpkg/updates"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        os.mknod(self.path / "dev/null", stat.S_IFCHR, os.makedev(1, 3))
+        (self.path / "dev/null").chmod(0o666)
+        dpkg = self.path / "var/lib/dpkg"
+        (dpkg / "status").write_text("\n\n".join(self._packages.values()) + "\n\n")
+        (dpkg / "available").touch()
+        for file in (STATUS.parent / "info").iterdir():
+            if re.split(r"[:.](?=[^.]*$|amd64|arm64)", file.name)[0] in self._packages:
+                shutil.copy(file, dpkg / "info")
+
+
+def fetch(folder):
+    """Fetch the wheels that an installation by Debian's Python needs, and return the folder of them."""
+    python = "/usr/bin/python3"
+    has_venv = (
+        Path(python).exists()
+        and not subprocess.run(
+            [python, "-c", "import ensurepip"], capture_output=True, check=False
+        ).returncode
+    )
+    assert has_venv, "this test needs Debian's own Python: apt-get install python3-venv"
+    checkout = copy_checkout(folder / "checkout")
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    run([python, "-m", "venv", folder / "tools"])
+    wanted = [f"{checkout}[fast,ed25519,schemas]", "setuptools>=77"]
+    run([folder / "tools/bin/pip", "wheel", "-q", "-w", folder / "wheels", *wanted])
+    for ours in (folder / "wheels").glob("hookferry-*"):
+        ours.unlink()  # what is tested builds it
+    return folder / "wheels"
+
+
+def offline(folder):
+    """Return what has pip find everything in a folder."""
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def copy_checkout(folder):
+    """Copy what is installed from, so that nothing is left behind in the checkout."""
+    folder.mkdir(parents=True)
+    for name in ("relay", "plugins", "systemd", "docs", "packaging", ".ci"):
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "config.toml"):
+        shutil.copy(CHECKOUT / name, folder)
+    return folder
+
+
+def _closure(wanted):
+    """Return the stanzas of these packages, of all essential ones and of what they depend on, by name."""
+    stanzas, provided = {}, {}
+    for stanza in STATUS.read_text().strip().split("\n\n"):
+        fields = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", stanza, re.MULTILINE))
+        if fields["Status"] != "install ok installed":
+            continue
+        name = fields["Package"]
+        stanzas[name] = stanza, fields
+        for other in _names(fields.get("Provides", "")):
+            provided.setdefault(other[0], name)
+    found = {}
+    todo = [*wanted, *(name for name, (_, fields) in stanzas.items() if fields.get("Essential") == "yes")]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        assert name in stanzas, f"the package {name} is not installed here: apt-get install {name}"
+        stanza, fields = stanzas[name]
+        found[name] = stanza
+        for choices in _names(f"{fields.get('Pre-Depends', '')}, {fields.get('Depends', '')}"):
+            todo += [
+                next(provided.get(each, each) for each in choices if each in stanzas or each in provided)
+            ]
+    return found
+
+
+def _names(field):
+    """Return the alternatives of each relation of a field."""
+    relations = [relation for relation in field.split(",") if relation.strip()]
+    return [[re.split(r"[\s:(]", each.strip())[0] for each in relation.split("|")] for relation in relations]

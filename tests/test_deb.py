@@ -1,0 +1,156 @@
+"""The Debian package, built as docs/install.md says and installed in a clean root."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
+from wire import exchange, request
+
+from relay import __version__
+
+PAGE = (CHECKOUT / "docs" / "install.md").read_text()
+[BLOCK] = re.findall(r"<!-- run: package -->\n```sh\n(.*?)```", PAGE, re.DOTALL)
+HERE = "/root/hookferry"
+STATE = ("/var/lib/relay/relay.db", "/etc/relay/config.toml")
+
+
+@pytest.fixture(scope="module")
+def package(wheels, tmp_path_factory):
+    """The folder that the page is followed in, after its first command."""
+    build, _install = BLOCK.splitlines()
+    assert build == "make deb"
+    folder = copy_checkout(tmp_path_factory.mktemp("deb") / "hookferry")
+    done = subprocess.run(
+        build.split(),
+        cwd=folder,
+        env={**os.environ, **offline(wheels), "DPKG_DEB_COMPRESSOR_TYPE": "none"},  # it is a test: be quick
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    [deb] = (folder / "dist").iterdir()
+    assert done.stdout.splitlines()[-1] == str(deb)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(package, tmp_path_factory):
+    """A clean root after the second command."""
+    root = Root(tmp_path_factory.mktemp("root"), *DEBIAN)
+    deb = _put(root, package)
+    root.run("sh", "-c", BLOCK.splitlines()[1], cwd=HERE)
+    deb.unlink()
+    return root
+
+
+@pytest.fixture
+def root(installed, tmp_path):
+    """Such a root for one test."""
+    return installed.copy(tmp_path / "root")
+
+
+def _put(root, package):
+    [deb] = (package / "dist").iterdir()
+    there = root.path / HERE.removeprefix("/") / "dist" / deb.name
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.write_bytes(deb.read_bytes())
+    return there
+
+
+def test_the_package_brings_a_valid_configuration_that_only_the_service_may_read(installed):
+    assert installed.run("relay", "check-config", "/etc/relay/config.toml") == (
+        "/etc/relay/config.toml: ok (0 sources, 0 destinations)\n"
+    )
+    modes = installed.run(
+        "stat", "-c", "%a %U:%G %n", "/etc/relay", "/etc/relay/config.toml", "/etc/relay/environment"
+    )
+    assert modes.splitlines() == [
+        "750 root:relay /etc/relay",
+        "640 root:relay /etc/relay/config.toml",
+        "640 root:relay /etc/relay/environment",
+    ]
+    assert "development = true" not in installed.run("cat", "/etc/relay/config.toml")
+
+
+def test_the_package_is_whole_and_starts_nothing(installed):
+    assert installed.run("dpkg", "--verify", "hookferry") == ""
+    assert installed.run("hookferry", "--version") == f"hookferry {__version__}\n"
+    units = ("relay.service", "relay.socket", "relay-admin.socket")
+    asked = installed.attempt("systemctl", "is-enabled", *units, SYSTEMD_OFFLINE="1")
+    assert asked.stdout.split() == ["disabled"] * 3
+    for unit in units:
+        shipped = (installed.path / "lib/systemd/system" / unit).read_text()
+        assert shipped == (CHECKOUT / "systemd" / unit).read_text()
+
+
+def test_nothing_in_the_package_remembers_where_it_was_built(package, installed):
+    found = subprocess.run(
+        ["grep", "-rl", "-e", "/tmp/", "--include=*.pyc", "--include=relay", "--include=*.cfg", "opt/relay"],
+        cwd=installed.path,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    ours = [path for path in found.splitlines() if "/relay/" in path.removeprefix("opt/relay/")]
+    assert ours == []
+
+
+async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
+    config = root.path / "etc/relay/config.toml"
+    text = re.sub(r"127\.0\.0\.1:80\d\d", "127.0.0.1:0", config.read_text())
+    config.write_text(f'{text}[sources.moddy]\nplugin = "moddy"\ntokens = [{{ env = "SECRET" }}]\n')
+    assert root.attempt("relay", "check-config").returncode == 1
+    (root.path / "etc/relay/environment").write_text("SECRET='secret'\n")
+    checked = "sh -ac '. /etc/relay/environment; exec relay check-config /etc/relay/config.toml'\n"
+    assert checked in PAGE
+    root.run("sh", "-c", checked)
+    async with root.serve(SECRET="secret") as daemon:
+        sent = request(
+            "POST",
+            "/internal/event/notify",
+            b'{"event_type": "member_joined", "discord_id": "1", "metadata": {}}',
+            authorization="Bearer secret",
+        )
+        assert (await exchange(daemon.url, sent)).status == 200
+        status = json.loads(root.run("relay", "status", "--json"))
+        assert (status["ready"], status["version"]) == (True, __version__)
+        assert await daemon.stop() == 0
+    assert root.run("stat", "-c", "%a %U:%G", STATE[0]) == "600 relay:relay\n"
+
+
+def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, package, tmp_path):
+    for path in STATE:
+        root.add(path, "# mine\n", 0o640)
+    deb = _put(root, package)
+    subprocess.run(["dpkg-deb", "--raw-extract", deb, tmp_path / "newer"], check=True)
+    control = tmp_path / "newer/DEBIAN/control"
+    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
+    (tmp_path / "newer/etc/relay/config.toml").write_text("# theirs\n")
+    newer = deb.with_name("hookferry_99.deb")
+    subprocess.run(
+        ["dpkg-deb", "-Znone", "--build", tmp_path / "newer", newer], check=True, capture_output=True
+    )
+
+    def mine():
+        return [(root.path / path[1:]).exists() and (root.path / path[1:]).read_text() for path in STATE]
+
+    unasked = ("-o", "Dpkg::Options::=--force-confdef")  # the default answer: keep mine
+    root.run("apt-get", "install", "-y", *unasked, f"./{newer.name}", cwd=f"{HERE}/dist")
+    assert root.run("dpkg-query", "--show", "--showformat=${Version}", "hookferry") == "99"
+    assert mine() == ["# mine\n", "# mine\n"]
+    root.run("systemctl", "enable", "relay.socket", "relay-admin.socket", "relay.service")
+    assert len(list((root.path / "etc/systemd/system").rglob("relay*"))) == 3
+    root.run("apt-get", "remove", "-y", "hookferry")
+    assert mine() == ["# mine\n", "# mine\n"]
+    assert list((root.path / "etc/systemd/system").rglob("relay*")) == []
+    assert not (root.path / "opt/relay").exists()
+    (root.path / "var/lib/relay/backups").mkdir()
+    root.run("apt-get", "purge", "-y", "hookferry")
+    assert mine() == [False, False]
+    assert not Path(root.path / "etc/relay").exists()
+    assert not Path(root.path / "var/lib/relay").exists()
