@@ -103,8 +103,17 @@ class Root:
         base = self.path / "usr/share/base-passwd"
         for name in ("passwd", "group"):
             shutil.copy(base / f"{name}.master", self.path / "etc" / name)
-        (self.path / "etc/alternatives").mkdir(exist_ok=True)
-        for folder in ("dev", "proc", "run", "tmp", "root", "var/lib/dpkg/info", "var/lib/dpkg/updates"):
+        (self.path / "var/lib/dpkg/info").mkdir(parents=True, exist_ok=True)
+        for folder in (
+            "dev",
+            "proc",
+            "run",
+            "tmp",
+            "root",
+            "usr/local/bin",
+            "usr/local/sbin",
+            "var/lib/dpkg/updates",
+        ):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         os.mknod(self.path / "dev/null", stat.S_IFCHR, os.makedev(1, 3))
         (self.path / "dev/null").chmod(0o666)
