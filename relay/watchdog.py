@@ -13,8 +13,8 @@ from relay.systemd import Notifier
 log = logging.getLogger("relay.systemd")
 
 SHARE = 4  # feedings per deadline: three may come late
-START_EVERY = 10.0  # seconds between requests for more time while migrations and checks run
-START_MORE = 30.0  # seconds asked for each time
+EVERY = 10.0  # seconds between requests for more time while migrations and checks run, or deliveries end
+MORE = 30.0  # seconds asked for each time
 
 
 class Watchdog:
@@ -28,6 +28,7 @@ class Watchdog:
         self._status = status
         self._said = ""
         self._starting = True
+        self._stopping = False
         self._fed = True
         self._timer: asyncio.TimerHandle | None = None
 
@@ -52,7 +53,8 @@ class Watchdog:
             self._notifier.ready(self._said)
 
     def stopping(self) -> None:
-        """Say that the end has begun; what drains is fed until `stop`."""
+        """Say that the end has begun; what drains is fed, and given time, until `stop`."""
+        self._stopping = True
         self._said = self._status()
         self._notifier.stopping(self._said)
 
@@ -62,17 +64,17 @@ class Watchdog:
             self._timer.cancel()
 
     def _beat(self) -> None:
-        if self._starting:
-            self._notifier.extend(START_MORE)
-        elif (status := self._status()) != self._said:
+        if not self._starting and (status := self._status()) != self._said:
             self._said = status
             self._notifier.status(status)
         stuck = [] if self._starting else self._stuck()
         if not stuck:
             self._notifier.alive()
+            if self._starting or self._stopping:
+                self._notifier.extend(MORE)
         elif self._fed:
             log.critical("the watchdog is not fed any more: %s", "; ".join(stuck))
         self._fed = not stuck
         deadline = self._notifier.watchdog
-        pace = START_EVERY if deadline is None else min(deadline / SHARE, START_EVERY)
+        pace = EVERY if deadline is None else min(deadline / SHARE, EVERY)
         self._timer = asyncio.get_running_loop().call_later(pace, self._beat)

@@ -7,22 +7,24 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
-from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from daemon import SERVE, SOURCES, Daemon, Recorder, adorn, destination, running, write_config
 from support import FakeClock, until
 from wire import exchange, request
 
 from relay import app as app_module
+from relay.app import App
 from relay.cli import COMMANDS
 from relay.config.model import Server
 from relay.delivery import progress
 from relay.errors import RelayError
+from relay.loader import load
+from relay.store import sqlite
 from relay.systemd import Inherited, Notifier
 from relay.watchdog import Watchdog
 
@@ -83,6 +85,13 @@ def manager(tmp_path, monkeypatch):
 @pytest.fixture
 def listening():
     """A listening TCP socket, as a .socket unit opens it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
+        yield sock
+
+
+@pytest.fixture
+def private():
+    """Another one, for the admin side."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
         yield sock
 
@@ -202,6 +211,55 @@ async def test_a_daemon_tells_its_life(tmp_path, manager):
         assert await daemon.stop() == 0
     assert manager.heard("STOPPING") == ["1"]
     assert manager.heard("STATUS")[-1] == "draining"
+
+
+async def test_a_long_migration_asks_for_more_time_as_long_as_it_takes(tmp_path, manager, monkeypatch):
+    migrate, end = sqlite.migrate, threading.Event()
+
+    async def long(connection, path):
+        await connection.create_function("wait", 0, end.wait)
+        await connection.execute("SELECT wait()")
+        await migrate(connection, path)
+
+    monkeypatch.setattr(sqlite, "migrate", long)
+    app = App(load(write_config(tmp_path, SOURCES)))
+    life = asyncio.create_task(app.run())
+    try:
+        await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > 5)
+        assert len(manager.heard("WATCHDOG")) > 5
+        assert manager.heard("READY") == []
+        end.set()
+        await until(lambda: manager.heard("READY"))
+        asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
+        await beats(app.watchdog, 4)
+        assert len(manager.heard("EXTEND_TIMEOUT_USEC")) == asked
+    finally:
+        end.set()
+        app.stopping.set()
+        await life
+
+
+async def test_a_long_drain_asks_for_more_time_as_long_as_it_gets_on(tmp_path, manager):
+    async with Recorder() as receiver:
+        receiver.open.clear()
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: receiver.busy)
+            relay.app.stopping.set()
+            await until(lambda: manager.heard("STOPPING"))
+            asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
+            await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > asked + 3)
+            receiver.open.set()
+
+
+async def test_the_watchdog_starves_while_the_loop_does_not_turn(tmp_path, manager):
+    async with running(write_config(tmp_path, SOURCES)):
+        await until(lambda: len(manager.heard("WATCHDOG")) > 3)
+        fed = len(manager.heard("WATCHDOG"))
+        threading.Event().wait(0.3)  # three deadlines
+        assert len(manager.heard("WATCHDOG")) == fed
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
 
 
 async def beats(watchdog, count):
@@ -392,19 +450,18 @@ def test_the_commands_of_the_service_are_ones_there_are():
 
 # --- socket activation ----------------------------------------------------------------------------------
 
-HANDED = """\
-import os, sys
-os.dup2(int(sys.argv.pop(1)), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="public")
-from relay.cli import main
-main()
+ACTIVATED = """\
+exec 3<&"$1" 4<&"$2"
+shift 2
+LISTEN_PID=$$ LISTEN_FDS=2 exec systemd-socket-activate --fdname=public:admin "$@"
 """
-"""`relay`, with the socket of the number that follows handed over as systemd does."""
+"""systemd-socket-activate, with two sockets that outlive it, as those of .socket units do."""
 
-RESTARTS = 2  # 20 in a row lost nothing, either, and take half a minute
+RESTARTS = 20
 
 
-async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path, manager, listening):
+@needs_systemd
+async def test_restarts_behind_socket_units_are_not_noticed_by_senders(tmp_path, manager, listening, private):
     config = write_config(tmp_path, SOURCES)
     host, port = listening.getsockname()
     statuses = []
@@ -412,8 +469,9 @@ async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path
     async def start():
         starts = len(manager.heard("READY"))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", HANDED, str(listening.fileno()), "serve", "-c", str(config)),
-            pass_fds=[listening.fileno()],
+            *("bash", "-c", ACTIVATED, "bash", str(listening.fileno()), str(private.fileno())),
+            *("--setenv=NOTIFY_SOCKET", *SERVE, "-c", str(config)),
+            pass_fds=[listening.fileno(), private.fileno()],
             stderr=asyncio.subprocess.DEVNULL,
         )
         await until(lambda: len(manager.heard("READY")) > starts)
@@ -424,8 +482,8 @@ async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path
             answer = await exchange(f"http://{host}:{port}", request("POST", "/v1/events", adorn()))
             statuses.append(answer.status)
 
-    process = await start()
     senders = [asyncio.create_task(send()) for _ in range(4)]
+    process = await start()
     try:
         for _ in range(RESTARTS):
             answered = len(statuses)
@@ -435,6 +493,9 @@ async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path
             process = await start()
         answered = len(statuses)
         await until(lambda: len(statuses) > answered + 20)
+        admin_host, admin_port = private.getsockname()
+        admin = await exchange(f"http://{admin_host}:{admin_port}", request("GET", "/ready"))
+        assert admin.status == 200
     finally:
         failed = [sender.exception() for sender in senders if sender.done()]
         for sender in senders:
@@ -444,3 +505,4 @@ async def test_restarts_behind_a_socket_unit_are_not_noticed_by_senders(tmp_path
         await process.wait()
     assert failed == []
     assert set(statuses) == {200}
+    assert len(manager.heard("READY")) == RESTARTS + 1
