@@ -66,13 +66,13 @@ def test_the_package_brings_a_valid_configuration_that_only_the_service_may_read
     assert installed.run("relay", "check-config", "/etc/relay/config.toml") == (
         "/etc/relay/config.toml: ok (0 sources, 0 destinations)\n"
     )
-    modes = installed.run(
-        "stat", "-c", "%a %U:%G %n", "/etc/relay", "/etc/relay/config.toml", "/etc/relay/environment"
-    )
+    files = ("/etc/relay", *(f"/etc/relay/{name}" for name in ("config.toml", "environment", "credentials")))
+    modes = installed.run("stat", "-c", "%a %U:%G %n", *files)
     assert modes.splitlines() == [
         "750 root:relay /etc/relay",
         "640 root:relay /etc/relay/config.toml",
         "640 root:relay /etc/relay/environment",
+        "700 root:root /etc/relay/credentials",
     ]
     assert "development = true" not in installed.run("cat", "/etc/relay/config.toml")
 

@@ -6,6 +6,7 @@ enables and disables, and does nothing else), and /proc (systemd-tmpfiles works 
 
 import re
 import subprocess
+import tomllib
 
 import pytest
 from daemon import adorn
@@ -82,10 +83,12 @@ def test_the_page_has_every_step():
 
 
 def test_an_install_puts_everything_where_the_page_says(installed):
-    assert installed.listing("/etc/relay", "/etc/relay/config.toml", "/etc/relay/environment") == [
+    names = ("/etc/relay", *(f"/etc/relay/{name}" for name in ("config.toml", "environment", "credentials")))
+    assert installed.listing(*names) == [
         "750 root:relay /etc/relay",
         "640 root:relay /etc/relay/config.toml",
         "640 root:relay /etc/relay/environment",
+        "700 root:root /etc/relay/credentials",
     ]
     units = (installed.root.path / "etc/systemd/system").glob("relay*")
     assert {path.name for path in units} == UNITS
@@ -105,6 +108,13 @@ def test_the_check_reads_the_secrets_of_the_service(machine):
     lines = "".join(f"{name}='{secret}'\n" for name, secret in secrets.items())
     machine.text("/etc/relay/environment", lambda _: lines)
     machine.run("check")
+    machine.text(
+        "/etc/relay/config.toml", lambda text: text.replace('env = "CRM_WEBHOOK', 'credential = "CRM_WEBHOOK')
+    )
+    with pytest.raises(AssertionError, match="CRM_WEBHOOK_SECRET"):
+        machine.run("check")
+    machine.root.add("/etc/relay/credentials/CRM_WEBHOOK_SECRET", secrets["CRM_WEBHOOK_SECRET"])
+    machine.run("check")
 
 
 def test_a_start_enables_every_unit_that_was_installed(machine):
@@ -118,9 +128,9 @@ def test_an_upgrade_can_be_taken_back(machine):
     former = machine.root.run("relay", "--version")
     assert machine.run("upgrade") == ["systemctl restart relay.service"]
     assert machine.root.run("relay", "--version") == "hookferry 99.0.0\n"
-    assert machine.run("rollback") == ["systemctl stop relay.service", "systemctl start relay.service"]
+    assert machine.run("rollback") == ["systemctl restart relay.service"]
     assert machine.root.run("relay", "--version") == former
-    assert not (machine.root.path / "opt/relay.former").exists()
+    assert machine.root.run("ls", "/opt") == "relay\n"
 
 
 def test_an_upgrade_that_the_configuration_does_not_suit_does_not_restart(machine):
@@ -130,23 +140,49 @@ def test_an_upgrade_that_the_configuration_does_not_suit_does_not_restart(machin
     assert "restart" not in machine.text("/calls")
 
 
-async def test_a_restored_backup_is_what_was_backed_up(machine):
+async def test_a_backup_is_made_while_the_relay_works_and_can_be_restored(machine):
     machine.text("/etc/relay/config.toml", lambda text: re.sub(r"127\.0\.0\.1:80\d\d", "127.0.0.1:0", text))
 
-    async def receive(session):
-        async with machine.root.serve() as daemon:
-            answer = await exchange(daemon.url, request("POST", "/v1/events", adorn(session)))
-            assert answer.status == 200
-            listed = machine.root.run("relay", "events", "list", "-q")
-            assert await daemon.stop() == 0
-        return listed.split()
+    async def receive(daemon, session):
+        answer = await exchange(daemon.url, request("POST", "/v1/events", adorn(session)))
+        assert answer.status == 200
+        return machine.root.run("relay", "events", "list", "-q").split()
 
-    [then] = await receive("then")
-    machine.run("backup")
-    assert len(await receive("now")) == 2
-    machine.run("restore")
+    async with machine.root.serve() as daemon:
+        [then] = await receive(daemon, "then")
+        machine.run("backup")
+        assert len(await receive(daemon, "now")) == 2
+        assert await daemon.stop() == 0
+    assert machine.run("restore") == [
+        "systemctl stop relay.socket relay-admin.socket relay.service",
+        "systemctl start relay.socket relay-admin.socket relay.service",
+    ]
     assert machine.listing("/var/lib/relay/relay.db") == ["600 relay:relay /var/lib/relay/relay.db"]
-    assert (await receive("later"))[-1] == then
+    assert machine.listing("/var/backups/relay") == ["700 root:root /var/backups/relay"]
+    async with machine.root.serve() as daemon:
+        _later, first = await receive(daemon, "later")
+        assert await daemon.stop() == 0
+    assert first == then
+
+
+def test_a_damaged_backup_is_not_restored(machine):
+    machine.root.add("/var/backups/relay/relay.db", "no database")
+    machine.root.add("/var/lib/relay/relay.db", "what is there")
+    with pytest.raises(AssertionError, match="relay db check"):
+        machine.run("restore")
+    assert machine.text("/var/lib/relay/relay.db") == "what is there"
+    assert machine.text("/calls") == ""
+
+
+def test_the_proxies_of_the_page_lead_to_where_the_reference_listens():
+    config = tomllib.loads((CHECKOUT / "config.toml").read_text())
+    listen = config["server"]["listen"]
+    nginx, caddy = (re.search(rf"```{name}\n(.*?)```", PAGE, re.DOTALL)[1] for name in ("nginx", "caddy"))
+    assert f"proxy_pass http://{listen};" in nginx
+    assert f"reverse_proxy {listen}\n" in caddy
+    assert config["server"]["max_body"] == "2 MiB"
+    assert "client_max_body_size 2m;" in nginx
+    assert "max_size 2MiB" in caddy
 
 
 def test_an_uninstall_leaves_nothing(machine):

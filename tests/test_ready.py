@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
-from wire import exchange, request
+from wire import Wire, exchange, request
 
+from relay.app import App
 from relay.clock import SystemClock
+from relay.loader import load
 from relay.store.sqlite import SqliteStore
 
 
@@ -23,6 +25,47 @@ def post(session):
 async def test_a_relay_that_serves_is_ready(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         assert await ready(relay) == (200, {"ready": True, "reasons": []})
+
+
+async def test_a_relay_that_starts_says_so(tmp_path, monkeypatch):
+    app = App(load(write_config(tmp_path, SOURCES)))
+    asked, go_on, check = asyncio.Event(), asyncio.Event(), app.books.check
+
+    async def slow():
+        asked.set()
+        await go_on.wait()
+        await check()
+
+    monkeypatch.setattr(app.books, "check", slow)
+    life = asyncio.create_task(app.run())
+    try:
+        await asked.wait()
+        door = tmp_path / "state" / "relay.sock"
+        answer = await exchange(door, request("GET", "/ready"))
+        assert (answer.status, answer.json["reasons"]) == (503, ["starting"])
+        assert (await exchange(door, request("GET", "/health"))).status == 200
+        go_on.set()
+        await until(lambda: app.health.phase is None)
+        assert (await exchange(door, request("GET", "/ready"))).status == 200
+    finally:
+        go_on.set()
+        app.stopping.set()
+        await life
+
+
+async def test_a_relay_that_lets_requests_finish_says_so(tmp_path):
+    async with (
+        running(write_config(tmp_path, SOURCES)) as relay,
+        await Wire.open(relay.addresses.public) as wire,
+    ):
+        whole = post("late")
+        await wire.send(whole[:-1])
+        await until(lambda: relay.app.ingest._budget.used)
+        relay.app.stopping.set()
+        await until(lambda: relay.app.health.phase == "draining")
+        assert await ready(relay) == (503, {"ready": False, "reasons": ["draining"]})
+        await wire.send(whole[-1:])
+        assert (await wire.answer()).status == 200
 
 
 async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):

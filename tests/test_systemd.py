@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from daemon import SERVE, SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from prometheus_client import ProcessCollector
 from support import FakeClock, until
 from wire import exchange, request
 
@@ -24,6 +25,7 @@ from relay.config.model import Server
 from relay.delivery import progress
 from relay.errors import RelayError
 from relay.loader import load
+from relay.metrics import Metrics
 from relay.store import sqlite
 from relay.systemd import Inherited, Notifier
 from relay.watchdog import Watchdog
@@ -439,6 +441,29 @@ def test_the_sockets_stand_for_the_listeners_of_the_reference():
 def test_the_service_waits_longer_than_a_stop_may_take():
     [seconds] = re.findall(r"^TimeoutStopSec=(\d+)s$", (UNITS / "relay.service").read_text(), re.MULTILINE)
     assert int(seconds) > Server().shutdown_grace
+
+
+def test_the_service_may_read_what_the_metrics_of_its_process_need(monkeypatch):
+    def named(registry):
+        return {family.name for family in registry.collect() if family.name.startswith("process_")}
+
+    monkeypatch.setattr(ProcessCollector, "_boot_time", lambda _: open("/proc/none"))  # noqa: PTH123, SIM115
+    assert named(Metrics().registry) == set()  # without /proc/stat, as with ProcSubset=pid
+    monkeypatch.undo()
+    assert "process_resident_memory" in "".join(named(Metrics().registry))
+    assert "ProcSubset=" not in re.sub(r"(?m)^#.*", "", (UNITS / "relay.service").read_text())
+
+
+@needs_systemd
+def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
+    page = (ROOT / "docs" / "install.md").read_text()
+    [line] = re.findall(r"`(LoadCredential=[^`]+)`", page)
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    service.write_text(service.read_text().replace("[Install]", f"{line}\n\n[Install]"))
+    verified = analyze("verify", "--man=no", service)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    service.write_text(service.read_text().replace(line, "LoadCredential=c/r/m:/etc/crm"))
+    assert 'Credential name "c/r/m" not valid' in analyze("verify", "--man=no", service).stderr
 
 
 def test_the_commands_of_the_service_are_ones_there_are():
