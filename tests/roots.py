@@ -17,6 +17,7 @@ from daemon import Daemon
 CHECKOUT = Path(__file__).parent.parent
 STATUS = Path("/var/lib/dpkg/status")
 BULK = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/i18n/")
+FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "config.toml", "pyproject.toml")
 DEBIAN = ("apt", "passwd", "python3-venv", "systemd")
 """What the machine of docs/install.md has, besides what every Debian has."""
 
@@ -155,7 +156,7 @@ def copy_checkout(folder):
     folder.mkdir(parents=True)
     for name in ("relay", "plugins", "systemd", "docs", "packaging", ".ci"):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "config.toml"):
+    for name in FILES:
         shutil.copy(CHECKOUT / name, folder)
     return folder
 

@@ -6,6 +6,8 @@ enables and disables, and does nothing else), and /proc (systemd-tmpfiles works 
 
 import re
 import subprocess
+import sys
+import tarfile
 import tomllib
 
 import pytest
@@ -172,6 +174,17 @@ def test_a_damaged_backup_is_not_restored(machine):
         machine.run("restore")
     assert machine.text("/var/lib/relay/relay.db") == "what is there"
     assert machine.text("/calls") == ""
+
+
+def test_a_source_distribution_has_all_that_the_page_installs_from(tmp_path):
+    checkout = copy_checkout(tmp_path / "checkout")
+    wanted = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
+    command = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ".")
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        there = {name.partition("/")[2] for name in file.getnames()}
+    assert wanted - there == {".ci/run"}
 
 
 def test_the_proxies_of_the_page_lead_to_where_the_reference_listens():
