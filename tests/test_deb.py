@@ -62,6 +62,19 @@ def _put(root, package):
     return there
 
 
+def _newer(deb, tmp_path):
+    """Make a package of a later version, with another configuration, beside one."""
+    tree = tmp_path / "newer"
+    subprocess.run(["dpkg-deb", "--raw-extract", deb, tree], check=True)
+    control = tree / "DEBIAN/control"
+    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
+    (tree / "etc/relay/config.toml").write_text("# theirs\n")
+    newer = deb.with_name("hookferry_99.deb")
+    built = ("dpkg-deb", "-Znone", "--build", tree, newer)
+    subprocess.run(built, check=True, capture_output=True)
+    return newer
+
+
 def test_the_package_brings_a_valid_configuration_that_only_the_service_may_read(installed):
     assert installed.run("relay", "check-config", "/etc/relay/config.toml") == (
         "/etc/relay/config.toml: ok (0 sources, 0 destinations)\n"
@@ -126,19 +139,11 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
 def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, package, tmp_path):
     for path in STATE:
         root.add(path, "# mine\n", 0o640)
-    deb = _put(root, package)
-    subprocess.run(["dpkg-deb", "--raw-extract", deb, tmp_path / "newer"], check=True)
-    control = tmp_path / "newer/DEBIAN/control"
-    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
-    (tmp_path / "newer/etc/relay/config.toml").write_text("# theirs\n")
-    newer = deb.with_name("hookferry_99.deb")
-    subprocess.run(
-        ["dpkg-deb", "-Znone", "--build", tmp_path / "newer", newer], check=True, capture_output=True
-    )
 
     def mine():
         return [(root.path / path[1:]).exists() and (root.path / path[1:]).read_text() for path in STATE]
 
+    newer = _newer(_put(root, package), tmp_path)
     unasked = ("-o", "Dpkg::Options::=--force-confdef")  # the default answer: keep mine
     root.run("apt-get", "install", "-y", *unasked, f"./{newer.name}", cwd=f"{HERE}/dist")
     assert root.run("dpkg-query", "--show", "--showformat=${Version}", "hookferry") == "99"
@@ -154,3 +159,25 @@ def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, pack
     assert mine() == [False, False]
     assert not Path(root.path / "etc/relay").exists()
     assert not Path(root.path / "var/lib/relay").exists()
+
+
+def test_what_runs_is_restarted_by_an_upgrade_and_stopped_by_a_removal_but_nothing_is_started(
+    root, package, tmp_path
+):
+    deb = _put(root, package)
+    newer = _newer(deb, tmp_path)
+    (root.path / "run/systemd/system").mkdir(parents=True)
+    root.add("usr/bin/systemctl", '#!/bin/sh\necho "$*" >>/calls\n', 0o755)
+
+    def calls(*command):
+        root.add("calls", "")
+        root.run("apt-get", *command, "-y", cwd=f"{HERE}/dist")
+        asked = (root.path / "calls").read_text().splitlines()
+        return [call for call in asked if "relay" in call and not call.startswith("--quiet disable")]
+
+    assert calls("install", f"./{newer.name}", "-o", "Dpkg::Options::=--force-confnew") == [
+        "try-restart relay.service"
+    ]
+    assert calls("remove", "hookferry") == ["stop relay.socket relay-admin.socket relay.service"]
+    assert calls("purge", "hookferry") == []
+    assert calls("install", f"./{deb.name}") == []
