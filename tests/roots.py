@@ -77,6 +77,10 @@ class Root:
         other.path, other._packages = path, self._packages
         return other
 
+    def remove(self):
+        """Delete it: pytest would keep hundreds of megabytes of it for days."""
+        shutil.rmtree(self.path)
+
     def _copy(self):
         self.path.chmod(0o755)
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -122,7 +126,8 @@ class Root:
         (dpkg / "status").write_text("\n\n".join(self._packages.values()) + "\n\n")
         (dpkg / "available").touch()
         for file in (STATUS.parent / "info").iterdir():
-            if re.split(r"[:.](?=[^.]*$|amd64|arm64)", file.name)[0] in self._packages:
+            package = file.name.rpartition(".")[0].partition(":")[0]
+            if package in self._packages or file.name == "format":
                 shutil.copy(file, dpkg / "info")
 
 

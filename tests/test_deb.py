@@ -45,13 +45,16 @@ def installed(package, tmp_path_factory):
     deb = _put(root, package)
     root.run("sh", "-c", BLOCK.splitlines()[1], cwd=HERE)
     deb.unlink()
-    return root
+    yield root
+    root.remove()
 
 
 @pytest.fixture
 def root(installed, tmp_path):
     """Such a root for one test."""
-    return installed.copy(tmp_path / "root")
+    root = installed.copy(tmp_path / "root")
+    yield root
+    root.remove()
 
 
 def _put(root, package):

@@ -70,13 +70,16 @@ def installed(wheels, tmp_path_factory):
     root.add("usr/local/sbin/systemd-tmpfiles", TMPFILES, 0o755)
     machine = Machine(root, offline("/wheels"))
     assert machine.run("install") == ["systemd-tmpfiles --create relay.conf"]
-    return machine
+    yield machine
+    root.remove()
 
 
 @pytest.fixture
 def machine(installed, tmp_path):
     """Such a machine for one test."""
-    return Machine(installed.root.copy(tmp_path / "root"), installed._pip)
+    machine = Machine(installed.root.copy(tmp_path / "root"), installed._pip)
+    yield machine
+    machine.root.remove()
 
 
 def test_the_page_has_every_step():
