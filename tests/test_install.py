@@ -15,6 +15,8 @@ from daemon import adorn
 from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
 
+from relay.ingest.server import KEEPALIVE
+
 PAGE = (CHECKOUT / "docs" / "install.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", PAGE, re.DOTALL))
 UNITS = {"relay.service", "relay.socket", "relay-admin.socket"}
@@ -194,11 +196,13 @@ def test_the_proxies_of_the_page_lead_to_where_the_reference_listens():
     config = tomllib.loads((CHECKOUT / "config.toml").read_text())
     listen = config["server"]["listen"]
     nginx, caddy = (re.search(rf"```{name}\n(.*?)```", PAGE, re.DOTALL)[1] for name in ("nginx", "caddy"))
-    assert f"proxy_pass http://{listen};" in nginx
-    assert f"reverse_proxy {listen}\n" in caddy
+    assert f"server {listen};" in nginx
+    assert f"reverse_proxy {listen} {{\n" in caddy
     assert config["server"]["max_body"] == "2 MiB"
     assert "client_max_body_size 2m;" in nginx
     assert "max_size 2MiB" in caddy
+    for kept in re.findall(r"keepalive(?:_timeout)? (\d+)s", nginx + caddy):
+        assert int(kept) < KEEPALIVE  # a request must not meet the closing
 
 
 def test_an_uninstall_leaves_nothing(machine):
