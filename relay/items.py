@@ -1,14 +1,19 @@
 """Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from relay.clock import moment, rfc3339
-from relay.errors import RelayError
+from relay.clock import rfc3339
+from relay.config.problem import guess
+from relay.errors import RelayError, UnknownError
 from relay.model import Chosen, Named, Selection, Stat
+from relay.questions import STATES, read_filters
+from relay.store.counts import Counts
+from relay.store.page import Page
 
 MOST_ROWS = 500
 """Rows that one answer may have."""
@@ -24,6 +29,14 @@ class Reads(Protocol):
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
     ) -> list[dict[str, Any]]:
         """See `Store.find`."""
+        ...
+
+    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
+        """See `Store.page`."""
+        ...
+
+    async def books(self) -> dict[str, Counts]:
+        """See `Store.books`."""
         ...
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
@@ -46,21 +59,37 @@ class Tells(Protocol):
 
 
 async def list_items(
-    reads: Reads, kind: str, *, limit: int, before: int | None, filters: Mapping[str, Any], now: int
+    reads: Reads,
+    kind: str,
+    *,
+    limit: int,
+    cursor: str | None,
+    filters: Mapping[str, Any],
+    now: int,
+    destinations: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return one page, newest first, and the cursor of the next; `since` and `until` come as text.
+    """Return one page, newest first, and the cursor of the next; everything comes as text.
+
+    A page may have fewer rows than asked for, even none, and still a cursor to go on with. `destinations`
+    are those of the configuration, which need not have been owed anything yet.
 
     Raises:
-        RelayError: no such list, it has no such filter, or a time is none.
+        RelayError: no such list, it has no such filter, or a filter says nothing that there could be.
     """
-    limit = min(limit, MOST_ROWS)
-    wanted = dict(filters)
-    for name in ("since", "until"):
-        if wanted.get(name) is not None:
-            wanted[name] = _moment(name, wanted[name], now)
-    rows = await reads.find(kind, limit=limit, before=before, **wanted)
-    more = str(rows[-1]["row"]) if len(rows) == limit else None
-    return {"items": [item(row) for row in rows], "next_cursor": more}
+    wanted = read_filters(filters, now)
+    name = wanted.get("destination")
+    if name is not None and name not in destinations:
+        books = await reads.books()
+        if name not in books:
+            known = sorted({*destinations, *books})
+            raise UnknownError(
+                f"no destination {name!r}{guess(name, known)}", hint=f"there are {', '.join(known) or 'none'}"
+            )
+    for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
+        if name in wanted:
+            wanted[name] = await _row(reads, noun, wanted[name])
+    page = await reads.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
+    return {"items": [item(row) for row in page.rows], "next_cursor": page.cursor}
 
 
 async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: str | None) -> dict[str, Any]:
@@ -88,28 +117,28 @@ async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: 
     }
 
 
-def _moment(name: str, text: str, now: int) -> int:
-    try:
-        return moment(text, now)
-    except ValueError as error:
-        raise RelayError(f'"{name}": {error}') from None
+_NOUNS = {"events": "event", "deliveries": "delivery"}
+
+
+async def _row(reads: Reads, noun: str | None, given: str) -> int:
+    """Return the row of an id, which may be shortened."""
+    if noun == "event":
+        return (await reads.name_events([given]))[0].event_id
+    return (await reads.name_deliveries([given]))[0].id
 
 
 async def show_event(reads: Reads, given: str) -> dict[str, Any]:
-    """Return one event by its id, which may be shortened, with its deliveries and their count by state.
+    """Return one event by its id, which may be shortened, with all of its deliveries as `owed`.
 
     Raises:
         RelayError: there is none, or there are several.
     """
     [chosen] = await reads.name_events([given])
-    [row] = await reads.find("events", limit=1, before=chosen.event_id + 1)
-    owed = await reads.find("deliveries", limit=MOST_ROWS, event_id=row["id"])
-    states = sorted(each["state"] for each in owed)
-    return {
-        **item(row),
-        "states": {state: states.count(state) for state in states},
-        "deliveries": [item(each) for each in owed],
-    }
+    rows = await reads.find("events", limit=1, id=chosen.event_id)
+    if not rows:
+        raise UnknownError(f"no event {given!r}", hint="it was deleted just now")
+    owed = await reads.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
+    return {**item(rows[0]), "owed": [item(each) for each in owed]}
 
 
 async def show_delivery(reads: Reads, given: str) -> dict[str, Any]:
@@ -119,17 +148,23 @@ async def show_delivery(reads: Reads, given: str) -> dict[str, Any]:
         RelayError: there is none, or there are several.
     """
     [named] = await reads.name_deliveries([given])
-    [row] = await reads.find("deliveries", limit=1, before=named.id + 1)
-    tries = await reads.find("attempts", limit=MOST_ROWS, delivery_id=row["id"])
-    return {**item(row), "tries": [item(each) for each in tries]}
+    rows = await reads.find("deliveries", limit=1, id=named.id)
+    if not rows:
+        raise UnknownError(f"no delivery {given!r}", hint="it was deleted just now")
+    tries = await reads.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
+    return {**item(rows[0]), "tries": [item(each) for each in tries]}
 
 
 def item(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a list as JSON has it: times in RFC 3339, an answer as text."""
+    """Return a row of a list as JSON has it: times in RFC 3339, an answer as text, deliveries by state."""
     shown = {name: value for name, value in row.items() if name != "row"}
     for name in _TIMES:
         if shown.get(name) is not None:
             shown[name] = rfc3339(shown[name])
+    if "duplicate" in shown:
+        shown["duplicate"] = bool(shown["duplicate"])
+        states = Counter((shown["deliveries"] or "").split(","))
+        shown["deliveries"] = {state: states[state] for state in STATES if states[state]}
     if "answer" in shown:
         shown["answer"] = shown["answer"].decode("utf-8", "replace")
         shown["truncated"] = bool(shown["truncated"])

@@ -92,6 +92,7 @@ class Selection(msgspec.Struct, kw_only=True, frozen=True):
     until: int | None = None  # received before
     destination: str | None = None  # owed to it, and as the next field says
     state: DeliveryState | None = None  # of the latest delivery of an event to a destination
+    where: Any = None  # conditions over the envelope, as `where` of a destination has them; valid
 
     @property
     def of_deliveries(self) -> bool:

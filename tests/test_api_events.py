@@ -1,5 +1,7 @@
 """One event, one delivery, one destination over the admin API, with what belongs to it."""
 
+from urllib.parse import quote
+
 import pytest
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
@@ -43,8 +45,8 @@ async def test_an_event_comes_with_its_deliveries_and_their_states(relay, event)
         shown = await relay.operator("GET", f"/api/events/{short}")
         assert shown["id"] == event
         assert shown["subject"] == "s-1"
-        assert shown["states"] == {"delivered": 1}
-        assert [each["destination"] for each in shown["deliveries"]] == ["crm"]
+        assert (shown["deliveries"], shown["duplicate"]) == ({"delivered": 1}, False)
+        assert [each["destination"] for each in shown["owed"]] == ["crm"]
 
 
 async def test_a_body_is_the_sender_s_own_bytes_and_no_page_of_ours(relay, event):
@@ -55,7 +57,7 @@ async def test_a_body_is_the_sender_s_own_bytes_and_no_page_of_ours(relay, event
 
 
 async def test_a_delivery_comes_with_its_tries(relay, event):
-    [delivery] = (await relay.operator("GET", f"/api/events/{event}"))["deliveries"]
+    [delivery] = (await relay.operator("GET", f"/api/events/{event}"))["owed"]
     shown = await relay.operator("GET", f"/api/deliveries/{delivery['id'][:-3]}")
     assert shown["state"] == "delivered"
     assert [(each["result"], each["status"]) for each in shown["tries"]] == [("ok", 200)]
@@ -74,6 +76,85 @@ async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, que
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
     assert query.partition("=")[0] in answer.json["error"]["message"]
     assert answer.json["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "says", "hint"),
+    [
+        ("events?state=deaf", 400, 'there is no "deaf", did you mean "dead"?', "leave it out"),
+        ("deliveries?state=deaf", 400, 'there is no "deaf"', "leave it out"),
+        ("events?type=", 400, '"type": a pattern is empty', ""),
+        ("events?since=noon", 400, '"since": expected "2h"', ""),
+        ("deliveries?until=noon", 400, '"until": expected "2h"', ""),
+        ("attempts?result=okay", 400, 'there is no "okay", did you mean "ok"?', ""),
+        ("events?destination=cmr", 404, "no destination 'cmr'", "there are crm, idle"),
+        ("deliveries?event_id=0190", 404, "no event '0190'", "the list"),
+        ("attempts?delivery_id=0190", 404, "no delivery '0190'", "the list"),
+        ("events?where=x", 400, '"where": ', "data.sale_made"),
+        ("events?where={}", 400, "a table without conditions", "data.sale_made"),
+        ('events?where={"data.x":{"like":1}}', 400, 'unknown operator "like"', "data.sale_made"),
+    ],
+)
+@pytest.mark.usefixtures("event")
+async def test_a_filter_that_can_mean_nothing_is_an_error_and_no_empty_list(relay, path, status, says, hint):
+    answer = await exchange(relay.addresses.socket, request("GET", f"/api/{quote(path, safe='?=&/')}"))
+    assert (answer.status, answer.json["error"]["message"]) == (status, mentioning(says))
+    assert hint in answer.json["error"]["hint"]
+
+
+class mentioning(str):  # noqa: N801 - reads as a word where it stands
+    """Equal to any text that has it."""
+
+    __slots__ = ()
+
+    def __eq__(self, other):
+        return str(self) in other
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("destination=crm", 1),
+        ("destination=idle", 0),
+        ("destination=crm&state=delivered", 1),
+        ("state=dead", 0),
+        ("type=adorn.*&source=adorn&subject=s-1&since=1h", 1),
+        ("until=1h", 0),
+        ('where={"data.total":"45000.00"}', 1),
+        ('where={"data.total":"1"}', 0),
+        ('where=[{"data.total":"1"},{"subject":"s-1"}]&type=*', 1),
+    ],
+)
+@pytest.mark.parametrize("kind", ["events", "deliveries"])
+async def test_events_and_deliveries_have_the_same_filters(relay, event, kind, query, found):
+    page = await relay.operator("GET", f"/api/{kind}?{quote(query, safe='=&')}")
+    assert (len(page["items"]), page["next_cursor"]) == (found, None)
+
+
+async def test_attempts_are_found_by_what_they_came_to(relay, event):
+    for query, found in (
+        ("result=ok", 1),
+        ("result=5xx", 0),
+        ("destination=crm&since=1h", 1),
+        ("until=1h", 0),
+    ):
+        assert len((await relay.operator("GET", f"/api/attempts?{query}"))["items"]) == found, query
+
+
+async def test_an_event_of_a_list_has_exactly_this(relay, event):
+    [shown] = (await relay.operator("GET", f"/api/events?id={event[:-2]}"))["items"]
+    assert shown == {
+        "id": event,
+        "source": "adorn",
+        "type": "adorn.session.started",
+        "subject": "s-1",
+        "received_at": shown["received_at"],
+        "size": len(BODY),
+        "duplicate": False,
+        "deliveries": {"delivered": 1},
+    }
 
 
 async def test_a_destination_says_what_it_is_owed_and_why_it_does_not_move(relay, event):

@@ -86,6 +86,27 @@ async def test_a_filter_is_counted_beforehand_and_then_replayed(relay, receiver)
     assert [one["id"] for one in listed] == [replay["id"]]
 
 
+async def test_a_filter_looks_into_payloads(relay, receiver):
+    sent = []
+    for total in (1, 7, 9):
+        body = adorn("s", payload={"total": total})
+        sent.append((await relay.exchange(request("POST", "/v1/events", body))).json["event_id"])
+    await until(lambda: finished(relay, "delivered") == 3)
+    wish = {"filter": {"where": {"data.total": {"gte": 7}}}}
+    assert await accepted(relay, "/api/replays", dry_run=True, **wish) == {"count": 2}
+    await over(relay, await accepted(relay, "/api/replays", **wish))
+    await until(lambda: finished(relay, "delivered") == 5)
+    assert receiver.ids[3:] == sent[1:]
+    await relay.operator("POST", "/api/destinations/crm/pause")
+    await over(relay, await accepted(relay, "/api/replays", filter={"source": "adorn"}))
+    cancelled = await accepted(
+        relay, "/api/deliveries/cancel", filter={"where": [{"data.total": 1}, {"data.total": 9}]}
+    )
+    assert cancelled == {"cancelled": 2, "in_flight": 0}
+    [left] = (await relay.operator("GET", "/api/deliveries?state=pending"))["items"]
+    assert left["event_id"] == sent[1]
+
+
 async def test_a_replay_that_is_cancelled_says_how_far_it_came(relay, receiver):
     for number in range(3):
         await send(relay, f"{number}")

@@ -8,6 +8,11 @@ from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import request
 
+from relay.cli.conditions import conditions
+from relay.cli.daemon import Daemon
+from relay.store import bound
+from relay.where import compile_where
+
 BODY = adorn("s-1", payload={"total": "45000.00"})
 OTHER = adorn("s-2")
 
@@ -51,7 +56,7 @@ async def events(relay):
 async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, events):
     rows = (await commands("events", "list")).rows
     assert [row[0] for row in rows] == events[::-1]
-    assert rows[0][2:] == ["adorn.session.started", "s-2", str(len(OTHER))]
+    assert rows[0][2:] == ["adorn.session.started", "s-2", str(len(OTHER)), "1 delivered"]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,78 @@ async def test_lists_are_filtered(commands, events, args, found):
     assert [row[3] for row in (await commands("events", "list", *args)).rows] == found
 
 
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["--where", "data.total=45000.00"], []),
+        (["--where", 'data.total="45000.00"'], ["s-1"]),
+        (["--where", "data.total~45*", "--type", "adorn.*"], ["s-1"]),
+        (["--where", "data.total=null"], ["s-2"]),
+        (["--where", "data.total", "--where", "subject!=s-1"], []),
+        (["--destination", "crm", "--state", "delivered"], ["s-2", "s-1"]),
+        (["--state", "dead"], []),
+    ],
+)
+@pytest.mark.parametrize("noun", ["events", "deliveries"])
+async def test_lists_look_into_what_events_hold(commands, events, noun, args, found):
+    shown = (await commands(noun, "list", *args, "--json")).json["items"]
+    subjects = dict(zip(events, ["s-1", "s-2"], strict=True))
+    assert [subjects[each.get("event_id", each["id"])] for each in shown] == found
+
+
+@pytest.mark.parametrize("text", ["=1", "", "'data", "data.a!"])
+def test_what_is_no_condition_is_a_usage_error_with_examples(text):
+    said = run("events", "list", "--where", text, "--socket", "none", code=2)
+    assert "data.sale_made=true" in said.err
+
+
+@pytest.mark.parametrize(
+    ("texts", "table"),
+    [
+        (["data.a=1", "data.b=x", "data.c=[1, 2]"], {"data.a": 1, "data.b": "x", "data.c": [1, 2]}),
+        (["data.a>=1", "data.a<5"], {"data.a": {"gte": 1, "lt": 5}}),
+        (["type!=a", "type!=b"], {"type": {"not": {"in": ["a", "b"]}}}),
+        (["subject~s-*", "data.x"], {"subject": {"glob": "s-*"}, "data.x": {"exists": True}}),
+        (["data.x!=null", "data.'a=b'=1"], {"data.x": {"exists": True}, "data.'a=b'": 1}),
+        (["data.a=x=y>1"], {"data.a": "x=y>1"}),
+        ([], None),
+    ],
+)
+def test_conditions_are_typed_as_they_read(texts, table):
+    literal = {key: each if isinstance(each, dict) else {"in": [each]} for key, each in (table or {}).items()}
+    assert conditions(texts) == (literal or None)
+    if literal:
+        assert compile_where(literal)
+
+
+def test_a_condition_that_contradicts_another_is_refused():
+    said = run("events", "list", "--where", "data.a=1", "--where", "data.a=2", "--socket", "none", code=2)
+    assert "contradicts" in said.err
+
+
+async def test_a_list_is_followed_to_what_is_rare(commands, events, monkeypatch):
+    monkeypatch.setattr(bound, "MOST_CANDIDATES", 1)
+    page = (await commands("events", "list", "--where", "subject=s-1", "--json")).json
+    assert ([each["id"] for each in page["items"]], page["next_cursor"]) == ([events[0]], None)
+    page = (await commands("events", "list", "--limit", "1", "--where", "source=adorn", "--json")).json
+    assert [each["id"] for each in page["items"]] == [events[1]]
+    assert page["next_cursor"] is not None
+
+
+def test_a_search_that_is_ended_says_how_to_go_on(monkeypatch):
+    pages = iter([{"items": [{"id": "a"}], "next_cursor": "7"}])
+
+    def get(self, *path, **query):
+        try:
+            return next(pages)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(Daemon, "get", get)
+    said = run("events", "list", "--socket", "none", code=130)
+    assert said.err == "ended after 1 events; go on with the same command and --cursor 7\n"
+
+
 async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, events):
     page = (await commands("events", "list", "--limit", "1", "--json")).json
     assert [each["id"] for each in page["items"]] == [events[1]]
@@ -81,7 +158,8 @@ async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, even
 async def test_an_event_is_shown_with_its_deliveries(commands, events):
     said = await commands("events", "show", events[0][:-1])
     assert ["id", events[0]] in said.rows
-    assert ["states", "1 delivered"] in said.rows
+    assert ["deliveries", "1 delivered"] in said.rows
+    assert ["duplicate", "no"] in said.rows
     assert said.rows[-1][1:3] == ["crm", "delivered"]
     assert (await commands("events", "show", events[0], "--json")).json["subject"] == "s-1"
 
@@ -187,8 +265,10 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
     assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
     assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err
     assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
+    said = await offline("deliveries", "list", "--destination", "cmr", code=4)
+    assert "no destination 'cmr'" in said.err
     assert '"since": expected' in (await offline("events", "list", "--since", "noon", code=1)).err
-    assert "expected the number" in (await offline("events", "list", "--cursor", "x", code=2)).err
+    assert "expected the next_cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
 
 

@@ -1,28 +1,151 @@
-"""Lists by the time of receipt: exactly those, in their own order, without reading the rest."""
+"""Lists: exactly what is meant, in order, page by page, each along its index; and how far one page looks."""
+
+import itertools
+from collections import Counter
 
 import pytest
-from stores import make_event
+from stores import make_event, opened, send
 from support import FakeClock
 
-from relay.store import Acceptance
-from relay.store.find import SPAN_SQL, list_sql
-from relay.store.sqlite import SqliteStore
+from bench.filling import END, fill
+from bench.lists import OPTIONS, asking, deep, faults, questions
+from relay.clock import SECOND
+from relay.errors import RelayError
+from relay.items import list_items
+from relay.model import Attempt, Outcome, Owed, Selection
+from relay.store import Acceptance, bound, leads, times
+from relay.store.find import FILTERS
+from relay.store.select import judge
 
-TIMES = (100, 300, 200, 400)
-"""When events came in, in the order in which they were stored: the clock was put back once."""
+EVENTS = 1200
+"""Of the store that is asked for everything: enough for pages, and few enough for each question."""
 
 
 @pytest.fixture
-async def store(tmp_path):
-    clock = FakeClock()
-    store = SqliteStore(tmp_path / "relay.db", clock)
-    store.route = lambda event: ()
-    await store.open()
-    for at in TIMES:
-        event = make_event(clock, received_at=at)
-        await store.append(Acceptance(source=event.source, event=event))
-    yield store
-    await store.close()
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    async with opened(tmp_path / "relay.db", clock) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    import asyncio  # noqa: PLC0415 - a fixture of the module has no loop
+
+    path = tmp_path_factory.mktemp("filled") / "relay.db"
+    asyncio.run(fill(path, EVENTS))
+    return path
+
+
+async def rows(store):
+    """All deliveries with their events, as plain tuples."""
+    return await store.traced.execute_fetchall(
+        """
+        SELECT e.id, e.public_id, e.source, e.type, e.subject, e.received_at, d.id, d.public_id,
+               d.destination, d.state
+          FROM events AS e JOIN deliveries AS d ON d.event_id = e.id ORDER BY e.id, d.id
+        """
+    )
+
+
+def expected(kind, filters, found):
+    """Say by brute force which ids a list has, newest first."""
+    times_ = {"2h": END - 7200 * SECOND, "10d": END - 10 * 86400 * SECOND, "13d": END - 13 * 86400 * SECOND}
+    wanted = {name: times_.get(value, value) for name, value in filters.items()}
+    to, state = wanted.pop("destination", None), wanted.pop("state", None)
+    meant = judge(Selection(**wanted), deliveries=True)
+    fits = [row for row in found if meant(*row[2:6]) and to in (None, row[8]) and state in (None, row[9])]
+    if kind == "events":
+        return list(dict.fromkeys(row[1] for row in reversed(fits)))
+    return [row[7] for row in sorted(fits, key=lambda row: (row[0], row[6]), reverse=True)]
+
+
+async def whole(store, kind, filters, limit=50, most=2000):
+    """Follow a list to its end."""
+    found, cursor = [], None
+    for _ in range(most):
+        page = await list_items(
+            store, kind, limit=limit, cursor=cursor, filters=filters, now=END, destinations=["nobody"]
+        )
+        found += [each["id"] for each in page["items"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return found
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("kind", ["events", "deliveries"])
+async def test_every_question_is_answered_in_full_and_in_order(file, kind):
+    async with asking(file) as store:
+        found = await rows(store)
+        for filters in questions(kind):
+            assert await whole(store, kind, filters, limit=500) == expected(kind, filters, found), filters
+
+
+@pytest.mark.parametrize("kind", ["events", "deliveries"])
+async def test_pages_that_end_by_their_bound_come_to_the_same(file, kind, monkeypatch):
+    for name, value in {"MOST_CANDIDATES": 700, "STEP": 300}.items():
+        monkeypatch.setattr(bound, name, value)
+    for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
+        monkeypatch.setattr(leads, name, value)
+    async with asking(file) as store:
+        found = await rows(store)
+        for filters in itertools.islice(questions(kind), 0, None, 7):
+            assert await whole(store, kind, filters, limit=37) == expected(kind, filters, found), filters
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("few", [True, False])
+async def test_no_question_reads_all_of_a_table_or_sorts_one(file, kind, few, monkeypatch):
+    """Whether a way is short enough to be put in order in memory, or not."""
+    if not few:
+        monkeypatch.setattr(leads, "MOST_LISTED", 1)
+    async with asking(file) as store:
+        for filters, cursor in itertools.product(questions(kind), (None, deep(kind, EVENTS))):
+            await store.list(kind, cursor, filters)
+        plans = await store.traced.plans()
+    assert {sql: faults(plan) for sql, plan in plans.items() if faults(plan)} == {}
+    assert len(plans) > 3
+
+
+def test_a_plan_that_reads_a_table_is_found_out():
+    assert faults(["SCAN e", "SEARCH e USING INDEX x (y=?)", "USE TEMP B-TREE FOR ORDER BY"]) == [
+        "SCAN e",
+        "USE TEMP B-TREE FOR ORDER BY",
+    ]
+
+
+async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatch):
+    monkeypatch.setattr(bound, "MOST_CANDIDATES", 500)
+    wanted = {"where": '{"data.n": 4}'}
+    async with asking(file) as store:
+        first = await store.list("events", None, wanted)
+        assert first == {"items": [], "next_cursor": str(EVENTS - 499)}
+        assert len(await whole(store, "events", wanted)) == 1
+        assert len(await whole(store, "deliveries", wanted)) == 3
+
+
+async def test_time_ends_a_page_as_well(file, monkeypatch):
+    monkeypatch.setattr(bound, "DEEP_SECONDS", 0.0)
+    async with asking(file) as store:
+        first = await store.list("events", None, {"where": '{"data.n": 4}'})
+    assert (first["items"], first["next_cursor"]) == ([], str(EVENTS - 49))
+
+
+async def test_a_payload_is_looked_into_together_with_other_filters(file):
+    async with asking(file) as store:
+        found = await whole(store, "events", {"where": '{"data.total": {"lt": 2}}', "source": "adorn"})
+        assert found
+        page = await store.list("events", None, {"where": '{"source": "adorn", "data.total": 1}'})
+        assert {each["id"] for each in page["items"]} <= set(found)
+
+
+TIMES = (100, 300, 200, 400)
+"""When events came in, in the order in which they were stored: the clock was put back once."""
 
 
 @pytest.mark.parametrize(
@@ -36,31 +159,133 @@ async def store(tmp_path):
         ({"since": 101, "before": 4}, [200, 300]),
     ],
 )
-async def test_since_is_within_and_until_is_not(store, filters, found):
+async def test_since_is_within_and_until_is_not(store, clock, filters, found):
+    for at in TIMES:
+        await send(store, clock, received_at=at)
     assert [row["received_at"] for row in await store.find("events", **filters)] == found
 
 
-async def plan(store, sql, values):
-    rows = await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
-    return [row[3] for row in rows]
+async def test_times_narrow_a_search_to_blocks_of_events(store, clock, monkeypatch):
+    monkeypatch.setattr(times, "SHIFT", 1)
+    for at in (100, 200, 300, 200, 500, 600):
+        await send(store, clock, received_at=at)
+    span = await times.span(store._reader, 250, 301)
+    assert (span.first, span.last) == (2, 5)
+    span = await times.span(store._reader, 150, None)
+    assert (span.first, span.last) == (2, 7)
+    assert await times.span(store._reader, 700, None) is None
+    assert await times.span(store._reader, None, 100) is None
 
 
-async def test_a_time_is_looked_up_in_its_index(store):
-    assert await plan(store, SPAN_SQL, (1, 2)) == [
-        "SEARCH events USING COVERING INDEX events_received (received_at>? AND received_at<?)"
-    ]
+async def test_an_imported_event_is_found_by_its_own_time(store, clock):
+    for _ in range(2):
+        await send(store, clock)
+    old = make_event(clock, received_at=clock.wall() - 86400 * SECOND)
+    await store.restore([old])
+    found = await store.find("events", until=clock.wall() - 3600 * SECOND)
+    assert [row["id"] for row in found] == [old.public_id]
 
 
-@pytest.mark.parametrize(
-    ("filters", "index"),
-    [
-        ([], "INTEGER PRIMARY KEY (rowid>? AND rowid<?)"),
-        (["e.source = ?"], "INDEX events_source (source=? AND id>? AND id<?)"),
-        (["e.type = ?"], "INDEX events_type (type=? AND id>? AND id<?)"),
-        (["e.subject = ?"], "INDEX events_subject (subject=? AND id>? AND id<?)"),
-    ],
-)
-async def test_a_list_of_a_time_reads_only_its_span_and_sorts_nothing(store, filters, index):
-    times = ["e.id BETWEEN ? AND ?", "+e.received_at >= ?", "+e.received_at < ?"]
-    sql = list_sql("events", [*times, *filters])
-    assert await plan(store, sql, (1,) * sql.count("?")) == [f"SEARCH e USING {index}"]
+async def test_the_latest_delivery_of_an_event_to_a_destination_counts(store, clock):
+    event = await send(store, clock)
+    crm = next(each for each in store.fresh if each.destination == "crm")
+    attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
+    await store.settle(Outcome(delivery=crm, attempt=attempt, state="dead", reason="exhausted"))
+    assert len(await store.find("events", state="dead", destination="crm")) == 1
+    assert await store.find("events", state="dead", destination="erp") == []
+    assert await store.repeat([((await store.load([event.id]))[event.id], Owed("crm"))]) == (True,)
+    assert await store.find("events", state="dead") == []
+    assert [row["state"] for row in await store.find("deliveries", state="dead")] == ["dead"]
+
+
+async def test_deliveries_are_in_their_own_order_and_by_what_events_are_in_that_of_those(store, clock):
+    first, second = await send(store, clock), await send(store, clock)
+    await end_all(store)
+    await store.repeat([(first, Owed("crm"))])
+    plain = [row["event_id"] for row in await store.find("deliveries", destination="crm")]
+    assert plain == [first.public_id, second.public_id, first.public_id]
+    by_event = [row["event_id"] for row in await store.find("deliveries", destination="crm", source="shop")]
+    assert by_event == [second.public_id, first.public_id, first.public_id]
+
+
+async def end_all(store):
+    attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
+    for delivery in list(store.fresh):
+        await store.settle(Outcome(delivery=delivery, attempt=attempt, state="delivered"))
+
+
+@pytest.mark.parametrize("most", [1, 10_000])
+async def test_attempts_are_listed_by_their_beginning_whatever_leads_to_them(file, monkeypatch, most):
+    monkeypatch.setattr(leads, "MOST_LISTED", most)
+    monkeypatch.setattr(bound, "MOST_CANDIDATES", 400)
+    async with asking(file) as store:
+        told = await store.traced.execute_fetchall(
+            "SELECT a.started_at, a.id, d.destination, a.result FROM attempts AS a"
+            " JOIN deliveries AS d ON d.id = a.delivery_id ORDER BY 1 DESC, 2 DESC"
+        )
+        since = END - 10 * 86400 * SECOND
+        for to, result, after in itertools.product((None, "late", "crm"), (None, "5xx"), (None, since)):
+            meant = [
+                row[1]
+                for row in told
+                if to in (None, row[2]) and result in (None, row[3]) and (after is None or row[0] >= after)
+            ]
+            found, cursor, more = [], None, True
+            while more:
+                page = await store.page(
+                    "attempts", limit=150, cursor=cursor, destination=to, result=result, since=after
+                )
+                found += [row["row"] for row in page.rows]
+                cursor = page.cursor
+                more = cursor is not None
+            assert found == meant, (to, result, after)
+
+
+async def test_a_page_may_end_within_the_deliveries_of_an_event(store, clock):
+    for _ in range(3):
+        await send(store, clock)
+    found, cursor = [], None
+    while True:
+        page = await store.page("deliveries", limit=1, cursor=cursor, source="shop")
+        found += [(row["event_id"], row["destination"]) for row in page.rows]
+        cursor = page.cursor
+        if cursor is None:
+            break
+    assert len(found) == len(set(found)) == 6
+
+
+async def test_an_event_that_was_repeated_says_so(store, clock):
+    first = make_event(clock)
+    other = await send(store, clock)
+    for event in (first, make_event(clock), make_event(clock)):
+        await store.append(Acceptance(source="shop", event=event, key="k"))
+    again = make_event(clock)
+    receipt = await store.append(Acceptance(source="shop", event=again, repeats=other.public_id))
+    assert (receipt.event_id, receipt.duplicate) == (other.public_id, True)
+    await send(store, clock, key="other")
+    told = {row["id"]: row["duplicate"] for row in await store.find("events")}
+    assert Counter(told.values()) == {0: 1, 1: 2}
+    assert told[first.public_id] == told[other.public_id] == 1
+    requests = await store._reader.execute_fetchall("SELECT requests FROM repetitions ORDER BY event_id")
+    assert [row[0] for row in requests] == [1, 2]
+
+
+async def test_a_duplicate_of_an_event_that_is_gone_is_only_counted(store, clock):
+    event = await send(store, clock, key="k")
+    await store.expunge([event.id])
+    receipt = await store.append(Acceptance(source="shop", event=make_event(clock), key="k"))
+    assert (receipt.event_id, receipt.duplicate) == (event.public_id, True)
+    assert await store._reader.execute_fetchall("SELECT * FROM repetitions") == []
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+async def test_a_filter_that_a_list_has_not_is_refused_with_those_that_it_has(store, kind):
+    with pytest.raises(RelayError, match="have no filter 'colour'") as refused:
+        await store.find(kind, colour="red")
+    assert FILTERS[kind][0] in refused.value.hint
+
+
+@pytest.mark.parametrize("cursor", ["-1", "x", "", "1.", "1.2.3", "9" * 30])
+async def test_what_is_no_cursor_is_refused(store, cursor):
+    with pytest.raises(RelayError, match="cursor"):
+        await store.page("events", cursor=cursor)

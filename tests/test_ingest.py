@@ -96,6 +96,7 @@ async def test_a_repeated_request_whose_first_sender_hung_up_is_its_duplicate(re
         answer = await patient.answer()
     [row] = await relay.rows(subject="echo")
     assert answer.json == {"status": "ok", "event_id": row["id"]}
+    assert row["duplicate"]
     assert relay.counted("relay_events_duplicate_total", source="adorn") == duplicates + 1
 
 
@@ -112,6 +113,7 @@ async def test_a_repetition_after_the_first_was_stored_unheard_is_its_duplicate_
     repeated, new = await relay.exchange(raw), await relay.exchange(raw)
     first, second = await relay.rows(subject="late echo")
     assert (repeated.json["event_id"], new.json["event_id"]) == (first["id"], second["id"])
+    assert (first["duplicate"], second["duplicate"]) == (True, False)
 
 
 async def test_genuine_twins_are_two_events(relay: Relay, slow_store):

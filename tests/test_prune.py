@@ -13,7 +13,7 @@ from relay.config.model import Retention, SourceRetention
 from relay.ids import event_id
 from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
 from relay.retention import Policy
-from relay.store import Acceptance, prune
+from relay.store import Acceptance, prune, times
 from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
@@ -167,6 +167,18 @@ async def test_attempts_keys_and_counts_go_in_their_own_time(store, clock):
     pruned = await store.prune(POLICY)
     assert (pruned.attempts, pruned.stats) == (2, 1)
     assert [await rows(store, name) for name in ("events", "attempts", "dedupe", "stats")] == [1, 0, 0, 0]
+
+
+async def test_what_is_known_of_times_and_repetitions_goes_with_the_events(store, clock, monkeypatch):
+    monkeypatch.setattr(times, "SHIFT", 0)
+    monkeypatch.setattr(prune, "FORGET_SQL", times.FORGET_SQL.replace("10", "0"))
+    await send(store, clock, key="k")
+    await store.append(accept(clock, key="k"))
+    clock.advance(15 * DAY)
+    await send(store, clock)
+    assert (await rows(store, "event_times"), await rows(store, "repetitions")) == (2, 1)
+    assert (await store.prune(POLICY)).events == 1
+    assert (await rows(store, "event_times"), await rows(store, "repetitions")) == (1, 0)
 
 
 async def test_counts_outlive_the_events_that_they_count(store, clock):

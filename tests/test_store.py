@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import sqlite3
+from contextlib import closing
 
 import pytest
 from support import FakeClock, until
@@ -22,6 +23,7 @@ from relay.model import (
     Unregister,
 )
 from relay.store import Acceptance
+from relay.store.schema import MIGRATIONS
 from relay.store.sqlite import SqliteStore
 
 
@@ -331,8 +333,38 @@ async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock)
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(StorageError, match=r"version 99.*knows 1"):
+    with pytest.raises(StorageError, match=r"version 99.*knows 2"):
         await SqliteStore(path, clock).open()
+
+
+async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+        for number, at in ((1, 100), (2, 90), (1024, 500)):
+            db.execute(
+                "INSERT INTO events VALUES (?, ?, 'shop', 'shop.a', NULL, ?, 'x', NULL, x'', 2, x'7b7d', 0,"
+                " 2, NULL, x'7b7d')",
+                (number, f"evt_{number}", at),
+            )
+            db.execute(
+                "INSERT INTO deliveries (public_id, event_id, destination, state, created_at)"
+                " VALUES (?, ?, 'crm', 'dead', 1)",
+                (f"dlv_{number}", number),
+            )
+        db.commit()
+    store = SqliteStore(path, clock)
+    await store.open()
+    blocks = await store._reader.execute_fetchall("SELECT block, first, last FROM event_times")
+    assert [tuple(row) for row in blocks] == [(0, 90, 100), (1, 500, 500)]
+    assert [row["id"] for row in await store.find("events", since=95, until=101)] == ["evt_1"]
+    found = await store.find("deliveries", destination="crm", state="dead", since=95)
+    assert [row["id"] for row in found] == ["dlv_1024", "dlv_1"]
+    await store.close()
+    copy = path.with_name("relay.db.before-v2")
+    with closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM events").fetchone() == (3,)
 
 
 async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path, clock):

@@ -12,7 +12,7 @@ from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
 from relay.items import item
 from relay.model import DestinationState
-from relay.store import Counts
+from relay.store.counts import Counts
 
 ABSENT = "not_in_config"
 """What holds the deliveries of a destination that is configured no more; its return resumes them."""
@@ -37,7 +37,7 @@ class DestinationsApi:
         ]
 
     async def _list(self, _request: web.Request) -> web.Response:
-        counts = await self._store.counts()
+        counts = await self._store.books()
         items = [
             {**_destination(lane), **_counts(counts.get(lane.name))} for lane in self._engine.lanes.values()
         ]
@@ -49,7 +49,7 @@ class DestinationsApi:
         return say({"items": items, "next_cursor": None})
 
     async def _show(self, request: web.Request) -> web.Response:
-        counts, name = await self._store.counts(), request.match_info["name"]
+        counts, name = await self._store.books(), request.match_info["name"]
         if name not in self._engine.lanes and name in counts:
             told = self._absent(name)
         else:

@@ -4,15 +4,14 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from relay.api.answers import limit_of, number, query_of, say
+from relay.api.answers import limit_of, query_of, say
 from relay.api.parts import Parts
+from relay.delivery.answer import RESULTS
 from relay.items import list_items
+from relay.questions import one_of, read_field
+from relay.store.find import FILTERS as STORED
 
-FILTERS = {
-    "events": ("id", "source", "type", "subject", "since", "until"),
-    "deliveries": ("id", "event_id", "destination", "state"),
-    "attempts": ("delivery_id",),
-}
+FILTERS = {kind: STORED[kind] for kind in ("events", "deliveries", "attempts")}
 
 
 class ListsApi:
@@ -20,6 +19,7 @@ class ListsApi:
 
     def __init__(self, parts: Parts) -> None:
         self._store = parts.store
+        self._engine = parts.engine
         self._clock = parts.clock
 
     def routes(self) -> list[web.RouteDef]:
@@ -30,11 +30,18 @@ class ListsApi:
         async def answer(request: web.Request) -> web.Response:
             query = query_of(request, (*filters, "limit", "cursor"))
             limit = limit_of(query)
-            before = number(query["cursor"], "cursor") if "cursor" in query else None
             wanted = {name: query.get(name) for name in filters}
-            now = self._clock.wall()
-            return say(
-                await list_items(self._store, kind, limit=limit, before=before, filters=wanted, now=now)
+            if wanted.get("result") is not None:
+                read_field("result", lambda text: one_of(text, RESULTS), wanted["result"])
+            page = await list_items(
+                self._store,
+                kind,
+                limit=limit,
+                cursor=query.get("cursor"),
+                filters=wanted,
+                now=self._clock.wall(),
+                destinations=self._engine.lanes.keys(),
             )
+            return say(page)
 
         return answer

@@ -7,11 +7,12 @@ from aiohttp import web
 
 from relay.api.answers import body_of, say
 from relay.api.parts import Parts
-from relay.api.selecting import FIELDS, Filter, read_field
+from relay.api.selecting import FIELDS, Filter
 from relay.clock import rfc3339
 from relay.delivery.routing import explained
 from relay.errors import RelayError, UnknownError
 from relay.model import Named, Selection
+from relay.questions import read_field
 from relay.replay import DEFAULT_RATE, Replay, Wish
 from relay.store import Cancelled
 from relay.units import parse_rate, render_rate

@@ -9,14 +9,13 @@ from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.exits import BATCH, NOTHING, CommandError
 from relay.cli.following import follow
 from relay.cli.group import Group
-from relay.cli.listing import filter_options, page_options, print_fields, print_page
+from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
 _TRIES = ("started_at", "duration_ms", "result", "status", "error")
-_FILTERS = ("destination", "state", "source", "type", "subject", "since", "until")
 
 
 @click.group(cls=Group)
@@ -25,15 +24,18 @@ def deliveries() -> None:
 
 
 @deliveries.command("list")
-@filter_options("destination", "state", "event")
+@filter_options("event", *SELECTION)
 @page_options
 @reader_options
 def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, event: str | None, **query: Any) -> None:
     """List deliveries, newest first.
 
     Example: relay deliveries list --destination crm --state dead
+
+    Filtered by what their events are, they are in the order of those.
     """
-    print_page(daemon.get("deliveries", event_id=event, **query), COLUMNS, as_json=as_json, quiet=quiet)
+    page = gather(daemon, "deliveries", event_id=event, **query)
+    print_page(page, COLUMNS, as_json=as_json, quiet=quiet)
 
 
 @deliveries.command()
@@ -60,7 +62,7 @@ def show(daemon: Daemon | Offline, delivery: str, *, as_json: bool) -> None:
 
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
-@filter_options(*_FILTERS)
+@filter_options(*SELECTION)
 @click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
 @yes_option
 @json_option
@@ -72,7 +74,7 @@ def retry(
     rate: str | None,
     yes: bool,
     as_json: bool,
-    **filters: str | None,
+    **filters: Any,
 ) -> None:
     """Give ended deliveries another life; make pending ones due now.
 
@@ -100,11 +102,11 @@ def retry(
 
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
-@filter_options(*_FILTERS)
+@filter_options(*SELECTION)
 @yes_option
 @json_option
 @daemon_options
-def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **filters: str | None) -> None:
+def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **filters: Any) -> None:
     """End pending deliveries.
 
     Example: relay deliveries cancel --destination crm --since 1h
@@ -127,7 +129,7 @@ def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **
         raise CommandError(f"{count(missed, 'delivery')} had ended already", code=BATCH)
 
 
-def _wish(ids: tuple[str, ...], filters: dict[str, str | None]) -> dict[str, Any]:
+def _wish(ids: tuple[str, ...], filters: dict[str, Any]) -> dict[str, Any]:
     chosen = {name: value for name, value in filters.items() if value is not None}
     if bool(ids) == bool(chosen):
         raise click.UsageError("name deliveries by their ids, or by a filter such as --destination crm")

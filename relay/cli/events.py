@@ -10,13 +10,13 @@ from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.exits import NOTHING, CommandError
 from relay.cli.following import follow
 from relay.cli.group import Group
-from relay.cli.listing import filter_options, page_options, print_fields, print_page
+from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
 from relay.cli.transfer import delete, export, import_
 
-COLUMNS = ("id", "received_at", "type", "subject", "size")
+COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
 
 
@@ -30,15 +30,17 @@ for _command in (export, import_, delete):
 
 
 @events.command("list")
-@filter_options("source", "type", "subject", "since", "until")
+@filter_options(*SELECTION)
 @page_options
 @reader_options
 def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
     """List events, newest first.
 
-    Example: relay events list --source adorn --since 2h
+    Example: relay events list --source adorn --since 2h --where data.sale_made=true
+
+    By destination and state: of the deliveries of an event to a destination the latest counts.
     """
-    print_page(daemon.get("events", **query), COLUMNS, as_json=as_json, quiet=quiet)
+    print_page(gather(daemon, "events", **query), COLUMNS, as_json=as_json, quiet=quiet)
 
 
 @events.command()
@@ -56,13 +58,10 @@ def show(daemon: Daemon | Offline, event: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    print_fields(answer)
-    if answer["deliveries"]:
+    print_fields({name: value for name, value in answer.items() if name != "owed"})
+    if answer["owed"]:
         click.echo()
-        rows = [
-            ["" if each[name] is None else each[name] for name in _DELIVERIES]
-            for each in answer["deliveries"]
-        ]
+        rows = [["" if each[name] is None else each[name] for name in _DELIVERIES] for each in answer["owed"]]
         print_table([name.replace("_", " ") for name in _DELIVERIES], rows)
 
 
@@ -86,7 +85,7 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 
 @events.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
-@filter_options("source", "type", "subject", "since", "until", "destination", "state")
+@filter_options(*SELECTION)
 @click.option("--to", help='The destination; "*": wherever today\'s routes lead.')
 @click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
 @click.option("--dry-run", is_flag=True, help="Only count.")
@@ -102,7 +101,7 @@ def replay(
     dry_run: bool,
     yes: bool,
     as_json: bool,
-    **filters: str | None,
+    **filters: Any,
 ) -> None:
     """Send stored events once more, as new deliveries.
 

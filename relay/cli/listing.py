@@ -1,28 +1,38 @@
 """Lists and single things: the options that their commands share, and how they are printed."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
+from relay.cli.conditions import conditions
+from relay.cli.exits import INTERRUPTED, CommandError
 from relay.cli.options import OneOf, json_option
 from relay.cli.output import print_json, print_table
+from relay.cli.progress import show
 
 STATES = ("pending", "delivered", "dead", "expired", "cancelled")
 _FILTERS: Mapping[str, tuple[Any, str]] = {
     "source": (str, "Of this source."),
-    "type": (str, "Of this full type, such as adorn.image.shared."),
+    "type": (str, 'Of this full type, or of such as match a pattern: "adorn.*".'),
     "subject": (str, "About this subject."),
-    "destination": (str, "Owed to this destination."),
-    "state": (OneOf(STATES), "In this state."),
+    "destination": (str, "Of deliveries to this destination."),
+    "state": (OneOf(STATES), "Of deliveries in this state."),
     "since": (str, 'Received since then: "2h" ago, or RFC 3339.'),
-    "until": (str, "Received before then."),
+    "until": (str, "Received before then, likewise."),
     "status": (OneOf(("ONLINE", "OFFLINE", "MAINTENANCE")), "Of this status."),
     "version": (str, "Of this version."),
     "environment": (str, "Of this environment."),
-    "event": (str, "Of this event; its id in full."),
+    "event": (str, "Of this event; its id may be shortened while unique."),
 }
+SELECTION = ("source", "type", "subject", "since", "until", "destination", "state", "where")
+"""What chooses events, or deliveries by what their events are."""
+
+_WHERE = (
+    'Holding this: "data.sale_made=true", also != < <= > >=, ~ for patterns, or a path alone; repeatable.'
+)
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
 
@@ -32,11 +42,55 @@ def filter_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
     def give(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
+            if name == "where":
+                command = click.option("--where", multiple=True, callback=_where, help=_WHERE)(command)
+                continue
             type_, text = _FILTERS[name]
             command = click.option(f"--{name}", type=type_, help=text)(command)
         return command
 
     return give
+
+
+def _where(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, Any] | None:
+    return conditions(texts)
+
+
+def as_query(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return filters that are given, as parameters of a question: conditions are JSON there."""
+    told = {name: value for name, value in filters.items() if value is not None}
+    return told | ({"where": json.dumps(told["where"])} if "where" in told else {})
+
+
+class Lists(Protocol):
+    """What answers with pages: a relay that runs, or a file."""
+
+    def get(self, kind: str, /, **query: Any) -> Any:
+        """Return a page."""
+        ...
+
+
+def gather(lists: Lists, kind: str, *, limit: int, cursor: str | None, **query: Any) -> dict[str, Any]:
+    """Return so many rows of a list, following its pages where what is asked for is rare.
+
+    Raises:
+        CommandError: the operator ended it.
+    """
+    told = as_query(query)
+    items: list[Any] = []
+    try:
+        while True:
+            page = lists.get(kind, limit=limit - len(items), cursor=cursor, **told)
+            items += page["items"]
+            cursor = page["next_cursor"]
+            if cursor is None or len(items) >= limit:
+                return {"items": items, "next_cursor": cursor}
+            show(f"{len(items)} found so far, looking on from {cursor}")
+    except KeyboardInterrupt:
+        on = "" if cursor is None else f"; go on with the same command and --cursor {cursor}"
+        raise CommandError(f"ended after {len(items)} {kind}{on}", code=INTERRUPTED) from None
+    finally:
+        show("")
 
 
 def page_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,7 +49,7 @@ class Offline:
         )
         return examine(patient, Stop())
 
-    def get(self, kind: str, given: str | None = None, **query: Any) -> Any:
+    def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
         """Return a page of a list, or one of its things.
 
         Raises:
@@ -100,13 +100,16 @@ class Offline:
             if given is not None:
                 return await (show_event if kind == "events" else show_delivery)(reads, given)
             limit, cursor = query.pop("limit"), query.pop("cursor")
-            if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
-                raise click.BadParameter(
-                    "expected the number that the page before ended with", param_hint="--cursor"
-                )
-            before = None if cursor is None else int(cursor)
             now = time.time_ns() // 1000
-            return await list_items(reads, kind, limit=limit, before=before, filters=query, now=now)
+            return await list_items(
+                reads,
+                kind,
+                limit=limit,
+                cursor=cursor,
+                filters=query,
+                now=now,
+                destinations=self._config.destinations.keys(),
+            )
 
 
 def _selection(query: dict[str, Any], *others: str) -> Selection:

@@ -11,7 +11,7 @@ import click
 from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.exits import BATCH, INTERRUPTED, NOTHING, CommandError
-from relay.cli.listing import filter_options
+from relay.cli.listing import SELECTION, as_query, filter_options
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json
@@ -19,11 +19,10 @@ from relay.cli.progress import Meter, show, work
 
 LOOK_EVERY = 100  # lines between two looks at the clock
 CHUNK = 256 * 1024
-_FILTERS = ("source", "type", "subject", "since", "until", "destination", "state")
 
 
 @click.command()
-@filter_options(*_FILTERS)
+@filter_options(*SELECTION)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file; else to stdout.")
 @click.option("--deliveries", is_flag=True, help="Tell what became of each event as well.")
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
@@ -36,7 +35,7 @@ def export(
     deliveries: bool,
     force: bool,
     as_json: bool,
-    **filters: str | None,
+    **filters: Any,
 ) -> None:
     """Write events as lines of JSON, bodies included, the oldest first.
 
@@ -47,7 +46,7 @@ def export(
     """
     if output is None and as_json:
         raise click.UsageError("the lines are JSON anyway; --json goes with -o FILE")
-    wanted = {name: value for name, value in filters.items() if value is not None}
+    wanted = as_query(filters)
     number = daemon.get("export", dry_run=1, **wanted)["count"]
     lines = daemon.stream("GET", "export", deliveries=int(deliveries), **wanted)
     with closing(lines), _written(output, force=force) as file:
@@ -84,13 +83,13 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
 
 @click.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
-@filter_options(*_FILTERS)
+@filter_options(*SELECTION)
 @click.option("--dry-run", is_flag=True, help="Only count.")
 @yes_option
 @json_option
 @daemon_options
 def delete(
-    daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: str | None
+    daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: Any
 ) -> None:
     """Delete events whatever their age; what is still owed of them is cancelled.
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 
 import msgspec
 from aiohttp import web
@@ -170,6 +171,10 @@ class Ingest:
         first = await self._echoes.first(fingerprint)
         if first is not None:
             receipt = msgspec.structs.replace(first, duplicate=True)
+            with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
+                await self._store.append(
+                    Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
+                )
             self._echoes.unheard(fingerprint, receipt, gone=_gone(request))
             return receipt
         entry = self._echoes.begin(fingerprint, lambda: _gone(request))

@@ -38,6 +38,8 @@ from relay.model import (
     WorkerChange,
 )
 from relay.retention import Policy
+from relay.store.counts import Backlog, Counts
+from relay.store.page import Page
 
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
@@ -61,6 +63,7 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     source: str
     event: StoredEvent | None = None
     key: str | None = None  # dedupes within the source for `DEDUPE_FOR`
+    repeats: str | None = None  # public id of the event that it is known to repeat: only counted
     change: WorkerChange | None = None
     asks: str | None = None  # a worker id whose row the receipt shall carry
 
@@ -105,29 +108,6 @@ class Span(msgspec.Struct, frozen=True):
 
     first: int
     last: int
-
-
-class Counts(msgspec.Struct, kw_only=True, frozen=True):
-    """One destination's books: `created` equals the sum of all the others, always."""
-
-    created: int = 0
-    delivered: int = 0
-    dead: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    pending: int = 0  # counted in the table, not derived: that is what makes the books a check
-
-    @property
-    def unaccounted(self) -> int:
-        """Created minus everything that is known of; 0 unless a delivery got lost."""
-        return self.created - self.delivered - self.dead - self.expired - self.cancelled - self.pending
-
-
-class Backlog(msgspec.Struct, frozen=True):
-    """What a destination is owed at the moment."""
-
-    due: int  # pending deliveries whose time has come
-    oldest: int  # when the oldest pending one was created
 
 
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
@@ -296,6 +276,10 @@ class Store(Protocol):
         """Return ledger and counted pending deliveries per destination, from one snapshot."""
         ...
 
+    async def books(self) -> dict[str, Counts]:
+        """Return the ledger per destination; what is pending is not counted, but what it comes to."""
+        ...
+
     async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
         """Change workers as an operator or a job wishes, in one transaction."""
         ...
@@ -380,5 +364,16 @@ class Store(Protocol):
     async def find(
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
     ) -> list[dict[str, Any]]:
-        """List `events`, `deliveries`, `attempts` or `workers`, newest first, by keyset."""
+        """Return the rows of `page` that come before a row id."""
+        ...
+
+    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
+        """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
+
+        Filters are those of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids. Looking for
+        what is rare has its bound: a page may have fewer rows than asked for, and a cursor all the same.
+
+        Raises:
+            RelayError: no such list, it has no such filter, or the cursor is none.
+        """
         ...

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from relay.store import Counts
+from relay.store.counts import Counts
 
 # Pending ones are counted in two shares, each of which has its index: no other row is looked at.
 COUNTS_SQL = """
@@ -14,10 +14,15 @@ COUNTS_SQL = """
              WHERE d.destination = ledger.destination AND d.state = 'pending' AND d.attempts > 0)
       FROM ledger
 """
+BOOKS_SQL = """
+    SELECT destination, created, delivered, dead, expired, cancelled,
+           created - delivered - dead - expired - cancelled
+      FROM ledger
+"""
 
 
 def balance(rows: Iterable[Any]) -> dict[str, Counts]:
-    """Build the books of each destination from rows of `COUNTS_SQL`."""
+    """Build the books of each destination from rows of either statement."""
     return {
         name: Counts(
             created=created,

@@ -89,6 +89,7 @@ class Batch:
         self.new_keys: list[Row] = []
         self.events: list[StoredEvent] = []
         self.tallies = Tallies()
+        self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
         self.deliveries: list[Delivery] = []
         self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules, self.bear)
         self.outcomes: list[Outcome] = []
@@ -117,11 +118,13 @@ class Batch:
             Conflict: the worker change contradicts the registry; nothing was taken in.
         """
         event, key = acceptance.event, acceptance.key
-        if event is not None and key is not None:
+        first = acceptance.repeats
+        if first is None and key is not None:
             first = self._keys.get((acceptance.source, key))
-            if first is not None:
-                self.tallies.add(event, duplicate=True)
-                return Receipt(event_id=first, duplicate=True)
+        if event is not None and first is not None:
+            self.tallies.add(event, duplicate=True)
+            self.repetitions[first] += 1
+            return Receipt(event_id=first, duplicate=True)
         worker: Worker | None = None
         sent: tuple[Command, ...] = ()
         if acceptance.change is not None:

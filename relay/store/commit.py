@@ -6,7 +6,7 @@ Ends come first, because they free what new deliveries may have to wait for.
 from collections.abc import Sequence
 
 from relay.model import Born, Delivery, Outcome, Owed
-from relay.store import OPERATOR_EVENTS
+from relay.store import OPERATOR_EVENTS, times
 from relay.store.batch import Batch
 from relay.store.dump import restore
 from relay.store.ends import cancel, end, expire, free
@@ -21,9 +21,16 @@ from relay.store.rows import (
     delivery_row,
     event_row,
 )
-from relay.store.statements import fetch, insert
+from relay.store.statements import fetch, insert, run
 from relay.store.transaction import Transaction
 from relay.store.wishes import as_wished, hurry, repeat
+
+REPEATED_SQL = """
+    WITH asked (public_id, requests) AS (VALUES {values})
+    INSERT INTO repetitions (event_id, requests)
+    SELECT e.id, asked.requests FROM asked JOIN events AS e USING (public_id) WHERE true
+        ON CONFLICT (event_id) DO UPDATE SET requests = requests + excluded.requests
+"""
 
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 
@@ -37,9 +44,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         await repeat(batch, transaction)
     if batch.restoring:
         await restore(batch, transaction)
-    if events := batch.events + batch.restored:
-        insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in events])
-    batch.tallies.write(transaction)
+    _write_events(batch, transaction)
     if batch.deliveries:
         await _write_deliveries(batch, transaction, holds)
     if batch.new_keys:
@@ -61,6 +66,15 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
             ledger,
             then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
         )
+
+
+def _write_events(batch: Batch, transaction: Transaction) -> None:
+    if events := batch.events + batch.restored:
+        insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in events])
+        times.note(transaction, events)
+    if batch.repetitions:
+        run(transaction, REPEATED_SQL, list(batch.repetitions.items()))
+    batch.tallies.write(transaction)
 
 
 async def _write_ends(batch: Batch, transaction: Transaction, holds: Holds) -> None:

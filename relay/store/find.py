@@ -1,73 +1,74 @@
-"""Lists for operators: newest first, by keyset, every filter with its index."""
+"""Lists for operators: newest first, by keyset, along indexes; looking for what is rare has its bound.
 
-from collections.abc import Mapping, Sequence
+A page of events or deliveries looks at so many candidates, and for so long; then it ends with what it has
+found, and its cursor goes on from where it was. So no page takes long whatever it is asked for, and no
+read transaction spans more than a step of it.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import aiosqlite
 
 from relay.errors import RelayError
+from relay.model import Selection
+from relay.store import times
+from relay.store.balance import BOOKS_SQL, balance
+from relay.store.bound import Bound
+from relay.store.counts import Counts
+from relay.store.leads import DELIVERIES, Lead, choose, to_deliveries, to_events, types_of
+from relay.store.page import Page, Place
+from relay.store.sieve import Found, Sieve
+from relay.store.small import SMALL, records, small
+from relay.store.tries import FILTERS as OF_TRIES
+from relay.store.tries import tries
 
-_CURSORS = {"worker_metrics": "e.at", "worker_commands": "e.created_at"}
-_LISTS: dict[str, tuple[str, dict[str, str]]] = {
-    "events": (
-        """
-        SELECT e.id AS row, e.public_id AS id, e.source, e.type, e.subject, e.received_at, e.size
-          FROM events AS e
-        """,
-        {"id": "e.public_id", "source": "e.source", "type": "e.type", "subject": "e.subject"},
-    ),
-    "deliveries": (
-        """
-        SELECT e.id AS row, e.public_id AS id, v.public_id AS event_id, v.type, e.destination, e.state,
-               e.reason, e.attempts, e.next_attempt_at, e.last_status, e.last_error, e.created_at,
-               e.finished_at,
-               (SELECT r.public_id FROM deliveries AS r WHERE r.id = e.replay_of) AS replay_of
-          FROM deliveries AS e JOIN events AS v ON v.id = e.event_id
-        """,
-        {
-            "id": "e.public_id",
-            "event_id": "v.public_id",
-            "destination": "e.destination",
-            "state": "e.state",
-        },
-    ),
-    "attempts": (
-        """
-        SELECT e.id AS row, d.public_id AS delivery_id, e.started_at, e.duration_ms, e.result,
-               e.status, e.error, e.truncated, e.answer
-          FROM attempts AS e JOIN deliveries AS d ON d.id = e.delivery_id
-        """,
-        {"delivery_id": "d.public_id"},
-    ),
-    "worker_metrics": (
-        """
-        SELECT e.at AS row, e.source, e.worker_id, e.at, e.status, e.cpu, e.memory, e.uptime,
-               e.message_count, e.sessions
-          FROM worker_metrics AS e
-        """,
-        {"source": "e.source", "worker_id": "e.worker_id"},
-    ),
-    "worker_commands": (
-        """
-        SELECT e.created_at AS row, e.public_id AS id, e.source, e.worker_id, e.state, e.created_at,
-               e.sent_at, e.expires_at, e.body
-          FROM worker_commands AS e
-        """,
-        {"id": "e.public_id", "source": "e.source", "worker_id": "e.worker_id", "state": "e.state"},
-    ),
+EVENTS_SQL = """
+    SELECT e.id AS row, e.public_id AS id, e.source, e.type, e.subject, e.received_at, e.size,
+           EXISTS (SELECT 1 FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate,
+           (SELECT group_concat(d.state) FROM deliveries AS d WHERE d.event_id = e.id) AS deliveries
+      FROM events AS e WHERE e.id IN ({marks})
+"""
+DELIVERIES_SQL = """
+    SELECT d.id AS row, d.public_id AS id, v.public_id AS event_id, v.type, d.destination, d.state,
+           d.reason, d.attempts, d.next_attempt_at, d.last_status, d.last_error, d.created_at,
+           d.finished_at, (SELECT r.public_id FROM deliveries AS r WHERE r.id = d.replay_of) AS replay_of
+      FROM deliveries AS d CROSS JOIN events AS v ON v.id = d.event_id WHERE d.id IN ({marks})
+"""
+ROW_SQL = {
+    "events": "SELECT id FROM events WHERE public_id = ?",
+    "deliveries": "SELECT id FROM deliveries WHERE public_id = ?",
 }
+SELECTED = Selection.__struct_fields__
+FILTERS: Mapping[str, tuple[str, ...]] = {
+    "events": ("id", *SELECTED),
+    "deliveries": ("id", "event_id", *SELECTED),
+    "attempts": OF_TRIES,
+    **{kind: tuple(each.filters) for kind, each in SMALL.items()},
+}
+"""What each list may be asked for."""
 
 
-SPAN_SQL = "SELECT min(id), max(id) FROM events WHERE received_at >= ? AND received_at < ?"
-"""Where in the order of ids the events of a time are: the list itself then needs no other order."""
+class Listing:
+    """The store's verbs that list."""
 
-_TIMES = ("since", "until")  # of events, microseconds UTC
+    _reader: aiosqlite.Connection
 
+    async def find(
+        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """See `Store.find`."""
+        place = None if before is None else Place(before)
+        return (await find(self._reader, kind, limit=limit, before=place, filters=filters)).rows
 
-def list_sql(kind: str, conditions: Sequence[str]) -> str:
-    """Return the statement for a page of a list."""
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    return f"{_LISTS[kind][0]} {where} ORDER BY {_CURSORS.get(kind, 'e.id')} DESC LIMIT ?"
+    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
+        """See `Store.page`."""
+        place = None if cursor is None else Place.of(cursor)
+        return await find(self._reader, kind, limit=limit, before=place, filters=filters)
+
+    async def books(self) -> dict[str, Counts]:
+        """See `Store.books`."""
+        return balance(await self._reader.execute_fetchall(BOOKS_SQL))
 
 
 async def find(
@@ -75,35 +76,122 @@ async def find(
     kind: str,
     *,
     limit: int,
-    before: int | None,
+    before: Place | None,
     filters: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Return at most `limit` rows older than row `before`; `row` in each is the next cursor.
+) -> Page:
+    """Return a page of at most `limit` rows before a place; `id` and `event_id` may be row ids as well.
 
     Raises:
         RelayError: no such list, or it has no such filter.
     """
-    if kind not in _LISTS:
-        raise RelayError(f"no list of {kind}", hint=f"there are {', '.join(_LISTS)}")
-    columns = _LISTS[kind][1]
-    conditions = [f"{_CURSORS.get(kind, 'e.id')} < ?"] if before is not None else []
-    values: list[Any] = [before] if before is not None else []
-    times = {name: filters[name] for name in _TIMES if kind == "events" and filters.get(name) is not None}
-    if times:
-        bounds = (times.get("since", 0), times.get("until", 2**63 - 1))
-        [(first, last)] = await reader.execute_fetchall(SPAN_SQL, bounds)
-        conditions += ["e.id BETWEEN ? AND ?", "+e.received_at >= ?", "+e.received_at < ?"]
-        values += [first, last, *bounds]
-    for name, value in filters.items():
-        if kind == "events" and name in _TIMES:
-            continue
-        if name not in columns:
-            raise RelayError(f"{kind} have no filter {name!r}", hint=f"there are {', '.join(columns)}")
-        if value is not None:
-            conditions.append(f"{columns[name]} = ?")
-            values.append(value)
-    cursor = await reader.execute(list_sql(kind, conditions), (*values, limit))
-    names = [column[0] for column in cursor.description]
-    rows = await cursor.fetchall()
-    await cursor.close()
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    if kind not in FILTERS:
+        raise RelayError(f"no list of {kind}", hint=f"there are {', '.join(FILTERS)}")
+    if strange := set(filters) - set(FILTERS[kind]):
+        raise RelayError(
+            f"{kind} have no filter {min(strange)!r}", hint=f"there are {', '.join(FILTERS[kind])}"
+        )
+    asked = {name: value for name, value in filters.items() if value is not None}
+    if kind in SMALL:
+        return await small(reader, kind, limit=limit, before=before, filters=asked)
+    if kind == "attempts":
+        if (delivery := asked.get("delivery_id")) is not None:
+            asked["delivery_id"] = await _row(reader, "deliveries", delivery)
+        return await tries(reader, limit=limit, before=before, filters=asked)
+    own = await _row(reader, kind, asked.pop("id", None))
+    event = await _row(reader, "events", asked.pop("event_id", None))
+    search = Search(reader, Selection(**asked), deliveries=kind == "deliveries", own=own, event=event)
+    return await search.page(limit, before)
+
+
+async def _row(reader: aiosqlite.Connection, kind: str, named: str | int | None) -> int | None:
+    """Return the row of that id; 0, which no row has: there is none."""
+    if not isinstance(named, str):
+        return named
+    rows = list(await reader.execute_fetchall(ROW_SQL[kind], (named,)))
+    return rows[0][0] if rows else 0
+
+
+class Search:
+    """One page of events or deliveries.
+
+    Deliveries are in their own order; where it is asked for what their events are, in that of those.
+    """
+
+    def __init__(
+        self,
+        reader: aiosqlite.Connection,
+        wanted: Selection,
+        *,
+        deliveries: bool = False,
+        own: int | None = None,
+        event: int | None = None,
+    ) -> None:
+        """Take what is wanted, and perhaps the very row or, of deliveries, the event."""
+        self._reader = reader
+        self._wanted = wanted
+        self._deliveries = deliveries
+        self._own = own
+        self._event = event
+        bare = wanted == Selection(destination=wanted.destination, state=wanted.state)
+        self._by_event = not deliveries or not (bare or own is not None or event is not None)
+
+    async def page(self, limit: int, before: Place | None) -> Page:
+        """Look for at most `limit` rows."""
+        place = before or Place(2**63 - 1)
+        top, after = (place.key + 1 if place.row else place.key), 0
+        if self._wanted.since is not None or self._wanted.until is not None:
+            span = await times.span(self._reader, self._wanted.since, self._wanted.until)
+            if span is None:
+                return Page([], None)
+            if self._by_event:
+                top, after = min(top, span.last + 1), span.first
+        types = await types_of(self._reader, self._wanted)
+        if types == ():
+            return Page([], None)
+        sieve = Sieve(self._wanted, types, deliveries=self._deliveries, by_event=self._by_event)
+        lead = await choose(self._reader, await self._leads(types), top, after)
+        bound, step = Bound(deep=sieve.deep), limit
+        found: list[Found] = []
+        while True:
+            step = bound.step(step)
+            ids, floor = await lead.take(self._reader, top, after, step)
+            found += await self._sift(sieve, ids, place)
+            if len(found) >= limit:
+                found = found[:limit]
+                return Page(await self._rows(found), str(self._place(found[-1])))
+            if floor is None:
+                return Page(await self._rows(found), None)
+            if bound.reached(len(ids)):
+                return Page(await self._rows(found), str(Place(floor)))
+            top, step = floor, step * 4
+
+    async def _leads(self, types: tuple[str, ...] | None) -> list[Lead]:
+        if self._own is not None:
+            return [Lead(ids=(self._own,))]
+        if self._event is not None:
+            return [Lead(DELIVERIES["event"], [(self._event,)])]
+        if self._by_event:
+            return await to_events(self._reader, self._wanted, types)
+        return await to_deliveries(self._reader, self._wanted)
+
+    async def _sift(self, sieve: Sieve, ids: list[int], before: Place) -> list[Found]:
+        """Return those of some candidates that are meant, in the order of the list."""
+        if not ids:
+            return []
+        if sieve.open and not (self._deliveries and self._by_event):
+            return [Found(id_, id_) for id_ in ids]
+        found = await sieve.sift(self._reader, ids)
+        return sorted((each for each in found if self._place(each) < before), key=self._place, reverse=True)
+
+    def _place(self, found: Found) -> Place:
+        if self._deliveries and self._by_event:
+            return Place(found.event_id, found.row)
+        return Place(found.row)
+
+    async def _rows(self, found: list[Found]) -> list[dict[str, Any]]:
+        ids = [each.row for each in found]
+        if not ids:
+            return []
+        sql = (DELIVERIES_SQL if self._deliveries else EVENTS_SQL).format(marks=", ".join("?" * len(ids)))
+        rows = {row["row"]: row for row in await records(self._reader, sql, ids)}
+        return [rows[id_] for id_ in ids if id_ in rows]

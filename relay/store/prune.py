@@ -18,6 +18,7 @@ from relay.clock import SECOND, Clock
 from relay.model import Pruned
 from relay.retention import Policy
 from relay.store.statements import fetch, run
+from relay.store.times import FORGET_SQL
 from relay.store.transaction import Transaction
 from relay.store.writer import Writer
 
@@ -176,6 +177,8 @@ class Pruning:
                 gone[name] += count
                 if more and loop.time() > deadline:
                     return _pruned(gone, done=False)
+        if gone["events"]:
+            await paced(self._writer, _forget_times)
         gone["pages"] = await self._give_back()
         return _pruned(gone, done=True)
 
@@ -243,6 +246,11 @@ async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection)
     sql, limit = ROWS_SQL[name]
     async with connection.execute(sql, (before, limit)) as cursor:
         return cursor.rowcount, cursor.rowcount == limit
+
+
+async def _forget_times(connection: aiosqlite.Connection) -> None:
+    """Delete what is known of the times of events that are gone; no more than there have been blocks."""
+    await connection.execute(FORGET_SQL)
 
 
 async def vacuum_some(connection: aiosqlite.Connection) -> int:

@@ -4,29 +4,22 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiosqlite
 
 from relay.errors import StorageError
 from relay.store.apart import read_only
 from relay.store.dump import Exporting
-from relay.store.find import find
+from relay.store.find import Listing
 from relay.store.schema import MIGRATIONS
 from relay.store.stats import Tallying
 
 
-class Reading(Exporting, Tallying):
+class Reading(Exporting, Listing, Tallying):
     """The verbs of the store that only read."""
 
     def __init__(self, reader: aiosqlite.Connection) -> None:
         self._reader = reader
-
-    async def find(
-        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
-    ) -> list[dict[str, Any]]:
-        """See `Store.find`."""
-        return await find(self._reader, kind, limit=limit, before=before, filters=filters)
 
 
 @asynccontextmanager

@@ -174,5 +174,25 @@ META = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,)
+LISTS = """
+CREATE TABLE event_times (                     -- see relay.store.times
+    block INTEGER PRIMARY KEY,                 -- of 1,024 row ids of events
+    first INTEGER NOT NULL,                    -- microseconds UTC: none of them came in earlier,
+    last  INTEGER NOT NULL                     --   and none later
+) STRICT;
+INSERT INTO event_times SELECT id >> 10, min(received_at), max(received_at) FROM events GROUP BY 1;
+
+CREATE TABLE repetitions (                     -- apart from the events: it changes, and they never do
+    event_id INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
+    requests INTEGER NOT NULL                  -- that repeated it
+) STRICT;
+
+-- Its entries come in order: cheap. Only statements that say `id > 0` see it: the planner knows too little
+-- to be left the choice between it and the index that the others mean.
+CREATE INDEX deliveries_destination ON deliveries (destination, id) WHERE id > 0;
+CREATE INDEX deliveries_lost ON deliveries (destination, state, event_id)
+    WHERE state IN ('dead', 'expired', 'cancelled');
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META, LISTS)
 """Each runs in one transaction; never edit one that has been released, append another."""

@@ -10,13 +10,13 @@ from itertools import groupby
 from typing import Any
 
 import aiosqlite
-import msgspec
 
 from relay.errors import RelayError, UnknownError
 from relay.filters import Patterns
 from relay.model import Chosen, Named, Selection, StoredEvent
-from relay.store import OPERATOR_EVENTS, Span
-from relay.store.rows import EVENT_COLUMNS, event_of
+from relay.store import OPERATOR_EVENTS, Span, times
+from relay.store.payloads import holding, load
+from relay.where import compile_where
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -73,7 +73,7 @@ _SHELVES = (
     "d.attempts > 0 AND (d.next_attempt_at, d.id) > (:due, :id) ORDER BY d.next_attempt_at, d.id",
 )
 _PENDING = """
-    SELECT d.id, d.next_attempt_at, e.source, e.type, e.subject, e.received_at
+    SELECT d.id, d.next_attempt_at, e.source, e.type, e.subject, e.received_at, e.id, e.size
       FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
      WHERE d.destination = :destination AND d.state = 'pending' AND d.id <= :last AND {shelf} LIMIT :page
 """
@@ -106,18 +106,22 @@ class Selecting:
 
     async def span(self, selection: Selection) -> Span:
         """See `Store.span`."""
+        [(newest,)] = await self._reader.execute_fetchall("SELECT max(id) FROM events")
         if selection.since is None and selection.until is None:
-            sql = "SELECT 1, max(id) FROM events"
-        else:
-            sql = "SELECT min(id), max(id) FROM events WHERE received_at >= ? AND received_at < ?"
-        times = () if sql.count("?") == 0 else (selection.since or 0, selection.until or 2**63 - 1)
-        [(first, last)] = await self._reader.execute_fetchall(sql, times)
-        return Span(first or 1, last or 0)
+            return Span(1, newest or 0)
+        found = await times.span(self._reader, selection.since, selection.until)
+        return Span(1, 0) if found is None else Span(max(1, found.first), min(found.last, newest or 0))
 
     async def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
         """See `Store.select`."""
         sql, meant = select_sql(selection), judge(selection, deliveries=selection.of_deliveries)
-        values = msgspec.structs.asdict(selection) | {
+        where = None if selection.where is None else compile_where(selection.where)
+        values: dict[str, Any] = {
+            "source": selection.source,
+            "type": selection.type,
+            "subject": selection.subject,
+            "destination": selection.destination,
+            "state": selection.state,
             "after": span.first - 1,
             "last": span.last,
             "page": PAGE,
@@ -125,27 +129,27 @@ class Selecting:
         while values["after"] < span.last:
             rows = list(await self._reader.execute_fetchall(sql, values))
             candidates = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-            yield tuple(
+            found = tuple(
                 Chosen(of[0][0], of[0][1], of[0][5], tuple(row[6] for row in of if row[6] is not None))
                 for of in candidates
                 if meant(*of[0][2:6]) and (not selection.of_deliveries or of[0][6] is not None)
             )
+            if where is not None:
+                held = await holding(self._reader, where, [(one.event_id, one.size) for one in found])
+                found = tuple(one for one in found if one.event_id in held)
+            yield found
             if len(candidates) < PAGE:
                 return
             values["after"] = rows[-1][0]
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Store.load`."""
-        marks = ", ".join("?" * len(event_ids))
-        rows = await self._reader.execute_fetchall(
-            f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN ({marks})",  # noqa: S608 - marks only
-            event_ids,
-        )
-        return {row[0]: event_of(tuple(row)) for row in rows}
+        return await load(self._reader, event_ids)
 
     async def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
         """See `Store.pending`."""
         meant = judge(selection, deliveries=True)
+        where = None if selection.where is None else compile_where(selection.where)
         [(last,)] = await self._reader.execute_fetchall("SELECT max(id) FROM deliveries")
         if selection.destination is None:
             names = [row[0] for row in await self._reader.execute_fetchall("SELECT destination FROM ledger")]
@@ -155,7 +159,11 @@ class Selecting:
             for sql in pending_sql():
                 values = {"destination": name, "last": last, "due": -1, "id": 0, "page": PAGE}
                 while rows := list(await self._reader.execute_fetchall(sql, values)):
-                    yield tuple(row[0] for row in rows if meant(*tuple(row)[2:6]))
+                    found = [row for row in rows if meant(*tuple(row)[2:6])]
+                    if where is not None:
+                        held = await holding(self._reader, where, dict(row[6:8] for row in found).items())
+                        found = [row for row in found if row[6] in held]
+                    yield tuple(row[0] for row in found)
                     values["id"], values["due"] = rows[-1][0], rows[-1][1]
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:

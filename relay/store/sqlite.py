@@ -21,7 +21,7 @@ from relay.model import (
     Receipt,
     StoredEvent,
 )
-from relay.store import OPERATOR_EVENTS, Acceptance, Backlog, Counts, Listener, Route, Rules
+from relay.store import OPERATOR_EVENTS, Acceptance, Listener, Route, Rules
 from relay.store.backlog import backlog
 from relay.store.backup import BackingUp
 from relay.store.balance import COUNTS_SQL, balance
@@ -30,10 +30,11 @@ from relay.store.claim import claim
 from relay.store.commit import sums, write
 from relay.store.compact import Compacting
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
+from relay.store.counts import Backlog, Counts
 from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
-from relay.store.find import find
+from relay.store.find import Listing
 from relay.store.held import Holding
 from relay.store.holds import Holds
 from relay.store.measure import Measuring
@@ -68,6 +69,7 @@ class SqliteStore(
     Expunging,
     Holding,
     Importing,
+    Listing,
     Measuring,
     Pruning,
     Tallying,
@@ -135,6 +137,12 @@ class SqliteStore(
                 }
             )
             self._reader = await open_reader(self.path)
+            try:
+                # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
+                self._counter = await open_reader(self.path)
+            except BaseException:
+                await self._reader.close()
+                raise
         except BaseException:
             await self._connection.close()
             raise
@@ -156,6 +164,7 @@ class SqliteStore(
             if self._writer.failure is None:
                 await self._set_meta("stopped", "cleanly")
         finally:
+            await self._counter.close()
             await self._reader.close()
             await self._connection.close()
 
@@ -307,17 +316,11 @@ class SqliteStore(
 
     async def backlog(self, now: int) -> dict[str, Backlog]:
         """See `Store.backlog`."""
-        return await backlog(self._reader, now)
+        return await backlog(self._counter, now)
 
     async def counts(self) -> dict[str, Counts]:
         """See `Store.counts`."""
-        return balance(await self._reader.execute_fetchall(COUNTS_SQL))
-
-    async def find(
-        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
-    ) -> list[dict[str, Any]]:
-        """See `Store.find`."""
-        return await find(self._reader, kind, limit=limit, before=before, filters=filters)
+        return balance(await self._counter.execute_fetchall(COUNTS_SQL))
 
     async def _meta(self, name: str) -> str | None:
         rows = await self._connection.execute_fetchall("SELECT value FROM meta WHERE name = ?", (name,))

@@ -57,7 +57,7 @@ class Tallying:
         self, selection: Selection, *, after: tuple[int, str, str] | None = None
     ) -> AsyncIterator[tuple[Stat, ...]]:
         """See `Store.stats`."""
-        if selection.of_deliveries or selection.subject is not None:
+        if selection.of_deliveries or selection.subject is not None or selection.where is not None:
             raise RelayError(
                 "what came in is counted per source, type and hour only", hint="list events instead"
             )

@@ -1,0 +1,277 @@
+"""How long operators wait for lists of a store that has grown: every list, filter and place in it."""
+
+import asyncio
+import itertools
+import re
+import sqlite3
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import aiosqlite
+import click
+import msgspec
+
+from bench.filling import END, fill
+from relay.items import list_items, show_delivery, show_event
+from relay.model import Selection
+from relay.store.apart import read_only
+from relay.store.backlog import backlog
+from relay.store.balance import BOOKS_SQL, COUNTS_SQL, balance
+from relay.store.reading import Reading
+
+TARGET = 0.050
+"""Seconds that a page may take."""
+
+TRIES = 3  # of which the median counts
+SHOWN = 5  # of the longest, with their plans
+
+OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "events": {
+        "source": ("shop", "till", "nobody"),
+        "type": ("shop.t0", "till.*", "*.t3", "shop.none"),
+        "subject": ("s-7", "busy", "nobody"),
+        "since": ("2h", "10d"),
+        "until": ("2h", "13d"),
+        "destination": ("crm", "late", "nobody"),
+        "state": ("delivered", "pending", "dead", "expired"),
+    },
+    "deliveries": {
+        "source": ("shop", "till", "nobody"),
+        "type": ("shop.t0", "till.*", "*.t3"),
+        "subject": ("s-7", "busy", "nobody"),
+        "since": ("2h", "10d"),
+        "until": ("2h", "13d"),
+        "destination": ("crm", "erp", "late", "nobody"),
+        "state": ("delivered", "pending", "dead", "expired"),
+    },
+    "attempts": {
+        "destination": ("crm", "late", "nobody"),
+        "result": ("ok", "5xx", "tls"),
+        "since": ("2h", "10d"),
+        "until": ("2h", "13d"),
+    },
+}
+"""Values of each filter: of many rows, of few, of the oldest, of none."""
+
+WHERE = ('{"data.sale": true}', '{"data.total": {"gte": 99}, "data.sale": true}', '{"data.n": -1}')
+
+
+class Traced:
+    """A connection that remembers what it was asked."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+        self.asked: list[tuple[str, Any]] = []
+
+    async def execute_fetchall(self, sql: str, values: Any = ()) -> Any:
+        self.asked.append((sql, values))
+        return await self._connection.execute_fetchall(sql, values)
+
+    def execute(self, sql: str, values: Any = ()) -> Any:
+        self.asked.append((sql, values))
+        return self._connection.execute(sql, values)
+
+    async def plans(self) -> dict[str, list[str]]:
+        """Explain each statement that was asked, and forget them."""
+        asked, self.asked = self.asked, []
+        return {
+            re.sub(r"\?(, \?)+", "…", " ".join(sql.split())): [
+                row[3] for row in await self._connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+            ]
+            for sql, values in asked
+        }
+
+
+class Asking(Reading):
+    """What is measured, on a connection that is watched."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(traced)  # type: ignore[arg-type]  # what it uses of a connection is there
+        self.traced = traced
+
+    async def list(self, kind: str, cursor: str | None, filters: Mapping[str, str]) -> dict[str, Any]:
+        return await list_items(
+            self, kind, limit=50, cursor=cursor, filters=filters, now=END, destinations=["nobody"]
+        )
+
+
+@asynccontextmanager
+async def asking(path: Path) -> AsyncIterator[Asking]:
+    """Open a store as the API reads it."""
+    async with aiosqlite.connect(read_only(path), uri=True) as connection:
+        yield Asking(Traced(connection))
+
+
+def questions(kind: str) -> Iterator[dict[str, str]]:
+    """Return the filters of a list: none, each pair of values of two, and each set of three and more."""
+    options = OPTIONS[kind]
+    yield {}
+    for name, values in options.items():
+        yield from ({name: value} for value in values)
+    for one, other in itertools.combinations(options, 2):
+        for value, second in itertools.product(options[one], options[other]):
+            yield {one: value, other: second}
+    for count in range(3, len(options) + 1):
+        for names in itertools.combinations(options, count):
+            yield {name: options[name][0] for name in names}
+            yield {name: options[name][-1] for name in names}
+
+
+def faults(plan: Sequence[str]) -> list[str]:
+    """Return the steps of a plan that read all of something that grows with the events, or sort it."""
+    few = ("CONSTANT ROW", "event_times", "ledger", "found", "(subquery", "asked")
+    return [
+        step
+        for step in plan
+        if "TEMP B-TREE" in step or (step.startswith("SCAN ") and not step[5:].startswith(few))
+    ]
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """What one question came to."""
+
+    seconds: float
+    what: str
+    rows: int
+    more: bool
+    plans: dict[str, list[str]]
+
+
+async def measure(store: Asking, kind: str, cursor: str | None, filters: Mapping[str, str]) -> Figure:
+    """Ask some times."""
+    taken = []
+    for _ in range(TRIES):
+        store.traced.asked.clear()
+        began = time.perf_counter()
+        page = await store.list(kind, cursor, filters)
+        taken.append(time.perf_counter() - began)
+    told = " ".join(f"{name}={value}" for name, value in filters.items()) or "all"
+    what = f"{kind}: {told}{'' if cursor is None else ', deep'}"
+    plans = await store.traced.plans()
+    return Figure(statistics.median(taken), what, len(page["items"]), page["next_cursor"] is not None, plans)
+
+
+async def pages(store: Asking, kind: str, filters: Mapping[str, str]) -> tuple[int, int, float]:
+    """Follow a list to its end or for 50 rows; return pages, rows and seconds."""
+    began, count, rows, cursor = time.perf_counter(), 0, 0, None
+    while True:
+        page = await store.list(kind, cursor, filters)
+        count, rows, cursor = count + 1, rows + len(page["items"]), page["next_cursor"]
+        if cursor is None or rows >= 50:
+            return count, rows, time.perf_counter() - began
+
+
+def deep(kind: str, events: int) -> str:
+    """Return a cursor near the end of a list."""
+    return str(END - 13 * 86_400_000_000) if kind == "attempts" else str(events // 50)
+
+
+async def run(path: Path, events: int) -> bool:
+    """Measure it all; return whether every page met the target."""
+    figures: list[Figure] = []
+    async with asking(path) as store:
+        for kind in OPTIONS:
+            found = [
+                await measure(store, kind, cursor, filters)
+                for filters in questions(kind)
+                for cursor in (None, deep(kind, events))
+            ]
+            _say(kind, found)
+            figures += found
+        wrong = {sql: plan for each in figures for sql, plan in each.plans.items() if faults(plan)}
+        for sql, plan in wrong.items():
+            print(f"  reads or sorts all of something: {sql}\n    {plan}")
+        for where, kind in itertools.product(WHERE, ("events", "deliveries")):
+            _say(f"{kind} where {where}", [await measure(store, kind, None, {"where": where})])
+        print("to the end of the rarest, or 50 rows:")
+        unfinished = [each for each in figures if each.more and not each.rows and "deep" not in each.what]
+        for each in unfinished[:SHOWN]:
+            kind, _, told = each.what.partition(": ")
+            filters = dict(part.split("=", 1) for part in told.split())
+            count, rows, seconds = await pages(store, kind, filters)
+            print(f"  {each.what}: {count} pages, {rows} rows, {seconds:.2f} s")
+        await _others(store)
+    return not wrong and all(each.seconds <= TARGET for each in figures)
+
+
+def _say(what: str, figures: list[Figure]) -> None:
+    ordered = sorted(figures, key=lambda each: -each.seconds)
+    over = sum(each.seconds > TARGET for each in figures)
+    middle = statistics.median(each.seconds for each in figures)
+    print(
+        f"{what}: {len(figures)} questions, median {middle * 1e3:.1f} ms, most {ordered[0].seconds * 1e3:.1f}"
+        f" ms, {over} over {TARGET * 1e3:.0f} ms, {sum(each.more and each.rows < 50 for each in figures)}"
+        " pages ended by their bound",
+        flush=True,
+    )
+    for each in ordered[: SHOWN if len(figures) > 1 else 0]:
+        print(f"  {each.seconds * 1e3:6.1f} ms  {each.what}: {each.rows} rows")
+        for sql, plan in each.plans.items():
+            print(f"             {sql[:150]}")
+            for step in dict.fromkeys(plan):
+                print(f"               {step}")
+
+
+async def _others(store: Asking) -> None:
+    """Measure what else operators ask for."""
+    [(event, delivery)] = await store.traced.execute_fetchall(
+        "SELECT (SELECT public_id FROM events ORDER BY id LIMIT 1),"
+        " (SELECT public_id FROM deliveries ORDER BY id LIMIT 1)"
+    )
+
+    async def counts() -> Any:
+        return balance(await store.traced.execute_fetchall(COUNTS_SQL))
+
+    async def books() -> Any:
+        return balance(await store.traced.execute_fetchall(BOOKS_SQL))
+
+    async def stats() -> Any:
+        return [page async for page in store.stats(Selection(since=END - 14 * 86_400_000_000))]
+
+    for what, ask in {
+        "an event by a short id": lambda: show_event(store, event[:-1]),
+        "a delivery by a short id": lambda: show_delivery(store, delivery[:-1]),
+        "books of all destinations (the list)": books,
+        "counted pending deliveries (every 15 s)": counts,
+        "backlog (every 15 s)": lambda: backlog(store.traced, END),  # type: ignore[arg-type]  # as above
+        "latest of a destination": lambda: store.find("deliveries", destination="late", limit=1),
+        "span of the last two hours": lambda: store.span(Selection(since=END - 7_200_000_000)),
+        "stats of 14 days": stats,
+    }.items():
+        taken = []
+        for _ in range(TRIES):
+            began = time.perf_counter()
+            await ask()
+            taken.append(time.perf_counter() - began)
+        print(f"  {statistics.median(taken) * 1e3:6.1f} ms  {what}")
+
+
+@click.command()
+@click.option("--events", default=1_000_000, show_default=True, help="Events of the store that is made.")
+@click.option("--file", type=click.Path(path_type=Path), help="Keep it there; one that is there is used.")
+def main(events: int, file: Path | None) -> None:
+    """Fill a store, and measure."""
+    with TemporaryDirectory(prefix="bench-") as name:
+        path = file or Path(name) / "relay.db"
+        if not path.exists():
+            began = time.perf_counter()
+            asyncio.run(fill(path, events))
+            size = path.stat().st_size / 2**20
+            print(f"filled in {time.perf_counter() - began:.0f} s, {size:,.0f} MiB", flush=True)
+        with closing(sqlite3.connect(read_only(path), uri=True)) as database:
+            found = [
+                database.execute(f"SELECT max(id) FROM {table}").fetchone()[0]
+                for table in ("events", "deliveries", "attempts")
+            ]
+        print("{:,} events, {:,} deliveries, {:,} attempts".format(*found), flush=True)
+        met = asyncio.run(run(path, found[0]))
+        print(f"target {TARGET * 1e3:.0f} ms a page: {'met' if met else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
