@@ -115,3 +115,20 @@ async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go
     assert (await store.counts())["gone"].delivered == 50
     assert (await store.prune(Policy(Retention()))).events == 50
     await store.close()
+
+
+def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
+    """As told: too few events for the figures to mean anything."""
+    command = [sys.executable, "-m", "bench.lists", "--events", "400"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert "400 events, 1,200 deliveries" in done.stdout
+    assert re.findall(
+        r"^(\w+): \d+ questions, median [0-9.]+ ms, most [0-9.]+ ms", done.stdout, re.MULTILINE
+    ) == [
+        "events",
+        "deliveries",
+        "attempts",
+    ]
+    assert "reads or sorts all of something" not in done.stdout
+    assert re.search(r"^  +[0-9.]+ ms  books of all destinations", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
