@@ -9,7 +9,8 @@ DEEP_SECONDS = 0.5
 """Along indexes, into payloads; the step under way is ended."""
 
 STEP = 500  # candidates that one statement looks at
-DEEP_STEP = 200  # of which bodies are read
+DEEP_STEP = 100  # of which bodies are read
+FIRST = 50  # at least, so that a short page gets on as well
 
 
 class Bound:
@@ -23,7 +24,7 @@ class Bound:
 
     def step(self, wanted: int) -> int:
         """Return how many candidates to look at next."""
-        return min(wanted, self._step, self._left)
+        return min(max(wanted, FIRST), self._step, self._left)
 
     def reached(self, looked: int) -> bool:
         """Note that so many more have been looked at; say whether that is enough."""
