@@ -104,6 +104,7 @@ class App:
                 health=self.health,
                 clock=clock,
                 registry=self.metrics.registry,
+                metrics=self.metrics,
                 replays=self.replays,
                 reloads=self.reloads,
                 jobs=self.jobs,
@@ -161,6 +162,7 @@ class App:
                 runners.append(await listen(app, admin, grace=1.0))
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
+            life.callback(self.api.hang_up)
             server = Server(self.ingest.handle)
             front = await listen(server, public, grace=1.0)
             life.push_async_callback(self._close, front, server)
@@ -233,6 +235,7 @@ class App:
         for source, status in news.turned:
             self.metrics.transitions.labels(source, status).inc()
         self.observers.listen(news)
+        self.api.listen(news)
 
     def _trouble(self) -> str | None:
         """Say what keeps senders out at the moment."""

@@ -8,11 +8,13 @@ from importlib.resources import files
 import pytest
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from jsonschema import Draft202012Validator
+from streams import following
 from support import until
 from wire import exchange, request
 
 import relay as package
-from relay.api import lists, repeats, selecting, stats, transfer, workers
+from relay.api import lists, repeats, selecting, stats, tail, top, transfer, workers
+from relay.api.followers import frame
 
 DOCUMENT = json.loads((files("relay.api") / "openapi.json").read_text())
 COMPONENTS = DOCUMENT["components"]
@@ -21,6 +23,12 @@ OPERATIONS = {
     for path, item in DOCUMENT["paths"].items()
     for method, operation in item.items()
 }
+
+STREAMS = {("GET", "/api/tail"), ("GET", "/api/top")}
+"""What has no end that could be waited for, and a test of its own."""
+
+NAMES = {"event": "/Event", "attempt": "/AttemptMade", "lost": "/Lost", "top": "/Top"}
+"""The schema of each server-sent event."""
 
 
 @pytest.fixture
@@ -95,6 +103,7 @@ def test_every_part_of_a_path_is_described():
 
 
 def test_every_list_has_the_filters_that_it_takes():
+    assert query_of(OPERATIONS["GET", "/api/tail"]) == set(tail.FILTERS)
     for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
         assert query_of(OPERATIONS["GET", f"/api/{kind}"]) == {*filters, "limit", "cursor"}, kind
     fields = set(selecting.Filter.__struct_fields__)
@@ -226,7 +235,25 @@ async def test_every_answer_is_as_it_is_described(relay, recorder):
     await ask("POST", "/api/events/delete", {"events": [id_], "dry_run": True})
     await ask("POST", "/api/events/delete", {"filter": {"source": "adorn"}})
     await ask("POST", "/api/import?deliver=1", exported)
-    assert ask.asked == OPERATIONS.keys()
+    assert ask.asked == OPERATIONS.keys() - STREAMS
+
+
+async def test_every_item_of_a_stream_is_as_it_is_described(relay, recorder, monkeypatch):
+    monkeypatch.setattr(top, "EVERY", 0.05)
+    socket, seen = relay.addresses.socket, set()
+    async with following(socket, "/api/tail") as tailed, following(socket, "/api/top") as topped:
+        await populate(relay, recorder)
+        [follower] = relay.app.api._tail._followers
+        follower.put(frame("lost", {"count": 1}))
+        relay.app.api._tail.end()
+        items = [("/api/tail", item) for item in await tailed.rest()]
+        items += [("/api/top", await topped.next()) for _ in range(2)]
+    for path, (name, data) in items:
+        seen.add(name)
+        [content] = OPERATIONS["GET", path]["responses"]["200"]["content"].values()
+        [schema] = [each for each in content["schema"]["anyOf"] if each["$ref"].endswith(NAMES[name])]
+        assert checks(schema, data) == [], (name, data)
+    assert seen == NAMES.keys()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +261,7 @@ async def test_every_answer_is_as_it_is_described(relay, recorder):
     [
         ("GET", "/api/events?limit=0", None),
         ("GET", "/api/events/evt_0", None),
+        ("GET", "/api/tail?source=adron", None),
         ("GET", "/api/destinations/none", None),
         ("POST", "/api/replays", {}),
         ("POST", "/api/jobs/none/run", None),

@@ -18,9 +18,12 @@ from relay.api.scrape import Scrape
 from relay.api.setup import SetupApi
 from relay.api.sources import SourcesApi
 from relay.api.stats import StatsApi
+from relay.api.tail import TailApi
+from relay.api.top import TopApi
 from relay.api.transfer import TransferApi
 from relay.api.workers import WorkersApi
 from relay.config.secret import Secret
+from relay.model import News
 
 _DESCRIPTION = (files("relay.api") / "openapi.json").read_bytes()
 """What all of this is in OpenAPI's words; tests hold it to the routes and to real answers."""
@@ -37,7 +40,17 @@ class Api:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._began = parts.clock.steady()
-        self._resources = tuple(resource(parts) for resource in RESOURCES)
+        self._tail, self._top = TailApi(parts), TopApi(parts)
+        self._resources = (*(resource(parts) for resource in RESOURCES), self._tail, self._top)
+
+    def listen(self, news: News) -> None:
+        """Tell who follows what one commit stored (see `relay.store.Listener`)."""
+        self._tail.listen(news)
+
+    def hang_up(self) -> None:
+        """End all streams, which else never would: nothing waits for them at a stop."""
+        self._tail.end()
+        self._top.end()
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""

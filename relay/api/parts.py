@@ -10,6 +10,7 @@ from relay.filters import Router
 from relay.health import Health
 from relay.ingest.receive import Ingest
 from relay.jobs import Jobs
+from relay.metrics import Metrics
 from relay.reload import Reloads
 from relay.replay import Replays
 from relay.state import State
@@ -24,6 +25,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     health: Health
     clock: Clock
     registry: CollectorRegistry
+    metrics: Metrics
     replays: Replays
     reloads: Reloads
     jobs: Jobs

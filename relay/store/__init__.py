@@ -280,6 +280,10 @@ class Store(Protocol):
         """Return the ledger per destination; what is pending is not counted, but what it comes to."""
         ...
 
+    def owed(self) -> dict[str, int]:
+        """Count the pending deliveries of each destination, from memory."""
+        ...
+
     async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
         """Change workers as an operator or a job wishes, in one transaction."""
         ...

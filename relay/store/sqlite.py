@@ -322,6 +322,10 @@ class SqliteStore(
         """See `Store.counts`."""
         return balance(await self._counter.execute_fetchall(COUNTS_SQL))
 
+    def owed(self) -> dict[str, int]:
+        """See `Store.owed`; kept in step with the ledger."""
+        return {name: pending for name, pending in self._pending.items() if pending}
+
     async def _meta(self, name: str) -> str | None:
         rows = await self._connection.execute_fetchall("SELECT value FROM meta WHERE name = ?", (name,))
         return next((row[0] for row in rows), None)
