@@ -12,6 +12,7 @@ from relay.cli.exits import INTERRUPTED, CommandError
 from relay.cli.options import OneOf, json_option
 from relay.cli.output import print_json, print_table
 from relay.cli.progress import show
+from relay.terminal import printable
 
 STATES = ("pending", "delivered", "dead", "expired", "cancelled")
 _FILTERS: Mapping[str, tuple[Any, str]] = {
@@ -125,7 +126,7 @@ def print_fields(item: Mapping[str, Any]) -> None:
     fields = {name: value for name, value in item.items() if not _is_table(value)}
     width = max(map(len, fields)) if sys.stdout.isatty() else 0
     for name, value in fields.items():
-        text = " ".join(cell(value).split())
+        text = printable(" ".join(cell(value).split()))
         click.echo(f"{name.replace('_', ' ').ljust(width)}  {text}".rstrip() if width else f"{name}\t{text}")
 
 

@@ -1,5 +1,6 @@
 """`relay status`."""
 
+import sys
 from typing import Any
 
 import click
@@ -8,7 +9,8 @@ from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.exits import FAILED
 from relay.cli.listing import cell
 from relay.cli.options import json_option
-from relay.cli.output import count, print_json, print_table
+from relay.cli.output import count, print_json, print_table, say
+from relay.terminal import paint, wants_colour
 from relay.units import render_duration
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
@@ -52,7 +54,9 @@ def _gather(daemon: Daemon) -> dict[str, Any]:
 
 def _tell(answer: dict[str, Any]) -> None:
     ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
-    click.echo(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
+    if wants_colour(sys.stdout):
+        ready = paint(ready, "green" if answer["ready"] else "red")
+    say(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
     paused = [source["name"] for source in answer["sources"] if source["paused"]]
     click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
     click.echo(f"workers: {cell(answer['workers']) or 'none'}")
