@@ -8,7 +8,9 @@ import threading
 import click
 import pytest
 from click.testing import CliRunner
-from daemon import SOURCES, destination, running, write_config
+from daemon import SOURCES, adorn, destination, running, write_config
+from support import until
+from wire import request
 
 from relay.cli import daemon as client
 from relay.cli.daemon import daemon_options
@@ -33,6 +35,16 @@ def ask(daemon, method, path, limit):
     click.echo(json.dumps(answer))
 
 
+@main.command()
+@click.argument("path")
+@click.argument("query", required=False)
+@daemon_options
+def follow(daemon, path, query):
+    with daemon.follow(path, source=query) as stream:
+        for name, item in stream:
+            click.echo(json.dumps([name, item]))
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """No configuration, and no relay of the machine's own, gets in the way."""
@@ -44,8 +56,8 @@ def elsewhere(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def run(*args, **environ):
-    return CliRunner().invoke(main, ["ask", *map(str, args)], env=environ)
+def run(*args, command="ask", **environ):
+    return CliRunner().invoke(main, [command, *map(str, args)], env=environ)
 
 
 @pytest.fixture
@@ -73,10 +85,10 @@ async def ran(relay, config, tmp_path):
         "folder": tmp_path,
     }
 
-    async def run_(*args, **environ):
+    async def run_(*args, command="ask", **environ):
         args = [str(arg).format(**known) for arg in args]
         environ = {name: value.format(**known) for name, value in environ.items()}
-        return await asyncio.to_thread(run, *args, **environ)
+        return await asyncio.to_thread(run, *args, command=command, **environ)
 
     return run_
 
@@ -116,6 +128,36 @@ async def test_a_path_is_quoted_and_an_absent_query_left_out(ran):
     result = await ran("post", "destinations", "a/b c", "pause", *socket_)
     assert result.exit_code == 4
     assert result.stderr == "no destination 'a/b c'\n  there are crm\n"
+
+
+@pytest.mark.parametrize(
+    "where", [["--socket", "{socket}"], ["--url", "{url}", "--token-file", "{folder}/token"]]
+)
+async def test_a_stream_is_followed_until_its_end(ran, relay, where):
+    following = asyncio.create_task(ran("tail", "adorn", *where, command="follow"))
+    await until(lambda: relay.app.api._tail._followers)
+    answer = await relay.exchange(request("POST", "/v1/events", adorn("s-é")))
+    relay.app.api.hang_up()
+    result = await following
+    assert result.exit_code == 0, result.output
+    name, item = json.loads(result.stdout.splitlines()[0])
+    assert (name, item["id"], item["subject"]) == ("event", answer.json["event_id"], "s-é")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["tail", "adron", "--socket", "{socket}"], 4, "no source 'adron'"),
+        (["nothing", "--socket", "{socket}"], 4, "Not Found"),
+        (["status", "--socket", "{socket}"], 3, "is no relay (HTTP 200)"),
+        (["tail", "--url", "{url}", "--token-file", "{folder}/wrong"], 5, "Missing or unknown token"),
+        (["tail", "--socket", "{folder}/absent"], 3, "no relay answers at"),
+    ],
+)
+async def test_a_stream_that_cannot_be_followed_is_said_as_everywhere(ran, args, code, says):
+    result = await ran(*args, command="follow")
+    assert result.exit_code == code
+    assert says in result.stderr.splitlines()[0]
 
 
 async def test_changes_are_made(ran):

@@ -71,17 +71,17 @@ class TailApi:
         """Tell what one commit stored (see `relay.store.Listener`); nothing is done when nobody follows."""
         if not self._followers:
             return
+        for outcome in news.outcomes:  # of events stored before; what they give birth to comes after them
+            told = None
+            for follower in self._followers:
+                if follower.wish.attempt(outcome):
+                    told = told or frame("attempt", _attempt(outcome))
+                    follower.put(told)
         for event in news.events:
             told = None
             for follower in self._followers:
                 if follower.wish.event(event):
                     told = told or frame("event", _event(event), event.public_id)
-                    follower.put(told)
-        for outcome in news.outcomes:
-            told = None
-            for follower in self._followers:
-                if follower.wish.attempt(outcome):
-                    told = told or frame("attempt", _attempt(outcome))
                     follower.put(told)
 
     def end(self) -> None:

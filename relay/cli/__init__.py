@@ -27,6 +27,8 @@ COMMANDS = {
     ),
     "jobs": ("relay.cli.jobs:jobs", "What runs periodically, and running it now."),
     "status": ("relay.cli.status:status", "Show on one screen how the relay is."),
+    "top": ("relay.cli.top:top", "Show on one screen how it goes, anew every second."),
+    "tail": ("relay.cli.tail:tail", "Follow events and attempts as they happen."),
     "explain": (
         "relay.cli.explain:explain",
         "Say of every destination whether an event goes there.",

@@ -11,7 +11,7 @@ import select
 import socket
 import ssl
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Never, Protocol
@@ -21,6 +21,7 @@ import click
 
 from relay.cli.exits import FAILED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
 from relay.cli.options import FILE, config_option
+from relay.cli.stream import STREAM, Stream
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, look_for_config, socket_path
@@ -104,6 +105,17 @@ class Daemon:
             if response.status != HTTPStatus.OK:
                 self._refused(response.status, self._decode(response.read()))
             yield from response
+
+    def follow(self, *path: str, **query: object) -> Stream:
+        """Hear what happens there; it has begun when this returns, and ends as said at `Stream`."""
+        with self._failing(), ExitStack() as ending:
+            connection = ending.enter_context(closing(self._place.connect()))
+            self._send(connection, "GET", path, _query(query), None)
+            response = connection.getresponse()
+            if response.status == HTTPStatus.OK and response.getheader("Content-Type", "").startswith(STREAM):
+                ending.pop_all()
+                return Stream(connection, response)
+            return self._refused(response.status, self._decode(response.read()))
 
     def send(self, *path: str, chunks: Iterable[bytes], **query: object) -> Any:
         """Send a body piece by piece and return what came of it; an early answer ends the sending."""
