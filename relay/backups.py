@@ -9,6 +9,7 @@ from pathlib import Path
 from relay.clock import SECOND, Clock
 from relay.config.model import Config
 from relay.errors import StorageError
+from relay.logs import in_one_line
 from relay.model import Backup
 from relay.store import Store
 from relay.units import render_size
@@ -51,7 +52,7 @@ class Backups:
         try:
             await self.make()
         except StorageError as error:
-            log.error("no backup: %s", error)  # noqa: TRY400 - said in words; the next look tries again
+            log.error("no backup: %s", in_one_line(error))  # noqa: TRY400 - said in words; the next look tries again
 
     async def make(self) -> Backup:
         """Make a backup now, and let go of the oldest where there are more than `[backup] keep`.

@@ -1,12 +1,14 @@
-"""UUIDv7 (RFC 9562 §5.7) as public ids of events, deliveries, commands and replays.
+"""UUIDv7 (RFC 9562 §5.7) as public ids of events, deliveries, commands, replays and requests.
 
-They begin with `evt_`, `dlv_`, `cmd_` and `rpl_`. Written by hand because the standard library has none
-before 3.14; 48 bits of Unix milliseconds and 74 random bits. Nothing may rely on their order: rows are
+They begin with `evt_`, `dlv_`, `cmd_`, `rpl_` and `req_`. Written by hand because the standard library has
+none before 3.14; 48 bits of Unix milliseconds and 74 random bits. Nothing may rely on their order: rows are
 ordered by their integer `id`.
 """
 
 import os
+import re
 
+_GIVEN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RANDOM = 10  # bytes of each id: 74 bits are used
 _BATCH = 512
 _VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}  # its upper bits are 10
@@ -50,3 +52,13 @@ def command_id(micros: int) -> str:
 def replay_id(micros: int) -> str:
     """Return a new public id for a replay begun at that moment."""
     return "rpl_" + uuid7(micros)
+
+
+def request_id(micros: int) -> str:
+    """Return a new id for a request that came without one."""
+    return "req_" + uuid7(micros)
+
+
+def given_id(header: str | None) -> str | None:
+    """Return a sender's own `X-Request-Id`; None: there is none that a log line could carry as it is."""
+    return header if header is not None and _GIVEN.fullmatch(header) else None

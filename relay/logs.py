@@ -1,17 +1,29 @@
-"""Log lines: one event per line, and a hostile sender cannot fill the disk with them."""
+"""Log lines: one event per line, with ids that link it to others; a hostile sender cannot fill the disk."""
 
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 from relay.clock import SECOND, Clock, rfc3339
+from relay.terminal import paint, printable, wants_colour
 
 Format = Literal["auto", "json", "text", "journald"]
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 _COLOUR = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
+
+
+def fields(**named: object) -> dict[str, Mapping[str, object]]:
+    """Return what a line carries beside its words, for `extra=`; None: it has none of that."""
+    return {"fields": {name: value for name, value in named.items() if value is not None}}
+
+
+def in_one_line(error: object) -> str:
+    """Say an error of several lines in one."""
+    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 class Sparing:
@@ -26,19 +38,21 @@ class Sparing:
         self._every = int(every * SECOND)
         self._last: dict[str, tuple[int, int]] = {}  # key → (when last written, swallowed since)
 
-    def info(self, key: str, line: str) -> None:
-        """Log a line; keys come from closed lists."""
-        self._write(logging.INFO, key, line, None)
+    def info(self, key: str, line: str, **named: object) -> None:
+        """Log a line with its fields; keys come from closed lists."""
+        self._write(logging.INFO, key, line, None, named)
 
-    def warning(self, key: str, line: str) -> None:
+    def warning(self, key: str, line: str, **named: object) -> None:
         """Log what an operator should see."""
-        self._write(logging.WARNING, key, line, None)
+        self._write(logging.WARNING, key, line, None, named)
 
-    def error(self, key: str, line: str, error: BaseException | None) -> None:
+    def error(self, key: str, line: str, error: BaseException | None, **named: object) -> None:
         """Log a failure with its traceback."""
-        self._write(logging.ERROR, key, line, error)
+        self._write(logging.ERROR, key, line, error, named)
 
-    def _write(self, level: int, key: str, line: str, error: BaseException | None) -> None:
+    def _write(
+        self, level: int, key: str, line: str, error: BaseException | None, named: Mapping[str, object]
+    ) -> None:
         now = self._clock.steady()
         written, swallowed = self._last.get(key, (0, 0))
         if now - written < self._every:
@@ -46,7 +60,7 @@ class Sparing:
             return
         self._last[key] = (now, 0)
         more = f" ({swallowed} more like it)" if swallowed else ""
-        self._log.log(level, "%s%s", line, more, exc_info=error)
+        self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
 
 
 class JsonLines(logging.Formatter):
@@ -59,14 +73,18 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **_fields(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
 class TextLines(logging.Formatter):
-    """For people: on a terminal with colour, under systemd with journald's priority prefix."""
+    """For people: on a terminal with colour, under systemd with journald's priority prefix.
+
+    Only a traceback takes more than one line: what senders put into a message does not.
+    """
 
     def __init__(self, *, colour: bool = False, journald: bool = False) -> None:
         super().__init__()
@@ -75,9 +93,12 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
-        text = record.getMessage()
+        text = printable(record.getMessage())
+        if pairs := " ".join(f"{name}={_value(value)}" for name, value in _fields(record).items()):
+            text += " " + paint(pairs, "dim" if self._colour else None)
         if record.exc_info:
-            text = f"{text}\n{self.formatException(record.exc_info)}"
+            traceback = self.formatException(record.exc_info).split("\n")
+            text = "\n".join([text, *(printable(line) for line in traceback)])
         if self._journald:
             prefix = f"<{_PRIORITY.get(record.levelname, 6)}>"
             return "\n".join(f"{prefix}{record.name}: {line}" for line in text.splitlines())
@@ -86,6 +107,17 @@ class TextLines(logging.Formatter):
             level = f"\x1b[{_COLOUR.get(record.levelname, '0')}m{level}\x1b[0m"
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         return f"{clock} {level} {record.name}: {text}"
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, object]:
+    found: Mapping[str, object] = getattr(record, "fields", {})
+    return found
+
+
+def _value(value: object) -> str:
+    """Write a value so that the next field cannot be mistaken for a part of it."""
+    text = str(value)
+    return printable(text if text and not set(text) & set(' "=') else json.dumps(text, ensure_ascii=False))
 
 
 def under_systemd() -> bool:
@@ -101,8 +133,12 @@ def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
     if format_ == "json":
         handler.setFormatter(JsonLines())
     else:
-        handler.setFormatter(TextLines(colour=sys.stderr.isatty(), journald=format_ == "journald"))
+        handler.setFormatter(
+            TextLines(colour=format_ == "text" and wants_colour(sys.stderr), journald=format_ == "journald")
+        )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Both report what remote peers do wrong with a traceback each; we count and say it in one line.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    # At debug it writes every statement with its parameters, senders' data among them.
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)

@@ -28,6 +28,7 @@ class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
     sha256: bytes  # digest of the body, verified again before it is forwarded
     traceparent: str | None = None  # W3C trace context, if one came in
     rendered: dict[str, bytes] | None = None  # bodies by format, while in memory; never stored
+    request_id: str | None = None  # of the request that brought it, for the log; likewise
 
 
 class Delivery(msgspec.Struct, kw_only=True, gc=False):

@@ -14,7 +14,7 @@ from relay.config.problem import ConfigError
 from relay.errors import RelayError, RestartNeededError
 from relay.jobs import Jobs
 from relay.loader import load_again
-from relay.logs import configure, under_systemd
+from relay.logs import configure, in_one_line, under_systemd
 from relay.metrics import Metrics
 from relay.model import Check
 from relay.state import State
@@ -115,7 +115,7 @@ class Reloads:
             draft = await self._state.prepare(setup)
         except Exception as error:
             self._count(successful=False)
-            why = str(error) if isinstance(error, RelayError) else repr(error)
+            why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
             log.error("not reloaded, the configuration stays as it was: %s", why)  # noqa: TRY400 - said in words
             raise
         self._state.adopt(draft)

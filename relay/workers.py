@@ -10,6 +10,7 @@ import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.config.model import Config, WorkerRules
+from relay.logs import fields
 from relay.store import Store
 
 log = logging.getLogger("relay.workers")
@@ -84,5 +85,6 @@ class Watch:
             in_time = self._last + int(self.interval * SECOND)
             marked = await self._store.sweep(at=min(now, in_time))
         for worker in marked:
-            log.warning("%s: worker %s is offline: silent", worker.source, worker.id)
+            ids = fields(source=worker.source, worker_id=worker.id)
+            log.warning("%s: worker %s is offline: silent", worker.source, worker.id, extra=ids)
         self._last = now

@@ -1,18 +1,24 @@
-"""Log lines that a sender can cause are few, whatever it sends."""
+"""Log lines: what they carry, in which format; and that those a sender can cause are few and stay lines."""
 
+import ast
+import io
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from support import FakeClock
 
-from relay.logs import JsonLines, Sparing, TextLines
+from relay.errors import RelayError
+from relay.logs import JsonLines, Sparing, TextLines, configure, fields, in_one_line
 
 LOG = logging.getLogger("relay.test")
+ROOT = Path(__file__).parent.parent
 
 
-def record(text, *values, level=logging.INFO, error=None):
-    return LOG.makeRecord(LOG.name, level, "file", 1, text, values, error)
+def record(text, *values, level=logging.INFO, error=None, **named):
+    return LOG.makeRecord(LOG.name, level, "file", 1, text, values, error, extra=fields(**named))
 
 
 def test_a_line_is_written_once_in_ten_seconds_and_counts_what_it_swallowed(caplog):
@@ -55,11 +61,115 @@ def test_json_holds_a_traceback_in_the_same_line():
 
 
 @pytest.mark.parametrize(("level", "prefix"), [(logging.INFO, "<6>"), (logging.ERROR, "<3>")])
-def test_journald_gets_the_priority_before_each_line(level, prefix):
-    text = TextLines(journald=True).format(record("one\ntwo", level=level))
-    assert text.splitlines() == [f"{prefix}relay.test: one", f"{prefix}relay.test: two"]
+def test_journald_gets_the_priority_before_each_line_of_a_traceback(level, prefix):
+    error = KeyError("one\ntwo")
+    text = TextLines(journald=True).format(record("failed", level=level, error=(KeyError, error, None)))
+    assert text.splitlines() == [f"{prefix}relay.test: failed", f"{prefix}relay.test: KeyError: 'one\\ntwo'"]
+
+
+HOSTILE = "one\ntwo\r\x1b[2J\u2028<0>kernel: panic \x9b31m"
+
+
+@pytest.mark.parametrize("formatter", [TextLines(), TextLines(journald=True), TextLines(colour=True)])
+def test_a_sender_s_line_ends_and_control_characters_make_no_line(formatter):
+    text = formatter.format(record("refused: %s", HOSTILE, subject=HOSTILE))
+    assert len(text.splitlines()) == 1
+    plain = re.sub(r"\x1b\[\d*m", "", text)  # our own colours
+    assert plain.isprintable()
+    assert r"refused: one\ntwo\r\x1b[2J\u2028<0>kernel" in plain
+    assert r'subject="one\ntwo\r\u001b[2J\u2028<0>kernel: panic \x9b31m"' in plain
+
+
+def test_a_hostile_field_is_one_line_of_json_too():
+    text = JsonLines().format(record("refused", subject="one\ntwo\x1b[2J"))
+    assert "\n" not in text
+    assert "\x1b" not in text
+    assert json.loads(text)["subject"] == "one\ntwo\x1b[2J"
+
+
+def test_fields_are_keys_in_json_and_pairs_in_text():
+    made = record("crm: attempt 1 failed", delivery_id="dlv_1", status=503, duration_ms=1.5, request_id=None)
+    line = json.loads(JsonLines().format(made))
+    assert {name: line[name] for name in ("delivery_id", "status", "duration_ms")} == {
+        "delivery_id": "dlv_1", "status": 503, "duration_ms": 1.5,
+    }  # fmt: skip
+    assert "request_id" not in line
+    pairs = "crm: attempt 1 failed delivery_id=dlv_1 status=503 duration_ms=1.5"
+    assert TextLines(journald=True).format(made) == f"<6>relay.test: {pairs}"
+    assert TextLines().format(made).endswith(f" relay.test: {pairs}")
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [("a b", '"a b"'), ('say "x"', r'"say \"x\""'), ("a=b", '"a=b"'), ("", '""'), ("é", "é"), (0, "0")],
+)
+def test_a_value_in_text_cannot_be_mistaken_for_the_next_field(value, written):
+    assert TextLines(journald=True).format(record("x", given=value)).endswith(f" given={written}")
+
+
+def test_a_field_that_is_no_json_is_written_all_the_same():
+    assert json.loads(JsonLines().format(record("x", path=Path("/a"))))["path"] == "/a"
+
+
+def test_a_spared_line_has_its_fields(caplog):
+    caplog.set_level(logging.INFO)
+    Sparing(LOG, FakeClock()).info("auth", "refused", request_id="req_1")
+    assert caplog.records[0].fields == {"request_id": "req_1"}
+
+
+def test_an_error_of_several_lines_is_said_in_one():
+    assert in_one_line(RelayError("no such storage", hint="write url")) == "no such storage; write url"
+
+
+@pytest.mark.parametrize(
+    ("format_", "goes", "environ", "expected"),
+    [
+        ("auto", {"systemd"}, {}, "<6>relay.test: hello a=1"),
+        ("auto", {"systemd", "terminal"}, {}, "<6>relay.test: hello a=1"),
+        ("auto", set(), {}, "{"),
+        ("auto", {"terminal"}, {}, "\x1b[36minfo"),
+        ("auto", {"terminal"}, {"NO_COLOR": "1"}, " info    relay.test: hello a=1"),
+        ("text", set(), {}, " info    relay.test: hello a=1"),
+        ("text", set(), {"FORCE_COLOR": "1"}, "\x1b[36minfo"),
+        ("journald", {"terminal"}, {}, "<6>relay.test: hello a=1"),
+        ("json", {"systemd", "terminal"}, {}, "{"),
+    ],
+)
+def test_auto_is_what_suits_where_the_lines_go(monkeypatch, format_, goes, environ, expected):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    stream.isatty = lambda: "terminal" in goes
+    monkeypatch.setattr("sys.stderr", stream)
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        configure("info", format_, under_systemd="systemd" in goes)
+        LOG.info("hello", extra=fields(a=1))
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    assert expected in stream.getvalue()
 
 
 def test_colour_is_for_terminals_only():
     assert "\x1b[" in TextLines(colour=True).format(record("hello"))
     assert "\x1b[" not in TextLines().format(record("hello"))
+
+
+def test_the_page_for_operators_has_every_field_and_no_other():
+    keywords = set()
+    for file in (ROOT / "relay").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            match node.func:
+                case ast.Name(id="fields" | "ids"):
+                    keywords |= {keyword.arg for keyword in node.keywords}
+                case ast.Attribute(value=ast.Attribute(attr="_log"), attr="info" | "warning" | "error"):
+                    keywords |= {keyword.arg for keyword in node.keywords}
+    section = (ROOT / "docs" / "operating.md").read_text().partition("## Logs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| [^|]+ \| [^|]+ \|$", section, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"\w+", row)} == keywords - {None}

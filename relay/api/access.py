@@ -15,7 +15,9 @@ from typing import Any
 from aiohttp import web
 
 from relay.api.answers import DRY, LINES, WISH, refuse
+from relay.api.tracing import REQUEST_ID
 from relay.config.secret import Secret
+from relay.logs import fields
 
 log = logging.getLogger("relay.audit")
 log.setLevel(logging.INFO)
@@ -40,7 +42,8 @@ async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
     finally:
         if not request.get(DRY):
             asked = f" {wish}" if (wish := request.get(WISH)) else ""
-            log.info("%s: %s %s%s: %s", who, request.method, _path(request), asked, outcome)
+            told = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
+            log.info("%s: %s %s%s: %s", who, request.method, _path(request), asked, outcome, extra=told)
     return response
 
 

@@ -1,6 +1,7 @@
 """The two apps that operators ask: one for the unix socket, one for the admin listener."""
 
 from importlib.resources import files
+from typing import Any
 
 from aiohttp import web
 
@@ -20,6 +21,7 @@ from relay.api.sources import SourcesApi
 from relay.api.stats import StatsApi
 from relay.api.tail import TailApi
 from relay.api.top import TopApi
+from relay.api.tracing import named, show
 from relay.api.transfer import TransferApi
 from relay.api.workers import WorkersApi
 from relay.config.secret import Secret
@@ -54,13 +56,15 @@ class Api:
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""
-        app = web.Application(middlewares=[audit, errors])
-        app.add_routes(self.routes())
-        return app
+        return self._app(audit, errors)
 
     def tcp_app(self, tokens: tuple[Secret, ...]) -> web.Application:
         """Return the app for the admin listener: health and metrics, the API only with a token."""
-        app = web.Application(middlewares=[guard(tokens), audit, errors])
+        return self._app(guard(tokens), audit, errors)
+
+    def _app(self, *middlewares: Any) -> web.Application:
+        app = web.Application(middlewares=[named(self._parts.clock), *middlewares])
+        app.on_response_prepare.append(show)
         app.add_routes(self.routes())
         return app
 

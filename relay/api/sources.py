@@ -1,5 +1,6 @@
 """Sources for operators: who may send, and telling them to keep it for a while."""
 
+import logging
 from typing import Any
 
 from aiohttp import web
@@ -9,6 +10,9 @@ from relay.api.parts import Parts
 from relay.config.effective import effective_source
 from relay.ingest.routes import Mount
 from relay.items import item
+from relay.logs import fields
+
+log = logging.getLogger("relay.ingest")
 
 
 class SourcesApi:
@@ -42,6 +46,7 @@ class SourcesApi:
         await self._store.pause_source(name, paused=paused)
         if (mount := self._ingest.mounts.get(name)) is not None:  # unless a reload has removed it
             mount.paused = paused
+        log.info("%s: %s by an operator", name, "paused" if paused else "resumed", extra=fields(source=name))
         return say({"name": name, "paused": paused})
 
     def _mount(self, request: web.Request) -> Mount:

@@ -10,10 +10,12 @@ from relay.clock import Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
 from relay.delivery.lane import Lane
+from relay.delivery.lines import Untried, log
 from relay.delivery.memory import MOST, Memory
 from relay.delivery.sender import Sender
 from relay.delivery.slots import Slots
 from relay.formats import FORMATS, Format
+from relay.logs import Sparing
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
 from relay.store import Store
@@ -53,6 +55,7 @@ class Engine:
         self._metrics = metrics
         self._formats = formats
         self._rand = rand
+        self._untried = Untried(Sparing(log, clock))
         self._slots = Slots()
         self._memory = Memory(memory)
         self._own: Collection[tuple[str, int]] = ()
@@ -112,6 +115,7 @@ class Engine:
         """Hand fresh deliveries to their lanes, in memory (see `relay.store.Listener`)."""
         for name, columns in news.books.items():
             self._count(name, columns)
+        self._untried.tell(news)
         for delivery in news.deliveries:
             lane = self.lanes.get(delivery.destination)
             if lane is None:

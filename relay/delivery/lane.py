@@ -9,6 +9,7 @@ from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer
 from relay.delivery.feed import Feed
+from relay.delivery.lines import ids, tell_attempt, tell_end
 from relay.delivery.memory import Memory
 from relay.delivery.pace import Pace
 from relay.delivery.sender import BLOCKED_REST, Sender, corrupt, outdated, unspent
@@ -16,6 +17,7 @@ from relay.delivery.slots import Slots
 from relay.delivery.standing import Standing
 from relay.delivery.times import Times
 from relay.errors import StorageError
+from relay.logs import fields
 from relay.metrics import RESULTS, Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
 from relay.retry import Verdict
@@ -245,7 +247,7 @@ class Lane:
         try:
             await self._deliver(delivery)
         except Exception:
-            log.exception("%s: %s could not be tried", self.name, delivery.public_id)
+            log.exception("%s: a delivery could not be tried", self.name, extra=ids(delivery))
             self._store.release((delivery.id,))
             feed.due = min(feed.due, self._clock.steady() + POLL)
         finally:
@@ -261,7 +263,8 @@ class Lane:
             event = (await self._store.load((delivery.event_id,))).get(delivery.event_id)
             dead = corrupt(delivery, event, self._clock.wall())
             if dead is not None:
-                log.error("%s: %s is dead: its stored body cannot be trusted", self.name, delivery.public_id)
+                what = "%s: a delivery is dead: its stored body cannot be trusted"
+                log.error(what, self.name, extra=ids(delivery))
                 await self._record(dead)
                 return
             delivery.event = event
@@ -278,6 +281,7 @@ class Lane:
         circuit, sender = self.standing.circuit, self._sender
         probing, openings = circuit.is_open, circuit.openings
         outcome, meaning = await sender.attempt(delivery, event)
+        tell_attempt(outcome)
         if sender is not self._sender or self._left:
             outcome = outdated(outcome, meaning, self._clock.steady(), probing=probing)
         elif meaning.kind == "ok":
@@ -289,13 +293,12 @@ class Lane:
         await self._record(outcome)
 
     async def _fail(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
-        """Say what failed, and take what it says about the destination."""
-        attempt, delivery = outcome.attempt, outcome.delivery
+        """Take what a failed attempt says about the destination."""
+        attempt = outcome.attempt
         assert attempt is not None  # noqa: S101 - a sender makes one
         why = attempt.error or attempt.result
-        log.info("%s: %s attempt %d failed: %s", self.name, delivery.public_id, delivery.attempts + 1, why)
         if meaning.kind == "hold":
-            log.error("%s: held, %s", self.name, why)
+            log.error("%s: held, %s", self.name, why, extra=fields(destination=self.name))
             self.standing.rest(BLOCKED_REST)
         elif meaning.pause:
             self.standing.rest(int(meaning.pause * SECOND))
@@ -321,14 +324,15 @@ class Lane:
             waited = self._clock.wall() - delivery.created_at
             self._latency.observe(waited / SECOND, exemplar)
         else:
-            log.warning("%s: %s is %s: %s", self.name, delivery.public_id, outcome.state, outcome.reason)
+            tell_end(outcome)
 
     async def _patiently(self, outcome: Outcome) -> bool:
         while True:
             try:
                 return await self._store.settle(outcome)
             except StorageError as error:
-                log.warning("%s: an outcome waits for the store: %s", self.name, error.message)
+                told = ids(outcome.delivery)
+                log.warning("%s: an outcome waits for the store: %s", self.name, error.message, extra=told)
                 await asyncio.sleep(STORAGE_PAUSE)
 
     # --- the store ---

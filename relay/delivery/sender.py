@@ -107,7 +107,8 @@ class Sender:
     def _unwritten(self, event: StoredEvent, error: Exception) -> Answer:
         """Spend an attempt on a body that could not be written: by the next one the plugin may be mended."""
         what = f"the format {self._format.name} failed"
-        self._log.error(what, f"{self._config.name}: {what} at {event.public_id}", error)
+        name, id_ = self._config.name, event.public_id
+        self._log.error(what, f"{name}: {what}", error, destination=name, event_id=id_)
         return Answer(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))
 
     def _judge(self, delivery: Delivery, attempt: Attempt, meaning: Verdict) -> Outcome:

@@ -8,6 +8,7 @@ from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.circuit import Circuit
 from relay.errors import StorageError
+from relay.logs import fields
 from relay.metrics import Metrics
 from relay.model import Born, DestinationState, StoredEvent
 from relay.store import OPERATOR_EVENTS, Store
@@ -79,12 +80,16 @@ class Standing:
 
     async def steer(self, state: DestinationState) -> None:
         """Take on what an operator decided; one who lets it go on means at once, and as if it were new."""
-        was_held = self.state.paused or self.state.disabled_at is not None
+        before = self.state
+        was_held = before.paused or before.disabled_at is not None
         if was_held and not state.paused and state.disabled_at is None:
             state = msgspec.structs.replace(state, failing_since=None)
             self.rest_until = 0
             self.circuit.probe_at(self._clock.steady())
         await self.change(state)
+        for word in _decided(before, state):
+            name = self._config.name
+            log.info("%s: %s by an operator", name, word, extra=fields(destination=name))
 
     def rest(self, micros: int) -> None:
         """Send nothing for so long."""
@@ -107,7 +112,9 @@ class Standing:
         if disable is None and now - since > self._config.disable_after * SECOND:
             disable = "failing"
         if disable is not None and self.state.disabled_at is None:
-            log.error("%s: disabled (%s); its deliveries are held, none is lost", self._config.name, disable)
+            what = "%s: disabled (%s); its deliveries are held, none is lost"
+            name = self._config.name
+            log.error(what, name, disable, extra=fields(destination=name, held=f"disabled: {disable}"))
             state = msgspec.structs.replace(
                 self.state, disabled_at=self._clock.wall(), disabled_reason=disable
             )
@@ -118,7 +125,8 @@ class Standing:
         change = self.circuit.record(result, self._clock.steady(), openings)
         if change is None:
             return
-        log.warning("%s: circuit %s: %s", self._config.name, change, why)
+        told = fields(destination=self._config.name, circuit=change, event_id=event.public_id)
+        log.warning("%s: circuit %s: %s", self._config.name, change, why, extra=told)
         self._show()
         type_ = "circuit_opened" if change == "opened" else "recovered"
         await self._tolerantly(self.state, self._born(type_, event, why))
@@ -128,7 +136,9 @@ class Standing:
         try:
             await self.change(state, tell)
         except StorageError as error:
-            log.warning("%s: its state could not be written down: %s", self._config.name, error.message)
+            name = self._config.name
+            told = fields(destination=name)
+            log.warning("%s: its state could not be written down: %s", name, error.message, extra=told)
 
     def _born(self, type_: str, event: StoredEvent, why: str) -> Born | None:
         """Make an operator event, unless a delivery of one is the cause: nothing may loop."""
@@ -146,3 +156,13 @@ class Standing:
         name = self._config.name
         self._metrics.disabled.labels(name).set(self.state.disabled_at is not None)
         self._metrics.circuit.labels(name).set(self.circuit.is_open)
+
+
+def _decided(before: DestinationState, after: DestinationState) -> list[str]:
+    """Say what an operator changed."""
+    words = []
+    if before.paused != after.paused:
+        words.append("paused" if after.paused else "resumed")
+    if (before.disabled_at is None) != (after.disabled_at is None):
+        words.append("enabled" if after.disabled_at is None else "disabled")
+    return words

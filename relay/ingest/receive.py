@@ -17,6 +17,7 @@ from relay.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from relay.ids import given_id, request_id
 from relay.incoming import Incoming
 from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, plain, preflight, refuse
 from relay.ingest.body import Budget, read_body
@@ -26,7 +27,7 @@ from relay.ingest.record import record
 from relay.ingest.remote import Remote
 from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
-from relay.logs import Sparing
+from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
 from relay.registry import ENVIRONMENTS
@@ -92,7 +93,7 @@ class Ingest:
             match = self._routes.find(path)
             mount = match.mount
             incoming.path = path.removeprefix(mount.config.prefix)
-            response = await self._serve(request, match, incoming)
+            response = await self._serve(request, match, incoming, began)
             exemplar = {"event_id": response.event_id} if response.event_id else None
             self._meters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
         except Refusal as refusal:
@@ -105,7 +106,9 @@ class Ingest:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
 
-    async def _serve(self, request: web.BaseRequest, match: Match, incoming: Incoming) -> Response:
+    async def _serve(
+        self, request: web.BaseRequest, match: Match, incoming: Incoming, began: int
+    ) -> Response:
         mount = match.mount
         handler = match.handlers.get(incoming.method)
         if handler is None:
@@ -119,20 +122,26 @@ class Ingest:
             incoming.params = match.params
             ask(mount.source.verify, incoming)
             self.gate.check(mount, incoming, late=late)
-            return await self._accept(request, mount, handler, incoming)
+            return await self._accept(request, mount, handler, incoming, began)
         finally:
             self._budget.give(len(body))
 
     async def _accept(
-        self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming
+        self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming, began: int
     ) -> Response:
+        verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info` this is all that lines cost an event
         accepted = ask(handler, incoming)
         if isinstance(accepted, Reply):
-            return answer(Accepted(reply=accepted), Receipt())
+            response = answer(Accepted(reply=accepted), Receipt())
+            if verbose:
+                self._tell(mount, incoming, response, began)
+            return response
         if not isinstance(accepted, Accepted):
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         event = accepted.event
         stored = None if event is None else record(mount.name, event, incoming, self._clock.wall())
+        if verbose and stored is not None and stored.request_id is None:
+            stored.request_id = request_id(stored.received_at)  # the lines of its attempts have it, too
         # The answer is rendered before the append, so that a plugin which cannot do it costs a 500
         # with nothing stored, and leaves only after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
@@ -155,6 +164,8 @@ class Ingest:
         response.event_id = receipt.event_id
         if receipt.sent:
             response.lost = lambda: self._take_back(receipt.sent)
+        if verbose:
+            self._tell(mount, incoming, response, began, stored=stored, receipt=receipt)
         return response
 
     def _take_back(self, commands: tuple[Command, ...]) -> None:
@@ -214,26 +225,62 @@ class Ingest:
                 f"{mount.name}: environment",
                 f"{mount.name}: worker {change.worker_id!r} registered with the environment"
                 f" {change.environment[:LONGEST_SHOWN]!r}, usual are {', '.join(ENVIRONMENTS)}",
+                source=mount.name,
+                worker_id=change.worker_id,
             )
+
+    def _tell(
+        self,
+        mount: Mount,
+        incoming: Incoming,
+        response: Response,
+        began: int,
+        *,
+        stored: StoredEvent | None = None,
+        receipt: Receipt | None = None,
+    ) -> None:
+        """Say, at `debug`, that a request was accepted; its sender hears so in a moment."""
+        told = fields(
+            request_id=self._request_id(incoming) if stored is None else stored.request_id,
+            source=mount.name,
+            type=stored.type if stored else None,
+            event_id=(receipt.event_id or None) if receipt else None,
+            status=response.status,
+            duration_ms=round((self._clock.steady() - began) / 1000, 1),
+        )
+        repeated = receipt is not None and receipt.duplicate
+        log.debug("%s: %s", mount.name, "accepted again" if repeated else "accepted", extra=told)
+
+    def _request_id(self, incoming: Incoming) -> str:
+        return given_id(incoming.headers.get("X-Request-Id")) or request_id(self._clock.wall())
 
     def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
+        request = self._request_id(incoming)
         if isinstance(refusal, PluginFailed):
             self._metrics.plugin_errors.labels(mount.config.plugin).inc()
-            self._fail(mount, incoming, refusal.__cause__)
+            self._fail(mount, incoming, refusal.__cause__, request)
         try:
             response = refuse(mount, refusal, incoming)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the sender is answered all the same
-            self._fail(mount, incoming, error)
+            self._fail(mount, incoming, error, request)
             response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
         sender = self._remote.of(peer, incoming.header("X-Forwarded-For"))
-        self._log.info(what, f"{what}: {refusal.message} ({sender})")
+        self._log.info(
+            what,
+            f"{what}: {refusal.message} ({sender})",
+            request_id=request,
+            source=mount.name,
+            status=response.status,
+            reason=refusal.reason,
+            remote=sender,
+        )
         return response
 
-    def _fail(self, mount: Mount, incoming: Incoming, error: BaseException | None) -> None:
+    def _fail(self, mount: Mount, incoming: Incoming, error: BaseException | None, request: str) -> None:
         line = f"{mount.name}: {incoming.method} {incoming.path} failed"
-        self._log.error(f"{mount.name}: failed", line, error)
+        self._log.error(f"{mount.name}: failed", line, error, request_id=request, source=mount.name)
 
 
 class _Meter:

@@ -5,7 +5,7 @@ import hashlib
 import msgspec
 
 from relay.errors import PluginFailed, Refusal
-from relay.ids import event_id
+from relay.ids import event_id, given_id
 from relay.incoming import Incoming
 from relay.model import StoredEvent
 from relay.source import Event, check_type
@@ -29,6 +29,7 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         PluginFailed: `data` or `context` is no JSON.
     """
     body, trace = incoming.body, incoming.header("traceparent")
+    request = incoming.headers.get("X-Request-Id")
     try:
         check_type(event.type)
         data, context = _json(event.data), _json(event.context)
@@ -49,6 +50,7 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         content_type=incoming.header("Content-Type") or "application/octet-stream",
         sha256=hashlib.sha256(body).digest(),
         traceparent=trace if len(trace) == TRACEPARENT else None,
+        request_id=None if request is None else given_id(request),
     )
 
 
