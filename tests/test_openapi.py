@@ -27,7 +27,7 @@ OPERATIONS = {
 STREAMS = {("GET", "/api/tail"), ("GET", "/api/top")}
 """What has no end that could be waited for, and a test of its own."""
 
-NAMES = {"event": "/Event", "attempt": "/AttemptMade", "lost": "/Lost", "top": "/Top"}
+NAMES = {"event": "/EventTold", "attempt": "/AttemptMade", "lost": "/Lost", "top": "/Top"}
 """The schema of each server-sent event."""
 
 

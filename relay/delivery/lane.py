@@ -11,6 +11,7 @@ from relay.delivery.answer import Answer
 from relay.delivery.feed import Feed
 from relay.delivery.lines import ids, tell_attempt, tell_end
 from relay.delivery.memory import Memory
+from relay.delivery.meter import Meter
 from relay.delivery.pace import Pace
 from relay.delivery.sender import BLOCKED_REST, Sender, corrupt, outdated, unspent
 from relay.delivery.slots import Slots
@@ -18,7 +19,7 @@ from relay.delivery.standing import Standing
 from relay.delivery.times import Times
 from relay.errors import StorageError
 from relay.logs import fields
-from relay.metrics import RESULTS, Metrics
+from relay.metrics import Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
 from relay.retry import Verdict
 from relay.store import Store
@@ -56,10 +57,7 @@ class Lane:
         self._former: set[Sender] = set()  # replaced, with attempts still under way
         self._store = store
         self._clock = clock
-        # Looked up once: a look-up costs three times what counting does.
-        self._attempts = {result: metrics.attempts.labels(self.name, result) for result in RESULTS}
-        self._attempt_seconds = metrics.attempt_seconds.labels(self.name)
-        self._latency = metrics.latency.labels(self.name)
+        self._meter = Meter(metrics, self.name)
         self._slots = slots
         self._memory = memory
         self._first = Feed(memory, retries=False)
@@ -311,18 +309,15 @@ class Lane:
         """Write what became of an attempt; while the disk is full this waits, it never gives up."""
         counted = await self._patiently(outcome)
         attempt, delivery = outcome.attempt, outcome.delivery
-        exemplar = {"event_id": delivery.event.public_id} if delivery.event else None
         if attempt is not None:
-            self._attempts[attempt.result].inc()
-            self._attempt_seconds.observe(attempt.duration_ms / 1000, exemplar)
+            self._meter.attempted(delivery, attempt)
         if not counted:
             return
         if outcome.state == "pending":
             feed = self._retry if delivery.attempts + outcome.counts else self._first
             feed.due = min(feed.due, outcome.next_attempt_at or 0)
         elif outcome.state == "delivered":
-            waited = self._clock.wall() - delivery.created_at
-            self._latency.observe(waited / SECOND, exemplar)
+            self._meter.delivered(delivery, self._clock.wall())
         else:
             tell_end(outcome)
 
