@@ -241,7 +241,7 @@ async def test_connections_beyond_the_cap_are_sent_away_with_503(relay: Relay):
 
 
 async def test_a_sender_that_never_says_what_it_wants_is_sent_away(relay: Relay, monkeypatch):
-    monkeypatch.setattr("relay.ingest.server.FIRST_HEAD", 0.02)
+    monkeypatch.setattr("relay.ingest.connection.FIRST_HEAD", 0.02)
     async with asyncio.timeout(5), await Wire.open(relay.addresses.public) as wire:
         await wire.send(b"POST /v1/events HTTP/1.1\r\nHost: x\r\n")
         assert await wire.closed()

@@ -1,88 +1,23 @@
 """aiohttp's server, hardened for the open internet: caps, deadlines, and never a word of HTML."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, cast
 
-import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from relay.ingest.connection import Connection
 from relay.ingest.response import Response
 
-log = logging.getLogger("relay.http")
-
-KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
-FIRST_HEAD = 10.0  # seconds for the first request's head
-LINGERING = 1.0  # seconds to swallow the rest of a refused body
 MAX_CONNECTIONS = 4096
+SWEEP_EVERY = 1.0  # seconds between looks for silent connections: so much later than said they are closed
 
 _FULL_BODY = b'{"error":{"code":"overload","message":"Too many connections"}}'
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
 )
-
-
-class Connection(RequestHandler):
-    """One connection, refused with 503 beyond the cap and closed if it never says what it wants."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Count the connection in, or send it away."""
-        super().connection_made(transport)
-        server: Any = self._manager
-        if len(server.connections) > server.max_connections:
-            stream = cast("asyncio.Transport", transport)  # uvloop's transports inherit from nothing
-            stream.write(_FULL)
-            stream.close()
-            return
-        loop = asyncio.get_running_loop()
-        self._head_deadline = loop.call_later(FIRST_HEAD, self._close_if_silent)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """Count the connection out."""
-        deadline = getattr(self, "_head_deadline", None)
-        if deadline is not None:
-            deadline.cancel()
-        super().connection_lost(exc)
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Write an answer, and tell who wants to know that it could not be written."""
-        written, is_reset = await super().finish_response(request, resp, start_time)
-        lost = getattr(resp, "lost", None)
-        if is_reset and lost is not None:
-            lost()
-        return written, is_reset
-
-    def _close_if_silent(self) -> None:
-        if self._request_count == 0:
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what is no HTTP, in JSON and without a traceback in the log."""
-        _ = message
-        if status < 500:  # noqa: PLR2004 - HTTP
-            log.debug("bad request from %s: %s", request.remote, type(exc).__name__)
-        else:
-            log.error("a request could not be answered", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun")
-        text = "Bad request" if status < 500 else "Internal server error"  # noqa: PLR2004 - HTTP
-        code = "bad_request" if status < 500 else "internal_error"  # noqa: PLR2004 - HTTP
-        body = msgspec.json.encode({"error": {"code": code, "message": text}})
-        response = web.Response(status=status, body=body, content_type="application/json")
-        response.force_close()
-        return response
 
 
 class Server(web.Server):
@@ -100,6 +35,23 @@ class Server(web.Server):
         self._under_way = 0
         self._idle = asyncio.Event()
         self._leaving = False
+        self._sweep: asyncio.TimerHandle | None = None  # while there are connections
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Count a connection in, or send it away beyond the cap."""
+        super().connection_made(handler, transport)
+        if len(self._connections) > self.max_connections:  # `connections` would copy them all
+            transport.write(_FULL)
+            transport.close()
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(SWEEP_EVERY, self._close_silent)
+
+    def _close_silent(self) -> None:
+        now, self._sweep = self._loop.time(), None
+        for connection in self.connections:
+            connection.close_if_silent(now)  # type: ignore[attr-defined] # all are `Connection`s
+        if self._connections:
+            self._sweep = self._loop.call_later(SWEEP_EVERY, self._close_silent)
 
     def leave(self) -> None:
         """Let every answer from now on close its connection: kept ones move on to our successor."""
@@ -131,9 +83,7 @@ class Server(web.Server):
         """Return the protocol of a new connection."""
         return Connection(
             self,
-            loop=asyncio.get_running_loop(),
-            keepalive_timeout=KEEPALIVE,
-            lingering_time=LINGERING,
+            loop=self._loop,
             access_log=None,  # type: ignore[arg-type] # None turns it off, as in AppRunner
             auto_decompress=False,
         )
