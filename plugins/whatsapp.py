@@ -344,15 +344,13 @@ def _status(value: Any) -> WorkerStatus | None:
 
 
 def _number(value: Any) -> float | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    return float(value) if fits else None
+    return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else None  # no bool
 
 
 def _whole(value: Any) -> int | None:
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
-    return value if fits else None
+    return value if type(value) is int and 0 <= value <= _LARGEST else None  # no bool
 
 
 _REGISTER = b"""{

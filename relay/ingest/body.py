@@ -44,8 +44,6 @@ async def read_body(request: web.BaseRequest, limit: int, seconds: float, budget
     encoding = request.headers.get("Content-Encoding")
     if encoding is not None and encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedEncoding
-    if (request.content_length or 0) > limit:
-        raise TooLarge
     content = request.content
     if content.is_eof() and content.exception() is None:
         body = content.read_nowait()
@@ -53,6 +51,8 @@ async def read_body(request: web.BaseRequest, limit: int, seconds: float, budget
             raise TooLarge
         budget.take(len(body))
         return body
+    if (request.content_length or 0) > limit:
+        raise TooLarge
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun

@@ -35,18 +35,32 @@ class Match(msgspec.Struct, frozen=True):
     params: Mapping[str, str]
 
 
-class _Pattern(msgspec.Struct, frozen=True):
-    segments: tuple[str, ...]  # of the template; placeholders as "{name}"
-    match: Match
+class _Shape:
+    """Templates of one length with placeholders in the same places: one look-up finds the one that fits."""
 
-    def fit(self, segments: list[str]) -> Mapping[str, str] | None:
-        params = {}
-        for template, segment in zip(self.segments, segments, strict=True):
-            if template.startswith("{"):
-                params[template[1:-1]] = segment
-            elif template != segment:
-                return None
-        return params
+    def __init__(self, segments: list[str]) -> None:
+        self.places = _places(segments)
+        self._matches: dict[tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}
+
+    def add(self, segments: list[str], match: Match) -> None:
+        """Take in a template; the first of two equal ones stays."""
+        names = tuple(segments[place][1:-1] for place in self.places)
+        self._matches.setdefault(self._literals(segments), (match, names))
+
+    def find(self, segments: list[str]) -> Match | None:
+        """Return the match of a path that has as many segments."""
+        found = self._matches.get(self._literals(segments))
+        if found is None:
+            return None
+        match, names = found
+        values = [_decode(segments[place]) for place in self.places]
+        return Match(match.mount, match.handlers, dict(zip(names, values, strict=True)))
+
+    def _literals(self, segments: list[str]) -> tuple[str, ...]:
+        literals = segments.copy()
+        for place in self.places:
+            literals[place] = ""
+        return tuple(literals)
 
 
 class Routes:
@@ -54,13 +68,13 @@ class Routes:
 
     def __init__(self, mounts: tuple[Mount, ...]) -> None:
         self._literal: dict[str, Match] = {}
-        self._patterns: dict[int, list[_Pattern]] = {}
+        self._shapes: dict[int, list[_Shape]] = {}  # by number of segments
         self._owners: list[tuple[str, Mount]] = []
         for mount in mounts:
             self._mount(mount)
         self._owners.sort(key=lambda owner: len(owner[0]), reverse=True)
-        for patterns in self._patterns.values():  # the more literal segments, the earlier
-            patterns.sort(key=lambda pattern: sum(s.startswith("{") for s in pattern.segments))
+        for shapes in self._shapes.values():  # the more literal segments, the earlier
+            shapes.sort(key=lambda shape: len(shape.places))
 
     def _mount(self, mount: Mount) -> None:
         prefix = mount.config.prefix
@@ -71,10 +85,18 @@ class Routes:
         for path, handlers in paths.items():
             match = Match(mount, handlers, {})
             if "{" in path:
-                segments = tuple(path.split("/"))
-                self._patterns.setdefault(len(segments), []).append(_Pattern(segments, match))
+                segments = path.split("/")
+                self._shape(segments).add(segments, match)
             else:
                 self._literal[path] = match
+
+    def _shape(self, segments: list[str]) -> _Shape:
+        shapes = self._shapes.setdefault(len(segments), [])
+        for shape in shapes:
+            if shape.places == _places(segments):
+                return shape
+        shapes.append(_Shape(segments))
+        return shapes[-1]
 
     def find(self, path: str) -> Match:
         """Return the match of a raw path (percent-encoded, no query).
@@ -87,11 +109,10 @@ class Routes:
         if match is not None:
             return match
         segments = path.split("/")
-        for pattern in self._patterns.get(len(segments), ()):
-            params = pattern.fit(segments)
-            if params is not None:
-                decoded = {name: _decode(value) for name, value in params.items()}
-                return Match(pattern.match.mount, pattern.match.handlers, decoded)
+        for shape in self._shapes.get(len(segments), ()):
+            match = shape.find(segments)
+            if match is not None:
+                return match
         raise NotFound
 
     def owner(self, path: str) -> Mount | None:
@@ -100,6 +121,10 @@ class Routes:
             if path == prefix or path.startswith(f"{prefix}/"):
                 return mount
         return None
+
+
+def _places(segments: list[str]) -> tuple[int, ...]:
+    return tuple(place for place, segment in enumerate(segments) if segment.startswith("{"))
 
 
 def _decode(segment: str) -> str:

@@ -53,16 +53,17 @@ class Roster:
         """Insert or replace a row."""
         key = (worker.source, worker.id)
         former = self._rows.get(key)
-        if former is not None and former.endpoint != worker.endpoint:
-            self._leave(former.endpoint, key)
+        self._rows[key] = worker
+        place = former.endpoint if former is not None else ""
+        if place != worker.endpoint:
+            self._leave(place, key)
+            if worker.endpoint:
+                self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
         self._count(former, -1)
         self._count(worker, 1)
-        self._rows[key] = worker
         before = former.sessions if former is not None else ()
         if before != worker.sessions:
             self._index(key, before, worker.sessions)
-        if worker.endpoint:
-            self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
 
     def hold(self, now: Now, rules: Callable[[str, str], WorkerRules]) -> None:
         """Put off every deadline."""
