@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import resource
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -22,6 +23,8 @@ from relay.store.sqlite import SqliteStore
 WORKERS = 10_000
 MEASURED = 60.0  # seconds between two rows of a worker's gauges
 PACE = WORKERS / 30  # heartbeats a second: each worker one in 30 s
+AGENT = 5.0  # seconds after which Node's agent closes an idle connection, whatever the server offers
+_FILES = 4096  # that a process may have open: a sixth of the workers have a connection at any time
 _SOURCE = f"""\
 [sources.whatsapp]
 plugin = "whatsapp"
@@ -31,27 +34,31 @@ _PATH = "/api/v1/workers/{}/heartbeat"
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 
 
-class _Once(asyncio.Protocol):
-    """A connection of its own for one heartbeat, as axios makes them by default."""
+class _Peer(asyncio.Protocol):
+    """A sender's end of a connection: asks, and hands the whole answer on."""
 
-    def __init__(self, request: bytes, ended: Callable[[bytes], None]) -> None:
-        self._request = request
+    def __init__(self, answered: Callable[["_Peer", bytes], None]) -> None:
         self._received = b""
-        self._ended = ended
+        self._answered = answered
+        self.lost = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
-        self._transport.write(self._request)
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+
+    def ask(self, request: bytes) -> None:
+        self._received = b""
+        self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         head = self._received.find(b"\r\n\r\n")
         length = _LENGTH.search(self._received, 0, head) if head >= 0 else None
         if length is not None and len(self._received) >= head + 4 + int(length[1]):
-            self._transport.close()
+            self._answered(self, self._received)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        self._ended(self._received)
+        self.lost.set_result(None)
 
 
 def _beat(number: int, uptime: int) -> bytes:
@@ -60,29 +67,50 @@ def _beat(number: int, uptime: int) -> bytes:
         b'"reconnecting":1,"error":0,"maxSessions":50},"cpuUsage":45.5,"memoryUsage":67.8,"uptime":%d,'
         b'"messageCount":%d},"timestamp":"2024-01-15T10:30:00.000Z"}' % (uptime, uptime)
     )
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    headers = {
+        "Accept": "application/json, text/plain, */*",
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {TOKEN}",
+        "User-Agent": "axios/1.21.1",
+        "Accept-Encoding": "gzip, compress, deflate, br",
+        "Connection": "keep-alive",
+    }  # as axios 1.21 sends them on Node 20
     return put(_PATH.format(f"worker-{number}"), body, headers)
 
 
-async def _at_their_pace(server: Server, uptime: int) -> None:
-    """Send one heartbeat of every worker within 30 s, each over a connection of its own."""
-    loop, began, unanswered = asyncio.get_running_loop(), time.perf_counter(), WORKERS
-    over = loop.create_future()
+async def _at_their_pace(server: Server, uptime: int, *, kept: bool = False) -> None:
+    """Send one heartbeat of every worker within 30 s.
 
-    def ended(received: bytes) -> None:
+    Each over a connection of its own, which the worker's agent closes when it has idled for 5 s; or as a
+    proxy passes them on, over a connection that is `kept` and free.
+    """
+    loop, began, peers, free = asyncio.get_running_loop(), time.perf_counter(), list[_Peer](), list[_Peer]()
+    over, unanswered = loop.create_future(), WORKERS
+
+    def answered(peer: _Peer, answer: bytes) -> None:
         nonlocal unanswered
         unanswered -= 1
-        if not received.startswith(b"HTTP/1.1 200") and not over.done():
-            over.set_exception(RuntimeError(f"unexpected answer: {received!r}"))
+        if kept:
+            free.append(peer)
+        else:
+            loop.call_later(AGENT, peer.transport.close)
+        if not answer.startswith(b"HTTP/1.1 200") and not over.done():
+            over.set_exception(RuntimeError(f"unexpected answer: {answer!r}"))
         elif not unanswered and not over.done():
             over.set_result(None)
 
     for number in range(WORKERS):
-        request = _beat(number, uptime)
-        await loop.create_connection(lambda request=request: _Once(request, ended), *server.address)  # type: ignore[misc] # mypy cannot infer a default
+        peer = free.pop() if free else None
+        if peer is None or peer.lost.done():
+            _, peer = await loop.create_connection(lambda: _Peer(answered), *server.address)
+            peers.append(peer)
+        peer.ask(_beat(number, uptime))
         await asyncio.sleep(began + number / PACE - time.perf_counter())
     async with asyncio.timeout(30):
         await over
+        for peer in free:
+            peer.transport.close()
+        await asyncio.gather(*(peer.lost for peer in peers))
 
 
 async def heartbeats() -> None:
@@ -92,6 +120,7 @@ async def heartbeats() -> None:
         async with (
             relay(Path(name), more=_SOURCE) as server,
             python(Path(name) / "bare.log", *bare) as rival,
+            python(Path(name) / "floor.log", "-m", "bench.serve", "receiver") as floor,
         ):
 
             async def crowd(uptime: int) -> None:
@@ -105,6 +134,10 @@ async def heartbeats() -> None:
                 await _measure("as fast as they go, connections kept", server, crowd(uptime))
             await _measure("at their own pace, a connection each", server, _at_their_pace(server, 30))
             await _measure("a bare aiohttp handler, likewise", rival, _at_their_pace(rival, 30))
+            await _measure("a protocol without HTTP, likewise", floor, _at_their_pace(floor, 30))
+            await _measure(
+                "at their own pace, through a proxy", server, _at_their_pace(server, 31, kept=True)
+            )
             await asyncio.sleep(began + MEASURED + 10 - time.perf_counter())
             await _measure("as fast as they go, a row of gauges for each", server, crowd(60))
 
@@ -190,6 +223,9 @@ async def sweeps() -> None:
 
 async def main() -> None:
     """Measure both."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _FILES:  # the servers inherit it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, hard) if hard > 0 else _FILES, hard))
     await sweeps()
     if sys.argv[1:] != ["sweeps"]:
         await heartbeats()

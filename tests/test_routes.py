@@ -1,0 +1,77 @@
+"""Which handler a path leads to: literals before placeholders, whatever the order of declaration."""
+
+import pytest
+
+from relay.config.model import SourceConfig
+from relay.errors import Malformed, NotFound
+from relay.ingest.routes import Routes, mounts_of
+from relay.source import Reply, Source, route
+
+
+class Paths(Source):
+    """Every kind of template."""
+
+    @route("GET", "/a/{one}/{two}")
+    def both(self, incoming):
+        return Reply(body="both")
+
+    @route("GET", "/a/{one}/end")
+    def first(self, incoming):
+        return Reply(body="first")
+
+    @route("GET", "/a/b/{two}")
+    def second(self, incoming):
+        return Reply(body="second")
+
+    @route("GET", "/a/{other}/stop")
+    def stop(self, incoming):
+        return Reply(body="stop")
+
+    @route("GET", "/a/b/end")
+    def literal(self, incoming):
+        return Reply(body="literal")
+
+    @route("PUT", "/a/{one}/end")
+    def put(self, incoming):
+        return Reply(body="put")
+
+
+@pytest.fixture(scope="module")
+def routes():
+    config = SourceConfig(name="paths", plugin="paths", settings=Paths(), prefix="/mounted")
+    return Routes(mounts_of({"paths": config}))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "params"),
+    [
+        ("/a/b/end", "literal", {}),
+        ("/a/x/end", "first", {"one": "x"}),
+        ("/a/x/stop", "stop", {"other": "x"}),
+        ("/a/b/y", "second", {"two": "y"}),
+        ("/a/x/y", "both", {"one": "x", "two": "y"}),
+        ("/a/{one}/y", "both", {"one": "{one}", "two": "y"}),
+        ("/a/%2F%20/%C3%A9", "both", {"one": "/ ", "two": "\u00e9"}),
+        ("/a//end", "first", {"one": ""}),
+    ],
+)
+def test_the_template_with_the_fewest_placeholders_that_fits_wins(routes, path, body, params):
+    match = routes.find(f"/mounted{path}")
+    assert (match.handlers["GET"](None).body, match.params) == (body, params)
+
+
+def test_the_methods_of_one_path_are_found_together(routes):
+    assert set(routes.find("/mounted/a/x/end").handlers) == {"GET", "PUT"}
+
+
+@pytest.mark.parametrize("path", ["/a/x", "/a/x/y/z", "/b/x/end", "", "/", "//x/end"])
+def test_a_path_that_fits_no_template_is_not_found(routes, path):
+    with pytest.raises(NotFound):
+        routes.find(f"/mounted{path}")
+    with pytest.raises(NotFound):
+        routes.find("/a/x/end")
+
+
+def test_a_placeholder_that_is_no_utf_8_is_malformed(routes):
+    with pytest.raises(Malformed):
+        routes.find("/mounted/a/%FF/y")
