@@ -15,7 +15,7 @@ from daemon import adorn
 from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
 
-from relay.ingest.server import KEEPALIVE
+from relay.ingest.connection import KEEPALIVE
 
 PAGE = (CHECKOUT / "docs" / "install.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", PAGE, re.DOTALL))
