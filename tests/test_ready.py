@@ -148,5 +148,6 @@ async def test_a_writer_that_fails_by_itself_stops_the_daemon(tmp_path):
     await until(lambda: died)
     assert "the writer failed" in died[0]
     append.cancel()
+    await store._counter.close()
     await store._reader.close()
     await store._connection.close()
