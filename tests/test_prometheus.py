@@ -165,12 +165,13 @@ async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
         await relay.exchange(request("POST", "/v1/events", adorn()))
         relay.app.jobs.stop()  # they may
         monkeypatch.setattr(sqlite3, "connect", connecting)
-        for connection in (relay.app.store._connection, relay.app.store._reader):
+        store = relay.app.store
+        for connection in (store._connection, store._reader, store._counter):
             await connection.set_authorizer(watched)
         for accept in ("text/plain", OPENMETRICS):
             assert 'relay_deliveries_pending{destination="crm"' in await scrape(relay, accept)
         assert asked == []
-        await relay.operator("GET", "/api/destinations")
+        await relay.app.books.check()
         assert any("deliveries" in action for action in asked)
 
 
