@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 
 import pytest
 from certificates import Certificates
@@ -12,6 +13,10 @@ from roots import fetch
 from relay.config.model import DestinationConfig
 from relay.delivery.client import Client
 from relay.store.sqlite import SqliteStore
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -91,7 +91,10 @@ def listening(*args):
             yield line.split()[-1], process.stdout
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
+            try:
+                assert process.wait(10) == 130
+            finally:
+                process.kill()
 
 
 def post(url, body, headers):
