@@ -135,11 +135,11 @@ async def heartbeats() -> None:
             await _measure("at their own pace, a connection each", server, _at_their_pace(server, 30))
             await _measure("a bare aiohttp handler, likewise", rival, _at_their_pace(rival, 30))
             await _measure("a protocol without HTTP, likewise", floor, _at_their_pace(floor, 30))
-            await _measure(
-                "at their own pace, through a proxy", server, _at_their_pace(server, 31, kept=True)
-            )
             await asyncio.sleep(began + MEASURED + 10 - time.perf_counter())
             await _measure("as fast as they go, a row of gauges for each", server, crowd(60))
+            await _measure(
+                "at their own pace, through a proxy", server, _at_their_pace(server, 90, kept=True)
+            )
 
 
 async def _measure(what: str, server: Server, sending: Coroutine[None, None, None]) -> None:
