@@ -44,6 +44,12 @@ async def test_a_destination_is_stopped_and_goes_on(commands, stop, go_on, held)
     assert (await commands("destinations", "show", "crm")).err == ""
 
 
+async def test_what_something_is_called_comes_before_what_is_told_of_it(commands):
+    for words in (["destinations", "show", "crm"], ["sources", "show", "adorn"]):
+        assert (await commands(*words)).rows[0] == ["name", words[-1]]
+    assert list((await commands("destinations", "list", "--json")).json["items"][0])[:2] == ["name", "held"]
+
+
 async def test_a_source_is_paused_and_resumed(commands, relay):
     assert (await commands("sources", "pause", "adorn")).out == "adorn: paused\n"
     assert (await relay.exchange(request("POST", "/v1/events", adorn()))).status == 503

@@ -260,7 +260,7 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
         return await asyncio.to_thread(run, *args, "--offline", "-c", config, code=code)
 
     assert (await offline("events", "list", "-q")).out == f"{event}\n"
-    assert (await offline("events", "show", event, "--json")).json == there.json
+    assert (await offline("events", "show", event, "--json")).out == there.out
     [[delivery, *_]] = (await offline("deliveries", "list", "--state", "delivered")).rows
     assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
     assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err

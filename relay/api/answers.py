@@ -27,7 +27,7 @@ LINES = "application/x-ndjson"
 _HUNG_UP = 499  # as nginx has it in its log; nobody hears it
 _LONGEST_WISH = 400  # characters of it in the log
 
-_encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 _MOST_DIGITS = 18  # of a number that SQLite can hold
 
 _ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 EVERY = 0.5  # seconds between two lines
 
-_encode = msgspec.json.Encoder(enc_hook=str, order="deterministic").encode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 async def tell(
