@@ -234,6 +234,21 @@ async def test_deliveries_are_retried_by_a_filter(commands, events, recorder):
     await until(lambda: len(recorder.ids) == 4)
 
 
+async def test_what_a_retry_or_a_cancelling_means_is_only_counted_when_asked(commands, events, relay):
+    retry, cancel = (
+        ("deliveries", verb, "--destination", "crm", "--dry-run") for verb in ("retry", "cancel")
+    )
+    assert (await commands(*retry, "--state", "delivered")).out == "2 deliveries\n"
+    assert (await commands(*cancel)).out == "0 deliveries\n"
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", events[0])
+    [pending] = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
+    assert (await commands(*cancel, "--json")).json == {"count": 1}
+    assert (await commands("deliveries", "cancel", pending, "--dry-run")).out == "1 delivery\n"
+    assert len(await relay.rows("deliveries", state="pending")) == 1
+    assert len(await relay.rows("deliveries")) == 3
+
+
 async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, events, relay):
     await commands("destinations", "pause", "crm")
     await commands("events", "replay", *events)

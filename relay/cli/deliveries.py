@@ -1,15 +1,17 @@
 """`relay deliveries`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import BATCH, NOTHING, CommandError
+from relay.cli.exits import BATCH, CommandError
 from relay.cli.following import follow
 from relay.cli.group import Group
 from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
+from relay.cli.meant import count_of, dry_run_option, wish_of
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
@@ -64,6 +66,7 @@ def show(daemon: Daemon | Offline, delivery: str, *, as_json: bool) -> None:
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
 @filter_options(*SELECTION)
 @click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
+@dry_run_option
 @yes_option
 @json_option
 @daemon_options
@@ -72,6 +75,7 @@ def retry(
     ids: tuple[str, ...],
     *,
     rate: str | None,
+    dry_run: bool,
     yes: bool,
     as_json: bool,
     **filters: Any,
@@ -85,7 +89,9 @@ def retry(
     wish = _wish(ids, filters)
     if rate is not None:
         wish["rate"] = rate
-    number = _count(daemon, "retry", wish)
+    number = _count(daemon, "retry", wish, dry_run=dry_run, as_json=as_json)
+    if not number:
+        return
     if not ids:
         confirm(f"Retry {count(number, 'delivery')}?", yes=yes)
     answer = daemon.post("deliveries", "retry", body=wish)
@@ -103,10 +109,13 @@ def retry(
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
 @filter_options(*SELECTION)
+@dry_run_option
 @yes_option
 @json_option
 @daemon_options
-def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **filters: Any) -> None:
+def cancel(
+    daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: Any
+) -> None:
     """End pending deliveries.
 
     Example: relay deliveries cancel --destination crm --since 1h
@@ -114,7 +123,9 @@ def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **
     Takes either deliveries by their ids or a filter. One that is just being sent ends by its outcome.
     """
     wish = _wish(ids, filters)
-    number = _count(daemon, "cancel", wish)
+    number = _count(daemon, "cancel", wish, dry_run=dry_run, as_json=as_json)
+    if not number:
+        return
     if not ids:
         confirm(f"Cancel {count(number, 'delivery')}?", yes=yes)
     answer = daemon.post("deliveries", "cancel", body=wish)
@@ -129,16 +140,13 @@ def cancel(daemon: Daemon, ids: tuple[str, ...], *, yes: bool, as_json: bool, **
         raise CommandError(f"{count(missed, 'delivery')} had ended already", code=BATCH)
 
 
-def _wish(ids: tuple[str, ...], filters: dict[str, Any]) -> dict[str, Any]:
-    chosen = {name: value for name, value in filters.items() if value is not None}
-    if bool(ids) == bool(chosen):
-        raise click.UsageError("name deliveries by their ids, or by a filter such as --destination crm")
-    return {"ids": ids} if ids else {"filter": chosen}
+def _wish(ids: tuple[str, ...], filters: Mapping[str, Any]) -> dict[str, Any]:
+    return wish_of("deliveries", ids, filters, key="ids", example="--destination crm")
 
 
-def _count(daemon: Daemon, verb: str, wish: dict[str, Any]) -> int:
-    number: int = daemon.post("deliveries", verb, body={**wish, "dry_run": True})["count"]
-    if number == 0:
-        hint = "`relay deliveries list` shows what there is"
-        raise CommandError(f"nothing to {verb}: none is meant by that, or all ended", hint=hint, code=NOTHING)
-    return number
+def _count(daemon: Daemon, verb: str, wish: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
+    nothing = f"nothing to {verb}: none is meant by that, or all ended"
+    return count_of(
+        daemon, "deliveries", verb,
+        wish=wish, kind="deliveries", nothing=nothing, dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip

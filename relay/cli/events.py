@@ -7,10 +7,10 @@ import click
 
 from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import NOTHING, CommandError
 from relay.cli.following import follow
 from relay.cli.group import Group
 from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
+from relay.cli.meant import count_of, dry_run_option, wish_of
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
@@ -88,7 +88,7 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 @filter_options(*SELECTION)
 @click.option("--to", help='The destination; "*": wherever today\'s routes lead.')
 @click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
-@click.option("--dry-run", is_flag=True, help="Only count.")
+@dry_run_option
 @yes_option
 @json_option
 @daemon_options
@@ -110,19 +110,14 @@ def replay(
     Takes either events by their ids or a filter, never both. Ctrl-C ends it; what it has owed by then
     stays owed.
     """
-    chosen = {name: value for name, value in filters.items() if value is not None}
-    if bool(ids) == bool(chosen):
-        raise click.UsageError("name events by their ids, or by a filter such as --since 2h")
-    wish: dict[str, Any] = {"events": ids} if ids else {"filter": chosen}
+    wish = wish_of("events", ids, filters, key="events", example="--since 2h")
     wish |= {name: value for name, value in (("to", to), ("rate", rate)) if value is not None}
-    number = daemon.post("replays", body={**wish, "dry_run": True})["count"]
-    if dry_run:
-        print_json({"count": number}) if as_json else click.echo(count(number, "event"))
+    number = count_of(
+        daemon, "replays",
+        wish=wish, kind="events", nothing="no event is meant by that", dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip
+    if not number:
         return
-    if number == 0:
-        raise CommandError(
-            "no event is meant by that", hint="`relay events list` shows what there is", code=NOTHING
-        )
     if not ids:
         confirm(f"Replay {count(number, 'event')}{f' to {to}' if to else ''}?", yes=yes)
     follow(daemon, daemon.post("replays", body=wish), as_json=as_json)

@@ -10,8 +10,9 @@ import click
 
 from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import BATCH, INTERRUPTED, NOTHING, CommandError
+from relay.cli.exits import BATCH, INTERRUPTED, CommandError
 from relay.cli.listing import SELECTION, as_query, filter_options
+from relay.cli.meant import count_of, dry_run_option, wish_of
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json
@@ -84,7 +85,7 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
 @click.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
 @filter_options(*SELECTION)
-@click.option("--dry-run", is_flag=True, help="Only count.")
+@dry_run_option
 @yes_option
 @json_option
 @daemon_options
@@ -98,17 +99,13 @@ def delete(
     Takes either events by their ids or a filter. Counts per hour stay. `relay db compact` afterwards
     leaves nothing of them in the file.
     """
-    chosen = {name: value for name, value in filters.items() if value is not None}
-    if bool(ids) == bool(chosen):
-        raise click.UsageError("name events by their ids, or by a filter such as --subject sess_42")
-    wish: dict[str, Any] = {"events": ids} if ids else {"filter": chosen}
-    number = daemon.post("events", "delete", body={**wish, "dry_run": True})["count"]
-    if dry_run:
-        print_json({"count": number}) if as_json else click.echo(count(number, "event"))
+    wish = wish_of("events", ids, filters, key="events", example="--subject sess_42")
+    number = count_of(
+        daemon, "events", "delete",
+        wish=wish, kind="events", nothing="no event is meant by that", dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip
+    if not number:
         return
-    if number == 0:
-        hint = "`relay events list` shows what there is"
-        raise CommandError("no event is meant by that", hint=hint, code=NOTHING)
     confirm(f"Delete {count(number, 'event')} for good?", yes=yes)
     meter = Meter(number, "event")
     done = work(
