@@ -1,5 +1,7 @@
 """`relay destinations` and `relay sources` against a relay that runs."""
 
+import asyncio
+
 import pytest
 from commands import Commands
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
@@ -48,6 +50,52 @@ async def test_what_something_is_called_comes_before_what_is_told_of_it(commands
     for words in (["destinations", "show", "crm"], ["sources", "show", "adorn"]):
         assert (await commands(*words)).rows[0] == ["name", words[-1]]
     assert list((await commands("destinations", "list", "--json")).json["items"][0])[:2] == ["name", "held"]
+
+
+async def test_it_is_said_what_is_owed_since_when_and_why_it_does_not_move(commands, relay):
+    shown = (await commands("destinations", "show", "crm", "--json")).json
+    assert (shown["due"], shown["oldest"]) == (0, None)
+    await commands("destinations", "pause", "crm")
+    first, *_ = [(await relay.exchange(request("POST", "/v1/events", adorn(s)))).json for s in ("s-2", "s-3")]
+    shown = (await commands("destinations", "show", "crm", "--json")).json
+    assert (shown["pending"], shown["due"], shown["oldest"]["event_id"]) == (2, 2, first["event_id"])
+    rows = (await commands("destinations", "show", "crm")).rows
+    assert ["oldest_created_at", shown["oldest"]["created_at"]] in rows
+    assert ["oldest_state", "pending"] in rows
+
+
+async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(commands):
+    await commands("destinations", "pause", "crm")
+    await commands("destinations", "disable", "crm")
+    said = await commands("destinations", "resume", "crm")
+    assert said.out == "crm: disabled: operator\n"
+    assert said.err == "`relay destinations enable crm` sends what it is owed\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "held", "says"),
+    [
+        ('url = "http://127.0.0.1:1"', "resting", "`relay destinations test other` asks it now"),
+        (
+            'url = "http://127.0.0.1:1"\nallow_private = true',
+            "",
+            "`relay deliveries retry --destination other --state pending` has it tried now",
+        ),
+    ],
+)
+async def test_the_error_that_keeps_a_delivery_is_shown_with_what_to_do(tmp_path, more, held, says):
+    other = f'[destinations.other]\nevents = ["*"]\n{more}'
+    async with running(write_config(tmp_path, SOURCES, other)) as relay:
+        await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
+        commands = Commands(relay.addresses.socket)
+        async with asyncio.timeout(10):
+            while not (await relay.rows("deliveries"))[0]["last_error"]:
+                pass
+        said = await commands("destinations", "show", "other")
+        shown = dict(said.rows)
+        assert shown["held"] == held
+        assert "127.0.0.1" in shown["oldest_last_error"]
+        assert says in said.err
 
 
 async def test_a_source_is_paused_and_resumed(commands, relay):

@@ -55,8 +55,18 @@ class DestinationsApi:
         else:
             lane = self._lane(request)
             told = {**_destination(lane), **_standing(lane)}
+        owed = (await self._store.backlog(self._clock.steady())).get(name)
+        oldest = await self._store.find("deliveries", id=owed.row, limit=1) if owed else []
         latest = await self._store.find("deliveries", destination=name, limit=1)
-        return say({**told, **_counts(counts.get(name)), "latest": item(latest[0]) if latest else None})
+        return say(
+            {
+                **told,
+                **_counts(counts.get(name)),
+                "due": owed.due if owed else 0,
+                "oldest": item(oldest[0]) if oldest else None,
+                "latest": item(latest[0]) if latest else None,
+            }
+        )
 
     async def _steer(self, request: web.Request) -> web.Response:
         lane = self._lane(request)

@@ -36,7 +36,7 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
 @json_option
 @daemon_options
 def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
-    """Show what a destination is owed, and why it does not move.
+    """Show what a destination is owed, since when, and why it does not move.
 
     Example: relay destinations show crm
     """
@@ -44,24 +44,38 @@ def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    latest = answer.pop("latest")
-    told = {} if latest is None else {f"latest_{name}": latest[name] for name in _LATEST}
-    print_fields({**answer, **told})
-    if answer["held"] in _ADVICE:
-        click.echo(_ADVICE[answer["held"]].format(name=name), err=True)
+    shown = {
+        f"{which}_{field}": one[field] for which in _WHICH if (one := answer[which]) for field in _FIELDS
+    }
+    print_fields({**{field: value for field, value in answer.items() if field not in _WHICH}, **shown})
+    retried = answer["held"] is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
+    _advise(name, "retried" if retried else answer["held"])
 
 
-_LATEST = ("id", "type", "state", "attempts", "last_status", "last_error", "next_attempt_at")
+_WHICH = ("oldest", "latest")
+_FIELDS = (
+    "id", "type", "state", "created_at", "attempts", "last_status", "last_error", "next_attempt_at"
+)  # fmt: skip
 _ADVICE = {
     "paused": "`relay destinations resume {name}` goes on",
     "not_in_config": "put it back into config.toml and `relay reload`, or end them:"
     " `relay deliveries cancel --destination {name}`",
     "circuit open": "it does not answer; it is probed, and gets everything once it is back",
+    "resting": "it asked for a pause, or its address is refused; it goes on by itself, and"
+    " `relay destinations test {name}` asks it now",
+    "retried": "what failed is tried again by the schedule;"
+    " `relay deliveries retry --destination {name} --state pending` has it tried now",
     **{
         f"disabled: {reason}": "`relay destinations enable {name}` sends what it is owed"
         for reason in ("gone", "asked", "failing", "operator")
     },
 }
+
+
+def _advise(name: str, held: str | None) -> None:
+    """Say what can be done about it."""
+    if held in _ADVICE:
+        click.echo(_ADVICE[held].format(name=name), err=True)
 
 
 @destinations.command()
@@ -124,6 +138,8 @@ def _steering(verb: str, summary: str) -> None:
             print_json(answer)
         else:
             click.echo(f"{name}: {answer['held'] or 'open'}")
+            if verb in ("resume", "enable"):
+                _advise(name, answer["held"])
 
 
 _steering("pause", "Hold what a destination is owed, until it is resumed.")

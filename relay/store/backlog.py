@@ -22,7 +22,7 @@ BACKLOG_SQL = """
                ) AS retry
           FROM ledger
     )
-    SELECT owed.destination, owed.due, d.created_at
+    SELECT owed.destination, owed.due, d.created_at, d.id
       FROM owed JOIN deliveries AS d ON d.id = coalesce(min(owed.first, owed.retry), owed.first, owed.retry)
 """
 
@@ -30,4 +30,4 @@ BACKLOG_SQL = """
 async def backlog(reader: aiosqlite.Connection, now: int) -> dict[str, Backlog]:
     """See `Store.backlog`."""
     rows = await reader.execute_fetchall(BACKLOG_SQL, {"now": now})
-    return {name: Backlog(due, oldest) for name, due, oldest in map(tuple, rows)}
+    return {name: Backlog(due, oldest, row) for name, due, oldest, row in map(tuple, rows)}

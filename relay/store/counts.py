@@ -24,3 +24,4 @@ class Backlog(msgspec.Struct, frozen=True):
 
     due: int  # pending deliveries whose time has come
     oldest: int  # when the oldest pending one was created
+    row: int  # which one that is
