@@ -219,6 +219,8 @@ async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events
     said = await commands("deliveries", "show", delivery)
     assert ["destination", "crm"] in said.rows
     assert said.rows[-1][2:4] == ["ok", "200"]
+    whole, _, tenths = said.rows[-1][1].partition(".")
+    assert (whole.isdigit(), len(tenths)) == (True, 1)
 
 
 async def test_an_ended_delivery_is_retried(commands, events, recorder):
