@@ -110,6 +110,8 @@ async def test_a_source_is_shown_with_its_latest_event(commands):
     rows = (await commands("sources", "show", "adorn")).rows
     assert ["plugin", "adorn"] in rows
     assert ["latest_type", "adorn.session.started"] in rows
+    assert ["workers.offline_after", "1m30s"] in rows
+    assert not [row for row in rows if "{" in "".join(row)]
     assert (await commands("sources", "show", "moddy", "--json")).json["latest"] is None
 
 

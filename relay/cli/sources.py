@@ -1,5 +1,8 @@
 """`relay sources`."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import click
 
 from relay.cli.daemon import Daemon, daemon_options
@@ -7,6 +10,7 @@ from relay.cli.group import Group
 from relay.cli.listing import print_fields, print_page, quiet_option
 from relay.cli.options import json_option
 from relay.cli.output import print_json
+from relay.config.problem import dotted
 
 COLUMNS = ("name", "plugin", "prefix", "paused")
 
@@ -43,7 +47,16 @@ def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
         return
     latest, settings = answer.pop("latest"), answer.pop("settings")
     told = {f"latest_{field}": latest[field] for field in ("id", "type", "received_at")} if latest else {}
-    print_fields({**answer, **told, **settings})
+    print_fields({**answer, **told, **dict(_keys(settings))})
+
+
+def _keys(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:
+    """Yield each key with its value, those of inner tables by their whole path, as problems name them."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, *above, key)
+        else:
+            yield dotted((*above, key)), value
 
 
 def _steering(verb: str, summary: str) -> None:
