@@ -66,6 +66,7 @@ async def test_another_body_can_be_sent(config, tmp_path):
         (["adron"], 4, 'no source "adron", did you mean "adorn"?'),
         (["adorn", "image.share"], 4, 'no sample "image.share", did you mean "image.shared"?'),
         (["adorn", "--data", "body.json"], 2, "expected @FILE or -, as in --data @body.json"),
+        (["adorn", "--data", '{"event_type": "x"}'], 2, "expected @FILE or -, as in --data @body.json"),
         (["adorn", "--data", "@absent"], 2, "absent cannot be read: No such file"),
         (["adorn"], 3, "start one with `relay serve`, or say where it listens with --to URL"),
     ],

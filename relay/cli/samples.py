@@ -64,7 +64,8 @@ def read_data(data: str, option: str = "--data") -> bytes:
     if name == "-":
         return sys.stdin.buffer.read()
     if name == data:
-        raise click.BadParameter(f"expected @FILE or -, as in {option} @{data}", param_hint=option)
+        file = "body.json" if set(data) & set("{[\n") else data  # it is the body itself that was typed
+        raise click.BadParameter(f"expected @FILE or -, as in {option} @{file}", param_hint=option)
     return read_file(Path(name), option)
 
 
