@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -58,6 +58,14 @@ class Tells(Protocol):
         ...
 
 
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
+    """Return the error that there is no such thing, with those that there are."""
+    names = tuple(known)
+    return UnknownError(
+        f"no {kind} {name!r}{guess(name, names)}", hint=f"there are {', '.join(names) or 'none'}"
+    )
+
+
 async def list_items(
     reads: Reads,
     kind: str,
@@ -81,10 +89,7 @@ async def list_items(
     if name is not None and name not in destinations:
         books = await reads.books()
         if name not in books:
-            known = sorted({*destinations, *books})
-            raise UnknownError(
-                f"no destination {name!r}{guess(name, known)}", hint=f"there are {', '.join(known) or 'none'}"
-            )
+            raise unknown("destination", name, sorted({*destinations, *books}))
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
             wanted[name] = await _row(reads, noun, wanted[name])

@@ -151,6 +151,13 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
     disabled_at: int | None = None  # wall clock; None: enabled
     disabled_reason: str | None = None  # gone (410), asked (by header), failing, operator
 
+    @property
+    def held(self) -> str | None:
+        """Why nothing is sent until an operator lets it; None: for no reason that would be stored."""
+        if self.paused:
+            return "paused"
+        return None if self.disabled_at is None else f"disabled: {self.disabled_reason}"
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Periodic work that a plugin asks for, one run at a time."""

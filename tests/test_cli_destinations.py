@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
-from commands import Commands
+from commands import Commands, run
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import request
+
+GONE = destination("gone", "http://127.0.0.1:1")
 
 
 @pytest.fixture
@@ -70,6 +72,29 @@ async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(comm
     said = await commands("destinations", "resume", "crm")
     assert said.out == "crm: disabled: operator\n"
     assert said.err == "`relay destinations enable crm` sends what it is owed\n"
+
+
+async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:1"), GONE)
+    async with running(config) as relay:
+        commands = Commands(relay.addresses.socket)
+        for name in ("crm", "gone"):
+            await commands("destinations", "pause", name)
+        await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
+        there = (await commands("destinations", "show", "crm", "--json")).json
+        listed = (await commands("destinations", "list")).rows
+    config.write_text(config.read_text().replace(GONE, ""))
+
+    async def offline(*args, code=0):
+        return await asyncio.to_thread(run, "destinations", *args, "--offline", "-c", config, code=code)
+
+    assert (await offline("show", "crm", "--json")).json == {**there, "in_flight": None}
+    assert "`relay destinations resume crm`" in (await offline("show", "crm")).err
+    rows = (await offline("list")).rows
+    assert [row[:3] for row in rows] == [["crm", "paused", "1"], ["gone", "not_in_config", "1"]]
+    assert rows[0][4:] == listed[0][4:]
+    assert (await offline("show", "gone", "--json")).json["oldest"]["state"] == "pending"
+    assert "no destination 'cmr', did you mean \"crm\"?" in (await offline("show", "cmr", code=4)).err
 
 
 @pytest.mark.parametrize(

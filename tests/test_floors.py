@@ -18,7 +18,7 @@ FLOORS = (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",
         "retry", "registry", "retention", "metrics", "lag",
     ),
-    ("incoming", "source", "hookspecs", "store", "questions", "items"),
+    ("incoming", "source", "hookspecs", "store", "questions", "items", "owed"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
      "books", "upkeep", "backups", "state", "reload", "diagnosis"),
     ("api",),

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.config.problem import ConfigError, guess
+from relay.config.problem import ConfigError
 from relay.errors import BusyError, RelayError, RestartNeededError, StorageError, UnknownError
 from relay.items import MOST_ROWS
 
@@ -53,14 +53,6 @@ def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
     """Return the status that an error has, and its words."""
     status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
     return status, {"code": code, "message": error.message, "hint": error.hint}
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
-    """Return the error that there is no such thing, with those that there are."""
-    names = tuple(known)
-    return UnknownError(
-        f"no {kind} {name!r}{guess(name, names)}", hint=f"there are {', '.join(names) or 'none'}"
-    )
 
 
 def query_of(request: web.Request, names: Iterable[str]) -> dict[str, str]:

@@ -5,17 +5,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import say, unknown
+from relay.api.answers import say
 from relay.api.parts import Parts
-from relay.clock import rfc3339
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
-from relay.items import item
+from relay.items import unknown
 from relay.model import DestinationState
-from relay.store.counts import Counts
-
-ABSENT = "not_in_config"
-"""What holds the deliveries of a destination that is configured no more; its return resumes them."""
+from relay.owed import ABSENT, counted, moments, owed_to
 
 
 class DestinationsApi:
@@ -39,10 +35,10 @@ class DestinationsApi:
     async def _list(self, _request: web.Request) -> web.Response:
         counts = await self._store.books()
         items = [
-            {**_destination(lane), **_counts(counts.get(lane.name))} for lane in self._engine.lanes.values()
+            {**_destination(lane), **counted(counts.get(lane.name))} for lane in self._engine.lanes.values()
         ]
         items += [
-            {**self._absent(name), **_counts(books)}
+            {**self._absent(name), **counted(books)}
             for name, books in counts.items()
             if name not in self._engine.lanes and books.pending
         ]
@@ -55,18 +51,7 @@ class DestinationsApi:
         else:
             lane = self._lane(request)
             told = {**_destination(lane), **_standing(lane)}
-        owed = (await self._store.backlog(self._clock.steady())).get(name)
-        oldest = await self._store.find("deliveries", id=owed.row, limit=1) if owed else []
-        latest = await self._store.find("deliveries", destination=name, limit=1)
-        return say(
-            {
-                **told,
-                **_counts(counts.get(name)),
-                "due": owed.due if owed else 0,
-                "oldest": item(oldest[0]) if oldest else None,
-                "latest": item(latest[0]) if latest else None,
-            }
-        )
+        return say({**told, **await owed_to(self._store, name, counts, self._clock.steady())})
 
     async def _steer(self, request: web.Request) -> web.Response:
         lane = self._lane(request)
@@ -100,15 +85,8 @@ def _destination(lane: Lane) -> dict[str, Any]:
 
 def _standing(lane: Lane) -> dict[str, Any]:
     """Say why it is not moving; without the URL, which may hold a token."""
-    state, until = lane.standing.state, lane.standing.held_until
-    times = {
-        "failing_since": state.failing_since,
-        "disabled_at": state.disabled_at,
-        "held_until": until if lane.held else None,
+    standing = lane.standing
+    return {
+        "events": lane.config.events,
+        **moments(standing.state, standing.held_until if lane.held else None),
     }
-    shown = {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
-    return {"events": lane.config.events, **shown}
-
-
-def _counts(counts: Counts | None) -> dict[str, Any]:
-    return msgspec.structs.asdict(counts or Counts())

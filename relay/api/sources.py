@@ -5,11 +5,11 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.answers import say, unknown
+from relay.api.answers import say
 from relay.api.parts import Parts
 from relay.config.effective import effective_source
 from relay.ingest.routes import Mount
-from relay.items import item
+from relay.items import item, unknown
 from relay.logs import fields
 
 log = logging.getLogger("relay.ingest")

@@ -9,12 +9,12 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api.answers import query_of
-from relay.api.destinations import ABSENT
 from relay.api.followers import Followers, frame
 from relay.api.parts import Parts
 from relay.api.stream import stream
 from relay.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
+from relay.owed import ABSENT
 
 log = logging.getLogger("relay.api")
 

@@ -8,6 +8,7 @@ from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.exits import FAILED
 from relay.cli.group import Group
 from relay.cli.listing import print_fields, print_page, quiet_option
+from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import print_json
 
@@ -22,8 +23,8 @@ def destinations() -> None:
 @destinations.command("list")
 @quiet_option
 @json_option
-@daemon_options
-def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
+@reader_options
+def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool) -> None:
     """List destinations, with why one is held and its books.
 
     Example: relay destinations list
@@ -34,8 +35,8 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool) -> None:
 @destinations.command()
 @click.argument("name")
 @json_option
-@daemon_options
-def show(daemon: Daemon, name: str, *, as_json: bool) -> None:
+@reader_options
+def show(daemon: Daemon | Offline, name: str, *, as_json: bool) -> None:
     """Show what a destination is owed, since when, and why it does not move.
 
     Example: relay destinations show crm

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import os
-import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from relay.store.apart import Stop
 
 
 class Offline:
-    """Answers what `Daemon` would of events, deliveries, counts and exports, reading the file only."""
+    """Answers what `Daemon` would of what is stored, counts and exports too, reading the file only."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -87,9 +86,17 @@ class Offline:
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # The store loads only here: every other command must start fast without it.
         from relay.items import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
+        from relay.owed import list_destinations, show_destination  # noqa: PLC0415 - see above
         from relay.store.reading import reading  # noqa: PLC0415 - see above
 
+        known, now = self._config.destinations, SystemClock().wall()
         async with reading(self._file) as reads:
+            if kind == "destinations":
+                return await (
+                    list_destinations(reads, known)
+                    if given is None
+                    else show_destination(reads, given, known, now)
+                )
             if kind == "export":
                 selection = _selection(query, "dry_run")
                 span = await reads.span(selection)
@@ -100,7 +107,6 @@ class Offline:
             if given is not None:
                 return await (show_event if kind == "events" else show_delivery)(reads, given)
             limit, cursor = query.pop("limit"), query.pop("cursor")
-            now = time.time_ns() // 1000
             return await list_items(
                 reads,
                 kind,
@@ -108,7 +114,7 @@ class Offline:
                 cursor=cursor,
                 filters=query,
                 now=now,
-                destinations=self._config.destinations.keys(),
+                destinations=known.keys(),
             )
 
 

@@ -39,10 +39,8 @@ class Standing:
 
     def held_at(self, now: int) -> str | None:
         """Return why nothing is sent at that moment (steady clock); None: it is."""
-        if self.state.paused:
-            return "paused"
-        if self.state.disabled_at is not None:
-            return f"disabled: {self.state.disabled_reason}"
+        if (held := self.state.held) is not None:
+            return held
         if self.rest_until > now:
             return "resting"
         if self.circuit.limit(now) == 0:
@@ -52,7 +50,7 @@ class Standing:
     @property
     def held_until(self) -> int | None:
         """When a hold ends by itself (steady clock); None: only an operator ends it."""
-        if self.state.paused or self.state.disabled_at is not None:
+        if self.state.held is not None:
             return None
         return max(self.rest_until, self.circuit.open_until or 0)
 
@@ -81,8 +79,7 @@ class Standing:
     async def steer(self, state: DestinationState) -> None:
         """Take on what an operator decided; one who lets it go on means at once, and as if it were new."""
         before = self.state
-        was_held = before.paused or before.disabled_at is not None
-        if was_held and not state.paused and state.disabled_at is None:
+        if before.held is not None and state.held is None:
             state = msgspec.structs.replace(state, failing_since=None)
             self.rest_until = 0
             self.circuit.probe_at(self._clock.steady())

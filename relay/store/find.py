@@ -11,7 +11,7 @@ from typing import Any
 import aiosqlite
 
 from relay.errors import RelayError
-from relay.model import Selection
+from relay.model import DestinationState, Selection
 from relay.store import times
 from relay.store.balance import BOOKS_SQL, balance
 from relay.store.bound import Bound
@@ -69,6 +69,22 @@ class Listing:
     async def books(self) -> dict[str, Counts]:
         """See `Store.books`."""
         return balance(await self._reader.execute_fetchall(BOOKS_SQL))
+
+    async def destination_states(self) -> dict[str, DestinationState]:
+        """See `Store.destination_states`."""
+        rows = await self._reader.execute_fetchall(
+            "SELECT name, paused, failing_since, disabled_at, disabled_reason FROM destinations"
+        )
+        return {
+            row[0]: DestinationState(
+                name=row[0],
+                paused=bool(row[1]),
+                failing_since=row[2],
+                disabled_at=row[3],
+                disabled_reason=row[4],
+            )
+            for row in rows
+        }
 
 
 async def find(

@@ -9,6 +9,8 @@ import aiosqlite
 
 from relay.errors import StorageError
 from relay.store.apart import read_only
+from relay.store.backlog import backlog
+from relay.store.counts import Backlog
 from relay.store.dump import Exporting
 from relay.store.find import Listing
 from relay.store.schema import MIGRATIONS
@@ -20,6 +22,10 @@ class Reading(Exporting, Listing, Tallying):
 
     def __init__(self, reader: aiosqlite.Connection) -> None:
         self._reader = reader
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """See `Store.backlog`."""
+        return await backlog(self._reader, now)
 
 
 @asynccontextmanager

@@ -279,22 +279,6 @@ class SqliteStore(
         """See `Store.release`."""
         self._cancel_again(self._holds.release(delivery_ids))
 
-    async def destination_states(self) -> dict[str, DestinationState]:
-        """See `Store.destination_states`."""
-        rows = await self._reader.execute_fetchall(
-            "SELECT name, paused, failing_since, disabled_at, disabled_reason FROM destinations"
-        )
-        return {
-            row[0]: DestinationState(
-                name=row[0],
-                paused=bool(row[1]),
-                failing_since=row[2],
-                disabled_at=row[3],
-                disabled_reason=row[4],
-            )
-            for row in rows
-        }
-
     async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
         """See `Store.set_destination`."""
 
