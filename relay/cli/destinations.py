@@ -111,7 +111,7 @@ def _tell(answer: dict[str, Any]) -> None:
             **{name: answer[name] for name in ("destination", "id", "status", "error")},
             "duration": duration,
             "signatures": answer["signatures"] or "none: it has no `secrets`",
-            "answer": _printable(answer["answer"]) + ("…" if answer["truncated"] else ""),
+            "answer": answer["answer"] + ("…" if answer["truncated"] else ""),
             "held": answer["held"],
             "verdict": answer["verdict"],
         }
@@ -121,11 +121,6 @@ def _tell(answer: dict[str, Any]) -> None:
 
 
 _STEPS = ("dns", "connect", "tls", "first_byte")
-
-
-def _printable(text: str) -> str:
-    """Keep what a receiver says from steering the terminal."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _steering(verb: str, summary: str) -> None:
