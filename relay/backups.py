@@ -1,16 +1,20 @@
 """Backups in their time: so many are kept, and none is thrown away before a newer one has been checked."""
 
 import logging
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from relay.clock import SECOND, Clock
+import msgspec
+
+from relay.clock import SECOND, Clock, rfc3339
 from relay.config.model import Config
 from relay.errors import StorageError
 from relay.logs import in_one_line
-from relay.model import Backup
+from relay.model import Backup, Measured
 from relay.store import Store
 from relay.units import render_size
 
@@ -18,6 +22,27 @@ log = logging.getLogger("relay.backups")
 
 
 _NAME = "relay-%Y%m%dT%H%M%SZ.db"
+
+
+def made_in(folder: Path) -> dict[Path, float]:
+    """Return the backups of a folder, the oldest first, and when each was made, in seconds since 1970."""
+    found = {}
+    for path in sorted(folder.glob("relay-*.db")):
+        with suppress(ValueError):  # somebody else's file
+            found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
+    return found
+
+
+def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
+    """Return what was measured of a database, and its backups, as JSON has them."""
+    told = msgspec.structs.asdict(measured)
+    for name in ("oldest", "newest"):
+        told[name] = None if told[name] is None else rfc3339(told[name])
+    backups = [
+        {"path": str(path), "bytes": path.stat().st_size, "made_at": rfc3339(int(moment * SECOND))}
+        for path, moment in made.items()
+    ]
+    return {**told, "sqlite": sqlite3.sqlite_version, "backups": backups}
 
 
 class Backups:
@@ -38,11 +63,7 @@ class Backups:
 
     def made(self) -> dict[Path, float]:
         """Return those there are, the oldest first, and when each was made, in seconds since 1970."""
-        found = {}
-        for path in sorted(self.folder.glob("relay-*.db")):
-            with suppress(ValueError):  # somebody else's file
-                found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
-        return found
+        return made_in(self.folder)
 
     async def run(self) -> None:
         """Make a backup if one is due; the files themselves say when the last one was made."""

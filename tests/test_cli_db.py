@@ -55,13 +55,16 @@ async def test_the_status_tells_what_there_is_and_what_it_takes(relay, commands,
     assert (answer["events"], answer["pending"]) == (2, 2)
 
 
-async def test_a_backup_is_made_by_the_relay_in_its_folder(relay, commands):
+async def test_a_backup_is_made_by_the_relay_in_its_folder(relay, commands, config):
     done = (await commands("db", "backup", "--json")).json
     assert done["events"] == 2
     assert done["path"].startswith(str(relay.app.state_dir.path / "backups" / "relay-"))
     [made] = (await commands("db", "status", "--json")).json["backups"]
     assert (made["path"], made["bytes"]) == (done["path"], done["bytes"])
     assert made["path"] in (await commands("db", "status")).out
+    await stopped(relay)
+    there = (await offline_run(config, "db", "status", "--offline", "--json")).json
+    assert there["backups"] == [made]
 
 
 async def test_a_backup_is_made_by_the_command_where_one_likes(relay, config, tmp_path):

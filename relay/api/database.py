@@ -1,6 +1,5 @@
 """The database for operators: what it takes, copies of it, giving room back, and what could be wrong."""
 
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from aiohttp import web
 from relay.api.answers import say
 from relay.api.parts import Parts
 from relay.api.progress import tell
-from relay.clock import SECOND, rfc3339
-from relay.model import Backup, Check, Measured
+from relay.backups import described
+from relay.model import Backup, Check
 
 
 class DatabaseApi:
@@ -33,11 +32,7 @@ class DatabaseApi:
         ]
 
     async def _show(self, _request: web.Request) -> web.Response:
-        made = [
-            {"path": str(path), "bytes": path.stat().st_size, "made_at": rfc3339(int(moment * SECOND))}
-            for path, moment in self._backups.made().items()
-        ]
-        return say({**shown(await self._store.measure()), "backups": made})
+        return say(described(await self._store.measure(), self._backups.made()))
 
     async def _back_up(self, request: web.Request) -> web.StreamResponse:
         size = (await self._store.measure()).bytes
@@ -63,14 +58,6 @@ class DatabaseApi:
             min_free=config.storage.min_free_disk, destinations=config.destinations.keys()
         )
         return [*found, await self._reloads.drift()]
-
-
-def shown(measured: Measured) -> dict[str, Any]:
-    """Return what was measured as JSON has it."""
-    told = msgspec.structs.asdict(measured)
-    for name in ("oldest", "newest"):
-        told[name] = None if told[name] is None else rfc3339(told[name])
-    return {**told, "sqlite": sqlite3.sqlite_version}
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,5 @@
 """`relay db`."""
 
-import sqlite3
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -19,7 +18,7 @@ from relay.cli.offline import Offline, database_of, readable, reader_options, ta
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json, print_table
 from relay.cli.progress import show, work
-from relay.clock import SystemClock, rfc3339
+from relay.clock import SystemClock
 from relay.store.apart import Stop
 from relay.units import render_size
 
@@ -43,7 +42,7 @@ def status(daemon: Daemon | Offline, *, as_json: bool) -> None:
 
     Example: relay db status
     """
-    answer = _measured(daemon) if isinstance(daemon, Offline) else daemon.get("db")
+    answer = daemon.measure() if isinstance(daemon, Offline) else daemon.get("db")
     if as_json:
         print_json(answer)
         return
@@ -126,13 +125,6 @@ def compact(daemon: Daemon, *, as_json: bool) -> None:
     click.echo(f"{render_size(done['before'])} before, {render_size(done['after'])} now")
     if not done["whole"]:
         click.echo("some program reads the file just now; it shrinks when that has finished", err=True)
-
-
-def _measured(offline: Offline) -> dict[str, Any]:
-    told = msgspec.structs.asdict(offline.measure())
-    for name in ("oldest", "newest"):
-        told[name] = None if told[name] is None else rfc3339(told[name])
-    return {**told, "sqlite": sqlite3.sqlite_version, "backups": []}
 
 
 def _copy(source: Path, target: Path, *, force: bool) -> dict[str, Any]:

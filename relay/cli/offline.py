@@ -19,7 +19,7 @@ from relay.config.find import find_config
 from relay.config.model import Config
 from relay.config.tables import bind_tables
 from relay.errors import UnknownError
-from relay.model import Check, Measured, Selection
+from relay.model import Check, Selection
 from relay.store.apart import Stop
 
 
@@ -30,11 +30,14 @@ class Offline:
         self._config = config
         self._file = readable(database_of(config))
 
-    def measure(self) -> Measured:
-        """Say what the file holds and takes; raises `StorageError`."""
+    def measure(self) -> dict[str, Any]:
+        """Say what the file holds and takes, and its backups; raises `StorageError`."""
+        from relay.backups import described, made_in  # noqa: PLC0415 - as below
         from relay.store.measure import measure  # noqa: PLC0415 - as below
 
-        return measure(self._file, Stop())
+        return described(
+            measure(self._file, Stop()), made_in(state_of(self._config) / self._config.backup.dir)
+        )
 
     def examine(self) -> list[Check]:
         """Look for everything that could be wrong with it."""
@@ -157,9 +160,17 @@ def tables_of(given: Path | None) -> Config:
 
 def database_of(config: Config) -> Path:
     """Return where the database is."""
-    name = config.storage.url.removeprefix("sqlite:")
-    path = config.state_dir / name
-    return STATE / name if not is_there(path) and is_there(STATE / name) else path
+    return state_of(config) / _file_of(config)
+
+
+def state_of(config: Config) -> Path:
+    """Return the state folder: the one that has the database in it."""
+    name = _file_of(config)
+    return STATE if not is_there(config.state_dir / name) and is_there(STATE / name) else config.state_dir
+
+
+def _file_of(config: Config) -> str:
+    return config.storage.url.removeprefix("sqlite:")
 
 
 def readable(path: Path) -> Path:
