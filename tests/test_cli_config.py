@@ -192,7 +192,7 @@ def test_all_that_plugins_of_the_config_s_folders_offer_is_listed(relay, here):
         "@hookimpl\ndef relay_jobs(): return [Job(name='tidy', every=60, work=work)]\n"
         "@hookimpl\ndef relay_events_stored(events): pass\n"
     )
-    listed = json.loads(relay("plugins", "list", "--json").stdout)
+    listed = json.loads(relay("plugins", "list", "--json").stdout)["items"]
     mine = [row for row in listed if row["file"] == str(here / "mine" / "shop.py")]
     assert {(row["door"], row["version"]) for row in mine} == {("dirs", "")}
     assert [(row["name"], row["offer"]) for row in mine] == [
@@ -201,6 +201,7 @@ def test_all_that_plugins_of_the_config_s_folders_offer_is_listed(relay, here):
         ("shop", "relay_events_stored"),
         ("shop.tidy", "job"),
     ]
+    assert relay("plugins", "list", "-q").stdout.splitlines() == [row["name"] for row in listed]
 
 
 def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):

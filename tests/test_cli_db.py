@@ -160,9 +160,9 @@ async def test_what_the_relay_goes_by_is_told_with_every_default_and_no_secret(r
     assert answer.json["path"].endswith("config.toml")
     assert "whsec" not in answer.body.decode()
     assert "dev-token" not in answer.body.decode()
-    listed = (await exchange(relay.addresses.socket, request("GET", "/api/plugins"))).json["items"]
+    listed = (await exchange(relay.addresses.socket, request("GET", "/api/plugins"))).json
     assert json.loads(run("plugins", "list", "--json").out) == listed
-    assert {each["name"] for each in listed} >= {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+    assert {each["name"] for each in listed["items"]} >= {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
 
 
 def test_ctrl_c_stops_what_goes_on_in_a_thread(monkeypatch):

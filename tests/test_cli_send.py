@@ -39,6 +39,8 @@ def config(tmp_path):
 )
 async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(config, source, types):
     assert [row[0] for row in run("send", source, "--list", "-c", config).rows] == types
+    page = run("send", source, "--list", "--json", "-c", config).json
+    assert ([each["type"] for each in page["items"]], page["next_cursor"]) == (types, None)
     async with running(config) as relay:
         for type_ in types:
             said = await asyncio.to_thread(

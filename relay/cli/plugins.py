@@ -12,8 +12,9 @@ import click
 
 from relay.cli.exits import CommandError
 from relay.cli.group import Group
+from relay.cli.listing import print_page, quiet_option
 from relay.cli.options import config_option, json_option
-from relay.cli.output import print_json, print_table
+from relay.cli.output import print_json
 from relay.cli.skeleton import PLUGIN, TABLE, TEST, filled
 from relay.config.bind import Binder
 from relay.config.document import read
@@ -28,10 +29,14 @@ def plugins() -> None:
     """What plugins are there, where they come from, and a new one."""
 
 
+COLUMNS = ("name", "offer", "door", "version", "file")
+
+
 @plugins.command("list")
 @config_option
+@quiet_option
 @json_option
-def list_(config: Path | None, *, as_json: bool) -> None:
+def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
     """List what plugins offer: kinds of source, formats, jobs, and the hooks that they are told by.
 
     Example: relay plugins list -c /etc/relay/config.toml
@@ -41,10 +46,7 @@ def list_(config: Path | None, *, as_json: bool) -> None:
     path = look_for_config(config)
     offers, problems = discover(_dirs(path))
     found = [offering.shown() for offering in offers.listed()]
-    if as_json:
-        print_json(found)
-    else:
-        print_table(("name", "offer", "door", "version", "file"), [list(row.values()) for row in found])
+    print_page({"items": found, "next_cursor": None}, COLUMNS, as_json=as_json, quiet=quiet, key="name")
     if problems:
         raise ConfigError(problems)
 

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import click
 
 from relay.cli.exits import FAILED, UNREACHABLE, CommandError
+from relay.cli.listing import print_page
 from relay.cli.options import config_option, json_option
-from relay.cli.output import print_json, print_table
+from relay.cli.output import print_json
 from relay.cli.samples import choose, read_data, samples_of, source_named
 from relay.config.bind import Binder
 from relay.config.document import read
@@ -57,10 +58,8 @@ def send(
     samples = samples_of(configured)
     if list_:
         rows = [(name, sample.method, configured.prefix + sample.path) for name, sample in samples.items()]
-        if as_json:
-            print_json([dict(zip(_HEADINGS, row, strict=True)) for row in rows])
-        else:
-            print_table(_HEADINGS, rows)
+        items = [dict(zip(_HEADINGS, row, strict=True)) for row in rows]
+        print_page({"items": items, "next_cursor": None}, _HEADINGS, as_json=as_json, quiet=False)
         return
     sample = choose(samples, source, type_)
     headers = dict(sample.headers)
