@@ -120,6 +120,12 @@ def test_what_arrives_is_verified_printed_and_answered():
         assert "missing webhook-id" in out.readline()
 
 
+def test_what_arrives_steers_no_terminal():
+    with listening() as (url, out):
+        assert post(url, b"one\x1b[2J\n\ttwo", {"webhook-id": "evt\x9b2"}) == 204
+        assert [out.readline(), out.readline()] == ["evt\\x9b2\tnot verified\tone\\x1b[2J\n", "\\ttwo\n"]
+
+
 def test_without_a_secret_nothing_is_verified():
     with listening("--json") as (url, out):
         assert post(url + "/hook", b"plain", {"webhook-id": "evt_2"}) == 204

@@ -14,6 +14,7 @@ from relay.cli.options import json_option
 from relay.cli.output import print_json
 from relay.config.secret import Secret
 from relay.signing import SignatureError, verify
+from relay.terminal import printable
 
 LARGEST = 16 * 2**20
 
@@ -107,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.as_json:
                 print_json({"id": id_, "signature": signed, **self._captured(body, text)})
             else:
-                click.echo(f"{id_}\t{signed}\t{text}")
+                shown = "\n".join(map(printable, text.splitlines()))
+                click.echo(f"{printable(id_)}\t{signed}\t{shown}")
 
     def _captured(self, body: bytes, text: str) -> dict[str, object]:
         """Write the request down as `relay verify` reads it."""
