@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from relay.where import compile_where
+
 _CONDITION = re.compile(
     r"""(?P<path>(?:"[^"]*"|'[^']*'|[^"'=!<>~])+)(?:(?P<operator>!=|>=|<=|[=<>~])(?P<value>.*))?""", re.DOTALL
 )
@@ -17,7 +19,7 @@ def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
     """Return a table of conditions that must all hold; None: there are none.
 
     Raises:
-        BadParameter: one of them is none, or contradicts another.
+        BadParameter: one of them is none, contradicts another, or looks where nothing can be.
 
     >>> conditions(["data.sale_made=true", "data.total>=100", "data.total<500", "subject~s-*", "data.note"])
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -39,7 +41,13 @@ def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
             raise _wrong(f'"{text}" contradicts another condition, or says it again')
         else:
             tests[name] = operand
-    return table or None
+    if not table:
+        return None
+    try:
+        compile_where(table)
+    except ValueError as error:
+        raise _wrong(str(error)) from None
+    return table
 
 
 def _test(operator: str | None, text: str) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from relay.cli.group import Group
 from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
 from relay.cli.meant import count_of, dry_run_option, wish_of
 from relay.cli.offline import Offline, reader_options
-from relay.cli.options import json_option
+from relay.cli.options import json_option, rate_option
 from relay.cli.output import count, print_json, print_table
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
@@ -65,7 +65,7 @@ def show(daemon: Daemon | Offline, delivery: str, *, as_json: bool) -> None:
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
 @filter_options(*SELECTION)
-@click.option("--rate", help='Events at most, such as "20/s".  [default: 100/s]')
+@rate_option
 @dry_run_option
 @yes_option
 @json_option

@@ -9,12 +9,14 @@ import click
 
 from relay.cli.conditions import conditions
 from relay.cli.exits import INTERRUPTED, CommandError
-from relay.cli.options import OneOf, json_option
+from relay.cli.options import OneOf, json_option, understood
 from relay.cli.output import print_json, print_table
 from relay.cli.progress import show
+from relay.clock import SystemClock, moment
+from relay.filters import Patterns
+from relay.questions import STATES
 from relay.terminal import printable
 
-STATES = ("pending", "delivered", "dead", "expired", "cancelled")
 _FILTERS: Mapping[str, tuple[Any, str]] = {
     "source": (str, "Of this source."),
     "type": (str, 'Of this full type, or of such as match a pattern: "adorn.*".'),
@@ -27,6 +29,11 @@ _FILTERS: Mapping[str, tuple[Any, str]] = {
     "version": (str, "Of this version."),
     "environment": (str, "Of this environment."),
     "event": (str, "Of this event; its id may be shortened while unique."),
+}
+_READERS: Mapping[str, Callable[[str], object]] = {
+    "type": lambda text: Patterns((text,)),
+    "since": lambda text: moment(text, SystemClock().wall()),
+    "until": lambda text: moment(text, SystemClock().wall()),
 }
 SELECTION = ("source", "type", "subject", "since", "until", "destination", "state", "where")
 """What chooses events, or deliveries by what their events are."""
@@ -47,7 +54,8 @@ def filter_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 command = click.option("--where", multiple=True, callback=_where, help=_WHERE)(command)
                 continue
             type_, text = _FILTERS[name]
-            command = click.option(f"--{name}", type=type_, help=text)(command)
+            reader = understood(_READERS[name]) if name in _READERS else None
+            command = click.option(f"--{name}", type=type_, callback=reader, help=text)(command)
         return command
 
     return give

@@ -9,8 +9,9 @@ from relay.cli.confirm import confirm, yes_option
 from relay.cli.daemon import Daemon, daemon_options
 from relay.cli.group import Group
 from relay.cli.listing import filter_options, page_options, print_fields, print_page
-from relay.cli.options import OneOf, json_option
+from relay.cli.options import OneOf, json_option, understood
 from relay.cli.output import print_json, print_table
+from relay.units import parse_duration
 
 COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
 _COMMANDS = ("id", "state", "created_at", "sent_at", "command")
@@ -92,7 +93,13 @@ def maintenance(daemon: Daemon, source: str, id_: str, state: str, *, as_json: b
 @click.argument("id_", metavar="WORKER")
 @click.argument("type_", metavar="TYPE")
 @click.argument("more", metavar="[JSON]", required=False)
-@click.option("--ttl", default="10m", show_default=True, help="How long it may wait for a heartbeat.")
+@click.option(
+    "--ttl",
+    default="10m",
+    show_default=True,
+    callback=understood(parse_duration),
+    help="How long it may wait for a heartbeat.",
+)
 @json_option
 @daemon_options
 def command(
