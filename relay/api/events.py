@@ -6,6 +6,21 @@ from relay.api.answers import say
 from relay.api.parts import Parts
 from relay.errors import UnknownError
 from relay.items import show_delivery, show_event
+from relay.model import StoredEvent
+from relay.store import Store
+
+
+async def whole(store: Store, given: str) -> StoredEvent:
+    """Return an event with its body, by its id, which may be shortened.
+
+    Raises:
+        RelayError: there is none, or there are several.
+    """
+    [chosen] = await store.name_events([given])
+    event = (await store.load([chosen.event_id])).get(chosen.event_id)
+    if event is None:
+        raise UnknownError("the event was deleted just now")
+    return event
 
 
 class EventsApi:
@@ -30,9 +45,6 @@ class EventsApi:
 
     async def _body(self, request: web.Request) -> web.Response:
         """Answer with the sender's bytes; as a download, so that no browser takes them for a page of ours."""
-        [chosen] = await self._store.name_events([request.match_info["id"]])
-        event = (await self._store.load([chosen.event_id])).get(chosen.event_id)
-        if event is None:
-            raise UnknownError("the event was deleted just now")
+        event = await whole(self._store, request.match_info["id"])
         headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
         return web.Response(body=event.body, content_type="application/octet-stream", headers=headers)

@@ -6,11 +6,12 @@ import msgspec
 from aiohttp import web
 
 from relay.api.answers import body_of, say
+from relay.api.events import whole
 from relay.api.parts import Parts
 from relay.api.selecting import FIELDS, Filter
 from relay.clock import rfc3339
 from relay.delivery.routing import explained
-from relay.errors import RelayError, UnknownError
+from relay.errors import RelayError
 from relay.model import Named, Selection
 from relay.questions import read_field
 from relay.replay import DEFAULT_RATE, Replay, Wish
@@ -64,10 +65,7 @@ class RepeatsApi:
         ]
 
     async def _explain(self, request: web.Request) -> web.Response:
-        [chosen] = await self._store.name_events([request.match_info["id"]])
-        event = (await self._store.load([chosen.event_id])).get(chosen.event_id)
-        if event is None:
-            raise UnknownError("the event was deleted just now")
+        event = await whole(self._store, request.match_info["id"])
         return say(
             {
                 "id": event.public_id,
