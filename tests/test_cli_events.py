@@ -189,6 +189,11 @@ async def test_what_there_is_not_is_4(commands, events, command):
     assert said.err.endswith("'0190'\n  the list of them shows what there is\n")
 
 
+@pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
+def test_an_empty_argument_is_a_wrong_use(command):
+    assert "is a variable of the shell not set?" in run(*command, "", "--socket", "none", code=2).err
+
+
 async def test_events_are_replayed_by_their_ids_without_asking(commands, events, relay, recorder):
     said = await commands("events", "replay", events[0])
     assert said.out == "1 of 1 event: 1 delivery\n"

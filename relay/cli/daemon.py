@@ -197,6 +197,8 @@ class Daemon:
 
 
 def _target(path: tuple[str, ...], query: str) -> str:
+    if "" in path:
+        raise click.UsageError("an argument is empty: is a variable of the shell not set?")
     return "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
 
 
