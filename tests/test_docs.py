@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def test_the_changelog_begins_with_this_version():
     assert heading[1] == relay.__version__
 
 
-def test_the_page_for_operators_has_every_endpoint_and_no_other(app):
+def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
     routes = {(route.method, route.resource.canonical) for route in app.api.socket_app().router.routes()}
-    documented = re.findall(r"^\| `([A-Z]+) (/\S*)` \|", OPERATING, re.MULTILINE)
+    documented = re.findall(r"^\| `([A-Z]+) (/\S*)` \|", OPERATING + API, re.MULTILINE)
     assert set(documented) == {(method, path) for method, path in routes if method != "HEAD"}
     assert len(documented) == len(set(documented))
 
@@ -101,7 +102,7 @@ def test_the_page_for_operators_has_every_metric_with_its_labels(app):
     assert {name: documented[name] for name in labels} == labels
 
 
-def test_every_filter_of_a_list_is_on_the_page_for_operators():
+def test_every_filter_of_a_list_is_on_the_page_of_the_api():
     for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
-        [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", OPERATING, re.MULTILINE)
+        [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", API, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == set(filters)
