@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import logging
+import socket
 
 import pytest
 from aiohttp.base_protocol import BaseProtocol
@@ -14,7 +15,7 @@ from wire import Wire, request
 
 from relay.ingest.response import Response
 from relay.ingest.server import Server
-from relay.listeners import bind, listen, url
+from relay.listeners import address, bind, listen, url
 
 READ = {
     BaseProtocol.connection_made: "30974740198dec40",
@@ -45,12 +46,13 @@ class Site:
         self.asked = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
+        self.answer = None  # its path, unless the test has another
 
     async def __aenter__(self):
-        sock = bind("127.0.0.1:0", "listen")
+        self.sock = bind("127.0.0.1:0", "listen")
         self.server = Server(self.handle)
-        self.runner = await listen(self.server, sock, grace=0.1)
-        self.url = url(sock)
+        self.runner = await listen(self.server, self.sock, grace=0.1)
+        self.url = url(self.sock)
         return self
 
     async def __aexit__(self, *_):
@@ -59,7 +61,7 @@ class Site:
     async def handle(self, request):
         self.asked.set()
         await self.open.wait()
-        return Response(200, request.raw_path.encode())
+        return self.answer or Response(200, request.raw_path.encode())
 
 
 @pytest.fixture
@@ -138,6 +140,37 @@ async def test_a_sender_that_hangs_up_while_it_is_answered_leaves_nothing_behind
         await site.asked.wait()
     site.open.set()
     await until(lambda: not site.server.connections and asyncio.all_tasks() == before)
+
+
+@pytest.mark.parametrize("kept", ["close", "keep-alive"])
+async def test_a_sender_of_a_body_that_nobody_reads_has_its_answer(site, monkeypatch, kept):
+    monkeypatch.setattr("relay.ingest.connection.LINGERING", 10)
+    body = bytes(16 * 2**20)  # more than the buffers on the way take: a reset would find it sending
+
+    def send():
+        with socket.create_connection(address(site.sock), timeout=10) as sender:
+            sender.sendall(request("POST", "/refused", body, connection=kept))
+            return sender.recv(1024)
+
+    assert b"/refused" in await asyncio.to_thread(send)
+
+
+async def test_a_sender_that_reads_no_answer_is_cut_off_and_the_answer_lost(site, impatient):
+    lost = asyncio.Event()
+    site.answer = Response(200, bytes(32 * 2**20))  # more than the buffers on the way take
+    site.answer.lost = lost.set
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/"))
+        await asyncio.wait_for(lost.wait(), 10)
+        await until(lambda: not site.server.connections)
+
+
+async def test_a_sender_that_reads_not_even_the_last_answer_is_cut_off(site, impatient):
+    site.answer = Response(200, bytes(32 * 2**20))
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/", connection="close"))
+        await site.asked.wait()
+        await until(lambda: not site.server.connections)
 
 
 async def test_a_failure_of_the_server_itself_is_logged_and_closes_the_connection(site, monkeypatch, caplog):

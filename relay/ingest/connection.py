@@ -59,11 +59,20 @@ class Connection(RequestHandler):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    def pause_writing(self) -> None:
+        """Note since when no answer is read."""
+        super().pause_writing()
+        self._silent_since = self._loop.time()
+
     def close_if_silent(self, now: float) -> None:
-        """Close the connection if nothing has been asked for too long; `now` as in `loop.time()`."""
+        """Cut it off if for too long nothing has been asked, or read of an answer; `now` as in `loop.time()`.
+
+        Closing would wait for what is written to be read.
+        """
         patience = KEEPALIVE if self._request_count else FIRST_HEAD
-        if self._task_handler is None and now - self._silent_since >= patience:
-            self.force_close()
+        waits = self._task_handler is None or self.writing_paused
+        if waits and self.transport is not None and now - self._silent_since >= patience:
+            self.transport.abort()
 
     def _begin(self) -> None:
         self._task_handler = self._loop.create_task(self._serve())
@@ -76,10 +85,10 @@ class Connection(RequestHandler):
         goes_on = False
         try:
             response, is_reset = await self._handle_request(request, None, handler)
-            if is_reset:
+            if is_reset or self.transport is None:  # gone at once, or while it did not read
                 _tell_lost(response)
-            else:
-                goes_on = bool(response.keep_alive) and await self._swallow(payload)
+            else:  # also before a close: with the body unread, it would take the answer back
+                goes_on = await self._swallow(payload) and bool(response.keep_alive)
         except ConnectionError:
             log.debug("%s hung up before it was answered", request.remote)
         except asyncio.CancelledError:
@@ -93,10 +102,10 @@ class Connection(RequestHandler):
         if self._force_close:
             return
         self._task_handler = None
+        self._silent_since = self._loop.time()
         if self._close or not goes_on:
             cast("asyncio.Transport", self.transport).close()
             return
-        self._silent_since = self._loop.time()
         if self._messages:
             self._begin()
 
