@@ -146,11 +146,14 @@ def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, pack
     def mine():
         return [(root.path / path[1:]).exists() and (root.path / path[1:]).read_text() for path in STATE]
 
+    environment = root.path / "etc/relay/environment"
+    environment.unlink()
     newer = _newer(_put(root, package), tmp_path)
     unasked = ("-o", "Dpkg::Options::=--force-confdef")  # the default answer: keep mine
     root.run("apt-get", "install", "-y", *unasked, f"./{newer.name}", cwd=f"{HERE}/dist")
     assert root.run("dpkg-query", "--show", "--showformat=${Version}", "hookferry") == "99"
     assert mine() == ["# mine\n", "# mine\n"]
+    assert not environment.exists()
     root.run("systemctl", "enable", "relay.socket", "relay-admin.socket", "relay.service")
     assert len(list((root.path / "etc/systemd/system").rglob("relay*"))) == 3
     root.run("apt-get", "remove", "-y", "hookferry")
