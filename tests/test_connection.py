@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import logging
+import random
 import socket
 
 import pytest
@@ -19,7 +20,6 @@ from relay.listeners import address, bind, listen, url
 
 READ = {
     BaseProtocol.connection_made: "30974740198dec40",
-    BaseProtocol.resume_reading: "21dee847a31af724",
     RequestHandler.connection_made: "44d50b5763b2c7e4",
     RequestHandler.connection_lost: "df2fe6e95fd04c7c",
     RequestHandler.data_received: "1ee57ebe052e6c80",
@@ -46,6 +46,7 @@ class Site:
         self.asked = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
+        self.reads = False  # bodies
         self.answer = None  # its path, unless the test has another
 
     async def __aenter__(self):
@@ -61,6 +62,8 @@ class Site:
     async def handle(self, request):
         self.asked.set()
         await self.open.wait()
+        if self.reads:
+            await request.read()
         return self.answer or Response(200, request.raw_path.encode())
 
 
@@ -122,6 +125,26 @@ async def test_more_requests_than_aiohttp_queues_are_answered_in_their_order(sit
     async with await Wire.open(site.url) as wire:
         await wire.send(b"".join(request("GET", path) for path in paths))
         assert [(await wire.answer()).body.decode() for _ in paths] == paths
+
+
+async def test_more_bodies_than_aiohttp_queues_are_answered_in_whatever_pieces_they_come(site):
+    site.reads = True
+    dice = random.Random(4)  # with which some would wait for ever if bodies did not have the rest parsed
+    sizes = [dice.choice((0, 1, 100, 3000, 70_000)) for _ in range(120)]
+    raw = b"".join(request("POST", f"/{number}", bytes(size)) for number, size in enumerate(sizes))
+    async with asyncio.timeout(10), await Wire.open(site.url) as wire, asyncio.TaskGroup() as group:
+
+        async def send():
+            at = 0
+            while at < len(raw):
+                size = dice.choice((1, 50, 1000, 65_536))
+                await wire.send(raw[at : at + size])
+                at += size
+                await asyncio.sleep(0)
+
+        group.create_task(send())
+        for number in range(120):
+            assert (await wire.answer()).body == f"/{number}".encode()
 
 
 async def test_pipelined_requests_behind_the_last_one_are_not_begun(site):

@@ -54,11 +54,6 @@ class Connection(RequestHandler):
         if self._messages and self._task_handler is None and not (self._close or self._force_close):
             self._begin()
 
-    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - as in aiohttp
-        """Read on; bodies ask for it twice each, mostly with nothing paused."""
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
-
     def pause_writing(self) -> None:
         """Note since when no answer is read."""
         super().pause_writing()
