@@ -22,7 +22,7 @@ def read_field(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
     """
     try:
         return reader(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RelayError(f'"{name}": {error}', hint=_HINTS.get(name, "")) from None
 
 

@@ -91,6 +91,7 @@ async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, que
         ("deliveries?event_id=0190", 404, "no event '0190'", "the list"),
         ("attempts?delivery_id=0190", 404, "no delivery '0190'", "the list"),
         ("events?where=x", 400, '"where": ', "data.sale_made"),
+        (f"events?where={'[' * 2000}", 400, '"where": ', "data.sale_made"),
         ("events?where={}", 400, "a table without conditions", "data.sale_made"),
         ('events?where={"data.x":{"like":1}}', 400, 'unknown operator "like"', "data.sale_made"),
     ],

@@ -121,6 +121,21 @@ async def test_a_bug_is_an_error_in_json_with_its_traceback_in_the_log(relay, wo
     assert record.exc_info[0] is ZeroDivisionError
 
 
+async def test_a_bug_after_the_first_line_breaks_the_answer_off(relay, work, lines, monkeypatch, caplog):
+    def fail(_name):
+        raise ZeroDivisionError
+
+    assert await lines() == {"progress": {}}
+    monkeypatch.setattr(relay.app.jobs, "next_run", fail)
+    work.go_on.set()
+    rest = b""
+    with suppress(ConnectionError):
+        rest = await lines.wire.reader.read()
+    assert b"HTTP/1.1" not in rest
+    assert not rest.endswith(b"0\r\n\r\n")
+    await until(lambda: any("broke off" in record.getMessage() for record in caplog.records))
+
+
 async def test_a_stop_of_the_relay_ends_it_too(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.01)
     work = Work()

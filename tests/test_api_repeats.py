@@ -277,8 +277,13 @@ async def test_an_unknown_replay_is_said_to_have_ended_with_the_relay(relay):
         assert "replays end with the relay" in said["error"]["hint"]
 
 
-async def test_a_body_that_is_no_json_is_refused(relay):
-    answer = await exchange(relay.addresses.socket, request("POST", REPLAYS, b"{"))
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b'{"filter":{"subject":"\xff"}}', b'{"filter":{"where":{"a":' + b"[" * 5000],
+    ids=["cut short", "no UTF-8", "too deep"],
+)
+async def test_a_body_that_is_no_json_is_refused(relay, body):
+    answer = await exchange(relay.addresses.socket, request("POST", REPLAYS, body))
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
 
 

@@ -21,6 +21,9 @@ WISH = web.RequestKey("wish", str)
 DRY = web.RequestKey("dry", bool)
 """Whether it only counts, and changes nothing."""
 
+BEGUN = web.RequestKey("begun", bool)
+"""Whether its answer has begun: a second one would be read as a piece of it."""
+
 LINES = "application/x-ndjson"
 """The content type of a line of JSON after the other."""
 
@@ -98,7 +101,7 @@ async def body_of(request: web.Request, wish: type[T], hint: str) -> T:
     """
     try:
         asked = msgspec.json.decode(await request.read(), type=wish)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
         raise RelayError(f"the body is wrong: {error}", hint=hint) from None
     if isinstance(asked, msgspec.Struct):
         request[DRY] = bool(getattr(asked, "dry_run", False))
@@ -108,9 +111,9 @@ async def body_of(request: web.Request, wish: type[T], hint: str) -> T:
 
 @web.middleware
 async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Say every error in the API's own words."""
+    """Say every error in the API's own words; an answer that has begun is broken off instead."""
     try:
-        response: web.StreamResponse = await handler(request)
+        response: web.StreamResponse = await _unless_begun(request, handler)
     except web.HTTPException as error:
         hint = "relay --help lists what there is" if error.status == web.HTTPNotFound.status_code else ""
         response = refuse(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
@@ -130,3 +133,16 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         hint = "this is a bug of the relay; its log has the traceback"
         return refuse(500, "internal_error", "The relay could not answer that", hint)
     return response
+
+
+async def _unless_begun(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except Exception as error:
+        if not request.get(BEGUN):
+            raise
+        if not isinstance(error, ConnectionError):
+            log.exception("%s %s broke off", request.method, request.rel_url.raw_path)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError from error

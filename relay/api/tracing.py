@@ -4,6 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
+from relay.api.answers import BEGUN
 from relay.clock import Clock
 from relay.ids import given_id, request_id
 
@@ -23,6 +24,7 @@ def named(clock: Clock) -> Any:
 
 
 async def show(request: web.Request, response: web.StreamResponse) -> None:
-    """Say it in the answer; a signal of aiohttp's, so that streams have it too."""
+    """Say it in the answer that begins; a signal of aiohttp's, so that streams have it too."""
+    request[BEGUN] = True
     if (id_ := request.get(REQUEST_ID)) is not None:
         response.headers[HEADER] = id_
