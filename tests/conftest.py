@@ -7,6 +7,8 @@ import signal
 import pytest
 from certificates import Certificates
 from client import AMPLE
+from commands import Commands
+from daemon import Recorder
 from lanes import CLOCK, Receiver
 from roots import fetch
 
@@ -48,6 +50,19 @@ async def client_for():
     yield make
     for client in clients:
         await client.close()
+
+
+@pytest.fixture
+async def recorder():
+    """A receiver that keeps what arrives."""
+    async with Recorder() as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def commands(relay):
+    """What an operator types at the module's own `relay`."""
+    return Commands(relay.addresses.socket)
 
 
 @pytest.fixture

@@ -3,19 +3,13 @@
 from urllib.parse import quote
 
 import pytest
-from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
 from relay.items import item
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture

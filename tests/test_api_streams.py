@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, Daemon, adorn, destination, running, write_config
 from streams import following
 from support import until
 from wire import Wire, exchange, request
@@ -13,12 +13,6 @@ from relay.api import stream, top
 from relay.api.followers import MOST, MOST_BYTES, Followers
 
 TYPE = "adorn.session.started"
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture

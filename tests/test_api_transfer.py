@@ -4,17 +4,11 @@ import asyncio
 import json
 
 import pytest
-from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
 from relay.api.transfer import Deleting
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import sqlite3
 
 import pytest
-from commands import Commands, run
+from commands import run
 from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
@@ -25,11 +25,6 @@ async def relay(config):
         for session in ("s-1", "s-2"):
             await relay.exchange(request("POST", "/v1/events", adorn(session)))
         yield relay
-
-
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
 
 
 def offline_run(config, *args, code=0):

@@ -21,11 +21,6 @@ async def relay(tmp_path):
             yield relay
 
 
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
-
-
 async def test_destinations_are_listed_with_their_books(commands):
     [[name, held, pending, *_]] = (await commands("destinations", "list")).rows
     assert (name, held, pending.isdigit()) == ("crm", "", True)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from commands import Commands, run
-from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
@@ -18,12 +18,6 @@ OTHER = adorn("s-2")
 
 
 @pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
-
-
-@pytest.fixture
 def config(tmp_path, recorder):
     return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
 
@@ -32,11 +26,6 @@ def config(tmp_path, recorder):
 async def relay(config):
     async with running(config) as relay:
         yield relay
-
-
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
 
 
 def finished(relay, outcome="delivered"):

@@ -1,7 +1,6 @@
 """`relay jobs`, and long work as a terminal sees it."""
 
 import pytest
-from commands import Commands
 from daemon import SOURCES, running, write_config
 
 from relay.cli import progress
@@ -13,11 +12,6 @@ from relay.cli.progress import Meter, work
 async def relay(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         yield relay
-
-
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
 
 
 async def test_jobs_are_listed_with_what_they_came_to(relay, commands):

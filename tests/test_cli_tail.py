@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from commands import Commands, run
-from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
 from terminals import RELAY, Terminal
 from wire import exchange, request
@@ -15,12 +15,6 @@ from relay.cli import missed
 from relay.cli.tail import COLUMNS
 
 TYPE = "adorn.session.started"
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture

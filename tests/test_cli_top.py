@@ -5,19 +5,13 @@ import re
 
 import pytest
 from commands import Commands, run
-from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
 from terminals import Terminal
 from wire import request
 
 from relay.cli.screen import clip
 from relay.cli.top import lines
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture

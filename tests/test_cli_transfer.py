@@ -5,18 +5,12 @@ import io
 import json
 
 import pytest
-from commands import Commands, run
-from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from commands import run
+from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
 from relay.cli import transfer
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture
@@ -28,11 +22,6 @@ def config(tmp_path, recorder):
 async def relay(config):
     async with running(config) as relay:
         yield relay
-
-
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
 
 
 async def post(relay, *sessions):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import Commands, run
+from commands import run
 from daemon import SOURCES, adorn, destination, running, write_config
 from wire import request
 
@@ -23,11 +23,6 @@ async def relay(tmp_path):
             )
             assert answer.status == 200
         yield relay
-
-
-@pytest.fixture
-def commands(relay):
-    return Commands(relay.addresses.socket)
 
 
 async def test_workers_are_listed_by_filter_and_page(commands):

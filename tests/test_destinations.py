@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 
-import pytest
 from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import Wire, request
@@ -12,12 +11,6 @@ from relay.listeners import bind
 
 ADORN = "/v1/events"
 RESTARTS = 20
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 async def send(relay, session="s"):

@@ -6,19 +6,12 @@ import signal
 import sqlite3
 import sys
 
-import pytest
-from daemon import HEAD, SOURCES, Daemon, Recorder, adorn, destination, write_config
+from daemon import HEAD, SOURCES, Daemon, adorn, destination, write_config
 from support import until
 from wire import Wire, exchange, request
 
 ADORN = "/v1/events"
 CHECK_CONFIG = (sys.executable, "-c", "from relay.cli import main; main()", "check-config")
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 def rows(config, sql):

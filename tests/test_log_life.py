@@ -3,19 +3,13 @@
 import json
 
 import pytest
-from daemon import SOURCES, Daemon, Recorder, destination, running, write_config
+from daemon import SOURCES, Daemon, destination, running, write_config
 from support import until
 from wire import exchange, request
 
 PATH = "/internal/event/notify"
 SECRET = "s3cret-in-the-body"
 BODY = json.dumps({"event_type": "member_joined", "discord_id": "1", "metadata": {"note": SECRET}}).encode()
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 def configured(folder, recorder, level, more=""):

@@ -6,7 +6,7 @@ import re
 from importlib.resources import files
 
 import pytest
-from daemon import SOURCES, Recorder, adorn, destination, running, write_config
+from daemon import SOURCES, adorn, destination, running, write_config
 from jsonschema import Draft202012Validator
 from streams import following
 from support import until
@@ -29,12 +29,6 @@ STREAMS = {("GET", "/api/tail"), ("GET", "/api/top")}
 
 NAMES = {"event": "/EventTold", "attempt": "/AttemptMade", "lost": "/Lost", "top": "/Top"}
 """The schema of each server-sent event."""
-
-
-@pytest.fixture
-async def recorder():
-    async with Recorder() as recorder:
-        yield recorder
 
 
 @pytest.fixture
