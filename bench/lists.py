@@ -186,8 +186,10 @@ async def run(path: Path, events: int) -> bool:
         wrong = {sql: plan for each in figures for sql, plan in each.plans.items() if faults(plan)}
         for sql, plan in wrong.items():
             print(f"  reads or sorts all of something: {sql}\n    {plan}")
+        inside: list[Figure] = []
         for where, kind in itertools.product(WHERE, ("events", "deliveries")):
-            _say(f"{kind} where {where}", [await measure(store, kind, None, {"where": where})])
+            inside.append(await measure(store, kind, None, {"where": where}))
+            _say(f"{kind} where {where}", inside[-1:])
         print("to the end of the rarest, or 50 rows:")
         unfinished = [each for each in figures if each.more and not each.rows and "deep" not in each.what]
         for each in unfinished[:SHOWN]:
@@ -196,7 +198,7 @@ async def run(path: Path, events: int) -> bool:
             count, rows, seconds = await pages(store, kind, filters)
             print(f"  {each.what}: {count} pages, {rows} rows, {seconds:.2f} s")
         await _others(store)
-    return not wrong and all(each.seconds <= TARGET for each in figures)
+    return not wrong and all(each.seconds <= TARGET for each in figures + inside)
 
 
 def _say(what: str, figures: list[Figure]) -> None:

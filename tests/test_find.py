@@ -130,7 +130,7 @@ async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatc
 
 
 async def test_time_ends_a_page_as_well(file, monkeypatch):
-    monkeypatch.setattr(bound, "DEEP_SECONDS", 0.0)
+    monkeypatch.setattr(bound, "SECONDS", 0.0)
     async with asking(file) as store:
         first = await store.list("events", None, {"where": '{"data.n": 4}'})
     assert (first["items"], first["next_cursor"]) == ([], str(EVENTS - 49))

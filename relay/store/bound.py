@@ -5,8 +5,7 @@ import asyncio
 MOST_CANDIDATES = 10_000
 
 SECONDS = 0.025
-DEEP_SECONDS = 0.5
-"""Along indexes, into payloads; the step under way is ended."""
+"""The step under way is ended."""
 
 STEP = 500  # candidates that one statement looks at
 DEEP_STEP = 100  # of which bodies are read
@@ -20,7 +19,7 @@ class Bound:
         self._loop = asyncio.get_running_loop()
         self._left = MOST_CANDIDATES
         self._step = DEEP_STEP if deep else STEP
-        self._deadline = self._loop.time() + (DEEP_SECONDS if deep else SECONDS)
+        self._deadline = self._loop.time() + SECONDS
 
     def step(self, wanted: int) -> int:
         """Return how many candidates to look at next."""
