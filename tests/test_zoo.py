@@ -10,7 +10,7 @@ from zoo import zoo
 
 from relay.config.model import RetryConfig
 
-TIMEOUT = 1.0  # seconds
+TIMEOUT = 2.0  # seconds: a busy machine stands still for one now and then
 GRACE = 0.2  # seconds that an attempt may last beyond its timeout
 EVENTS = 3  # for each animal
 HEALTHY = 300
