@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
-from aiohttp import web
 
 from relay import __version__
 from relay.api.admin import Api
@@ -27,7 +26,7 @@ from relay.health import Health
 from relay.ingest.server import Server
 from relay.jobs import Jobs
 from relay.lag import Lag
-from relay.listeners import address, bind, bind_unix, listen, stop_listening, url
+from relay.listeners import address, bind, bind_unix, listen, url
 from relay.loader import Setup
 from relay.metrics import Metrics
 from relay.model import News
@@ -164,8 +163,8 @@ class App:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
             server = Server(self.ingest.handle)
-            front = await listen(server, public, grace=1.0)
-            life.push_async_callback(self._close, front, server)
+            await server.listen(public)
+            life.push_async_callback(self._close, server)
 
             await self.books.check()
             self.lag.start()
@@ -199,13 +198,13 @@ class App:
             log.warning("systemd opened a socket %r that nothing here listens on", name)
         return public, private
 
-    async def _close(self, front: web.BaseRunner, server: Server) -> None:
+    async def _close(self, server: Server) -> None:
         """Let the requests under way finish; who asks anew is sent away, with 503 where it is connected."""
         server.leave()
-        await stop_listening(front)
+        await server.stop_listening()
         self.ingest.gate.draining = True
         await server.finish(self._time_left())
-        await front.cleanup()
+        await server.close(grace=1.0)
 
     async def _stop_engine(self) -> None:
         await self.engine.stop(self._time_left())

@@ -1,6 +1,5 @@
 """Sockets and what listens on them, opened before anything is promised and closed in a safe order."""
 
-import asyncio
 import os
 import socket
 from pathlib import Path
@@ -71,23 +70,9 @@ def url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def listen(
-    server: web.Server | web.Application, sock: socket.socket, *, grace: float
-) -> web.BaseRunner:
+async def listen(app: web.Application, sock: socket.socket, *, grace: float) -> web.BaseRunner:
     """Serve on a bound socket; `grace` is how long a request under way may take at the end."""
-    runner: web.BaseRunner
-    if isinstance(server, web.Application):
-        runner = web.AppRunner(server, access_log=None, shutdown_timeout=grace)
-    else:
-        runner = web.ServerRunner(server, shutdown_timeout=grace)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace)
     await runner.setup()
     await web.SockSite(runner, sock, backlog=BACKLOG).start()
     return runner
-
-
-async def stop_listening(runner: web.BaseRunner) -> None:
-    """Stop accepting connections, and let the requests that are on their way arrive."""
-    await asyncio.sleep(0)  # one turn of the loop accepts what has connected: closing would reset it
-    for site in list(runner.sites):
-        await site.stop()
-    await asyncio.sleep(SETTLE)

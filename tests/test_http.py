@@ -6,10 +6,11 @@ import logging
 import pytest
 import pytest_asyncio
 from daemon import SOURCES, Relay, adorn, running, write_config
+from support import until
 from wire import CONTINUE, Wire, request
 
 from relay.ingest.server import Server
-from relay.listeners import bind, listen, url
+from relay.listeners import bind, url
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -135,6 +136,16 @@ async def test_a_chunked_body_is_put_together(relay: Relay, size):
     assert (await relay.event(answer.json["event_id"])).body == body
 
 
+async def test_a_body_that_turns_out_to_be_badly_framed_is_refused_at_once(relay: Relay):
+    async with asyncio.timeout(5), await Wire.open(relay.addresses.public) as wire:
+        await wire.send(request("POST", ADORN, transfer_encoding="chunked") + b"1\r\n{\r\n")
+        await until(lambda: relay.app.ingest._budget.used)  # it is being read
+        await wire.send(b"zz\r\n")
+        answer = await wire.answer()
+        assert (answer.status, answer.json["status"]) == (400, "error")
+        assert await wire.closed()
+
+
 async def test_a_chunked_body_is_refused_once_it_is_too_large(relay: Relay):
     raw = request("POST", ADORN, transfer_encoding="chunked") + b"100000\r\n" + b"x" * 2**20 + b"\r\n"
     endless = raw + (b"100000\r\n" + b"x" * 2**20 + b"\r\n") * 4
@@ -222,7 +233,8 @@ async def test_what_is_no_http_is_answered_in_json_and_logs_no_traceback(relay: 
 
 async def test_connections_beyond_the_cap_are_sent_away_with_503(relay: Relay):
     sock = bind("127.0.0.1:0", "listen")
-    runner = await listen(Server(relay.app.ingest.handle, max_connections=2), sock, grace=0.1)
+    server = Server(relay.app.ingest.handle, max_connections=2)
+    await server.listen(sock)
     good = request("POST", ADORN, adorn())
     try:
         async with await Wire.open(url(sock)) as one, await Wire.open(url(sock)) as other:
@@ -237,7 +249,7 @@ async def test_connections_beyond_the_cap_are_sent_away_with_503(relay: Relay):
             await one.send(good)
             assert (await one.answer()).status == 200
     finally:
-        await runner.cleanup()
+        await server.close(grace=0.1)
 
 
 async def test_a_sender_that_never_says_what_it_wants_is_sent_away(relay: Relay, monkeypatch):

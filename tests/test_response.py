@@ -6,20 +6,21 @@ import re
 import pytest
 from aiohttp import web
 
+from relay.ingest.connection import Connection
 from relay.ingest.response import Response
+from relay.ingest.server import Server
 
 BODY = b'{"fine":true}'
 LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
-async def answers_to(request, make):
-    """Send a raw request to a server of ours and return everything it sends until it closes."""
+async def answers_to(request, make, serve):
+    """Send a raw request to such a server and return everything it sends until it closes."""
 
     async def handle(_request):
         return make()
 
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(web.Server(handle, access_log=None), "127.0.0.1", 0)
+    server = await asyncio.get_running_loop().create_server(serve(handle), "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
     try:
         writer.write(request)
@@ -30,6 +31,15 @@ async def answers_to(request, make):
         server.close()
         await server.wait_closed()
     return sorted(re.sub(rb"Date: [^\r]+", b"Date: now", answer).split(b"\r\n"))
+
+
+def by_us(handle):
+    server = Server(handle)
+    return lambda: Connection(server)
+
+
+def by_them(handle):
+    return web.Server(handle, access_log=None)
 
 
 def ours(status, headers, *, last):
@@ -61,8 +71,8 @@ def theirs(status, headers, *, last):
     ids=["kept", "closed", "1.0", "1.0 kept", "HEAD"],
 )
 async def test_an_answer_is_what_aiohttp_would_have_written(request_, status):
-    found = await answers_to(request_, lambda: ours(status, {}, last=False))
-    assert found == await answers_to(request_, lambda: theirs(status, {}, last=False))
+    found = await answers_to(request_, lambda: ours(status, {}, last=False), by_us)
+    assert found == await answers_to(request_, lambda: theirs(status, {}, last=False), by_them)
     assert b" ".join(found).count(b"Date: now") == request_.count(b"\r\n\r\n")
 
 
@@ -70,8 +80,8 @@ async def test_an_answer_is_what_aiohttp_would_have_written(request_, status):
 async def test_headers_of_its_own_and_the_end_of_the_connection_are_written_as_aiohttp_does(last):
     request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + (b"" if last else LAST)
     headers = {"retry-after": "7", "content-type": "text/plain"}
-    found = await answers_to(request, lambda: ours(503, headers, last=last))
-    assert found == await answers_to(request, lambda: theirs(503, headers, last=last))
+    found = await answers_to(request, lambda: ours(503, headers, last=last), by_us)
+    assert found == await answers_to(request, lambda: theirs(503, headers, last=last), by_them)
     assert b"Connection: close" in found
     assert found.count(b"Retry-After: 7") + found.count(b"retry-after: 7") == (1 if last else 2)
 

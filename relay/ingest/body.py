@@ -2,9 +2,10 @@
 
 import asyncio
 
-from aiohttp import StreamReader, web
+from aiohttp import StreamReader
 
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
+from relay.ingest.request import Request
 
 
 class Budget:
@@ -31,7 +32,7 @@ class Budget:
         self.used -= size
 
 
-async def read_body(request: web.BaseRequest, limit: int, seconds: float, budget: Budget) -> bytes:
+async def read_body(request: Request, limit: int, seconds: float, budget: Budget) -> bytes:
     """Read the body; the caller gives `len(body)` back to the budget once it is done with it.
 
     Raises:
@@ -51,11 +52,10 @@ async def read_body(request: web.BaseRequest, limit: int, seconds: float, budget
             raise TooLarge
         budget.take(len(body))
         return body
-    if (request.content_length or 0) > limit:
+    if request.content_length > limit:
         raise TooLarge
     if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
+        request.ask_for_body()
     return await _read_slowly(content, limit, seconds, budget)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import msgspec
-from aiohttp import web
 
 from relay.clock import SECOND, Clock
 from relay.errors import (
@@ -25,6 +24,7 @@ from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
 from relay.ingest.record import record
 from relay.ingest.remote import Remote
+from relay.ingest.request import Request
 from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing, fields
@@ -83,10 +83,10 @@ class Ingest:
         self._remote = Remote(trusted_proxies)
         self.gate.keep(self.mounts)
 
-    async def handle(self, request: web.BaseRequest) -> Response:
+    async def handle(self, request: Request) -> Response:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""
         began = self._clock.steady()
-        path, _, query = _target(request).partition("?")
+        path, _, query = request.target.partition("?")
         incoming = Incoming(method=request.method, path=path, headers=request.headers, query=query)
         mount: Mount | None = None
         try:
@@ -106,9 +106,7 @@ class Ingest:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
 
-    async def _serve(
-        self, request: web.BaseRequest, match: Match, incoming: Incoming, began: int
-    ) -> Response:
+    async def _serve(self, request: Request, match: Match, incoming: Incoming, began: int) -> Response:
         mount = match.mount
         handler = match.handlers.get(incoming.method)
         if handler is None:
@@ -127,7 +125,7 @@ class Ingest:
             self._budget.give(len(body))
 
     async def _accept(
-        self, request: web.BaseRequest, mount: Mount, handler: Handle, incoming: Incoming, began: int
+        self, request: Request, mount: Mount, handler: Handle, incoming: Incoming, began: int
     ) -> Response:
         verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info` this is all that lines cost an event
         accepted = ask(handler, incoming)
@@ -174,11 +172,9 @@ class Ingest:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _append_once(
-        self, request: web.BaseRequest, acceptance: Acceptance, stored: StoredEvent
-    ) -> Receipt:
+    async def _append_once(self, request: Request, acceptance: Acceptance, stored: StoredEvent) -> Receipt:
         """Append, unless this repeats a request whose sender hung up before it was answered."""
-        fingerprint = (request.raw_path, stored.sha256, stored.type, stored.subject, stored.context)
+        fingerprint = (request.target, stored.sha256, stored.type, stored.subject, stored.context)
         first = await self._echoes.first(fingerprint)
         if first is not None:
             receipt = msgspec.structs.replace(first, duplicate=True)
@@ -186,9 +182,9 @@ class Ingest:
                 await self._store.append(
                     Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
                 )
-            self._echoes.unheard(fingerprint, receipt, gone=_gone(request))
+            self._echoes.unheard(fingerprint, receipt, gone=request.is_gone)
             return receipt
-        entry = self._echoes.begin(fingerprint, lambda: _gone(request))
+        entry = self._echoes.begin(fingerprint, lambda: request.is_gone)
         try:
             receipt = await self._append(acceptance)
         except BaseException:
@@ -294,20 +290,9 @@ class _Meter:
         self.seconds = metrics.ingest.labels(source)
 
 
-def _target(request: web.BaseRequest) -> str:
-    """Return path and query; a whole URL, as sent to proxies, must be taken (RFC 9112, 3.2.2)."""
-    target = request.raw_path
-    return target if target.startswith("/") else request.rel_url.raw_path_qs
-
-
 def _key(incoming: Incoming) -> str | None:
     """Return the sender's own idempotency key; the two header names are the field's."""
     headers = incoming.headers
     if "Idempotency-Key" in headers or "webhook-id" in headers:
         return incoming.header("Idempotency-Key") or incoming.header("webhook-id") or None
     return None
-
-
-def _gone(request: web.BaseRequest) -> bool:
-    transport = request.transport
-    return transport is None or transport.is_closing()

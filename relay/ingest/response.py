@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from http import HTTPStatus
 
-from aiohttp import HttpVersion11, web
-from aiohttp.abc import AbstractStreamWriter
+import msgspec
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 from multidict import CIMultiDict
+
+from relay.ingest.request import Request
 
 _JSON = "application/json"
 _EMPTY = (204, 304)  # statuses without a body
@@ -15,13 +16,9 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Response:
-    """JSON on its way out; to aiohttp's server it is what it uses of a `web.StreamResponse`.
+    """JSON on its way out, in the bytes that a `web.Response` would write."""
 
-    Where anything is out of the ordinary (headers of its own, HTTP/1.0, HEAD, the last answer of a
-    connection), a `web.Response` takes over; else that one would write these very bytes.
-    """
-
-    __slots__ = ("_is_last", "_other", "body", "event_id", "headers", "lost", "status")
+    __slots__ = ("_is_last", "body", "event_id", "headers", "lost", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
@@ -30,44 +27,47 @@ class Response:
         self.event_id = ""  # of the event that it acknowledges
         self.lost: Callable[[], None] | None = None  # called when it could not be written
         self._is_last = False
-        self._other: web.Response | None = None
-
-    @property
-    def keep_alive(self) -> bool | None:
-        """Say whether the connection goes on after this."""
-        return True if self._other is None else self._other.keep_alive
 
     def force_close(self) -> None:
         """Close the connection after this answer."""
         self._is_last = True
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write head and body, unless a `web.Response` has to."""
-        if not self._is_plain(request):
-            self._other = web.Response(status=self.status, body=self.body, content_type=_JSON)
-            self._other.headers.update(self.headers)
-            if self._is_last:
-                self._other.force_close()
-            return await self._other.prepare(request)
+    def keeps(self, request: Request) -> bool:
+        """Say whether the connection goes on after this."""
+        return request.is_kept and not self._is_last
+
+    def encode(self, request: Request) -> bytes:
+        """Render head and body for the request that this answers."""
+        if self.headers or self.status in _EMPTY or not (request.is_1_1 and self.keeps(request)):
+            return self._encode_uncommon(request)
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
             f"Content-Length: {len(self.body)}\r\nDate: {rfc822_formatted_time()}\r\n"
             f"Server: {SERVER_SOFTWARE}\r\n\r\n"
         )
-        writer = request.writer
-        await writer.write_eof(head.encode() + self.body)
-        return writer
+        return head.encode() if request.method == "HEAD" else head.encode() + self.body
 
-    async def write_eof(self) -> None:
-        """End the answer."""
-        if self._other is not None:
-            await self._other.write_eof()
+    def _encode_uncommon(self, request: Request) -> bytes:
+        has_body, goes_on = self.status not in _EMPTY, self.keeps(request)
+        fields = CIMultiDict(self.headers)
+        fields.setdefault("Content-Type", _JSON)
+        if has_body:
+            fields["Content-Length"] = str(len(self.body))
+        if goes_on != request.is_1_1:  # else it is what the version implies
+            fields["Connection"] = "keep-alive" if goes_on else "close"
+        head = _head("1.1" if request.is_1_1 else "1.0", self.status, fields)
+        return head + self.body if has_body and request.method != "HEAD" else head
 
-    def _is_plain(self, request: web.BaseRequest) -> bool:
-        return (
-            not (self.headers or self._is_last)
-            and request.keep_alive
-            and request.version == HttpVersion11
-            and request.method != "HEAD"
-            and self.status not in _EMPTY
-        )
+
+def farewell(status: int, code: str, message: str, **headers: str) -> bytes:
+    """Render the last answer of a connection, to what cannot be called a request."""
+    body = msgspec.json.encode({"error": {"code": code, "message": message}})
+    fields = {"Content-Type": _JSON, "Content-Length": str(len(body)), "Connection": "close", **headers}
+    return _head("1.1", status, CIMultiDict(fields)) + body
+
+
+def _head(version: str, status: int, fields: CIMultiDict[str]) -> bytes:
+    fields.setdefault("Date", rfc822_formatted_time())
+    fields.setdefault("Server", SERVER_SOFTWARE)
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join([f"HTTP/{version} {status} {_PHRASES.get(status, '')}", *lines, "", ""]).encode()

@@ -1,73 +1,64 @@
-"""aiohttp's server, hardened for the open internet: caps, deadlines, and never a word of HTML."""
+"""What listens for senders, hardened for the open internet: caps, deadlines, and never a word of HTML."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
-
 from relay.ingest.connection import Connection
-from relay.ingest.response import Response
+from relay.ingest.request import Request
+from relay.ingest.response import Response, farewell
+from relay.listeners import BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
 SWEEP_EVERY = 1.0  # seconds between looks for silent connections: so much later than said they are closed
 
-_FULL_BODY = b'{"error":{"code":"overload","message":"Too many connections"}}'
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
-)
 
-
-class Server(web.Server):
-    """Makes hardened connections for one listener."""
+class Server:
+    """The connections of one listener."""
 
     def __init__(
-        self,
-        handler: Callable[[web.BaseRequest], Awaitable[Response]],
-        *,
-        max_connections: int = MAX_CONNECTIONS,
+        self, handle: Callable[[Request], Awaitable[Response]], *, max_connections: int = MAX_CONNECTIONS
     ) -> None:
-        super().__init__(self._answer)  # type: ignore[arg-type] # see Response
         self.max_connections = max_connections
-        self._handle = handler
+        self.connections: set[Connection] = set()
+        self._handle = handle
+        self._listener: asyncio.Server | None = None
         self._under_way = 0
         self._idle = asyncio.Event()
         self._leaving = False
         self._sweep: asyncio.TimerHandle | None = None  # while there are connections
 
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+    async def listen(self, sock: socket.socket) -> None:
+        """Begin to serve on a bound socket."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+
+    def connection_made(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Count a connection in, or send it away beyond the cap."""
-        super().connection_made(handler, transport)
-        if len(self._connections) > self.max_connections:  # `connections` would copy them all
-            transport.write(_FULL)
+        self.connections.add(connection)
+        if len(self.connections) > self.max_connections:
+            transport.write(farewell(503, "overload", "Too many connections", **{"Retry-After": "1"}))
             transport.close()
         if self._sweep is None:
-            self._sweep = self._loop.call_later(SWEEP_EVERY, self._close_silent)
+            self._look_again()
+
+    def connection_lost(self, connection: Connection) -> None:
+        """Count a connection out."""
+        self.connections.discard(connection)
+
+    def _look_again(self) -> None:
+        self._sweep = asyncio.get_running_loop().call_later(SWEEP_EVERY, self._close_silent)
 
     def _close_silent(self) -> None:
-        now, self._sweep = self._loop.time(), None
-        for connection in self.connections:
-            connection.close_if_silent(now)  # type: ignore[attr-defined] # all are `Connection`s
-        if self._connections:
-            self._sweep = self._loop.call_later(SWEEP_EVERY, self._close_silent)
+        self._sweep, now = None, asyncio.get_running_loop().time()
+        for connection in tuple(self.connections):
+            connection.close_if_silent(now)
+        if self.connections:
+            self._look_again()
 
-    def leave(self) -> None:
-        """Let every answer from now on close its connection: kept ones move on to our successor."""
-        self._leaving = True
-
-    async def finish(self, seconds: float) -> None:
-        """Wait for so long until no request is under way.
-
-        aiohttp's own shutdown waits for handlers as well, but it throws away what still arrives of a body.
-        """
-        if self._under_way:
-            self._idle.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), seconds)
-
-    async def _answer(self, request: web.BaseRequest) -> Response:
+    async def answer(self, request: Request) -> Response:
+        """Answer one request, counted as under way meanwhile."""
         self._under_way += 1
         try:
             response = await self._handle(request)
@@ -79,11 +70,26 @@ class Server(web.Server):
             response.force_close()
         return response
 
-    def __call__(self) -> RequestHandler:
-        """Return the protocol of a new connection."""
-        return Connection(
-            self,
-            loop=self._loop,
-            access_log=None,  # type: ignore[arg-type] # None turns it off, as in AppRunner
-            auto_decompress=False,
-        )
+    def leave(self) -> None:
+        """Let every answer from now on close its connection: kept ones move on to our successor."""
+        self._leaving = True
+
+    async def stop_listening(self) -> None:
+        """Stop accepting connections, and let the requests that are on their way arrive."""
+        await asyncio.sleep(0)  # one turn of the loop accepts what has connected: closing would reset it
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.sleep(SETTLE)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for so long until no request is under way."""
+        if self._under_way:
+            self._idle.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
+
+    async def close(self, *, grace: float) -> None:
+        """Hang up on everybody, after at most `grace` seconds for the requests under way."""
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.gather(*(connection.shutdown(grace) for connection in self.connections))

@@ -1,0 +1,57 @@
+"""One request: its head as aiohttp's parser gave it, its body as it comes, and whether its sender waits."""
+
+import asyncio
+
+from aiohttp import StreamReader
+from aiohttp.http import HttpVersion11, RawRequestMessage
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Request:
+    """One request; a `web.Request` can do more, and costs an event half of what the relay itself does."""
+
+    __slots__ = ("_head", "_transport", "content", "headers", "method")
+
+    def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
+        self.method = head.method
+        self.headers = head.headers
+        self.content = content
+        self._head = head
+        self._transport = transport
+
+    @property
+    def target(self) -> str:
+        """Path and query as on the wire; a whole URL, as sent to proxies, must be taken (RFC 9112, 3.2.2)."""
+        target = self._head.path
+        return target if target.startswith("/") else self._head.url.raw_path_qs
+
+    @property
+    def content_length(self) -> int:
+        """Bytes of the body, as announced; 0 where they are not."""
+        return int(self.headers.get("Content-Length", 0))  # the parser has seen that it is a number
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the sender wants its connection kept."""
+        return not self._head.should_close
+
+    @property
+    def is_1_1(self) -> bool:
+        """Whether it speaks HTTP/1.1, not 1.0."""
+        return self._head.version == HttpVersion11
+
+    @property
+    def remote(self) -> str | None:
+        """The address that sent it: a sender's, or a proxy's."""
+        peer = self._transport.get_extra_info("peername")
+        return str(peer[0]) if isinstance(peer, tuple) else None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the sender has hung up."""
+        return self._transport.is_closing()
+
+    def ask_for_body(self) -> None:
+        """Tell a sender who waits to be asked for its body that it may come (RFC 9110, 10.1.1)."""
+        self._transport.write(CONTINUE)
