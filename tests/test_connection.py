@@ -69,6 +69,24 @@ async def test_a_connection_that_idles_costs_no_task(site):
         assert (await unused.answer()).body == b"/late"
 
 
+async def test_a_request_that_waits_for_nothing_costs_no_task(site):
+    site.answer, asked = Response(200, b"{}"), []
+
+    async def handle(_request):
+        asked.append(asyncio.current_task())
+        return site.answer
+
+    site.handle = handle
+    site.server._handle = handle
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("POST", "/", b"{}"))
+        await wire.answer()
+        await wire.send(request("POST", "/", content_length="2"))
+        await wire.send(b"{}")
+        await wire.answer()
+    assert asked == [None, None]
+
+
 async def test_a_connection_that_is_over_leaves_nothing_to_the_garbage_collector(site):
     gc.collect()
     gc.disable()

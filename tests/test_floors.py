@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        "relay", "errors", "units", "clock", "ids", "model", "rate", "terminal", "logs", "health", "statedir",
-        "systemd", "watchdog", "listeners",
+        "relay", "errors", "units", "clock", "ids", "model", "rate", "eager", "terminal", "logs", "health",
+        "statedir", "systemd", "watchdog", "listeners",
     ),
     (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",

@@ -74,8 +74,14 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
     wire = await Wire.open(relay.addresses.public)
     # The writer is held until the worker is gone, so that the reply has nobody to go to.
-    held, writer = asyncio.Event(), relay.app.store._writer
-    blocked = asyncio.ensure_future(writer.errand(lambda _connection: held.wait()))
+    holds, held, writer = asyncio.Event(), asyncio.Event(), relay.app.store._writer
+
+    async def hold(_connection):
+        holds.set()
+        await held.wait()
+
+    blocked = asyncio.ensure_future(writer.errand(hold))
+    await holds.wait()
     await wire.send(beat())
     await until(lambda: writer._jobs)
     await wire.hang_up()

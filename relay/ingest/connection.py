@@ -12,6 +12,7 @@ from typing import Protocol, cast
 from aiohttp import StreamReader
 from aiohttp.http import HttpProcessingError, HttpRequestParser
 
+from relay.eager import begin
 from relay.ingest.request import Request
 from relay.ingest.response import Response, farewell
 
@@ -99,9 +100,9 @@ class Connection(asyncio.Protocol):
             self._is_held = True
             self._read_or_not()
         else:
-            self._parse(data)
+            self._parse(data, at_once=True)
 
-    def _parse(self, data: bytes) -> None:
+    def _parse(self, data: bytes, *, at_once: bool = False) -> None:
         parser = self._parser
         if parser is None or self._is_over:
             return
@@ -114,7 +115,7 @@ class Connection(asyncio.Protocol):
             self._refuse(error)
             return
         for head, content in messages:  # at most one
-            self._begin(Request(head, content, cast("asyncio.Transport", self._transport)))
+            self._begin(Request(head, content, cast("asyncio.Transport", self._transport)), at_once=at_once)
 
     def _refuse(self, error: Exception) -> None:
         """Answer what is no HTTP; nothing that comes after can be understood."""
@@ -157,10 +158,13 @@ class Connection(asyncio.Protocol):
 
     # --- answering ------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request, *, at_once: bool) -> None:
         self._request = request
         self._patience = KEEPALIVE
-        self._task = self._loop.create_task(self._serve(request))
+        if not (at_once and request.content.is_eof()):
+            self._task = self._loop.create_task(self._serve(request))
+        elif (task := begin(self._serve(request))) is not None:
+            self._task = task
 
     async def _serve(self, request: Request) -> None:
         """Answer one request, then begin with the next if it has come already."""
@@ -168,7 +172,8 @@ class Connection(asyncio.Protocol):
         try:
             response, answer = await self._ask(request)
             if await self._write(answer, response, request):
-                goes_on = await self._swallow(request.content) and response.keeps(request)
+                is_whole = request.content.is_eof() or await self._swallow(request.content)
+                goes_on = is_whole and response.keeps(request)
         except Exception:
             log.exception("a connection failed")
         self._request = self._task = None
@@ -206,8 +211,6 @@ class Connection(asyncio.Protocol):
 
         Also before a close: with the body unread, it would take the answer back.
         """
-        if content.is_eof():
-            return True
         try:
             async with asyncio.timeout(LINGERING):
                 while not content.is_eof():

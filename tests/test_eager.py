@@ -1,0 +1,93 @@
+"""A coroutine that begins at once goes on as any task does."""
+
+import asyncio
+
+import pytest
+
+from relay.eager import begin
+
+
+async def test_what_never_waits_is_over_at_once_and_needs_no_task():
+    said = []
+
+    async def speak():
+        said.append(asyncio.current_task())
+
+    here = asyncio.all_tasks()
+    assert begin(speak()) is None
+    assert said == [asyncio.current_task()]  # whoever began it
+    assert asyncio.all_tasks() == here
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["later", "meanwhile"])
+async def test_what_waits_goes_on_in_a_task_of_its_own(is_done):
+    first, second, said = asyncio.Event(), asyncio.Event(), []
+
+    async def wait():
+        said.append("began")
+        await first.wait()
+        async with asyncio.timeout(10):  # which asks for the task that it is in
+            await second.wait()
+        said.append(asyncio.current_task())
+
+    task = begin(wait())
+    assert said == ["began"]
+    first.set()
+    if not is_done:
+        await asyncio.sleep(0)
+    second.set()
+    await task
+    assert said == ["began", task]
+
+
+async def test_a_failure_is_the_tasks():
+    async def fail():
+        await asyncio.sleep(0)
+        raise LookupError("broken")
+
+    task = begin(fail())
+    with pytest.raises(LookupError, match="broken"):
+        await task
+
+
+async def test_a_failure_before_anything_was_waited_for_is_the_callers():
+    async def fail():
+        raise LookupError("broken")
+
+    with pytest.raises(LookupError, match="broken"):
+        begin(fail())
+
+
+async def test_a_cancellation_comes_to_where_it_waits_and_may_be_put_off():
+    said = []
+
+    async def clean_up():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            said.append("cleaned up")
+            raise
+
+    task = begin(clean_up())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert said == ["cleaned up"]
+
+
+async def test_a_cancellation_before_the_task_has_had_its_first_turn_arrives_too():
+    said = []
+
+    async def wait():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            said.append("told")
+
+    task = begin(wait())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert said == ["told"]
