@@ -150,7 +150,10 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
 
 
 def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, rules: WorkerRules) -> Step:
-    said = {name: value for name in _SAID if (value := getattr(change, name)) is not None}
+    said: dict[str, Any] = {}
+    for name in _SAID:
+        if (value := getattr(change, name)) is not None:
+            said[name] = value
     if change.sessions is not None:
         said["sessions"] = change.sessions[:MOST_SESSIONS]
     status, beats = _recovered(base, _status(base, change.status), now, rules)
@@ -168,7 +171,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
     born = _transition(row, after)
     if restarted:
         born += (_born("restarted", after, row.status if row else None, "uptime"),)
-    quiet = row is not None and not restarted and _matters(row) == _matters(after)
+    quiet = row is not None and not restarted and _is_quiet(row, after)
     return Step(worker=after, born=born, quiet=quiet)
 
 
@@ -207,10 +210,21 @@ def _see(row: Worker | None, session: Session) -> Step:
 _SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")
 
 
-def _matters(row: Worker) -> tuple[Any, ...]:
-    """What of a row must not be lost in a crash: all but last-seen and gauges."""
-    sessions = [(session.id, session.status, session.phone, session.name) for session in row.sessions]
-    return row.status, row.version, row.environment, row.beats, row.counts, sessions
+def _is_quiet(before: Worker, after: Worker) -> bool:
+    """Whether only last-seen and gauges moved, which a crash may take."""
+    return (
+        before.status == after.status
+        and before.version == after.version
+        and before.environment == after.environment
+        and before.beats == after.beats
+        and before.counts == after.counts
+        and (before.sessions is after.sessions or _told(before.sessions) == _told(after.sessions))
+    )
+
+
+def _told(sessions: tuple[Session, ...]) -> list[tuple[str | None, ...]]:
+    """What of sessions must not be lost: all but when they were last active."""
+    return [(session.id, session.status, session.phone, session.name) for session in sessions]
 
 
 def _unregister(row: Worker | None, now: Now) -> Step:

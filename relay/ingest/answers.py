@@ -37,7 +37,9 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
     try:
         if callable(reply):
             reply = reply(receipt)
-        return render(reply if isinstance(reply, Reply) else Reply(body=reply))
+        if isinstance(reply, Reply):
+            return render(reply)
+        return Response(200, reply if isinstance(reply, bytes) else _encode(reply))
     except Exception as error:
         raise PluginFailed from error
 

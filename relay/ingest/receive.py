@@ -156,7 +156,6 @@ class Ingest:
         else:
             receipt = await self._append_once(request, acceptance, stored)
         self._count(mount, acceptance, receipt)
-        self._wonder(mount, acceptance)
         if receipt != expected:
             response = answer_again(accepted, receipt, response)
         response.event_id = receipt.event_id
@@ -202,9 +201,11 @@ class Ingest:
             raise PluginFailed from error
 
     def _count(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
-        meter = self._meters[mount.name]
-        if isinstance(acceptance.change, Heartbeat):
+        meter, change = self._meters[mount.name], acceptance.change
+        if isinstance(change, Heartbeat):
             meter.heartbeats.inc()
+        elif isinstance(change, Register):
+            self._wonder(mount, change)
         if acceptance.event is None:
             return
         if receipt.duplicate:
@@ -213,10 +214,9 @@ class Ingest:
             meter.received.inc()
             meter.bytes.inc(len(acceptance.event.body))
 
-    def _wonder(self, mount: Mount, acceptance: Acceptance) -> None:
+    def _wonder(self, mount: Mount, change: Register) -> None:
         """Say when a worker registers with an environment that its document does not know; it is kept."""
-        change = acceptance.change
-        if isinstance(change, Register) and change.environment and change.environment not in ENVIRONMENTS:
+        if change.environment and change.environment not in ENVIRONMENTS:
             self._log.warning(
                 f"{mount.name}: environment",
                 f"{mount.name}: worker {change.worker_id!r} registered with the environment"

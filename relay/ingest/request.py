@@ -11,12 +11,14 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Request:
     """One request; a `web.Request` can do more, and costs an event half of what the relay itself does."""
 
-    __slots__ = ("_head", "_transport", "content", "headers", "method")
+    __slots__ = ("_head", "_transport", "content", "headers", "is_1_1", "is_kept", "method")
 
     def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
         self.method = head.method
         self.headers = head.headers
         self.content = content
+        self.is_kept = not head.should_close  # the sender wants its connection kept
+        self.is_1_1 = head.version == HttpVersion11  # not 1.0
         self._head = head
         self._transport = transport
 
@@ -30,16 +32,6 @@ class Request:
     def content_length(self) -> int:
         """Bytes of the body, as announced; 0 where they are not."""
         return int(self.headers.get("Content-Length", 0))  # the parser has seen that it is a number
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the sender wants its connection kept."""
-        return not self._head.should_close
-
-    @property
-    def is_1_1(self) -> bool:
-        """Whether it speaks HTTP/1.1, not 1.0."""
-        return self._head.version == HttpVersion11
 
     @property
     def remote(self) -> str | None:

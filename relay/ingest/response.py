@@ -18,15 +18,22 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 class Response:
     """JSON on its way out, in the bytes that a `web.Response` would write."""
 
-    __slots__ = ("_is_last", "body", "event_id", "headers", "lost", "status")
+    __slots__ = ("_headers", "_is_last", "body", "event_id", "lost", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
         self.body = body
-        self.headers: CIMultiDict[str] = CIMultiDict()  # beside the content type
         self.event_id = ""  # of the event that it acknowledges
         self.lost: Callable[[], None] | None = None  # called when it could not be written
         self._is_last = False
+        self._headers: CIMultiDict[str] | None = None
+
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        """Headers beside those that every answer has; most have none."""
+        if self._headers is None:
+            self._headers = CIMultiDict()
+        return self._headers
 
     def force_close(self) -> None:
         """Close the connection after this answer."""
@@ -38,7 +45,7 @@ class Response:
 
     def encode(self, request: Request) -> bytes:
         """Render head and body for the request that this answers."""
-        if self.headers or self.status in _EMPTY or not (request.is_1_1 and self.keeps(request)):
+        if self._headers or self.status in _EMPTY or not (request.is_1_1 and self.keeps(request)):
             return self._encode_uncommon(request)
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"

@@ -1,6 +1,7 @@
 """Which source, and which of its handlers, a path belongs to."""
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from urllib.parse import unquote
 
 import msgspec
@@ -40,7 +41,8 @@ class _Shape:
 
     def __init__(self, segments: list[str]) -> None:
         self.places = _places(segments)
-        self._matches: dict[tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}
+        self._literals = itemgetter(*(at for at in range(len(segments)) if at not in self.places))
+        self._matches: dict[str | tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}
 
     def add(self, segments: list[str], match: Match) -> None:
         """Take in a template; the first of two equal ones stays."""
@@ -53,14 +55,10 @@ class _Shape:
         if found is None:
             return None
         match, names = found
-        values = [_decode(segments[place]) for place in self.places]
-        return Match(match.mount, match.handlers, dict(zip(names, values, strict=True)))
-
-    def _literals(self, segments: list[str]) -> tuple[str, ...]:
-        literals = segments.copy()
-        for place in self.places:
-            literals[place] = ""
-        return tuple(literals)
+        params = {}
+        for name, place in zip(names, self.places, strict=True):
+            params[name] = _decode(segments[place])
+        return Match(match.mount, match.handlers, params)
 
 
 class Routes:
@@ -128,6 +126,8 @@ def _places(segments: list[str]) -> tuple[int, ...]:
 
 
 def _decode(segment: str) -> str:
+    if "%" not in segment:
+        return segment
     try:
         return unquote(segment, errors="strict")
     except UnicodeDecodeError:

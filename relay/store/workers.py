@@ -59,8 +59,7 @@ class Roster:
             self._leave(place, key)
             if worker.endpoint:
                 self._endpoints.setdefault((worker.source, worker.endpoint), set()).add(key)
-        self._count(former, -1)
-        self._count(worker, 1)
+        self._recount(former, worker)
         before = former.sessions if former is not None else ()
         if before != worker.sessions:
             self._index(key, before, worker.sessions)
@@ -93,6 +92,15 @@ class Roster:
         self._index(key, worker.sessions, ())
         self.dirty.discard(key)
         self.measured.pop(key, None)
+
+    def _recount(self, former: Worker | None, worker: Worker) -> None:
+        if (
+            former is None
+            or former.status != worker.status
+            or former.unregistered_at != worker.unregistered_at
+        ):
+            self._count(former, -1)
+            self._count(worker, 1)
 
     def _count(self, worker: Worker | None, one: int) -> None:
         if worker is not None and worker.unregistered_at is None:
