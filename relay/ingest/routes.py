@@ -41,24 +41,13 @@ class _Shape:
 
     def __init__(self, segments: list[str]) -> None:
         self.places = _places(segments)
-        self._literals = itemgetter(*(at for at in range(len(segments)) if at not in self.places))
-        self._matches: dict[str | tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}
+        self.literals = itemgetter(*(at for at in range(len(segments)) if at not in self.places))
+        self.matches: dict[str | tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}  # with names of params
 
     def add(self, segments: list[str], match: Match) -> None:
         """Take in a template; the first of two equal ones stays."""
         names = tuple(segments[place][1:-1] for place in self.places)
-        self._matches.setdefault(self._literals(segments), (match, names))
-
-    def find(self, segments: list[str]) -> Match | None:
-        """Return the match of a path that has as many segments."""
-        found = self._matches.get(self._literals(segments))
-        if found is None:
-            return None
-        match, names = found
-        params = {}
-        for name, place in zip(names, self.places, strict=True):
-            params[name] = _decode(segments[place])
-        return Match(match.mount, match.handlers, params)
+        self.matches.setdefault(self.literals(segments), (match, names))
 
 
 class Routes:
@@ -108,9 +97,11 @@ class Routes:
             return match
         segments = path.split("/")
         for shape in self._shapes.get(len(segments), ()):
-            match = shape.find(segments)
-            if match is not None:
-                return match
+            found = shape.matches.get(shape.literals(segments))
+            if found is not None:
+                match, names = found
+                values = [_decode(segments[place]) for place in shape.places]
+                return Match(match.mount, match.handlers, dict(zip(names, values, strict=True)))
         raise NotFound
 
     def owner(self, path: str) -> Mount | None:
