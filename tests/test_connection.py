@@ -1,6 +1,7 @@
 """What a connection costs, how long it may idle, and whose turn it is."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import random
@@ -107,6 +108,32 @@ async def test_a_kept_connection_that_is_not_used_is_closed(site, impatient):
         assert (await kept.answer()).status == 200
         assert await kept.closed()
     await until(lambda: not site.server.connections)
+
+
+async def test_with_many_connections_open_none_is_kept_after_its_answer(site, monkeypatch):
+    """So that idle ones never fill the cap, whoever holds them."""
+    monkeypatch.setattr("relay.ingest.server.MOST_KEPT", 1)
+    async with await Wire.open(site.url) as first:
+        await first.send(request("GET", "/"))
+        assert "connection" not in (await first.answer()).headers
+        async with await Wire.open(site.url) as second:
+            await second.send(request("GET", "/"))
+            assert (await second.answer()).headers["connection"] == "close"
+            assert await second.closed()
+        await until(lambda: len(site.server.connections) == 1)
+        await first.send(request("GET", "/"))
+        assert "connection" not in (await first.answer()).headers
+
+
+async def test_senders_that_hold_their_connections_keep_nobody_out(site, monkeypatch):
+    monkeypatch.setattr("relay.ingest.server.MOST_KEPT", 4)
+    site.server.max_connections = 8
+    async with contextlib.AsyncExitStack() as held:
+        for number in range(20):
+            wire = await held.enter_async_context(await Wire.open(site.url))
+            await wire.send(request("GET", f"/{number}"))
+            assert (await wire.answer()).body == f"/{number}".encode()
+        await until(lambda: len(site.server.connections) == 4)
 
 
 async def test_a_connection_is_not_idle_while_its_request_is_under_way(site, impatient):

@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 from relay.ingest.request import Request
 
 _JSON = "application/json"
+_CLOSE = "Connection: close\r\n"
 _EMPTY = (204, 304)  # statuses without a body
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -45,12 +46,12 @@ class Response:
 
     def encode(self, request: Request) -> bytes:
         """Render head and body for the request that this answers."""
-        if self._headers or self.status in _EMPTY or not (request.is_1_1 and self.keeps(request)):
+        if self._headers or self.status in _EMPTY or not request.is_1_1:
             return self._encode_uncommon(request)
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
             f"Content-Length: {len(self.body)}\r\nDate: {rfc822_formatted_time()}\r\n"
-            f"Server: {SERVER_SOFTWARE}\r\n\r\n"
+            f"Server: {SERVER_SOFTWARE}\r\n{'' if self.keeps(request) else _CLOSE}\r\n"
         )
         return head.encode() if request.method == "HEAD" else head.encode() + self.body
 

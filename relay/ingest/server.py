@@ -11,6 +11,13 @@ from relay.ingest.response import Response, farewell
 from relay.listeners import BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
+MOST_KEPT = 512
+"""Connections beyond which none is kept after its answer.
+
+Ten thousand workers that beat every 30 s and hold their connections would else have 5,000 idle ones, more
+than the cap lets in: others' heartbeats would be refused. No proxy needs as many.
+"""
+
 SWEEP_EVERY = 1.0  # seconds between looks for silent connections: so much later than said they are closed
 
 
@@ -66,7 +73,7 @@ class Server:
             self._under_way -= 1
             if not self._under_way:
                 self._idle.set()
-        if self._leaving:
+        if self._leaving or len(self.connections) > MOST_KEPT:
             response.force_close()
         return response
 
