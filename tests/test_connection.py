@@ -280,6 +280,32 @@ async def test_a_whole_body_and_a_request_behind_it_in_one_piece_are_two_request
         assert [(await wire.answer()).body for _ in "abc"] == [b"/a", b"/b", b"/c"]
 
 
+@pytest.mark.parametrize("last", [1, 5000], ids=["at once", "in pieces"])
+async def test_after_a_body_of_very_many_chunks_the_next_body_is_read_too(site, last):
+    """The parser is told to pause at so many chunks, and may do so in the next body only."""
+    site.reads = True
+    many = b"1\r\nx\r\n" * 16_385
+    async with asyncio.timeout(10), await Wire.open(site.url) as wire:
+        for _ in range(3):
+            await wire.send(request("POST", "/many", transfer_encoding="chunked") + many + b"0\r\n\r\n")
+            assert (await wire.answer()).body == b"/many"
+            for _ in range(2):
+                await wire.send(request("POST", "/next", bytes(last)))
+                assert (await wire.answer()).body == b"/next"
+
+
+async def test_a_sender_that_reads_no_answer_and_is_cut_off_at_the_end_is_no_failure(site, caplog):
+    site.answer = Response(200, bytes(32 * 2**20))
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/"))
+        await site.asked.wait()
+        await until(lambda: [each for each in site.server.connections if each._unread is not None])
+        await site.server.close(grace=0.01)
+        wire.writer.transport.abort()
+        await until(lambda: not site.server.connections)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
 async def test_after_an_offer_that_is_passed_over_the_connection_goes_on(site, upgrade):
     offer = request("POST", "/offer", b"{}", connection="Upgrade", upgrade=upgrade)

@@ -107,10 +107,13 @@ class Connection(asyncio.Protocol):
         if parser is None or self._is_over:
             return
         try:
-            messages, is_upgraded, rest = parser.feed_data(data)
-            while is_upgraded and not messages:  # no offer is taken: HTTP goes on (RFC 9110, 7.8)
+            messages, is_upgraded, data = parser.feed_data(data)
+            while is_upgraded:  # no offer is taken: HTTP goes on (RFC 9110, 7.8)
                 parser.set_upgraded(False)
-                messages, is_upgraded, rest = parser.feed_data(rest)
+                if messages:
+                    self._behind = data + self._behind
+                    break
+                messages, is_upgraded, data = parser.feed_data(data)
         except HttpProcessingError as error:
             self._refuse(error)
             return
@@ -142,10 +145,10 @@ class Connection(asyncio.Protocol):
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's
         """Go on with a body that has been read; told by `StreamReader`."""
-        if self._is_full:
-            self._is_full = False
-            if resume_parser:
-                self._parse(b"")
+        was_full, self._is_full = self._is_full, False
+        if resume_parser and self._request is not None and not self._request.content.is_eof():
+            self._parse(b"")  # also if it is not full: the parser pauses a body late, and so maybe the next
+        if was_full:
             self._read_or_not()
 
     def _read_or_not(self) -> None:
@@ -236,9 +239,9 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Let an answer that waits to be read be the past."""
-        if self._unread is not None:
+        if self._unread is not None and not self._unread.done():  # it is cancelled with who waited for it
             self._unread.set_result(None)
-            self._unread = None
+        self._unread = None
 
     # --- ending ---------------------------------------------------------------------------------------
 
