@@ -1,5 +1,6 @@
 """From a source's reply, or a refusal, to the bytes of an answer. Always JSON, never a redirect."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from relay.model import Receipt
 from relay.source import Accepted, Reply
 
 _encode = msgspec.json.Encoder().encode
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # RFC 9110, 5.5, and no UTF-8
+_OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
 
 def render(reply: Reply) -> Response:
@@ -21,8 +25,10 @@ def render(reply: Reply) -> Response:
     body = reply.body if isinstance(reply.body, bytes) else _encode(reply.body)
     response = Response(reply.status, body)
     for name, value in reply.headers.items():
-        if any(character in value for character in "\r\n\0"):
-            raise ValueError("a header's value may not have line ends")
+        if not _NAME.fullmatch(name) or name.lower() in _OURS:
+            raise ValueError(f"a reply may not have a header {name!r}")
+        if _CONTROL.search(value):
+            raise ValueError(f"the header {name} may have no line ends, and only what UTF-8 can say")
         response.headers[name] = value
     return response
 
@@ -89,7 +95,7 @@ def preflight(handlers: Mapping[str, Any]) -> Response:
 def allow_origin(origins: tuple[str, ...], origin: str | None, response: Response) -> None:
     """Let a configured origin's page read the answer."""
     response.headers["Vary"] = "Origin"
-    if origin is not None and ("*" in origins or origin in origins):
+    if origin is not None and origin.isascii() and ("*" in origins or origin in origins):
         response.headers["Access-Control-Allow-Origin"] = origin
 
 

@@ -1,0 +1,33 @@
+"""Headers of a reply are fields of one line each, and none that frames the answer."""
+
+import pytest
+
+from relay.ingest.answers import allow_origin, render
+from relay.ingest.response import Response
+from relay.source import Reply
+
+
+@pytest.mark.parametrize(
+    "name", ["X\r\nSet-Cookie", "X:", "X Y", "", "\u00e9", "connection", "Content-Length"]
+)
+def test_a_name_that_is_no_token_or_frames_the_answer_is_refused(name):
+    with pytest.raises(ValueError, match="may not have a header"):
+        render(Reply(headers={name: "x"}))
+
+
+@pytest.mark.parametrize("value", ["a\r\nB: c", "a\n", "\0", "\x7f", "\udcff"])
+def test_a_value_with_line_ends_or_without_utf_8_is_refused(value):
+    with pytest.raises(ValueError, match="X-More may have no line ends"):
+        render(Reply(headers={"X-More": value}))
+
+
+def test_any_other_value_is_taken():
+    assert render(Reply(headers={"X-More": "a\tb \u00e9 \u2713"})).headers["x-more"] == "a\tb \u00e9 \u2713"
+
+
+@pytest.mark.parametrize(("origin", "echoed"), [("https://a.example", True), ("https://a\udcff", False)])
+def test_an_origin_is_echoed_only_if_it_is_text(origin, echoed):
+    """A sender's odd bytes would else fail its answer once its event is stored."""
+    response = Response(200, b"{}")
+    allow_origin(("*",), origin, response)
+    assert ("Access-Control-Allow-Origin" in response.headers) is echoed
