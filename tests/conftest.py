@@ -1,6 +1,7 @@
 """Fixtures that several modules share."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 
@@ -19,6 +20,17 @@ from relay.store.sqlite import SqliteStore
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Run what depends on a loop's transports on both that `relay serve` may have; uvloop is an extra."""
+    loops = {"asyncio": asyncio.new_event_loop}
+    if item.path.name == "test_connection.py":
+        with contextlib.suppress(ImportError):
+            import uvloop  # noqa: PLC0415 - see above
+
+            loops["uvloop"] = uvloop.new_event_loop
+    return loops
 
 
 @pytest.fixture

@@ -84,6 +84,12 @@ async def test_a_body_is_asked_for_where_the_sender_waits_to_be_asked(relay: Rel
         assert (await wire.answer()).status == 200
 
 
+async def test_the_longest_length_that_can_be_written_is_too_large(relay: Relay):
+    """The parser takes it for no body at all."""
+    answer = await relay.exchange(request("POST", ADORN, content_length=str(2**64 - 1)))
+    assert answer.status == 413
+
+
 async def test_a_body_that_is_too_large_is_not_asked_for(relay: Relay):
     head = request("POST", ADORN, content_length=str(2**21 + 1), expect="100-continue")
     assert (await relay.exchange(head)).status == 413

@@ -48,13 +48,13 @@ async def read_body(request: Request, limit: int, seconds: float, budget: Budget
     content = request.content
     if content.is_eof() and content.exception() is None:
         body = content.read_nowait()
-        if len(body) > limit:
+        if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
             raise TooLarge
         budget.take(len(body))
         return body
     if request.content_length > limit:
         raise TooLarge
-    if request.headers.get("Expect", "").lower() == "100-continue":
+    if request.is_1_1 and request.headers.get("Expect", "").lower() == "100-continue":
         request.ask_for_body()
     return await _read_slowly(content, limit, seconds, budget)
 

@@ -2,7 +2,7 @@
 
 Most connections carry one heartbeat: Node's agents hang up after 5 s, whatever a server offers, and the
 next beat comes after 30. aiohttp makes two timers, two tasks and a dozen objects for each. Here a request
-has a task and a record, and silence is looked for by the server over all connections at once.
+has a record, and a task if it waits; silence is looked for by the server over all connections at once.
 """
 
 import asyncio
@@ -10,7 +10,8 @@ import logging
 from typing import Protocol, cast
 
 from aiohttp import StreamReader
-from aiohttp.http import HttpProcessingError, HttpRequestParser
+from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion10, HttpVersion11
+from aiohttp.http_exceptions import BadStatusLine
 
 from relay.eager import begin
 from relay.ingest.request import Request
@@ -50,8 +51,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_behind", "_is_full", "_is_held", "_is_over", "_loop", "_owner", "_parser", "_patience",
-        "_request", "_silent_since", "_task", "_transport", "_unread",
+        "_behind", "_is_full", "_is_held", "_is_leaving", "_is_over", "_loop", "_owner", "_parser",
+        "_patience", "_request", "_silent_since", "_task", "_transport", "_unread",
     )  # fmt: skip
 
     def __init__(self, owner: Owner) -> None:
@@ -71,6 +72,7 @@ class Connection(asyncio.Protocol):
         self._is_held = False  # nothing is read because of that
         self._is_full = False  # nothing is read because a body has to be read first
         self._is_over = False  # nothing is parsed any more
+        self._is_leaving = False  # nothing is begun any more
         self._unread: asyncio.Future[None] | None = None  # while the sender does not read its answers
         self._patience = FIRST_HEAD
         self._silent_since = 0.0
@@ -107,18 +109,17 @@ class Connection(asyncio.Protocol):
         if parser is None or self._is_over:
             return
         try:
-            messages, is_upgraded, data = parser.feed_data(data)
-            while is_upgraded:  # no offer is taken: HTTP goes on (RFC 9110, 7.8)
-                parser.set_upgraded(False)
-                if messages:
-                    self._behind = data + self._behind
-                    break
-                messages, is_upgraded, data = parser.feed_data(data)
+            messages, *_ = parser.feed_data(data)  # the rest is for upgrades, of which none is taken
         except HttpProcessingError as error:
             self._refuse(error)
             return
         for head, content in messages:  # at most one
-            self._begin(Request(head, content, cast("asyncio.Transport", self._transport)), at_once=at_once)
+            if not head.path or head.version not in (HttpVersion11, HttpVersion10):
+                self._refuse(BadStatusLine())
+            elif not self._is_leaving:
+                self._begin(
+                    Request(head, content, cast("asyncio.Transport", self._transport)), at_once=at_once
+                )
 
     def _refuse(self, error: Exception) -> None:
         """Answer what is no HTTP; nothing that comes after can be understood."""
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
         transport = cast("asyncio.Transport", self._transport)
         log.debug("bad request from %s: %s", transport.get_extra_info("peername"), type(error).__name__)
         transport.write(farewell(400, "bad_request", "Bad request"))
-        transport.close()
+        self._hang_up()
 
     @property
     def connected(self) -> bool:
@@ -176,16 +177,17 @@ class Connection(asyncio.Protocol):
             response, answer = await self._ask(request)
             if await self._write(answer, response, request):
                 is_whole = request.content.is_eof() or await self._swallow(request.content)
-                goes_on = is_whole and response.keeps(request)
+                goes_on = is_whole and response.keeps(request) and not (self._is_over or self._is_leaving)
         except Exception:
             log.exception("a connection failed")
-        self._request = self._task = None
-        if self._transport is None:
-            self._owner.connection_lost(self)
-        elif self._is_over or not goes_on:
-            self._transport.close()
-        else:
-            self._next()
+        finally:  # cancelled, too
+            self._request = self._task = None
+            if self._transport is None:
+                self._owner.connection_lost(self)
+            elif goes_on:
+                self._next()
+            else:
+                self._hang_up()
 
     async def _ask(self, request: Request) -> tuple[Response, bytes]:
         try:
@@ -199,15 +201,17 @@ class Connection(asyncio.Protocol):
 
     async def _write(self, answer: bytes, response: Response, request: Request) -> bool:
         """Write an answer, and wait until it can be sent; say whether the sender was there for it."""
-        if not request.is_gone:
-            cast("asyncio.Transport", self._transport).write(answer)
-            if self._unread is not None:
-                await self._unread
-        if not request.is_gone:
-            return True
-        if response.lost is not None:
-            response.lost()
-        return False
+        was_there = False
+        try:
+            if not request.is_gone:
+                cast("asyncio.Transport", self._transport).write(answer)
+                if self._unread is not None:
+                    await self._unread
+                was_there = not request.is_gone
+        finally:  # cancelled, too
+            if not was_there and response.lost is not None:
+                response.lost()
+        return was_there
 
     async def _swallow(self, content: StreamReader) -> bool:
         """Read what still comes of a refused body, for a moment; say whether that was all.
@@ -245,22 +249,41 @@ class Connection(asyncio.Protocol):
 
     # --- ending ---------------------------------------------------------------------------------------
 
-    def close_if_silent(self, now: float) -> None:
-        """Cut it off if for too long nothing has been asked, or read of an answer; `now` as in `loop.time()`.
+    def _hang_up(self) -> None:
+        """Close once everything is written, or say that and wait a moment for the sender to do so.
 
-        Closing would wait for what is written to be read.
+        What it still sends is read away: a close with anything unread would reset the connection, and take
+        the answer back.
+        """
+        transport = cast("asyncio.Transport", self._transport)
+        if transport.is_closing() or not (self._is_over or self._is_held):
+            transport.close()
+            return
+        self._is_over, self._is_held, self._is_full, self._behind = True, False, False, b""
+        self._patience, self._silent_since = LINGERING, self._loop.time()
+        transport.write_eof()
+        self._read_or_not()
+
+    def close_if_silent(self, now: float) -> None:
+        """Cut it off if for too long nothing was asked, or an answer not read to its end.
+
+        `now` is as in `loop.time()`. Closing would wait for what is written to be read.
         """
         waits = self._task is None or self._unread is not None
         if waits and self._transport is not None and now - self._silent_since >= self._patience:
             self._transport.abort()
 
     async def shutdown(self, seconds: float) -> None:
-        """Hang up, after at most so many seconds for the request under way."""
-        self._is_over = True
+        """Hang up, after at most so many seconds for the request under way, whose body may still come."""
+        self._is_leaving = True
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
         if self._task is not None:
             self._task.cancel()
-            self._task = None
-        if self._transport is not None:
+            await asyncio.wait([self._task])
+        if self._transport is None:
+            return
+        if self._unread is None:
             self._transport.close()
+        else:  # its answer has been told lost
+            self._transport.abort()

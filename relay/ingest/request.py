@@ -9,7 +9,11 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Request:
-    """One request; a `web.Request` can do more, and costs an event half of what the relay itself does."""
+    """One request; a `web.Request` can do more, and costs an event half of what the relay itself does.
+
+    What follows a chunked body or an offer to upgrade on the same connection is not to be trusted: the parser
+    takes a trailer for a header of the next request, and loses what comes behind an offer. So these are last.
+    """
 
     __slots__ = ("_head", "_transport", "content", "headers", "is_1_1", "is_kept", "method")
 
@@ -17,7 +21,7 @@ class Request:
         self.method = head.method
         self.headers = head.headers
         self.content = content
-        self.is_kept = not head.should_close  # the sender wants its connection kept
+        self.is_kept = not (head.should_close or head.chunked or head.upgrade)  # the connection, afterwards
         self.is_1_1 = head.version == HttpVersion11  # not 1.0
         self._head = head
         self._transport = transport
