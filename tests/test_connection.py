@@ -88,8 +88,12 @@ async def test_a_request_that_waits_for_nothing_costs_no_task(site):
         await until(lambda: len(asked) == 2)
         await wire.send(b"{}")
         await wire.answer()
+        site.server.under_way = 1
+        await wire.send(request("POST", "/", b"{}"))
+        await wire.answer()
     assert asked[0] is None
     assert asked[1] is not None  # as its body has to be waited for
+    assert asked[2] is not None  # as others wait for their commit
 
 
 async def test_a_connection_that_is_over_leaves_nothing_to_the_garbage_collector(site):

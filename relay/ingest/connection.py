@@ -29,6 +29,8 @@ READ_AHEAD = 2**18  # bytes: with twice as many of a body unread, no more are ta
 class Owner(Protocol):
     """Who has the connection, and answers what it is asked."""
 
+    under_way: int  # requests, of all its connections
+
     def connection_made(self, connection: "Connection", transport: asyncio.Transport) -> None:
         """Count it in."""
         ...
@@ -163,9 +165,14 @@ class Connection(asyncio.Protocol):
     # --- answering ------------------------------------------------------------------------------------
 
     def _begin(self, request: Request, *, at_once: bool) -> None:
+        """Begin `at_once` where nobody else waits, else in a turn of the loop with others that have come.
+
+        What comes together is to be committed together: begun one by one, the same events took half as much
+        CPU again, in more and smaller transactions.
+        """
         self._request = request
         self._patience = KEEPALIVE
-        if not (at_once and request.content.is_eof()):
+        if not at_once or self._owner.under_way or not request.content.is_eof():
             self._task = self._loop.create_task(self._serve(request))
         elif (task := begin(self._serve(request))) is not None:
             self._task = task

@@ -31,7 +31,7 @@ class Server:
         self.connections: set[Connection] = set()
         self._handle = handle
         self._listener: asyncio.Server | None = None
-        self._under_way = 0
+        self.under_way = 0
         self._idle = asyncio.Event()
         self._leaving = False
         self._sweep: asyncio.TimerHandle | None = None  # while there are connections
@@ -66,12 +66,12 @@ class Server:
 
     async def answer(self, request: Request) -> Response:
         """Answer one request, counted as under way meanwhile."""
-        self._under_way += 1
+        self.under_way += 1
         try:
             response = await self._handle(request)
         finally:
-            self._under_way -= 1
-            if not self._under_way:
+            self.under_way -= 1
+            if not self.under_way:
                 self._idle.set()
         if self._leaving or len(self.connections) > MOST_KEPT:
             response.force_close()
@@ -90,7 +90,7 @@ class Server:
 
     async def finish(self, seconds: float) -> None:
         """Wait for so long until no request is under way."""
-        if self._under_way:
+        if self.under_way:
             self._idle.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
