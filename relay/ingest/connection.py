@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
         """Go on with a body that has been read; told by `StreamReader`."""
         was_full, self._is_full = self._is_full, False
         if resume_parser and self._request is not None and not self._request.content.is_eof():
-            self._parse(b"")  # also if it is not full: the parser pauses a body late, and so maybe the next
+            self._parse(b"")  # also if it is not full: told so at the end of a chunk, the parser pauses later
         if was_full:
             self._read_or_not()
 
