@@ -7,6 +7,7 @@ import msgspec
 from relay.hookspecs import hookimpl
 from relay.source import (
     EMPTY,
+    VERSION,
     Accepted,
     Event,
     Incoming,
@@ -37,14 +38,13 @@ class Notification(msgspec.Struct):
 
 
 class Moddy(Source, kind="moddy", owns=("/internal",)):
-    """Moddy: `POST /internal/event/notify`, and `GET /internal/health` for everyone."""
+    """Moddy: `POST /internal/event/notify`, and `GET /internal/health`, which checks the secret."""
 
     tokens: Secrets
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand one of the tokens, but for the health check."""
-        if incoming.path != HEALTH:
-            incoming.bearer(self.tokens)
+        """Demand one of the tokens, for the health check too: the bot checks its secret by it."""
+        incoming.bearer(self.tokens)
 
     @route("POST", PATH)
     def notify(self, incoming: Incoming) -> Accepted:
@@ -61,9 +61,16 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
 
     @route("GET", HEALTH)
     def health(self, incoming: Incoming) -> Reply:
-        """Say that the backend is there: the bot asks before it sends."""
+        """Answer the bot's start-up check, whose secret `verify` has accepted."""
         _ = incoming
-        return Reply(body={"status": "healthy", "message": "Backend is running"})
+        return Reply(
+            body={
+                "status": "healthy",
+                "service": "hookferry",
+                "version": VERSION,
+                "message": "Backend is running",
+            }
+        )
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
         """Answer as the bot's own backend does: `error` for who, `detail` for what."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
+from relay import __version__
 from relay.config.secret import Secret, Secrets
 from relay.errors import (
     BodyTimeout,
@@ -38,12 +39,16 @@ from relay.model import (
 from relay.units import Duration, Rate, Size
 
 __all__ = [
-    "EMPTY", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
+    "EMPTY", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
     "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
     "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
     "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "route",
 ]  # fmt: skip
+
+
+VERSION = __version__
+"""The relay's version, for replies that tell it."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,8 +3,9 @@
 `samples/<kind>/<case>/request.http` is one HTTP/1.1 request. Lines of its head may end with LF, the
 file's last newline is not part of the body, `{fill:N}` stands for N letters and `Content-Length:
 {auto}` for the body's own. `expect.json` beside it says what comes back and what is kept; in it
-`<event_id>` and `<uuid>` stand for an id with and without `evt_`. `worker` names the change, the
-worker's id, and what its row says after the change was applied to an empty registry.
+`<event_id>` and `<uuid>` stand for an id with and without `evt_`, `<version>` for the relay's own.
+`worker` names the change, the worker's id, and what its row says after the change was applied to an
+empty registry.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from relay import __version__
 from relay.config.secret import Credential, Secrets, digest
 from relay.source import Source
 from relay.sources.adorn import Adorn
@@ -23,7 +25,11 @@ from relay.sources.whatsapp import WhatsApp
 
 ROOT = Path(__file__).parent / "samples"
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-_PLACEHOLDERS = {"<event_id>": re.compile(f"evt_{UUID}"), "<uuid>": re.compile(UUID)}
+_PLACEHOLDERS = {
+    "<event_id>": re.compile(f"evt_{UUID}"),
+    "<uuid>": re.compile(UUID),
+    "<version>": re.compile(re.escape(__version__)),
+}
 _FILL = re.compile(rb"\{fill:([0-9]+)\}")
 
 

@@ -328,7 +328,7 @@ async def test_a_plugin_that_fails_costs_its_own_500_with_nothing_stored(flawed:
     assert "x-injected" not in answer.headers
     assert await flawed.rows() == []
     assert flawed.counted("relay_plugin_errors_total", plugin="flawed") == before + 1
-    other = await exchange(flawed.addresses.public, request("GET", "/internal/health"))
+    other = await exchange(flawed.addresses.public, request("GET", "/internal/health", **AUTHORIZED["moddy"]))
     assert other.status == 200
 
 

@@ -222,8 +222,8 @@ prefix = "/acme"
 tokens = ["dev-token"]
 """
     async with running(write_config(tmp_path, SOURCES, second)) as relay:
-        assert (await relay.exchange(request("GET", "/acme/internal/health"))).status == 200
-        assert (await relay.exchange(request("GET", "/internal/health"))).status == 200
+        assert (await relay.exchange(request("GET", "/acme/internal/health", **TOKEN))).status == 200
+        assert (await relay.exchange(request("GET", "/internal/health", **TOKEN))).status == 200
         assert (await relay.exchange(request("GET", "/acme/internal/nothing"))).json == {
             "detail": "No such path"
         }

@@ -3,6 +3,7 @@
 import pytest
 from samples import sources
 
+from relay import __version__
 from relay.errors import Draining, PluginFailed, Unauthenticated
 from relay.incoming import Incoming
 from relay.sources.moddy import HEALTH, PATH
@@ -34,7 +35,15 @@ def test_passing_trouble_is_json_too():
     assert (reply.status, reply.body) == (503, {"detail": "Shutting down"})
 
 
-def test_the_health_check_needs_no_token_and_the_event_does():
-    SOURCE.verify(Incoming.of("GET", HEALTH))
+@pytest.mark.parametrize("path", [route[1] for route in SOURCE.routes()])
+@pytest.mark.parametrize("header", [{}, {"Authorization": "dev-token"}, {"Authorization": "Bearer wrong"}])
+def test_no_path_is_answered_without_the_secret(path, header):
     with pytest.raises(Unauthenticated):
-        SOURCE.verify(HEAD)
+        SOURCE.verify(Incoming.of("GET", path, header))
+
+
+def test_the_health_check_is_answered_with_the_secret():
+    incoming = Incoming.of("GET", HEALTH, {"Authorization": "Bearer dev-token"})
+    SOURCE.verify(incoming)
+    reply = SOURCE.health(incoming)
+    assert (reply.status, reply.body["status"], reply.body["version"]) == (200, "healthy", __version__)
