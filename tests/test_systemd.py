@@ -384,6 +384,12 @@ def units(tmp_path):
     return sorted(tmp_path.iterdir())
 
 
+def settings(unit):
+    """Return what a unit sets, by name; the last one counts."""
+    lines = [line for line in unit.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
 def analyze(*arguments):
     command = ("systemd-analyze", *map(str, arguments))
     return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -410,6 +416,12 @@ def test_the_service_is_exposed_at_1_4_at_most(units):
     assert judged.returncode == 0, judged.stdout
     service.write_text(service.read_text().replace("ProtectSystem=strict\n", "").replace("User=relay\n", ""))
     assert analyze("security", "--offline=true", "--threshold=14", service).returncode != 0
+
+
+def test_the_service_sees_the_users_of_the_machine_so_that_the_audit_names_them():
+    told = settings(UNITS / "relay.service")
+    hiding = {"PrivateUsers", "PrivateUsersEx", "UserNamespacePath", "DynamicUser", "RootImage"}
+    assert told.keys() & hiding == set()  # with these it would say "nobody"
 
 
 @pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])
