@@ -132,3 +132,15 @@ def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
     assert "reads or sorts all of something" not in done.stdout
     assert re.search(r"^  +[0-9.]+ ms  books of all destinations", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
+
+
+def test_resident_memory_is_printed_beside_its_target():
+    command = [sys.executable, "-m", "bench.memory", "0.002"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    title, *rows, verdict = done.stdout.splitlines()
+    assert title.startswith("resident memory after large events")
+    assert [row.split(" KB")[0].split() for row in rows] == [
+        ["20", "x", "10"], ["8", "x", "100"], ["3", "x", "400"],
+    ]  # fmt: skip
+    assert all(re.search(r" [0-9]+ MB, at most +[0-9]+ MB, +[0-9]+ us of CPU each", row) for row in rows)
+    assert verdict == "target 200 MB after each: met"

@@ -111,23 +111,26 @@ class Client:
                     response = await self._request_anew(url, headers, body, times)
                 whole = await _read(response, kept)
         except (ClientError, HttpProcessingError, OSError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # aiohttp's frames refer to the error, ours to the body
         finally:
             if response is not None:
                 response.end()
         duration_ms = (time.perf_counter() - started) * 1000
-        if response is None:
-            result, text = self._name(failure, dialled)
-            return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
-        return Answer(
-            result=of_status(response.status),
-            status=response.status,
-            error=self._remark(response, failure),
-            headers=_steering(response),
-            body=bytes(kept),
-            truncated=not whole,
-            duration_ms=duration_ms,
-        )
+        try:
+            if response is None:
+                result, text = self._name(failure, dialled)
+                return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
+            return Answer(
+                result=of_status(response.status),
+                status=response.status,
+                error=self._remark(response, failure),
+                headers=_steering(response),
+                body=bytes(kept),
+                truncated=not whole,
+                duration_ms=duration_ms,
+            )
+        finally:
+            failure = None  # what it was raised from leads to this frame: a cycle, until the collector runs
 
     async def close(self) -> None:
         """Close every connection; requests under way end as failures."""

@@ -78,5 +78,6 @@ async def _read_slowly(content: StreamReader, limit: int, seconds: float, budget
         raise
     except Exception as error:
         budget.give(size)
+        error.__traceback__ = None  # the content keeps the error: a cycle by way of this frame and its chunks
         raise Malformed("The body was cut short") from error
     return b"".join(chunks)

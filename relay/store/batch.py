@@ -91,7 +91,7 @@ class Batch:
         self.tallies = Tallies()
         self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
         self.deliveries: list[Delivery] = []
-        self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules, self.bear)
+        self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules)
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
@@ -129,6 +129,7 @@ class Batch:
         sent: tuple[Command, ...] = ()
         if acceptance.change is not None:
             worker, sent = self.fleet.change(acceptance.source, acceptance.change)
+            self.bear_all()
         elif acceptance.asks is not None:
             worker = self.fleet.get((acceptance.source, acceptance.asks))
         if event is None:
@@ -185,6 +186,16 @@ class Batch:
         if restored.owe:
             for owed in self._route(event):
                 self.owe(owed, event.id, len(event.body), event)
+
+    def bear_all(self) -> None:
+        """Take in what happened to workers.
+
+        `fleet` does not call back: with a reference to its batch, both would stay in memory, with all bodies,
+        until the collector of cycles runs.
+        """
+        born, self.fleet.born = self.fleet.born, []
+        for source, each in born:
+            self.bear(source, each)
 
     def bear(self, source: str, born: Born) -> None:
         """Take in an event that the relay itself gives birth to, routed like any other."""

@@ -37,6 +37,7 @@ BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 
 async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     """Write everything, inside the transaction that the caller began."""
+    batch.bear_all()
     await _write_ends(batch, transaction, holds)
     if batch.hurrying:
         await hurry(batch, transaction)

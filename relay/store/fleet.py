@@ -40,12 +40,11 @@ class Fleet:
         roster: Roster,
         now: Now,
         rules: Callable[[str, str], WorkerRules],
-        bear: Callable[[str, Born], None],
     ) -> None:
         self._roster = roster
         self._now = now
         self._rules = rules
-        self._bear = bear
+        self.born: list[tuple[str, Born]] = []  # source and event, not yet in the batch
         self.workers: dict[WorkerKey, Worker] = {}
         self.seen: dict[WorkerKey, Worker] = {}  # rows to be written as they are in memory
         self.holding = False
@@ -75,7 +74,7 @@ class Fleet:
             self._take_over(source, change)
         self._move(key, step.worker)
         for born in step.born:
-            self._bear(source, born)
+            self.born.append((source, born))
         if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
             return step.worker, ()
         self._measure(key, step.worker)
@@ -95,7 +94,7 @@ class Fleet:
             if silence is not None:
                 after, born = silence
                 self._move(key, after)
-                self._bear(row.source, born)
+                self.born.append((row.source, born))
                 marked.append(after)
                 if len(marked) == most:
                     break

@@ -13,6 +13,12 @@ from relay.store.transaction import Transaction
 ROWS = 64
 """Each count up to this is one cached statement; preparing a new text costs more than it saves."""
 
+MOST_BYTES = 128 * 1024
+"""Of large columns in one statement of several rows.
+
+SQLite's Python module keeps what was last bound to each cached statement until it is bound anew: 64 texts
+of 64 rows of 400 KB would be 800 MB."""
+
 
 def insert(
     transaction: Transaction,
@@ -23,8 +29,8 @@ def insert(
     verb: str = "INSERT",
     then: str = "",
 ) -> None:
-    """Have rows inserted; `then` is an `ON CONFLICT` clause."""
-    for chunk in _chunks(rows):
+    """Have rows inserted; `then` is an `ON CONFLICT` clause. A table's large column is its last one."""
+    for chunk in _portions(rows):
         values = _values(len(chunk), len(chunk[0]))
         transaction.run(f"{verb} INTO {into} ({columns}) VALUES {values} {then}", _flat(chunk))
 
@@ -42,6 +48,20 @@ async def fetch(transaction: Transaction, sql: str, rows: Sequence[Row]) -> list
         text = sql.format(values=_values(len(chunk), len(chunk[0])))
         found += await transaction.fetch(text, _flat(chunk))
     return found
+
+
+def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Split rows by count and by the bytes of their last column; a row above `MOST_BYTES` is alone."""
+    begin = size = 0
+    for at, row in enumerate(rows):
+        last = row[-1]
+        weight = len(last) if isinstance(last, bytes) else 0
+        if at - begin == ROWS or (size + weight > MOST_BYTES and at > begin):
+            yield rows[begin:at]
+            begin, size = at, 0
+        size += weight
+    if begin < len(rows):
+        yield rows[begin:]
 
 
 def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
