@@ -13,6 +13,7 @@ from relay.delivery.engine import Engine, Plan
 from relay.delivery.routing import router_of
 from relay.filters import Router
 from relay.ingest.receive import Ingest
+from relay.ingest.remote import Remote
 from relay.ingest.routes import Mount, mounts_of
 from relay.loader import Setup
 from relay.metrics import Metrics
@@ -46,7 +47,7 @@ class State:
             store=store,
             clock=clock,
             metrics=metrics,
-            trusted_proxies=config.server.trusted_proxies,
+            remote=_remote_of(config),
         )
         self.engine = Engine(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
@@ -94,7 +95,7 @@ class State:
         config = draft.setup.config
         self.setup = draft.setup
         self._count(config)
-        self.ingest.mount(draft.mounts, config.server.trusted_proxies)
+        self.ingest.mount(draft.mounts, _remote_of(config))
         self._store.rules = draft.rules.of
         if draft.rules.shortest_interval != self.watch.interval:
             self.watch.go_by(draft.rules.shortest_interval)
@@ -109,3 +110,7 @@ class State:
             self._metrics.count_workers(name, self._store.census)
         for name in config.destinations:
             self._metrics.add_destination(name)
+
+
+def _remote_of(config: Config) -> Remote:
+    return Remote(config.server.trusted_proxies, config.server.forwarded_header)

@@ -31,6 +31,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     listen: Annotated[str, _check(checks.listen)] = "127.0.0.1:8080"
     max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
     trusted_proxies: tuple[Annotated[str, _check(checks.network)], ...] = ()
+    forwarded_header: Literal["X-Forwarded-For", "Forwarded"] = "X-Forwarded-For"
     shutdown_grace: Duration = 20.0
 
 

@@ -51,7 +51,7 @@ class Ingest:
         store: Store,
         clock: Clock,
         metrics: Metrics,
-        trusted_proxies: tuple[str, ...] = (),
+        remote: Remote,
         body_seconds: float = BODY_SECONDS,
         most_bytes: int = MOST_BYTES,
     ) -> None:
@@ -66,9 +66,9 @@ class Ingest:
         self._echoes = Echoes(clock)
         self._log = Sparing(log, clock)
         self._tasks: set[asyncio.Task[None]] = set()
-        self.mount(mounts, trusted_proxies)
+        self.mount(mounts, remote)
 
-    def mount(self, mounts: Iterable[Mount], trusted_proxies: tuple[str, ...]) -> None:
+    def mount(self, mounts: Iterable[Mount], remote: Remote) -> None:
         """Serve these sources from now on, in one step; requests under way end as they began.
 
         One that was served before stays paused if it is, and its rate buckets are not filled up.
@@ -80,7 +80,7 @@ class Ingest:
             if name not in self._meters:  # that of a source which is gone stays, for its last requests
                 self._meters[name] = _Meter(self._metrics, name)
         self._routes = Routes(tuple(self.mounts.values()))
-        self._remote = Remote(trusted_proxies)
+        self._remote = remote
         self.gate.keep(self.mounts)
 
     async def handle(self, request: Request) -> Response:
@@ -262,7 +262,7 @@ class Ingest:
             self._fail(mount, incoming, error, request)
             response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
-        sender = self._remote.of(peer, incoming.header("X-Forwarded-For"))
+        sender = self._remote.of(peer, incoming.headers)
         self._log.info(
             what,
             f"{what}: {refusal.message} ({sender})",

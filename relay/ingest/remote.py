@@ -1,41 +1,102 @@
-"""Where a request came from: the peer, or behind a proxy that is trusted, whom that one names."""
+"""The address of a request's sender: the peer, or the address that a trusted proxy names."""
 
 import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from multidict import CIMultiDictProxy
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+ForwardedHeader = Literal["X-Forwarded-For", "Forwarded"]
+
+MOST_HOPS = 32
+"""Entries of a chain that are looked at, from the nearest on; real chains have two or three."""
+
+_PORT = re.compile(r"\[(?P<v6>[^\]]+)\](?::\d{1,5})?|(?P<v4>[0-9.]+):\d{1,5}", re.ASCII)
+_PAIR = re.compile(
+    r"""\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*+"|[^";\s]*)\s*(?:;|\Z)"""
+)  # RFC 7239, 4
+_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 class Remote:
-    """Names senders for the log; `X-Forwarded-For` is believed from trusted proxies only."""
+    """Finds senders' addresses in one header, which only trusted proxies are believed about.
 
-    def __init__(self, trusted: tuple[str, ...]) -> None:
-        """Take addresses and networks."""
-        self._trusted: tuple[Network, ...] = tuple(
-            ipaddress.ip_network(text, strict=False) for text in trusted
-        )
+    Args:
+        trusted: addresses and networks of proxies; an IPv4 one also stands for its IPv4-mapped form.
+        header: the one header that is read. A proxy passes the other one on as the sender wrote it.
+    """
 
-    def of(self, peer: str | None, forwarded: str) -> str:
-        """Return the sender's address: the last one in the chain that is no proxy of ours.
+    def __init__(self, trusted: tuple[str, ...] = (), header: ForwardedHeader = "X-Forwarded-For") -> None:
+        self._trusted = tuple(_unmapped(ipaddress.ip_network(text, strict=False)) for text in trusted)
+        self._header = header
 
-        Whoever is not trusted may have written anything further left, and what is no address ends the
-        chain: the answer is then the last hop that is known.
+    def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> str:
+        """Return the sender's address: the nearest one in the chain that is no trusted proxy.
+
+        All lines of the header make one chain (RFC 9110, 5.3), in which each proxy adds its peer at the end.
+        Whoever is not trusted may have written anything further left. An entry that is no address ends the
+        chain; the answer is then the last hop that is known.
         """
         if not peer:
             return "unknown"
-        sender, chain = peer, [part.strip() for part in forwarded.split(",")]
-        while chain and self._is_trusted(sender):
-            hop = chain.pop()
-            try:
-                sender = str(ipaddress.ip_address(hop))
-            except ValueError:
-                break
-        return sender
+        sender = _address(peer)
+        if sender is None:
+            return peer
+        if self._trusted and self._is_trusted(sender):
+            for hop in self._hops(headers):
+                address = _address(hop)
+                if address is None:
+                    break
+                sender = address
+                if not self._is_trusted(sender):
+                    break
+        return str(sender)
 
-    def _is_trusted(self, address: str) -> bool:
-        if not self._trusted:
-            return False
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(parsed in network for network in self._trusted)
+    def _hops(self, headers: CIMultiDictProxy[str]) -> Iterator[str]:
+        """Yield the chain from the nearest hop on."""
+        entries = ",".join(headers.getall(self._header, ())).rsplit(",", MOST_HOPS)[-MOST_HOPS:]
+        hops = (entry.strip() for entry in reversed(entries))
+        if self._header == "Forwarded":
+            return (_named(hop) for hop in hops if hop)
+        return (hop for hop in hops if hop)
+
+    def _is_trusted(self, address: Address) -> bool:
+        return any(address in network for network in self._trusted)
+
+
+def _named(element: str) -> str:
+    """Return what one element of RFC 7239 names as `for`, `""` where it is malformed or names nothing.
+
+    The caller splits at every comma. No address holds one, and a quote that a sender never closed cannot hide
+    the elements of the proxies behind it.
+    """
+    named, at = "", 0
+    while at < len(element):
+        pair = _PAIR.match(element, at)
+        if pair is None or (named and pair[1].lower() == "for"):
+            return ""
+        if pair[1].lower() == "for":
+            named = re.sub(r"\\(.)", r"\1", pair[2][1:-1]) if pair[2].startswith('"') else pair[2]
+        at = pair.end()
+    return named
+
+
+def _address(text: str) -> Address | None:
+    """Read an address, with or without a port; an IPv4-mapped one is the IPv4 address that it stands for."""
+    if with_port := _PORT.fullmatch(text):
+        text = with_port["v6"] or with_port["v4"]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])  # without the zone of a link-local one
+    except ValueError:
+        return None
+    return (address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None) or address
+
+
+def _unmapped(network: Network) -> Network:
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
+        low = network.network_address.ipv4_mapped
+        return ipaddress.IPv4Network((int(low or 0), network.prefixlen - _MAPPED.prefixlen))
+    return network
