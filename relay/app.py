@@ -21,9 +21,10 @@ from relay.clock import SECOND, Clock, SystemClock
 from relay.config.find import socket_path
 from relay.config.model import Config
 from relay.delivery.progress import Progress
+from relay.descriptors import connection_cap, raise_limit
 from relay.errors import RelayError
 from relay.health import Health
-from relay.ingest.server import Server
+from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.jobs import Jobs
 from relay.lag import Lag
 from relay.listeners import address, bind, bind_unix, listen, url
@@ -161,7 +162,9 @@ class App:
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
-            server = Server(self.ingest.handle)
+            server = Server(
+                self.ingest.handle, max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS)
+            )
             await server.listen(public)
             life.push_async_callback(self._close, server)
 

@@ -144,6 +144,60 @@ async def test_senders_that_hold_their_connections_keep_nobody_out(site, monkeyp
         await until(lambda: len(site.server.connections) == 4)
 
 
+async def test_at_the_cap_the_oldest_silent_connection_makes_room_for_a_new_one(site):
+    """Whether it never asked, asked half a head, or was answered and kept."""
+    site.server.max_connections, loop = 4, asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as opened:
+
+        async def open_one():
+            wire = await opened.enter_async_context(await Wire.open(site.url))
+            await until(lambda: len(site.server.connections) == min(len(wires) + 1, 4))
+            wires.append(wire)
+            moment = loop.time()
+            await until(lambda: loop.time() > moment)  # uvloop's clock ticks in milliseconds
+            return wire
+
+        wires = []
+        answered = await open_one()
+        await open_one()
+        half = await open_one()
+        await half.send(b"GET /half HTTP/1.1\r\n")
+        await open_one()
+        await answered.send(request("GET", "/"))
+        assert (await answered.answer()).status == 200
+        for gone in (1, 2, 3, 0):  # the first was the last to ask
+            newest = await open_one()
+            assert await wires[gone].closed()
+            assert len(site.server.connections) == 4
+            await newest.send(request("GET", "/new"))
+            assert (await newest.answer()).body == b"/new"
+
+
+async def test_at_the_cap_a_connection_whose_request_is_under_way_is_not_cut_off(site):
+    site.server.max_connections = 2
+    site.open.clear()
+    async with contextlib.AsyncExitStack() as opened:
+        busy = await opened.enter_async_context(await Wire.open(site.url))
+        await busy.send(request("GET", "/busy"))
+        await site.asked.wait()
+        wires = [await opened.enter_async_context(await Wire.open(site.url)) for _ in range(5)]
+        for silent in wires[:-1]:
+            assert await silent.closed()
+        site.open.set()
+        assert (await busy.answer()).body == b"/busy"
+
+
+async def test_a_flood_of_silent_connections_keeps_no_sender_out(site):
+    site.server.max_connections = 100
+    async with contextlib.AsyncExitStack() as held:
+        for _ in range(500):
+            await held.enter_async_context(await Wire.open(site.url))
+        async with await Wire.open(site.url) as wire:
+            await wire.send(request("GET", "/honest"))
+            assert (await wire.answer()).body == b"/honest"
+        assert len(site.server.connections) <= 100
+
+
 async def test_a_connection_is_not_idle_while_its_request_is_under_way(site, impatient):
     site.open.clear()
     async with await Wire.open(site.url) as slow, await Wire.open(site.url) as idle:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
         "relay", "errors", "units", "clock", "ids", "model", "rate", "eager", "terminal", "logs", "health",
-        "statedir", "systemd", "watchdog", "listeners",
+        "statedir", "systemd", "watchdog", "listeners", "descriptors",
     ),
     (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",

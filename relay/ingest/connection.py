@@ -271,6 +271,16 @@ class Connection(asyncio.Protocol):
         transport.write_eof()
         self._read_or_not()
 
+    @property
+    def silent_since(self) -> float | None:
+        """When the last request was answered, or the connection made (loop time); None: one is under way."""
+        return self._silent_since if self._request is None else None
+
+    def cut_off(self) -> None:
+        """End it at once, without waiting for anything that is written to be read."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def close_if_silent(self, now: float) -> None:
         """Cut it off if for too long nothing was asked, or an answer not read to its end.
 

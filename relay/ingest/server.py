@@ -1,6 +1,7 @@
 """What listens for senders, hardened for the open internet: caps, deadlines, and never a word of HTML."""
 
 import asyncio
+import heapq
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -11,6 +12,9 @@ from relay.ingest.response import Response, farewell
 from relay.listeners import BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
+YIELDING = 64
+"""Silent connections that one look at all of them finds, oldest first, to make room for new ones."""
+
 MOST_KEPT = 512
 """Connections beyond which none is kept after its answer.
 
@@ -34,6 +38,7 @@ class Server:
         self.under_way = 0
         self._idle = asyncio.Event()
         self._leaving = False
+        self._yielding: list[Connection] = []  # silent ones at the last look, the oldest at the end
         self._sweep: asyncio.TimerHandle | None = None  # while there are connections
 
     async def listen(self, sock: socket.socket) -> None:
@@ -42,9 +47,12 @@ class Server:
         self._listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
 
     def connection_made(self, connection: Connection, transport: asyncio.Transport) -> None:
-        """Count a connection in, or send it away beyond the cap."""
+        """Count a connection in; at the cap the oldest silent one makes room, or this one is sent away."""
+        is_full = len(self.connections) >= self.max_connections
+        if is_full and self._make_room():
+            is_full = False
         self.connections.add(connection)
-        if len(self.connections) > self.max_connections:
+        if is_full:
             transport.write(farewell(503, "overload", "Too many connections", **{"Retry-After": "1"}))
             transport.close()
         if self._sweep is None:
@@ -53,6 +61,21 @@ class Server:
     def connection_lost(self, connection: Connection) -> None:
         """Count a connection out."""
         self.connections.discard(connection)
+
+    def _make_room(self) -> bool:
+        """Cut off the connection that has been silent for longest; False: every one is being answered."""
+        for look in (False, True):
+            if look:
+                silent = [each for each in self.connections if each.silent_since is not None]
+                self._yielding = heapq.nsmallest(YIELDING, silent, key=lambda each: each.silent_since or 0.0)
+                self._yielding.reverse()
+            while self._yielding:
+                connection = self._yielding.pop()
+                if connection in self.connections and connection.silent_since is not None:
+                    self.connections.discard(connection)  # at once: its end is told in a later turn
+                    connection.cut_off()
+                    return True
+        return False
 
     def _look_again(self) -> None:
         self._sweep = asyncio.get_running_loop().call_later(SWEEP_EVERY, self._close_silent)
