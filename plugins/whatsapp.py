@@ -102,6 +102,9 @@ class WhatsApp(
         """Register an id, or the same id again after a restart."""
         body = incoming.decode(Registration)
         worker_id = check_id(body.worker_id, "workerId")
+        if worker_id in (".", ".."):
+            # Clients and proxies take them out of a path, even percent-encoded: no heartbeat would arrive.
+            raise Invalid(field="workerId", issue="no heartbeat can be sent for it")
         change = Register(
             worker_id=worker_id,
             endpoint=_text(body.endpoint),
@@ -126,7 +129,7 @@ class WhatsApp(
 
         return Accepted(worker=change, reply=reply)
 
-    @served("PUT", "/workers/{worker}/heartbeat")
+    @served("PUT", "/workers/{worker:path}/heartbeat")
     def heartbeat(self, incoming: Incoming) -> Accepted:
         """Take a sign of life, also from a worker that never registered."""
         worker_id = check_id(incoming.params["worker"], "workerId")
@@ -143,19 +146,19 @@ class WhatsApp(
         """Take leave of the worker that the body names."""
         return _farewell(incoming.decode(Farewell).worker_id)
 
-    @served("DELETE", "/workers/{worker}")
+    @served("DELETE", "/workers/{worker:path}")
     def delete(self, incoming: Incoming) -> Accepted:
         """Take leave of the worker that the path names."""
         return _farewell(incoming.params["worker"])
 
-    @served("POST", "/workers/{worker}/events")
+    @served("POST", "/workers/{worker:path}/events")
     def event(self, incoming: Incoming) -> Accepted:
         """Take an event of a worker; unlike the webhooks it must have an envelope."""
         reply = {"success": True, "message": "Event received"}
         return _accept(incoming, incoming.decode(Notice), reply, of_session=True)
 
     @served("POST", "/webhooks/session-status")
-    @served("POST", "/webhooks/session-status/{session}")
+    @served("POST", "/webhooks/session-status/{session:path}")
     def session_status(self, incoming: Incoming) -> Accepted:
         """Take a change of a session; a flat one gets its type from its status."""
         notice = incoming.decode(Notice)
@@ -171,17 +174,17 @@ class WhatsApp(
         reply = {"success": True, "message": "Message status updated"}
         return _accept(incoming, incoming.decode(Notice), reply, flat="message_status")
 
-    @served("POST", "/workers/{worker}/sessions/recovery-status")
+    @served("POST", "/workers/{worker:path}/sessions/recovery-status")
     def recovery_status(self, incoming: Incoming) -> Accepted:
         """Take how the recovery of a worker's sessions went."""
         return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.recovery_status")
 
-    @served("POST", "/workers/{worker}/sessions-preserved")
+    @served("POST", "/workers/{worker:path}/sessions-preserved")
     def sessions_preserved(self, incoming: Incoming) -> Accepted:
         """Take note of the sessions that a worker kept at its shutdown."""
         return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.preserved")
 
-    @served("GET", "/workers/{worker}/sessions/assigned")
+    @served("GET", "/workers/{worker:path}/sessions/assigned")
     def assigned(self, incoming: Incoming) -> Accepted:
         """Answer with the sessions that the worker itself last reported: nobody else assigns any."""
         worker_id = check_id(incoming.params["worker"], "workerId")
@@ -200,11 +203,12 @@ class WhatsApp(
     def samples(self) -> tuple[Incoming, ...]:
         """See `Source.samples`."""
         headers = {"Content-Type": "application/json"}
-        base = "/api/v1"
+        one = f"/api/v1/workers/{_SAMPLE_ID}"
         return (
-            Incoming.of("POST", f"{base}/workers/register", headers, _REGISTER),
-            Incoming.of("PUT", f"{base}/workers/worker-001/heartbeat", headers, _BEAT, worker="worker-001"),
-            Incoming.of("POST", f"{base}/webhooks/session-status", headers, _QR_READY),
+            Incoming.of("POST", "/api/v1/webhooks/session-status", headers, _QR_READY),
+            Incoming.of("POST", "/api/v1/workers/register", headers, _REGISTER),
+            Incoming.of("PUT", f"{one}/heartbeat", headers, _BEAT, worker=_SAMPLE_ID),
+            Incoming.of("DELETE", one, worker=_SAMPLE_ID),
         )
 
 
@@ -353,9 +357,12 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value <= _LARGEST else None  # no bool
 
 
+_SAMPLE_ID = "hookferry-sample-worker"
+"""No real worker has it, nor the samples' endpoint or session: sending samples touches no live row."""
+
 _REGISTER = b"""{
-  "workerId": "worker-001",
-  "endpoint": "http://localhost:8001",
+  "workerId": "hookferry-sample-worker",
+  "endpoint": "http://hookferry-sample-worker.invalid:8001",
   "maxSessions": 50,
   "description": "Primary worker instance",
   "status": "ONLINE",
@@ -381,8 +388,8 @@ _BEAT = b"""{
 }"""
 _QR_READY = b"""{
   "event": "qr_ready",
-  "sessionId": "user123-session1",
-  "workerId": "worker-001",
+  "sessionId": "hookferry-sample-session",
+  "workerId": "hookferry-sample-worker",
   "data": {
     "status": "qr_required",
     "qrCode": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAA...",

@@ -17,6 +17,7 @@ Whoever follows the events hears `offline` and `online` in turn: a worker that w
 maintenance is `online` when it is ONLINE again, and not `offline` a second time.
 """
 
+import re
 from typing import Any
 
 import msgspec
@@ -52,6 +53,9 @@ RESTARTED = 5.0
 
 MOST_SESSIONS = 1000
 """Sessions kept per worker; each is a few dozen bytes in every event about it."""
+
+
+_CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|$)|^/|//|/$")
 
 
 class Now(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +124,18 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
 def former(row: Worker, now: Now) -> Worker:
     """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened."""
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))
+
+
+def changes_a_path(worker_id: str) -> str:
+    """Return what of an id a client has to percent-encode lest the path of its heartbeats means another id.
+
+    `""`: nothing. A `/` between other characters is understood as it is.
+
+    >>> changes_a_path("rack 1/w-7"), changes_a_path("w#7"), changes_a_path("a/../b"), changes_a_path("50%25")
+    ('', '#', '..', '%25')
+    """
+    found = _CHANGES_A_PATH.search(worker_id)
+    return found[0] if found else ""
 
 
 def shown(row: Worker) -> dict[str, Any]:

@@ -88,8 +88,11 @@ H = TypeVar("H", bound=Handler)
 def route(method: str, path: str) -> Callable[[H], H]:
     """Mark a method as the handler of a path; `{name}` stands for one segment, found in `params`.
 
-    Literal segments win over placeholders. One method may carry several routes.
+    Literal segments win over placeholders. One method may carry several routes. `{name:path}` stands for
+    one segment, and for several where no other route fits: for senders that do not encode a `/`.
     """
+    if path.count(":path}") > 1:
+        raise ValueError(f"{path}: a path may have one {{name:path}}")
 
     def mark(handler: H) -> H:
         routes = getattr(handler, "__routes__", ())

@@ -34,7 +34,7 @@ def config(tmp_path):
         ("compozy", ["user.created"]),
         ("lazychat", ["plugin.updated"]),
         ("moddy", ["member_joined"]),
-        ("whatsapp", ["register", "heartbeat", "qr_ready"]),
+        ("whatsapp", ["qr_ready", "register", "heartbeat", "unregister"]),
     ],
 )
 async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(config, source, types):
@@ -48,6 +48,21 @@ async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(conf
             )
             assert said.out.startswith("20"), said
         assert await relay.rows(source=source)
+
+
+async def test_a_sample_that_registers_says_what_comes_of_it_and_how_to_end_it(config):
+    async with running(config) as relay:
+        for type_, told in (
+            ("register", True),
+            ("heartbeat", True),
+            ("qr_ready", False),
+            ("unregister", False),
+        ):
+            wish = ("send", "whatsapp", type_, "-c", config, "--to", relay.addresses.public)
+            said = await asyncio.to_thread(run, *wish)
+            assert ("offline after 1m30s without a heartbeat" in said.err) is told
+            assert ("`relay send whatsapp unregister`" in said.err) is told
+        assert [w for w in relay.app.store.workers() if w.unregistered_at is None] == []
 
 
 async def test_another_body_can_be_sent(config, tmp_path):

@@ -25,7 +25,8 @@ from relay.loader import load
 from relay.signing import Signer
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
-ARRIVALS = [type_ for types in (*SAMPLES.values(), (OFFLINE,)) for type_ in types if type_]
+*_SENT, _FAREWELL = [type_ for types in SAMPLES.values() for type_ in types if type_]
+ARRIVALS = [*_SENT, OFFLINE, _FAREWELL]
 PATIENCE = 30  # seconds, for a machine that is busy with other things
 LATE = """
 from relay.cli import main

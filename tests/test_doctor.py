@@ -9,14 +9,14 @@ from stores import end, opened, send
 from support import FakeClock
 
 from relay.clock import SECOND
-from relay.model import Owed
-from relay.store import doctor
+from relay.model import Heartbeat, Owed, Register, Unregister
+from relay.store import Acceptance, doctor
 from relay.store.apart import Stop
 from relay.store.doctor import Patient, examine
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "version", "integrity", "conservation", "stuck", "bodies",
-    "clock", "room", "destinations",
+    "clock", "room", "destinations", "workers",
 ]  # fmt: skip
 
 
@@ -111,6 +111,25 @@ def test_what_is_wrong_inside_is_found(path, clock, sql, name, detail):
     assert list(found) == [name]
     assert detail in found[name][0]
     assert found[name][1]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+async def test_a_silent_worker_whose_id_changes_a_path_is_found_and_a_heard_one_is_not(path, clock, heard):
+    async with opened(path, clock) as store:
+        for id_ in ("a#b", "a/b", "w"):
+            await store.append(Acceptance(source="whatsapp", change=Register(worker_id=id_)))
+        await store.append(Acceptance(source="whatsapp", change=Register(worker_id="gone?")))
+        await store.append(Acceptance(source="whatsapp", change=Unregister(worker_id="gone?")))
+        clock.advance(91)
+        if heard:
+            await store.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id="a#b")))
+        await store.sweep()
+    checks = {check.name: check for check in examine(patient(path, clock), Stop())}
+    assert checks["workers"].ok is heard
+    if heard:
+        assert "1 workers are heard" in checks["workers"].detail
+    else:
+        assert checks["workers"].detail.endswith("not encoded: 'a#b' of whatsapp ('#')")
 
 
 def test_a_damaged_page_is_found_and_hides_no_other_check(path, clock):

@@ -35,6 +35,18 @@ class Paths(Source):
     def put(self, incoming):
         return Reply(body="put")
 
+    @route("GET", "/w/{id:path}/beat")
+    def beat(self, incoming):
+        return Reply(body="beat")
+
+    @route("GET", "/w/{id:path}/beat/now")
+    def now(self, incoming):
+        return Reply(body="now")
+
+    @route("DELETE", "/w/{id:path}")
+    def leave(self, incoming):
+        return Reply(body="leave")
+
 
 @pytest.fixture(scope="module")
 def routes():
@@ -53,11 +65,39 @@ def routes():
         ("/a/{one}/y", "both", {"one": "{one}", "two": "y"}),
         ("/a/%2F%20/%C3%A9", "both", {"one": "/ ", "two": "\u00e9"}),
         ("/a//end", "first", {"one": ""}),
+        ("/w/x/beat", "beat", {"id": "x"}),
+        ("/w/x%2Fy/beat", "beat", {"id": "x/y"}),
+        ("/w/x/y/beat", "beat", {"id": "x/y"}),
+        ("/w/x/y%2Fz/%C3%A9/beat", "beat", {"id": "x/y/z/\u00e9"}),
+        ("/w/x/beat/beat", "beat", {"id": "x/beat"}),
+        ("/w/http://x:1/beat", "beat", {"id": "http://x:1"}),
+        ("/w/x/beat/now", "now", {"id": "x"}),
+        ("/w/x/y/beat/now", "now", {"id": "x/y"}),
     ],
 )
 def test_the_template_with_the_fewest_placeholders_that_fits_wins(routes, path, body, params):
     match = routes.find(f"/mounted{path}")
     assert (match.handlers["GET"](None).body, match.params) == (body, params)
+
+
+def test_a_placeholder_spans_segments_only_for_a_method_that_it_has(routes):
+    match = routes.find("/mounted/w/x/y", "DELETE")
+    assert (match.handlers["DELETE"](None).body, match.params) == ("leave", {"id": "x/y"})
+    for method in ("GET", "POST"):
+        with pytest.raises(NotFound):
+            routes.find("/mounted/w/x/y", method)
+    assert routes.find("/mounted/w/x", "POST").params == {"id": "x"}  # known: 405, not 404
+
+
+@pytest.mark.parametrize("path", ["/w//x/beat", "/w/x//beat", "/w/x/y/beat/", "/w/x/", "/w//", "/w//x"])
+def test_an_empty_segment_at_an_edge_is_part_of_no_placeholder(routes, path):
+    with pytest.raises(NotFound):
+        routes.find(f"/mounted{path}", "GET" if "beat" in path else "DELETE")
+
+
+def test_two_placeholders_that_span_are_refused_where_they_are_declared():
+    with pytest.raises(ValueError, match="may have one"):
+        route("GET", "/{a:path}/{b:path}")
 
 
 def test_the_methods_of_one_path_are_found_together(routes):

@@ -42,7 +42,7 @@ def parse(raw: bytes) -> Incoming:
 
 def serve(incoming: Incoming) -> Accepted | Reply:
     """Do what stands between the socket and the store."""
-    match = ROUTES.find(incoming.path)
+    match = ROUTES.find(incoming.path, incoming.method)
     handler = match.handlers.get(incoming.method)
     if handler is None:
         raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
@@ -118,7 +118,7 @@ def test_every_route_has_a_sample_that_it_accepts(mount: Mount):
             handler = ROUTES.find(incoming.path).handlers[incoming.method]
             reached.append((incoming.method, incoming.path, handler))
     for method, template, name in mount.source.routes():
-        path = re.compile(re.sub(r"\{\w+\}", "[^/]+", template))
+        path = re.compile(re.sub(r"\{[\w:]+\}", "[^/]+", template))
         handler = getattr(mount.source, name)
         assert any((m, h) == (method, handler) and path.fullmatch(p) for m, p, h in reached), template
 

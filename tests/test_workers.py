@@ -31,6 +31,11 @@ def beat(worker="w1", **body):
     return request("PUT", path, body=json.dumps(body).encode(), **TOKEN)
 
 
+def register(worker="w1", **body):
+    raw = json.dumps({"workerId": worker, **body}).encode()
+    return request("POST", "/api/v1/workers/register", body=raw, **TOKEN)
+
+
 async def ask(relay, method, path, body=None):
     """Ask the admin API, and return status and JSON."""
     raw = None if body is None else json.dumps(body).encode()
@@ -200,6 +205,112 @@ async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
     listed = (await ask(relay, "GET", "?version=2"))[1]["items"]
     assert [item["id"] for item in listed] == [odd]
     assert (await ask(relay, "GET", "?verson=2"))[0] == 400
+
+
+ODD_IDS = [
+    "a#b",
+    "a?b",
+    "a%2Fb",
+    "a%",
+    "..a",
+    "a/../b",
+    "a\\b",
+    "/a",
+    "a/",
+    "a//b",
+    "a+b c",
+    "{worker}",
+    "a/b",
+    "ü",
+]
+
+
+@pytest.mark.parametrize("base", ["/api/v1", "/api"])
+@pytest.mark.parametrize("id_", ["rack/w7", "a/b/c", "a/heartbeat", "x/sessions", "http://host:1/w"])
+async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration_to_farewell(
+    relay, clock, base, id_
+):
+    raw = f"{base}/workers/{id_}"
+    await relay.exchange(register(id_))
+    for _ in range(4):
+        clock.advance(60)
+        assert (await relay.exchange(request("PUT", f"{raw}/heartbeat", b"{}", **TOKEN))).json == {
+            "success": True,
+            "data": {"workerId": id_, "status": "acknowledged", "commands": []},
+        }
+        assert await relay.app.store.sweep() == ()
+    asked = await relay.exchange(request("GET", f"{raw}/sessions/assigned", **TOKEN))
+    assert asked.json["data"]["workerId"] == id_
+    for path, body in (
+        ("events", b'{"event": "worker_stopping"}'),
+        ("sessions-preserved", b"{}"),
+        ("sessions/recovery-status", b"{}"),
+    ):
+        assert (await relay.exchange(request("POST", f"{raw}/{path}", body, **TOKEN))).status == 200
+    assert {row["subject"] for row in await relay.rows()} == {id_}
+    if not id_.endswith("/heartbeat"):  # DELETE …/a/heartbeat is a known path with another method
+        assert (await relay.exchange(request("DELETE", raw, **TOKEN))).status == 200
+        assert (await types(relay))[-1] == "unregistered"
+
+
+async def test_a_session_id_in_a_path_may_have_slashes_too(relay):
+    body = b'{"status": "CONNECTED"}'
+    answer = await relay.exchange(request("POST", "/api/v1/webhooks/session-status/u/s1", body, **TOKEN))
+    assert answer.status == 200
+    assert [row["subject"] for row in await relay.rows()] == ["u/s1"]
+
+
+@pytest.mark.parametrize("id_", ODD_IDS)
+async def test_a_worker_that_encodes_an_odd_id_is_one_and_the_same_in_every_call(relay, id_):
+    assert (await relay.exchange(register(id_))).status == 200
+    assert (await relay.exchange(beat(id_))).json["data"]["workerId"] == id_
+    assert [w.id for w in relay.app.store.workers()] == [id_]
+    assert (await worker(relay, id_))["id"] == id_
+    path = f"/api/v1/workers/{quote(id_, safe='')}"
+    assert (await relay.exchange(request("DELETE", path, **TOKEN))).status == 200
+    assert await types(relay) == ["registered", "unregistered"]
+
+
+@pytest.mark.parametrize("id_", [".", ".."])
+async def test_an_id_that_no_encoding_can_carry_is_refused_at_registration(relay, id_):
+    answer = await relay.exchange(register(id_))
+    assert (answer.status, answer.json["code"]) == (400, "VALIDATION_ERROR")
+    assert answer.json["error"] == "workerId: no heartbeat can be sent for it"
+    assert relay.app.store.workers() == ()
+
+
+@pytest.mark.parametrize(
+    ("id_", "part"),
+    [
+        ("a#b", "#"), ("a?b", "?"), ("a%2Fb", "%2F"), ("a\\b", "\\"), ("a/../b", ".."), ("./a", "."),
+        ("/a", "/"), ("a/", "/"), ("a//b", "//"),
+        ("a/b", ""), ("a%", ""), ("..a", ""), ("a.", ""), ("a b", ""), ("ü", ""), ("a.b/c..d", ""),
+    ],
+)  # fmt: skip
+async def test_an_id_that_changes_a_path_is_told_at_registration(relay, caplog, id_, part):
+    await relay.exchange(register(id_))
+    told = [message for message in caplog.messages if "percent-encodes" in message]
+    line = (
+        f"whatsapp: worker {id_!r} registered with {part!r} in its id; its heartbeats"
+        " arrive only if its client percent-encodes the id in paths"
+    )
+    assert told == [line] * bool(part)
+
+
+async def test_samples_touch_no_worker_that_there_is(relay, clock):
+    """Those of the document would: its ids, session and endpoint are workers' defaults."""
+    body = {"workerId": "worker-001", "endpoint": "http://localhost:8001"}
+    await relay.exchange(request("POST", "/api/v1/workers/register", json.dumps(body).encode(), **TOKEN))
+    await relay.exchange(beat("worker-001", sessions=[{"sessionId": "user123-session1", "status": "X"}]))
+    before = await worker(relay, "worker-001")
+    clock.advance(60)
+    for sample in relay.app.config.sources["whatsapp"].settings.samples():
+        raw = request(sample.method, sample.path, sample.body or None, **TOKEN)
+        assert (await relay.exchange(raw)).status == 200
+    assert await worker(relay, "worker-001") == before
+    clock.advance(29)  # later than its former id's deadline, had a sample taken over its endpoint
+    assert await relay.app.store.sweep() == ()
+    assert [w.id for w in relay.app.store.workers() if w.unregistered_at is None] == ["worker-001"]
 
 
 async def test_the_list_goes_on_where_a_page_ended_by_source_and_id(relay):

@@ -35,7 +35,7 @@ class WorkersApi:
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
-        one = "/api/workers/{source}/{id}"
+        one = "/api/workers/{source}/{id:[^/]+}"  # braces too, which aiohttp's own pattern leaves out
         return [
             web.get("/api/workers", self._list),
             web.get(one, self._show),

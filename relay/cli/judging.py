@@ -50,7 +50,7 @@ def _event(source: SourceConfig, wish: Wish) -> StoredEvent:
     incoming = _posted(source, wish)
     wire = source.prefix + incoming.path
     try:
-        accepted = handle(match_of(source, wire), incoming)
+        accepted = handle(match_of(source, wire, incoming.method), incoming)
         if not isinstance(accepted, Reply) and accepted.event is not None:
             return record(source.name, accepted.event, incoming, time.time_ns() // 1000)
     except Refusal as refusal:

@@ -22,6 +22,7 @@ from relay.config.model import SourceConfig
 from relay.config.secret import Secret
 from relay.config.tokens import tokens_of
 from relay.loader import load
+from relay.units import render_duration
 
 SECONDS = 60.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is listened on, not bound here
@@ -69,6 +70,10 @@ def send(
     url = to or _front_door(setup.server.listen)
     where = configured.prefix + sample.path
     _exchange(url, where, sample.method, headers, body, as_json=as_json)
+    if sample in (samples.get("register"), samples.get("heartbeat")) and "unregister" in samples:
+        silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
+        click.echo(f"the sample worker is reported {silence}", err=True)
+        click.echo(f"  end it with `relay send {source} unregister`", err=True)
 
 
 _HEADINGS = ("type", "method", "path")

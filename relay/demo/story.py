@@ -18,7 +18,12 @@ SAMPLES: dict[str, tuple[str | None, ...]] = {
     "moddy": ("moddy.member_joined",),
     "adorn": ("adorn.image.shared",),
     "compozy": ("compozy.user.created",),
-    "whatsapp": ("whatsapp.worker.registered", None, "whatsapp.qr_ready"),
+    "whatsapp": (
+        "whatsapp.qr_ready",
+        "whatsapp.worker.registered",
+        None,
+        "whatsapp.worker.unregistered",
+    ),
 }
 """What each of a source's samples arrives as; None: a heartbeat, which is no event."""
 
@@ -45,13 +50,15 @@ class Story:
 
     async def tell(self) -> list[str]:
         """Play everything once; return what went wrong, a sentence each."""
-        problems = []
-        for source, types in SAMPLES.items():
-            samples = self._config.sources[source].settings.samples()
-            for sample, type_ in zip(samples, types, strict=True):
-                problems.append(await self._send(source, sample, type_))
+        *steps, farewell = [
+            (source, sample, type_)
+            for source, types in SAMPLES.items()
+            for sample, type_ in zip(self._config.sources[source].settings.samples(), types, strict=True)
+        ]
+        problems = [await self._send(*step) for step in steps]
         self._narrator.step("whatsapp", "silent", f"no more heartbeats: offline after {OFFLINE_AFTER} s")
         problems.append(await self._expect(OFFLINE))
+        problems.append(await self._send(*farewell))
         return [problem for problem in problems if problem]
 
     async def watch(self) -> None:

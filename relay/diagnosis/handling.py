@@ -11,14 +11,14 @@ from relay.ingest.routes import Match, Routes, mounts_of
 from relay.source import Accepted, Reply
 
 
-def match_of(source: SourceConfig, path: str) -> Match:
-    """Find the route of a path as on the wire, below the source's prefix.
+def match_of(source: SourceConfig, path: str, method: str) -> Match:
+    """Find the route of a path as on the wire, the source's prefix included.
 
     Raises:
         NotFound: the source has no such path.
         Malformed: the path is not percent-encoded UTF-8.
     """
-    return Routes(mounts_of({source.name: source})).find(path)
+    return Routes(mounts_of({source.name: source})).find(path, method)
 
 
 def handle(match: Match, incoming: Incoming) -> Accepted | Reply:

@@ -46,7 +46,7 @@ def diagnose(
     """
     source = sources[name]
     path, query = _split(captured.target or _only_path(source))
-    match, inner, findings = (None, "", []) if not path else paths.find(sources, name, path)
+    match, inner, findings = (None, "", []) if not path else paths.find(sources, name, path, captured.method)
     if match is not None and (wrong := paths.wrong_method(captured.method, match)):
         findings.append(wrong)
     incoming = _Watched(

@@ -14,7 +14,7 @@ WHERE = "request line"
 
 
 def find(
-    sources: Mapping[str, SourceConfig], name: str, path: str
+    sources: Mapping[str, SourceConfig], name: str, path: str, method: str
 ) -> tuple[Match | None, str, list[Finding]]:
     """Find a source's route for a path as on the wire.
 
@@ -24,9 +24,9 @@ def find(
     """
     source = sources[name]
     try:
-        match = Routes(mounts_of(sources)).find(path)
+        match = Routes(mounts_of(sources)).find(path, method)
     except (NotFound, Malformed) as error:
-        return _meant(source, path, error)
+        return _meant(source, path, method, error)
     if match.mount.name == name:
         return match, path.removeprefix(source.prefix), []
     do = f"post to {_listed(source)}, or verify it with `--source {match.mount.name}`"
@@ -43,12 +43,14 @@ def wrong_method(method: str, match: Match) -> Finding | None:
     return _finding(f"{method} is not taken here", f"have the sender use {allowed}{redirect}")
 
 
-def _meant(source: SourceConfig, path: str, error: Exception) -> tuple[Match | None, str, list[Finding]]:
+def _meant(
+    source: SourceConfig, path: str, method: str, error: Exception
+) -> tuple[Match | None, str, list[Finding]]:
     if isinstance(error, Malformed):
         return None, path, [_finding(error.message, "have the sender percent-encode it as UTF-8")]
     for other, what, do in _others(source, path):
         try:
-            match = match_of(source, other)
+            match = match_of(source, other, method)
         except (NotFound, Malformed):
             continue
         return match, other.removeprefix(source.prefix), [_finding(what, do)]

@@ -30,7 +30,7 @@ from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
-from relay.registry import ENVIRONMENTS
+from relay.registry import ENVIRONMENTS, changes_a_path
 from relay.source import Accepted, Reply
 from relay.store import Acceptance, Store
 
@@ -90,7 +90,7 @@ class Ingest:
         incoming = Incoming(method=request.method, path=path, headers=request.headers, query=query)
         mount: Mount | None = None
         try:
-            match = self._routes.find(path)
+            match = self._routes.find(path, incoming.method)
             mount = match.mount
             incoming.path = path.removeprefix(mount.config.prefix)
             response = await self._serve(request, match, incoming, began)
@@ -215,7 +215,15 @@ class Ingest:
             meter.bytes.inc(len(acceptance.event.body))
 
     def _wonder(self, mount: Mount, change: Register) -> None:
-        """Say when a worker registers with an environment that its document does not know; it is kept."""
+        """Say what is odd about a registration: an unknown environment, an id that paths cannot hold."""
+        if odd := changes_a_path(change.worker_id):
+            self._log.warning(
+                f"{mount.name}: id",
+                f"{mount.name}: worker {change.worker_id!r} registered with {odd!r} in its id; its heartbeats"
+                " arrive only if its client percent-encodes the id in paths",
+                source=mount.name,
+                worker_id=change.worker_id,
+            )
         if change.environment and change.environment not in ENVIRONMENTS:
             self._log.warning(
                 f"{mount.name}: environment",

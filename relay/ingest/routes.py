@@ -1,5 +1,6 @@
 """Which source, and which of its handlers, a path belongs to."""
 
+import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from urllib.parse import unquote
@@ -10,6 +11,9 @@ from relay.config.model import SourceConfig
 from relay.errors import Malformed, NotFound
 from relay.incoming import Incoming
 from relay.source import Accepted, Reply, Source
+
+SPANNING = ":path}"
+_SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
 
 Handle = Callable[[Incoming], Accepted | Reply]
 
@@ -46,8 +50,17 @@ class _Shape:
 
     def add(self, segments: list[str], match: Match) -> None:
         """Take in a template; the first of two equal ones stays."""
-        names = tuple(segments[place][1:-1] for place in self.places)
+        names = tuple(_name(segments[place]) for place in self.places)
         self.matches.setdefault(self.literals(segments), (match, names))
+
+
+class _Span(msgspec.Struct, frozen=True):
+    """A template with a `{name:path}`, tried only where nothing else fits."""
+
+    pattern: re.Pattern[str]
+    literals: int  # characters; of two that fit, the one with more wins
+    names: tuple[str, ...]
+    match: Match
 
 
 class Routes:
@@ -56,12 +69,14 @@ class Routes:
     def __init__(self, mounts: tuple[Mount, ...]) -> None:
         self._literal: dict[str, Match] = {}
         self._shapes: dict[int, list[_Shape]] = {}  # by number of segments
+        self._spans: list[_Span] = []
         self._owners: list[tuple[str, Mount]] = []
         for mount in mounts:
             self._mount(mount)
         self._owners.sort(key=lambda owner: len(owner[0]), reverse=True)
         for shapes in self._shapes.values():  # the more literal segments, the earlier
             shapes.sort(key=lambda shape: len(shape.places))
+        self._spans.sort(key=lambda span: span.literals, reverse=True)
 
     def _mount(self, mount: Mount) -> None:
         prefix = mount.config.prefix
@@ -74,6 +89,8 @@ class Routes:
             if "{" in path:
                 segments = path.split("/")
                 self._shape(segments).add(segments, match)
+                if SPANNING in path:
+                    self._spans.append(_span(segments, match))
             else:
                 self._literal[path] = match
 
@@ -85,8 +102,11 @@ class Routes:
         shapes.append(_Shape(segments))
         return shapes[-1]
 
-    def find(self, path: str) -> Match:
+    def find(self, path: str, method: str = "") -> Match:
         """Return the match of a raw path (percent-encoded, no query).
+
+        A `{name:path}` takes more than one segment only if the route has the method (`""`: any): a path
+        that nobody has under any method stays unknown.
 
         Raises:
             NotFound: no source has that path.
@@ -102,6 +122,13 @@ class Routes:
                 match, names = found
                 values = [_decode(segments[place]) for place in shape.places]
                 return Match(match.mount, match.handlers, dict(zip(names, values, strict=True)))
+        for span in self._spans:
+            if method and method not in span.match.handlers:
+                continue
+            if fitting := span.pattern.fullmatch(path):
+                values = [_decode(value) for value in fitting.groups()]
+                params = dict(zip(span.names, values, strict=True))
+                return Match(span.match.mount, span.match.handlers, params)
         raise NotFound
 
     def owner(self, path: str) -> Mount | None:
@@ -114,6 +141,22 @@ class Routes:
 
 def _places(segments: list[str]) -> tuple[int, ...]:
     return tuple(place for place, segment in enumerate(segments) if segment.startswith("{"))
+
+
+def _name(segment: str) -> str:
+    return segment[1:-1].removesuffix(":path")
+
+
+def _span(segments: list[str], match: Match) -> _Span:
+    parts, names, literals = [], [], 0
+    for segment in segments:
+        if segment.startswith("{"):
+            names.append(_name(segment))
+            parts.append(_SEVERAL if segment.endswith(SPANNING) else "([^/]*)")
+        else:
+            literals += len(segment)
+            parts.append(re.escape(segment))
+    return _Span(re.compile("/".join(parts)), literals, tuple(names), match)
 
 
 def _decode(segment: str) -> str:

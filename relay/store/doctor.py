@@ -14,9 +14,11 @@ import msgspec
 
 from relay.clock import SECOND, Clock, rfc3339
 from relay.model import Check
+from relay.registry import changes_a_path
 from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.connection import OLDEST, has_wal_reset_bug
+from relay.store.rows import worker_of
 from relay.store.schema import MIGRATIONS
 from relay.units import render_size
 
@@ -29,6 +31,7 @@ AHEAD = 300 * SECOND
 LONG_LOG = 128 * 2**20  # bytes: twice of what the log is cut to
 SLOW_FSYNC = 0.1  # seconds
 FSYNCS = 5
+SHOWN = 5  # ids in one finding
 
 # What has no due time waits behind an earlier pending one of its key; without one it would wait for ever.
 STUCK_SQL = """
@@ -225,9 +228,27 @@ def destinations(patient: Patient, connection: sqlite3.Connection) -> Check:
     return _well("destinations", "nothing is owed to a destination that is not in the config")
 
 
+def workers(_patient: Patient, connection: sqlite3.Connection) -> Check:
+    """Look for workers that cannot be heard unless their clients percent-encode ids in paths."""
+    rows = connection.execute("SELECT source, id, status, record FROM workers ORDER BY source, id")
+    odd, lost = 0, []
+    for source, id_, status, record in rows:
+        if (part := changes_a_path(id_)) and worker_of(record).unregistered_at is None:
+            odd += 1
+            if status == "OFFLINE":
+                lost.append(f"{id_!r} of {source} ({part!r})")
+    if lost:
+        detail = f"OFFLINE, and their ids change a path that is not encoded: {', '.join(lost[:SHOWN])}"
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        hint = "have their clients percent-encode the id, or choose another; then relay workers forget"
+        return _ill("workers", detail + more, hint)
+    needing = f"{odd} workers are heard under ids that must be percent-encoded"
+    return _well("workers", needing if odd else "every worker's id can stand in a path")
+
+
 SURROUNDINGS: tuple[Callable[[Patient], Check], ...] = (sqlite, permissions, disk, fsync)
 INSIDE: tuple[Callable[[Patient, sqlite3.Connection], Check], ...] = (
-    version, integrity, conservation, stuck, bodies, clock, room, destinations,
+    version, integrity, conservation, stuck, bodies, clock, room, destinations, workers,
 )  # fmt: skip
 
 
