@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import pkgutil
 import sys
 import traceback
@@ -66,6 +67,13 @@ def _files(dirs: Sequence[Path]) -> Sequence[Path]:
 
 
 def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+    for folder in dirs:
+        try:
+            os.scandir(folder).close()
+        except PermissionError as error:  # `glob` would find nothing in it, and blame nobody
+            yield Problem(str(folder), 0, "", f"cannot be read: {error.strerror}")
+        except OSError:  # a folder that is not there holds no plugins
+            pass
     for file in _files(dirs):
         loaded = _attempt(str(file), partial(_import_file, file))
         if isinstance(loaded, Problem):

@@ -24,7 +24,7 @@ from relay.cli.options import FILE, config_option
 from relay.cli.stream import STREAM, Stream
 from relay.config.bind import Binder
 from relay.config.document import read
-from relay.config.find import find_config, look_for_config, socket_path
+from relay.config.find import find_config, is_there, look_for_config, socket_path
 from relay.config.model import Admin
 from relay.config.tables import bind_tables
 
@@ -326,11 +326,3 @@ def _socket_of(given: Path | None) -> Path:
     config = bind_tables(Binder(read(find_config(given)), os.environ))
     path, in_runtime = socket_path(config), RUNTIME / config.admin.socket
     return in_runtime if is_there(in_runtime) and not is_there(path) else path
-
-
-def is_there(path: Path) -> bool:
-    """Say whether there is a file, as far as this user may know."""
-    try:
-        return path.exists()
-    except PermissionError:  # then using it says so
-        return True

@@ -1,14 +1,22 @@
 """A group of commands that imports one only when it is asked for, and knows what a misspelt one means."""
 
 import importlib
-from collections.abc import Mapping
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Never
 
 import click
 
-from relay.cli.exits import INTERRUPTED, code_of
+import relay
+from relay.cli.exits import FAILED, INTERRUPTED, NOT_ALLOWED, code_of
 from relay.config.problem import guess
 from relay.errors import RelayError
+from relay.terminal import printable
 
 
 class Group(click.Group):
@@ -18,6 +26,23 @@ class Group(click.Group):
         """Take `lazy`: names of commands, each with its "module:attribute" and its line in `--help`."""
         super().__init__(*args, **options)
         self.lazy = dict(lazy or {})
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,  # noqa: FBT001, FBT002 - click's own signature
+        **extra: Any,
+    ) -> Any:
+        """See `click.Group.main`; an error that no command expected ends in one line and an exit code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        _open_standard_streams()
+        try:
+            return super().main(args, prog_name, complete_var, **extra)
+        except Exception as error:  # noqa: BLE001 - the last net
+            sys.exit(_last_net(error))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See `click.Group.list_commands`."""
@@ -61,3 +86,40 @@ class Group(click.Group):
 def _leave(ctx: click.Context, message: str, code: int) -> Never:
     click.echo(message, err=True)
     ctx.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Give a process that was started with closed streams (`>&-`) streams that lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process
+
+
+def _last_net(error: Exception) -> int:
+    """Print an unexpected error in one line, with the file that has its traceback; return the exit code."""
+    code = NOT_ALLOWED if isinstance(error, PermissionError) else FAILED
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    line = f"unexpected error: {what}; details: {_details(error)}; exit code {code}"
+    with suppress(OSError):
+        click.echo(printable(line).encode("ascii", "backslashreplace").decode(), err=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # the interpreter would try again at its end, and print another traceback
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _details(error: Exception) -> str:
+    """Write the traceback to a file that only this user can read, and return its path.
+
+    Without the arguments of the command: they may hold a secret.
+    """
+    about = f"hookferry {relay.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n"
+    try:
+        fd, path = tempfile.mkstemp(prefix="relay-error-", suffix=".txt")
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(about + "".join(traceback.format_exception(error)))
+    except OSError as failure:
+        return f"not written, {failure.strerror or failure}"
+    return path

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from relay.api.selecting import filter_of
-from relay.cli.daemon import daemon_options, is_there
+from relay.cli.daemon import daemon_options
 from relay.cli.exits import NOT_ALLOWED, NOTHING, CommandError
 from relay.clock import SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
-from relay.config.find import find_config
+from relay.config.find import find_config, is_there
 from relay.config.model import Config
 from relay.config.tables import bind_tables
 from relay.errors import UnknownError

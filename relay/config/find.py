@@ -33,7 +33,15 @@ def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.e
         return given
     if name := environ.get(VARIABLE):
         return Path(name)
-    return next((place for place in PLACES if place.exists()), None)
+    return next((place for place in PLACES if is_there(place)), None)
+
+
+def is_there(path: Path) -> bool:
+    """Say whether there is a file, as far as this user may know."""
+    try:
+        return path.exists()
+    except OSError:  # its folder may not be entered, its name is too long: using it says so
+        return True
 
 
 def socket_path(config: Config, environ: Mapping[str, str] = os.environ) -> Path:

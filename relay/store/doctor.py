@@ -7,6 +7,7 @@ import sqlite3
 import statistics
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def permissions(patient: Patient) -> Check:
             if suffix:
                 continue
             return _ill("permissions", f"there is no {path}", "see [storage] url and state_dir")
+        except OSError as error:
+            return _ill("permissions", f"{path}: {error.strerror}", "see [storage] url and state_dir")
         if status.st_mode & 0o077:
             mode = f"{path} has mode {status.st_mode & 0o777:04o}"
             return _ill("permissions", mode, f"chmod 600 {path}")
@@ -100,7 +103,10 @@ def permissions(patient: Patient) -> Check:
 
 def disk(patient: Patient) -> Check:
     """Look for room, for what comes in and for a backup."""
-    free = shutil.disk_usage(patient.path.parent).free
+    try:
+        free = shutil.disk_usage(patient.path.parent).free
+    except OSError as error:
+        return _ill("disk", f"{patient.path.parent}: {error.strerror}", "see state_dir in config.toml")
     detail = f"{render_size(free)} free in {patient.path.parent}"
     if free < patient.min_free:
         floor = render_size(patient.min_free)
@@ -122,7 +128,8 @@ def fsync(patient: Patient) -> Check:
     except OSError as error:
         return _ill("fsync", f"{probe}: {error.strerror}", "run it as the user of the relay")
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be opened, that is what is told
+            probe.unlink(missing_ok=True)
     detail = f"{statistics.median(taken) * 1000:.1f} ms"
     if statistics.median(taken) > SLOW_FSYNC:
         return _ill("fsync", detail, "put state_dir on a faster disk; senders wait this long for an answer")

@@ -1,0 +1,370 @@
+"""No command ends in a traceback: every command, in every condition that keeps it from working.
+
+Each command runs in a process of its own, forked from one that has imported everything, so that hundreds take
+seconds. What an operator can run into is told in words; `unexpected error` is for what nobody thought of.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_cli_wrong_uses import LEAVES, NOBODY, ROOT, arguments_of
+
+from relay.cli import main
+from relay.cli.group import Group
+
+CODES = {0, 1, 2, 3, 4, 5, 6, 78, 130}
+GOOD = 'state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n[destinations.crm]\nurl = "http://127.0.0.1:9/"\n'
+SECRET = '[sources.moddy]\nplugin = "moddy"\ntokens = [{ env = "NOT_SET_ANYWHERE" }]\n'
+
+FORKS = """
+import json, os, sys, tempfile
+import relay.app, relay.cli.judging, relay.demo.life, relay.items, relay.owed
+import relay.store.doctor, relay.store.reading
+from relay.cli import main
+from relay.config import find
+told = json.loads(sys.argv[1])
+import click
+def load(group):
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        if isinstance(command, click.Group):
+            load(command)
+load(main)
+def run(words):
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        import signal
+        signal.alarm(30)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.environ.update(told["environ"])
+        if told["places"]:
+            from pathlib import Path
+            find.PLACES = tuple(map(Path, told["places"]))
+        os.chdir(told["folder"])
+        if told["uid"]:
+            os.setgroups([])
+            os.setgid(told["uid"])
+            os.setuid(told["uid"])
+        exec(told["before"])
+        sys.argv = ["relay", *words]
+        code = 99
+        try:
+            main(words, prog_name="relay")
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError) as error:
+            print("Exception ignored at the end:", error, file=sys.stderr)
+        os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    def said(file):
+        file.seek(0)
+        return file.read().decode("utf-8", "replace")
+    return [os.waitstatus_to_exitcode(status), said(out), said(err)]
+print(json.dumps([run(words) for words in told["commands"]]))
+"""
+
+
+WORDS = {
+    ("listen",): ["listen", "0", "--secret", "no-secret-of-ours"],
+    ("verify",): ["verify", "--source", "adorn", "--request", "request.http"],
+    ("plugins", "new"): ["plugins", "new", "parcels"],
+    ("config", "init"): ["config", "init", "new.toml"],
+    ("send",): ["send", "adorn", "--to", "http://127.0.0.1:9"],
+}
+"""Where filling in what a command demands is not enough."""
+
+
+def commands_of(config, *, offline=False):
+    """Return every command with what it demands; None: no `config` is named, and `serve` would find one."""
+    for path, command in LEAVES.items():
+        options = {option for each in command.params for option in each.opts}
+        demanded = (each.format(file="events.jsonl") for each in arguments_of(path))
+        words = WORDS.get(path) or [*path, *demanded]
+        if (offline and "--offline" not in options) or (path == ("serve",) and config is None):
+            continue
+        named = ["-c", config] if config is not None and "--config" in options else []
+        yield [*words, *(["--offline"] if offline else []), *named]
+
+
+def outcomes(commands, folder, *, uid=0, before="", places=(), timeout=280, **environ):
+    told = {
+        "commands": commands, "folder": str(folder), "uid": uid if ROOT else 0, "before": before,
+        "places": list(map(str, places)), "environ": environ,
+    }  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELAY_", "COV_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(told)],
+        capture_output=True, text=True, check=False, timeout=timeout, env={**kept, "TMPDIR": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return list(zip(commands, json.loads(done.stdout), strict=True))
+
+
+def judge(ended, *, caught=False, silent=False):
+    """Hold what ended to the rule; `caught`: the last net may have been what caught it."""
+    for words, (code, out, err) in ended:
+        said = (words, code, out, err)
+        assert code in CODES, said
+        assert "Traceback" not in out + err, said
+        assert "Exception ignored" not in err, said
+        assert code == 0 or err.strip() or out.strip() or silent, said
+        if "unexpected error" in err:
+            assert caught, said
+            assert len(err.strip().splitlines()) == 1, said
+
+
+@pytest.fixture
+def folder():
+    """A folder that everybody may enter and write to; those of pytest are its user's own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "events.jsonl").write_text("")
+        (folder / "request.http").write_text("POST /v1/events HTTP/1.1\r\nHost: a\r\n\r\n{}")
+        yield folder
+
+
+def test_where_there_is_neither_a_configuration_nor_a_relay(folder):
+    judge(outcomes(list(commands_of(None)), folder))
+
+
+CONFIGS = {
+    "absent": None,
+    "not TOML": b"[server\n",
+    "wrong keys": b"[server]\nlisten_on = 1\n[sources.a]\nplugin = 3\n[destinations]\ncrm = 1\n",
+    "binary": bytes(range(256)),
+    "deep": b"a = " + b"[" * 5000,
+    "secret missing": (GOOD + SECRET).encode(),
+    "plugins that raise": GOOD.encode() + b'[plugins]\ndirs = ["bad"]\n',
+    "state is a file": GOOD.encode().replace(b'"state"', b'"events.jsonl"'),
+    "state has a long name": GOOD.encode().replace(b'"state"', b'"' + b"s" * 300 + b'"'),
+    "socket has a long name": GOOD.encode() + b'[admin]\nsocket = "' + b"s" * 300 + b'"\n',
+    "port that is not ours": GOOD.encode() + b'[server]\nlisten = "203.0.113.1:80"\n',
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_where_the_configuration_is_of_no_use(folder, kind):
+    config = folder / "config.toml"
+    if CONFIGS[kind] is not None:
+        config.write_bytes(CONFIGS[kind])
+    (folder / "bad").mkdir()
+    (folder / "bad" / "thrower.py").write_text("raise SystemExit(7)\n")
+    judge(outcomes(list(commands_of(str(config))), folder))
+    judge(outcomes(list(commands_of(str(config), offline=True)), folder))
+
+
+def test_where_the_configuration_is_a_folder(folder):
+    judge(outcomes(list(commands_of(str(folder))), folder))
+
+
+def test_where_no_relay_runs(folder):
+    (folder / "config.toml").write_text(GOOD)
+    ended = [one for one in commands_of("config.toml") if one[0] != "serve"]
+    judge(outcomes(ended, folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"no database" * 1000, b"SQLite format 3\0" + b"\0" * 5000])
+def test_where_the_database_is_of_no_use(folder, content):
+    (folder / "config.toml").write_text(GOOD)
+    (folder / "state").mkdir(mode=0o777)
+    (folder / "state" / "relay.db").write_bytes(content)
+    commands = list(commands_of("config.toml", offline=True))
+    commands += [["db", "check", "-c", "config.toml"], ["db", "backup", "copy.db", "-c", "config.toml"]]
+    judge(outcomes(commands, folder))
+
+
+@pytest.mark.skipif(not ROOT, reason="who is not root cannot become nobody")
+@pytest.mark.parametrize("shut", ["the file", "its folder", "what is around it"])
+def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
+    """As one who is not in the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
+    etc = folder / "etc" / "relay"
+    (etc / "state").mkdir(parents=True)
+    (etc / "config.toml").write_text(GOOD)
+    (etc / "state" / "relay.db").write_text("")
+    {"the file": etc / "config.toml", "its folder": etc, "what is around it": etc.parent}[shut].chmod(0o700)
+    named = [each for each in commands_of(str(etc / "config.toml")) if "-c" in each]
+    found = [each[:-2] for each in named]
+    for commands, places in ((named, ()), (found, ["config.toml", etc / "config.toml"])):
+        ended = outcomes(commands, folder, uid=NOBODY, places=places)
+        judge(ended)
+        for words, (code, _, err) in ended:
+            assert code == 5, (words, code, err)
+
+
+@pytest.mark.skipif(not ROOT, reason="who is not root cannot become nobody")
+def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_one(folder):
+    (folder / "config.toml").write_text(f'{GOOD}[plugins]\ndirs = ["shut"]\n')
+    (folder / "shut").mkdir(mode=0o700)
+    commands = [[*command, "-c", "config.toml"] for command in (["check-config"], ["plugins", "list"])]
+    for words, (code, _, err) in outcomes(commands, folder, uid=NOBODY):
+        assert (code, "/shut: cannot be read: Permission denied" in err) == (1, True), (words, code, err)
+
+
+@pytest.mark.parametrize(
+    ("where", "before"),
+    [
+        ("a full stdout", "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"),
+        ("a closed stdout", "os.close(1); sys.stdout = None"),
+        ("a closed stderr", "os.close(2); sys.stderr = None"),
+        ("a closed stdin", "os.close(0); sys.stdin = None"),
+        (
+            "an ASCII terminal",
+            "sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')",
+        ),
+        ("a folder that is gone", "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"),
+        (
+            "no home, no terminal size",
+            "os.environ.pop('HOME', 0); os.environ.update(COLUMNS='x', LINES='-1')",
+        ),
+        ("a closed pipe", "r, w = os.pipe(); os.close(r); os.dup2(w, 1)"),
+    ],
+    ids=lambda value: value if " " in value and "(" not in value else "",
+)
+def test_whatever_the_process_was_given(folder, where, before):
+    (folder / "config.toml").write_text(GOOD)
+    for config in (None, str(folder / "config.toml")):
+        commands = [one for one in commands_of(config) if one[0] != "serve"]
+        if config is None:
+            commands += [[*path, "--help"] for path in LEAVES] + [
+                ["--help"],
+                ["--version"],
+                ["no-such-command"],
+            ]
+        ended = outcomes(commands, folder, before=before)
+        judge(ended, caught="full" in where or "ASCII" in where, silent="closed" in where)
+
+
+ANSWERS = {
+    "nothing": b"",
+    "no HTTP": b"hello\r\n\r\n",
+    "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+    "no JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+    "other JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}",
+    "a list": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n[]",
+    "an error": b'HTTP/1.1 500 No\r\nContent-Length: 11\r\n\r\n{"error":1}',
+    "binary": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Type: text/event-stream\r\n\r\n\xff\xfe\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_whatever_answers_at_the_socket(folder, kind):
+    door = folder / "relay.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(door))
+        listener.listen(16)
+
+        def answer():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.settimeout(5)
+                    try:
+                        connection.recv(65536)
+                        connection.sendall(ANSWERS[kind])
+                    except OSError:
+                        pass
+
+        serving = threading.Thread(target=answer, daemon=True)
+        serving.start()
+        commands = [
+            [*words, "--socket", str(door)]
+            for words, path in (
+                (words, path)
+                for words in commands_of(None)
+                for path in LEAVES
+                if tuple(words[: len(path)]) == path
+            )
+            if any("--socket" in each.opts for each in LEAVES[path].params) and path[0] not in ("top", "tail")
+        ]
+        ended = outcomes(commands, folder)
+        listener.shutdown(socket.SHUT_RDWR)
+    serving.join(5)
+    judge(ended, caught=True)
+
+
+# --- the net itself -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Have every command raise what the test says."""
+
+    def breaking(error):
+        def raises(*_):
+            raise error
+
+        monkeypatch.setattr(Group, "invoke", raises)
+
+    return breaking
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyError("items"), 1),
+        (PermissionError(13, "Permission denied", "/etc/relay/config.toml"), 5),
+        (OSError(5, "Input/output error"), 1),
+        (RecursionError(), 1),
+        (UnicodeEncodeError("ascii", "é\ud83d", 0, 1, "no"), 1),
+        (ValueError("two\nlines \x1b[2J"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_nobody_expected_is_one_line_with_where_its_details_are(
+    broken, error, code, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    broken(error)
+    result = CliRunner().invoke(main, ["status"])
+    assert isinstance(result.exception, SystemExit)
+    assert (result.exit_code, result.stdout) == (code, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"unexpected error: {type(error).__name__}")
+    assert line.endswith(f"exit code {code}")
+    [file] = re.findall(r"details: (\S+);", line)
+    details = Path(file)
+    assert details.stat().st_mode & 0o777 == 0o600
+    text = details.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert type(error).__name__ in text
+    assert "hookferry" in text
+
+
+def test_where_no_file_can_be_written_there_is_still_one_line(broken, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    broken(KeyError("x"))
+    result = CliRunner().invoke(main, ["status"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "unexpected error: KeyError: 'x'; details: not written, No such file or directory; exit code 1\n"
+    )
+
+
+def test_the_details_do_not_hold_what_was_typed(broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    broken(KeyError("x"))
+    CliRunner().invoke(main, ["listen", "--secret", "whsec_typed"])
+    [file] = tmp_path.iterdir()
+    assert "whsec_typed" not in file.read_text()
