@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from relay import __version__
-from relay.config.secret import Secret, Secrets
+from relay.config.secret import Secret, Secrets, holds_secret
 from relay.errors import (
     BodyTimeout,
     Conflict,
@@ -148,6 +148,15 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
             Unauthenticated: no token or an unknown one.
             Forbidden: a known one that may not do this.
         """
+
+    def is_open(self) -> bool:
+        """Return whether everybody who can reach the source can send: none of its settings is a secret.
+
+        Any web page can make its visitors' browsers send to such a source. So a request with an `Origin`
+        header is refused with 403, unless that origin is in `cors_origins`. A source that checks senders
+        in another way overrides this.
+        """
+        return not holds_secret(self)
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
         """Render any refusal in the sender's own envelope; `incoming` may have no body yet."""

@@ -283,9 +283,65 @@ async def test_a_page_of_a_configured_origin_may_send_and_read(relay: Relay):
         assert answer.headers["access-control-allow-origin"] == "https://studio.example"
 
 
-async def test_a_page_of_another_origin_may_not_read(relay: Relay):
-    answer = await relay.exchange(request("POST", f"/shop{ADORN}", adorn(), origin="https://other.example"))
-    assert "access-control-allow-origin" not in answer.headers
+async def test_a_listed_page_may_set_the_documented_headers_and_send_beacons(relay: Relay):
+    """A beacon sends in the credentials mode "include", where browsers take no `*` for an answer."""
+    origin = "https://studio.example"
+    for method in ("OPTIONS", "POST"):
+        answer = await relay.exchange(request(method, f"/shop{ADORN}", adorn(), origin=origin))
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        if method == "OPTIONS":
+            allowed = answer.headers["access-control-allow-headers"].split(", ")
+            assert {"content-type", "idempotency-key", "x-request-id", "webhook-id"} <= set(allowed)
+
+
+ORIGINS = {
+    "another page": ["https://other.example"],
+    "a sandboxed page": ["null"],
+    "the listed one on another port": ["https://studio.example:8443"],
+    "a name that begins like it": ["https://studio.example.evil.example"],
+    "the relay's own address": ["http://127.0.0.1:8080"],
+    "an empty one": [""],
+    "two": ["https://studio.example", "https://other.example"],
+    "no UTF-8": ["https://studio.example\udcff"],
+}
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/json", "multipart/form-data; boundary=x"]
+)
+@pytest.mark.parametrize("origins", ORIGINS.values(), ids=ORIGINS)
+@pytest.mark.parametrize("path", [ADORN, f"/shop{ADORN}"])
+async def test_a_page_of_another_origin_cannot_send_to_a_source_without_secrets(
+    relay: Relay, path, origins, content_type
+):
+    before, body = await relay.rows(), adorn()
+    lines = "".join(f"Origin: {each}\r\n" for each in origins)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    )
+    answer = await relay.exchange(f"{head}{lines}\r\n".encode("utf-8", "surrogateescape") + body)
+    assert answer.status == 403
+    assert answer.json == {"status": "error", "message": "The web page's origin is not in cors_origins"}
+    if origins != ["https://studio.example", "https://other.example"] or path == ADORN:
+        assert "access-control-allow-origin" not in answer.headers
+    assert await relay.rows() == before
+
+
+async def test_a_star_lists_every_origin(tmp_path):
+    everybody = '[sources.adorn]\nplugin = "adorn"\ncors_origins = ["*"]\n'
+    async with running(write_config(tmp_path, everybody)) as relay:
+        for origin in ("https://other.example", "null"):
+            answer = await relay.exchange(request("POST", ADORN, adorn(), origin=origin))
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, origin)
+
+
+async def test_a_source_with_tokens_is_protected_by_them(relay: Relay):
+    """A page that may set `Authorization` was let through by the browser's preflight."""
+    body = b'{"event_type":"member_left","discord_id":"1"}'
+    for token, status in (("dev-token", 200), ("wrong", 403)):
+        raw = request("POST", MODDY, body, origin="https://other.example", authorization=f"Bearer {token}")
+        assert (await relay.exchange(raw)).status == status
 
 
 async def test_without_configured_origins_there_is_no_preflight(relay: Relay):

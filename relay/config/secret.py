@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -86,3 +86,16 @@ def digest(token: bytes) -> bytes:
     BLAKE2 is the interpreter's own; the ways of OpenSSL's SHA-256 are long, and every request takes them.
     """
     return hashlib.blake2b(token, digest_size=32).digest()
+
+
+def holds_secret(value: object) -> bool:
+    """Return whether a setting is a secret, or holds one: in a list, a table or a record."""
+    if isinstance(value, Secrets):
+        return len(value) > 0
+    if isinstance(value, msgspec.Struct):
+        return any(holds_secret(getattr(value, name)) for name in value.__struct_fields__)
+    if isinstance(value, Mapping):
+        return any(holds_secret(each) for each in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(holds_secret(each) for each in value)
+    return isinstance(value, Secret | Credential)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from relay import __version__
-from relay.errors import MethodNotAllowed, PluginFailed, Refusal
+from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.response import Response
 from relay.ingest.routes import Mount
@@ -17,6 +17,16 @@ from relay.source import Accepted, Reply
 _encode = msgspec.json.Encoder().encode
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # RFC 9110, 5.5, and no UTF-8
+BROWSER_HEADERS = (
+    "authorization",
+    "content-type",
+    "idempotency-key",
+    "webhook-id",
+    "x-request-id",
+    "traceparent",
+)
+"""Request headers that a page at a listed origin may set."""
+
 _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
 
@@ -79,24 +89,47 @@ def outside(path: str, method: str, refusal: Refusal) -> Response:
 
 
 def preflight(handlers: Mapping[str, Any]) -> Response:
-    """Answer a browser's CORS preflight."""
-    methods = ", ".join(sorted(handlers))
+    """Answer a browser's CORS preflight; `allow_origin` adds what only a listed origin may have."""
     response = Response(204, b"")
     response.headers.update(
         {
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": "authorization, content-type",
+            "Access-Control-Allow-Methods": ", ".join(sorted(handlers)),
+            "Access-Control-Allow-Headers": ", ".join(BROWSER_HEADERS),
             "Access-Control-Max-Age": "600",
         }
     )
     return response
 
 
+def check_origin(mount: Mount, incoming: Incoming) -> None:
+    """Refuse what a web page that is not in `cors_origins` has a browser send to a source without secrets.
+
+    Browsers send simple requests without a preflight (Fetch, 2.2.2: text/plain, no headers of the page's own)
+    and only keep the answer from it. Where a source demands a token, `Authorization` forces a preflight.
+
+    Raises:
+        Forbidden: the origin is not listed; `null` and several headers are not either.
+    """
+    if mount.is_open and "Origin" in incoming.headers:
+        origins = incoming.headers.getall("Origin")
+        if len(origins) > 1 or not _is_listed(mount.config.cors_origins, origins[0]):
+            raise Forbidden("The web page's origin is not in cors_origins")
+
+
 def allow_origin(origins: tuple[str, ...], origin: str | None, response: Response) -> None:
-    """Let a configured origin's page read the answer."""
+    """Let a configured origin's page read the answer.
+
+    `navigator.sendBeacon` sends in the credentials mode "include", for which browsers demand the second
+    header and no `*`. The relay reads no cookies.
+    """
     response.headers["Vary"] = "Origin"
-    if origin is not None and origin.isascii() and ("*" in origins or origin in origins):
+    if origin is not None and _is_listed(origins, origin):
         response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Credentials"] = "true"
+
+
+def _is_listed(origins: tuple[str, ...], origin: str) -> bool:
+    return origin.isascii() and ("*" in origins or origin in origins)
 
 
 def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:

@@ -18,7 +18,17 @@ from relay.errors import (
 )
 from relay.ids import given_id, request_id
 from relay.incoming import Incoming
-from relay.ingest.answers import allow_origin, answer, answer_again, ask, outside, plain, preflight, refuse
+from relay.ingest.answers import (
+    allow_origin,
+    answer,
+    answer_again,
+    ask,
+    check_origin,
+    outside,
+    plain,
+    preflight,
+    refuse,
+)
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes
 from relay.ingest.gate import Gate
@@ -113,6 +123,7 @@ class Ingest:
             if incoming.method == "OPTIONS" and mount.config.cors_origins:
                 return preflight(match.handlers)
             raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
+        check_origin(mount, incoming)
         late = self.gate.draining  # a body that began before the drain may still end
         body = await read_body(request, mount.config.max_body, self._body_seconds, self._budget)
         try:

@@ -25,6 +25,10 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     source: Source
     config: SourceConfig
     paused: bool = False
+    is_open: bool = False  # asked once; see `Source.is_open`
+
+    def __post_init__(self) -> None:
+        self.is_open = self.source.is_open()
 
 
 def mounts_of(sources: Mapping[str, SourceConfig]) -> tuple[Mount, ...]:
