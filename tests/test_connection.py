@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import random
 import socket
+import struct
 
 import pytest
+from daemon import SOURCES, adorn, running, write_config
 from support import until
-from wire import Wire, request
+from wire import Wire, exchange, request
 
 from relay.ingest.body import Budget, read_body
 from relay.ingest.connection import READ_AHEAD, Connection
@@ -53,6 +56,38 @@ class Site:
 async def site():
     async with asyncio.timeout(10), Site() as site:
         yield site
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def complaints(caplog):
+    """Return what is logged, and what the loop's exception handler is told."""
+    found = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
+    caplog.set_level(logging.WARNING)
+    return lambda: [*found, *(record.getMessage() for record in caplog.records)]
+
+
+async def half_close(url, *pieces):
+    """Send these, close the own side, and return all that is answered until the server closes."""
+    async with asyncio.timeout(10), await Wire.open(url) as wire:
+        for piece in pieces:
+            await wire.send(piece)
+            await asyncio.sleep(0.01)
+        wire.writer.write_eof()
+        return await wire.reader.read()
+
+
+def reset(wire):
+    """Hang up as a process that is killed with data unread does."""
+    sock = wire.writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wire.writer.transport.abort()
 
 
 @pytest.fixture
@@ -276,7 +311,7 @@ async def test_a_sender_of_a_body_that_nobody_reads_has_its_answer(site, monkeyp
 async def test_a_sender_that_reads_no_answer_is_cut_off_and_the_answer_lost(site, impatient):
     lost = asyncio.Event()
     site.answer = Response(200, bytes(32 * 2**20))  # more than the buffers on the way take
-    site.answer.lost = lost.set
+    site.answer.told = lambda heard: heard or lost.set()
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         await asyncio.wait_for(lost.wait(), 10)
@@ -369,7 +404,7 @@ async def test_no_trailer_becomes_a_header_of_the_next_request(site):
 
 async def test_a_sender_that_reads_no_answer_is_cut_off_at_the_end_and_the_answer_lost(site, caplog):
     site.answer, lost = Response(200, bytes(32 * 2**20)), []
-    site.answer.lost = lambda: lost.append(True)
+    site.answer.told = lambda heard: lost.append(not heard)
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         await site.asked.wait()
@@ -454,3 +489,194 @@ async def test_a_body_that_is_coming_may_come_while_the_server_closes(site):
         assert await wire.closed()
         await closing
     assert site.paths == ["/"]
+
+
+# --- senders that close their own side ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [request("GET", "/a")],
+        [request("GET", "/a", connection="close")],
+        [request("POST", "/a", b"{}")],
+        [request("POST", "/a", b"{}")[:-2], b"{", b"}"],
+        [request("POST", "/a", transfer_encoding="chunked") + b"2\r\n{}\r\n0\r\n\r\n"],
+        [request("POST", "/a", bytes(2**20))],
+        [request("POST", "/a", b"{}").replace(b"HTTP/1.1", b"HTTP/1.0")],
+    ],
+)
+async def test_a_sender_that_closes_its_side_has_its_answer(site, pieces, waits):
+    site.reads = True
+    fate = []
+    site.answer = Response(200, b"the answer")
+    site.answer.told = fate.append
+    if waits:
+        site.open.clear()
+        asyncio.get_running_loop().call_later(0.1, site.open.set)
+    assert (await half_close(site.url, *pieces)).endswith(b"the answer")
+    assert fate == [True]
+    await until(lambda: not site.server.connections)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_sender_that_closes_its_side_has_the_answers_to_all_that_it_has_asked(site, waits):
+    site.reads = True
+    if waits:
+        site.open.clear()
+        asyncio.get_running_loop().call_later(0.1, site.open.set)
+    asked = [request("GET", "/a"), request("POST", "/b", b"{}"), request("POST", "/c", bytes(70_000))]
+    answered = await half_close(site.url, b"".join(asked))
+    assert [answered.count(path) for path in (b"/a", b"/b", b"/c")] == [1, 1, 1]
+    assert site.paths == ["/a", "/b", "/c"]
+    await until(lambda: not site.server.connections)
+
+
+async def test_a_large_answer_reaches_a_sender_that_has_closed_its_side(site):
+    site.answer = Response(200, bytes(8 * 2**20))
+    assert len(await half_close(site.url, request("GET", "/"))) > 8 * 2**20
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+@pytest.mark.parametrize("behind", [b"", request("GET", "/more")])
+async def test_a_sender_that_is_gone_before_its_answer_has_not_heard_it(site, ending, behind):
+    site.open.clear()
+    fate = []
+    site.answer = Response(200, b"{}")
+    site.answer.told = fate.append
+    wire = await Wire.open(site.url)
+    await wire.send(request("GET", "/") + behind)
+    await site.asked.wait()
+    if ending == "reset":
+        reset(wire)
+    await wire.hang_up()
+    await asyncio.sleep(0.05)
+    site.open.set()
+    await until(lambda: not site.server.connections)
+    assert fate == [False]
+
+
+@pytest.mark.parametrize("cut", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: a\r\n"])
+async def test_a_sender_that_closes_its_side_within_a_head_is_hung_up_on(site, cut):
+    assert await half_close(site.url, cut) == b""
+    await until(lambda: not site.server.connections)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        [request("POST", "/v1/events", content_length="9") + b"{"],
+        [request("POST", "/v1/events", content_length="9"), b"{"],
+        [request("POST", "/v1/events", transfer_encoding="chunked") + b"2\r\n{"],
+        [request("GET", "/health") + request("POST", "/v1/events", content_length="9") + b"{"],
+    ],
+)
+async def test_a_sender_that_closes_its_side_within_a_body_hears_so(relay, cut):
+    answered = await half_close(relay.addresses.public, *cut)
+    head, _, body = answered.rpartition(b"\r\n\r\n")
+    assert b" 400 " in head
+    assert json.loads(body)["status"] == "error"
+    assert await relay.rows() == []
+
+
+@pytest.fixture
+async def slow_store(relay, monkeypatch):
+    """Make appends wait until the test lets them go; says how many are waiting."""
+    append, gate = relay.app.store.append, asyncio.Event()
+
+    async def slowly(acceptance):
+        gate.waiting += 1
+        await gate.wait()
+        return await append(acceptance)
+
+    gate.waiting = 0
+    monkeypatch.setattr(relay.app.store, "append", slowly)
+    return gate
+
+
+async def test_identical_posts_of_a_sender_that_closes_its_side_are_events_of_their_own(relay, slow_store):
+    raw = request("POST", "/v1/events", adorn("half"))
+    for number in range(3):
+        sending = asyncio.create_task(half_close(relay.addresses.public, raw))
+        await until(lambda number=number: slow_store.waiting == number + 1)
+        await until(lambda: all(each.gone() for each in relay.app.ingest._echoes._open.values()))
+        slow_store.set()
+        assert b" 200 " in await sending
+        slow_store.clear()
+    slow_store.set()
+    await asyncio.gather(*(half_close(relay.addresses.public, raw) for _ in range(3)))
+    rows = await relay.rows(subject="half")
+    assert (len(rows), [row["duplicate"] for row in rows]) == (6, [False] * 6)
+    assert relay.app.ingest._echoes._open == {}
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay, slow_store, ending):
+    """It waits for what becomes of the first answer."""
+    raw = request("POST", "/v1/events", adorn("gone"))
+    wire = await Wire.open(relay.addresses.public)
+    await wire.send(raw)
+    await until(lambda: slow_store.waiting)
+    if ending == "reset":
+        reset(wire)
+    await wire.hang_up()
+    await until(lambda: all(each.gone() for each in relay.app.ingest._echoes._open.values()))
+    repeating = asyncio.create_task(exchange(relay.addresses.public, raw))
+    await until(lambda: any(each.receipt for each in relay.app.ingest._echoes._open.values()))
+    slow_store.set()
+    answer = await repeating
+    [row] = await relay.rows(subject="gone")
+    assert (answer.status, answer.json["event_id"], row["duplicate"]) == (200, row["id"], True)
+
+
+# --- senders that are gone at the wrong moment --------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+@pytest.mark.parametrize("size", [2, 30_000, 200_000, 8_000_000])
+async def test_a_sender_that_is_gone_before_the_last_answer_leaves_no_traceback(
+    site, complaints, ending, size
+):
+    """The answer makes its system reset the connection, before our own side of it is closed."""
+    site.answer = Response(200, bytes(size))
+    for _ in range(5):
+        site.open.clear()
+        site.asked.clear()
+        wire = await Wire.open(site.url)
+        await wire.send(request("GET", "/last", connection="close"))
+        await site.asked.wait()
+        (connection,) = site.server.connections
+        await wire.send(request("GET", "/more"))
+        await until(lambda connection=connection: connection._is_held)
+        if ending == "reset":
+            reset(wire)
+        await wire.hang_up()
+        site.open.set()
+        await until(lambda: not site.server.connections)
+    gc.collect()
+    assert complaints() == []
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+async def test_what_is_no_request_and_hangs_up_leaves_no_traceback(site, complaints, ending):
+    for _ in range(20):
+        wire = await Wire.open(site.url)
+        await wire.send(b"no request\r\n\r\n")
+        if ending == "reset":
+            reset(wire)
+        await wire.hang_up()
+    await until(lambda: not site.server.connections)
+    assert complaints() == []
+
+
+async def test_a_sender_that_reads_the_last_word_slowly_has_all_of_it(site):
+    site.answer = Response(200, bytes(4 * 2**20))
+
+    def send():
+        with socket.create_connection(address(site.sock), timeout=10) as sender:
+            sender.sendall(request("GET", "/last", connection="close") * 3)
+            return len(b"".join(iter(lambda: sender.recv(65_536), b"")))
+
+    assert await asyncio.to_thread(send) > 4 * 2**20
+    await until(lambda: not site.server.connections)

@@ -6,7 +6,10 @@ has a record, and a task if it waits; silence is looked for by the server over a
 """
 
 import asyncio
+import fcntl
 import logging
+import socket
+import termios
 from typing import Protocol, cast
 
 from aiohttp import StreamReader
@@ -24,6 +27,7 @@ FIRST_HEAD = 10.0  # seconds for the first request's head
 LINGERING = 1.0  # seconds to swallow the rest of a refused body
 _FAILED = b'{"error":{"code":"internal_error","message":"Internal server error"}}'
 READ_AHEAD = 2**18  # bytes: with twice as many of a body unread, no more are taken from the socket
+_HEARD_EVERY = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds between looks; the last one repeats
 
 
 class Owner(Protocol):
@@ -50,11 +54,16 @@ class Connection(asyncio.Protocol):
     Requests are answered one at a time, in their order. The parser stops after each; what a sender has sent
     behind it without waiting (RFC 9112, 9.3.2) stays unparsed until the answer is written, and while there
     is any, nothing more is taken from the socket.
+
+    A sender may close its own side after its last request and wait for the answers (RFC 9112, 9.6). Until an
+    answer is written, this looks the same as a sender that is gone; afterwards, the one acknowledges the
+    answer and the other resets the connection.
     """
 
     __slots__ = (
-        "_behind", "_is_full", "_is_held", "_is_leaving", "_is_over", "_loop", "_owner", "_parser",
-        "_patience", "_request", "_silent_since", "_task", "_transport", "_unread",
+        "_behind", "_is_ending", "_is_full", "_is_half_closed", "_is_held", "_is_leaving", "_is_over",
+        "_loop", "_owner", "_parser", "_patience", "_request", "_silent_since", "_task", "_transport",
+        "_unread",
     )  # fmt: skip
 
     def __init__(self, owner: Owner) -> None:
@@ -74,6 +83,8 @@ class Connection(asyncio.Protocol):
         self._is_held = False  # nothing is read because of that
         self._is_full = False  # nothing is read because a body has to be read first
         self._is_over = False  # nothing is parsed any more
+        self._is_half_closed = False  # the sender sends nothing more, but may wait for answers
+        self._is_ending = False  # our own side is closed once everything is written
         self._is_leaving = False  # nothing is begun any more
         self._unread: asyncio.Future[None] | None = None  # while the sender does not read its answers
         self._patience = FIRST_HEAD
@@ -94,6 +105,21 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
         if self._task is None:
             self._owner.connection_lost(self)
+
+    def eof_received(self) -> bool:
+        """Keep the connection open while the sender may wait for an answer; say whether to do so."""
+        if self._request is None or self._is_over:
+            return False
+        self._is_half_closed = self._request.is_half_closed = True
+        self._cut_short()
+        return True
+
+    def _cut_short(self) -> None:
+        """End a body whose rest can no longer come."""
+        request = self._request
+        if request is not None and not (request.content.is_eof() or self._is_full):
+            self._is_over = True
+            request.content.set_exception(ConnectionResetError("the sender closed within a body"))
 
     # --- reading --------------------------------------------------------------------------------------
 
@@ -119,9 +145,9 @@ class Connection(asyncio.Protocol):
             if not head.path or head.version not in (HttpVersion11, HttpVersion10):
                 self._refuse(BadStatusLine())
             elif not self._is_leaving:
-                self._begin(
-                    Request(head, content, cast("asyncio.Transport", self._transport)), at_once=at_once
-                )
+                request = Request(head, content, cast("asyncio.Transport", self._transport))
+                request.is_half_closed = self._is_half_closed
+                self._begin(request, at_once=at_once)
 
     def _refuse(self, error: Exception) -> None:
         """Answer what is no HTTP; nothing that comes after can be understood."""
@@ -151,6 +177,8 @@ class Connection(asyncio.Protocol):
         was_full, self._is_full = self._is_full, False
         if resume_parser and self._request is not None and not self._request.content.is_eof():
             self._parse(b"")  # also if it is not full: told so at the end of a chunk, the parser pauses later
+            if self._is_half_closed:
+                self._cut_short()
         if was_full:
             self._read_or_not()
 
@@ -197,28 +225,47 @@ class Connection(asyncio.Protocol):
                 self._hang_up()
 
     async def _ask(self, request: Request) -> tuple[Response, bytes]:
+        response: Response | None = None
         try:
             response = await self._owner.answer(request)
             return response, response.encode(request)
         except Exception:
             log.exception("a request could not be answered")
+            if response is not None:
+                response.tell(heard=False)
             response = Response(500, _FAILED)
             response.force_close()
             return response, response.encode(request)
 
     async def _write(self, answer: bytes, response: Response, request: Request) -> bool:
-        """Write an answer, and wait until it can be sent; say whether the sender was there for it."""
+        """Write an answer, and wait until it can be sent; return whether the sender was there for it."""
         was_there = False
         try:
             if not request.is_gone:
                 cast("asyncio.Transport", self._transport).write(answer)
                 if self._unread is not None:
                     await self._unread
-                was_there = not request.is_gone
+                was_there = await self._is_heard() if request.is_half_closed else not request.is_gone
         finally:  # cancelled, too
-            if not was_there and response.lost is not None:
-                response.lost()
+            response.tell(heard=was_there)
         return was_there
+
+    async def _is_heard(self) -> bool:
+        """Return whether a sender that has closed its own side takes what was written to it.
+
+        A sender that neither acknowledges nor resets for a second counts as one that does: to take its next
+        request for a repetition could lose an event.
+        """
+        loop, began, looks = self._loop, self._loop.time(), 0
+        while self._transport is not None and not self._transport.is_closing():
+            written = self._transport.get_write_buffer_size() == 0
+            if written and (heard := _heard(self._transport.get_extra_info("socket"))) is not None:
+                return heard
+            if loop.time() - began >= LINGERING:
+                return True
+            await asyncio.sleep(_HEARD_EVERY[min(looks, len(_HEARD_EVERY) - 1)])
+            looks += 1
+        return False
 
     async def _swallow(self, content: StreamReader) -> bool:
         """Read what still comes of a refused body, for a moment; say whether that was all.
@@ -239,7 +286,9 @@ class Connection(asyncio.Protocol):
         cast("HttpRequestParser", self._parser).message_consumed()
         data, self._behind = self._behind, b""
         self._parse(data)
-        if self._is_held and (self._request is None or not self._request.content.is_eof()):
+        if self._is_half_closed:
+            self._cut_short() if self._request is not None else self._hang_up()
+        elif self._is_held and (self._request is None or not self._request.content.is_eof()):
             self._is_held = False
             self._read_or_not()
 
@@ -253,6 +302,8 @@ class Connection(asyncio.Protocol):
         if self._unread is not None and not self._unread.done():  # it is cancelled with who waited for it
             self._unread.set_result(None)
         self._unread = None
+        if self._is_ending:
+            self._loop.call_soon(self._end)  # not yet: asyncio's transport is about to look at its buffer
 
     # --- ending ---------------------------------------------------------------------------------------
 
@@ -263,13 +314,29 @@ class Connection(asyncio.Protocol):
         the answer back.
         """
         transport = cast("asyncio.Transport", self._transport)
-        if transport.is_closing() or not (self._is_over or self._is_held):
+        if transport.is_closing() or self._is_half_closed or not (self._is_over or self._is_held):
             transport.close()
             return
         self._is_over, self._is_held, self._is_full, self._behind = True, False, False, b""
         self._patience, self._silent_since = LINGERING, self._loop.time()
-        transport.write_eof()
+        self._is_ending = True
+        transport.set_write_buffer_limits(high=0)  # `resume_writing` says when everything is written
+        if self._unread is None:
+            self._end()
         self._read_or_not()
+
+    def _end(self) -> None:
+        """Close our own side, with nothing left to write.
+
+        asyncio's transports close it by themselves once everything is written, and log a traceback where the
+        sender has reset the connection meanwhile.
+        """
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:
+            self._transport.abort()
 
     @property
     def silent_since(self) -> float | None:
@@ -304,3 +371,14 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:  # its answer has been told lost
             self._transport.abort()
+
+
+def _heard(sock: socket.socket) -> bool | None:
+    """Return whether the other end has acknowledged all bytes, or reset the connection; None: neither yet."""
+    try:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return False
+        waiting = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return False
+    return None if any(waiting) else True

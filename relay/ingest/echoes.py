@@ -1,7 +1,7 @@
 """Requests repeated because their first answer never arrived (design: no setting, no risk for twins).
 
 Moddy and Compozy re-send the same bytes after a time-out. Genuine twins have the same bytes too, so
-a request is an echo only if its predecessor's sender hung up before the answer could be written.
+a request is an echo only if its predecessor's sender hung up before it had the answer.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ makes up anew does not hide an echo.
 
 
 class Open:
-    """One request on its way: whether its sender is still there, and what became of it."""
+    """One request on its way: whether its sender may be gone, and what became of it and of its answer."""
 
     __slots__ = ("gone", "receipt")
 
@@ -57,12 +57,12 @@ class Echoes:
         entry = self._open[fingerprint] = Open(gone)
         return entry
 
-    def end(self, fingerprint: Fingerprint, entry: Open, receipt: Receipt | None) -> None:
-        """Note what became of it; `None`: nothing was stored."""
+    def end(self, fingerprint: Fingerprint, entry: Open, receipt: Receipt | None, *, gone: bool) -> None:
+        """Note what became of it, and whether its sender was `gone`; no receipt: nothing was stored."""
         if self._open.get(fingerprint) is entry:
             del self._open[fingerprint]
         if receipt is not None:
-            self.unheard(fingerprint, receipt, gone=entry.gone())
+            self.unheard(fingerprint, receipt, gone=gone)
         if entry.receipt is not None:
             entry.receipt.set_result(receipt)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
@@ -45,6 +45,9 @@ from relay.source import Accepted, Reply
 from relay.store import Acceptance, Store
 
 log = logging.getLogger("relay.ingest")
+
+Told = Callable[[bool], None]
+"""Called once an answer was written or could not be, with whether its sender has heard it."""
 
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
@@ -162,46 +165,66 @@ class Ingest:
             change=accepted.worker,
             asks=accepted.asks,
         )
+        told = None
         if stored is None:
             receipt = await self._append(acceptance)
         else:
-            receipt = await self._append_once(request, acceptance, stored)
-        self._count(mount, acceptance, receipt)
-        if receipt != expected:
-            response = answer_again(accepted, receipt, response)
-        response.event_id = receipt.event_id
-        if receipt.sent:
-            response.lost = lambda: self._take_back(receipt.sent)
-        if verbose:
-            self._tell(mount, incoming, response, began, stored=stored, receipt=receipt)
+            receipt, told = await self._append_once(request, acceptance, stored)
+        try:
+            self._count(mount, acceptance, receipt)
+            if receipt != expected:
+                response = answer_again(accepted, receipt, response)
+            response.event_id = receipt.event_id
+            if verbose:
+                self._tell(mount, incoming, response, began, stored=stored, receipt=receipt)
+        except BaseException:
+            if told is not None:
+                told(False)  # noqa: FBT003 - it takes nothing else
+            raise
+        response.told = told if not receipt.sent else self._sent(receipt.sent, told)
         return response
 
+    def _sent(self, commands: tuple[Command, ...], then: Told | None) -> Told:
+        """Return what queues a worker's commands again if its reply did not reach it."""
+
+        def told(heard: bool) -> None:  # noqa: FBT001 - called by the connection, with this alone
+            if not heard:
+                self._take_back(commands)
+            if then is not None:
+                then(heard)
+
+        return told
+
     def _take_back(self, commands: tuple[Command, ...]) -> None:
-        """Queue a worker's commands again whose reply could not be written."""
+        """Queue a worker's commands again whose reply did not reach it."""
         task = asyncio.create_task(self._store.fleet(lambda fleet: fleet.requeue(commands)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _append_once(self, request: Request, acceptance: Acceptance, stored: StoredEvent) -> Receipt:
-        """Append, unless this repeats a request whose sender hung up before it was answered."""
+    async def _append_once(
+        self, request: Request, acceptance: Acceptance, stored: StoredEvent
+    ) -> tuple[Receipt, Told]:
+        """Append, unless this repeats a request whose sender hung up before it was answered.
+
+        Returns the receipt, and what must be called with whether the sender has heard the answer.
+        """
+        echoes = self._echoes
         fingerprint = (request.target, stored.sha256, stored.type, stored.subject, stored.context)
-        first = await self._echoes.first(fingerprint)
+        first = await echoes.first(fingerprint)
         if first is not None:
             receipt = msgspec.structs.replace(first, duplicate=True)
             with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
                 await self._store.append(
                     Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
                 )
-            self._echoes.unheard(fingerprint, receipt, gone=request.is_gone)
-            return receipt
-        entry = self._echoes.begin(fingerprint, lambda: request.is_gone)
+            return receipt, lambda heard: echoes.unheard(fingerprint, receipt, gone=not heard)
+        entry = echoes.begin(fingerprint, lambda: request.may_be_gone)
         try:
             receipt = await self._append(acceptance)
         except BaseException:
-            self._echoes.end(fingerprint, entry, None)
+            echoes.end(fingerprint, entry, None, gone=True)
             raise
-        self._echoes.end(fingerprint, entry, receipt)
-        return receipt
+        return receipt, lambda heard: echoes.end(fingerprint, entry, receipt, gone=not heard)
 
     async def _append(self, acceptance: Acceptance) -> Receipt:
         try:

@@ -15,7 +15,7 @@ class Request:
     takes a trailer for a header of the next request, and loses what comes behind an offer. So these are last.
     """
 
-    __slots__ = ("_head", "_transport", "content", "headers", "is_1_1", "is_kept", "method")
+    __slots__ = ("_head", "_transport", "content", "headers", "is_1_1", "is_half_closed", "is_kept", "method")
 
     def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
         self.method = head.method
@@ -23,6 +23,7 @@ class Request:
         self.content = content
         self.is_kept = not (head.should_close or head.chunked or head.upgrade)  # the connection, afterwards
         self.is_1_1 = head.version == HttpVersion11  # not 1.0
+        self.is_half_closed = False  # the sender sends nothing more: it waits for the answer, or is gone
         self._head = head
         self._transport = transport
 
@@ -45,8 +46,13 @@ class Request:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the sender has hung up."""
+        """Whether the sender has hung up for certain."""
         return self._transport.is_closing()
+
+    @property
+    def may_be_gone(self) -> bool:
+        """Whether the sender has closed its side at least: what becomes of the answer tells the rest."""
+        return self.is_half_closed or self._transport.is_closing()
 
     def ask_for_body(self) -> None:
         """Tell a sender who waits to be asked for its body that it may come (RFC 9110, 10.1.1)."""

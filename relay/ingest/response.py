@@ -19,13 +19,13 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 class Response:
     """JSON on its way out, in the bytes that a `web.Response` would write."""
 
-    __slots__ = ("_headers", "_is_last", "body", "event_id", "lost", "status")
+    __slots__ = ("_headers", "_is_last", "body", "event_id", "status", "told")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
         self.body = body
         self.event_id = ""  # of the event that it acknowledges
-        self.lost: Callable[[], None] | None = None  # called when it could not be written
+        self.told: Callable[[bool], None] | None = None  # called once, with whether the sender has heard it
         self._is_last = False
         self._headers: CIMultiDict[str] | None = None
 
@@ -43,6 +43,11 @@ class Response:
     def keeps(self, request: Request) -> bool:
         """Say whether the connection goes on after this."""
         return request.is_kept and not self._is_last
+
+    def tell(self, *, heard: bool) -> None:
+        """Say whether the sender has heard the answer."""
+        if self.told is not None:
+            self.told(heard)
 
     def encode(self, request: Request) -> bytes:
         """Render head and body for the request that this answers."""
