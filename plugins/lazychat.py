@@ -12,6 +12,7 @@ from relay.source import (
     Event,
     Incoming,
     Invalid,
+    KeyConflict,
     RateLimited,
     Refusal,
     Reply,
@@ -66,7 +67,7 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
 
         On any other status the plugin deletes its token and logs the shop out.
         """
-        transient = isinstance(refusal, BodyTimeout | RateLimited) or refusal.status >= 500  # noqa: PLR2004 - ours
+        transient = isinstance(refusal, BodyTimeout | RateLimited | KeyConflict) or refusal.status >= 500  # noqa: PLR2004 - ours
         if transient and incoming.header("X-Event-Type") == PROBE and self._knows(incoming):
             return Reply(body={"success": True})
         return Reply(status=refusal.status, body={"success": False, "error": refusal.detail})

@@ -99,6 +99,13 @@ class Conflict(Refusal):
     text = "Already registered"
 
 
+class KeyConflict(Refusal):
+    """An idempotency key that another request has had, at a source with `key_conflict = "reject"`."""
+
+    status, reason, code = 422, "key_conflict", "key_conflict"
+    text = "This idempotency key has been used for another request"
+
+
 class Unauthenticated(Refusal):
     """No token, not a bearer token, or one that nobody configured.
 
@@ -220,6 +227,7 @@ REASONS = (
     "forbidden",
     "malformed",
     "invalid",
+    "key_conflict",
     "encoding",
     "method",
     "not_found",

@@ -68,6 +68,11 @@ class Metrics:
             "Requests that repeated a stored event.",
             source,
         )
+        self.key_conflicts = counter(
+            "relay_events_key_conflicts",
+            "Requests whose idempotency key was used before for a different request.",
+            source,
+        )
         self.bytes = counter("relay_event_bytes", "Body bytes of newly stored events.", source)
         self.rejected = counter(
             "relay_events_rejected",
@@ -169,7 +174,14 @@ class Metrics:
 
     def add_source(self, name: str) -> None:
         """Create a source's children at 0."""
-        for metric in (self.received, self.duplicates, self.bytes, self.ingest, self.heartbeats):
+        for metric in (
+            self.received,
+            self.duplicates,
+            self.key_conflicts,
+            self.bytes,
+            self.ingest,
+            self.heartbeats,
+        ):
             metric.labels(name)
         for reason in REASONS:
             self.rejected.labels(name, reason)

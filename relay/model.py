@@ -280,6 +280,7 @@ class Receipt(msgspec.Struct, kw_only=True, frozen=True):
 
     event_id: str = ""  # public id; of the first one for a duplicate; "" when there was no event
     duplicate: bool = False
+    key_conflict: bool = False  # a new event, whose idempotency key another request has had
     worker: Worker | None = None  # the row after the change, or the one that was asked about
     commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker, riding in this reply
     sent: tuple[Command, ...] = ()  # the same, as the store keeps them

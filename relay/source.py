@@ -13,6 +13,7 @@ from relay.errors import (
     Conflict,
     Forbidden,
     Invalid,
+    KeyConflict,
     Malformed,
     MethodNotAllowed,
     NotFound,
@@ -40,8 +41,8 @@ from relay.units import Duration, Rate, Size
 
 __all__ = [
     "EMPTY", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
-    "Heartbeat", "Incoming", "Invalid", "Malformed", "MethodNotAllowed", "NotFound", "Overloaded",
-    "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
+    "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
+    "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
     "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "route",
 ]  # fmt: skip
@@ -58,7 +59,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     subject: str | None = None
     data: Any = EMPTY  # msgspec.Raw keeps the sender's own bytes; anything else is encoded
     context: Any = EMPTY
-    key: str | None = None  # dedupes for 7 days within the source
+    key: str | None = None  # the same request with it is a duplicate for 7 days, within the source
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

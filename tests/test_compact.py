@@ -55,5 +55,6 @@ async def test_a_reader_in_the_way_is_not_waited_for(store, clock):
 
 async def test_where_nothing_is_free_nothing_changes(store, clock):
     await send(store, clock)
+    await store.compact()  # what the migrations of a new file leave free
     done = await store.compact()
     assert done == Compacted(before=done.before, after=done.before, whole=True)

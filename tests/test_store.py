@@ -333,7 +333,7 @@ async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock)
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(StorageError, match=r"version 99.*knows 2"):
+    with pytest.raises(StorageError, match=r"version 99.*knows 3"):
         await SqliteStore(path, clock).open()
 
 
@@ -361,7 +361,7 @@ async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tm
     found = await store.find("deliveries", destination="crm", state="dead", since=95)
     assert [row["id"] for row in found] == ["dlv_1024", "dlv_1"]
     await store.close()
-    copy = path.with_name("relay.db.before-v2")
+    copy = path.with_name("relay.db.before-v3")
     with closing(sqlite3.connect(copy)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
         assert db.execute("SELECT count(*) FROM events").fetchone() == (3,)

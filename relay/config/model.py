@@ -119,6 +119,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix: Annotated[str, _check(checks.prefix)] = ""
     max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
     rate_limit: Rate | None = None
+    key_conflict: Literal["store", "reject"] = "store"
     cors_origins: tuple[Annotated[str, _check(checks.web_origin)], ...] = ()
     retention: SourceRetention = SourceRetention()
     workers: WorkerRules = WorkerRules()

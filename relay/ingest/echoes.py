@@ -14,11 +14,12 @@ from relay.model import Receipt
 REMEMBER = 60 * SECOND
 MOST = 10_000
 
-Fingerprint = tuple[str, bytes, str, str | None, bytes]
-"""Raw path, sha256 of the body, and what the source read out of the headers as well: type, subject, context.
+Fingerprint = tuple[str, bytes, str, str | None, bytes, str | None]
+"""Raw path, sha256 of the body, what the source read out of the headers as well (type, subject, context),
+and the idempotency key.
 
 Shops that hang up always, and differ only by a header, are no echoes of each other; a header that a proxy
-makes up anew does not hide an echo.
+makes up anew does not hide an echo. Requests with different idempotency keys are different events.
 """
 
 

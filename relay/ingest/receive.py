@@ -1,6 +1,7 @@
 """One request's way: read, verify, understand, make durable, and only then answer."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -9,6 +10,7 @@ import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.errors import (
+    KeyConflict,
     MethodNotAllowed,
     PluginFailed,
     Refusal,
@@ -41,7 +43,7 @@ from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
 from relay.registry import ENVIRONMENTS, changes_a_path
-from relay.source import Accepted, Reply
+from relay.source import Accepted, Event, Reply
 from relay.store import Acceptance, Store
 
 log = logging.getLogger("relay.ingest")
@@ -52,6 +54,7 @@ Told = Callable[[bool], None]
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
 LONGEST_SHOWN = 64  # characters of a sender's own words in the log
+LONGEST_KEY = 256  # characters of an idempotency key; of a longer one its digest is stored
 
 
 class Ingest:
@@ -158,10 +161,13 @@ class Ingest:
         # with nothing stored, and leaves only after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
         response = answer(accepted, expected)
+        key = None if event is None else _key(event, incoming)
         acceptance = Acceptance(
             source=mount.name,
             event=stored,
-            key=None if event is None else event.key or _key(incoming),
+            key=key,
+            path=mount.config.prefix + incoming.path,
+            rejects_conflict=mount.config.key_conflict == "reject",
             change=accepted.worker,
             asks=accepted.asks,
         )
@@ -209,7 +215,14 @@ class Ingest:
         Returns the receipt, and what must be called with whether the sender has heard the answer.
         """
         echoes = self._echoes
-        fingerprint = (request.target, stored.sha256, stored.type, stored.subject, stored.context)
+        fingerprint = (
+            request.target,
+            stored.sha256,
+            stored.type,
+            stored.subject,
+            stored.context,
+            acceptance.key,
+        )
         first = await echoes.first(fingerprint)
         if first is not None:
             receipt = msgspec.structs.replace(first, duplicate=True)
@@ -247,6 +260,20 @@ class Ingest:
         else:
             meter.received.inc()
             meter.bytes.inc(len(acceptance.event.body))
+            if receipt.key_conflict:
+                self._count_conflict(mount, acceptance, receipt)
+
+    def _count_conflict(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
+        """Count and log an event whose idempotency key another request has had; it is stored all the same."""
+        self._meters[mount.name].key_conflicts.inc()
+        key = (acceptance.key or "")[:LONGEST_SHOWN]
+        self._log.warning(
+            f"{mount.name}: key conflict",
+            f"{mount.name}: the idempotency key {key!r} was used before for another request; stored as a new"
+            f' event. To refuse such requests set [sources.{mount.name}] key_conflict = "reject"',
+            source=mount.name,
+            event_id=receipt.event_id,
+        )
 
     def _wonder(self, mount: Mount, change: Register) -> None:
         """Say what is odd about a registration: an unknown environment, an id that paths cannot hold."""
@@ -294,6 +321,8 @@ class Ingest:
 
     def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
         self._metrics.rejected.labels(mount.name, refusal.reason).inc()
+        if isinstance(refusal, KeyConflict):
+            self._meters[mount.name].key_conflicts.inc()
         request = self._request_id(incoming)
         if isinstance(refusal, PluginFailed):
             self._metrics.plugin_errors.labels(mount.config.plugin).inc()
@@ -328,13 +357,25 @@ class _Meter:
         self.received = metrics.received.labels(source)
         self.bytes = metrics.bytes.labels(source)
         self.duplicates = metrics.duplicates.labels(source)
+        self.key_conflicts = metrics.key_conflicts.labels(source)
         self.heartbeats = metrics.heartbeats.labels(source)
         self.seconds = metrics.ingest.labels(source)
 
 
-def _key(incoming: Incoming) -> str | None:
-    """Return the sender's own idempotency key; the two header names are the field's."""
-    headers = incoming.headers
-    if "Idempotency-Key" in headers or "webhook-id" in headers:
-        return incoming.header("Idempotency-Key") or incoming.header("webhook-id") or None
-    return None
+def _key(event: Event, incoming: Incoming) -> str | None:
+    """Return the idempotency key of the handler, or else of the sender; the header names are the field's.
+
+    Raises:
+        PluginFailed: the handler names something that is no text.
+    """
+    key, headers = event.key, incoming.headers
+    if not key and ("Idempotency-Key" in headers or "webhook-id" in headers):
+        key = incoming.header("Idempotency-Key") or incoming.header("webhook-id")
+    if not key:
+        return None
+    if not isinstance(key, str):
+        raise PluginFailed from TypeError(f"a handler returned a key that is {type(key).__name__}, not str")
+    text = key.encode("utf-8", "surrogatepass")
+    if len(key) > LONGEST_KEY or (event.key and not key.isprintable()):
+        return f"sha256:{hashlib.sha256(text).hexdigest()}"
+    return key

@@ -62,7 +62,9 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
 
     source: str
     event: StoredEvent | None = None
-    key: str | None = None  # dedupes within the source for `DEDUPE_FOR`
+    key: str | None = None  # the same request with it is a duplicate for `DEDUPE_FOR`, see `dedupe.identity`
+    path: str = ""  # of the request, without its query; a part of its identity
+    rejects_conflict: bool = False  # refuse another request with the key, instead of storing it
     repeats: str | None = None  # public id of the event that it is known to repeat: only counted
     change: WorkerChange | None = None
     asks: str | None = None  # a worker id whose row the receipt shall carry
@@ -139,6 +141,7 @@ class Store(Protocol):
         Raises:
             Overloaded: the write queue is full; nothing was queued.
             Conflict: the worker change contradicts the registry.
+            KeyConflict: another request has had the key, and the acceptance rejects that.
             StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
             StorageError: this very request could not be stored; others of its batch were.
         """

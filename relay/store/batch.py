@@ -2,12 +2,13 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 
 from relay.clock import Clock
 from relay.config.model import WorkerRules
+from relay.errors import KeyConflict
 from relay.ids import delivery_id, event_id
 from relay.model import (
     Born,
@@ -23,8 +24,8 @@ from relay.model import (
 )
 from relay.registry import Now
 from relay.store import DEDUPE_FOR, Acceptance, Route
+from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
-from relay.store.rows import Row
 from relay.store.stats import Tallies
 from relay.store.workers import Roster
 
@@ -76,7 +77,7 @@ class Batch:
         route: Route,
         roster: Roster,
         rules: Callable[[str, str], WorkerRules],
-        known: Mapping[tuple[str, str], str],
+        keys: Keys,
         pending: Counter[str],
     ) -> None:
         self.steady = clock.steady()
@@ -85,8 +86,7 @@ class Batch:
         self._route = route
         self._pending = pending  # by destination, before this batch
         self._added: Counter[str] = Counter()
-        self._keys = dict(known)
-        self.new_keys: list[Row] = []
+        self.keys = keys
         self.events: list[StoredEvent] = []
         self.tallies = Tallies()
         self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
@@ -111,16 +111,20 @@ class Batch:
         self.hurried: dict[int, str] = {}  # deliveries that were made due, with destination
         self.unwanted: set[int] = set()  # cancelled ones that are being sent: their outcome comes first
 
-    def accept(self, acceptance: Acceptance) -> Receipt:
-        """Take in one request.
+    def accept(self, acceptance: Acceptance, key: Key | None) -> Receipt:
+        """Take in one request; `key` is its idempotency key.
 
         Raises:
             Conflict: the worker change contradicts the registry; nothing was taken in.
+            KeyConflict: another request has had the key, and the acceptance rejects that; likewise.
         """
-        event, key = acceptance.event, acceptance.key
-        first = acceptance.repeats
+        event = acceptance.event
+        first, conflicts = acceptance.repeats, False
         if first is None and key is not None:
-            first = self._keys.get((acceptance.source, key))
+            first = self.keys.first(key)
+            conflicts = first is None and self.keys.is_used(key)
+            if conflicts and acceptance.rejects_conflict:
+                raise KeyConflict
         if event is not None and first is not None:
             self.tallies.add(event, duplicate=True)
             self.repetitions[first] += 1
@@ -136,10 +140,9 @@ class Batch:
             commands = tuple({"id": command.public_id, **command.body} for command in sent)
             return Receipt(worker=worker, commands=commands, sent=sent)
         if key is not None:
-            self._keys[acceptance.source, key] = event.public_id
-            self.new_keys.append((acceptance.source, key, event.public_id, self.steady + DEDUPE_FOR))
+            self.keys.add(key, event.public_id, self.steady + DEDUPE_FOR)
         self._add(event)
-        return Receipt(event_id=event.public_id, worker=worker)
+        return Receipt(event_id=event.public_id, key_conflict=conflicts, worker=worker)
 
     def owe(
         self, owed: Owed, event_id: int, size: int, event: StoredEvent | None, replay_of: int | None = None

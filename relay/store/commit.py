@@ -48,9 +48,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     _write_events(batch, transaction)
     if batch.deliveries:
         await _write_deliveries(batch, transaction, holds)
-    if batch.new_keys:
-        columns = "source, key, event_id, expires_at"
-        insert(transaction, "dedupe", columns, batch.new_keys, verb="REPLACE")
+    batch.keys.write(transaction)
     batch.fleet.write(transaction)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"

@@ -88,8 +88,8 @@ ROWS_SQL = {
     ),
     "keys": (
         """
-        DELETE FROM dedupe WHERE (source, key) IN (
-               SELECT source, key FROM dedupe WHERE expires_at <= ? ORDER BY expires_at LIMIT ?)
+        DELETE FROM dedupe WHERE (source, key, identity) IN (
+               SELECT source, key, identity FROM dedupe WHERE expires_at <= ? ORDER BY expires_at LIMIT ?)
         """,
         COST,
     ),

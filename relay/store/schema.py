@@ -194,5 +194,26 @@ CREATE INDEX deliveries_lost ON deliveries (destination, state, event_id)
     WHERE state IN ('dead', 'expired', 'cancelled');
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META, LISTS)
+IDENTITIES = """
+CREATE TABLE identities (
+    source     TEXT    NOT NULL,
+    key        TEXT    NOT NULL,
+    identity   BLOB    NOT NULL,               -- of the request, see relay.store.dedupe
+    event_id   TEXT    NOT NULL,               -- public id of the first event
+    expires_at INTEGER NOT NULL,
+    PRIMARY KEY (source, key, identity)
+) STRICT, WITHOUT ROWID;
+INSERT INTO identities                         -- of older requests the body alone is known
+     SELECT d.source, d.key, e.sha256, d.event_id, d.expires_at
+       FROM dedupe AS d JOIN events AS e ON e.public_id = d.event_id;
+DROP TABLE dedupe;
+ALTER TABLE identities RENAME TO dedupe;
+CREATE INDEX dedupe_expires ON dedupe (expires_at);
+"""
+
+MIGRATIONS: tuple[str, ...] = (
+    EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
+    LISTS,
+    IDENTITIES,
+)
 """Each runs in one transaction; never edit one that has been released, append another."""

@@ -31,6 +31,7 @@ from relay.store.commit import sums, write
 from relay.store.compact import Compacting
 from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
 from relay.store.counts import Backlog, Counts
+from relay.store.dedupe import Key, Keys, identity
 from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
@@ -39,7 +40,6 @@ from relay.store.held import Holding
 from relay.store.holds import Holds
 from relay.store.measure import Measuring
 from relay.store.prune import Pruning
-from relay.store.statements import fetch
 from relay.store.stats import Tallying
 from relay.store.transaction import Transaction
 from relay.store.watching import Watching
@@ -172,27 +172,16 @@ class SqliteStore(
 
     async def begin(self, transaction: Transaction, jobs: Iterable[Job[Any]]) -> Batch:
         """See `Gatherer.begin`: look the batch's keys up and start gathering."""
-        keys = [job.key for job in jobs if job.key is not None]
-        known: dict[tuple[str, str], str] = {}
-        if keys:
-            now = self._clock.steady()
-            rows = await fetch(
-                transaction,
-                """
-                WITH asked (source, key) AS (VALUES {values})
-                SELECT dedupe.source, dedupe.key, dedupe.event_id, dedupe.expires_at
-                  FROM asked JOIN dedupe USING (source, key)
-                """,
-                keys,
-            )
-            known = {(source, key): first for source, key, first, expires in rows if expires > now}
+        keys = Keys()
+        if asked := [job.key for job in jobs if job.key is not None]:
+            await keys.look_up(transaction, asked, self._clock.steady())
         return Batch(
             clock=self._clock,
             sequences=self._sequences,
             route=self.route,
             roster=self._roster,
             rules=self.rules,
-            known=known,
+            keys=keys,
             pending=self._pending,
         )
 
@@ -231,10 +220,12 @@ class SqliteStore(
         """See `Store.append`."""
         if (receipt := self._beat(acceptance)) is not None:
             return receipt
-        event = acceptance.event
-        key = (acceptance.source, acceptance.key) if event is not None and acceptance.key else None
+        event, key = acceptance.event, None
+        if event is not None and acceptance.key:
+            request = identity(event, acceptance.path)
+            key = Key(acceptance.source, acceptance.key, request, event.sha256)
         job = Job(
-            lambda batch: batch.accept(acceptance),
+            lambda batch: batch.accept(acceptance, key),
             size=len(event.body) if event is not None else 0,
             key=key,
         )

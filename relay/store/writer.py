@@ -16,6 +16,7 @@ import aiosqlite
 
 from relay.errors import Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
+from relay.store.dedupe import Key
 from relay.store.transaction import Transaction
 
 log = logging.getLogger("relay.store")
@@ -42,12 +43,12 @@ class Job(Generic[T]):
         *,
         answer: Callable[[Batch, T], T] | None = None,
         size: int = 0,
-        key: tuple[str, str] | None = None,
+        key: Key | None = None,
     ) -> None:
         self.apply = apply  # takes the caller's wish into the batch; pure, may refuse
         self.answer = answer  # corrects the result once the statements have run
         self.size = size  # bytes waiting in the queue
-        self.key = key  # (source, key) that the batch must know before it begins
+        self.key = key  # that the batch must know of before it begins
         self.result: T
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 

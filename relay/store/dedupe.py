@@ -1,0 +1,91 @@
+"""Idempotency keys: which request has had one, and for how long a repetition of it is a duplicate.
+
+A key alone does not make a duplicate. Clients that count from 1 after each start, or that use a constant,
+send different requests with one key; each of them is an event.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from relay.model import StoredEvent
+from relay.store.rows import Row
+from relay.store.statements import fetch, insert
+from relay.store.transaction import Transaction
+
+SIZE = 20
+"""Bytes of an identity. A database of version 2 kept none: the 32 bytes of the body's digest stand for it."""
+
+KNOWN_SQL = """
+    WITH asked (source, key, identity, body, now) AS (VALUES {values})
+    SELECT asked.source, asked.key, asked.identity,
+           (SELECT event_id FROM dedupe AS d
+             WHERE d.source = asked.source AND d.key = asked.key
+               AND d.identity IN (asked.identity, asked.body) AND d.expires_at > asked.now
+             ORDER BY d.expires_at LIMIT 1),
+           EXISTS (SELECT 1 FROM dedupe AS d
+                    WHERE d.source = asked.source AND d.key = asked.key AND d.expires_at > asked.now)
+      FROM asked
+"""
+
+
+class Key(msgspec.Struct, frozen=True):
+    """The idempotency key of one request."""
+
+    source: str
+    text: str
+    identity: bytes  # of the request
+    body: bytes  # sha256 of its body
+
+
+class Keys:
+    """The keys that a transaction knows of, and those that it adds."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str, bytes], str] = {}  # public id of the event of such a request
+        self._used: set[tuple[str, str]] = set()  # by any request
+        self._new: list[Row] = []
+
+    async def look_up(self, transaction: Transaction, keys: Iterable[Key], now: int) -> None:
+        """Read what is known of some keys; `now` is steady."""
+        asked = [(key.source, key.text, key.identity, key.body, now) for key in keys]
+        for source, text, identity, first, is_used in await fetch(transaction, KNOWN_SQL, asked):
+            if first is not None:
+                self._first[source, text, identity] = first
+            if is_used:
+                self._used.add((source, text))
+
+    def first(self, key: Key) -> str | None:
+        """Return the public id of the event that this very request has become; None: it is new."""
+        return self._first.get((key.source, key.text, key.identity))
+
+    def is_used(self, key: Key) -> bool:
+        """Say whether any request has had the key."""
+        return (key.source, key.text) in self._used
+
+    def add(self, key: Key, event_id: str, expires_at: int) -> None:
+        """Take in the key of a new event."""
+        self._first[key.source, key.text, key.identity] = event_id
+        self._used.add((key.source, key.text))
+        self._new.append((key.source, key.text, key.identity, event_id, expires_at))
+
+    def write(self, transaction: Transaction) -> None:
+        """Write the new ones, inside the transaction."""
+        if self._new:
+            columns = "source, key, identity, event_id, expires_at"
+            insert(transaction, "dedupe", columns, self._new, verb="REPLACE")
+
+
+def identity(event: StoredEvent, path: str) -> bytes:
+    """Return what tells requests with one key apart: path, body, and what the source read of the rest.
+
+    The token has no part in it, as it may be rotated between two tries; nor has the context, which may hold
+    the time of sending.
+    """
+    texts = (path, event.type, event.subject or "")
+    digest = hashlib.blake2b(digest_size=SIZE)
+    for part in (*(text.encode("utf-8", "surrogatepass") for text in texts), event.sha256, event.data):
+        digest.update(b"%d:" % len(part))
+        digest.update(part)
+    return digest.digest()
