@@ -39,7 +39,24 @@ _NULL = msgspec.Raw(b"null")
 _LARGEST = 2**63 - 1  # what a row can hold
 _MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
 _STATUSES: dict[str, WorkerStatus] = {status: status for status in get_args(WorkerStatus)}
-_TOLD = {f"session_{status}": status for status in ("created", "connected", "disconnected", "deleted")}
+_TOLD = {
+    **dict.fromkeys(
+        ("qr", "qr_code", "qr_ready", "qr_required", "qr_generated", "qr_updated"), "qr_required"
+    ),
+    **dict.fromkeys(("connected", "ready", "reconnected"), "connected"),
+    **dict.fromkeys(("disconnected", "closed", "stopped"), "disconnected"),
+    **dict.fromkeys(("logged_out", "logout"), "logged_out"),
+    **dict.fromkeys(("error", "failed", "auth_failure"), "error"),
+    **dict.fromkeys(("deleted", "removed", "destroyed", "terminated"), "deleted"),
+    **{name: name for name in ("created", "initializing", "connecting", "authenticated", "reconnecting")},
+}
+"""What an event's name, less its `session_`, says of the session's status."""
+
+_FINER = {
+    "created": ("initializing", "qr_required", "connecting", "connected"),
+    "disconnected": ("logged_out", "reconnecting", "error"),
+}
+"""Statuses that say the same as a name, and more: there the body's own status counts."""
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -248,9 +265,15 @@ def _accept(
 
 
 def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
-    """Read what a session's event says of the session itself; a message's status is another matter."""
+    """Read what a session's event says of the session itself; a message's status is another matter.
+
+    The name of an event decides (`connected`, `session_qr_ready`): a status beside it may be the one
+    before. A name that tells none (`session_status`) leaves it to the status.
+    """
     said = _map(notice.data) if notice.event else {}
-    status = _text(said.get("status")) or _text(notice.status) or _TOLD.get(notice.event or "", "")
+    status = _text(said.get("status")) or _text(notice.status)
+    if (named := _named(notice.event or "")) and status.lower() not in (named, *_FINER.get(named, ())):
+        status = named
     if not session_id or not status or (notice.event or "").startswith("message"):
         return None
     session = Session(
@@ -260,7 +283,13 @@ def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> Sess
         name=_text(said.get("displayName")) or _text(notice.display_name) or None,
         last_activity=_stamp(notice.timestamp),
     )
-    return SessionSeen(session=session, worker_id=worker_id or "")
+    return SessionSeen(session=session, worker_id=worker_id or "", at=_at(notice.timestamp))
+
+
+def _named(event: str) -> str:
+    """Return the status that an event's name tells, `""`: none."""
+    name = event.strip().lower().replace("-", "_").replace(".", "_").replace(":", "_")
+    return _TOLD.get(name.removeprefix("session_"), "")
 
 
 def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
@@ -272,10 +301,19 @@ def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _at(raw: msgspec.Raw) -> str | float | None:
+    """Return a timestamp that is text or a number."""
+    text = bytes(raw)
+    try:
+        value = None if text[:1] in (b"{", b"[") else msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return None
+    return value if type(value) in (str, int, float) else None  # no bool
+
+
 def _stamp(raw: msgspec.Raw) -> str | None:
     """Return a timestamp that is text."""
-    text = bytes(raw)
-    return msgspec.json.decode(text, type=str) if text[:1] == b'"' else None
+    return value if isinstance(value := _at(raw), str) else None
 
 
 def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:

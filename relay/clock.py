@@ -8,6 +8,8 @@ from typing import Protocol
 from relay.units import parse_duration
 
 SECOND = 1_000_000
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_YEAR_10000 = 253_402_300_800  # seconds; a larger number counts milliseconds
 
 
 class Clock(Protocol):
@@ -72,7 +74,31 @@ def moment(text: str, now: int) -> int:
             raise ValueError('expected "2h", "14d" or a time such as "2026-01-31T12:00:00Z"') from None
     if then.tzinfo is None:
         raise ValueError(f'"{text}" lacks its time zone; end it with Z for UTC')
-    return (then - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+    return _micros(then)
+
+
+def instant(value: object) -> int | None:
+    """Read a point in time as senders write it; microseconds since the epoch.
+
+    RFC 3339 with a time zone, or seconds or milliseconds since the epoch. None: it is neither.
+
+    >>> instant("2023-11-14T22:13:20Z"), instant(1700000000), instant("1700000000000")
+    (1700000000000000, 1700000000000000, 1700000000000000)
+    """
+    try:
+        if isinstance(value, str) and not value.isdecimal():
+            then = datetime.fromisoformat(value)
+            return None if then.tzinfo is None else _micros(then)
+        number = float(value) if isinstance(value, str | int | float) else 0
+    except (ValueError, OverflowError):
+        return None
+    if not 0 < number < _YEAR_10000 * 1000:
+        return None
+    return int(number * SECOND) if number < _YEAR_10000 else int(number * 1000)
+
+
+def _micros(then: datetime) -> int:
+    return (then - _EPOCH) // timedelta(microseconds=1)
 
 
 @lru_cache(maxsize=64)  # events come many to a second, and this is most of what rendering one costs

@@ -219,6 +219,7 @@ class SessionSeen(msgspec.Struct, kw_only=True, frozen=True, tag="session"):
 
     session: Session
     worker_id: str = ""  # "": the worker that last reported the session
+    at: str | float | None = None  # when it changed, as the worker wrote it; None: it did not say
 
 
 WorkerChange = Register | Heartbeat | Unregister | SessionSeen
@@ -249,6 +250,7 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     message_count: int | None = None
     counts: Mapping[str, int] = {}
     sessions: tuple[Session, ...] = ()
+    changed: Mapping[str, int] = {}  # wall clock, by session id: of events since the list, deleted ones too
 
 
 class Command(msgspec.Struct, kw_only=True, frozen=True):

@@ -18,11 +18,12 @@ maintenance is `online` when it is ONLINE again, and not `offline` a second time
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from relay.clock import SECOND, rfc3339
+from relay.clock import SECOND, instant, rfc3339
 from relay.config.model import WorkerRules
 from relay.model import (
     Born,
@@ -36,7 +37,7 @@ from relay.model import (
     WorkerStatus,
 )
 
-INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline")
+INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline", "changed")
 """What of a row is ours alone, and in no event or list."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
@@ -53,6 +54,12 @@ RESTARTED = 5.0
 
 MOST_SESSIONS = 1000
 """Sessions kept per worker; each is a few dozen bytes in every event about it."""
+
+MOST_DELETED = 32
+"""Deleted sessions remembered per worker, so that a late event does not bring them back."""
+
+OVERLAP = 10 * SECOND
+"""How long a heartbeat's list may be older than a session's event that overtook it."""
 
 
 _CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|$)|^/|//|/$")
@@ -78,7 +85,7 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     if isinstance(change, Unregister):
         return _unregister(row, now)
     if isinstance(change, SessionSeen):
-        return _see(row, change.session)
+        return _see(row, change, now)
     base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
     if row is not None and row.unregistered_at is not None:
         # Not a negative time: the steady clock of another run may have been ahead of this one's.
@@ -172,6 +179,8 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
             said[name] = value
     if change.sessions is not None:
         said["sessions"] = change.sessions[:MOST_SESSIONS]
+        if base.changed:
+            said["sessions"], said["changed"] = _reconcile(base, said["sessions"], now)
     status, beats = _recovered(base, _status(base, change.status), now, rules)
     restarted = row is not None and _went_back(row.uptime, change.uptime)
     after = msgspec.structs.replace(
@@ -203,12 +212,18 @@ def _went_back(before: float | None, after: float | None) -> bool:
     return before is not None and after is not None and after < before - RESTARTED
 
 
-def _see(row: Worker | None, session: Session) -> Step:
-    """Keep a worker's sessions current between its heartbeats."""
+def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
+    """Keep a worker's sessions current between its heartbeats; an older event changes nothing."""
     if row is None or row.unregistered_at is not None:
         return Step(worker=row, quiet=True)
+    session = change.session
     known = {each.id: each for each in row.sessions}
     former = known.get(session.id)
+    at = instant(change.at)
+    if at is not None:
+        at = min(at, now.wall)  # one from the future counts as of its receipt
+        if at < min(_as_of(row, session.id, former), now.wall):
+            return Step(worker=row, quiet=True)
     if former is not None:
         told = {
             name: value for name in ("status", "phone", "name", "last_activity")
@@ -220,7 +235,43 @@ def _see(row: Worker | None, session: Session) -> Step:
     known[session.id] = session
     if session.status.lower() == "deleted":
         del known[session.id]
-    return Step(worker=msgspec.structs.replace(row, sessions=tuple(known.values())))
+    changed = row.changed if at is None else _changed(row.changed, session.id, at, known)
+    return Step(worker=msgspec.structs.replace(row, sessions=tuple(known.values()), changed=changed))
+
+
+def _as_of(row: Worker, id_: str, session: Session | None) -> int:
+    """Return when a session became what the row says: its last event's time, or its activity in a list."""
+    if (at := row.changed.get(id_)) is not None:
+        return at
+    listed = None if session is None else instant(session.last_activity)
+    return 0 if listed is None else min(listed, row.last_heartbeat)
+
+
+def _changed(changed: Mapping[str, int], id_: str, at: int, known: Mapping[str, Session]) -> dict[str, int]:
+    """Note when a session changed; of those that are gone, only the last few stay."""
+    after = {**changed, id_: at}
+    gone = [each for each in after if each not in known]
+    for each in gone[:-MOST_DELETED]:
+        del after[each]
+    return after
+
+
+def _reconcile(
+    row: Worker, listed: tuple[Session, ...], now: Now
+) -> tuple[tuple[Session, ...], dict[str, int]]:
+    """Take a heartbeat's list, but for sessions of which an event has just told something newer."""
+    recent = {id_: at for id_, at in row.changed.items() if 0 <= now.wall - at < OVERLAP}
+    known = {each.id: each for each in row.sessions} if recent else {}
+    sessions, kept = [], {}
+    for session in listed:
+        at, activity = recent.get(session.id), instant(session.last_activity)
+        if at is None or activity is None or activity >= at:
+            sessions.append(session)
+            continue
+        kept[session.id] = at
+        if session.id in known:
+            sessions.append(msgspec.structs.replace(session, status=known[session.id].status))
+    return tuple(sessions), kept
 
 
 _SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.clock import SECOND, moment, rfc3339
+from relay.clock import SECOND, instant, moment, rfc3339
 
 NOW = 1_700_000_000 * SECOND
 
@@ -31,3 +31,22 @@ def test_what_is_no_moment_is_refused_with_an_example(text):
 
 def test_what_is_rendered_can_be_read_to_the_millisecond():
     assert moment(rfc3339(NOW + 123_456), 0) == NOW + 123_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2023-11-14T22:13:20Z", "2023-11-14T22:13:20.000Z", "2023-11-15T00:13:20+02:00",
+     "2023-11-14 22:13:20+00:00", 1_700_000_000, 1_700_000_000.0, "1700000000", 1_700_000_000_000,
+     "1700000000000"],
+)  # fmt: skip
+def test_an_instant_is_read_as_senders_write_it(text):
+    assert instant(text) == 1_700_000_000_000_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "soon", "2h", "2023-11-14T22:13:20", "2023-11-14", "2023-13-45T00:00:00Z", "9" * 400, 10**400, 1e300,
+     -1, 0, None, [], {}, float("nan"), float("inf")],
+)  # fmt: skip
+def test_what_is_no_instant_is_none(text):
+    assert instant(text) is None

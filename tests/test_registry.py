@@ -3,13 +3,15 @@
 import msgspec
 import pytest
 
-from relay.clock import SECOND
+from relay.clock import SECOND, rfc3339
 from relay.config.model import WorkerRules
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker, WorkerChange
 from relay.registry import (
     FORMER,
     INTERNAL,
+    MOST_DELETED,
     MOST_SESSIONS,
+    OVERLAP,
     TOMBSTONE,
     Now,
     Step,
@@ -17,6 +19,7 @@ from relay.registry import (
     former,
     hold,
     maintain,
+    shown,
     silent,
 )
 
@@ -291,6 +294,97 @@ def test_the_sessions_of_one_worker_have_an_end():
     row = said(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
     assert len(row.sessions) == MOST_SESSIONS
     assert said(row, SessionSeen(session=Session(id="new"))).worker == row
+
+
+def iso(seconds):
+    return rfc3339(WALL + int(seconds * SECOND))
+
+
+def turned(status, told, id_="s1"):
+    """Build a session's event that was made so many seconds after the start of the test."""
+    written = told if isinstance(told, str | None) else iso(told)
+    return SessionSeen(
+        session=Session(id=id_, status=status, last_activity=written), worker_id="w", at=written
+    )
+
+
+def statuses(row):
+    return {session.id: session.status for session in row.sessions}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        (turned("connected", 10), turned("connecting", 9.999), "connected"),
+        (turned("connected", 10), turned("disconnected", 10), "disconnected"),
+        (turned("connected", 10), turned("disconnected", 11), "disconnected"),
+        (turned("connected", 10), turned("disconnected", None), "disconnected"),
+        (turned("connected", None), turned("disconnected", 5), "disconnected"),
+        (turned("connected", "soon"), turned("disconnected", 5), "disconnected"),
+        (turned("connected", 86_400), turned("disconnected", 86_401), "disconnected"),
+        (turned("connected", 86_400), turned("disconnected", 86_399), "disconnected"),
+        (turned("connected", 86_400), turned("disconnected", 25), "disconnected"),
+        (turned("connected", 86_400), turned("disconnected", 19), "connected"),
+    ],
+)  # fmt: skip
+def test_an_older_event_changes_no_session_and_one_from_the_future_counts_as_of_its_receipt(
+    first, second, status
+):
+    row = said(ONLINE, first, 20).worker
+    step = said(row, second, 30)
+    assert statuses(step.worker) == {"s1": status}
+    assert step.quiet is (status == "connected")
+
+
+def test_a_deleted_session_is_not_brought_back_by_what_happened_before():
+    row = said(ONLINE, turned("connected", 1), 1).worker
+    row = said(row, turned("deleted", 5), 5).worker
+    assert said(row, turned("disconnected", 4), 6).worker.sessions == ()
+    assert statuses(said(row, turned("created", 7), 7).worker) == {"s1": "created"}
+
+
+def test_deleted_sessions_are_remembered_only_so_long_and_shown_to_nobody():
+    row = ONLINE
+    for number in range(MOST_DELETED + 10):
+        row = said(row, turned("connected", number, str(number)), number).worker
+        row = said(row, turned("deleted", number, str(number)), number).worker
+    assert len(row.changed) == MOST_DELETED
+    assert "changed" not in shown(row)
+
+
+@pytest.mark.parametrize(
+    ("listed", "told", "status"),
+    [(5, 10, "connected"), (10, 10, "LISTED"), (11, 10, "LISTED"), (None, 10, "LISTED"), (5, None, "LISTED")],
+)
+def test_a_list_that_an_event_overtook_does_not_take_the_event_back(listed, told, status):
+    row = said(ONLINE, turned("connected", told), 10).worker
+    activity = None if listed is None else iso(listed)
+    beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="LISTED", last_activity=activity),))
+    assert statuses(said(row, beat, 11).worker) == {"s1": status}
+    later = said(row, beat, 10 + OVERLAP / SECOND).worker
+    assert (statuses(later), later.changed) == ({"s1": "LISTED"}, {})  # at the next one the list decides
+
+
+def test_a_list_that_a_deletion_overtook_does_not_bring_the_session_back():
+    row = said(ONLINE, turned("deleted", 10), 10).worker
+    beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="X", last_activity=iso(9)),))
+    assert said(row, beat, 11).worker.sessions == ()
+    assert statuses(said(row, beat, 30).worker) == {"s1": "X"}
+
+
+def test_an_event_from_before_a_session_s_listed_activity_is_old_and_an_activity_in_the_future_is_not():
+    beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="ON", last_activity=iso(5)),))
+    row = said(ONLINE, beat, 10).worker
+    assert statuses(said(row, turned("OLD", 4), 11).worker) == {"s1": "ON"}
+    assert statuses(said(row, turned("NEW", 5), 11).worker) == {"s1": "NEW"}
+    ahead = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="ON", last_activity=iso(86_400)),))
+    row = said(ONLINE, ahead, 10).worker
+    assert statuses(said(row, turned("NEW", 10), 11).worker) == {"s1": "NEW"}
+
+
+def test_a_clock_that_was_set_back_freezes_no_session():
+    row = said(ONLINE, turned("connected", 7200), 7200).worker
+    assert statuses(said(row, turned("disconnected", 10), 10).worker) == {"s1": "disconnected"}
 
 
 def test_a_worker_that_was_offline_before_its_maintenance_is_online_once_it_is_heard_after_it():

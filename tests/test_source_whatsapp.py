@@ -151,6 +151,7 @@ def seen(path, body):
             SessionSeen(
                 worker_id="w",
                 session=Session(id="s1", status="connected", phone="+62", last_activity="t"),
+                at="t",
             ),
         ),
         (
@@ -177,6 +178,56 @@ def seen(path, body):
 )  # fmt: skip
 def test_a_session_s_event_says_what_became_of_the_session(path, body, expected):
     assert seen(path, body) == expected
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        ("session_created", "created"), ("initializing", "initializing"), ("authenticated", "authenticated"),
+        ("qr_ready", "qr_required"), ("session_qr_ready", "qr_required"), ("session.qr_ready", "qr_required"),
+        ("connected", "connected"), ("session_connected", "connected"), ("SESSION_READY", "connected"),
+        ("disconnected", "disconnected"), ("session-disconnected", "disconnected"),
+        ("reconnecting", "reconnecting"), ("session_logged_out", "logged_out"), ("auth_failure", "error"),
+        ("deleted", "deleted"), ("session_deleted", "deleted"), ("destroyed", "deleted"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("data", [{}, {"status": "initializing_"}, {"phoneNumber": "+62"}, None])
+@pytest.mark.parametrize("path", ["/api/v1/webhooks/session-status", "/api/workers/w/events"])
+def test_the_name_of_an_event_decides_a_session_s_status(path, event, status, data):
+    body = {"event": event, "sessionId": "s1", "workerId": "w", "data": data}
+    assert seen(path, body).session.status == status
+
+
+@pytest.mark.parametrize(
+    ("event", "said", "status"),
+    [
+        ("session_created", "initializing", "initializing"),
+        ("session_created", "INITIALIZING", "INITIALIZING"),
+        ("disconnected", "logged_out", "logged_out"), ("disconnected", "connected", "disconnected"),
+        ("connected", "CONNECTED", "CONNECTED"), ("session_status", "connected", "connected"),
+        ("session_status_changed", "QR_REQUIRED", "QR_REQUIRED"), ("session_updated", "error", "error"),
+    ],
+)  # fmt: skip
+def test_a_status_beside_a_name_counts_where_it_says_the_same_or_more(event, said, status):
+    body = {"event": event, "sessionId": "s1", "workerId": "w", "data": {"status": said}}
+    assert seen("/api/v1/webhooks/session-status", body).session.status == status
+
+
+@pytest.mark.parametrize(
+    "event", ["message_sent", "message_failed", "worker_error", "worker_started", "x_connected"]
+)
+def test_an_event_about_something_else_says_nothing_of_a_session(event):
+    assert seen("/api/v1/workers/w/events", {"event": event, "sessionId": "s1", "data": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "at"),
+    [("2024-01-15T10:30:00Z", "2024-01-15T10:30:00Z"), (1705314600000, 1705314600000), (1.5, 1.5),
+     (True, None), (None, None), ([1], None), ({}, None)],
+)  # fmt: skip
+def test_a_session_s_event_brings_its_own_time_whatever_it_is(timestamp, at):
+    body = {"status": "CONNECTED", "sessionId": "s1", "timestamp": timestamp}
+    assert seen("/api/v1/webhooks/session-status", body).at == at
 
 
 def test_a_worker_that_registers_again_is_told_the_sessions_it_had():

@@ -191,6 +191,61 @@ async def test_a_session_s_event_shows_in_the_registry_at_once(relay):
     assert (session["status"], session["phone"]) == ("CONNECTED", "+62")
 
 
+async def test_an_event_that_names_no_worker_belongs_to_the_one_that_told_of_its_session(relay):
+    for id_ in ("w1", "w2"):
+        await relay.exchange(beat(id_))
+    waiting = []
+    release = await held(relay)  # heartbeat and event come in one transaction
+
+    async def send(raw):
+        waiting.append(asyncio.ensure_future(relay.exchange(raw)))
+        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+
+    await send(beat("w1", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
+    await send(beat("w2", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
+    body = json.dumps({"sessionId": "s1", "status": "CONNECTED"}).encode()
+    await send(request("POST", "/api/v1/webhooks/session-status", body=body, **TOKEN))
+    await release()
+    await asyncio.gather(*waiting)
+    sessions = {id_: (await worker(relay, id_))["sessions"][0]["status"] for id_ in ("w1", "w2")}
+    assert sessions == {"w1": "QR_REQUIRED", "w2": "CONNECTED"}
+
+
+async def test_after_a_restart_a_session_belongs_to_the_worker_that_was_heard_last(tmp_path, clock):
+    config = write_config(tmp_path, SOURCES)
+    async with running(config, clock=clock) as relay:
+        for id_ in ("z-old", "a-new"):  # against the order of their ids
+            await relay.exchange(beat(id_, sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
+            clock.advance(1)
+    async with running(config, clock=clock) as relay:
+        body = json.dumps({"sessionId": "s1", "status": "CONNECTED"}).encode()
+        await relay.exchange(request("POST", "/api/v1/webhooks/session-status", body=body, **TOKEN))
+        sessions = {id_: (await worker(relay, id_))["sessions"][0]["status"] for id_ in ("z-old", "a-new")}
+        assert sessions == {"z-old": "QR_REQUIRED", "a-new": "CONNECTED"}
+
+
+V1_EVENTS = ("session_created", "qr_ready", "connected", "disconnected", "reconnecting", "connected")
+
+
+async def test_a_v1_worker_s_session_follows_the_names_of_its_events_and_is_told_so(relay, clock):
+    await relay.exchange(register())
+    seen = []
+    for event in (*V1_EVENTS, "session_deleted"):
+        clock.advance(1)
+        body = {
+            "event": event,
+            "sessionId": "s1",
+            "workerId": "w1",
+            "data": {},
+            "timestamp": clock.wall() // 1000,
+        }
+        path = "/api/v1/workers/w1/events" if "session" in event else "/api/v1/webhooks/session-status"
+        await relay.exchange(request("POST", path, body=json.dumps(body).encode(), **TOKEN))
+        seen += [session["status"] for session in (await worker(relay))["sessions"]]
+    assert seen == ["created", "qr_required", "connected", "disconnected", "reconnecting", "connected"]
+    assert (await worker(relay))["sessions"] == []
+
+
 async def test_a_restart_is_an_event(relay):
     for uptime in (3600, 3630, 4):
         await relay.exchange(beat(uptime=uptime))

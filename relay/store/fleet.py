@@ -46,6 +46,8 @@ class Fleet:
         self._rules = rules
         self.born: list[tuple[str, Born]] = []  # source and event, not yet in the batch
         self.workers: dict[WorkerKey, Worker] = {}
+        self._sessions: dict[tuple[str, str], WorkerKey] = {}  # where this transaction moved them
+        self._unread: list[WorkerKey] = []  # moved rows whose sessions are not in there yet
         self.seen: dict[WorkerKey, Worker] = {}  # rows to be written as they are in memory
         self.holding = False
         self.forgotten: set[WorkerKey] = set()
@@ -64,7 +66,7 @@ class Fleet:
         """
         key = (source, change.worker_id)
         if isinstance(change, SessionSeen) and not change.worker_id:
-            key = self._roster.with_session(source, change.session.id) or key
+            key = self._with_session(source, change.session.id) or key
         before = self.get(key)
         step = registry.apply(before, change, source, self._now, self._rules(*key))
         if step.worker is None:
@@ -102,7 +104,17 @@ class Fleet:
 
     def _move(self, key: WorkerKey, worker: Worker) -> None:
         self.workers[key] = worker
+        self._unread.append(key)
         self._roster.moving.add(key)
+
+    def _with_session(self, source: str, session_id: str) -> WorkerKey | None:
+        """Return the key of the worker that last reported a session, be it in this very transaction."""
+        for key in self._unread:
+            former, worker = self._roster.get(key), self.workers[key]
+            if former is None or former.sessions != worker.sessions:
+                self._sessions.update({(key[0], session.id): key for session in worker.sessions})
+        self._unread.clear()
+        return self._sessions.get((source, session_id)) or self._roster.with_session(source, session_id)
 
     def flush(self, keys: Iterable[WorkerKey]) -> None:
         """Take in rows that heartbeats so far moved in memory only."""

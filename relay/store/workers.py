@@ -124,7 +124,8 @@ class Roster:
 
 async def load_roster(connection: aiosqlite.Connection) -> Roster:
     """Read all workers, and the commands that wait for them."""
-    workers = await connection.execute_fetchall("SELECT record FROM workers")
+    # The one that was heard last comes last: it has the sessions that several rows name.
+    workers = await connection.execute_fetchall("SELECT record FROM workers ORDER BY last_heartbeat")
     commands = await connection.execute_fetchall(
         f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants
     )
