@@ -7,7 +7,7 @@ import pytest
 import receivers
 from client import AMPLE, GRACE, SHORT, send
 
-from relay.delivery.client import KEEP_LIMIT
+from relay.delivery.reply import KEEP_LIMIT
 
 pytestmark = pytest.mark.usefixtures("silence")
 
@@ -59,15 +59,15 @@ async def test_a_connect_that_hangs_is_left_at_the_connect_timeout(client_for, c
 
 TOO_MUCH = [
     # what the receiver is like, the result, the status, a part of the error
-    (receivers.endless_headers, "protocol", None, "Too many headers"),
+    (receivers.endless_headers, "ok", 200, "far more than an answer"),
     (receivers.informational_flood, "protocol", None, "far more than an answer"),
-    (receivers.many_headers, "protocol", None, "Too many headers"),
-    (receivers.huge_header, "protocol", None, "more than 8190 bytes"),
+    (receivers.many_headers, "ok", 200, "far more than an answer"),
+    (receivers.huge_header, "ok", 200, "far more than an answer"),
     (receivers.huge_status_line, "protocol", None, "more than 8190 bytes"),
     (receivers.huge_body, "ok", 200, None),
     (receivers.endless_chunks, "ok", 200, None),
     (receivers.endless_chunk_extension, "ok", 200, "far more than an answer"),
-    (receivers.endless_trailers, "protocol", None, "Too many headers"),
+    (receivers.endless_trailers, "ok", 200, "far more than an answer"),
     (receivers.gzip_bomb, "ok", 200, None),
 ]
 
@@ -112,15 +112,6 @@ async def test_a_yes_stays_a_yes_when_the_body_then_breaks(client_for, broken):
         assert (answer.result, answer.status, answer.truncated) == ("ok", 200, True)
         assert answer.error.startswith("HTTP 200 OK; ")
         assert answer.duration_ms < 1000
-
-
-@pytest.mark.parametrize("broken", receivers.BROKEN_BODIES)
-async def test_a_body_that_breaks_together_with_its_head_is_a_typed_result(client_for, broken):
-    """The parser of aiohttp forgets a head whose body is malformed in the same segment."""
-    async with receivers.says(answer=receivers.BROKEN_BODIES[broken]) as receiver:
-        answer = await send(client_for(), receiver.url)
-        assert (answer.result, answer.status) in (("ok", 200), ("protocol", None))
-        assert answer.error is not None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from receivers import head
 
 from relay import __version__
 from relay.delivery.answer import one_line
-from relay.delivery.client import KEEP_LIMIT, READ_LIMIT
+from relay.delivery.reply import KEEP_LIMIT, READ_LIMIT
 
 pytestmark = pytest.mark.usefixtures("silence")
 

@@ -7,7 +7,8 @@ import receivers
 from client import SHORT, send
 
 from relay.config.model import DestinationConfig
-from relay.delivery.client import KEEP_LIMIT, Client
+from relay.delivery.client import Client
+from relay.delivery.reply import KEEP_LIMIT
 from relay.errors import RelayError
 
 pytestmark = pytest.mark.usefixtures("silence")

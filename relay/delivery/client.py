@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 from aiohttp import (
     ClientConnectionResetError,
+    ClientConnectorDNSError,
     ClientConnectorError,
     ClientError,
     ClientOSError,
@@ -21,27 +22,47 @@ from yarl import URL
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, Result, of_failure, of_status, one_line
 from relay.delivery.connector import AddressInfo, open_connector, tls_of
-from relay.delivery.exchange import Exchange, Response
+from relay.delivery.exchange import Exchange
 from relay.delivery.guard import Blocked, refused
 from relay.delivery.proxy import Proxy
+from relay.delivery.reply import Reply
 from relay.delivery.resolver import Resolver
 from relay.delivery.times import Times
+from relay.descriptors import LACK
 from relay.units import render_duration
 
-READ_LIMIT = 64 * 1024
-"""Bytes read of an answer's body; beyond them the connection is closed: a 10 GB answer costs no more."""
+MAX_AGE = 60.0
+"""Seconds that a connection is used: a destination whose name moves is followed, however busy it is."""
 
-KEEP_LIMIT = 16 * 1024
-"""Bytes kept of an answer's body."""
+DISTRUST = 600.0
+"""Seconds without kept connections after a receiver sent more than it had announced.
+
+What comes late would be taken for the answer to the next request.
+"""
 
 _STEERING = ("retry-after", "webhook-delivery")  # the headers that a delivery's fate may hang on
 _STEERING_LIMIT = 200  # characters; a date needs 29
 
-_dialled: ContextVar[list[str]] = ContextVar("dialled")
-"""Addresses that the attempt at hand has connected to; none means that it got a kept-alive connection."""
+_course: ContextVar["_Course"] = ContextVar("course")
+"""How the attempt at hand goes."""
 
 _times: ContextVar[Times | None] = ContextVar("times", default=None)
 """What the attempt at hand notes its steps in, where somebody wants to know."""
+
+
+class LackError(Exception):
+    """This machine had no descriptor or memory left for an attempt: it says nothing of the receiver."""
+
+
+class _Course:
+    """How one attempt goes."""
+
+    __slots__ = ("dialled", "lack", "reply")
+
+    def __init__(self) -> None:
+        self.dialled: list[str] = []  # addresses; none: it got a kept-alive connection
+        self.lack: OSError | None = None  # why no socket could be made
+        self.reply = Reply()
 
 
 class Client:
@@ -76,8 +97,11 @@ class Client:
         tls, names = tls_of(destination), resolver or Resolver()
         self._exchange = Exchange(destination.method, destination.connect_timeout, self._proxy)
         self._pooled, self._fresh = (
-            open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep) for keep in (True, False)
+            open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep, unasked=self._distrust)
+            for keep in (True, False)
         )
+        self._renewed = 0.0  # no connection made before is used (perf_counter)
+        self._distrusted_until = 0.0  # no connection is kept before (perf_counter)
 
     async def send(
         self, url: str | URL, headers: Mapping[str, str], body: bytes, times: Times | None = None
@@ -95,42 +119,40 @@ class Client:
 
         Raises:
             ValueError: a header holds a line break.
+            LackError: this machine has run out of descriptors or memory; nothing was sent.
         """
         started = time.perf_counter()
-        dialled: list[str] = []
-        _dialled.set(dialled)
-        response: Response | None = None
+        course = _Course()
+        _course.set(course)
         failure: Exception | None = None
-        kept, whole = bytearray(), False
         try:
             async with asyncio.timeout(self._timeout):
                 if times is None:
-                    response = await self._request(url, headers, body, dialled)
+                    await self._request(url, headers, body, course, started)
                 else:
                     times.began = started
-                    response = await self._request_anew(url, headers, body, times)
-                whole = await _read(response, kept)
+                    await self._request_anew(url, headers, body, course, times)
         except (ClientError, HttpProcessingError, OSError) as error:
-            failure = error.with_traceback(None)  # aiohttp's frames refer to the error, ours to the body
-        finally:
-            if response is not None:
-                response.end()
+            failure = error
         duration_ms = (time.perf_counter() - started) * 1000
-        try:
-            if response is None:
-                result, text = self._name(failure, dialled)
-                return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
-            return Answer(
-                result=of_status(response.status),
-                status=response.status,
-                error=self._remark(response, failure),
-                headers=_steering(response),
-                body=bytes(kept),
-                truncated=not whole,
-                duration_ms=duration_ms,
-            )
-        finally:
-            failure = None  # what it was raised from leads to this frame: a cycle, until the collector runs
+        reply = course.reply
+        if reply.status is None:
+            return self._failed(failure, course, duration_ms)
+        return Answer(
+            result=of_status(reply.status),
+            status=reply.status,
+            error=self._remark(reply, failure),
+            headers=_steering(reply),
+            body=bytes(reply.body),
+            truncated=not reply.whole,
+            duration_ms=duration_ms,
+        )
+
+    def renew(self) -> None:
+        """Look names up again, and use no connection any more that was made before."""
+        self._renewed = time.perf_counter()
+        for connector in (self._pooled, self._fresh):
+            connector.clear_dns_cache()
 
     async def close(self) -> None:
         """Close every connection; requests under way end as failures."""
@@ -138,31 +160,47 @@ class Client:
         await self._fresh.close()
 
     async def _request(
-        self, url: str | URL, headers: Mapping[str, str], body: bytes, dialled: list[str]
-    ) -> Response:
-        """Get an answer's head; when a kept-alive connection had died meanwhile, ask once more.
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, course: _Course, started: float
+    ) -> None:
+        """Get an answer; when a kept-alive connection had died meanwhile, ask once more.
 
         Receivers close idle connections at the very moment of a send: without this, 20 of 40 POSTs
-        failed. The second try has a connection of its own, so it cannot meet the same fate.
+        failed. The second try has a connection of its own, so it cannot meet the same fate. The same
+        goes for one that carries what a receiver has sent behind its answer before.
         """
-        try:
-            return await self._exchange.ask(self._pooled, url, headers, body)
-        except ClientConnectorError:
-            raise
-        except (ClientOSError, ClientConnectionResetError, ServerDisconnectedError) as error:
-            if dialled or _spoke(error):
+        oldest = max(self._renewed, started - MAX_AGE)
+        if started >= self._distrusted_until:
+            try:
+                await self._exchange.ask(self._pooled, url, headers, body, course.reply, oldest=oldest)
+            except ClientConnectorError:
                 raise
-        return await self._exchange.ask(self._fresh, url, headers, body)
+            except (ClientOSError, ClientConnectionResetError, ServerDisconnectedError):
+                if course.dialled or course.reply.has_begun:
+                    raise
+            except HttpProcessingError:
+                if course.dialled or not course.reply.is_garbage:
+                    raise
+                self._distrust()
+            else:
+                if course.reply.excess:
+                    self._distrust()
+                return
+            course.reply = Reply()
+        await self._exchange.ask(self._fresh, url, headers, body, course.reply, oldest=oldest)
 
     async def _request_anew(
-        self, url: str | URL, headers: Mapping[str, str], body: bytes, times: Times
-    ) -> Response:
-        """Get an answer's head over a new connection, and note when each step was done."""
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, course: _Course, times: Times
+    ) -> None:
+        """Get an answer over a new connection, and note when each step was done."""
         _times.set(times)
         try:
-            return await self._exchange.ask(self._fresh, url, headers, body, times)
+            await self._exchange.ask(self._fresh, url, headers, body, course.reply, oldest=0.0, times=times)
         finally:
             _times.set(None)
+
+    def _distrust(self) -> None:
+        """Keep no connection for a while."""
+        self._distrusted_until = time.perf_counter() + DISTRUST
 
     def _socket(self, info: AddressInfo) -> socket.socket:
         """Make the socket of one connect, unless the guard refuses its address."""
@@ -171,10 +209,30 @@ class Client:
         reason = refused(host, port, allow_private=self._allow_private, own=self._own)
         if reason is not None:
             raise Blocked(reason)
-        _dialled.get().append(host)
+        course = _course.get()
+        course.dialled.append(host)
         if (times := _times.get()) is not None:
             times.dialled = times.dialled or time.perf_counter()
-        return socket.socket(family, kind, protocol)
+        try:
+            return socket.socket(family, kind, protocol)
+        except OSError as error:
+            course.lack = error
+            raise
+
+    def _failed(self, failure: Exception | None, course: _Course, duration_ms: float) -> Answer:
+        """Say why there is no answer.
+
+        Raises:
+            LackError: the failure is this machine's own.
+        """
+        if isinstance(failure, ClientConnectorError):
+            for connector in (self._pooled, self._fresh):  # the name may lead elsewhere by now
+                connector.clear_dns_cache()
+        lack = _lack(failure, course)
+        if lack is not None:
+            raise LackError(lack) from failure
+        result, text = self._name(failure, course.dialled)
+        return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
 
     def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[Result, str]:
         """Name a failure without an answer."""
@@ -192,42 +250,42 @@ class Client:
             result, text = of_failure(failure)
         return result, text if self._proxy is None else f"through the proxy {self._proxy.name}: {text}"
 
-    def _remark(self, response: Response, failure: Exception | None) -> str | None:
+    def _remark(self, reply: Reply, failure: Exception | None) -> str | None:
         """Say what the operator should know of an answer; None when all is well."""
-        result, trouble = of_status(response.status), ""
-        if isinstance(failure, TimeoutError):
+        status = reply.status or 0
+        result, trouble = of_status(status), ""
+        if reply.trouble is not None:
+            trouble = f"; {reply.trouble}"
+        elif not reply.is_over and failure is not None:
             trouble = f"; its body was not complete within {render_duration(self._timeout)}"
-        elif failure is not None:
-            trouble = f"; {of_failure(failure)[1]}"
         if result == "ok" and not trouble:
             return None
-        line = f"HTTP {response.status} {response.reason or ''}".rstrip()
+        line = f"HTTP {status} {reply.reason}".rstrip()
         if result == "3xx":
-            line += f" to {response.headers.get('Location', 'nowhere')}: redirects are never followed"
+            line += f" to {reply.headers.get('location', 'nowhere')}: redirects are never followed"
         return one_line(line + trouble)
 
 
-async def _read(response: Response, kept: bytearray) -> bool:
-    """Read a body up to the limit and keep its beginning; say whether all of it was kept."""
-    size = 0
-    while block := await response.content.readany():
-        size += len(block)
-        kept += block[: max(0, KEEP_LIMIT - len(kept))]
-        if size > READ_LIMIT:
-            return False
-    return size <= KEEP_LIMIT
+def _lack(failure: Exception | None, course: _Course) -> str | None:
+    """Say what this machine had run out of when an attempt failed; None: of nothing."""
+    if course.lack is not None and course.lack.errno in LACK:
+        return course.lack.strerror
+    if isinstance(failure, ClientConnectorError) and failure.os_error.errno in LACK:
+        return failure.os_error.strerror
+    if isinstance(failure, ClientConnectorDNSError):
+        # Without a descriptor the C library cannot read its files, and says that there is no such name.
+        try:
+            socket.socket().close()
+        except OSError as error:
+            return error.strerror if error.errno in LACK else None
+    return None
 
 
-def _spoke(error: Exception) -> bool:
-    """Say whether the receiver had begun to answer: aiohttp then hands over the part of the head."""
-    return isinstance(error, ServerDisconnectedError) and not isinstance(error.message, str)
-
-
-def _steering(response: Response) -> dict[str, str]:
+def _steering(reply: Reply) -> dict[str, str]:
     """Pick the headers that steer deliveries, where their values are plain ASCII of sane length."""
     found = {}
     for name in _STEERING:
-        value = response.headers.get(name)
+        value = reply.headers.get(name)
         if value is not None and len(value) <= _STEERING_LIMIT and value.isascii() and value.isprintable():
             found[name] = value
     return found

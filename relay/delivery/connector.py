@@ -6,22 +6,25 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any
 
-from aiohttp import TCPConnector
+from aiohttp import ClientOSError, ServerDisconnectedError, TCPConnector
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relay.config.model import DestinationConfig
+from relay.delivery.reply import TOO_MUCH, WIRE_LIMIT, Reply
 from relay.errors import RelayError
 
-WIRE_LIMIT = 2**20
-"""Bytes of one answer, counted on the wire; generous, as bodies are given up long before."""
-
 _SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
-_HEADS = 16  # heads waiting to be looked at; a receiver has use for one or two before the answer
-_DNS_TTL = 30  # seconds; the guard judges the dialled address, so a cached one is no risk
+_HEADS = 16  # heads waiting to be looked at; a proxy has use for one or two before the answer
+
+DNS_TTL = 10
+"""Seconds that a resolved address is used for new connections.
+
+The system's resolver does not tell a record's TTL, so this is its upper bound: shorter ones are honoured
+10 s late at most, and longer ones are kept by the system's resolver.
+"""
 
 AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
 """Family, type, protocol, canonical name and address: what a socket is about to connect to."""
@@ -30,53 +33,100 @@ SocketFactory = Callable[[AddressInfo], socket.socket]
 
 
 class Protocol(ResponseHandler):
-    """Bounds an answer on the wire, and ends a body whose framing is broken.
+    """Reads answers with a `Reply`, and bounds what a proxy answers, which aiohttp parses itself.
 
-    aiohttp bounds what it hands out; but receivers can send for ever what is neither header nor body:
-    1xx announcements, remarks behind a chunk's size. And where a chunk is malformed, aiohttp 3.14
-    drops the connection yet leaves the reader of the body waiting for its timeout.
+    Args:
+        loop: the running one.
+        unasked: called when the receiver sends what it was not asked for.
     """
 
-    _received = 0
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, unasked: Callable[[], None]) -> None:
         super().__init__(loop)
         self.connected_at = time.perf_counter()  # made between the connect and the TLS handshake
+        self.answered_at = 0.0  # when the last status line was complete
+        self._unasked = unasked
+        self._reply: Reply | None = None
+        self._waiter: asyncio.Future[None] | None = None  # for all of the reply
+        self._tunnel_bytes = 0
 
-    def set_response_params(self, **params: Any) -> None:
-        """Begin an answer."""
-        self._received = 0
-        super().set_response_params(**params)
+    async def hear(self, reply: Reply) -> None:
+        """Read an answer to its end, or for as long as it can be read.
+
+        Raises:
+            aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError: it has no status line.
+        """
+        self._reply, self._waiter = reply, self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._reply = self._waiter = None
+        if reply.status is None:
+            raise HttpProcessingError(message=reply.trouble or "no HTTP answer")
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, up to the limits."""
-        if len(data) > _SLICE:
-            for at in range(0, len(data), _SLICE):
-                if self._exception is None:
-                    self.data_received(data[at : at + _SLICE])
+        """Take in what arrived."""
+        reply = self._reply
+        if reply is None:
+            if self._parser is not None:
+                self._read_tunnel(data)
+            else:  # nothing that follows could be told from an answer
+                self._unasked()
+                self.abort()
             return
-        self._received += len(data)
-        if self._received <= WIRE_LIMIT and len(self._buffer) <= _HEADS:
-            super().data_received(data)
+        reply.feed(data)
+        if not self.answered_at and reply.status is not None:
+            self.answered_at = time.perf_counter()
+        if reply.is_over:
+            self._wake(None)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Take the end of the connection for the end of the answer."""
+        super().connection_lost(exc)
+        reply = self._reply
+        if reply is None:
             return
-        if self.transport is not None:
-            self.transport.abort()
-        self.set_exception(HttpProcessingError(message="far more than an answer"))
+        is_answered = reply.status is not None
+        reply.end()
+        failure: BaseException | None = None
+        if not is_answered and not reply.is_garbage:
+            failure = exc or ServerDisconnectedError()
+            if isinstance(exc, OSError):
+                failure = ClientOSError(*exc.args)
+                failure.__cause__ = exc
+        self._wake(failure)
 
     def close(self) -> None:
         """Drop the connection: a polite TLS close waits 30 s for receivers that are hanging anyway."""
         self.abort()
 
-    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        """End head and body alike."""
-        super().set_exception(exc, *cause)
-        payload = self._payload
-        if payload is not None and not payload.is_eof() and payload.exception() is None:
-            payload.set_exception(exc, *cause)
+    def _wake(self, failure: BaseException | None) -> None:
+        if self._waiter is None or self._waiter.done():
+            return
+        if failure is None:
+            self._waiter.set_result(None)
+        else:
+            self._waiter.set_exception(failure)
+
+    def _read_tunnel(self, data: bytes) -> None:
+        """Parse what a proxy answers to the wish for a tunnel."""
+        self._tunnel_bytes += len(data)
+        if self._tunnel_bytes <= WIRE_LIMIT and len(self._buffer) <= _HEADS:
+            for at in range(0, len(data), _SLICE):
+                if self._exception is None:
+                    super().data_received(data[at : at + _SLICE])
+            return
+        if self.transport is not None:
+            self.transport.abort()
+        self.set_exception(HttpProcessingError(message=TOO_MUCH))
 
 
 def open_connector(
-    *, sockets: SocketFactory, resolver: AbstractResolver, tls: ssl.SSLContext | bool, keep: bool
+    *,
+    sockets: SocketFactory,
+    resolver: AbstractResolver,
+    tls: ssl.SSLContext | bool,
+    keep: bool,
+    unasked: Callable[[], None],
 ) -> TCPConnector:
     """Open a pool of connections.
 
@@ -85,17 +135,22 @@ def open_connector(
         resolver: looks names up; the connector does not close it.
         tls: what `tls_of` returned.
         keep: whether connections are kept for the next request.
+        unasked: called when a receiver sends what it was not asked for.
     """
     connector = TCPConnector(
         ssl=tls,
         resolver=resolver,
-        ttl_dns_cache=_DNS_TTL,
+        ttl_dns_cache=DNS_TTL,
         limit=0,  # the lane's slots bound it; waiting in a second queue would count as the receiver's
         force_close=not keep,
         socket_factory=sockets,
     )
     # There is no public way to a protocol of one's own.
-    connector._factory = functools.partial(Protocol, loop=connector._loop)  # type: ignore[assignment]  # noqa: SLF001
+    connector._factory = functools.partial(  # type: ignore[assignment]  # noqa: SLF001
+        Protocol,
+        loop=connector._loop,  # noqa: SLF001
+        unasked=unasked,
+    )
     return connector
 
 

@@ -1,8 +1,8 @@
-"""One HTTP exchange: a request written at once, on a connection of the pool, and the answer's head read.
+"""One HTTP exchange: a request written at once, on a connection of the pool, and its answer read.
 
-aiohttp's connector (look-up, TLS, pool) and parser do the work. What its session adds, cookies,
-redirects, negotiation and a task per request, no webhook has a use for, and it costs two thirds of
-the whole: 98 against 33 microseconds of CPU (see docs/benchmarks.md).
+aiohttp's connector (look-up, TLS, pool) does the work. What its session adds, cookies, redirects,
+negotiation and a task per request, no webhook has a use for, and it costs two thirds of the whole:
+98 against 33 microseconds of CPU (see docs/benchmarks.md).
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import functools
 import re
 import time
 from collections.abc import Mapping
+from typing import cast
 
 from aiohttp import (
     ClientConnectionResetError,
@@ -18,50 +19,20 @@ from aiohttp import (
     ConnectionTimeoutError,
     InvalidURL,
     NonHttpUrlClientError,
-    StreamReader,
     TCPConnector,
 )
 from aiohttp.connector import Connection
-from aiohttp.http import RawResponseMessage
 from yarl import URL
 
 from relay import __version__
 from relay.delivery.connector import Protocol
 from relay.delivery.proxy import Proxy
+from relay.delivery.reply import Reply
 from relay.delivery.times import Times
-
-LINE_LIMIT = 8190
-"""Bytes of an answer's status line, and of each of its headers."""
-
-HEADER_LIMIT = 128
-"""Headers of an answer."""
 
 _QUOTED = re.compile(r"https?://[\w.:-]+(?:[/?][\w.~:/?@!$&'()*+,;=%-]*)?", re.ASCII).fullmatch
 _BREAK = re.compile(r"[\r\n\0]").search
 _AGENT = f"hookferry/{__version__}"
-_ANNOUNCEMENTS = range(100, 200)
-_SWITCHING = 101
-
-
-class Response:
-    """An answer whose head has been read; its body is `content`."""
-
-    __slots__ = ("_connection", "content", "headers", "reason", "status")
-
-    def __init__(self, message: RawResponseMessage, content: StreamReader, connection: Connection) -> None:
-        self.status = message.code
-        self.reason = message.reason
-        self.headers = message.headers
-        self.content = content
-        self._connection = connection
-
-    def end(self) -> None:
-        """Give the connection back, or drop it: when anything is still under way in either direction."""
-        transport = self._connection.transport
-        if transport is None or transport.get_write_buffer_size() or not self.content.is_eof():
-            self._connection.close()
-        else:
-            self._connection.release()
 
 
 class Exchange:
@@ -84,9 +55,15 @@ class Exchange:
         url: str | URL,
         headers: Mapping[str, str],
         body: bytes,
+        reply: Reply,
+        *,
+        oldest: float,
         times: Times | None = None,
-    ) -> Response:
-        """Send a request and return the answer as soon as its head is there, noting `times` on the way.
+    ) -> None:
+        """Send a request and read the answer into `reply`, noting `times` on the way.
+
+        Also where this raises, or is cancelled, `reply` holds what has come by then. No connection is
+        used that was made before `oldest`, by `time.perf_counter`.
 
         Raises:
             ValueError: a header holds a line break or NUL.
@@ -95,20 +72,30 @@ class Exchange:
         """
         request, start = self._prepare(url)
         head = _head(start, headers, len(body))
+        while True:
+            try:
+                connection = await connector.connect(request, [], self._timeout)
+            except TimeoutError as error:
+                raise ConnectionTimeoutError("not connected in time") from error
+            protocol = cast("Protocol | None", connection.protocol)
+            if protocol is None or protocol.connected_at >= oldest:
+                break
+            connection.close()
+        if times is not None and protocol is not None:
+            times.connected, times.ready = protocol.connected_at, time.perf_counter()
         try:
-            connection = await connector.connect(request, [], self._timeout)
-        except TimeoutError as error:
-            raise ConnectionTimeoutError("not connected in time") from error
-        if times is not None and isinstance(connection.protocol, Protocol):
-            times.connected, times.ready = connection.protocol.connected_at, time.perf_counter()
-        try:
-            response = await _converse(connection, head, body)
+            await _converse(connection, protocol, head + body, reply)
         except BaseException:
             connection.close()
             raise
-        if times is not None:
-            times.answered = time.perf_counter()
-        return response
+        finally:
+            if times is not None and protocol is not None:
+                times.answered = protocol.answered_at
+        transport = connection.transport
+        if reply.keeps and transport is not None and not transport.get_write_buffer_size():
+            connection.release()
+        else:  # something is still under way in either direction
+            connection.close()
 
     def _prepared(self, url: str | URL) -> tuple[ClientRequest, str]:
         """Return what the connector wants to know of a URL, and a request's first lines."""
@@ -130,23 +117,13 @@ class Exchange:
         return request, f"{self._method} {path} HTTP/1.1\r\n{_lines(own)}"
 
 
-async def _converse(connection: Connection, head: bytes, body: bytes) -> Response:
-    protocol, transport = connection.protocol, connection.transport
+async def _converse(connection: Connection, protocol: Protocol | None, request: bytes, reply: Reply) -> None:
+    transport = connection.transport
     if protocol is None or transport is None or transport.is_closing():
         raise ClientConnectionResetError("the connection was closed meanwhile")
-    protocol.set_response_params(
-        read_until_eof=True,
-        auto_decompress=False,
-        max_line_size=LINE_LIMIT,
-        max_field_size=LINE_LIMIT,
-        max_headers=HEADER_LIMIT,
-    )
     # A large body waits in the transport's buffer, so that an early answer is seen meanwhile.
-    transport.write(head + body)
-    while True:
-        message, content = await protocol.read()
-        if message.code not in _ANNOUNCEMENTS or message.code == _SWITCHING:
-            return Response(message, content, connection)
+    transport.write(request)
+    await protocol.hear(reply)
 
 
 def _head(start: str, headers: Mapping[str, str], length: int) -> bytes:
