@@ -11,11 +11,18 @@ from relay.clock import SECOND
 from relay.config.model import RetryConfig
 
 _SECONDS = re.compile(r"[0-9]{1,9}", re.ASCII)
-_IMF_FIXDATE = re.compile(
-    r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), (?P<day>[0-9]{2}) (?P<month>[A-Z][a-z]{2}) (?P<year>[0-9]{4})"
-    r" (?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2}) GMT",
-    re.ASCII,
+_DAY = "(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
+_CLOCK = "(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
+_DATES = tuple(
+    re.compile(pattern, re.ASCII)
+    for pattern in (
+        rf"{_DAY}, (?P<day>[0-9]{{2}}) (?P<month>[A-Z][a-z]{{2}}) (?P<year>[0-9]{{4}}) {_CLOCK} GMT",
+        rf"[A-Z][a-z]+, (?P<day>[0-9]{{2}})-(?P<month>[A-Z][a-z]{{2}})-(?P<year>[0-9]{{2}}) {_CLOCK} GMT",
+        rf"{_DAY} (?P<month>[A-Z][a-z]{{2}}) (?P<day>[ 0-9][0-9]) {_CLOCK} (?P<year>[0-9]{{4}})",
+    )
 )
+"""IMF-fixdate, RFC 850's and asctime's: recipients must take all three (RFC 9110 §5.6.7)."""
+
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -101,17 +108,25 @@ def label(status: int) -> str:
 def parse_retry_after(value: str, now: int) -> float | None:
     """Return the seconds that a `Retry-After` asks for from `now` (wall clock, microseconds).
 
-    Taken are up to nine ASCII digits or an IMF-fixdate (RFC 9110 §5.6.7); a past date is 0 seconds.
+    Accepted are up to nine ASCII digits and the three forms of an HTTP date; a past date is 0 seconds.
     Anything else is None: receivers send fractions, signs and dates without a zone.
     """
     if _SECONDS.fullmatch(value):
         return float(value)
-    match = _IMF_FIXDATE.fullmatch(value)
+    match = next((found for form in _DATES if (found := form.fullmatch(value))), None)
     if match is None or match["month"] not in _MONTHS:
         return None
     numbers = {name: int(match[name]) for name in ("year", "day", "hour", "minute", "second")}
+    if len(match["year"]) == 2:  # noqa: PLR2004 - RFC 850's
+        numbers["year"] = _full_year(numbers["year"], datetime.fromtimestamp(now / SECOND, UTC).year)
     try:
         at = datetime(month=_MONTHS.index(match["month"]) + 1, **numbers, tzinfo=UTC)
     except ValueError:  # the 31st of February
         return None
     return max(0.0, at.timestamp() - now / SECOND)
+
+
+def _full_year(digits: int, present: int) -> int:
+    """Complete a year of two digits: more than 50 years ahead means the past (RFC 9110 §5.6.7)."""
+    year = present - present % 100 + digits
+    return year - 100 if year > present + 50 else year

@@ -113,8 +113,20 @@ def test_a_hint_neither_shortens_a_delay_nor_lengthens_it_beyond_its_cap(policy,
         ("Tue, 14 Nov 2023 22:14:20 +0000", None),
         ("Tue, 14 Nov 2023 22:14:20 EST", None),
         ("Tue, 14 Nov 2023 22:14:20 GMT\n", None),
-        ("Tuesday, 14-Nov-23 22:14:20 GMT", None),
-        ("Tue Nov 14 22:14:20 2023", None),
+        ("Tuesday, 14-Nov-23 22:14:20 GMT", 60.0),
+        ("Wednesday, 15-Nov-23 22:13:20 GMT", 86_400.0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0.0),
+        ("Tuesday, 14-Nov-73 22:13:20 GMT", 1_577_923_200.0),  # 50 years ahead
+        ("Wednesday, 14-Nov-74 22:13:20 GMT", 0.0),  # more than 50: it is 1974
+        ("Tuesday, 14-Nov-23 22:14:20", None),
+        ("Tuesday, 14-Nov-2023 22:14:20 GMT", None),
+        ("Tuesday, 31-Feb-23 22:14:20 GMT", None),
+        ("Tue Nov 14 22:14:20 2023", 60.0),
+        ("Sun Dec  3 22:13:20 2023", 1_641_600.0),
+        ("Sun Nov  6 08:49:37 1994", 0.0),
+        ("Tue Nov 14 22:14:20 2023 GMT", None),
+        ("Tue Nov 14 22:14:20 23", None),
+        ("Tue Nov    22:14:20 2023", None),
         ("2023-11-14T22:14:20Z", None),
         ("tue, 14 nov 2023 22:14:20 gmt", None),
         ("Tue, 14 Foo 2023 22:14:20 GMT", None),
@@ -124,7 +136,7 @@ def test_a_hint_neither_shortens_a_delay_nor_lengthens_it_beyond_its_cap(policy,
         ("Tue, 14 Nov 2023 22:14:20 GMT".replace("4", "٤"), None),
     ],
 )
-def test_retry_after_takes_whole_seconds_or_an_imf_fixdate_only(value, seconds):
+def test_retry_after_takes_whole_seconds_or_any_of_the_three_http_dates(value, seconds):
     assert parse_retry_after(value, NOW) == seconds
 
 
