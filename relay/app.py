@@ -163,7 +163,9 @@ class App:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
             server = Server(
-                self.ingest.handle, max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS)
+                self.ingest.handle,
+                max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
+                unroutable=self.ingest.unroutable,
             )
             await server.listen(public)
             life.push_async_callback(self._close, server)

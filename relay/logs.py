@@ -38,6 +38,14 @@ class Sparing:
         self._every = int(every * SECOND)
         self._last: dict[str, tuple[int, int]] = {}  # key → (when last written, swallowed since)
 
+    def is_due(self, key: str) -> bool:
+        """Return whether a line of that key would be written now; if not, count it as swallowed."""
+        written, swallowed = self._last.get(key, (0, 0))
+        if self._clock.steady() - written < self._every:
+            self._last[key] = (written, swallowed + 1)
+            return False
+        return True
+
     def info(self, key: str, line: str, **named: object) -> None:
         """Log a line with its fields; keys come from closed lists."""
         self._write(logging.INFO, key, line, None, named)
@@ -53,12 +61,10 @@ class Sparing:
     def _write(
         self, level: int, key: str, line: str, error: BaseException | None, named: Mapping[str, object]
     ) -> None:
-        now = self._clock.steady()
-        written, swallowed = self._last.get(key, (0, 0))
-        if now - written < self._every:
-            self._last[key] = (written, swallowed + 1)
+        if not self.is_due(key):
             return
-        self._last[key] = (now, 0)
+        _, swallowed = self._last.get(key, (0, 0))
+        self._last[key] = (self._clock.steady(), 0)
         more = f" ({swallowed} more like it)" if swallowed else ""
         self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
 

@@ -21,7 +21,7 @@ from prometheus_client import (
 )
 
 from relay import __version__
-from relay.errors import REASONS
+from relay.errors import REASONS, UNROUTABLE
 from relay.model import WorkerStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -79,6 +79,13 @@ class Metrics:
             "Requests refused, by reason.",
             ("source", "reason"),
         )
+        self.unroutable = counter(
+            "relay_requests_unroutable",
+            "Requests that reached no source, by reason.",
+            ("reason",),
+        )
+        for reason in UNROUTABLE:
+            self.unroutable.labels(reason)
         self.ingest = histogram(
             "relay_ingest_duration_seconds",
             "From the request's head to its durable answer.",

@@ -119,7 +119,9 @@ async def not_allowed(relay, name, **headers):
 
 @trouble("not_found", 404)
 async def no_such_path(relay, name, **headers):
-    return await relay.exchange(request("POST", f"{PATHS[name]}/no/such", b"{}", **headers))
+    return await relay.exchange(
+        request("POST", f"{PATHS[name].rpartition('/')[0]}/no/such", b"{}", **headers)
+    )
 
 
 @trouble("method", 405)
@@ -304,7 +306,7 @@ async def test_outside_of_the_owned_paths_an_error_is_plain_json(relay: Relay, m
 async def test_health_is_for_everyone(relay: Relay):
     answer = await relay.exchange(request("GET", "/health"))
     assert answer.status == 200
-    assert answer.json["status"] == "ok"
+    assert answer.json == {"status": "ok"}  # no version: who asks may be anybody
     head = await relay.exchange(request("HEAD", "/health"), bodiless=True)
     assert head.status == 200
 

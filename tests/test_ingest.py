@@ -10,6 +10,7 @@ from daemon import SOURCES, Relay, adorn, running, write_config
 from support import until
 from wire import Wire, request
 
+from relay import errors
 from relay.ids import event_id
 from relay.model import Receipt
 
@@ -226,3 +227,90 @@ tokens = ["dev-token"]
         assert (await relay.exchange(request("GET", "/acme/internal/nothing"))).json == {
             "detail": "No such path"
         }
+
+
+# --- requests that reach no source, and why others are refused ----------------------------------------
+
+UNROUTABLE = [
+    (request("POST", "//v1/events", b"{}"), "path", "POST //v1/events: no source owns this path; did you"),
+    (request("POST", "/v1events/", b"{}"), "path", "did you mean /v1/events?"),
+    (request("POST", "/v2/event", b"{}"), "path", "did you mean /v1/events?"),
+    (request("PUT", "/api/v2/workers/w/heartbeat", b"{}"), "path", "did you mean /api/v1/workers/{"),
+    (request("GET", "/healthz"), "path", "did you mean /health?"),
+    (request("GET", "/favicon.ico"), "path", "GET /favicon.ico: no source owns this path (127.0.0.1)"),
+    (request("OPTIONS", "*"), "path", "OPTIONS *: no source owns this path"),
+    (request("GET", "/" + "x" * 5000 + "?secret=1"), "path", "x: no source owns this path (127.0.0.1)"),
+    (request("POST", "/health", b"{}"), "method", "POST /health: use GET"),
+    (b"nonsense\r\n\r\n", "malformed", "malformed: Invalid method encountered (127.0.0.1)"),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: y\r\n\r\n", "malformed", "(127.0.0.1)"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", "malformed", "(127.0.0.1)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "reason", "line"), UNROUTABLE)
+async def test_a_request_that_reaches_no_source_is_counted_and_logged(tmp_path, caplog, raw, reason, line):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        with caplog.at_level("INFO", "relay.ingest"):
+            for _ in range(3):
+                await relay.exchange(raw)
+        counted = {
+            each: relay.counted("relay_requests_unroutable_total", reason=each) for each in errors.UNROUTABLE
+        }
+    assert counted == {**dict.fromkeys(errors.UNROUTABLE, 0.0), reason: 3.0}
+    [record] = [each for each in caplog.records if each.name == "relay.ingest"]
+    assert record.getMessage().startswith(f"unroutable: {reason}: ")
+    assert line in record.getMessage()
+    assert "secret" not in record.getMessage()
+    assert record.fields == {"reason": reason, "remote": "127.0.0.1"}
+
+
+async def test_a_sender_beyond_the_cap_of_connections_is_counted(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        relay.app.ingest.unroutable("too_many", "203.0.113.9", "4096 connections are open")
+        assert relay.counted("relay_requests_unroutable_total", reason="too_many") == 1
+
+
+REFUSED = [
+    (
+        request("POST", "/internal/event/notify", b'{"event_type":"member_left","discord_id":1}', **TOKEN),
+        "moddy: refused with 422, invalid: discord_id: expected `str`, got `int` (type member_left, from",
+        {"type": "member_left", "field": "discord_id", "problem": "expected `str`, got `int`"},
+    ),
+    (
+        request("POST", "/internal/event/notify", b"", authorization="Bearer wrong", x_event_type="a\u202eb"),
+        "moddy: refused with 403, auth: Missing or invalid token (type a\\u202eb, from 127.0.0.1)",
+        {"type": "a\u202eb", "problem": "unknown"},
+    ),
+    (
+        request("POST", "/v1/events/", adorn()),
+        "adorn: refused with 404, not_found: No such path: POST /v1/events/; did you mean /v1/events? (127",
+        {},
+    ),
+    (
+        request("PUT", "/v1/events", adorn()),
+        "adorn: refused with 405, method: Method not allowed: PUT /v1/events (127.0.0.1)",
+        {},
+    ),
+    (
+        request("POST", "/v1/events", b'{"event_type": "session.started", "session_id": ""}'),
+        "adorn: refused with 400, invalid: session_id: expected a non-empty string (type session.started",
+        {"type": "session.started", "field": "session_id", "problem": "expected a non-empty string"},
+    ),
+    (
+        request("POST", "/v1/events", b'{"event_type": "session.started"'),
+        "adorn: refused with 400, malformed: The body is not valid JSON (127.0.0.1)",
+        {},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "line", "named"), REFUSED)
+async def test_a_refusal_is_logged_with_source_type_field_and_problem(tmp_path, caplog, raw, line, named):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        with caplog.at_level("INFO", "relay.ingest"):
+            await relay.exchange(raw)
+    [record] = [each for each in caplog.records if each.name == "relay.ingest"]
+    assert record.getMessage().startswith(line)
+    source = line.partition(":")[0]
+    assert {"source": source, **named}.items() <= record.fields.items()
+    assert {"type", "field", "problem"} & record.fields.keys() == named.keys()

@@ -43,6 +43,10 @@ class Owner(Protocol):
         """Count it out: nothing is under way on it any more, either."""
         ...
 
+    def unroutable(self, reason: str, transport: asyncio.Transport, problem: str) -> None:
+        """Count what is no HTTP request."""
+        ...
+
     async def answer(self, request: Request) -> Response:
         """Answer one request."""
         ...
@@ -156,7 +160,9 @@ class Connection(asyncio.Protocol):
             self._request.content.set_exception(error)
             return
         transport = cast("asyncio.Transport", self._transport)
-        log.debug("bad request from %s: %s", transport.get_extra_info("peername"), type(error).__name__)
+        # Below the parser's first line stand the sender's own bytes, which may hold a token.
+        problem = (str(getattr(error, "message", "")).splitlines() or [""])[0].rstrip(": ")
+        self._owner.unroutable("malformed", transport, problem or type(error).__name__)
         transport.write(farewell(400, "bad_request", "Bad request"))
         self._hang_up()
 

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 
@@ -12,11 +13,13 @@ from relay.clock import SECOND, Clock
 from relay.errors import (
     KeyConflict,
     MethodNotAllowed,
+    NotFound,
     PluginFailed,
     Refusal,
     StorageDown,
     StorageError,
     StorageUnavailableError,
+    Unauthenticated,
 )
 from relay.ids import given_id, request_id
 from relay.incoming import Incoming
@@ -26,7 +29,7 @@ from relay.ingest.answers import (
     answer_again,
     ask,
     check_origin,
-    outside,
+    health,
     plain,
     preflight,
     refuse,
@@ -45,6 +48,7 @@ from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
 from relay.registry import ENVIRONMENTS, changes_a_path
 from relay.source import Accepted, Event, Reply
 from relay.store import Acceptance, Store
+from relay.terminal import printable
 
 log = logging.getLogger("relay.ingest")
 
@@ -55,6 +59,7 @@ BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
 LONGEST_SHOWN = 64  # characters of a sender's own words in the log
 LONGEST_KEY = 256  # characters of an idempotency key; of a longer one its digest is stored
+LONGEST_READ = 64 * 1024  # bytes of a refused body that is looked into for the log
 
 
 class Ingest:
@@ -115,12 +120,39 @@ class Ingest:
         except Refusal as refusal:
             mount = mount or self._routes.owner(path)
             if mount is None:
-                return outside(path, request.method, refusal)
+                return self._outside(request, path, refusal)
             incoming.path = path.removeprefix(mount.config.prefix)
             response = self._refuse(mount, refusal, incoming, request.remote)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
+
+    def _outside(self, request: Request, path: str, refusal: Refusal) -> Response:
+        """Answer a request on a path that no source owns."""
+        is_health = path == "/health"
+        if is_health and request.method in ("GET", "HEAD"):
+            return health()
+        reason = "method" if is_health else "path"
+        self._metrics.unroutable.labels(reason).inc()
+        if self._log.is_due(f"unroutable: {reason}"):
+            problem = "use GET" if is_health else f"no source owns this path{self._hint(path)}"
+            sender = self._remote.of(request.remote, request.headers)
+            shown = f"{request.method[:LONGEST_SHOWN]} {path[:LONGEST_SHOWN]}"
+            self._tell_unroutable(reason, sender, f"{shown}: {problem}")
+        return plain(refusal)
+
+    def unroutable(self, reason: str, peer: str | None, problem: str) -> None:
+        """Count a sender that was sent away before a request of it could be read."""
+        self._metrics.unroutable.labels(reason).inc()
+        self._tell_unroutable(reason, peer or "unknown", problem)
+
+    def _tell_unroutable(self, reason: str, sender: str, problem: str) -> None:
+        key = f"unroutable: {reason}"
+        self._log.info(key, f"{key}: {printable(problem)} ({sender})", reason=reason, remote=sender)
+
+    def _hint(self, path: str) -> str:
+        nearest = self._routes.nearest(path)
+        return "" if nearest is None else f"; did you mean {nearest}?"
 
     async def _serve(self, request: Request, match: Match, incoming: Incoming, began: int) -> Response:
         mount = match.mount
@@ -333,17 +365,30 @@ class Ingest:
             self._fail(mount, incoming, error, request)
             response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
-        sender = self._remote.of(peer, incoming.headers)
-        self._log.info(
-            what,
-            f"{what}: {refusal.message} ({sender})",
-            request_id=request,
-            source=mount.name,
-            status=response.status,
-            reason=refusal.reason,
-            remote=sender,
-        )
+        if self._log.is_due(what):
+            sender = self._remote.of(peer, incoming.headers)
+            type_ = type_of(incoming)
+            of = sender if type_ is None else f"type {type_}, from {sender}"
+            self._log.info(
+                what,
+                printable(f"{what}: {self._described(mount, refusal, incoming)} ({of})"),
+                request_id=request,
+                source=mount.name,
+                type=type_,
+                status=response.status,
+                reason=refusal.reason,
+                field=refusal.field or None,
+                problem=(refusal.problem if isinstance(refusal, Unauthenticated) else refusal.issue) or None,
+                remote=sender,
+            )
         return response
+
+    def _described(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> str:
+        """Return what is wrong with a refused request."""
+        if not isinstance(refusal, NotFound | MethodNotAllowed):
+            return refusal.detail
+        hint = self._hint(mount.config.prefix + incoming.path) if isinstance(refusal, NotFound) else ""
+        return f"{refusal.detail}: {incoming.method} {incoming.path[:LONGEST_SHOWN]}{hint}"
 
     def _fail(self, mount: Mount, incoming: Incoming, error: BaseException | None, request: str) -> None:
         line = f"{mount.name}: {incoming.method} {incoming.path} failed"
@@ -379,3 +424,19 @@ def _key(event: Event, incoming: Incoming) -> str | None:
     if len(key) > LONGEST_KEY or (event.key and not key.isprintable()):
         return f"sha256:{hashlib.sha256(text).hexdigest()}"
     return key
+
+
+def type_of(incoming: Incoming) -> str | None:
+    """Return what a refused request says of its type, for the log; None where nothing can be read.
+
+    Read are the header and the fields in which senders name it, whatever the source.
+    """
+    said: Any = incoming.header("X-Event-Type")
+    if not said and len(incoming.body) <= LONGEST_READ:
+        try:
+            body = msgspec.json.decode(incoming.body, type=dict[str, msgspec.Raw])
+            names = (name for name in ("event_type", "event", "type", "name") if name in body)
+            said = msgspec.json.decode(next((body[name] for name in names), b"null"))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+    return said[:LONGEST_SHOWN] if isinstance(said, str) and said else None

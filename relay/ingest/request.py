@@ -41,8 +41,7 @@ class Request:
     @property
     def remote(self) -> str | None:
         """The address that sent it: a sender's, or a proxy's."""
-        peer = self._transport.get_extra_info("peername")
-        return str(peer[0]) if isinstance(peer, tuple) else None
+        return address_of(self._transport)
 
     @property
     def is_gone(self) -> bool:
@@ -57,3 +56,9 @@ class Request:
     def ask_for_body(self) -> None:
         """Tell a sender who waits to be asked for its body that it may come (RFC 9110, 10.1.1)."""
         self._transport.write(CONTINUE)
+
+
+def address_of(transport: asyncio.Transport) -> str | None:
+    """Return the address at the other end; None: it has none, as on a unix socket."""
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else None

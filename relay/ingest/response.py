@@ -5,7 +5,6 @@ from http import HTTPStatus
 
 import msgspec
 from aiohttp.helpers import rfc822_formatted_time
-from aiohttp.http import SERVER_SOFTWARE
 from multidict import CIMultiDict
 
 from relay.ingest.request import Request
@@ -17,7 +16,10 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Response:
-    """JSON on its way out, in the bytes that a `web.Response` would write."""
+    """JSON on its way out, in the bytes that a `web.Response` would write, but for the header `Server`.
+
+    Senders need not know which versions of Python and aiohttp answer them.
+    """
 
     __slots__ = ("_headers", "_is_last", "body", "event_id", "status", "told")
 
@@ -56,7 +58,7 @@ class Response:
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
             f"Content-Length: {len(self.body)}\r\nDate: {rfc822_formatted_time()}\r\n"
-            f"Server: {SERVER_SOFTWARE}\r\n{'' if self.keeps(request) else _CLOSE}\r\n"
+            f"{'' if self.keeps(request) else _CLOSE}\r\n"
         )
         return head.encode() if request.method == "HEAD" else head.encode() + self.body
 
@@ -81,6 +83,5 @@ def farewell(status: int, code: str, message: str, **headers: str) -> bytes:
 
 def _head(version: str, status: int, fields: CIMultiDict[str]) -> bytes:
     fields.setdefault("Date", rfc822_formatted_time())
-    fields.setdefault("Server", SERVER_SOFTWARE)
     lines = [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join([f"HTTP/{version} {status} {_PHRASES.get(status, '')}", *lines, "", ""]).encode()

@@ -1,19 +1,23 @@
 """Which source, and which of its handlers, a path belongs to."""
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from operator import itemgetter
 from urllib.parse import unquote
 
 import msgspec
 
 from relay.config.model import SourceConfig
-from relay.errors import Malformed, NotFound
+from relay.errors import Malformed, NotFound, Refusal
 from relay.incoming import Incoming
 from relay.source import Accepted, Reply, Source
 
 SPANNING = ":path}"
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
+
+LONGEST_COMPARED = 200  # characters of an unknown path
 
 Handle = Callable[[Incoming], Accepted | Reply]
 
@@ -75,6 +79,7 @@ class Routes:
         self._shapes: dict[int, list[_Shape]] = {}  # by number of segments
         self._spans: list[_Span] = []
         self._owners: list[tuple[str, Mount]] = []
+        self._paths = ["/health"]
         for mount in mounts:
             self._mount(mount)
         self._owners.sort(key=lambda owner: len(owner[0]), reverse=True)
@@ -88,6 +93,7 @@ class Routes:
         paths: dict[str, dict[str, Handle]] = {}
         for method, path, name in mount.source.routes():
             paths.setdefault(prefix + path, {})[method] = getattr(mount.source, name)
+        self._paths += paths
         for path, handlers in paths.items():
             match = Match(mount, handlers, {})
             if "{" in path:
@@ -134,6 +140,14 @@ class Routes:
                 params = dict(zip(span.names, values, strict=True))
                 return Match(span.match.mount, span.match.handlers, params)
         raise NotFound
+
+    def nearest(self, path: str) -> str | None:
+        """Return the path that a sender may have intended: with single slashes, none at the end, or alike."""
+        tidy = re.sub("/{2,}", "/", path[:LONGEST_COMPARED]).rstrip("/")
+        with suppress(Refusal):
+            self.find(tidy)
+            return tidy
+        return next(iter(difflib.get_close_matches(tidy, self._paths, 1)), None)
 
     def owner(self, path: str) -> Mount | None:
         """Return the source whose envelope errors on this path take: the longest owned prefix wins."""

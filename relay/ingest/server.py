@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from relay.ingest.connection import Connection
-from relay.ingest.request import Request
+from relay.ingest.request import Request, address_of
 from relay.ingest.response import Response, farewell
 from relay.listeners import BACKLOG, SETTLE
 
@@ -29,11 +29,16 @@ class Server:
     """The connections of one listener."""
 
     def __init__(
-        self, handle: Callable[[Request], Awaitable[Response]], *, max_connections: int = MAX_CONNECTIONS
+        self,
+        handle: Callable[[Request], Awaitable[Response]],
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        unroutable: Callable[[str, str | None, str], None] = lambda _reason, _peer, _problem: None,
     ) -> None:
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
         self._handle = handle
+        self._unroutable = unroutable  # told the reason, the sender's address and the problem
         self._listener: asyncio.Server | None = None
         self.under_way = 0
         self._idle = asyncio.Event()
@@ -53,10 +58,15 @@ class Server:
             is_full = False
         self.connections.add(connection)
         if is_full:
+            self.unroutable("too_many", transport, f"{len(self.connections)} connections are open")
             transport.write(farewell(503, "overload", "Too many connections", **{"Retry-After": "1"}))
             transport.close()
         if self._sweep is None:
             self._look_again()
+
+    def unroutable(self, reason: str, transport: asyncio.Transport, problem: str) -> None:
+        """Count a sender that is sent away before any source could be asked."""
+        self._unroutable(reason, address_of(transport), problem)
 
     def connection_lost(self, connection: Connection) -> None:
         """Count a connection out."""
