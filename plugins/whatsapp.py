@@ -109,6 +109,7 @@ class WhatsApp(
 
     tokens: Secrets
     conflict: Literal["accept", "reject"] = "accept"  # "reject": 409 to a new id on a live one's endpoint
+    recover_sessions: bool = False  # have workers restore their sessions after a restart
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens."""
@@ -131,16 +132,17 @@ class WhatsApp(
             max_sessions=_whole(body.max_sessions),
             status=_status(body.status) or "ONLINE",
             reject_conflict=self.conflict == "reject",
+            recover=self.recover_sessions,
         )
 
         def reply(receipt: Receipt) -> dict[str, Any]:
             data = {
                 "workerId": worker_id,
                 "status": "registered",
-                "assignedSessions": _assigned(receipt),
+                "assignedSessions": (sessions := _assigned(receipt)),
                 "message": "Worker registered successfully",
-                "recoveryRequired": False,
-                "assignedSessionCount": 0,  # of sessions to recover
+                "recoveryRequired": self.recover_sessions and bool(sessions),
+                "assignedSessionCount": len(sessions) if self.recover_sessions else 0,
             }
             return {"success": True, "data": data}
 

@@ -19,7 +19,9 @@ maintenance is `online` when it is ONLINE again, and not `offline` a second time
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -37,7 +39,7 @@ from relay.model import (
     WorkerStatus,
 )
 
-INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline", "changed")
+INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline", "changed", "recovering", "fresh")
 """What of a row is ours alone, and in no event or list."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
@@ -133,6 +135,20 @@ def former(row: Worker, now: Now) -> Worker:
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))
 
 
+def names_a_place(endpoint: str) -> bool:
+    """Say whether an endpoint means the same machine to everybody: loopback is another one to each worker."""
+    try:
+        host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    except ValueError:
+        return False
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return host != "" and not re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|127[.0-9]*", host)
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return not (mapped.is_loopback or mapped.is_unspecified)
+
+
 def changes_a_path(worker_id: str) -> str:
     """Return what of an id a client has to percent-encode lest the path of its heartbeats means another id.
 
@@ -157,6 +173,10 @@ def shown(row: Worker) -> dict[str, Any]:
 
 def _register(row: Worker | None, base: Worker, change: Register, now: Now, rules: WorkerRules) -> Step:
     status = _status(base, change.status)
+    given: dict[str, Any] = {}
+    if change.recover:
+        ids = tuple(session.id for session in change.sessions)
+        given = {"sessions": change.sessions, "recovering": ids, "fresh": bool(ids)}
     after = msgspec.structs.replace(
         base,
         endpoint=change.endpoint,
@@ -168,6 +188,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
+        **given,
     )
     return Step(worker=after, born=_transition(row, after))
 
@@ -181,6 +202,9 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         said["sessions"] = change.sessions[:MOST_SESSIONS]
         if base.changed:
             said["sessions"], said["changed"] = _reconcile(base, said["sessions"], now)
+        if base.recovering:
+            said["sessions"], said["recovering"] = _still_recovering(base, said["sessions"])
+            said["fresh"] = False
     status, beats = _recovered(base, _status(base, change.status), now, rules)
     restarted = row is not None and _went_back(row.uptime, change.uptime)
     after = msgspec.structs.replace(
@@ -272,6 +296,21 @@ def _reconcile(
         if session.id in known:
             sessions.append(msgspec.structs.replace(session, status=known[session.id].status))
     return tuple(sessions), kept
+
+
+def _still_recovering(
+    row: Worker, listed: tuple[Session, ...]
+) -> tuple[tuple[Session, ...], tuple[str, ...]]:
+    """Keep sessions that a worker was given and does not list yet: over its first list, and while it goes on.
+
+    Workers send the first heartbeat after a restart before they have restored anything.
+    """
+    ids = {session.id for session in listed}
+    pending = tuple(id_ for id_ in row.recovering if id_ not in ids)
+    if not row.fresh and len(pending) == len(row.recovering):
+        return listed, ()
+    kept = tuple(session for session in row.sessions if session.id in pending)
+    return (listed + kept)[:MOST_SESSIONS], pending
 
 
 _SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")

@@ -19,6 +19,7 @@ from relay.registry import (
     former,
     hold,
     maintain,
+    names_a_place,
     shown,
     silent,
 )
@@ -281,6 +282,56 @@ def test_a_session_event_keeps_the_registry_current_without_a_heartbeat():
     two = said(one.worker, SessionSeen(session=Session(id="s1", status="connected")), 10)
     assert two.worker.sessions == (Session(id="s1", status="connected", phone="+62"),)
     assert (two.worker.last_heartbeat, types(two), two.quiet) == (ONLINE.last_heartbeat, [], False)
+
+
+def listing(*ids):
+    return Heartbeat(worker_id="w", sessions=tuple(Session(id=id_) for id_ in ids))
+
+
+@pytest.mark.parametrize(
+    ("lists", "left"),
+    [
+        ([()], "abc"),
+        ([(), ()], ""),
+        ([("a",)], "abc"),
+        ([(), ("a",)], "abc"),
+        ([(), ("a",), ("a", "b"), ("a", "b", "c")], "abc"),
+        ([(), ("a",), ("a",)], "a"),
+        ([("a", "b", "c"), ("a",)], "a"),
+        ([("d",), ("d",)], "d"),
+    ],
+)
+def test_sessions_to_restore_stay_over_the_first_list_and_while_each_list_has_more_of_them(lists, left):
+    known = tuple(Session(id=id_) for id_ in "abc")
+    change = msgspec.structs.replace(REGISTER, recover=True, sessions=known)
+    for before in (None, ONLINE, OFFLINE, GONE):
+        row = said(before, change).worker
+        for number, ids in enumerate(lists, 1):
+            row = said(row, listing(*ids), 30 * number).worker
+        assert sorted(statuses(row)) == list(left)
+        assert not {"recovering", "fresh"} & shown(row).keys()
+
+
+def test_a_worker_that_was_given_nothing_has_nothing_to_restore():
+    row = said(ONLINE, listing("a"), 5).worker
+    row = said(row, msgspec.structs.replace(REGISTER, recover=True), 10).worker
+    assert (row.sessions, row.recovering, row.fresh) == ((), (), False)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "names"),
+    [
+        ("http://10.0.0.7:8001", True), ("http://worker-1:8001", True), ("https://w.example/x", True),
+        ("worker-1:8001", True), ("http://[fd00::1]:8001", True), ("http://192.168.0.3", True),
+        ("http://localhost:8001", False), ("localhost:8001", False), ("http://LOCALHOST", False),
+        ("http://127.0.0.1:8001", False), ("http://127.1:8001", False), ("http://[::1]:8001", False),
+        ("http://[::ffff:127.0.0.1]:8001", False), ("http://0.0.0.0:8001", False), ("http://[::]:1", False),
+        ("http://app.localhost", False), ("http://localhost.localdomain:1", False), ("127.0.0.1", False),
+        ("", False), ("http://", False), ("http://[broken", False),
+    ],
+)  # fmt: skip
+def test_a_loopback_endpoint_names_no_place(endpoint, names):
+    assert names_a_place(endpoint) is names
 
 
 @pytest.mark.parametrize("row", [None, GONE])

@@ -230,6 +230,16 @@ def test_a_session_s_event_brings_its_own_time_whatever_it_is(timestamp, at):
     assert seen("/api/v1/webhooks/session-status", body).at == at
 
 
+@pytest.mark.parametrize(("known", "required"), [((), False), ((Session(id="s"), Session(id="t")), True)])
+def test_with_recovery_a_registration_says_how_many_sessions_to_restore(known, required):
+    source = WhatsApp(tokens=TOKENS, recover_sessions=True)
+    accepted = source.register(Incoming.of("POST", "/", {}, b'{"workerId": "w"}'))
+    assert accepted.worker.recover
+    data = accepted.reply(Receipt(worker=Worker(source="whatsapp", id="w", sessions=known)))["data"]
+    assert (data["recoveryRequired"], data["assignedSessionCount"]) == (required, len(known))
+    assert [each["sessionId"] for each in data["assignedSessions"]] == [each.id for each in known]
+
+
 def test_a_worker_that_registers_again_is_told_the_sessions_it_had():
     accepted = SOURCE.register(Incoming.of("POST", "/", {}, b'{"workerId": "w"}'))
     worker = Worker(source="whatsapp", id="w", sessions=(Session(id="s", status="CONNECTED"),))

@@ -352,6 +352,178 @@ async def test_an_id_that_changes_a_path_is_told_at_registration(relay, caplog, 
     assert told == [line] * bool(part)
 
 
+RECOVERING = SOURCES + "recover_sessions = true\n"
+PLACE = "http://10.1.2.3:8001"
+
+
+@pytest.fixture
+async def recovering(tmp_path, clock):
+    async with running(write_config(tmp_path, RECOVERING), clock=clock) as relay:
+        yield relay
+
+
+async def told(relay, worker="w1", endpoint=PLACE):
+    """Register a worker; return the sessions it is to restore, having seen that all answers agree."""
+    data = (await relay.exchange(register(worker, endpoint=endpoint))).json["data"]
+    ids = [session["sessionId"] for session in data["assignedSessions"]]
+    assert (data["recoveryRequired"], data["assignedSessionCount"]) == (bool(ids), len(ids))
+    assert await assigned(relay, worker) == ids
+    return ids
+
+
+async def assigned(relay, worker):
+    raw = request("GET", f"/api/v1/workers/{worker}/sessions/assigned", **TOKEN)
+    return [session["sessionId"] for session in (await relay.exchange(raw)).json["data"]["sessions"]]
+
+
+def listing(worker, *ids):
+    return beat(worker, sessions=[{"sessionId": id_, "status": "CONNECTED"} for id_ in ids])
+
+
+async def leave(relay, worker):
+    await relay.exchange(request("DELETE", f"/api/v1/workers/{worker}", **TOKEN))
+
+
+async def fall_silent(relay, clock):
+    clock.advance(91)
+    await relay.app.store.sweep()
+
+
+async def test_a_worker_that_restarts_under_its_id_is_told_its_sessions(recovering, clock):
+    assert await told(recovering) == []
+    await recovering.exchange(listing("w1", "s1", "s2"))
+    assert await told(recovering) == ["s1", "s2"]  # still ONLINE: it crashed and came back at once
+    await fall_silent(recovering, clock)
+    assert await told(recovering) == ["s1", "s2"]
+    await leave(recovering, "w1")
+    assert await told(recovering) == ["s1", "s2"]
+
+
+async def test_what_a_worker_is_to_restore_outlasts_its_first_empty_list_and_a_restart_of_the_relay(
+    tmp_path, clock
+):
+    config = write_config(tmp_path, RECOVERING)
+    async with running(config, clock=clock) as relay:
+        await told(relay)
+        await relay.exchange(listing("w1", "s1"))
+        await told(relay)
+    async with running(config, clock=clock) as relay:
+        await relay.exchange(listing("w1"))
+        assert await assigned(relay, "w1") == ["s1"]
+        assert [s["id"] for s in (await worker(relay))["sessions"]] == ["s1"]
+        await relay.exchange(listing("w1"))
+        assert await assigned(relay, "w1") == []
+
+
+@pytest.mark.parametrize("ends", [fall_silent, lambda relay, _clock: leave(relay, "w1")])
+async def test_a_new_id_at_the_endpoint_of_an_offline_one_has_its_sessions(recovering, clock, ends):
+    await told(recovering)
+    await recovering.exchange(listing("w1", "s1", "s2"))
+    await ends(recovering, clock)
+    assert await told(recovering, "w2") == ["s1", "s2"]
+    assert await assigned(recovering, "w1") == []
+    assert await told(recovering, "w3") == []  # they are w2's now, which is alive
+    registered = next(row for row in await recovering.rows() if row["subject"] == "w2")
+    [event] = (await recovering.app.store.load([registered["row"]])).values()
+    assert [s["id"] for s in json.loads(event.data)["worker"]["sessions"]] == ["s1", "s2"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("http://localhost:8001", "http://localhost:8001"),
+        ("http://127.0.0.1:8001", "http://127.0.0.1:8001"),
+        (PLACE, "http://10.1.2.4:8001"),
+        ("", ""),
+    ],
+)
+async def test_a_new_id_elsewhere_or_on_loopback_has_nobody_s_sessions(recovering, clock, first, second):
+    await told(recovering, "w1", first)
+    await recovering.exchange(listing("w1", "s1"))
+    await fall_silent(recovering, clock)
+    assert await told(recovering, "w2", second) == []
+    assert await assigned(recovering, "w1") == ["s1"]
+
+
+async def test_a_new_id_has_no_sessions_of_one_that_is_alive(recovering):
+    await told(recovering)
+    await recovering.exchange(listing("w1", "s1"))
+    assert await told(recovering, "w2") == []
+
+
+async def test_a_session_that_another_live_worker_lists_is_never_restored(recovering, clock):
+    await told(recovering)
+    await recovering.exchange(listing("w1", "s1", "s2", "s3"))
+    await fall_silent(recovering, clock)
+    await recovering.exchange(listing("elsewhere", "s1"))
+    await recovering.exchange(listing("resting", "s2"))
+    await ask(recovering, "POST", "/whatsapp/resting/maintenance", {"on": True})
+    await recovering.exchange(listing("w1b", "s9"))
+    assert await told(recovering) == ["s3"]
+    await recovering.exchange(listing("elsewhere", "s1", "s3"))  # moved before w1 restored it
+    assert await assigned(recovering, "w1") == []
+    await fall_silent(recovering, clock)
+    assert await told(recovering) == ["s3"]  # the other one is OFFLINE as well
+
+
+async def test_a_session_is_known_to_be_elsewhere_whoever_reported_it_last(recovering, clock):
+    await recovering.exchange(listing("elsewhere", "s1"))
+    await told(recovering)
+    await recovering.exchange(listing("w1", "s1"))  # it is w1's in the index now
+    assert await told(recovering) == []
+    await recovering.exchange(listing("elsewhere"))
+    await recovering.exchange(listing("w1", "s1"))
+    assert await told(recovering) == ["s1"]
+
+
+async def test_two_that_shared_an_endpoint_are_succeeded_by_one_each(recovering, clock):
+    for id_, session in (("a", "s1"), ("b", "s2")):
+        await told(recovering, id_)
+        await recovering.exchange(listing(id_, session))
+        clock.advance(1)
+    await fall_silent(recovering, clock)
+    assert [await told(recovering, id_) for id_ in ("c", "d", "e")] == [["s2"], ["s1"], []]
+
+
+async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recovering, clock):
+    await told(recovering)
+    await recovering.exchange(listing("w1", "s1"))
+    await fall_silent(recovering, clock)
+    release = await held(recovering)
+    waiting = []
+    for id_ in ("w2", "w3"):
+        waiting.append(asyncio.ensure_future(recovering.exchange(register(id_, endpoint=PLACE))))
+        await until(lambda: len(recovering.app.store._writer._jobs) == len(waiting))
+    await release()
+    replies = [(await each).json["data"]["assignedSessionCount"] for each in waiting]
+    assert replies == [1, 0]
+
+
+async def test_a_refused_newcomer_takes_no_sessions(tmp_path, clock):
+    config = write_config(tmp_path, RECOVERING + 'conflict = "reject"\n')
+    async with running(config, clock=clock) as relay:
+        await told(relay)
+        await relay.exchange(listing("w1", "s1"))
+        await fall_silent(relay, clock)
+        await relay.exchange(register("w2", endpoint=PLACE))
+        await relay.exchange(beat("w1"))  # heard again, without its sessions
+        await fall_silent(relay, clock)
+        await relay.exchange(beat("w1", status="ONLINE"))
+        assert (await relay.exchange(register("w3", endpoint=PLACE))).status == 409
+        assert await assigned(relay, "w2") == ["s1"]
+
+
+async def test_without_the_key_nobody_is_asked_to_restore_anything(relay, clock):
+    await relay.exchange(register(endpoint=PLACE))
+    await relay.exchange(listing("w1", "s1"))
+    await fall_silent(relay, clock)
+    for id_ in ("w1", "w2"):
+        data = (await relay.exchange(register(id_, endpoint=PLACE))).json["data"]
+        assert (data["recoveryRequired"], data["assignedSessionCount"]) == (False, 0)
+    await relay.exchange(listing("w1"))
+    assert await assigned(relay, "w1") == []
+
+
 async def test_samples_touch_no_worker_that_there_is(relay, clock):
     """Those of the document would: its ids, session and endpoint are workers' defaults."""
     body = {"workerId": "worker-001", "endpoint": "http://localhost:8001"}

@@ -135,7 +135,7 @@ class Batch:
             worker, sent = self.fleet.change(acceptance.source, acceptance.change)
             self.bear_all()
         elif acceptance.asks is not None:
-            worker = self.fleet.get((acceptance.source, acceptance.asks))
+            worker = self.fleet.asked((acceptance.source, acceptance.asks))
         if event is None:
             commands = tuple({"id": command.public_id, **command.body} for command in sent)
             return Receipt(worker=worker, commands=commands, sent=sent)

@@ -13,6 +13,7 @@ from relay.model import (
     Command,
     Heartbeat,
     Register,
+    Session,
     SessionSeen,
     Worker,
     WorkerChange,
@@ -68,12 +69,18 @@ class Fleet:
         if isinstance(change, SessionSeen) and not change.worker_id:
             key = self._with_session(source, change.session.id) or key
         before = self.get(key)
+        heir: WorkerKey | None = None
+        if isinstance(change, Register) and change.recover:
+            sessions, heir = self._recoverable(key, before, change.endpoint)
+            change = msgspec.structs.replace(change, sessions=sessions)
         step = registry.apply(before, change, source, self._now, self._rules(*key))
         if step.worker is None:
             return None, ()
         is_new = before is None or before.unregistered_at is not None
         if is_new and isinstance(change, Register):
             self._take_over(source, change)
+        if heir is not None and heir != key and (former := self.get(heir)) is not None:
+            self._move(heir, msgspec.structs.replace(former, sessions=()))
         self._move(key, step.worker)
         for born in step.born:
             self.born.append((source, born))
@@ -107,14 +114,61 @@ class Fleet:
         self._unread.append(key)
         self._roster.moving.add(key)
 
+    def asked(self, key: WorkerKey) -> Worker | None:
+        """Return a row as its worker is told: without what it has not restored and another live one has."""
+        row = self.get(key)
+        if row is None or not row.recovering:
+            return row
+        sessions = tuple(
+            session
+            for session in row.sessions
+            if session.id not in row.recovering or not self._is_listed_by_others(key, session.id)
+        )
+        return msgspec.structs.replace(row, sessions=sessions)
+
+    def _recoverable(
+        self, key: WorkerKey, row: Worker | None, endpoint: str
+    ) -> tuple[tuple[Session, ...], WorkerKey | None]:
+        """Return the sessions that a worker is to restore, and whose they were.
+
+        Its own, or where it has none those of the worker that was heard last at its endpoint and is OFFLINE.
+        """
+        rows = [row] if row is not None else []
+        if registry.names_a_place(endpoint):
+            neighbours = [
+                self.get(each) for each in self._roster.at_endpoint(key[0], endpoint) if each != key
+            ]
+            former = [each for each in neighbours if each is not None and not _is_live(each)]
+            rows += sorted(former, key=lambda each: each.last_heartbeat, reverse=True)
+        for each in rows:
+            free = [one for one in each.sessions if not self._is_listed_by_others(key, one.id)]
+            if free:
+                return tuple(free), (each.source, each.id)
+        return (), None
+
+    def _is_listed_by_others(self, key: WorkerKey, session_id: str) -> bool:
+        """Say whether another live worker has a session."""
+        rows = [self.get(each) for each in self._reporters(key[0], session_id) if each != key]
+        return any(
+            _is_live(row) and any(session.id == session_id for session in row.sessions)
+            for row in rows
+            if row is not None
+        )
+
     def _with_session(self, source: str, session_id: str) -> WorkerKey | None:
         """Return the key of the worker that last reported a session, be it in this very transaction."""
+        return next(iter(self._reporters(source, session_id)), None)
+
+    def _reporters(self, source: str, session_id: str) -> list[WorkerKey]:
+        """Return the keys of the workers that have or had a session, the one that told of it last first."""
         for key in self._unread:
             former, worker = self._roster.get(key), self.workers[key]
             if former is None or former.sessions != worker.sessions:
                 self._sessions.update({(key[0], session.id): key for session in worker.sessions})
         self._unread.clear()
-        return self._sessions.get((source, session_id)) or self._roster.with_session(source, session_id)
+        moved = self._sessions.get((source, session_id))
+        known = self._roster.reporters(source, session_id)
+        return [*known] if moved is None else [moved, *known]
 
     def flush(self, keys: Iterable[WorkerKey]) -> None:
         """Take in rows that heartbeats so far moved in memory only."""
@@ -238,6 +292,10 @@ class Fleet:
         for key in self.forgotten:
             roster.drop(key)
         return turned
+
+
+def _is_live(worker: Worker) -> bool:
+    return worker.status != "OFFLINE" and worker.unregistered_at is None
 
 
 def _standing(worker: Worker | None) -> WorkerStatus | None:

@@ -20,7 +20,8 @@ class Roster:
     def __init__(self, workers: Iterable[Worker] = (), commands: Iterable[Command] = ()) -> None:
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
-        self._sessions: dict[tuple[str, str], WorkerKey] = {}
+        self._sessions: dict[tuple[str, str], WorkerKey] = {}  # who reported a session last
+        self._rivals: dict[tuple[str, str], list[WorkerKey]] = {}  # who reports it beside them, if anybody
         self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
@@ -45,9 +46,10 @@ class Roster:
         """Return the keys of all workers that last registered with this endpoint."""
         return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
 
-    def with_session(self, source: str, session_id: str) -> WorkerKey | None:
-        """Return the key of the worker that last reported a session."""
-        return self._sessions.get((source, session_id))
+    def reporters(self, source: str, session_id: str) -> tuple[WorkerKey, ...]:
+        """Return the keys of all workers whose rows have a session; who reported it last comes first."""
+        last = self._sessions.get((source, session_id))
+        return () if last is None else (last, *self._rivals.get((source, session_id), ()))
 
     def put(self, worker: Worker) -> None:
         """Insert or replace a row."""
@@ -107,11 +109,32 @@ class Roster:
             self.census[worker.source, worker.status] += one
 
     def _index(self, key: WorkerKey, before: Iterable[Session], after: Iterable[Session]) -> None:
-        for session in before:
-            if self._sessions.get((key[0], session.id)) == key:
-                del self._sessions[key[0], session.id]
+        gone = {session.id: session for session in before}
         for session in after:
-            self._sessions[key[0], session.id] = key
+            if gone.pop(session.id, None) is not session:  # told anew, not only kept
+                self._claim((key[0], session.id), key)
+        for id_ in gone:
+            self._give_up((key[0], id_), key)
+
+    def _claim(self, session: tuple[str, str], key: WorkerKey) -> None:
+        last = self._sessions.get(session)
+        if last == key:
+            return
+        if last is not None:
+            rivals = self._rivals.setdefault(session, [])
+            rivals[:] = [*(each for each in rivals if each != key), last]
+        self._sessions[session] = key
+
+    def _give_up(self, session: tuple[str, str], key: WorkerKey) -> None:
+        rivals = self._rivals.pop(session, [])
+        if self._sessions.get(session) != key:
+            rivals = [each for each in rivals if each != key]
+        elif rivals:
+            self._sessions[session] = rivals.pop()
+        else:
+            del self._sessions[session]
+        if rivals:
+            self._rivals[session] = rivals
 
     def _leave(self, endpoint: str, key: WorkerKey) -> None:
         place = (key[0], endpoint)
