@@ -177,7 +177,7 @@ class WhatsApp(
         return _accept(incoming, incoming.decode(Notice), reply, of_session=True)
 
     @served("POST", "/webhooks/session-status")
-    @served("POST", "/webhooks/session-status/{session:path}")
+    @served("POST", "/webhooks/session-status/{session}")
     def session_status(self, incoming: Incoming) -> Accepted:
         """Take a change of a session; a flat one gets its type from its status."""
         notice = incoming.decode(Notice)

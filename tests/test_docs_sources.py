@@ -42,7 +42,6 @@ def test_the_section_of_whatsapp_names_every_route_once_for_both_bases():
         words = (
             re.sub(r"^/api(/v1)?/", "", path)
             .replace("{worker:path}", "{id}")
-            .replace("{session:path}", "{session}")
             .replace("webhooks/session-", "session-")
         )
         assert f"{words}`" in SECTIONS["whatsapp"]

@@ -308,13 +308,6 @@ async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration
         assert (await types(relay))[-1] == "unregistered"
 
 
-async def test_a_session_id_in_a_path_may_have_slashes_too(relay):
-    body = b'{"status": "CONNECTED"}'
-    answer = await relay.exchange(request("POST", "/api/v1/webhooks/session-status/u/s1", body, **TOKEN))
-    assert answer.status == 200
-    assert [row["subject"] for row in await relay.rows()] == ["u/s1"]
-
-
 @pytest.mark.parametrize("id_", ODD_IDS)
 async def test_a_worker_that_encodes_an_odd_id_is_one_and_the_same_in_every_call(relay, id_):
     assert (await relay.exchange(register(id_))).status == 200
