@@ -15,6 +15,7 @@ SLACK_LIMIT = 4000
 DISCORD_LIMIT = 2000
 """Characters of `content`; Discord answers 400 beyond it."""
 
+_CONTENT_TYPE_LIMIT = 1000  # characters of a sender's own that are sent on
 _HEADLINE_LIMIT = 200  # characters of a subject in a headline: senders choose its length
 
 _encode = msgspec.json.Encoder().encode
@@ -29,7 +30,11 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
 
     def content_type_of(self, event: StoredEvent) -> str:
         """Return the `content-type` that goes with the rendered event."""
-        return self.content_type or event.content_type or "application/octet-stream"
+        if self.content_type is not None:
+            return self.content_type
+        own = event.content_type  # the sender wrote it: what cannot be sent on must not keep the event back
+        is_fit = len(own) <= _CONTENT_TYPE_LIMIT and own.isascii() and own.isprintable()
+        return own if own and is_fit else "application/octet-stream"
 
 
 class _Standard(msgspec.Struct):

@@ -9,6 +9,8 @@ from support import until
 
 from relay.config.model import CircuitConfig, RetryConfig
 from relay.config.secret import Secret
+from relay.delivery.client import Client
+from relay.errors import StorageError
 from relay.formats import FORMATS, Format
 from relay.model import DestinationState
 from relay.signing import verify
@@ -258,3 +260,92 @@ async def test_the_books_balance_after_every_kind_of_end(store, receiver):
         await ended(store, 3)
     counts = (await store.counts())["crm"]
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (3, 2, 1, 0)
+
+
+# --- what fails on our side ---------------------------------------------------------------------------
+
+
+def leave(_event):
+    """Do as a plugin might that calls a program's main function."""
+    raise SystemExit(3)
+
+
+def written_with(content_type):
+    """Return all formats, and one that sends events as they are with this content type."""
+    return {**FORMATS, "odd": Format(name="odd", content_type=content_type, render=lambda event: event.body)}
+
+
+UNMADE = {
+    "a line break in a header": (written_with("text/plain\r\nx-evil: 1"), "ValueError: a header holds"),
+    "a header that cannot be encoded": (written_with("text/\ud83d"), "UnicodeEncodeError"),
+    "a header that is no text": (written_with(7), "TypeError"),
+    "an exit": (odd(leave), "SystemExit: 3"),
+}
+
+
+@pytest.mark.parametrize("why", UNMADE)
+async def test_a_request_that_cannot_be_made_spends_attempts_and_blocks_no_key(store, receiver, why):
+    formats, error = UNMADE[why]
+    retry = RetryConfig(schedule=(0.01, 0.01))
+    config = destination("crm", receiver.url, format="odd", order_by="subject", retry=retry)
+    async with engine_for(store, config, formats=formats) as engine:
+        await send(store)
+        await send(store)
+        rows = await ended(store, 2)
+        assert not engine.lanes["crm"].standing.circuit.is_open
+    assert [(row["state"], row["reason"], row["attempts"]) for row in rows] == [("dead", "exhausted", 3)] * 2
+    assert error in rows[0]["last_error"]
+    attempts = await store.find("attempts", delivery_id=rows[0]["id"])
+    assert [row["result"] for row in attempts] == ["format"] * 3
+
+
+@pytest.mark.parametrize("where", ["client", "load", "standing"])
+async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, monkeypatch, where):
+    """Wherever it comes from: else its delivery would stay pending for ever, and block its key."""
+
+    def fail(*_, **__):
+        raise ValueError("a mistake of ours")
+
+    async def fail_later(*_, **__):
+        fail()
+
+    retry = RetryConfig(schedule=(0.01, 0.01))
+    config = destination("crm", receiver.url, order_by="subject", retry=retry)
+    receiver.usual = (200 if where == "standing" else 500, {})
+    async with engine_for(store, config, memory=0) as engine:
+        if where == "client":
+            monkeypatch.setattr(Client, "send", fail_later)
+        elif where == "load":
+            monkeypatch.setattr(store, "load", fail_later)
+        else:
+            monkeypatch.setattr(engine.lanes["crm"].standing, "succeed", fail_later)
+        await send(store)
+        await send(store)
+        rows = await ended(store, 2)
+    if where == "standing":
+        assert [row["state"] for row in rows] == ["delivered"] * 2
+        assert len(receiver.requests) == 2
+    else:
+        assert [(row["state"], row["attempts"]) for row in rows] == [("dead", 3)] * 2
+        assert "a mistake of ours" in rows[0]["last_error"]
+
+
+async def test_deliveries_that_cannot_be_read_ahead_are_read_when_they_have_a_slot(
+    store, receiver, monkeypatch
+):
+    """They are held already: if the failed read let them go, nobody would ever try them again."""
+    receiver.answers = [(500, {})]
+    load, failures = store.load, []
+
+    async def fail_once(event_ids):
+        if not failures:
+            failures.append(1)
+            raise StorageError("the disk does not answer")
+        return await load(event_ids)
+
+    monkeypatch.setattr(store, "load", fail_once)
+    async with engine_for(store, destination("crm", receiver.url)):
+        sent = await send(store)
+        await ended(store)
+    assert failures
+    assert receiver.ids == [sent, sent]

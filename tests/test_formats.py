@@ -79,6 +79,11 @@ def test_raw_is_the_request_as_it_came():
     assert FORMATS["raw"].content_type_of(event(content_type="")) == "application/octet-stream"
 
 
+@pytest.mark.parametrize("odd", ["text/\ud83d", "a/b\r\nx: y", "caf\xe9/x", "a\x00", "x" * 10_000])
+def test_raw_replaces_a_content_type_that_cannot_be_sent_on(odd):
+    assert FORMATS["raw"].content_type_of(event(content_type=odd)) == "application/octet-stream"
+
+
 @pytest.mark.parametrize(
     ("name", "content_type"),
     [

@@ -64,6 +64,8 @@ _ADVICE = {
     "circuit open": "it does not answer; it is probed, and gets everything once it is back",
     "resting": "it asked for a pause, or its address is refused; it goes on by itself, and"
     " `relay destinations test {name}` asks it now",
+    "out of file descriptors": "this machine has no descriptor left for it; raise LimitNOFILE of the service",
+    "out of memory": "this machine has no memory left for it; it goes on by itself",
     "retried": "what failed is tried again by the schedule;"
     " `relay deliveries retry --destination {name} --state pending` has it tried now",
     **{

@@ -1,6 +1,7 @@
 """The HTTP client that deliveries go out with: whatever a receiver does becomes an `Answer`."""
 
 import asyncio
+import errno
 import socket
 import time
 from collections.abc import Collection, Mapping
@@ -52,6 +53,10 @@ _times: ContextVar[Times | None] = ContextVar("times", default=None)
 
 class LackError(Exception):
     """This machine had no descriptor or memory left for an attempt: it says nothing of the receiver."""
+
+    def __init__(self, number: int | None) -> None:
+        self.what = "out of file descriptors" if number in (errno.EMFILE, errno.ENFILE) else "out of memory"
+        super().__init__(f"this machine is {self.what}")
 
 
 class _Course:
@@ -266,19 +271,18 @@ class Client:
         return one_line(line + trouble)
 
 
-def _lack(failure: Exception | None, course: _Course) -> str | None:
-    """Say what this machine had run out of when an attempt failed; None: of nothing."""
-    if course.lack is not None and course.lack.errno in LACK:
-        return course.lack.strerror
-    if isinstance(failure, ClientConnectorError) and failure.os_error.errno in LACK:
-        return failure.os_error.strerror
-    if isinstance(failure, ClientConnectorDNSError):
+def _lack(failure: Exception | None, course: _Course) -> int | None:
+    """Return the error number of what this machine had run out of in a failed attempt; None: of nothing."""
+    if not isinstance(failure, ClientConnectorError):
+        return None
+    number = course.lack.errno if course.lack is not None else failure.os_error.errno
+    if number not in LACK and isinstance(failure, ClientConnectorDNSError):
         # Without a descriptor the C library cannot read its files, and says that there is no such name.
         try:
             socket.socket().close()
         except OSError as error:
-            return error.strerror if error.errno in LACK else None
-    return None
+            number = error.errno
+    return number if number in LACK else None
 
 
 def _steering(reply: Reply) -> dict[str, str]:

@@ -56,6 +56,7 @@ class Engine:
         self._formats = formats
         self._rand = rand
         self._untried = Untried(Sparing(log, clock))
+        self._lacking = Sparing(log, clock, every=1.0)
         self._slots = Slots()
         self._memory = Memory(memory)
         self._own: Collection[tuple[str, int]] = ()
@@ -158,6 +159,7 @@ class Engine:
             slots=self._slots,
             memory=self._memory,
             state=state,
+            lacking=self._lacking,
         )
 
     async def _see_off(self, lane: Lane) -> None:

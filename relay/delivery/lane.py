@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer
+from relay.delivery.client import LackError
 from relay.delivery.feed import Feed
 from relay.delivery.lines import ids, tell_attempt, tell_end
 from relay.delivery.memory import Memory
@@ -18,7 +19,7 @@ from relay.delivery.slots import Slots
 from relay.delivery.standing import Standing
 from relay.delivery.times import Times
 from relay.errors import StorageError
-from relay.logs import fields
+from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
 from relay.retry import Verdict
@@ -31,6 +32,9 @@ POLL = 30 * SECOND
 """A lane looks into the store at least this often: the safety net under being told."""
 
 TICK = 0.001  # seconds; uvloop's timers ring up to half of that early, and must not ring in a row
+
+LACK_REST = SECOND
+"""How long a destination rests after an attempt for which this machine had no descriptor or memory left."""
 
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
 
@@ -49,6 +53,7 @@ class Lane:
         slots: Slots,
         memory: Memory,
         state: DestinationState,
+        lacking: Sparing,
     ) -> None:
         self.config = config
         self.name = config.name
@@ -60,6 +65,7 @@ class Lane:
         self._meter = Meter(metrics, self.name)
         self._slots = slots
         self._memory = memory
+        self._lacking = lacking  # the log of what this machine has run out of, for all lanes
         self._first = Feed(memory, retries=False)
         self._retry = Feed(memory, retries=True)
         self._feeds = (self._first, self._retry)
@@ -244,14 +250,36 @@ class Lane:
         """Fill one slot with one delivery; whatever fails on our side leaves it pending."""
         try:
             await self._deliver(delivery)
-        except Exception:
-            log.exception("%s: a delivery could not be tried", self.name, extra=ids(delivery))
+        except LackError as error:
+            self._hold_for(error)
             self._store.release((delivery.id,))
-            feed.due = min(feed.due, self._clock.steady() + POLL)
+        except Exception as error:
+            log.exception("%s: a delivery could not be tried", self.name, extra=ids(delivery))
+            if isinstance(error, StorageError) or not await self._spend(delivery, error):
+                self._store.release((delivery.id,))
+                feed.due = min(feed.due, self._clock.steady() + POLL)
         finally:
             feed.active -= 1
             self._slots.give(self.in_flight)
         self.turn()
+
+    def _hold_for(self, error: LackError) -> None:
+        """Hold everything for a moment: what this machine lacks is no failure of the receiver."""
+        line = f"{error}: deliveries are held, none has spent an attempt"
+        self._lacking.warning(error.what, line, destination=self.name, held=error.what)
+        self.standing.rest(LACK_REST, error.what)
+        self._let_go()
+
+    async def _spend(self, delivery: Delivery, error: Exception) -> bool:
+        """Record a failed attempt for an error of the relay's own, which might come again and again."""
+        try:
+            if not self._store.begin_attempt(delivery.id):
+                return False
+            await self._record(self._sender.failed(delivery, error))
+        except Exception:
+            log.exception("%s: an attempt could not be recorded", self.name, extra=ids(delivery))
+            return False
+        return True
 
     # --- one delivery ---
 
@@ -282,13 +310,21 @@ class Lane:
         tell_attempt(outcome)
         if sender is not self._sender or self._left:
             outcome = outdated(outcome, meaning, self._clock.steady(), probing=probing)
-        elif meaning.kind == "ok":
-            await self.standing.succeed(event, openings)
         else:
-            await self._fail(outcome, meaning, event, openings)
-            if probing and circuit.is_open:
+            await self._take_in(outcome, meaning, event, openings)
+            if probing and circuit.is_open and meaning.kind != "ok":
                 outcome = unspent(outcome, circuit.open_until)
         await self._record(outcome)
+
+    async def _take_in(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
+        """Take what an attempt says about the destination; should that fail, its outcome still counts."""
+        try:
+            if meaning.kind == "ok":
+                await self.standing.succeed(event, openings)
+            else:
+                await self._fail(outcome, meaning, event, openings)
+        except Exception:
+            log.exception("%s: its state could not be changed", self.name, extra=ids(outcome.delivery))
 
     async def _fail(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
         """Take what a failed attempt says about the destination."""
@@ -364,7 +400,11 @@ class Lane:
             wanted.append(delivery)
         if not wanted:
             return
-        events = await self._store.load([delivery.event_id for delivery in wanted])
+        try:
+            events = await self._store.load([delivery.event_id for delivery in wanted])
+        except Exception:  # each is read again when it has a slot, and its failure is its own there
+            log.exception("%s: cannot read due deliveries ahead", self.name)
+            return
         for delivery in wanted:
             event = events.get(delivery.event_id)
             if corrupt(delivery, event, 0) is None:

@@ -119,6 +119,8 @@ def judge(config: DestinationConfig, answer: Answer, meaning: Verdict) -> tuple[
 
 
 def _unblock(config: DestinationConfig, why: str) -> str:
+    if why.startswith("not asked: "):
+        return "raise LimitNOFILE of the service, or close what else holds descriptors or memory"
     if "is the relay itself" in why:
         return "the relay never sends to itself: correct its `url`"
     if why.endswith(" address") and not config.allow_private:

@@ -1,6 +1,7 @@
 """Name look-ups that hold up nobody else, not even the end of the process."""
 
 import asyncio
+import errno
 import socket
 import threading
 from contextlib import suppress
@@ -37,7 +38,10 @@ class Resolver(AbstractResolver):
         """
         found: _Found = asyncio.get_running_loop().create_future()
         look_up = (found, host, port, family)
-        threading.Thread(target=_look_up, args=look_up, name=f"dns {host}", daemon=True).start()
+        try:
+            threading.Thread(target=_look_up, args=look_up, name=f"dns {host}", daemon=True).start()
+        except RuntimeError as error:  # the limit of threads, or of memory
+            raise OSError(errno.ENOMEM, str(error)) from error
         return await found
 
     async def close(self) -> None:

@@ -9,12 +9,12 @@ import msgspec
 from relay.clock import SECOND, Clock
 from relay.config.model import DestinationConfig
 from relay.delivery.answer import Answer, one_line
-from relay.delivery.client import Client
+from relay.delivery.client import Client, LackError
 from relay.delivery.times import Times
 from relay.formats import Format
 from relay.logs import Sparing
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
-from relay.retry import RetryPolicy, Verdict, verdict
+from relay.retry import HOLD, RetryPolicy, Verdict, verdict
 from relay.signing import Signer
 
 log = logging.getLogger("relay.delivery")
@@ -45,7 +45,11 @@ class Sender:
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
 
     async def attempt(self, delivery: Delivery, event: StoredEvent) -> tuple[Outcome, Verdict]:
-        """Send an event once and judge what came of it; never raises for what a receiver does."""
+        """Send an event once and judge what came of it; never raises for what a receiver or a plugin does.
+
+        Raises:
+            LackError: this machine has run out of descriptors or memory; nothing was sent.
+        """
         started = self._clock.wall()
         answer = await self._ask(event, started)
         attempt = Attempt(
@@ -62,8 +66,17 @@ class Sender:
 
     async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
         """Send an event that nobody is owed, and say what the answer would mean for a delivery."""
-        answer = await self._ask(event, self._clock.wall(), times)
+        try:
+            answer = await self._ask(event, self._clock.wall(), times)
+        except LackError as error:
+            return Answer(result="connect", error=f"not asked: {error}"), HOLD
         return answer, self._meaning(answer)
+
+    def failed(self, delivery: Delivery, error: Exception) -> Outcome:
+        """Make a failed attempt of an error of the relay's own, so that no delivery meets it for ever."""
+        text = one_line(f"the relay failed: {type(error).__name__}: {error}")
+        attempt = Attempt(started_at=self._clock.wall(), duration_ms=0.0, result="format", error=text)
+        return self._judge(delivery, attempt, Verdict(kind="retry"))
 
     async def close(self) -> None:
         """Close every connection."""
@@ -72,16 +85,21 @@ class Sender:
     async def _ask(self, event: StoredEvent, now: int, times: Times | None = None) -> Answer:
         try:
             body = self._render(event)
-        except Exception as error:  # noqa: BLE001 - a plugin's format may raise anything
-            return self._unwritten(event, error)
-        headers = {
-            **self._headers,
-            "content-type": self._format.content_type_of(event),
-            **self._signer.headers(event.public_id, now // SECOND, body),
-        }
-        if event.traceparent is not None:
-            headers["traceparent"] = event.traceparent
-        return await self._client.send(self._config.url, headers, body, times)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin's format may raise anything
+            return self._unmade(event, f"the format {self._format.name} failed", error)
+        try:
+            headers = {
+                **self._headers,
+                "content-type": self._format.content_type_of(event),
+                **self._signer.headers(event.public_id, now // SECOND, body),
+            }
+            if event.traceparent is not None:
+                headers["traceparent"] = event.traceparent
+            return await self._client.send(self._config.url, headers, body, times)
+        except LackError:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - likewise, and what it made may not be sent
+            return self._unmade(event, "the request could not be made", error)
 
     def _meaning(self, answer: Answer) -> Verdict:
         return verdict(
@@ -104,9 +122,8 @@ class Sender:
             event.rendered[self._format.name] = body
         return body
 
-    def _unwritten(self, event: StoredEvent, error: Exception) -> Answer:
-        """Spend an attempt on a body that could not be written: by the next one the plugin may be mended."""
-        what = f"the format {self._format.name} failed"
+    def _unmade(self, event: StoredEvent, what: str, error: BaseException) -> Answer:
+        """Spend an attempt on a request that could not be made: by the next one the plugin may be mended."""
         name, id_ = self._config.name, event.public_id
         self._log.error(what, f"{name}: {what}", error, destination=name, event_id=id_)
         return Answer(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))

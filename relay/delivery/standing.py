@@ -15,6 +15,8 @@ from relay.store import OPERATOR_EVENTS, Store
 
 log = logging.getLogger("relay.delivery")
 
+RESTING = "resting"
+
 
 class Standing:
     """What is known of one destination beside its deliveries; changes are durable and told of."""
@@ -31,6 +33,7 @@ class Standing:
         self.state = state
         self.circuit = Circuit(config.circuit, config.concurrency)
         self.rest_until = 0  # steady clock: the receiver asked for it, or its address is refused
+        self._resting = RESTING  # why it rests
         self._config = config
         self._store = store
         self._clock = clock
@@ -42,7 +45,7 @@ class Standing:
         if (held := self.state.held) is not None:
             return held
         if self.rest_until > now:
-            return "resting"
+            return self._resting
         if self.circuit.limit(now) == 0:
             return "circuit open"
         return None
@@ -88,9 +91,11 @@ class Standing:
             name = self._config.name
             log.info("%s: %s by an operator", name, word, extra=fields(destination=name))
 
-    def rest(self, micros: int) -> None:
+    def rest(self, micros: int, why: str = RESTING) -> None:
         """Send nothing for so long."""
-        self.rest_until = max(self.rest_until, self._clock.steady() + micros)
+        until = self._clock.steady() + micros
+        if until > self.rest_until:
+            self.rest_until, self._resting = until, why
 
     async def succeed(self, event: StoredEvent, openings: int) -> None:
         """Take in an attempt that was delivered; see `Circuit.record` for `openings`."""
