@@ -21,7 +21,7 @@ from relay.clock import SECOND, Clock, SystemClock
 from relay.config.find import socket_path
 from relay.config.model import Config
 from relay.delivery.progress import Progress
-from relay.descriptors import connection_cap, raise_limit
+from relay.descriptors import connection_cap, log_sparingly, raise_limit
 from relay.errors import RelayError
 from relay.health import Health
 from relay.ingest.server import MAX_CONNECTIONS, Server
@@ -303,6 +303,7 @@ async def serve(setup: Setup) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     app = App(setup)
     loop = asyncio.get_running_loop()
+    log_sparingly(loop, app.clock)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, app.reloads.soon)

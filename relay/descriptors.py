@@ -1,8 +1,13 @@
 """File descriptors: how many this process may open, and what their lack looks like."""
 
+import asyncio
 import errno
 import logging
 import resource
+from typing import Any
+
+from relay.clock import Clock
+from relay.logs import Sparing
 
 log = logging.getLogger("relay")
 
@@ -37,3 +42,17 @@ def connection_cap(limit: int, most: int) -> int:
     (4096, 640, 128)
     """
     return min(most, max(limit - RESERVE, limit // 2))
+
+
+def log_sparingly(loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    """Log at most once a second that connections cannot be accepted; asyncio writes a traceback each time."""
+    sparing = Sparing(log, clock, every=1.0)
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in LACK:
+            sparing.warning("accept", f"cannot accept connections: {error.strerror}")
+        elif "_start_serving" not in context.get("message", ""):  # that is on a listener closed meanwhile
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)

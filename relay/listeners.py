@@ -9,6 +9,14 @@ from aiohttp import web
 from relay.errors import RelayError
 
 BACKLOG = 1024
+
+ACCEPTS = 1
+"""What asyncio is told to be the backlog.
+
+It accepts as many connections in a row, and goes on with that when there is no descriptor for them: with
+1,024 it writes as many tracebacks a second, and sets as many timers.
+"""
+
 SETTLE = 0.3  # seconds for requests that are on their way while the listeners close
 UNIX_PATH_LIMIT = 107  # bytes of a socket's path, Linux
 
@@ -74,5 +82,6 @@ async def listen(app: web.Application, sock: socket.socket, *, grace: float) -> 
     """Serve on a bound socket; `grace` is how long a request under way may take at the end."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace)
     await runner.setup()
-    await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    await web.SockSite(runner, sock, backlog=ACCEPTS).start()
+    sock.listen(BACKLOG)
     return runner

@@ -9,7 +9,7 @@ from contextlib import suppress
 from relay.ingest.connection import Connection
 from relay.ingest.request import Request, address_of
 from relay.ingest.response import Response, farewell
-from relay.listeners import BACKLOG, SETTLE
+from relay.listeners import ACCEPTS, BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
 YIELDING = 64
@@ -49,7 +49,8 @@ class Server:
     async def listen(self, sock: socket.socket) -> None:
         """Begin to serve on a bound socket."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+        self._listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=ACCEPTS)
+        sock.listen(BACKLOG)
 
     def connection_made(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Count a connection in; at the cap the oldest silent one makes room, or this one is sent away."""
