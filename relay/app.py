@@ -292,6 +292,7 @@ class App:
         self.ingest.gate.disk_full = full
 
     def _warn(self) -> None:
+        log.info("the database is %s", self.store.path)
         for warning in self.config.warnings:
             log.warning("%s", warning)
         if has_wal_reset_bug():

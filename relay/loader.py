@@ -17,6 +17,7 @@ from relay import hookspecs
 from relay.config import checks
 from relay.config.bind import Binder
 from relay.config.document import read
+from relay.config.installed import Given
 from relay.config.model import Admin, Config, SourceConfig, Storage
 from relay.config.problem import ConfigError, KeyPath, Problem, guess, shown
 from relay.config.tables import bind_tables, named_tables
@@ -48,20 +49,25 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     observers: tuple[Observer, ...]
     offers: tuple[Offering, ...]  # all that plugins offer, for lists
     code: Mapping[str, bytes]  # digests of the plugins' files, as they were imported
+    absent: tuple[Problem, ...] = ()  # secrets that a lenient `load` did without
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Setup:
+def load(path: Path, given: Mapping[str, str] | Given = os.environ, *, lenient: bool = False) -> Setup:
     """Read config.toml, import the plugins and bind every source's settings.
+
+    With `lenient`, secrets and certificates that cannot be read are no problem, see `Binder`.
 
     Raises:
         ConfigError: with every problem of the file and of the plugins at once.
     """
-    binder = Binder(read(path), environ)
+    binder = Binder(read(path), given, lenient=lenient)
     config = bind_tables(binder)
     offers, broken = discover(config.plugins.dirs)
     binder.problems += broken
+    complete = _complete(binder, config, offers.kinds, offers.formats, blame=not broken)
     return Setup(
-        config=_complete(binder, config, offers.kinds, offers.formats, blame=not broken),
+        config=complete,
+        absent=tuple(binder.absent),
         kinds=offers.kinds,
         formats=offers.formats,
         jobs=tuple(offers.jobs.values()),

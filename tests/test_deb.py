@@ -122,9 +122,13 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
     config.write_text(f'{text}[sources.moddy]\nplugin = "moddy"\ntokens = [{{ env = "SECRET" }}]\n')
     assert root.attempt("relay", "check-config").returncode == 1
     (root.path / "etc/relay/environment").write_text("SECRET='secret'\n")
-    checked = "sh -ac '. /etc/relay/environment; exec relay check-config /etc/relay/config.toml'\n"
-    assert checked in PAGE
-    root.run("sh", "-c", checked)
+    root.run("relay", "check-config")
+    shown = json.loads(root.run("relay", "config", "show", "--json"))
+    assert shown["state_dir"] == "/var/lib/relay"
+    silent = root.attempt("relay", "status")
+    assert silent.returncode == 3
+    assert silent.stderr.startswith("no relay answers at /run/relay/relay.sock: ")
+    assert "`systemctl start relay`" in silent.stderr
     async with root.serve(SECRET="secret") as daemon:
         sent = request(
             "POST",
@@ -137,6 +141,9 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
         assert (status["ready"], status["version"]) == (True, __version__)
         assert await daemon.stop() == 0
     assert root.run("stat", "-c", "%a %U:%G", STATE[0]) == "600 relay:relay\n"
+    second = root.attempt("relay", "serve", SECRET="secret")
+    assert (second.returncode, "/var/lib/relay/relay.db" in second.stderr) == (1, True)
+    assert not (root.path / "etc/relay/relay.db").exists()
 
 
 def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, package, tmp_path):

@@ -120,8 +120,17 @@ def test_the_check_reads_the_secrets_of_the_service(machine):
     )
     with pytest.raises(AssertionError, match="CRM_WEBHOOK_SECRET"):
         machine.run("check")
-    machine.root.add("/etc/relay/credentials/CRM_WEBHOOK_SECRET", secrets["CRM_WEBHOOK_SECRET"])
+    machine.root.add("/etc/relay/credentials/CRM_WEBHOOK_SECRET", secrets["CRM_WEBHOOK_SECRET"], 0o600)
+    with pytest.raises(AssertionError, match="add `LoadCredential=CRM_WEBHOOK_SECRET:"):
+        machine.run("check")
+    loaded = "LoadCredential=CRM_WEBHOOK_SECRET:/etc/relay/credentials/CRM_WEBHOOK_SECRET"
+    machine.root.add("/etc/systemd/system/relay.service.d/override.conf", f"[Service]\n{loaded}\n")
     machine.run("check")
+    more = '[destinations.b]\nurl = "https://b"\nca_file = "b.pem"\n'
+    machine.text("/etc/relay/config.toml", lambda text: text + more)
+    machine.root.add("/etc/relay/b.pem", "", 0o600)
+    with pytest.raises(AssertionError, match=r"b\.pem cannot be read: Permission denied"):
+        machine.run("check")
 
 
 def test_a_start_enables_every_unit_that_was_installed(machine):

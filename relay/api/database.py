@@ -10,7 +10,9 @@ from relay.api.answers import say
 from relay.api.parts import Parts
 from relay.api.progress import tell
 from relay.backups import described
+from relay.config.find import database_path
 from relay.model import Backup, Check
+from relay.store.doctor import database
 
 
 class DatabaseApi:
@@ -57,7 +59,7 @@ class DatabaseApi:
         found = await self._store.examine(
             min_free=config.storage.min_free_disk, destinations=config.destinations.keys()
         )
-        return [*found, await self._reloads.drift()]
+        return [database(database_path(config), config.path), *found, await self._reloads.drift()]
 
 
 def _size(path: Path) -> int:

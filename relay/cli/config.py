@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from relay.cli.configured import env_file_option, load_for_service, load_without_secrets
 from relay.cli.exits import CommandError, code_of
 from relay.cli.group import Group
 from relay.cli.options import FILE, config_option, json_option
@@ -14,27 +15,36 @@ from relay.config.effective import as_toml, effective
 from relay.config.find import find_config
 from relay.config.model import Config
 from relay.config.problem import ConfigError
-from relay.loader import load
 
 
 @click.command("check-config")
 @click.argument("file", required=False, type=FILE)
 @config_option
+@env_file_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, file: Path | None, config: Path | None, *, as_json: bool) -> None:
+def check(
+    ctx: click.Context,
+    file: Path | None,
+    config: Path | None,
+    *,
+    env_files: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Tell every problem of config.toml at once.
 
     Example: relay check-config /etc/relay/config.toml
 
     Checks FILE, or else the configuration that `relay serve` would take, together with its plugins
-    and secrets. Warnings do not change the exit code.
+    and secrets. For the configuration of the installed service, environment files and credentials are
+    those of its unit, and root checks files as the service's user would. Warnings do not change the
+    exit code.
     """
     if file is not None and config is not None:
         raise click.UsageError("give either FILE or -c, not both")
     path = find_config(file or config)
     try:
-        loaded = load(path).config
+        loaded = load_for_service(path, env_files).config
     except ConfigError as error:
         _tell_problems(path, error, as_json=as_json)
         ctx.exit(code_of(error))
@@ -70,15 +80,17 @@ def config_() -> None:
 
 @config_.command()
 @config_option
+@env_file_option
 @json_option
-def show(config: Path | None, *, as_json: bool) -> None:
+def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool) -> None:
     """Show what the configuration comes to, every default included.
 
     Example: relay config show -c /etc/relay/config.toml
 
-    Secrets are shown as <secret>, paths as the relay would use them.
+    Secrets are shown as <secret> and do not have to be readable; paths are those that the relay uses.
     """
-    tables = effective(load(find_config(config)).config)
+    setup, _ = load_without_secrets(find_config(config), env_files)
+    tables = effective(setup.config)
     if as_json:
         print_json(tables)
     else:

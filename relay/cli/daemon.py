@@ -25,7 +25,9 @@ from relay.cli.stream import STREAM, Stream
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, is_there, look_for_config, socket_path
-from relay.config.model import Admin
+from relay.config.installed import Service, installed, service_of
+from relay.config.model import Admin, Config
+from relay.config.problem import ConfigError
 from relay.config.tables import bind_tables
 
 VARIABLE = "RELAY_SOCKET"
@@ -54,6 +56,10 @@ class _Place(Protocol):
 
     def silent(self) -> str:
         """Return what to try when nobody answers there."""
+        ...
+
+    def denied(self) -> str:
+        """Return what to try when this user may not connect there."""
         ...
 
 
@@ -171,8 +177,9 @@ class Daemon:
         try:
             yield
         except PermissionError:
-            hint = "run the command as root, or as a member of the group that the socket belongs to"
-            raise CommandError(f"may not use {self._place.name}", hint=hint, code=NOT_ALLOWED) from None
+            raise CommandError(
+                f"may not use {self._place.name}", hint=self._place.denied(), code=NOT_ALLOWED
+            ) from None
         except TimeoutError:
             raise self._unreachable(f"{self._place.name} does not answer") from None
         except (OSError, http.client.HTTPException) as error:
@@ -227,7 +234,16 @@ class _Socket:
         return _SocketConnection(self.path)
 
     def silent(self) -> str:
+        if _service_at(self.path) is not None:
+            return "start it with `systemctl start relay`; `systemctl status relay` says why it does not run"
         return f"start one with `relay serve`, or name its socket with --socket or {VARIABLE}"
+
+    def denied(self) -> str:
+        service = _service_at(self.path)
+        if service is None:
+            return "run the command as root, or as a member of the group that the socket belongs to"
+        group = service.group
+        return f"run the command as root, or as a member of the group {group}: `adduser NAME {group}`"
 
 
 class _SocketConnection(http.client.HTTPConnection):
@@ -265,6 +281,9 @@ class _Url:
 
     def silent(self) -> str:
         return "see `[admin] listen` in its config.toml; it is reached from its own machine by default"
+
+    def denied(self) -> str:
+        return "a firewall of this machine forbids the connection"
 
 
 def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -321,8 +340,28 @@ def _token(file: Path) -> str:
 
 def _socket_of(given: Path | None) -> Path:
     """Return the socket of the configuration; what is wrong with it otherwise does not matter here."""
-    if look_for_config(given) is None and is_there(RUNTIME / Admin().socket):
+    file = look_for_config(given)
+    if file is None and is_there(RUNTIME / Admin().socket):
         return RUNTIME / Admin().socket
-    config = bind_tables(Binder(read(find_config(given)), os.environ))
+    if (service := service_of(file)) is not None:
+        return _socket_of_service(service)
+    file = find_config(given)
+    config = bind_tables(Binder(read(file), os.environ, lenient=True))
     path, in_runtime = socket_path(config), RUNTIME / config.admin.socket
     return in_runtime if is_there(in_runtime) and not is_there(path) else path
+
+
+def _socket_of_service(service: Service) -> Path:
+    """Return the socket that the service's daemon has, also where this user may not read its config."""
+    environ = {**service.directories, **os.environ}
+    try:
+        config = bind_tables(Binder(read(service.config), environ, lenient=True))
+    except ConfigError:  # the daemon that holds its sockets until the config is mended has the default, too
+        config = Config(path=service.config, state_dir=Path(environ.get("STATE_DIRECTORY", RUNTIME)))
+    return socket_path(config, environ)
+
+
+def _service_at(socket_file: Path) -> Service | None:
+    """Return the installed service if this is its socket."""
+    service = installed()
+    return service if service is not None and _socket_of_service(service) == socket_file else None

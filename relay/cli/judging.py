@@ -7,6 +7,7 @@ from typing import Any
 import click
 from multidict import CIMultiDict
 
+from relay.cli.configured import load_without_secrets
 from relay.cli.exits import FAILED, NOTHING, CommandError
 from relay.cli.samples import choose, fits, read_data, samples_of, source_named
 from relay.config.find import find_config
@@ -16,7 +17,6 @@ from relay.diagnosis.handling import handle, match_of
 from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.record import record
-from relay.loader import load
 from relay.model import StoredEvent
 from relay.source import Reply
 
@@ -35,7 +35,7 @@ class Wish:
 
 def judge(config: Path | None, name: str, wish: Wish) -> dict[str, Any]:
     """Answer as the API does of a stored event; `id` is null."""
-    setup = load(find_config(config)).config
+    setup = load_without_secrets(find_config(config), ())[0].config
     source = source_named(name, setup.sources)
     event = _event(source, wish)
     return {

@@ -16,6 +16,7 @@ from relay.clock import SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, is_there
+from relay.config.installed import directories_of
 from relay.config.model import Config
 from relay.config.tables import bind_tables
 from relay.errors import UnknownError
@@ -41,7 +42,7 @@ class Offline:
 
     def examine(self) -> list[Check]:
         """Look for everything that could be wrong with it."""
-        from relay.store.doctor import Patient, examine  # noqa: PLC0415 - as below
+        from relay.store.doctor import Patient, database, examine  # noqa: PLC0415 - as below
 
         patient = Patient(
             path=self._file,
@@ -49,7 +50,7 @@ class Offline:
             min_free=self._config.storage.min_free_disk,
             destinations=self._config.destinations.keys(),
         )
-        return examine(patient, Stop())
+        return [database(self._file, self._config.path), *examine(patient, Stop())]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
         """Return a page of a list, or one of its things.
@@ -155,7 +156,8 @@ def tables_of(given: Path | None) -> Config:
     Raises:
         ConfigError: there is none, or it has problems.
     """
-    return bind_tables(Binder(read(find_config(given)), os.environ))
+    path = find_config(given)
+    return bind_tables(Binder(read(path), directories_of(path), lenient=True))
 
 
 def database_of(config: Config) -> Path:

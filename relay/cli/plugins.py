@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import keyword
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from relay.cli.skeleton import PLUGIN, TABLE, TEST, filled
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import look_for_config
+from relay.config.installed import directories_of
 from relay.config.problem import ConfigError
 from relay.config.tables import bind_tables
 from relay.loader import discover
@@ -86,7 +86,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
 
 def _dirs(path: Path | None) -> Sequence[Path]:
-    return bind_tables(Binder(read(path), os.environ)).plugins.dirs if path else ()
+    return bind_tables(Binder(read(path), directories_of(path))).plugins.dirs if path else ()
 
 
 def _check(name: str, dirs: Sequence[Path]) -> None:

@@ -1,7 +1,6 @@
 """`relay send`: a documented request through the front door, as the sender itself would."""
 
 import http.client
-import os
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from relay.cli.configured import demand, env_file_option, load_without_secrets
 from relay.cli.exits import FAILED, UNREACHABLE, CommandError
 from relay.cli.listing import print_page
 from relay.cli.options import config_option, json_option
@@ -18,10 +18,10 @@ from relay.cli.samples import choose, read_data, samples_of, source_named
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
+from relay.config.installed import Given
 from relay.config.model import SourceConfig
 from relay.config.secret import Secret
 from relay.config.tokens import tokens_of
-from relay.loader import load
 from relay.units import render_duration
 
 SECONDS = 60.0
@@ -35,6 +35,7 @@ _ANYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 @click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")
 @click.option("--to", help='Where it listens, such as "http://127.0.0.1:8080"; else `[server] listen`.')
 @config_option
+@env_file_option
 @json_option
 def send(
     source: str,
@@ -44,6 +45,7 @@ def send(
     list_: bool,
     to: str | None,
     config: Path | None,
+    env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Send a sample event through the front door.
@@ -54,7 +56,8 @@ def send(
     without it, the first is sent.
     """
     path = find_config(config)
-    setup = load(path).config
+    loaded, given = load_without_secrets(path, env_files)
+    setup = loaded.config
     configured = source_named(source, setup.sources)
     samples = samples_of(configured)
     if list_:
@@ -64,7 +67,8 @@ def send(
         return
     sample = choose(samples, source, type_)
     headers = dict(sample.headers)
-    if (token := _token(path, configured)) is not None:
+    demand(loaded, given, f"sources.{source}")
+    if (token := _token(path, configured, given)) is not None:
         headers["Authorization"] = f"Bearer {token.reveal()}"
     body = sample.body if data is None else read_data(data)
     url = to or _front_door(setup.server.listen)
@@ -79,9 +83,9 @@ def send(
 _HEADINGS = ("type", "method", "path")
 
 
-def _token(path: Path, source: SourceConfig) -> Secret | None:
+def _token(path: Path, source: SourceConfig, given: Given) -> Secret | None:
     """Return the first token that the source accepts."""
-    first = next(tokens_of(Binder(read(path), os.environ), source), None)
+    first = next(tokens_of(Binder(read(path), given), source), None)
     return None if first is None else first.secret
 
 

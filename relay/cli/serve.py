@@ -1,15 +1,22 @@
 """`relay serve`: run the daemon."""
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
+from relay.cli.exits import CommandError
 from relay.cli.options import config_option
-from relay.config.find import find_config
+from relay.config.document import read
+from relay.config.find import database_path, find_config, is_there
+from relay.config.installed import service_of
+from relay.config.model import Config
 
 
 @click.command()
@@ -18,13 +25,19 @@ from relay.config.find import find_config
 @click.option(
     "--exit", "leave", is_flag=True, help="With --demo: end after the samples; 1 if one is missing."
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Serve although the installed service has a database for this configuration.",
+)
 @click.pass_context
-def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -> None:
+def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, force: bool) -> None:
     """Run the daemon until SIGTERM or Ctrl-C.
 
     Example: relay serve -c /etc/relay/config.toml
 
-    Starts only with a configuration that `relay check-config` finds no problem in.
+    Starts only with a configuration that `relay check-config` finds no problem in. Where the relay is
+    installed as a service, start that one: `systemctl start relay`.
     """
     if leave and not demo:
         raise click.UsageError("--exit goes with --demo")
@@ -37,10 +50,43 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool) -
     from relay.loader import load  # noqa: PLC0415 - see above
     from relay.logs import configure, under_systemd  # noqa: PLC0415 - see above
 
-    setup = load(find_config(config))
+    path = find_config(config)
+    setup = load(path)
+    if not force:
+        _refuse_second(path, setup.config)
     log = setup.config.log
     configure(log.level, log.format, under_systemd=under_systemd())
     _run(lambda: run_app(setup))
+
+
+def _refuse_second(path: Path, config: Config) -> None:
+    """Refuse to serve the installed service's configuration with another database, or as another user.
+
+    Raises:
+        CommandError: the service has a database for this configuration, and this process is not the service.
+    """
+    service = service_of(path)
+    if service is None:
+        return
+    ours = database_path(config)
+    there = service.directories.get("STATE_DIRECTORY", "").partition(":")[0]
+    theirs = ours
+    if there and "state_dir" not in read(path).data:
+        theirs = database_path(msgspec.structs.replace(config, state_dir=Path(there)))
+    if not is_there(theirs):
+        if os.path.realpath(theirs) != os.path.realpath(ours):
+            logging.getLogger("relay").warning(
+                "%s serves this configuration with another database, %s", service.name, theirs
+            )
+        return
+    if os.path.realpath(theirs) != os.path.realpath(ours):
+        what = f"{service.name} serves {path} with the database {theirs}; this relay would use {ours}"
+    elif not service.runs_as(os.geteuid()):
+        what = f"{service.name} has the database {theirs}, and {service.user} could not use it after this"
+    else:
+        return
+    hint = "start the service: `systemctl start relay`; or serve beside it all the same: --force"
+    raise CommandError(what, hint=hint)
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

@@ -1,14 +1,15 @@
 """`relay verify`."""
 
-import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
+from relay.cli.configured import demand, env_file_option, load_without_secrets
 from relay.cli.exits import FAILED, NOTHING, CommandError
 from relay.cli.options import config_option, json_option
 from relay.cli.output import print_json
@@ -17,12 +18,13 @@ from relay.clock import SECOND, moment
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
+from relay.config.model import DestinationConfig
 from relay.config.problem import guess
+from relay.config.secret import Absent
 from relay.config.tokens import all_tokens
 from relay.diagnosis import incoming, signature
 from relay.diagnosis.captured import Captured, read_captured
 from relay.diagnosis.finding import Finding, Report
-from relay.loader import load
 
 
 @click.command()
@@ -34,6 +36,7 @@ from relay.loader import load
 @click.option("--data", help="Its body, where that was kept apart: @FILE, or @- or - for the standard input.")
 @click.option("--at", help='With --destination: when it was received, else now; "2h" ago, or RFC 3339.')
 @config_option
+@env_file_option
 @json_option
 @click.pass_context
 def verify(
@@ -45,6 +48,7 @@ def verify(
     data: str | None,
     at: str | None,
     config: Path | None,
+    env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Tell why a request's token or signature does not match: which of secret, encoding, bytes, clock.
@@ -61,10 +65,12 @@ def verify(
         raise click.UsageError("--at goes with --destination")
     captured = _captured(request_, data)
     path = find_config(config)
-    setup = load(path).config
+    loaded, given = load_without_secrets(path, env_files)
+    setup = loaded.config
     if source is not None:
         source_named(source, setup.sources)
-        tokens = all_tokens(Binder(read(path), os.environ), setup)
+        demand(loaded, given, f"sources.{source}")
+        tokens = all_tokens(Binder(read(path), given, lenient=True), setup)
         report = incoming.diagnose(captured, source, setup.sources, tokens)
     else:
         name = str(destination)
@@ -72,13 +78,24 @@ def verify(
             hint = f"there are {', '.join(setup.destinations) or 'none'}"
             wrong = f'no destination "{name}"{guess(name, setup.destinations)}'
             raise CommandError(wrong, hint=hint, code=NOTHING)
-        report = signature.diagnose(captured, name, setup.destinations, _moment(at))
+        demand(loaded, given, f"destinations.{name}")
+        report = signature.diagnose(captured, name, _with_secrets(setup.destinations), _moment(at))
     if as_json:
         print_json({"source": source, "destination": destination, **_item(captured, report)})
     else:
         _tell(captured, report)
     if not report.ok:
         ctx.exit(FAILED)
+
+
+def _with_secrets(destinations: Mapping[str, DestinationConfig]) -> dict[str, DestinationConfig]:
+    """Leave out the secrets that cannot be had, all of other destinations."""
+    return {
+        name: msgspec.structs.replace(
+            each, secrets=tuple(secret for secret in each.secrets if not isinstance(secret, Absent))
+        )
+        for name, each in destinations.items()
+    }
 
 
 def _captured(name: str, data: str | None) -> Captured:

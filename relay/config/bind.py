@@ -5,6 +5,7 @@ to the config file, `Secret` and `Secrets` from where `relay.config.origin` find
 `tuple[X, ...]`, `dict[str, X]`, nested records, `X | None`, plain values. `msgspec.Meta` adds bounds.
 """
 
+import os
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 import msgspec
 
 from relay.config.document import Document
+from relay.config.installed import Given
 from relay.config.origin import Origin
 from relay.config.problem import KeyPath, Problem, dotted, guess, kind_of, shown
 from relay.config.scalars import SCALARS, UNITS, within
-from relay.config.secret import Credential, Secret, Secrets, digest
+from relay.config.secret import Absent, Credential, Secret, Secrets, digest
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -39,14 +41,31 @@ class _Token(msgspec.Struct, frozen=True, kw_only=True):
 class Binder:
     """One pass over one document; `problems` and `warnings` grow as it goes."""
 
-    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, document: Document, given: Mapping[str, str] | Given, *, lenient: bool = False
+    ) -> None:
+        """Begin a pass.
+
+        Args:
+            document: the file.
+            given: what the daemon is given beside it; a mapping is its environment.
+            lenient: bind also where secrets and files are missing, for commands that do without; `absent`
+                says which.
+        """
+        if not isinstance(given, Given):
+            given = Given(environ=given)
         self.document = document
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
+        self.absent: list[Problem] = []
+        self._lenient = lenient
         self.origin = Origin(
-            environ=environ,
+            environ=given.environ,
             folder=document.path.parent,
             development=document.data.get("development") is True,
+            credentials=given.credentials,
+            place=given.place,
+            lenient=lenient,
         )
 
     def report(self, path: KeyPath, text: str) -> None:
@@ -115,10 +134,15 @@ class Binder:
     def value(self, kind: Any, value: Any, path: KeyPath, *, base: Any = None) -> Any:
         """Return a value of a type, or `WRONG` after reporting why not; `base` completes a nested record."""
         try:
-            return self._convert(kind, value, path, base)
+            result = self._convert(kind, value, path, base)
         except ValueError as error:
             self.report(path, str(error))
             return WRONG
+        if isinstance(result, Absent):
+            self.absent.append(
+                Problem(self.document.file, self.document.line(path), dotted(path), result.why)
+            )
+        return result
 
     def tables(self, key: str) -> dict[str, dict[str, Any]]:
         """Return the tables below a key by name, `[key.NAME]`, after reporting what is none."""
@@ -173,11 +197,13 @@ class Binder:
             result = self.origin.secret(value, literal=extra.get("literal", False))
         else:
             result = self._convert(kind, value, path, base)
-        if result is WRONG:
-            return WRONG
+        if result is WRONG or isinstance(result, Absent):
+            return result
         for meta in metas:
             within(meta, result)
-        return extra["check"](result) if "check" in extra else result
+        if "check" not in extra or (self._lenient and extra.get("reads")):
+            return result
+        return extra["check"](result)
 
     def _tuple(self, kind: Any, value: Any, path: KeyPath) -> Any:
         if not isinstance(value, list):
@@ -214,6 +240,8 @@ class Binder:
             return WRONG
         if isinstance(token, Secret):
             token = _Token(secret=token)
+        if isinstance(token.secret, Absent):
+            return Credential(digest=os.urandom(32), name=token.name)  # which no token has
         # Presented tokens are trimmed (relay.incoming), so one with spaces around it could never match.
         return Credential(
             digest=digest(token.secret.reveal().strip().encode()),

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from relay.config.installed import installed
 from relay.config.model import Config
 from relay.errors import RelayError
 
@@ -13,6 +14,8 @@ PLACES = (Path("config.toml"), Path("/etc/relay/config.toml"))
 
 def find_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the file that was named, else that of `RELAY_CONFIG`, else the first of `PLACES` there is.
+
+    Where there is none of these, it is the one that the installed service runs with.
 
     Raises:
         RelayError: none was named and none is there.
@@ -33,7 +36,10 @@ def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.e
         return given
     if name := environ.get(VARIABLE):
         return Path(name)
-    return next((place for place in PLACES if is_there(place)), None)
+    if (place := next((place for place in PLACES if is_there(place)), None)) is not None:
+        return place
+    service = installed()
+    return None if service is None else service.config
 
 
 def is_there(path: Path) -> bool:
@@ -42,6 +48,11 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except OSError:  # its folder may not be entered, its name is too long: using it says so
         return True
+
+
+def database_path(config: Config) -> Path:
+    """Return where the database is that the daemon of this config uses."""
+    return config.state_dir / config.storage.url.removeprefix("sqlite:")
 
 
 def socket_path(config: Config, environ: Mapping[str, str] = os.environ) -> Path:

@@ -2,7 +2,7 @@
 
 `relay.config.bind` fills these from TOML; a field's type decides how its text is read (`Duration`,
 `Size`, `Rate`, `Secret`, `Secrets`, `Path`), its name is the key. Bounds are msgspec's `Meta`; a
-`check` is a function of `relay.config.checks`.
+`check` is a function of `relay.config.checks`; with `reads`, it reads files.
 """
 
 from collections.abc import Callable
@@ -171,8 +171,8 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     retry: RetryConfig = RetryConfig()
     circuit: CircuitConfig = CircuitConfig()
     allow_private: bool = False
-    ca_file: Annotated[Path, _check(checks.existing_file)] | None = None
-    client_cert: Annotated[ClientCert, _check(checks.client_cert)] | None = None
+    ca_file: Annotated[Path, _check(checks.existing_file, reads=True)] | None = None
+    client_cert: Annotated[ClientCert, _check(checks.client_cert, reads=True)] | None = None
     proxy: Annotated[Secret, _check(checks.proxy, literal=True)] | None = None  # may hold a password
 
 

@@ -1,5 +1,6 @@
 """Where secrets come from: the environment, a file, a systemd credential; in development the text itself."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from relay.config.problem import guess, kind_of, shown
-from relay.config.secret import Secret
+from relay.config.secret import Absent, Secret
 
 FORMS = '{ env = "NAME" }, { file = "path" } or { credential = "name" }'
 _KEYS = ("env", "file", "credential", "development")
@@ -19,15 +20,24 @@ class _MissingError(ValueError):
     """The place exists in principle and holds nothing: `development` may stand in."""
 
 
+class _DeniedError(ValueError):
+    """This user may not read the place, or it fails."""
+
+
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """What secrets are looked up in. No message of it ever holds a secret."""
 
     environ: Mapping[str, str]
     folder: Path  # of the config file
     development: bool
+    credentials: Mapping[str, bytes] = {}  # by name, where there is no folder of them
+    place: str = "the unit's EnvironmentFile"  # where variables are set for the daemon
+    lenient: bool = False  # what cannot be had is `Absent`
 
     def secret(self, value: object, *, literal: bool = False) -> Secret:
         """Look a secret up; `literal` permits plain text outside development as well.
+
+        A lenient look-up returns `Absent` for a secret that is missing or that this user may not read.
 
         Raises:
             ValueError: it is missing, empty, or not written in one of the permitted forms.
@@ -40,16 +50,13 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             return Secret(value)
         if not isinstance(value, dict):
             raise ValueError(f"expected {FORMS}, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
-        for key, text in value.items():
-            if key not in _KEYS:
-                advice = guess(key, _KEYS) or f"; expected {FORMS}"
-                raise ValueError(f"unknown key {shown(key)}{advice}")
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"`{key}` must be a string that is not empty")
-        places = [key for key in _KEYS[:-1] if key in value]
-        if len(places) != 1:
-            raise ValueError(f"expected exactly one of {FORMS}")
-        return Secret(self._look_up(places[0], value))
+        place = _place(value)
+        try:
+            return Secret(self._look_up(place, value))
+        except (_MissingError, _DeniedError) as error:
+            if self.lenient:
+                return Absent(str(error))
+            raise
 
     def _look_up(self, place: str, value: Mapping[str, str]) -> str:
         name = value[place]
@@ -67,7 +74,9 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         text = self.environ.get(name, "")
         if not text.strip():
             state = "is empty" if name in self.environ else "is not set"
-            advice = "set it (under systemd in the unit's EnvironmentFile)"
+            if name not in self.environ and name in os.environ:
+                state = "is set in this shell, but not for the service"
+            advice = f"set it (under systemd in {self.place})"
             raise _MissingError(f"the environment variable {name} {state}; {advice}")
         try:
             text.encode()
@@ -83,11 +92,27 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("`credential` must be the name of a systemd credential, not a path")
         folder = self.environ.get("CREDENTIALS_DIRECTORY", "")
         advice = f"add `LoadCredential={name}:/path/to/file` to the unit"
+        if not folder and name in self.credentials:
+            return _text(self.credentials[name], f"the credential {name}", advice)
         if not folder:
             raise _MissingError(
                 f"the credential {name} is missing ($CREDENTIALS_DIRECTORY is not set); {advice}"
             )
         return _read(Path(folder) / name, f"the credential {name}", advice)
+
+
+def _place(value: Mapping[str, object]) -> str:
+    """Return which of the places a secret names."""
+    for key, text in value.items():
+        if key not in _KEYS:
+            advice = guess(key, _KEYS) or f"; expected {FORMS}"
+            raise ValueError(f"unknown key {shown(key)}{advice}")
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"`{key}` must be a string that is not empty")
+    places = [key for key in _KEYS[:-1] if key in value]
+    if len(places) != 1:
+        raise ValueError(f"expected exactly one of {FORMS}")
+    return places[0]
 
 
 def _read(path: Path, what: str, advice: str) -> str:
@@ -99,7 +124,11 @@ def _read(path: Path, what: str, advice: str) -> str:
         raise _MissingError(f"{what} does not exist; {advice}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no valid path"
-        raise ValueError(f"{what} cannot be read: {reason}") from None
+        raise _DeniedError(f"{what} cannot be read: {reason}") from None
+    return _text(content, what, advice)
+
+
+def _text(content: bytes, what: str, advice: str) -> str:
     if len(content) > _LARGEST:
         raise ValueError(f"{what} is larger than 64 KiB: not a secret")
     try:

@@ -31,6 +31,16 @@ class Secret:
         return hash((Secret, self._value))
 
 
+class Absent(Secret):
+    """Stands for a secret that cannot be read here, where a command works without it."""
+
+    __slots__ = ("why",)
+
+    def __init__(self, why: str) -> None:
+        super().__init__("")
+        self.why = why  # what is missing
+
+
 class Credential(msgspec.Struct, frozen=True, kw_only=True):
     """One token that a source accepts, as a digest: the clear text is not kept."""
 

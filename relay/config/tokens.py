@@ -8,7 +8,7 @@ import msgspec
 from relay.config.bind import Binder
 from relay.config.model import Config, SourceConfig
 from relay.config.problem import dotted
-from relay.config.secret import Secret, Secrets
+from relay.config.secret import Absent, Secret, Secrets
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +44,10 @@ def tokens_of(binder: Binder, source: SourceConfig) -> Iterator[Token]:
 
 
 def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
-    """Return the tokens of every source and of the admin API, and the signing secrets of destinations."""
+    """Return the tokens of every source and of the admin API, and the signing secrets of destinations.
+
+    Those that a lenient binder did without are left out.
+    """
     found = [token for source in config.sources.values() for token in tokens_of(binder, source)]
     given = binder.document.data.get("admin", {}).get("tokens", ())
     for index, secret in enumerate(config.admin.tokens):
@@ -54,7 +57,7 @@ def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
         for index, secret in enumerate(destination.secrets):
             key = dotted(("destinations", name, "secrets", index))
             found.append(Token(secret=secret, key=key, kind="destination", owner=name))
-    return tuple(found)
+    return tuple(token for token in found if not isinstance(token.secret, Absent))
 
 
 def _place(given: Any) -> str:

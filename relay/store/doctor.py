@@ -69,6 +69,16 @@ def examine(patient: Patient, stop: Stop) -> list[Check]:
     return found
 
 
+def database(path: Path, config: Path) -> Check:
+    """Name the database; another one beside the config took in events of a relay that was started by hand."""
+    other = config.parent / path.name
+    if other == path or not other.is_file() or (path.exists() and other.samefile(path)):
+        return _well("database", str(path))
+    detail = f"{path}; another one, {other}, has what came in while a relay used {config.parent}"
+    export = f"STATE_DIRECTORY={config.parent} relay events export --offline -c {config} -o other.jsonl"
+    return _ill("database", detail, f"{export}, then relay events import other.jsonl, then delete {other}")
+
+
 def sqlite(_patient: Patient) -> Check:
     """Look at the linked library."""
     version = sqlite3.sqlite_version
