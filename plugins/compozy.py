@@ -23,6 +23,7 @@ from relay.source import (
     Source,
     as_map,
     check_type,
+    read_json,
     route,
 )
 
@@ -146,8 +147,8 @@ def _follow(resource: "Resource[Any]", resolver: Any) -> None:
 
 def _validate(validator: "Validator", payload: msgspec.Raw) -> None:
     try:
-        error = next(validator.iter_errors(msgspec.json.decode(payload)), None)
-    except (msgspec.DecodeError, RecursionError):  # numbers beyond any float, thousands of levels
+        error = next(validator.iter_errors(read_json(bytes(payload), exact=True)), None)
+    except (ValueError, RecursionError):  # numbers beyond any float, thousands of levels
         raise Invalid(field="payload", issue="too deep or too large to check") from None
     if error is not None:
         where = error.json_path.removeprefix("$")

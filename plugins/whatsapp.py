@@ -32,6 +32,7 @@ from relay.source import (
     WorkerStatus,
     as_value,
     check_id,
+    read_json,
     route,
 )
 
@@ -297,8 +298,8 @@ def _named(event: str) -> str:
 def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
     """Decode what should be an object; a notification is tried once, so nothing here may refuse it."""
     try:
-        value = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
+        value = read_json(bytes(raw))
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

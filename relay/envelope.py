@@ -1,6 +1,5 @@
 """An event as filters see it: the envelope of the standard format, read only as far as someone asks."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -9,6 +8,7 @@ from typing import Any, Final, final
 import msgspec
 
 from relay.clock import rfc3339
+from relay.jsontext import read
 from relay.model import StoredEvent
 
 TEXTS = ("id", "type", "timestamp", "source", "subject")
@@ -117,16 +117,8 @@ def _value(raw: bytes) -> Any:
     except RecursionError:
         return ABSENT
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # msgspec refuses 1e400, integers of 4,300 digits and lone surrogates; the rest of the
-        # document is none the worse for them.
+        # The rest of a document is none the worse for one value that msgspec refuses.
         try:
-            return json.loads(raw, parse_int=_integer)
+            return read(raw)
         except (ValueError, RecursionError):
             return ABSENT
-
-
-def _integer(digits: str) -> int | float:
-    try:
-        return int(digits)
-    except ValueError:  # beyond Python's limit for conversions, which guards against quadratic time
-        return float(digits)

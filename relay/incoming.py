@@ -8,6 +8,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from relay.config.secret import Credential, Secrets
 from relay.errors import Invalid, Malformed, Unauthenticated
+from relay.jsontext import decode
 
 T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
@@ -53,6 +54,8 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
     def decode(self, type_: type[T]) -> T:
         """Decode the JSON body into a msgspec type.
 
+        Strings show a lone surrogate as its escape (`relay.jsontext`); `Raw` keeps the sender's bytes.
+
         Raises:
             Malformed: the body is no JSON in valid UTF-8, or nested too deeply.
             Invalid: a field is missing or of the wrong type; `field` names it.
@@ -62,7 +65,7 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
             decoder = _decoders[type_] = msgspec.json.Decoder(type_)
         try:
             self.body.decode()  # msgspec does not look inside Raw and unknown fields
-            return decoder.decode(self.body)  # type: ignore[return-value]
+            return decode(decoder, self.body)  # type: ignore[return-value]
         except msgspec.ValidationError as error:
             field, issue = _blame(str(error))
             raise Invalid(field=field, issue=issue) from None

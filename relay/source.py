@@ -26,6 +26,7 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
+from relay.jsontext import read as read_json
 from relay.model import (
     EMPTY,
     Heartbeat,
@@ -44,7 +45,7 @@ __all__ = [
     "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
     "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "route",
+    "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "read_json", "route",
 ]  # fmt: skip
 
 

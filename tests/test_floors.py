@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        "relay", "errors", "units", "clock", "ids", "model", "rate", "eager", "terminal", "logs", "health",
-        "statedir", "systemd", "watchdog", "listeners", "descriptors",
+        "relay", "errors", "units", "clock", "ids", "jsontext", "model", "rate", "eager", "terminal", "logs",
+        "health", "statedir", "systemd", "watchdog", "listeners", "descriptors",
     ),
     (
         "config.secret", "keys", "signing", "envelope", "where", "terms", "filters", "formats", "config",

@@ -165,8 +165,6 @@ async def test_a_chunked_body_is_refused_once_it_is_too_large(relay: Relay):
         b"", b" ", b"{", b"nonsense", b"\xef\xbb\xbf{}", b'{"event_type":"a\xff","session_id":"s"}',
         b'{"event_type":"a","session_id":"s","payload":{"n":NaN}}',
         b'{"event_type":"a","session_id":"s","payload":{"n":-Infinity}}',
-        b'{"event_type":"a","session_id":"s","payload":{"t":"\\ud800"}}',
-        b'{"event_type":"a","session_id":"s","unknown":"\\ud800"}',
         b'{"event_type":"a","session_id":"s"} trailing', b"[" * 100_000, b'{"a":' * 100_000,
         b'{"event_type":"a","session_id":"s","payload":{"x":"\xed\xa0\x80"}}',
         b"'single'", b'{"event_type":"a",}', "{}".encode("utf-16"),

@@ -8,6 +8,7 @@ import pytest_asyncio
 from daemon import SOURCES, Relay, running, write_config
 from samples import Sample, like, read_samples
 
+from relay.jsontext import read
 from relay.store.workers import Roster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -50,8 +51,8 @@ async def test_a_recorded_request_is_answered_and_stored_as_recorded(relay: Rela
             expect.event.type,
             expect.event.subject,
         )
-        assert like(json.loads(event.data), expect.event.data), event.data
-        assert like(json.loads(event.context), expect.event.context), event.context
+        assert like(read(event.data), expect.event.data), event.data
+        assert like(read(event.context), expect.event.context), event.context
         assert event.body == sample.request.partition(b"\r\n\r\n")[2]
     if expect.worker is None:
         assert relay.app.store.workers() == ()

@@ -13,6 +13,7 @@ from relay.errors import MethodNotAllowed, Refusal, TooLarge, UnsupportedEncodin
 from relay.ids import event_id
 from relay.incoming import Incoming
 from relay.ingest.routes import Mount, Routes
+from relay.jsontext import read
 from relay.model import Receipt, SessionSeen, Unregister, WorkerChange
 from relay.registry import Now, apply
 from relay.source import Accepted, Event, Reply, check_type
@@ -76,7 +77,7 @@ def replay(incoming: Incoming) -> tuple[Reply, Event | None, WorkerChange | None
 
 
 def as_json(value: Any) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(value))
+    return read(msgspec.json.encode(value))
 
 
 def worker_of(change: WorkerChange, asked: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from aiohttp import web
 from relay.config.problem import ConfigError
 from relay.errors import BusyError, RelayError, RestartNeededError, StorageError, UnknownError
 from relay.items import MOST_ROWS
+from relay.jsontext import encode
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ _ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
 
 def say(value: Any, status: int = 200) -> web.Response:
     """Answer with a value as JSON."""
-    return web.Response(status=status, body=_encode(value), content_type="application/json")
+    return web.Response(status=status, body=encode(value, _encode), content_type="application/json")
 
 
 def refuse(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:

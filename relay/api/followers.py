@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-import msgspec
+from relay.jsontext import encode
 
 T = TypeVar("T")
 
@@ -16,13 +16,11 @@ MOST = 32
 MOST_BYTES = 2**19
 """What may wait for one follower, beside its number of items: a sender chooses how long a subject is."""
 
-_encode = msgspec.json.Encoder().encode
-
 
 def frame(event: str, data: Any, id_: str | None = None) -> bytes:
     """Write one server-sent event; JSON has no line end of its own in it."""
     id_line = "" if id_ is None else f"id: {id_}\n"
-    return f"event: {event}\n{id_line}data: ".encode() + _encode(data) + b"\n\n"
+    return f"event: {event}\n{id_line}data: ".encode() + encode(data) + b"\n\n"
 
 
 class Follower(Generic[T]):

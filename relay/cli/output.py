@@ -72,7 +72,16 @@ def _painted(headings: Sequence[str], cells: Sequence[str], shown: Sequence[str]
 
 def print_json(value: Any) -> None:
     """Print a value as JSON that people can read as well."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(to_json(value, indent=2))
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    r"""Write a value as JSON in UTF-8; what UTF-8 cannot hold stays an escape.
+
+    >>> to_json(["é", "\ud83d"])
+    '["é", "\\ud83d"]'
+    """
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def count(number: int, noun: str) -> str:

@@ -1,6 +1,5 @@
 """`relay tail`."""
 
-import json
 import sys
 from contextlib import closing
 from typing import Any
@@ -13,7 +12,7 @@ from relay.cli.listing import cell, filter_options
 from relay.cli.live import live
 from relay.cli.missed import Missed
 from relay.cli.options import json_option
-from relay.cli.output import colour_of, count, say
+from relay.cli.output import colour_of, count, say, to_json
 from relay.terminal import Colour, paint, printable, wants_colour
 
 COLUMNS = (
@@ -68,7 +67,7 @@ def tail(
 
 def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"what": what, **item}, ensure_ascii=False))
+        click.echo(to_json({"what": what, **item}))
         return
     if what == "lost":
         click.echo(f"lost {count(item['count'], 'item')}: they came faster than they were taken", err=True)

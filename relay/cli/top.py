@@ -1,6 +1,5 @@
 """`relay top`."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,7 +12,7 @@ from relay.cli.exits import INTERRUPTED, UNREACHABLE, CommandError
 from relay.cli.listing import cell
 from relay.cli.live import live
 from relay.cli.options import json_option
-from relay.cli.output import count, print_json, say, table_lines
+from relay.cli.output import count, print_json, say, table_lines, to_json
 from relay.cli.screen import Screen, is_there, screen
 from relay.terminal import paint, printable, wants_colour
 from relay.units import render_duration
@@ -69,7 +68,7 @@ def _print(daemon: Daemon) -> None:
     with closing(live(daemon, "top", say_that_it_has_gone, lambda: None)) as looks:
         for what, told in looks:
             if what == "top":
-                click.echo(json.dumps(told, ensure_ascii=False))
+                click.echo(to_json(told))
 
 
 class _View:

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from relay.config.secret import Secret
+from relay.jsontext import decode
 from relay.listeners import bind, listen, url
 from relay.signing import SignatureError, verify
 
@@ -21,6 +22,9 @@ class Envelope(msgspec.Struct):
     type: str
     timestamp: datetime  # when the relay received it
     subject: str | None = None
+
+
+_envelope = msgspec.json.Decoder(Envelope)
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +62,7 @@ class Receiver:
             verify((self._secret,), request.headers, body, int(time.time()))
         except SignatureError as error:
             problem = str(error)
-        envelope = msgspec.json.decode(body, type=Envelope)
+        envelope = decode(_envelope, body)
         waited = datetime.now(UTC) - envelope.timestamp
         self.arrivals.put_nowait(
             Arrival(

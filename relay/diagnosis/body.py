@@ -3,14 +3,17 @@
 import codecs
 import json
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from relay.diagnosis.finding import Finding
+from relay.jsontext import decode
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _FORM = "application/x-www-form-urlencoded"
 _NUMBERS = (b"NaN", b"Infinity")
+_decoder: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 
 
 def explain_malformed(body: bytes, content_type: str) -> Finding:
@@ -39,7 +42,7 @@ def is_twice_encoded(body: bytes) -> bool:
 
 def _syntax(body: bytes) -> str:
     try:
-        msgspec.json.decode(body)
+        decode(_decoder, body)
     except msgspec.DecodeError as error:
         what = str(error).removeprefix("JSON is malformed: ")
         if any(word in body for word in _NUMBERS):

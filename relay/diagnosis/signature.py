@@ -18,6 +18,7 @@ from relay.diagnosis.captured import Captured
 from relay.diagnosis.finding import Finding, Report
 from relay.diagnosis.rewrites import rewrites
 from relay.diagnosis.signatures import Candidate, candidates_of
+from relay.jsontext import decode
 from relay.keys import SHARED, has_signed, is_asymmetric, public_key, shared_key
 from relay.signing import TOLERANCE
 from relay.units import render_duration
@@ -244,10 +245,13 @@ def _headers(header: str, what: str, do: str) -> Finding:
 def _id_in(body: bytes) -> str:
     """Return the id that the standard format has in its body."""
     try:
-        return msgspec.json.decode(body, type=_Identified).id
+        return decode(_identified, body).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
 
 
 class _Identified(msgspec.Struct):
     id: str
+
+
+_identified = msgspec.json.Decoder(_Identified)

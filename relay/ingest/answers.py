@@ -4,16 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
-
 from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.response import Response
 from relay.ingest.routes import Mount
+from relay.jsontext import encode
 from relay.model import Receipt
 from relay.source import Accepted, Reply
 
-_encode = msgspec.json.Encoder().encode
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # RFC 9110, 5.5, and no UTF-8
 BROWSER_HEADERS = (
@@ -31,7 +29,7 @@ _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the 
 
 def render(reply: Reply) -> Response:
     """Turn a reply into a response; `bytes` go out as they are."""
-    body = reply.body if isinstance(reply.body, bytes) else _encode(reply.body)
+    body = reply.body if isinstance(reply.body, bytes) else encode(reply.body)
     response = Response(reply.status, body)
     for name, value in reply.headers.items():
         if not _NAME.fullmatch(name) or name.lower() in _OURS:
@@ -54,7 +52,7 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
             reply = reply(receipt)
         if isinstance(reply, Reply):
             return render(reply)
-        return Response(200, reply if isinstance(reply, bytes) else _encode(reply))
+        return Response(200, reply if isinstance(reply, bytes) else encode(reply))
     except Exception as error:
         raise PluginFailed from error
 

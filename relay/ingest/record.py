@@ -7,12 +7,11 @@ import msgspec
 from relay.errors import PluginFailed, Refusal
 from relay.ids import event_id, given_id
 from relay.incoming import Incoming
+from relay.jsontext import encode, escape
 from relay.model import StoredEvent
 from relay.source import Event, check_type
 
 TRACEPARENT = 55  # characters of a W3C traceparent, version 00
-
-_encode = msgspec.json.Encoder().encode
 
 
 def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
@@ -31,7 +30,9 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
     body, trace = incoming.body, incoming.header("traceparent")
     request = incoming.headers.get("X-Request-Id")
     try:
-        check_type(event.type)
+        type_ = escape(event.type)
+        subject = None if event.subject is None else escape(event.subject)
+        check_type(type_)
         data, context = _json(event.data), _json(event.context)
     except Refusal:
         raise
@@ -41,8 +42,8 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         id=0,
         public_id=event_id(now),
         source=source,
-        type=f"{source}.{event.type}",
-        subject=event.subject,
+        type=f"{source}.{type_}",
+        subject=subject,
         received_at=now,
         data=data,
         context=context,
@@ -55,4 +56,4 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
 
 
 def _json(value: object) -> bytes:
-    return bytes(value) if isinstance(value, msgspec.Raw) else _encode(value)
+    return bytes(value) if isinstance(value, msgspec.Raw) else encode(value)

@@ -10,6 +10,7 @@ from relay.clock import Clock
 from relay.config.model import WorkerRules
 from relay.errors import KeyConflict
 from relay.ids import delivery_id, event_id
+from relay.jsontext import encode
 from relay.model import (
     Born,
     Command,
@@ -31,8 +32,6 @@ from relay.store.workers import Roster
 
 Ending = tuple[DeliveryState, str]
 """An end and its reason."""
-
-_encode = msgspec.json.Encoder().encode
 
 
 class Sequences:
@@ -202,7 +201,7 @@ class Batch:
 
     def bear(self, source: str, born: Born) -> None:
         """Take in an event that the relay itself gives birth to, routed like any other."""
-        body = _encode(born.data)
+        body = encode(born.data)
         self._add(
             StoredEvent(
                 id=0,

@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 
 from relay.errors import RelayError
+from relay.jsontext import check, decode
 from relay.model import StoredEvent
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -95,7 +96,7 @@ def read_line(line: bytes) -> StoredEvent:
         RelayError: it is none, or the body is not the one that was exported.
     """
     try:
-        found = _decoder.decode(line.decode())  # first as text: Raw is not looked into
+        found = decode(_decoder, line.decode().encode())  # first as text: Raw is not looked into
         body = _body(found)
         data = _data(found, body)
         received_at = (found.received_at - _EPOCH) // _MICROSECOND
@@ -145,7 +146,7 @@ def _data(line: EventLine, body: bytes) -> bytes:
     if line.data_at is None or line.data_size is None or line.data_at + line.data_size > len(body):
         raise ValueError("`data`, or `data_at` and `data_size` within the body, are missing")
     data = body[line.data_at : line.data_at + line.data_size]
-    msgspec.json.decode(data.decode())
+    check(data)
     return data
 
 

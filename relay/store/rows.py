@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from relay.jsontext import encode
 from relay.model import Attempt, Command, Delivery, DeliveryState, StoredEvent, Worker
 
 Row = tuple[Any, ...]
@@ -26,7 +27,6 @@ WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
 MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, message_count, sessions"
 COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, sent_at, body"
 
-_encode = msgspec.json.Encoder().encode
 _worker = msgspec.json.Decoder(Worker)
 
 
@@ -87,7 +87,7 @@ def worker_row(worker: Worker) -> Row:
     """Flatten a registry row; what lists filter by stands in columns of its own."""
     return (
         worker.source, worker.id, worker.status, worker.last_heartbeat, worker.deadline,
-        _encode(worker),
+        encode(worker),
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def measurement_row(worker: Worker, at: int) -> Row:
     """Flatten a worker's gauges at a moment."""
     return (
         worker.source, worker.id, at, worker.status, worker.cpu, worker.memory, worker.uptime,
-        worker.message_count, _encode(worker.counts),
+        worker.message_count, encode(worker.counts),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def command_row(command: Command) -> Row:
     """Flatten a command."""
     return (
         command.public_id, command.source, command.worker_id, command.state, command.created_at,
-        command.expires_at, command.sent_at, _encode(command.body),
+        command.expires_at, command.sent_at, encode(command.body),
     )  # fmt: skip
 
 
