@@ -6,16 +6,19 @@ import gc
 import json
 import logging
 import random
+import signal
 import socket
 import struct
+import sys
 
 import pytest
-from daemon import SOURCES, adorn, running, write_config
+from daemon import SOURCES, Daemon, adorn, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
 from relay.ingest.body import Budget, read_body
 from relay.ingest.connection import READ_AHEAD, Connection
+from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
 from relay.ingest.response import Response
 from relay.ingest.server import Server
@@ -628,6 +631,114 @@ async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay,
     answer = await repeating
     [row] = await relay.rows(subject="gone")
     assert (answer.status, answer.json["event_id"], row["duplicate"]) == (200, row["id"], True)
+
+
+# --- a relay that stood still -------------------------------------------------------------------------
+
+
+IMPATIENT = """
+import sys
+if {asyncio}:
+    sys.modules["uvloop"] = None
+from relay.ingest import connection, receive
+connection.KEEPALIVE = connection.FIRST_HEAD = connection.LINGERING = 0.5
+receive.Ingest.__init__.__kwdefaults__["body_seconds"] = 0.5
+from relay.cli import main
+main()
+"""
+FREEZE = 1.5  # seconds, three times as long as anything may take
+
+
+@pytest.fixture
+async def frozen(tmp_path):
+    """A daemon of little patience on the test's own kind of loop; calling it stops it around a block."""
+    is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
+    script = IMPATIENT.format(asyncio=is_asyncio)
+    config = write_config(tmp_path, SOURCES)
+    async with Daemon(config, (sys.executable, "-c", script, "serve")) as daemon:
+
+        @contextlib.asynccontextmanager
+        async def frozen():
+            daemon.process.send_signal(signal.SIGSTOP)
+            try:
+                yield
+                await asyncio.sleep(FREEZE)
+            finally:
+                daemon.process.send_signal(signal.SIGCONT)
+
+        frozen.url = daemon.url
+        yield frozen
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_a_request_that_came_while_the_relay_stood_still_is_answered(frozen, used):
+    raw = request("POST", "/v1/events", adorn("thawed"))
+    async with asyncio.timeout(20), contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(await Wire.open(frozen.url)) for _ in range(10)]
+        if used:
+            for wire in wires:
+                await wire.send(raw)
+                assert (await wire.answer()).status == 200
+        async with frozen():
+            for wire in wires:
+                await wire.send(raw)
+        for wire in wires:
+            assert (await wire.answer()).status == 200
+
+
+async def test_a_body_that_came_while_the_relay_stood_still_is_in_time(frozen):
+    body = adorn("late body")
+    async with asyncio.timeout(20), contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(await Wire.open(frozen.url)) for _ in range(10)]
+        for wire in wires:
+            await wire.send(request("POST", "/v1/events", body, expect="100-continue")[: -len(body)])
+            assert (await wire.answer()).status == 100
+        async with frozen():
+            for wire in wires:
+                await wire.send(body)
+        for wire in wires:
+            assert (await wire.answer()).status == 200
+
+
+async def test_the_rest_of_a_refused_body_that_came_while_the_relay_stood_still_keeps_the_answer(frozen):
+    length = 3 * 2**20
+    async with asyncio.timeout(20), await Wire.open(frozen.url) as wire:
+        await wire.send(request("POST", "/v1/events", content_length=str(length), connection="close"))
+        await wire.send(bytes(2**20))
+        async with frozen():
+            sending = asyncio.create_task(wire.send(bytes(length - 2**20)))
+            await asyncio.sleep(0)
+        assert (await wire.answer()).status == 413
+        await sending
+        assert await wire.closed()
+
+
+async def test_a_standstill_keeps_no_silent_sender_for_ever(frozen):
+    async with asyncio.timeout(20), await Wire.open(frozen.url) as idle, await Wire.open(frozen.url) as slow:
+        await slow.send(b"GET / HTTP/1.1\r\n")
+        async with frozen():
+            await slow.send(b"Host: a\r\n")
+        assert await idle.closed()
+        assert await slow.closed()
+
+
+async def test_a_sender_that_always_has_something_unread_in_its_head_is_cut_off(site, impatient, monkeypatch):
+    monkeypatch.setattr("relay.ingest.connection.FIRST_HEAD", 0.02)
+    monkeypatch.setattr(Connection, "has_unread", True)
+    async with await Wire.open(site.url) as wire:
+        await wire.send(b"GET / HTTP/1.1\r\n")
+        assert await wire.closed()
+
+
+async def test_a_deadline_is_kept_where_the_loop_goes_on():
+    async def read():
+        await asyncio.sleep(10)
+
+    for unread in (True, False):
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            await in_time(0.05, read, lambda unread=unread: unread)
+        assert asyncio.get_running_loop().time() - began < 5
 
 
 # --- senders that are gone at the wrong moment --------------------------------------------------------

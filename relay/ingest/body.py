@@ -1,10 +1,7 @@
 """Reading a request's body: with a limit, a deadline and a budget over all requests in flight."""
 
-import asyncio
-
-from aiohttp import StreamReader
-
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
+from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
 
 
@@ -56,20 +53,25 @@ async def read_body(request: Request, limit: int, seconds: float, budget: Budget
         raise TooLarge
     if request.is_1_1 and request.headers.get("Expect", "").lower() == "100-continue":
         request.ask_for_body()
-    return await _read_slowly(content, limit, seconds, budget)
+    return await _read_slowly(request, limit, seconds, budget)
 
 
-async def _read_slowly(content: StreamReader, limit: int, seconds: float, budget: Budget) -> bytes:
+async def _read_slowly(request: Request, limit: int, seconds: float, budget: Budget) -> bytes:
+    content = request.content
     chunks: list[bytes] = []
     size = 0
+
+    async def read() -> None:
+        nonlocal size
+        while chunk := await content.readany():
+            if size + len(chunk) > limit:
+                raise TooLarge
+            budget.take(len(chunk))
+            size += len(chunk)
+            chunks.append(chunk)
+
     try:
-        async with asyncio.timeout(seconds):
-            while chunk := await content.readany():
-                if size + len(chunk) > limit:
-                    raise TooLarge  # noqa: TRY301 - one place gives the bytes back
-                budget.take(len(chunk))
-                size += len(chunk)
-                chunks.append(chunk)
+        await in_time(seconds, read, lambda: request.has_unread)
     except TimeoutError:
         budget.give(size)
         raise BodyTimeout from None

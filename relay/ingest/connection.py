@@ -17,7 +17,8 @@ from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion10, 
 from aiohttp.http_exceptions import BadStatusLine
 
 from relay.eager import begin
-from relay.ingest.request import Request
+from relay.ingest.deadline import in_time
+from relay.ingest.request import Request, has_unread
 from relay.ingest.response import Response, farewell
 
 log = logging.getLogger("relay.http")
@@ -278,10 +279,13 @@ class Connection(asyncio.Protocol):
 
         Also before a close: with the body unread, it would take the answer back.
         """
+
+        async def read() -> None:
+            while not content.is_eof():
+                await content.readany()
+
         try:
-            async with asyncio.timeout(LINGERING):
-                while not content.is_eof():
-                    await content.readany()
+            await in_time(LINGERING, read, lambda: self.has_unread)
         except (TimeoutError, ConnectionError, HttpProcessingError):
             return False
         return True
@@ -345,6 +349,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     @property
+    def has_unread(self) -> bool:
+        """Whether the sender has sent something that has not been taken from the socket yet."""
+        return self._transport is not None and has_unread(self._transport)
+
+    @property
     def silent_since(self) -> float | None:
         """When the last request was answered, or the connection made (loop time); None: one is under way."""
         return self._silent_since if self._request is None else None
@@ -357,11 +366,19 @@ class Connection(asyncio.Protocol):
     def close_if_silent(self, now: float) -> None:
         """Cut it off if for too long nothing was asked, or an answer not read to its end.
 
-        `now` is as in `loop.time()`. Closing would wait for what is written to be read.
+        `now` is as in `loop.time()`. Closing would wait for what is written to be read. What has come is
+        read first, once: after a standstill, uvloop rings timers before it reads.
         """
         waits = self._task is None or self._unread is not None
         if waits and self._transport is not None and now - self._silent_since >= self._patience:
-            self._transport.abort()
+            if self._task is None and self._patience and self.has_unread:
+                self._patience = 0.0  # until a request begins
+            else:
+                self._transport.abort()
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count these as silence: the relay itself stood still."""
+        self._silent_since += seconds
 
     async def shutdown(self, seconds: float) -> None:
         """Hang up, after at most so many seconds for the request under way, whose body may still come."""

@@ -1,6 +1,8 @@
 """One request: its head as aiohttp's parser gave it, its body as it comes, and whether its sender waits."""
 
 import asyncio
+import fcntl
+import termios
 
 from aiohttp import StreamReader
 from aiohttp.http import HttpVersion11, RawRequestMessage
@@ -53,6 +55,11 @@ class Request:
         """Whether the sender has closed its side at least: what becomes of the answer tells the rest."""
         return self.is_half_closed or self._transport.is_closing()
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether the sender has sent something that has not been taken from the socket yet."""
+        return has_unread(self._transport)
+
     def ask_for_body(self) -> None:
         """Tell a sender who waits to be asked for its body that it may come (RFC 9110, 10.1.1)."""
         self._transport.write(CONTINUE)
@@ -62,3 +69,11 @@ def address_of(transport: asyncio.Transport) -> str | None:
     """Return the address at the other end; None: it has none, as on a unix socket."""
     peer = transport.get_extra_info("peername")
     return str(peer[0]) if isinstance(peer, tuple) else None
+
+
+def has_unread(transport: asyncio.Transport) -> bool:
+    """Return whether bytes wait in a connection's socket."""
+    try:
+        return any(fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)))
+    except OSError:  # closed
+        return False

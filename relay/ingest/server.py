@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from relay.ingest.connection import Connection
+from relay.ingest.deadline import STANDSTILL
 from relay.ingest.request import Request, address_of
 from relay.ingest.response import Response, farewell
 from relay.listeners import ACCEPTS, BACKLOG, SETTLE
@@ -82,18 +83,24 @@ class Server:
                 self._yielding.reverse()
             while self._yielding:
                 connection = self._yielding.pop()
-                if connection in self.connections and connection.silent_since is not None:
+                is_silent = connection.silent_since is not None and not connection.has_unread
+                if connection in self.connections and is_silent:
                     self.connections.discard(connection)  # at once: its end is told in a later turn
                     connection.cut_off()
                     return True
         return False
 
     def _look_again(self) -> None:
-        self._sweep = asyncio.get_running_loop().call_later(SWEEP_EVERY, self._close_silent)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + SWEEP_EVERY
+        self._sweep = loop.call_at(due, self._close_silent, due)
 
-    def _close_silent(self) -> None:
+    def _close_silent(self, due: float) -> None:
         self._sweep, now = None, asyncio.get_running_loop().time()
+        late = now - due
         for connection in tuple(self.connections):
+            if late >= STANDSTILL:
+                connection.forgive(late)
             connection.close_if_silent(now)
         if self.connections:
             self._look_again()
