@@ -8,14 +8,11 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 
 import pytest
 from daemon import adorn
 from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
-
-from relay.ingest.connection import KEEPALIVE
 
 PAGE = (CHECKOUT / "docs" / "install.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", PAGE, re.DOTALL))
@@ -199,19 +196,6 @@ def test_a_source_distribution_has_all_that_the_page_installs_from(tmp_path):
     with tarfile.open(archive) as file:
         there = {name.partition("/")[2] for name in file.getnames()}
     assert wanted - there == {".ci/run"}
-
-
-def test_the_proxies_of_the_page_lead_to_where_the_reference_listens():
-    config = tomllib.loads((CHECKOUT / "config.toml").read_text())
-    listen = config["server"]["listen"]
-    nginx, caddy = (re.search(rf"```{name}\n(.*?)```", PAGE, re.DOTALL)[1] for name in ("nginx", "caddy"))
-    assert f"server {listen};" in nginx
-    assert f"reverse_proxy {listen} {{\n" in caddy
-    assert config["server"]["max_body"] == "2 MiB"
-    assert "client_max_body_size 2m;" in nginx
-    assert "max_size 2MiB" in caddy
-    for kept in re.findall(r"keepalive(?:_timeout)? (\d+)s", nginx + caddy):
-        assert int(kept) < KEEPALIVE  # a request must not meet the closing
 
 
 def test_an_uninstall_leaves_nothing(machine):
