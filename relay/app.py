@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,13 +23,14 @@ from relay.config.find import socket_path
 from relay.config.model import Config
 from relay.delivery.progress import Progress
 from relay.descriptors import connection_cap, log_sparingly, raise_limit
-from relay.errors import RelayError
+from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.health import Health
 from relay.ingest.server import MAX_CONNECTIONS, Server
-from relay.jobs import Jobs
+from relay.jobs import Jobs, Past
 from relay.lag import Lag
 from relay.listeners import address, bind, bind_unix, listen, url
 from relay.loader import Setup
+from relay.logs import in_one_line
 from relay.metrics import Metrics
 from relay.model import News
 from relay.observers import Observers
@@ -37,6 +39,7 @@ from relay.replay import Replays
 from relay.state import State
 from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug
+from relay.store.disk import BALLAST, Disk
 from relay.store.sqlite import SqliteStore
 from relay.systemd import Inherited, Notifier
 from relay.units import render_size
@@ -48,6 +51,7 @@ FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memor
 EXPIRE_EVERY = 1.0
 FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
+OPEN_EVERY = 1.0  # seconds between tries to open a store that cannot be opened at the moment
 BOOKS_EVERY = 15.0
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
@@ -65,6 +69,9 @@ class Addresses(msgspec.Struct, frozen=True):
     socket: Path
 
 
+Announce = Callable[[], None]
+
+
 class App:
     """The parts, put together; `run` is their life."""
 
@@ -75,11 +82,13 @@ class App:
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.metrics = Metrics()
+        database = _database(config)
         self.store = SqliteStore(
-            _database(config),
+            database,
             clock,
             full=config.storage.durability == "full",
             on_fatal=_die,
+            disk=Disk(database, floor=config.storage.min_free_disk, ballast=BALLAST),
         )
         self.state = State(setup, store=self.store, clock=clock, metrics=self.metrics)
         self.ingest, self.engine = self.state.ingest, self.state.engine
@@ -116,6 +125,8 @@ class App:
         self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
         self.reloads.around = self.watchdog.reloading
         self.stopping = asyncio.Event()
+        self._announced = False
+        self._retention: asyncio.Task[Past] | None = None  # begun because the disk became full
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
     @property
@@ -138,14 +149,19 @@ class App:
             public, admin = self._listeners(life)
             door = socket_path(config)
             unix = bind_unix(door)
+            life.callback(unix.close)
             life.callback(door.unlink, missing_ok=True)
 
             self._warn()
-            await self.store.open()
+            addresses = Addresses(url(public), None if admin is None else url(admin), door)
+            announce = partial(self._announce, addresses, on_ready)
+            if not await self._open_store(public, unix, admin, announce):
+                return
             life.push_async_callback(self.store.close)
             self.observers.start()
             life.push_async_callback(self._stop_observers)
-            await self.watch.sweep()
+            with suppress(StorageError):  # the job does it once the disk lets it; nobody is judged before
+                await self.watch.sweep()
             self._add_jobs()
             self.jobs.start()
             life.callback(self.jobs.stop)
@@ -162,6 +178,7 @@ class App:
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
+            await self._check_disk()
             server = Server(
                 self.ingest.handle,
                 max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
@@ -174,18 +191,77 @@ class App:
             self.lag.start()
             life.callback(self.lag.stop)
             self.health.phase = None
-            addresses = Addresses(url(public), None if admin is None else url(admin), door)
+            announce()
+            self.reloads.open()
+            await self.stopping.wait()
+            self._drain()
+        log.info("stopped, nothing is lost")
+
+    def _drain(self) -> None:
+        """Begin the end: what is under way has `shutdown_grace` from now on."""
+        self.health.phase = "draining"
+        grace = self.config.server.shutdown_grace
+        self._deadline = asyncio.get_running_loop().time() + grace
+        self.watchdog.stopping()
+        log.info("draining: no new requests, what is in flight has %gs", grace)
+
+    def _announce(self, addresses: Addresses, on_ready: Callable[[Addresses], None]) -> None:
+        """Say once where the daemon listens."""
+        if not self._announced:
+            self._announced = True
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
             self.watchdog.started()
-            self.reloads.open()
             on_ready(addresses)
-            await self.stopping.wait()
-            self.health.phase = "draining"
-            grace = self.config.server.shutdown_grace
-            self._deadline = asyncio.get_running_loop().time() + grace
-            self.watchdog.stopping()
-            log.info("draining: no new requests, what is in flight has %gs", grace)
-        log.info("stopped, nothing is lost")
+
+    async def _open_store(
+        self, public: socket.socket, unix: socket.socket, admin: socket.socket | None, announce: Announce
+    ) -> bool:
+        """Open the store; while the disk is full or another program holds it, answer without it, and wait.
+
+        Returns whether it is open; False: the daemon was asked to stop before.
+
+        Raises:
+            StorageError: the file cannot be opened, and that lasts.
+        """
+        try:
+            await self.store.open()
+        except StorageUnavailableError as error:
+            log.error("the store cannot be opened, senders are refused with 503: %s", in_one_line(error))  # noqa: TRY400 - said in words
+        else:
+            return True
+        async with AsyncExitStack() as waiting:
+            # On copies of the sockets: the listeners themselves stay open, and lose no connection.
+            runners = [await listen(self.api.socket_app(), unix.dup(), grace=1.0)]
+            if admin is not None:
+                app = self.api.tcp_app(self.config.admin.tokens)
+                runners.append(await listen(app, admin.dup(), grace=1.0))
+            for runner in runners:
+                waiting.push_async_callback(runner.cleanup)
+            server = Server(self.ingest.handle)
+            await server.listen(public.dup())
+            waiting.push_async_callback(self._move_on, server)
+            self.health.phase = None
+            announce()
+            while not self.stopping.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), OPEN_EVERY)
+                    return False
+                try:
+                    await self.store.open()
+                except StorageUnavailableError as error:
+                    log.debug("the store cannot be opened yet: %s", error.message)
+                else:
+                    log.info("the store is open")
+                    self.health.phase = "starting"
+                    return True
+        return False
+
+    async def _move_on(self, server: Server) -> None:
+        """Let the requests under way finish, and close their connections."""
+        server.leave()
+        await server.stop_listening()
+        await server.finish(1.0)
+        await server.close(grace=1.0)
 
     def _listeners(self, life: AsyncExitStack) -> tuple[socket.socket, socket.socket | None]:
         """Take over what systemd listens on for us, and bind the rest."""
@@ -243,7 +319,8 @@ class App:
     def _trouble(self) -> str | None:
         """Say what keeps senders out at the moment."""
         if self.store.failure is not None:
-            return f"the store cannot write: {self.store.failure}"
+            what = "write" if self.store.opened else "be opened"
+            return f"the store cannot {what}: {self.store.failure}"
         return "less free space than min_free_disk" if self.ingest.gate.disk_full else None
 
     def _stuck(self) -> list[str]:
@@ -278,17 +355,22 @@ class App:
 
     async def _check_disk(self) -> None:
         """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""
-        floor, free = self.config.storage.min_free_disk, self.state_dir.free_bytes()
-        full = free < floor
+        disk = self.store.disk
+        if disk.missing:
+            await asyncio.to_thread(disk.recover)
+        free = disk.look()
+        full = free < disk.floor or disk.missing > 0
         if full != self.ingest.gate.disk_full:
             log.log(
                 logging.ERROR if full else logging.INFO,
                 "%s free in %s, min_free_disk is %s: senders are %s",
                 render_size(free),
-                self.state_dir.path,
-                render_size(floor),
+                self.store.path.parent,
+                render_size(disk.floor),
                 "refused with 503" if full else "accepted again",
             )
+            if full:
+                self._retention = asyncio.create_task(self.jobs.run("retention"))
         self.ingest.gate.disk_full = full
 
     def _warn(self) -> None:

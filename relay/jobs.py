@@ -16,7 +16,8 @@ from apscheduler.triggers.base import BaseTrigger
 
 from relay.clock import SECOND, Clock
 from relay.config.problem import guess
-from relay.errors import UnknownError
+from relay.errors import RelayError, StorageUnavailableError, UnknownError
+from relay.logs import in_one_line
 from relay.metrics import Metrics
 
 log = logging.getLogger("relay.jobs")
@@ -115,12 +116,19 @@ class Jobs:
         """Run a job once, after the run under way; what its work raises is noted and logged."""
         async with job.one:
             past, name, began = job.past, job.past.name, self._clock.steady()
+            before = past.error
             outcome, past.running, past.error = "failed", True, None
             past.started_at = self._clock.wall()
             try:
                 await job.work()
                 outcome, past.succeeded_at = "ok", self._clock.wall()
                 self._metrics.job_success.labels(name).set(past.succeeded_at / SECOND)
+            except RelayError as error:
+                said, past.error = before, in_one_line(error)
+                # While nothing can be written, jobs fail each second: the first time says it.
+                again = isinstance(error, StorageUnavailableError) and said == past.error
+                level = logging.DEBUG if again else logging.ERROR
+                log.log(level, "job %s failed: %s", name, past.error)
             except Exception as error:
                 log.exception("job %s failed", name)
                 past.error = f"{type(error).__name__}: {error}"

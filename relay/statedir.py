@@ -48,11 +48,6 @@ class StateDir:
                 os.close(descriptor)
         self._file = self._folder = None
 
-    def free_bytes(self) -> int:
-        """Return the free space that this user may still fill, also after the directory was moved."""
-        status = os.statvfs(self.path) if self._folder is None else os.fstatvfs(self._folder)
-        return status.f_bavail * status.f_frsize
-
     def _take_folder(self) -> None:
         assert self._folder is not None  # noqa: S101 - `take` has opened it
         try:
@@ -72,6 +67,8 @@ class StateDir:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise self._odd() from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return  # a full disk: the directory's lock holds
             raise self._unusable(error) from error
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -81,7 +78,8 @@ class StateDir:
         except BlockingIOError:
             raise self._in_use() from None
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # on a full disk the locks hold all the same
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def _in_use(self) -> RelayError:
         pid = "unknown"

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from relay.delivery.engine import Engine
-from relay.delivery.lane import Lane
+from relay.delivery.lane import NO_STORAGE, Lane
 from relay.retention import Policy
 from relay.store import Store
 
@@ -52,4 +52,4 @@ class Upkeep:
 
 def _takes_nothing(lane: Lane) -> bool:
     """A probe under way is no sign of life yet."""
-    return lane.held is not None or lane.standing.circuit.is_open
+    return lane.held not in {None, NO_STORAGE} or lane.standing.circuit.is_open

@@ -181,7 +181,7 @@ async def about_to_stop(relay, name, **headers):
 @trouble("disk", 503)
 async def disk_full(relay, name, **headers):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay.app.state_dir, "free_bytes", lambda: 0)
+        patch.setattr(relay.app.store.disk, "free", lambda: 0)
         await relay.app._check_disk()
         answer = await relay.exchange(good(name, **headers))
     await relay.app._check_disk()

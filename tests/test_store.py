@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import os
+import shutil
 import sqlite3
 from contextlib import closing
 
@@ -22,7 +24,7 @@ from relay.model import (
     StoredEvent,
     Unregister,
 )
-from relay.store import Acceptance
+from relay.store import Acceptance, sqlite
 from relay.store.schema import MIGRATIONS
 from relay.store.sqlite import SqliteStore
 
@@ -362,9 +364,55 @@ async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tm
     assert [row["id"] for row in found] == ["dlv_1024", "dlv_1"]
     await store.close()
     copy = path.with_name("relay.db.before-v3")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert not path.with_name("relay.db.before-v3.part").exists()
     with closing(sqlite3.connect(copy)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
         assert db.execute("SELECT count(*) FROM events").fetchone() == (3,)
+
+
+async def test_the_copy_before_a_migration_is_for_its_owner_only_from_the_first_byte(
+    tmp_path, clock, monkeypatch
+):
+    path = tmp_path / "relay.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+    modes = []
+
+    def look(*_):
+        modes.extend(copy.stat().st_mode & 0o777 for copy in tmp_path.glob("relay.db.before-v*"))
+        return 0
+
+    async def watched(path, **named):
+        connection = await open_writer(path, **named)
+        await connection.set_progress_handler(look, 1)  # at every step of the copying
+        return connection
+
+    open_writer = sqlite.open_writer
+    monkeypatch.setattr(sqlite, "open_writer", watched)
+    before = os.umask(0)
+    try:
+        store = SqliteStore(path, clock)
+        await store.open()
+        await store.close()
+    finally:
+        os.umask(before)
+    assert set(modes) == {0o600}
+
+
+async def test_a_copy_without_room_puts_the_migration_off(tmp_path, clock, monkeypatch):
+    path = tmp_path / "relay.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+    usage = shutil.disk_usage(tmp_path)
+    store = SqliteStore(path, clock)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10))
+        with pytest.raises(StorageUnavailableError, match="10 B is free"):
+            await store.open()
+    assert not list(tmp_path.glob("*.before-*"))
+    await store.open()
+    await store.close()
 
 
 async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path, clock):

@@ -37,6 +37,8 @@ LACK_REST = SECOND
 """How long a destination rests after an attempt for which this machine had no descriptor or memory left."""
 
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
+NO_STORAGE = "waiting for storage"
+"""Why a lane is held while nothing can be written: an attempt whose outcome is lost would be made again."""
 
 
 class Lane:
@@ -85,7 +87,7 @@ class Lane:
     @property
     def held(self) -> str | None:
         """Why nothing is sent for now; None: it is."""
-        return self.standing.held_at(self._clock.steady())
+        return self._held_at(self._clock.steady())
 
     @property
     def looks(self) -> tuple[tuple[int, bool], ...]:
@@ -100,7 +102,7 @@ class Lane:
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
         feed, now = self._first, self._clock.steady()
-        if self._stopping or self.standing.held_at(now) is not None:
+        if self._stopping or self._held_at(now) is not None:
             self._store.release((delivery.id,))
             feed.due = 0
         elif feed.room <= 0 or feed.due <= now:
@@ -130,7 +132,7 @@ class Lane:
             return
         # Read once: what is not due yet must not be past already when it comes to setting the timer.
         now = self._clock.steady()
-        if self.standing.held_at(now) is None:
+        if self._held_at(now) is None:
             while (feed := self._next()) is not None and self._may_begin():
                 self._begin(feed, feed.take())
             for feed in self._feeds:
@@ -204,6 +206,10 @@ class Lane:
             await asyncio.wait(under_way)
         await sender.close()
         self._former.discard(sender)
+
+    def _held_at(self, now: int) -> str | None:
+        held = self.standing.held_at(now)
+        return NO_STORAGE if held is None and self._store.failure is not None else held
 
     # --- slots ---
 
@@ -295,8 +301,8 @@ class Lane:
                 return
             delivery.event = event
         assert event is not None  # noqa: S101 - `corrupt` judged that
-        if not self._store.begin_attempt(delivery.id):
-            # It is just being ended otherwise; should that fail, the store has it for us again.
+        if self._store.failure is not None or not self._store.begin_attempt(delivery.id):
+            # Or it is just being ended otherwise; should that fail, the store has it for us again.
             self._store.release((delivery.id,))
             self._first.due = self._retry.due = 0
             return
@@ -382,6 +388,10 @@ class Lane:
                 feed.due = 0
             else:
                 feed.put(claim.deliveries)
+        except StorageError as error:
+            told = fields(destination=self.name)
+            log.warning("%s: cannot look for due deliveries: %s", self.name, error.message, extra=told)
+            feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
         except Exception:
             log.exception("%s: cannot look for due deliveries", self.name)
             feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
@@ -423,6 +433,8 @@ class Lane:
             return
         if until > now:
             at = until
+        elif self._store.failure is not None:
+            at = now + int(STORAGE_PAUSE * SECOND)
         else:
             waits = [*(feed.due for feed in self._feeds), self._pace.until]
             at = min((wait for wait in waits if wait > now), default=now)

@@ -123,11 +123,17 @@ class Store(Protocol):
     rules: Rules
     listener: Listener
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be written at the moment; None while writes work."""
+        ...
+
     async def open(self) -> None:
         """Take possession: migrate, check after an unclean stop, load the registry.
 
         Raises:
-            StorageError: it is of a newer version, damaged, or cannot be opened.
+            StorageUnavailableError: the disk is full, or another program holds the file: try again later.
+            StorageError: it is of a newer version, damaged, or cannot be opened, and that lasts.
         """
         ...
 
@@ -140,6 +146,7 @@ class Store(Protocol):
 
         Raises:
             Overloaded: the write queue is full; nothing was queued.
+            DiskFull: with it, less than the disk's floor would be free; nothing was queued.
             Conflict: the worker change contradicts the registry.
             KeyConflict: another request has had the key, and the acceptance rejects that.
             StorageUnavailableError: the disk is full, busy or failing; nothing was kept.

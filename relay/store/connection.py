@@ -4,17 +4,27 @@ SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or 
 WAL-reset bug; back-ported fixes in 3.44.6 and 3.50.7), so nothing but the writer ever does either.
 """
 
+import errno
+import os
+import shutil
 import sqlite3
 from pathlib import Path
 
 import aiosqlite
 
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.store.schema import MIGRATIONS
 from relay.store.transaction import Database
+from relay.units import render_size
 
 OLDEST = (3, 37, 0)
 """STRICT tables; RETURNING and UPDATE … FROM are older."""
+
+
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
+"""Errors of the system that pass: a start waits for that."""
+
+LOCK_PATIENCE = 1.0  # seconds that opening waits for another program's lock
 
 
 def check_library() -> None:
@@ -44,8 +54,10 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
     Raises:
         StorageError: the file cannot be opened or is no database.
     """
-    path.touch(mode=0o600, exist_ok=True)  # noqa: ASYNC240 - once, before the daemon serves
-    connection = await aiosqlite.connect(path, isolation_level=None, cached_statements=512, factory=Database)
+    _create(path)
+    connection = await aiosqlite.connect(
+        path, isolation_level=None, cached_statements=512, factory=Database, timeout=LOCK_PATIENCE
+    )
     try:
         fresh = await _scalar(connection, "PRAGMA page_count") == 0
         if fresh:
@@ -64,10 +76,33 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
             "cache_size = -65536",
         ):
             await connection.execute(f"PRAGMA {pragma}")
-    except sqlite3.DatabaseError as error:
+    except BaseException:
         await connection.close()
-        raise _damaged(path, str(error)) from error
+        raise
     return connection
+
+
+def _create(path: Path) -> None:
+    """Create an empty file of mode 0600 if there is none.
+
+    Raises:
+        StorageError: it cannot be there, or not be written.
+        StorageUnavailableError: there is no room for it at the moment.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except IsADirectoryError:
+        raise StorageError(
+            f"{path} is a directory", hint="move it away, or name another file in [storage] url"
+        ) from None
+    except OSError as error:
+        if error.errno in PASSING:
+            raise StorageUnavailableError(f"{path}: {error.strerror}") from error
+        hint = "see that its folder is there, and that the relay's user may write the file"
+        raise StorageError(f"{path} cannot be opened: {error.strerror}", hint=hint) from error
+    if not path.is_file():
+        hint = "move it away, or name another file in [storage] url"
+        raise StorageError(f"{path} is not a file", hint=hint)
 
 
 async def open_reader(path: Path) -> aiosqlite.Connection:
@@ -96,12 +131,33 @@ async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
             hint="run the newer hookferry that wrote it, or restore the copy made before the upgrade",
         )
     if 0 < version < newest:
-        copy = path.with_name(f"{path.name}.before-v{newest}")
-        copy.unlink(missing_ok=True)
-        await connection.execute("VACUUM INTO ?", (str(copy),))
-        copy.chmod(0o600)
+        await _keep_copy(connection, path, path.with_name(f"{path.name}.before-v{newest}"))
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         await connection.executescript(f"BEGIN IMMEDIATE;{script}PRAGMA user_version = {number};COMMIT;")
+
+
+async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -> None:
+    """Copy the database to a file that is for its owner only, from the first byte on.
+
+    Raises:
+        StorageUnavailableError: there is no room for it at the moment.
+    """
+    needed = await _scalar(connection, "PRAGMA page_count") * await _scalar(connection, "PRAGMA page_size")
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise StorageUnavailableError(
+            f"the copy that is made before the tables change takes {render_size(needed)},"
+            f" {render_size(free)} is free in {path.parent}",
+            hint="make room on the disk; the relay goes on by itself",
+        )
+    part = copy.with_name(f"{copy.name}.part")
+    part.unlink(missing_ok=True)  # of a start that was cut short
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    try:
+        await connection.execute("VACUUM INTO ?", (str(part),))
+        part.replace(copy)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
@@ -110,13 +166,10 @@ async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
     Raises:
         StorageError: SQLite found some; the file is left as it is.
     """
-    try:
-        async with connection.execute("PRAGMA quick_check(1)") as cursor:
-            row = await cursor.fetchone()
-    except sqlite3.DatabaseError as error:
-        raise _damaged(path, str(error)) from error
+    async with connection.execute("PRAGMA quick_check(1)") as cursor:
+        row = await cursor.fetchone()
     if row is None or row[0] != "ok":
-        raise _damaged(path, row[0] if row else "no answer")
+        raise damaged(path, row[0] if row else "no answer")
 
 
 async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
@@ -126,7 +179,8 @@ async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
     return int(row[0])
 
 
-def _damaged(path: Path, what: str) -> StorageError:
+def damaged(path: Path, what: str) -> StorageError:
+    """Return the error that says that a file is no sound database, and how to go on."""
     return StorageError(
         f"{path} is damaged: {what}",
         hint=(

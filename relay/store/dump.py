@@ -6,7 +6,7 @@ from typing import Any
 
 import aiosqlite
 
-from relay.errors import RelayError
+from relay.errors import RelayError, StorageUnavailableError
 from relay.model import Chosen, Imported, Selection, StoredEvent
 from relay.store import Span
 from relay.store.batch import Batch, Restored
@@ -64,6 +64,10 @@ class Importing:
 
     async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
         """See `Store.restore`."""
+        if not self._writer.has_room(sum(len(event.body) for event in events)):
+            raise StorageUnavailableError(
+                "less than min_free_disk would be free", hint="make room on the disk, and import again"
+            )
         restoring = [Restored(event, owe) for event in events]
 
         def apply_(batch: Batch) -> tuple[bool, ...]:

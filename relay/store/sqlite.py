@@ -1,17 +1,19 @@
 """The store in one SQLite file."""
 
+import asyncio
 import logging
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Never, cast
 
 import aiosqlite
 
 from relay.clock import Clock
 from relay.config.model import WorkerRules
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     Born,
     Claim,
@@ -29,9 +31,17 @@ from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.commit import sums, write
 from relay.store.compact import Compacting
-from relay.store.connection import check_library, migrate, open_reader, open_writer, quick_check
+from relay.store.connection import (
+    check_library,
+    damaged,
+    migrate,
+    open_reader,
+    open_writer,
+    quick_check,
+)
 from relay.store.counts import Backlog, Counts
 from relay.store.dedupe import Key, Keys, identity
+from relay.store.disk import Disk
 from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
@@ -44,7 +54,7 @@ from relay.store.stats import Tallying
 from relay.store.transaction import Transaction
 from relay.store.watching import Watching
 from relay.store.workers import Roster, load_roster
-from relay.store.writer import Job, Writer
+from relay.store.writer import TRANSIENT, Job, Writer
 
 log = logging.getLogger("relay.store")
 
@@ -59,6 +69,16 @@ def _by_default(_source: str, _worker: str) -> WorkerRules:
 
 def _deaf(_news: News) -> None:
     return
+
+
+class _Unopened:
+    """Stands for connections and writer of a store that could not be opened yet: asking it says why."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, _name: str) -> Never:
+        raise StorageUnavailableError(f"the store cannot be opened: {self._why}")
 
 
 class SqliteStore(
@@ -84,9 +104,11 @@ class SqliteStore(
         *,
         full: bool = True,
         on_fatal: Callable[[str], None] = lambda _why: None,
+        disk: Disk | None = None,
     ) -> None:
         super().__init__()
         self.path = path
+        self.disk = disk or Disk(path)
         self.route: Route = _nowhere
         self.rules: Rules = _by_default
         self.listener: Listener = _deaf
@@ -96,12 +118,16 @@ class SqliteStore(
         self._on_fatal = on_fatal
         self._holds = Holds()
         self._roster = Roster()
-        self._opened = False
+        self.opened = False
+        self._sound = False  # whether the file has been looked at after an unclean stop
+        self._unopened: str | None = None  # why the latest try to open it failed
+        self._be_closed("it is not open yet")
+        self._unopened = None
 
     @property
     def failure(self) -> str | None:
-        """Why writes fail at the moment; None while they work."""
-        return self._writer.failure
+        """See `Store.failure`."""
+        return self._writer.failure if self.opened else self._unopened
 
     @property
     def commits(self) -> int:
@@ -111,16 +137,41 @@ class SqliteStore(
     @property
     def busy(self) -> float:
         """Seconds that the writer has spent on the step under way; 0 while it waits for work."""
-        return self._writer.busy
+        return self._writer.busy if self.opened else 0.0
 
     async def open(self) -> None:
         """See `Store.open`."""
         check_library()
+        await asyncio.to_thread(self.disk.prepare)
+        try:
+            try:
+                await self._open()
+            except sqlite3.Error as error:
+                if _code(error) != sqlite3.SQLITE_FULL or not self.disk.throw_off():
+                    raise
+                await self._open()
+        except sqlite3.Error as error:
+            if _code(error) not in TRANSIENT:
+                raise damaged(self.path, str(error)) from error
+            self._be_closed(str(error))
+            raise StorageUnavailableError(str(error), hint=_hint(error)) from error
+        except StorageUnavailableError as error:
+            self._be_closed(error.message)
+            raise
+
+    def _be_closed(self, why: str) -> None:
+        self._unopened = why
+        closed = _Unopened(why)
+        self._connection = self._reader = self._counter = cast("aiosqlite.Connection", closed)
+        self._writer = cast("Writer", closed)
+
+    async def _open(self) -> None:
         self._connection = await open_writer(self.path, full=self._full)
         try:
             await migrate(self._connection, self.path)
-            if await self._meta("stopped") != "cleanly":
+            if not self._sound and await self._meta("stopped") != "cleanly":
                 await quick_check(self._connection, self.path)
+            self._sound = True  # a disk that is full does not have the whole file read at each try
             await self._set_meta("stopped", "not yet")
             self._roster = await load_roster(self._connection)
             ids = await self._connection.execute_fetchall(
@@ -146,15 +197,14 @@ class SqliteStore(
         except BaseException:
             await self._connection.close()
             raise
-        self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit)
+        self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit, self.disk)
         self._writer.start()
-        self._opened = True
+        self.opened = True
 
     async def close(self) -> None:
         """See `Store.close`."""
-        if not self._opened:
+        if not self.opened:
             return
-        self._opened = False
         self.release(tuple(self._holds.unwanted))  # their attempts were cut off
         try:
             if self._writer.failure is None:
@@ -162,8 +212,11 @@ class SqliteStore(
                     await self.flush()
             await self._writer.stop()
             if self._writer.failure is None:
-                await self._set_meta("stopped", "cleanly")
+                with suppress(sqlite3.Error):  # then the next start has a look at the whole file
+                    await self._set_meta("stopped", "cleanly")
         finally:
+            self.opened = False
+            self.disk.close()
             await self._counter.close()
             await self._reader.close()
             await self._connection.close()
@@ -307,3 +360,19 @@ class SqliteStore(
 
     async def _set_meta(self, name: str, value: str) -> None:
         await self._connection.execute("REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
+
+
+def _code(error: sqlite3.Error) -> int:
+    """Return SQLite's primary code of an error, 0 where it is none of its."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def _hint(error: sqlite3.Error) -> str:
+    hints = {
+        sqlite3.SQLITE_FULL: "make room on the disk; the relay goes on by itself",
+        sqlite3.SQLITE_BUSY: "find the program that keeps the file open: fuser -v relay.db",
+        sqlite3.SQLITE_CANTOPEN: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
+        sqlite3.SQLITE_READONLY: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
+    }
+    return hints.get(_code(error), "see the disk's health; the relay goes on by itself")

@@ -8,7 +8,7 @@ from typing import TypeVar
 import aiosqlite
 
 from relay.clock import Clock
-from relay.errors import Overloaded, StorageError
+from relay.errors import StorageError, Unavailable
 from relay.model import Heartbeat, Receipt, Worker
 from relay.registry import Now, apply, hold
 from relay.store import Acceptance, FleetChange, Rules
@@ -58,7 +58,7 @@ class Watching:
         self._queued[key] += 1
         try:
             return await self._writer.submit(job, bounded=True)
-        except (Overloaded, StorageError):
+        except (Unavailable, StorageError):
             worker = self._roster.get(key)
             if worker is not None:
                 self._roster.put(hold(worker, self._now(), self.rules(*key)))

@@ -14,9 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import aiosqlite
 
-from relay.errors import Overloaded, Refusal, StorageError, StorageUnavailableError
+from relay.errors import DiskFull, Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
 from relay.store.dedupe import Key
+from relay.store.disk import Disk
 from relay.store.transaction import Transaction
 
 log = logging.getLogger("relay.store")
@@ -25,9 +26,13 @@ MAX_BATCH = 256
 MAX_JOBS = 10_000
 MAX_BYTES = 32 * 2**20
 PROBE_EVERY = 1.0  # seconds between attempts while writes fail
+PROBE_SIZE = 64 * 2**10
+"""Bytes that such an attempt writes, as the outcomes of some deliveries with the receivers' answers do."""
 
-_TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
-              sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
+PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2)))"
+
+TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+             sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -35,7 +40,7 @@ T = TypeVar("T")
 class Job(Generic[T]):
     """One caller's share of a transaction."""
 
-    __slots__ = ("answer", "apply", "future", "key", "result", "size")
+    __slots__ = ("answer", "apply", "bounded", "future", "key", "result", "size")
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class Job(Generic[T]):
         self.answer = answer  # corrects the result once the statements have run
         self.size = size  # bytes waiting in the queue
         self.key = key  # that the batch must know of before it begins
+        self.bounded = False  # whether it is a sender's: the reserve of a full disk is not for it
         self.result: T
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -93,8 +99,10 @@ class Writer:
         gatherer: Gatherer,
         on_fatal: Callable[[str], None],
         on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None,
+        disk: Disk | None = None,
     ) -> None:
         self._connection = connection
+        self._disk = disk
         self._gatherer = gatherer
         self._on_fatal = on_fatal
         self._on_commit = on_commit
@@ -103,6 +111,7 @@ class Writer:
             deque()
         )
         self._bytes = 0
+        self._writing = 0  # bytes of the batch under way
         self._wake = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
@@ -123,10 +132,11 @@ class Writer:
             await self._task
 
     def submit(self, job: Job[T], *, bounded: bool = False) -> "asyncio.Future[T]":
-        """Queue a job; the returned future is done once its transaction is.
+        """Queue a job; the returned future is done once its transaction is, and failed while writes fail.
 
         Raises:
             Overloaded: `bounded`, and the queue holds 10,000 jobs or 32 MiB.
+            DiskFull: `bounded`, and with it less than the floor would be free.
             StorageUnavailableError: `bounded`, and writes fail at the moment.
         """
         if bounded:
@@ -134,10 +144,20 @@ class Writer:
                 raise StorageUnavailableError(self.failure)
             if len(self._jobs) >= MAX_JOBS or self._bytes + job.size > MAX_BYTES:
                 raise Overloaded
+            if not self.has_room(job.size):
+                raise DiskFull
+            job.bounded = True
+        elif self.failure is not None:
+            job.fail(StorageUnavailableError(f"writing failed: {self.failure}"))
+            return job.future
         self._jobs.append(job)
         self._bytes += job.size
         self._wake.set()
         return job.future
+
+    def has_room(self, size: int) -> bool:
+        """Say whether so many bytes more leave the disk's floor free, and count them in if so."""
+        return self._disk is None or self._disk.admits(size, self._bytes + self._writing)
 
     @property
     def busy(self) -> float:
@@ -145,7 +165,13 @@ class Writer:
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     async def errand(self, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
-        """Run something of its own on the writing connection, after all transactions queued so far."""
+        """Run something of its own on the writing connection, after all transactions queued so far.
+
+        Raises:
+            StorageUnavailableError: writes fail at the moment.
+        """
+        if self.failure is not None:
+            raise StorageUnavailableError(f"the store failed: {self.failure}")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._errands.append((errand, future))
         self._wake.set()
@@ -166,21 +192,28 @@ class Writer:
                 await self._wake.wait()
             self._busy_since = time.monotonic()
             errands, self._errands = self._errands, deque()
-            while self._jobs:
+            while self._jobs and self.failure is None:
                 await self._commit(self._take())
+                self._writing = 0
+                await self._checkpoint()
                 self._busy_since = time.monotonic()
                 if errands:
                     break
             for errand, future in errands:
+                if self.failure is not None:
+                    self._errands.append((errand, future))
+                    continue
                 await self._settle_errand(errand, future)
+                await self._checkpoint()
                 self._busy_since = time.monotonic()
-            if self.failure is not None and not self._stopping:
+            if self.failure is not None:
                 await self._recover()
             self._busy_since = None
 
     def _take(self) -> list[Job[Any]]:
         jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), MAX_BATCH))]
-        self._bytes -= sum(job.size for job in jobs)
+        self._writing = sum(job.size for job in jobs)
+        self._bytes -= self._writing
         return jobs
 
     async def _commit(self, jobs: list[Job[Any]]) -> None:
@@ -212,7 +245,14 @@ class Writer:
         if self._connection.in_transaction:
             await self._connection.execute("ROLLBACK")
         self._gatherer.forget()
-        if self._code(error) & 0xFF in _TRANSIENT:
+        code = self._code(error)
+        if self._throw_off(code):
+            senders = [job for job in jobs if job.bounded]
+            for job in senders:
+                job.fail(StorageUnavailableError(f"writing failed: {error}"))
+            if others := [job for job in jobs if not (job.bounded or job.future.done())]:
+                await self._commit(others)
+        elif code & 0xFF in TRANSIENT:
             self.failure = f"{error}"
             for job in jobs:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
@@ -240,7 +280,11 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - whatever it is, the one who asked must hear of it
             if self._connection.in_transaction:
                 await self._connection.execute("ROLLBACK")
-            passing = self._code(error) & 0xFF in _TRANSIENT
+            code = self._code(error)
+            if self._throw_off(code):
+                await self._settle_errand(errand, future)
+                return
+            passing = code & 0xFF in TRANSIENT
             if not future.done():
                 future.set_exception(
                     StorageUnavailableError(f"the store failed: {error}") if passing else error
@@ -249,20 +293,62 @@ class Writer:
             if not future.done():
                 future.set_result(result)
 
+    def _throw_off(self, code: int) -> bool:
+        """Make room on a full disk by its ballast; False: the disk is not full, or the ballast is gone."""
+        if self._disk is None or code & 0xFF not in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+            return False
+        if not self._disk.throw_off():
+            return False
+        log.error("the disk is full: senders are refused, deliveries and retention go on with the reserve")
+        return True
+
+    async def _checkpoint(self) -> None:
+        """Near the disk's floor, move the log into the file: then the free space tells what is left."""
+        if self._disk is None or not (self._disk.near or self._disk.missing) or self.failure is not None:
+            return
+        await self._restart_log()
+        self._disk.look(self._bytes)
+
     async def _recover(self) -> None:
-        """Try one small transaction a second until one succeeds; jobs queued meanwhile wait."""
+        """Try one small transaction a second until one succeeds; what is asked meanwhile fails at once."""
         log.error("writes fail, senders are refused with 503: %s", self.failure)
-        while self.failure is not None and not self._stopping:
+        while self.failure is not None:
+            self._turn_away(self.failure)
+            if self._stopping:
+                return
+            self._busy_since = None
             await asyncio.sleep(PROBE_EVERY)
             self._busy_since = time.monotonic()
             try:
+                await self._restart_log()
                 await self._connection.execute("BEGIN IMMEDIATE")
-                await self._connection.execute("REPLACE INTO meta (name, value) VALUES ('probe', '')")
+                await self._connection.execute(PROBE_SQL, (PROBE_SIZE,))
+                await self._connection.execute(PROBE_SQL, (0,))
                 await self._connection.execute("COMMIT")
             except sqlite3.Error as error:
+                code = self._code(error)
                 self.failure = f"{error}"
                 if self._connection.in_transaction:
                     await self._connection.execute("ROLLBACK")
+                self._throw_off(code)
             else:
                 self.failure = None
                 log.info("writes work again")
+
+    async def _restart_log(self) -> None:
+        """Move the log into the file, so that it starts anew in the room that it has."""
+        try:
+            await self._connection.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error as error:
+            self._throw_off(self._code(error))
+
+    def _turn_away(self, why: str) -> None:
+        """Fail everything that is queued: nobody waits for a disk without knowing it."""
+        while self._jobs:
+            for job in self._take():
+                job.fail(StorageUnavailableError(f"writing failed: {why}"))
+        self._writing = 0
+        errands, self._errands = self._errands, deque()
+        for _, future in errands:
+            if not future.done():
+                future.set_exception(StorageUnavailableError(f"the store failed: {why}"))

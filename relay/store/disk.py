@@ -1,0 +1,119 @@
+"""The disk under the database: its free space, the floor that senders may not go below, and a reserve.
+
+A full disk also fails what would free space, because the log must grow before anything is deleted. So a
+ballast file is kept beside the database. It is deleted when the disk is full: outcomes of deliveries and
+retention go on with its space, and senders are refused until it can be written again.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+BALLAST = 2 * 2**20
+LEAST_BALLAST = 64 * 2**10
+"""A disk without room for this much has no ballast."""
+
+FULL = 2**20
+"""A disk with more free space than this is not full, whatever SQLite says."""
+
+COPIES = 2
+"""What comes in is written to the log, and from there to the file."""
+
+OVERHEAD = 16 * 2**10
+"""Bytes that a request takes beside its body: rows, indexes and pages that are filled in part."""
+
+NEAR = 32 * 2**20
+"""With less than this above the floor, the log is moved into the file after each transaction.
+
+Then the free space tells what is left, and the log starts anew in the room that it has.
+"""
+
+
+class Disk:
+    """What may still be written beside a database; `ballast` is the size of the reserve, 0 for none."""
+
+    def __init__(self, database: Path, *, floor: int = 0, ballast: int = 0) -> None:
+        self.floor = floor  # bytes that senders leave free
+        self.missing = 0  # bytes of ballast that were thrown off, and are to be written again
+        self.near = False  # whether the floor was near at the latest look
+        self.ballast = database.with_name(f"{database.name}.ballast")
+        self._folder = database.parent
+        self._handle: int | None = None  # descriptor of the folder
+        self._size = ballast
+        self._left = 0  # bytes that may be promised before the next look
+
+    def free(self) -> int:
+        """Return the free space that this user may still fill, also after the folder was moved."""
+        status = os.statvfs(self._folder if self._handle is None else self._handle)
+        return status.f_bavail * status.f_frsize
+
+    def look(self, promised: int = 0) -> int:
+        """Read the free space anew, and return it; `promised` bytes have yet to be written."""
+        free = self.free()
+        self._left = free - self.floor - COPIES * promised
+        self.near = self._left < NEAR
+        return free
+
+    @property
+    def scarce(self) -> bool:
+        """Whether there is less room than there must be for senders; reads the free space anew."""
+        return self.missing > 0 or self.look() < self.floor
+
+    def admits(self, size: int, promised: int) -> bool:
+        """Say whether a request of so many bytes leaves the floor free, and count it in if so."""
+        if self.missing:
+            return False
+        needed = COPIES * size + OVERHEAD
+        if needed > self._left:
+            self.look(promised)
+            if needed > self._left:
+                return False
+        self._left -= needed
+        return True
+
+    def prepare(self) -> None:
+        """Write the ballast that is to be there, if there is room for it; blocks for some milliseconds."""
+        with suppress(OSError):  # without it, a full disk is only harder on retention
+            if self._handle is None:
+                self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if self._size and (not self.ballast.exists() or self.ballast.stat().st_size < LEAST_BALLAST):
+                self._write(min(self._size, (self.free() - self.floor) // 4))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def throw_off(self) -> bool:
+        """Delete the ballast to make room on a full disk; say whether there is more room now."""
+        if self.free() >= FULL:
+            return False
+        try:
+            size = self.ballast.stat().st_size
+            self.ballast.unlink()
+        except OSError:
+            return False
+        self.missing = max(size, 1)
+        return True
+
+    def recover(self) -> None:
+        """Write the ballast again once there is room for it and as much again; blocks for a moment."""
+        if self.missing and self.free() >= 2 * self.missing:
+            with suppress(OSError):
+                self._write(self.missing)
+                self.missing = 0
+
+    def _write(self, size: int) -> None:
+        """Write bytes that no file system makes smaller; a file that could not be written is removed."""
+        if size < LEAST_BALLAST and not self.missing:
+            return
+        handle = os.open(self.ballast, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(os.urandom(size))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.ballast.unlink(missing_ok=True)
+            raise
