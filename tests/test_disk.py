@@ -298,6 +298,24 @@ async def test_the_floor_counts_the_bytes_that_are_about_to_be_written(tmp_path)
             assert len(stored) == sum(answer.status == 200 for answer in answers) + 1
 
 
+async def test_a_disk_that_the_relay_filled_heals_by_retention_alone(tmp_path, disk):
+    config = write_config(tmp_path, SOURCES, '[retention]\nevents = "1s"\n')
+    async with running(config) as relay:
+        text = "x" * 400_000
+        relay.app.store.disk.floor = 0  # as if others had taken the room
+        while (await exchange(relay.addresses.public, post(payload={"t": text}))).status == 200:
+            pass
+        relay.app.store.disk.floor = MIB
+        disk.fill()
+        await until(lambda: relay.app.ingest.gate.disk_full)
+        assert await refused(relay.addresses.public) == "Out of disk space"
+        await asyncio.sleep(1)  # until what was stored has come of age
+        done = await relay.app.jobs.run("retention")
+        assert done.error is None
+        assert await until_accepted(relay.addresses.public)
+        assert disk.free >= MIB
+
+
 async def test_an_import_stops_at_the_floor(tmp_path, disk):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         await accepted(relay.addresses.public)

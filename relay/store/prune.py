@@ -15,8 +15,10 @@ import aiosqlite
 import msgspec
 
 from relay.clock import SECOND, Clock
+from relay.errors import StorageUnavailableError
 from relay.model import Pruned
 from relay.retention import Policy
+from relay.store.disk import Disk
 from relay.store.statements import fetch, run
 from relay.store.times import FORGET_SQL
 from relay.store.transaction import Transaction
@@ -29,6 +31,9 @@ PAGE = 500
 
 COST = 1000
 """What one transaction deletes at most: rows, and pages of bodies; or a single event that costs more."""
+
+SCARCE_COST = 100
+"""The same on a disk without room: what is deleted is overwritten in the log first."""
 
 ROUND = 3600 * SECOND
 """How often everything that is old enough is looked at again, also what was kept before."""
@@ -129,12 +134,12 @@ async def delete_events(victims: Sequence[Victim], connection: aiosqlite.Connect
     return len(going)
 
 
-def portions(victims: Sequence[Victim]) -> list[list[Victim]]:
+def portions(victims: Sequence[Victim], most: int = COST) -> list[list[Victim]]:
     """Cut into what one transaction deletes each."""
     found: list[list[Victim]] = []
-    cost = COST
+    cost = most
     for victim in victims:
-        if cost + victim.cost > COST:
+        if cost + victim.cost > most:
             found.append([])
             cost = 0
         found[-1].append(victim)
@@ -148,6 +153,7 @@ class Pruning:
     _clock: Clock
     _reader: aiosqlite.Connection
     _writer: Writer
+    disk: Disk
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,8 +171,7 @@ class Pruning:
         gone: Counter[str] = Counter()
         for group in await self._groups(policy):
             async for victims, more in self._victims(group, policy, now):
-                for some in portions(victims):
-                    gone["events"] += await paced(self._writer, partial(delete_events, some))
+                gone["events"] += await self._delete(victims)
                 if more and loop.time() > deadline:
                     return _pruned(gone, done=False)
         before = {"attempts": now - policy.attempts, "keys": steady, "stats": now - policy.stats}
@@ -179,8 +184,23 @@ class Pruning:
                     return _pruned(gone, done=False)
         if gone["events"]:
             await paced(self._writer, _forget_times)
-        gone["pages"] = await self._give_back()
+        gone["pages"] = await self._give_back(deadline)
         return _pruned(gone, done=True)
+
+    async def _delete(self, victims: Sequence[Victim]) -> int:
+        """Delete events; on a disk without room in small transactions, the cheap ones first."""
+        gone = 0
+        scarce = bool(victims) and self.disk.scarce
+        if scarce:
+            victims = sorted(victims, key=lambda victim: victim.cost)
+        for some in portions(victims, SCARCE_COST if scarce else COST):
+            try:
+                gone += await paced(self._writer, partial(delete_events, some))
+            except StorageUnavailableError:
+                if not scarce or self._writer.failure is not None:
+                    raise
+                self._round = 0  # what was too large goes in the next pass, in the room that others left
+        return gone
 
     async def _groups(self, policy: Policy) -> list[Group]:
         groups = []
@@ -214,14 +234,18 @@ class Pruning:
             if len(rows) < PAGE:
                 return
 
-    async def _give_back(self) -> int:
-        """Give free pages back to the disk, some at a time; return how many."""
-        freed = 0
-        for _ in range(VACUUM_STEPS):
+    async def _give_back(self, deadline: float) -> int:
+        """Give free pages back to the disk, some at a time; return how many.
+
+        On a disk without room all of them: senders are refused while there is less than the floor.
+        """
+        freed, steps, scarce = 0, 0, self.disk.scarce
+        while steps < VACUUM_STEPS or (scarce and asyncio.get_running_loop().time() < deadline):
+            steps += 1
             [(free, pages)] = await self._reader.execute_fetchall(
                 "SELECT freelist_count, page_count FROM pragma_freelist_count, pragma_page_count"
             )
-            if free <= max(pages // SPARE, VACUUM_PAGES):
+            if free <= (0 if scarce else max(pages // SPARE, VACUUM_PAGES)):
                 break
             freed += await paced(self._writer, vacuum_some)
         return freed
