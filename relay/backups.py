@@ -1,4 +1,4 @@
-"""Backups in their time: so many are kept, and none is thrown away before a newer one has been checked."""
+"""Backups in their time: so many are kept, and the latest stays until a newer one has been checked."""
 
 import logging
 import sqlite3
@@ -14,13 +14,15 @@ from relay.clock import SECOND, Clock, rfc3339
 from relay.config.model import Config
 from relay.errors import StorageError
 from relay.logs import in_one_line
-from relay.model import Backup, Measured
+from relay.model import Backup, Check, Measured
 from relay.store import Store
-from relay.units import render_size
+from relay.units import render_duration, render_size
 
 log = logging.getLogger("relay.backups")
 
 
+LATE = 0.1  # of `every`, after which a backup that is due is missed
+LATEST = 300.0  # seconds that it may always be late
 _NAME = "relay-%Y%m%dT%H%M%SZ.db"
 
 
@@ -45,6 +47,30 @@ def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
     return {**told, "sqlite": sqlite3.sqlite_version, "backups": backups}
 
 
+def oldest_first(made: Mapping[Path, float], now: float) -> list[Path]:
+    """Return backups in the order in which they go.
+
+    One from the future was made by a clock that was wrong, and before now: it goes before all others.
+    """
+    return sorted(made, key=lambda path: (made[path] <= now, made[path]))
+
+
+def examine(made: Mapping[Path, float], every: float | None, now: float, failed: str | None = None) -> Check:
+    """Say whether there is a backup as new as `every` asks for; `failed` is why the latest one failed."""
+    count = "1 backup" if len(made) == 1 else f"{len(made)} backups"
+    if every is None:
+        return Check(name="backups", ok=True, detail=f"none are made by themselves, {count} in the folder")
+    latest = max((moment for moment in made.values() if moment <= now), default=None)
+    found = "there is none" if latest is None else f"the latest is of {rfc3339(int(latest * SECOND))}"
+    if failed is not None:
+        detail = f"{found}, and the next one failed: {failed}"
+    elif latest is None or now - latest > every + max(every * LATE, LATEST):
+        detail = f"{found}, and one is due every {render_duration(every)}"
+    else:
+        return Check(name="backups", ok=True, detail=f"{found}, {count} in the folder")
+    return Check(name="backups", ok=False, detail=detail, hint="make one and see: relay jobs run backup")
+
+
 class Backups:
     """Goes by `[backup]`, whatever it says at the moment."""
 
@@ -54,6 +80,8 @@ class Backups:
         self._store = store
         self._clock = clock
         self._config = config
+        self._failed: str | None = None  # why the latest one could not be made
+        self._looked = False  # whether one was due has been looked at since the start
 
     @property
     def folder(self) -> Path:
@@ -68,25 +96,46 @@ class Backups:
     async def run(self) -> None:
         """Make a backup if one is due; the files themselves say when the last one was made."""
         every, now = self._config().backup.every, self._clock.wall() // SECOND
+        self._looked = True
         if every is None or any(0 <= now - made < every for made in self.made().values()):
             return
         try:
             await self.make()
         except StorageError as error:
-            log.error("no backup: %s", in_one_line(error))  # noqa: TRY400 - said in words; the next look tries again
+            raise StorageError(f"no backup: {error.message}", hint=error.hint) from error
+
+    def examine(self) -> Check:
+        """Say for the doctor how it is with backups; right after the start, none is missed."""
+        every = self._config().backup.every if self._looked else None
+        return examine(self.made(), every, self._clock.wall() // SECOND, self._failed)
 
     async def make(self) -> Backup:
         """Make a backup now, and let go of the oldest where there are more than `[backup] keep`.
 
+        Where there is no room for one, the oldest go first, but never the latest.
+
         Raises:
-            StorageError: it could not be made; none was let go of.
+            StorageError: it could not be made.
         """
+        try:
+            done = await self._make()
+        except StorageError as error:
+            self._failed = in_one_line(error)
+            raise
+        self._failed = None
+        return done
+
+    async def _make(self) -> Backup:
         folder, now = self.folder, self._clock.wall() // SECOND
         name = datetime.fromtimestamp(now, UTC).strftime(_NAME)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            done = await self._store.backup(folder / name)
-            for old in list(self.made())[: -self._config().backup.keep]:
+            floor = self._config().storage.min_free_disk
+            if lacking := await self._store.backup_lacks(folder, keep_free=floor):
+                self._make_room(lacking, now)
+            done = await self._store.backup(folder / name, keep_free=floor)
+            others = {path: moment for path, moment in self.made().items() if path.name != name}
+            for old in oldest_first(others, now)[: max(0, len(others) + 1 - self._config().backup.keep)]:
                 old.unlink()
         except OSError as error:
             raise StorageError(f"{folder}: {error.strerror}", hint="see `[backup] dir`") from error
@@ -98,3 +147,17 @@ class Backups:
             render_size(done.bytes),
         )
         return done
+
+    def _make_room(self, lacking: int, now: float) -> None:
+        """Delete the oldest backups for a new one, if that makes enough room; the latest stays."""
+        going = []
+        for path in oldest_first(self.made(), now)[:-1]:
+            if lacking <= 0:
+                break
+            going.append(path)
+            lacking -= path.stat().st_blocks * 512
+        if lacking > 0:
+            return  # the backup says what is missing, and none has gone for it
+        for path in going:
+            path.unlink()
+            log.warning("%s was deleted, as there is no room for another backup", path.name)

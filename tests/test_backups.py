@@ -3,11 +3,17 @@
 import logging
 
 import pytest
+from disks import small_disk
 from stores import opened, send
 from support import FakeClock
 
-from relay.backups import Backups
-from relay.config.model import BackupConfig, Config
+from relay.backups import Backups, examine, made_in
+from relay.config.model import BackupConfig, Config, Storage
+from relay.errors import StorageError
+from relay.jobs import Jobs
+from relay.metrics import Metrics
+from relay.store import backup
+from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 
@@ -31,8 +37,13 @@ def backups(store, clock, tmp_path):
     return backups
 
 
-def set_rules(backups, folder, **rules):
-    backups.config = Config(path=folder / "config.toml", state_dir=folder, backup=BackupConfig(**rules))
+def set_rules(backups, folder, floor=0, **rules):
+    backups.config = Config(
+        path=folder / "config.toml",
+        state_dir=folder,
+        backup=BackupConfig(**rules),
+        storage=Storage(min_free_disk=floor),
+    )
 
 
 def made(folder):
@@ -73,12 +84,27 @@ async def test_none_goes_for_one_that_could_not_be_made(backups, store, clock, t
         await backups.run()
         clock.advance(DAY)
     before = made(tmp_path)
+    assert backups.examine().ok
     await store._connection.execute("UPDATE ledger SET created = created + 1")
-    await backups.run()
+    metrics = Metrics()
+    jobs = Jobs(clock, metrics)
+    jobs.add("backup", 60.0, backups.run)
+    done = await jobs.run("backup")
     await store._connection.execute("UPDATE ledger SET created = created - 1")
     assert made(tmp_path) == before
-    [said] = caplog.messages
-    assert said.startswith("no backup: the copy does not balance: crm, erp")
+    assert (done.failures, done.succeeded_at) == (1, None)
+    assert done.error.startswith("no backup: the copy does not balance: crm, erp")
+    [said] = caplog.records
+    assert said.getMessage() == f"job backup failed: {done.error}"
+    assert (said.levelname, said.exc_info) == ("ERROR", None)
+    labels = {"job_name": "backup", "outcome": "failed"}
+    assert metrics.registry.get_sample_value("relay_job_runs_total", labels) == 1
+    check = backups.examine()
+    assert not check.ok
+    assert "the copy does not balance" in check.detail
+    assert check.hint.endswith("relay jobs run backup")
+    await backups.run()
+    assert backups.examine().ok
 
 
 async def test_a_backup_from_the_future_puts_none_off(backups, clock, tmp_path):
@@ -97,3 +123,91 @@ async def test_none_is_made_unless_asked_for_and_a_reload_may_ask(backups, tmp_p
     await backups.run()
     assert len(made(tmp_path)) == 1
     assert (tmp_path / "backups").stat().st_mode & 0o777 == 0o700
+
+
+async def test_backups_from_the_future_go_first_and_the_new_one_stays(backups, clock, tmp_path):
+    for days in (1000, 1001):
+        clock.advance(days * DAY)
+        await backups.run()
+        clock.advance(-days * DAY)
+    future = made(tmp_path)
+    await backups.run()
+    first = "relay-20231114T221320Z.db"
+    assert made(tmp_path) == [first, future[1]]
+    clock.advance(DAY)
+    await backups.run()
+    assert made(tmp_path) == [first, "relay-20231115T221320Z.db"]
+
+
+@pytest.mark.parametrize(
+    ("ages", "ok"), [((), False), ((0.5,), True), ((1.05, 7), True), ((1.2,), False), ((-30,), False)]
+)
+def test_the_doctor_misses_a_backup_that_is_overdue(tmp_path, ages, ok):
+    now = 1_700_000_000
+    found = {tmp_path / f"{age}": now - age * DAY for age in ages}
+    check = examine(found, DAY, now)
+    assert check.ok is ok
+    assert ok or check.hint
+    assert examine(found, None, now).ok
+
+
+@pytest.fixture
+async def cramped(tmp_path, clock):
+    """A database of some 1.2 MB, and its backups, on a disk of 8 MiB."""
+    with small_disk(tmp_path / "small", 8 * 2**20) as disk:
+        async with opened(disk.path / "relay.db", clock) as store:
+            for number in range(12):
+                await send(store, clock, body=b"%d" % number + b"x" * 100_000)
+            await store.compact()
+            disk.backups = Backups(store, clock, lambda: disk.backups.config)
+            set_rules(disk.backups, disk.path, every=DAY, keep=10)
+            yield disk
+
+
+async def test_the_oldest_goes_where_there_is_no_room_and_the_floor_stays_free(cramped, clock, caplog):
+    set_rules(cramped.backups, cramped.path, floor=2**20, every=DAY, keep=10)
+    for _ in range(8):
+        await cramped.backups.run()
+        assert cramped.free >= 2**20
+        clock.advance(DAY)
+    names = made(cramped.path)
+    assert 2 <= len(names) < 8
+    assert names[-1] == "relay-20231121T221320Z.db"
+    assert "relay-20231114T221320Z.db was deleted, as there is no room for another backup" in caplog.messages
+
+
+async def test_the_latest_stays_where_no_other_can_make_room(cramped, clock):
+    for _ in range(2):
+        await cramped.backups.run()
+        clock.advance(DAY)
+    before = made(cramped.path)
+    set_rules(cramped.backups, cramped.path, floor=100 * 2**20, every=DAY, keep=10)
+    with pytest.raises(
+        StorageError, match=r"no backup: .* free, a copy may take .* are to stay free"
+    ) as caught:
+        await cramped.backups.run()
+    assert "more room" in caught.value.hint
+    assert made(cramped.path) == before
+
+
+async def test_a_backup_stops_where_senders_take_the_room_meanwhile(cramped, monkeypatch):
+    monkeypatch.setattr(backup, "LOOK_EVERY", 1)
+    monkeypatch.setattr(backup, "lacks", lambda *_, **__: 0)  # there was room when it began
+    set_rules(cramped.backups, cramped.path, floor=cramped.free - 2**19, every=DAY, keep=10)
+    with pytest.raises(StorageError, match="has only what is to stay free"):
+        await cramped.backups.run()
+    assert made(cramped.path) == []
+
+
+async def test_a_backup_on_another_disk_may_fill_it(cramped, tmp_path, clock):
+    with small_disk(tmp_path / "other", 2 * 2**20) as other:
+        made = await cramped.backups._store.backup(other.path / "copy.db", keep_free=100 * 2**20)
+        assert made.events == 12
+
+
+async def test_what_is_still_in_the_log_counts_as_room_that_a_copy_takes(cramped, clock):
+    store: SqliteStore = cramped.backups._store
+    await send(store, clock, body=b"x" * 900_000)
+    free = cramped.free
+    assert await store.backup_lacks(cramped.path, keep_free=free - 2_000_000) > 0
+    assert made_in(cramped.path) == {}

@@ -59,7 +59,12 @@ class DatabaseApi:
         found = await self._store.examine(
             min_free=config.storage.min_free_disk, destinations=config.destinations.keys()
         )
-        return [database(database_path(config), config.path), *found, await self._reloads.drift()]
+        return [
+            database(database_path(config), config.path),
+            *found,
+            self._backups.examine(),
+            await self._reloads.drift(),
+        ]
 
 
 def _size(path: Path) -> int:

@@ -75,7 +75,9 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
     else:
         if ctx.params.get("url") is not None:
             raise click.UsageError("leave out FILE: a relay elsewhere makes its backups itself")
-        done = _copy(readable(database_of(tables_of(ctx.params.get("config")))), file, force=force)
+        told = tables_of(ctx.params.get("config"))
+        floor = told.storage.min_free_disk
+        done = _copy(readable(database_of(told)), file, force=force, keep_free=floor)
     if as_json:
         print_json(done)
     else:
@@ -127,7 +129,7 @@ def compact(daemon: Daemon, *, as_json: bool) -> None:
         click.echo("some program reads the file just now; it shrinks when that has finished", err=True)
 
 
-def _copy(source: Path, target: Path, *, force: bool) -> dict[str, Any]:
+def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[str, Any]:
     from relay.store.backup import back_up  # noqa: PLC0415 - loads what other commands do without
 
     if not source.exists():
@@ -137,7 +139,7 @@ def _copy(source: Path, target: Path, *, force: bool) -> dict[str, Any]:
     def far() -> str:
         return _far({"bytes": part.stat().st_size if part.exists() else 0, "of": size})
 
-    copy = partial(back_up, source, target.absolute(), replace=force)
+    copy = partial(back_up, source, target.absolute(), replace=force, keep_free=keep_free)
     done = _apart(copy, far, f"{target} was not written")
     return msgspec.structs.asdict(done)
 

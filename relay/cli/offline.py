@@ -12,7 +12,7 @@ import click
 from relay.api.selecting import filter_of
 from relay.cli.daemon import daemon_options
 from relay.cli.exits import NOT_ALLOWED, NOTHING, CommandError
-from relay.clock import SystemClock
+from relay.clock import SECOND, SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, is_there
@@ -42,15 +42,22 @@ class Offline:
 
     def examine(self) -> list[Check]:
         """Look for everything that could be wrong with it."""
+        from relay import backups  # noqa: PLC0415 - as below
         from relay.store.doctor import Patient, database, examine  # noqa: PLC0415 - as below
 
+        now, config = SystemClock().wall(), self._config
+        made = backups.made_in(state_of(config) / config.backup.dir)
         patient = Patient(
             path=self._file,
-            now=SystemClock().wall(),
+            now=now,
             min_free=self._config.storage.min_free_disk,
             destinations=self._config.destinations.keys(),
         )
-        return [database(self._file, self._config.path), *examine(patient, Stop())]
+        return [
+            database(self._file, config.path),
+            *examine(patient, Stop()),
+            backups.examine(made, config.backup.every, now // SECOND),
+        ]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
         """Return a page of a list, or one of its things.

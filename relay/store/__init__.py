@@ -335,8 +335,17 @@ class Store(Protocol):
         """Take in events in one transaction; say for each whether it was not there before."""
         ...
 
-    async def backup(self, target: Path, *, replace: bool = False) -> Backup:
+    async def backup_lacks(self, folder: Path, *, keep_free: int = 0) -> int:
+        """Return how many bytes of room a folder lacks for a backup; 0: there is enough.
+
+        `keep_free` bytes do not count as room if the folder is on the store's own disk.
+        """
+        ...
+
+    async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
         """Copy everything to a file of mode 0600 while work goes on, and check the copy.
+
+        On the store's own disk, `keep_free` bytes stay free.
 
         Raises:
             StorageError: the target is there already, there is too little room, or the copy is not sound.

@@ -14,24 +14,48 @@ from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
 from relay.units import render_size
 
+SIZE_SQL = """
+    SELECT (page_count - freelist_count) * page_size
+      FROM pragma_page_count, pragma_page_size, pragma_freelist_count
+"""
+LOOK_EVERY = 10_000  # steps of SQLite's machine between two looks at the room that is left
 
-def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False) -> Backup:
+
+def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, keep_free: int = 0) -> Backup:
     """Copy a database to a file of mode 0600, and check the copy before it gets its name.
 
-    `VACUUM INTO` reads one snapshot, however long it takes; senders do not notice.
+    `VACUUM INTO` reads one snapshot, however long it takes; senders do not notice. On the database's own
+    disk, `keep_free` bytes stay free, also while senders write.
 
     Raises:
         StorageError: the target is there already, there is too little room, or the copy is not sound.
     """
     began = time.monotonic()
     _check_target(source, target, replace=replace)
+    if lacking := lacks(source, target.parent, stop, keep_free=keep_free):
+        free, size = shutil.disk_usage(target.parent).free, _size(source, stop)
+        kept = f", and {render_size(keep_free)} are to stay free" if keep_free else ""
+        raise StorageError(
+            f"{target.parent} has {render_size(free)} free, a copy may take {render_size(size)}{kept}",
+            hint=f"make {render_size(lacking)} more room, or name another disk",
+        )
     part = target.with_name(f"{target.name}.part")
     try:
         part.unlink(missing_ok=True)  # of a backup that was cut short
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with opened(source, stop) as connection:
             before = _last(connection)
-            connection.execute("VACUUM INTO ?", (str(part),))
+            guard = _Guard(target.parent, stop, keep_free if _same_disk(source, target.parent) else 0)
+            connection.set_progress_handler(guard, LOOK_EVERY)
+            try:
+                connection.execute("VACUUM INTO ?", (str(part),))
+            except sqlite3.OperationalError as error:
+                if not guard.short:
+                    raise
+                raise StorageError(
+                    f"{target.parent} has only what is to stay free: {render_size(keep_free)}",
+                    hint="make room, or name another disk",
+                ) from error
         events, deliveries = _verify(part, stop, before)
         _sync(part)
         part.replace(target)
@@ -58,12 +82,46 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
             raise StorageError(f"{target} cannot be a backup of {source}", hint="name another file")
         if not replace:
             raise StorageError(f"{target} is there already", hint="name another file, or say --force")
-    needed, free = source.stat().st_size, shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise StorageError(
-            f"{target.parent} has {render_size(free)} free, a copy may take {render_size(needed)}",
-            hint="make room, or name another disk",
-        )
+
+
+class _Guard:
+    """Ends a statement when nobody waits for it any more, or only what is to stay free is left."""
+
+    def __init__(self, folder: Path, stop: Stop, keep_free: int) -> None:
+        self.short = False
+        self._folder = folder
+        self._stop = stop
+        self._keep_free = keep_free
+
+    def __call__(self) -> bool:
+        self.short = bool(self._keep_free) and shutil.disk_usage(self._folder).free < self._keep_free
+        return self.short or self._stop.is_set()
+
+
+def lacks(source: Path, folder: Path, stop: Stop, *, keep_free: int = 0) -> int:
+    """Return how many bytes of room a folder lacks for a copy of a database; 0: there is enough.
+
+    `keep_free` bytes do not count as room if the folder is on the database's own disk.
+
+    Raises:
+        StorageError: the database cannot be read.
+    """
+    free = shutil.disk_usage(folder).free - (keep_free if _same_disk(source, folder) else 0)
+    return max(0, _size(source, stop) - free)
+
+
+def _size(source: Path, stop: Stop) -> int:
+    """Return what a copy takes at most: also what is still in the log, and without what is free."""
+    try:
+        with opened(source, stop) as connection:
+            [(size,)] = connection.execute(SIZE_SQL).fetchall()
+    except sqlite3.Error as error:
+        raise StorageError(f"{source} cannot be read: {error}", hint=f"relay db check {source}") from error
+    return int(size)
+
+
+def _same_disk(source: Path, folder: Path) -> bool:
+    return source.stat().st_dev == folder.stat().st_dev
 
 
 def _verify(part: Path, stop: Stop, before: int) -> tuple[int, int]:
@@ -101,6 +159,11 @@ class BackingUp:
 
     path: Path
 
-    async def backup(self, target: Path, *, replace: bool = False) -> Backup:
+    async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
         """See `Store.backup`."""
-        return await apart(partial(back_up, self.path, target, replace=replace))
+        copy = partial(back_up, self.path, target, replace=replace)
+        return await apart(partial(copy, keep_free=keep_free) if keep_free else copy)
+
+    async def backup_lacks(self, folder: Path, *, keep_free: int = 0) -> int:
+        """See `Store.backup_lacks`."""
+        return await apart(partial(lacks, self.path, folder, keep_free=keep_free))
