@@ -12,6 +12,10 @@ from relay.clock import SECOND, Clock, rfc3339
 from relay.terminal import paint, printable, wants_colour
 
 Format = Literal["auto", "json", "text", "journald"]
+MOST_KEYS = 1000
+"""Keys of one rate-limited log that are remembered."""
+
+_OTHERS = ""
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 _COLOUR = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 
@@ -40,6 +44,7 @@ class Sparing:
 
     def is_due(self, key: str) -> bool:
         """Return whether a line of that key would be written now; if not, count it as swallowed."""
+        key = self._known(key)
         written, swallowed = self._last.get(key, (0, 0))
         if self._clock.steady() - written < self._every:
             self._last[key] = (written, swallowed + 1)
@@ -47,7 +52,7 @@ class Sparing:
         return True
 
     def info(self, key: str, line: str, **named: object) -> None:
-        """Log a line with its fields; keys come from closed lists."""
+        """Log a line with its fields; beyond `MOST_KEYS`, all new keys share one line."""
         self._write(logging.INFO, key, line, None, named)
 
     def warning(self, key: str, line: str, **named: object) -> None:
@@ -61,12 +66,25 @@ class Sparing:
     def _write(
         self, level: int, key: str, line: str, error: BaseException | None, named: Mapping[str, object]
     ) -> None:
+        key = self._known(key)
         if not self.is_due(key):
             return
         _, swallowed = self._last.get(key, (0, 0))
         self._last[key] = (self._clock.steady(), 0)
         more = f" ({swallowed} more like it)" if swallowed else ""
         self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
+
+    def _known(self, key: str) -> str:
+        """Return the key under which a line is counted."""
+        if key in self._last or len(self._last) < MOST_KEYS:
+            return key
+        now = self._clock.steady()
+        self._last = {  # without those whose next line would be written anyhow and has nothing to add
+            known: (written, swallowed)
+            for known, (written, swallowed) in self._last.items()
+            if swallowed or now - written < self._every
+        }
+        return key if len(self._last) < MOST_KEYS else _OTHERS
 
 
 class JsonLines(logging.Formatter):

@@ -56,6 +56,11 @@ class Policy:
                 return keep
         return None
 
+    def shortest(self, source: str) -> int:
+        """Return the least time for which any event of a source is kept."""
+        own = [keep.events for _, keep in self._types.get(source, ())]
+        return min([*own, self.sources.get(source, self.default).events])
+
     def of(self, source: str, full_type: str) -> Keep:
         """Return how long events of this source and full type are kept."""
         return self.of_type(source, full_type) or self.sources.get(source, self.default)

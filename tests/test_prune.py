@@ -295,7 +295,7 @@ async def test_what_was_deleted_is_overwritten(store, clock):
     assert b"a secret" not in store.path.read_bytes()
 
 
-VALUES = {"name": "a", "after": 0, "last": 9, "page": 9, "first": "a.", "end": "a/"}
+VALUES = {"name": "a", "after": 0, "last": 9, "page": 9, "first": "a.", "end": "a/", "most": 9}
 STATEMENTS = {
     **{kind: (prune.PAGE_SQL.format(candidates=sql), VALUES) for kind, sql in prune.CANDIDATES.items()},
     "types": (prune.TYPES_SQL, VALUES),

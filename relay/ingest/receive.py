@@ -35,7 +35,7 @@ from relay.ingest.answers import (
     refuse,
 )
 from relay.ingest.body import Budget, read_body
-from relay.ingest.echoes import Echoes
+from relay.ingest.echoes import Echoes, fingerprint
 from relay.ingest.gate import Gate
 from relay.ingest.record import record
 from relay.ingest.remote import Remote
@@ -246,30 +246,21 @@ class Ingest:
 
         Returns the receipt, and what must be called with whether the sender has heard the answer.
         """
-        echoes = self._echoes
-        fingerprint = (
-            request.target,
-            stored.sha256,
-            stored.type,
-            stored.subject,
-            stored.context,
-            acceptance.key,
-        )
-        first = await echoes.first(fingerprint)
+        echoes, mark = self._echoes, fingerprint(request.target, stored, acceptance.key)
+        first = await echoes.first(mark)
         if first is not None:
-            receipt = msgspec.structs.replace(first, duplicate=True)
             with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
                 await self._store.append(
                     Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
                 )
-            return receipt, lambda heard: echoes.unheard(fingerprint, receipt, gone=not heard)
-        entry = echoes.begin(fingerprint, lambda: request.may_be_gone)
+            return first, lambda heard: echoes.unheard(mark, first, gone=not heard)
+        entry = echoes.begin(mark, lambda: request.may_be_gone)
         try:
             receipt = await self._append(acceptance)
         except BaseException:
-            echoes.end(fingerprint, entry, None, gone=True)
+            echoes.end(mark, entry, None, gone=True)
             raise
-        return receipt, lambda heard: echoes.end(fingerprint, entry, receipt, gone=not heard)
+        return receipt, lambda heard: echoes.end(mark, entry, receipt, gone=not heard)
 
     async def _append(self, acceptance: Acceptance) -> Receipt:
         try:

@@ -34,6 +34,8 @@ COST = 1000
 
 SCARCE_COST = 100
 """The same on a disk without room: what is deleted is overwritten in the log first."""
+MOST_TYPES = 1000
+"""Types of one source that are looked at one by one; with more, all of its events are looked at in turn."""
 
 ROUND = 3600 * SECOND
 """How often everything that is old enough is looked at again, also what was kept before."""
@@ -66,7 +68,7 @@ TYPES_SQL = """
          UNION ALL
          SELECT (SELECT min(type) FROM events WHERE type > found.type AND type < :end)
            FROM found WHERE found.type IS NOT NULL)
-    SELECT type FROM found WHERE type IS NOT NULL
+    SELECT type FROM found WHERE type IS NOT NULL LIMIT :most
 """
 LAST_SQL = """
     SELECT coalesce((SELECT id - 1 FROM events WHERE received_at > ? ORDER BY received_at LIMIT 1),
@@ -206,7 +208,12 @@ class Pruning:
         groups = []
         for source in policy.by_type:
             names = {"first": f"{source}.", "end": f"{source}/"}  # "/" comes next after "."
-            for (full_type,) in await self._reader.execute_fetchall(TYPES_SQL, names):
+            values = {**names, "most": MOST_TYPES + 1}
+            types = list(await self._reader.execute_fetchall(TYPES_SQL, values))
+            if len(types) > MOST_TYPES:  # senders choose them, so their number must have an end
+                groups.append(Group("source", source, policy.shortest(source)))
+                continue
+            for (full_type,) in types:
                 if (keep := policy.of_type(source, full_type)) is not None:
                     groups.append(Group("type", full_type, keep.events))
         groups += [Group("source", source, keep.events) for source, keep in policy.sources.items()]
