@@ -1,5 +1,7 @@
 """Adorn Studio: try-on sessions in jewellery shops, posted without authentication, times or ids."""
 
+from typing import ClassVar
+
 import msgspec
 
 from relay.hookspecs import hookimpl
@@ -38,6 +40,8 @@ class Adorn(Source, kind="adorn", owns=("/v1",)):
     """Adorn Studio: `POST /v1/events`. Without tokens it is open, as its own clients need it."""
 
     tokens: Secrets = Secrets()
+
+    verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens, if there are any."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -61,6 +61,8 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
     def validators(self) -> "Mapping[str, Validator]":
         """The compiled schemas by event name."""
         return {name: _compile(path) for name, path in self.schemas.items()}
+
+    verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
         """Demand a token that may write events."""

@@ -1,6 +1,7 @@
 """LazyChat's WooCommerce plugin: WordPress shops post what happens to their plugin and settings."""
 
 import re
+from typing import ClassVar
 
 import msgspec
 
@@ -40,6 +41,8 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
     """LazyChat: `POST /api/woocommerce-plugin/events`, answered with exactly 200."""
 
     tokens: Secrets
+
+    verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens."""

@@ -1,6 +1,6 @@
 """Moddy, a Discord bot: it tells its backend, a FastAPI service, what members do."""
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import msgspec
 
@@ -41,6 +41,8 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
     """Moddy: `POST /internal/event/notify`, and `GET /internal/health`, which checks the secret."""
 
     tokens: Secrets
+
+    verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens, for the health check too: the bot checks its secret by it."""

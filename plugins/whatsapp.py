@@ -8,7 +8,7 @@ can be understood is taken, and what cannot be understood in a gauge is left out
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -111,6 +111,8 @@ class WhatsApp(
     tokens: Secrets
     conflict: Literal["accept", "reject"] = "accept"  # "reject": 409 to a new id on a live one's endpoint
     recover_sessions: bool = False  # have workers restore their sessions after a restart
+
+    verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens."""

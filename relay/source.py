@@ -133,6 +133,9 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
 
     kind: ClassVar[str] = ""
     owns: ClassVar[tuple[str, ...]] = ()
+    verify_reads_body: ClassVar[bool] = True
+    """Whether `verify` looks at the body. False: it is asked before the body is read, with none, so that
+    strangers are refused without taking memory, and verified senders have a share of their own in it."""
 
     @classmethod
     def routes(cls) -> tuple[tuple[str, str, str], ...]:
@@ -144,7 +147,9 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return tuple(found)
 
     def verify(self, incoming: Incoming) -> None:
-        """Check who sends, from the head alone where possible (the body is there as well).
+        """Check who sends.
+
+        The body is there as well, unless `verify_reads_body` is False: set that where the head is enough.
 
         Raises:
             Unauthenticated: no token or an unknown one.

@@ -3,6 +3,8 @@
 PLUGIN = '''\
 """@Class@: posts what happens to /@name@/events."""
 
+from typing import ClassVar
+
 import msgspec
 
 from relay.hookspecs import hookimpl
@@ -24,6 +26,7 @@ class @Class@(Source, kind="@name@", owns=("/@name@",)):
     """@Class@: its fields are the keys of its table in config.toml."""
 
     tokens: Secrets
+    verify_reads_body: ClassVar[bool] = False  # the token is in the head
 
     def verify(self, incoming: Incoming) -> None:
         incoming.bearer(self.tokens)

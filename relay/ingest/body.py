@@ -1,43 +1,149 @@
 """Reading a request's body: with a limit, a deadline and a budget over all requests in flight."""
 
+from collections.abc import Callable
+
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
 from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
 
+SMALL = 16 * 2**10  # bytes up to which a body counts as small
+
+
+class _Pool:
+    """What bodies of one kind may take of the budget, and who has how much of it.
+
+    A sender that has nothing else in it may always fill it alone, or a large body would never fit.
+    """
+
+    __slots__ = ("_limit", "_peers", "_strangers", "_used", "_used_by_strangers")
+
+    def __init__(self, limit: int, strangers: int) -> None:
+        self._limit = limit  # bytes for everybody
+        self._strangers = strangers  # bytes for senders that have not been verified
+        self._used = 0
+        self._used_by_strangers = 0
+        self._peers: dict[tuple[str, bool], int] = {}  # bytes by address, and whether verified
+
+    def take(self, size: int, peer: tuple[str, bool], has: int) -> None:
+        """Reserve bytes for a body that `has` some already.
+
+        Raises:
+            Overloaded: others have what is missing.
+        """
+        used, used_by_strangers, used_by_peer = self._used, self._used_by_strangers, self._peers.get(peer, 0)
+        is_known = peer[1]
+        share = (self._limit if is_known else self._strangers) // 2  # of one peer
+        if (
+            (used > has and used + size > self._limit)
+            or (used_by_peer > has and used_by_peer + size > share)
+            or (not is_known and used_by_strangers > has and used_by_strangers + size > self._strangers)
+        ):
+            raise Overloaded
+        self._used = used + size
+        self._peers[peer] = used_by_peer + size
+        if not is_known:
+            self._used_by_strangers = used_by_strangers + size
+
+    def give(self, size: int, peer: tuple[str, bool]) -> None:
+        """Return reserved bytes."""
+        self._used -= size
+        if not peer[1]:
+            self._used_by_strangers -= size
+        left = self._peers[peer] - size
+        if left:
+            self._peers[peer] = left
+        else:
+            del self._peers[peer]
+
 
 class Budget:
-    """Bytes of bodies being read or waiting for their commit, over all connections."""
+    """Bytes of bodies being read or waiting for their commit, over all connections.
 
-    __slots__ = ("limit", "used")
+    Large bodies leave an eighth of it to small ones. Senders whose token has been verified before the body
+    was read share it with nobody else beyond half of it. One address, as trusted proxies forward it, has at
+    most half of what all senders of its kind may have.
+    """
+
+    __slots__ = ("large", "limit", "small", "used")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self.small = _Pool(limit, limit // 8)
+        self.large = _Pool(limit - limit // 8, limit // 2)
+
+    def hold(self, who: Callable[[], tuple[str, bool]]) -> "Hold":
+        """Return what one body holds of it; `who` tells the sender's address, and whether it is verified."""
+        return Hold(self, who)
+
+
+class Hold:
+    """What one body holds of the budget."""
+
+    __slots__ = ("_budget", "_peer", "_pool", "_who", "size")
+
+    def __init__(self, budget: Budget, who: Callable[[], tuple[str, bool]]) -> None:
+        self._budget = budget
+        self._who = who
+        self._peer: tuple[str, bool] | None = None  # asked only where it takes time: it costs an event
+        self._pool: _Pool | None = None
+        self.size = 0
 
     def take(self, size: int) -> None:
-        """Reserve bytes.
+        """Reserve bytes for what comes of the body.
+
+        Raises:
+            Overloaded: there are not that many left for this sender.
+        """
+        budget, total = self._budget, self.size + size
+        if budget.used + size > budget.limit:
+            raise Overloaded
+        if self._peer is None:
+            self._peer = self._who()
+        pool = budget.small if total <= SMALL else budget.large
+        if pool is self._pool:
+            pool.take(size, self._peer, self.size)
+        else:
+            pool.take(total, self._peer, 0)
+            if self._pool is not None:
+                self._pool.give(self.size, self._peer)
+            self._pool = pool
+        self.size = total
+        budget.used += size
+
+    def take_whole(self, size: int) -> None:
+        """Reserve bytes for a body that came with its head; a small one is asked for nothing else.
 
         Raises:
             Overloaded: there are not that many left.
         """
-        if self.used + size > self.limit:
+        budget = self._budget
+        if size > SMALL:
+            self.take(size)
+        elif budget.used + size > budget.limit:
             raise Overloaded
-        self.used += size
+        else:
+            self.size = size
+            budget.used += size
 
-    def give(self, size: int) -> None:
-        """Return reserved bytes."""
-        self.used -= size
+    def release(self) -> None:
+        """Return all of it."""
+        self._budget.used -= self.size
+        if self._pool is not None and self._peer is not None:
+            self._pool.give(self.size, self._peer)
+            self._pool = None
+        self.size = 0
 
 
-async def read_body(request: Request, limit: int, seconds: float, budget: Budget) -> bytes:
-    """Read the body; the caller gives `len(body)` back to the budget once it is done with it.
+async def read_body(request: Request, limit: int, seconds: float, hold: Hold) -> bytes:
+    """Read the body; the caller releases `hold` once it is done with it, whatever comes of this.
 
     Raises:
         UnsupportedEncoding: it is compressed; inflating hostile bodies froze peers for seconds.
         TooLarge: by its Content-Length, or while it arrives.
         BodyTimeout: it did not arrive within `seconds`.
         Malformed: it was cut short or badly framed.
-        Overloaded: the budget is used up.
+        Overloaded: the budget has nothing left for it.
     """
     encoding = request.headers.get("Content-Encoding")
     if encoding is not None and encoding.strip().lower() not in ("", "identity"):
@@ -47,39 +153,33 @@ async def read_body(request: Request, limit: int, seconds: float, budget: Budget
         body = content.read_nowait()
         if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
             raise TooLarge
-        budget.take(len(body))
+        hold.take_whole(len(body))
         return body
     if request.content_length > limit:
         raise TooLarge
     if request.is_1_1 and request.headers.get("Expect", "").lower() == "100-continue":
         request.ask_for_body()
-    return await _read_slowly(request, limit, seconds, budget)
+    return await _read_slowly(request, limit, seconds, hold)
 
 
-async def _read_slowly(request: Request, limit: int, seconds: float, budget: Budget) -> bytes:
+async def _read_slowly(request: Request, limit: int, seconds: float, hold: Hold) -> bytes:
     content = request.content
     chunks: list[bytes] = []
-    size = 0
 
     async def read() -> None:
-        nonlocal size
         while chunk := await content.readany():
-            if size + len(chunk) > limit:
+            if hold.size + len(chunk) > limit:
                 raise TooLarge
-            budget.take(len(chunk))
-            size += len(chunk)
+            hold.take(len(chunk))
             chunks.append(chunk)
 
     try:
         await in_time(seconds, read, lambda: request.has_unread)
     except TimeoutError:
-        budget.give(size)
         raise BodyTimeout from None
     except (TooLarge, Overloaded):
-        budget.give(size)
         raise
     except Exception as error:
-        budget.give(size)
         error.__traceback__ = None  # the content keeps the error: a cycle by way of this frame and its chunks
         raise Malformed("The body was cut short") from error
     return b"".join(chunks)

@@ -46,7 +46,7 @@ from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
 from relay.registry import ENVIRONMENTS, changes_a_path
-from relay.source import Accepted, Event, Reply
+from relay.source import Accepted, Event, Reply, Source
 from relay.store import Acceptance, Store
 from relay.terminal import printable
 
@@ -163,15 +163,24 @@ class Ingest:
             raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
         check_origin(mount, incoming)
         late = self.gate.draining  # a body that began before the drain may still end
-        body = await read_body(request, mount.config.max_body, self._body_seconds, self._budget)
+        incoming.params = match.params
+        source = mount.source
+        if not source.verify_reads_body:
+            ask(source.verify, incoming)  # so that a stranger's body takes no memory
+        hold = self._budget.hold(lambda: self._who(request, source))
         try:
-            incoming.body = body
-            incoming.params = match.params
-            ask(mount.source.verify, incoming)
+            incoming.body = await read_body(request, mount.config.max_body, self._body_seconds, hold)
+            if source.verify_reads_body:
+                ask(source.verify, incoming)
             self.gate.check(mount, incoming, late=late)
             return await self._accept(request, mount, handler, incoming, began)
         finally:
-            self._budget.give(len(body))
+            hold.release()
+
+    def _who(self, request: Request, source: Source) -> tuple[str, bool]:
+        """Return the sender's address, and whether it has been verified before its body is read."""
+        is_known = not source.verify_reads_body and not source.is_open()
+        return self._remote.of(request.remote, request.headers), is_known
 
     async def _accept(
         self, request: Request, mount: Mount, handler: Handle, incoming: Incoming, began: int
