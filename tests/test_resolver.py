@@ -6,7 +6,9 @@ import threading
 
 import pytest
 import receivers
-from client import SHORT, send
+from client import AMPLE, SHORT, send
+from lanes import destination, ended, engine_for
+from lanes import send as send_event
 
 from relay.delivery import resolver as resolver_module
 
@@ -81,3 +83,96 @@ async def test_a_url_that_cannot_be_dialled_is_blocked_and_stays_out_of_the_erro
     answer = await send(client_for(), url.replace("//", "//user:hunter2@", 1))
     assert answer.result == "blocked"
     assert "hunter2" not in answer.error
+
+
+# --- names that move ----------------------------------------------------------------------------------
+
+URL = "http://moves.example/hook"
+
+
+class Moving:
+    """A name that leads where the test says; the port moves with it, as all receivers are on one machine."""
+
+    def __init__(self):
+        self.to = None
+        self.look_ups = 0
+
+    def find(self, host, port, **_):
+        assert host == "moves.example"
+        self.look_ups += 1
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", self.to.port))]
+
+
+@pytest.fixture
+def moving(monkeypatch):
+    moving = Moving()
+    monkeypatch.setattr(resolver_module.socket, "getaddrinfo", moving.find)
+    return moving
+
+
+async def test_a_name_that_moves_is_followed_under_steady_traffic(client_for, moving, monkeypatch):
+    monkeypatch.setattr("relay.delivery.client.MAX_AGE", 0.2)
+    monkeypatch.setattr("relay.delivery.connector.DNS_TTL", 0.1)
+    async with receivers.answers() as old, receivers.answers() as new, asyncio.timeout(AMPLE):
+        client, moving.to = client_for(), old
+        for _ in range(3):
+            assert (await send(client, URL)).result == "ok"
+        assert (old.connections, moving.look_ups) == (1, 1)
+        moving.to = new
+        while not new.requests:
+            assert (await send(client, URL)).result == "ok"
+            await asyncio.sleep(0.005)  # steady, and never idle for long
+        before = len(old.requests)
+        assert old.connections <= 3
+        assert (await send(client, URL)).result == "ok"
+        assert len(old.requests) == before
+
+
+async def test_a_connection_is_used_for_its_whole_age(client_for, moving):
+    async with receivers.answers() as receiver:
+        client, moving.to = client_for(), receiver
+        for _ in range(50):
+            await send(client, URL)
+        assert (receiver.connections, moving.look_ups) == (1, 1)
+
+
+async def test_a_name_whose_address_refuses_is_looked_up_again_at_the_next_attempt(client_for, moving):
+    async with receivers.answers() as new:
+        async with receivers.answers() as old:
+            client, moving.to = client_for(), old
+        assert (await send(client, URL)).result == "connect"
+        moving.to = new
+        assert (await send(client, URL)).result == "ok"
+
+
+async def test_a_reload_looks_the_names_of_unchanged_destinations_up_again(store, moving):
+    async with receivers.answers() as old, receivers.answers() as new:
+        moving.to = old
+        config = destination("crm", URL)
+        async with engine_for(store, config) as engine:
+            lane = engine.lanes["crm"]
+            await send_event(store)
+            await ended(store, 1)
+            moving.to = new
+            await send_event(store)
+            await ended(store, 2)
+            assert (len(old.requests), old.connections) == (2, 1)
+            engine.adopt(await engine.plan({"crm": config}))
+            assert engine.lanes["crm"] is lane
+            await send_event(store)
+            await ended(store, 3)
+        assert (len(old.requests), len(new.requests)) == (2, 1)
+
+
+async def test_a_reload_leaves_an_attempt_under_way_alone(store, moving):
+    async with receivers.hang() as old, receivers.answers() as new, asyncio.timeout(AMPLE):
+        moving.to = old
+        config = destination("crm", URL, timeout=0.5)
+        async with engine_for(store, config) as engine:
+            await send_event(store)
+            await old.until(requests=1)
+            moving.to = new
+            engine.adopt(await engine.plan({"crm": config}))
+            [row] = await ended(store)
+        attempts = await store.find("attempts", delivery_id=row["id"])
+        assert [attempt["result"] for attempt in reversed(attempts)] == ["timeout", "ok"]

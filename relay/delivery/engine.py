@@ -92,7 +92,7 @@ class Engine:
         return plan
 
     def adopt(self, plan: Plan) -> None:
-        """Go by a plan from now on, in one step: lanes that it does not touch do not notice."""
+        """Go by a plan from now on, in one step: lanes that it does not touch only look names up again."""
         former = dict(self.lanes)
         self.lanes.clear()  # not another one: others hold it
         for name, config in plan.destinations.items():
@@ -103,6 +103,8 @@ class Engine:
                 lane.turn()
             elif name in plan.senders:
                 lane.change(config, plan.senders[name])
+            else:
+                lane.renew()
             self.lanes[name] = lane
         for lane in former.values():
             lane.leave()

@@ -169,6 +169,10 @@ class Lane:
             feed.due = 0
         self.turn()
 
+    def renew(self) -> None:
+        """Make the next attempt at the address that the destination's name has by then."""
+        self._sender.renew()
+
     def leave(self) -> None:
         """Begin nothing more, as the destination is not in the config; the store keeps what it is owed."""
         self._left = True

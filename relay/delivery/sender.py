@@ -78,6 +78,10 @@ class Sender:
         attempt = Attempt(started_at=self._clock.wall(), duration_ms=0.0, result="format", error=text)
         return self._judge(delivery, attempt, Verdict(kind="retry"))
 
+    def renew(self) -> None:
+        """Look the destination's name up again before the next attempt."""
+        self._client.renew()
+
     async def close(self) -> None:
         """Close every connection."""
         await self._client.close()
