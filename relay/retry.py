@@ -1,7 +1,7 @@
 """When to try again, and whether: what a finished attempt means for its delivery and destination."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -60,7 +60,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     kind: Literal["ok", "retry", "abort", "disable", "hold"]
-    reason: Literal["aborted", "gone", "asked", "blocked"] | None = None  # of abort, disable, hold
+    reason: Literal["aborted", "final_status", "gone", "asked", "blocked"] | None = None  # unless retry, ok
     hint: float | None = None  # seconds this delivery was asked to wait, uncapped
     pause: float | None = None  # seconds the whole destination rests, capped
 
@@ -76,11 +76,13 @@ def verdict(
     *,
     now: int,
     max_retry_after: float,
+    final_statuses: Collection[int] = (),
 ) -> Verdict:
     """Judge a finished attempt by its status, its closed label and the answer's headers.
 
     Names in `headers` are lower-case, unless the mapping takes any case. `now` is the wall clock in
-    microseconds. A 2xx is a success whatever else the answer says or fails to say.
+    microseconds. A 2xx is a success whatever else the answer says or fails to say. A status in
+    `final_statuses` ends the delivery at once.
     """
     if status is None:
         return HOLD if result == "blocked" else Verdict(kind="retry")
@@ -93,8 +95,9 @@ def verdict(
         return Verdict(kind="disable", reason="asked")
     hint = parse_retry_after(headers.get("retry-after", ""), now)
     pause = min(hint, max_retry_after) if hint and status in (429, 503) else None
-    if wish == "abort-message":
-        return Verdict(kind="abort", reason="aborted", pause=pause)
+    is_aborted = wish == "abort-message"
+    if is_aborted or status in final_statuses:
+        return Verdict(kind="abort", reason="aborted" if is_aborted else "final_status", pause=pause)
     return Verdict(kind="retry", hint=hint, pause=pause)
 
 

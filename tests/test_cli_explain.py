@@ -30,6 +30,9 @@ def config(tmp_path):
     return write_config(tmp_path, SOURCES, ROUTES)
 
 
+USUAL = "any answer but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination"
+
+
 def explain(config, *args, code=0, stdin=None):
     return run("explain", *args, "-c", config, code=code, stdin=stdin)
 
@@ -53,7 +56,28 @@ def test_a_body_comes_by_the_standard_input_and_the_answer_as_json(config):
         "matches": True,
         "reason": "matched",
         "lines": ['yes: "shop.sale.*" matches'],
+        "retries": USUAL,
     }
+    assert said["destinations"][2]["retries"] is None
+
+
+def test_it_says_what_is_retried_at_each_destination_that_an_event_goes_to(config):
+    config.write_text(
+        config.read_text()
+        + """
+[destinations.strict]
+url = "https://strict.example/hook"
+final_statuses = [413, 400, 413]
+retry = { schedule = ["1m", "1h"] }
+"""
+    )
+    said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    usual, strict = (line for line in said.err.splitlines() if "retried" in line)
+    assert usual == f"all: {USUAL}"
+    assert strict == (
+        "strict: any answer but a 2xx is retried: 3 attempts in 1h1m;"
+        " 400 and 413 end the delivery at once; 410 disables the destination"
+    )
 
 
 def test_without_a_body_a_sample_is_judged(config):

@@ -25,6 +25,9 @@ GOOD = [
     (checks.proxy, Secret("http://relay:p%40ss@[::1]:3128/")),
     (checks.web_origin, "*"),
     (checks.web_origin, "https://shop.example:8443"),
+    (checks.final_status, 300),
+    (checks.final_status, 413),
+    (checks.final_status, 599),
     (checks.prefix, ""),
     (checks.prefix, "/acme"),
     (checks.prefix, "/acme/two"),
@@ -41,6 +44,11 @@ GOOD = [
 ]
 
 BAD = [
+    (checks.final_status, 200, "300 to 599, got 200"),
+    (checks.final_status, 299, "300 to 599"),
+    (checks.final_status, 600, "300 to 599"),
+    (checks.final_status, -400, "300 to 599"),
+    (checks.final_status, 410, "disables the destination"),
     (checks.listen, "8080", "host:port"),
     (checks.listen, ":8080", "host:port"),
     (checks.listen, "", "host:port"),

@@ -117,3 +117,30 @@ async def test_what_expires_while_it_is_held_is_not_sent_when_it_is_let_go(store
     assert {(row["state"], row["reason"]) for row in rows} == {("expired", "ttl")}
     assert receiver.ids == [first]
     assert (await store.counts())["crm"].unaccounted == 0
+
+
+async def test_a_final_status_ends_a_delivery_at_once_and_frees_its_key(store, receiver):
+    receiver.answers = [(400, {}), (200, {})]
+    crm = destination("crm", receiver.url, order_by="subject", final_statuses=(400,), on_dead="spare")
+    spare = destination("spare", receiver.url, events=())
+    async with engine_for(store, crm, spare) as engine:
+        first, second = await send(store), await send(store)
+        await ended(store, 2, destination="crm")
+        [spared] = await ended(store, 1, destination="spare")
+        assert not engine.lanes["crm"].standing.circuit.is_open
+    dead, delivered = await ended(store, 2, destination="crm")
+    assert (dead["state"], dead["reason"], dead["attempts"]) == ("dead", "final_status", 1)
+    assert delivered["state"] == spared["state"] == "delivered"
+    assert sorted(receiver.ids) == sorted([first, second, first])
+
+
+async def test_a_probe_with_a_final_status_ends_its_delivery(store, receiver):
+    receiver.answers = [(500, {}), (503, {})]
+    crm = destination(
+        "crm", receiver.url, concurrency=1, final_statuses=(503,),
+        circuit=CircuitConfig(failures=1, probe=0.05, max_probe=0.05),
+    )  # fmt: skip
+    async with engine_for(store, crm):
+        await send(store)
+        [row] = await ended(store)
+    assert (row["state"], row["reason"], row["attempts"]) == ("dead", "final_status", 2)

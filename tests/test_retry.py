@@ -163,6 +163,28 @@ def test_every_status_has_one_of_the_closed_labels(status, name):
     assert label(status) == name
 
 
+FINAL = Verdict(kind="abort", reason="final_status")
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "headers", "meaning"),
+    [
+        (400, "4xx", {}, FINAL),
+        (302, "3xx", {}, FINAL),
+        (503, "5xx", {"retry-after": "60"}, Verdict(kind="abort", reason="final_status", pause=60.0)),
+        (400, "4xx", {"webhook-delivery": "disable"}, Verdict(kind="disable", reason="asked")),
+        (400, "4xx", {"webhook-delivery": "abort-message"}, Verdict(kind="abort", reason="aborted")),
+        (404, "4xx", {}, Verdict(kind="retry")),
+        (410, "4xx", {}, Verdict(kind="disable", reason="gone")),
+        (200, "ok", {}, Verdict(kind="ok")),
+        (None, "timeout", {}, Verdict(kind="retry")),
+    ],
+)
+def test_a_destination_s_final_statuses_end_a_delivery(status, result, headers, meaning):
+    final = (200, 302, 400, 410, 503)  # the two that mean something else keep their meaning
+    assert verdict(status, result, headers, now=NOW, max_retry_after=3600.0, final_statuses=final) == meaning
+
+
 OK = Verdict(kind="ok")
 RETRY = Verdict(kind="retry")
 GONE = Verdict(kind="disable", reason="gone")

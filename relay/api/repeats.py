@@ -50,7 +50,7 @@ class RepeatsApi:
         self._store = parts.store
         self._clock = parts.clock
         self._replays = parts.replays
-        self._router = parts.router
+        self._state = parts.state
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
@@ -70,7 +70,7 @@ class RepeatsApi:
             {
                 "id": event.public_id,
                 "type": event.type,
-                "destinations": explained(self._router, event),
+                "destinations": explained(self._state.router, event, self._state.config.destinations),
             }
         )
 

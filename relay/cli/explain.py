@@ -37,7 +37,8 @@ def explain(
 
     Example: relay explain --source adorn --data @body.json
 
-    Where it does not, the condition that fails is named, and the value on which. EVENT is the id of a
+    Where it does not, the condition that fails is named, and the value on which; where it does, which
+    answers are retried. EVENT is the id of a
     stored event, shortened while unique: the running relay judges it by what holds now. With --source,
     a body is judged by config.toml, as the source's plugin reads it; its token is not asked for, and
     nothing is sent or stored.
@@ -58,3 +59,6 @@ def explain(
         return
     rows = [(each["name"], line) for each in answer["destinations"] for line in each["lines"]]
     print_table(("destination", "why"), rows)
+    for each in answer["destinations"]:
+        if each["retries"] is not None:
+            click.echo(f"{each['name']}: {each['retries']}", err=True)

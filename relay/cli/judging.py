@@ -41,7 +41,7 @@ def judge(config: Path | None, name: str, wish: Wish) -> dict[str, Any]:
     return {
         "id": None,
         "type": event.type,
-        "destinations": explained(router_of(setup.destinations), event),
+        "destinations": explained(router_of(setup.destinations), event, setup.destinations),
     }
 
 

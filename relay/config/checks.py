@@ -17,6 +17,8 @@ _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)  # RFC 9110, 5.6.2
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _PORTS = range(65_536)
+_FAILURES = range(300, 600)  # HTTP statuses
+_GONE = 410
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
 RESERVED = "relay"
 """The source name that the relay's own events have."""
@@ -49,6 +51,15 @@ def listen(text: str) -> str:
 def listen_or_off(text: str) -> str:
     """Check the address of a listener that `""` turns off."""
     return listen(text) if text else text
+
+
+def final_status(status: int) -> int:
+    """Check a status that is to end a delivery."""
+    if status == _GONE:
+        raise ValueError("410 disables the destination already, and holds its deliveries")
+    if status not in _FAILURES:
+        raise ValueError(f"expected an HTTP status of a failure, 300 to 599, got {status}")
+    return status
 
 
 def network(text: str) -> str:

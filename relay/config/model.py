@@ -167,6 +167,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     ttl: Interval | None = None
     latest_by: str | None = None
     on_dead: str | None = None
+    final_statuses: tuple[Annotated[int, _check(checks.final_status)], ...] = ()
     disable_after: Interval = 5 * 86_400.0
     retry: RetryConfig = RetryConfig()
     circuit: CircuitConfig = CircuitConfig()

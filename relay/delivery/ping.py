@@ -108,7 +108,11 @@ def judge(config: DestinationConfig, answer: Answer, meaning: Verdict) -> tuple[
             hint = "correct its `url`, or take it out of config.toml"
             return f"a delivery would disable the destination, and be held: {why}", hint
         case "abort":
-            return "a delivery would be dead at once: the answer says abort-message", "ask the receiver why"
+            is_final = meaning.reason == "final_status"
+            why = (
+                f"{answer.status} is in its `final_statuses`" if is_final else "the answer says abort-message"
+            )
+            return f"a delivery would be dead at once: {why}", "ask the receiver why"
         case "hold":
             return "nothing was sent, and deliveries would be held", _unblock(config, answer.error or "")
     if meaning.pause:

@@ -7,6 +7,9 @@ from relay.config.model import DestinationConfig
 from relay.filters import Router, Subscription
 from relay.model import StoredEvent
 from relay.terms import Terms
+from relay.units import render_duration
+
+HOUR = 3600.0
 
 
 def router_of(destinations: Mapping[str, DestinationConfig]) -> Router:
@@ -15,12 +18,33 @@ def router_of(destinations: Mapping[str, DestinationConfig]) -> Router:
     return Router(subscriptions, {name: _terms(each) for name, each in destinations.items()})
 
 
-def explained(router: Router, event: StoredEvent) -> list[dict[str, Any]]:
+def explained(
+    router: Router, event: StoredEvent, destinations: Mapping[str, DestinationConfig]
+) -> list[dict[str, Any]]:
     """Say of every destination whether an event goes there, or which condition fails on which value."""
     return [
-        {"name": name, "matches": each.matches, "reason": each.reason, "lines": each.lines()}
+        {
+            "name": name,
+            "matches": each.matches,
+            "reason": each.reason,
+            "lines": each.lines(),
+            "retries": retries(destinations[name]) if each.matches and name in destinations else None,
+        }
         for name, each in router.explain(event).items()
     ]
+
+
+def retries(destination: DestinationConfig) -> str:
+    """Say which answers are retried, and for how long."""
+    schedule, final = destination.retry.schedule, sorted(set(destination.final_statuses))
+    seconds = sum(schedule)
+    within = f"about {seconds / HOUR:.0f} hours" if seconds > 2 * HOUR else render_duration(seconds)
+    parts = ["nothing is retried: it has no schedule"]
+    if schedule:
+        parts = [f"any answer but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
+    if final:
+        parts.append(f"{' and '.join(map(str, final))} end the delivery at once")
+    return "; ".join((*parts, "410 disables the destination"))
 
 
 def _terms(destination: DestinationConfig) -> Terms:

@@ -112,6 +112,7 @@ class Sender:
             answer.headers,
             now=self._clock.wall(),
             max_retry_after=self._config.retry.max_retry_after,
+            final_statuses=self._config.final_statuses,
         )
 
     def _render(self, event: StoredEvent) -> bytes:
@@ -163,7 +164,9 @@ def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome 
 
 def unspent(outcome: Outcome, again: int | None) -> Outcome:
     """Keep a failed probe on record, but spend nothing of its delivery's schedule; it is due `again`."""
-    if outcome.reason == "aborted" or (outcome.attempt and outcome.attempt.result == "format"):
+    if outcome.reason in ("aborted", "final_status") or (
+        outcome.attempt and outcome.attempt.result == "format"
+    ):
         return outcome  # the receiver has spoken, or was never asked
     return msgspec.structs.replace(outcome, state="pending", reason=None, next_attempt_at=again, counts=False)
 
