@@ -67,9 +67,7 @@ class Inherited:
 
     def __init__(self, environment: Mapping[str, str] = os.environ, first: int = FIRST_FD) -> None:
         self._sockets: dict[str, socket.socket] = {}
-        if environment.get("LISTEN_PID") != str(os.getpid()):
-            return  # none, or meant for the process that started us
-        count = int(environment.get("LISTEN_FDS", "0"))
+        count = sockets_given(environment)
         names = environment.get("LISTEN_FDNAMES", "").split(":")
         for index in range(count):
             name = names[index] if index < len(names) else ""
@@ -106,10 +104,26 @@ class Inherited:
         sock.settimeout(0)
         return sock
 
+    def lend(self) -> dict[str, socket.socket]:
+        """Return copies of all of them, by name; the sockets stay open for whoever takes them later."""
+        lent = {}
+        while self._sockets:
+            name, sock = self._sockets.popitem()
+            lent[name] = sock.dup()
+            lent[name].settimeout(0)
+            sock.detach()
+        return lent
+
     def close(self) -> None:
         """Close what nobody took."""
         while self._sockets:
             self._sockets.popitem()[1].close()
+
+
+def sockets_given(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many sockets systemd opened for this process, not for one that started it."""
+    count = environment.get("LISTEN_FDS", "")
+    return int(count) if environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal() else 0
 
 
 def _watchdog(environment: Mapping[str, str]) -> float | None:

@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from relay.cli import COMMANDS, main
+from relay.cli import COMMANDS, exits, main
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "help"
@@ -74,6 +74,12 @@ def test_every_command_that_prints_has_json(path):
     silent = {("serve",), ("completion",), ("config", "init")}
     has = any("--json" in each.opts for each in LEAVES[path].params)
     assert has is (path not in silent)
+
+
+def test_the_page_has_every_exit_code():
+    codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+    rows = re.findall(r"^\| (\d+) \| ", PAGE, re.MULTILINE)
+    assert {int(row) for row in rows} == codes | {0, 2}  # 2 is click's own
 
 
 def modules_of(code):

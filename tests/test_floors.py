@@ -21,7 +21,7 @@ FLOORS = (
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
      "books", "upkeep", "backups", "state", "reload", "diagnosis"),
     ("api",),
-    ("app", "demo"),
+    ("hold", "app", "demo"),
     ("cli",),
 )  # fmt: skip
 """From the ground up. A package stands for all of its modules that are not named themselves."""

@@ -30,12 +30,12 @@ async def send(daemon, session="s"):
     return answer.json["event_id"]
 
 
-async def fails(config, *command):
+async def fails(config, *command, code=1):
     """Run a command that cannot start, and return what it says."""
     daemon = Daemon(config, *command)
     await daemon.start()
     try:
-        assert await daemon.exit(seconds=3) == 1
+        assert await daemon.exit() == code
     finally:
         await daemon.end()
     return daemon.said
@@ -122,7 +122,7 @@ async def test_a_port_in_use_is_said_in_a_sentence(tmp_path, recorder):
 async def test_a_broken_config_is_told_as_check_config_tells_it(tmp_path):
     broken = SOURCES.replace('plugin = "adorn"', 'plugin = "adron"') + '[servre]\nlisten = "x"\n'
     config = write_config(tmp_path, broken)
-    served = await fails(config)
+    served = await fails(config, code=78)
     checked = await asyncio.create_subprocess_exec(
         *CHECK_CONFIG, str(config), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -135,7 +135,7 @@ async def test_a_broken_config_is_told_as_check_config_tells_it(tmp_path):
 async def test_a_development_secret_without_development_stops_the_start(tmp_path):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("development = true\n", ""))
-    said = await fails(config)
+    said = await fails(config, code=78)
     assert "sources.moddy.tokens" in said
     assert "dev-token" not in said
     assert "development" in HEAD

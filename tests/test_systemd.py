@@ -20,7 +20,7 @@ from wire import exchange, request
 
 from relay import app as app_module
 from relay.app import App
-from relay.cli import COMMANDS
+from relay.cli import COMMANDS, exits
 from relay.config.model import Server
 from relay.delivery import progress
 from relay.errors import RelayError
@@ -476,6 +476,15 @@ def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
     service.write_text(service.read_text().replace(line, "LoadCredential=c/r/m:/etc/crm"))
     assert 'Credential name "c/r/m" not valid' in analyze("verify", "--man=no", service).stderr
+
+
+def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
+    told = settings(UNITS / "relay.service")
+    assert told["RestartPreventExitStatus"] == str(exits.CONFIG)
+    assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
+    assert [
+        name for name in told if name.startswith("ExecStartPre")
+    ] == []  # it would fail before a socket is held
 
 
 def test_the_commands_of_the_service_are_ones_there_are():

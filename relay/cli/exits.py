@@ -8,6 +8,7 @@ UNREACHABLE = 3  # no relay answers
 NOTHING = 4  # what was named is not there
 NOT_ALLOWED = 5
 BATCH = 6  # part of a batch failed
+CONFIG = 78  # `relay serve`: config.toml cannot be used (EX_CONFIG), so starting it again is of no use
 INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 

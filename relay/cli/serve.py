@@ -6,17 +6,23 @@ import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from relay.cli.exits import CommandError
+from relay.cli.exits import CONFIG, CommandError
 from relay.cli.options import config_option
 from relay.config.document import read
 from relay.config.find import database_path, find_config, is_there
 from relay.config.installed import service_of
 from relay.config.model import Config
+from relay.config.problem import ConfigError
+from relay.errors import RelayError
+from relay.systemd import sockets_given
+
+if TYPE_CHECKING:
+    from relay.loader import Setup
 
 
 @click.command()
@@ -36,8 +42,9 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
 
     Example: relay serve -c /etc/relay/config.toml
 
-    Starts only with a configuration that `relay check-config` finds no problem in. Where the relay is
-    installed as a service, start that one: `systemctl start relay`.
+    Starts only with a configuration that `relay check-config` finds no problem in; else the exit code
+    is 78, or with sockets from systemd it answers 503 on them until `relay reload` finds no problem.
+    Where the relay is installed as a service, start that one: `systemctl start relay`.
     """
     if leave and not demo:
         raise click.UsageError("--exit goes with --demo")
@@ -47,16 +54,45 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
 
         ctx.exit(_run(lambda: run_demo(leave=leave)))
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
+    from relay.hold import Hold  # noqa: PLC0415 - see above
     from relay.loader import load  # noqa: PLC0415 - see above
     from relay.logs import configure, under_systemd  # noqa: PLC0415 - see above
 
-    path = find_config(config)
-    setup = load(path)
+    try:
+        path = find_config(config)
+    except RelayError as error:
+        raise CommandError(error.message, hint=error.hint, code=CONFIG) from None
+    try:
+        setup = load(path)
+    except ConfigError as error:
+        if not sockets_given():
+            raise CommandError(error.message, hint=error.hint, code=CONFIG) from None
+        configure("info", "auto", under_systemd=under_systemd())
+        hold = Hold(path, error, lambda: _load_again(path), os.environ)
+        held = _run(hold.run)
+        if held is None:
+            return  # it was asked to end
+        setup = held
     if not force:
         _refuse_second(path, setup.config)
     log = setup.config.log
     configure(log.level, log.format, under_systemd=under_systemd())
     _run(lambda: run_app(setup))
+
+
+def _load_again(path: Path) -> "Setup":
+    """Load a configuration that could not be used, with the environment files of the service as they are now.
+
+    Raises:
+        ConfigError: it still cannot be used.
+    """
+    from relay.loader import load  # noqa: PLC0415 - see above
+
+    service = service_of(path)
+    fresh = service.given(os.environ).environ if service else {}
+    setup = load(path, {**os.environ, **fresh})
+    os.environ.update(fresh)  # later reloads read it as well
+    return setup
 
 
 def _refuse_second(path: Path, config: Config) -> None:
