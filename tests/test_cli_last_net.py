@@ -31,6 +31,7 @@ import relay.app, relay.cli.judging, relay.demo.life, relay.items, relay.owed
 import relay.store.doctor, relay.store.reading
 from relay.cli import main
 from relay.config import find
+"a".encode("idna")  # what a user who may not read this Python would look for in vain
 told = json.loads(sys.argv[1])
 import click
 def load(group):
@@ -102,6 +103,11 @@ def commands_of(config, *, offline=False):
             continue
         named = ["-c", config] if config is not None and "--config" in options else []
         yield [*words, *(["--offline"] if offline else []), *named]
+
+
+def path_of(words):
+    """Return the command that words call."""
+    return next(path for path in LEAVES if tuple(words[: len(path)]) == path)
 
 
 def outcomes(commands, folder, *, uid=0, before="", places=(), timeout=280, **environ):
@@ -208,6 +214,21 @@ def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
         judge(ended)
         for words, (code, _, err) in ended:
             assert code == (78 if words[0] == "serve" else 5), (words, code, err)
+
+
+@pytest.mark.skipif(not ROOT, reason="who is not root cannot become nobody")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_current_folder_that_may_not_be_entered_is_no_matter(folder, named):
+    """As after `su` or `sudo -u relay` in /root."""
+    (folder / "shut").mkdir(mode=0o700)
+    config = folder / "config.toml"
+    config.write_text(GOOD.replace('"state"', f'"{folder}/state"'))
+    commands = [each for each in commands_of(str(config) if named else None) if each[0] != "serve"]
+    ended = outcomes(commands, folder / "shut", uid=NOBODY, places=["config.toml", config])
+    judge(ended)
+    for words, (code, _, err) in ended:
+        if "--socket" in {option for each in LEAVES[path_of(words)].params for option in each.opts}:
+            assert (code, f"{folder}/state/relay.sock" in err) == (3, True) or code == 2, (words, code, err)
 
 
 @pytest.mark.skipif(not ROOT, reason="who is not root cannot become nobody")

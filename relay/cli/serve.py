@@ -13,11 +13,12 @@ import msgspec
 
 from relay.cli.exits import CONFIG, CommandError
 from relay.cli.options import config_option
+from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import database_path, find_config, is_there
 from relay.config.installed import service_of
-from relay.config.model import Config
 from relay.config.problem import ConfigError
+from relay.config.tables import bind_tables
 from relay.errors import RelayError
 from relay.systemd import sockets_given
 
@@ -62,6 +63,8 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         path = find_config(config)
     except RelayError as error:
         raise CommandError(error.message, hint=error.hint, code=CONFIG) from None
+    if not force:
+        _refuse_second(path)
     try:
         setup = load(path)
     except ConfigError as error:
@@ -73,8 +76,6 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         if held is None:
             return  # it was asked to end
         setup = held
-    if not force:
-        _refuse_second(path, setup.config)
     log = setup.config.log
     configure(log.level, log.format, under_systemd=under_systemd())
     _run(lambda: run_app(setup))
@@ -95,7 +96,7 @@ def _load_again(path: Path) -> "Setup":
     return setup
 
 
-def _refuse_second(path: Path, config: Config) -> None:
+def _refuse_second(path: Path) -> None:
     """Refuse to serve the installed service's configuration with another database, or as another user.
 
     Raises:
@@ -103,6 +104,10 @@ def _refuse_second(path: Path, config: Config) -> None:
     """
     service = service_of(path)
     if service is None:
+        return
+    try:
+        config = bind_tables(Binder(read(path), os.environ, lenient=True))
+    except ConfigError:  # loading it tells
         return
     ours = database_path(config)
     there = service.directories.get("STATE_DIRECTORY", "").partition(":")[0]

@@ -36,10 +36,18 @@ def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.e
         return given
     if name := environ.get(VARIABLE):
         return Path(name)
-    if (place := next((place for place in PLACES if is_there(place)), None)) is not None:
+    if (place := next((place for place in PLACES if _is_found(place)), None)) is not None:
         return place
     service = installed()
     return None if service is None else service.config
+
+
+def _is_found(place: Path) -> bool:
+    """Say whether a place has a config; the current folder has none if this user may not enter it."""
+    try:
+        return place.exists()
+    except OSError:
+        return place.is_absolute()  # then reading it says so
 
 
 def is_there(path: Path) -> bool:

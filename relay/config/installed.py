@@ -247,7 +247,10 @@ def service_of(config: Path | None) -> Service | None:
     service = installed()
     if service is None or config is None:
         return None
-    return service if os.path.realpath(config) == os.path.realpath(service.config) else None
+    try:
+        return service if os.path.realpath(config) == os.path.realpath(service.config) else None
+    except OSError:  # a relative path in a folder that this user may not enter, or that is gone
+        return None
 
 
 def directories_of(config: Path | None) -> dict[str, str]:
