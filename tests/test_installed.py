@@ -320,6 +320,26 @@ def test_root_only_files_that_systemd_reads_for_the_service_are_no_problem(machi
     run("check-config", machine.config)
 
 
+@pytest.mark.parametrize("setting", ["ProtectHome=yes", "PrivateTmp=true", "ProtectHome=tmpfs"])
+def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(machine, setting):
+    folder = "/root" if "Home" in setting else "/var/tmp"
+    with tempfile.TemporaryDirectory(dir=folder) as outside:
+        secret, authority = Path(outside) / "token", Path(outside) / "ca.pem"
+        for file in (secret, authority):
+            file.write_text("t")
+        machine.config.write_text(
+            f'[sources.moddy]\nplugin = "moddy"\ntokens = [{{ file = "{secret}" }}]\n'
+            f'[destinations.crm]\nurl = "https://crm.example"\nca_file = "{authority}"\n'
+        )
+        run("check-config", machine.config)
+        machine.dropin(f"[Service]\n{setting}\n")
+        said = run("check-config", machine.config, code=1)
+        assert f"{secret} is hidden from the service by {setting}" in said.err
+        assert f"{authority} is hidden from the service by {setting}" in said.err
+        run("config", "show", "-c", machine.config)
+        run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
+
+
 @ROOTS
 def test_a_user_that_the_machine_lacks_is_told(machine):
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="ghost"))
@@ -331,6 +351,9 @@ def test_a_user_that_the_machine_lacks_is_told(machine):
 def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
     machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
     machine.write("environment", "MODDY=t\n").chmod(0o600)
+    machine.write("lazy", "t").chmod(0o600)
+    machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/lazy\n")
+    machine.config.write_text(SECRETS.partition("[destinations.crm]")[0])
     code = (
         f"import os; from pathlib import Path; from relay.config import installed; import relay.cli.config\n"
         f"from relay.loader import discover; discover(())\n"
@@ -342,7 +365,9 @@ def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
     assert told.returncode == 5, told.stderr
-    assert f"this user may not read {machine.folder}/environment: run the command as root" in told.stderr
+    files = f"{machine.folder}/environment, {machine.folder}/lazy"
+    assert f"this user may not read {files}: run the command as root" in told.stderr
+    assert "the credential lazy cannot be read by this user" in told.stderr
 
 
 # --- the daemon that is not there -----------------------------------------------------------------------

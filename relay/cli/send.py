@@ -85,7 +85,7 @@ _HEADINGS = ("type", "method", "path")
 
 def _token(path: Path, source: SourceConfig, given: Given) -> Secret | None:
     """Return the first token that the source accepts."""
-    first = next(tokens_of(Binder(read(path), given), source), None)
+    first = next(tokens_of(Binder(read(path), given, lenient=True), source), None)
     return None if first is None else first.secret
 
 

@@ -64,6 +64,7 @@ class Binder:
             folder=document.path.parent,
             development=document.data.get("development") is True,
             credentials=given.credentials,
+            hidden=given.hidden,
             place=given.place,
             lenient=lenient,
         )
@@ -175,7 +176,7 @@ class Binder:
     def _plain(self, kind: Any, value: Any, path: KeyPath, base: Any) -> Any:
         if kind in SCALARS:
             result = SCALARS[kind](value)
-            return self.origin.folder / result if kind is Path else result
+            return self.origin.visible(self.origin.folder / result) if kind is Path else result
         if kind is Secret:
             return self.origin.secret(value)
         if kind is Secrets:

@@ -49,6 +49,7 @@ _SPECIFIERS = {
 _FROM_SHELL = ("STATE_DIRECTORY", "RUNTIME_DIRECTORY")
 """Variables that count although a shell set them: whoever does so means another directory."""
 
+_HIDING = {"ProtectHome": ("/home", "/root", "/run/user"), "PrivateTmp": ("/tmp", "/var/tmp")}  # noqa: S108 - hidden, not used
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _LARGEST = 1024 * 1024  # bytes of a credential, as systemd has it
 
@@ -57,9 +58,10 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     """What a daemon is given beside its config: the environment, credentials, and where both are set."""
 
     environ: Mapping[str, str]
-    credentials: Mapping[str, bytes] = {}
+    credentials: Mapping[str, bytes | None] = {}  # None: this user may not read it
     place: str = "the unit's EnvironmentFile"  # where variables are set, for messages
     unreadable: tuple[str, ...] = ()  # files that this user may not read, so variables may be missing
+    hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, each with the setting that hides it
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +148,15 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
             credentials=dict(self._credentials(environ.get("CREDENTIALS_DIRECTORY"), unreadable)),
             place=str(files[0][0]) if files else f"the EnvironmentFile= of {UNIT}",
             unreadable=tuple(unreadable),
+            hidden=self._hidden(),
         )
+
+    def _hidden(self) -> dict[Path, str]:
+        hidden: dict[Path, str] = {}
+        for setting, folders in _HIDING.items():
+            if (value := self._last(setting).lower()) in ("yes", "true", "on", "1", "tmpfs", "disconnected"):
+                hidden |= {Path(folder): f"{setting}={value}" for folder in folders}
+        return hidden
 
     @contextmanager
     def as_user(self) -> Iterator[None]:
@@ -180,7 +190,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError([Problem(UNIT, 0, "", what)], hint="systemd-sysusers relay.conf") from None
         return user.pw_uid, own, [*os.getgrouplist(user.pw_name, own), *more]
 
-    def _credentials(self, named: str | None, unreadable: list[str]) -> Iterator[tuple[str, bytes]]:
+    def _credentials(self, named: str | None, unreadable: list[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield its credentials as far as they can be read; those of a folder that a shell names win."""
         for value in self._all("SetCredential"):
             name, _, text = value.partition(":")
@@ -196,7 +206,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     def _load(
         self, name: str, place: str, unreadable: list[str], *, encrypted: bool
-    ) -> Iterator[tuple[str, bytes]]:
+    ) -> Iterator[tuple[str, bytes | None]]:
         path = Path(place)
         candidates = [path] if path.is_absolute() else [folder / place for folder in CREDENTIALS]
         if encrypted:  # only systemd can read it; the running service has it in clear
@@ -213,6 +223,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
                     yield name, (_LOADED / name).read_bytes()
                     return
                 unreadable.append(str(file))
+                yield name, None
             except OSError:
                 continue
             return

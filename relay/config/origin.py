@@ -30,7 +30,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     folder: Path  # of the config file
     development: bool
-    credentials: Mapping[str, bytes] = {}  # by name, where there is no folder of them
+    credentials: Mapping[str, bytes | None] = {}  # by name, where there is no folder; None: not for this user
+    hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, and why
     place: str = "the unit's EnvironmentFile"  # where variables are set for the daemon
     lenient: bool = False  # what cannot be had is `Absent`
 
@@ -57,6 +58,17 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             if self.lenient:
                 return Absent(str(error))
             raise
+
+    def visible(self, path: Path) -> Path:
+        """Return a path that the daemon can see.
+
+        Raises:
+            ValueError: the service cannot see it, whatever this process can.
+        """
+        for folder, why in () if self.lenient else self.hidden.items():
+            if path.is_relative_to(folder) and not self.folder.is_relative_to(folder):
+                raise ValueError(f"{path} is hidden from the service by {why}; put it below {self.folder}")
+        return path
 
     def _look_up(self, place: str, value: Mapping[str, str]) -> str:
         name = value[place]
@@ -85,7 +97,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         return text
 
     def _file(self, name: str) -> str:
-        return _read(self.folder / name, f"the file {name}", "write the secret into it")
+        return _read(self.visible(self.folder / name), f"the file {name}", "write the secret into it")
 
     def _credential(self, name: str) -> str:
         if "/" in name or name in {".", ".."}:
@@ -93,7 +105,9 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         folder = self.environ.get("CREDENTIALS_DIRECTORY", "")
         advice = f"add `LoadCredential={name}:/path/to/file` to the unit"
         if not folder and name in self.credentials:
-            return _text(self.credentials[name], f"the credential {name}", advice)
+            if (content := self.credentials[name]) is None:
+                raise _DeniedError(f"the credential {name} cannot be read by this user")
+            return _text(content, f"the credential {name}", advice)
         if not folder:
             raise _MissingError(
                 f"the credential {name} is missing ($CREDENTIALS_DIRECTORY is not set); {advice}"
