@@ -279,7 +279,7 @@ def read_env_file(file: Path) -> dict[str, str]:
     Raises:
         OSError: it cannot be read.
     """
-    return parse_env(file.read_text(encoding="utf-8", errors="surrogateescape"))
+    return parse_env(file.read_bytes().decode("utf-8", "surrogateescape"))
 
 
 def parse_env(text: str) -> dict[str, str]:
@@ -311,6 +311,7 @@ _ENV_LINE = re.compile(
 _QUOTED = re.compile(
     r"""[ \t]*(?:'(?P<plain>[^']*)(?:'|\Z)|"(?P<escaped>(?:\\.|[^"\\])*)(?:"|\Z))""", re.DOTALL
 )
+_TRAILING = re.compile(r"\A((?:\\.|[^\\])*?)[ \t]*\Z", re.DOTALL)  # blanks that no backslash keeps
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -323,7 +324,7 @@ def _unquoted(value: str) -> str:
             parts.append(quoted["plain"])
         else:
             parts.append(_ESCAPE.sub(_double_quoted, quoted["escaped"]))
-    rest = value[at:].strip(" \t\r\n")
+    rest = _TRAILING.sub(r"\1", value[at:].lstrip(" \t"))
     return "".join(parts) + _ESCAPE.sub(lambda found: "" if found[1] in "\r\n" else found[1], rest)
 
 
