@@ -262,16 +262,14 @@ def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_
 )
 def test_whatever_the_process_was_given(folder, where, before):
     (folder / "config.toml").write_text(GOOD)
-    for config in (None, str(folder / "config.toml")):
-        commands = [one for one in commands_of(config) if one[0] != "serve"]
-        if config is None:
-            commands += [[*path, "--help"] for path in LEAVES] + [
-                ["--help"],
-                ["--version"],
-                ["no-such-command"],
-            ]
-        ended = outcomes(commands, folder, before=before)
-        judge(ended, caught="full" in where or "ASCII" in where, silent="closed" in where)
+    commands = [one for one in commands_of(str(folder / "config.toml")) if one[0] != "serve"]
+    commands += [[*path, "--help"] for path in list(LEAVES)[::4]] + [
+        ["--help"],
+        ["--version"],
+        ["no-such-command"],
+    ]
+    ended = outcomes(commands, folder, before=before)
+    judge(ended, caught="full" in where or "ASCII" in where, silent="closed" in where)
 
 
 ANSWERS = {
