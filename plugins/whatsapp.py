@@ -29,6 +29,7 @@ from relay.source import (
     SessionSeen,
     Source,
     Unregister,
+    WorkerChange,
     WorkerStatus,
     as_value,
     check_id,
@@ -37,6 +38,7 @@ from relay.source import (
 )
 
 _NULL = msgspec.Raw(b"null")
+_BELOW_A_WORKER = ("/events", "/sessions/recovery-status", "/sessions-preserved", "/sessions/assigned")
 _LARGEST = 2**63 - 1  # what a row can hold
 _MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
 _STATUSES: dict[str, WorkerStatus] = {status: status for status in get_args(WorkerStatus)}
@@ -117,6 +119,19 @@ class WhatsApp(
     def verify(self, incoming: Incoming) -> None:
         """Demand one of the tokens."""
         incoming.bearer(self.tokens)
+
+    def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
+        """Take any call to a worker's heartbeat for a heartbeat, whatever its body is."""
+        _, _, place = incoming.path.partition("/workers/")
+        if place.endswith("/heartbeat"):
+            return Heartbeat(worker_id=check_id(incoming.params["worker"]))
+        if place == "register":
+            return self.register(incoming).worker
+        if place == "unregister":
+            return self.unregister(incoming).worker
+        if incoming.method == "DELETE" and place and not place.endswith(_BELOW_A_WORKER):
+            return self.delete(incoming).worker
+        return None
 
     @served("POST", "/workers/register")
     def register(self, incoming: Incoming) -> Accepted:

@@ -285,6 +285,13 @@ class App:
         self.ingest.gate.draining = True
         await server.finish(self._time_left())
         await server.close(grace=1.0)
+        await self._say_farewells()
+
+    async def _say_farewells(self) -> None:
+        """Unregister the workers that stopped together with us and were refused."""
+        if self.store.failure is None:
+            with suppress(StorageError, TimeoutError):
+                await asyncio.wait_for(self.store.sweep(at=0), max(1.0, self._time_left()))
 
     async def _stop_engine(self) -> None:
         await self.engine.stop(self._time_left())

@@ -243,6 +243,7 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     last_heartbeat: int = 0  # wall clock, for display only
     deadline: int = 0  # steady clock; silent past it means offline
     unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
+    leaving: int | None = None  # steady clock of a refused unregister; a sweep carries it out
     beats: int = 0  # heartbeats in time since it was offline, until they are enough
     restarts: int = 0  # how often its uptime went back
     was_offline: bool = False  # when its maintenance began: nobody has been told yet that it is back

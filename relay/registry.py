@@ -9,6 +9,7 @@
 | reports OFFLINE                                 | `worker.offline`, reason `reported`                 |
 | reports MAINTENANCE                             | not judged until it reports ONLINE                  |
 | DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
+| any of these, refused by the relay              | a sign of life; a DELETE counts once it can be stored |
 | a new id on an old endpoint                     | `worker.registered`; the former id gets 35 s        |
 | uptime that went back                           | `worker.restarted`                                  |
 | operator maintenance                            | wins over reports; not judged                       |
@@ -39,7 +40,16 @@ from relay.model import (
     WorkerStatus,
 )
 
-INTERNAL = ("deadline", "unregistered_at", "beats", "was_offline", "changed", "recovering", "fresh")
+INTERNAL = (
+    "deadline",
+    "unregistered_at",
+    "beats",
+    "was_offline",
+    "leaving",
+    "changed",
+    "recovering",
+    "fresh",
+)
 """What of a row is ours alone, and in no event or list."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
@@ -89,10 +99,9 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     if isinstance(change, SessionSeen):
         return _see(row, change, now)
     base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
+    if row is not None and isinstance(change, Heartbeat) and _has_just_left(row, now):
+        return Step(worker=row, quiet=True)
     if row is not None and row.unregistered_at is not None:
-        # Not a negative time: the steady clock of another run may have been ahead of this one's.
-        if isinstance(change, Heartbeat) and 0 <= now.steady - row.unregistered_at < TOMBSTONE:
-            return Step(worker=row, quiet=True)
         base = Worker(source=source, id=row.id, registered_at=now.wall, maintenance=row.maintenance)
         row = None
     if isinstance(change, Register):
@@ -101,11 +110,28 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
-    """Judge one row: past its deadline it is offline, with the event that says so."""
+    """Judge one row: past its deadline it is offline, and one that asked to leave is gone; with the event."""
+    if row.leaving is not None and row.unregistered_at is None:
+        after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
+        return after, _born("unregistered", after, row.status, "requested")
     if row.status != "ONLINE" or row.maintenance or now.steady <= row.deadline:
         return None
     after = msgspec.structs.replace(row, status="OFFLINE")
     return after, _born("offline", after, row.status, "silent")
+
+
+def heed(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Worker:
+    """Return a row after a request that the relay refused: its worker lives, or is about to leave.
+
+    Nothing is told of it, as nothing may be stored now: `silent` tells of a worker that left.
+    """
+    if row.unregistered_at is not None or isinstance(change, SessionSeen):
+        return row
+    if isinstance(change, Unregister):
+        return msgspec.structs.replace(row, leaving=now.steady)
+    if isinstance(change, Heartbeat) and _has_just_left(row, now):
+        return row
+    return msgspec.structs.replace(row, leaving=None, last_heartbeat=now.wall, deadline=_deadline(now, rules))
 
 
 def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
@@ -188,6 +214,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
+        leaving=None,
         **given,
     )
     return Step(worker=after, born=_transition(row, after))
@@ -215,6 +242,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
+        leaving=None,
         **said,
     )
     born = _transition(row, after)
@@ -323,6 +351,7 @@ def _is_quiet(before: Worker, after: Worker) -> bool:
         and before.version == after.version
         and before.environment == after.environment
         and before.beats == after.beats
+        and before.leaving == after.leaving
         and before.counts == after.counts
         and (before.sessions is after.sessions or _told(before.sessions) == _told(after.sessions))
     )
@@ -336,8 +365,15 @@ def _told(sessions: tuple[Session, ...]) -> list[tuple[str | None, ...]]:
 def _unregister(row: Worker | None, now: Now) -> Step:
     if row is None or row.unregistered_at is not None:
         return Step(worker=row, quiet=True)
-    after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=now.steady)
+    after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=now.steady, leaving=None)
     return Step(worker=after, born=(_born("unregistered", after, row.status, "requested"),))
+
+
+def _has_just_left(row: Worker, now: Now) -> bool:
+    """Whether a heartbeat may overlap the DELETE of its worker, which was taken in or refused."""
+    left = row.leaving if row.unregistered_at is None else row.unregistered_at
+    # Not a negative time: the steady clock of another run may have been ahead of this one's.
+    return left is not None and 0 <= now.steady - left < TOMBSTONE
 
 
 def _status(row: Worker, reported: WorkerStatus | None) -> WorkerStatus:

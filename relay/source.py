@@ -45,7 +45,8 @@ __all__ = [
     "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
     "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "read_json", "route",
+    "Unregister", "WorkerChange", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "read_json",
+    "route",
 ]  # fmt: skip
 
 
@@ -164,6 +165,17 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         in another way overrides this.
         """
         return not holds_secret(self)
+
+    def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
+        """Say what a request tells of a worker even if it is refused: that it lives, or leaves.
+
+        Asked about a request of a known route that `verify` lets pass, when the relay or the handler refuses
+        it, and before the source's `rate_limit` is applied, which then counts per worker. `incoming.body` may
+        be empty or unreadable: what is raised then counts as None. Without this method, the handlers are
+        asked, about requests that the relay refuses with their bodies read.
+        """
+        _ = incoming
+        return None
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
         """Render any refusal in the sender's own envelope; `incoming` may have no body yet."""

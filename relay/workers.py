@@ -86,5 +86,9 @@ class Watch:
             marked = await self._store.sweep(at=min(now, in_time))
         for worker in marked:
             ids = fields(source=worker.source, worker_id=worker.id)
-            log.warning("%s: worker %s is offline: silent", worker.source, worker.id, extra=ids)
+            if worker.unregistered_at is None:
+                log.warning("%s: worker %s is offline: silent", worker.source, worker.id, extra=ids)
+            else:
+                line = "%s: worker %s has unregistered; its request was refused at the time"
+                log.info(line, worker.source, worker.id, extra=ids)
         self._last = now

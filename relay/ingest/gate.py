@@ -1,14 +1,28 @@
 """Why a verified request cannot be taken in at the moment, if so."""
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import TypeVar
 
 from relay.clock import Clock
 from relay.config.secret import Secrets
-from relay.errors import DiskFull, Draining, Paused, RateLimited
+from relay.errors import DiskFull, Draining, Paused, RateLimited, Refusal
 from relay.incoming import Incoming
+from relay.ingest.answers import ask
 from relay.ingest.routes import Mount
+from relay.model import WorkerChange
 from relay.rate import TokenBucket
+from relay.source import Source
 from relay.units import Rate
+
+K = TypeVar("K", bound=Hashable)
+
+WORKERS = 10
+"""How many times a source's `rate_limit` all workers of one token may call together."""
+
+MOST_BUCKETS = 16_384
+"""Workers whose rate is remembered; senders choose ids, so the one unheard for longest is forgotten."""
 
 
 class Gate:
@@ -18,7 +32,9 @@ class Gate:
         self.draining = False
         self.disk_full = False
         self._clock = clock
-        self._buckets: dict[tuple[str, Rate, bytes], TokenBucket] = {}
+        self._buckets: dict[tuple[str, Rate, bytes], TokenBucket] = {}  # by token, for events
+        self._fleets: dict[tuple[str, Rate, bytes], TokenBucket] = {}  # by token
+        self._workers: OrderedDict[tuple[str, Rate, bytes, str], TokenBucket] = OrderedDict()
 
     def check(self, mount: Mount, incoming: Incoming, *, late: bool) -> None:
         """Let a request pass whose sender has been verified; `late`: it began when we were draining.
@@ -42,6 +58,9 @@ class Gate:
         """Forget the buckets of sources that are gone or have another rate now; the others go on."""
         rates = {(name, mount.config.rate_limit) for name, mount in mounts.items()}
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[:2] in rates}
+        self._fleets = {key: bucket for key, bucket in self._fleets.items() if key[:2] in rates}
+        workers = self._workers.items()
+        self._workers = OrderedDict((key, bucket) for key, bucket in workers if key[:2] in rates)
 
     def _limit(self, mount: Mount, incoming: Incoming) -> None:
         rate = mount.config.rate_limit
@@ -49,11 +68,38 @@ class Gate:
         now = self._clock.steady()
         # Only verified tokens get here, so there are as many buckets as tokens, and one without any.
         key = (mount.name, rate, _token(mount, incoming))
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            bucket = self._buckets[key] = TokenBucket(rate, now, burst=rate.count)
-        if wait := bucket.take(now):
+        change = said_by(mount.source, incoming)
+        if change is not None and change.worker_id:
+            wait = self._wait_of_worker((*key, change.worker_id), now)
+        else:
+            wait = _bucket(self._buckets, key, rate, now).take(now)
+        if wait:
             raise RateLimited(retry_after=max(1, round(wait + 0.5)))
+
+    def _wait_of_worker(self, key: tuple[str, Rate, bytes, str], now: int) -> float:
+        """Count a worker's call. A storm uses up the worker's own rate, invented ids that of their token."""
+        source, rate, token, _ = key
+        own = _bucket(self._workers, key, rate, now)
+        self._workers.move_to_end(key)
+        if len(self._workers) > MOST_BUCKETS:
+            self._workers.popitem(last=False)
+        together = Rate(count=WORKERS * rate.count, seconds=rate.seconds)
+        fleet = _bucket(self._fleets, (source, rate, token), together, now)
+        return own.wait(now) or fleet.take(now) or own.take(now)
+
+
+def said_by(source: Source, incoming: Incoming) -> WorkerChange | None:
+    """Return what a request tells of a worker even if it is refused; see `Source.sign_of_life`."""
+    with suppress(Refusal):
+        return ask(source.sign_of_life, incoming)  # type: ignore[no-any-return]
+    return None
+
+
+def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: int) -> TokenBucket:
+    bucket = buckets.get(key)
+    if bucket is None:
+        bucket = buckets[key] = TokenBucket(rate, now, burst=rate.count)
+    return bucket
 
 
 def _token(mount: Mount, incoming: Incoming) -> bytes:

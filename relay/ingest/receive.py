@@ -5,21 +5,24 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.errors import (
+    Forbidden,
     KeyConflict,
     MethodNotAllowed,
     NotFound,
     PluginFailed,
+    RateLimited,
     Refusal,
     StorageDown,
     StorageError,
     StorageUnavailableError,
     Unauthenticated,
+    Unavailable,
 )
 from relay.ids import given_id, request_id
 from relay.incoming import Incoming
@@ -36,7 +39,7 @@ from relay.ingest.answers import (
 )
 from relay.ingest.body import Budget, read_body
 from relay.ingest.echoes import Echoes, fingerprint
-from relay.ingest.gate import Gate
+from relay.ingest.gate import Gate, said_by
 from relay.ingest.record import record
 from relay.ingest.remote import Remote
 from relay.ingest.request import Request
@@ -44,7 +47,15 @@ from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.logs import Sparing, fields
 from relay.metrics import Metrics
-from relay.model import Command, Heartbeat, Receipt, Register, StoredEvent
+from relay.model import (
+    Command,
+    Heartbeat,
+    Receipt,
+    Register,
+    StoredEvent,
+    WorkerChange,
+    WorkerStatus,
+)
 from relay.registry import ENVIRONMENTS, changes_a_path
 from relay.source import Accepted, Event, Reply, Source
 from relay.store import Acceptance, Store
@@ -110,6 +121,7 @@ class Ingest:
         path, _, query = request.target.partition("?")
         incoming = Incoming(method=request.method, path=path, headers=request.headers, query=query)
         mount: Mount | None = None
+        match: Match | None = None
         try:
             match = self._routes.find(path, incoming.method)
             mount = match.mount
@@ -122,6 +134,8 @@ class Ingest:
             if mount is None:
                 return self._outside(request, path, refusal)
             incoming.path = path.removeprefix(mount.config.prefix)
+            if match is not None and not isinstance(refusal, Unauthenticated | Forbidden):
+                self._heed(match, incoming, refusal)
             response = self._refuse(mount, refusal, incoming, request.remote)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
@@ -181,6 +195,22 @@ class Ingest:
         """Return the sender's address, and whether it has been verified before its body is read."""
         is_known = not source.verify_reads_body and not source.is_open()
         return self._remote.of(request.remote, request.headers), is_known
+
+    def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
+        """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token."""
+        name, source = match.mount.name, match.mount.source
+        if not any(self._store.census(name, status) for status in get_args(WorkerStatus)):
+            return
+        incoming.params = match.params
+        change: WorkerChange | None = None
+        with suppress(Refusal):
+            ask(source.verify, incoming)  # it may not have been asked yet; the head is enough for a token
+            if type(source).sign_of_life is not Source.sign_of_life:
+                change = said_by(source, incoming)
+            elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
+                change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
+        if change is not None:
+            self._store.heed(name, change)
 
     async def _accept(
         self, request: Request, mount: Mount, handler: Handle, incoming: Incoming, began: int

@@ -249,9 +249,19 @@ class Store(Protocol):
         """
         ...
 
+    def heed(self, source: str, change: WorkerChange) -> None:
+        """Note that a known worker lives, or wants to leave, though its request was refused.
+
+        At once and in memory: it also works while nothing can be written, and nothing is promised. A worker
+        that wants to leave is unregistered by the next sweep that can be stored, unless it is heard again
+        more than 10 s later.
+        """
+        ...
+
     async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
         """Mark workers offline that are silent at a moment (steady clock; None: now); return those marked.
 
+        Those that have left, though their request was refused, are unregistered and returned as well.
         Each in one transaction with its event. With `hold`, every deadline is put off first: nobody is
         judged on time the relay itself slept. What was heard before the call counts, however long the
         disk takes for it.

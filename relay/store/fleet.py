@@ -94,7 +94,10 @@ class Fleet:
         self.holding = True
 
     def sweep(self, at: int, most: int) -> list[Worker]:
-        """Take in the silence of up to so many workers whose deadline was past at that moment."""
+        """Take in the silence of up to so many workers whose deadline was past at that moment.
+
+        Also that those have left whose unregister was refused.
+        """
         marked: list[Worker] = []
         now = Now(wall=self._now.wall, steady=at)
         for row in self._roster:
@@ -283,6 +286,8 @@ class Fleet:
                 turned.append((worker.source, worker.status))
             roster.put(worker)
         roster.moving.clear()
+        if roster.heeded:
+            roster.heed_again(self._rules)
         if self.holding:
             roster.hold(self._now, self._rules)
         for key in self.measured:

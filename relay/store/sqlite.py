@@ -246,6 +246,7 @@ class SqliteStore(
         """See `Gatherer.forget`."""
         self._holds.spare()
         self._roster.moving.clear()
+        self._roster.heeded.clear()  # their rows have it, as nothing replaced them
 
     def publish(self, batch: Batch) -> None:
         """See `Gatherer.publish`: in one step of the loop, so that no claim can come between."""
@@ -283,7 +284,7 @@ class SqliteStore(
             key=key,
         )
         if acceptance.change is not None:
-            return await self._change((acceptance.source, acceptance.change.worker_id), job)
+            return await self._change(acceptance.source, acceptance.change, job)
         return await self._writer.submit(job, bounded=True)
 
     async def settle(self, outcome: Outcome) -> bool:

@@ -9,8 +9,8 @@ import aiosqlite
 
 from relay.clock import Clock
 from relay.errors import StorageError, Unavailable
-from relay.model import Heartbeat, Receipt, Worker
-from relay.registry import Now, apply, hold
+from relay.model import Heartbeat, Receipt, Worker, WorkerChange
+from relay.registry import Now, apply
 from relay.store import Acceptance, FleetChange, Rules
 from relay.store.batch import Batch
 from relay.store.workers import Roster, WorkerKey
@@ -53,20 +53,23 @@ class Watching:
         self._roster.dirty.add(key)
         return Receipt(worker=step.worker)
 
-    async def _change(self, key: WorkerKey, job: Job[Receipt]) -> Receipt:
-        """Write what a worker said; if that cannot be, remember at least that it lives."""
+    async def _change(self, source: str, change: WorkerChange, job: Job[Receipt]) -> Receipt:
+        """Write what a worker said; if that cannot be, note at least that it lives, or leaves."""
+        key = (source, change.worker_id)
         self._queued[key] += 1
         try:
             return await self._writer.submit(job, bounded=True)
         except (Unavailable, StorageError):
-            worker = self._roster.get(key)
-            if worker is not None:
-                self._roster.put(hold(worker, self._now(), self.rules(*key)))
+            self.heed(source, change)
             raise
         finally:
             self._queued[key] -= 1
             if not self._queued[key]:
                 del self._queued[key]
+
+    def heed(self, source: str, change: WorkerChange) -> None:
+        """See `Store.heed`; in memory, and written by `flush` as soon as it can be."""
+        self._roster.heed(source, change, self._now(), self.rules)
 
     def _now(self) -> Now:
         return Now(wall=self._clock.wall(), steady=self._clock.steady())

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 import aiosqlite
 
 from relay.config.model import WorkerRules
-from relay.model import Command, Session, Worker
-from relay.registry import Now, hold
+from relay.model import Command, Session, Worker, WorkerChange
+from relay.registry import Now, heed, hold
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
+
+MOST_HEEDED = 8
+"""Refused requests remembered per worker while its row is being written."""
 
 
 class Roster:
@@ -25,6 +28,7 @@ class Roster:
         self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
+        self.heeded: dict[WorkerKey, list[tuple[WorkerChange, Now]]] = {}  # while `moving`: refused requests
         self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
         self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
         for worker in workers:
@@ -65,6 +69,34 @@ class Roster:
         before = former.sessions if former is not None else ()
         if before != worker.sessions:
             self._index(key, before, worker.sessions)
+
+    def heed(
+        self, source: str, change: WorkerChange, now: Now, rules: Callable[[str, str], WorkerRules]
+    ) -> None:
+        """Note what a refused request says of a known worker."""
+        key = (source, change.worker_id)
+        row = self._rows.get(key)
+        if row is None or (after := heed(row, change, now, rules(*key))) is row:
+            return
+        self.put(after)
+        self.dirty.add(key)
+        if key in self.moving:  # the row that is being written does not have it
+            noted = self.heeded.setdefault(key, [])
+            if noted and type(noted[-1][0]) is type(change):
+                noted.pop()
+            noted.append((change, now))
+            del noted[:-MOST_HEEDED]
+
+    def heed_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
+        """Note on rows that were written just now what refused requests said meanwhile."""
+        heeded, self.heeded = self.heeded, {}
+        for key, noted in heeded.items():
+            row = self._rows.get(key)
+            for change, now in noted:
+                row = None if row is None else heed(row, change, now, rules(*key))
+            if row is not None:
+                self.put(row)
+                self.dirty.add(key)
 
     def hold(self, now: Now, rules: Callable[[str, str], WorkerRules]) -> None:
         """Put off every deadline."""
