@@ -136,7 +136,7 @@ class WhatsApp(
     @served("POST", "/workers/register")
     def register(self, incoming: Incoming) -> Accepted:
         """Register an id, or the same id again after a restart."""
-        body = incoming.decode(Registration)
+        body = incoming.decode(Registration, loose=True)
         worker_id = check_id(body.worker_id, "workerId")
         if worker_id in (".", ".."):
             # Clients and proxies take them out of a path, even percent-encoded: no heartbeat would arrive.
@@ -175,13 +175,13 @@ class WhatsApp(
             data = {"workerId": worker_id, "status": "acknowledged", "commands": list(receipt.commands)}
             return {"success": True, "data": data}
 
-        return Accepted(worker=_heartbeat(worker_id, incoming.decode(dict)), reply=reply)
+        return Accepted(worker=_heartbeat(worker_id, incoming.decode(dict, loose=True)), reply=reply)
 
     @served("DELETE", "/workers/unregister")
     @served("POST", "/workers/unregister")
     def unregister(self, incoming: Incoming) -> Accepted:
         """Take leave of the worker that the body names."""
-        return _farewell(incoming.decode(Farewell).worker_id)
+        return _farewell(incoming.decode(Farewell, loose=True).worker_id)
 
     @served("DELETE", "/workers/{worker:path}")
     def delete(self, incoming: Incoming) -> Accepted:

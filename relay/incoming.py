@@ -1,6 +1,7 @@
 """One request as a source sees it: bytes and a few headers, no framework object."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
@@ -8,7 +9,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from relay.config.secret import Credential, Secrets
 from relay.errors import Invalid, Malformed, Unauthenticated
-from relay.jsontext import decode
+from relay.jsontext import decode, salvage
 
 T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
@@ -51,8 +52,8 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
         value = self.headers.get(name, "").strip()
         return value if value.isascii() or _storable(value) else ""
 
-    def decode(self, type_: type[T]) -> T:
-        """Decode the JSON body into a msgspec type.
+    def decode(self, type_: type[T], *, loose: bool = False) -> T:
+        """Decode the JSON body into a msgspec type; `loose`: also a body that is not quite JSON.
 
         Strings show a lone surrogate as its escape (`relay.jsontext`); `Raw` keeps the sender's bytes.
 
@@ -66,10 +67,13 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
         try:
             self.body.decode()  # msgspec does not look inside Raw and unknown fields
             return decode(decoder, self.body)  # type: ignore[return-value]
-        except msgspec.ValidationError as error:
-            field, issue = _blame(str(error))
-            raise Invalid(field=field, issue=issue) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if loose:
+                with suppress(ValueError, RecursionError):
+                    return decode(decoder, salvage(self.body))  # type: ignore[return-value]
+            if isinstance(error, msgspec.ValidationError):
+                field, issue = _blame(str(error))
+                raise Invalid(field=field, issue=issue) from None
             raise Malformed from None
 
     def bearer(self, tokens: Secrets) -> Credential:

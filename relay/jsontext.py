@@ -79,6 +79,21 @@ def read(text: bytes, *, exact: bool = False) -> Any:
     )
 
 
+def salvage(text: bytes) -> bytes:
+    """Return as JSON what can be read of a text that is not quite JSON.
+
+    A byte order mark is dropped, invalid UTF-8 is replaced, NaN and Infinity become null, and numbers that no
+    type holds become floats. For signs of life, where only an id has to be right; never for events.
+
+    Raises:
+        ValueError: it is not even that.
+        RecursionError: it is nested too deeply.
+    """
+    readable = text.decode("utf-8-sig", "replace")
+    value = json.loads(readable, parse_int=_integer, parse_constant=lambda _: None, strict=False)
+    return encode(value)
+
+
 def check(text: bytes) -> None:
     """Check that the bytes are exactly one JSON value in UTF-8.
 

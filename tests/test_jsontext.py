@@ -175,3 +175,13 @@ def test_an_exported_event_with_lone_surrogates_is_read_in_again(within):
     found = read_line(write_line(event))
     assert (found.data, found.body, found.context) == (data, body, event.context)
     assert found.subject == event.subject
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"{'a':1}", b"a=1", b'{"a":1} x', b"{}".decode().encode("utf-16")]
+)
+def test_what_is_nothing_like_json_cannot_be_salvaged(text):
+    with pytest.raises(ValueError):  # noqa: PT011 - json's
+        jsontext.salvage(text)
+    with pytest.raises(Malformed):
+        Incoming.of("POST", "/", body=text).decode(dict, loose=True)

@@ -322,6 +322,36 @@ ODD = {
 }
 
 
+READABLE = [
+    b'{"status":"MAINTENANCE","cpuUsage":%b}' % odd
+    for odd in (
+        b"NaN",
+        b"-Infinity",
+        b'"\xff"',
+        b'"\\ud83d"',
+        b'"\n"',
+        b"1e400",
+        b"9" * 5000,
+        b'"\xed\xa0\xbd"',
+    )
+]
+
+
+@pytest.mark.parametrize("body", [*READABLE, b"\xef\xbb\xbf" + READABLE[0]], ids=lambda body: repr(body[:60]))
+async def test_what_can_be_read_of_an_odd_heartbeat_counts(relay, body):
+    assert (await relay.exchange(beat(body=body))).status == 200
+    [worker] = relay.app.store.workers()
+    assert (worker.status, worker.cpu) == ("MAINTENANCE", None)
+
+
+@pytest.mark.parametrize("odd", [b"NaN", b'"\xff"', b'"\\ud83d"', b"1e400"])
+async def test_odd_registrations_and_farewells_are_taken_in(relay, odd):
+    body = b'{"workerId":"w1","endpoint":"http://w1.example","maxSessions":%b}' % odd
+    for method, path in (("POST", "register"), ("DELETE", "unregister")):
+        assert (await relay.exchange(request(method, f"/api/workers/{path}", body, **TOKEN))).status == 200
+    assert await types(relay) == ["registered", "unregistered"]
+
+
 async def kept(relay, clock, raw, statuses):
     """Say whether a call keeps a worker alive."""
     await relay.exchange(beat())
