@@ -242,6 +242,8 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     registered_at: int = 0  # wall clock
     last_heartbeat: int = 0  # wall clock, for display only
     deadline: int = 0  # steady clock; silent past it means offline
+    heard: int = 0  # steady clock of the last heartbeat since it registered; 0: none
+    rhythm: int = 0  # microseconds that usually pass between its heartbeats; 0: not known yet
     unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
     leaving: int | None = None  # steady clock of a refused unregister; a sweep carries it out
     beats: int = 0  # heartbeats in time since it was offline, until they are enough

@@ -10,7 +10,7 @@
 | reports MAINTENANCE                             | not judged until it reports ONLINE                  |
 | DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
 | any of these, refused by the relay              | a sign of life; a DELETE counts once it can be stored |
-| a new id on an old endpoint                     | `worker.registered`; the former id gets 35 s        |
+| a new id on an old endpoint, if that identifies | `worker.registered`; the former id gets a beat's time |
 | uptime that went back                           | `worker.restarted`                                  |
 | operator maintenance                            | wins over reports; not judged                       |
 
@@ -20,7 +20,7 @@ maintenance is `online` when it is ONLINE again, and not `offline` a second time
 
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +42,8 @@ from relay.model import (
 
 INTERNAL = (
     "deadline",
+    "heard",
+    "rhythm",
     "unregistered_at",
     "beats",
     "was_offline",
@@ -59,7 +61,16 @@ TOMBSTONE = 10 * SECOND
 """How long a heartbeat that overlaps its worker's DELETE does not resurrect it (in-the-wild.md §1)."""
 
 FORMER = 35 * SECOND
-"""What a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
+"""The least that a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
+
+_SHARED = re.compile(r"(.*\.)?(localhost(\.localdomain)?|docker\.internal)\.?|127[.0-9]*")
+_PRIVATE = tuple(
+    ip_network(each)
+    for each in (
+        "10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7",
+        "fe80::/10",
+    )
+)  # fmt: skip
 
 RESTARTED = 5.0
 """Seconds that an uptime must go back to mean a restart: workers round, and read two clocks."""
@@ -131,7 +142,15 @@ def heed(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Wor
         return msgspec.structs.replace(row, leaving=now.steady)
     if isinstance(change, Heartbeat) and _has_just_left(row, now):
         return row
-    return msgspec.structs.replace(row, leaving=None, last_heartbeat=now.wall, deadline=_deadline(now, rules))
+    is_beat = isinstance(change, Heartbeat)
+    return msgspec.structs.replace(
+        row,
+        leaving=None,
+        last_heartbeat=now.wall,
+        deadline=_deadline(now, rules),
+        heard=now.steady if is_beat else 0,
+        rhythm=_rhythm(row, now, rules) if is_beat else row.rhythm,
+    )
 
 
 def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
@@ -156,23 +175,47 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
     )
 
 
-def former(row: Worker, now: Now) -> Worker:
-    """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened."""
-    return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + FORMER))
+def former(row: Worker, now: Now, rules: WorkerRules | None = None) -> Worker:
+    """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened.
+
+    It has until its next heartbeat by its own rhythm, and a sixth of that more, as 30 s have 5 s.
+    """
+    usual = row.rhythm or _assumed_rhythm(rules or WorkerRules())
+    return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + max(FORMER, usual * 7 // 6)))
+
+
+def identifies(endpoint: str) -> bool:
+    """Say whether two workers at one endpoint are probably the same: not at loopback or private addresses.
+
+    A worker tells what it believes its address is. In containers this is one of a few, or the default.
+    """
+    if not names_a_place(endpoint):
+        return False
+    try:
+        address = ip_address(_host(endpoint).partition("%")[0])
+    except ValueError:
+        return True
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return not any(mapped in network for network in _PRIVATE)
 
 
 def names_a_place(endpoint: str) -> bool:
     """Say whether an endpoint means the same machine to everybody: loopback is another one to each worker."""
-    try:
-        host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
-    except ValueError:
-        return False
+    host = _host(endpoint)
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
-        return host != "" and not re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|127[.0-9]*", host)
+        return host != "" and not _SHARED.fullmatch(host)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return not (mapped.is_loopback or mapped.is_unspecified)
+
+
+def _host(endpoint: str) -> str:
+    """Return the host of a URL or of host and port; `""`: there is none."""
+    try:
+        return urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def changes_a_path(worker_id: str) -> str:
@@ -214,6 +257,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
+        heard=0,
         leaving=None,
         **given,
     )
@@ -242,6 +286,8 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
+        heard=now.steady,
+        rhythm=_rhythm(base, now, rules),
         leaving=None,
         **said,
     )
@@ -398,6 +444,23 @@ def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
     if after.status == "OFFLINE" and not _is_lost(before):
         return (_born("offline", after, before.status, "reported"),)
     return ()
+
+
+def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
+    """Return how long a worker usually takes from one heartbeat to the next, with the one that came now.
+
+    A longer gap counts at once and a shorter one by an eighth, so that one too many changes little.
+    """
+    usual = row.rhythm or _assumed_rhythm(rules)
+    if not row.heard or row.status == "OFFLINE" or now.steady < row.heard:
+        return usual
+    gap = min(now.steady - row.heard, int(rules.offline_after * SECOND))
+    return gap if gap >= usual else usual - (usual - gap) // 8
+
+
+def _assumed_rhythm(rules: WorkerRules) -> int:
+    """Return the gap between heartbeats that the operator seems to expect: three may be missed."""
+    return int(rules.offline_after * SECOND) // 3
 
 
 def _deadline(now: Now, rules: WorkerRules) -> int:

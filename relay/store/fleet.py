@@ -253,7 +253,12 @@ class Fleet:
             self.measured[key] = worker
 
     def _take_over(self, source: str, change: Register) -> None:
-        """A new id on an old endpoint: the ids that were there have less time to be heard again."""
+        """A new id on an old endpoint: the ids that were there have less time to be heard again.
+
+        An operator who has conflicts rejected says that private addresses are told apart; loopback never is.
+        """
+        if not registry.names_a_place(change.endpoint):
+            return
         neighbours = [
             worker
             for key in self._roster.at_endpoint(source, change.endpoint)
@@ -261,8 +266,11 @@ class Fleet:
         ]
         if neighbours and change.reject_conflict:
             raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
+        if not registry.identifies(change.endpoint):
+            return
         for worker in neighbours:
-            self._move((source, worker.id), registry.former(worker, self._now))
+            key = (source, worker.id)
+            self._move(key, registry.former(worker, self._now, self._rules(*key)))
 
     def write(self, transaction: Transaction) -> None:
         """Write it all, inside the batch's transaction."""
