@@ -31,23 +31,27 @@ def in_one_line(error: object) -> str:
 
 
 class Sparing:
-    """Writes one line per key in `every` seconds, and says how many it swallowed.
+    """Writes one line per key in `every` seconds, and says how many lines it left out.
 
-    A million fuzzed requests, sent as fast as they are answered, write half a megabyte so.
+    While lines keep coming, the pause between two of a key doubles, up to `most` seconds: senders that never
+    stop, such as an attacker or a shop with an old token, would fill the disk otherwise.
     """
 
-    def __init__(self, log: logging.Logger, clock: Clock, every: float = 10.0) -> None:
+    def __init__(
+        self, log: logging.Logger, clock: Clock, every: float = 10.0, *, most: float | None = None
+    ) -> None:
         self._log = log
         self._clock = clock
         self._every = int(every * SECOND)
-        self._last: dict[str, tuple[int, int]] = {}  # key → (when last written, swallowed since)
+        self._most = int((most or every) * SECOND)
+        self._last: dict[str, tuple[int, int, int]] = {}  # key → (when last written, left out since, pause)
 
     def is_due(self, key: str) -> bool:
-        """Return whether a line of that key would be written now; if not, count it as swallowed."""
+        """Return whether a line of that key would be written now; if not, count it as left out."""
         key = self._known(key)
-        written, swallowed = self._last.get(key, (0, 0))
-        if self._clock.steady() - written < self._every:
-            self._last[key] = (written, swallowed + 1)
+        written, swallowed, pause = self._last.get(key, (0, 0, 0))
+        if self._clock.steady() - written < pause:
+            self._last[key] = (written, swallowed + 1, pause)
             return False
         return True
 
@@ -69,8 +73,9 @@ class Sparing:
         key = self._known(key)
         if not self.is_due(key):
             return
-        _, swallowed = self._last.get(key, (0, 0))
-        self._last[key] = (self._clock.steady(), 0)
+        _, swallowed, pause = self._last.get(key, (0, 0, 0))
+        pause = min(2 * pause, self._most) if swallowed else self._every
+        self._last[key] = (self._clock.steady(), 0, pause)
         more = f" ({swallowed} more like it)" if swallowed else ""
         self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
 
@@ -80,9 +85,9 @@ class Sparing:
             return key
         now = self._clock.steady()
         self._last = {  # without those whose next line would be written anyhow and has nothing to add
-            known: (written, swallowed)
-            for known, (written, swallowed) in self._last.items()
-            if swallowed or now - written < self._every
+            known: (written, swallowed, pause)
+            for known, (written, swallowed, pause) in self._last.items()
+            if swallowed or now - written < pause
         }
         return key if len(self._last) < MOST_KEYS else _OTHERS
 

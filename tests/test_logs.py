@@ -37,6 +37,28 @@ def test_a_line_is_written_once_in_ten_seconds_and_counts_what_it_swallowed(capl
     assert caplog.messages[2:] == ["refused: auth (5 more like it)"]
 
 
+def test_a_line_that_keeps_coming_is_written_ever_more_rarely(caplog):
+    caplog.set_level(logging.INFO)
+    clock, written = FakeClock(), []
+    sparing = Sparing(LOG, clock, most=60.0)
+    for second in range(400):
+        sparing.info("auth", "refused")
+        if len(caplog.messages) > len(written):
+            written.append(second)
+        clock.advance(1)
+    assert written == [0, 10, 30, 70, 130, 190, 250, 310, 370]
+    assert caplog.messages[-1] == "refused (59 more like it)"
+    clock.advance(60)  # nothing for as long as the pause: then it begins again with the short one
+    for _ in range(2):
+        sparing.info("auth", "refused")
+        clock.advance(60)
+    before = len(caplog.messages)
+    for _ in range(11):
+        sparing.info("auth", "refused")
+        clock.advance(1)
+    assert len(caplog.messages) == before + 2
+
+
 def test_a_failure_is_written_with_its_traceback_as_sparingly(caplog):
     sparing = Sparing(LOG, FakeClock())
     for number in range(3):

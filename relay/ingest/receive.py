@@ -68,6 +68,7 @@ Told = Callable[[bool], None]
 
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
+LONGEST_QUIET = 600.0  # seconds between two log lines of a kind that keeps coming
 LONGEST_SHOWN = 64  # characters of a sender's own words in the log
 LONGEST_KEY = 256  # characters of an idempotency key; of a longer one its digest is stored
 LONGEST_READ = 64 * 1024  # bytes of a refused body that is looked into for the log
@@ -96,7 +97,7 @@ class Ingest:
         self._body_seconds = body_seconds
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
-        self._log = Sparing(log, clock)
+        self._log = Sparing(log, clock, most=LONGEST_QUIET)
         self._tasks: set[asyncio.Task[None]] = set()
         self.mount(mounts, remote)
 

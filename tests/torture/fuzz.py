@@ -144,7 +144,7 @@ def framed(seed: int, number: int, samples: list[bytes]) -> bytes:
         body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""])
     else:
         lines.append(b"Content-Length: %d" % len(body))
-    return b"\r\n".join([start, *lines, b"", body])
+    return b"\r\n".join([start, *filter(None, lines), b"", body])
 
 
 def _in_line(text: bytes) -> bytes:
