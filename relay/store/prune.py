@@ -19,6 +19,7 @@ from relay.errors import StorageUnavailableError
 from relay.model import Pruned
 from relay.retention import Policy
 from relay.store.disk import Disk
+from relay.store.mark import GIVEN_SQL
 from relay.store.statements import fetch, run
 from relay.store.times import FORGET_SQL
 from relay.store.transaction import Transaction
@@ -129,6 +130,7 @@ class Victim(msgspec.Struct, frozen=True):
 async def delete_events(victims: Sequence[Victim], connection: aiosqlite.Connection) -> int:
     """Delete, in one transaction, those that may still go, with deliveries and attempts; return how many."""
     transaction = Transaction(connection)
+    transaction.run(GIVEN_SQL)
     going = await fetch(transaction, GOING_SQL, [(victim.id, victim.dead) for victim in victims])
     for sql in GONE_SQL:
         run(transaction, sql, going)

@@ -28,9 +28,10 @@ from relay.store.backlog import backlog
 from relay.store.backup import BackingUp
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.batch import Batch, Sequences
+from relay.store.care import Caretaker
 from relay.store.claim import claim
 from relay.store.commit import sums, write
-from relay.store.compact import Compacting
+from relay.store.compact import Compacting, empty_log
 from relay.store.connection import (
     check_library,
     damaged,
@@ -45,9 +46,12 @@ from relay.store.disk import Disk
 from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
+from relay.store.files import Files
 from relay.store.find import Listing
 from relay.store.held import Holding
 from relay.store.holds import Holds
+from relay.store.losses import look_after, look_before
+from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.measure import Measuring
 from relay.store.prune import Pruning
 from relay.store.stats import Tallying
@@ -118,6 +122,8 @@ class SqliteStore(
         self._on_fatal = on_fatal
         self._holds = Holds()
         self._roster = Roster()
+        self._files = Files(path)
+        self._before: list[str] | None = None  # what was seen of the files before they were opened
         self.opened = False
         self._sound = False  # whether the file has been looked at after an unclean stop
         self._unopened: str | None = None  # why the latest try to open it failed
@@ -142,6 +148,9 @@ class SqliteStore(
     async def open(self) -> None:
         """See `Store.open`."""
         check_library()
+        self._loop = asyncio.get_running_loop()
+        if self._before is None:
+            self._before = await asyncio.to_thread(look_before, self.path, self._clock.wall())
         await asyncio.to_thread(self.disk.prepare)
         try:
             try:
@@ -174,11 +183,11 @@ class SqliteStore(
             self._sound = True  # a disk that is full does not have the whole file read at each try
             await self._set_meta("stopped", "not yet")
             self._roster = await load_roster(self._connection)
-            ids = await self._connection.execute_fetchall(
-                "SELECT coalesce((SELECT max(id) FROM events), 0), (SELECT max(id) FROM deliveries)"
-            )
-            [(event, delivery)] = ids
-            self._sequences = Sequences(event, delivery or 0)
+            [highest] = map(mark_in, await self._connection.execute_fetchall(HIGHEST_SQL))
+            with suppress(sqlite3.Error):  # the disk is full
+                # SQLite would write on in the middle of what it dropped, and the rest look like a loss again.
+                await empty_log(self._connection)
+            self._sequences = Sequences(highest.events, highest.deliveries)
             self._pending = Counter(
                 {
                     row[0]: row[1]
@@ -187,18 +196,28 @@ class SqliteStore(
                     )
                 }
             )
-            self._reader = await open_reader(self.path)
+            self._reader = await open_reader(self.path, self._heed)
             try:
                 # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
-                self._counter = await open_reader(self.path)
+                self._counter = await open_reader(self.path, self._heed)
+                try:
+                    self._files.open()
+                except OSError as error:
+                    await self._counter.close()
+                    raise StorageUnavailableError(f"{self.path}: {error.strerror}") from error
             except BaseException:
                 await self._reader.close()
                 raise
         except BaseException:
             await self._connection.close()
             raise
+        look_after(self.path, self._clock.wall(), highest, self._before or [])
         self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit, self.disk)
         self._writer.start()
+        self._caretaker = Caretaker(
+            self.path, writer=self._writer, reader=self._counter, files=self._files, clock=self._clock
+        )
+        self._caretaker.start()
         self.opened = True
 
     async def close(self) -> None:
@@ -211,6 +230,7 @@ class SqliteStore(
                 with suppress(StorageError):  # heartbeats only; the next ones say the same
                     await self.flush()
             await self._writer.stop()
+            await self._caretaker.stop()
             if self._writer.failure is None:
                 with suppress(sqlite3.Error):  # then the next start has a look at the whole file
                     await self._set_meta("stopped", "cleanly")
@@ -220,6 +240,7 @@ class SqliteStore(
             await self._counter.close()
             await self._reader.close()
             await self._connection.close()
+            self._files.close()
 
     # --- the writer's side ---
 
@@ -354,6 +375,10 @@ class SqliteStore(
     def owed(self) -> dict[str, int]:
         """See `Store.owed`; kept in step with the ledger."""
         return {name: pending for name, pending in self._pending.items() if pending}
+
+    def _heed(self, error: Exception) -> None:
+        """Have the writer hear of what a reader met, in its thread."""
+        self._loop.call_soon_threadsafe(lambda: self.opened and self._writer.heed(error))
 
     async def _meta(self, name: str) -> str | None:
         rows = await self._connection.execute_fetchall("SELECT value FROM meta WHERE name = ?", (name,))

@@ -34,6 +34,8 @@ PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2
 TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
              sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
 
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
 T = TypeVar("T")
 
 
@@ -116,6 +118,8 @@ class Writer:
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self.failure: str | None = None  # why writes fail at the moment; None: they work
+        self.broken: str | None = None  # why nothing is written until a restart or `resume`; a `failure`, too
+        self.halted = asyncio.Event()  # set while nothing is written because of that
         self.commits = 0
         self._busy_since: float | None = None  # time.monotonic() of the step under way; None: nothing to do
 
@@ -130,6 +134,17 @@ class Writer:
         self._wake.set()
         if self._task is not None:
             await self._task
+
+    def halt(self, why: str) -> None:
+        """Write nothing more after the transaction under way: what is written would be lost or do damage."""
+        self.broken = self.failure = why
+        self._wake.set()
+
+    def resume(self) -> None:
+        """Write again."""
+        self.broken = self.failure = None
+        self.halted.clear()
+        self._wake.set()
 
     def submit(self, job: Job[T], *, bounded: bool = False) -> "asyncio.Future[T]":
         """Queue a job; the returned future is done once its transaction is, and failed while writes fail.
@@ -188,6 +203,8 @@ class Writer:
             while not (self._jobs or self._errands):
                 if self._stopping:
                     return
+                if self.broken is not None:
+                    break
                 self._wake.clear()
                 await self._wake.wait()
             self._busy_since = time.monotonic()
@@ -252,8 +269,8 @@ class Writer:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
             if others := [job for job in jobs if not (job.bounded or job.future.done())]:
                 await self._commit(others)
-        elif code & 0xFF in TRANSIENT:
-            self.failure = f"{error}"
+        elif code & 0xFF in TRANSIENT or self.heed(error):
+            self.failure = self.broken or f"{error}"
             for job in jobs:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
         elif len(jobs) > 1:
@@ -272,6 +289,15 @@ class Writer:
             self._on_fatal(f"fsync failed: {error}")
         return code
 
+    def heed(self, error: Exception) -> bool:
+        """Halt if an error says that the database is damaged; return whether it does."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+            return False
+        if self.broken is None:
+            log.critical("the database is damaged, senders are refused with 503: %s", error)
+            self.halt(f"the database is damaged: {error}")
+        return True
+
     async def _settle_errand(
         self, errand: Callable[[aiosqlite.Connection], Awaitable[T]], future: "asyncio.Future[T]"
     ) -> None:
@@ -284,7 +310,7 @@ class Writer:
             if self._throw_off(code):
                 await self._settle_errand(errand, future)
                 return
-            passing = code & 0xFF in TRANSIENT
+            passing = code & 0xFF in TRANSIENT or self.heed(error)
             if not future.done():
                 future.set_exception(
                     StorageUnavailableError(f"the store failed: {error}") if passing else error
@@ -311,12 +337,18 @@ class Writer:
 
     async def _recover(self) -> None:
         """Try one small transaction a second until one succeeds; what is asked meanwhile fails at once."""
-        log.error("writes fail, senders are refused with 503: %s", self.failure)
+        if self.broken is None:
+            log.error("writes fail, senders are refused with 503: %s", self.failure)
         while self.failure is not None:
             self._turn_away(self.failure)
             if self._stopping:
                 return
             self._busy_since = None
+            if self.broken is not None:
+                self.halted.set()
+                self._wake.clear()
+                await self._wake.wait()
+                continue
             await asyncio.sleep(PROBE_EVERY)
             self._busy_since = time.monotonic()
             try:
@@ -332,7 +364,7 @@ class Writer:
                     await self._connection.execute("ROLLBACK")
                 self._throw_off(code)
             else:
-                self.failure = None
+                self.failure = self.broken
                 log.info("writes work again")
 
     async def _restart_log(self) -> None:

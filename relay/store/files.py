@@ -1,0 +1,75 @@
+"""The open database's files: whether those at their paths are still the ones that are open.
+
+Deleted files stay open and take everything that is written, and nothing of it is there after a restart.
+"""
+
+import os
+from pathlib import Path
+
+from relay.store.wal import log_of
+
+_MAGIC = b"SQLite format 3\0"
+_GONE = (FileNotFoundError, NotADirectoryError)
+
+
+class Files:
+    """Watches a database and its log between `open` and `close`.
+
+    `close` belongs after the last connection's: closing any descriptor of a file releases all locks that the
+    process has on it, SQLite's too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._known: dict[Path, tuple[int, int]] = {}
+        self._changes = 0  # SQLite's counter of them, which only grows
+
+    def open(self) -> None:
+        """Begin, once the connections are open and the log is there.
+
+        Raises:
+            OSError: a file is not there any more.
+        """
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._known = {self.path: _identity(os.fstat(self._descriptor))}
+        log = log_of(self.path)
+        self._known[log] = _identity(log.stat())
+
+    def close(self) -> None:
+        """End."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def moved(self) -> str | None:
+        """Say which path leads elsewhere by now; None: both lead to what is open."""
+        for path, known in self._known.items():
+            try:
+                status = path.stat()
+            except _GONE:
+                return f"{path} was deleted or moved away while it was in use"
+            except OSError:
+                continue  # it cannot be looked at, which says nothing about where writes go
+            if _identity(status) != known:
+                return f"{path} was replaced by another file while it was in use"
+        return None
+
+    def overwritten(self) -> str | None:
+        """Say whether something else wrote over the file; to be asked while no transaction is at work."""
+        assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
+        try:
+            head = os.pread(self._descriptor, 100, 0)
+        except OSError:
+            return None  # a failing disk is SQLite's to report
+        if head[:16] != _MAGIC:
+            return f"{self.path} was overwritten or cut off while it was in use"
+        changes = int.from_bytes(head[24:28], "big")
+        if changes < self._changes:
+            return f"{self.path} was overwritten by an older database while it was in use"
+        self._changes = changes
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

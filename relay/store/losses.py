@@ -1,0 +1,81 @@
+"""What got lost of a database between two starts: noticed at the start, kept for repair, and reported.
+
+A report beside the database says what is missing. `relay doctor` names it until somebody deletes it.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from relay.clock import rfc3339
+from relay.errors import StorageError
+from relay.store.mark import Mark, read_mark
+from relay.store.rescue import rescues_of, restoring, stamp
+from relay.store.wal import log_of, read_log
+
+log = logging.getLogger("relay.store")
+
+WHAT_TO_DO = "docs/storage.md, section Losses, says what can be done"
+
+
+def evidence_of(database: Path) -> list[Path]:
+    """Return the files beside a database that tell of a loss: reports, damaged logs, rescue copies."""
+    patterns = (f"{database.name}.lost-*", f"{log_of(database).name}.damaged-*")
+    reports = [path for pattern in patterns for path in sorted(database.parent.glob(pattern))]
+    return reports + rescues_of(database)
+
+
+def look_before(database: Path, wall: int) -> list[str]:
+    """Look at the files before SQLite opens them, which drops what it cannot read; say what it will drop.
+
+    A damaged log is copied first: what SQLite drops can be salvaged from the copy alone.
+
+    Raises:
+        StorageError: there is no database, and a rescue copy of it is waiting to be restored.
+    """
+    if not database.exists():
+        if copies := rescues_of(database):
+            raise StorageError(
+                f"{database} is not there, but a rescue copy of it is: {copies[-1]}",
+                hint=f"restore it: {restoring(copies[-1], database)}; "
+                "to begin with an empty database, move the copy elsewhere",
+            )
+        return []
+    found = read_log(log_of(database))
+    if not found.damaged:
+        return []
+    what = (
+        f"{log_of(database)} is damaged: {found.commits} transactions behind frame {found.valid} are dropped"
+    )
+    copy = log_of(database).with_name(f"{log_of(database).name}.damaged-{stamp(wall)}")
+    try:
+        _copy(log_of(database), copy)
+    except OSError as error:
+        return [f"{what}; it could not be copied: {error.strerror}"]
+    return [f"{what}; a copy is {copy}"]
+
+
+def look_after(database: Path, wall: int, highest: Mark, before: list[str]) -> None:
+    """Compare an open database with its mark, and tell what is missing, along with what was seen before."""
+    found = list(before)
+    if missing := highest.missing(read_mark(database)):
+        found.append(f"the database is older than it was: {', '.join(missing)} are missing")
+    if not found:
+        return
+    for what in found:
+        log.critical("data was lost: %s; %s", what, WHAT_TO_DO)
+    report = database.with_name(f"{database.name}.lost-{stamp(wall)}")
+    text = "".join(f"{line}\n" for line in (f"noticed at the start of {rfc3339(wall)}", *found, WHAT_TO_DO))
+    try:
+        descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        log.error("%s could not be written: %s", report, error.strerror)  # noqa: TRY400 - said in words
+
+
+def _copy(source: Path, target: Path) -> None:
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as copy, source.open("rb") as original:
+        shutil.copyfileobj(original, copy)

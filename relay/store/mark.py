@@ -1,0 +1,79 @@
+"""The high-water mark: a small file beside the database that says how far it once was.
+
+It is written at most once a second, after commits, and never fsynced: it may lag behind the database, and is
+never ahead of it. A database that is behind its mark has lost what was committed: its log was damaged or
+removed, or an older file was put in its place.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+GIVEN_SQL = """
+    INSERT INTO meta (name, value)
+    SELECT 'last event', coalesce(max(id), 0) FROM events WHERE true
+     UNION ALL SELECT 'last delivery', coalesce(max(id), 0) FROM deliveries WHERE true
+        ON CONFLICT (name) DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))
+"""
+"""Goes before every deletion of events, in its transaction: their ids are not given out once more."""
+
+HIGHEST_SQL = """
+    SELECT max(coalesce((SELECT max(id) FROM events), 0),
+               coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'last event'), 0)),
+           max(coalesce((SELECT max(id) FROM deliveries), 0),
+               coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'last delivery'), 0)),
+           coalesce((SELECT sum(delivered + dead + expired + cancelled) FROM ledger), 0)
+"""
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """How far a database is, or was."""
+
+    events: int = 0  # the highest row id that was ever given out
+    deliveries: int = 0  # likewise
+    ended: int = 0  # deliveries that have ended
+
+    def missing(self, mark: "Mark") -> list[str]:
+        """Say what a database that is this far lacks of what a mark says."""
+        found = []
+        for what in ("events", "deliveries"):
+            have, had = getattr(self, what), getattr(mark, what)
+            if had > have:
+                found.append(f"{what} {have + 1} to {had}")
+        if mark.ended > self.ended:
+            found.append(f"the ends of {mark.ended - self.ended} deliveries")
+        return found
+
+
+def mark_of(database: Path) -> Path:
+    """Return the path of a database's mark."""
+    return database.with_name(f"{database.name}.mark")
+
+
+def read_mark(database: Path) -> Mark:
+    """Return a database's mark; one that is not there or cannot be read says nothing."""
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(mark_of(database).read_bytes(), type=Mark)
+    return Mark()
+
+
+def write_mark(database: Path, mark: Mark) -> None:
+    """Write it, in place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(mark_of(database), flags, 0o600)
+    try:
+        os.pwrite(descriptor, msgspec.json.encode(mark).ljust(127) + b"\n", 0)
+    finally:
+        os.close(descriptor)
+
+
+def mark_in(row: Any) -> Mark:
+    """Return what `HIGHEST_SQL` found."""
+    return Mark(*row)

@@ -1,0 +1,88 @@
+"""A copy of a database whose file is gone from its place: its open connections can still read all of it."""
+
+import os
+import shlex
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import aiosqlite
+
+from relay.clock import SECOND
+from relay.errors import StorageError
+from relay.model import Backup
+from relay.store.apart import Stop, apart, opened
+from relay.store.backup import sync
+from relay.store.mark import HIGHEST_SQL, Mark, mark_in
+from relay.store.wal import log_of
+
+_NAME = "rescue"
+
+
+def rescues_of(database: Path) -> list[Path]:
+    """Return the rescue copies beside a database, the oldest first."""
+    return sorted(database.parent.glob(f"{database.name}.{_NAME}-*"))
+
+
+def stamp(wall: int) -> str:
+    """Render a moment (wall clock) as names of files have it."""
+    return datetime.fromtimestamp(wall // SECOND, UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, mark: Mark) -> Backup:
+    """Copy what an open connection reads to a new file of mode 0600 beside the database, and check the copy.
+
+    The folder is made anew where it is gone. `mark` says how far the database was.
+
+    Raises:
+        StorageError: the copy could not be made, is not sound, or lacks what the mark tells of.
+    """
+    began = time.monotonic()
+    target = database.with_name(f"{database.name}.{_NAME}-{stamp(wall)}")
+    part = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        await connection.execute("PRAGMA query_only = OFF")  # else it may make no file either
+        await connection.execute("VACUUM INTO ?", (str(part),))
+        events, deliveries = await apart(lambda stop: _finish(part, target, mark, stop))
+    except (OSError, aiosqlite.Error) as error:
+        raise StorageError(f"{database} could not be rescued to {target}: {error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return Backup(
+        path=str(target),
+        bytes=target.stat().st_size,
+        events=events,
+        deliveries=deliveries,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]:
+    """Check a copy and give it its name; return how many events and deliveries it has."""
+    with opened(part, stop) as copy:
+        [(verdict,)] = copy.execute("PRAGMA quick_check(1)").fetchall()
+        [row] = copy.execute(HIGHEST_SQL).fetchall()
+        [counts] = copy.execute("SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM deliveries)")
+    if verdict != "ok":
+        raise StorageError(f"the copy is damaged: {verdict}", hint="restore a backup: docs/storage.md")
+    if missing := mark_in(row).missing(mark):
+        raise StorageError(f"the copy lacks {', '.join(missing)}", hint="restore a backup: docs/storage.md")
+    sync(part)
+    part.replace(target)
+    sync(target.parent)
+    return int(counts[0]), int(counts[1])
+
+
+def restoring(copy: Path, database: Path) -> str:
+    """Return the shell command that puts a copy in the place of a database; a relay must not run."""
+    names = [str(path) for path in (log_of(database), database.with_name(f"{database.name}-shm"))]
+    steps = [["rm", "-f", *names]]
+    if database.exists():
+        steps.append(["mv", str(database), f"{database}.replaced"])
+    steps.append(["mv", str(copy), str(database)])
+    return " && ".join(shlex.join(step) for step in steps)
