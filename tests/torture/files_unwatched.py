@@ -1,0 +1,21 @@
+"""Relays that look away, for the harness to notice: `relay`, broken on purpose.
+
+The first argument says how: `blind` never looks at its files, `trusting` takes its log for whole.
+"""
+
+import sys
+
+from relay.cli import main
+from relay.store import sqlite
+from relay.store.files import Files
+
+HOW = sys.argv.pop(1)
+
+if HOW == "blind":
+    Files.moved = Files.overwritten = lambda _self: None  # type: ignore[method-assign]
+else:
+    sqlite.look_before = lambda _database, _wall: []
+    sqlite.look_after = lambda *_found: None
+
+if __name__ == "__main__":
+    main()
