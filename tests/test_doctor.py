@@ -55,7 +55,7 @@ def change(path, sql):
     database = sqlite3.connect(path)
     database.executescript(sql)
     database.close()
-    for suffix in ("-wal", "-shm"):
+    for suffix in ("-wal", "-shm", ".mark"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
