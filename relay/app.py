@@ -51,6 +51,7 @@ FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memor
 EXPIRE_EVERY = 1.0
 FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
+RETENTION_EVERY = 10.0  # seconds between passes of retention while the disk is full
 OPEN_EVERY = 1.0  # seconds between tries to open a store that cannot be opened at the moment
 BOOKS_EVERY = 15.0
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
@@ -126,7 +127,8 @@ class App:
         self.reloads.around = self.watchdog.reloading
         self.stopping = asyncio.Event()
         self._announced = False
-        self._retention: asyncio.Task[Past] | None = None  # begun because the disk became full
+        self._retention: asyncio.Task[Past] | None = None  # begun because the disk is full
+        self._retention_due = 0  # steady clock: when to begin it again
         self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
 
     @property
@@ -376,9 +378,10 @@ class App:
                 render_size(disk.floor),
                 "refused with 503" if full else "accepted again",
             )
-            if full:
-                self._retention = asyncio.create_task(self.jobs.run("retention"))
         self.ingest.gate.disk_full = full
+        if full and self.clock.steady() >= self._retention_due and self.store.failure is None:
+            self._retention_due = self.clock.steady() + int(RETENTION_EVERY * SECOND)
+            self._retention = asyncio.create_task(self.jobs.run("retention"))
 
     def _warn(self) -> None:
         log.info("the database is %s", self.store.path)

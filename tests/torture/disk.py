@@ -1,0 +1,226 @@
+"""Fill the disk under the daemon in a loop, under load, with kills: nothing is lost, and it heals by itself.
+
+Each round fills a small file system to the last byte, kills the daemon in every second round and starts it
+on the full disk, and gives the room back. Run `python -m tests.torture.disk --rounds 100` as root, who may
+mount; the other variants must be found out.
+"""
+
+import asyncio
+import itertools
+import random
+import sqlite3
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+
+import click
+from daemon import SERVE, SOURCES, Daemon, adorn, destination, write_config
+from disks import SmallDisk, small_disk
+from support import until
+from wire import Wire, exchange, request
+
+from torture.kill import IN_FLIGHT, SENDERS, Counting
+
+SIZE = 24 * 2**20  # bytes of the file system
+FLOOR = 2**20  # bytes, `min_free_disk` of `daemon.HEAD`
+HEALED = 5.0  # seconds
+LONGEST_FULL = 0.5  # seconds of load on a full disk
+DRAIN = 60.0
+BIGGEST = 200_000  # bytes of a body, most are small
+
+HERE = Path(__file__).parent
+VARIANTS: dict[str, Sequence[str]] = {
+    "honest": SERVE,
+    "acks-early": (sys.executable, str(HERE / "acks_early.py"), "serve"),
+    **{
+        name: (sys.executable, str(HERE / "broken_disk.py"), name, "serve")
+        for name in ("gives-up", "stays-full", "no-floor")
+    },
+}
+
+
+@dataclass
+class Toll:
+    """What the full disks cost."""
+
+    rounds: int = 0
+    acknowledged: set[str] = field(default_factory=set)
+    refused: int = 0
+    undelivered: set[str] = field(default_factory=set)  # acknowledged, and never arrived
+    odd: list[str] = field(default_factory=list)  # answers that are neither a 200 nor a 503 in the envelope
+    down: list[str] = field(default_factory=list)  # starts on a full disk that did not come up
+    slow: int = 0  # times that no event was accepted within 5 s of room
+    worst: float = 0.0  # seconds until one was
+    least: int = SIZE  # bytes that the relay by itself left free
+    repeated: int = 0  # deliveries made again beyond what was in flight at the kills
+    corrupt: list[str] = field(default_factory=list)
+
+    @property
+    def fine(self) -> bool:
+        """Say whether every promise was kept."""
+        bad = self.undelivered or self.odd or self.down or self.slow or self.corrupt
+        return not bad and self.repeated <= 0 and self.least >= FLOOR
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds} full disks: {len(self.acknowledged)} acknowledged, {self.refused} refused, "
+            f"{len(self.undelivered)} undelivered, {len(self.odd)} odd answers, "
+            f"{len(self.down)} starts failed, {self.slow} healed late (the slowest in {self.worst:.1f} s), "
+            f"{len(self.corrupt)} corrupt files, {max(0, self.repeated)} repeated too often, "
+            f"at least {self.least} bytes left free"
+        )
+
+
+async def torture(
+    folder: Path,
+    rounds: int,
+    *,
+    seed: int,
+    variant: str = "honest",
+    drain: float = DRAIN,
+    tell: Callable[[Toll], None] = lambda _toll: None,
+) -> Toll:
+    """Fill the disk that many times, then let the daemon deliver what is left."""
+    rand, toll, kills = random.Random(seed), Toll(), 0
+    state = folder / "state"
+    with small_disk(state, SIZE) as disk:
+        async with Counting() as receiver:
+            crm = destination("crm", receiver.url, f"concurrency = {IN_FLIGHT}")
+            kept = '[retention]\nevents = "1s"\nattempts = "1s"\n'
+            daemon = Daemon(write_config(folder, SOURCES, crm, kept), VARIANTS[variant])
+            await daemon.start()
+            try:
+                await daemon.ready()
+                await _overfill(daemon, disk, toll)
+                for toll.rounds in range(1, rounds + 1):
+                    senders = [asyncio.create_task(_send(daemon, rand, toll)) for _ in range(SENDERS)]
+                    await asyncio.sleep(
+                        rand.uniform(0, LONGEST_FULL)
+                    )  # a random moment, nothing is waited for
+                    disk.fill()
+                    await asyncio.sleep(rand.uniform(0, LONGEST_FULL))
+                    if toll.rounds % 2:
+                        kills += 1
+                        await daemon.end()
+                        # A start has to make these, and there is no room for them.
+                        for name in ("relay.db-shm", "relay.db.ballast"):
+                            (state / name).unlink(missing_ok=True)
+                        disk.fill()
+                        if not await _started(daemon, toll):
+                            return toll
+                    for sender in senders:
+                        sender.cancel()
+                    await asyncio.gather(*senders, return_exceptions=True)
+                    disk.clear()
+                    if not await _healed(daemon, toll):
+                        return toll
+                    tell(toll)
+                with suppress(AssertionError):
+                    await until(lambda: toll.acknowledged <= receiver.counts.keys(), drain)
+                await daemon.stop()
+            finally:
+                await daemon.end()
+            toll.undelivered = toll.acknowledged - receiver.counts.keys()
+            toll.repeated = receiver.repeated - kills * IN_FLIGHT
+            with closing(sqlite3.connect(f"file:{state / 'relay.db'}?mode=ro", uri=True)) as reader:
+                toll.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
+    return toll
+
+
+async def _overfill(daemon: Daemon, disk: SmallDisk, toll: Toll) -> None:
+    """Send until the disk's floor is reached: by itself, the relay goes no further."""
+
+    async def work(number: int) -> None:
+        for count in range(SIZE // 1_000_000):
+            body = adorn(f"large {number}", payload={"n": count, "text": "x" * 1_000_000})
+            answer = await exchange(daemon.url, request("POST", "/v1/events", body))
+            if not _note(answer.status, answer.headers, answer.body, toll):
+                return
+            toll.acknowledged.add(answer.json["event_id"])
+
+    await asyncio.gather(*(work(number) for number in range(SENDERS)))
+    toll.least = min(toll.least, disk.free)
+    await _healed(daemon, toll, seconds=3 * HEALED)  # by retention
+    toll.worst, toll.slow = 0.0, 0
+
+
+async def _send(daemon: Daemon, rand: random.Random, toll: Toll) -> None:
+    """Send until cancelled, through kills and starts."""
+    for number in itertools.count():
+        size = rand.choice((10, 10, 10, BIGGEST))
+        raw = request("POST", "/v1/events", adorn(f"session {number}", payload={"text": "x" * size}))
+        try:
+            async with await Wire.open(daemon.url) as wire:
+                await wire.send(raw)
+                answer = await wire.answer()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            await asyncio.sleep(0.01)  # killed
+            continue
+        if _note(answer.status, answer.headers, answer.body, toll):
+            toll.acknowledged.add(answer.json["event_id"])
+        else:
+            await asyncio.sleep(0.005)
+
+
+def _note(status: int, headers: dict[str, str], body: bytes, toll: Toll) -> bool:
+    """Say whether an event was accepted; a refusal must be one that a sender understands."""
+    if status == HTTPStatus.OK:
+        return True
+    toll.refused += 1
+    told = headers.get("content-type", "").startswith("application/json") and b'"status":"error"' in body
+    if status != HTTPStatus.SERVICE_UNAVAILABLE or "retry-after" not in headers or not told:
+        toll.odd.append(f"{status}: {body[:200]!r}")
+    return False
+
+
+async def _started(daemon: Daemon, toll: Toll) -> bool:
+    """Start on a full disk, and say whether that comes up and says that it is not ready."""
+    await daemon.start()
+    try:
+        await daemon.ready()
+    except (AssertionError, TimeoutError):
+        toll.down.append(daemon.said[-500:])
+        return False
+    return True
+
+
+async def _healed(daemon: Daemon, toll: Toll, seconds: float = HEALED) -> bool:
+    """Send until an event is accepted, and say whether that was in time."""
+    began = time.monotonic()
+    raw = request("POST", "/v1/events", adorn("healed"))
+    while True:
+        answer = await exchange(daemon.url, raw)
+        if _note(answer.status, answer.headers, answer.body, toll):
+            toll.acknowledged.add(answer.json["event_id"])
+            toll.worst = max(toll.worst, time.monotonic() - began)
+            return True
+        if time.monotonic() - began > seconds:
+            toll.slow += 1
+            return False
+        await asyncio.sleep(0.05)
+
+
+@click.command()
+@click.option("--rounds", default=100, show_default=True)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
+def main(rounds: int, seed: int, variant: str) -> None:
+    """Fill the disk in a loop, and count what it cost."""
+
+    def tell(toll: Toll) -> None:
+        if toll.rounds % 10 == 0:
+            click.echo(toll)
+
+    with tempfile.TemporaryDirectory() as folder:
+        toll = asyncio.run(torture(Path(folder), rounds, seed=seed, variant=variant, tell=tell))
+    click.echo(toll)
+    sys.exit(0 if toll.fine else 1)
+
+
+if __name__ == "__main__":
+    main()
