@@ -70,7 +70,9 @@ def moment(text: str, now: int) -> int:
     except ValueError:
         try:
             return now - int(parse_duration(text) * SECOND)
-        except ValueError:
+        except ValueError as error:
+            if not str(error).startswith("expected"):
+                raise
             raise ValueError('expected "2h", "14d" or a time such as "2026-01-31T12:00:00Z"') from None
     if then.tzinfo is None:
         raise ValueError(f'"{text}" lacks its time zone; end it with Z for UTC')

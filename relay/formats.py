@@ -118,7 +118,7 @@ def _message(event: StoredEvent, limit: int, escape: Callable[[str], str]) -> st
     data = event.data[: 4 * limit].decode("utf-8", "ignore").replace("```", "'''")
     text = escape(data)
     if _length(text) > room:
-        text = re.sub("&[a-z]*$", "", _cut(text, room)) + more  # no half of an &amp;
+        text = re.sub(r"&[a-z]*\Z", "", _cut(text, room)) + more  # no half of an &amp;
     return headline + opening + text + closing
 
 

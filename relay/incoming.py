@@ -28,6 +28,7 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
     body: bytes = b""  # empty while only the head has been read
     params: Mapping[str, str] = {}  # the route's placeholders, percent-decoded
     query: str = ""  # raw query string; never logged
+    is_json: bool = False  # whether the body has been decoded, so that parts of it are known to be JSON
 
     @classmethod
     def of(
@@ -66,7 +67,7 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
             decoder = _decoders[type_] = msgspec.json.Decoder(type_)
         try:
             self.body.decode()  # msgspec does not look inside Raw and unknown fields
-            return decode(decoder, self.body)  # type: ignore[return-value]
+            value = decode(decoder, self.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if loose:
                 with suppress(ValueError, RecursionError):
@@ -75,6 +76,8 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
                 field, issue = _blame(str(error))
                 raise Invalid(field=field, issue=issue) from None
             raise Malformed from None
+        self.is_json = True
+        return value  # type: ignore[return-value]
 
     def bearer(self, tokens: Secrets) -> Credential:
         """Return the credential of the request's bearer token.

@@ -129,12 +129,14 @@ class Jobs:
                 again = isinstance(error, StorageUnavailableError) and said == past.error
                 level = logging.DEBUG if again else logging.ERROR
                 log.log(level, "job %s failed: %s", name, past.error)
-            except Exception as error:
-                log.exception("job %s failed", name)
-                past.error = f"{type(error).__name__}: {error}"
             except asyncio.CancelledError:
                 past.error = "it was cancelled"
                 raise
+            except GeneratorExit:  # the loop is gone, and the coroutine with it
+                raise
+            except BaseException as error:  # a plugin's SystemExit would end the daemon
+                log.exception("job %s failed", name)
+                past.error = f"{type(error).__name__}: {error}"
             finally:
                 past.running, past.seconds = False, (self._clock.steady() - began) / SECOND
                 past.runs += 1

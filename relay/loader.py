@@ -236,7 +236,7 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
         binder.report(path, refusal.detail)
     except ValueError as error:
         binder.report(path, str(error))
-    except Exception as error:  # noqa: BLE001 - see above
+    except BaseException as error:  # noqa: BLE001 - see above; at a reload a SystemExit would end the daemon
         binder.report(path, f'the plugin "{kind.name}" ({kind.file}) failed: {in_one_line(error)}')
     else:
         return settings

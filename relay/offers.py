@@ -126,7 +126,7 @@ class Offers:
 def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:
     try:
         offered = function()
-    except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
         raise PluginError(f"{hook}() raised {in_one_line(error)}") from None
     if not isinstance(offered, list | tuple):
         raise PluginError(f"{hook}() returned {offered!r:.60}; expected a list of {expected}")

@@ -85,7 +85,7 @@ OVERLAP = 10 * SECOND
 """How long a heartbeat's list may be older than a session's event that overtook it."""
 
 
-_CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|$)|^/|//|/$")
+_CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|\Z)|^/|//|/\Z")
 
 
 class Now(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
+from relay.jsontext import check as check_json
 from relay.jsontext import read as read_json
 from relay.model import (
     EMPTY,
@@ -45,8 +46,8 @@ __all__ = [
     "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
     "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerChange", "WorkerStatus", "as_map", "as_value", "check_id", "check_type", "read_json",
-    "route",
+    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_type",
+    "read_json", "route",
 ]  # fmt: skip
 
 
@@ -219,6 +220,20 @@ def as_map(raw: msgspec.Raw, field: str = "") -> msgspec.Raw:
     if bytes(value)[:1] != b"{":
         raise Invalid(field=field, issue="expected an object")
     return value
+
+
+def as_json(text: str | bytes, field: str = "") -> msgspec.Raw:
+    """Return a text that holds JSON, such as a field of a form, as a value for `data` or `context`.
+
+    Raises:
+        Invalid: it is not exactly one JSON value; blames `field`.
+    """
+    try:
+        encoded = text.encode() if isinstance(text, str) else text
+        check_json(encoded)
+    except (ValueError, RecursionError):  # msgspec's and Unicode's are ValueErrors
+        raise Invalid(field=field, issue="expected JSON") from None
+    return msgspec.Raw(encoded)
 
 
 def check_type(type_: str, field: str = "") -> None:

@@ -19,6 +19,10 @@ class Rate(msgspec.Struct, frozen=True):
     seconds: float
 
 
+CENTURY = 100 * 365 * 86_400.0
+"""The longest duration, in seconds: times are microseconds in 64 bits."""
+
+_LARGEST = 2**63 - 1
 _SECONDS = {
     "ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800,
 }  # fmt: skip
@@ -26,6 +30,7 @@ _BYTES = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_DIGITS = 9  # of a rate's numbers
 _DURATION = re.compile(r"(?:\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|min|s|m|h|d|w))", re.ASCII)
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)\s*", re.ASCII | re.IGNORECASE)
 _RATE = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]*)\s*(s|m|min|h)\s*", re.ASCII)
@@ -35,7 +40,7 @@ def parse_duration(text: str) -> float:
     """Return seconds.
 
     Raises:
-        ValueError: the text is no sequence of numbers with units.
+        ValueError: the text is no sequence of numbers with units, or means more than 100 years.
 
     >>> parse_duration("1h30m")
     5400.0
@@ -46,6 +51,8 @@ def parse_duration(text: str) -> float:
         end = match.end()
     if end == 0 or text[end:].strip():
         raise ValueError('expected a duration such as "90s", "5m" or "14d"')
+    if total > CENTURY:
+        raise ValueError("longer than 100 years")
     return total
 
 
@@ -53,7 +60,7 @@ def parse_size(text: str) -> int:
     """Return bytes.
 
     Raises:
-        ValueError: the text is no number with a unit.
+        ValueError: the text is no number with a unit, or means more bytes than any disk has.
 
     >>> parse_size("2 MiB")
     2097152
@@ -61,7 +68,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError('expected a size such as "64 KiB" or "2 MiB"')
-    return int(float(match[1]) * _BYTES[match[2].lower()])
+    count = float(match[1]) * _BYTES[match[2].lower()]
+    if count > _LARGEST:
+        raise ValueError("larger than any disk")
+    return int(count)
 
 
 def parse_rate(text: str) -> Rate:
@@ -74,8 +84,10 @@ def parse_rate(text: str) -> Rate:
     Rate(count=1000, seconds=60)
     """
     match = _RATE.fullmatch(text)
-    if match is None or int(match[1]) == 0 or match[2] == "0":
+    if match is None or not match[1].strip("0") or (match[2] and not match[2].strip("0")):
         raise ValueError('expected a rate such as "50/s" or "1000/m"')
+    if len(match[1]) > _DIGITS or len(match[2]) > _DIGITS:
+        raise ValueError(f"a rate's numbers have at most {_DIGITS} digits")
     return Rate(int(match[1]), int(match[2] or 1) * _SECONDS[match[3]])
 
 

@@ -190,3 +190,30 @@ async def test_a_source_comes_with_its_settings_and_its_latest_event(relay, even
 def test_an_answer_that_is_no_text_is_shown_all_the_same():
     shown = item({"row": 3, "started_at": 0, "answer": b"\xff!", "truncated": 1})
     assert shown == {"started_at": "1970-01-01T00:00:00.000Z", "answer": "\ufffd!", "truncated": True}
+
+
+FAR = ["9999999999d", "9" * 400 + "d", "36501d"]
+
+
+async def test_a_time_farther_away_than_a_century_is_no_question_and_no_wish(relay, event):
+    asked = [
+        request("GET", f"/api/{what}?{name}={text}")
+        for what in ("events", "deliveries", "attempts", "stats")
+        for name in ("since", "until")
+        for text in FAR
+    ]
+    for verb in ("replays", "events/delete", "deliveries/retry", "deliveries/cancel"):
+        for text in FAR:
+            body = b'{"filter": {"since": "%s"}, "dry_run": true}' % text.encode()
+            asked.append(request("POST", f"/api/{verb}", body))
+    for raw in asked:
+        answer = await exchange(relay.addresses.socket, raw)
+        assert answer.status == 400, (raw, answer)
+        assert "100 years" in answer.json["error"]["message"]
+
+
+async def test_every_date_that_there_is_can_be_asked_for(relay, event):
+    for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00%2B23:59"):
+        for name in ("since", "until"):
+            answer = await exchange(relay.addresses.socket, request("GET", f"/api/events?{name}={time}"))
+            assert answer.status == 200, (time, answer)

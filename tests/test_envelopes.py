@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -311,8 +313,10 @@ async def test_health_is_for_everyone(relay: Relay):
     assert head.status == 200
 
 
+ANSWERS = runpy.run_path(str(Path(__file__).parent / "plugins" / "failing.py"))["ANSWERS"]
 FLAWS = ["verify", "handler", "no answer", "bare reply", "type", "data", "reply", "reply value",
-         "reply status", "reply header"]  # fmt: skip
+         "reply status", "reply header", "exit", "interrupt", "generator", "cancelled", "base", "reply exit",
+         *(flaw for flaw in ANSWERS if flaw.startswith(("status ", "raw ")))]  # fmt: skip
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -355,3 +359,18 @@ async def test_without_a_flaw_the_flawed_plugin_works(flawed: Relay):
     assert (answer.status, answer.json) == (200, {"fine": True})
     [row] = await flawed.rows()
     assert row["type"] == "flawed.a"
+
+
+@pytest.mark.parametrize("flaw", ["refuse exit", "refuse status", "refusal"])
+async def test_a_refusal_whose_answer_cannot_be_sent_is_said_plainly(flawed: Relay, flaw):
+    """That of a body that is too large, or the plugin's own."""
+    more = {} if flaw == "refusal" else {"content_length": "99999999"}
+    answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail=flaw, **more))
+    assert answer.status == (500 if flaw == "refusal" else 413)
+    assert answer.json["error"]["code"] == ("odd" if flaw == "refusal" else "payload_too_large")
+
+
+async def test_a_plugin_s_own_reason_makes_no_new_series(flawed: Relay):
+    await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail="refusal"))
+    labels = {"source": "flawed", "reason": "a reason of its own"}
+    assert flawed.app.metrics.registry.get_sample_value("relay_events_rejected_total", labels) is None

@@ -30,15 +30,16 @@ async def test_a_job_runs_again_and_again(jobs):
     await until(lambda: len(runs) >= 3)
 
 
-async def test_a_job_that_fails_is_logged_and_runs_again(jobs, caplog):
+@pytest.mark.parametrize("error", [KeyError, SystemExit, KeyboardInterrupt, BaseException])
+async def test_a_job_that_fails_is_logged_and_runs_again(jobs, caplog, error):
     async def work():
-        raise KeyError("nothing")
+        raise error("nothing")
 
     jobs.add("shop.fail", 0.01, work)
     await until(lambda: len(caplog.records) >= 2)
     record = caplog.records[0]
     assert (record.name, record.getMessage()) == ("relay.jobs", "job shop.fail failed")
-    assert record.exc_info[0] is KeyError
+    assert record.exc_info[0] is error
 
 
 async def test_a_job_that_cancels_itself_is_logged_too(jobs, caplog):

@@ -36,7 +36,12 @@ def split_listen(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     bare = host[1:-1] if bracketed else host
-    valid = bool(colon and bare) and (":" in bare) == bracketed and not set(bare) & set(" /[]@")
+    valid = (
+        bool(colon and bare)
+        and (":" in bare) == bracketed
+        and bare.isprintable()
+        and not set(bare) & set(" /[]@")
+    )
     if not valid or not _PORT.fullmatch(port) or int(port) not in _PORTS:
         raise ValueError('expected "host:port" such as "127.0.0.1:8080" or "[::1]:8080"')
     return bare, int(port)
@@ -73,7 +78,7 @@ def network(text: str) -> str:
 
 def storage(text: str) -> str:
     """Check where events live."""
-    if not text.removeprefix("sqlite:") or not text.startswith("sqlite:"):
+    if not text.removeprefix("sqlite:") or not text.startswith("sqlite:") or not text.isprintable():
         raise ValueError('expected "sqlite:" and the name of a file, such as "sqlite:relay.db"')
     return text
 
@@ -140,6 +145,8 @@ def pattern(text: str) -> str:
     """Check a pattern of event types."""
     if not text.removeprefix("!"):
         raise ValueError('a pattern must not be empty; "*" matches every event')
+    if not text.isprintable():
+        raise ValueError("a pattern has no line breaks or control characters, as no type has any")
     return text
 
 

@@ -11,7 +11,7 @@ import msgspec
 from relay.config.lines import find_lines
 from relay.config.problem import ConfigError, KeyPath, Problem, UnreadableError
 
-_AT_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
+_AT_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _AT_END = " (at end of document)"
 
 

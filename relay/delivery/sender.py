@@ -88,13 +88,13 @@ class Sender:
 
     async def _ask(self, event: StoredEvent, now: int, times: Times | None = None) -> Answer:
         try:
-            body = self._render(event)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin's format may raise anything
+            body, content_type = self._render(event), self._format.content_type_of(event)
+        except BaseException as error:  # noqa: BLE001 - a plugin's format may raise anything
             return self._unmade(event, f"the format {self._format.name} failed", error)
         try:
             headers = {
                 **self._headers,
-                "content-type": self._format.content_type_of(event),
+                "content-type": content_type,
                 **self._signer.headers(event.public_id, now // SECOND, body),
             }
             if event.traceparent is not None:
@@ -102,7 +102,7 @@ class Sender:
             return await self._client.send(self._config.url, headers, body, times)
         except LackError:
             raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - likewise, and what it made may not be sent
+        except Exception as error:  # noqa: BLE001 - what the plugin made may not be sendable
             return self._unmade(event, "the request could not be made", error)
 
     def _meaning(self, answer: Answer) -> Verdict:

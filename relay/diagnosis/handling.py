@@ -35,7 +35,7 @@ def handle(match: Match, incoming: Incoming) -> Accepted | Reply:
         answer: Any = handler(asked)
     except Refusal:
         raise
-    except Exception as error:
+    except BaseException as error:
         raise PluginFailed from error
     if not isinstance(answer, Accepted | Reply):
         raise PluginFailed from TypeError(f"a handler returned {type(answer).__name__}")

@@ -115,7 +115,7 @@ def _verify(
         return None, findings or [_refused(source, refusal)]
     except Refusal as refusal:
         return None, [_refused(source, refusal)]
-    except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
         return None, [_failed(source, error)]
     used = [token for token in tokens if token.kind == "source" and token.owner == source.name]
     token = token_of(incoming, used) if incoming.asked else None

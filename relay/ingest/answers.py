@@ -24,11 +24,19 @@ BROWSER_HEADERS = (
 )
 """Request headers that a page at a listed origin may set."""
 
+_LEAST, _MOST = 200, 599  # statuses of a final answer; 1xx announce another one (RFC 9110, 15.2)
+_REFUSING = range(400, _MOST + 1)
 _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
 
 def render(reply: Reply) -> Response:
-    """Turn a reply into a response; `bytes` go out as they are."""
+    """Turn a reply into a response; `bytes` go out as they are.
+
+    Raises:
+        ValueError: its status or a header cannot be sent.
+    """
+    if not _LEAST <= reply.status <= _MOST:
+        raise ValueError(f"a reply's status must be from {_LEAST} to {_MOST}, got {reply.status}")
     body = reply.body if isinstance(reply.body, bytes) else encode(reply.body)
     response = Response(reply.status, body)
     for name, value in reply.headers.items():
@@ -53,7 +61,7 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
         if isinstance(reply, Reply):
             return render(reply)
         return Response(200, reply if isinstance(reply, bytes) else encode(reply))
-    except Exception as error:
+    except BaseException as error:
         raise PluginFailed from error
 
 
@@ -75,7 +83,8 @@ def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
 def plain(refusal: Refusal) -> Response:
     """Render a refusal where no source can."""
     error = {"code": refusal.code, "message": refusal.message}
-    return _annotate(render(Reply(status=refusal.status, body={"error": error})), refusal)
+    status = refusal.status if refusal.status in _REFUSING else PluginFailed.status  # a plugin chose another
+    return _annotate(render(Reply(status=status, body={"error": error})), refusal)
 
 
 def health() -> Response:
@@ -137,7 +146,7 @@ def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
         return plugin(incoming)
     except Refusal:
         raise
-    except Exception as error:
+    except BaseException as error:  # a SystemExit would end the daemon
         raise PluginFailed from error
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from relay.clock import SECOND, Clock
 from relay.errors import (
+    REASONS,
     Forbidden,
     KeyConflict,
     MethodNotAllowed,
@@ -383,7 +384,8 @@ class Ingest:
         return given_id(incoming.headers.get("X-Request-Id")) or request_id(self._clock.wall())
 
     def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
-        self._metrics.rejected.labels(mount.name, refusal.reason).inc()
+        reason = refusal.reason if refusal.reason in REASONS else PluginFailed.reason  # a plugin's own
+        self._metrics.rejected.labels(mount.name, reason).inc()
         if isinstance(refusal, KeyConflict):
             self._meters[mount.name].key_conflicts.inc()
         request = self._request_id(incoming)
@@ -392,10 +394,10 @@ class Ingest:
             self._fail(mount, incoming, refusal.__cause__, request)
         try:
             response = refuse(mount, refusal, incoming)
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything, the sender is answered all the same
+        except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, the sender is answered all the same
             self._fail(mount, incoming, error, request)
             response = plain(refusal)
-        what = f"{mount.name}: refused with {response.status}, {refusal.reason}"
+        what = f"{mount.name}: refused with {response.status}, {reason}"
         if self._log.is_due(what):
             sender = self._remote.of(peer, incoming.headers)
             type_ = type_of(incoming)
@@ -407,7 +409,7 @@ class Ingest:
                 source=mount.name,
                 type=type_,
                 status=response.status,
-                reason=refusal.reason,
+                reason=reason,
                 field=refusal.field or None,
                 problem=(refusal.problem if isinstance(refusal, Unauthenticated) else refusal.issue) or None,
                 remote=sender,

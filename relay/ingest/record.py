@@ -1,16 +1,20 @@
 """What is kept of a request: its event, as the store takes it."""
 
+import dataclasses
 import hashlib
+from collections.abc import Iterable
 
 import msgspec
 
 from relay.errors import PluginFailed, Refusal
 from relay.ids import event_id, given_id
 from relay.incoming import Incoming
-from relay.jsontext import encode, escape
-from relay.model import StoredEvent
+from relay.jsontext import check, encode, escape
+from relay.model import EMPTY, StoredEvent
 from relay.source import Event, check_type
 
+_PLAIN = (str, int, float, bytes, type(None))
+_EMPTY = bytes(EMPTY)
 TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
@@ -25,7 +29,7 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
 
     Raises:
         Invalid: the type is none.
-        PluginFailed: `data` or `context` is no JSON.
+        PluginFailed: `data` or `context` is not exactly one JSON value.
     """
     body, trace = incoming.body, incoming.header("traceparent")
     request = incoming.headers.get("X-Request-Id")
@@ -33,10 +37,10 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         type_ = escape(event.type)
         subject = None if event.subject is None else escape(event.subject)
         check_type(type_)
-        data, context = _json(event.data), _json(event.context)
+        data, context = _json(event.data, incoming), _json(event.context, incoming)
     except Refusal:
         raise
-    except Exception as error:
+    except BaseException as error:
         raise PluginFailed from error
     return StoredEvent(
         id=0,
@@ -55,5 +59,46 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
     )
 
 
-def _json(value: object) -> bytes:
-    return bytes(value) if isinstance(value, msgspec.Raw) else encode(value)
+def _json(value: object, incoming: Incoming) -> bytes:
+    """Return the text of a value, which is spliced into the envelope as it is.
+
+    Raises:
+        ValueError: it is not exactly one JSON value.
+    """
+    if value is EMPTY:
+        return _EMPTY
+    if isinstance(value, msgspec.Raw):
+        return _checked(value, incoming)
+    _check_inside(value, incoming)
+    return encode(value)
+
+
+def _checked(raw: msgspec.Raw, incoming: Incoming) -> bytes:
+    own = raw.copy()
+    text = bytes(own)
+    # `copy` makes another object only of a piece of a larger text: one that msgspec has parsed.
+    if own is raw or not incoming.is_json:
+        check(text)
+    elif not text.isascii():
+        text.decode()  # the larger text may be another one than the body, decoded by the plugin
+    return text
+
+
+def _check_inside(value: object, incoming: Incoming) -> None:
+    """Check every `Raw` within a value: the encoder writes them as they are."""
+    inner: Iterable[object]
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif isinstance(value, msgspec.Struct):
+        inner = (getattr(value, name) for name in value.__struct_fields__)
+    elif dataclasses.is_dataclass(value):
+        inner = (getattr(value, field.name) for field in dataclasses.fields(value))
+    else:
+        return
+    for each in inner:
+        if isinstance(each, msgspec.Raw):
+            _checked(each, incoming)
+        elif not isinstance(each, _PLAIN):
+            _check_inside(each, incoming)

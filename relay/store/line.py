@@ -19,8 +19,8 @@ from relay.model import StoredEvent
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
-_Id = Annotated[str, msgspec.Meta(pattern=r"^evt_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
-_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Id = Annotated[str, msgspec.Meta(pattern=r"^evt_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 _Place = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -46,8 +46,8 @@ class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
     type: _Text
     subject: str | None = None
     received_at: Annotated[datetime, msgspec.Meta(tz=True)]
-    content_type: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*$")]
-    traceparent: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*$")] | None = None
+    content_type: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*\Z")]
+    traceparent: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*\Z")] | None = None
     sha256: str  # hexadecimal, of the body
     context: msgspec.Raw
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

@@ -1,6 +1,9 @@
 """Sources that fail on request: a header of the request says where and how."""
 
+import asyncio
 from typing import Any
+
+import msgspec
 
 from relay.hookspecs import hookimpl
 from relay.source import (
@@ -54,6 +57,10 @@ class Flawed(Source, kind="flawed", owns=("/flawed",)):
             raise KeyError("secret")
         if flaw == "refuse":
             raise Invalid(field="everything", issue="is wrong")
+        if flaw in ENDINGS:
+            raise ENDINGS[flaw]
+        if flaw == "refusal":
+            raise Odd
         fine = Accepted(event=Event(type="a"), reply={"fine": True})
         return ANSWERS.get(flaw, fine)
 
@@ -61,7 +68,34 @@ class Flawed(Source, kind="flawed", owns=("/flawed",)):
         """Fail here for `X-Fail: refuse`."""
         if incoming.header("X-Fail") == "refuse":
             raise KeyError("secret")
+        if incoming.header("X-Fail") == "refuse exit":
+            raise SystemExit(5)
+        if incoming.header("X-Fail") == "refuse status":
+            return Reply(status=100, body={})
         return Reply(status=refusal.status, body={"flawed": refusal.code})
+
+
+class Ending(BaseException):
+    """Not an Exception."""
+
+
+class Odd(Refusal):
+    """With what no answer and no metric can have."""
+
+    status, reason, code = 9999, "a reason of its own", "odd"
+
+
+def _exits(receipt: Receipt) -> Reply:
+    raise SystemExit(receipt.event_id)
+
+
+ENDINGS = {
+    "exit": SystemExit(0),
+    "interrupt": KeyboardInterrupt(),
+    "generator": GeneratorExit(),
+    "cancelled": asyncio.CancelledError(),
+    "base": Ending(),
+}
 
 
 def _impossible(receipt: Receipt) -> Reply:
@@ -76,6 +110,28 @@ ANSWERS: dict[str, Any] = {
     "reply": Accepted(event=Event(type="a"), reply=_impossible),
     "reply value": Accepted(event=Event(type="a"), reply=object()),
     "reply status": Accepted(event=Event(type="a"), reply=Reply(status="fine", body={})),
+    "reply exit": Accepted(event=Event(type="a"), reply=_exits),
+    **{
+        f"status {status}": Accepted(event=Event(type="a"), reply=Reply(status=status, body={}))
+        for status in (100, 101, 199, 0, -1, 600, 999, 9999, True)
+    },
+    **{
+        f"raw {text!r}": Accepted(event=Event(type="a", data=msgspec.Raw(text)), reply={})
+        for text in (
+            b"",
+            b"{} {}",
+            b'{},"type":"b"',
+            b"NaN",
+            b"{",
+            b"'a'",
+            b'"\xff"',
+            b"\xef\xbb\xbf{}",
+            b"1,2",
+        )
+    },
+    "raw context": Accepted(event=Event(type="a", context=msgspec.Raw(b'{},"type":"b"')), reply={}),
+    "raw in a dict": Accepted(event=Event(type="a", data={"a": msgspec.Raw(b'1,"b":2')}), reply={}),
+    "raw in a list": Accepted(event=Event(type="a", data={"a": [1, (msgspec.Raw(b"1,2"),)]}), reply={}),
     "reply header": Accepted(
         event=Event(type="a"), reply=Reply(headers={"X-Injected": "a\r\nb: c"}, body={})
     ),

@@ -1,0 +1,95 @@
+"""What a source gives as JSON is exactly one value, and nothing of it reaches past its place."""
+
+import base64
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from relay.clock import SECOND
+from relay.errors import Invalid, PluginFailed
+from relay.incoming import Incoming
+from relay.ingest import record as record_module
+from relay.ingest.record import record
+from relay.source import Event, as_json
+
+NOW = 1_700_000_000 * SECOND
+VALUES = [
+    b"{}", b"[]", b"null", b"true", b"0", b"-0", b"1e400", b"45000.00", b'"a"', b' {"a" : [1, 2] } ',
+    b"9" * 5000, rb'"\ud83d"', rb'{"\ud83d": "\udc00\ud83d"}', '"é\u2028"'.encode(),
+]  # fmt: skip
+NO_VALUES = [
+    b"", b" ", b"{} {}", b'{},"type":"adorn.sale.made"', b"1,2", b"{", b"}", b'{"a":1,}', b"{a:1}", b"'a'",
+    b"NaN", b"Infinity", b"-", b"01", b"1.", b"tru", b'"\xff"', b'"a\nb"', b'"\x00"', b"\xef\xbb\xbf{}",
+    b"{}\x00",
+    b"/**/{}", rb'"\ud83', rb'"\x"', b"[" * 100_000 + b"]" * 100_000,
+]  # fmt: skip
+
+
+class Body(msgspec.Struct):
+    data: msgspec.Raw
+    text: str = ""
+    coded: str = ""
+
+
+def recorded(data: Any, body: bytes = b"", context: Any = None) -> Any:
+    incoming = Incoming.of("POST", "/a", {}, body)
+    return record(
+        "shop", Event(type="a", data=data, context={} if context is None else context), incoming, NOW
+    )
+
+
+@pytest.mark.parametrize("text", VALUES, ids=lambda text: text[:20])
+def test_one_json_value_is_kept_byte_for_byte(text):
+    assert recorded(msgspec.Raw(text)).data == text
+    assert recorded({"a": msgspec.Raw(text)}).data == b'{"a":' + text + b"}"
+    assert bytes(as_json(text)) == text
+    assert bytes(as_json(text.decode())) == text
+
+
+@pytest.mark.parametrize("text", NO_VALUES, ids=lambda text: text[:20])
+def test_what_is_not_exactly_one_json_value_is_the_plugin_s_failure(text):
+    for value in (
+        msgspec.Raw(text),
+        {"a": msgspec.Raw(text)},
+        [[msgspec.Raw(text)]],
+        Body(msgspec.Raw(text)),
+    ):
+        with pytest.raises(PluginFailed):
+            recorded(value)
+        with pytest.raises(PluginFailed):
+            recorded({}, context=value)
+    with pytest.raises(Invalid) as refused:
+        as_json(text, "payload")
+    assert refused.value.detail == "payload: expected JSON"
+
+
+def test_a_part_of_the_body_is_not_parsed_again(monkeypatch):
+    checked: list[bytes] = []
+    monkeypatch.setattr(record_module, "check", checked.append)
+    body = b'{"data": {"n": 45000.00, "text": "\xc3\xa9"}}'
+    incoming = Incoming.of("POST", "/a", {}, body)
+    part = incoming.decode(Body).data
+    stored = record("shop", Event(type="a", data=part, context={"store": part}), incoming, NOW)
+    assert stored.data in body
+    assert json.loads(stored.context) == {"store": json.loads(stored.data)}
+    assert checked == []
+
+
+@pytest.mark.parametrize("inner", [b'"\xff"', b'{"a": "\xff"}'])
+def test_a_part_of_a_text_within_the_body_is_looked_at_itself(inner):
+    """Msgspec does not see whether what it skips is UTF-8."""
+    body = msgspec.json.encode({"data": 1, "coded": base64.b64encode(inner).decode()})
+    incoming = Incoming.of("POST", "/a", {}, body)
+    found = incoming.decode(Body)
+    raw = msgspec.json.decode(base64.b64decode(found.coded), type=msgspec.Raw)
+    with pytest.raises(PluginFailed):
+        record("shop", Event(type="a", data=raw), incoming, NOW)
+
+
+def test_a_part_that_the_plugin_decoded_itself_is_checked():
+    body = msgspec.msgpack.encode({"data": {"a": 1}})
+    raw = msgspec.msgpack.decode(body, type=Body).data
+    with pytest.raises(PluginFailed):
+        recorded(raw, body)
