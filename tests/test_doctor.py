@@ -16,7 +16,7 @@ from relay.store.doctor import Patient, examine
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",
-    "stuck", "bodies", "clock", "room", "destinations", "workers",
+    "stuck", "dead", "bodies", "clock", "room", "destinations", "sources", "workers",
 ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def path(tmp_path, clock):
             store.route = lambda event: () if event.source == "relay" else owed
             events = [await send(store, clock, body=b'{"n": %d}' % number) for number in range(9)]
             await end(store, events[0], "delivered", "erp")
-            await end(store, events[1], "dead", "erp")
+            await end(store, events[1], "expired", "erp")
 
     asyncio.run(fill())
     return tmp_path / "relay.db"
@@ -186,10 +186,38 @@ def test_what_is_owed_to_a_destination_that_is_not_in_the_config_is_found(path, 
     assert ill(path, clock, destinations=None) == {}
 
 
+async def test_deliveries_that_were_given_up_are_found_until_they_are_sent_once_more(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    async with opened(path, clock) as store:
+        first = await send(store, clock)
+        await end(store, first, "dead")
+        await end(store, await send(store, clock), "dead", "crm")
+    detail, hint = ill(path, clock)["dead"]
+    assert detail == "given up, and not sent since: crm (2), erp (1)"
+    assert "relay deliveries retry --destination crm --state dead" in hint
+    assert "relay deliveries retry --destination erp --state dead" in hint
+    async with opened(path, clock) as store:
+        [event] = [row for row in await store.find("events") if row["id"] == first.public_id]
+        loaded = (await store.load([event["row"]]))[event["row"]]
+        await store.repeat([(loaded, Owed("crm")), (loaded, Owed("erp"))])
+    assert ill(path, clock)["dead"][0] == "given up, and not sent since: crm (1)"
+
+
+async def test_a_paused_source_is_found_unless_it_is_not_in_the_config_any_more(tmp_path, clock):
+    path = tmp_path / "relay.db"
+    async with opened(path, clock) as store:
+        await store.pause_source("shop", paused=True)
+    assert ill(path, clock)["sources"] == (
+        "paused, their senders get 503: shop",
+        "relay sources resume shop",
+    )
+    assert ill(path, clock, sources=["till"]) == {}
+
+
 def test_bodies_are_sampled_evenly_and_the_latest_is_among_them(path, clock, monkeypatch):
     monkeypatch.setattr(doctor, "SAMPLE", 3)
     [bodies] = [check for check in examine(patient(path, clock), Stop()) if check.name == "bodies"]
-    assert bodies.detail == "4 bodies are as they came in"  # of ten, one of them the relay's own
+    assert bodies.detail == "5 bodies are as they came in"  # of nine
     change(path, "UPDATE events SET body = x'7b7d' WHERE id = (SELECT max(id) FROM events)")
     assert list(ill(path, clock)) == ["bodies"]
 

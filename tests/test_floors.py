@@ -19,7 +19,7 @@ FLOORS = (
     ),
     ("incoming", "source", "hookspecs", "store", "questions", "items", "owed"),
     ("doors", "offers", "loader", "observers", "ingest", "delivery", "repeat", "replay", "workers", "jobs",
-     "books", "upkeep", "backups", "state", "reload", "diagnosis"),
+     "books", "upkeep", "backups", "state", "reload", "checkup", "diagnosis"),
     ("api",),
     ("hold", "app", "demo"),
     ("cli",),

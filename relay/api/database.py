@@ -6,11 +6,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from relay import checkup
 from relay.api.answers import say
 from relay.api.parts import Parts
 from relay.api.progress import tell
 from relay.backups import described
 from relay.config.find import database_path
+from relay.delivery.lane import NO_STORAGE
 from relay.model import Backup, Check
 from relay.store.doctor import database
 
@@ -23,6 +25,10 @@ class DatabaseApi:
         self._state = parts.state
         self._backups = parts.backups
         self._reloads = parts.reloads
+        self._engine = parts.engine
+        self._jobs = parts.jobs
+        self._health = parts.health
+        self._clock = parts.clock
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
@@ -57,13 +63,31 @@ class DatabaseApi:
     async def _checks(self) -> list[Check]:
         config = self._state.config
         found = await self._store.examine(
-            min_free=config.storage.min_free_disk, destinations=config.destinations.keys()
+            min_free=config.storage.min_free_disk,
+            destinations=config.destinations.keys(),
+            sources=config.sources.keys(),
         )
         return [
             database(database_path(config), config.path),
             *found,
+            checkup.held(self._owing(), self._clock.steady()),
             self._backups.examine(),
+            checkup.writable(config, config.state_dir),
+            checkup.ready(self._health.reasons()),
+            checkup.jobs(self._jobs.all()),
             await self._reloads.drift(),
+        ]
+
+    def _owing(self) -> list[checkup.Owing]:
+        owed = self._store.owed()
+        return [
+            checkup.Owing(
+                name=name,
+                held=None if lane.held == NO_STORAGE else lane.held,  # `ready` says so
+                pending=owed.get(name, 0),
+                failing_since=lane.standing.state.failing_since,
+            )
+            for name, lane in self._engine.lanes.items()
         ]
 
 

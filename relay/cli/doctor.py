@@ -23,9 +23,10 @@ def doctor(daemon: Daemon | Offline, *, as_json: bool) -> None:
 
     Example: relay doctor
 
-    Only reads. It looks at every page of the database, which takes a while with a large one, at the
-    books, at bodies, the disk, the clock, and whether config.toml is what the relay goes by. The exit
-    code is 1 if anything is wrong.
+    Only reads. Checks every page of the database, which takes a while with a large one, the books,
+    bodies, the disk and the clock; deliveries that wait or are dead, jobs and backups that fail; files
+    that anybody may write to; and whether config.toml is what the relay goes by. Says for each problem
+    which command comes next. The exit code is 1 if anything is wrong.
     """
     if isinstance(daemon, Offline):
         tell(map(msgspec.structs.asdict, daemon.examine()), as_json=as_json)

@@ -4,8 +4,9 @@ import asyncio
 import functools
 import os
 from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +20,12 @@ from relay.config.find import find_config, is_there
 from relay.config.installed import directories_of
 from relay.config.model import Config
 from relay.config.tables import bind_tables
-from relay.errors import UnknownError
+from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
 from relay.store.apart import Stop
+
+if TYPE_CHECKING:
+    from relay import checkup
 
 
 class Offline:
@@ -42,21 +46,39 @@ class Offline:
 
     def examine(self) -> list[Check]:
         """Look for everything that could be wrong with it."""
-        from relay import backups  # noqa: PLC0415 - as below
+        from relay import backups, checkup  # noqa: PLC0415 - as below
         from relay.store.doctor import Patient, database, examine  # noqa: PLC0415 - as below
 
-        now, config = SystemClock().wall(), self._config
-        made = backups.made_in(state_of(config) / config.backup.dir)
+        config, now = self._config, SystemClock().wall()
         patient = Patient(
             path=self._file,
             now=now,
-            min_free=self._config.storage.min_free_disk,
-            destinations=self._config.destinations.keys(),
+            min_free=config.storage.min_free_disk,
+            destinations=config.destinations.keys(),
         )
+        made = backups.made_in(state_of(config) / config.backup.dir)
+        found = [database(self._file, config.path), *examine(patient, Stop())]
+        with suppress(StorageError):  # the checks above say what is the matter with the file
+            # Nothing is tried any more while no relay runs, so whatever failed last is a finding at once.
+            found.append(checkup.held(asyncio.run(self._owing()), now, patience=0))
+        found.append(backups.examine(made, config.backup.every, now // SECOND))
+        return [*found, checkup.writable(config, state_of(config))]
+
+    async def _owing(self) -> list["checkup.Owing"]:
+        from relay import checkup  # noqa: PLC0415 - as below
+        from relay.store.reading import reading  # noqa: PLC0415 - as below
+
+        async with reading(self._file) as reads:
+            books, states = await reads.books(), await reads.destination_states()
         return [
-            database(self._file, config.path),
-            *examine(patient, Stop()),
-            backups.examine(made, config.backup.every, now // SECOND),
+            checkup.Owing(
+                name=name,
+                held=states[name].held if name in states else None,
+                pending=books[name].pending,
+                failing_since=states[name].failing_since if name in states else None,
+            )
+            for name in self._config.destinations
+            if name in books
         ]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:

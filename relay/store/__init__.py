@@ -374,8 +374,14 @@ class Store(Protocol):
         """
         ...
 
-    async def examine(self, *, min_free: int = 0, destinations: Collection[str] | None = None) -> list[Check]:
-        """Look for everything that could be wrong; `destinations` are those that the config has."""
+    async def examine(
+        self,
+        *,
+        min_free: int = 0,
+        destinations: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
+    ) -> list[Check]:
+        """Look for everything that could be wrong; `destinations` and `sources` are those of the config."""
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:

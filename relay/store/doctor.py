@@ -47,6 +47,15 @@ STUCK_SQL = """
              WHERE earlier.destination = d.destination AND earlier.order_key = d.order_key
                AND earlier.state = 'pending' AND earlier.id < d.id))
 """
+# Of an event's deliveries to a destination the latest counts, as for whoever retries what is dead.
+DEAD_SQL = """
+    SELECT d.destination, count(*) FROM deliveries AS d
+     WHERE d.state = 'dead'
+       AND NOT EXISTS (SELECT 1 FROM deliveries AS later
+                        WHERE later.event_id = d.event_id AND later.destination = d.destination
+                          AND later.id > d.id)
+     GROUP BY d.destination ORDER BY d.destination
+"""
 BODY_SQL = "SELECT public_id, sha256, size, body FROM events WHERE id >= ? ORDER BY id LIMIT 1"
 
 _RESTORE = "stop the relay, keep the file, and put a backup in its place: see docs/storage.md"
@@ -60,6 +69,7 @@ class Patient(msgspec.Struct, frozen=True, kw_only=True):
     now: int  # wall clock
     min_free: int = 0  # bytes
     destinations: Collection[str] | None = None  # that the config has; None: not known
+    sources: Collection[str] | None = None  # likewise
 
 
 def examine(patient: Patient, stop: Stop) -> list[Check]:
@@ -219,6 +229,31 @@ def stuck(_patient: Patient, connection: sqlite3.Connection) -> Check:
     return _well("stuck", "every pending delivery is due some time, or waits for one that is")
 
 
+def dead(_patient: Patient, connection: sqlite3.Connection) -> Check:
+    """Count the deliveries that were given up and not sent once more since."""
+    found = connection.execute(DEAD_SQL).fetchall()
+    if not found:
+        return _well("dead", "no delivery was given up")
+    names = ", ".join(f"{name} ({number})" for name, number in found)
+    hints = [f"relay deliveries list --destination {found[0][0]} --state dead says why"]
+    hints += [f"relay deliveries retry --destination {name} --state dead" for name, _ in found]
+    return _ill("dead", f"given up, and not sent since: {names}", "; ".join(hints))
+
+
+def sources(patient: Patient, connection: sqlite3.Connection) -> Check:
+    """Look for sources whose senders are refused because an operator paused them."""
+    known = patient.sources
+    paused = [
+        name
+        for (name,) in connection.execute("SELECT name FROM sources WHERE paused ORDER BY name")
+        if known is None or name in known
+    ]
+    if paused:
+        hint = "; ".join(f"relay sources resume {name}" for name in paused)
+        return _ill("sources", f"paused, their senders get 503: {', '.join(paused)}", hint)
+    return _well("sources", "none is paused")
+
+
 def bodies(_patient: Patient, connection: sqlite3.Connection) -> Check:
     """Compare bodies with the digests that were made when they came: no other check sees a flipped bit."""
     [(first, last)] = connection.execute("SELECT min(id), max(id) FROM events")
@@ -299,7 +334,8 @@ def workers(_patient: Patient, connection: sqlite3.Connection) -> Check:
 
 SURROUNDINGS: tuple[Callable[[Patient], Check], ...] = (sqlite, permissions, disk, fsync, losses)
 INSIDE: tuple[Callable[[Patient, sqlite3.Connection], Check], ...] = (
-    version, history, integrity, conservation, stuck, bodies, clock, room, destinations, workers,
+    version, history, integrity, conservation, stuck, dead, bodies, clock, room, destinations, sources,
+    workers,
 )  # fmt: skip
 
 
@@ -309,10 +345,20 @@ class Examining:
     path: Path
     _clock: Clock
 
-    async def examine(self, *, min_free: int = 0, destinations: Collection[str] | None = None) -> list[Check]:
+    async def examine(
+        self,
+        *,
+        min_free: int = 0,
+        destinations: Collection[str] | None = None,
+        sources: Collection[str] | None = None,
+    ) -> list[Check]:
         """See `Store.examine`."""
         patient = Patient(
-            path=self.path, now=self._clock.wall(), min_free=min_free, destinations=destinations
+            path=self.path,
+            now=self._clock.wall(),
+            min_free=min_free,
+            destinations=destinations,
+            sources=sources,
         )
         return await apart(partial(examine, patient))
 
