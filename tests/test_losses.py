@@ -367,6 +367,35 @@ def test_the_log_is_read_as_sqlite_reads_it(tmp_path):
         assert read_log(torn).damaged, at
 
 
+async def test_no_backup_is_made_of_a_file_that_is_not_the_open_one(tmp_path):
+    config = write_config(tmp_path, SOURCES, '[backup]\nevery = "1d"\nkeep = 1\n')
+    async with running(config) as relay:
+        await relay.exchange(post())
+        good = Path((await relay.app.backups.make()).path)
+        await relay.exchange(post())
+        shutil.copyfile(good, tmp_path / "state" / "foreign.db")
+        (tmp_path / "state" / "foreign.db").replace(relay.app.store.path)
+        await refusal(relay.addresses.public)
+        with pytest.raises(StorageError, match="was replaced by another file"):
+            await relay.app.store.backup(tmp_path / "copy.db")
+        with pytest.raises(StorageError, match="was replaced by another file"):
+            await relay.app.backups.make()
+        assert list(relay.app.backups.made()) == [good]
+
+
+async def test_a_database_that_is_a_link_is_looked_after_where_it_leads(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state" / "relay.db").symlink_to(tmp_path / "disk" / "relay.db")
+    (tmp_path / "disk" / "relay.db").touch(mode=0o600)
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        assert (await relay.exchange(post())).status == 200
+        await until(lambda: (tmp_path / "disk" / "relay.db-wal").stat().st_size == 0)
+        (tmp_path / "disk" / "relay.db").unlink()
+        await refusal(relay.addresses.public)
+        await until(lambda: rescues_of(relay.app.store.path))
+
+
 async def test_a_store_whose_folder_is_gone_at_the_end_can_be_closed(tmp_path):
     store = SqliteStore(tmp_path / "state" / "relay.db", FakeClock())
     (tmp_path / "state").mkdir()

@@ -8,10 +8,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
 from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
+from relay.store.writer import Writer
 from relay.units import render_size
 
 SIZE_SQL = """
@@ -158,12 +159,20 @@ class BackingUp:
     """The store's verb."""
 
     path: Path
+    _writer: Writer
 
     async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
         """See `Store.backup`."""
+        self._check_source()
         copy = partial(back_up, self.path, target, replace=replace)
         return await apart(partial(copy, keep_free=keep_free) if keep_free else copy)
 
     async def backup_lacks(self, folder: Path, *, keep_free: int = 0) -> int:
         """See `Store.backup_lacks`."""
+        self._check_source()
         return await apart(partial(lacks, self.path, folder, keep_free=keep_free))
+
+    def _check_source(self) -> None:
+        """Copy nothing that is not the open database, and keep the backups that are."""
+        if self._writer.broken is not None:
+            raise StorageUnavailableError(f"nothing to back up: {self._writer.broken}")

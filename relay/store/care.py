@@ -142,7 +142,8 @@ class Caretaker:
         try:
             done = await rescue(self._reader, self._path, self._clock.wall(), self._mark)
         except StorageError as error:
-            log.critical("no rescue copy: %s", in_one_line(error))
+            advice = "; keep the relay running: it tries again until there is one" if self._moved else ""
+            log.critical("no rescue copy: %s%s", in_one_line(error), advice)
             return False
         self._saved = True
         log.critical(

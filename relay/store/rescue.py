@@ -80,7 +80,8 @@ def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]
 
 def restoring(copy: Path, database: Path) -> str:
     """Return the shell command that puts a copy in the place of a database; a relay must not run."""
-    names = [str(path) for path in (log_of(database), database.with_name(f"{database.name}-shm"))]
+    log = str(log_of(database))
+    names = [log, f"{log.removesuffix('-wal')}-shm"]
     steps = [["rm", "-f", *names]]
     if database.exists():
         steps.append(["mv", str(database), f"{database}.replaced"])

@@ -6,10 +6,12 @@ after a crash that is right for what was being written, and wrong for everything
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 HEAD, FRAME_HEAD = 32, 24  # bytes
+SMALLEST, LARGEST = 512, 65_536  # bytes of a page
 _MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # the byte order of the checksums
 _MASK = 0xFFFFFFFF
 
@@ -28,8 +30,9 @@ class Log(msgspec.Struct, frozen=True):
 
 
 def log_of(database: Path) -> Path:
-    """Return the path of a database's log."""
-    return database.with_name(f"{database.name}-wal")
+    """Return the path of a database's log: beside the file itself, where the path is a link to it."""
+    real = database.resolve()
+    return real.with_name(f"{real.name}-wal")
 
 
 def read_log(path: Path) -> Log:
@@ -40,48 +43,52 @@ def read_log(path: Path) -> Log:
     """
     try:
         with path.open("rb") as file:
-            return _read(file.read())
+            return _read(file)
     except FileNotFoundError:
         return Log()
 
 
-def _read(raw: bytes) -> Log:
-    if len(raw) < HEAD + FRAME_HEAD:
+def _read(file: BinaryIO) -> Log:
+    head = file.read(HEAD)
+    if len(head) < HEAD:
         return Log()
-    magic, _, page, _, *salts, first, second = struct.unpack_from(">8I", raw)
+    magic, _, page, _, *salts, first, second = struct.unpack(">8I", head)
     order = _MAGIC.get(magic, "<")
-    sums = _checksum(struct.unpack_from(f"{order}6I", raw), (0, 0))
+    sums = _checksum(struct.unpack_from(f"{order}6I", head), (0, 0))
     sound = magic in _MAGIC and sums == (first, second)
     if not sound:
         # With a damaged head all frames are dropped; their generation stands in each of them.
-        page, salts = _page_size(raw), list(struct.unpack_from(">2I", raw, HEAD + 8))
-    if page < 512 or page & (page - 1):  # noqa: PLR2004 - the smallest page there is
+        frames = file.read(2 * (FRAME_HEAD + LARGEST))
+        if len(frames) < FRAME_HEAD:
+            return Log()
+        page, salts = _page_size(frames), list(struct.unpack_from(">2I", frames, 8))
+        file.seek(HEAD)
+    if not SMALLEST <= page <= LARGEST:
         return Log()
+    words = struct.Struct(f"{order}{page // 4}I")
     valid = dropped = commits = 0
-    for at in range(HEAD, len(raw) - FRAME_HEAD - page + 1, FRAME_HEAD + page):
-        number, size, *salt, first, second = struct.unpack_from(">6I", raw, at)
+    while len(frame := file.read(FRAME_HEAD + page)) == FRAME_HEAD + page:
+        number, size, *salt, first, second = struct.unpack_from(">6I", frame)
         if sound:
-            words = struct.unpack_from(f"{order}2I", raw, at)
-            words += struct.unpack_from(f"{order}{page // 4}I", raw, at + FRAME_HEAD)
-            sums = _checksum(words, sums)
-            if salt == salts and number and sums == (first, second):
-                valid += 1
-                continue
-            sound = False  # what is being written when the process ends: head first, then the page
-            continue
-        if salt == salts:
+            sums = _checksum(
+                struct.unpack_from(f"{order}2I", frame) + words.unpack_from(frame, FRAME_HEAD), sums
+            )
+            # The first broken frame may be the one that was being written: its head first, then the page.
+            sound = salt == salts and number > 0 and sums == (first, second)
+            valid += sound
+        elif salt == salts:
             dropped += 1
             commits += size > 0
     return Log(valid, dropped, commits)
 
 
-def _page_size(raw: bytes) -> int:
-    """Find the size of pages of a log whose head is not to be trusted: the second frame tells."""
-    salts = raw[HEAD + 8 : HEAD + 16]
-    for shift in range(9, 17):
-        at = HEAD + FRAME_HEAD + (1 << shift) + 8
-        if raw[at : at + 8] == salts:
-            return 1 << shift
+def _page_size(frames: bytes) -> int:
+    """Find the size of pages by the distance of the first two frames: the head is not to be trusted."""
+    salts, size = frames[8:16], SMALLEST
+    while size <= LARGEST:
+        if frames[FRAME_HEAD + size + 8 :][:8] == salts:
+            return size
+        size *= 2
     return 4096
 
 
