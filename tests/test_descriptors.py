@@ -19,6 +19,7 @@ from torture.descriptors import EVENTS, torture
 from wire import Wire, request
 
 from relay.delivery import client as client_module
+from relay.delivery import guard as guard_module
 from relay.delivery import resolver as resolver_module
 from relay.delivery.ping import Pings
 
@@ -101,6 +102,31 @@ async def test_a_socket_that_this_machine_cannot_make_is_no_answer(client_for, n
         with pytest.raises(client_module.LackError, match=what):
             await send(client_for(), receiver.url)
         assert receiver.connections == 0
+
+
+async def test_without_a_descriptor_no_address_passes_for_another_machine_s(
+    store, receiver, monkeypatch, caplog
+):
+    """Whether it is the relay's own is asked of the kernel, by a socket."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    port = int(receiver.url.rpartition(":")[2].partition("/")[0])
+    async with engine_for(store, destination("crm", receiver.url), own=[("0.0.0.0", port)]) as engine:
+        monkeypatch.setattr(
+            guard_module,
+            "socket",
+            types.SimpleNamespace(
+                socket=fail, AF_INET=socket.AF_INET, AF_INET6=socket.AF_INET6, SOCK_DGRAM=socket.SOCK_DGRAM
+            ),
+        )
+        await send_event(store)
+        await until(lambda: engine.lanes["crm"].held == "out of file descriptors")
+        monkeypatch.undo()
+        await until(lambda: engine.lanes["crm"].held == "resting")
+        assert "is the relay itself" in caplog.text
+    assert receiver.requests == []
 
 
 async def test_another_error_of_a_socket_is_a_failure_to_connect(client_for, no_sockets):

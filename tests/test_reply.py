@@ -9,7 +9,15 @@ from receivers import head
 from sloppy import OK, SLOPPY, status_of
 
 from relay.delivery.answer import of_status
-from relay.delivery.reply import HEAD_LIMIT, KEEP_LIMIT, LINE_LIMIT, READ_LIMIT, WIRE_LIMIT, Reply
+from relay.delivery.reply import (
+    ANNOUNCEMENT_LIMIT,
+    HEAD_LIMIT,
+    KEEP_LIMIT,
+    LINE_LIMIT,
+    READ_LIMIT,
+    WIRE_LIMIT,
+    Reply,
+)
 
 pytestmark = pytest.mark.usefixtures("silence")
 
@@ -125,6 +133,14 @@ def test_a_connection_is_kept_only_where_nothing_is_in_doubt(name):
     data, keeps = KEPT[name]
     for pieces in ([data], *segmentations(data)):
         assert read(pieces, ends=False)[-3] == keeps, pieces
+
+
+@pytest.mark.parametrize("count", [ANNOUNCEMENT_LIMIT, ANNOUNCEMENT_LIMIT + 1])
+def test_announcements_before_the_answer_have_a_limit(count):
+    data = head("102 Processing") * count + head(content_length=0)
+    whole = read([data])
+    assert whole[0] == (200 if count == ANNOUNCEMENT_LIMIT else None)
+    assert read([data[at : at + 7] for at in range(0, len(data), 7)]) == whole
 
 
 def test_a_body_is_kept_and_read_up_to_its_limits():

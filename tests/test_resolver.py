@@ -11,6 +11,7 @@ from lanes import destination, ended, engine_for
 from lanes import send as send_event
 
 from relay.delivery import resolver as resolver_module
+from relay.delivery.times import Times
 
 pytestmark = pytest.mark.usefixtures("silence")
 
@@ -134,6 +135,14 @@ async def test_a_connection_is_used_for_its_whole_age(client_for, moving):
         for _ in range(50):
             await send(client, URL)
         assert (receiver.connections, moving.look_ups) == (1, 1)
+
+
+async def test_a_ping_looks_its_name_up_anew(client_for, moving):
+    async with receivers.answers() as old, receivers.answers() as new:
+        client = client_for()
+        for moving.to in (old, new):
+            answer = await client.send(URL, {}, b"{}", Times())
+            assert (answer.result, len(moving.to.requests)) == ("ok", 1)
 
 
 async def test_a_name_whose_address_refuses_is_looked_up_again_at_the_next_attempt(client_for, moving):

@@ -196,8 +196,9 @@ class Client:
     async def _request_anew(
         self, url: str | URL, headers: Mapping[str, str], body: bytes, course: _Course, times: Times
     ) -> None:
-        """Get an answer over a new connection, and note when each step was done."""
+        """Get an answer over a new connection, its name looked up anew, and note when each step was done."""
         _times.set(times)
+        self._fresh.clear_dns_cache()
         try:
             await self._exchange.ask(self._fresh, url, headers, body, course.reply, oldest=0.0, times=times)
         finally:
@@ -211,18 +212,19 @@ class Client:
         """Make the socket of one connect, unless the guard refuses its address."""
         family, kind, protocol, _, address = info
         host, port = str(address[0]), int(address[1])
-        reason = refused(host, port, allow_private=self._allow_private, own=self._own)
-        if reason is not None:
-            raise Blocked(reason)
         course = _course.get()
-        course.dialled.append(host)
-        if (times := _times.get()) is not None:
-            times.dialled = times.dialled or time.perf_counter()
         try:
-            return socket.socket(family, kind, protocol)
+            reason = refused(host, port, allow_private=self._allow_private, own=self._own)
+            made = socket.socket(family, kind, protocol) if reason is None else None
         except OSError as error:
             course.lack = error
             raise
+        if made is None:
+            raise Blocked(reason or "")
+        course.dialled.append(host)
+        if (times := _times.get()) is not None:
+            times.dialled = times.dialled or time.perf_counter()
+        return made
 
     def _failed(self, failure: Exception | None, course: _Course, duration_ms: float) -> Answer:
         """Say why there is no answer.

@@ -104,6 +104,9 @@ def refused(
         allow_private: permit every special block but those in `NEVER`.
         own: the relay's own listeners: refused always, since an event sent there would come round.
             A wildcard address or a host name stands for every address of this machine.
+
+    Raises:
+        OSError: it cannot be told, as there is no descriptor left to ask the kernel with.
     """
     try:
         outer = ip_address(address.partition("%")[0])
@@ -173,9 +176,9 @@ def _same(address: Address, port: int, listener: tuple[str, int]) -> bool:
 def _local(address: Address) -> bool:
     """Ask the kernel whether an address is this machine's: only such a one can be bound."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - IP's own numbers
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
             probe.bind((str(address), 0))
-    except OSError:
-        return False
+        except OSError:
+            return False
     return True

@@ -257,7 +257,10 @@ class Lane:
         return task
 
     async def _work(self, feed: Feed, delivery: Delivery) -> None:
-        """Fill one slot with one delivery; whatever fails on our side leaves it pending."""
+        """Fill one slot with one delivery.
+
+        A lack on this machine, or a store that fails, leaves it pending; any other error is a failed attempt.
+        """
         try:
             await self._deliver(delivery)
         except LackError as error:

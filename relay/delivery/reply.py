@@ -21,6 +21,9 @@ HEADER_LIMIT = 128
 READ_LIMIT = 64 * 1024
 """Bytes read of an answer's body; beyond them the connection is closed: a 10 GB answer costs no more."""
 
+ANNOUNCEMENT_LIMIT = 100
+"""Answers of class 1xx before the final one."""
+
 KEEP_LIMIT = 16 * 1024
 """Bytes kept of an answer's body."""
 
@@ -51,7 +54,7 @@ class Reply:
     """One answer. Feed it what arrives, and tell it of the connection's end."""
 
     __slots__ = (
-        "_body_bytes", "_kept_alive", "_left", "_pending", "_stage", "_wire_bytes",
+        "_announcements", "_body_bytes", "_kept_alive", "_left", "_pending", "_stage", "_wire_bytes",
         "body", "excess", "headers", "is_garbage", "is_over", "keeps", "reason", "status", "trouble", "whole",
     )  # fmt: skip
 
@@ -68,6 +71,7 @@ class Reply:
         self.keeps = False  # whether the connection can carry another request
         self._stage: _Stage = "status"
         self._pending = b""  # came, and cannot be parsed before more has come
+        self._announcements = 0
         self._left = 0  # bytes of the body, or of the chunk
         self._body_bytes = 0
         self._wire_bytes = 0
@@ -131,7 +135,8 @@ class Reply:
 
     def _read_status(self, data: bytes, at: int) -> int:
         while True:
-            if self._wire_bytes - len(data) + at > WIRE_LIMIT:
+            is_long = self._wire_bytes - len(data) + at > WIRE_LIMIT
+            if is_long or self._announcements > ANNOUNCEMENT_LIMIT:
                 return self._stop(TOO_MUCH)
             line = _STATUS_LINE(data, at)
             if line is None or line.end() - at > LINE_LIMIT:
@@ -148,6 +153,7 @@ class Reply:
                 if end is None or end.end() - at > HEAD_LIMIT:
                     return self._wait(data, at, HEAD_LIMIT)
                 at = end.end()
+                self._announcements += 1
                 continue
             self.status, self.reason = code, reason.decode("latin-1").strip()
             self._kept_alive = major == b"1" and minor == b"1"

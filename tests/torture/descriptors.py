@@ -72,7 +72,7 @@ async def torture(folder: Path, seconds: float, *, variant: str = "honest", even
     """Let the daemon work for some seconds without a free descriptor, then give it some."""
     toll = Toll()
     async with Recorder() as receiver, AsyncExitStack() as stack:
-        more = 'concurrency = 8\ncircuit = { failures = 3, probe = "0.2s" }'
+        more = 'concurrency = 8\ntimeout = "1h"\ncircuit = { failures = 3, probe = "0.2s" }'
         config = write_config(folder, SOURCES, destination("crm", receiver.url, more))
         daemon = await stack.enter_async_context(Daemon(config, VARIANTS[variant]))
         sender = await stack.enter_async_context(await Wire.open(daemon.url))
