@@ -378,15 +378,18 @@ def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
 
 
 def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
-    machine.config.write_text(SECRETS)
+    machine.config.write_text('[server]\nlisten = "127.0.0.1:9"\n[sources.adorn]\nplugin = "adorn"\n')
     for arguments in (("-c", machine.config), ("--socket", "/run/hookferry-test-run/relay.sock")):
         said = run("status", *arguments, code=3)
         assert said.err.splitlines() == [
             "no relay answers at /run/hookferry-test-run/relay.sock: No such file or directory",
             "  start it with `systemctl start relay`; `systemctl status relay` says why it does not run",
         ]
-    said = run("status", "-c", machine.write("own.toml", ""), code=3)
-    assert "start one with `relay serve`" in said.err
+    said = run("send", "adorn", "-c", machine.config, code=3)
+    assert "start it with `systemctl start relay`, or say where it listens with --to URL" in said.err
+    own = machine.write("own.toml", machine.config.read_text())
+    for command in (("status",), ("send", "adorn")):
+        assert "start one with `relay serve`" in run(*command, "-c", own, code=3).err
 
 
 def test_without_a_config_the_service_s_is_meant(machine, monkeypatch):

@@ -17,7 +17,7 @@ from relay.clock import SECOND, SystemClock
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config, is_there
-from relay.config.installed import directories_of
+from relay.config.installed import directories_of, installed
 from relay.config.model import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
@@ -211,6 +211,8 @@ def readable(path: Path) -> Path:
         CommandError: he may not.
     """
     if is_there(path) and not os.access(path, os.R_OK):
-        hint = "run the command as root, or as the user that the relay runs as"
+        service = installed()
+        user = service.user if service else "the user that the relay runs as"
+        hint = f"run the command as root, or as {user}"
         raise CommandError(f"may not read {path}", hint=hint, code=NOT_ALLOWED)
     return path

@@ -18,7 +18,7 @@ from relay.cli.samples import choose, read_data, samples_of, source_named
 from relay.config.bind import Binder
 from relay.config.document import read
 from relay.config.find import find_config
-from relay.config.installed import Given
+from relay.config.installed import Given, Service, service_of
 from relay.config.model import SourceConfig
 from relay.config.secret import Secret
 from relay.config.tokens import tokens_of
@@ -73,7 +73,8 @@ def send(
     body = sample.body if data is None else read_data(data)
     url = to or _front_door(setup.server.listen)
     where = configured.prefix + sample.path
-    _exchange(url, where, sample.method, headers, body, as_json=as_json)
+    service = None if to else service_of(path)
+    _exchange(url, where, sample.method, headers, body, as_json=as_json, service=service)
     if sample in (samples.get("register"), samples.get("heartbeat")) and "unregister" in samples:
         silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
         click.echo(f"the sample worker is reported {silence}", err=True)
@@ -97,7 +98,14 @@ def _front_door(listen: str) -> str:
 
 
 def _exchange(
-    url: str, path: str, method: str, headers: dict[str, str], body: bytes, *, as_json: bool
+    url: str,
+    path: str,
+    method: str,
+    headers: dict[str, str],
+    body: bytes,
+    *,
+    as_json: bool,
+    service: Service | None,
 ) -> None:
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -107,7 +115,8 @@ def _exchange(
             response = connection.getresponse()
             status, text = response.status, response.read().decode("utf-8", "replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        hint = "start one with `relay serve`, or say where it listens with --to URL"
+        start = "start one with `relay serve`" if service is None else "start it with `systemctl start relay`"
+        hint = f"{start}, or say where it listens with --to URL"
         raise CommandError(f"no relay answers at {url}: {error}", hint=hint, code=UNREACHABLE) from None
     print_json({"status": status, "body": text}) if as_json else click.echo(f"{status}\t{text}")
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from relay.config.installed import service_of
 from relay.config.lines import find_lines
 from relay.config.problem import ConfigError, KeyPath, Problem, UnreadableError
 
@@ -41,7 +42,9 @@ def read(path: Path) -> Document:
     try:
         content = path.read_bytes()
     except PermissionError as error:
-        hint = "run the command as root, or as the user that the relay runs as"
+        service = service_of(path)
+        who = f"a member of the group {service.group}" if service else "the user that the relay runs as"
+        hint = f"run the command as root, or as {who}"
         raise UnreadableError([_unread(file, error)], hint=hint) from None
     except OSError as error:
         hint = "name another file with -c; `relay config init FILE` writes one to start from"

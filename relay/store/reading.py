@@ -42,7 +42,7 @@ async def reading(path: Path) -> AsyncIterator[Reading]:
             if version != len(MIGRATIONS):
                 raise StorageError(
                     f"{path} has schema version {version}, this program knows {len(MIGRATIONS)}",
-                    hint="use the program that wrote it, or let `relay serve` bring it up to date",
+                    hint="use the program that wrote it, or start the relay, which migrates it",
                 )
             yield Reading(reader)
     except sqlite3.Error as error:
