@@ -9,6 +9,8 @@ from daemon import SOURCES, running, write_config
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
+from relay.errors import StorageUnavailableError
+from relay.ingest import receive
 from relay.model import Heartbeat
 from relay.store import Acceptance
 
@@ -74,9 +76,19 @@ async def test_commands_come_in_the_order_they_were_given(relay):
     assert numbers == [list(range(20)), list(range(20, 25))]
 
 
-async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay):
+@pytest.mark.parametrize("failures", [0, 2])
+async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay, monkeypatch, failures):
+    monkeypatch.setattr(receive, "STORAGE_PAUSE", 0.01)
+    fleet, failing = relay.app.store.fleet, [StorageUnavailableError("the disk is full")] * failures
+
+    async def fail_at_first(wish):
+        if failing:
+            raise failing.pop()
+        return await fleet(wish)
+
     await relay.exchange(beat())
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
+    monkeypatch.setattr(relay.app.store, "fleet", fail_at_first)
     wire = await Wire.open(relay.addresses.public)
     # The writer is held until the worker is gone, so that the reply has nobody to go to.
     holds, held, writer = asyncio.Event(), asyncio.Event(), relay.app.store._writer

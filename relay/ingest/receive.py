@@ -70,6 +70,7 @@ Told = Callable[[bool], None]
 BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
 LONGEST_QUIET = 600.0  # seconds between two log lines of a kind that keeps coming
+STORAGE_PAUSE = 1.0  # seconds between tries to queue commands again while nothing can be written
 LONGEST_SHOWN = 64  # characters of a sender's own words in the log
 LONGEST_KEY = 256  # characters of an idempotency key; of a longer one its digest is stored
 LONGEST_READ = 64 * 1024  # bytes of a refused body that is looked into for the log
@@ -276,9 +277,18 @@ class Ingest:
 
     def _take_back(self, commands: tuple[Command, ...]) -> None:
         """Queue a worker's commands again whose reply did not reach it."""
-        task = asyncio.create_task(self._store.fleet(lambda fleet: fleet.requeue(commands)))
+        task = asyncio.create_task(self._requeue(commands))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _requeue(self, commands: tuple[Command, ...]) -> None:
+        while True:
+            try:
+                await self._store.fleet(lambda fleet: fleet.requeue(commands))
+            except StorageUnavailableError:
+                await asyncio.sleep(STORAGE_PAUSE)
+            else:
+                return
 
     async def _append_once(
         self, request: Request, acceptance: Acceptance, stored: StoredEvent
