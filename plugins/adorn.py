@@ -17,7 +17,9 @@ from relay.source import (
     Secrets,
     Source,
     as_map,
+    check_length,
     check_type,
+    read_json,
     route,
 )
 
@@ -54,6 +56,7 @@ class Adorn(Source, kind="adorn", owns=("/v1",)):
         envelope = incoming.decode(Envelope)
         if not envelope.session_id:
             raise Invalid(field="session_id", issue="expected a non-empty string")
+        check_length(envelope.session_id, "session_id")
         check_type(envelope.event_type, "event_type")
         return Accepted(
             event=Event(
@@ -91,7 +94,14 @@ def _context(envelope: Envelope) -> dict[str, msgspec.Raw]:
         "seller_id": envelope.seller_id,
         "device_id": envelope.device_id,
     }
+    for name, value in said.items():
+        check_length(_text(bytes(value)), name)
     return {name: value for name, value in said.items() if bytes(value) != b"null"}
+
+
+def _text(value: bytes) -> str:
+    """Return what counts of an id's length: a string's own characters, else all that was written."""
+    return str(read_json(value)) if value[:1] == b'"' else value.decode()
 
 
 _SAMPLE = b"""{

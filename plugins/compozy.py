@@ -154,7 +154,7 @@ def _validate(validator: "Validator", payload: msgspec.Raw) -> None:
         raise Invalid(field="payload", issue="too deep or too large to check") from None
     if error is not None:
         where = error.json_path.removeprefix("$")
-        raise Invalid(field=f"payload{where}", issue=error.message[:_LONGEST_ISSUE])
+        raise Invalid(field=f"payload{where}"[:_LONGEST_ISSUE], issue=error.message[:_LONGEST_ISSUE])
 
 
 _SAMPLE = b"""{

@@ -21,6 +21,7 @@ from relay.source import (
     Source,
     Unauthenticated,
     as_value,
+    check_length,
     route,
 )
 
@@ -58,7 +59,7 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
         return Accepted(
             event=Event(
                 type=type_,
-                subject=incoming.header("X-Lazychat-Shop-Id") or None,
+                subject=check_length(incoming.header("X-Lazychat-Shop-Id"), "X-Lazychat-Shop-Id") or None,
                 data=as_value(body.event_data),
                 context=_context(incoming, body),
             ),

@@ -20,6 +20,7 @@ from relay.source import (
     Source,
     Unauthenticated,
     as_map,
+    check_length,
     route,
 )
 
@@ -52,6 +53,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
     def notify(self, incoming: Incoming) -> Accepted:
         """Take one of the five documented types."""
         body = incoming.decode(Notification)
+        check_length(body.discord_id, "discord_id")
         return Accepted(
             event=Event(type=body.event_type, subject=body.discord_id or None, data=_metadata(body.metadata)),
             reply={
@@ -117,7 +119,10 @@ _TYPES = {
 def _explain(refusal: Invalid) -> dict[str, object]:
     if refusal.issue == "field is required":
         return _blame(refusal.field, "Field required", "missing")
-    type_, message = _TYPES[refusal.field]
+    if refusal.issue.startswith("expected at most"):
+        bound = refusal.issue.removeprefix("expected ")
+        return _blame(refusal.field, f"String should have {bound}", "string_too_long")
+    type_, message = _TYPES.get(refusal.field, ("value_error", refusal.issue))
     return _blame(refusal.field, message, type_)
 
 

@@ -15,6 +15,7 @@ import msgspec
 from relay.hookspecs import hookimpl
 from relay.source import (
     EMPTY,
+    LONGEST_ID,
     Accepted,
     Event,
     Heartbeat,
@@ -41,6 +42,7 @@ _NULL = msgspec.Raw(b"null")
 _BELOW_A_WORKER = ("/events", "/sessions/recovery-status", "/sessions-preserved", "/sessions/assigned")
 _LARGEST = 2**63 - 1  # what a row can hold
 _MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
+_LONGEST_TEXT = 1024  # characters of an endpoint or a description; of other texts LONGEST_ID
 _STATUSES: dict[str, WorkerStatus] = {status: status for status in get_args(WorkerStatus)}
 _TOLD = {
     **dict.fromkeys(
@@ -143,8 +145,8 @@ class WhatsApp(
             raise Invalid(field="workerId", issue="no heartbeat can be sent for it")
         change = Register(
             worker_id=worker_id,
-            endpoint=_text(body.endpoint),
-            description=_text(body.description),
+            endpoint=_text(body.endpoint, _LONGEST_TEXT),
+            description=_text(body.description, _LONGEST_TEXT),
             version=_text(body.version),
             environment=_text(body.environment),
             max_sessions=_whole(body.max_sessions),
@@ -199,7 +201,7 @@ class WhatsApp(
     def session_status(self, incoming: Incoming) -> Accepted:
         """Take a change of a session; a flat one gets its type from its status."""
         notice = incoming.decode(Notice)
-        status = _text(notice.status).strip().lower()
+        status = notice.status.strip().lower() if isinstance(notice.status, str) else ""
         if not notice.event and not status:
             raise Invalid(field="status", issue="field is required")
         reply = {"success": True, "message": "Session status updated"}
@@ -272,7 +274,7 @@ def _accept(
         context["worker_id"] = check_id(worker_id, "workerId")
     if session_id:
         context["session_id"] = check_id(session_id, "sessionId")
-    if bytes(notice.timestamp) != b"null":
+    if bytes(notice.timestamp) != b"null" and len(bytes(notice.timestamp)) <= LONGEST_ID:
         context["timestamp"] = notice.timestamp
     event = Event(
         type=notice.event or flat,
@@ -325,15 +327,15 @@ def _at(raw: msgspec.Raw) -> str | float | None:
     """Return a timestamp that is text or a number."""
     text = bytes(raw)
     try:
-        value = None if text[:1] in (b"{", b"[") else msgspec.json.decode(text)
-    except msgspec.DecodeError:
+        value = None if text[:1] in (b"{", b"[") else read_json(text)
+    except ValueError:
         return None
     return value if type(value) in (str, int, float) else None  # no bool
 
 
 def _stamp(raw: msgspec.Raw) -> str | None:
     """Return a timestamp that is text."""
-    return value if isinstance(value := _at(raw), str) else None
+    return _text(_at(raw)) or None
 
 
 def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:
@@ -358,7 +360,11 @@ def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:
 def _sessions(value: Any) -> tuple[dict[str, int] | None, tuple[Session, ...] | None]:
     """Return what a worker counts, and its sessions where it lists them."""
     if isinstance(value, dict):
-        counts = {name: count for name, number in value.items() if (count := _whole(number)) is not None}
+        counts = {
+            name: count
+            for name, number in value.items()
+            if len(name) <= LONGEST_ID and (count := _whole(number)) is not None
+        }
         counts.pop("maxSessions", None)  # a limit, no count
         return dict(list(counts.items())[:_MOST_COUNTS]), None
     if isinstance(value, list):
@@ -397,8 +403,9 @@ def _id(item: Mapping[str, Any]) -> str:
     return _text(item.get("sessionId"))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+def _text(value: Any, longest: int = LONGEST_ID) -> str:
+    """Return a text; one that is too long says nothing, as what is no text."""
+    return value if isinstance(value, str) and len(value) <= longest else ""
 
 
 def _status(value: Any) -> WorkerStatus | None:

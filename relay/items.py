@@ -1,7 +1,6 @@
 """Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
 
 import re
-from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -173,7 +172,7 @@ def item(row: Mapping[str, Any]) -> dict[str, Any]:
         shown["duration_ms"] = round(shown["duration_ms"], 1)
     if "duplicate" in shown:
         shown["duplicate"] = bool(shown["duplicate"])
-        states = Counter((shown["deliveries"] or "").split(","))
+        states = msgspec.json.decode(shown["deliveries"])
         shown["deliveries"] = {state: states[state] for state in STATES if states[state]}
     if "answer" in shown:
         shown["answer"] = shown["answer"].decode("utf-8", "replace")

@@ -42,12 +42,12 @@ from relay.model import (
 from relay.units import Duration, Rate, Size
 
 __all__ = [
-    "EMPTY", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
+    "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
     "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
     "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
     "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_type",
-    "read_json", "route",
+    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_length",
+    "check_type", "read_json", "route",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """What a handler read out of a request."""
 
     type: str  # 1 to 200 printable characters; the source's name is put before it
-    subject: str | None = None
+    subject: str | None = None  # at most 256 characters
     data: Any = EMPTY  # msgspec.Raw keeps the sender's own bytes; anything else is encoded
     context: Any = EMPTY
     key: str | None = None  # the same request with it is a duplicate for 7 days, within the source
@@ -83,7 +83,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _LONGEST_TYPE = 200
-_LONGEST_ID = 256
+LONGEST_ID = 256
 
 Handler = Callable[[Any, Incoming], Accepted | Reply]
 H = TypeVar("H", bound=Handler)
@@ -247,15 +247,26 @@ def check_type(type_: str, field: str = "") -> None:
         raise Invalid("Invalid event type", field=field, issue=issue)
 
 
+def check_length(text: str, field: str = "") -> str:
+    """Return a text that is stored beside the body, such as a subject, if it is at most 256 characters.
+
+    Raises:
+        Invalid: it is longer; blames `field`.
+    """
+    if len(text) > LONGEST_ID:
+        raise Invalid(field=field, issue=f"expected at most {LONGEST_ID} characters")
+    return text
+
+
 def check_id(id_: str, field: str = "") -> str:
     """Return an id if it is 1 to 256 characters of any Unicode but control characters and surrogates.
 
     Raises:
         Invalid: it is not; blames `field`.
     """
-    fits = 0 < len(id_) <= _LONGEST_ID
+    fits = 0 < len(id_) <= LONGEST_ID
     if not fits or not (id_.isprintable() or _clean(id_)):
-        issue = f"expected 1 to {_LONGEST_ID} characters without control characters"
+        issue = f"expected 1 to {LONGEST_ID} characters without control characters"
         raise Invalid(field=field, issue=issue)
     return id_
 

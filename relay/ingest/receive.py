@@ -58,7 +58,7 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.registry import ENVIRONMENTS, changes_a_path
-from relay.source import Accepted, Event, Reply, Source
+from relay.source import Accepted, Event, Reply, Source, check_length
 from relay.store import Acceptance, Store
 from relay.terminal import printable
 
@@ -242,7 +242,7 @@ class Ingest:
             key=key,
             path=mount.config.prefix + incoming.path,
             rejects_conflict=mount.config.key_conflict == "reject",
-            change=accepted.worker,
+            change=_change(accepted),
             asks=accepted.asks,
         )
         told = None
@@ -448,6 +448,17 @@ class _Meter:
         self.key_conflicts = metrics.key_conflicts.labels(source)
         self.heartbeats = metrics.heartbeats.labels(source)
         self.seconds = metrics.ingest.labels(source)
+
+
+def _change(accepted: Accepted) -> WorkerChange | None:
+    """Return what a handler asks for a worker, whose id has the bound of all ids.
+
+    Raises:
+        Invalid: it is longer.
+    """
+    if accepted.worker is not None:
+        check_length(accepted.worker.worker_id, "worker_id")
+    return accepted.worker
 
 
 def _key(event: Event, incoming: Incoming) -> str | None:

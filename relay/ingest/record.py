@@ -11,7 +11,7 @@ from relay.ids import event_id, given_id
 from relay.incoming import Incoming
 from relay.jsontext import check, encode, escape
 from relay.model import EMPTY, StoredEvent
-from relay.source import Event, check_type
+from relay.source import Event, check_length, check_type
 
 _PLAIN = (str, int, float, bytes, type(None))
 _EMPTY = bytes(EMPTY)
@@ -28,15 +28,18 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         now: the wall clock, microseconds.
 
     Raises:
-        Invalid: the type is none.
+        Invalid: the type is none, or the subject or content type is longer than 256 characters.
         PluginFailed: `data` or `context` is not exactly one JSON value.
     """
     body, trace = incoming.body, incoming.header("traceparent")
     request = incoming.headers.get("X-Request-Id")
+    content_type = incoming.header("Content-Type") or "application/octet-stream"
     try:
         type_ = escape(event.type)
         subject = None if event.subject is None else escape(event.subject)
         check_type(type_)
+        check_length(event.subject or "", "subject")
+        check_length(content_type, "Content-Type")
         data, context = _json(event.data, incoming), _json(event.context, incoming)
     except Refusal:
         raise
@@ -52,7 +55,7 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         data=data,
         context=context,
         body=body,
-        content_type=incoming.header("Content-Type") or "application/octet-stream",
+        content_type=content_type,
         sha256=hashlib.sha256(body).digest(),
         traceparent=trace if len(trace) == TRACEPARENT else None,
         request_id=None if request is None else given_id(request),

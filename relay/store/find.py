@@ -6,12 +6,12 @@ read transaction spans more than a step of it.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import aiosqlite
 
 from relay.errors import RelayError
-from relay.model import DestinationState, Selection
+from relay.model import DeliveryState, DestinationState, Selection
 from relay.store import times
 from relay.store.balance import BOOKS_SQL, balance
 from relay.store.bound import Bound
@@ -24,11 +24,14 @@ from relay.store.tries import FILTERS as OF_TRIES
 from relay.store.tries import tries
 
 EVENTS_SQL = """
-    SELECT e.id AS row, e.public_id AS id, e.source, e.type, e.subject, e.received_at, e.size,
+    SELECT e.id AS row, e.public_id AS id, e.source, e.type, substr(e.subject, 1, 256) AS subject,
+           e.received_at, e.size,
            EXISTS (SELECT 1 FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate,
-           (SELECT group_concat(d.state) FROM deliveries AS d WHERE d.event_id = e.id) AS deliveries
+           (SELECT json_object({counts}) FROM deliveries AS d WHERE d.event_id = e.id) AS deliveries
       FROM events AS e WHERE e.id IN ({marks})
-"""
+""".replace(
+    "{counts}", ", ".join(f"'{state}', sum(d.state = '{state}')" for state in get_args(DeliveryState))
+)
 DELIVERIES_SQL = """
     SELECT d.id AS row, d.public_id AS id, v.public_id AS event_id, v.type, d.destination, d.state,
            d.reason, d.attempts, d.next_attempt_at, d.last_status, d.last_error, d.created_at,
