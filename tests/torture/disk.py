@@ -145,7 +145,8 @@ async def _overfill(daemon: Daemon, disk: SmallDisk, toll: Toll) -> None:
 
     await asyncio.gather(*(work(number) for number in range(SENDERS)))
     toll.least = min(toll.least, disk.free)
-    await _healed(daemon, toll, seconds=3 * HEALED)  # by retention
+    if toll.least >= FLOOR:
+        await _healed(daemon, toll, seconds=3 * HEALED)  # by retention
     toll.worst, toll.slow = 0.0, 0
 
 
