@@ -368,7 +368,8 @@ def _sessions(value: Any) -> tuple[dict[str, int] | None, tuple[Session, ...] | 
         counts.pop("maxSessions", None)  # a limit, no count
         return dict(list(counts.items())[:_MOST_COUNTS]), None
     if isinstance(value, list):
-        sessions = tuple(_session(item) for item in value if isinstance(item, dict) and _id(item))
+        read = [_session(item) for item in value if isinstance(item, dict)]
+        sessions = tuple([session for session in read if session.id])
         by_status = Counter(session.status.lower() or "unknown" for session in sessions).most_common(
             _MOST_COUNTS
         )
@@ -378,7 +379,7 @@ def _sessions(value: Any) -> tuple[dict[str, int] | None, tuple[Session, ...] | 
 
 def _session(item: Mapping[str, Any]) -> Session:
     return Session(
-        id=_id(item),
+        id=_text(item.get("sessionId")),
         status=_text(item.get("status")),
         phone=_text(item.get("phoneNumber")) or None,
         name=_text(item.get("displayName")) or None,
@@ -397,10 +398,6 @@ def _assigned(receipt: Receipt) -> list[dict[str, str | None]]:
         }
         for session in (receipt.worker.sessions if receipt.worker else ())
     ]
-
-
-def _id(item: Mapping[str, Any]) -> str:
-    return _text(item.get("sessionId"))
 
 
 def _text(value: Any, longest: int = LONGEST_ID) -> str:
