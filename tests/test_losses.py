@@ -125,6 +125,10 @@ async def test_it_is_not_ready_and_says_why(tmp_path):
         assert "relay.db was deleted or moved away while it was in use" in reason
         assert relay.app._stuck() == []  # a restart would not help: it must not be asked for
         await until(lambda: rescues_of(tmp_path / "state" / "relay.db"))
+        checks = await _doctor(tmp_path / "config.toml")
+        assert not checks["ready"]["ok"]
+        assert not checks["open"]["ok"]
+        assert "relay.db.rescue-" in checks["losses"]["detail"]
 
 
 async def test_a_file_that_comes_back_is_gone_on_with(tmp_path):
@@ -164,7 +168,9 @@ async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
     assert set(events_in(copy)) == set(acknowledged)
 
 
-@pytest.mark.parametrize("what", ["cut off", "overwritten by an older one", "overwritten by noise"])
+@pytest.mark.parametrize(
+    "what", ["cut off", "overwritten by an older one", "overwritten by noise", "its log"]
+)
 async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
     database = tmp_path / "state" / "relay.db"
     config = write_config(tmp_path, SOURCES)
@@ -177,6 +183,8 @@ async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
             await relay.exchange(post())
         if what == "cut off":
             os.truncate(database, 0)
+        elif what == "its log":
+            os.truncate(log_of(database), 0)
         elif what == "overwritten by noise":
             with database.open("r+b") as file:
                 file.write(os.urandom(20_000))

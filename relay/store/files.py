@@ -6,9 +6,9 @@ Deleted files stay open and take everything that is written, and nothing of it i
 import os
 from pathlib import Path
 
-from relay.store.wal import log_of
+from relay.store.wal import MAGIC, log_of
 
-_MAGIC = b"SQLite format 3\0"
+_DATABASE = b"SQLite format 3\0"
 _GONE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -62,12 +62,24 @@ class Files:
             head = os.pread(self._descriptor, 100, 0)
         except OSError:
             return None  # a failing disk is SQLite's to report
-        if head[:16] != _MAGIC:
+        if head[:16] != _DATABASE:
             return f"{self.path} was overwritten or cut off while it was in use"
         changes = int.from_bytes(head[24:28], "big")
         if changes < self._changes:
             return f"{self.path} was overwritten by an older database while it was in use"
         self._changes = changes
+        return self._cut_off()
+
+    def _cut_off(self) -> str | None:
+        """Say whether the log lost its head: what is written behind it would be dropped at the next start."""
+        log = log_of(self.path)
+        try:
+            with log.open("rb") as file:  # SQLite has no locks on this one that closing it could release
+                head = file.read(4)
+        except OSError:
+            return None  # gone altogether: `moved` sees that
+        if head and int.from_bytes(head, "big") not in MAGIC:
+            return f"{log} was overwritten or cut off while it was in use"
         return None
 
 

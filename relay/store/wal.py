@@ -12,7 +12,7 @@ import msgspec
 
 HEAD, FRAME_HEAD = 32, 24  # bytes
 SMALLEST, LARGEST = 512, 65_536  # bytes of a page
-_MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # the byte order of the checksums
+MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # the byte order of the checksums
 _MASK = 0xFFFFFFFF
 
 
@@ -53,9 +53,9 @@ def _read(file: BinaryIO) -> Log:
     if len(head) < HEAD:
         return Log()
     magic, _, page, _, *salts, first, second = struct.unpack(">8I", head)
-    order = _MAGIC.get(magic, "<")
+    order = MAGIC.get(magic, "<")
     sums = _checksum(struct.unpack_from(f"{order}6I", head), (0, 0))
-    sound = magic in _MAGIC and sums == (first, second)
+    sound = magic in MAGIC and sums == (first, second)
     if not sound:
         # With a damaged head all frames are dropped; their generation stands in each of them.
         frames = file.read(2 * (FRAME_HEAD + LARGEST))
