@@ -188,6 +188,16 @@ async def test_with_sockets_senders_hear_503_until_a_reload_finds_no_problem(fil
     assert "Traceback" not in text
 
 
+async def test_the_probe_that_logs_shops_out_is_answered_with_200_meanwhile(file, manager):
+    broken(file)
+    async with holding(file, manager) as held:
+        probe = request(
+            "POST", "/api/woocommerce-plugin/events", b"{}", x_event_type="settings.checking_connection"
+        )
+        answer = await exchange(held.public, probe)
+        assert (answer.status, answer.json) == (200, {"success": True})
+
+
 async def test_no_sender_is_turned_away_while_the_relay_goes_on_from_503_to_200(file, manager):
     mend = broken(file)
     statuses = []
