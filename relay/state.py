@@ -12,6 +12,7 @@ from relay.config.model import Config
 from relay.delivery.engine import Engine, Plan
 from relay.delivery.routing import router_of
 from relay.filters import Router
+from relay.ingest.body import Patience
 from relay.ingest.receive import Ingest
 from relay.ingest.remote import Remote
 from relay.ingest.routes import Mount, mounts_of
@@ -48,6 +49,7 @@ class State:
             clock=clock,
             metrics=metrics,
             remote=_remote_of(config),
+            patience=_patience_of(config),
         )
         self.engine = Engine(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
@@ -95,7 +97,7 @@ class State:
         config = draft.setup.config
         self.setup = draft.setup
         self._count(config)
-        self.ingest.mount(draft.mounts, _remote_of(config))
+        self.ingest.mount(draft.mounts, _remote_of(config), _patience_of(config))
         self._store.rules = draft.rules.of
         if draft.rules.shortest_interval != self.watch.interval:
             self.watch.go_by(draft.rules.shortest_interval)
@@ -110,6 +112,10 @@ class State:
             self._metrics.count_workers(name, self._store.census)
         for name in config.destinations:
             self._metrics.add_destination(name)
+
+
+def _patience_of(config: Config) -> Patience:
+    return Patience(config.server.body_timeout, config.server.min_body_rate)
 
 
 def _remote_of(config: Config) -> Remote:

@@ -9,19 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemon import SOURCES, running, write_config
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from daemon import SOURCES, adorn, destination, running, write_config
 from stores import make_event
 from support import FakeClock, until
-from wire import Wire, request
+from wire import Wire, exchange, request
 
 from relay import logs
 from relay.config.model import Retention, SourceRetention
+from relay.config.problem import ConfigError
+from relay.errors import Overloaded
 from relay.ingest import echoes
 from relay.ingest.echoes import Echoes, fingerprint
+from relay.loader import load
 from relay.logs import Sparing
-from relay.model import Receipt, Worker
+from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.retention import Policy
-from relay.store import Acceptance, prune
+from relay.store import Acceptance, fleet, prune, workers
 from relay.store.sqlite import SqliteStore
 
 DESIGN = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
@@ -180,3 +185,144 @@ async def test_retention_keeps_its_rules_however_many_types_a_sender_invents(tmp
         left.append(sorted({row["type"].split("_")[0] for row in await store.find("events", limit=500)}))
     assert left == [["shop.day", "shop.plain"], ["shop.plain"], []]
     await store.close()
+
+
+# --- the registry of workers --------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def registry(tmp_path, monkeypatch):
+    """A store on a fake clock, with room for 10 workers and 20 sessions."""
+    monkeypatch.setattr(fleet, "MOST_WORKERS", 10)
+    monkeypatch.setattr(fleet, "FORGET_AT_ONCE", 2)
+    monkeypatch.setattr(workers, "MOST_SESSIONS", 20)
+    store = SqliteStore(tmp_path / "relay.db", FakeClock())
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def tell(store, change):
+    return await store.append(Acceptance(source="wa", change=change))
+
+
+def beat(number, sessions=0):
+    listed = tuple(Session(id=f"{number}-{each}", status="CONNECTED") for each in range(sessions))
+    return Heartbeat(worker_id=f"w{number}", counts={"total": sessions}, sessions=listed)
+
+
+async def test_a_new_worker_at_the_cap_makes_those_leave_that_are_gone_for_longest(registry):
+    for number in range(10):
+        registry._clock.advance(1)
+        await tell(registry, beat(number))
+    registry._clock.advance(600)
+    for number in range(5, 10):
+        await tell(registry, beat(number))
+    await registry.sweep()
+    await asyncio.gather(*(tell(registry, beat(number)) for number in range(10, 14)))
+    left = sorted(f"w{number}" for number in range(4, 14))
+    assert sorted(worker.id for worker in registry.workers()) == left
+    found = await registry._reader.execute_fetchall("SELECT id FROM workers")
+    assert sorted(id_ for (id_,) in found) == left
+
+
+async def test_a_worker_that_is_heard_as_it_makes_room_is_new(registry):
+    for number in range(10):
+        await tell(registry, beat(number))
+    registry._clock.advance(600)
+    await registry.sweep()
+    heard = await asyncio.gather(*(tell(registry, beat(number)) for number in (10, 11, 0, 1)))
+    assert [receipt.worker.status for receipt in heard] == ["ONLINE"] * 4
+    known = {worker.id: worker.status for worker in registry.workers()}
+    assert len(known) <= 10
+    assert {known.get(f"w{number}") for number in (10, 11, 0, 1)} == {"ONLINE"}
+
+
+async def test_where_all_workers_are_online_a_new_one_is_refused_and_they_go_on(registry):
+    await asyncio.gather(*(tell(registry, Register(worker_id=f"w{number}")) for number in range(10)))
+    for change in (beat(10), Register(worker_id="w10")):
+        with pytest.raises(Overloaded):
+            await tell(registry, change)
+    assert (await tell(registry, beat(3))).worker.status == "ONLINE"
+    assert (await tell(registry, Register(worker_id="w3"))).worker.status == "ONLINE"
+    assert len(registry.workers()) == 10
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_sessions_of_all_workers_are_kept_up_to_a_bound_and_counted_beyond(registry, together):
+    beats = [beat(number, 6) for number in range(6)]
+    if together:
+        await asyncio.gather(*(tell(registry, each) for each in beats))
+    else:
+        for each in beats:
+            await tell(registry, each)
+    for each in beats:
+        await tell(registry, each)  # quiet ones
+    kept = {worker.id: len(worker.sessions) for worker in registry.workers()}
+    assert registry._roster.sessions == sum(kept.values()) == 20
+    assert all(worker.counts == {"total": 6} for worker in registry.workers())
+    await tell(registry, beat(0, 1))
+    await tell(registry, beat(5, 6))
+    assert registry._roster.sessions == 20 - 5 + 5
+    await registry.fleet(lambda wish: wish.forget([("wa", "w0"), ("wa", "w1")]))
+    assert registry._roster.sessions == sum(len(worker.sessions) for worker in registry.workers())
+
+
+# --- bodies -------------------------------------------------------------------------------------------
+
+
+async def drip(relay, raw, pieces, pause):
+    """Send a request's last bytes in pieces; return the answer."""
+    async with await Wire.open(relay.addresses.public) as wire:
+        step = -(-len(raw) // pieces)
+        for at in range(0, len(raw), step):
+            await wire.send(raw[at : at + step])
+            await asyncio.sleep(pause)
+        return await wire.answer()
+
+
+async def test_a_body_has_more_time_the_more_of_it_has_arrived(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    more = '[server]\nbody_timeout = "300ms"\nmin_body_rate = "10 KiB"'
+    text = config.read_text().replace("[server]", more)
+    config.write_text(text)
+    async with running(config) as relay:
+        large = request("POST", "/v1/events", adorn("large", payload={"text": "x" * 100_000}))
+        assert (await drip(relay, large, 10, 0.1)).status == 200  # in a second
+        small = request("POST", "/v1/events", adorn("small", payload={"text": "x" * 500}))
+        assert (await drip(relay, small, 10, 0.1)).status == 408
+        config.write_text(text.replace("10 KiB", "0 B"))
+        await exchange(relay.addresses.socket, request("POST", "/api/reload", b"{}"))
+        assert (await drip(relay, large, 10, 0.1)).status == 408
+
+
+async def test_a_max_body_above_the_budget_works(tmp_path):
+    arrived = []
+
+    async def take(request):
+        arrived.append(len(await request.read()))
+        return web.Response()
+
+    app = web.Application(client_max_size=64 * 2**20)
+    app.router.add_post("/", take)
+    text = SOURCES.replace('plugin = "adorn"', 'plugin = "adorn"\nmax_body = "48 MiB"')
+    async with TestServer(app) as receiver:
+        crm = destination("crm", str(receiver.make_url("/")))
+        async with running(write_config(tmp_path, text, crm)) as relay:
+            raw = request("POST", "/v1/events", adorn("huge", payload={"text": "x" * 40 * 2**20}))
+            async with await Wire.open(relay.addresses.public) as wire:
+                await wire.send(raw)
+                assert (await wire.answer()).status == 200
+            await until(lambda: arrived, seconds=30)
+            assert arrived[0] > 40 * 2**20
+            over = request("POST", "/v1/events", content_length=str(48 * 2**20 + 1))
+            assert (await relay.exchange(over)).status == 413
+
+
+@pytest.mark.parametrize("table", ["server", "sources.adorn"])
+def test_a_max_body_that_no_memory_holds_is_refused_at_its_line(tmp_path, table):
+    text = '[sources.adorn]\nplugin = "adorn"\n' + ("[server]\n" if table == "server" else "")
+    path = tmp_path / "config.toml"
+    path.write_text(text + 'max_body = "257 MiB"\n')
+    with pytest.raises(ConfigError, match="bodies of at most 256 MiB can be held in memory"):
+        load(path)

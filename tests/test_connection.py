@@ -16,7 +16,7 @@ from daemon import SOURCES, Daemon, adorn, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
-from relay.ingest.body import Budget, read_body
+from relay.ingest.body import Budget, Patience, read_body
 from relay.ingest.connection import READ_AHEAD, Connection
 from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
@@ -51,7 +51,7 @@ class Site:
         self.paths.append(request.target)
         await self.open.wait()
         if self.reads:
-            await read_body(request, 2**20, 5, Budget(2**20).hold(lambda: ("", True)))
+            await read_body(request, 2**20, Patience(5), Budget(2**20).hold(lambda: ("", True)))
         return self.answer or Response(200, request.target.encode())
 
 

@@ -13,6 +13,7 @@ from support import until
 from wire import Answer, Wire, exchange, request
 
 from relay.errors import StorageError, StorageUnavailableError
+from relay.ingest.body import Patience
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,7 +57,7 @@ async def relay(tmp_path_factory):
         mounted("limited", "", 'rate_limit = "1/h"'),
     )
     async with running(config) as relay:
-        relay.app.ingest._body_seconds = 0.05
+        relay.app.ingest.patience = Patience(0.05)
         yield relay
 
 

@@ -15,6 +15,7 @@ from relay.clock import SECOND
 from relay.config.model import WorkerRules
 from relay.errors import StorageUnavailableError
 from relay.ingest import gate
+from relay.ingest.body import Patience
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker
 from relay.registry import Now, apply, heed, silent
 from relay.store import Acceptance, writer
@@ -383,7 +384,7 @@ async def test_a_heartbeat_is_one_whatever_the_answer(relay, clock, raw, status)
 
 
 async def test_a_heartbeat_whose_body_never_comes_is_one(relay, clock, monkeypatch):
-    monkeypatch.setattr(relay.app.ingest, "_body_seconds", 0.05)
+    monkeypatch.setattr(relay.app.ingest, "patience", Patience(0.05))
     assert await kept(
         relay, clock, request("PUT", "/api/v1/workers/w1/heartbeat", content_length="5", **TOKEN), (408,)
     )

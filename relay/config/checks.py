@@ -11,6 +11,7 @@ from yarl import URL
 from relay.config.client_cert import ClientCert
 from relay.config.secret import Secret
 from relay.signing import Signer
+from relay.units import render_size
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)
@@ -20,6 +21,9 @@ _PORTS = range(65_536)
 _FAILURES = range(300, 600)  # HTTP statuses
 _GONE = 410
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
+LARGEST_BODY = 256 * 2**20
+"""The most that `max_body` can be, in bytes."""
+
 RESERVED = "relay"
 """The source name that the relay's own events have."""
 
@@ -65,6 +69,13 @@ def final_status(status: int) -> int:
     if status not in _FAILURES:
         raise ValueError(f"expected an HTTP status of a failure, 300 to 599, got {status}")
     return status
+
+
+def body_size(count: int) -> int:
+    """Check the size of the largest body: each is in memory some times over while it is stored and sent."""
+    if count > LARGEST_BODY:
+        raise ValueError(f"bodies of at most {render_size(LARGEST_BODY)} can be held in memory")
+    return count
 
 
 def network(text: str) -> str:

@@ -29,7 +29,9 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     """`[server]`: the public listener, where senders post."""
 
     listen: Annotated[str, _check(checks.listen)] = "127.0.0.1:8080"
-    max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
+    max_body: Annotated[Size, msgspec.Meta(gt=0), _check(checks.body_size)] = 2 * 2**20
+    body_timeout: Interval = 10.0
+    min_body_rate: Size = 32 * 2**10
     trusted_proxies: tuple[Annotated[str, _check(checks.network)], ...] = ()
     forwarded_header: Literal["X-Forwarded-For", "Forwarded"] = "X-Forwarded-For"
     shutdown_grace: Duration = 20.0
@@ -117,7 +119,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     plugin: str
     prefix: Annotated[str, _check(checks.prefix)] = ""
-    max_body: Annotated[Size, msgspec.Meta(gt=0)] = 2 * 2**20
+    max_body: Annotated[Size, msgspec.Meta(gt=0), _check(checks.body_size)] = 2 * 2**20
     rate_limit: Rate | None = None
     key_conflict: Literal["store", "reject"] = "store"
     cors_origins: tuple[Annotated[str, _check(checks.web_origin)], ...] = ()

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
 from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
@@ -23,6 +25,11 @@ class _Pool:
         self._used = 0
         self._used_by_strangers = 0
         self._peers: dict[tuple[str, bool], int] = {}  # bytes by address, and whether verified
+
+    def resize(self, limit: int, strangers: int) -> None:
+        """Have other limits from now on."""
+        self._limit = limit
+        self._strangers = strangers
 
     def take(self, size: int, peer: tuple[str, bool], has: int) -> None:
         """Reserve bytes for a body that `has` some already.
@@ -71,6 +78,12 @@ class Budget:
         self.used = 0
         self.small = _Pool(limit, limit // 8)
         self.large = _Pool(limit - limit // 8, limit // 2)
+
+    def resize(self, limit: int) -> None:
+        """Have another limit from now on; what is held stays."""
+        self.limit = limit
+        self.small.resize(limit, limit // 8)
+        self.large.resize(limit - limit // 8, limit // 2)
 
     def hold(self, who: Callable[[], tuple[str, bool]]) -> "Hold":
         """Return what one body holds of it; `who` tells the sender's address, and whether it is verified."""
@@ -135,13 +148,20 @@ class Hold:
         self.size = 0
 
 
-async def read_body(request: Request, limit: int, seconds: float, hold: Hold) -> bytes:
+class Patience(msgspec.Struct, frozen=True):
+    """How long a body may take to arrive."""
+
+    seconds: float  # for the first byte, and for all where `rate` is 0
+    rate: int = 0  # bytes that have arrived and are worth one more second
+
+
+async def read_body(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
     """Read the body; the caller releases `hold` once it is done with it, whatever comes of this.
 
     Raises:
         UnsupportedEncoding: it is compressed; inflating hostile bodies froze peers for seconds.
         TooLarge: by its Content-Length, or while it arrives.
-        BodyTimeout: it did not arrive within `seconds`.
+        BodyTimeout: it did not arrive in time.
         Malformed: it was cut short or badly framed.
         Overloaded: the budget has nothing left for it.
     """
@@ -159,10 +179,10 @@ async def read_body(request: Request, limit: int, seconds: float, hold: Hold) ->
         raise TooLarge
     if request.is_1_1 and request.headers.get("Expect", "").lower() == "100-continue":
         request.ask_for_body()
-    return await _read_slowly(request, limit, seconds, hold)
+    return await _read_slowly(request, limit, patience, hold)
 
 
-async def _read_slowly(request: Request, limit: int, seconds: float, hold: Hold) -> bytes:
+async def _read_slowly(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
     content = request.content
     chunks: list[bytes] = []
 
@@ -173,8 +193,11 @@ async def _read_slowly(request: Request, limit: int, seconds: float, hold: Hold)
             hold.take(len(chunk))
             chunks.append(chunk)
 
+    def earned() -> float:
+        return hold.size / patience.rate if patience.rate else 0.0
+
     try:
-        await in_time(seconds, read, lambda: request.has_unread)
+        await in_time(patience.seconds, read, lambda: request.has_unread, earned)
     except TimeoutError:
         raise BodyTimeout from None
     except (TooLarge, Overloaded):

@@ -9,8 +9,13 @@ STANDSTILL = 0.1  # seconds by which a timer is late where the process or its ev
 T = TypeVar("T")
 
 
-async def in_time(seconds: float, read: Callable[[], Awaitable[T]], unread: Callable[[], bool]) -> T:
-    """Return what `read` gives within `seconds`.
+async def in_time(
+    seconds: float,
+    read: Callable[[], Awaitable[T]],
+    unread: Callable[[], bool],
+    earned: Callable[[], float] = lambda: 0.0,
+) -> T:
+    """Return what `read` gives within `seconds`, and what it has `earned` of them meanwhile.
 
     After a standstill of the process (SIGSTOP, a suspended machine), uvloop rings timers before it reads what
     has come meanwhile. So a deadline that rings late moves, and one that finds bytes `unread` once lets them
@@ -22,7 +27,8 @@ async def in_time(seconds: float, read: Callable[[], Awaitable[T]], unread: Call
         TimeoutError: it took longer.
     """
     loop = asyncio.get_running_loop()
-    at, has_waited = loop.time() + seconds, False
+    began, has_waited = loop.time(), False
+    at = began + seconds
     while True:
         try:
             async with asyncio.timeout_at(at):
@@ -31,7 +37,10 @@ async def in_time(seconds: float, read: Callable[[], Awaitable[T]], unread: Call
             now = loop.time()
             late = now - at
             if late >= STANDSTILL:
+                began += late
                 at = now + min(late, seconds)
+            elif (until := began + seconds + earned()) > now:
+                at, has_waited = until, False
             elif not has_waited and unread():
                 at, has_waited = now, True
             else:

@@ -38,7 +38,7 @@ from relay.ingest.answers import (
     preflight,
     refuse,
 )
-from relay.ingest.body import Budget, read_body
+from relay.ingest.body import Budget, Patience, read_body
 from relay.ingest.echoes import Echoes, fingerprint
 from relay.ingest.gate import Gate, said_by
 from relay.ingest.record import record
@@ -67,7 +67,6 @@ log = logging.getLogger("relay.ingest")
 Told = Callable[[bool], None]
 """Called once an answer was written or could not be, with whether its sender has heard it."""
 
-BODY_SECONDS = 10.0
 MOST_BYTES = 32 * 2**20
 LONGEST_QUIET = 600.0  # seconds between two log lines of a kind that keeps coming
 STORAGE_PAUSE = 1.0  # seconds between tries to queue commands again while nothing can be written
@@ -87,7 +86,7 @@ class Ingest:
         clock: Clock,
         metrics: Metrics,
         remote: Remote,
-        body_seconds: float = BODY_SECONDS,
+        patience: Patience,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.mounts: dict[str, Mount] = {}
@@ -96,14 +95,14 @@ class Ingest:
         self._clock = clock
         self._metrics = metrics
         self._meters: dict[str, _Meter] = {}
-        self._body_seconds = body_seconds
+        self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
         self._echoes = Echoes(clock)
         self._log = Sparing(log, clock, most=LONGEST_QUIET)
         self._tasks: set[asyncio.Task[None]] = set()
-        self.mount(mounts, remote)
+        self.mount(mounts, remote, patience)
 
-    def mount(self, mounts: Iterable[Mount], remote: Remote) -> None:
+    def mount(self, mounts: Iterable[Mount], remote: Remote, patience: Patience) -> None:
         """Serve these sources from now on, in one step; requests under way end as they began.
 
         One that was served before stays paused if it is, and its rate buckets are not filled up.
@@ -116,6 +115,9 @@ class Ingest:
                 self._meters[name] = _Meter(self._metrics, name)
         self._routes = Routes(tuple(self.mounts.values()))
         self._remote = remote
+        self.patience = patience
+        largest = max((mount.config.max_body for mount in self.mounts.values()), default=0)
+        self._budget.resize(max(self._most_bytes, 2 * largest))
         self.gate.keep(self.mounts)
 
     async def handle(self, request: Request) -> Response:
@@ -186,7 +188,7 @@ class Ingest:
             ask(source.verify, incoming)  # so that a stranger's body takes no memory
         hold = self._budget.hold(lambda: self._who(request, source))
         try:
-            incoming.body = await read_body(request, mount.config.max_body, self._body_seconds, hold)
+            incoming.body = await read_body(request, mount.config.max_body, self.patience, hold)
             if source.verify_reads_body:
                 ask(source.verify, incoming)
             self.gate.check(mount, incoming, late=late)

@@ -7,7 +7,7 @@ import msgspec
 from relay import registry
 from relay.clock import SECOND
 from relay.config.model import WorkerRules
-from relay.errors import Conflict
+from relay.errors import Conflict, Overloaded
 from relay.model import (
     Born,
     Command,
@@ -28,6 +28,12 @@ from relay.store.workers import Roster, WorkerKey
 
 MEASURE_EVERY = 60 * SECOND
 """At most one row of `worker_metrics` per worker and minute, however often it beats."""
+
+MOST_WORKERS = 20_000
+"""Workers in the registry, over all sources: whoever has a token chooses ids."""
+
+FORGET_AT_ONCE = 200
+"""Workers that make room together, so that not every new one at the cap has all rows looked at."""
 
 COMMANDS_AT_ONCE = 20
 """Commands that ride in one heartbeat's reply."""
@@ -54,16 +60,19 @@ class Fleet:
         self.forgotten: set[WorkerKey] = set()
         self.measured: dict[WorkerKey, Worker] = {}
         self.commands: dict[str, Command] = {}  # new, or of another state than before
+        self._new = 0  # workers
+        self._grown = 0  # sessions
 
     def get(self, key: WorkerKey) -> Worker | None:
         """Return a row as this transaction will leave it."""
-        return self.workers.get(key) or self._roster.get(key)
+        return None if key in self.forgotten else self.workers.get(key) or self._roster.get(key)
 
     def change(self, source: str, change: WorkerChange) -> tuple[Worker | None, tuple[Command, ...]]:
         """Take in what a worker said; return its row and the commands that ride in its reply.
 
         Raises:
             Conflict: it contradicts the registry; nothing was taken in.
+            Overloaded: it is new, and there is no room for it; likewise.
         """
         key = (source, change.worker_id)
         if isinstance(change, SessionSeen) and not change.worker_id:
@@ -81,13 +90,40 @@ class Fleet:
             self._take_over(source, change)
         if heir is not None and heir != key and (former := self.get(heir)) is not None:
             self._move(heir, msgspec.structs.replace(former, sessions=()))
-        self._move(key, step.worker)
+        if before is None:
+            self._make_room()
+        self._move(key, self._fitting(before, step.worker))
         for born in step.born:
             self.born.append((source, born))
         if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
             return step.worker, ()
         self._measure(key, step.worker)
         return step.worker, self._send(key)
+
+    def _make_room(self) -> None:
+        """Forget workers for a new one at the cap: those that have left or been silent for longest.
+
+        Raises:
+            Overloaded: all of them are online.
+        """
+        if len(self._roster) + self._new - len(self.forgotten) >= MOST_WORKERS:
+            gone = [
+                row for row in self._roster
+                if row.status == "OFFLINE" or row.unregistered_at is not None
+            ]  # fmt: skip
+            keys = ((row.source, row.id) for row in sorted(gone, key=lambda row: row.deadline))
+            old = [key for key in keys if key not in self.forgotten and key not in self.workers]
+            if not old:
+                raise Overloaded("Too many workers are registered")
+            self.forget(old[:FORGET_AT_ONCE])
+        self._new += 1
+
+    def _fitting(self, before: Worker | None, worker: Worker) -> Worker:
+        """Return a row with as many of its sessions as fit beside those of this transaction."""
+        fitting = self._roster.fit(worker, self._grown)
+        grown = len(fitting.sessions) - (0 if before is None else len(before.sessions))
+        self._grown += max(grown, 0)
+        return fitting
 
     def hold(self) -> None:
         """Put off every deadline; in memory only, because a start puts them off as well."""
@@ -103,7 +139,7 @@ class Fleet:
         for row in self._roster:
             key = (row.source, row.id)
             silence = registry.silent(self.workers.get(key, row), now)
-            if silence is not None:
+            if silence is not None and key not in self.forgotten:
                 after, born = silence
                 self._move(key, after)
                 self.born.append((row.source, born))
@@ -113,6 +149,7 @@ class Fleet:
         return marked
 
     def _move(self, key: WorkerKey, worker: Worker) -> None:
+        self.forgotten.discard(key)
         self.workers[key] = worker
         self._unread.append(key)
         self._roster.moving.add(key)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import aiosqlite
+import msgspec
 
 from relay.config.model import WorkerRules
 from relay.model import Command, Session, Worker, WorkerChange
@@ -12,6 +13,9 @@ from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
+
+MOST_SESSIONS = 100_000
+"""Sessions kept of all workers; beyond it they are counted, as each worker tells, and not kept."""
 
 MOST_HEEDED = 8
 """Refused requests remembered per worker while its row is being written."""
@@ -25,6 +29,7 @@ class Roster:
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}  # who reported a session last
         self._rivals: dict[tuple[str, str], list[WorkerKey]] = {}  # who reports it beside them, if anybody
+        self.sessions = 0  # in all rows
         self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
@@ -55,6 +60,15 @@ class Roster:
         last = self._sessions.get((source, session_id))
         return () if last is None else (last, *self._rivals.get((source, session_id), ()))
 
+    def fit(self, worker: Worker, more: int = 0) -> Worker:
+        """Return a row with as many of its sessions as there is room for, if `more` come besides."""
+        former = self._rows.get((worker.source, worker.id))
+        has = 0 if former is None else len(former.sessions)
+        room = max(MOST_SESSIONS - self.sessions - more + has, 0)
+        if len(worker.sessions) <= room:
+            return worker
+        return msgspec.structs.replace(worker, sessions=worker.sessions[:room])
+
     def put(self, worker: Worker) -> None:
         """Insert or replace a row."""
         key = (worker.source, worker.id)
@@ -68,6 +82,7 @@ class Roster:
         self._recount(former, worker)
         before = former.sessions if former is not None else ()
         if before != worker.sessions:
+            self.sessions += len(worker.sessions) - len(before)
             self._index(key, before, worker.sessions)
 
     def heed(
@@ -123,6 +138,7 @@ class Roster:
         worker = self._rows.pop(key)
         self._count(worker, -1)
         self._leave(worker.endpoint, key)
+        self.sessions -= len(worker.sessions)
         self._index(key, worker.sessions, ())
         self.dirty.discard(key)
         self.measured.pop(key, None)

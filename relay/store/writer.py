@@ -157,7 +157,8 @@ class Writer:
         if bounded:
             if self.failure is not None:
                 raise StorageUnavailableError(self.failure)
-            if len(self._jobs) >= MAX_JOBS or self._bytes + job.size > MAX_BYTES:
+            # A body that is larger than all that may wait comes in where nothing else waits.
+            if len(self._jobs) >= MAX_JOBS or (self._bytes and self._bytes + job.size > MAX_BYTES):
                 raise Overloaded
             if not self.has_room(job.size):
                 raise DiskFull
