@@ -71,20 +71,20 @@ def _json(value: object, incoming: Incoming) -> bytes:
     if value is EMPTY:
         return _EMPTY
     if isinstance(value, msgspec.Raw):
-        return _checked(value, incoming)
-    _check_inside(value, incoming)
-    return encode(value)
-
-
-def _checked(raw: msgspec.Raw, incoming: Incoming) -> bytes:
-    own = raw.copy()
-    text = bytes(own)
-    # `copy` makes another object only of a piece of a larger text: one that msgspec has parsed.
-    if own is raw or not incoming.is_json:
-        check(text)
-    elif not text.isascii():
-        text.decode()  # the larger text may be another one than the body, decoded by the plugin
+        _check(value, incoming)
+        text = bytes(value)
+    else:
+        _check_inside(value, incoming)
+        text = encode(value)
+    if not text.isascii():
+        text.decode()  # a piece of a text that the plugin decoded itself may be no UTF-8
     return text
+
+
+def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
+    # `copy` makes another object only of a piece of a larger text: one that msgspec has parsed.
+    if not incoming.is_json or raw.copy() is raw:
+        check(bytes(raw))
 
 
 def _check_inside(value: object, incoming: Incoming) -> None:
@@ -102,6 +102,6 @@ def _check_inside(value: object, incoming: Incoming) -> None:
         return
     for each in inner:
         if isinstance(each, msgspec.Raw):
-            _checked(each, incoming)
+            _check(each, incoming)
         elif not isinstance(each, _PLAIN):
             _check_inside(each, incoming)
