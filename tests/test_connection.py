@@ -640,9 +640,8 @@ IMPATIENT = """
 import sys
 if {asyncio}:
     sys.modules["uvloop"] = None
-from relay.ingest import connection, receive
+from relay.ingest import connection
 connection.KEEPALIVE = connection.FIRST_HEAD = connection.LINGERING = 0.5
-receive.Ingest.__init__.__kwdefaults__["body_seconds"] = 0.5
 from relay.cli import main
 main()
 """
@@ -655,6 +654,7 @@ async def frozen(tmp_path):
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     script = IMPATIENT.format(asyncio=is_asyncio)
     config = write_config(tmp_path, SOURCES)
+    config.write_text(config.read_text().replace("[server]", '[server]\nbody_timeout = "500ms"'))
     async with Daemon(config, (sys.executable, "-c", script, "serve")) as daemon:
 
         @contextlib.asynccontextmanager
