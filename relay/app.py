@@ -185,6 +185,7 @@ class App:
                 self.ingest.handle,
                 max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
                 unroutable=self.ingest.unroutable,
+                is_committing=lambda: self.store.busy > 0,
             )
             await server.listen(public)
             life.push_async_callback(self._close, server)

@@ -144,3 +144,16 @@ def test_resident_memory_is_printed_beside_its_target():
     ]  # fmt: skip
     assert all(re.search(r" [0-9]+ MB, at most +[0-9]+ MB, +[0-9]+ us of CPU each", row) for row in rows)
     assert verdict == "target 200 MB after each: met"
+
+
+def test_events_beside_floods_are_timed_and_judged():
+    command = [sys.executable, "-m", "bench.flood", "0.3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    head, *rows, target = done.stdout.splitlines()
+    assert head.split() == ["beside", "events", "p50", "ms", "p99", "ms", "most", "ms", "answers/s"]
+    assert [row.split("  ")[1] for row in rows] == [
+        "nothing",
+        *(f"{kind}, {count} connections" for kind in ("heartbeats", "404s", "401s") for count in (1, 8)),
+    ]
+    assert all(re.search(r" (met|missed)$", row) for row in rows)
+    assert target == "  target of p99: 50 ms"

@@ -17,7 +17,7 @@ from support import until
 from wire import Wire, exchange, request
 
 from relay.ingest.body import Budget, Patience, read_body
-from relay.ingest.connection import READ_AHEAD, Connection
+from relay.ingest.connection import CHUNKS, READ_AHEAD, SLICE, Connection
 from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
 from relay.ingest.response import Response
@@ -362,7 +362,7 @@ async def test_what_comes_behind_a_request_is_not_taken_from_the_socket_while_it
         await site.asked.wait()
         (connection,) = site.server.connections
         sending = asyncio.create_task(wire.send(b"".join(request("GET", f"/{n}") for n in range(1, 200_000))))
-        await until(lambda: connection._is_held)
+        await until(lambda: connection._behind)
         assert not (await asyncio.wait([sending], timeout=0.2))[0]
         assert len(connection._behind) <= 2 * READ_AHEAD
         site.open.set()
@@ -389,6 +389,114 @@ async def test_a_body_of_very_many_chunks_is_read_to_its_end(site, size):
             head = request("POST", "/many", transfer_encoding="chunked")
             await wire.send(head + b"1\r\nx\r\n" * size + b"0\r\n\r\n")
             assert (await wire.answer()).body == b"/many"
+
+
+TINY = b"1\r\nx\r\n"
+
+
+@pytest.mark.parametrize(
+    "wasteful",
+    [
+        TINY * 2_000_000,
+        b"1;" + b"a" * 60 + b"\r\nx\r\n",
+        b"0" * 100 + b"1\r\nx\r\n",
+        b"1;" + b"a" * 8_000_000,
+    ],
+    ids=["one byte", "extensions", "zeros", "one extension"],
+)
+async def test_a_body_that_is_mostly_framing_is_refused(relay, wasteful):
+    raw = request("POST", "/v1/events", transfer_encoding="chunked")
+    wasteful *= max(1, 12_000_000 // len(wasteful))
+    latest = [0.0]
+
+    async def tick():
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + 0.005
+            await asyncio.sleep(0.005)
+            latest.append(loop.time() - due)
+
+    ticking = asyncio.create_task(tick())
+    answer = await exchange(relay.addresses.public, raw + wasteful)
+    ticking.cancel()
+    assert (answer.status, answer.json["message"]) == (400, "The chunks are too small")
+    assert max(latest) < 1.0  # generous: this process sends, too
+    assert relay.app.ingest._budget.used == 0
+
+
+async def test_a_body_of_two_megabytes_in_small_chunks_is_read_to_its_end(site):
+    site.reads = True
+    chunk = b"10\r\n" + b"x" * 16 + b"\r\n"
+    head = request("POST", "/small", transfer_encoding="chunked")
+    assert (await exchange(site.url, head + chunk * (2**20 // 16) + b"0\r\n\r\n")).body == b"/small"
+
+
+async def test_chunks_are_parsed_a_slice_in_a_turn_and_others_come_in_between(site, monkeypatch):
+    monkeypatch.setattr("relay.ingest.connection.TURN", 0.0)
+    site.reads = True
+    turns = []
+
+    async def count():
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("POST", "/", transfer_encoding="chunked"))
+        await site.asked.wait()
+        (connection,) = site.server.connections
+        counting = asyncio.create_task(count())
+        connection.data_received(TINY * 10_000)  # as one piece from the socket
+        assert len(connection._behind) >= len(TINY) * 10_000 - 2 * CHUNKS
+        connection.data_received(b"0\r\n\r\n")
+        before = len(turns)
+        assert (await wire.answer()).body == b"/"
+        counting.cancel()
+    assert len(turns) - before >= len(TINY) * 10_000 // CHUNKS - 1
+
+
+async def test_a_large_body_in_one_piece_with_its_head_and_the_next_request_is_read(site):
+    site.reads = True
+    bodies = [bytes(size) for size in (SLICE - 1, SLICE, SLICE + 1, 100_000, 700_000)]
+    raw = b"".join(request("POST", f"/{len(body)}", body) for body in bodies)
+    async with await Wire.open(site.url) as wire:
+        sending = asyncio.create_task(wire.send(raw))
+        for body in bodies:
+            assert (await wire.answer()).body == b"/%d" % len(body)
+        await sending
+
+
+async def test_a_request_that_did_not_wait_its_turn_lets_events_be_committed(site, monkeypatch):
+    committing = [True]
+    monkeypatch.setattr("relay.ingest.connection.YIELDING", (0.01,) * 1000)
+    site.server.is_committing = lambda: bool(committing)
+    async with await Wire.open(site.url) as hasty, await Wire.open(site.url) as patient:
+        await hasty.send(request("GET", "/a") + request("GET", "/b") + request("GET", "/c"))
+        assert (await hasty.answer()).body == b"/a"
+        await patient.send(request("GET", "/d"))
+        assert (await patient.answer()).body == b"/d"
+        assert site.paths == ["/a", "/d"]
+        committing.clear()
+        assert [(await hasty.answer()).body for _ in "bc"] == [b"/b", b"/c"]
+
+
+async def test_a_request_that_did_not_wait_its_turn_is_answered_however_busy_the_database_is(site):
+    site.server.is_committing = lambda: True
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/") * 20)
+        for _ in range(20):
+            assert (await wire.answer()).status == 200
+
+
+async def test_closing_does_not_wait_for_a_request_that_waits_its_turn(site, monkeypatch):
+    monkeypatch.setattr("relay.ingest.connection.YIELDING", (100.0,))
+    site.server.is_committing = lambda: True
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/") * 2)
+        assert (await wire.answer()).status == 200
+        await site.server.close(grace=0.01)
+        assert await wire.closed()
+    await until(lambda: not site.server.connections)
 
 
 async def test_no_trailer_becomes_a_header_of_the_next_request(site):
@@ -759,7 +867,7 @@ async def test_a_sender_that_is_gone_before_the_last_answer_leaves_no_traceback(
         await site.asked.wait()
         (connection,) = site.server.connections
         await wire.send(request("GET", "/more"))
-        await until(lambda connection=connection: connection._is_held)
+        await until(lambda connection=connection: connection._behind)
         if ending == "reset":
             reset(wire)
         await wire.hang_up()

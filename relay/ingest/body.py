@@ -6,7 +6,7 @@ import msgspec
 
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
 from relay.ingest.deadline import in_time
-from relay.ingest.request import Request
+from relay.ingest.request import ChunkingError, Request
 
 SMALL = 16 * 2**10  # bytes up to which a body counts as small
 
@@ -184,14 +184,15 @@ async def read_body(request: Request, limit: int, patience: Patience, hold: Hold
 
 async def _read_slowly(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
     content = request.content
-    chunks: list[bytes] = []
+    body = bytearray()  # a list would cost fifty bytes for a piece of one
 
     async def read() -> None:
+        nonlocal body
         while chunk := await content.readany():
             if hold.size + len(chunk) > limit:
                 raise TooLarge
             hold.take(len(chunk))
-            chunks.append(chunk)
+            body += chunk
 
     def earned() -> float:
         return hold.size / patience.rate if patience.rate else 0.0
@@ -204,5 +205,6 @@ async def _read_slowly(request: Request, limit: int, patience: Patience, hold: H
         raise
     except Exception as error:
         error.__traceback__ = None  # the content keeps the error: a cycle by way of this frame and its chunks
-        raise Malformed("The body was cut short") from error
-    return b"".join(chunks)
+        is_wasteful = isinstance(error, ChunkingError)
+        raise Malformed("The chunks are too small" if is_wasteful else "The body was cut short") from error
+    return bytes(body)

@@ -10,6 +10,8 @@ import fcntl
 import logging
 import socket
 import termios
+import time
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from aiohttp import StreamReader
@@ -18,7 +20,7 @@ from aiohttp.http_exceptions import BadStatusLine
 
 from relay.eager import begin
 from relay.ingest.deadline import in_time
-from relay.ingest.request import Request, has_unread
+from relay.ingest.request import ChunkingError, Request, has_unread
 from relay.ingest.response import Response, farewell
 
 log = logging.getLogger("relay.http")
@@ -27,7 +29,14 @@ KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,6
 FIRST_HEAD = 10.0  # seconds for the first request's head
 LINGERING = 1.0  # seconds to swallow the rest of a refused body
 _FAILED = b'{"error":{"code":"internal_error","message":"Internal server error"}}'
+SLICE = 2**14  # bytes that the parser is given at once where they may be several requests
+CHUNKS = 2**12  # bytes of a chunked body likewise: a microsecond for each chunk of one byte, which takes six
+TURN = 0.001  # seconds that one turn of the loop may spend on parsing one sender's chunks
+WASTE = 2**18  # bytes by which the framing of a chunked body may outweigh the body itself
 READ_AHEAD = 2**18  # bytes: with twice as many of a body unread, no more are taken from the socket
+YIELDING = (0.001, 0.001, 0.002, 0.004)
+"""Seconds, one after the other, for which a request that did not wait its turn lets events be committed."""
+
 _HEARD_EVERY = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds between looks; the last one repeats
 
 
@@ -35,6 +44,7 @@ class Owner(Protocol):
     """Who has the connection, and answers what it is asked."""
 
     under_way: int  # requests, of all its connections
+    is_committing: Callable[[], bool]  # whether events wait for the database
 
     def connection_made(self, connection: "Connection", transport: asyncio.Transport) -> None:
         """Count it in."""
@@ -58,7 +68,8 @@ class Connection(asyncio.Protocol):
 
     Requests are answered one at a time, in their order. The parser stops after each; what a sender has sent
     behind it without waiting (RFC 9112, 9.3.2) stays unparsed until the answer is written, and while there
-    is any, nothing more is taken from the socket.
+    is any, nothing more is taken from the socket. A turn of the loop begins one request at most, and parses
+    chunks for a millisecond at most: senders of very many requests or chunks hold up nobody else.
 
     A sender may close its own side after its last request and wait for the answers (RFC 9112, 9.6). Until an
     answer is written, this looks the same as a sender that is gone; afterwards, the one acknowledges the
@@ -66,9 +77,9 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_behind", "_is_ending", "_is_full", "_is_half_closed", "_is_held", "_is_leaving", "_is_over",
-        "_loop", "_owner", "_parser", "_patience", "_request", "_silent_since", "_task", "_transport",
-        "_unread",
+        "_behind", "_is_catching_up", "_is_ending", "_is_full", "_is_half_closed", "_is_leaving", "_is_over",
+        "_is_resting", "_loop", "_owner", "_parser", "_patience", "_request", "_silent_since", "_task",
+        "_transport", "_unread",
     )  # fmt: skip
 
     def __init__(self, owner: Owner) -> None:
@@ -84,8 +95,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._request: Request | None = None  # under way
         self._task: asyncio.Task[None] | None = None
-        self._behind = b""  # came after the request under way was complete
-        self._is_held = False  # nothing is read because of that
+        self._behind = bytearray()  # waits to be parsed; while there is any, nothing is read
+        self._is_catching_up = False  # what is begun was sent before the last answer
+        self._is_resting = False  # parsing goes on in the next turn of the loop
         self._is_full = False  # nothing is read because a body has to be read first
         self._is_over = False  # nothing is parsed any more
         self._is_half_closed = False  # the sender sends nothing more, but may wait for answers
@@ -103,6 +115,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Let the request under way go on: what has come whole will be stored."""
+        self._behind.clear()
         self._transport = self._parser = None  # which knows us: the cycle would wait for the collector
         self._is_over = True
         if self._request is not None and not self._request.content.is_eof():
@@ -122,7 +135,7 @@ class Connection(asyncio.Protocol):
     def _cut_short(self) -> None:
         """End a body whose rest can no longer come."""
         request = self._request
-        if request is not None and not (request.content.is_eof() or self._is_full):
+        if request is not None and not (request.content.is_eof() or self._is_full or self._behind):
             self._is_over = True
             request.content.set_exception(ConnectionResetError("the sender closed within a body"))
 
@@ -130,12 +143,45 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, unless the request before has not been answered yet."""
-        if self._request is not None and self._request.content.is_eof():
-            self._behind += data
-            self._is_held = True
-            self._read_or_not()
-        else:
+        if not self._behind and self._may_parse and (len(data) <= SLICE or len(data) <= self._missing):
             self._parse(data, at_once=True)
+        else:
+            self._behind += data
+            self._go_on(at_once=True)
+
+    @property
+    def _may_parse(self) -> bool:
+        """Whether no request has to be answered first."""
+        return self._request is None or not self._request.content.is_eof()
+
+    @property
+    def _missing(self) -> int:
+        """Bytes of the present body that are still to come; 0 where nobody knows."""
+        request = self._request
+        if request is None or request.is_chunked:
+            return 0
+        return request.content_length - request.content.total_bytes
+
+    def _go_on(self, *, at_once: bool = False) -> None:
+        """Parse what waits, until a request has to be answered first or this turn has had its share."""
+        if not self._is_resting:
+            until = self._loop.time() + TURN
+            while (
+                self._behind and self._may_parse and not (self._is_over or self._is_full or self._is_resting)
+            ):
+                is_chunked = self._request is not None and self._request.is_chunked
+                size = CHUNKS if is_chunked else max(SLICE, self._missing)
+                data = bytes(self._behind[:size])
+                del self._behind[:size]
+                self._parse(data, at_once=at_once and not self._behind)
+                if self._behind and time.monotonic() > until:
+                    self._is_resting = True
+                    self._loop.call_soon(self._go_on_rested)
+        self._read_or_not()
+
+    def _go_on_rested(self) -> None:
+        self._is_resting = False
+        self._go_on()
 
     def _parse(self, data: bytes, *, at_once: bool = False) -> None:
         parser = self._parser
@@ -153,6 +199,11 @@ class Connection(asyncio.Protocol):
                 request = Request(head, content, cast("asyncio.Transport", self._transport))
                 request.is_half_closed = self._is_half_closed
                 self._begin(request, at_once=at_once)
+        asked = self._request
+        if asked is not None and asked.is_chunked and not asked.content.is_eof():
+            asked.wire_bytes += len(data)
+            if asked.wire_bytes > 2 * asked.content.total_bytes + WASTE:
+                self._refuse(ChunkingError(message="the chunks are too small"))
 
     def _refuse(self, error: Exception) -> None:
         """Answer what is no HTTP; nothing that comes after can be understood."""
@@ -186,13 +237,13 @@ class Connection(asyncio.Protocol):
             self._parse(b"")  # also if it is not full: told so at the end of a chunk, the parser pauses later
             if self._is_half_closed:
                 self._cut_short()
-        if was_full:
-            self._read_or_not()
+        if was_full:  # a parser that has come to a body's end tells so, and goes on by itself
+            self._go_on() if resume_parser else self._read_or_not()
 
     def _read_or_not(self) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._is_held or self._is_full:
+        if self._behind or self._is_full:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -207,15 +258,30 @@ class Connection(asyncio.Protocol):
         """
         self._request = request
         self._patience = KEEPALIVE
-        if not at_once or self._owner.under_way or not request.content.is_eof():
+        if self._is_catching_up:
+            self._task = self._loop.create_task(self._serve(request, was_behind=True))
+        elif not at_once or self._owner.under_way or not request.content.is_eof():
             self._task = self._loop.create_task(self._serve(request))
         elif (task := begin(self._serve(request))) is not None:
             self._task = task
 
-    async def _serve(self, request: Request) -> None:
+    async def _let_events_go_first(self) -> None:
+        """Wait a moment while events are being committed.
+
+        A sender of very many cheap requests would else keep the interpreter from the database's thread, which
+        waits up to 5 ms for it at each of the two dozen steps of a transaction.
+        """
+        for seconds in YIELDING:
+            if not self._owner.is_committing():
+                return
+            await asyncio.sleep(seconds)
+
+    async def _serve(self, request: Request, *, was_behind: bool = False) -> None:
         """Answer one request, then begin with the next if it has come already."""
         goes_on = False
         try:
+            if was_behind:  # it was sent before the last answer
+                await self._let_events_go_first()
             response, answer = await self._ask(request)
             if await self._write(answer, response, request):
                 is_whole = request.content.is_eof() or await self._swallow(request.content)
@@ -294,13 +360,14 @@ class Connection(asyncio.Protocol):
         """Go on with what has come behind an answered request."""
         self._silent_since = self._loop.time()
         cast("HttpRequestParser", self._parser).message_consumed()
-        data, self._behind = self._behind, b""
-        self._parse(data)
-        if self._is_half_closed:
-            self._cut_short() if self._request is not None else self._hang_up()
-        elif self._is_held and (self._request is None or not self._request.content.is_eof()):
-            self._is_held = False
-            self._read_or_not()
+        self._is_catching_up = True
+        self._parse(b"")  # what the parser has already
+        self._go_on()
+        self._is_catching_up = False
+        if self._is_half_closed and self._request is None:
+            self._hang_up()
+        elif self._is_half_closed:
+            self._cut_short()
 
     def pause_writing(self) -> None:
         """Note since when no answer is read."""
@@ -324,10 +391,11 @@ class Connection(asyncio.Protocol):
         the answer back.
         """
         transport = cast("asyncio.Transport", self._transport)
-        if transport.is_closing() or self._is_half_closed or not (self._is_over or self._is_held):
+        if transport.is_closing() or self._is_half_closed or not (self._is_over or self._behind):
             transport.close()
             return
-        self._is_over, self._is_held, self._is_full, self._behind = True, False, False, b""
+        self._is_over, self._is_full = True, False
+        self._behind.clear()
         self._patience, self._silent_since = LINGERING, self._loop.time()
         self._is_ending = True
         transport.set_write_buffer_limits(high=0)  # `resume_writing` says when everything is written

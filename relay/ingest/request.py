@@ -5,9 +5,13 @@ import fcntl
 import termios
 
 from aiohttp import StreamReader
-from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class ChunkingError(HttpProcessingError):
+    """A body comes in chunks that are mostly framing: parsing them costs far more than sending them."""
 
 
 class Request:
@@ -17,7 +21,10 @@ class Request:
     takes a trailer for a header of the next request, and loses what comes behind an offer. So these are last.
     """
 
-    __slots__ = ("_head", "_transport", "content", "headers", "is_1_1", "is_half_closed", "is_kept", "method")
+    __slots__ = (
+        "_head", "_transport", "content", "headers", "is_1_1", "is_chunked", "is_half_closed", "is_kept",
+        "method", "wire_bytes",
+    )  # fmt: skip
 
     def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
         self.method = head.method
@@ -25,6 +32,8 @@ class Request:
         self.content = content
         self.is_kept = not (head.should_close or head.chunked or head.upgrade)  # the connection, afterwards
         self.is_1_1 = head.version == HttpVersion11  # not 1.0
+        self.is_chunked = head.chunked
+        self.wire_bytes = 0  # of a chunked body with its framing, so far
         self.is_half_closed = False  # the sender sends nothing more: it waits for the answer, or is gone
         self._head = head
         self._transport = transport

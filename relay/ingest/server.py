@@ -35,9 +35,11 @@ class Server:
         *,
         max_connections: int = MAX_CONNECTIONS,
         unroutable: Callable[[str, str | None, str], None] = lambda _reason, _peer, _problem: None,
+        is_committing: Callable[[], bool] = lambda: False,
     ) -> None:
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
+        self.is_committing = is_committing
         self._handle = handle
         self._unroutable = unroutable  # told the reason, the sender's address and the problem
         self._listener: asyncio.Server | None = None
