@@ -30,7 +30,7 @@ from relay.jobs import Jobs, Past
 from relay.lag import Lag
 from relay.listeners import address, bind, bind_unix, listen, url
 from relay.loader import Setup
-from relay.logs import in_one_line
+from relay.logs import in_one_line, on_drop
 from relay.metrics import Metrics
 from relay.model import News
 from relay.observers import Observers
@@ -396,6 +396,7 @@ async def serve(setup: Setup) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads its configuration."""
     gc.set_threshold(*GC_THRESHOLDS)
     app = App(setup)
+    on_drop(app.metrics.log_dropped.inc)
     loop = asyncio.get_running_loop()
     log_sparingly(loop, app.clock)
     for number in (signal.SIGTERM, signal.SIGINT):

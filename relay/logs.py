@@ -3,10 +3,14 @@
 import json
 import logging
 import os
+import select
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Literal, TextIO
 
 from relay.clock import SECOND, Clock, rfc3339
 from relay.terminal import paint, printable, wants_colour
@@ -14,6 +18,9 @@ from relay.terminal import paint, printable, wants_colour
 Format = Literal["auto", "json", "text", "journald"]
 MOST_KEYS = 1000
 """Keys of one rate-limited log that are remembered."""
+
+MOST_QUEUED = 2**20  # bytes of lines that wait for a reader
+FLUSH = 0.5  # seconds that an end waits for them
 
 _OTHERS = ""
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
@@ -154,11 +161,120 @@ def under_systemd() -> bool:
     return "JOURNAL_STREAM" in os.environ
 
 
+class Lines(logging.StreamHandler[TextIO]):
+    """Writes lines to a stream; one that nobody reads (a stopped `less`, a hung journal) holds up nothing.
+
+    A line is written at once where the stream can take it. Else it is queued, and a thread writes it; beyond
+    `MOST_QUEUED` bytes lines are dropped and counted, and a line says how many once the stream is read again.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.dropped = 0
+        self.on_drop: Callable[[], None] = lambda: None
+        self._untold = 0  # dropped since a line said so
+        self._queue: deque[bytes] = deque()
+        self._size = 0  # bytes of the queue, and of the line that is being written
+        self._changed = threading.Condition()  # the logging module's own lock is held by whoever logs
+        self._thread: threading.Thread | None = None
+        self._poll: select.poll | None = None
+        with suppress(OSError, ValueError):
+            self._fd = stream.fileno()
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or queue or drop it."""
+        if self._poll is None:  # no file: it blocks nobody
+            super().emit(record)
+            return
+        try:
+            line = self._line(record)
+        except Exception:  # noqa: BLE001 - a line that cannot be formatted fails nobody, as in `StreamHandler`
+            self.handleError(record)
+            return
+        with self._changed:
+            if not self._size and len(line) <= select.PIPE_BUF and self._can_take():
+                try:
+                    os.write(self._fd, line)
+                except OSError:  # the reader is gone
+                    self._drop()
+            elif self._size + len(line) > MOST_QUEUED:
+                self._drop()
+            else:
+                self._queue.append(line)
+                self._size += len(line)
+                self._changed.notify_all()
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+                    self._thread.start()
+
+    def flush(self) -> None:
+        """Wait a moment for what is queued."""
+        super().flush()
+        if self._poll is not None:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._size, FLUSH)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + self.terminator).encode(errors="backslashreplace")
+
+    def _can_take(self) -> bool:
+        """Return whether a short line can be written without waiting; a pipe then takes 4 KiB."""
+        return self._poll is not None and any(what & select.POLLOUT for _, what in self._poll.poll(0))
+
+    def _drop(self) -> None:
+        self.dropped += 1
+        self._untold += 1
+        self.on_drop()
+
+    def _write(self) -> None:
+        """Write what is queued, for as long as each line takes; runs in a thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._queue))
+                line = self._queue.popleft()
+            try:
+                self._write_all(line)
+                with self._changed:
+                    untold = 0 if self._queue else self._untold
+                if untold:
+                    self._write_all(self._confession(untold))
+                    with self._changed:
+                        self._untold -= untold
+            except OSError:  # the reader is gone
+                with self._changed:
+                    self._drop()
+            with self._changed:
+                self._size -= len(line)
+                self._changed.notify_all()
+
+    def _write_all(self, line: bytes) -> None:
+        while line:
+            line = line[os.write(self._fd, line) :]
+
+    def _confession(self, count: int) -> bytes:
+        what = "line was" if count == 1 else "lines were"
+        text = f"{count} log {what} dropped: nobody read the log"
+        record = logging.makeLogRecord(
+            {"name": "relay.log", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
+            | fields(count=count)
+        )
+        return self._line(record)
+
+
+def on_drop(call: Callable[[], None]) -> None:
+    """Have something called for each line that is dropped; it may be called in any thread."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, Lines):
+            handler.on_drop = call
+
+
 def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
     """Send every log line to stderr in the format that suits where it goes."""
     if format_ == "auto":
         format_ = "journald" if under_systemd else "text" if sys.stderr.isatty() else "json"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Lines(sys.stderr)
     if format_ == "json":
         handler.setFormatter(JsonLines())
     else:

@@ -174,6 +174,7 @@ class Metrics:
             "relay_storage_commit_events", "Requests and outcomes that shared a transaction.", buckets=_SHARED
         )
         self.lag = gauge("relay_event_loop_lag_seconds", "How late the event loop last was.")
+        self.log_dropped = counter("relay_log_lines_dropped", "Log lines dropped: nobody read the log.")
         for name in sources:
             self.add_source(name)
         for name in destinations:

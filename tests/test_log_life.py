@@ -1,11 +1,16 @@
 """An event's life in the log of the daemon that ships: refused, accepted, tried, delivered, linked by ids."""
 
+import asyncio
+import fcntl
 import json
+import os
+import re
+import sys
 
 import pytest
-from daemon import SOURCES, Daemon, destination, running, write_config
+from daemon import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
-from wire import exchange, request
+from wire import Wire, exchange, request
 
 PATH = "/internal/event/notify"
 SECRET = "s3cret-in-the-body"
@@ -151,3 +156,35 @@ async def test_what_dies_at_birth_is_said_sparingly(tmp_path, recorder):
         [line] = await until(lambda: of(daemon, "relay.delivery", "are dead without an attempt"))
         assert (line["destination"], line["state"], line["count"]) == ("crm", "dead", 1)
         assert await daemon.stop() == 0
+
+
+async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    config.write_text(config.read_text().replace("[log]", '[log]\nlevel = "debug"'))
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    script = "from relay import logs; logs.MOST_QUEUED = 10_000; from relay.cli import main; main()"
+    command = [sys.executable, "-c", script, "serve", "-c", str(config)]
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    try:
+        said = b""
+        while not (found := re.search(rb"listens on (http://[^\s,\"]+), admin (http://[^\s,\"]+)", said)):
+            said += await asyncio.to_thread(os.read, reader, 65_536)
+        public, admin = found[1].decode(), found[2].decode()
+        raw = request("POST", "/v1/events", adorn("unread"), x_request_id="x" * 128)
+        async with asyncio.timeout(60), await Wire.open(public) as wire:
+            for _ in range(300):  # 400 bytes of lines each
+                await wire.send(raw)
+                assert (await wire.answer()).status == 200
+        metrics = (await exchange(admin, request("GET", "/metrics"))).body.decode()
+        [dropped] = re.findall(r"^relay_log_lines_dropped_total (\S+)$", metrics, re.MULTILINE)
+        assert float(dropped) > 0
+        process.terminate()
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(reader)

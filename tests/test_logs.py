@@ -1,17 +1,21 @@
 """Log lines: what they carry, in which format; and that those a sender can cause are few and stay lines."""
 
 import ast
+import fcntl
 import io
 import json
 import logging
+import os
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from support import FakeClock
 
 from relay.errors import RelayError
-from relay.logs import JsonLines, Sparing, TextLines, configure, fields, in_one_line
+from relay.logs import MOST_QUEUED, JsonLines, Lines, Sparing, TextLines, configure, fields, in_one_line
 
 LOG = logging.getLogger("relay.test")
 ROOT = Path(__file__).parent.parent
@@ -195,3 +199,96 @@ def test_the_page_for_operators_has_every_field_and_no_other():
     section = (ROOT / "docs" / "operating.md").read_text().partition("## Logs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| [^|]+ \| [^|]+ \|$", section, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"\w+", row)} == keywords - {None}
+
+
+# --- a reader that does not read ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread():
+    """A handler that writes to a pipe, the pipe's other end, and the bytes that the pipe takes."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    with open(writer, "w") as stream, open(reader, "rb", buffering=0) as pipe:  # noqa: PTH123 - descriptors
+        yield Lines(stream), pipe, size
+        os.set_blocking(reader, False)
+        while pipe.read(2**20):  # what a thread still writes
+            time.sleep(0.01)
+
+
+def read_until(pipe, text):
+    """Read whole lines until one has this text."""
+    found = b""
+    while text.encode() not in found or not found.endswith(b"\n"):
+        found += pipe.read(65_536)
+    return found.decode().splitlines()
+
+
+def test_lines_are_written_at_once_where_somebody_reads(unread):
+    handler, pipe, _ = unread
+    for number in range(5):
+        handler.handle(record("line %d", number))
+        assert pipe.read(100) == f"line {number}\n".encode()
+    assert handler._thread is None
+
+
+def test_a_reader_that_does_not_read_holds_up_nobody_and_is_told_what_is_missing(unread):
+    handler, pipe, _ = unread
+    told = []
+    handler.on_drop = lambda: told.append(True)
+    handler.setFormatter(JsonLines())
+    count, began = 4000, time.monotonic()
+    for number in range(count):
+        handler.handle(record("line %d %s", number, "x" * 400))
+    assert time.monotonic() - began < 5
+    assert 0 < handler.dropped < count
+    assert len(told) == handler.dropped
+    assert handler._size <= MOST_QUEUED
+    lines = [json.loads(line) for line in read_until(pipe, "nobody read the log")]
+    assert [line["message"].split()[1] for line in lines[:-1]] == [
+        str(number) for number in range(count - handler.dropped)
+    ]
+    assert (lines[-1]["level"], lines[-1]["count"]) == ("warning", handler.dropped)
+    handler.handle(record("line %s", "after"))
+    assert json.loads(read_until(pipe, "after")[0])["message"] == "line after"
+    assert handler._untold == 0
+
+
+def test_a_line_longer_than_the_pipe_is_written_whole_and_waited_for_by_nobody(unread):
+    handler, pipe, size = unread
+    handler.handle(record("%s end", "x" * 10 * size))
+    handler.handle(record("next"))
+    assert [len(line) for line in read_until(pipe, "next")] == [10 * size + 4, 4]
+
+
+def test_an_end_waits_a_moment_for_a_reader_and_no_longer(unread):
+    handler, pipe, size = unread
+    handler.handle(record("x" * 3 * size))
+    began = time.monotonic()
+    handler.flush()
+    assert 0.3 < time.monotonic() - began < 5
+    thread = threading.Thread(target=read_until, args=(pipe, "\n"))
+    thread.start()
+    began = time.monotonic()
+    handler.flush()
+    thread.join()
+    assert handler._size == 0
+
+
+def test_a_reader_that_is_gone_fails_nobody():
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:  # noqa: PTH123 - a descriptor
+        handler = Lines(stream)
+        os.close(reader)
+        for size in (10, 10_000):
+            handler.handle(record("x" * size))
+        handler.flush()
+        assert handler.dropped == 2
+
+
+def test_a_line_that_cannot_be_formatted_fails_nobody(unread, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    handler, pipe, _ = unread
+    handler.handle(record("%d", "no number"))
+    handler.handle(record("next"))
+    assert pipe.read(100) == b"next\n"
