@@ -138,20 +138,23 @@ class Client:
                     times.began = started
                     await self._request_anew(url, headers, body, course, times)
         except (ClientError, HttpProcessingError, OSError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # aiohttp's frames and this one hold it: a cycle
         duration_ms = (time.perf_counter() - started) * 1000
         reply = course.reply
-        if reply.status is None:
-            return self._failed(failure, course, duration_ms)
-        return Answer(
-            result=of_status(reply.status),
-            status=reply.status,
-            error=self._remark(reply, failure),
-            headers=_steering(reply),
-            body=bytes(reply.body),
-            truncated=not reply.whole,
-            duration_ms=duration_ms,
-        )
+        try:
+            if reply.status is None:
+                return self._failed(failure, course, duration_ms)
+            return Answer(
+                result=of_status(reply.status),
+                status=reply.status,
+                error=self._remark(reply, failure),
+                headers=_steering(reply),
+                body=bytes(reply.body),
+                truncated=not reply.whole,
+                duration_ms=duration_ms,
+            )
+        finally:
+            failure = None  # the traceback of its cause holds this frame: a cycle that keeps the body
 
     def renew(self) -> None:
         """Look names up again, and use no connection any more that was made before."""
