@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import product
 
 import pytest
@@ -300,6 +300,27 @@ async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(co
     async with running(write_config(tmp_path / "crashed", SOURCES), clock=clock) as relay:
         await sweep(relay)
         assert await types(relay) == ["registered", "unregistered"]
+
+
+@pytest.mark.parametrize("again", [None, beat, register])
+async def test_a_farewell_before_the_store_can_be_opened_is_told_once_it_is(config, clock, again):
+    async with running(config, clock=clock) as relay:
+        for worker in ("w1", "w2"):
+            assert (await relay.exchange(register(worker))).status == 200
+    with closing(sqlite3.connect(config.parent / "state" / "relay.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        async with running(config, clock=clock) as relay:
+            for raw in (delete("w1"), beat("w2"), *([again("w1")] if again else [])):
+                assert (await relay.exchange(raw)).status == 503
+            other.execute("ROLLBACK")
+            other.close()
+            await until(lambda: relay.app.store.opened, 30)
+            await sweep(relay)  # the start's own may have told it already
+            gone = [row["subject"] for row in await relay.rows() if row["type"].endswith(".unregistered")]
+            assert gone == ([] if again is register else ["w1"])  # a heartbeat so soon was on its way before
+            clock.advance(60)
+            assert await sweep(relay) == ()
 
 
 # --- what counts --------------------------------------------------------------------------------------

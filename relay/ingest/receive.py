@@ -64,6 +64,8 @@ from relay.terminal import printable
 
 log = logging.getLogger("relay.ingest")
 
+_STATUSES = get_args(WorkerStatus)
+
 Told = Callable[[bool], None]
 """Called once an answer was written or could not be, with whether its sender has heard it."""
 
@@ -204,8 +206,8 @@ class Ingest:
     def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
         """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token."""
         name, source = match.mount.name, match.mount.source
-        if not any(self._store.census(name, status) for status in get_args(WorkerStatus)):
-            return
+        if self._store.failure is None and not any(self._store.census(name, each) for each in _STATUSES):
+            return  # it has no workers
         incoming.params = match.params
         change: WorkerChange | None = None
         with suppress(Refusal):

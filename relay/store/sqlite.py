@@ -121,7 +121,7 @@ class SqliteStore(
         self._full = full
         self._on_fatal = on_fatal
         self._holds = Holds()
-        self._roster = Roster()
+        self._roster = Roster(is_loaded=False)
         self._files = Files(path)
         self._before: list[str] | None = None  # what was seen of the files before they were opened
         self.opened = False
@@ -182,7 +182,7 @@ class SqliteStore(
                 await quick_check(self._connection, self.path)
             self._sound = True  # a disk that is full does not have the whole file read at each try
             await self._set_meta("stopped", "not yet")
-            self._roster = await load_roster(self._connection)
+            roster = await load_roster(self._connection)
             [highest] = map(mark_in, await self._connection.execute_fetchall(HIGHEST_SQL))
             with suppress(sqlite3.Error):  # the disk is full
                 # SQLite would write on in the middle of what it dropped, and the rest look like a loss again.
@@ -212,6 +212,8 @@ class SqliteStore(
             await self._connection.close()
             raise
         look_after(self.path, self._clock.wall(), highest, self._before or [])
+        roster.take_over(self._roster, self.rules)
+        self._roster = roster
         self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit, self.disk)
         self._writer.start()
         self._caretaker = Caretaker(

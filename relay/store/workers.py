@@ -7,8 +7,8 @@ import aiosqlite
 import msgspec
 
 from relay.config.model import WorkerRules
-from relay.model import Command, Session, Worker, WorkerChange
-from relay.registry import Now, heed, hold
+from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange
+from relay.registry import TOMBSTONE, Now, heed, hold
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
 WorkerKey = tuple[str, str]
@@ -17,6 +17,9 @@ WorkerKey = tuple[str, str]
 MOST_SESSIONS = 100_000
 """Sessions kept of all workers; beyond it they are counted, as each worker tells, and not kept."""
 
+MOST_FAREWELLS = 16_384
+"""Workers whose refused unregister is remembered while the store cannot be opened."""
+
 MOST_HEEDED = 8
 """Refused requests remembered per worker while its row is being written."""
 
@@ -24,7 +27,10 @@ MOST_HEEDED = 8
 class Roster:
     """All workers by key and by endpoint; changed after a commit, by quiet heartbeats, else by nothing."""
 
-    def __init__(self, workers: Iterable[Worker] = (), commands: Iterable[Command] = ()) -> None:
+    def __init__(
+        self, workers: Iterable[Worker] = (), commands: Iterable[Command] = (), *, is_loaded: bool = True
+    ) -> None:
+        self._is_loaded = is_loaded
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}  # who reported a session last
@@ -34,6 +40,7 @@ class Roster:
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
         self.heeded: dict[WorkerKey, list[tuple[WorkerChange, Now]]] = {}  # while `moving`: refused requests
+        self.farewells: dict[WorkerKey, tuple[Unregister, Now]] = {}  # refused, of workers that are not known
         self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
         self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
         for worker in workers:
@@ -91,7 +98,11 @@ class Roster:
         """Note what a refused request says of a known worker."""
         key = (source, change.worker_id)
         row = self._rows.get(key)
-        if row is None or (after := heed(row, change, now, rules(*key))) is row:
+        if row is None:
+            if not self._is_loaded:
+                self._keep_farewell(key, change, now)
+            return
+        if (after := heed(row, change, now, rules(*key))) is row:
             return
         self.put(after)
         self.dirty.add(key)
@@ -101,6 +112,22 @@ class Roster:
                 noted.pop()
             noted.append((change, now))
             del noted[:-MOST_HEEDED]
+
+    def _keep_farewell(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
+        """Remember who left while the rows have not been read yet; a heartbeat may overlap it, no more."""
+        if isinstance(change, Unregister):
+            if len(self.farewells) < MOST_FAREWELLS:
+                self.farewells[key] = (change, now)
+        elif key in self.farewells:
+            _, then = self.farewells[key]
+            if isinstance(change, Register) or now.steady - then.steady >= TOMBSTONE:
+                del self.farewells[key]
+
+    def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
+        """Heed the farewells that came before the rows were read."""
+        for (source, _), (change, now) in before.farewells.items():
+            self.heed(source, change, now, rules)
+        self.farewells.clear()
 
     def heed_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
         """Note on rows that were written just now what refused requests said meanwhile."""
