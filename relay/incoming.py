@@ -14,6 +14,9 @@ from relay.jsontext import decode, salvage
 T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
 
+LARGE = 4096
+"""Bytes of a body beyond which its parts are remembered, because to parse them again would take long."""
+
 
 class Incoming(msgspec.Struct, kw_only=True, gc=False):
     """One request, read.
@@ -28,7 +31,7 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
     body: bytes = b""  # empty while only the head has been read
     params: Mapping[str, str] = {}  # the route's placeholders, percent-decoded
     query: str = ""  # raw query string; never logged
-    is_json: bool = False  # whether the body has been decoded, so that parts of it are known to be JSON
+    parts: tuple[msgspec.Raw, ...] = ()  # of a large decoded body: fields that are known to be one JSON value
 
     @classmethod
     def of(
@@ -76,7 +79,9 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
                 field, issue = _blame(str(error))
                 raise Invalid(field=field, issue=issue) from None
             raise Malformed from None
-        self.is_json = True
+        if len(self.body) > LARGE and isinstance(value, msgspec.Struct):
+            fields = [getattr(value, name) for name in value.__struct_fields__]
+            self.parts = tuple([field for field in fields if isinstance(field, msgspec.Raw)])
         return value  # type: ignore[return-value]
 
     def bearer(self, tokens: Secrets) -> Credential:

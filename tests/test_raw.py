@@ -2,14 +2,16 @@
 
 import base64
 import json
+from enum import Enum
 from typing import Any
 
+import attrs
 import msgspec
 import pytest
 
 from relay.clock import SECOND
 from relay.errors import Invalid, PluginFailed
-from relay.incoming import Incoming
+from relay.incoming import LARGE, Incoming
 from relay.ingest import record as record_module
 from relay.ingest.record import record
 from relay.source import Event, as_json
@@ -65,16 +67,54 @@ def test_what_is_not_exactly_one_json_value_is_the_plugin_s_failure(text):
     assert refused.value.detail == "payload: expected JSON"
 
 
-def test_a_part_of_the_body_is_not_parsed_again(monkeypatch):
+def test_a_part_of_a_large_body_is_not_parsed_again(monkeypatch):
     checked: list[bytes] = []
     monkeypatch.setattr(record_module, "check", checked.append)
-    body = b'{"data": {"n": 45000.00, "text": "\xc3\xa9"}}'
+    body = b'{"data": {"n": 45000.00, "text": "\xc3\xa9"%b}}' % (b" " * LARGE)
     incoming = Incoming.of("POST", "/a", {}, body)
     part = incoming.decode(Body).data
     stored = record("shop", Event(type="a", data=part, context={"store": part}), incoming, NOW)
     assert stored.data in body
     assert json.loads(stored.context) == {"store": json.loads(stored.data)}
     assert checked == []
+
+
+FORGED = b'{},"type":"adorn.sale.made"'
+
+
+@pytest.mark.parametrize("room", [0, LARGE])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bytearray,
+        memoryview,
+        lambda text: memoryview(b"[" + text + b"]")[1:-1],
+        lambda text: text.decode(),
+        lambda text: msgspec.msgpack.decode(msgspec.msgpack.encode({"data": {}, "text": ""}), type=Body).data,
+    ],
+    ids=["bytearray", "memoryview", "slice", "str", "msgpack"],
+)
+def test_what_a_plugin_makes_itself_is_checked_beside_a_decoded_body(make, room):
+    """A `Raw` does not tell whether msgspec parsed it: one over a buffer looks the same."""
+    incoming = Incoming.of("POST", "/a", {}, b'{"data": {}}' + b" " * room)
+    found = incoming.decode(Body)
+    made = make(FORGED)
+    found.data = made if isinstance(made, msgspec.Raw) else msgspec.Raw(made)
+    for value in (found.data, {"a": found.data}, found):
+        with pytest.raises(PluginFailed):
+            record("shop", Event(type="a", data=value), incoming, NOW)
+
+
+@attrs.define
+class ByAttrs:
+    data: Any
+
+
+def test_no_kind_of_value_hides_a_raw_from_the_check():
+    odd = Enum("odd", {"ONE": msgspec.Raw(FORGED)})
+    for value in (ByAttrs(msgspec.Raw(FORGED)), [ByAttrs([msgspec.Raw(FORGED)])], odd.ONE, {"a": odd.ONE}):
+        with pytest.raises(PluginFailed):
+            recorded(value)
 
 
 @pytest.mark.parametrize("inner", [b'"\xff"', b'{"a": "\xff"}'])

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable
+from enum import Enum
 
 import msgspec
 
@@ -72,18 +73,14 @@ def _json(value: object, incoming: Incoming) -> bytes:
         return _EMPTY
     if isinstance(value, msgspec.Raw):
         _check(value, incoming)
-        text = bytes(value)
-    else:
-        _check_inside(value, incoming)
-        text = encode(value)
-    if not text.isascii():
-        text.decode()  # a piece of a text that the plugin decoded itself may be no UTF-8
-    return text
+        return bytes(value)
+    _check_inside(value, incoming)
+    return encode(value)
 
 
 def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
-    # `copy` makes another object only of a piece of a larger text: one that msgspec has parsed.
-    if not incoming.is_json or raw.copy() is raw:
+    """Check a `Raw`, unless it is a part of the body as `Incoming.decode` found it."""
+    if not any(raw is part for part in incoming.parts):
         check(bytes(raw))
 
 
@@ -98,8 +95,10 @@ def _check_inside(value: object, incoming: Incoming) -> None:
         inner = (getattr(value, name) for name in value.__struct_fields__)
     elif dataclasses.is_dataclass(value):
         inner = (getattr(value, field.name) for field in dataclasses.fields(value))
-    else:
-        return
+    elif isinstance(value, Enum):
+        inner = (value.value,)
+    else:  # by attrs, or without parts
+        inner = [getattr(value, field.name) for field in getattr(value, "__attrs_attrs__", ())]
     for each in inner:
         if isinstance(each, msgspec.Raw):
             _check(each, incoming)
