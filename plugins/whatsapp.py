@@ -62,6 +62,10 @@ _FINER = {
     "disconnected": ("logged_out", "reconnecting", "error"),
 }
 """Statuses that say the same as a name, and more: there the body's own status counts."""
+
+_OF_SESSIONS = ("session", "status", "state", "connection")
+"""Words in the names of events whose status is the session's."""
+
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -194,7 +198,8 @@ class WhatsApp(
     def event(self, incoming: Incoming) -> Accepted:
         """Take an event of a worker; unlike the webhooks it must have an envelope."""
         reply = {"success": True, "message": "Event received"}
-        return _accept(incoming, incoming.decode(Notice), reply, of_session=True)
+        notice = incoming.decode(Notice)
+        return _accept(incoming, notice, reply, of_session=_is_of_session(notice.event or ""))
 
     @served("POST", "/webhooks/session-status")
     @served("POST", "/webhooks/session-status/{session}")
@@ -225,7 +230,7 @@ class WhatsApp(
 
     @served("GET", "/workers/{worker:path}/sessions/assigned")
     def assigned(self, incoming: Incoming) -> Accepted:
-        """Answer with the sessions that the worker itself last reported: nobody else assigns any."""
+        """Answer with the sessions that the worker reported last, or that it is to restore."""
         worker_id = check_id(incoming.params["worker"], "workerId")
 
         def reply(receipt: Receipt) -> dict[str, Any]:
@@ -306,6 +311,13 @@ def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> Sess
         last_activity=_stamp(notice.timestamp),
     )
     return SessionSeen(session=session, worker_id=worker_id or "", at=_at(notice.timestamp))
+
+
+def _is_of_session(event: str) -> bool:
+    """Say by its name whether an event tells of a session: a message or a contact has a status of its own."""
+    name = event.lower()
+    about = "message" not in name and any(word in name for word in _OF_SESSIONS)
+    return about or bool(_named(event))
 
 
 def _named(event: str) -> str:

@@ -221,6 +221,24 @@ def test_an_event_about_something_else_says_nothing_of_a_session(event):
 
 
 @pytest.mark.parametrize(
+    "event",
+    ["message_sent", "incoming_message", "message.status", "session_message_status", "worker_error",
+     "contact_update", "chat_deleted", "presence", "group-join"],
+)  # fmt: skip
+@pytest.mark.parametrize("status", ["delivered", "error", "deleted", "connected"])
+def test_the_status_of_something_else_is_not_the_session_s(event, status):
+    body = {"event": event, "sessionId": "s1", "data": {"status": status}}
+    assert seen("/api/v1/workers/w/events", body) is None
+
+
+@pytest.mark.parametrize("event", ["session_status", "status_changed", "connection.update", "state"])
+def test_a_name_that_tells_no_status_leaves_it_to_the_body_wherever_it_is_sent(event):
+    for path in ("/api/v1/workers/w/events", "/api/webhooks/session-status"):
+        body = {"event": event, "sessionId": "s1", "data": {"status": "connected"}}
+        assert seen(path, body).session.status == "connected"
+
+
+@pytest.mark.parametrize(
     ("timestamp", "at"),
     [("2024-01-15T10:30:00Z", "2024-01-15T10:30:00Z"), (1705314600000, 1705314600000), (1.5, 1.5),
      (True, None), (None, None), ([1], None), ({}, None)],
