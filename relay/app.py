@@ -186,6 +186,7 @@ class App:
                 max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
                 unroutable=self.ingest.unroutable,
                 is_committing=lambda: self.store.busy > 0,
+                overhear=self.ingest.overhear,
             )
             await server.listen(public)
             life.push_async_callback(self._close, server)

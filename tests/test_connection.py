@@ -229,6 +229,37 @@ async def test_at_the_cap_a_connection_whose_request_is_under_way_is_not_cut_off
         assert (await busy.answer()).body == b"/busy"
 
 
+async def test_what_is_asked_beyond_the_cap_is_answered_at_once_and_heard(site, monkeypatch):
+    monkeypatch.setattr("relay.ingest.server.TURNED_AWAY", 3)
+    heard, site.server.max_connections = [], 1
+    site.server._overhear = lambda request: heard.append(request.target)
+    site.open.clear()
+    async with contextlib.AsyncExitStack() as opened:
+        busy = await opened.enter_async_context(await Wire.open(site.url))
+        await busy.send(request("GET", "/busy"))
+        await site.asked.wait()
+        raws = [
+            request("PUT", "/whole", b"{}"),
+            request("PUT", "/head", content_length="100000"),
+            b"no HTTP\r\n\r\n",
+            request("PUT", "/unheard", b"{}"),
+        ]
+        for raw in raws:
+            wire = await opened.enter_async_context(await Wire.open(site.url))
+            await wire.send(raw)
+            assert (await wire.answer()).status == 503
+            assert await wire.closed()
+        assert heard == ["/whole", "/head"]
+        await until(lambda: not site.server._turned_away)  # a second for each, whoever stays
+        wire = await opened.enter_async_context(await Wire.open(site.url))
+        await wire.send(request("PUT", "/later", b"{}") + request("PUT", "/behind", b"{}"))
+        assert (await wire.answer()).status == 503
+        await until(lambda: len(heard) == 3)
+        site.open.set()
+        assert (await busy.answer()).body == b"/busy"
+    assert heard == ["/whole", "/head", "/later"]
+
+
 async def test_a_flood_of_silent_connections_keeps_no_sender_out(site):
     site.server.max_connections = 100
     async with contextlib.AsyncExitStack() as held:

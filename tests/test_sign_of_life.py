@@ -9,13 +9,15 @@ from itertools import product
 import pytest
 from daemon import SOURCES, running, write_config
 from support import FakeClock, until
-from wire import Wire, request
+from wire import Wire, exchange, request
 
 from relay.clock import SECOND
 from relay.config.model import WorkerRules
 from relay.errors import StorageUnavailableError
 from relay.ingest import gate
 from relay.ingest.body import Patience
+from relay.ingest.server import Server
+from relay.listeners import bind, url
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker
 from relay.registry import Now, apply, heed, silent
 from relay.store import Acceptance, writer
@@ -213,6 +215,27 @@ async def test_what_a_refused_call_moved_is_on_the_disk_soon(config, relay, cloc
     with sqlite3.connect(f"file:{config.parent}/state/relay.db?mode=ro", uri=True) as db:
         [(at,)] = db.execute("SELECT last_heartbeat FROM workers")
     assert at == clock.wall()
+
+
+async def test_a_call_beyond_the_cap_of_connections_keeps_a_worker_alive(relay, clock):
+    await relay.exchange(register())
+    sock = bind("127.0.0.1:0", "listen")
+    server = Server(relay.app.ingest.handle, max_connections=1, overhear=relay.app.ingest.overhear)
+    await server.listen(sock)
+    wrong = beat().replace(b"worker-secret-token-12345", b"another")
+    try:
+        async with await Wire.open(url(sock)) as busy:
+            await busy.send(beat()[:-1])
+            await until(lambda: server.under_way == 1)
+            for raw, is_heard in ((wrong, False), (b"GET /nowhere HTTP/1.1\r\n\r\n", False), (beat(), True)):
+                clock.advance(60)
+                before = relay.app.store.workers()[0].last_heartbeat
+                answer = await exchange(url(sock), raw)
+                assert (answer.status, answer.json["error"]["code"]) == (503, "overload")
+                await until(lambda: len(server._turned_away) == 0)
+                assert (relay.app.store.workers()[0].last_heartbeat > before) is is_heard
+    finally:
+        await server.close(grace=0.1)
 
 
 # --- unregistering ------------------------------------------------------------------------------------

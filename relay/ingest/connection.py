@@ -58,6 +58,10 @@ class Owner(Protocol):
         """Count what is no HTTP request."""
         ...
 
+    def overhear(self, request: Request) -> None:
+        """Take note of what was asked on a connection that has been turned away."""
+        ...
+
     async def answer(self, request: Request) -> Response:
         """Answer one request."""
         ...
@@ -78,7 +82,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_behind", "_is_catching_up", "_is_ending", "_is_full", "_is_half_closed", "_is_leaving", "_is_over",
-        "_is_resting", "_loop", "_owner", "_parser", "_patience", "_request", "_silent_since", "_task",
+        "_is_resting", "_is_turned_away", "_loop", "_owner", "_parser", "_patience", "_request",
+        "_silent_since", "_task",
         "_transport", "_unread",
     )  # fmt: skip
 
@@ -103,6 +108,7 @@ class Connection(asyncio.Protocol):
         self._is_half_closed = False  # the sender sends nothing more, but may wait for answers
         self._is_ending = False  # our own side is closed once everything is written
         self._is_leaving = False  # nothing is begun any more
+        self._is_turned_away = False  # answered before anything was asked
         self._unread: asyncio.Future[None] | None = None  # while the sender does not read its answers
         self._patience = FIRST_HEAD
         self._silent_since = 0.0
@@ -192,6 +198,11 @@ class Connection(asyncio.Protocol):
         except HttpProcessingError as error:
             self._refuse(error)
             return
+        if self._is_turned_away:
+            self._is_over = bool(messages)
+            for head, content in messages:
+                self._owner.overhear(Request(head, content, cast("asyncio.Transport", self._transport)))
+            return
         for head, content in messages:  # at most one
             if not head.path or head.version not in (HttpVersion11, HttpVersion10):
                 self._refuse(BadStatusLine())
@@ -208,6 +219,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: Exception) -> None:
         """Answer what is no HTTP; nothing that comes after can be understood."""
         self._is_over = True
+        if self._is_turned_away:
+            return
         if self._request is not None:
             self._request.content.set_exception(error)
             return
@@ -402,6 +415,13 @@ class Connection(asyncio.Protocol):
         if self._unread is None:
             self._end()
         self._read_or_not()
+
+    def turn_away(self, answer: bytes) -> None:
+        """Answer at once, before anything was asked, and hear for a moment what it is."""
+        cast("asyncio.Transport", self._transport).write(answer)
+        self._is_over = self._is_turned_away = True  # so that it lingers
+        self._hang_up()
+        self._is_over = False
 
     def _end(self) -> None:
         """Close our own side, with nothing left to write.

@@ -14,8 +14,10 @@ from relay.errors import (
     REASONS,
     Forbidden,
     KeyConflict,
+    Malformed,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     PluginFailed,
     RateLimited,
     Refusal,
@@ -202,6 +204,15 @@ class Ingest:
         """Return the sender's address, and whether it has been verified before its body is read."""
         is_known = not source.verify_reads_body and not source.is_open()
         return self._remote.of(request.remote, request.headers), is_known
+
+    def overhear(self, request: Request) -> None:
+        """Note what the head of a request says of a worker whose connection was turned away."""
+        path, _, query = request.target.partition("?")
+        with suppress(NotFound, Malformed):
+            match = self._routes.find(path, request.method)
+            inner = path.removeprefix(match.mount.config.prefix)
+            incoming = Incoming(method=request.method, path=inner, headers=request.headers, query=query)
+            self._heed(match, incoming, Overloaded())
 
     def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
         """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token."""

@@ -23,6 +23,9 @@ Ten thousand workers that beat every 30 s and hold their connections would else 
 than the cap lets in: others' heartbeats would be refused. No proxy needs as many.
 """
 
+TURNED_AWAY = 64
+"""Connections beyond the cap that may be heard at once, for a second each."""
+
 SWEEP_EVERY = 1.0  # seconds between looks for silent connections: so much later than said they are closed
 
 
@@ -36,12 +39,15 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         unroutable: Callable[[str, str | None, str], None] = lambda _reason, _peer, _problem: None,
         is_committing: Callable[[], bool] = lambda: False,
+        overhear: Callable[[Request], None] = lambda _request: None,
     ) -> None:
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
         self.is_committing = is_committing
         self._handle = handle
         self._unroutable = unroutable  # told the reason, the sender's address and the problem
+        self._overhear = overhear  # told what was asked on connections that were turned away
+        self._turned_away: set[Connection] = set()
         self._listener: asyncio.Server | None = None
         self.under_way = 0
         self._idle = asyncio.Event()
@@ -60,13 +66,27 @@ class Server:
         is_full = len(self.connections) >= self.max_connections
         if is_full and self._make_room():
             is_full = False
-        self.connections.add(connection)
         if is_full:
-            self.unroutable("too_many", transport, f"{len(self.connections)} connections are open")
-            transport.write(farewell(503, "overload", "Too many connections", **{"Retry-After": "1"}))
-            transport.close()
+            self._turn_away(connection, transport)
+            return
+        self.connections.add(connection)
         if self._sweep is None:
             self._look_again()
+
+    def _turn_away(self, connection: Connection, transport: asyncio.Transport) -> None:
+        """Answer a connection beyond the cap; hear some of them for a moment, as workers may be there."""
+        self.unroutable("too_many", transport, f"{len(self.connections)} connections are open")
+        answer = farewell(503, "overload", "Too many connections", **{"Retry-After": "1"})
+        if len(self._turned_away) < TURNED_AWAY:
+            self._turned_away.add(connection)
+            connection.turn_away(answer)
+        else:
+            transport.write(answer)
+            transport.close()
+
+    def overhear(self, request: Request) -> None:
+        """Hand on what was asked on a connection that was turned away."""
+        self._overhear(request)
 
     def unroutable(self, reason: str, transport: asyncio.Transport, problem: str) -> None:
         """Count a sender that is sent away before any source could be asked."""
@@ -75,6 +95,7 @@ class Server:
     def connection_lost(self, connection: Connection) -> None:
         """Count a connection out."""
         self.connections.discard(connection)
+        self._turned_away.discard(connection)
 
     def _make_room(self) -> bool:
         """Cut off the connection that has been silent for longest; False: every one is being answered."""
@@ -100,11 +121,11 @@ class Server:
     def _close_silent(self, due: float) -> None:
         self._sweep, now = None, asyncio.get_running_loop().time()
         late = now - due
-        for connection in tuple(self.connections):
+        for connection in (*self.connections, *self._turned_away):
             if late >= STANDSTILL:
                 connection.forgive(late)
             connection.close_if_silent(now)
-        if self.connections:
+        if self.connections or self._turned_away:
             self._look_again()
 
     async def answer(self, request: Request) -> Response:
@@ -142,4 +163,6 @@ class Server:
         """Hang up on everybody, after at most `grace` seconds for the requests under way."""
         if self._listener is not None:
             self._listener.close()
+        for connection in tuple(self._turned_away):
+            connection.cut_off()
         await asyncio.gather(*(connection.shutdown(grace) for connection in self.connections))
