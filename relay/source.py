@@ -136,8 +136,8 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     kind: ClassVar[str] = ""
     owns: ClassVar[tuple[str, ...]] = ()
     verify_reads_body: ClassVar[bool] = True
-    """Whether `verify` looks at the body. False: it is asked before the body is read, with none, so that
-    strangers are refused without taking memory, and verified senders have a share of their own in it."""
+    """Whether `verify` looks at the body. False: it is called before the body is read, with an empty body.
+    The relay then refuses strangers before they take memory, and keeps memory for senders it has verified."""
 
     @classmethod
     def routes(cls) -> tuple[tuple[str, str, str], ...]:
@@ -168,12 +168,12 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return not holds_secret(self)
 
     def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
-        """Say what a request tells of a worker even if it is refused: that it lives, or leaves.
+        """Return what a refused request says of its worker: that it lives, or leaves.
 
-        Asked about a request of a known route that `verify` lets pass, when the relay or the handler refuses
-        it, and before the source's `rate_limit` is applied, which then counts per worker. `incoming.body` may
-        be empty or unreadable: what is raised then counts as None. Without this method, the handlers are
-        asked, about requests that the relay refuses with their bodies read.
+        The relay calls this for verified requests on known routes: when it, or the handler, refuses one, and
+        before it applies the source's `rate_limit`, which then counts per worker. `incoming.body` may be
+        empty or unreadable; an exception counts as None. Where this is not overridden, the relay asks the
+        handlers instead, but only about requests that it refuses after it has read the body.
         """
         _ = incoming
         return None

@@ -127,7 +127,7 @@ async def test_a_silent_worker_whose_id_changes_a_path_is_found_and_a_heard_one_
     checks = {check.name: check for check in examine(patient(path, clock), Stop())}
     assert checks["workers"].ok is heard
     if heard:
-        assert "1 workers are heard" in checks["workers"].detail
+        assert "percent-encoded: 1" in checks["workers"].detail
     else:
         assert checks["workers"].detail.endswith("not encoded: 'a#b' of whatsapp ('#')")
 

@@ -427,6 +427,51 @@ async def test_a_heartbeat_is_one_whatever_the_answer(relay, clock, raw, status)
     assert await kept(relay, clock, raw, (status,))
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        beat(body=b"{"), beat(body=b"[]"), beat(body=b""), beat(base="/api", body=b"\x00"),
+        request("PUT", "/api/v1/workers/w1/heartbeat", b"{}", content_encoding="gzip", **TOKEN),
+        request("PUT", "/api/v1/workers/w1/heartbeat", content_length="99999999", **TOKEN),
+        request("GET", "/api/v1/workers/w1/heartbeat", **TOKEN),
+    ],
+)  # fmt: skip
+async def test_an_offline_worker_is_heard_again_whatever_its_body(relay, clock, raw):
+    await relay.exchange(beat())
+    clock.advance(100)
+    await sweep(relay)
+    queue = request("POST", "/api/workers/whatsapp/w1/commands", b'{"command":{"type":"restart"}}')
+    command = (await exchange(relay.addresses.socket, queue)).json["id"]
+    assert (await relay.exchange(raw)).status >= 400
+    assert await types(relay) == ["registered", "offline", "online"]
+    async with asyncio.timeout(10):
+        while not (commands := (await relay.exchange(beat())).json["data"]["commands"]):
+            pass
+    assert commands == [{"id": command, "type": "restart"}]
+
+
+async def test_a_paused_source_brings_no_offline_worker_back(relay, clock):
+    await relay.exchange(beat())
+    clock.advance(100)
+    await sweep(relay)
+    with paused(relay):
+        assert (await relay.exchange(beat(body=b"{"))).status == 503
+    assert await types(relay) == ["registered", "offline"]
+
+
+async def test_unreadable_heartbeats_are_as_many_as_a_return_takes(tmp_path, clock):
+    rules = "[workers]\nrecover_after = 3\n"
+    async with running(write_config(tmp_path, SOURCES, rules), clock=clock) as relay:
+        await relay.exchange(beat())
+        clock.advance(100)
+        await sweep(relay)
+        for number in range(3):
+            assert (await types(relay))[-1] == "offline", number
+            clock.advance(30)
+            assert (await relay.exchange(beat(body=b"{"))).status == 400
+        assert (await types(relay))[-1] == "online"
+
+
 async def test_a_heartbeat_whose_body_never_comes_is_one(relay, clock, monkeypatch):
     monkeypatch.setattr(relay.app.ingest, "patience", Patience(0.05))
     assert await kept(

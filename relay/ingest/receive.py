@@ -144,7 +144,9 @@ class Ingest:
                 return self._outside(request, path, refusal)
             incoming.path = path.removeprefix(mount.config.prefix)
             if match is not None and not isinstance(refusal, Unauthenticated | Forbidden):
-                self._heed(match, incoming, refusal)
+                beat = self._heed(match, incoming, refusal)
+                if beat is not None:
+                    await self._bring_back(mount.name, beat)
             response = self._refuse(mount, refusal, incoming, request.remote)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
@@ -214,11 +216,14 @@ class Ingest:
             incoming = Incoming(method=request.method, path=inner, headers=request.headers, query=query)
             self._heed(match, incoming, Overloaded())
 
-    def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
-        """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token."""
+    def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> Heartbeat | None:
+        """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token.
+
+        Returns what it says if it is OFFLINE and the relay could store that: only its request is wrong.
+        """
         name, source = match.mount.name, match.mount.source
         if self._store.failure is None and not any(self._store.census(name, each) for each in _STATUSES):
-            return  # it has no workers
+            return None  # it has no workers
         incoming.params = match.params
         change: WorkerChange | None = None
         with suppress(Refusal):
@@ -227,8 +232,18 @@ class Ingest:
                 change = said_by(source, incoming)
             elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
                 change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
-        if change is not None:
-            self._store.heed(name, change)
+        if change is None:
+            return None
+        status = self._store.heed(name, change)
+        is_ours = isinstance(refusal, Unavailable | RateLimited)
+        return change if status == "OFFLINE" and isinstance(change, Heartbeat) and not is_ours else None
+
+    async def _bring_back(self, source: str, beat: Heartbeat) -> None:
+        """Take in the heartbeat of an OFFLINE worker though its request is refused: it is back."""
+        with suppress(Refusal):
+            receipt = await self._append(Acceptance(source=source, change=beat))
+            if receipt.sent:  # they need a reply
+                self._take_back(receipt.sent)
 
     async def _accept(
         self, request: Request, mount: Mount, handler: Handle, incoming: Incoming, began: int

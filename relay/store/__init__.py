@@ -36,6 +36,7 @@ from relay.model import (
     StoredEvent,
     Worker,
     WorkerChange,
+    WorkerStatus,
 )
 from relay.retention import Policy
 from relay.store.counts import Backlog, Counts
@@ -249,8 +250,10 @@ class Store(Protocol):
         """
         ...
 
-    def heed(self, source: str, change: WorkerChange) -> None:
+    def heed(self, source: str, change: WorkerChange) -> WorkerStatus | None:
         """Note that a known worker lives, or wants to leave, though its request was refused.
+
+        Returns the worker's status, which this leaves as it is; None: the worker is unknown or has left.
 
         At once and in memory: it also works while nothing can be written, and nothing is promised. A worker
         that wants to leave is unregistered by the next sweep that can be stored, unless it is heard again

@@ -328,7 +328,7 @@ def workers(_patient: Patient, connection: sqlite3.Connection) -> Check:
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         hint = "have their clients percent-encode the id, or choose another; then relay workers forget"
         return _ill("workers", detail + more, hint)
-    needing = f"{odd} workers are heard under ids that must be percent-encoded"
+    needing = f"workers heard under ids that must be percent-encoded: {odd}"
     return _well("workers", needing if odd else "every worker's id can stand in a path")
 
 

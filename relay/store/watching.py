@@ -9,7 +9,7 @@ import aiosqlite
 
 from relay.clock import Clock
 from relay.errors import StorageError, Unavailable
-from relay.model import Heartbeat, Receipt, Worker, WorkerChange
+from relay.model import Heartbeat, Receipt, Worker, WorkerChange, WorkerStatus
 from relay.registry import Now, apply
 from relay.store import Acceptance, FleetChange, Rules
 from relay.store.batch import Batch
@@ -67,9 +67,9 @@ class Watching:
             if not self._queued[key]:
                 del self._queued[key]
 
-    def heed(self, source: str, change: WorkerChange) -> None:
+    def heed(self, source: str, change: WorkerChange) -> WorkerStatus | None:
         """See `Store.heed`; in memory, and written by `flush` as soon as it can be."""
-        self._roster.heed(source, change, self._now(), self.rules)
+        return self._roster.heed(source, change, self._now(), self.rules)
 
     def _now(self) -> Now:
         return Now(wall=self._clock.wall(), steady=self._clock.steady())

@@ -7,7 +7,7 @@ import aiosqlite
 import msgspec
 
 from relay.config.model import WorkerRules
-from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange
+from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
 from relay.registry import TOMBSTONE, Now, heed, hold
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
 
@@ -94,16 +94,17 @@ class Roster:
 
     def heed(
         self, source: str, change: WorkerChange, now: Now, rules: Callable[[str, str], WorkerRules]
-    ) -> None:
-        """Note what a refused request says of a known worker."""
+    ) -> WorkerStatus | None:
+        """Note what a refused request says of a known worker; return its status, None: it is not there."""
         key = (source, change.worker_id)
         row = self._rows.get(key)
         if row is None:
             if not self._is_loaded:
                 self._keep_farewell(key, change, now)
-            return
+            return None
+        status = row.status if row.unregistered_at is None else None
         if (after := heed(row, change, now, rules(*key))) is row:
-            return
+            return status
         self.put(after)
         self.dirty.add(key)
         if key in self.moving:  # the row that is being written does not have it
@@ -112,6 +113,7 @@ class Roster:
                 noted.pop()
             noted.append((change, now))
             del noted[:-MOST_HEEDED]
+        return status
 
     def _keep_farewell(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
         """Remember who left while the rows have not been read yet; a heartbeat may overlap it, no more."""
