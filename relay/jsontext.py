@@ -101,8 +101,12 @@ def check(text: bytes) -> None:
         ValueError: they are not.
         RecursionError: it is nested too deeply.
     """
-    text.decode()  # msgspec does not look inside Raw
-    decode(_skim, text)
+    if not text.isascii():
+        text.decode()  # msgspec does not look inside Raw
+    try:
+        _skim.decode(text)
+    except msgspec.DecodeError:
+        decode(_skim, text)  # it may have a lone surrogate
 
 
 def escape(text: str) -> str:

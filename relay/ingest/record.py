@@ -80,8 +80,10 @@ def _json(value: object, incoming: Incoming) -> bytes:
 
 def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
     """Check a `Raw`, unless it is a part of the body as `Incoming.decode` found it."""
-    if not any(raw is part for part in incoming.parts):
-        check(bytes(raw))
+    for part in incoming.parts:
+        if part is raw:
+            return
+    check(bytes(raw))
 
 
 def _check_inside(value: object, incoming: Incoming) -> None:
