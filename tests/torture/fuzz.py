@@ -33,9 +33,10 @@ from typing import Any
 import click
 from daemon import SERVE, SOURCES, Daemon, destination, write_config
 from samples import read_samples
-from wire import CONTINUE, Answer, Wire, request
+from wire import CONTINUE, Answer, Wire, exchange, request
 
 CONNECTIONS = 32
+FILLING = 50  # events of 1.5 MB: SQLite caches up to 64 MiB of pages, which is no growth to be judged
 SETTLED = (
     20_000  # requests, or a tenth of all: then code is loaded and caches are full, and memory is measured
 )
@@ -402,6 +403,13 @@ async def torture(
         config = write_config(folder, SOURCES, destination("crm", f"http://{host}:{port}/hook"))
         daemon = await stack.enter_async_context(Daemon(config, SERVE))
         url = await Meddler(daemon.url, **meddling).serve(stack) if meddling else daemon.url
+        if requests > SETTLED:
+            for number in range(FILLING):
+                body = json.dumps(
+                    {"event_type": "fill", "session_id": f"{number}", "payload": {"x": "x" * 1_500_000}}
+                )
+                answer = await exchange(daemon.url, request("POST", "/v1/events", body.encode()))
+                found.acknowledged.add(answer.json["event_id"])
         numbers = iter(range(requests))
         resident = 0
 
