@@ -139,7 +139,7 @@ def test_what_failed_is_told_per_alternative_and_condition():
         ("{ prefix = 'a' }", '"b\\n"', 'data.v is "b\\n", expected text that starts with "a"'),
         ("{ suffix = 'a' }", "{}", 'data.v is an object of 0, expected text that ends with "a"'),
         ("{ glob = 'a*' }", "1.50", 'data.v is 1.5, expected text like "a*"'),
-        ("{ gt = 1.5 }", '"\\ud800"', 'data.v is "\\ud800", expected > 1.5'),
+        ("{ gt = 1.5 }", r'"\ud800"', r'data.v is "\\ud800", expected > 1.5'),
         ("{ exists = true }", "null", "data.v is absent, expected any value"),
         ("{ exists = false }", "0", "data.v is 0, expected absent"),
         ("{ not = { gte = 1, lt = 5 } }", "3", "data.v is 3, expected not (>= 1 and < 5)"),
