@@ -776,6 +776,38 @@ async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay,
     assert (answer.status, answer.json["event_id"], row["duplicate"]) == (200, row["id"], True)
 
 
+async def test_repetitions_of_repetitions_are_one_event(relay, slow_store, monkeypatch):
+    """A sender that gives up three times while the disk hangs has sent one event."""
+    echoes, first, lose = relay.app.ingest._echoes, relay.app.ingest._echoes.first, Connection.connection_lost
+    asked, lost = [], []
+
+    async def ask(mark):
+        asked.append(mark)
+        return await first(mark)
+
+    monkeypatch.setattr(echoes, "first", ask)
+    monkeypatch.setattr(
+        Connection, "connection_lost", lambda self, error: (lose(self, error), lost.append(1))
+    )
+    raw = request("POST", "/v1/events", adorn("gone"))
+    for number in range(1, 4):
+        wire = await Wire.open(relay.addresses.public)
+        await wire.send(raw)
+        await until(lambda number=number: len(asked) == number)
+        reset(wire)
+        await wire.hang_up()
+        await until(lambda number=number: len(lost) == number)
+    last = asyncio.create_task(exchange(relay.addresses.public, raw))
+    await until(lambda: len(asked) == 4)
+    slow_store.set()
+    answer = await last
+    [row] = await relay.rows(subject="gone")
+    assert (answer.status, answer.json["event_id"], row["duplicate"]) == (200, row["id"], True)
+    assert echoes._open == {}
+    again = await exchange(relay.addresses.public, raw)  # what was heard is not repeated any more
+    assert again.json["event_id"] != row["id"]
+
+
 # --- a relay that stood still -------------------------------------------------------------------------
 
 
@@ -934,3 +966,68 @@ async def test_a_sender_that_reads_the_last_word_slowly_has_all_of_it(site):
 
     assert await asyncio.to_thread(send) > 4 * 2**20
     await until(lambda: not site.server.connections)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request("POST", "/v1/events", content_length="9") + b"{",
+        request("POST", "/v1/events", transfer_encoding="chunked") + b"2\r\n{",
+        request("POST", "/v1/events", content_length="9", expect="100-continue"),
+        request("POST", "/v1/events", content_length="300000") + bytes(100_000),
+    ],
+)
+async def test_a_sender_that_resets_within_a_body_is_one_line_with_its_address(relay, caplog, sent):
+    caplog.set_level(logging.INFO)
+    wire = await Wire.open(relay.addresses.public)
+    await wire.send(sent)
+    if b"Expect" in sent:
+        await wire.reader.readuntil(b"\r\n\r\n")
+    else:
+        await until(lambda: relay.app.ingest._budget.used)
+    reset(wire)
+    await wire.hang_up()
+    await until(lambda: relay.counted("relay_events_rejected_total", source="adorn", reason="malformed"))
+    [line] = [record for record in caplog.records if record.name.startswith("relay.ingest")]
+    assert line.getMessage().endswith("The body was cut short (127.0.0.1)")
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+@pytest.mark.parametrize("size", [SLICE, SLICE + 1, 2**17, 2**23])
+@pytest.mark.parametrize(
+    "bad", [b"GARBAGE\r\n\r\n", request("POST", "/", transfer_encoding="chunked") + b"zz\r\n"]
+)
+async def test_a_sender_hears_what_was_wrong_whatever_it_sends_behind_it(site, bad, size):
+    """To leave that unread would reset the connection, and take the answer back."""
+    site.reads = True
+    async with await Wire.open(site.url) as wire:
+        await wire.send(bad)
+        await until(lambda: [each for each in site.server.connections if each._is_ending])
+        for _ in range(0, size, 2**16):
+            await wire.send(bytes(min(size, 2**16)))
+        wire.writer.write_eof()
+        assert (await wire.answer()).status in (400, 500)
+        assert await wire.closed()
+
+
+async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path):
+    """After a connection is closed, uvloop does not tell its address."""
+    is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
+    hidden = f"import sys; sys.modules.update({'uvloop=None' if is_asyncio else ''}); "
+    command = (sys.executable, "-c", hidden + "from relay.cli import main; main()", "serve")
+    raw = request("POST", "/v1/events", adorn("reset", payload={"x": "y" * 300_000}))
+    async with Daemon(write_config(tmp_path, SOURCES), command) as daemon:
+        for sent in (*range(0, 400, 13), *range(100_000, len(raw) + 1, 20_000), len(raw)):
+            for ending in ("reset", "close", "half-close"):
+                wire = await Wire.open(daemon.url)
+                await wire.send(raw[:sent])
+                if ending == "half-close" and not wire.writer.transport.is_closing():
+                    wire.writer.write_eof()
+                if ending != "close":
+                    reset(wire)
+                await wire.hang_up()
+        assert (await exchange(daemon.url, request("GET", "/health"))).status == 200
+        assert await daemon.stop() == 0
+    told = [json.loads(line) for line in daemon.lines]
+    assert any("The body was cut short" in line["message"] for line in told)
+    assert [line for line in told if line["level"] == "error" or "exception" in line] == []

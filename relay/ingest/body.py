@@ -179,6 +179,7 @@ async def read_body(request: Request, limit: int, patience: Patience, hold: Hold
         raise TooLarge
     if request.is_1_1 and request.headers.get("Expect", "").lower() == "100-continue":
         request.ask_for_body()
+    request.remember_address()
     return await _read_slowly(request, limit, patience, hold)
 
 

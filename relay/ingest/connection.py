@@ -148,7 +148,9 @@ class Connection(asyncio.Protocol):
     # --- reading --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the request before has not been answered yet."""
+        """Parse, unless the request before has not been answered yet; read away what comes after the end."""
+        if self._is_over:
+            return
         if not self._behind and self._may_parse and (len(data) <= SLICE or len(data) <= self._missing):
             self._parse(data, at_once=True)
         else:
@@ -490,6 +492,6 @@ def _heard(sock: socket.socket) -> bool | None:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return False
         waiting = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
-    except OSError:
+    except (OSError, ValueError):
         return False
     return None if any(waiting) else True

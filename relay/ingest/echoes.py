@@ -62,9 +62,11 @@ class Echoes:
         self._unheard: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # until when, and which event
 
     async def first(self, fingerprint: Fingerprint) -> Receipt | None:
-        """Return the receipt of the request that this one repeats, or None: it is an event of its own."""
-        under_way = self._open.get(fingerprint)
-        if under_way is not None and under_way.gone():
+        """Return the receipt of the request that this one repeats, or None: it is an event of its own.
+
+        Several repetitions wait in turn: each goes on once it is known whether the one before was heard.
+        """
+        while (under_way := self._open.get(fingerprint)) is not None and under_way.gone():
             if under_way.receipt is None:
                 under_way.receipt = asyncio.get_running_loop().create_future()
             await asyncio.wait([under_way.receipt])

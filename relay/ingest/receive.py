@@ -329,17 +329,18 @@ class Ingest:
         """
         echoes, mark = self._echoes, fingerprint(request.target, stored, acceptance.key)
         first = await echoes.first(mark)
-        if first is not None:
-            with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
-                await self._store.append(
-                    Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
-                )
-            return first, lambda heard: echoes.unheard(mark, first, gone=not heard)
         entry = echoes.begin(mark, lambda: request.may_be_gone)
         try:
-            receipt = await self._append(acceptance)
+            if first is None:
+                receipt = await self._append(acceptance)
+            else:
+                receipt = first
+                with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
+                    await self._store.append(
+                        Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
+                    )
         except BaseException:
-            echoes.end(mark, entry, None, gone=True)
+            echoes.end(mark, entry, first, gone=True)
             raise
         return receipt, lambda heard: echoes.end(mark, entry, receipt, gone=not heard)
 

@@ -22,8 +22,8 @@ class Request:
     """
 
     __slots__ = (
-        "_head", "_transport", "content", "headers", "is_1_1", "is_chunked", "is_half_closed", "is_kept",
-        "method", "wire_bytes",
+        "_address", "_head", "_transport", "content", "headers", "is_1_1", "is_chunked", "is_half_closed",
+        "is_kept", "method", "wire_bytes",
     )  # fmt: skip
 
     def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
@@ -35,6 +35,7 @@ class Request:
         self.is_chunked = head.chunked
         self.wire_bytes = 0  # of a chunked body with its framing, so far
         self.is_half_closed = False  # the sender sends nothing more: it waits for the answer, or is gone
+        self._address: str | None = None
         self._head = head
         self._transport = transport
 
@@ -52,7 +53,11 @@ class Request:
     @property
     def remote(self) -> str | None:
         """The address that sent it: a sender's, or a proxy's."""
-        return address_of(self._transport)
+        return self._address or address_of(self._transport)
+
+    def remember_address(self) -> None:
+        """Keep the address for when the sender has hung up; asking for it would cost each event time."""
+        self._address = address_of(self._transport)
 
     @property
     def is_gone(self) -> bool:
@@ -75,8 +80,11 @@ class Request:
 
 
 def address_of(transport: asyncio.Transport) -> str | None:
-    """Return the address at the other end; None: it has none, as on a unix socket."""
-    peer = transport.get_extra_info("peername")
+    """Return the address at the other end; None: it has none (unix sockets), or it is not known any more."""
+    try:
+        peer = transport.get_extra_info("peername")
+    except (OSError, ValueError):  # uvloop asks the socket each time, which may be closed
+        return None
     return str(peer[0]) if isinstance(peer, tuple) else None
 
 
@@ -84,5 +92,5 @@ def has_unread(transport: asyncio.Transport) -> bool:
     """Return whether bytes wait in a connection's socket."""
     try:
         return any(fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)))
-    except OSError:  # closed
+    except (OSError, ValueError):  # closed
         return False
