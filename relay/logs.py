@@ -166,6 +166,7 @@ class Lines(logging.StreamHandler[TextIO]):
 
     A line is written at once where the stream can take it. Else it is queued, and a thread writes it; beyond
     `MOST_QUEUED` bytes lines are dropped and counted, and a line says how many once the stream is read again.
+    A terminal calls itself writable with room for one byte, so all of its lines are written by the thread.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -180,6 +181,7 @@ class Lines(logging.StreamHandler[TextIO]):
         self._poll: select.poll | None = None
         with suppress(OSError, ValueError):
             self._fd = stream.fileno()
+            self._is_terminal = os.isatty(self._fd)
             self._poll = select.poll()
             self._poll.register(self._fd, select.POLLOUT)
 
@@ -196,10 +198,15 @@ class Lines(logging.StreamHandler[TextIO]):
         with self._changed:
             if not self._size and len(line) <= select.PIPE_BUF and self._can_take():
                 try:
-                    os.write(self._fd, line)
+                    line = line[os.write(self._fd, line) :]
+                except BlockingIOError:  # another process has made the stream one that never waits
+                    pass
                 except OSError:  # the reader is gone
                     self._drop()
-            elif self._size + len(line) > MOST_QUEUED:
+                    return
+            if not line:
+                return
+            if self._size + len(line) > MOST_QUEUED:
                 self._drop()
             else:
                 self._queue.append(line)
@@ -221,7 +228,11 @@ class Lines(logging.StreamHandler[TextIO]):
 
     def _can_take(self) -> bool:
         """Return whether a short line can be written without waiting; a pipe then takes 4 KiB."""
-        return self._poll is not None and any(what & select.POLLOUT for _, what in self._poll.poll(0))
+        return (
+            not self._is_terminal
+            and self._poll is not None
+            and any(what & select.POLLOUT for _, what in self._poll.poll(0))
+        )
 
     def _drop(self) -> None:
         self.dropped += 1
@@ -250,8 +261,13 @@ class Lines(logging.StreamHandler[TextIO]):
                 self._changed.notify_all()
 
     def _write_all(self, line: bytes) -> None:
+        room = select.poll()
+        room.register(self._fd, select.POLLOUT)
         while line:
-            line = line[os.write(self._fd, line) :]
+            with suppress(BlockingIOError):
+                line = line[os.write(self._fd, line) :]
+            if line:
+                room.poll()
 
     def _confession(self, count: int) -> bytes:
         what = "line was" if count == 1 else "lines were"

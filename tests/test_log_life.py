@@ -158,11 +158,14 @@ async def test_what_dies_at_birth_is_said_sparingly(tmp_path, recorder):
         assert await daemon.stop() == 0
 
 
-async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_path):
+@pytest.mark.parametrize("kind", ["pipe", "pipe that never waits", "terminal"])
+async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_path, kind):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("[log]", '[log]\nlevel = "debug"'))
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    if kind != "terminal":
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    os.set_blocking(writer, kind != "pipe that never waits")
     script = "from relay import logs; logs.MOST_QUEUED = 10_000; from relay.cli import main; main()"
     command = [sys.executable, "-c", script, "serve", "-c", str(config)]
     process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stderr=writer)
