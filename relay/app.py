@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -38,7 +39,7 @@ from relay.reload import SWEEP, Reloads
 from relay.replay import Replays
 from relay.state import State
 from relay.statedir import StateDir
-from relay.store.connection import has_wal_reset_bug
+from relay.store.connection import has_wal_reset_bug, unreadable
 from relay.store.disk import BALLAST, Disk
 from relay.store.sqlite import SqliteStore
 from relay.systemd import Inherited, Notifier
@@ -125,6 +126,7 @@ class App:
         self.progress = Progress(clock)
         self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
         self.reloads.around = self.watchdog.reloading
+        self.reloads.waits_for = lambda: self.store.failure
         self.stopping = asyncio.Event()
         self._announced = False
         self._retention: asyncio.Task[Past] | None = None  # begun because the disk is full
@@ -199,7 +201,13 @@ class App:
             self.reloads.open()
             await self.stopping.wait()
             self._drain()
-        log.info("stopped, nothing is lost")
+        self._say_end()
+
+    def _say_end(self) -> None:
+        if self.store.unsaved:
+            log.critical("stopped; the database has no sound copy: docs/storage.md, section Losses")
+        else:
+            log.info("stopped, nothing is lost")
 
     def _drain(self) -> None:
         """Begin the end: what is under way has `shutdown_grace` from now on."""
@@ -403,7 +411,10 @@ async def serve(setup: Setup) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, app.reloads.soon)
-    await app.run()
+    try:
+        await app.run()
+    except sqlite3.Error as error:
+        raise unreadable(app.store.path, error) from error
 
 
 def _database(config: Config) -> Path:

@@ -11,7 +11,7 @@ import msgspec
 from relay.clock import SECOND, Clock
 from relay.config.model import Config
 from relay.config.problem import ConfigError
-from relay.errors import RelayError, RestartNeededError
+from relay.errors import RelayError, RestartNeededError, StorageUnavailableError
 from relay.jobs import Jobs
 from relay.loader import load_again
 from relay.logs import configure, in_one_line, under_systemd
@@ -52,6 +52,7 @@ class Reloads:
         self._metrics = metrics
         self._clock = clock
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for each reload
+        self.waits_for: Callable[[], str | None] = lambda: None  # says what keeps the start waiting
         self._open = asyncio.Event()
         self._closed = False
         self._one = asyncio.Lock()
@@ -81,9 +82,13 @@ class Reloads:
 
         Raises:
             ConfigError: the file has problems; nothing has changed.
+            StorageUnavailableError: the start waits for the database; nothing has changed.
             RestartNeededError: only a start can take in what changed; nothing has.
             RelayError: it cannot be gone by, or the relay is stopping; nothing has changed.
         """
+        if not self._open.is_set() and (why := self.waits_for()) is not None:
+            hint = "config.toml was read at the start; reload again once /ready says that the relay is"
+            raise StorageUnavailableError(f"the relay still waits for its database: {why}", hint=hint)
         await self._open.wait()
         async with self._one:
             if self._closed:
@@ -133,6 +138,7 @@ class Reloads:
 
     async def _quietly(self) -> None:
         with suppress(Exception):  # the log has it
+            await self._open.wait()
             await self.reload()
 
     def _count(self, *, successful: bool) -> None:

@@ -1,6 +1,8 @@
 """A disk that is full, a database that others hold: the relay comes up, says so, and heals by itself."""
 
 import asyncio
+import json
+import os
 import sqlite3
 import time
 from contextlib import closing
@@ -16,6 +18,7 @@ from relay.delivery import progress
 from relay.errors import StorageError
 from relay.loader import load
 from relay.store.disk import BALLAST, Disk
+from relay.store.rescue import rescues_of
 
 MIB = 2**20
 HEALED = 5.0  # seconds
@@ -160,9 +163,30 @@ def make_a_pipe(path):
     path.symlink_to("/dev/null")
 
 
+def make_anothers_database(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE users (name)")
+
+
+def make_a_log_that_is_a_folder(path):
+    path.with_name("relay.db-wal").mkdir()
+
+
+def make_a_log_that_is_a_pipe(path):
+    os.mkfifo(path.with_name("relay.db-wal"))
+
+
+def make_shared_memory_that_is_a_folder(path):
+    path.with_name("relay.db-shm").mkdir()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (make_anothers_database, "relay.db is a database of another program"),
+        (make_a_log_that_is_a_folder, "relay.db-wal is not a file"),
+        (make_a_log_that_is_a_pipe, "relay.db-wal is not a file"),
+        (make_shared_memory_that_is_a_folder, "relay.db-shm is not a file"),
         (make_a_folder, "relay.db is a directory"),
         (make_nonsense, "relay.db is damaged: file is not a database"),
         (make_a_newer_version, "relay.db has schema version 99, this program knows"),
@@ -180,6 +204,50 @@ async def test_what_lasts_ends_the_start_with_one_sentence(tmp_path, make, said)
     finally:
         await daemon.end()
     assert said in daemon.said
+    assert "Traceback" not in daemon.said
+    assert "unexpected error" not in daemon.said
+
+
+async def test_a_database_without_one_of_its_tables_ends_the_start_with_one_sentence(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    async with running(config):
+        pass
+    with closing(sqlite3.connect(tmp_path / "state" / "relay.db")) as db:
+        db.execute("DROP TABLE destinations")
+    daemon = Daemon(config)
+    await daemon.start()
+    try:
+        assert await daemon.exit() == 1
+    finally:
+        await daemon.end()
+    assert "relay.db is damaged: no such table: destinations" in daemon.said
+    assert "unexpected error" not in daemon.said
+
+
+async def test_a_mark_that_is_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "state").mkdir()
+    os.mkfifo(tmp_path / "state" / "relay.db.mark")
+    async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
+        await accepted(daemon.url)
+        assert await daemon.stop() == 0
+
+
+async def test_questions_are_answered_at_once_while_the_database_is_waited_for(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    async with running(config):
+        pass
+    with closing(sqlite3.connect(tmp_path / "state" / "relay.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        async with Daemon(config) as daemon, asyncio.timeout(8):
+            answer = await exchange(tmp_path / "state" / "relay.sock", request("POST", "/api/reload"))
+            assert answer.status == 503
+            assert "the relay still waits for its database: " in answer.json["error"]["message"]
+            answer = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/doctor"))
+            checks = json.loads(answer.body.splitlines()[-1])["result"]["checks"]
+            found = {check["name"]: check for check in checks}
+            assert found["open"]["detail"].endswith("relay.db: database is locked")
+            assert "fuser" in found["open"]["hint"]
     assert "Traceback" not in daemon.said
 
 
@@ -335,3 +403,20 @@ def test_free_space_is_told_also_after_the_folder_is_gone(tmp_path):
     (tmp_path / "state").rmdir()
     assert disk.free() > 0
     disk.close()
+
+
+async def test_a_stop_waits_for_room_for_the_rescue_copy_that_is_all_there_is(tmp_path, disk):
+    database = tmp_path / "state" / "relay.db"
+    async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
+        ids = [await accepted(daemon.url, note="x" * (MIB // 2)) for _ in range(10)]
+        await until(lambda: database.with_name("relay.db-wal").stat().st_size == 0)
+        disk.fill()
+        database.unlink()
+        stopping = asyncio.create_task(daemon.stop())
+        await until(lambda: "the relay ends as soon as there is one: make room in" in daemon.said)
+        assert not stopping.done()
+        disk.clear()
+        assert await stopping == 0
+    [copy] = rescues_of(database)
+    with closing(sqlite3.connect(f"file:{copy}?mode=ro", uri=True)) as reader:
+        assert [id_ for (id_,) in reader.execute("SELECT public_id FROM events ORDER BY id")] == ids

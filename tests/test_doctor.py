@@ -1,8 +1,10 @@
 """Each thing that can be wrong is found by its own check, and by no other."""
 
 import asyncio
+import os
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 from stores import end, opened, send
@@ -147,6 +149,13 @@ def test_what_is_no_database_is_told_by_every_check_that_cannot_look(path, clock
     found = ill(path, clock)
     assert "file is not a database" in found["version"][0]
     assert "sqlite" not in found
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_named_and_not_waited_for(path, clock, make):
+    path.unlink()
+    make(path)
+    assert "open" in ill(path, clock)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, clock):

@@ -142,6 +142,7 @@ async def test_a_file_that_comes_back_is_gone_on_with(tmp_path):
         answer = await relay.exchange(post())
         assert answer.status == 200
     assert answer.json["event_id"] in events_in(database)
+    assert not rescues_of(database)  # else the next start would ask what to do with it
 
 
 async def test_a_start_without_the_database_but_with_its_rescue_copy_is_refused(tmp_path):
@@ -158,6 +159,57 @@ async def test_a_start_without_the_database_but_with_its_rescue_copy_is_refused(
     assert not database.exists()
 
 
+@pytest.mark.parametrize("happens", [replaced, log_deleted])
+async def test_a_start_on_another_file_is_refused_while_a_rescue_copy_waits(tmp_path, happens):
+    database, config = tmp_path / "state" / "relay.db", write_config(tmp_path, SOURCES)
+    async with Daemon(config) as daemon:
+        acknowledged = await _some(daemon.url)
+        happens(database)
+        more, _ = await refusal(daemon.url)
+        await until(lambda: rescues_of(database))  # its process is killed then
+    with pytest.raises(StorageError, match="was replaced or damaged, and a rescue copy") as caught:
+        async with running(config):
+            raise AssertionError("it started with less than it had")
+    command = caught.value.hint.removeprefix("restore it: ").split("; ")[0]
+    done = await asyncio.create_subprocess_shell(command)
+    assert await done.wait() == 0
+    async with running(config):
+        assert set(events_in(database)) == {*acknowledged, *more}
+
+
+async def test_a_file_that_was_damaged_before_a_stop_is_not_told_to_be_safe(tmp_path, caplog):
+    database = tmp_path / "state" / "relay.db"
+    with caplog.at_level("INFO"):
+        async with running(write_config(tmp_path, SOURCES)) as relay:
+            await relay.exchange(post())
+            await until(lambda: log_of(database).stat().st_size == 0)
+            os.truncate(database, 3 * 4096)
+            await until(lambda: relay.app.store.failure)
+            await until(lambda: "no rescue copy" in caplog.text)
+            await asyncio.sleep(1)  # several looks, of which none may say it once more
+    assert caplog.text.count("no rescue copy") == 1
+    assert "nothing is lost" not in caplog.text
+    with pytest.raises(StorageError, match="is damaged"):
+        async with running(write_config(tmp_path, SOURCES)):
+            raise AssertionError("it started with a damaged file")
+
+
+async def test_lists_of_a_damaged_database_are_refused_in_words(tmp_path, caplog):
+    database = tmp_path / "state" / "relay.db"
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        for _ in range(50):
+            await relay.exchange(post())
+        await until(lambda: log_of(database).stat().st_size == 0)
+        with database.open("r+b") as file:
+            for page in range(2, database.stat().st_size // 4096):
+                file.seek(page * 4096)
+                file.write(b"\xff" * 64)
+        answer = await exchange(relay.addresses.socket, request("GET", "/api/events"))
+        assert answer.status == 503
+        assert "the database cannot be read: " in answer.json["error"]["message"]
+    assert "Traceback" not in caplog.text
+
+
 async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
     database = tmp_path / "state" / "relay.db"
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
@@ -169,7 +221,7 @@ async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what", ["cut off", "overwritten by an older one", "overwritten by noise", "its log"]
+    "what", ["cut off", "cut in half", "overwritten by an older one", "overwritten by noise", "its log"]
 )
 async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
     database = tmp_path / "state" / "relay.db"
@@ -183,6 +235,9 @@ async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
             await relay.exchange(post())
         if what == "cut off":
             os.truncate(database, 0)
+        elif what == "cut in half":
+            await until(lambda: log_of(database).stat().st_size == 0)
+            os.truncate(database, database.stat().st_size // 2)
         elif what == "its log":
             os.truncate(log_of(database), 0)
         elif what == "overwritten by noise":

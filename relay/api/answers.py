@@ -1,6 +1,7 @@
 """What every resource of the API has in common: JSON out, questions read strictly, errors with a hint."""
 
 import logging
+import sqlite3
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -8,9 +9,17 @@ import msgspec
 from aiohttp import web
 
 from relay.config.problem import ConfigError
-from relay.errors import BusyError, RelayError, RestartNeededError, StorageError, UnknownError
+from relay.errors import (
+    BusyError,
+    RelayError,
+    RestartNeededError,
+    StorageError,
+    StorageUnavailableError,
+    UnknownError,
+)
 from relay.items import MOST_ROWS
 from relay.jsontext import encode
+from relay.store.writer import DAMAGED, TRANSIENT
 
 T = TypeVar("T")
 
@@ -129,11 +138,20 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return say({"error": told}, status)
     except ConnectionError:  # nobody is there to be answered any more
         return web.Response(status=_HUNG_UP)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, sqlite3.Error) and _is_the_disks(error):
+            what = StorageUnavailableError(f"the database cannot be read: {error}", hint="relay doctor")
+            status, told = error_of(what)
+            return say({"error": told}, status)
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         hint = "this is a bug of the relay; its log has the traceback"
         return refuse(500, "internal_error", "The relay could not answer that", hint)
     return response
+
+
+def _is_the_disks(error: sqlite3.Error) -> bool:
+    """Say whether the file, its disk or another program is to blame, and not a statement of ours."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in TRANSIENT | DAMAGED
 
 
 async def _unless_begun(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -9,6 +9,7 @@ Besides, it notes how far the database is, and empties the log when nothing is w
 
 import asyncio
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -17,9 +18,10 @@ from pathlib import Path
 import aiosqlite
 
 from relay.clock import Clock
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.logs import in_one_line
 from relay.store.compact import empty_log
+from relay.store.disk import Disk
 from relay.store.files import Files
 from relay.store.mark import HIGHEST_SQL, Mark, mark_in, write_mark
 from relay.store.rescue import rescue, restoring
@@ -34,24 +36,42 @@ LOOK_EVERY = 2.0  # seconds between looks at the files
 MARK_EVERY = 1.0  # seconds, at least, between two marks
 IDLE = 1.0  # seconds without a transaction after which the log is emptied
 RESCUE_EVERY = 10.0  # seconds between tries to make a copy
+RESCUE_EVERY_STOPPING = 1.0  # likewise, when the relay only waits for it to end
+FOR_A_COPY = 2**63 - 1
+"""Free bytes below which the reserve is given up for a copy: always."""
 
 
 class Caretaker:
     """Works between `start` and `stop`, beside the writer."""
 
     def __init__(
-        self, path: Path, *, writer: Writer, reader: aiosqlite.Connection, files: Files, clock: Clock
+        self,
+        path: Path,
+        *,
+        writer: Writer,
+        reader: aiosqlite.Connection,
+        files: Files,
+        disk: Disk,
+        clock: Clock,
     ) -> None:
         self._path = path
         self._writer = writer
         self._reader = reader
         self._files = files
+        self._disk = disk
         self._clock = clock
         self._moved = False  # whether the writer is halted because a path leads elsewhere
-        self._saved = False  # whether there is a copy of all that was committed
+        self._copies: list[Path] = []  # that were made of all that was committed
         self._given_up = False  # no copy can be made
+        self._stopping = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._mark = Mark()
+        self._noted = True  # whether the mark could be written the last time
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is a copy of all that was committed."""
+        return bool(self._copies)
 
     def start(self) -> None:
         """Begin."""
@@ -66,12 +86,19 @@ class Caretaker:
         if saving is not None:
             saving.cancel()  # it may be between two tries
             await asyncio.gather(saving, return_exceptions=True)
-        if self._writer.broken is None and (moved := self._files.moved()) is not None:
-            self._halt(moved)
+        if self._writer.broken is None:
+            if (moved := self._files.moved()) is not None:
+                self._moved = True
+                self._halt(moved)
+            elif (overwritten := self._files.overwritten()) is not None:
+                self._halt(overwritten)
         if self._writer.broken is None:
             await self._note()
-        elif not (self._saved or self._given_up):
-            await self._rescue()
+            return
+        self._stopping = True
+        while not (self.saved or self._given_up):
+            if not await self._rescue():
+                await asyncio.sleep(RESCUE_EVERY_STOPPING)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -84,8 +111,11 @@ class Caretaker:
             if now - looked >= LOOK_EVERY:
                 looked = now
                 self._look()
+            if self._writer.broken is None and (shortened := self._files.shortened()) is not None:
+                self._halt(shortened)
             if self._writer.broken is not None:
-                self._once("rescue", self._save)
+                if not (self.saved or self._given_up):
+                    self._once("rescue", self._save)
             elif self._writer.failure is None:
                 if fresh and now - noted >= MARK_EVERY:
                     fresh, noted = False, now
@@ -108,9 +138,10 @@ class Caretaker:
             self._moved = True
             self._halt(moved)
         elif moved is None and self._moved:
-            self._moved = self._saved = False
+            self._moved = False
             self._writer.resume()
             log.warning("%s is back in its place: senders are accepted again", self._path)
+            self._drop_copies()
         elif self._writer.failure is None:
             self._once("head", self._look_inside)
 
@@ -129,23 +160,22 @@ class Caretaker:
     async def _save(self) -> None:
         """Try to make a copy until there is one, or until it is not needed any more."""
         await self._writer.halted.wait()
-        while not self._saved and self._writer.broken is not None:
-            if await self._rescue():
-                return
-            if not self._moved:
-                self._given_up = True  # what is damaged does not get better by waiting
-                return
-            await asyncio.sleep(RESCUE_EVERY)
+        while not (self.saved or self._given_up) and self._writer.broken is not None:
+            if not await self._rescue():
+                await asyncio.sleep(RESCUE_EVERY)
 
     async def _rescue(self) -> bool:
         """Copy all that was committed to a file beside the database; return whether it is there."""
         try:
             done = await rescue(self._reader, self._path, self._clock.wall(), self._mark)
         except StorageError as error:
-            advice = "; keep the relay running: it tries again until there is one" if self._moved else ""
-            log.critical("no rescue copy: %s%s", in_one_line(error), advice)
+            lacks_room = isinstance(error, StorageUnavailableError)
+            if lacks_room and self._disk.throw_off(FOR_A_COPY):
+                return await self._rescue()
+            self._given_up = not (lacks_room or self._moved)  # damage does not get better by waiting
+            log.critical("no rescue copy: %s%s", in_one_line(error), self._advice())
             return False
-        self._saved = True
+        self._copies.append(Path(done.path))
         log.critical(
             "rescue copy %s: all %d events and %d deliveries, %s, checked; to restore it, stop the relay"
             " and its sockets, then: %s; then start the relay",
@@ -157,15 +187,35 @@ class Caretaker:
         )
         return True
 
+    def _advice(self) -> str:
+        if self._given_up:
+            return ""
+        if not self._stopping:
+            return "; keep the relay running: it tries again until there is one"
+        return (
+            f"; the relay ends as soon as there is one: make room in {self._path.parent}"
+            f" (kill -9 {os.getpid()} ends it at once, and all events are lost)"
+        )
+
+    def _drop_copies(self) -> None:
+        """Delete the copies of a file that came back: it has all that is in them."""
+        for copy in self._copies:
+            with suppress(OSError):
+                copy.unlink()
+                log.info("%s was deleted: all that is in it is in %s", copy, self._path)
+        self._copies = []
+
     async def _note(self) -> None:
         """Write the mark where the database has got further."""
         try:
             [row] = await self._reader.execute_fetchall(HIGHEST_SQL)
             if (mark := mark_in(row)) != self._mark:
                 await asyncio.to_thread(write_mark, self._path, mark)
-                self._mark = mark
+                self._mark, self._noted = mark, True
         except (OSError, sqlite3.Error) as error:
-            log.warning("the high-water mark of %s could not be written: %s", self._path, error)
+            level = logging.WARNING if self._noted else logging.DEBUG  # once, until it works again
+            self._noted = False
+            log.log(level, "the high-water mark of %s could not be written: %s", self._path, error)
 
     def _written(self) -> tuple[int, int]:
         """Return the log's size and when it was written; a transaction without changes leaves both."""

@@ -24,6 +24,12 @@ OLDEST = (3, 37, 0)
 """STRICT tables; RETURNING and UPDATE … FROM are older."""
 
 
+OURS_SQL = """
+    SELECT count(*) = 0 OR max(name IN ('meta', 'events', 'deliveries'))
+      FROM sqlite_master WHERE type = 'table'
+"""
+"""Whether the tables of a database are the relay's; it may have none yet."""
+
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
 """Errors of the system that pass: a start waits for that."""
 
@@ -63,6 +69,7 @@ async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
     )
     try:
         fresh = await _scalar(connection, "PRAGMA page_count") == 0
+        await _check_owner(connection, path)
         if fresh:
             await connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         for pragma in (
@@ -106,6 +113,26 @@ def _create(path: Path) -> None:
     if not path.is_file():
         hint = "move it away, or name another file in [storage] url"
         raise StorageError(f"{path} is not a file", hint=hint)
+
+
+def check_companions(database: Path) -> None:
+    """See that SQLite can make its own files beside a database: at something else it would fail for ever.
+
+    Raises:
+        StorageError: one of the names is taken by a directory, a pipe or the like.
+    """
+    for suffix in ("-wal", "-shm", "-journal"):
+        path = Path(f"{os.path.realpath(database)}{suffix}")
+        if path.exists() and not path.is_file():
+            raise StorageError(f"{path} is not a file", hint="move it away: SQLite keeps a file of that name")
+
+
+async def _check_owner(connection: aiosqlite.Connection, path: Path) -> None:
+    if not await _scalar(connection, OURS_SQL):
+        raise StorageError(
+            f"{path} is a database of another program: it has tables, but not the relay's",
+            hint="move it away, or name another file in [storage] url",
+        )
 
 
 Heed = Callable[[Exception], object]
@@ -228,6 +255,16 @@ async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
         row = await cursor.fetchone()
     assert row is not None  # noqa: S101 - a PRAGMA with a value always answers
     return int(row[0])
+
+
+def unreadable(path: Path, error: sqlite3.Error) -> StorageError:
+    """Return the error that says why a database cannot be gone by: it is damaged, or its disk fails."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
+        return damaged(path, str(error))
+    return StorageUnavailableError(
+        f"{path}: {error}", hint="see the disk's health, then start the relay again"
+    )
 
 
 def damaged(path: Path, what: str) -> StorageError:

@@ -85,9 +85,9 @@ class Disk:
             os.close(self._handle)
             self._handle = None
 
-    def throw_off(self) -> bool:
-        """Delete the ballast to make room on a full disk; say whether there is more room now."""
-        if self.free() >= FULL:
+    def throw_off(self, enough: int = FULL) -> bool:
+        """Delete the ballast if fewer bytes than `enough` are free; say whether there is more room now."""
+        if self.free() >= enough:
             return False
         try:
             size = self.ballast.stat().st_size

@@ -37,6 +37,7 @@ LONG_LOG = 128 * 2**20  # bytes: twice of what the log is cut to
 SLOW_FSYNC = 0.1  # seconds
 FSYNCS = 5
 SHOWN = 5  # ids in one finding
+PATIENCE = 1000  # milliseconds that another program's lock is waited for
 
 # What has no due time waits behind an earlier pending one of its key; without one it would wait for ever.
 STUCK_SQL = """
@@ -75,8 +76,25 @@ class Patient(msgspec.Struct, frozen=True, kw_only=True):
 def examine(patient: Patient, stop: Stop) -> list[Check]:
     """Make all checks; one that cannot be made is not ok."""
     found = [check(patient) for check in SURROUNDINGS]
+    if patient.path.exists() and not patient.path.is_file():
+        return [
+            *found,
+            _ill(
+                "open", f"{patient.path} is not a file", "move it away, or name another file in [storage] url"
+            ),
+        ]
     try:
         with opened(patient.path, stop) as connection:
+            connection.execute(f"PRAGMA busy_timeout = {PATIENCE}")
+            if locked := _locked(connection):
+                return [
+                    *found,
+                    _ill(
+                        "open",
+                        f"{patient.path}: {locked}",
+                        f"find the program that holds it: fuser -v {patient.path}",
+                    ),
+                ]
             found += [_careful(check, patient, connection) for check in INSIDE]
     except sqlite3.Error as error:
         found.append(_ill("open", f"{patient.path}: {error}", _RESTORE))
@@ -361,6 +379,18 @@ class Examining:
             sources=sources,
         )
         return await apart(partial(examine, patient))
+
+
+def _locked(connection: sqlite3.Connection) -> str | None:
+    """Say once that another program holds the database, and not at each check."""
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+            return str(error)
+    except sqlite3.Error:
+        pass  # each check says what it cannot look at
+    return None
 
 
 def _careful(

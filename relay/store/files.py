@@ -6,10 +6,12 @@ Deleted files stay open and take everything that is written, and nothing of it i
 import os
 from pathlib import Path
 
-from relay.store.wal import MAGIC, log_of
+from relay.store.wal import MAGIC, log_of, open_plain
 
 _DATABASE = b"SQLite format 3\0"
+_HEAD = 100  # bytes
 _GONE = (FileNotFoundError, NotADirectoryError)
+_LARGEST_PAGE = 65_536  # bytes; SQLite writes it as 1
 
 
 class Files:
@@ -24,6 +26,7 @@ class Files:
         self._descriptor: int | None = None
         self._known: dict[Path, tuple[int, int]] = {}
         self._changes = 0  # SQLite's counter of them, which only grows
+        self._size = 0  # bytes of the database at the latest look
 
     def open(self) -> None:
         """Begin, once the connections are open and the log is there.
@@ -32,7 +35,8 @@ class Files:
             OSError: a file is not there any more.
         """
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._known = {self.path: _identity(os.fstat(self._descriptor))}
+        status = os.fstat(self._descriptor)
+        self._known, self._size = {self.path: _identity(status)}, status.st_size
         log = log_of(self.path)
         self._known[log] = _identity(log.stat())
 
@@ -59,7 +63,7 @@ class Files:
         """Say whether something else wrote over the file; to be asked while no transaction is at work."""
         assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
         try:
-            head = os.pread(self._descriptor, 100, 0)
+            head = os.pread(self._descriptor, _HEAD, 0)
         except OSError:
             return None  # a failing disk is SQLite's to report
         if head[:16] != _DATABASE:
@@ -68,13 +72,30 @@ class Files:
         if changes < self._changes:
             return f"{self.path} was overwritten by an older database while it was in use"
         self._changes = changes
-        return self._cut_off()
+        return self.shortened() or self._log_cut_off()
 
-    def _cut_off(self) -> str | None:
+    def shortened(self) -> str | None:
+        """Say whether something else cut the end off; ask often, as SQLite may soon write behind the gap.
+
+        SQLite itself shortens the file after moving the whole log into it: then its head tells its length.
+        """
+        assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
+        size = os.fstat(self._descriptor).st_size
+        known, self._size = self._size, size
+        if size >= known:
+            return None
+        head = os.pread(self._descriptor, _HEAD, 0)
+        page = int.from_bytes(head[16:18], "big")
+        needed = int.from_bytes(head[28:32], "big") * (_LARGEST_PAGE if page == 1 else page)
+        if len(head) == _HEAD and size >= needed:
+            return None
+        return f"{self.path} was cut off while it was in use"
+
+    def _log_cut_off(self) -> str | None:
         """Say whether the log lost its head: what is written behind it would be dropped at the next start."""
         log = log_of(self.path)
         try:
-            with log.open("rb") as file:  # SQLite has no locks on this one that closing it could release
+            with open_plain(log) as file:  # SQLite has no locks on this one that closing it could release
                 head = file.read(4)
         except OSError:
             return None  # gone altogether: `moved` sees that

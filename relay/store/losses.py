@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from relay.clock import rfc3339
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.store.mark import Mark, read_mark
 from relay.store.rescue import rescues_of, restoring, stamp
 from relay.store.wal import log_of, read_log
@@ -32,17 +32,29 @@ def look_before(database: Path, wall: int) -> list[str]:
     A damaged log is copied first: what SQLite drops can be salvaged from the copy alone.
 
     Raises:
-        StorageError: there is no database, and a rescue copy of it is waiting to be restored.
+        StorageUnavailableError: the log cannot be read at the moment.
+        StorageError: a rescue copy is waiting to be restored: what is in it would be forgotten, and a log
+            that is left of it would be mixed into another file.
     """
-    if not database.exists():
-        if copies := rescues_of(database):
-            raise StorageError(
-                f"{database} is not there, but a rescue copy of it is: {copies[-1]}",
-                hint=f"restore it: {restoring(copies[-1], database)}; "
-                "to begin with an empty database, move the copy elsewhere",
-            )
+    there = database.exists()
+    if copies := rescues_of(database):
+        copy, restore = copies[-1], restoring(copies[-1], database)
+        if there:
+            message = f"{database} was replaced or damaged, and a rescue copy of it is here: {copy}"
+            without = f"go on with the file that is there (after: rm -f {log_of(database)})"
+        else:
+            message = f"{database} is not there, but a rescue copy of it is: {copy}"
+            without = "begin with an empty database"
+        raise StorageError(message, hint=f"restore it: {restore}; to {without}, move the copy elsewhere")
+    if not there:
         return []
-    found = read_log(log_of(database))
+    try:
+        found = read_log(log_of(database))
+    except OSError as error:
+        raise StorageUnavailableError(
+            f"{log_of(database)} cannot be read: {error.strerror}",
+            hint="chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
+        ) from error
     if not found.damaged:
         return []
     what = (

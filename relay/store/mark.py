@@ -12,6 +12,9 @@ from typing import Any
 
 import msgspec
 
+from relay.store.wal import open_plain
+
+LONGEST = 4096  # bytes of a mark
 GIVEN_SQL = """
     INSERT INTO meta (name, value)
     SELECT 'last event', coalesce(max(id), 0) FROM events WHERE true
@@ -55,8 +58,8 @@ def mark_of(database: Path) -> Path:
 
 def read_mark(database: Path) -> Mark:
     """Return a database's mark; one that is not there or cannot be read says nothing."""
-    with suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(mark_of(database).read_bytes(), type=Mark)
+    with suppress(OSError, msgspec.MsgspecError), open_plain(mark_of(database)) as file:
+        return msgspec.json.decode(file.read(LONGEST), type=Mark)
     return Mark()
 
 
@@ -66,7 +69,7 @@ def write_mark(database: Path, mark: Mark) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(mark_of(database), flags, 0o600)
     try:
         os.pwrite(descriptor, msgspec.json.encode(mark).ljust(127) + b"\n", 0)

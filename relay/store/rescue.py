@@ -1,7 +1,9 @@
 """A copy of a database whose file is gone from its place: its open connections can still read all of it."""
 
+import errno
 import os
 import shlex
+import sqlite3
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -10,7 +12,7 @@ from pathlib import Path
 import aiosqlite
 
 from relay.clock import SECOND
-from relay.errors import StorageError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
 from relay.store.apart import Stop, apart, opened
 from relay.store.backup import sync
@@ -36,6 +38,7 @@ async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, ma
     The folder is made anew where it is gone. `mark` says how far the database was.
 
     Raises:
+        StorageUnavailableError: there is no room for it at the moment.
         StorageError: the copy could not be made, is not sound, or lacks what the mark tells of.
     """
     began = time.monotonic()
@@ -49,7 +52,8 @@ async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, ma
         await connection.execute("VACUUM INTO ?", (str(part),))
         events, deliveries = await apart(lambda stop: _finish(part, target, mark, stop))
     except (OSError, aiosqlite.Error) as error:
-        raise StorageError(f"{database} could not be rescued to {target}: {error}") from error
+        kind = StorageUnavailableError if _lacks_room(error) else StorageError
+        raise kind(f"{database} could not be rescued to {target}: {error}") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -60,6 +64,12 @@ async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, ma
         deliveries=deliveries,
         seconds=time.monotonic() - began,
     )
+
+
+def _lacks_room(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
 
 def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from relay.store.claim import claim
 from relay.store.commit import sums, write
 from relay.store.compact import Compacting, empty_log
 from relay.store.connection import (
+    check_companions,
     check_library,
     damaged,
     migrate,
@@ -122,6 +123,7 @@ class SqliteStore(
         self._on_fatal = on_fatal
         self._holds = Holds()
         self._roster = Roster(is_loaded=False)
+        self._pending: Counter[str] = Counter()  # by destination
         self._files = Files(path)
         self._before: list[str] | None = None  # what was seen of the files before they were opened
         self.opened = False
@@ -134,6 +136,11 @@ class SqliteStore(
     def failure(self) -> str | None:
         """See `Store.failure`."""
         return self._writer.failure if self.opened else self._unopened
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the files were taken away or damaged, and no copy could be made of what was committed."""
+        return self._writer.broken is not None and not self._caretaker.saved
 
     @property
     def commits(self) -> int:
@@ -149,10 +156,11 @@ class SqliteStore(
         """See `Store.open`."""
         check_library()
         self._loop = asyncio.get_running_loop()
-        if self._before is None:
-            self._before = await asyncio.to_thread(look_before, self.path, self._clock.wall())
-        await asyncio.to_thread(self.disk.prepare)
         try:
+            check_companions(self.path)
+            if self._before is None:
+                self._before = await asyncio.to_thread(look_before, self.path, self._clock.wall())
+            await asyncio.to_thread(self.disk.prepare)
             try:
                 await self._open()
             except sqlite3.Error as error:
@@ -217,7 +225,12 @@ class SqliteStore(
         self._writer = Writer(self._connection, self, self._on_fatal, self.on_commit, self.disk)
         self._writer.start()
         self._caretaker = Caretaker(
-            self.path, writer=self._writer, reader=self._counter, files=self._files, clock=self._clock
+            self.path,
+            writer=self._writer,
+            reader=self._counter,
+            files=self._files,
+            disk=self.disk,
+            clock=self._clock,
         )
         self._caretaker.start()
         self.opened = True

@@ -4,6 +4,9 @@ SQLite reads the log up to the first frame whose checksum is wrong, and drops al
 after a crash that is right for what was being written, and wrong for everything that was committed.
 """
 
+import errno
+import os
+import stat
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -31,8 +34,21 @@ class Log(msgspec.Struct, frozen=True):
 
 def log_of(database: Path) -> Path:
     """Return the path of a database's log: beside the file itself, where the path is a link to it."""
-    real = database.resolve()
+    real = Path(os.path.realpath(database))  # `resolve` fails where links lead in a circle
     return real.with_name(f"{real.name}-wal")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading; nothing that stands in its place, such as a pipe, is waited for.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no plain file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def read_log(path: Path) -> Log:
@@ -42,7 +58,7 @@ def read_log(path: Path) -> Log:
         OSError: it is there and cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return _read(file)
     except FileNotFoundError:
         return Log()

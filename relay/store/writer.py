@@ -34,7 +34,7 @@ PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2
 TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
              sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ class Writer:
 
     def heed(self, error: Exception) -> bool:
         """Halt if an error says that the database is damaged; return whether it does."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
             return False
         if self.broken is None:
             log.critical("the database is damaged, senders are refused with 503: %s", error)
