@@ -191,8 +191,8 @@ class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
     reject_conflict: bool = False  # a new id on a live worker's endpoint: Conflict instead of take-over
-    recover: bool = False  # give it the sessions that it, or the one before it, had
-    sessions: tuple[Session, ...] = ()  # which these are; the registry finds them
+    recover: bool = False  # have it restore its sessions, or those of its former id
+    sessions: tuple[Session, ...] = ()  # the sessions to restore; the store finds them
 
 
 class Heartbeat(msgspec.Struct, kw_only=True, frozen=True, tag="heartbeat"):
@@ -255,8 +255,8 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     message_count: int | None = None
     counts: Mapping[str, int] = {}
     sessions: tuple[Session, ...] = ()
-    recovering: tuple[str, ...] = ()  # ids of sessions that it was given and has not listed yet
-    fresh: bool = False  # it was given sessions, and has sent no list since
+    recovering: tuple[str, ...] = ()  # ids of sessions that it is to restore and has not listed yet
+    fresh: bool = False  # it has sent no list since it was told to restore sessions
     changed: Mapping[str, int] = {}  # wall clock, by session id: of events since the list, deleted ones too
 
 

@@ -61,7 +61,7 @@ TOMBSTONE = 10 * SECOND
 """How long a heartbeat that overlaps its worker's DELETE does not resurrect it (in-the-wild.md §1)."""
 
 FORMER = 35 * SECOND
-"""The least that a former id on a re-used endpoint has left: one 30 s heartbeat and its 5 s timeout."""
+"""The shortest deadline of the former id at a re-used endpoint: one 30 s heartbeat and its 5 s timeout."""
 
 _SHARED = re.compile(r"(.*\.)?(localhost(\.localdomain)?|docker\.internal)\.?|127[.0-9]*")
 _PRIVATE = tuple(
@@ -82,7 +82,7 @@ MOST_DELETED = 32
 """Deleted sessions remembered per worker, so that a late event does not bring them back."""
 
 OVERLAP = 10 * SECOND
-"""How long a heartbeat's list may be older than a session's event that overtook it."""
+"""How much older than a session's event a heartbeat's list may be that arrives after it."""
 
 
 _CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|\Z)|^/|//|/\Z")
@@ -121,7 +121,10 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
-    """Judge one row: past its deadline it is offline, and one that asked to leave is gone; with the event."""
+    """Judge one row: past its deadline it is offline; after a refused unregister it has left.
+
+    Returns the row and the event, None: nothing changes.
+    """
     if row.leaving is not None and row.unregistered_at is None:
         after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
         return after, _born("unregistered", after, row.status, "requested")
@@ -176,18 +179,18 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
 
 
 def former(row: Worker, now: Now, rules: WorkerRules | None = None) -> Worker:
-    """Shorten the deadline of an id whose endpoint a new id took; if it beats again, nothing happened.
+    """Shorten the deadline of an id whose endpoint a new id took; its next heartbeat restores it.
 
-    It has until its next heartbeat by its own rhythm, and a sixth of that more, as 30 s have 5 s.
+    It has 7/6 of its usual time between heartbeats: in proportion, that is 35 s for every 30 s.
     """
     usual = row.rhythm or _assumed_rhythm(rules or WorkerRules())
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + max(FORMER, usual * 7 // 6)))
 
 
 def identifies(endpoint: str) -> bool:
-    """Say whether two workers at one endpoint are probably the same: not at loopback or private addresses.
+    """Return whether two workers at one endpoint are probably the same one.
 
-    A worker tells what it believes its address is. In containers this is one of a few, or the default.
+    Not at loopback or private addresses: in containers, many workers have the same one, or the default.
     """
     if not names_a_place(endpoint):
         return False
@@ -200,7 +203,7 @@ def identifies(endpoint: str) -> bool:
 
 
 def names_a_place(endpoint: str) -> bool:
-    """Say whether an endpoint means the same machine to everybody: loopback is another one to each worker."""
+    """Return whether an endpoint is on one machine only; loopback is a different machine for each worker."""
     host = _host(endpoint)
     try:
         address = ip_address(host.partition("%")[0])
@@ -219,9 +222,9 @@ def _host(endpoint: str) -> str:
 
 
 def changes_a_path(worker_id: str) -> str:
-    """Return what of an id a client has to percent-encode lest the path of its heartbeats means another id.
+    """Return the first part of an id that a client must percent-encode, or its heartbeats go to another path.
 
-    `""`: nothing. A `/` between other characters is understood as it is.
+    `""`: there is none. A `/` inside an id needs no encoding.
 
     >>> changes_a_path("rack 1/w-7"), changes_a_path("w#7"), changes_a_path("a/../b"), changes_a_path("50%25")
     ('', '#', '..', '%25')
@@ -338,7 +341,7 @@ def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
 
 
 def _as_of(row: Worker, id_: str, session: Session | None) -> int:
-    """Return when a session became what the row says: its last event's time, or its activity in a list."""
+    """Return the time of a session's present state: its last event's, or its last activity in a list."""
     if (at := row.changed.get(id_)) is not None:
         return at
     listed = None if session is None else instant(session.last_activity)
@@ -357,7 +360,7 @@ def _changed(changed: Mapping[str, int], id_: str, at: int, known: Mapping[str, 
 def _reconcile(
     row: Worker, listed: tuple[Session, ...], now: Now
 ) -> tuple[tuple[Session, ...], dict[str, int]]:
-    """Take a heartbeat's list, but for sessions of which an event has just told something newer."""
+    """Take a heartbeat's list, except for sessions about which a newer event has just arrived."""
     recent = {id_: at for id_, at in row.changed.items() if 0 <= now.wall - at < OVERLAP}
     known = {each.id: each for each in row.sessions} if recent else {}
     sessions, kept = [], {}
@@ -375,9 +378,10 @@ def _reconcile(
 def _still_recovering(
     row: Worker, listed: tuple[Session, ...]
 ) -> tuple[tuple[Session, ...], tuple[str, ...]]:
-    """Keep sessions that a worker was given and does not list yet: over its first list, and while it goes on.
+    """Keep the sessions that a worker is restoring and does not list yet.
 
-    Workers send the first heartbeat after a restart before they have restored anything.
+    They outlast its first list, which a worker sends before it has restored anything, and then every list
+    that has more of them than the one before.
     """
     ids = {session.id for session in listed}
     pending = tuple(id_ for id_ in row.recovering if id_ not in ids)
@@ -447,9 +451,9 @@ def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
 
 
 def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
-    """Return how long a worker usually takes from one heartbeat to the next, with the one that came now.
+    """Return a worker's usual time between heartbeats, given that one has arrived now.
 
-    A longer gap counts at once and a shorter one by an eighth, so that one too many changes little.
+    A longer gap counts at once, a shorter one by an eighth: one extra heartbeat changes little.
     """
     usual = row.rhythm or _assumed_rhythm(rules)
     if not row.heard or row.status == "OFFLINE" or now.steady < row.heard:
@@ -459,7 +463,7 @@ def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
 
 
 def _assumed_rhythm(rules: WorkerRules) -> int:
-    """Return the gap between heartbeats that the operator seems to expect: three may be missed."""
+    """Return the time between heartbeats that `offline_after` suggests: three may be missed."""
     return int(rules.offline_after * SECOND) // 3
 
 

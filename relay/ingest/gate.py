@@ -19,10 +19,10 @@ from relay.units import Rate
 K = TypeVar("K", bound=Hashable)
 
 WORKERS = 10
-"""How many times a source's `rate_limit` all workers of one token may call together."""
+"""The limit of all workers of one token together, as a multiple of the source's `rate_limit`."""
 
 MOST_BUCKETS = 16_384
-"""Workers whose rate is remembered; senders choose ids, so the one unheard for longest is forgotten."""
+"""Workers whose rate is kept. Senders choose ids, so beyond this the longest silent worker is forgotten."""
 
 
 class Gate:
@@ -77,7 +77,10 @@ class Gate:
             raise RateLimited(retry_after=max(1, round(wait + 0.5)))
 
     def _wait_of_worker(self, key: tuple[str, Rate, bytes, str], now: int) -> float:
-        """Count a worker's call. A storm uses up the worker's own rate, invented ids that of their token."""
+        """Count a call of a worker, and return the seconds to wait.
+
+        A storm of one worker uses up that worker's rate only; invented ids use up the rate of their token.
+        """
         source, rate, token, _ = key
         own = _bucket(self._workers, key, rate, now)
         self._workers.move_to_end(key)
@@ -89,7 +92,7 @@ class Gate:
 
 
 def said_by(source: Source, incoming: Incoming) -> WorkerChange | None:
-    """Return what a request tells of a worker even if it is refused; see `Source.sign_of_life`."""
+    """Return what a request says of its worker, even if it is refused; see `Source.sign_of_life`."""
     with suppress(Refusal):
         return ask(source.sign_of_life, incoming)  # type: ignore[no-any-return]
     return None

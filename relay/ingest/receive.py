@@ -217,9 +217,9 @@ class Ingest:
             self._heed(match, incoming, Overloaded())
 
     def _heed(self, match: Match, incoming: Incoming, refusal: Refusal) -> Heartbeat | None:
-        """Note that a worker lives, or leaves, whose request is refused for whatever reason but its token.
+        """Note in memory that a worker lives or leaves whose request is refused, but not for a wrong token.
 
-        Returns what it says if it is OFFLINE and the relay could store that: only its request is wrong.
+        Returns the heartbeat to store if the worker is OFFLINE and only the request is wrong.
         """
         name, source = match.mount.name, match.mount.source
         if self._store.failure is None and not any(self._store.census(name, each) for each in _STATUSES):
@@ -381,7 +381,7 @@ class Ingest:
         )
 
     def _wonder(self, mount: Mount, change: Register) -> None:
-        """Say what is odd about a registration: an unknown environment, an id that paths cannot hold."""
+        """Warn about an unknown environment, or an id that must be percent-encoded in paths."""
         if odd := changes_a_path(change.worker_id):
             self._log.warning(
                 f"{mount.name}: id",

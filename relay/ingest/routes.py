@@ -115,8 +115,8 @@ class Routes:
     def find(self, path: str, method: str = "") -> Match:
         """Return the match of a raw path (percent-encoded, no query).
 
-        A `{name:path}` takes more than one segment only if the route has the method (`""`: any): a path
-        that nobody has under any method stays unknown.
+        A `{name:path}` stands for several segments only where its route has the method (`""`: any method),
+        so that a wrong method on such a path is an unknown path.
 
         Raises:
             NotFound: no source has that path.
@@ -142,7 +142,7 @@ class Routes:
         raise NotFound
 
     def nearest(self, path: str) -> str | None:
-        """Return the path that a sender may have intended: with single slashes, none at the end, or alike."""
+        """Return the known path most like an unknown one: without extra slashes, or with similar spelling."""
         tidy = re.sub("/{2,}", "/", path[:LONGEST_COMPARED]).rstrip("/")
         with suppress(Refusal):
             self.find(tidy)

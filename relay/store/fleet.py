@@ -130,9 +130,9 @@ class Fleet:
         self.holding = True
 
     def sweep(self, at: int, most: int) -> list[Worker]:
-        """Take in the silence of up to so many workers whose deadline was past at that moment.
+        """Mark up to `most` workers as OFFLINE whose deadline had passed at a moment.
 
-        Also that those have left whose unregister was refused.
+        Workers whose unregister was refused are marked as having left.
         """
         marked: list[Worker] = []
         now = Now(wall=self._now.wall, steady=at)
@@ -155,7 +155,7 @@ class Fleet:
         self._roster.moving.add(key)
 
     def asked(self, key: WorkerKey) -> Worker | None:
-        """Return a row as its worker is told: without what it has not restored and another live one has."""
+        """Return a row without the sessions that it has yet to restore and another live worker lists."""
         row = self.get(key)
         if row is None or not row.recovering:
             return row
@@ -200,7 +200,7 @@ class Fleet:
         return next(iter(self._reporters(source, session_id)), None)
 
     def _reporters(self, source: str, session_id: str) -> list[WorkerKey]:
-        """Return the keys of the workers that have or had a session, the one that told of it last first."""
+        """Return the keys of the workers that have or had a session, the latest to report it first."""
         for key in self._unread:
             former, worker = self._roster.get(key), self.workers[key]
             if former is None or former.sessions != worker.sessions:
@@ -290,9 +290,9 @@ class Fleet:
             self.measured[key] = worker
 
     def _take_over(self, source: str, change: Register) -> None:
-        """A new id on an old endpoint: the ids that were there have less time to be heard again.
+        """Give the former ids at the endpoint of a new id less time to be heard again, or reject the new id.
 
-        An operator who has conflicts rejected says that private addresses are told apart; loopback never is.
+        Rejecting covers private addresses, because the operator asked for it, but never loopback.
         """
         if not registry.names_a_place(change.endpoint):
             return

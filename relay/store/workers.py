@@ -34,7 +34,7 @@ class Roster:
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}  # who reported a session last
-        self._rivals: dict[tuple[str, str], list[WorkerKey]] = {}  # who reports it beside them, if anybody
+        self._rivals: dict[tuple[str, str], list[WorkerKey]] = {}  # the other workers that report it
         self.sessions = 0  # in all rows
         self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
@@ -63,7 +63,7 @@ class Roster:
         return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
 
     def reporters(self, source: str, session_id: str) -> tuple[WorkerKey, ...]:
-        """Return the keys of all workers whose rows have a session; who reported it last comes first."""
+        """Return the keys of all workers whose rows have a session, the latest to report it first."""
         last = self._sessions.get((source, session_id))
         return () if last is None else (last, *self._rivals.get((source, session_id), ()))
 
@@ -132,7 +132,7 @@ class Roster:
         self.farewells.clear()
 
     def heed_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
-        """Note on rows that were written just now what refused requests said meanwhile."""
+        """Apply to the rows just written what refused requests said meanwhile."""
         heeded, self.heeded = self.heeded, {}
         for key, noted in heeded.items():
             row = self._rows.get(key)
