@@ -244,4 +244,4 @@ REASONS = (
 """Every `reason` a refusal may carry: the label values of `relay_events_rejected_total`."""
 
 UNROUTABLE = ("path", "method", "malformed", "too_many")
-"""Why a request reached no source: the label values of `relay_requests_unroutable_total`."""
+"""Why a request matched no route: the label values of `relay_requests_unroutable_total`."""

@@ -81,7 +81,7 @@ class Metrics:
         )
         self.unroutable = counter(
             "relay_requests_unroutable",
-            "Requests that reached no source, by reason.",
+            "Requests that match no route, by reason.",
             ("reason",),
         )
         for reason in UNROUTABLE:

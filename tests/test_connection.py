@@ -1031,3 +1031,20 @@ async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path):
     told = [json.loads(line) for line in daemon.lines]
     assert any("The body was cut short" in line["message"] for line in told)
     assert [line for line in told if line["level"] == "error" or "exception" in line] == []
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_handler_that_exits_costs_its_own_request_only(site, waits):
+    async def leave(_request):
+        if waits:
+            await asyncio.sleep(0)
+        raise SystemExit(3)
+
+    site.server._handle = leave
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/"))
+        assert (await wire.answer()).status == 500
+    site.server._handle = site.handle
+    async with await Wire.open(site.url) as wire:
+        await wire.send(request("GET", "/"))
+        assert (await wire.answer()).status == 200

@@ -264,6 +264,18 @@ async def test_a_request_that_reaches_no_source_is_counted_and_logged(tmp_path, 
     assert record.fields == {"reason": reason, "remote": "127.0.0.1"}
 
 
+@pytest.mark.parametrize("path", ["/v1/events/", "/v1//events", "/v1/event", "/internal/event/notify/"])
+async def test_a_wrong_path_below_a_source_s_own_is_counted_as_unroutable_and_refused_by_it(tmp_path, path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        answer = await relay.exchange(request("POST", path, adorn()))
+        await relay.exchange(request("PUT", "/v1/events", adorn()))  # has a route
+        source = "moddy" if "internal" in path else "adorn"
+        refused = relay.counted("relay_events_rejected_total", source=source, reason="not_found")
+        unroutable = relay.counted("relay_requests_unroutable_total", reason="path")
+    assert answer.status == 404
+    assert (refused, unroutable) == (1, 1)
+
+
 async def test_a_sender_beyond_the_cap_of_connections_is_counted(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.ingest.unroutable("too_many", "203.0.113.9", "4096 connections are open")

@@ -317,7 +317,7 @@ class Connection(asyncio.Protocol):
         try:
             response = await self._owner.answer(request)
             return response, response.encode(request)
-        except Exception:
+        except (Exception, SystemExit):  # a plugin's; out of a task, the latter would end the loop
             log.exception("a request could not be answered")
             if response is not None:
                 response.tell(heard=False)

@@ -142,6 +142,8 @@ class Ingest:
             mount = mount or self._routes.owner(path)
             if mount is None:
                 return self._outside(request, path, refusal)
+            if isinstance(refusal, NotFound) and match is None:
+                self._metrics.unroutable.labels("path").inc()
             incoming.path = path.removeprefix(mount.config.prefix)
             if match is not None and not isinstance(refusal, Unauthenticated | Forbidden):
                 beat = self._heed(match, incoming, refusal)
