@@ -6,6 +6,7 @@ import os
 import sqlite3
 import time
 from contextlib import closing
+from unittest.mock import patch
 
 import pytest
 from daemon import SOURCES, Daemon, adorn, destination, running, write_config
@@ -336,6 +337,21 @@ async def test_a_locked_database_fails_nobodys_work_for_good(tmp_path, recorder)
             other.execute("ROLLBACK")
         ids.add(await until_accepted(relay.addresses.public))
         await until(lambda: set(recorder.ids) == ids)
+
+
+async def test_outcomes_that_wait_for_the_store_fill_no_log(tmp_path, recorder, caplog):
+    config = write_config(tmp_path, SOURCES, destination("crm", recorder.url, "concurrency = 10"))
+    async with running(config) as relay:
+        recorder.open.clear()
+        ids = {await accepted(relay.addresses.public) for _ in range(10)}
+        await until(lambda: recorder.busy == 10)
+        store = relay.app.store
+        with patch.object(store, "settle", side_effect=StorageError("database is locked")) as settle:
+            recorder.open.set()
+            await until(lambda: settle.call_count > 30)
+            assert caplog.text.count("wait for the store: database is locked") == 1
+        await until(lambda: not store.owed())
+    assert sorted(recorder.ids) == sorted(ids)  # nothing was sent twice
 
 
 async def test_the_floor_counts_the_bytes_that_are_about_to_be_written(tmp_path):

@@ -76,6 +76,7 @@ class Lane:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
+        self._outcomes_wait = False  # for a store that cannot be written; the log has it
         self._stopping = False
         self._left = False  # the config has no such destination any more
 
@@ -373,11 +374,16 @@ class Lane:
     async def _patiently(self, outcome: Outcome) -> bool:
         while True:
             try:
-                return await self._store.settle(outcome)
+                settled = await self._store.settle(outcome)
             except StorageError as error:
-                told = ids(outcome.delivery)
-                log.warning("%s: an outcome waits for the store: %s", self.name, error.message, extra=told)
+                if not self._outcomes_wait:  # once, however many there are and however long it lasts
+                    self._outcomes_wait = True
+                    told = ids(outcome.delivery)
+                    log.warning("%s: outcomes wait for the store: %s", self.name, error.message, extra=told)
                 await asyncio.sleep(STORAGE_PAUSE)
+            else:
+                self._outcomes_wait = False
+                return settled
 
     # --- the store ---
 

@@ -1,5 +1,6 @@
 """What could be wrong with a database and where it lies; the file is only read, a daemon may be using it."""
 
+import errno
 import hashlib
 import os
 import shlex
@@ -168,7 +169,9 @@ def fsync(patient: Patient) -> Check:
                 os.fsync(file)
                 taken.append(time.perf_counter() - began)
     except OSError as error:
-        return _ill("fsync", f"{probe}: {error.strerror}", "run it as the user of the relay")
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room on the disk" if no_room else "run it as the user of the relay"
+        return _ill("fsync", f"{probe}: {error.strerror}", hint)
     finally:
         with suppress(OSError):  # where it could not be opened, that is what is told
             probe.unlink(missing_ok=True)
