@@ -31,9 +31,9 @@ _BYTES = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _DIGITS = 9  # of a rate's numbers
-_DURATION = re.compile(r"(?:\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|min|s|m|h|d|w))", re.ASCII)
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)\s*", re.ASCII | re.IGNORECASE)
-_RATE = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]*)\s*(s|m|min|h)\s*", re.ASCII)
+_DURATION = re.compile(r" *([0-9]+(?:\.[0-9]+)?) *(ms|min|s|m|h|d|w)", re.ASCII)
+_SIZE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) *([KMGT]i?B|B) *", re.ASCII | re.IGNORECASE)
+_RATE = re.compile(r" *([0-9]+) */ *([0-9]*) *(s|m|min|h) *", re.ASCII)
 
 
 def parse_duration(text: str) -> float:
@@ -49,7 +49,7 @@ def parse_duration(text: str) -> float:
     while match := _DURATION.match(text, end):
         total += float(match[1]) * _SECONDS[match[2]]
         end = match.end()
-    if end == 0 or text[end:].strip():
+    if end == 0 or text[end:].strip(" "):
         raise ValueError('expected a duration such as "90s", "5m" or "14d"')
     if total > CENTURY:
         raise ValueError("longer than 100 years")

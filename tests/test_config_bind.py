@@ -115,6 +115,7 @@ def test_paths_are_relative_to_the_config_file(tmp_path):
         (f"share = 1{'0' * 400}", "1: share: expected a number, got 1000"),
         ("word = 1979-05-27", "1: word: expected a string, got 1979-05-27"),
         ("place = ''", '1: place: expected a path, got ""'),
+        ('place = "a\\n"', '1: place: expected a path, got "a\\n"'),
         ("mode = 'ful'", '1: mode: expected "full" or "normal", got "ful"'),
         ("level = true", "1: level: expected 1 or 2, got true"),
         ("names = 'a'", "1: names: expected a list, got a string"),

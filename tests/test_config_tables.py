@@ -117,6 +117,8 @@ def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
         ("[server]\nmax_body = '0 B'", "2: server.max_body: must be more than 0"),
         ("[server]\nlisten = ''", '2: server.listen: expected "host:port"'),
         ("[server]\ntrusted_proxies = ['x']", "2: server.trusted_proxies[0]: expected an address"),
+        ('[admin]\nsocket = "a\\n"', "2: admin.socket: a name of a file may not hold control characters"),
+        ('[backup]\ndir = "a\\n"', "2: backup.dir: a name of a file may not hold control characters"),
         ("[storage]\nurl = 'pg:x'", '2: storage.url: expected "sqlite:"'),
         ("[workers]\noffline_after = '0s'", "2: workers.offline_after: must be more than 0"),
         ("destinations = 5", "1: destinations: expected tables such as [destinations.NAME], got 5"),

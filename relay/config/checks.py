@@ -87,6 +87,13 @@ def network(text: str) -> str:
     return text
 
 
+def file_name(text: str) -> str:
+    """Check the name of a file or folder."""
+    if not text.isprintable():
+        raise ValueError("a name of a file may not hold control characters")
+    return text
+
+
 def storage(text: str) -> str:
     """Check where events live."""
     if not text.removeprefix("sqlite:") or not text.startswith("sqlite:") or not text.isprintable():

@@ -41,7 +41,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """`[admin]`: metrics, health and the JSON API."""
 
     listen: Annotated[str, _check(checks.listen_or_off)] = "127.0.0.1:8081"
-    socket: Annotated[str, msgspec.Meta(min_length=1)] = "relay.sock"
+    socket: Annotated[str, msgspec.Meta(min_length=1), _check(checks.file_name)] = "relay.sock"
     tokens: tuple[Secret, ...] = ()
 
 
@@ -69,7 +69,7 @@ class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     every: Interval | None = None
     keep: Annotated[int, msgspec.Meta(ge=1)] = 7
-    dir: Annotated[str, msgspec.Meta(min_length=1)] = "backups"
+    dir: Annotated[str, msgspec.Meta(min_length=1), _check(checks.file_name)] = "backups"
 
 
 class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):

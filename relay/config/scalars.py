@@ -13,6 +13,7 @@ from relay.units import Rate, parse_duration, parse_rate, parse_size
 
 T = TypeVar("T")
 _LARGEST = 2**63 - 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def _of(kind: type, value: Any, wanted: str) -> Any:
@@ -43,7 +44,7 @@ def _str(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or _CONTROL.search(value):
         raise ValueError(f"expected a path, got {shown(value)}")
     return Path(value)
 
