@@ -20,6 +20,7 @@ _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _PORTS = range(65_536)
 _FAILURES = range(300, 600)  # HTTP statuses
 _GONE = 410
+_USUAL_PORTS = {"http": ":80", "https": ":443"}
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
 LARGEST_BODY = 256 * 2**20
 """The most that `max_body` can be, in bytes."""
@@ -138,10 +139,18 @@ def proxy(value: Secret) -> Secret:
 
 
 def web_origin(text: str) -> str:
-    """Check an origin as browsers send it, or `*`."""
+    """Check an origin as browsers send it, or `*`: it is compared to the letter (RFC 6454, 6.2)."""
     parts = urlsplit(text)
     if text != "*" and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
         raise ValueError('expected an origin such as "https://shop.example", or "*"')
+    if text != "*" and "*" in text:
+        raise ValueError('list each origin; "*" stands for all of them, and not for a part of one')
+    if not text.isascii():
+        raise ValueError("write the host as browsers send it, in its xn-- form")
+    usual = _USUAL_PORTS.get(parts.scheme.lower(), "")
+    sent = text.lower().removesuffix(usual)
+    if text != sent:
+        raise ValueError(f'browsers send this origin as "{sent}"')
     return text
 
 
