@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from commands import run
-from daemon import PLUGINS, SOURCES, Recorder, adorn, destination, running, write_config
+from daemon import PLUGINS, SERVE, SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import request
 
@@ -118,6 +120,23 @@ async def test_a_relay_that_is_not_ready_says_so(tmp_path):
         relay.app.health.watch(lambda: "something is the matter")
         online, _ = await examined(relay, config)
         assert online["ready"]["detail"] == "something is the matter"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_path, make):
+    config = write_config(tmp_path, SOURCES)
+    (tmp_path / "state").mkdir()
+    make(tmp_path / "state" / "relay.db")
+    async with asyncio.timeout(20):
+        done = await asyncio.create_subprocess_exec(
+            *SERVE[:-1], "doctor", "--offline", "-c", str(config),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        said, _ = await done.communicate()
+    assert done.returncode == 1
+    assert b"open\tWRONG" in said
+    assert b"Traceback" not in said
+    assert b"unexpected error" not in said
 
 
 def test_a_destination_that_only_fails_is_found_after_ten_minutes():

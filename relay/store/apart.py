@@ -21,7 +21,12 @@ def read_only(path: Path) -> str:
 
     Without a log everything stands in the file itself, and opening it as immutable spares SQLite the
     shared memory file, which would belong to whoever typed the command.
+
+    Raises:
+        sqlite3.OperationalError: it is a pipe, on which opening would wait for ever, or no file at all.
     """
+    if path.exists() and not path.is_file():
+        raise sqlite3.OperationalError(f"{path} is not a file")
     mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
     return f"{path.absolute().as_uri()}?{mode}"
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sqlite3
+import stat
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -134,6 +135,8 @@ def permissions(patient: Patient) -> Check:
             return _ill("permissions", f"there is no {path}", "see [storage] url and state_dir")
         except OSError as error:
             return _ill("permissions", f"{path}: {error.strerror}", "see [storage] url and state_dir")
+        if not stat.S_ISREG(status.st_mode):
+            return _ill("permissions", f"{path} is not a file", f"move it away: {path}")
         if status.st_mode & 0o077:
             mode = f"{path} has mode {status.st_mode & 0o777:04o}"
             return _ill("permissions", mode, f"chmod 600 {path}")

@@ -35,9 +35,8 @@ async def reading(path: Path) -> AsyncIterator[Reading]:
     Raises:
         StorageError: there is none, or it is of another version.
     """
-    address = _address(path)
     try:
-        async with aiosqlite.connect(address, uri=True) as reader:
+        async with aiosqlite.connect(_address(path), uri=True) as reader:
             [(version,)] = await reader.execute_fetchall("PRAGMA user_version")
             if version != len(MIGRATIONS):
                 raise StorageError(
