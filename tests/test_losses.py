@@ -220,6 +220,22 @@ async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
     assert set(events_in(copy)) == set(acknowledged)
 
 
+async def test_a_stop_waits_for_no_copy_of_a_deleted_file_that_is_damaged_as_well(tmp_path):
+    database = tmp_path / "state" / "relay.db"
+    async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
+        for _ in range(60):  # more than a connection keeps in memory
+            await exchange(daemon.url, request("POST", "/v1/events", adorn(note="x" * 100_000)))
+        await until(lambda: log_of(database).stat().st_size == 0)
+        with database.open("r+b") as file:
+            for page in range(2, database.stat().st_size // 4096):
+                file.seek(page * 4096)
+                file.write(b"\xff" * 64)
+        database.unlink()
+        assert await daemon.stop() == 0
+    assert "stopped; the database has no sound copy" in daemon.said
+    assert not rescues_of(database)
+
+
 @pytest.mark.parametrize(
     "what", ["cut off", "cut in half", "overwritten by an older one", "overwritten by noise", "its log"]
 )

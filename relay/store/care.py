@@ -26,7 +26,7 @@ from relay.store.files import Files
 from relay.store.mark import HIGHEST_SQL, Mark, mark_in, write_mark
 from relay.store.rescue import rescue, restoring
 from relay.store.wal import log_of
-from relay.store.writer import Writer
+from relay.store.writer import DAMAGED, Writer
 from relay.units import render_size
 
 log = logging.getLogger("relay.store")
@@ -39,6 +39,12 @@ RESCUE_EVERY = 10.0  # seconds between tries to make a copy
 RESCUE_EVERY_STOPPING = 1.0  # likewise, when the relay only waits for it to end
 FOR_A_COPY = 2**63 - 1
 """Free bytes below which the reserve is given up for a copy: always."""
+
+
+def _tells_of_damage(error: StorageError) -> bool:
+    """Say whether a copy failed because of what was copied: SQLite found that, or the check of the copy."""
+    cause = error.__cause__
+    return cause is None or getattr(cause, "sqlite_errorcode", 0) & 0xFF in DAMAGED
 
 
 class Caretaker:
@@ -138,7 +144,7 @@ class Caretaker:
             self._moved = True
             self._halt(moved)
         elif moved is None and self._moved:
-            self._moved = False
+            self._moved = self._given_up = False
             self._writer.resume()
             log.warning("%s is back in its place: senders are accepted again", self._path)
             self._drop_copies()
@@ -172,7 +178,8 @@ class Caretaker:
             lacks_room = isinstance(error, StorageUnavailableError)
             if lacks_room and self._disk.throw_off(FOR_A_COPY):
                 return await self._rescue()
-            self._given_up = not (lacks_room or self._moved)  # damage does not get better by waiting
+            # Damage does not get better by waiting.
+            self._given_up = _tells_of_damage(error) or not (lacks_room or self._moved)
             log.critical("no rescue copy: %s%s", in_one_line(error), self._advice())
             return False
         self._copies.append(Path(done.path))
