@@ -161,6 +161,16 @@ def under_systemd() -> bool:
     return "JOURNAL_STREAM" in os.environ
 
 
+def is_read(stream: TextIO) -> bool:
+    """Return whether a stream can take a line within a moment; one that is no file can."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return bool(poll.poll(FLUSH * 1000))
+    except (OSError, ValueError):
+        return True
+
+
 class Lines(logging.StreamHandler[TextIO]):
     """Writes lines to a stream; one that nobody reads (a stopped `less`, a hung journal) holds up nothing.
 

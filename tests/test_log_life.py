@@ -1,6 +1,7 @@
 """An event's life in the log of the daemon that ships: refused, accepted, tried, delivered, linked by ids."""
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import sys
 
 import pytest
-from daemon import SOURCES, Daemon, adorn, destination, running, write_config
+from daemon import SERVE, SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
@@ -191,3 +192,31 @@ async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_pat
             process.kill()
             await process.wait()
         os.close(reader)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_a_daemon_that_has_to_end_does_so_although_nobody_reads_its_log(tmp_path, is_read):
+    (tmp_path / "state" / "relay.db").mkdir(parents=True)
+    config = write_config(tmp_path, SOURCES)
+    reader, writer = os.pipe()
+    if not is_read:
+        os.set_blocking(writer, False)
+        for size in (4096, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, bytes(size))
+        os.set_blocking(writer, True)
+    process = await asyncio.create_subprocess_exec(
+        *SERVE, "-c", str(config), stdin=asyncio.subprocess.DEVNULL, stderr=writer
+    )
+    os.close(writer)
+    try:
+        async with asyncio.timeout(20):
+            assert await process.wait() == 1
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        said = os.read(reader, 65_536)
+        os.close(reader)
+    assert (b"relay.db" in said) == is_read

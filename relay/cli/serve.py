@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from relay.cli.exits import CONFIG, CommandError
+from relay.cli.exits import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
 from relay.config.bind import Binder
 from relay.config.document import read
@@ -57,7 +58,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
     from relay.hold import Hold  # noqa: PLC0415 - see above
     from relay.loader import load  # noqa: PLC0415 - see above
-    from relay.logs import configure, under_systemd  # noqa: PLC0415 - see above
+    from relay.logs import configure, is_read, under_systemd  # noqa: PLC0415 - see above
 
     try:
         path = find_config(config)
@@ -78,7 +79,12 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         setup = held
     log = setup.config.log
     configure(log.level, log.format, under_systemd=under_systemd())
-    _run(lambda: run_app(setup))
+    try:
+        _run(lambda: run_app(setup))
+    except RelayError as error:
+        if not is_read(sys.stderr):  # to wait for a reader would keep systemd from starting it anew
+            ctx.exit(code_of(error))
+        raise
 
 
 def _load_again(path: Path) -> "Setup":
