@@ -70,7 +70,10 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
             decoder = _decoders[type_] = msgspec.json.Decoder(type_)
         try:
             self.body.decode()  # msgspec does not look inside Raw and unknown fields
-            value = decode(decoder, self.body)
+            try:
+                value = decoder.decode(self.body)
+            except msgspec.DecodeError:
+                value = decode(decoder, self.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if loose:
                 with suppress(ValueError, RecursionError):

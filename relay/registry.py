@@ -110,7 +110,8 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     if isinstance(change, SessionSeen):
         return _see(row, change, now)
     base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
-    if row is not None and isinstance(change, Heartbeat) and _has_just_left(row, now):
+    has_left = row is not None and (row.unregistered_at is not None or row.leaving is not None)
+    if has_left and row is not None and isinstance(change, Heartbeat) and _has_just_left(row, now):
         return Step(worker=row, quiet=True)
     if row is not None and row.unregistered_at is not None:
         base = Worker(source=source, id=row.id, registered_at=now.wall, maintenance=row.maintenance)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.response import Response
@@ -14,6 +16,7 @@ from relay.source import Accepted, Reply
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # RFC 9110, 5.5, and no UTF-8
+_encode = msgspec.json.Encoder().encode
 BROWSER_HEADERS = (
     "authorization",
     "content-type",
@@ -60,7 +63,12 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
             reply = reply(receipt)
         if isinstance(reply, Reply):
             return render(reply)
-        return Response(200, reply if isinstance(reply, bytes) else encode(reply))
+        if not isinstance(reply, bytes):
+            try:
+                reply = _encode(reply)
+            except UnicodeEncodeError:
+                reply = encode(reply)  # which shows lone surrogates
+        return Response(200, reply)
     except BaseException as error:
         raise PluginFailed from error
 

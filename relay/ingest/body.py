@@ -124,21 +124,6 @@ class Hold:
         self.size = total
         budget.used += size
 
-    def take_whole(self, size: int) -> None:
-        """Reserve bytes for a body that came with its head; a small one is asked for nothing else.
-
-        Raises:
-            Overloaded: there are not that many left.
-        """
-        budget = self._budget
-        if size > SMALL:
-            self.take(size)
-        elif budget.used + size > budget.limit:
-            raise Overloaded
-        else:
-            self.size = size
-            budget.used += size
-
     def release(self) -> None:
         """Return all of it."""
         self._budget.used -= self.size
@@ -153,6 +138,28 @@ class Patience(msgspec.Struct, frozen=True):
 
     seconds: float  # for the first byte, and for all where `rate` is 0
     rate: int = 0  # bytes that have arrived and are worth one more second
+
+
+def read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
+    """Return a small body that came with its head, as almost all do; None: `read_body` has to read it.
+
+    Its length is taken from the budget, and the caller's to give back. Nothing else is asked of it.
+
+    Raises:
+        UnsupportedEncoding, TooLarge, Overloaded: as `read_body`.
+    """
+    content, headers = request.content, request.headers
+    if "Content-Encoding" in headers or not content.is_eof() or content.total_bytes > SMALL:
+        return None
+    if content.exception() is not None:
+        return None
+    body: bytes = content.read_nowait()
+    if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
+        raise TooLarge
+    if budget.used + len(body) > budget.limit:
+        raise Overloaded
+    budget.used += len(body)
+    return body
 
 
 async def read_body(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
@@ -173,7 +180,7 @@ async def read_body(request: Request, limit: int, patience: Patience, hold: Hold
         body = content.read_nowait()
         if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
             raise TooLarge
-        hold.take_whole(len(body))
+        hold.take(len(body))
         return body
     if request.content_length > limit:
         raise TooLarge

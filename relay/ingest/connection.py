@@ -151,7 +151,12 @@ class Connection(asyncio.Protocol):
         """Parse, unless the request before has not been answered yet; read away what comes after the end."""
         if self._is_over:
             return
-        if not self._behind and self._may_parse and (len(data) <= SLICE or len(data) <= self._missing):
+        request = self._request
+        if (
+            not self._behind
+            and (request is None or not request.content.is_eof())  # as `_may_parse`, which is a call more
+            and (len(data) <= SLICE or len(data) <= self._missing)
+        ):
             self._parse(data, at_once=True)
         else:
             self._behind += data
@@ -335,7 +340,8 @@ class Connection(asyncio.Protocol):
                     await self._unread
                 was_there = await self._is_heard() if request.is_half_closed else not request.is_gone
         finally:  # cancelled, too
-            response.tell(heard=was_there)
+            if response.told is not None:
+                response.tell(heard=was_there)
         return was_there
 
     async def _is_heard(self) -> bool:
@@ -377,7 +383,8 @@ class Connection(asyncio.Protocol):
         cast("HttpRequestParser", self._parser).message_consumed()
         self._is_catching_up = True
         self._parse(b"")  # what the parser has already
-        self._go_on()
+        if self._behind:
+            self._go_on()
         self._is_catching_up = False
         if self._is_half_closed and self._request is None:
             self._hang_up()

@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 
@@ -40,7 +40,7 @@ from relay.ingest.answers import (
     preflight,
     refuse,
 )
-from relay.ingest.body import Budget, Patience, read_body
+from relay.ingest.body import Budget, Hold, Patience, read_body, read_whole
 from relay.ingest.echoes import Echoes, fingerprint
 from relay.ingest.gate import Gate, said_by
 from relay.ingest.record import record
@@ -60,7 +60,7 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.registry import ENVIRONMENTS, changes_a_path
-from relay.source import Accepted, Event, Reply, Source, check_length
+from relay.source import LONGEST_ID, Accepted, Event, Reply, Source, check_length
 from relay.store import Acceptance, Store
 from relay.terminal import printable
 
@@ -188,21 +188,30 @@ class Ingest:
             if incoming.method == "OPTIONS" and mount.config.cors_origins:
                 return preflight(match.handlers)
             raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
-        check_origin(mount, incoming)
+        if mount.is_open:
+            check_origin(mount, incoming)
         late = self.gate.draining  # a body that began before the drain may still end
         incoming.params = match.params
         source = mount.source
         if not source.verify_reads_body:
             ask(source.verify, incoming)  # so that a stranger's body takes no memory
-        hold = self._budget.hold(lambda: self._who(request, source))
+        budget, hold = self._budget, None
+        body = read_whole(request, mount.config.max_body, budget)
+        if body is None:
+            hold = budget.hold(lambda: self._who(request, source))
         try:
-            incoming.body = await read_body(request, mount.config.max_body, self.patience, hold)
+            if body is None:
+                body = await read_body(request, mount.config.max_body, self.patience, cast("Hold", hold))
+            incoming.body = body
             if source.verify_reads_body:
                 ask(source.verify, incoming)
             self.gate.check(mount, incoming, late=late)
             return await self._accept(request, mount, handler, incoming, began)
         finally:
-            hold.release()
+            if hold is not None:
+                hold.release()
+            elif body is not None:
+                budget.used -= len(body)
 
     def _who(self, request: Request, source: Source) -> tuple[str, bool]:
         """Return the sender's address, and whether it has been verified before its body is read."""
@@ -274,7 +283,7 @@ class Ingest:
             key=key,
             path=mount.config.prefix + incoming.path,
             rejects_conflict=mount.config.key_conflict == "reject",
-            change=_change(accepted),
+            change=accepted.worker,
             asks=accepted.asks,
         )
         told = None
@@ -347,6 +356,9 @@ class Ingest:
         return receipt, lambda heard: echoes.end(mark, entry, receipt, gone=not heard)
 
     async def _append(self, acceptance: Acceptance) -> Receipt:
+        change = acceptance.change
+        if change is not None and len(change.worker_id) > LONGEST_ID:
+            check_length(change.worker_id, "worker_id")
         try:
             return await self._store.append(acceptance)
         except StorageUnavailableError as error:
@@ -481,17 +493,6 @@ class _Meter:
         self.key_conflicts = metrics.key_conflicts.labels(source)
         self.heartbeats = metrics.heartbeats.labels(source)
         self.seconds = metrics.ingest.labels(source)
-
-
-def _change(accepted: Accepted) -> WorkerChange | None:
-    """Return what a handler asks for a worker, whose id has the bound of all ids.
-
-    Raises:
-        Invalid: it is longer.
-    """
-    if accepted.worker is not None:
-        check_length(accepted.worker.worker_id, "worker_id")
-    return accepted.worker
 
 
 def _key(event: Event, incoming: Incoming) -> str | None:

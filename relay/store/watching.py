@@ -49,7 +49,7 @@ class Watching:
         step = apply(self._roster.get(key), change, key[0], self._now(), self.rules(*key))
         if not step.quiet or step.worker is None:
             return None
-        self._roster.put(self._roster.fit(step.worker))
+        self._roster.put(self._roster.fit(step.worker) if step.worker.sessions else step.worker)
         self._roster.dirty.add(key)
         return Receipt(worker=step.worker)
 
