@@ -28,7 +28,11 @@ def bind_tables(binder: Binder) -> Config:
     )
     good: dict[str, Any] = {key: value for key, value in values.items() if value is not WRONG}
     good.setdefault("state_dir", document.path.parent)
-    return Config(**good, destinations=_destinations(binder))
+    config = Config(**good, destinations=_destinations(binder))
+    if config.admin.listen == config.server.listen and not config.admin.listen.endswith(":0"):
+        text = "the same address as [server] listen; give it another port"
+        binder.report(("admin", "listen"), text)
+    return config
 
 
 def named_tables(binder: Binder, key: str) -> dict[str, dict[str, Any]]:
