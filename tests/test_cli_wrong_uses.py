@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,12 @@ said = [CliRunner().invoke(main, words) for words in commands]
 print(json.dumps([(each.exit_code, each.stderr) for each in said]))
 """
 ROOT = os.geteuid() == 0
+SHARED = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents)
+"""Whether other users may enter the checkout: one that root becomes has to read the program there."""
+
+AS_OTHERS = pytest.mark.skipif(
+    not (ROOT and SHARED), reason="needs root, and a checkout that other users may enter"
+)
 
 
 def keep(file):
@@ -144,6 +151,7 @@ def test_who_may_not_use_the_socket_is_told_so_with_5(filled, open_folder):
             )
 
 
+@pytest.mark.skipif(ROOT and not SHARED, reason="needs a checkout that other users may enter")
 def test_who_may_not_read_a_file_of_the_relay_is_told_so_with_5(open_folder):
     config, token, database = (open_folder / name for name in ("config.toml", "token", "relay.db"))
     readable = open_folder / "readable.toml"

@@ -11,7 +11,7 @@ import pytest
 from commands import run
 from daemon import SERVE, SOURCES, Daemon, adorn, write_config
 from support import until
-from test_cli_wrong_uses import NOBODY, ROOT
+from test_cli_wrong_uses import AS_OTHERS, NOBODY
 from test_systemd import Manager
 from wire import exchange, request
 
@@ -45,7 +45,7 @@ async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_told(tmp
     assert str(config) in daemon.said or "/nowhere" in daemon.said
 
 
-@pytest.mark.skipif(not ROOT, reason="who is not root cannot become nobody")
+@AS_OTHERS
 async def test_a_config_that_the_service_s_user_may_not_read_is_78(tmp_path):
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.toml").chmod(0o600)
