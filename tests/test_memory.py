@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from daemon import PLUGINS, SOURCES, adorn, destination, running, write_config
 from support import until
+from torture.memory import MOST, VARIANTS, torture
 from wire import Wire, request
 
 from relay.store.statements import MOST_BYTES, ROWS, insert
@@ -163,3 +164,11 @@ def test_cached_statements_keep_few_bytes_bound(size):
     assert transaction.rows == rows
     assert max(transaction.bound.values()) <= max(size, MOST_BYTES)
     assert sum(transaction.bound.values()) <= ROWS * MOST_BYTES + size
+
+
+async def test_large_bodies_leave_the_memory_of_the_daemon(tmp_path):
+    assert await torture(tmp_path, 800) <= MOST
+
+
+async def test_a_relay_that_keeps_bodies_is_found_out(tmp_path):
+    assert await torture(tmp_path, 800, VARIANTS["keeps-bodies"]) > MOST

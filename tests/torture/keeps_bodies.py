@@ -1,0 +1,17 @@
+"""A relay that keeps large bodies: batches in reference cycles, statements that bind any number of them."""
+
+from relay.cli import main
+from relay.store import statements
+from relay.store.batch import Batch
+
+statements.MOST_BYTES = 2**40
+honest = Batch.__init__
+
+
+def keeping(self, **given):
+    honest(self, **given)
+    self.me = self.bear
+
+
+Batch.__init__ = keeping
+main()
