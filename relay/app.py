@@ -183,6 +183,9 @@ class App:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
             await self._check_disk()
+            await self.books.check()
+            self.lag.start()
+            life.callback(self.lag.stop)
             server = Server(
                 self.ingest.handle,
                 max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
@@ -193,9 +196,6 @@ class App:
             await server.listen(public)
             life.push_async_callback(self._close, server)
 
-            await self.books.check()
-            self.lag.start()
-            life.callback(self.lag.stop)
             self.health.phase = None
             announce()
             self.reloads.open()
