@@ -84,7 +84,8 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
         """Answer with an `error` that always has `code`, `message` and `details`.
 
-        The document knows one code for 400, `validation_error`, so a body that is no JSON has it too.
+        The contract has one code for 400, `validation_error`, so a body that is not JSON has it too
+        (docs/contracts/compozy.md#answers).
         """
         _ = incoming
         code, message, details = refusal.code, refusal.message, {}
@@ -100,7 +101,7 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
 
 
 def _reply(receipt: Receipt) -> Reply:
-    """Answer with the document's keys and those that its SDK samples read, under `data`."""
+    """Answer with the documented keys and, under `data`, those that the SDK samples read."""
     event_id, message = receipt.event_id.removeprefix("evt_"), "Event received and queued for processing"
     body = {
         "success": True,

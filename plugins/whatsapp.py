@@ -70,7 +70,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 
 def served(method: str, path: str) -> Callable[[H], H]:
-    """Mark a handler below both bases: `/api/v1` of the document and `/api` of the latest workers."""
+    """Mark a handler below both bases, `/api/v1` and `/api` (docs/contracts/whatsapp.md#generations)."""
 
     def mark(handler: H) -> H:
         return route(method, f"/api/v1{path}")(route(method, f"/api{path}")(handler))

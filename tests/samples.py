@@ -41,7 +41,7 @@ class ExpectedEvent(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Expect(msgspec.Struct, forbid_unknown_fields=True):
-    why: str  # the section of the document, or the row of in-the-wild.md, that the case pins
+    why: str  # the section of docs/contracts that the case tests, and what of it
     status: int
     body: Any
     event: ExpectedEvent | None

@@ -213,7 +213,7 @@ async def with_store_raising(relay, raw, error):
 
 
 MODDY = {"auth": 403}
-"""Where its contract has another status for a reason than the others."""
+"""Statuses that differ from the other sources: docs/contracts/moddy.md#authentication."""
 
 
 @pytest.mark.parametrize("name", NAMES)
