@@ -5,7 +5,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from relay.clock import SystemClock
+from relay.base.clock import SystemClock
 from relay.store.sqlite import SqliteStore
 
 DAY = 86_400_000_000

@@ -16,7 +16,7 @@ from bench.loop import run
 from bench.processes import Server, python
 from bench.rounds import Spread
 from bench.subject import TOKEN, relay
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.model import Heartbeat, Register
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore

@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from bench.filling import END, fill
-from relay.items import list_items, show_delivery, show_event
+from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
 from relay.store.apart import read_only
 from relay.store.backlog import backlog

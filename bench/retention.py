@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from bench.loop import run
 from bench.processes import Server
 from bench.subject import REQUEST, relay
-from relay.clock import SECOND, SystemClock
+from relay.base.clock import SECOND, SystemClock
 from relay.store.sqlite import SqliteStore
 
 EVENTS = 500_000

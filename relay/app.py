@@ -15,36 +15,36 @@ from pathlib import Path
 import msgspec
 
 from relay import __version__
-from relay.api.admin import Api
-from relay.api.parts import Parts
-from relay.backups import Backups
-from relay.books import Books
-from relay.clock import SECOND, Clock, SystemClock
-from relay.config.find import socket_path
-from relay.config.model import Config
+from relay.api.app import Api
+from relay.api.context import Parts
+from relay.base.clock import SECOND, Clock, SystemClock
+from relay.base.units import render_size
+from relay.config.paths import socket_path
+from relay.config.schema import Config
 from relay.delivery.progress import Progress
-from relay.descriptors import connection_cap, log_sparingly, raise_limit
 from relay.errors import RelayError, StorageError, StorageUnavailableError
-from relay.health import Health
 from relay.ingest.server import MAX_CONNECTIONS, Server
-from relay.jobs import Jobs, Past
-from relay.lag import Lag
-from relay.listeners import address, bind, bind_unix, listen, url
-from relay.loader import Setup
-from relay.logs import in_one_line, on_drop
+from relay.jobs.backups import Backups
+from relay.jobs.ledger_check import Books
+from relay.jobs.replay import Replays
+from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
 from relay.model import News
-from relay.observers import Observers
+from relay.plugin_loading.loader import Setup
+from relay.plugin_loading.observers import Observers
+from relay.process.descriptors import connection_cap, log_sparingly, raise_limit
+from relay.process.health import Health
+from relay.process.logs import in_one_line, on_drop
+from relay.process.loop_lag import Lag
+from relay.process.sockets import address, bind, bind_unix, listen, url
+from relay.process.state_dir import StateDir
+from relay.process.systemd import Inherited, Notifier
+from relay.process.watchdog import Watchdog
 from relay.reload import SWEEP, Reloads
-from relay.replay import Replays
 from relay.state import State
-from relay.statedir import StateDir
 from relay.store.connection import has_wal_reset_bug, unreadable
 from relay.store.disk import BALLAST, Disk
 from relay.store.sqlite import SqliteStore
-from relay.systemd import Inherited, Notifier
-from relay.units import render_size
-from relay.watchdog import Watchdog
 
 log = logging.getLogger("relay")
 

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from relay.clock import rfc3339
+from relay.base.clock import rfc3339
 from relay.model import EMPTY, StoredEvent
 
 SLACK_LIMIT = 4000

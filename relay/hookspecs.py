@@ -1,4 +1,4 @@
-"""What a plugin may offer. pluggy is asked once, at start-up, by `relay.loader`."""
+"""What a plugin may offer. pluggy is asked once, at start-up, by `relay.plugin_loading.loader`."""
 
 from collections.abc import Sequence
 

@@ -7,9 +7,9 @@ from typing import TypeVar
 import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from relay.config.secret import Credential, Secrets
+from relay.base.json_text import decode, salvage
+from relay.config.secrets import Credential, Secrets
 from relay.errors import Invalid, Malformed, Unauthenticated
-from relay.jsontext import decode, salvage
 
 T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
@@ -59,7 +59,7 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
     def decode(self, type_: type[T], *, loose: bool = False) -> T:
         """Decode the JSON body into a msgspec type; `loose`: also a body that is not quite JSON.
 
-        Strings show a lone surrogate as its escape (`relay.jsontext`); `Raw` keeps the sender's bytes.
+        Strings show a lone surrogate as its escape (`relay.base.json_text`); `Raw` keeps the sender's bytes.
 
         Raises:
             Malformed: the body is no JSON in valid UTF-8, or nested too deeply.

@@ -12,7 +12,7 @@ Ed25519 is the library `cryptography`'s, which is imported when the first such k
 import binascii
 from typing import TYPE_CHECKING
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

@@ -1,4 +1,4 @@
-"""The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.clock`)."""
+"""The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.base.clock`)."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -54,7 +54,7 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
 
     started_at: int  # wall clock
     duration_ms: float  # from taking the slot to the last byte we wanted
-    result: str  # closed label, one of `relay.delivery.answer.RESULTS`
+    result: str  # closed label, one of `relay.delivery.http.result.RESULTS`
     status: int | None = None  # HTTP status, None when there was no answer
     error: str | None = None  # one line for the operator
     answer: bytes = b""  # first 16 KiB of the answer's body

@@ -8,15 +8,15 @@ from typing import Any
 
 import msgspec
 
-from relay.clock import SECOND, Clock
-from relay.config.model import Config
-from relay.config.problem import ConfigError
+from relay.base.clock import SECOND, Clock
+from relay.config.problems import ConfigError
+from relay.config.schema import Config
 from relay.errors import RelayError, RestartNeededError, StorageUnavailableError
-from relay.jobs import Jobs
-from relay.loader import load_again
-from relay.logs import configure, in_one_line, under_systemd
+from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.model import Check
+from relay.plugin_loading.loader import load_again
+from relay.process.logs import configure, in_one_line, under_systemd
 from relay.state import State
 
 log = logging.getLogger("relay.reload")

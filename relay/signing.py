@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.keys import has_signed, is_asymmetric, private_key, public_key, shared_key
 
 TOLERANCE = 300

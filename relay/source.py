@@ -7,7 +7,10 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from relay import __version__
-from relay.config.secret import Secret, Secrets, holds_secret
+from relay.base.json_text import check as check_json
+from relay.base.json_text import read as read_json
+from relay.base.units import Duration, Rate, Size
+from relay.config.secrets import Secret, Secrets, holds_secret
 from relay.errors import (
     BodyTimeout,
     Conflict,
@@ -26,8 +29,6 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
-from relay.jsontext import check as check_json
-from relay.jsontext import read as read_json
 from relay.model import (
     EMPTY,
     Heartbeat,
@@ -39,7 +40,6 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.units import Duration, Rate, Size
 
 __all__ = [
     "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",

@@ -7,21 +7,21 @@ from collections.abc import Iterable
 
 import msgspec
 
-from relay.clock import Clock
-from relay.config.model import Config
-from relay.delivery.engine import Engine, Plan
-from relay.delivery.routing import router_of
-from relay.filters import Router
+from relay.base.clock import Clock
+from relay.config.schema import Config
+from relay.delivery.dispatcher import Engine, Plan
 from relay.ingest.body import Patience
-from relay.ingest.receive import Ingest
-from relay.ingest.remote import Remote
+from relay.ingest.handler import Ingest
 from relay.ingest.routes import Mount, mounts_of
-from relay.loader import Setup
+from relay.ingest.sender_address import Remote
+from relay.jobs.retention import Policy
+from relay.jobs.upkeep import Upkeep
 from relay.metrics import Metrics
-from relay.retention import Policy
+from relay.plugin_loading.loader import Setup
+from relay.routing.filters import Router
+from relay.routing.router import router_of
 from relay.store import Store
-from relay.upkeep import Upkeep
-from relay.workers import Rulebook, Watch
+from relay.workers.watch import Rulebook, Watch
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,8 +13,8 @@ from daemon import Recorder
 from lanes import CLOCK, Receiver
 from roots import fetch
 
-from relay.config.model import DestinationConfig
-from relay.delivery.client import Client
+from relay.config.schema import DestinationConfig
+from relay.delivery.http.http_client import Client
 from relay.store.sqlite import SqliteStore
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,11 +18,11 @@ from unittest.mock import patch
 from aiohttp import web
 from wire import Answer, exchange, request
 
-from relay import listeners
 from relay.app import Addresses, App
-from relay.clock import Clock
-from relay.loader import load
+from relay.base.clock import Clock
 from relay.model import StoredEvent
+from relay.plugin_loading.loader import load
+from relay.process import sockets
 
 SERVE = (sys.executable, "-c", "from relay.cli import main; main()", "serve")
 """The `relay serve` command, whatever is on PATH."""
@@ -138,7 +138,7 @@ async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = No
     await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)
     if life.done():
         await life
-    with patch.object(listeners, "SETTLE", settle):
+    with patch.object(sockets, "SETTLE", settle):
         try:
             yield Relay(app, ready.result())
         finally:

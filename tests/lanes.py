@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from relay.clock import SystemClock
-from relay.config.model import DestinationConfig, RetryConfig
-from relay.config.secret import Secret
-from relay.delivery.engine import Engine
-from relay.delivery.routing import router_of
-from relay.ids import event_id
+from relay.base.clock import SystemClock
+from relay.base.ids import event_id
+from relay.config.schema import DestinationConfig, RetryConfig
+from relay.config.secrets import Secret
+from relay.delivery.dispatcher import Engine
 from relay.metrics import Metrics
 from relay.model import StoredEvent
+from relay.routing.router import router_of
 from relay.store import Acceptance
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

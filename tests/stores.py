@@ -3,7 +3,7 @@
 import hashlib
 from contextlib import asynccontextmanager
 
-from relay.ids import event_id
+from relay.base.ids import event_id
 from relay.model import Attempt, Outcome, Owed, StoredEvent
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore

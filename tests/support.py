@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 
 from apscheduler.schedulers import base
 
-from relay import jobs
-from relay.clock import SECOND, SystemClock
+from relay.base.clock import SECOND, SystemClock
+from relay.jobs import scheduler as scheduler_module
 
 
 class FakeClock:
@@ -38,9 +38,9 @@ class SteppedClock(SystemClock):
             def now(cls, tz=None):
                 return datetime.now(tz) + clock.by
 
-        for place in (base, jobs):
+        for place in (base, scheduler_module):
             monkeypatch.setattr(place, "datetime", Moment)
-        monkeypatch.setattr(jobs, "LOOK_EVERY", 0.02)
+        monkeypatch.setattr(scheduler_module, "LOOK_EVERY", 0.02)
 
     def wall(self):
         return super().wall() + int(self.by.total_seconds() * SECOND)

@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from relay.clock import SECOND
-from relay.config import checks, scalars
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
+from relay.base.units import parse_duration, parse_rate, parse_size
+from relay.config import scalars, validators
 from relay.errors import RelayError
-from relay.ids import event_id
 from relay.store.line import read_line, write_line
-from relay.units import parse_duration, parse_rate, parse_size
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "plugins").glob("*.py")])
@@ -91,15 +91,15 @@ def test_an_imported_line_has_no_line_break_at_the_end_of_a_field(field):
 @pytest.mark.parametrize(
     ("check", "text"),
     [
-        (checks.name, "crm"),
-        (checks.prefix, "/acme"),
-        (checks.header_name, "x-a"),
-        (checks.listen, "127.0.0.1:80"),
-        (checks.network, "10.0.0.0/8"),
-        (checks.url, "http://a/b"),
-        (checks.web_origin, "https://a"),
-        (checks.pattern, "shop.*"),
-        (checks.storage, "sqlite:relay.db"),
+        (validators.name, "crm"),
+        (validators.prefix, "/acme"),
+        (validators.header_name, "x-a"),
+        (validators.listen, "127.0.0.1:80"),
+        (validators.network, "10.0.0.0/8"),
+        (validators.url, "http://a/b"),
+        (validators.web_origin, "https://a"),
+        (validators.pattern, "shop.*"),
+        (validators.storage, "sqlite:relay.db"),
     ],
 )
 def test_a_value_of_config_toml_has_no_line_break_at_its_end(check, text):

@@ -1,7 +1,7 @@
 """The closed words for what came of an attempt."""
 
 from relay import metrics
-from relay.delivery.answer import RESULTS, of_failure, of_status, one_line
+from relay.delivery.http.result import RESULTS, of_failure, of_status, one_line
 
 
 def test_every_status_has_a_result_of_the_closed_list():

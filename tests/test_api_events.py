@@ -7,7 +7,7 @@ from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
-from relay.items import item
+from relay.api.views import item
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 

@@ -11,7 +11,7 @@ from wire import Wire, exchange, request
 
 from relay.api import progress
 from relay.errors import RelayError
-from relay.jobs import Past
+from relay.jobs.scheduler import Past
 
 PATH = "/api/jobs/slow/run"
 

@@ -7,10 +7,10 @@ from disks import small_disk
 from stores import opened, send
 from support import FakeClock
 
-from relay.backups import Backups, examine, made_in
-from relay.config.model import BackupConfig, Config, Storage
+from relay.config.schema import BackupConfig, Config, Storage
 from relay.errors import StorageError
-from relay.jobs import Jobs
+from relay.jobs.backups import Backups, examine, made_in
+from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.store import backup
 from relay.store.sqlite import SqliteStore

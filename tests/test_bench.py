@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from relay.clock import SystemClock
-from relay.config.model import Retention
-from relay.retention import Policy
+from relay.base.clock import SystemClock
+from relay.config.schema import Retention
+from relay.jobs.retention import Policy
 from relay.store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[1]

@@ -16,16 +16,16 @@ from stores import make_event
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
-from relay import logs
-from relay.config.model import Retention, SourceRetention
-from relay.config.problem import ConfigError
+from relay.config.problems import ConfigError
+from relay.config.schema import Retention, SourceRetention
 from relay.errors import Overloaded
-from relay.ingest import echoes
-from relay.ingest.echoes import Echoes, fingerprint
-from relay.loader import load
-from relay.logs import Sparing
+from relay.ingest import dedupe
+from relay.ingest.dedupe import Echoes, fingerprint
+from relay.jobs.retention import Policy
 from relay.model import Heartbeat, Receipt, Register, Session, Worker
-from relay.retention import Policy
+from relay.plugin_loading.loader import load
+from relay.process import logs
+from relay.process.logs import Sparing
 from relay.store import Acceptance, fleet, prune, workers
 from relay.store.sqlite import SqliteStore
 
@@ -102,7 +102,7 @@ async def test_answers_that_nobody_heard_are_forgotten_after_a_minute():
 
 
 async def test_no_more_than_so_many_unheard_answers_are_remembered_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(echoes, "MOST", 10)
+    monkeypatch.setattr(dedupe, "MOST", 10)
     clock = FakeClock()
     table = Echoes(clock)
     marks = [unheard(table, clock, number) for number in range(20)]

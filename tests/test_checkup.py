@@ -12,11 +12,11 @@ from daemon import PLUGINS, SERVE, SOURCES, Recorder, adorn, destination, runnin
 from support import until
 from wire import request
 
-from relay import checkup
-from relay.checkup import Owing
+from relay import doctor
+from relay.base.clock import SECOND
 from relay.cli import main
-from relay.clock import SECOND
-from relay.loader import load
+from relay.doctor import Owing
+from relay.plugin_loading.loader import load
 
 HOUR = 3600 * SECOND
 
@@ -141,10 +141,10 @@ async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_
 
 def test_a_destination_that_only_fails_is_found_after_ten_minutes():
     failing = Owing(name="crm", held=None, pending=5, failing_since=0)
-    assert checkup.held([failing], 599 * SECOND).ok
-    assert not checkup.held([failing], 600 * SECOND).ok
+    assert doctor.held([failing], 599 * SECOND).ok
+    assert not doctor.held([failing], 600 * SECOND).ok
     nothing_owed = Owing(name="crm", held="paused", pending=0)
-    assert checkup.held([nothing_owed], HOUR).ok
+    assert doctor.held([nothing_owed], HOUR).ok
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_what_anybody_may_write_to_is_found(tmp_path, which):
     tmp_path.chmod(0o755)
     loaded = load(config).config
     (tmp_path / "plugins.d" / "shop.py").touch(mode=0o644)
-    assert checkup.writable(loaded, tmp_path / "state").ok
+    assert doctor.writable(loaded, tmp_path / "state").ok
     path = tmp_path / which
     path.chmod(path.stat().st_mode | 0o002)
-    found = checkup.writable(loaded, tmp_path / "state")
+    found = doctor.writable(loaded, tmp_path / "state")
     assert found.detail == f"anybody may write to {path}"
     assert found.hint == f"chmod o-w {path}"
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.clock import SECOND
-from relay.config.model import CircuitConfig
-from relay.delivery.answer import RESULTS
-from relay.delivery.circuit import TROUBLE, UNSENT, Circuit
+from relay.base.clock import SECOND
+from relay.config.schema import CircuitConfig
+from relay.delivery.circuit_breaker import TROUBLE, UNSENT, Circuit
+from relay.delivery.http.result import RESULTS
 
 NOW = 1_700_000_000 * SECOND
 LIFE = sorted(set(RESULTS) - TROUBLE - UNSENT)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from relay import __version__
 from relay.cli import COMMANDS, main
 from relay.cli.output import count
-from relay.config import find
+from relay.config import paths
 from relay.errors import RelayError
 
 GOOD = '[sources.adorn]\nplugin = "adorn"\n[destinations.crm]\nurl = "https://crm.example"\n'
@@ -25,7 +25,7 @@ BAD = '[server]\nmax_boddy = "2 MiB"\nlisten = 8080\n'
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RELAY_CONFIG", raising=False)
-    monkeypatch.setattr(find, "PLACES", (Path("config.toml"), tmp_path / "etc" / "config.toml"))
+    monkeypatch.setattr(paths, "PLACES", (Path("config.toml"), tmp_path / "etc" / "config.toml"))
     return tmp_path
 
 

@@ -12,9 +12,9 @@ from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
-from relay.cli import daemon as client
-from relay.cli.daemon import daemon_options
-from relay.cli.group import Group
+from relay.cli import api_client as client
+from relay.cli.api_client import daemon_options
+from relay.cli.main import Group
 
 TOKEN = "an-admin-token"
 

@@ -8,10 +8,10 @@ from daemon import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
+from relay.cli.api_client import Daemon
 from relay.cli.conditions import conditions
-from relay.cli.daemon import Daemon
+from relay.routing.conditions import compile_where
 from relay.store import bound
-from relay.where import compile_where
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 OTHER = adorn("s-2")

@@ -6,11 +6,11 @@ import itertools
 import click
 import pytest
 
-from relay.cli import following
+from relay.cli import replay_progress
 from relay.cli.confirm import confirm
-from relay.cli.exits import CommandError
-from relay.cli.following import follow
+from relay.cli.exit_codes import CommandError
 from relay.cli.output import print_table
+from relay.cli.replay_progress import follow
 
 RUNNING = {
     "id": "rpl_1", "state": "running", "count": 1204, "done": 400, "created": 400, "skipped": 0,
@@ -43,7 +43,7 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(following, "EVERY", 0)
+    monkeypatch.setattr(replay_progress, "EVERY", 0)
 
 
 def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):

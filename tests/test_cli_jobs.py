@@ -4,7 +4,7 @@ import pytest
 from daemon import SOURCES, running, write_config
 
 from relay.cli import progress
-from relay.cli.exits import CommandError
+from relay.cli.exit_codes import CommandError
 from relay.cli.progress import Meter, work
 
 

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from test_cli_wrong_uses import AS_OTHERS, LEAVES, NOBODY, ROOT, arguments_of
 
 from relay.cli import main
-from relay.cli.group import Group
+from relay.cli.main import Group
 
 CODES = {0, 1, 2, 3, 4, 5, 6, 78, 130}
 GOOD = 'state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n[destinations.crm]\nurl = "http://127.0.0.1:9/"\n'
@@ -27,10 +27,10 @@ SECRET = '[sources.moddy]\nplugin = "moddy"\ntokens = [{ env = "NOT_SET_ANYWHERE
 
 FORKS = """
 import json, os, sys, tempfile
-import relay.app, relay.cli.judging, relay.demo.life, relay.items, relay.owed
+import relay.app, relay.cli.offline_explain, relay.demo.life, relay.api.views, relay.api.pending_views
 import relay.store.doctor, relay.store.reading
 from relay.cli import main
-from relay.config import find
+from relay.config import paths
 "a".encode("idna")  # what a user who may not read this Python would look for in vain
 told = json.loads(sys.argv[1])
 import click
@@ -53,7 +53,7 @@ def run(words):
         os.environ.update(told["environ"])
         if told["places"]:
             from pathlib import Path
-            find.PLACES = tuple(map(Path, told["places"]))
+            paths.PLACES = tuple(map(Path, told["places"]))
         os.chdir(told["folder"])
         if told["uid"]:
             os.setgroups([])

@@ -12,7 +12,7 @@ import pytest
 from commands import run
 from daemon import running, write_config
 
-from relay.cli.skeleton import PLUGIN, TEST
+from relay.cli.templates import PLUGIN, TEST
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ import pytest
 from commands import run
 from daemon import SOURCES, destination, running, write_config
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.signing import Signer
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

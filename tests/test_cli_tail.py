@@ -11,7 +11,7 @@ from support import until
 from terminals import RELAY, Terminal
 from wire import exchange, request
 
-from relay.cli import missed
+from relay.cli import tail_gap
 from relay.cli.tail import COLUMNS
 
 TYPE = "adorn.session.started"
@@ -208,12 +208,12 @@ def event(type_, at):
         (Answers(event("a.b", "2"), event("a.b", "1")), {}, "missed 1 event: relay events list --since "),
         (Answers(event("a.b", "2"), event("a.c", "2")), {"pattern": "a.[c]"}, "missed 1 event: "),
         (Answers(*[event("a.b", "2")] * 500), {}, "missed 500 events or more: "),
-        (Answers(error=missed.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
+        (Answers(error=tail_gap.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
         (Answers(), {"events": False}, "were missed: relay deliveries list"),
     ],
 )
 def test_what_was_missed_is_counted_from_the_list(capsys, answers, settings, says):
-    told = missed.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
+    told = tail_gap.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
     told.latest = "1"
     told.away()
     told.back()

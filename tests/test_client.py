@@ -7,7 +7,7 @@ import pytest
 import receivers
 from client import AMPLE, GRACE, SHORT, send
 
-from relay.delivery.reply import KEEP_LIMIT
+from relay.delivery.http.response import KEEP_LIMIT
 
 pytestmark = pytest.mark.usefixtures("silence")
 

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from relay.config.client_cert import ClientCert
-from relay.config.model import DestinationConfig
-from relay.config.problem import ConfigError
-from relay.config.secret import Secret
-from relay.delivery.client import Client
+from relay.config.problems import ConfigError
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
+from relay.delivery.http.http_client import Client
 from relay.errors import RelayError
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 PASSWORD = "open sesame"
 

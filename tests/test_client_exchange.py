@@ -9,8 +9,8 @@ from client import send
 from receivers import head
 
 from relay import __version__
-from relay.delivery.answer import one_line
-from relay.delivery.reply import KEEP_LIMIT, READ_LIMIT
+from relay.delivery.http.response import KEEP_LIMIT, READ_LIMIT
+from relay.delivery.http.result import one_line
 
 pytestmark = pytest.mark.usefixtures("silence")
 

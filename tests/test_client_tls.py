@@ -6,9 +6,9 @@ import pytest
 import receivers
 from client import SHORT, send
 
-from relay.config.model import DestinationConfig
-from relay.delivery.client import Client
-from relay.delivery.reply import KEEP_LIMIT
+from relay.config.schema import DestinationConfig
+from relay.delivery.http.http_client import Client
+from relay.delivery.http.response import KEEP_LIMIT
 from relay.errors import RelayError
 
 pytestmark = pytest.mark.usefixtures("silence")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.clock import SECOND, instant, moment, rfc3339
+from relay.base.clock import SECOND, instant, moment, rfc3339
 
 NOW = 1_700_000_000 * SECOND
 

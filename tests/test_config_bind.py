@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pytest
 
-from relay.config.bind import Binder
+from relay.base.units import Duration, Rate, Size
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.problem import ConfigError, Problem, dotted
-from relay.config.secret import Secret, Secrets
-from relay.units import Duration, Rate, Size
+from relay.config.problems import ConfigError, Problem, dotted
+from relay.config.secrets import Secret, Secrets
 
 
 class Inner(msgspec.Struct, frozen=True, kw_only=True):

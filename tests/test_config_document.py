@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relay.config.document import read
-from relay.config.problem import ConfigError
+from relay.config.problems import ConfigError
 
 
 def problem_of(path):

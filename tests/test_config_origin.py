@@ -2,8 +2,8 @@
 
 import pytest
 
-from relay.config.origin import Origin
-from relay.config.secret import Secret
+from relay.config.secret_sources import Origin
+from relay.config.secrets import Secret
 
 
 def origin(tmp_path, development=False, **environ):

@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.client_cert import ClientCert
 from relay.config.document import read
-from relay.config.model import (
+from relay.config.problems import ConfigError
+from relay.config.schema import (
     Admin,
     BackupConfig,
     CircuitConfig,
@@ -26,8 +27,7 @@ from relay.config.model import (
     Storage,
     WorkerRules,
 )
-from relay.config.problem import ConfigError
-from relay.loader import discover, load
+from relay.plugin_loading.loader import discover, load
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "config.toml"

@@ -2,10 +2,10 @@
 
 import pytest
 
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.model import Config, RetryConfig
-from relay.config.secret import Secret
+from relay.config.schema import Config, RetryConfig
+from relay.config.secrets import Secret
 from relay.config.tables import bind_tables, named_tables
 
 CRM = '[destinations.crm]\nurl = "https://crm.example/hooks"\n'

@@ -22,7 +22,7 @@ from relay.ingest.deadline import in_time
 from relay.ingest.request import Request
 from relay.ingest.response import Response
 from relay.ingest.server import Server
-from relay.listeners import address, bind, url
+from relay.process.sockets import address, bind, url
 
 
 class Site:

@@ -7,9 +7,9 @@ import pytest
 from lanes import CLOCK, SECRET, Receiver, destination, ended, engine_for, route, send
 from support import until
 
-from relay.config.model import CircuitConfig, RetryConfig
-from relay.config.secret import Secret
-from relay.delivery.client import Client
+from relay.config.schema import CircuitConfig, RetryConfig
+from relay.config.secrets import Secret
+from relay.delivery.http.http_client import Client
 from relay.errors import StorageError
 from relay.formats import FORMATS, Format
 from relay.model import DestinationState

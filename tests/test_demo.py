@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.demo.narrator import Narrator
 from relay.demo.receiver import Arrival, Receiver
 from relay.demo.setting import choose_listen, write_config
 from relay.demo.story import OFFLINE, SAMPLES
-from relay.loader import load
+from relay.plugin_loading.loader import load
 from relay.signing import Signer
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")

@@ -18,9 +18,9 @@ from support import until
 from torture.descriptors import EVENTS, torture
 from wire import Wire, request
 
-from relay.delivery import client as client_module
-from relay.delivery import guard as guard_module
-from relay.delivery import resolver as resolver_module
+from relay.delivery.http import http_client as client_module
+from relay.delivery.http import resolver as resolver_module
+from relay.delivery.http import ssrf as guard_module
 from relay.delivery.ping import Pings
 
 

@@ -7,7 +7,7 @@ from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import Wire, request
 
-from relay.listeners import bind
+from relay.process.sockets import bind
 
 ADORN = "/v1/events"
 RESTARTS = 20

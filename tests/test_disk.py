@@ -17,7 +17,7 @@ from wire import exchange, request
 from relay.app import App
 from relay.delivery import progress
 from relay.errors import StorageError
-from relay.loader import load
+from relay.plugin_loading.loader import load
 from relay.store.disk import BALLAST, Disk
 from relay.store.rescue import rescues_of
 

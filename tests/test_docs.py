@@ -11,9 +11,9 @@ import relay
 from relay.api import lists, stats, workers
 from relay.app import App
 from relay.cli import COMMANDS
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.demo.setting import write_config
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 ROOT = Path(__file__).parent.parent

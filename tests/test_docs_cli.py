@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from relay.cli import COMMANDS, exits, main
+from relay.cli import COMMANDS, exit_codes, main
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "help"
@@ -77,7 +77,7 @@ def test_every_command_that_prints_has_json(path):
 
 
 def test_the_page_has_every_exit_code():
-    codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     rows = re.findall(r"^\| (\d+) \| ", PAGE, re.MULTILINE)
     assert {int(row) for row in rows} == codes | {0, 2}  # 2 is click's own
 

@@ -7,7 +7,7 @@ import pytest
 from samples import sources
 
 from relay import errors
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 PAGE = (Path(__file__).parent.parent / "docs" / "sources.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}

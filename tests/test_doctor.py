@@ -10,7 +10,7 @@ import pytest
 from stores import end, opened, send
 from support import FakeClock
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.model import Heartbeat, Owed, Register, Unregister
 from relay.store import Acceptance, doctor
 from relay.store.apart import Stop

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import relay.envelope
-from relay.envelope import ABSENT, EnvelopeView, Path
+import relay.routing.envelope
 from relay.model import StoredEvent
+from relay.routing.envelope import ABSENT, EnvelopeView, Path
 
 
 def view(data=b"{}", context=b"{}", subject=None):
@@ -113,7 +113,7 @@ def test_each_part_is_decoded_once_and_only_when_asked(monkeypatch):
         decoded.append(raw)
         return json.loads(raw)
 
-    monkeypatch.setattr(relay.envelope, "_decode", decode)
+    monkeypatch.setattr(relay.routing.envelope, "_decode", decode)
     shown = view(b'{"a":1,"b":2}', b'{"c":3}')
     assert shown.find(Path.parse("type")) == "adorn.attire.sold"
     assert decoded == []

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import relay.envelope
-import relay.filters
-from relay.envelope import EnvelopeView
-from relay.filters import Explanation, Patterns, Router, Subscription
+import relay.routing.envelope
+import relay.routing.filters
 from relay.model import Owed, StoredEvent
-from relay.terms import Terms
-from relay.where import Miss
+from relay.routing.conditions import Miss
+from relay.routing.envelope import EnvelopeView
+from relay.routing.filters import Explanation, Patterns, Router, Subscription
+from relay.routing.subscription import Terms
 
 
 def event(type_="adorn.attire.sold", data=b'{"total":45000.00}', subject="s-1"):
@@ -194,7 +194,7 @@ def test_an_operator_may_send_an_event_where_it_would_not_go_on_that_ones_terms(
 
 def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
     decoded = []
-    monkeypatch.setattr(relay.envelope, "_decode", decoded.append)
+    monkeypatch.setattr(relay.routing.envelope, "_decode", decoded.append)
     asks = Subscription.of(("adorn.*",), {"data.total": 1})
     router = Router({"a": asks, "b": asks, "c": Subscription.of(("*",), {"subject": "s-1"})})
     router.route(event("moddy.x"))
@@ -204,7 +204,7 @@ def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
 
 
 def test_senders_that_invent_types_do_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(relay.filters, "_PLANS", 8)
+    monkeypatch.setattr(relay.routing.filters, "_PLANS", 8)
     router = Router({"all": Subscription.of(("*",))})
     for number in range(50):
         assert router.route(event(f"moddy.{number}")) == (Owed("all"),)

@@ -9,9 +9,9 @@ from support import FakeClock
 
 from bench.filling import END, fill
 from bench.lists import OPTIONS, asking, deep, faults, questions
-from relay.clock import SECOND
+from relay.api.views import list_items
+from relay.base.clock import SECOND
 from relay.errors import RelayError
-from relay.items import list_items
 from relay.model import Attempt, Outcome, Owed, Selection
 from relay.store import Acceptance, bound, leads, times
 from relay.store.find import FILTERS

@@ -19,7 +19,7 @@ from daemon import SOURCES, Recorder, destination, write_config
 from support import until
 from wire import Wire, request
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 
 DRIVER = Path(__file__).parent / "drivers" / "virtual.py"
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}

@@ -7,9 +7,9 @@ import pytest
 import receivers
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from relay.config.model import DestinationConfig
-from relay.delivery.client import Client
-from relay.delivery.guard import NEVER, SPECIAL, refused
+from relay.config.schema import DestinationConfig
+from relay.delivery.http.http_client import Client
+from relay.delivery.http.ssrf import NEVER, SPECIAL, refused
 
 PORT = 9000
 ORDINARY = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "172.32.0.1", "100.128.0.1", "192.0.1.1", "198.20.0.1"]

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from support import FakeClock
 
-from relay.clock import SECOND
-from relay.ids import event_id
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.model import Attempt, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, held
 from relay.store.sqlite import SqliteStore

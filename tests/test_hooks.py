@@ -12,8 +12,8 @@ from support import until
 from wire import request
 
 from relay import hookspecs
-from relay.config.problem import ConfigError
-from relay.loader import load
+from relay.config.problems import ConfigError
+from relay.plugin_loading.loader import load
 
 PAGE = (Path(__file__).parent.parent / "docs" / "hooks.md").read_text()
 [EXAMPLE] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -10,7 +10,7 @@ from support import until
 from wire import CONTINUE, Wire, request
 
 from relay.ingest.server import Server
-from relay.listeners import bind, url
+from relay.process.sockets import bind, url
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

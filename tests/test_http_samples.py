@@ -8,7 +8,7 @@ import pytest_asyncio
 from daemon import SOURCES, Relay, running, write_config
 from samples import Sample, like, read_samples
 
-from relay.jsontext import read
+from relay.base.json_text import read
 from relay.store.workers import Roster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -3,7 +3,7 @@ import uuid
 
 import pytest
 
-from relay.ids import delivery_id, event_id, replay_id, uuid7
+from relay.base.ids import delivery_id, event_id, replay_id, uuid7
 
 MOMENT = 1_700_000_000_123_456
 

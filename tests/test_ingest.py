@@ -11,7 +11,7 @@ from support import until
 from wire import Wire, request
 
 from relay import errors
-from relay.ids import event_id
+from relay.base.ids import event_id
 from relay.model import Receipt
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

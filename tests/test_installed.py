@@ -15,8 +15,8 @@ from daemon import Daemon, adorn
 from test_cli_wrong_uses import AS_OTHERS, NOBODY
 from wire import exchange, request
 
-from relay.config import installed as module
-from relay.config.installed import installed, parse_env, service_of
+from relay.config import installed_service as module
+from relay.config.installed_service import installed, parse_env, service_of
 
 UNIT = """\
 [Service]
@@ -359,7 +359,7 @@ def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
     machine.config.write_text(SECRETS.partition("[destinations.crm]")[0])
     code = (
         f"import os; from pathlib import Path; from relay.config import installed; import relay.cli.config\n"
-        f"from relay.loader import discover; discover(())\n"
+        f"from relay.plugin_loading.loader import discover; discover(())\n"
         f"installed.FOLDERS = (Path({str(machine.units)!r}),)\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         f"from relay.cli import main; main(['check-config', {str(machine.config)!r}])"

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from support import SteppedClock, until
 
-from relay.clock import SystemClock
+from relay.base.clock import SystemClock
 from relay.errors import UnknownError
-from relay.jobs import Jobs
+from relay.jobs.scheduler import Jobs
 
 
 @pytest.fixture

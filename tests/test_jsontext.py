@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from stores import make_event
 from support import FakeClock
 
-from relay import jsontext
-from relay.clock import SECOND
+from relay.base import json_text
+from relay.base.clock import SECOND
 from relay.errors import Invalid, Malformed
 from relay.incoming import Incoming
 from relay.model import Worker
-from relay.registry import shown
 from relay.store.line import read_line, write_line
 from relay.store.rows import worker_of, worker_row
+from relay.workers.rules import shown
 
 ANY = msgspec.json.Decoder()
 LONE = [
@@ -65,7 +65,7 @@ class Outer(msgspec.Struct):
 def escaped(value):
     """Return a value with all of its strings as they can be shown."""
     if isinstance(value, str):
-        return jsontext.escape(value)
+        return json_text.escape(value)
     if isinstance(value, list):
         return [escaped(item) for item in value]
     if isinstance(value, dict):
@@ -77,8 +77,8 @@ def escaped(value):
 def test_any_value_is_read_with_its_lone_surrogates_shown_as_escapes(value):
     text = json.dumps(value).encode()
     expected = escaped(json.loads(text))  # there, two halves beside each other are a pair
-    assert jsontext.decode(ANY, text) == expected
-    assert jsontext.read(text) == expected
+    assert json_text.decode(ANY, text) == expected
+    assert json_text.read(text) == expected
 
 
 @given(values, values, st.booleans())
@@ -88,30 +88,30 @@ def test_raw_parts_keep_their_bytes(value, other, ascii_):
 
     name, raw, deep = write("x\ud83d"), write(value), write(other)
     text = b'{"name":%b,"raw": %b ,"inner":[{"raw":%b},{"name":%b}]}' % (name, raw, deep, name)
-    found = jsontext.decode(msgspec.json.Decoder(Outer), text)
+    found = json_text.decode(msgspec.json.Decoder(Outer), text)
     assert (bytes(found.raw), bytes(found.inner[0].raw)) == (raw, deep)
     assert (found.name, found.inner[1].name) == (r"x\ud83d", r"x\ud83d")
 
 
 @given(values)
 def test_every_value_can_be_written(value):
-    assert json.loads(jsontext.encode(value)) == escaped(value)
+    assert json.loads(json_text.encode(value)) == escaped(value)
 
 
 @pytest.mark.parametrize("lone", LONE)
 def test_a_lone_surrogate_is_no_failure_wherever_it_stands(lone):
     escape = json.loads(b'"%b"' % lone).encode("utf-8", "backslashreplace").decode()
     text = b'{"name":"%b","pair":["%b","b"],"record":{"name":"%b"},"names":["%b"],"other":{"%b":"%b"}}'
-    found = jsontext.decode(msgspec.json.Decoder(Outer), text % ((lone,) * 6))
+    found = json_text.decode(msgspec.json.Decoder(Outer), text % ((lone,) * 6))
     assert (found.name, found.pair, found.record, found.names) == (
         escape, Pair(escape, "b"), Record(escape), {escape}
     )  # fmt: skip
-    jsontext.check(b'["%b"]' % lone)
+    json_text.check(b'["%b"]' % lone)
 
 
 def test_the_characters_that_stand_in_for_surrogates_are_not_taken_for_them():
     text = '["\\ud83d", "\U000f0000\U000f0001", "\\udb80\\udc02", "\\udfff"]'.encode()
-    assert jsontext.decode(ANY, text) == [r"\ud83d", "\U000f0000\U000f0001", "\U000f0002", r"\udfff"]
+    assert json_text.decode(ANY, text) == [r"\ud83d", "\U000f0000\U000f0001", "\U000f0002", r"\udfff"]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_the_characters_that_stand_in_for_surrogates_are_not_taken_for_them():
 )  # fmt: skip
 def test_what_is_not_json_stays_so(text):
     with pytest.raises(ValueError):  # noqa: PT011 - msgspec's and Unicode's are ValueErrors, and no others
-        jsontext.check(text)
+        json_text.check(text)
     with pytest.raises(ValueError):  # noqa: PT011 - likewise
-        jsontext.read(text)
+        json_text.read(text)
     with pytest.raises(Malformed):
         Incoming.of("POST", "/", body=text).decode(msgspec.Raw)
 
@@ -147,14 +147,14 @@ def test_a_wrong_field_is_blamed_all_the_same():
 
 @pytest.mark.parametrize(("text", "value"), [(b"1e400", float("inf")), (b"9" * 5000, float("inf"))])
 def test_numbers_that_no_type_holds_are_read_unless_they_must_be_exact(text, value):
-    assert jsontext.read(b'["\\ud83d",%b]' % text) == [r"\ud83d", value]
+    assert json_text.read(b'["\\ud83d",%b]' % text) == [r"\ud83d", value]
     with pytest.raises(ValueError):  # noqa: PT011 - likewise
-        jsontext.read(b'["\\ud83d",%b]' % text, exact=True)
+        json_text.read(b'["\\ud83d",%b]' % text, exact=True)
 
 
 def test_two_megabytes_of_surrogates_are_read_in_moments():
     lone = b"".join(b"\\u%04x" % (0xDC00 + number % 1024) for number in range(2**21 // 6))
-    found = jsontext.decode(msgspec.json.Decoder(Inner), b'{"name":"%b","raw":"%b"}' % (lone[:600], lone))
+    found = json_text.decode(msgspec.json.Decoder(Inner), b'{"name":"%b","raw":"%b"}' % (lone[:600], lone))
     assert bytes(found.raw) == b'"%b"' % lone
     assert found.name == lone[:600].decode()
 
@@ -162,7 +162,7 @@ def test_two_megabytes_of_surrogates_are_read_in_moments():
 def test_a_worker_with_half_an_emoji_from_a_careless_plugin_can_be_stored_and_shown():
     row = Worker(source="s", id="w", version="1\ud83d", last_heartbeat=SECOND)
     assert worker_of(worker_row(row)[-1]).version == r"1\ud83d"
-    assert json.loads(jsontext.encode(shown(row)))["version"] == r"1\ud83d"
+    assert json.loads(json_text.encode(shown(row)))["version"] == r"1\ud83d"
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -182,6 +182,6 @@ def test_an_exported_event_with_lone_surrogates_is_read_in_again(within):
 )
 def test_what_is_nothing_like_json_cannot_be_salvaged(text):
     with pytest.raises(ValueError):  # noqa: PT011 - json's
-        jsontext.salvage(text)
+        json_text.salvage(text)
     with pytest.raises(Malformed):
         Incoming.of("POST", "/", body=text).decode(dict, loose=True)

@@ -13,10 +13,10 @@ import standardwebhooks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config.problem import ConfigError
-from relay.config.secret import Secret
+from relay.config.problems import ConfigError
+from relay.config.secrets import Secret
 from relay.keys import has_signed, private_key, public_key
-from relay.loader import load
+from relay.plugin_loading.loader import load
 from relay.signing import SignatureError, Signer, verify
 
 # The vector of the specification's own server: svix/svix-webhooks, `test_asymmetric_key_signing`. The
@@ -219,7 +219,7 @@ def test_the_library_is_not_even_looked_for_without_such_a_key():
     code = f"""
 import sys
 sys.modules["cryptography"] = None
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.signing import Signer, verify
 secrets = (Secret({SHARED.reveal()!r}),)
 verify(secrets, Signer(secrets).headers("evt", 0, b""), b"", now=0)

@@ -8,11 +8,11 @@ import pytest
 from lanes import CLOCK, Receiver, destination, ended, engine_for, route, send, send_many
 from support import until
 
-from relay.clock import SECOND
-from relay.config.model import CircuitConfig, RetryConfig
-from relay.config.secret import Secret
+from relay.base.clock import SECOND
+from relay.base.units import Rate
+from relay.config.schema import CircuitConfig, RetryConfig
+from relay.config.secrets import Secret
 from relay.errors import RelayError
-from relay.units import Rate
 
 LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
 LATER = RetryConfig(schedule=(3600.0,) * 9)

@@ -7,8 +7,8 @@ import pytest
 from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
 from support import until
 
-from relay.clock import SECOND
-from relay.config.model import CircuitConfig, RetryConfig
+from relay.base.clock import SECOND
+from relay.config.schema import CircuitConfig, RetryConfig
 from relay.model import DestinationState
 from relay.store.sqlite import SqliteStore
 

@@ -7,12 +7,12 @@ import pytest
 from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
 from support import until
 
-from relay.clock import SECOND
-from relay.config.model import CircuitConfig, RetryConfig
+from relay.base.clock import SECOND
+from relay.base.units import Rate
+from relay.config.schema import CircuitConfig, RetryConfig
 from relay.delivery.lane import Lane
-from relay.delivery.slots import Slots
+from relay.delivery.limits import Slots
 from relay.model import DestinationState
-from relay.units import Rate
 
 NEVER_OPENS = CircuitConfig(failures=1_000_000)
 

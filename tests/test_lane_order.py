@@ -8,8 +8,8 @@ from collections import defaultdict
 from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
 from support import until
 
-from relay.clock import SECOND
-from relay.config.model import CircuitConfig, RetryConfig
+from relay.base.clock import SECOND
+from relay.config.schema import CircuitConfig, RetryConfig
 
 KEYS = 20
 EACH = 15

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from relay import __version__
-from relay.config.problem import ConfigError
-from relay.loader import discover, load
+from relay.config.problems import ConfigError
+from relay.plugin_loading.loader import discover, load
 
 PLUGIN = """
 from relay.hookspecs import hookimpl

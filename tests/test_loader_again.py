@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from relay.config.problem import ConfigError
+from relay.config.problems import ConfigError
 from relay.errors import RestartNeededError
-from relay.loader import load, load_again
+from relay.plugin_loading.loader import load, load_again
 
 SHOP = '[sources.shop]\nplugin = "adorn"\n'
 CRM = '[destinations.crm]\nurl = "https://crm.example"\nsecrets = [{ file = "secret" }]\n'

@@ -15,7 +15,16 @@ import pytest
 from support import FakeClock
 
 from relay.errors import RelayError
-from relay.logs import MOST_QUEUED, JsonLines, Lines, Sparing, TextLines, configure, fields, in_one_line
+from relay.process.logs import (
+    MOST_QUEUED,
+    JsonLines,
+    Lines,
+    Sparing,
+    TextLines,
+    configure,
+    fields,
+    in_one_line,
+)
 
 LOG = logging.getLogger("relay.test")
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from support import FakeClock, until
 
 from relay.metrics import Metrics
 from relay.model import Attempt, Delivery, News, Outcome, StoredEvent
-from relay.observers import RECORD, Observers
-from relay.offers import Observer
+from relay.plugin_loading.observers import RECORD, Observers
+from relay.plugin_loading.offered import Observer
 
 
 class Hook:

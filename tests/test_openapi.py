@@ -13,7 +13,7 @@ from support import until
 from wire import exchange, request
 
 import relay as package
-from relay.api import lists, repeats, selecting, stats, tail, top, transfer, workers
+from relay.api import lists, replays, selection, stats, tail, top, transfer, workers
 from relay.api.followers import frame
 
 DOCUMENT = json.loads((files("relay.api") / "openapi.json").read_text())
@@ -100,7 +100,7 @@ def test_every_list_has_the_filters_that_it_takes():
     assert query_of(OPERATIONS["GET", "/api/tail"]) == set(tail.FILTERS)
     for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
         assert query_of(OPERATIONS["GET", f"/api/{kind}"]) == {*filters, "limit", "cursor"}, kind
-    fields = set(selecting.Filter.__struct_fields__)
+    fields = set(selection.Filter.__struct_fields__)
     assert query_of(OPERATIONS["GET", "/api/export"]) == {*fields, "deliveries", "dry_run"}
     assert set(COMPONENTS["schemas"]["Filter"]["properties"]) == fields
 
@@ -108,9 +108,9 @@ def test_every_list_has_the_filters_that_it_takes():
 @pytest.mark.parametrize(
     ("path", "wish"),
     [
-        ("/api/replays", repeats._Replay),
-        ("/api/deliveries/retry", repeats._Retry),
-        ("/api/deliveries/cancel", repeats._Cancel),
+        ("/api/replays", replays._Replay),
+        ("/api/deliveries/retry", replays._Retry),
+        ("/api/deliveries/cancel", replays._Cancel),
         ("/api/events/delete", transfer._Deletion),
     ],
 )

@@ -11,13 +11,13 @@ from daemon import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
-from relay.config.model import DestinationConfig
-from relay.config.secret import Secret
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
 from relay.delivery import ping
-from relay.delivery.answer import Answer
+from relay.delivery.http.result import Answer
 from relay.delivery.ping import judge
+from relay.delivery.retry import Verdict
 from relay.demo.receiver import Receiver
-from relay.retry import Verdict
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOTHING = {"events": [], "deliveries": [], "attempts": []}

@@ -9,12 +9,12 @@ import receivers
 from client import AMPLE, GRACE, SHORT, send
 
 from relay.config.client_cert import ClientCert
-from relay.config.model import DestinationConfig
-from relay.config.problem import ConfigError
-from relay.config.secret import Secret
-from relay.delivery.client import Client
-from relay.delivery.guard import refused_target
-from relay.loader import load
+from relay.config.problems import ConfigError
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
+from relay.delivery.http.http_client import Client
+from relay.delivery.http.ssrf import refused_target
+from relay.plugin_loading.loader import load
 
 pytestmark = pytest.mark.usefixtures("silence")
 

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 from support import FakeClock
 
-from relay.clock import SECOND
-from relay.config.model import Retention, SourceRetention
-from relay.ids import event_id
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
+from relay.config.schema import Retention, SourceRetention
+from relay.jobs.retention import Policy
 from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
-from relay.retention import Policy
 from relay.store import Acceptance, prune, times
 from relay.store.sqlite import SqliteStore
 

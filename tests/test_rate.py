@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.clock import SECOND
-from relay.rate import TokenBucket
-from relay.units import Rate
+from relay.base.clock import SECOND
+from relay.base.rate import TokenBucket
+from relay.base.units import Rate
 
 NOW = 1_700_000_000 * SECOND
 

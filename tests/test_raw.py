@@ -9,11 +9,11 @@ import attrs
 import msgspec
 import pytest
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.errors import Invalid, PluginFailed
 from relay.incoming import LARGE, Incoming
-from relay.ingest import record as record_module
-from relay.ingest.record import record
+from relay.ingest import event as record_module
+from relay.ingest.event import record
 from relay.source import Event, as_json
 
 NOW = 1_700_000_000 * SECOND

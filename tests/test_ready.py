@@ -8,8 +8,8 @@ from support import until
 from wire import Wire, exchange, request
 
 from relay.app import App
-from relay.clock import SystemClock
-from relay.loader import load
+from relay.base.clock import SystemClock
+from relay.plugin_loading.loader import load
 from relay.store.sqlite import SqliteStore
 
 

@@ -28,12 +28,12 @@ from snippets import (
     run,
 )
 
-from relay.clock import SystemClock
-from relay.config.model import DestinationConfig
-from relay.config.secret import Secret
-from relay.delivery.client import Client
+from relay.base.clock import SystemClock
+from relay.base.ids import event_id
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
+from relay.delivery.http.http_client import Client
 from relay.formats import FORMATS
-from relay.ids import event_id
 from relay.model import StoredEvent
 from relay.signing import SignatureError, Signer, verify
 

@@ -12,13 +12,13 @@ from daemon import SOURCES, adorn, destination, running, write_config
 from snippets import LANGUAGES, PAGE, SECRET, blocks, inbox, receiver, run, section
 from wire import request
 
-from relay.config.model import CircuitConfig, DestinationConfig, RetryConfig
-from relay.config.secret import Secret
+from relay.base.units import parse_duration
+from relay.config.schema import CircuitConfig, DestinationConfig, RetryConfig
+from relay.config.secrets import Secret
+from relay.delivery.retry import verdict
 from relay.formats import FORMATS
 from relay.model import StoredEvent
-from relay.retry import verdict
 from relay.signing import verify
-from relay.units import parse_duration
 
 EXAMPLE = StoredEvent(
     id=1,

@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from relay.clock import SECOND, rfc3339
-from relay.config.model import WorkerRules
+from relay.base.clock import SECOND, rfc3339
+from relay.config.schema import WorkerRules
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker, WorkerChange
-from relay.registry import (
+from relay.workers.rules import (
     FORMER,
     INTERNAL,
     MOST_DELETED,

@@ -12,7 +12,7 @@ from daemon import SOURCES, Daemon, Recorder, adorn, destination, running, write
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 
 RELAY = (sys.executable, "-c", "from relay.cli import main; main()")
 ADORN = "/v1/events"

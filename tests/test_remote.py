@@ -5,7 +5,7 @@ from daemon import SOURCES, running, write_config
 from multidict import CIMultiDict, CIMultiDictProxy
 from wire import request
 
-from relay.ingest.remote import Remote
+from relay.ingest.sender_address import Remote
 
 
 def headers(*lines, name="X-Forwarded-For"):

@@ -7,18 +7,18 @@ import json
 import pytest
 from support import FakeClock, until
 
-from relay import repeat
-from relay.clock import SystemClock
+from relay.base.clock import SystemClock
+from relay.base.ids import event_id
+from relay.base.units import Rate
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
-from relay.filters import Router, Subscription
-from relay.ids import event_id
+from relay.jobs import repeat
+from relay.jobs.repeat import ROUTES, portion
+from relay.jobs.replay import Replays, Wish
 from relay.model import Attempt, Chosen, Outcome, Selection, StoredEvent
-from relay.repeat import ROUTES, portion
-from relay.replay import Replays, Wish
+from relay.routing.filters import Router, Subscription
+from relay.routing.subscription import Terms
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore
-from relay.terms import Terms
-from relay.units import Rate
 
 FAST = Rate(1_000_000, 1)
 ALL = Selection(since=0)

@@ -8,8 +8,7 @@ from client import send
 from receivers import head
 from sloppy import OK, SLOPPY, status_of
 
-from relay.delivery.answer import of_status
-from relay.delivery.reply import (
+from relay.delivery.http.response import (
     ANNOUNCEMENT_LIMIT,
     HEAD_LIMIT,
     KEEP_LIMIT,
@@ -18,6 +17,7 @@ from relay.delivery.reply import (
     WIRE_LIMIT,
     Reply,
 )
+from relay.delivery.http.result import of_status
 
 pytestmark = pytest.mark.usefixtures("silence")
 

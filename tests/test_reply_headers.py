@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.ingest.answers import allow_origin, render
+from relay.ingest.replies import allow_origin, render
 from relay.ingest.response import Response
 from relay.source import Reply
 

@@ -10,8 +10,8 @@ from client import AMPLE, SHORT, send
 from lanes import destination, ended, engine_for
 from lanes import send as send_event
 
-from relay.delivery import resolver as resolver_module
-from relay.delivery.times import Times
+from relay.delivery.http import resolver as resolver_module
+from relay.delivery.http.timings import Times
 
 pytestmark = pytest.mark.usefixtures("silence")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from relay.clock import SECOND
-from relay.config.model import Retention, SourceRetention
-from relay.retention import Keep, Policy
+from relay.base.clock import SECOND
+from relay.config.schema import Retention, SourceRetention
+from relay.jobs.retention import Keep, Policy
 
 HOUR, DAY = 3600 * SECOND, 86_400 * SECOND
 RULES = {

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.clock import SECOND
-from relay.config.model import RetryConfig
-from relay.retry import RetryPolicy, Verdict, label, parse_retry_after, verdict
+from relay.base.clock import SECOND
+from relay.config.schema import RetryConfig
+from relay.delivery.retry import RetryPolicy, Verdict, label, parse_retry_after, verdict
 
 NOW = 1_700_000_000 * SECOND  # Tue, 14 Nov 2023 22:13:20 GMT
 DEFAULT = RetryPolicy.of(RetryConfig())

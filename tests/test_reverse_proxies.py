@@ -11,7 +11,7 @@ import pytest
 from daemon import SOURCES, adorn, running, write_config
 from wire import exchange, request
 
-from relay.config.model import Server as ServerConfig
+from relay.config.schema import Server as ServerConfig
 from relay.ingest.connection import KEEPALIVE
 
 PAGE = (Path(__file__).parents[1] / "docs" / "install.md").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.config.model import SourceConfig
+from relay.config.schema import SourceConfig
 from relay.errors import Malformed, NotFound
 from relay.ingest.routes import Routes, mounts_of
 from relay.source import Reply, Source, route

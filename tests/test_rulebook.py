@@ -1,7 +1,7 @@
 """Which rules hold for a worker."""
 
-from relay.config.model import WorkerOverride, WorkerRules
-from relay.workers import Rulebook
+from relay.config.schema import WorkerOverride, WorkerRules
+from relay.workers.watch import Rulebook
 
 RULES = WorkerRules(
     offline_after=60.0,

@@ -8,15 +8,15 @@ import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 from samples import ROOT, Sample, like, read_samples, sources
 
-from relay.config.model import SourceConfig, WorkerRules
+from relay.base.ids import event_id
+from relay.base.json_text import read
+from relay.config.schema import SourceConfig, WorkerRules
 from relay.errors import MethodNotAllowed, Refusal, TooLarge, UnsupportedEncoding
-from relay.ids import event_id
 from relay.incoming import Incoming
 from relay.ingest.routes import Mount, Routes
-from relay.jsontext import read
 from relay.model import Receipt, SessionSeen, Unregister, WorkerChange
-from relay.registry import Now, apply
 from relay.source import Accepted, Event, Reply, check_type
+from relay.workers.rules import Now, apply
 
 SAMPLES = read_samples()
 NOW = 1_700_000_000_000_000

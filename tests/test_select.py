@@ -5,9 +5,9 @@ import hashlib
 import pytest
 from support import FakeClock
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.errors import RelayError, UnknownError
-from relay.ids import event_id
 from relay.model import Attempt, Outcome, Owed, Selection, StoredEvent
 from relay.store import Acceptance, Span, select
 from relay.store.select import pending_sql, select_sql

@@ -11,16 +11,16 @@ from daemon import SOURCES, running, write_config
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
-from relay.clock import SECOND
-from relay.config.model import WorkerRules
+from relay.base.clock import SECOND
+from relay.config.schema import WorkerRules
 from relay.errors import StorageUnavailableError
-from relay.ingest import gate
+from relay.ingest import admission
 from relay.ingest.body import Patience
 from relay.ingest.server import Server
-from relay.listeners import bind, url
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker
-from relay.registry import Now, apply, heed, silent
+from relay.process.sockets import bind, url
 from relay.store import Acceptance, writer
+from relay.workers.rules import Now, apply, heed, silent
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 BASES = ("/api/v1", "/api")
@@ -561,7 +561,7 @@ async def test_all_workers_of_a_token_have_a_rate_together(limited):
 
 
 async def test_no_more_than_so_many_workers_rates_are_remembered(limited, clock, monkeypatch):
-    monkeypatch.setattr(gate, "MOST_BUCKETS", 20)
+    monkeypatch.setattr(admission, "MOST_BUCKETS", 20)
     for number in range(60):
         await limited.exchange(beat(f"w{number}"))
     assert len(limited.app.ingest.gate._workers) == 20

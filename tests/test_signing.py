@@ -7,7 +7,7 @@ import standardwebhooks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.keys import shared_key
 from relay.signing import SignatureError, Signer, verify
 

@@ -15,7 +15,7 @@ from relay.errors import StorageUnavailableError
 from relay.model import Heartbeat, Register
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore
-from relay.workers import Watch
+from relay.workers.watch import Watch
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 DEAD = "/api/workers/whatsapp/dead"

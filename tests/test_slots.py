@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.delivery.slots import OWN, Slots
+from relay.delivery.limits import OWN, Slots
 
 
 class Waiter:

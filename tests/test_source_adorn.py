@@ -3,7 +3,7 @@
 import pytest
 from samples import sources
 
-from relay.config.secret import Secrets
+from relay.config.secrets import Secrets
 from relay.errors import Unauthenticated
 from relay.incoming import Incoming
 from relay.sources.adorn import PATH, Adorn

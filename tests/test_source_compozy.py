@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from samples import sources
 
-from relay.config.secret import Secrets
+from relay.config.secrets import Secrets
 from relay.errors import Invalid, RateLimited
 from relay.incoming import Incoming
 from relay.model import Receipt

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 from samples import sources
 
-from relay.config.model import SourceConfig
-from relay.config.secret import Secrets
+from relay.config.schema import SourceConfig
+from relay.config.secrets import Secrets
 from relay.incoming import Incoming
 from relay.ingest.routes import Mount, Routes
 from relay.model import Receipt, Session, SessionSeen, Worker

@@ -6,7 +6,7 @@ import pytest
 from daemon import SERVE, SOURCES, Daemon, write_config
 
 from relay.errors import RelayError
-from relay.statedir import StateDir
+from relay.process.state_dir import StateDir
 
 
 @pytest.fixture

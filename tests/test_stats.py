@@ -6,9 +6,9 @@ import hashlib
 import pytest
 from support import FakeClock
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.errors import RelayError
-from relay.ids import event_id
 from relay.model import Selection, Stat, StoredEvent
 from relay.store import Acceptance, stats
 from relay.store.sqlite import SqliteStore

@@ -10,9 +10,9 @@ from contextlib import closing
 import pytest
 from support import FakeClock, until
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.errors import Overloaded, StorageError, StorageUnavailableError
-from relay.ids import event_id
 from relay.model import (
     Attempt,
     Heartbeat,

@@ -20,15 +20,15 @@ from wire import exchange, request
 
 from relay import app as app_module
 from relay.app import App
-from relay.cli import COMMANDS, exits
-from relay.config.model import Server
+from relay.cli import COMMANDS, exit_codes
+from relay.config.schema import Server
 from relay.delivery import progress
 from relay.errors import RelayError
-from relay.loader import load
 from relay.metrics import Metrics
+from relay.plugin_loading.loader import load
+from relay.process.systemd import Inherited, Notifier
+from relay.process.watchdog import Watchdog
 from relay.store import sqlite
-from relay.systemd import Inherited, Notifier
-from relay.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 
@@ -480,7 +480,7 @@ def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
 
 def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
     told = settings(UNITS / "relay.service")
-    assert told["RestartPreventExitStatus"] == str(exits.CONFIG)
+    assert told["RestartPreventExitStatus"] == str(exit_codes.CONFIG)
     assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
     assert [
         name for name in told if name.startswith("ExecStartPre")

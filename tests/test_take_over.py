@@ -5,12 +5,12 @@ import pytest
 from stores import opened
 from support import FakeClock
 
-from relay.clock import SECOND
-from relay.config.model import WorkerRules
+from relay.base.clock import SECOND
+from relay.config.schema import WorkerRules
 from relay.errors import Conflict
 from relay.model import Heartbeat, Register, Unregister
-from relay.registry import FORMER, Now, apply, former, heed, identifies, names_a_place
 from relay.store import Acceptance
+from relay.workers.rules import FORMER, Now, apply, former, heed, identifies, names_a_place
 
 PUBLIC = "https://worker.example:8001"
 PATIENT = WorkerRules(offline_after=600.0)

@@ -7,10 +7,10 @@ from daemon import SOURCES, adorn, destination, running, write_config
 from terminals import Terminal
 from wire import request
 
+from relay.base.text import paint, printable, wants_colour
 from relay.cli import output
 from relay.cli.listing import print_fields
 from relay.cli.output import print_table
-from relay.terminal import paint, printable, wants_colour
 
 
 class Screen(io.StringIO):

@@ -6,13 +6,13 @@ import hashlib
 import pytest
 from support import FakeClock
 
-from relay.clock import SECOND
-from relay.filters import Router, Subscription
-from relay.ids import event_id
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.model import Attempt, Outcome, StoredEvent
+from relay.routing.filters import Router, Subscription
+from relay.routing.subscription import Terms
 from relay.store import Acceptance, Cancelled
 from relay.store.sqlite import SqliteStore
-from relay.terms import Terms
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from stores import end, opened, send
 from support import FakeClock
 from wire import request
 
+from relay.api.views import item
 from relay.errors import Invalid
 from relay.incoming import Incoming
-from relay.ingest.record import record
-from relay.items import item
+from relay.ingest.event import record
 from relay.model import Owed
 from relay.source import LONGEST_ID, Event
 

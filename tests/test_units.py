@@ -2,8 +2,8 @@
 
 import pytest
 
-from relay.clock import moment
-from relay.units import parse_duration, parse_rate, parse_size, render_rate
+from relay.base.clock import moment
+from relay.base.units import parse_duration, parse_rate, parse_size, render_rate
 
 
 @pytest.mark.parametrize("text", ["100/s", "1000/m", "5000/h", "50/10s", "3/90s"])

@@ -6,15 +6,15 @@ import logging
 import pytest
 from support import FakeClock
 
-from relay.config.model import DestinationConfig, Retention
-from relay.delivery.engine import Engine
-from relay.ids import event_id
+from relay.base.ids import event_id
+from relay.config.schema import DestinationConfig, Retention
+from relay.delivery.dispatcher import Engine
+from relay.jobs.retention import Policy
+from relay.jobs.upkeep import Upkeep
 from relay.metrics import Metrics
 from relay.model import DestinationState, Owed, StoredEvent
-from relay.retention import Policy
 from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore
-from relay.upkeep import Upkeep
 
 DAY = 86_400.0
 DESTINATIONS = {

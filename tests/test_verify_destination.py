@@ -12,7 +12,7 @@ from commands import run
 from daemon import SOURCES, destination, running, write_config
 from wire import request
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.signing import Signer
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -13,12 +13,12 @@ from commands import run
 from daemon import SOURCES, write_config
 from samples import read_samples
 
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.tokens import all_tokens
 from relay.diagnosis.captured import read_captured
 from relay.diagnosis.incoming import diagnose
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 TOKEN = "Ab+c/long-token=1"
 OTHER = "another-source-1"

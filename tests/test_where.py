@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.envelope import EnvelopeView
 from relay.model import StoredEvent
-from relay.where import Miss, compile_where
+from relay.routing.conditions import Miss, compile_where
+from relay.routing.envelope import EnvelopeView
 
 
 def view(data=b"{}", context=b"{}", subject=None):

@@ -6,9 +6,9 @@ import hashlib
 import pytest
 from support import FakeClock, until
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
+from relay.base.ids import event_id
 from relay.errors import StorageUnavailableError
-from relay.ids import event_id
 from relay.model import Attempt, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, Cancelled
 from relay.store.sqlite import SqliteStore

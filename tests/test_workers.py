@@ -10,7 +10,7 @@ from support import FakeClock, until
 from wire import Wire, exchange, request
 
 from relay.errors import StorageUnavailableError
-from relay.ingest import receive
+from relay.ingest import handler
 from relay.model import Heartbeat
 from relay.store import Acceptance
 
@@ -78,7 +78,7 @@ async def test_commands_come_in_the_order_they_were_given(relay):
 
 @pytest.mark.parametrize("failures", [0, 2])
 async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay, monkeypatch, failures):
-    monkeypatch.setattr(receive, "STORAGE_PAUSE", 0.01)
+    monkeypatch.setattr(handler, "STORAGE_PAUSE", 0.01)
     fleet, failing = relay.app.store.fleet, [StorageUnavailableError("the disk is full")] * failures
 
     async def fail_at_first(wish):

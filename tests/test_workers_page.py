@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from daemon import HEAD
 
-from relay import registry
 from relay.app import App
-from relay.clock import SECOND
-from relay.config.model import WorkerRules
-from relay.loader import load
+from relay.base.clock import SECOND
+from relay.config.schema import WorkerRules
 from relay.model import Worker
-from relay.registry import shown
-from relay.workers import Rulebook
+from relay.plugin_loading.loader import load
+from relay.workers import rules
+from relay.workers.rules import shown
+from relay.workers.watch import Rulebook
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "workers.md").read_text()
@@ -45,7 +45,7 @@ def test_the_data_of_an_event_are_as_the_page_shows_them():
     [block] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     data = json.loads(block)
     row = Worker(source="whatsapp", id="w")
-    assert data.keys() == registry.silent(row, registry.Now(wall=0, steady=1))[1].data.keys()
+    assert data.keys() == rules.silent(row, rules.Now(wall=0, steady=1))[1].data.keys()
     assert data["worker"].keys() == shown(row).keys()
 
 
@@ -58,10 +58,10 @@ def test_the_settings_on_the_page_mean_what_it_says(setup):
 
 
 def test_the_times_on_the_page_are_those_of_the_rules():
-    assert f"within {registry.TOMBSTONE // SECOND} s after it" in PAGE
-    assert f"{registry.FORMER // SECOND} s at least" in PAGE
-    assert f"by more than {registry.RESTARTED:.0f} s" in PAGE
-    assert f"most {registry.MOST_SESSIONS:,} sessions are kept per worker" in PAGE
+    assert f"within {rules.TOMBSTONE // SECOND} s after it" in PAGE
+    assert f"{rules.FORMER // SECOND} s at least" in PAGE
+    assert f"by more than {rules.RESTARTED:.0f} s" in PAGE
+    assert f"most {rules.MOST_SESSIONS:,} sessions are kept per worker" in PAGE
 
 
 def test_every_request_on_the_page_is_one_there_is(setup):

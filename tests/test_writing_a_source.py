@@ -13,11 +13,11 @@ import pytest
 
 from relay import errors, source
 from relay.app import App
-from relay.config.model import SourceConfig
-from relay.config.secret import Secret
+from relay.config.schema import SourceConfig
+from relay.config.secrets import Secret
 from relay.demo.receiver import Receiver
 from relay.errors import Refusal, Unavailable
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 PAGE = (Path(__file__).parent.parent / "docs" / "writing-a-source.md").read_text()
 EXAMPLE, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

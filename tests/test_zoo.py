@@ -8,7 +8,7 @@ import pytest
 from lanes import destination, engine_for, send
 from zoo import zoo
 
-from relay.config.model import RetryConfig
+from relay.config.schema import RetryConfig
 
 TIMEOUT = 2.0  # seconds: a busy machine stands still for one now and then
 GRACE = 0.2  # seconds that an attempt may last beyond its timeout

@@ -6,13 +6,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay import checkup
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay import doctor
+from relay.api.context import Parts
 from relay.api.progress import tell
-from relay.backups import described
-from relay.config.find import database_path
+from relay.api.responses import say
+from relay.config.paths import database_path
 from relay.delivery.lane import NO_STORAGE
+from relay.jobs.backups import described
 from relay.model import Backup, Check
 from relay.store.doctor import database
 
@@ -70,18 +70,18 @@ class DatabaseApi:
         return [
             database(database_path(config), config.path),
             *found,
-            checkup.held(self._owing(), self._clock.steady()),
+            doctor.held(self._owing(), self._clock.steady()),
             self._backups.examine(),
-            checkup.writable(config, config.state_dir),
-            checkup.ready(self._health.reasons()),
-            checkup.jobs(self._jobs.all()),
+            doctor.writable(config, config.state_dir),
+            doctor.ready(self._health.reasons()),
+            doctor.jobs(self._jobs.all()),
             await self._reloads.drift(),
         ]
 
-    def _owing(self) -> list[checkup.Owing]:
+    def _owing(self) -> list[doctor.Owing]:
         owed = self._store.owed()
         return [
-            checkup.Owing(
+            doctor.Owing(
                 name=name,
                 held=None if lane.held == NO_STORAGE else lane.held,  # `ready` says so
                 pending=owed.get(name, 0),

@@ -5,13 +5,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay.api.context import Parts
+from relay.api.pending_views import ABSENT, counted, moments, owed_to
+from relay.api.responses import say
+from relay.api.views import unknown
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
-from relay.items import unknown
 from relay.model import DestinationState
-from relay.owed import ABSENT, counted, moments, owed_to
 
 
 class DestinationsApi:

@@ -2,10 +2,10 @@
 
 from aiohttp import web
 
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay.api.context import Parts
+from relay.api.responses import say
+from relay.api.views import show_delivery, show_event
 from relay.errors import UnknownError
-from relay.items import show_delivery, show_event
 from relay.model import StoredEvent
 from relay.store import Store
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from relay.jsontext import encode
+from relay.base.json_text import encode
 
 T = TypeVar("T")
 

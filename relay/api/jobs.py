@@ -4,12 +4,12 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay.api.context import Parts
 from relay.api.progress import tell
-from relay.clock import SECOND, rfc3339
-from relay.jobs import Past
-from relay.units import render_duration
+from relay.api.responses import say
+from relay.base.clock import SECOND, rfc3339
+from relay.base.units import render_duration
+from relay.jobs.scheduler import Past
 
 
 class JobsApi:

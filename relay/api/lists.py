@@ -4,11 +4,11 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from relay.api.answers import limit_of, query_of, say
-from relay.api.parts import Parts
-from relay.delivery.answer import RESULTS
-from relay.items import list_items
-from relay.questions import one_of, read_field
+from relay.api.context import Parts
+from relay.api.query_params import one_of, read_field
+from relay.api.responses import limit_of, query_of, say
+from relay.api.views import list_items
+from relay.delivery.http.result import RESULTS
 from relay.store.find import FILTERS as STORED
 
 FILTERS = {kind: STORED[kind] for kind in ("events", "deliveries", "attempts")}

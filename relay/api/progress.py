@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import LINES, error_of, say
+from relay.api.responses import LINES, error_of, say
 from relay.errors import RelayError
 
 T = TypeVar("T")

@@ -2,8 +2,8 @@
 
 from aiohttp import web
 
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay.api.context import Parts
+from relay.api.responses import say
 from relay.config.effective import effective
 
 

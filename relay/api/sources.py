@@ -5,12 +5,12 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.answers import say
-from relay.api.parts import Parts
+from relay.api.context import Parts
+from relay.api.responses import say
+from relay.api.views import item, unknown
 from relay.config.effective import effective_source
 from relay.ingest.routes import Mount
-from relay.items import item, unknown
-from relay.logs import fields
+from relay.process.logs import fields
 
 log = logging.getLogger("relay.ingest")
 

@@ -2,10 +2,10 @@
 
 from aiohttp import web
 
-from relay.api.answers import limit_of, query_of, say
-from relay.api.parts import Parts
-from relay.api.selecting import filter_of
-from relay.items import list_stats
+from relay.api.context import Parts
+from relay.api.responses import limit_of, query_of, say
+from relay.api.selection import filter_of
+from relay.api.views import list_stats
 
 FILTERS = ("source", "type", "since", "until")
 

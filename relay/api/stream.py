@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from relay.api.answers import refuse
 from relay.api.followers import MOST, Follower, Followers
+from relay.api.responses import refuse
 
 T = TypeVar("T")
 

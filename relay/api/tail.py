@@ -6,15 +6,15 @@ from functools import lru_cache
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import query_of
+from relay.api.context import Parts
 from relay.api.followers import Followers, frame
-from relay.api.parts import Parts
+from relay.api.responses import query_of
 from relay.api.stream import stream
-from relay.clock import rfc3339
+from relay.api.views import unknown
+from relay.base.clock import rfc3339
 from relay.errors import RelayError
-from relay.filters import Patterns
-from relay.items import unknown
 from relay.model import News, Outcome, StoredEvent
+from relay.routing.filters import Patterns
 from relay.store import OPERATOR_EVENTS
 
 ROOM = 1000

@@ -8,13 +8,13 @@ from typing import Any
 from aiohttp import web
 
 from relay import __version__
-from relay.api.answers import query_of
+from relay.api.context import Parts
 from relay.api.followers import Followers, frame
-from relay.api.parts import Parts
+from relay.api.pending_views import ABSENT
+from relay.api.responses import query_of
 from relay.api.stream import stream
-from relay.clock import SECOND, rfc3339
+from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
-from relay.owed import ABSENT
 
 log = logging.getLogger("relay.api")
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.answers import BEGUN
-from relay.clock import Clock
-from relay.ids import given_id, request_id
+from relay.api.responses import BEGUN
+from relay.base.clock import Clock
+from relay.base.ids import given_id, request_id
 
 HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)

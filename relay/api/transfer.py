@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import LINES, body_of, say
-from relay.api.parts import Parts
+from relay.api.context import Parts
 from relay.api.progress import tell
-from relay.api.selecting import FIELDS, Filter, filter_of
+from relay.api.responses import LINES, body_of, say
+from relay.api.selection import FIELDS, Filter, filter_of
 from relay.errors import RelayError
 from relay.model import Expunged
 from relay.store import Store

@@ -6,15 +6,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay.api.answers import body_of, limit_of, query_of, say
-from relay.api.parts import Parts
-from relay.clock import SECOND, rfc3339
+from relay.api.context import Parts
+from relay.api.responses import body_of, limit_of, query_of, say
+from relay.api.views import MOST_ROWS
+from relay.base.clock import SECOND, rfc3339
+from relay.base.ids import command_id
+from relay.base.units import parse_duration
 from relay.errors import RelayError, UnknownError
-from relay.ids import command_id
-from relay.items import MOST_ROWS
 from relay.model import Command, Worker
-from relay.registry import shown
-from relay.units import parse_duration
+from relay.workers.rules import shown
 
 RECENT_METRICS = 60  # rows shown with a worker: an hour
 RECENT_COMMANDS = 20

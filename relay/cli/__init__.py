@@ -3,7 +3,7 @@
 import click
 
 import relay
-from relay.cli.group import Group
+from relay.cli.main import Group
 
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Tell every problem of config.toml at once."),

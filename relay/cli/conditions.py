@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relay.where import compile_where
+from relay.routing.conditions import compile_where
 
 _CONDITION = re.compile(
     r"""(?P<path>(?:"[^"]*"|'[^']*'|[^"'=!<>~])+)(?:(?P<operator>!=|>=|<=|[=<>~])(?P<value>.*))?""", re.DOTALL

@@ -6,15 +6,15 @@ import click
 import msgspec
 
 from relay.cli.configured import env_file_option, load_for_service, load_without_secrets
-from relay.cli.exits import CommandError, code_of
-from relay.cli.group import Group
+from relay.cli.exit_codes import CommandError, code_of
+from relay.cli.main import Group
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json
-from relay.cli.starting import START
+from relay.cli.starter_config import START
 from relay.config.effective import as_toml, effective
-from relay.config.find import find_config
-from relay.config.model import Config
-from relay.config.problem import ConfigError
+from relay.config.paths import find_config
+from relay.config.problems import ConfigError
+from relay.config.schema import Config
 
 
 @click.command("check-config")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from relay.cli.exits import NOT_ALLOWED, CommandError
+from relay.cli.exit_codes import NOT_ALLOWED, CommandError
 from relay.cli.options import FILE
-from relay.config.installed import Given, read_env_file, service_of
-from relay.config.problem import ConfigError, Problem, UnreadableError
-from relay.loader import Setup, discover, load
+from relay.config.installed_service import Given, read_env_file, service_of
+from relay.config.problems import ConfigError, Problem, UnreadableError
+from relay.plugin_loading.loader import Setup, discover, load
 
 env_file_option = click.option(
     "--env-file",

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from relay.cli.exits import CommandError
+from relay.cli.exit_codes import CommandError
 
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 

@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from relay.cli.daemon import Daemon, daemon_options
+from relay.base.clock import SystemClock
+from relay.base.units import render_size
+from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.doctor import named, tell
-from relay.cli.exits import INTERRUPTED, CommandError
-from relay.cli.group import Group
+from relay.cli.exit_codes import INTERRUPTED, CommandError
 from relay.cli.listing import print_fields
+from relay.cli.main import Group
 from relay.cli.offline import Offline, database_of, readable, reader_options, tables_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_json, print_table
 from relay.cli.progress import show, work
-from relay.clock import SystemClock
 from relay.store.apart import Stop
-from relay.units import render_size
 
 T = TypeVar("T")
 

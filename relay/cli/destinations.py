@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import FAILED
-from relay.cli.group import Group
+from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.exit_codes import FAILED
 from relay.cli.listing import print_fields, print_page, quiet_option
+from relay.cli.main import Group
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import print_json

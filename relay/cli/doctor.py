@@ -6,8 +6,8 @@ from typing import Any
 import click
 import msgspec
 
-from relay.cli.daemon import Daemon
-from relay.cli.exits import CommandError
+from relay.cli.api_client import Daemon
+from relay.cli.exit_codes import CommandError
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table

@@ -5,15 +5,15 @@ from typing import Any
 
 import click
 
+from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.confirm import confirm, yes_option
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.following import follow
-from relay.cli.group import Group
 from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
-from relay.cli.meant import count_of, dry_run_option, wish_of
+from relay.cli.main import Group
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option, rate_option
 from relay.cli.output import count, print_json, print_table
+from relay.cli.replay_progress import follow
+from relay.cli.selection import count_of, dry_run_option, wish_of
 from relay.cli.transfer import delete, export, import_
 
 COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")

@@ -2,7 +2,7 @@
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.options import json_option
 from relay.cli.output import print_json, print_table
 
@@ -47,7 +47,7 @@ def explain(
         raise click.UsageError("name a stored EVENT, or a --source whose sender would post --data @FILE")
     if source is not None:
         # Plugins load only here: judging a stored event must start fast without them.
-        from relay.cli.judging import Wish, judge  # noqa: PLC0415 - see above
+        from relay.cli.offline_explain import Wish, judge  # noqa: PLC0415 - see above
 
         answer = judge(ctx.params["config"], source, Wish(data, type_, path, headers))
     elif data is not None or type_ is not None or path is not None or headers:

@@ -2,10 +2,10 @@
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import CommandError
-from relay.cli.group import Group
+from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.exit_codes import CommandError
 from relay.cli.listing import print_page, quiet_option
+from relay.cli.main import Group
 from relay.cli.options import json_option
 from relay.cli.output import print_json
 from relay.cli.progress import work

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import click
 
-from relay.cli.exits import CommandError
+from relay.base.text import printable
+from relay.cli.exit_codes import CommandError
 from relay.cli.options import json_option
 from relay.cli.output import print_json
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.signing import SignatureError, verify
-from relay.terminal import printable
 
 LARGEST = 16 * 2**20
 

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 import click
 
+from relay.api.query_params import STATES
+from relay.base.clock import SystemClock, moment
+from relay.base.text import printable
 from relay.cli.conditions import conditions
-from relay.cli.exits import INTERRUPTED, CommandError
+from relay.cli.exit_codes import INTERRUPTED, CommandError
 from relay.cli.options import OneOf, json_option, understood
 from relay.cli.output import print_json, print_table
 from relay.cli.progress import show
-from relay.clock import SystemClock, moment
-from relay.filters import Patterns
-from relay.questions import STATES
-from relay.terminal import printable
+from relay.routing.filters import Patterns
 
 _FILTERS: Mapping[str, tuple[Any, str]] = {
     "source": (str, "Of this source."),

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from relay.cli.daemon import Daemon
-from relay.cli.exits import FAILED, UNREACHABLE, CommandError
+from relay.cli.api_client import Daemon
+from relay.cli.exit_codes import FAILED, UNREACHABLE, CommandError
 from relay.cli.stream import Stream
 
 AGAIN = 0.5

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.selecting import filter_of
-from relay.cli.daemon import daemon_options
-from relay.cli.exits import NOT_ALLOWED, NOTHING, CommandError
-from relay.clock import SECOND, SystemClock
-from relay.config.bind import Binder
+from relay.api.selection import filter_of
+from relay.base.clock import SECOND, SystemClock
+from relay.cli.api_client import daemon_options
+from relay.cli.exit_codes import NOT_ALLOWED, NOTHING, CommandError
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.find import find_config, is_there
-from relay.config.installed import directories_of, installed
-from relay.config.model import Config
+from relay.config.installed_service import directories_of, installed
+from relay.config.paths import find_config, is_there
+from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
 from relay.store.apart import Stop
 
 if TYPE_CHECKING:
-    from relay import checkup
+    from relay import doctor
 
 
 class Offline:
@@ -37,7 +37,7 @@ class Offline:
 
     def measure(self) -> dict[str, Any]:
         """Say what the file holds and takes, and its backups; raises `StorageError`."""
-        from relay.backups import described, made_in  # noqa: PLC0415 - as below
+        from relay.jobs.backups import described, made_in  # noqa: PLC0415 - as below
         from relay.store.measure import measure  # noqa: PLC0415 - as below
 
         return described(
@@ -46,7 +46,8 @@ class Offline:
 
     def examine(self) -> list[Check]:
         """Look for everything that could be wrong with it."""
-        from relay import backups, checkup  # noqa: PLC0415 - as below
+        from relay import doctor  # noqa: PLC0415 - as below
+        from relay.jobs import backups  # noqa: PLC0415 - as below
         from relay.store.doctor import Patient, database, examine  # noqa: PLC0415 - as below
 
         config, now = self._config, SystemClock().wall()
@@ -60,18 +61,18 @@ class Offline:
         found = [database(self._file, config.path), *examine(patient, Stop())]
         with suppress(StorageError):  # the checks above say what is the matter with the file
             # Nothing is tried any more while no relay runs, so whatever failed last is a finding at once.
-            found.append(checkup.held(asyncio.run(self._owing()), now, patience=0))
+            found.append(doctor.held(asyncio.run(self._owing()), now, patience=0))
         found.append(backups.examine(made, config.backup.every, now // SECOND))
-        return [*found, checkup.writable(config, state_of(config))]
+        return [*found, doctor.writable(config, state_of(config))]
 
-    async def _owing(self) -> list["checkup.Owing"]:
-        from relay import checkup  # noqa: PLC0415 - as below
+    async def _owing(self) -> list["doctor.Owing"]:
+        from relay import doctor  # noqa: PLC0415 - as below
         from relay.store.reading import reading  # noqa: PLC0415 - as below
 
         async with reading(self._file) as reads:
             books, states = await reads.books(), await reads.destination_states()
         return [
-            checkup.Owing(
+            doctor.Owing(
                 name=name,
                 held=states[name].held if name in states else None,
                 pending=books[name].pending,
@@ -118,8 +119,8 @@ class Offline:
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # The store loads only here: every other command must start fast without it.
-        from relay.items import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
-        from relay.owed import list_destinations, show_destination  # noqa: PLC0415 - see above
+        from relay.api.pending_views import list_destinations, show_destination  # noqa: PLC0415 - see above
+        from relay.api.views import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
         from relay.store.reading import reading  # noqa: PLC0415 - see above
 
         known, now = self._config.destinations, SystemClock().wall()

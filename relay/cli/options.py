@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relay.units import parse_rate
+from relay.base.units import parse_rate
 
 FILE = click.Path(path_type=Path, readable=False)
 """A path; click's own check would answer one that may not be read as a wrong use, in its own words."""

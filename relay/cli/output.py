@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from relay.terminal import Colour, paint, printable, wants_colour
+from relay.base.text import Colour, paint, printable, wants_colour
 
 _STATES: Mapping[str, Colour] = {
     "delivered": "green", "dead": "red", "expired": "red",

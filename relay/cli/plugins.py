@@ -9,19 +9,19 @@ from pathlib import Path
 
 import click
 
-from relay.cli.exits import CommandError
-from relay.cli.group import Group
+from relay.cli.exit_codes import CommandError
 from relay.cli.listing import print_page, quiet_option
+from relay.cli.main import Group
 from relay.cli.options import config_option, json_option
 from relay.cli.output import print_json
-from relay.cli.skeleton import PLUGIN, TABLE, TEST, filled
-from relay.config.bind import Binder
+from relay.cli.templates import PLUGIN, TABLE, TEST, filled
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.find import look_for_config
-from relay.config.installed import directories_of
-from relay.config.problem import ConfigError
+from relay.config.installed_service import directories_of
+from relay.config.paths import look_for_config
+from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
-from relay.loader import discover
+from relay.plugin_loading.loader import discover
 
 
 @click.group(cls=Group)

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon
-from relay.cli.exits import FAILED, INTERRUPTED, CommandError
+from relay.base.units import render_duration
+from relay.cli.api_client import Daemon
+from relay.cli.exit_codes import FAILED, INTERRUPTED, CommandError
 from relay.cli.output import count
-from relay.units import render_duration
 
 
 def show(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
+from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.options import json_option
 from relay.cli.output import print_json
 

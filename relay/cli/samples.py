@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from relay.cli.exits import NOTHING, CommandError
-from relay.config.model import SourceConfig
-from relay.config.problem import guess
+from relay.cli.exit_codes import NOTHING, CommandError
+from relay.config.problems import guess
+from relay.config.schema import SourceConfig
 from relay.incoming import Incoming
 from relay.source import Accepted
 

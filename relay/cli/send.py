@@ -9,20 +9,20 @@ from urllib.parse import urlsplit
 
 import click
 
+from relay.base.units import render_duration
 from relay.cli.configured import demand, env_file_option, load_without_secrets
-from relay.cli.exits import FAILED, UNREACHABLE, CommandError
+from relay.cli.exit_codes import FAILED, UNREACHABLE, CommandError
 from relay.cli.listing import print_page
 from relay.cli.options import config_option, json_option
 from relay.cli.output import print_json
 from relay.cli.samples import choose, read_data, samples_of, source_named
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.find import find_config
-from relay.config.installed import Given, Service, service_of
-from relay.config.model import SourceConfig
-from relay.config.secret import Secret
+from relay.config.installed_service import Given, Service, service_of
+from relay.config.paths import find_config
+from relay.config.schema import SourceConfig
+from relay.config.secrets import Secret
 from relay.config.tokens import tokens_of
-from relay.units import render_duration
 
 SECONDS = 60.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is listened on, not bound here

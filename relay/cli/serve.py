@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from relay.cli.exits import CONFIG, CommandError, code_of
+from relay.cli.exit_codes import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.find import database_path, find_config, is_there
-from relay.config.installed import service_of
-from relay.config.problem import ConfigError
+from relay.config.installed_service import service_of
+from relay.config.paths import database_path, find_config, is_there
+from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
 from relay.errors import RelayError
-from relay.systemd import sockets_given
+from relay.process.systemd import sockets_given
 
 if TYPE_CHECKING:
-    from relay.loader import Setup
+    from relay.plugin_loading.loader import Setup
 
 
 @click.command()
@@ -56,9 +56,9 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
 
         ctx.exit(_run(lambda: run_demo(leave=leave)))
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
-    from relay.hold import Hold  # noqa: PLC0415 - see above
-    from relay.loader import load  # noqa: PLC0415 - see above
-    from relay.logs import configure, is_read, under_systemd  # noqa: PLC0415 - see above
+    from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
+    from relay.process.logs import configure, is_read, under_systemd  # noqa: PLC0415 - see above
+    from relay.standby import Hold  # noqa: PLC0415 - see above
 
     try:
         path = find_config(config)
@@ -93,7 +93,7 @@ def _load_again(path: Path) -> "Setup":
     Raises:
         ConfigError: it still cannot be used.
     """
-    from relay.loader import load  # noqa: PLC0415 - see above
+    from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
 
     service = service_of(path)
     fresh = service.given(os.environ).environ if service else {}

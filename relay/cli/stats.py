@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon
+from relay.cli.api_client import Daemon
 from relay.cli.listing import filter_options, page_options, print_page
 from relay.cli.offline import Offline, reader_options
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import FAILED
+from relay.base.text import paint, wants_colour
+from relay.base.units import render_duration
+from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.exit_codes import FAILED
 from relay.cli.listing import cell
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table, say
-from relay.terminal import paint, wants_colour
-from relay.units import render_duration
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 

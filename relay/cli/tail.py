@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import INTERRUPTED
+from relay.base.text import Colour, paint, printable, wants_colour
+from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.exit_codes import INTERRUPTED
 from relay.cli.listing import cell, filter_options
 from relay.cli.live import live
-from relay.cli.missed import Missed
 from relay.cli.options import json_option
 from relay.cli.output import colour_of, count, say, to_json
-from relay.terminal import Colour, paint, printable, wants_colour
+from relay.cli.tail_gap import Missed
 
 COLUMNS = (
     "what", "type", "source", "subject", "size", "destination", "attempt", "result", "status", "duration_ms",

@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import INTERRUPTED, UNREACHABLE, CommandError
+from relay.base.text import paint, printable, wants_colour
+from relay.base.units import render_duration
+from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.exit_codes import INTERRUPTED, UNREACHABLE, CommandError
 from relay.cli.listing import cell
 from relay.cli.live import live
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, say, table_lines, to_json
 from relay.cli.screen import Screen, is_there, screen
-from relay.terminal import paint, printable, wants_colour
-from relay.units import render_duration
 
 GONE = "the relay has gone; waiting for it to come back, Ctrl-C ends"
 

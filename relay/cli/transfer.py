@@ -8,15 +8,15 @@ from typing import Any, BinaryIO
 
 import click
 
+from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.confirm import confirm, yes_option
-from relay.cli.daemon import Daemon, daemon_options
-from relay.cli.exits import BATCH, INTERRUPTED, CommandError
+from relay.cli.exit_codes import BATCH, INTERRUPTED, CommandError
 from relay.cli.listing import SELECTION, as_query, filter_options
-from relay.cli.meant import count_of, dry_run_option, wish_of
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json
 from relay.cli.progress import Meter, show, work
+from relay.cli.selection import count_of, dry_run_option, wish_of
 
 LOOK_EVERY = 100  # lines between two looks at the clock
 CHUNK = 256 * 1024

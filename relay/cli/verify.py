@@ -9,18 +9,18 @@ from typing import Any
 import click
 import msgspec
 
+from relay.base.clock import SECOND, moment
 from relay.cli.configured import demand, env_file_option, load_without_secrets
-from relay.cli.exits import FAILED, NOTHING, CommandError
+from relay.cli.exit_codes import FAILED, NOTHING, CommandError
 from relay.cli.options import config_option, json_option
 from relay.cli.output import print_json
 from relay.cli.samples import read_data, read_file, source_named
-from relay.clock import SECOND, moment
-from relay.config.bind import Binder
+from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.find import find_config
-from relay.config.model import DestinationConfig
-from relay.config.problem import guess
-from relay.config.secret import Absent
+from relay.config.paths import find_config
+from relay.config.problems import guess
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Absent
 from relay.config.tokens import all_tokens
 from relay.diagnosis import incoming, signature
 from relay.diagnosis.captured import Captured, read_captured

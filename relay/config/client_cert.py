@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 
 # OpenSSL's words for two keys of one kind, and of two kinds.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED")

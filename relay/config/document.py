@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from relay.config.installed import service_of
-from relay.config.lines import find_lines
-from relay.config.problem import ConfigError, KeyPath, Problem, UnreadableError
+from relay.config.installed_service import service_of
+from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError
+from relay.config.toml_lines import find_lines
 
 _AT_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _AT_END = " (at end of document)"

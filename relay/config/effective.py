@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 import msgspec
 
-from relay.config.model import Config, SourceConfig
-from relay.config.problem import dotted
-from relay.config.secret import Secret, Secrets
-from relay.units import Rate, render_duration, render_rate
+from relay.base.units import Rate, render_duration, render_rate
+from relay.config.problems import dotted
+from relay.config.schema import Config, SourceConfig
+from relay.config.secrets import Secret, Secrets
 
 _NAMED = ("sources", "destinations")
 _OURS = {"path", "warnings", "name", "settings"}  # fields that nobody writes

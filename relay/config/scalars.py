@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from relay.config.problem import kind_of, shown
-from relay.units import Rate, parse_duration, parse_rate, parse_size
+from relay.base.units import Rate, parse_duration, parse_rate, parse_size
+from relay.config.problems import kind_of, shown
 
 T = TypeVar("T")
 _LARGEST = 2**63 - 1

@@ -1,15 +1,15 @@
-"""The tables of config.toml with keys of ours; `relay.loader` adds what plugins have a say in."""
+"""The tables of config.toml with keys of ours; `plugin_loading.loader` adds what plugins have a say in."""
 
 from pathlib import Path
 from typing import Any
 
-from relay.config import checks
-from relay.config.bind import WRONG, Binder
-from relay.config.model import Config, DestinationConfig, Plugins
-from relay.config.problem import KeyPath, guess, shown
-from relay.envelope import Path as EnvelopePath
-from relay.filters import OPERATOR_EVENTS, Patterns
-from relay.where import compile_where
+from relay.config import validators
+from relay.config.binding import WRONG, Binder
+from relay.config.problems import KeyPath, guess, shown
+from relay.config.schema import Config, DestinationConfig, Plugins
+from relay.routing.conditions import compile_where
+from relay.routing.envelope import Path as EnvelopePath
+from relay.routing.filters import OPERATOR_EVENTS, Patterns
 
 
 def bind_tables(binder: Binder) -> Config:
@@ -40,7 +40,7 @@ def named_tables(binder: Binder, key: str) -> dict[str, dict[str, Any]]:
     tables = binder.tables(key)
     for name in tables:
         try:
-            checks.name(name)
+            validators.name(name)
         except ValueError as error:
             binder.report((key, name), str(error))
     return tables

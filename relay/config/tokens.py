@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from relay.config.bind import Binder
-from relay.config.model import Config, SourceConfig
-from relay.config.problem import dotted
-from relay.config.secret import Absent, Secret, Secrets
+from relay.config.binding import Binder
+from relay.config.problems import dotted
+from relay.config.schema import Config, SourceConfig
+from relay.config.secrets import Absent, Secret, Secrets
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):

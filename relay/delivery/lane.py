@@ -5,24 +5,24 @@ import logging
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from relay.clock import SECOND, Clock
-from relay.config.model import DestinationConfig
-from relay.delivery.answer import Answer
-from relay.delivery.client import LackError
+from relay.base.clock import SECOND, Clock
+from relay.config.schema import DestinationConfig
+from relay.delivery.attempt import BLOCKED_REST, Sender, corrupt, outdated, unspent
+from relay.delivery.destination_health import Standing
 from relay.delivery.feed import Feed
-from relay.delivery.lines import ids, tell_attempt, tell_end
+from relay.delivery.http.http_client import LackError
+from relay.delivery.http.result import Answer
+from relay.delivery.http.timings import Times
+from relay.delivery.limits import Slots
+from relay.delivery.log_lines import ids, tell_attempt, tell_end
 from relay.delivery.memory import Memory
 from relay.delivery.meter import Meter
 from relay.delivery.pace import Pace
-from relay.delivery.sender import BLOCKED_REST, Sender, corrupt, outdated, unspent
-from relay.delivery.slots import Slots
-from relay.delivery.standing import Standing
-from relay.delivery.times import Times
+from relay.delivery.retry import Verdict
 from relay.errors import StorageError
-from relay.logs import Sparing, fields
 from relay.metrics import Metrics
 from relay.model import Delivery, DestinationState, Outcome, StoredEvent
-from relay.retry import Verdict
+from relay.process.logs import Sparing, fields
 from relay.store import Store
 
 log = logging.getLogger("relay.delivery")

@@ -1,6 +1,6 @@
 """What is counted of one destination's attempts."""
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.metrics import RESULTS, Metrics
 from relay.model import Attempt, Delivery
 

@@ -1,8 +1,8 @@
 """How fast a destination may be asked: its `rate_limit`, and when that allows the next attempt."""
 
-from relay.clock import SECOND
-from relay.rate import TokenBucket
-from relay.units import Rate
+from relay.base.clock import SECOND
+from relay.base.rate import TokenBucket
+from relay.base.units import Rate
 
 
 class Pace:

@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from relay.clock import Clock
-from relay.config.model import DestinationConfig
-from relay.delivery.answer import Answer
+from relay.base.clock import Clock
+from relay.base.ids import event_id
+from relay.base.units import render_duration
+from relay.config.schema import DestinationConfig
+from relay.delivery.http.result import Answer
+from relay.delivery.http.timings import Times
 from relay.delivery.lane import Lane
-from relay.delivery.times import Times
+from relay.delivery.retry import Verdict
 from relay.errors import BusyError
-from relay.ids import event_id
 from relay.model import EMPTY, StoredEvent
-from relay.retry import Verdict
-from relay.units import render_duration
 
 TYPE = "relay.ping"
 MESSAGE = "An operator tests this destination. Nothing has happened, and nothing is to be done."

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from relay.clock import SECOND, Clock
+from relay.base.clock import SECOND, Clock
 from relay.delivery.lane import Lane
 
 PATIENCE = 60 * SECOND

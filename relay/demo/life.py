@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 import aiohttp
 
 from relay.app import Addresses, App
-from relay.config.secret import Secret
+from relay.config.secrets import Secret
 from relay.demo.narrator import Narrator
 from relay.demo.receiver import Receiver
 from relay.demo.setting import choose_listen, write_config
 from relay.demo.story import Story
 from relay.keys import SHARED
-from relay.loader import load
-from relay.logs import configure
+from relay.plugin_loading.loader import load
+from relay.process.logs import configure
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

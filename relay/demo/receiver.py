@@ -8,9 +8,9 @@ from typing import Self
 import msgspec
 from aiohttp import web
 
-from relay.config.secret import Secret
-from relay.jsontext import decode
-from relay.listeners import bind, listen, url
+from relay.base.json_text import decode
+from relay.config.secrets import Secret
+from relay.process.sockets import bind, listen, url
 from relay.signing import SignatureError, verify
 
 LARGEST = 8 * 2**20  # bytes: the sources' 2 MiB, wrapped in an envelope

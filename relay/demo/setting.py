@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from relay.config.model import Server
-from relay.config.secret import Secret
+from relay.config.schema import Server
+from relay.config.secrets import Secret
 from relay.errors import RelayError
-from relay.listeners import bind
+from relay.process.sockets import bind
 
 TOKEN = "dev-token"  # noqa: S105 - it opens nothing but the demo, on loopback
 OFFLINE_AFTER = 2

@@ -4,7 +4,7 @@ import asyncio
 
 import aiohttp
 
-from relay.config.model import Config
+from relay.config.schema import Config
 from relay.demo.narrator import Narrator
 from relay.demo.receiver import Arrival
 from relay.demo.setting import OFFLINE_AFTER, TOKEN

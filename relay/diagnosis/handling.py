@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from relay.config.model import SourceConfig
+from relay.config.schema import SourceConfig
 from relay.errors import MethodNotAllowed, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.routes import Match, Routes, mounts_of

@@ -5,21 +5,21 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from multidict import CIMultiDictProxy
 
-from relay.config.model import SourceConfig
-from relay.config.secret import Credential, Secrets
+from relay.base.units import render_size
+from relay.config.schema import SourceConfig
+from relay.config.secrets import Credential, Secrets
 from relay.config.tokens import Token
 from relay.diagnosis import paths
-from relay.diagnosis.bearer import explain_bearer, token_of
 from relay.diagnosis.body import explain_malformed, is_twice_encoded
 from relay.diagnosis.captured import Captured
 from relay.diagnosis.finding import Finding, Report
 from relay.diagnosis.handling import handle
+from relay.diagnosis.tokens import explain_bearer, token_of
 from relay.errors import Forbidden, Invalid, Malformed, PluginFailed, Refusal, Unauthenticated
 from relay.incoming import Incoming
-from relay.ingest.record import record
+from relay.ingest.event import record
 from relay.ingest.routes import Match
 from relay.source import Accepted
-from relay.units import render_size
 
 
 class _Watched(Incoming, kw_only=True, gc=False):

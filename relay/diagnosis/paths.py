@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 
-from relay.config.model import SourceConfig
+from relay.config.schema import SourceConfig
 from relay.diagnosis.finding import Finding
 from relay.diagnosis.handling import match_of
 from relay.errors import Malformed, NotFound

@@ -12,16 +12,16 @@ from itertools import product
 
 import msgspec
 
-from relay.config.model import DestinationConfig
-from relay.config.secret import Secret
+from relay.base.json_text import decode
+from relay.base.units import render_duration
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
+from relay.diagnosis.body_variants import rewrites
 from relay.diagnosis.captured import Captured
 from relay.diagnosis.finding import Finding, Report
-from relay.diagnosis.rewrites import rewrites
 from relay.diagnosis.signatures import Candidate, candidates_of
-from relay.jsontext import decode
 from relay.keys import SHARED, has_signed, is_asymmetric, public_key, shared_key
 from relay.signing import TOLERANCE
-from relay.units import render_duration
 
 ID, TIMESTAMP, SIGNATURE = NAMES = ("webhook-id", "webhook-timestamp", "webhook-signature")
 

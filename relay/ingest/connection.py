@@ -18,7 +18,7 @@ from aiohttp import StreamReader
 from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion10, HttpVersion11
 from aiohttp.http_exceptions import BadStatusLine
 
-from relay.eager import begin
+from relay.base.eager import begin
 from relay.ingest.deadline import in_time
 from relay.ingest.request import ChunkingError, Request, has_unread
 from relay.ingest.response import Response, farewell

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from relay.config.model import SourceConfig
+from relay.config.schema import SourceConfig
 from relay.errors import Malformed, NotFound, Refusal
 from relay.incoming import Incoming
 from relay.source import Accepted, Reply, Source

@@ -10,7 +10,7 @@ from relay.ingest.connection import Connection
 from relay.ingest.deadline import STANDSTILL
 from relay.ingest.request import Request, address_of
 from relay.ingest.response import Response, farewell
-from relay.listeners import ACCEPTS, BACKLOG, SETTLE
+from relay.process.sockets import ACCEPTS, BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
 YIELDING = 64

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from relay.config.model import WorkerRules
+from relay.config.schema import WorkerRules
+from relay.jobs.retention import Policy
 from relay.model import (
     Backup,
     Born,
@@ -38,7 +39,6 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.retention import Policy
 from relay.store.counts import Backlog, Counts
 from relay.store.page import Page
 

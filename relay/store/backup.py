@@ -8,12 +8,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
 from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.writer import Writer
-from relay.units import render_size
 
 SIZE_SQL = """
     SELECT (page_count - freelist_count) * page_size

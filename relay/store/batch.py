@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from relay.clock import Clock
-from relay.config.model import WorkerRules
+from relay.base.clock import Clock
+from relay.base.ids import delivery_id, event_id
+from relay.base.json_text import encode
+from relay.config.schema import WorkerRules
 from relay.errors import KeyConflict
-from relay.ids import delivery_id, event_id
-from relay.jsontext import encode
 from relay.model import (
     Born,
     Command,
@@ -23,12 +23,12 @@ from relay.model import (
     StoredEvent,
     Worker,
 )
-from relay.registry import Now
 from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
 from relay.store.stats import Tallies
 from relay.store.workers import Roster
+from relay.workers.rules import Now
 
 Ending = tuple[DeliveryState, str]
 """An end and its reason."""

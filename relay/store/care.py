@@ -17,9 +17,10 @@ from pathlib import Path
 
 import aiosqlite
 
-from relay.clock import Clock
+from relay.base.clock import Clock
+from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
-from relay.logs import in_one_line
+from relay.process.logs import in_one_line
 from relay.store.compact import empty_log
 from relay.store.disk import Disk
 from relay.store.files import Files
@@ -27,7 +28,6 @@ from relay.store.mark import HIGHEST_SQL, Mark, mark_in, write_mark
 from relay.store.rescue import rescue, restoring
 from relay.store.wal import log_of
 from relay.store.writer import DAMAGED, Writer
-from relay.units import render_size
 
 log = logging.getLogger("relay.store")
 

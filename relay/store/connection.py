@@ -15,10 +15,10 @@ from typing import Any
 
 import aiosqlite
 
+from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store.schema import MIGRATIONS
 from relay.store.transaction import Database
-from relay.units import render_size
 
 OLDEST = (3, 37, 0)
 """STRICT tables; RETURNING and UPDATE … FROM are older."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-from relay.clock import SECOND, Clock, rfc3339
+from relay.base.clock import SECOND, Clock, rfc3339
+from relay.base.units import render_size
 from relay.model import Check
-from relay.registry import changes_a_path
 from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
 from relay.store.connection import OLDEST, has_wal_reset_bug
@@ -27,7 +27,7 @@ from relay.store.mark import HIGHEST_SQL, mark_in, read_mark
 from relay.store.rows import worker_of
 from relay.store.schema import MIGRATIONS
 from relay.store.wal import log_of, read_log
-from relay.units import render_size
+from relay.workers.rules import changes_a_path
 
 SAMPLE = 200
 """Events whose bodies are compared with their digests, evenly over all there are."""

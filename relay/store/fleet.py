@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from relay import registry
-from relay.clock import SECOND
-from relay.config.model import WorkerRules
+from relay.base.clock import SECOND
+from relay.config.schema import WorkerRules
 from relay.errors import Conflict, Overloaded
 from relay.model import (
     Born,
@@ -19,12 +18,13 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.registry import Now
 from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
 from relay.store.rows import measurement_row as measurement
 from relay.store.statements import insert
 from relay.store.transaction import Transaction
 from relay.store.workers import Roster, WorkerKey
+from relay.workers import rules
+from relay.workers.rules import Now
 
 MEASURE_EVERY = 60 * SECOND
 """At most one row of `worker_metrics` per worker and minute, however often it beats."""
@@ -82,7 +82,7 @@ class Fleet:
         if isinstance(change, Register) and change.recover:
             sessions, heir = self._recoverable(key, before, change.endpoint)
             change = msgspec.structs.replace(change, sessions=sessions)
-        step = registry.apply(before, change, source, self._now, self._rules(*key))
+        step = rules.apply(before, change, source, self._now, self._rules(*key))
         if step.worker is None:
             return None, ()
         is_new = before is None or before.unregistered_at is not None
@@ -138,7 +138,7 @@ class Fleet:
         now = Now(wall=self._now.wall, steady=at)
         for row in self._roster:
             key = (row.source, row.id)
-            silence = registry.silent(self.workers.get(key, row), now)
+            silence = rules.silent(self.workers.get(key, row), now)
             if silence is not None and key not in self.forgotten:
                 after, born = silence
                 self._move(key, after)
@@ -174,7 +174,7 @@ class Fleet:
         Its own, or where it has none those of the worker that was heard last at its endpoint and is OFFLINE.
         """
         rows = [row] if row is not None else []
-        if registry.names_a_place(endpoint):
+        if rules.names_a_place(endpoint):
             neighbours = [
                 self.get(each) for each in self._roster.at_endpoint(key[0], endpoint) if each != key
             ]
@@ -240,7 +240,7 @@ class Fleet:
         worker = self.get(key)
         if worker is None or worker.unregistered_at is not None:
             return None
-        after = registry.maintain(worker, self._now, self._rules(*key), on=on)
+        after = rules.maintain(worker, self._now, self._rules(*key), on=on)
         self._move(key, after)
         return after
 
@@ -294,7 +294,7 @@ class Fleet:
 
         Rejecting covers private addresses, because the operator asked for it, but never loopback.
         """
-        if not registry.names_a_place(change.endpoint):
+        if not rules.names_a_place(change.endpoint):
             return
         neighbours = [
             worker
@@ -303,11 +303,11 @@ class Fleet:
         ]
         if neighbours and change.reject_conflict:
             raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
-        if not registry.identifies(change.endpoint):
+        if not rules.identifies(change.endpoint):
             return
         for worker in neighbours:
             key = (source, worker.id)
-            self._move(key, registry.former(worker, self._now, self._rules(*key)))
+            self._move(key, rules.former(worker, self._now, self._rules(*key)))
 
     def write(self, transaction: Transaction) -> None:
         """Write it all, inside the batch's transaction."""

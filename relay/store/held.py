@@ -6,7 +6,7 @@ All of it is on the steady clock, as due times are.
 
 from collections.abc import Collection
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.model import Born
 from relay.store import OPERATOR_EVENTS
 from relay.store.batch import Batch, Look

@@ -11,8 +11,8 @@ from typing import Any
 import aiosqlite
 import msgspec
 
-from relay.filters import Patterns
 from relay.model import Selection
+from relay.routing.filters import Patterns
 
 PROBED = 2000
 """Which candidate is compared."""

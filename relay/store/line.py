@@ -12,8 +12,8 @@ from typing import Annotated
 
 import msgspec
 
+from relay.base.json_text import check, decode
 from relay.errors import RelayError
-from relay.jsontext import check, decode
 from relay.model import StoredEvent
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from relay.clock import rfc3339
+from relay.base.clock import rfc3339
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store.mark import Mark, read_mark
 from relay.store.rescue import rescues_of, restoring, stamp

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import aiosqlite
 
-from relay.envelope import EnvelopeView
 from relay.model import StoredEvent
+from relay.routing.conditions import Where
+from relay.routing.envelope import EnvelopeView
 from relay.store.rows import EVENT_COLUMNS, event_of
-from relay.where import Where
 
 MOST_EVENTS = 100
 MOST_BYTES = 2**20

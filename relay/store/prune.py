@@ -14,10 +14,10 @@ from typing import TypeVar
 import aiosqlite
 import msgspec
 
-from relay.clock import SECOND, Clock
+from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
+from relay.jobs.retention import Policy
 from relay.model import Pruned
-from relay.retention import Policy
 from relay.store.disk import Disk
 from relay.store.mark import GIVEN_SQL
 from relay.store.statements import fetch, run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import aiosqlite
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
 from relay.store.apart import Stop, apart, opened

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from relay.jsontext import encode
+from relay.base.json_text import encode
 from relay.model import Attempt, Command, Delivery, DeliveryState, StoredEvent, Worker
 
 Row = tuple[Any, ...]

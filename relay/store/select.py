@@ -12,11 +12,11 @@ from typing import Any
 import aiosqlite
 
 from relay.errors import RelayError, UnknownError
-from relay.filters import Patterns
 from relay.model import Chosen, Named, Selection, StoredEvent
+from relay.routing.conditions import compile_where
+from relay.routing.filters import Patterns
 from relay.store import OPERATOR_EVENTS, Span, times
 from relay.store.payloads import holding, load
-from relay.where import compile_where
 
 PAGE = 1000
 """Candidates that one page looks at."""

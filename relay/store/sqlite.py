@@ -11,8 +11,8 @@ from typing import Any, Never, cast
 
 import aiosqlite
 
-from relay.clock import Clock
-from relay.config.model import WorkerRules
+from relay.base.clock import Clock
+from relay.config.schema import WorkerRules
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     Born,

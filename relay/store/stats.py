@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import aiosqlite
 
-from relay.clock import SECOND
+from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat, StoredEvent
 from relay.store.select import judge

@@ -7,14 +7,14 @@ from typing import TypeVar
 
 import aiosqlite
 
-from relay.clock import Clock
+from relay.base.clock import Clock
 from relay.errors import StorageError, Unavailable
 from relay.model import Heartbeat, Receipt, Worker, WorkerChange, WorkerStatus
-from relay.registry import Now, apply
 from relay.store import Acceptance, FleetChange, Rules
 from relay.store.batch import Batch
 from relay.store.workers import Roster, WorkerKey
 from relay.store.writer import Job, Writer
+from relay.workers.rules import Now, apply
 
 T = TypeVar("T")
 PRUNE_AT_ONCE = 1000

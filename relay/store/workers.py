@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 import aiosqlite
 import msgspec
 
-from relay.config.model import WorkerRules
+from relay.config.schema import WorkerRules
 from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
-from relay.registry import TOMBSTONE, Now, heed, hold
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
+from relay.workers.rules import TOMBSTONE, Now, heed, hold
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""

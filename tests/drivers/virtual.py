@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from relay.app import App
-from relay.loader import load
+from relay.plugin_loading.loader import load
 
 
 class Clock:

@@ -22,7 +22,7 @@ from aiohttp import web
 from daemon import SOURCES, Daemon, adorn, write_config
 from wire import Wire, request
 
-from relay.listeners import bind
+from relay.process.sockets import bind
 
 SENDERS = 16
 CONCURRENCY = 8

@@ -1,9 +1,9 @@
 """A relay that takes its own lack of descriptors for the receiver's failure: `relay`, broken on purpose."""
 
 from relay.cli import main
-from relay.delivery import client
+from relay.delivery.http import http_client
 
-client.LACK = frozenset()  # no error number is this machine's own
+http_client.LACK = frozenset()  # no error number is this machine's own
 
 if __name__ == "__main__":
     main()

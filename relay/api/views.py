@@ -1,0 +1,180 @@
+"""Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
+
+import re
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from relay.api.query_params import STATES, read_filters
+from relay.base.clock import rfc3339
+from relay.config.problems import guess
+from relay.errors import RelayError, UnknownError
+from relay.model import Chosen, Named, Selection, Stat
+from relay.store.counts import Counts
+from relay.store.page import Page
+
+MOST_ROWS = 500
+"""Rows that one answer may have."""
+
+_PLACE = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of a count: hour, source, type
+_TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
+
+
+class Reads(Protocol):
+    """What of a store is read here; see `relay.store.Store`."""
+
+    async def find(
+        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """See `Store.find`."""
+        ...
+
+    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
+        """See `Store.page`."""
+        ...
+
+    async def books(self) -> dict[str, Counts]:
+        """See `Store.books`."""
+        ...
+
+    async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
+        """See `Store.name_events`."""
+        ...
+
+    async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
+        """See `Store.name_deliveries`."""
+        ...
+
+
+class Tells(Protocol):
+    """What of a store is read for counts; see `relay.store.Store`."""
+
+    def stats(
+        self, selection: Selection, *, after: tuple[int, str, str] | None = None
+    ) -> AsyncIterator[tuple[Stat, ...]]:
+        """See `Store.stats`."""
+        ...
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
+    """Return the error that there is no such thing, with those that there are."""
+    names = tuple(known)
+    return UnknownError(
+        f"no {kind} {name!r}{guess(name, names)}", hint=f"there are {', '.join(names) or 'none'}"
+    )
+
+
+async def list_items(
+    reads: Reads,
+    kind: str,
+    *,
+    limit: int,
+    cursor: str | None,
+    filters: Mapping[str, Any],
+    now: int,
+    destinations: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return one page, newest first, and the cursor of the next; everything comes as text.
+
+    A page may have fewer rows than asked for, even none, and still a cursor to go on with. `destinations`
+    are those of the configuration, which need not have been owed anything yet.
+
+    Raises:
+        RelayError: no such list, it has no such filter, or a filter says nothing that there could be.
+    """
+    wanted = read_filters(filters, now)
+    name = wanted.get("destination")
+    if name is not None and name not in destinations:
+        books = await reads.books()
+        if name not in books:
+            raise unknown("destination", name, sorted({*destinations, *books}))
+    for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
+        if name in wanted:
+            wanted[name] = await _row(reads, noun, wanted[name])
+    page = await reads.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
+    return {"items": [item(row) for row in page.rows], "next_cursor": page.cursor}
+
+
+async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: str | None) -> dict[str, Any]:
+    """Return one page of the counts per hour, source and type, the latest first.
+
+    Raises:
+        RelayError: the selection is by more than source, type and time, or the cursor is none of this list.
+    """
+    after = None
+    if cursor is not None:
+        place = _PLACE.fullmatch(cursor)
+        if place is None:
+            hint = "send the next_cursor of the page before"
+            raise RelayError("the cursor is none of this list", hint=hint)
+        after = (int(place[1]), place[2], place[3])
+    found: list[Stat] = []
+    async for page in reads.stats(selection, after=after):
+        found += page
+        if len(found) > limit:
+            break
+    last = found[limit - 1] if len(found) > limit else None
+    return {
+        "items": [{**msgspec.structs.asdict(each), "hour": rfc3339(each.hour)} for each in found[:limit]],
+        "next_cursor": None if last is None else f"{last.hour}/{last.source}/{last.type}",
+    }
+
+
+_NOUNS = {"events": "event", "deliveries": "delivery"}
+
+
+async def _row(reads: Reads, noun: str | None, given: str) -> int:
+    """Return the row of an id, which may be shortened."""
+    if noun == "event":
+        return (await reads.name_events([given]))[0].event_id
+    return (await reads.name_deliveries([given]))[0].id
+
+
+async def show_event(reads: Reads, given: str) -> dict[str, Any]:
+    """Return one event by its id, which may be shortened, with all of its deliveries as `owed`.
+
+    Raises:
+        RelayError: there is none, or there are several.
+    """
+    [chosen] = await reads.name_events([given])
+    rows = await reads.find("events", limit=1, id=chosen.event_id)
+    if not rows:
+        raise UnknownError(f"no event {given!r}", hint="it was deleted just now")
+    owed = await reads.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
+    return {**item(rows[0]), "owed": [item(each) for each in owed]}
+
+
+async def show_delivery(reads: Reads, given: str) -> dict[str, Any]:
+    """Return one delivery likewise, with the latest of its attempts first.
+
+    Raises:
+        RelayError: there is none, or there are several.
+    """
+    [named] = await reads.name_deliveries([given])
+    rows = await reads.find("deliveries", limit=1, id=named.id)
+    if not rows:
+        raise UnknownError(f"no delivery {given!r}", hint="it was deleted just now")
+    tries = await reads.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
+    return {**item(rows[0]), "tries": [item(each) for each in tries]}
+
+
+def item(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a list as JSON has it: times in RFC 3339, an answer as text, deliveries by state.
+
+    What took time is told to a tenth of a millisecond, as `relay tail` and the log tell it.
+    """
+    shown = {name: value for name, value in row.items() if name != "row"}
+    for name in _TIMES:
+        if shown.get(name) is not None:
+            shown[name] = rfc3339(shown[name])
+    if "duration_ms" in shown:
+        shown["duration_ms"] = round(shown["duration_ms"], 1)
+    if "duplicate" in shown:
+        shown["duplicate"] = bool(shown["duplicate"])
+        states = msgspec.json.decode(shown["deliveries"])
+        shown["deliveries"] = {state: states[state] for state in STATES if states[state]}
+    if "answer" in shown:
+        shown["answer"] = shown["answer"].decode("utf-8", "replace")
+        shown["truncated"] = bool(shown["truncated"])
+    return shown

@@ -1,0 +1,1 @@
+"""Small tools that every part uses: time, ids, units, rates, text."""

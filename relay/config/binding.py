@@ -1,0 +1,260 @@
+"""Fills a record from a TOML table by the types of its fields, and collects everything that is wrong.
+
+A type says how its text is read: `Duration`, `Size` and `Rate` from strings with units, `Path` relative
+to the config file, `Secret` and `Secrets` from where `relay.config.secret_sources` finds them, `Literal`,
+`tuple[X, ...]`, `dict[str, X]`, nested records, `X | None`, plain values. `msgspec.Meta` adds bounds.
+"""
+
+import os
+import types
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+
+from relay.config.document import Document
+from relay.config.installed_service import Given
+from relay.config.problems import KeyPath, Problem, dotted, guess, kind_of, shown
+from relay.config.scalars import SCALARS, UNITS, within
+from relay.config.secret_sources import Origin
+from relay.config.secrets import Absent, Credential, Secret, Secrets, digest
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class _Wrong:
+    """The value of something that was wrong and has been reported."""
+
+
+WRONG: Final = _Wrong()
+
+
+class _Token(msgspec.Struct, frozen=True, kw_only=True):
+    """The long form of a token in `Secrets`."""
+
+    secret: Secret
+    scopes: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] | None = None
+    name: str = ""
+
+
+class Binder:
+    """One pass over one document; `problems` and `warnings` grow as it goes."""
+
+    def __init__(
+        self, document: Document, given: Mapping[str, str] | Given, *, lenient: bool = False
+    ) -> None:
+        """Begin a pass.
+
+        Args:
+            document: the file.
+            given: what the daemon is given beside it; a mapping is its environment.
+            lenient: bind also where secrets and files are missing, for commands that do without; `absent`
+                says which.
+        """
+        if not isinstance(given, Given):
+            given = Given(environ=given)
+        self.document = document
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.absent: list[Problem] = []
+        self._lenient = lenient
+        self.origin = Origin(
+            environ=given.environ,
+            folder=document.path.parent,
+            development=document.data.get("development") is True,
+            credentials=given.credentials,
+            hidden=given.hidden,
+            place=given.place,
+            lenient=lenient,
+        )
+
+    def report(self, path: KeyPath, text: str) -> None:
+        """Note a problem at the line of a key."""
+        self.problems.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
+
+    def warn(self, path: KeyPath, text: str) -> None:
+        """Note something that is allowed and perhaps not meant."""
+        self.warnings.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
+
+    def struct(
+        self,
+        type_: type[S],
+        table: Mapping[str, Any],
+        path: KeyPath,
+        *,
+        given: Mapping[str, Any] | None = None,
+        hidden: Collection[str] = (),
+        others: Collection[str] = (),
+    ) -> S | None:
+        """Return a record of that type, or None after reporting which of its values are wrong.
+
+        Args:
+            type_: the record; its field names are the keys.
+            table: the TOML table.
+            path: where the table is.
+            given: values for absent keys, in place of the type's own defaults.
+            hidden: fields that cannot be written in TOML.
+            others: keys of the table that belong to somebody else.
+
+        Raises:
+            Exception: whatever the type's own `__post_init__` raises.
+        """
+        values = self.fields(type_, table, path, given=given, hidden=hidden, others=others)
+        return None if WRONG in values.values() else type_(**values)
+
+    def fields(
+        self,
+        type_: type[msgspec.Struct],
+        table: Mapping[str, Any],
+        path: KeyPath,
+        *,
+        given: Mapping[str, Any] | None = None,
+        hidden: Collection[str] = (),
+        others: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Return a record's values, `WRONG` where something was reported; arguments as in `struct`."""
+        values = dict(given or {})
+        fields = {field.name: field for field in msgspec.structs.fields(type_)}
+        keys = {key for key in fields if key not in hidden}
+        known = keys.union(others)
+        for key in table:
+            if key not in known:
+                advice = guess(key, known) or f"; known here: {', '.join(sorted(known))}"
+                self.report((*path, key), f"unknown key{advice}")
+        for key, field in fields.items():
+            if key in keys and key in table:
+                values[key] = self.value(field.type, table[key], (*path, key), base=values.get(key))
+                if field.required and isinstance(values[key], Secrets) and not values[key]:
+                    self.report((*path, key), "an empty list lets nobody in")
+            elif field.required and key not in values:
+                self.report((*path, key), "missing; it has no default")
+                values[key] = WRONG
+        return values
+
+    def value(self, kind: Any, value: Any, path: KeyPath, *, base: Any = None) -> Any:
+        """Return a value of a type, or `WRONG` after reporting why not; `base` completes a nested record."""
+        try:
+            result = self._convert(kind, value, path, base)
+        except ValueError as error:
+            self.report(path, str(error))
+            return WRONG
+        if isinstance(result, Absent):
+            self.absent.append(
+                Problem(self.document.file, self.document.line(path), dotted(path), result.why)
+            )
+        return result
+
+    def tables(self, key: str) -> dict[str, dict[str, Any]]:
+        """Return the tables below a key by name, `[key.NAME]`, after reporting what is none."""
+        value = self.document.data.get(key, {})
+        if not isinstance(value, dict):
+            self.report((key,), f"expected tables such as [{key}.NAME], got {kind_of(value)}")
+            return {}
+        for name, table in value.items():
+            if not isinstance(table, dict):
+                self.report((key, name), f"expected a table [{key}.{name}], got {kind_of(table)}")
+        return {name: table for name, table in value.items() if isinstance(table, dict)}
+
+    def _convert(self, kind: Any, value: Any, path: KeyPath, base: Any) -> Any:
+        origin, args = get_origin(kind), get_args(kind)
+        result: Any
+        if origin is Annotated:
+            result = self._annotated(args[0], args[1:], value, path, base)
+        elif origin in (Union, types.UnionType) and len(args) == 2 and args[1] is types.NoneType:  # noqa: PLR2004 - X | None
+            result = self._convert(args[0], value, path, base)
+        elif origin is Literal:
+            result = _one_of(args, value)
+        elif origin is tuple and args[1:] == (...,):
+            result = self._tuple(args[0], value, path)
+        elif origin is dict:
+            result = self._dict(args[0], args[1], value, path)
+        else:
+            result = self._plain(kind, value, path, base)
+        return result
+
+    def _plain(self, kind: Any, value: Any, path: KeyPath, base: Any) -> Any:
+        if kind in SCALARS:
+            result = SCALARS[kind](value)
+            return self.origin.visible(self.origin.folder / result) if kind is Path else result
+        if kind is Secret:
+            return self.origin.secret(value)
+        if kind is Secrets:
+            return self._secrets(value, path)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return self._nested(kind, value, path, base)
+        if kind is Any:
+            return value
+        raise ValueError(f"its type cannot be given in config.toml: {kind}")
+
+    def _annotated(self, kind: Any, notes: tuple[Any, ...], value: Any, path: KeyPath, base: Any) -> Any:
+        metas = [note for note in notes if isinstance(note, msgspec.Meta)]
+        extra: dict[str, Any] = {}
+        for meta in metas:
+            extra |= meta.extra or {}
+        if "unit" in extra:
+            result = UNITS[extra["unit"]](value)
+        elif kind is Secret:
+            result = self.origin.secret(value, literal=extra.get("literal", False))
+        else:
+            result = self._convert(kind, value, path, base)
+        if result is WRONG or isinstance(result, Absent):
+            return result
+        for meta in metas:
+            within(meta, result)
+        if "check" not in extra or (self._lenient and extra.get("reads")):
+            return result
+        return extra["check"](result)
+
+    def _tuple(self, kind: Any, value: Any, path: KeyPath) -> Any:
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
+        items = [self.value(kind, item, (*path, index)) for index, item in enumerate(value)]
+        return WRONG if WRONG in items else tuple(items)
+
+    def _dict(self, key_kind: Any, kind: Any, value: Any, path: KeyPath) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a table, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
+        items = {
+            self.value(key_kind, key, (*path, key)): self.value(kind, item, (*path, key))
+            for key, item in value.items()
+        }
+        return WRONG if WRONG in items or WRONG in items.values() else items
+
+    def _nested(self, kind: type[msgspec.Struct], value: Any, path: KeyPath, base: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a table, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
+        given = msgspec.structs.asdict(base) if isinstance(base, kind) else None
+        record = self.struct(kind, value, path, given=given)
+        return WRONG if record is None else record
+
+    def _secrets(self, value: Any, path: KeyPath) -> Any:
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list of secrets, got {kind_of(value)}")  # noqa: TRY004 - as above
+        items = [self._credential(item, (*path, index)) for index, item in enumerate(value)]
+        return WRONG if WRONG in items else Secrets(*items)
+
+    def _credential(self, value: Any, path: KeyPath) -> Any:
+        long = isinstance(value, dict) and bool({"secret", "scopes", "name"} & value.keys())
+        token = self.value(_Token if long else Secret, value, path)
+        if token is WRONG:
+            return WRONG
+        if isinstance(token, Secret):
+            token = _Token(secret=token)
+        if isinstance(token.secret, Absent):
+            return Credential(digest=os.urandom(32), name=token.name)  # which no token has
+        # Presented tokens are trimmed (relay.incoming), so one with spaces around it could never match.
+        return Credential(
+            digest=digest(token.secret.reveal().strip().encode()),
+            name=token.name,
+            scopes=None if token.scopes is None else frozenset(token.scopes),
+        )
+
+
+def _one_of(choices: tuple[Any, ...], value: Any) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return value
+    *rest, last = (f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
+    listed = f"{', '.join(rest)} or {last}" if rest else last
+    raise ValueError(f"expected {listed}, got {shown(value)}")

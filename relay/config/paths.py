@@ -1,0 +1,69 @@
+"""Which config.toml is meant, and where the relay that it describes is reached."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from relay.config.installed_service import installed
+from relay.config.schema import Config
+from relay.errors import RelayError
+
+VARIABLE = "RELAY_CONFIG"
+PLACES = (Path("config.toml"), Path("/etc/relay/config.toml"))
+
+
+def find_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the file that was named, else that of `RELAY_CONFIG`, else the first of `PLACES` there is.
+
+    Where there is none of these, it is the one that the installed service runs with.
+
+    Raises:
+        RelayError: none was named and none is there.
+    """
+    path = look_for_config(given, environ)
+    if path is None:
+        places = " nor ".join(str(place) for place in PLACES)
+        raise RelayError(
+            f"there is no configuration: neither {places} exists",
+            hint=f"name one with -c FILE or {VARIABLE}=FILE",
+        )
+    return path
+
+
+def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the file as `find_config` does, or None where a command can do without."""
+    if given is not None:
+        return given
+    if name := environ.get(VARIABLE):
+        return Path(name)
+    if (place := next((place for place in PLACES if _is_found(place)), None)) is not None:
+        return place
+    service = installed()
+    return None if service is None else service.config
+
+
+def _is_found(place: Path) -> bool:
+    """Say whether a place has a config; the current folder has none if this user may not enter it."""
+    try:
+        return place.exists()
+    except OSError:
+        return place.is_absolute()  # then reading it says so
+
+
+def is_there(path: Path) -> bool:
+    """Say whether there is a file, as far as this user may know."""
+    try:
+        return path.exists()
+    except OSError:  # its folder may not be entered, its name is too long: using it says so
+        return True
+
+
+def database_path(config: Config) -> Path:
+    """Return where the database is that the daemon of this config uses."""
+    return config.state_dir / config.storage.url.removeprefix("sqlite:")
+
+
+def socket_path(config: Config, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the admin API's unix socket: in systemd's runtime directory, else in the state directory."""
+    runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(runtime or config.state_dir) / config.admin.socket

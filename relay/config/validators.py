@@ -1,0 +1,215 @@
+"""What values must look like beyond their type: a check returns its value or raises ValueError."""
+
+import ipaddress
+import re
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from yarl import URL
+
+from relay.base.units import render_size
+from relay.config.client_cert import ClientCert
+from relay.config.secrets import Secret
+from relay.signing import Signer
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)  # RFC 9110, 5.6.2
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
+_PORTS = range(65_536)
+_FAILURES = range(300, 600)  # HTTP statuses
+_GONE = 410
+_USUAL_PORTS = {"http": ":80", "https": ":443"}
+_OURS = {"connection", "content-length", "host", "transfer-encoding"}
+LARGEST_BODY = 256 * 2**20
+"""The most that `max_body` can be, in bytes."""
+
+RESERVED = "relay"
+"""The source name that the relay's own events have."""
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Return host and port of `host:port`; an IPv6 host stands in brackets, port 0 is any free one.
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> split_listen("[::1]:8080")
+    ('::1', 8080)
+    """
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    valid = (
+        bool(colon and bare)
+        and (":" in bare) == bracketed
+        and bare.isprintable()
+        and not set(bare) & set(" /[]@")
+    )
+    if not valid or not _PORT.fullmatch(port) or int(port) not in _PORTS:
+        raise ValueError('expected "host:port" such as "127.0.0.1:8080" or "[::1]:8080"')
+    return bare, int(port)
+
+
+def listen(text: str) -> str:
+    """Check the address of a listener."""
+    split_listen(text)
+    return text
+
+
+def listen_or_off(text: str) -> str:
+    """Check the address of a listener that `""` turns off."""
+    return listen(text) if text else text
+
+
+def final_status(status: int) -> int:
+    """Check a status that is to end a delivery."""
+    if status == _GONE:
+        raise ValueError("410 disables the destination already, and holds its deliveries")
+    if status not in _FAILURES:
+        raise ValueError(f"expected an HTTP status of a failure, 300 to 599, got {status}")
+    return status
+
+
+def body_size(count: int) -> int:
+    """Check the size of the largest body: each is in memory some times over while it is stored and sent."""
+    if count > LARGEST_BODY:
+        raise ValueError(f"bodies of at most {render_size(LARGEST_BODY)} can be held in memory")
+    return count
+
+
+def network(text: str) -> str:
+    """Check an address or a network in CIDR notation."""
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
+    return text
+
+
+def file_name(text: str) -> str:
+    """Check the name of a file or folder."""
+    if not text.isprintable():
+        raise ValueError("a name of a file may not hold control characters")
+    return text
+
+
+def storage(text: str) -> str:
+    """Check where events live."""
+    if not text.removeprefix("sqlite:") or not text.startswith("sqlite:") or not text.isprintable():
+        raise ValueError('expected "sqlite:" and the name of a file, such as "sqlite:relay.db"')
+    return text
+
+
+def url(text: str) -> str:
+    """Check the address of a destination; its text is never repeated, it may hold a password."""
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("not a URL: its host or port cannot be read") from None
+    if parts.scheme not in {"http", "https"}:
+        raise ValueError("expected a URL that starts with http:// or https://")
+    if not host:
+        raise ValueError("the URL has no host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("no user name or password in a URL; put an authorization header into `headers`")
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("the URL holds spaces or control characters")
+    return text
+
+
+def proxy(value: Secret) -> Secret:
+    """Check the address of an HTTP proxy; its text is never repeated, it may hold a password."""
+    text = value.reveal()
+    try:
+        address = URL(text)
+    except ValueError:
+        raise ValueError("not a URL: its host or port cannot be read") from None
+    if address.scheme != "http":
+        raise ValueError("expected the URL of an HTTP proxy, such as http://proxy.example:3128")
+    if not address.host or not address.port:
+        raise ValueError("the URL has no host, or no port")
+    if address.path_qs != "/" or address.fragment:
+        raise ValueError("the URL of a proxy ends with its host and port")
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("the URL holds spaces or control characters")
+    return value
+
+
+def web_origin(text: str) -> str:
+    """Check an origin as browsers send it, or `*`: it is compared to the letter (RFC 6454, 6.2)."""
+    parts = urlsplit(text)
+    if text != "*" and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError('expected an origin such as "https://shop.example", or "*"')
+    if text != "*" and "*" in text:
+        raise ValueError('list each origin; "*" stands for all of them, and not for a part of one')
+    if not text.isascii():
+        raise ValueError("write the host as browsers send it, in its xn-- form")
+    usual = _USUAL_PORTS.get(parts.scheme.lower(), "")
+    sent = text.lower().removesuffix(usual)
+    if text != sent:
+        raise ValueError(f'browsers send this origin as "{sent}"')
+    return text
+
+
+def prefix(text: str) -> str:
+    """Check the path below which a source is mounted."""
+    if not _PREFIX.fullmatch(text):
+        raise ValueError('expected a path such as "/acme": a slash first, none at the end')
+    return text
+
+
+def name(text: str) -> str:
+    """Check the name of a source or destination: it becomes part of event types, labels and paths."""
+    if not _NAME.fullmatch(text):
+        raise ValueError("a name is 1 to 64 of a-z, 0-9, - and _, and starts with a letter or a digit")
+    return text
+
+
+def pattern(text: str) -> str:
+    """Check a pattern of event types."""
+    if not text.removeprefix("!"):
+        raise ValueError('a pattern must not be empty; "*" matches every event')
+    if not text.isprintable():
+        raise ValueError("a pattern has no line breaks or control characters, as no type has any")
+    return text
+
+
+def header_name(text: str) -> str:
+    """Check the name of a header that an operator adds to deliveries."""
+    if not _TOKEN.fullmatch(text):
+        raise ValueError("not a legal header name")
+    if text.lower() in _OURS or text.lower().startswith("webhook-"):
+        raise ValueError("the relay sets this header itself")
+    return text
+
+
+def header_value(value: Secret) -> Secret:
+    """Check a header's value without ever repeating it."""
+    text = value.reveal()
+    if any(character != "\t" and not character.isprintable() for character in text):
+        raise ValueError("a header's value holds no line breaks or control characters")
+    return value
+
+
+def signing_secret(value: Secret) -> Secret:
+    """Check that a destination's secret is a Standard Webhooks key to sign with."""
+    Signer((value,))
+    return value
+
+
+def existing_file(path: Path) -> Path:
+    """Check that a file named by the operator is there and can be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return path
+
+
+def client_cert(value: ClientCert) -> ClientCert:
+    """Check that a client certificate and its key can be used, and belong together."""
+    value.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    return value

@@ -1,0 +1,113 @@
+"""What keeps deliveries waiting and data unsafe, beside the database itself: for `relay doctor`.
+
+The same findings come from a running relay and, as far as files tell, from a stopped one.
+"""
+
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from relay.base.clock import SECOND, rfc3339
+from relay.config.schema import Config
+from relay.jobs.scheduler import Past
+from relay.model import Check
+
+FAILING = 600 * SECOND
+"""A destination that has only failed for longer than this is a finding, though it is still tried."""
+
+_ADVICE = {
+    "paused": "relay destinations resume {name}",
+    "disabled": "mend the receiver, then: relay destinations enable {name}",
+    "failing": "relay destinations test {name}",
+}
+
+
+class Owing(msgspec.Struct, frozen=True, kw_only=True):
+    """A destination, as far as what it is owed is concerned."""
+
+    name: str
+    held: str | None  # why nothing is sent
+    pending: int
+    failing_since: int | None = None  # steady clock
+
+
+def held(destinations: Iterable[Owing], now: int, patience: int = FAILING) -> Check:
+    """Look for deliveries that do not get on, by their destinations; `now` is steady."""
+    found, hints = [], []
+    for each in destinations:
+        if not each.pending:
+            continue
+        since = each.failing_since
+        if each.held is not None:
+            why = each.held
+        elif since is not None and now - since >= patience:
+            why = f"failing since {rfc3339(since)}"
+        else:
+            continue
+        found.append(f"{each.name} is owed {each.pending} ({why})")
+        kind = why.partition(":")[0]
+        hints.append(_ADVICE.get(kind, _ADVICE["failing"]).format(name=each.name))
+    if found:
+        return Check(name="held", ok=False, detail="; ".join(found), hint="; ".join(hints))
+    return Check(name="held", ok=True, detail="no destination keeps deliveries waiting")
+
+
+def jobs(pasts: Iterable[Past]) -> Check:
+    """Look for periodic jobs whose latest run failed."""
+    failing = [past for past in pasts if past.error and not past.running]
+    if failing:
+        found = [
+            f"{past.name} failed in {past.failures} of {past.runs} runs: {past.error}" for past in failing
+        ]
+        hint = "; ".join(f"relay jobs run {past.name}" for past in failing)
+        return Check(name="jobs", ok=False, detail="; ".join(found), hint=f"{hint}; the log has the details")
+    return Check(name="jobs", ok=True, detail="the latest run of each succeeded")
+
+
+def ready(reasons: Iterable[str]) -> Check:
+    """Say why a running relay is not ready."""
+    if found := list(reasons):
+        return Check(name="ready", ok=False, detail="; ".join(found), hint="relay status")
+    return Check(name="ready", ok=True, detail="the relay takes events")
+
+
+def writable(config: Config, state_dir: Path) -> Check:
+    """Look for files by which anybody on the machine could change what the relay does, or what it knows."""
+    found = sorted({str(path) for path in _of_the_relay(config, state_dir) if _is_open(path)})
+    if _is_open(config.path.parent, sticky=True):
+        found.append(str(config.path.parent))
+    if found:
+        detail = f"anybody may write to {', '.join(found)}"
+        return Check(name="writable", ok=False, detail=detail, hint=f"chmod o-w {' '.join(found)}")
+    return Check(name="writable", ok=True, detail="state, plugins and configuration are closed to strangers")
+
+
+def _of_the_relay(config: Config, state_dir: Path) -> Iterator[Path]:
+    yield config.path
+    yield state_dir
+    for folder in (state_dir, state_dir / config.backup.dir):
+        yield folder
+        yield from (path for path in _listed(folder) if path.name.startswith("relay"))
+    for folder in config.plugins.dirs:
+        yield folder
+        yield from (path for path in _listed(folder) if path.suffix == ".py")
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_open(path: Path, *, sticky: bool = False) -> bool:
+    """Say whether everybody may write there; in a sticky folder they can only add files."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISSOCK(mode) or not mode & stat.S_IWOTH:
+        return False
+    return not (sticky and stat.S_ISDIR(mode) and mode & stat.S_ISVTX)

@@ -1,0 +1,108 @@
+"""What is kept of a request: its event, as the store takes it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from enum import Enum
+
+import msgspec
+
+from relay.base.ids import event_id, given_id
+from relay.base.json_text import check, encode, escape
+from relay.errors import PluginFailed, Refusal
+from relay.incoming import Incoming
+from relay.model import EMPTY, StoredEvent
+from relay.source import Event, check_length, check_type
+
+_PLAIN = (str, int, float, bytes, type(None))
+_EMPTY = bytes(EMPTY)
+TRACEPARENT = 55  # characters of a W3C traceparent, version 00
+
+
+def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
+    """Return what a source's handler read out of a request, to be stored under the source's name.
+
+    Args:
+        source: the source's name in config.toml.
+        event: what the handler returned.
+        incoming: the request, with its body.
+        now: the wall clock, microseconds.
+
+    Raises:
+        Invalid: the type is none, or the subject or content type is longer than 256 characters.
+        PluginFailed: `data` or `context` is not exactly one JSON value.
+    """
+    body, trace = incoming.body, incoming.header("traceparent")
+    request = incoming.headers.get("X-Request-Id")
+    content_type = incoming.header("Content-Type") or "application/octet-stream"
+    try:
+        type_ = escape(event.type)
+        subject = None if event.subject is None else escape(event.subject)
+        check_type(type_)
+        check_length(event.subject or "", "subject")
+        check_length(content_type, "Content-Type")
+        data, context = _json(event.data, incoming), _json(event.context, incoming)
+    except Refusal:
+        raise
+    except BaseException as error:
+        raise PluginFailed from error
+    return StoredEvent(
+        id=0,
+        public_id=event_id(now),
+        source=source,
+        type=f"{source}.{type_}",
+        subject=subject,
+        received_at=now,
+        data=data,
+        context=context,
+        body=body,
+        content_type=content_type,
+        sha256=hashlib.sha256(body).digest(),
+        traceparent=trace if len(trace) == TRACEPARENT else None,
+        request_id=None if request is None else given_id(request),
+    )
+
+
+def _json(value: object, incoming: Incoming) -> bytes:
+    """Return the text of a value, which is spliced into the envelope as it is.
+
+    Raises:
+        ValueError: it is not exactly one JSON value.
+    """
+    if value is EMPTY:
+        return _EMPTY
+    if isinstance(value, msgspec.Raw):
+        _check(value, incoming)
+        return bytes(value)
+    _check_inside(value, incoming)
+    return encode(value)
+
+
+def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
+    """Check a `Raw`, unless it is a part of the body as `Incoming.decode` found it."""
+    for part in incoming.parts:
+        if part is raw:
+            return
+    check(bytes(raw))
+
+
+def _check_inside(value: object, incoming: Incoming) -> None:
+    """Check every `Raw` within a value: the encoder writes them as they are."""
+    inner: Iterable[object]
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif isinstance(value, msgspec.Struct):
+        inner = (getattr(value, name) for name in value.__struct_fields__)
+    elif dataclasses.is_dataclass(value):
+        inner = (getattr(value, field.name) for field in dataclasses.fields(value))
+    elif isinstance(value, Enum):
+        inner = (value.value,)
+    else:  # by attrs, or without parts
+        inner = [getattr(value, field.name) for field in getattr(value, "__attrs_attrs__", ())]
+    for each in inner:
+        if isinstance(each, msgspec.Raw):
+            _check(each, incoming)
+        elif not isinstance(each, _PLAIN):
+            _check_inside(each, incoming)

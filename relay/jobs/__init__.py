@@ -1,0 +1,1 @@
+"""Periodic and long-running work beside the event's way."""

@@ -1,0 +1,44 @@
+"""Every quarter of a minute: are all deliveries accounted for, and what does each destination still get?"""
+
+import logging
+
+from relay.base.clock import SECOND, Clock
+from relay.delivery.dispatcher import Engine
+from relay.metrics import Metrics
+from relay.store import Store
+
+log = logging.getLogger("relay")
+
+
+class Books:
+    """Compares ledger and table, and fills the gauges that need a look into a table."""
+
+    def __init__(self, store: Store, engine: Engine, metrics: Metrics, clock: Clock) -> None:
+        self._store = store
+        self._engine = engine
+        self._metrics = metrics
+        self._clock = clock
+
+    async def check(self) -> None:
+        """Do so once, also for destinations that have left the config: what they are owed is held."""
+        counts, backlog = await self._store.counts(), await self._store.backlog(self._clock.steady())
+        for name in self._engine.lanes.keys() | counts.keys():
+            lane, owed, waiting = self._engine.lanes.get(name), counts.get(name), backlog.get(name)
+            unaccounted = 0 if owed is None else owed.unaccounted
+            self._metrics.unaccounted.labels(name).set(unaccounted)
+            if unaccounted:
+                log.error("%s: %d deliveries are not accounted for", name, unaccounted)
+            pending = 0 if owed is None else owed.pending
+            in_flight = min(self._engine.in_flight(name), pending)
+            rest = pending - in_flight
+            held = rest if lane is None or lane.held is not None else 0
+            due = 0 if held or waiting is None else min(rest, max(0, waiting.due - in_flight))
+            for state, number in (
+                ("in_flight", in_flight),
+                ("held", held),
+                ("due", due),
+                ("waiting", rest - held - due),
+            ):
+                self._metrics.pending.labels(name, state).set(number)
+            oldest = 0 if waiting is None else waiting.oldest / SECOND
+            self._metrics.oldest.labels(name).set(oldest)

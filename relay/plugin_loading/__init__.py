@@ -1,0 +1,1 @@
+"""Finds plugins, asks pluggy what they offer, and binds their settings."""

@@ -1,0 +1,267 @@
+"""What config.toml and the plugins are together: sources with their settings bound. Asks pluggy, once.
+
+A running relay reads the file anew with the plugins that it has: their code runs once.
+"""
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pluggy
+
+from relay import hookspecs
+from relay.config import validators
+from relay.config.binding import Binder
+from relay.config.document import read
+from relay.config.installed_service import Given
+from relay.config.problems import ConfigError, KeyPath, Problem, guess, shown
+from relay.config.schema import Admin, Config, SourceConfig, Storage
+from relay.config.tables import bind_tables, named_tables
+from relay.errors import Refusal, RestartNeededError
+from relay.formats import Format
+from relay.model import Job
+from relay.plugin_loading.discovery import at_the_doors, in_one_line, prints
+from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
+from relay.source import Source
+
+_AT_START = {
+    "server": ("listen",),
+    "admin": Admin.__struct_fields__,
+    "storage": Storage.__struct_fields__,
+    "plugins": ("dirs",),
+}
+"""Keys, by table, that only a start takes in; `state_dir` is one, too."""
+
+_PLACEHOLDER = re.compile(r"\{[^}]*\}")
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the daemon needs to know before it starts."""
+
+    config: Config
+    kinds: Mapping[str, Kind]
+    formats: Mapping[str, Format]  # by name, those of the relay itself included
+    jobs: tuple[Job, ...]
+    observers: tuple[Observer, ...]
+    offers: tuple[Offering, ...]  # all that plugins offer, for lists
+    code: Mapping[str, bytes]  # digests of the plugins' files, as they were imported
+    absent: tuple[Problem, ...] = ()  # secrets that a lenient `load` did without
+
+
+def load(path: Path, given: Mapping[str, str] | Given = os.environ, *, lenient: bool = False) -> Setup:
+    """Read config.toml, import the plugins and bind every source's settings.
+
+    With `lenient`, secrets and certificates that cannot be read are no problem, see `Binder`.
+
+    Raises:
+        ConfigError: with every problem of the file and of the plugins at once.
+    """
+    binder = Binder(read(path), given, lenient=lenient)
+    config = bind_tables(binder)
+    offers, broken = discover(config.plugins.dirs)
+    binder.problems += broken
+    complete = _complete(binder, config, offers.kinds, offers.formats, blame=not broken)
+    return Setup(
+        config=complete,
+        absent=tuple(binder.absent),
+        kinds=offers.kinds,
+        formats=offers.formats,
+        jobs=tuple(offers.jobs.values()),
+        observers=tuple(offers.observers.values()),
+        offers=offers.listed(),
+        code=prints(config.plugins.dirs, {offering.plugin.file for offering in offers.found}),
+    )
+
+
+def load_again(setup: Setup, environ: Mapping[str, str] = os.environ) -> Setup:
+    """Read the config.toml of a running relay anew, with the plugins that it has.
+
+    Raises:
+        ConfigError: with every problem of the file at once.
+        RestartNeededError: plugins, or keys that only a start takes in, are others than before.
+    """
+    binder = Binder(read(setup.config.path), environ)
+    config = bind_tables(binder)
+    code = prints(config.plugins.dirs, setup.code)
+    keys = _changed_keys(setup.config, config)
+    files = tuple(file for file in code if code[file] != setup.code.get(file))
+    if not files and "plugins.dirs" not in keys:
+        config = _complete(binder, config, setup.kinds, setup.formats, blame=True)
+    elif binder.problems:  # not those of sources, whose plugins are others now
+        raise ConfigError(binder.problems)
+    if keys or files:
+        raise RestartNeededError((*keys, *files))
+    return msgspec.structs.replace(setup, config=config)
+
+
+def _changed_keys(old: Config, new: Config) -> tuple[str, ...]:
+    keys = [
+        f"{table}.{field}"
+        for table, fields in _AT_START.items()
+        for field in fields
+        if getattr(getattr(old, table), field) != getattr(getattr(new, table), field)
+    ]
+    return (*(("state_dir",) if old.state_dir != new.state_dir else ()), *keys)
+
+
+def _complete(
+    binder: Binder, config: Config, kinds: Mapping[str, Kind], formats: Mapping[str, Format], *, blame: bool
+) -> Config:
+    """Add the sources; without `blame`, a plugin that is not there may be the one that is meant.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    sources = {}
+    for name, table in named_tables(binder, "sources").items():
+        if name == validators.RESERVED:
+            binder.report(("sources", name), "this name is reserved for the relay's own events")
+        source = _bind_source(binder, config, kinds, name, table, blame_kinds=blame)
+        if source is not None:
+            sources[name] = source
+    _check_claims(binder, sources)
+    if blame:
+        _check_formats(binder, config, formats)
+    if binder.problems:
+        raise ConfigError(binder.problems)
+    warnings = tuple(str(warning) for warning in sorted(binder.warnings))
+    return msgspec.structs.replace(config, sources=sources, warnings=warnings)
+
+
+def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:
+    """Return everything on offer, and what is wrong with plugins."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    offers = Offers()
+    problems: list[Problem] = []
+    for plugin in at_the_doors(dirs):
+        if isinstance(plugin, Problem):
+            problems.append(plugin)
+            continue
+        try:
+            for hook, function in _hooks_of(manager, plugin.module).items():
+                offers.take(plugin, hook, function)
+        except PluginError as error:
+            problems.append(Problem(plugin.file, 0, "", str(error)))
+    return offers, problems
+
+
+def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[..., Any]]:
+    """Return a plugin's hooks as plain functions, by the name of the hook."""
+    _check_marks(manager, module)
+    if manager.is_registered(module):
+        raise PluginError("comes in twice; keep one of its entry points")
+    try:
+        manager.register(module)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"is no valid plugin: {str(error).splitlines()[-1]}") from None
+    found: dict[str, Callable[..., Any]] = {}
+    for caller in manager.get_hookcallers(module) or ():
+        takes = inspect.signature(getattr(hookspecs, caller.name)).parameters
+        for hook in caller.get_hookimpls():
+            if hook.plugin is not module:
+                continue
+            if caller.name in found:
+                raise PluginError(f"defines {caller.name}() twice")
+            plain = not (hook.hookwrapper or hook.wrapper or inspect.iscoroutinefunction(hook.function))
+            if not plain or hook.argnames != tuple(takes):
+                raise PluginError(f"must define {caller.name}({', '.join(takes)}) as a plain function")
+            found[caller.name] = hook.function
+    return found
+
+
+def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
+    """Find misspelt hooks: pluggy passes over a function without a mark, whatever its name."""
+    known = [name for name in vars(hookspecs) if name.startswith("relay_")]
+    found = False
+    for name in dir(module):
+        options = manager.parse_hookimpl_opts(module, name)
+        hook = (options.get("specname") or name) if options else name
+        value = inspect.getattr_static(module, name)
+        own = inspect.isfunction(value) and value.__module__ == getattr(module, "__name__", "")
+        if not options and not (own and name.startswith("relay_")):
+            continue
+        if hook not in known:
+            raise PluginError(f'has a hook "{hook}" that does not exist{guess(hook, known)}')
+        if not options:
+            raise PluginError(f"defines {name}() without @hookimpl; put the mark above it")
+        found = True
+    if not found:
+        raise PluginError(f"offers nothing; define one of {', '.join(known)} with @hookimpl")
+
+
+def _bind_source(
+    binder: Binder,
+    config: Config,
+    kinds: Mapping[str, Kind],
+    name: str,
+    table: Mapping[str, Any],
+    *,
+    blame_kinds: bool,
+) -> SourceConfig | None:
+    path: KeyPath = ("sources", name)
+    plugin = table.get("plugin")
+    kind = kinds.get(plugin) if isinstance(plugin, str) else None
+    own = kind.source.__struct_fields__ if kind else tuple(table)
+    source = binder.struct(
+        SourceConfig,
+        table,
+        path,
+        given={"name": name, "max_body": config.server.max_body, "workers": config.workers},
+        hidden={"name", "settings"},
+        others=own,
+    )
+    if kind is None:
+        if blame_kinds and isinstance(plugin, str):  # else a broken plugin may be the one that is meant
+            known = guess(plugin, kinds) or f"; there are: {', '.join(sorted(kinds))}"
+            binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
+        return None
+    settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
+    if source is None or settings is None:
+        return None
+    return msgspec.structs.replace(source, settings=settings)
+
+
+def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: KeyPath) -> Source | None:
+    """Make the plugin's own record; what its code raises is a problem of the table, never a traceback."""
+    try:
+        settings = binder.struct(kind.source, table, path)
+        for warning in settings.warnings() if settings is not None else ():
+            binder.warn(path, warning)
+    except Refusal as refusal:
+        binder.report(path, refusal.detail)
+    except ValueError as error:
+        binder.report(path, str(error))
+    except BaseException as error:  # noqa: BLE001 - see above; at a reload a SystemExit would end the daemon
+        binder.report(path, f'the plugin "{kind.name}" ({kind.file}) failed: {in_one_line(error)}')
+    else:
+        return settings
+    return None
+
+
+def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
+    """Report two sources that want the same requests, or the errors below the same prefix."""
+    claimed = {"GET /health": "the relay itself"}
+    for name, source in sources.items():
+        settings = source.settings
+        claims = [f"everything below {source.prefix}{prefix}" for prefix in settings.owns]
+        for method, route, _ in settings.routes():
+            claims.append(f"{method} {source.prefix}{_PLACEHOLDER.sub('{}', route)}")
+        for claim in claims:
+            rival = claimed.setdefault(claim, f'source "{name}"')
+            if rival != f'source "{name}"':
+                binder.report(("sources", name), f"claims {claim}, as {rival} does; give it a `prefix`")
+                break
+
+
+def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]) -> None:
+    for name, destination in config.destinations.items():
+        wanted = destination.format
+        if wanted not in formats:
+            advice = guess(wanted, formats) or f"; there are: {', '.join(formats)}"
+            path: KeyPath = ("destinations", name, "format")
+            binder.report(path, f"no format is called {shown(wanted)}{advice}")

@@ -1,0 +1,185 @@
+"""What plugins offer, taken in hook by hook: checked, and told apart by name."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from relay.config import validators
+from relay.config.schema import SourceConfig
+from relay.formats import FORMATS, Format
+from relay.model import Job, Outcome, StoredEvent
+from relay.plugin_loading.discovery import Door, Plugin, in_one_line
+from relay.source import Source
+
+_YEAR = 366 * 86_400
+_COMMON = frozenset(SourceConfig.__struct_fields__)
+
+
+class PluginError(Exception):
+    """What is wrong with a plugin, as one sentence about its file."""
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of source that `plugin = …` may name."""
+
+    name: str
+    source: type[Source]
+    file: str  # where it came from
+    door: Door
+    version: str
+
+
+class Observer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one plugin wants to be told after a commit."""
+
+    plugin: str
+    events_stored: Callable[[Sequence[StoredEvent]], None] | None = None
+    attempts_recorded: Callable[[Sequence[Outcome]], None] | None = None
+
+
+class Offering(msgspec.Struct, frozen=True):
+    """One thing that a plugin offers, for lists."""
+
+    what: str  # source, format, job, or the hook that it wants to be told by
+    name: str
+    plugin: Plugin
+
+    def shown(self) -> dict[str, str]:
+        """Return it as JSON has it."""
+        return {
+            "name": self.name,
+            "offer": self.what,
+            "door": self.plugin.door,
+            "version": self.plugin.version,
+            "file": self.plugin.file,
+        }
+
+
+class Offers:
+    """Everything on offer; grows with each plugin."""
+
+    def __init__(self) -> None:
+        self.found: list[Offering] = []
+        self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
+        self.formats: dict[str, Format] = dict(FORMATS)
+        self.jobs: dict[str, Job] = {}  # by plugin and name
+        self.observers: dict[str, Observer] = {}  # by file
+        self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
+
+    def listed(self) -> tuple[Offering, ...]:
+        """Return all of it: sources first, then by name."""
+        return tuple(sorted(self.found, key=lambda offering: (offering.what != "source", offering.name)))
+
+    def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
+        """Take in what a plugin offers by one of its hooks.
+
+        Raises:
+            PluginError: it is of no use, or another plugin offers the same.
+        """
+        match hook:
+            case "relay_sources":
+                for source in _offered(hook, function, "Source classes"):
+                    self._take_source(plugin, source)
+            case "relay_formats":
+                for format_ in _offered(hook, function, "Formats"):
+                    self._take_format(plugin, format_)
+            case "relay_jobs":
+                for job in _offered(hook, function, "Jobs"):
+                    self._take_job(plugin, job)
+            case "relay_events_stored" | "relay_attempts_recorded":
+                observer = self.observers.get(plugin.file) or Observer(plugin=plugin.name)
+                wish = {hook.removeprefix("relay_"): function}
+                self.observers[plugin.file] = msgspec.structs.replace(observer, **wish)
+                self.found.append(Offering(hook, plugin.name, plugin))
+
+    def _take_source(self, plugin: Plugin, source: Any) -> None:
+        _check_source(source)
+        kind = Kind(
+            name=source.kind, source=source, file=plugin.file, door=plugin.door, version=plugin.version
+        )
+        rival = self.kinds.setdefault(kind.name, kind)
+        if rival is not kind and rival.door == kind.door:
+            raise PluginError(f'offers the kind "{kind.name}", as {rival.file} does; keep one of them')
+        if rival is kind:
+            self.found.append(Offering("source", kind.name, plugin))
+
+    def _take_format(self, plugin: Plugin, format_: Any) -> None:
+        _check_format(format_)
+        if format_.name in self.formats:
+            rival = self._files[format_.name]
+            raise PluginError(f'offers the format "{format_.name}", as {rival} does; give it another name')
+        self.formats[format_.name] = format_
+        self._files[format_.name] = plugin.file
+        self.found.append(Offering("format", format_.name, plugin))
+
+    def _take_job(self, plugin: Plugin, job: Any) -> None:
+        _check_job(job)
+        name = f"{plugin.name}.{job.name}"  # so that the log says whose it is
+        if name in self.jobs:
+            raise PluginError(f'offers the job "{name}", which there is already; give it another name')
+        self.jobs[name] = msgspec.structs.replace(job, name=name)
+        self.found.append(Offering("job", name, plugin))
+
+
+def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:
+    try:
+        offered = function()
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
+        raise PluginError(f"{hook}() raised {in_one_line(error)}") from None
+    if not isinstance(offered, list | tuple):
+        raise PluginError(f"{hook}() returned {offered!r:.60}; expected a list of {expected}")
+    yield from offered
+
+
+def _check_source(source: Any) -> None:
+    if not (isinstance(source, type) and issubclass(source, Source)):
+        raise PluginError(f"relay_sources() returned a list with {source!r:.60}, which is no Source class")
+    try:
+        validators.name(source.kind)
+        fields = {field.name for field in msgspec.structs.fields(source)}
+    except ValueError as error:
+        raise PluginError(f"{source.__name__} has the kind {source.kind!r}: {error}") from None
+    except NameError as error:
+        raise PluginError(f"{source.__name__} has a field of an unknown type: {error}") from None
+    if taken := sorted(fields & _COMMON):
+        raise PluginError(f"{source.__name__} has a field `{taken[0]}`: that key belongs to every source")
+
+
+def _check_format(format_: Any) -> None:
+    if not isinstance(format_, Format):
+        raise PluginError(f"relay_formats() returned a list with {format_!r:.60}, which is no Format")
+    _check_name("format", format_.name)
+    if format_.content_type is not None and not _is_header_value(format_.content_type):
+        raise PluginError(
+            f'the format "{format_.name}" has the content type {format_.content_type!r:.60}, '
+            "which is no header value"
+        )
+    render: Any = format_.render
+    if not callable(render) or inspect.iscoroutinefunction(render):
+        raise PluginError(f'the format "{format_.name}" has a `render` that is no plain function')
+
+
+def _check_job(job: Any) -> None:
+    if not isinstance(job, Job):
+        raise PluginError(f"relay_jobs() returned a list with {job!r:.60}, which is no Job")
+    _check_name("job", job.name)
+    every: Any = job.every
+    if not isinstance(every, int | float) or not 0 < every <= _YEAR:
+        raise PluginError(
+            f'the job "{job.name}" comes every {every!r:.60}; expected seconds, above 0 and up to a year'
+        )
+    if not inspect.iscoroutinefunction(job.work):
+        raise PluginError(f'the job "{job.name}" has a `work` that is no `async def` function')
+
+
+def _check_name(what: str, name: Any) -> None:
+    try:
+        validators.name(name)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"has a {what} called {name!r:.60}: {error}") from None
+
+
+def _is_header_value(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable() and value.strip() == value != ""

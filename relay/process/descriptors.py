@@ -1,0 +1,58 @@
+"""File descriptors: how many this process may open, and what their lack looks like."""
+
+import asyncio
+import errno
+import logging
+import resource
+from typing import Any
+
+from relay.base.clock import Clock
+from relay.process.logs import Sparing
+
+log = logging.getLogger("relay")
+
+WANTED = 65_536
+"""Descriptors that the relay raises its soft limit to, where the hard limit allows it."""
+
+RESERVE = 384
+"""Descriptors kept for deliveries, the database, admin connections and files."""
+
+LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+"""Error numbers that mean this machine has run out, whoever the call was about."""
+
+
+def raise_limit() -> int:
+    """Raise the soft limit of open files as far as the hard one allows, and return the soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return WANTED if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:  # a sandbox may forbid it
+        log.warning("cannot raise the limit of open files from %d to %d: %s", soft, most, error)
+        return soft
+    return most
+
+
+def connection_cap(limit: int, most: int) -> int:
+    """Return how many senders' connections fit a limit of open files: `most`, or fewer.
+
+    >>> connection_cap(65_536, 4096), connection_cap(1024, 4096), connection_cap(256, 4096)
+    (4096, 640, 128)
+    """
+    return min(most, max(limit - RESERVE, limit // 2))
+
+
+def log_sparingly(loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    """Log at most once a second that connections cannot be accepted; asyncio writes a traceback each time."""
+    sparing = Sparing(log, clock, every=1.0)
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in LACK:
+            sparing.warning("accept", f"cannot accept connections: {error.strerror}")
+        elif "_start_serving" not in context.get("message", ""):  # that is on a listener closed meanwhile
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)

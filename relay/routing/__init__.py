@@ -1,0 +1,1 @@
+"""Decides which destinations get an event, and on which terms."""

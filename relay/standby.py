@@ -1,0 +1,206 @@
+"""Holds the sockets that systemd opened while config.toml cannot be used, until a reload can take it in.
+
+A daemon that exits instead is started again by the next connection, until systemd gives up on service and
+sockets, and then the mended configuration does not start either.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from relay import __version__
+from relay.api.auth import audit
+from relay.api.responses import errors, refuse, say
+from relay.api.scrape import Scrape
+from relay.api.tracing import named, show
+from relay.base.clock import SystemClock
+from relay.config.binding import Binder
+from relay.config.document import read
+from relay.config.paths import socket_path
+from relay.config.problems import ConfigError
+from relay.config.schema import Config
+from relay.config.tables import bind_tables
+from relay.errors import RelayError, Unavailable
+from relay.ingest.replies import plain
+from relay.ingest.request import Request
+from relay.ingest.response import Response
+from relay.ingest.server import Server
+from relay.metrics import Metrics
+from relay.plugin_loading.loader import Setup
+from relay.process.logs import in_one_line
+from relay.process.sockets import bind_unix, listen
+from relay.process.state_dir import StateDir
+from relay.process.systemd import Inherited, Notifier
+from relay.process.watchdog import Watchdog
+from relay.reload import Reloaded
+
+log = logging.getLogger("relay.hold")
+
+RETRY_AFTER = 30
+"""Seconds after which senders may ask again; somebody has to mend a file first."""
+
+LAZYCHAT_PROBE = "settings.checking_connection"
+"""On any answer but 200 to it, LazyChat's plugin logs its shop out, until somebody logs in again."""
+
+HINT = "correct it, then `relay reload` or `systemctl restart relay`"
+
+
+class Hold:
+    """Answers 503 in place of a daemon that cannot start; `run` is its life."""
+
+    def __init__(
+        self, path: Path, error: RelayError, load: Callable[[], Setup], environ: Mapping[str, str]
+    ) -> None:
+        """Prepare.
+
+        Args:
+            path: the configuration.
+            error: why it cannot be used.
+            load: reads it anew, in a thread.
+            environ: where the daemon's directories are in.
+        """
+        self._path = path
+        self._error = error
+        self._load = load
+        self._environ = environ
+        self._setup: Setup | None = None
+        self._done = asyncio.Event()
+        self._one = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = Metrics()  # whose relay_config_last_reload_successful is 0: it raises the alarm
+        self._scrape = Scrape(self._metrics.registry)
+        self._watchdog = Watchdog(Notifier(environ), stuck=list, status=self._status)
+
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> Setup | None:
+        """Answer until the configuration can be used, and return it; None: asked to end before.
+
+        Raises:
+            RelayError: the sockets are of no use.
+        """
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as life:
+            self._watchdog.start()
+            life.callback(self._watchdog.stop)
+            sockets = Inherited(self._environ).lend()
+            for sock in sockets.values():
+                life.callback(sock.close)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._done.set)
+                life.callback(loop.remove_signal_handler, number)
+            loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+            life.callback(loop.remove_signal_handler, signal.SIGHUP)
+            await self._open_door(life)
+            if (admin := sockets.pop("admin", None)) is not None:
+                runner = await listen(self._app(api=False), admin, grace=1.0)
+                life.push_async_callback(runner.cleanup)
+            for sock in sockets.values():
+                server = Server(self._refuse)
+                await server.listen(sock)
+                life.push_async_callback(self._close, server)
+            log.error("answering 503 until %s can be used: %s; %s", self._path, self._why, HINT)
+            self._watchdog.started()
+            on_ready()
+            await self._done.wait()
+            if self._setup is None:
+                self._watchdog.stopping()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return self._setup
+
+    @property
+    def _why(self) -> str:
+        return in_one_line(self._error.message)
+
+    def _status(self) -> str:
+        return f"not serving: {self._why}" if self._setup is None else "starting"
+
+    async def _open_door(self, life: AsyncExitStack) -> None:
+        """Listen on the operators' socket, unless another daemon has the state directory."""
+        config = self._config()
+        state_dir = StateDir(config.state_dir)
+        try:
+            state_dir.take()
+            life.callback(state_dir.release)
+            door = socket_path(config, self._environ)
+            unix = bind_unix(door)
+        except RelayError as error:
+            log.warning("only SIGHUP can reload it: %s", in_one_line(error))
+            return
+        life.callback(door.unlink, missing_ok=True)
+        runner = await listen(self._app(api=True), unix, grace=1.0)
+        life.push_async_callback(runner.cleanup)
+
+    def _config(self) -> Config:
+        """Return what can be told of the file: where the state is, and what the socket is called."""
+        folder = Path(self._environ.get("STATE_DIRECTORY", "").partition(":")[0] or self._path.parent)
+        with suppress(ConfigError):
+            return bind_tables(Binder(read(self._path), self._environ, lenient=True))
+        return Config(path=self._path.absolute(), state_dir=folder.absolute())
+
+    async def _close(self, server: Server) -> None:
+        server.leave()
+        await server.stop_listening()
+        await server.close(grace=1.0)
+
+    async def _refuse(self, request: Request) -> Response:
+        if request.headers.get("X-Event-Type") == LAZYCHAT_PROBE:
+            return Response(200, b'{"success":true}')
+        return plain(Unavailable(retry_after=RETRY_AFTER))
+
+    def _app(self, *, api: bool) -> web.Application:
+        app = web.Application(middlewares=[named(SystemClock()), audit, errors])
+        app.on_response_prepare.append(show)
+        app.add_routes([web.get("/health", self._alive), web.get("/ready", self._ready)])
+        app.router.add_get("/metrics", self._scrape.answer)
+        if api:
+            app.router.add_post("/api/reload", self._answer_reload)
+        app.router.add_route("*", "/{rest:.*}", self._unavailable)
+        return app
+
+    async def _alive(self, _request: web.Request) -> web.Response:
+        return say({"status": "ok", "version": __version__})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        return say({"ready": False, "reasons": [self._why]}, 503)
+
+    async def _unavailable(self, _request: web.Request) -> web.Response:
+        response = refuse(503, "unavailable", f"the relay does not serve: {self._error.message}", HINT)
+        response.headers["Retry-After"] = str(RETRY_AFTER)
+        return response
+
+    async def _answer_reload(self, _request: web.Request) -> web.Response:
+        return say(await self._reload())
+
+    async def _reload(self) -> Reloaded:
+        """Read the file anew; if it can be used, this ends.
+
+        Raises:
+            RelayError: it still cannot be used.
+        """
+        async with self._one:
+            with self._watchdog.reloading():
+                try:
+                    setup = self._setup = await asyncio.to_thread(self._load)
+                except RelayError as error:
+                    self._error = error
+                    log.error("still answering 503: %s", self._why)  # noqa: TRY400 - said in words
+                    raise
+        self._done.set()
+        tables: dict[str, Any] = {"sources": setup.config.sources, "destinations": setup.config.destinations}
+        added = tuple(f"{kind}.{name}" for kind, table in tables.items() for name in table)
+        log.info("%s can be used: starting", self._path)
+        return Reloaded(path=str(self._path), added=added, warnings=setup.config.warnings)
+
+    def _reload_soon(self) -> None:
+        task = asyncio.create_task(self._quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _quietly(self) -> None:
+        with suppress(RelayError):  # the log has it
+            await self._reload()

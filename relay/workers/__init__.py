@@ -1,0 +1,1 @@
+"""Workers: the rules of their states, and the job that applies deadlines."""

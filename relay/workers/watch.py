@@ -1,0 +1,94 @@
+"""Watching workers: who is silent past its deadline is offline."""
+
+import logging
+import re
+from collections.abc import Mapping
+from fnmatch import translate
+from functools import lru_cache
+
+import msgspec
+
+from relay.base.clock import SECOND, Clock
+from relay.config.schema import Config, WorkerRules
+from relay.process.logs import fields
+from relay.store import Store
+
+log = logging.getLogger("relay.workers")
+
+_REMEMBERED = 16_384  # workers whose rules are looked up once; beyond them patterns are tried again
+
+
+class Rulebook:
+    """Which rules hold for a worker: its source's, and among them those for ids of its pattern."""
+
+    def __init__(self, default: WorkerRules, sources: Mapping[str, WorkerRules]) -> None:
+        self._default = default
+        self._sources = dict(sources)
+        self._overrides = {
+            name: [(re.compile(translate(pattern)), override) for pattern, override in rules.ids.items()]
+            for name, rules in self._sources.items()
+        }
+        self.of = lru_cache(maxsize=_REMEMBERED)(self._of)
+
+    @classmethod
+    def of_config(cls, config: Config) -> "Rulebook":
+        """Return what a whole config says."""
+        return cls(config.workers, {name: source.workers for name, source in config.sources.items()})
+
+    @property
+    def shortest_interval(self) -> float:
+        """Seconds between sweeps that are enough for every worker."""
+        rules = [self._default, *self._sources.values()]
+        overrides = [override.check_every for each in rules for override in each.ids.values()]
+        return min([each.check_every for each in rules] + [each for each in overrides if each is not None])
+
+    def _of(self, source: str, worker_id: str) -> WorkerRules:
+        """Return the rules of one worker; the first pattern that fits decides."""
+        rules = self._sources.get(source, self._default)
+        for pattern, override in self._overrides.get(source, ()):
+            if pattern.match(worker_id):
+                told = {
+                    name: value
+                    for name, value in msgspec.structs.asdict(override).items()
+                    if value is not None
+                }
+                return msgspec.structs.replace(rules, **told)
+        return rules
+
+
+class Watch:
+    """Judges all workers, every `interval` seconds; robust against clock steps and suspended processes."""
+
+    def __init__(self, store: Store, clock: Clock, interval: float) -> None:
+        self.interval = interval
+        self._store = store
+        self._clock = clock
+        self._last: int | None = None  # steady clock; None: not yet since the start
+
+    def go_by(self, interval: float) -> None:
+        """Judge every so many seconds from now on."""
+        now = self._clock.steady()
+        if self._last is not None and now - self._last <= 3 * self.interval * SECOND:
+            self._last = now  # by a shorter interval, we would seem to have been away
+        self.interval = interval
+
+    async def sweep(self) -> None:
+        """Mark who is silent; when the sweep itself was away for long, put deadlines off instead.
+
+        One that comes late judges as if it were in time: what workers sent while the process stood
+        still has yet to be read, and the next sweep comes after that.
+        """
+        now = self._clock.steady()
+        if self._last is None or now - self._last > 3 * self.interval * SECOND:
+            marked = await self._store.sweep(hold=True)
+        else:
+            in_time = self._last + int(self.interval * SECOND)
+            marked = await self._store.sweep(at=min(now, in_time))
+        for worker in marked:
+            ids = fields(source=worker.source, worker_id=worker.id)
+            if worker.unregistered_at is None:
+                log.warning("%s: worker %s is offline: silent", worker.source, worker.id, extra=ids)
+            else:
+                line = "%s: worker %s has unregistered; its request was refused at the time"
+                log.info(line, worker.source, worker.id, extra=ids)
+        self._last = now
