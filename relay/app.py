@@ -60,7 +60,7 @@ WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay
 GC_THRESHOLDS = (20_000, 20, 100)
 """The collector looks for cycles a thirtieth as often as by default: that was a tenth of an event's CPU.
 
-So no cycle may hold a body: `tests/test_memory.py` holds that, and `bench/memory.py` measures it."""
+So no cycle may hold a body: `tests/daemon/test_memory.py` holds that, and `bench/memory.py` measures it."""
 
 
 class Addresses(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import pytest
 from certificates import Certificates
 from client import AMPLE
 from commands import Commands
-from daemon import Recorder
+from daemons import Recorder
 from lanes import CLOCK, Receiver
 from roots import fetch
 

@@ -12,7 +12,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from daemon import Daemon
+from daemons import Daemon
 
 CHECKOUT = Path(__file__).parent.parent
 STATUS = Path("/var/lib/dpkg/status")

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from relay import __version__
-from relay.config.secret import Credential, Secrets, digest
+from relay.config.secrets import Credential, Secrets, digest
 from relay.source import Source
 from relay.sources.adorn import Adorn
 from relay.sources.compozy import Compozy

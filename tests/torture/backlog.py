@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import click
 from aiohttp import web
-from daemon import SOURCES, Daemon, adorn, write_config
+from daemons import SOURCES, Daemon, adorn, write_config
 from wire import Wire, request
 
 from relay.process.sockets import bind

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import click
-from daemon import SERVE, SOURCES, Daemon, adorn, destination, write_config
+from daemons import SERVE, SOURCES, Daemon, adorn, destination, write_config
 from disks import SmallDisk, small_disk
 from support import until
 from wire import Wire, exchange, request

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from daemon import SERVE, SOURCES, Daemon, adorn, write_config
+from daemons import SERVE, SOURCES, Daemon, adorn, write_config
 from support import until
 from wire import Wire, request
 

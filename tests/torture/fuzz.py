@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from daemon import SERVE, SOURCES, Daemon, destination, write_config
+from daemons import SERVE, SOURCES, Daemon, destination, write_config
 from samples import read_samples
 from wire import CONTINUE, Answer, Wire, exchange, request
 

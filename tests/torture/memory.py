@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import click
-from daemon import SERVE, SOURCES, Daemon, adorn, write_config
+from daemons import SERVE, SOURCES, Daemon, adorn, write_config
 from wire import Wire, request
 
 SENDERS = 8

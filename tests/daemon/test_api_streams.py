@@ -1,0 +1,294 @@
+"""What operators follow: events and attempts as they happen, and a snapshot a second."""
+
+import asyncio
+import json
+
+import pytest
+from daemons import SOURCES, Daemon, adorn, destination, running, write_config
+from streams import following
+from support import until
+from wire import Wire, exchange, request
+
+from relay.api import stream, top
+from relay.api.followers import MOST, MOST_BYTES, Followers
+
+TYPE = "adorn.session.started"
+
+
+@pytest.fixture
+async def relay(tmp_path, recorder):
+    other = destination("erp", recorder.url).replace('"*"', '"moddy.*"')
+    config = write_config(tmp_path, SOURCES, destination("crm", recorder.url), other)
+    config.write_text(config.read_text().replace("[admin]", '[admin]\ntokens = ["an-admin-token"]'))
+    async with running(config) as relay:
+        yield relay
+
+
+def follow(relay, path):
+    return following(relay.addresses.socket, path)
+
+
+async def send(relay, session="s", **more):
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(session, **more)))
+    return answer.json["event_id"]
+
+
+async def send_moddy(relay):
+    body = json.dumps({"event_type": "member_joined", "discord_id": "1", "metadata": {}}).encode()
+    answer = await relay.exchange(
+        request("POST", "/internal/event/notify", body, authorization="Bearer dev-token")
+    )
+    assert answer.status < 300, answer
+
+
+async def refused(relay, path):
+    answer = await exchange(relay.addresses.socket, request("GET", path))
+    return answer.status, answer.json["error"]
+
+
+async def test_an_event_and_its_attempts_are_told_as_they_happen(relay, recorder):
+    recorder.answers.append((500, {}))
+    async with follow(relay, "/api/tail") as reader:
+        assert reader.response.headers["Content-Type"].startswith("text/event-stream")
+        assert reader.response.headers["Cache-Control"] == "no-store"
+        assert reader.comments == [": hookferry"]
+        event = await send(relay)
+        name, told = await reader.next()
+        [row] = (await relay.operator("GET", "/api/events"))["items"]
+        del row["duplicate"], row["deliveries"]  # of which nothing is known yet
+        assert (name, told) == ("event", row)
+        assert reader.ids == [event]
+        name, failed = await reader.next()
+        [delivery] = (await relay.operator("GET", "/api/deliveries"))["items"]
+        assert name == "attempt"
+        assert {
+            **failed,
+            "error": None,
+            "duration_ms": None,
+            "started_at": None,
+            "next_attempt_at": None,
+        } == {
+            "delivery_id": delivery["id"], "event_id": event, "destination": "crm", "type": TYPE,
+            "attempt": 1, "result": "5xx", "status": 500, "error": None, "duration_ms": None,
+            "state": "pending", "reason": None, "next_attempt_at": None, "started_at": None,
+        }  # fmt: skip
+        assert failed["next_attempt_at"] > failed["started_at"] >= row["received_at"]
+        _, delivered = await reader.next()
+        assert (delivered["attempt"], delivered["result"], delivered["state"]) == (2, "ok", "delivered")
+        assert delivered["next_attempt_at"] is None
+
+
+async def test_the_stored_event_is_there_when_its_item_comes(relay):
+    async with follow(relay, "/api/tail") as reader:
+        for number in range(5):
+            event = await send(relay, f"s{number}")
+            while (item := await reader.next())[0] != "event":
+                pass
+            assert item[1]["id"] == event
+            assert (await relay.rows(id=event))[0]["id"] == event
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("source=moddy", {("event", "moddy.member_joined"), ("crm", "ok"), ("erp", "ok")}),
+        ("destination=erp", {("erp", "ok")}),
+        ("type=adorn.session.*", {("event", TYPE), ("crm", "5xx"), ("crm", "ok")}),
+        ("failed=1", {("crm", "5xx")}),
+        ("failed=1&source=moddy", set()),
+        ("type=moddy.member_joined&destination=crm", {("crm", "ok")}),
+    ],
+)
+async def test_a_filter_leaves_the_rest_out(relay, recorder, query, expected):
+    async with follow(relay, f"/api/tail?{query}") as reader, follow(relay, "/api/tail") as all_:
+        recorder.answers.append((500, {}))
+        await send(relay)
+        for _ in range(3):
+            await all_.next()
+        await send_moddy(relay)
+        for _ in range(3):
+            await all_.next()
+        relay.app.api.hang_up()
+        told = {
+            (item["destination"], item["result"]) if name == "attempt" else (name, item["type"])
+            for name, item in await reader.rest()
+        }
+    assert told == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/api/tail?source=adron", 404, "no source 'adron', did you mean 'adorn'?"),
+        ("/api/tail?destination=cmr", 404, "no destination 'cmr', did you mean 'crm'?"),
+        ("/api/tail?failed=yes", 400, "failed must be 0 or 1"),
+        ("/api/tail?type=!adorn.*", 400, "takes away from nothing"),
+        ("/api/tail?state=dead", 400, "unknown parameter 'state'"),
+        ("/api/top?source=adorn", 400, "unknown parameter 'source'"),
+    ],
+)
+async def test_what_cannot_be_followed_is_said(relay, path, status, message):
+    got, error = await refused(relay, path)
+    assert got == status
+    assert message.replace("'", "").partition(",")[0] in error["message"].replace("'", "")
+
+
+async def test_on_the_listener_it_takes_a_token(relay):
+    answer = await exchange(relay.addresses.admin, request("GET", "/api/tail", host="localhost"))
+    assert answer.status == 401
+    async with await Wire.open(relay.addresses.admin) as wire:
+        await wire.send(request("GET", "/api/top", host="localhost", authorization="Bearer an-admin-token"))
+        assert b"text/event-stream" in await wire.reader.readuntil(b"\r\n\r\n")
+
+
+async def test_a_follower_too_many_is_refused_with_a_hint(relay):
+    wires = [await Wire.open(relay.addresses.socket) for _ in range(MOST)]
+    for wire in wires:
+        await wire.send(request("GET", "/api/tail"))
+        await wire.reader.readuntil(b": hookferry\n\n")
+    status, error = await refused(relay, "/api/tail")
+    assert (status, error["code"]) == (503, "too_many_followers")
+    assert "relay tail" in error["hint"]
+    for wire in wires:
+        await wire.hang_up()
+    await until(lambda: not relay.app.api._tail._followers)
+    async with follow(relay, "/api/tail"):
+        pass
+
+
+async def test_who_goes_is_noticed_though_nothing_happens(relay):
+    async with follow(relay, "/api/tail"):
+        assert len(relay.app.api._tail._followers) == 1
+    await until(lambda: not relay.app.api._tail._followers)
+
+
+async def test_silence_is_filled_with_comments(relay, monkeypatch):
+    monkeypatch.setattr(stream, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(stream, "LOOK", 0.01)
+    async with follow(relay, "/api/tail") as reader:
+        await reader.response.content.readline()
+        assert await reader.response.content.readline() == b": still here\n"
+
+
+async def test_a_follower_that_takes_nothing_holds_up_nobody_and_is_told_its_loss(relay, monkeypatch):
+    monkeypatch.setattr(relay.app.api._tail._followers, "_room", 3)
+    async with await Wire.open(relay.addresses.socket) as slow:
+        slow.writer.transport.pause_reading()
+        await slow.send(request("GET", "/api/tail"))
+        await until(lambda: relay.app.api._tail._followers)
+        [follower] = relay.app.api._tail._followers
+        async with follow(relay, "/api/tail?source=adorn") as quick:
+            subject = "x" * 256
+            sent = []
+            while follower._lost < 5:  # what the kernel takes in differs from machine to machine
+                sent.append(await send(relay, subject))
+                while (await quick.next())[0] != "event":
+                    pass
+        assert follower.writing
+        assert len(follower._frames) == 3
+        slow.writer.transport.resume_reading()
+        text = b""
+        async with asyncio.timeout(10):
+            while b"event: lost" not in text:
+                text = text[-100:] + await slow.reader.read(2**16)
+
+
+def test_what_waits_for_a_follower_is_bounded_by_items_and_bytes():
+    followers = Followers(room=3)
+    with followers.joined(None, lambda: None) as follower:
+        for number in range(5):
+            follower.put(b"%d" % number)
+        assert follower.take() == b'event: lost\ndata: {"count":2}\n\n234'
+        assert follower.take() == b""
+        follower.put(b"a" * MOST_BYTES)
+        follower.put(b"b")
+        assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
+        follower.put(b"c" * (MOST_BYTES + 1))  # larger than all: told all the same
+        assert len(follower.take()) == MOST_BYTES + 1
+
+
+async def test_a_stop_ends_streams_at_once_even_one_that_takes_nothing(tmp_path, recorder):
+    config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+    socket = tmp_path / "state" / "relay.sock"
+    async with Daemon(config) as daemon, await Wire.open(socket) as stuck:
+        stuck.writer.transport.pause_reading()
+        await stuck.send(request("GET", "/api/tail"))
+        async with following(socket, "/api/tail?failed=1") as quiet, following(socket, "/api/top") as screen:
+            streams = [asyncio.create_task(reader.rest()) for reader in (quiet, screen)]
+            async with await Wire.open(daemon.url) as wire:
+                for _ in range(1500):  # beyond what kernel and server hold for one that does not read
+                    await wire.send(request("POST", "/v1/events", adorn("x" * 256)))
+                    assert (await wire.answer()).status == 200
+            began = asyncio.get_running_loop().time()
+            assert await daemon.stop() == 0
+            assert asyncio.get_running_loop().time() - began < 4  # the grace is 5
+            told, seen = await asyncio.gather(*streams)  # they have their proper end
+            assert told == []
+            assert {name for name, _ in seen} <= {"top"}
+
+
+async def test_a_stream_that_is_asked_for_while_the_relay_stops_is_refused(relay):
+    relay.app.api.hang_up()
+    for path in ("/api/tail", "/api/top"):
+        status, error = await refused(relay, path)
+        assert (status, error["code"]) == (503, "draining")
+
+
+async def test_nothing_is_made_when_nobody_follows(relay, monkeypatch):
+    made = []
+    monkeypatch.setattr("relay.api.tail.frame", lambda *args: made.append(args) or b"x")
+    monkeypatch.setattr("relay.api.top.frame", lambda *args: made.append(args) or b"x")
+    await send(relay)
+    await until(
+        lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="delivered")
+    )
+    assert made == []
+    assert relay.app.api._top._ticking is None
+
+
+async def test_a_snapshot_shows_how_it_goes(relay, recorder, monkeypatch):
+    monkeypatch.setattr(top, "EVERY", 0.2)
+    recorder.open.clear()
+    async with follow(relay, "/api/top") as reader:
+        for number in range(3):
+            await send(relay, f"s{number}")
+        await until(lambda: recorder.busy == 3)
+        await relay.exchange(
+            request("POST", "/api/v1/workers/register", b'{"worker_id": "w", "worker_endpoint": "http://w"}')
+        )
+        events = 0.0
+        while True:
+            name, told = await reader.next()
+            assert name == "top"
+            events += told["events_per_second"]
+            [crm, erp] = told["destinations"]
+            if events and crm["in_flight"] == 3:
+                break
+        [source] = [each for each in told["sources"] if each["name"] == "adorn"]
+        assert source["paused"] is False
+        assert (crm["name"], crm["held"], crm["circuit"], crm["pending"]) == ("crm", None, "closed", 3)
+        assert (erp["name"], erp["pending"]) == ("erp", 0)
+        assert told["ready"] is True
+        assert told["backlog"] == 3
+        recorder.open.set()
+        delivered = 0.0
+        while not delivered:
+            _, told = await reader.next()
+            delivered = told["delivered_per_second"]
+            assert told["destinations"][0]["delivered_per_second"] == delivered
+            assert told["failed_per_second"] == 0
+        assert told["commit_ms"] > 0
+        assert told["loop_lag_ms"] >= 0
+    await until(relay.app.api._top._ticking.done)
+
+
+async def test_a_snapshot_has_what_is_held(relay, recorder, monkeypatch):
+    monkeypatch.setattr(top, "EVERY", 0.05)
+    await relay.operator("POST", "/api/destinations/crm/pause")
+    await relay.operator("POST", "/api/sources/moddy/pause")
+    await send(relay)
+    async with follow(relay, "/api/top") as reader:
+        _, told = await reader.next()
+    assert told["destinations"][0]["held"] == "paused"
+    assert told["destinations"][0]["pending"] == 1
+    assert [each["name"] for each in told["sources"] if each["paused"]] == ["moddy"]

@@ -1,0 +1,159 @@
+"""The benchmarks run; what they measure is judged by people, on a quiet machine."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay.base.clock import SystemClock
+from relay.config.schema import Retention
+from relay.jobs.retention import Policy
+from relay.store.sqlite import SqliteStore
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_name_the_benchmarks_are_listed():
+    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "zoo"]
+
+
+def test_a_misspelt_name_is_refused():
+    command = [sys.executable, "-m", "bench", "ingets"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "'ingest', 'relay', 'zoo'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "rival"), [("ingest", "bare aiohttp handler"), ("relay", "bare aiohttp proxy")]
+)
+def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, rival):
+    title, heads, ours, theirs, ratio, target = bench(name, *SHORT).splitlines()
+    assert title.startswith(f"{name}: ")
+    assert "events/s" in heads
+    assert ours.split()[0] == "relay"
+    assert theirs.strip().startswith(rival)
+    assert float(ratio.split()[1]) > 0
+    assert target.startswith("  target of the ratio: 0.")
+
+
+def test_a_zoo_beside_costs_throughput_and_p99_that_are_both_compared():
+    _, heads, crowded, alone, ratio, target = bench("zoo", *SHORT, "--rounds", "1").splitlines()
+    assert "events/s" in heads
+    assert "p99 ms" in heads
+    assert crowded.strip().startswith("beside the zoo")
+    assert alone.strip().startswith("alone")
+    assert all(float(each) > 0 for each in ratio.replace("(", " ").split()[1::2])
+    assert target.startswith("  target of the ratio: 0.83")
+
+
+def test_json_has_every_round_of_both_sides():
+    for comparison in json.loads(bench("ingest", "relay", "--json", *SHORT)):
+        for side in ("ours", "theirs"):
+            assert len(comparison[side]) == 2
+            assert all(each["events"] == 20 and each["seconds"] > 0 for each in comparison[side])
+        assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
+
+
+def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
+    command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines = done.stdout.splitlines()
+    assert title == "sweeps over 10,000 workers"
+    assert len(lines) == 7
+    assert all(
+        re.fullmatch(r"  .+ [0-9.]+ ms, the loop stood still for [0-9.]+ ms at most", each) for each in lines
+    )
+
+
+def test_what_commands_cost_is_printed_beside_the_limit():
+    command = [sys.executable, "-m", "bench.startup", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines = done.stdout.splitlines()
+    assert title.startswith("CPU per command")
+    assert [line.split("  ")[1] for line in lines][:2] == ["python -c pass", "relay --help"]
+    assert all(re.search(r" [0-9]+ ms \([0-9]+-[0-9]+\)", line) for line in lines)
+    assert "limit 120 ms" in lines[1]
+
+
+def test_scrapes_are_timed_at_rest_and_beside_senders():
+    command = [sys.executable, "-m", "bench.scrape", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    title, *lines, verdict = done.stdout.splitlines()
+    assert title.startswith("2 scrapes of 50 destinations")
+    assert [line.split(" ms: ")[0].rsplit(maxsplit=2)[0].strip() for line in lines] == [
+        "at rest", "beside senders", "without scrapes", "between scrapes",
+    ]  # fmt: skip
+    assert "the target of the medians is 50 ms" in verdict
+
+
+@pytest.fixture
+def old_events(tmp_path):
+    """Make what the benchmark of retention begins with, but fewer."""
+    fill = "import asyncio, pathlib, sys; from bench.retention import fill;"
+    fill += "asyncio.run(fill(pathlib.Path(sys.argv[1]), 50))"
+    path = tmp_path / "relay.db"
+    subprocess.run([sys.executable, "-c", fill, path], cwd=ROOT, timeout=60, check=True)
+    return path
+
+
+async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
+    store = SqliteStore(old_events, SystemClock())
+    await store.open()
+    assert [check for check in await store.examine() if not check.ok] == []
+    assert (await store.counts())["gone"].delivered == 50
+    assert (await store.prune(Policy(Retention()))).events == 50
+    await store.close()
+
+
+def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
+    """As told: too few events for the figures to mean anything."""
+    command = [sys.executable, "-m", "bench.lists", "--events", "400"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert "400 events, 1,200 deliveries" in done.stdout
+    assert re.findall(
+        r"^(\w+): \d+ questions, median [0-9.]+ ms, most [0-9.]+ ms", done.stdout, re.MULTILINE
+    ) == [
+        "events",
+        "deliveries",
+        "attempts",
+    ]
+    assert "reads or sorts all of something" not in done.stdout
+    assert re.search(r"^  +[0-9.]+ ms  books of all destinations", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
+
+
+def test_resident_memory_is_printed_beside_its_target():
+    command = [sys.executable, "-m", "bench.memory", "0.002"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    title, *rows, verdict = done.stdout.splitlines()
+    assert title.startswith("resident memory after large events")
+    assert [row.split(" KB")[0].split() for row in rows] == [
+        ["20", "x", "10"], ["8", "x", "100"], ["3", "x", "400"],
+    ]  # fmt: skip
+    assert all(re.search(r" [0-9]+ MB, at most +[0-9]+ MB, +[0-9]+ us of CPU each", row) for row in rows)
+    assert verdict == "target 200 MB after each: met"
+
+
+def test_events_beside_floods_are_timed_and_judged():
+    command = [sys.executable, "-m", "bench.flood", "0.3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    head, *rows, target = done.stdout.splitlines()
+    assert head.split() == ["beside", "events", "p50", "ms", "p99", "ms", "most", "ms", "answers/s"]
+    assert [row.split("  ")[1] for row in rows] == [
+        "nothing",
+        *(f"{kind}, {count} connections" for kind in ("heartbeats", "404s", "401s") for count in (1, 8)),
+    ]
+    assert all(re.search(r" (met|missed)$", row) for row in rows)
+    assert target == "  target of p99: 50 ms"

@@ -1,0 +1,63 @@
+"""`relay config`: what a configuration comes to, and a first one."""
+
+import tomllib
+from pathlib import Path
+
+from commands import run
+from daemons import SOURCES, destination, write_config
+
+SECRET = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+MORE = """\
+order_by = "subject"
+ttl = "6h"
+rate_limit = "50/s"
+where = [{ "data.sale" = true }, { "data.total" = { gte = 5 } }]
+headers = { "X-Key" = "a header of mine" }
+"""
+
+
+def test_what_a_configuration_comes_to_is_toml_with_defaults_and_units_and_no_secret(tmp_path):
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/", MORE))
+    said = run("config", "show", "-c", config)
+    for secret in (SECRET, "test-token", "dev-token", "worker-secret", "a header of mine"):
+        assert secret not in said.out
+    shown = tomllib.loads(said.out)
+    assert shown == run("config", "show", "-c", config, "--json").json
+    assert shown["server"]["max_body"] == "2 MiB"
+    assert shown["server"]["shutdown_grace"] == "5s"
+    assert shown["sources"]["compozy"]["tokens"] == ["<secret>"] * 2
+    assert shown["sources"]["adorn"]["workers"]["offline_after"] == "1m30s"
+    crm = shown["destinations"]["crm"]
+    assert (crm["ttl"], crm["rate_limit"], crm["timeout"]) == ("6h", "50/s", "15s")
+    assert crm["headers"] == {"X-Key": "<secret>"}
+    assert crm["where"] == [{"data.sale": True}, {"data.total": {"gte": 5}}]
+    assert crm["retry"]["schedule"] == ["100ms"] * 4
+    assert "proxy" not in crm
+
+
+def test_the_reference_shows_what_it_says(monkeypatch):
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    file = Path(__file__).parents[2] / "config.toml"
+    said, shown = tomllib.loads(file.read_text()), run("config", "show", "-c", file, "--json").json
+    for table in ("server", "storage", "retention", "log"):
+        for key, value in said[table].items():
+            assert shown[table][key] == value, (table, key)
+
+
+def test_a_first_configuration_is_fine_once_its_secrets_are_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAZYCHAT_TOKEN", "t")
+    monkeypatch.setenv("CRM_WEBHOOK_SECRET", f"whsec_{SECRET}")
+    file = tmp_path / "config.toml"
+    assert f"`relay check-config {file}`" in run("config", "init", file).out
+    said = run("check-config", file)
+    assert said.out == f"{file}: ok (1 source, 1 destination)\n"
+    assert said.err == ""
+
+
+def test_a_configuration_that_is_there_is_never_written_over(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("mine = 1")
+    assert run("config", "init", file, code=1).err.startswith(f"{file} is there already\n")
+    assert file.read_text() == "mine = 1"
+    said = run("config", "init", tmp_path / "none" / "config.toml", code=1)
+    assert "cannot be written: No such file" in said.err

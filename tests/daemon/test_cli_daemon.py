@@ -1,0 +1,266 @@
+"""How commands reach the running relay, and what they say when they cannot."""
+
+import asyncio
+import json
+import socket
+import threading
+
+import click
+import pytest
+from click.testing import CliRunner
+from daemons import SOURCES, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+from relay.cli import api_client as client
+from relay.cli.api_client import daemon_options
+from relay.cli.main import Group
+
+TOKEN = "an-admin-token"
+
+
+@click.group(cls=Group)
+def main():
+    pass
+
+
+@main.command()
+@click.argument("method")
+@click.argument("path", nargs=-1)
+@click.option("--limit")
+@daemon_options
+def ask(daemon, method, path, limit):
+    verb = getattr(daemon, method)
+    answer = verb(*path, limit=limit) if method == "get" else verb(*path)
+    click.echo(json.dumps(answer))
+
+
+@main.command()
+@click.argument("path")
+@click.argument("query", required=False)
+@daemon_options
+def follow(daemon, path, query):
+    with daemon.follow(path, source=query) as stream:
+        for name, item in stream:
+            click.echo(json.dumps([name, item]))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No configuration, and no relay of the machine's own, gets in the way."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(client, "RUNTIME", tmp_path / "run")
+    for name in ("RELAY_CONFIG", "RELAY_SOCKET", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(*args, command="ask", **environ):
+    return CliRunner().invoke(main, [command, *map(str, args)], env=environ)
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
+    file.write_text(file.read_text().replace("[admin]", f'[admin]\ntokens = ["{TOKEN}"]'))
+    return file
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def ran(relay, config, tmp_path):
+    """Run commands against it, in a thread: they block."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    (tmp_path / "wrong").write_text("guessed")
+    known = {
+        "config": config,
+        "socket": relay.addresses.socket,
+        "url": relay.addresses.admin,
+        "folder": tmp_path,
+    }
+
+    async def run_(*args, command="ask", **environ):
+        args = [str(arg).format(**known) for arg in args]
+        environ = {name: value.format(**known) for name, value in environ.items()}
+        return await asyncio.to_thread(run, *args, command=command, **environ)
+
+    return run_
+
+
+@pytest.mark.parametrize(
+    ("args", "environ"),
+    [
+        (["-c", "{config}"], {}),
+        ([], {"RELAY_CONFIG": "{config}"}),
+        (["--socket", "{socket}"], {}),
+        ([], {"RELAY_SOCKET": "{socket}"}),
+        (["--url", "{url}", "--token-file", "{folder}/token"], {}),
+        (["--url", "{url}/", "--token-file", "{folder}/token"], {}),
+    ],
+)
+async def test_a_relay_is_found_by_its_config_its_socket_or_its_url(ran, args, environ):
+    result = await ran("get", "status", *args, **environ)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["destinations"] == ["crm"]
+
+
+async def test_the_socket_is_found_where_the_unit_puts_it(ran, relay, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "relay.sock").symlink_to(relay.addresses.socket)
+    assert (await ran("get", "status")).exit_code == 0  # without any configuration
+    other = tmp_path / "other.toml"
+    other.write_text('state_dir = "nowhere"\n')
+    assert (await ran("get", "status", "-c", other)).exit_code == 0
+
+
+async def test_a_path_is_quoted_and_an_absent_query_left_out(ran):
+    socket_ = ("--socket", "{socket}")
+    result = await ran("get", "deliveries", "--limit", "1", *socket_)
+    assert json.loads(result.stdout)["items"] == []
+    result = await ran("get", "deliveries", "--limit", "many", *socket_)
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (1, "limit must be a whole number")
+    result = await ran("post", "destinations", "a/b c", "pause", *socket_)
+    assert result.exit_code == 4
+    assert result.stderr == "no destination 'a/b c'\n  there are crm\n"
+
+
+@pytest.mark.parametrize(
+    "where", [["--socket", "{socket}"], ["--url", "{url}", "--token-file", "{folder}/token"]]
+)
+async def test_a_stream_is_followed_until_its_end(ran, relay, where):
+    following = asyncio.create_task(ran("tail", "adorn", *where, command="follow"))
+    await until(lambda: relay.app.api._tail._followers)
+    answer = await relay.exchange(request("POST", "/v1/events", adorn("s-é")))
+    relay.app.api.hang_up()
+    result = await following
+    assert result.exit_code == 0, result.output
+    name, item = json.loads(result.stdout.splitlines()[0])
+    assert (name, item["id"], item["subject"]) == ("event", answer.json["event_id"], "s-é")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["tail", "adron", "--socket", "{socket}"], 4, "no source 'adron'"),
+        (["nothing", "--socket", "{socket}"], 4, "Not Found"),
+        (["status", "--socket", "{socket}"], 3, "is no relay (HTTP 200)"),
+        (["tail", "--url", "{url}", "--token-file", "{folder}/wrong"], 5, "Missing or unknown token"),
+        (["tail", "--socket", "{folder}/absent"], 3, "no relay answers at"),
+    ],
+)
+async def test_a_stream_that_cannot_be_followed_is_said_as_everywhere(ran, args, code, says):
+    result = await ran(*args, command="follow")
+    assert result.exit_code == code
+    assert says in result.stderr.splitlines()[0]
+
+
+async def test_changes_are_made(ran):
+    result = await ran("post", "destinations", "crm", "pause", "--socket", "{socket}")
+    assert json.loads(result.stdout)["held"] == "paused"
+
+
+async def test_what_is_not_there_is_4_with_the_relay_s_own_hint(ran):
+    result = await ran("delete", "replays", "rpl_none", "--socket", "{socket}")
+    assert result.exit_code == 4
+    assert result.stderr.startswith("no replay 'rpl_none'\n  replays end with the relay")
+
+
+async def test_a_token_that_is_unknown_is_5(ran):
+    result = await ran("get", "status", "--url", "{url}", "--token-file", "{folder}/wrong")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, "Missing or unknown token")
+    assert "guessed" not in result.output
+
+
+def test_what_the_kernel_does_not_permit_is_5(tmp_path, monkeypatch):
+    def forbid(_self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(client._SocketConnection, "connect", forbid)
+    result = run("get", "status", "--socket", tmp_path / "s")
+    assert result.exit_code == 5
+    assert result.stderr.startswith(f"may not use {tmp_path}/s\n  run the command as root, or as a member")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("absent", "No such file or directory"), ("stale", "Connection refused"), ("x" * 200, "too long")],
+)
+def test_where_no_relay_listens_is_3_and_what_to_type(tmp_path, file, says):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "stale"))
+    result = run("get", "status", "--socket", tmp_path / file)
+    assert result.exit_code == 3
+    message, hint = result.stderr.splitlines()
+    assert message.startswith(f"no relay answers at {tmp_path / file}: ")
+    assert says in message
+    assert hint == "  start one with `relay serve`, or name its socket with --socket or RELAY_SOCKET"
+
+
+def test_a_url_where_nobody_listens_is_3(tmp_path):
+    (tmp_path / "token").write_text("t")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        result = run("get", "status", "--url", url, "--token-file", tmp_path / "token")
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"no relay answers at {url}: Connection refused\n  see `[admin] listen`")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<ht>", "what answers at {} is no relay"),
+        (b"HTTP/1.1 599 No\r\nContent-Length: 2\r\n\r\n[]", "what answers at {} is no relay (HTTP 599)"),
+        (b"SSH-2.0-OpenSSH\r\n", "no relay answers at {}: SSH-2.0-OpenSSH"),
+        (b"", "no relay answers at {}: Remote end closed connection without response"),
+        (None, "{} does not answer"),
+    ],
+)
+def test_something_else_that_listens_there_is_3(tmp_path, monkeypatch, answer, says):
+    monkeypatch.setattr(client, "SECONDS", 0.05 if answer is None else 5.0)
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve():
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(65_536)
+                if answer is not None:
+                    peer.sendall(answer)
+                else:
+                    peer.recv(1)  # until it gives up
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = run("get", "status", "--socket", path)
+        thread.join(5)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[0] == says.format(path)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--url", "http://127.0.0.1:1"], 2, "--url needs --token-file"),
+        (["--token-file", "x"], 2, "--token-file goes with --url"),
+        (["--url", "127.0.0.1:8081", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
+        (["--url", "http://h:nine", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
+        (["--url", "http://h/api", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
+        (["--url", "http://h:1", "--token-file", "absent"], 1, "absent cannot be read: No such file"),
+        ([], 1, "there is no configuration"),
+        (["-c", "absent.toml"], 1, "absent.toml: cannot be read"),
+    ],
+)
+def test_wrong_uses_say_what_is_wrong(tmp_path, args, code, says):
+    (tmp_path / "token").write_text("t")
+    result = run("get", "status", *[arg.format(token=tmp_path / "token") for arg in args])
+    assert result.exit_code == code
+    assert says in result.stderr

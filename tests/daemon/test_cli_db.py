@@ -1,0 +1,178 @@
+"""`relay db` and `relay doctor`, with a relay that runs and one that does not; and their API."""
+
+import asyncio
+import json
+import sqlite3
+
+import pytest
+from commands import run
+from daemons import SOURCES, adorn, destination, running, write_config
+from support import until
+from wire import exchange, request
+
+from relay.cli import db, offline
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        await relay.operator("POST", "/api/destinations/crm/pause")
+        for session in ("s-1", "s-2"):
+            await relay.exchange(request("POST", "/v1/events", adorn(session)))
+        yield relay
+
+
+def offline_run(config, *args, code=0):
+    return asyncio.to_thread(run, *args, "-c", config, code=code)
+
+
+async def stopped(relay):
+    relay.app.stopping.set()
+    await until(lambda: not relay.addresses.socket.exists())
+
+
+async def test_the_status_tells_what_there_is_and_what_it_takes(relay, commands, config):
+    answer = (await commands("db", "status", "--json")).json
+    assert (answer["events"], answer["pending"], answer["backups"]) == (2, 2, [])
+    assert answer["path"] == str(relay.app.store.path)
+    assert answer["oldest"] < answer["newest"]
+    assert answer["bytes"] > 4096
+    rows = dict((await commands("db", "status")).rows)
+    assert rows["events"] == "2"
+    assert rows["bytes"].endswith("iB")
+    await stopped(relay)
+    answer = (await offline_run(config, "db", "status", "--offline", "--json")).json
+    assert (answer["events"], answer["pending"]) == (2, 2)
+
+
+async def test_a_backup_is_made_by_the_relay_in_its_folder(relay, commands, config):
+    done = (await commands("db", "backup", "--json")).json
+    assert done["events"] == 2
+    assert done["path"].startswith(str(relay.app.state_dir.path / "backups" / "relay-"))
+    [made] = (await commands("db", "status", "--json")).json["backups"]
+    assert (made["path"], made["bytes"]) == (done["path"], done["bytes"])
+    assert made["path"] in (await commands("db", "status")).out
+    await stopped(relay)
+    there = (await offline_run(config, "db", "status", "--offline", "--json")).json
+    assert there["backups"] == [made]
+
+
+async def test_a_backup_is_made_by_the_command_where_one_likes(relay, config, tmp_path):
+    file = tmp_path / "copy.db"
+    said = await offline_run(config, "db", "backup", file)
+    assert said.out.startswith(f"{file}: 2 events, ")
+    assert file.stat().st_mode & 0o777 == 0o600
+    said = await offline_run(config, "db", "backup", file, code=1)
+    assert said.err == f"{file} is there already\n  name another file, or say --force\n"
+    assert (await offline_run(config, "db", "backup", file, "--force", "--json")).json["deliveries"] == 2
+    await stopped(relay)
+    await offline_run(config, "db", "backup", tmp_path / "again.db")
+    checked = (await offline_run(config, "db", "check", tmp_path / "again.db", "--json")).json
+    assert [check["name"] for check in checked["checks"]] == list(db.CHECKS[1:])
+    assert checked["ok"] is True
+
+
+async def test_a_damaged_file_is_found_out_and_named(relay, config, tmp_path):
+    file = tmp_path / "copy.db"
+    await offline_run(config, "db", "backup", file)
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE events SET body = CAST(replace(body, 's-1', 's-9') AS BLOB)")
+    said = await offline_run(config, "db", "check", file, code=1)
+    assert ["bodies", "WRONG"] in [row[:2] for row in said.rows]
+    assert said.err.startswith("1 check found something\n  bodies: stop the relay, keep the file")
+    file.write_bytes(b"SQLite format 3\0" + b"?" * 4096)
+    assert "WRONG" in (await offline_run(config, "db", "check", file, code=1)).out
+
+
+async def test_what_is_no_backup_or_no_database_says_so(config, tmp_path):
+    said = await offline_run(config, "db", "check", code=1)
+    assert "there is no database" in said.err
+    said = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
+    assert "there is no database" in said.err
+    said = await offline_run(config, "db", "status", "--offline", code=1)
+    assert "a relay that never ran has none" in said.err
+    assert "--force goes with FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
+
+
+async def test_room_is_given_back(relay, commands):
+    for _ in range(20):
+        await relay.exchange(request("POST", "/v1/events", adorn("big", payload={"text": "x" * 50_000})))
+    await commands("events", "delete", "--subject", "big", "--yes")
+    done = (await commands("db", "compact", "--json")).json
+    assert done["after"] < done["before"]
+    assert done["whole"] is True
+    assert (await commands("db", "compact")).out.endswith(" now\n")
+
+
+async def test_the_database_is_found_where_the_unit_puts_it(relay, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "STATE", relay.app.state_dir.path)
+    elsewhere = tmp_path / "etc"
+    elsewhere.mkdir()
+    other = write_config(elsewhere, SOURCES)
+    assert (await offline_run(other, "db", "status", "--offline", "--json")).json["events"] == 2
+
+
+async def test_the_doctor_finds_nothing_in_a_relay_that_is_well(relay, commands, config):
+    await commands("deliveries", "cancel", "--destination", "crm", "--yes")
+    said = await commands("doctor")
+    assert {row[1] for row in said.rows} == {"ok"}
+    names = [row[0] for row in said.rows]
+    assert names[-3:] == ["ready", "jobs", "config"]
+    await stopped(relay)
+    said = await offline_run(config, "doctor", "--offline", "--json")
+    assert said.json["ok"] is True
+    assert [check["name"] for check in said.json["checks"]] == names[:-3]
+
+
+PORT = 'listen = "127.0.0.1:{}"\nshutdown'
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (('events = ["*"]', 'events = ["adorn.*"]'), ("changed destinations.crm", "config: relay reload")),
+        ((PORT.format(0), PORT.format(1)), ("server.listen", "restart the relay")),
+        (("development", "develpment"), ('did you mean "development"', "correct it before")),
+    ],
+)
+async def test_the_doctor_sees_that_the_file_is_not_what_the_relay_goes_by(commands, config, change, found):
+    config.write_text(config.read_text().replace(*change))
+    said = await commands("doctor", code=1)
+    [row] = [row for row in said.rows if row[0] == "config"]
+    assert row[1] == "WRONG"
+    assert found[0] in row[2]
+    assert found[1] in said.err
+
+
+async def test_what_the_relay_goes_by_is_told_with_every_default_and_no_secret(relay):
+    answer = await exchange(relay.addresses.socket, request("GET", "/api/config"))
+    assert answer.json["config"]["retention"]["events"] == "14d"
+    assert answer.json["config"]["destinations"]["crm"]["secrets"] == ["<secret>"]
+    assert answer.json["path"].endswith("config.toml")
+    assert "whsec" not in answer.body.decode()
+    assert "dev-token" not in answer.body.decode()
+    listed = (await exchange(relay.addresses.socket, request("GET", "/api/plugins"))).json
+    assert json.loads(run("plugins", "list", "--json").out) == listed
+    assert {each["name"] for each in listed["items"]} >= {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+
+
+def test_ctrl_c_stops_what_goes_on_in_a_thread(monkeypatch):
+    begun = []
+
+    def look(stop):
+        begun.append(stop)
+        assert stop.wait(10)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(db, "LOOK_EVERY", 0.01)
+    with pytest.raises(Exception, match="interrupted: nothing was changed") as raised:
+        db._apart(look, interrupted, "nothing was changed")
+    assert raised.value.code == 130
+    assert begun[0].is_set()

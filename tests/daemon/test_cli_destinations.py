@@ -1,0 +1,142 @@
+"""`relay destinations` and `relay sources` against a relay that runs."""
+
+import asyncio
+
+import pytest
+from commands import Commands, run
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+GONE = destination("gone", "http://127.0.0.1:1")
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    async with Recorder() as recorder:
+        config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
+            await until(lambda: recorder.ids)
+            yield relay
+
+
+async def test_destinations_are_listed_with_their_books(commands):
+    [[name, held, pending, *_]] = (await commands("destinations", "list")).rows
+    assert (name, held, pending.isdigit()) == ("crm", "", True)
+    assert (await commands("destinations", "list", "-q")).out == "crm\n"
+    [item] = (await commands("destinations", "list", "--json")).json["items"]
+    assert item["created"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "go_on", "held"),
+    [("pause", "resume", "paused"), ("disable", "enable", "disabled: operator")],
+)
+async def test_a_destination_is_stopped_and_goes_on(commands, stop, go_on, held):
+    assert (await commands("destinations", stop, "crm")).out == f"crm: {held}\n"
+    said = await commands("destinations", "show", "crm")
+    assert ["held", held] in said.rows
+    assert ["latest_type", "adorn.session.started"] in said.rows
+    assert f"`relay destinations {go_on} crm`" in said.err
+    assert (await commands("destinations", go_on, "crm", "--json")).json["held"] is None
+    assert (await commands("destinations", "show", "crm")).err == ""
+
+
+async def test_what_something_is_called_comes_before_what_is_told_of_it(commands):
+    for words in (["destinations", "show", "crm"], ["sources", "show", "adorn"]):
+        assert (await commands(*words)).rows[0] == ["name", words[-1]]
+    assert list((await commands("destinations", "list", "--json")).json["items"][0])[:2] == ["name", "held"]
+
+
+async def test_it_is_said_what_is_owed_since_when_and_why_it_does_not_move(commands, relay):
+    shown = (await commands("destinations", "show", "crm", "--json")).json
+    assert (shown["due"], shown["oldest"]) == (0, None)
+    await commands("destinations", "pause", "crm")
+    first, *_ = [(await relay.exchange(request("POST", "/v1/events", adorn(s)))).json for s in ("s-2", "s-3")]
+    shown = (await commands("destinations", "show", "crm", "--json")).json
+    assert (shown["pending"], shown["due"], shown["oldest"]["event_id"]) == (2, 2, first["event_id"])
+    rows = (await commands("destinations", "show", "crm")).rows
+    assert ["oldest_created_at", shown["oldest"]["created_at"]] in rows
+    assert ["oldest_state", "pending"] in rows
+
+
+async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(commands):
+    await commands("destinations", "pause", "crm")
+    await commands("destinations", "disable", "crm")
+    said = await commands("destinations", "resume", "crm")
+    assert said.out == "crm: disabled: operator\n"
+    assert said.err == "`relay destinations enable crm` sends what it is owed\n"
+
+
+async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:1"), GONE)
+    async with running(config) as relay:
+        commands = Commands(relay.addresses.socket)
+        for name in ("crm", "gone"):
+            await commands("destinations", "pause", name)
+        await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
+        there = (await commands("destinations", "show", "crm", "--json")).json
+        listed = (await commands("destinations", "list")).rows
+    config.write_text(config.read_text().replace(GONE, ""))
+
+    async def offline(*args, code=0):
+        return await asyncio.to_thread(run, "destinations", *args, "--offline", "-c", config, code=code)
+
+    assert (await offline("show", "crm", "--json")).json == {**there, "in_flight": None}
+    assert "`relay destinations resume crm`" in (await offline("show", "crm")).err
+    rows = (await offline("list")).rows
+    assert [row[:3] for row in rows] == [["crm", "paused", "1"], ["gone", "not_in_config", "1"]]
+    assert rows[0][4:] == listed[0][4:]
+    assert (await offline("show", "gone", "--json")).json["oldest"]["state"] == "pending"
+    assert "no destination 'cmr', did you mean \"crm\"?" in (await offline("show", "cmr", code=4)).err
+
+
+@pytest.mark.parametrize(
+    ("more", "held", "says"),
+    [
+        ('url = "http://127.0.0.1:1"', "resting", "`relay destinations test other` asks it now"),
+        (
+            'url = "http://127.0.0.1:1"\nallow_private = true',
+            "",
+            "`relay deliveries retry --destination other --state pending` has it tried now",
+        ),
+    ],
+)
+async def test_the_error_that_keeps_a_delivery_is_shown_with_what_to_do(tmp_path, more, held, says):
+    other = f'[destinations.other]\nevents = ["*"]\n{more}'
+    async with running(write_config(tmp_path, SOURCES, other)) as relay:
+        await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
+        commands = Commands(relay.addresses.socket)
+        async with asyncio.timeout(10):
+            while not (await relay.rows("deliveries"))[0]["last_error"]:
+                pass
+        said = await commands("destinations", "show", "other")
+        shown = dict(said.rows)
+        assert shown["held"] == held
+        assert "127.0.0.1" in shown["oldest_last_error"]
+        assert says in said.err
+
+
+async def test_a_source_is_paused_and_resumed(commands, relay):
+    assert (await commands("sources", "pause", "adorn")).out == "adorn: paused\n"
+    assert (await relay.exchange(request("POST", "/v1/events", adorn()))).status == 503
+    assert ["adorn", "adorn", "", "yes"] in (await commands("sources", "list")).rows
+    assert (await commands("sources", "resume", "adorn", "--json")).json == {"name": "adorn", "paused": False}
+    assert (await relay.exchange(request("POST", "/v1/events", adorn()))).status == 200
+
+
+async def test_a_source_is_shown_with_its_latest_event(commands):
+    rows = (await commands("sources", "show", "adorn")).rows
+    assert ["plugin", "adorn"] in rows
+    assert ["latest_type", "adorn.session.started"] in rows
+    assert ["workers.offline_after", "1m30s"] in rows
+    assert not [row for row in rows if "{" in "".join(row)]
+    assert (await commands("sources", "show", "moddy", "--json")).json["latest"] is None
+
+
+@pytest.mark.parametrize("noun", ["destinations", "sources"])
+@pytest.mark.parametrize("verb", ["show", "pause"])
+async def test_an_unknown_name_is_4_and_says_which_there_are(commands, noun, verb):
+    said = await commands(noun, verb, "crn", code=4)
+    assert "there are " in said.err

@@ -1,0 +1,315 @@
+"""`relay events` and `relay deliveries` against a relay that runs, and one that does not."""
+
+import asyncio
+
+import pytest
+from commands import Commands, run
+from daemons import SOURCES, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+from relay.cli.api_client import Daemon
+from relay.cli.conditions import conditions
+from relay.routing.conditions import compile_where
+from relay.store import bound
+
+BODY = adorn("s-1", payload={"total": "45000.00"})
+OTHER = adorn("s-2")
+
+
+@pytest.fixture
+def config(tmp_path, recorder):
+    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        yield relay
+
+
+def finished(relay, outcome="delivered"):
+    return relay.counted("relay_deliveries_finished_total", destination="crm", outcome=outcome)
+
+
+@pytest.fixture
+async def events(relay):
+    """Two events that have been delivered, in order."""
+    found = [
+        (await relay.exchange(request("POST", "/v1/events", body))).json["event_id"] for body in (BODY, OTHER)
+    ]
+    await until(lambda: finished(relay) == 2)
+    return found
+
+
+async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, events):
+    rows = (await commands("events", "list")).rows
+    assert [row[0] for row in rows] == events[::-1]
+    assert rows[0][2:] == ["adorn.session.started", "s-2", str(len(OTHER)), "1 delivered"]
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["--subject", "s-1"], ["s-1"]),
+        (["--source", "adorn", "--limit", "1"], ["s-2"]),
+        (["--type", "adorn.session.started"], ["s-2", "s-1"]),
+        (["--source", "moddy"], []),
+        (["--since", "1h"], ["s-2", "s-1"]),
+        (["--since", "1h", "--source", "adorn", "--limit", "1"], ["s-2"]),
+        (["--until", "1h"], []),
+        (["--until", "2100-01-01T00:00:00Z"], ["s-2", "s-1"]),
+    ],
+)
+async def test_lists_are_filtered(commands, events, args, found):
+    assert [row[3] for row in (await commands("events", "list", *args)).rows] == found
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["--where", "data.total=45000.00"], []),
+        (["--where", 'data.total="45000.00"'], ["s-1"]),
+        (["--where", "data.total~45*", "--type", "adorn.*"], ["s-1"]),
+        (["--where", "data.total=null"], ["s-2"]),
+        (["--where", "data.total", "--where", "subject!=s-1"], []),
+        (["--destination", "crm", "--state", "delivered"], ["s-2", "s-1"]),
+        (["--state", "dead"], []),
+    ],
+)
+@pytest.mark.parametrize("noun", ["events", "deliveries"])
+async def test_lists_look_into_what_events_hold(commands, events, noun, args, found):
+    shown = (await commands(noun, "list", *args, "--json")).json["items"]
+    subjects = dict(zip(events, ["s-1", "s-2"], strict=True))
+    assert [subjects[each.get("event_id", each["id"])] for each in shown] == found
+
+
+@pytest.mark.parametrize("text", ["=1", "", "'data", "data.a!", "total=1", "data..a"])
+def test_what_is_no_condition_is_a_usage_error_with_examples(text):
+    said = run("events", "list", "--where", text, "--socket", "none", code=2)
+    assert "data.sale_made=true" in said.err
+
+
+@pytest.mark.parametrize(
+    ("texts", "table"),
+    [
+        (["data.a=1", "data.b=x", "data.c=[1, 2]"], {"data.a": 1, "data.b": "x", "data.c": [1, 2]}),
+        (["data.a>=1", "data.a<5"], {"data.a": {"gte": 1, "lt": 5}}),
+        (["type!=a", "type!=b"], {"type": {"not": {"in": ["a", "b"]}}}),
+        (["subject~s-*", "data.x"], {"subject": {"glob": "s-*"}, "data.x": {"exists": True}}),
+        (["data.x!=null", "data.'a=b'=1"], {"data.x": {"exists": True}, "data.'a=b'": 1}),
+        (["data.a=x=y>1"], {"data.a": "x=y>1"}),
+        ([], None),
+    ],
+)
+def test_conditions_are_typed_as_they_read(texts, table):
+    literal = {key: each if isinstance(each, dict) else {"in": [each]} for key, each in (table or {}).items()}
+    assert conditions(texts) == (literal or None)
+    if literal:
+        assert compile_where(literal)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["events", "list", "--since", "yesterday"],
+        ["stats", "--until", "2026-01-31T12:00:00"],
+        ["deliveries", "list", "--type", ""],
+        ["deliveries", "retry", "0190", "--rate", "0/s"],
+        ["workers", "command", "whatsapp", "w-1", "restart", "--ttl", "soon"],
+    ],
+)
+def test_a_value_that_nobody_understands_is_a_wrong_use_whether_a_relay_runs_or_not(args):
+    assert f"Invalid value for '{args[-2]}'" in run(*args, "--socket", "none", code=2).err
+
+
+def test_a_condition_that_contradicts_another_is_refused():
+    said = run("events", "list", "--where", "data.a=1", "--where", "data.a=2", "--socket", "none", code=2)
+    assert "contradicts" in said.err
+
+
+async def test_a_list_is_followed_to_what_is_rare(commands, events, monkeypatch):
+    monkeypatch.setattr(bound, "MOST_CANDIDATES", 1)
+    page = (await commands("events", "list", "--where", "subject=s-1", "--json")).json
+    assert ([each["id"] for each in page["items"]], page["next_cursor"]) == ([events[0]], None)
+    page = (await commands("events", "list", "--limit", "1", "--where", "source=adorn", "--json")).json
+    assert [each["id"] for each in page["items"]] == [events[1]]
+    assert page["next_cursor"] is not None
+
+
+def test_a_search_that_is_ended_says_how_to_go_on(monkeypatch):
+    pages = iter([{"items": [{"id": "a"}], "next_cursor": "7"}])
+
+    def get(self, *path, **query):
+        try:
+            return next(pages)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(Daemon, "get", get)
+    said = run("events", "list", "--socket", "none", code=130)
+    assert said.err == "ended after 1 events; go on with the same command and --cursor 7\n"
+
+
+async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, events):
+    page = (await commands("events", "list", "--limit", "1", "--json")).json
+    assert [each["id"] for each in page["items"]] == [events[1]]
+    rest = await commands("events", "list", "--cursor", page["next_cursor"], "-q")
+    assert rest.out == f"{events[0]}\n"
+
+
+async def test_an_event_is_shown_with_its_deliveries(commands, events):
+    said = await commands("events", "show", events[0][:-1])
+    assert ["id", events[0]] in said.rows
+    assert ["deliveries", "1 delivered"] in said.rows
+    assert ["duplicate", "no"] in said.rows
+    assert said.rows[-1][1:3] == ["crm", "delivered"]
+    assert (await commands("events", "show", events[0], "--json")).json["subject"] == "s-1"
+
+
+async def test_a_body_comes_byte_for_byte(commands, events):
+    assert (await commands("events", "body", events[0])).out.encode() == BODY
+    assert (await commands("events", "body", events[0], "--json")).json == {"body": BODY.decode()}
+
+
+@pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
+async def test_what_there_is_not_is_4(commands, events, command):
+    said = await commands(*command, "0190", code=4)
+    assert said.err.endswith("'0190'\n  the list of them shows what there is\n")
+
+
+@pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
+def test_an_empty_argument_is_a_wrong_use(command):
+    assert "is a variable of the shell not set?" in run(*command, "", "--socket", "none", code=2).err
+
+
+async def test_events_are_replayed_by_their_ids_without_asking(commands, events, relay, recorder):
+    said = await commands("events", "replay", events[0])
+    assert said.out == "1 of 1 event: 1 delivery\n"
+    await until(lambda: recorder.ids.count(events[0]) == 2)
+
+
+async def test_events_are_replayed_by_a_filter_once_somebody_said_yes(commands, events, recorder):
+    wish = ("events", "replay", "--source", "adorn", "--since", "1h", "--to", "crm")
+    assert (await commands(*wish, "--dry-run")).out == "2 events\n"
+    refused = await commands(*wish, code=2)
+    assert "Replay 2 events to crm? Add --yes" in refused.err
+    answer = (await commands(*wish, "--yes", "--json")).json
+    assert (answer["state"], answer["done"], answer["created"]) == ("done", 2, 2)
+    await until(lambda: len(recorder.ids) == 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ([], 2, "name events by their ids, or by a filter"),
+        (["0190", "--since", "2h"], 2, "name events by their ids, or by a filter"),
+        (["--source", "moddy"], 4, "no event is meant by that\n  `relay events list`"),
+        (["--since", "yesterday"], 2, """'--since': expected "2h\""""),
+        (["--source", "adorn", "--rate", "fast"], 2, "'--rate': expected a rate"),
+    ],
+)
+async def test_a_wrong_replay_says_what_is_wrong(commands, events, args, code, says):
+    assert says in (await commands("events", "replay", *args, code=code)).err
+
+
+async def test_a_replay_that_skips_something_is_6(commands, events, relay):
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", events[0])
+    said = await commands("events", "replay", events[0], code=6)
+    assert said.err == "skipped 1 event: owed to nobody, or pending already\n"
+
+
+async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events):
+    rows = (await commands("deliveries", "list", "--state", "delivered")).rows
+    assert [row[3:7] for row in rows] == [["crm", "delivered", "1", "200"]] * 2
+    [[delivery, *_]] = (await commands("deliveries", "list", "--event", events[0])).rows
+    said = await commands("deliveries", "show", delivery)
+    assert ["destination", "crm"] in said.rows
+    assert said.rows[-1][2:4] == ["ok", "200"]
+    whole, _, tenths = said.rows[-1][1].partition(".")
+    assert (whole.isdigit(), len(tenths)) == (True, 1)
+
+
+async def test_an_ended_delivery_is_retried(commands, events, recorder):
+    [delivery] = (await commands("deliveries", "list", "--event", events[0], "-q")).out.split()
+    assert (await commands("deliveries", "retry", delivery)).out == "1 delivery owed anew, 0 made due now\n"
+    await until(lambda: recorder.ids.count(events[0]) == 2)
+
+
+async def test_deliveries_are_retried_by_a_filter(commands, events, recorder):
+    wish = ("deliveries", "retry", "--destination", "crm", "--state", "delivered")
+    assert "Retry 2 deliveries? Add --yes" in (await commands(*wish, code=2)).err
+    assert (await commands(*wish, "-y")).out == "2 of 2 events: 2 deliveries\n"
+    await until(lambda: len(recorder.ids) == 4)
+
+
+async def test_what_a_retry_or_a_cancelling_means_is_only_counted_when_asked(commands, events, relay):
+    retry, cancel = (
+        ("deliveries", verb, "--destination", "crm", "--dry-run") for verb in ("retry", "cancel")
+    )
+    assert (await commands(*retry, "--state", "delivered")).out == "2 deliveries\n"
+    assert (await commands(*cancel)).out == "0 deliveries\n"
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", events[0])
+    [pending] = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
+    assert (await commands(*cancel, "--json")).json == {"count": 1}
+    assert (await commands("deliveries", "cancel", pending, "--dry-run")).out == "1 delivery\n"
+    assert len(await relay.rows("deliveries", state="pending")) == 1
+    assert len(await relay.rows("deliveries")) == 3
+
+
+async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, events, relay):
+    await commands("destinations", "pause", "crm")
+    await commands("events", "replay", *events)
+    pending = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
+    ended = (await commands("deliveries", "list", "--state", "delivered", "-q")).out.split()
+    said = await commands("deliveries", "cancel", pending[0], ended[0], code=6)
+    assert (said.out, said.err) == (
+        "1 delivery cancelled, 0 just being sent\n",
+        "1 delivery had ended already\n",
+    )
+    said = await commands("deliveries", "cancel", "--destination", "crm", "--yes", "--json")
+    assert said.json == {"cancelled": 1, "in_flight": 0}
+    assert "nothing to cancel" in (await commands("deliveries", "cancel", "--destination", "crm", code=4)).err
+
+
+async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
+    async with running(config) as relay:
+        event = (await relay.exchange(request("POST", "/v1/events", BODY))).json["event_id"]
+        await until(lambda: finished(relay) == 1)
+        there = await Commands(relay.addresses.socket)("events", "show", event, "--json")
+    before = sorted(path.name for path in (config.parent / "state").iterdir())
+
+    async def offline(*args, code=0):
+        return await asyncio.to_thread(run, *args, "--offline", "-c", config, code=code)
+
+    assert (await offline("events", "list", "-q")).out == f"{event}\n"
+    assert (await offline("events", "show", event, "--json")).out == there.out
+    [[delivery, *_]] = (await offline("deliveries", "list", "--state", "delivered")).rows
+    assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
+    assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err
+    assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
+    said = await offline("deliveries", "list", "--destination", "cmr", code=4)
+    assert "no destination 'cmr'" in said.err
+    assert "'--since': expected" in (await offline("events", "list", "--since", "noon", code=2)).err
+    assert "expected the next_cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
+    assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
+
+
+async def test_a_running_relay_s_file_can_be_read_beside_it(commands, events, config):
+    said = await asyncio.to_thread(run, "events", "list", "-q", "--offline", "-c", config)
+    assert said.out.split() == events[::-1]
+
+
+def test_without_a_file_offline_says_so(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    said = run("events", "list", "--offline", "-c", config, code=1)
+    assert said.err.startswith(f"there is no database {tmp_path / 'state' / 'relay.db'}\n")
+    said = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
+    assert "leave out --url" in said.err
+
+
+def test_a_relay_that_does_not_run_is_3(tmp_path):
+    for command in (["events", "list"], ["deliveries", "retry", "0190"], ["events", "replay", "0190"]):
+        assert "start one with `relay serve`" in run(*command, "--socket", tmp_path / "none", code=3).err

@@ -1,0 +1,188 @@
+"""`relay explain --source`: where a body would go, by config.toml alone."""
+
+import pytest
+from commands import Commands, run
+from daemons import SOURCES, Recorder, destination, running, write_config
+from wire import request
+
+BODY = (
+    b'{"event_type": "sale.made", "session_id": "s-1", "payload": {"total": 99, "big": 12345678901234567890}}'
+)
+ROUTES = """
+[destinations.sales]
+url = "https://sales.example/"
+events = ["shop.sale.*"]
+where = { "data.total" = { gte = 100 } }
+[destinations.all]
+url = "https://all.example/"
+[destinations.vip]
+url = "https://vip.example/"
+events = ["moddy.*", "!*.made"]
+[sources.shop]
+plugin = "adorn"
+prefix = "/acme"
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "body.json").write_bytes(BODY)
+    return write_config(tmp_path, SOURCES, ROUTES)
+
+
+USUAL = "any answer but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination"
+
+
+def explain(config, *args, code=0, stdin=None):
+    return run("explain", *args, "-c", config, code=code, stdin=stdin)
+
+
+def test_a_body_is_judged_as_its_source_reads_it_without_a_relay(config):
+    said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    assert said.rows == [
+        ["sales", "no: data.total is 99, expected >= 100"],
+        ["all", 'yes: "*" matches'],
+        ["vip", 'no: "!*.made" takes it away'],
+    ]
+
+
+def test_a_body_comes_by_the_standard_input_and_the_answer_as_json(config):
+    said = explain(
+        config, "--source", "shop", "--data", "-", "--json", stdin=BODY.replace(b"99", b"100")
+    ).json
+    assert (said["id"], said["type"]) == (None, "shop.sale.made")
+    assert said["destinations"][0] == {
+        "name": "sales",
+        "matches": True,
+        "reason": "matched",
+        "lines": ['yes: "shop.sale.*" matches'],
+        "retries": USUAL,
+    }
+    assert said["destinations"][2]["retries"] is None
+
+
+def test_it_says_what_is_retried_at_each_destination_that_an_event_goes_to(config):
+    config.write_text(
+        config.read_text()
+        + """
+[destinations.strict]
+url = "https://strict.example/hook"
+final_statuses = [413, 400, 413]
+retry = { schedule = ["1m", "1h"] }
+"""
+    )
+    said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    usual, strict = (line for line in said.err.splitlines() if "retried" in line)
+    assert usual == f"all: {USUAL}"
+    assert strict == (
+        "strict: any answer but a 2xx is retried: 3 attempts in 1h1m;"
+        " 400 and 413 end the delivery at once; 410 disables the destination"
+    )
+
+
+def test_without_a_body_a_sample_is_judged(config):
+    assert explain(config, "--source", "shop", "--json").json["type"] == "shop.image.shared"
+    said = explain(config, "--source", "whatsapp", "--type", "qr_ready", "--json").json
+    assert said["type"] == "whatsapp.qr_ready"
+
+
+@pytest.mark.parametrize("path", ["/api/webhooks/message-status", "/api/webhooks/message-status?x=1"])
+def test_a_path_chooses_among_several_routes(config, path):
+    args = ("--source", "whatsapp", "--path", path, "--data", "-", "--json")
+    said = explain(config, *args, stdin=b'{"workerId": "w", "sessionId": "s", "status": "read"}').json
+    assert said["type"] == "whatsapp.message_status"
+
+
+def test_a_path_may_name_the_prefix_or_not(config):
+    for path in ("/v1/events", "/acme/v1/events"):
+        args = ("--source", "shop", "--path", path, "--data", "-", "--json")
+        assert explain(config, *args, stdin=BODY).json["type"] == "shop.sale.made"
+
+
+def test_a_header_counts_whatever_its_case(config):
+    args = ("--source", "lazychat", "--header", "x-event-type: order.created", "--data", "-", "--json")
+    assert explain(config, *args, stdin=b"{}").json["type"] == "lazychat.order.created"
+
+
+async def test_it_says_what_the_running_relay_says_of_the_stored_event(tmp_path):
+    async with Recorder() as recorder:
+        picky = destination("picky", recorder.url, 'where = { "subject" = "vip" }')
+        config = write_config(tmp_path, SOURCES, destination("crm", recorder.url), picky)
+        async with running(config) as relay:
+            answer = await relay.exchange(request("POST", "/v1/events", BODY))
+            stored = (
+                await Commands(relay.addresses.socket)("explain", answer.json["event_id"], "--json")
+            ).json
+    offline = explain(config, "--source", "adorn", "--data", "-", "--json", stdin=BODY).json
+    assert {**stored, "id": None} == offline
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ([], 2, "name a stored EVENT, or a --source"),
+        (["evt_1", "--source", "shop"], 2, "name a stored EVENT, or a --source"),
+        (["evt_1", "--data", "-"], 2, "--data, --type, --path and --header go with --source"),
+        (["--source", "shpo"], 4, 'no source "shpo", did you mean "shop"?'),
+        (["--source", "shop", "--type", "image.share"], 4, 'no sample "image.share", did you mean'),
+        (["--source", "shop", "--data", "body.json"], 2, "expected @FILE or -, as in --data @body.json"),
+        (["--source", "shop", "--data", "@absent"], 2, "absent cannot be read: No such file"),
+        (["--source", "shop", "--header", "x-event-type"], 2, 'expected "NAME: VALUE"'),
+        (["--source", "shop", "--path", "/v2"], 1, "POST /acme/v2 would be refused with 404: No such path"),
+        (["--source", "shop", "--path", "/v2"], 1, "there are POST /acme/v1/events"),
+        (["--source", "whatsapp", "--type", "register"], 4, "makes no event by itself"),
+        (["--source", "moddy", "--path", "/internal/health"], 4, "GET /internal/health makes no event"),
+    ],
+)
+def test_wrong_uses_say_what_to_type(config, args, code, says):
+    assert says in explain(config, *args, code=code).err
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "POST /acme/v1/events would be refused with 400: The body is not valid JSON"),
+        (b'{"event_type": "x"}', "would be refused with 400: session_id: field is required"),
+        (b'{"event_type": "\\u0007", "session_id": "s"}', "event_type: expected 1 to 200 printable"),
+    ],
+)
+def test_a_body_that_its_source_refuses_is_1_with_the_reason(config, body, says):
+    said = explain(config, "--source", "shop", "--data", "-", code=1, stdin=body)
+    assert says in said.err
+    assert "`relay send shop --list`" in said.err
+
+
+BROKEN = """
+from relay.hookspecs import hookimpl
+from relay.source import Accepted, Event, Incoming, Source, route
+
+class Odd(Source, kind="odd", owns=("/odd",)):
+    @route("POST", "/odd/{what}")
+    def take(self, incoming: Incoming):
+        if incoming.params["what"] == "nothing":
+            return None
+        if incoming.params["what"] == "raises":
+            raise RuntimeError("broken")
+        return Accepted(event=Event(type=incoming.params["what"], data=object()), reply={})
+
+@hookimpl
+def relay_sources():
+    return [Odd]
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "says"),
+    [
+        (["--path", "/odd/nothing"], 1, "the plugin failed: TypeError: a handler returned NoneType"),
+        (["--path", "/odd/raises"], 1, "the plugin failed: RuntimeError: broken"),
+        (["--path", "/odd/data"], 1, "the plugin failed: TypeError"),
+        ([], 2, "say which way it would be posted: --path; there are /odd/{what}"),
+        (["--type", "x"], 4, 'the plugin of source "odd" has no samples'),
+    ],
+)
+def test_a_plugin_s_own_fault_is_said_as_such(tmp_path, path, code, says):
+    (tmp_path / "plugins.d").mkdir()
+    (tmp_path / "plugins.d" / "odd.py").write_text(BROKEN)
+    config = write_config(tmp_path, '[sources.odd]\nplugin = "odd"\n')
+    assert says in explain(config, "--source", "odd", *path, code=code).err

@@ -1,0 +1,94 @@
+"""`relay jobs`, and long work as a terminal sees it."""
+
+import pytest
+from daemons import SOURCES, running, write_config
+
+from relay.cli import progress
+from relay.cli.exit_codes import CommandError
+from relay.cli.progress import Meter, work
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        yield relay
+
+
+async def test_jobs_are_listed_with_what_they_came_to(relay, commands):
+    assert (await commands("jobs", "list", "-q")).out.split() == [
+        "backup", "books", "disk", "expire", "flush", "forget", "retention", "sweep",
+    ]  # fmt: skip
+    [retention] = [row for row in (await commands("jobs", "list")).rows if row[0] == "retention"]
+    assert (retention[1], retention[4], retention[5]) == ("1m", "0", "0")
+    assert retention[6].endswith("Z")
+
+
+async def test_a_job_is_run_and_its_end_is_told(commands):
+    said = await commands("jobs", "run", "retention")
+    assert said.out.startswith("retention: done in ")
+    assert (await commands("jobs", "run", "retention", "--json")).json["runs"] == 2
+
+
+async def test_a_job_that_fails_is_1(relay, commands):
+    async def fail():
+        raise KeyError("nothing")
+
+    relay.app.jobs.add("shop.fail", 3600, fail)
+    said = await commands("jobs", "run", "shop.fail", code=1)
+    assert said.out.startswith("shop.fail: KeyError: 'nothing' in ")
+    assert said.err == "the job shop.fail failed\n  the relay's log has the traceback\n"
+
+
+async def test_a_job_there_is_not_is_4(commands):
+    said = await commands("jobs", "run", "swep", code=4)
+    assert said.err.startswith("no job 'swep', did you mean \"sweep\"?\n  there are backup, ")
+
+
+class Scripted:
+    """A relay that answers with these lines."""
+
+    def __init__(self, *lines):
+        self._lines = lines
+
+    def lines(self, _method, *_path, body):
+        for line in self._lines:
+            if isinstance(line, BaseException):
+                raise line
+            yield line
+
+
+def told(*lines):
+    return work(Scripted(*lines), "backup", tell=lambda at: f"{at['bytes']} bytes", stopped="nothing is left")
+
+
+def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
+    shown = []
+    monkeypatch.setattr(progress, "show", shown.append)
+    assert told({"progress": {"bytes": 1}}, {"progress": {"bytes": 2}}, {"result": {"bytes": 3}}) == {
+        "bytes": 3
+    }
+    assert shown == ["1 bytes", "2 bytes", ""]
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "says"),
+    [
+        ({"error": {"message": "the disk is full", "hint": "make room"}}, 1, "the disk is full\n  make room"),
+        (KeyboardInterrupt(), 130, "interrupted: nothing is left"),
+        ({"progress": {"bytes": 2}}, 1, "the relay ended before it was through\n  see its log"),
+    ],
+)
+def test_what_does_not_come_to_its_end_says_why(last, code, says):
+    with pytest.raises(CommandError) as raised:
+        told({"progress": {"bytes": 1}}, last)
+    assert raised.value.code == code
+    assert str(raised.value).startswith(says)
+
+
+def test_a_meter_tells_how_far_how_fast_and_how_long(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    meter = Meter(1204, "event")
+    now[0] += 4
+    assert meter.text(400) == "400 of 1 204 events, 100/s, 8s left"
+    assert Meter(10, "event").text(0) == "0 of 10 events, 0/s"

@@ -1,0 +1,177 @@
+"""`relay send` and `relay listen`: the two ends of the relay, by hand."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from commands import run
+from daemons import SOURCES, destination, running, write_config
+
+from relay.config.secrets import Secret
+from relay.signing import Signer
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("source", "types"),
+    [
+        ("adorn", ["image.shared"]),
+        ("compozy", ["user.created"]),
+        ("lazychat", ["plugin.updated"]),
+        ("moddy", ["member_joined"]),
+        ("whatsapp", ["qr_ready", "register", "heartbeat", "unregister"]),
+    ],
+)
+async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(config, source, types):
+    assert [row[0] for row in run("send", source, "--list", "-c", config).rows] == types
+    page = run("send", source, "--list", "--json", "-c", config).json
+    assert ([each["type"] for each in page["items"]], page["next_cursor"]) == (types, None)
+    async with running(config) as relay:
+        for type_ in types:
+            said = await asyncio.to_thread(
+                run, "send", source, type_, "-c", config, "--to", relay.addresses.public
+            )
+            assert said.out.startswith("20"), said
+        assert await relay.rows(source=source)
+
+
+async def test_a_sample_that_registers_says_what_comes_of_it_and_how_to_end_it(config):
+    async with running(config) as relay:
+        for type_, told in (
+            ("register", True),
+            ("heartbeat", True),
+            ("qr_ready", False),
+            ("unregister", False),
+        ):
+            wish = ("send", "whatsapp", type_, "-c", config, "--to", relay.addresses.public)
+            said = await asyncio.to_thread(run, *wish)
+            assert ("offline after 1m30s without a heartbeat" in said.err) is told
+            assert ("`relay send whatsapp unregister`" in said.err) is told
+        assert [w for w in relay.app.store.workers() if w.unregistered_at is None] == []
+
+
+async def test_another_body_can_be_sent(config, tmp_path):
+    (tmp_path / "body.json").write_text('{"event_type": "x.y", "session_id": "mine"}')
+    async with running(config) as relay:
+        wish = ("send", "adorn", "-c", config, "--to", relay.addresses.public, "--json")
+        said = await asyncio.to_thread(run, *wish, "--data", f"@{tmp_path / 'body.json'}")
+        assert said.json["status"] == 200
+        said = await asyncio.to_thread(run, *wish, "--data", "-", stdin='{"event_type": "z"', code=1)
+        assert said.json["status"] == 400
+        assert "was answered with 400" in said.err
+        assert [row["subject"] for row in await relay.rows()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["adron"], 4, 'no source "adron", did you mean "adorn"?'),
+        (["adorn", "image.share"], 4, 'no sample "image.share", did you mean "image.shared"?'),
+        (["adorn", "--data", "body.json"], 2, "expected @FILE or -, as in --data @body.json"),
+        (["adorn", "--data", '{"event_type": "x"}'], 2, "expected @FILE or -, as in --data @body.json"),
+        (["adorn", "--data", "@absent"], 2, "absent cannot be read: No such file"),
+        (["adorn"], 3, "start one with `relay serve`, or say where it listens with --to URL"),
+    ],
+)
+def test_wrong_uses_of_send_say_what_to_type(config, args, code, says):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        config.write_text(config.read_text().replace(":0", f":{taken.getsockname()[1]}", 1))
+        assert says in run("send", *args, "-c", config, code=code).err
+
+
+@contextlib.contextmanager
+def listening(*args):
+    """Run `relay listen` as the process that it is, and interrupt it at the end."""
+    command = [sys.executable, "-c", "from relay.cli import main; main()", "listen", "0", *args]
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    ) as process:
+        try:
+            line = process.stderr.readline()
+            assert line.startswith("listening on http://127.0.0.1:"), line + process.stderr.read()
+            yield line.split()[-1], process.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(10) == 130
+            finally:
+                process.kill()
+
+
+def post(url, body, headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_what_arrives_is_verified_printed_and_answered():
+    signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), b'{"a": 1}')
+    with listening("--secret", SECRET, "--status", "503") as (url, out):
+        assert post(url, b'{"a": 1}', signed) == 503
+        assert out.readline() == 'evt_1\tsignature ok\t{"a": 1}\n'
+        assert post(url, b'{"a": 2}', signed) == 401
+        assert out.readline().startswith("evt_1\tsignature wrong: no signature fits")
+        assert post(url, b"{}", {}) == 401
+        assert "missing webhook-id" in out.readline()
+
+
+def test_what_arrives_steers_no_terminal():
+    with listening() as (url, out):
+        assert post(url, b"one\x1b[2J\n\ttwo", {"webhook-id": "evt\x9b2"}) == 204
+        assert [out.readline(), out.readline()] == ["evt\\x9b2\tnot verified\tone\\x1b[2J\n", "\\ttwo\n"]
+
+
+def test_without_a_secret_nothing_is_verified():
+    with listening("--json") as (url, out):
+        assert post(url + "/hook", b"plain", {"webhook-id": "evt_2"}) == 204
+        said = json.loads(until_closed(out))
+        assert {**said, "headers": None} == {
+            "id": "evt_2", "signature": "not verified", "method": "POST", "path": "/hook", "headers": None,
+            "body": "plain",
+        }  # fmt: skip
+        assert "evt_2" in said["headers"].values()
+
+
+def until_closed(out):
+    """Read one object of JSON as `print_json` writes it."""
+    return "".join(iter(out.readline, "}\n")) + "}"
+
+
+@pytest.mark.parametrize("body", [b'{"a": 1}\r\n', b"\xff\x00"])
+def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
+    config = write_config(tmp_path, destination("crm", "http://127.0.0.1:9/"))
+    signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), body)
+    with listening("--json") as (url, out):
+        assert post(url, body, signed) == 204
+        (tmp_path / "captured.json").write_text(until_closed(out))
+    args = ("--destination", "crm", "--request", tmp_path / "captured.json", "-c", config)
+    assert run("verify", *args).out == "verifies: destinations.crm.secrets[0]\n"
+
+
+def test_a_secret_that_is_none_and_a_port_that_is_taken_are_said():
+    assert "--secret" in run("listen", "0", "--secret", "s", code=2).err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = run("listen", taken.getsockname()[1], code=1)
+    assert said.err.endswith("Address already in use\n  name another one: relay listen 0\n")

@@ -1,0 +1,222 @@
+"""`relay tail`: piped, on a terminal, over a restart, and ended by Ctrl-C."""
+
+import asyncio
+import json
+import signal
+
+import pytest
+from commands import Commands, run
+from daemons import SOURCES, Daemon, adorn, destination, running, write_config
+from support import until
+from terminals import RELAY, Terminal
+from wire import exchange, request
+
+from relay.cli import tail_gap
+from relay.cli.tail import COLUMNS
+
+TYPE = "adorn.session.started"
+
+
+@pytest.fixture
+def config(tmp_path, recorder):
+    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        yield relay
+
+
+async def send(relay, session="s-1"):
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(session)))
+    return answer.json["event_id"]
+
+
+async def followed(relay):
+    await until(lambda: relay.app.api._tail._followers)
+
+
+async def tailed(relay, *args):
+    """Begin `relay tail` in a thread, and wait until it follows."""
+    command = asyncio.create_task(Commands(relay.addresses.socket)("tail", *args))
+    await followed(relay)
+    return command
+
+
+async def test_a_piped_line_has_its_columns_and_limit_ends_it(relay, recorder):
+    recorder.answers.append((500, {}))
+    command = await tailed(relay, "--limit", "3")
+    event = await send(relay)
+    said = await command
+    first, second, third = (dict(zip(("at", *COLUMNS), row, strict=True)) for row in said.rows)
+    assert (first["what"], first["type"], first["source"], first["subject"]) == (
+        "event",
+        TYPE,
+        "adorn",
+        "s-1",
+    )
+    assert first["event_id"] == event
+    assert (second["what"], second["destination"], second["result"], second["status"]) == (
+        "attempt", "crm", "5xx", "500",
+    )  # fmt: skip
+    assert (second["state"], second["attempt"], second["event_id"]) == ("pending", "1", event)
+    assert second["next_attempt_at"] > second["at"]
+    assert (third["result"], third["state"], third["next_attempt_at"]) == ("ok", "delivered", "")
+    assert third["delivery_id"] == second["delivery_id"]
+    assert "\x1b" not in said.out
+
+
+async def test_json_is_an_object_a_line(relay):
+    command = await tailed(relay, "--json", "--limit", "2")
+    event = await send(relay)
+    first, second = map(json.loads, (await command).out.splitlines())
+    assert (first["what"], first["id"]) == ("event", event)
+    assert (second["what"], second["event_id"]) == ("attempt", event)
+
+
+async def test_filters_go_to_the_relay(relay, recorder):
+    recorder.answers.append((500, {}))
+    command = await tailed(relay, "--failed", "--destination", "crm", "--type", "adorn.*", "--limit", "1")
+    await send(relay)
+    [row] = (await command).rows
+    assert row[1 + COLUMNS.index("result")] == "5xx"
+
+
+async def test_what_cannot_be_followed_is_said_with_its_exit_code(relay):
+    said = await Commands(relay.addresses.socket)("tail", "--source", "adron", code=4)
+    assert said.err.startswith("no source 'adron'")
+
+
+def test_a_relay_that_never_was_there_is_3(tmp_path):
+    said = run("tail", "--socket", tmp_path / "none", code=3)
+    assert "relay serve" in said.err
+
+
+async def test_what_was_lost_is_told(relay, monkeypatch):
+    monkeypatch.setattr(relay.app.api._tail._followers, "_room", 1)
+    command = await tailed(relay, "--limit", "1")
+    [follower] = relay.app.api._tail._followers
+    for _ in range(3):
+        follower.put(b'event: event\ndata: {"id":"evt","source":"a","type":"a.b","subject":null,'
+                     b'"received_at":"2026-01-31T12:00:00.000Z","size":1}\n\n')  # fmt: skip
+    assert (await command).err == "lost 2 items: they came faster than they were taken\n"
+
+
+async def test_on_a_terminal_a_line_is_a_sentence_in_the_colour_of_what_happened(relay, recorder):
+    recorder.answers += [(500, {}), (503, {"webhook-delivery": "abort-message"})]
+    async with Terminal("tail", "--limit", 3, "--socket", relay.addresses.socket) as terminal:
+        await followed(relay)
+        event = await send(relay, "s\x1b[2J")
+        assert await terminal.exit() == 0
+    first, failed, dead = terminal.out.splitlines()
+    assert f"  {TYPE} about s\\x1b[2J, " in first
+    assert first.endswith(f" B  {event}")
+    assert "\x1b" not in first
+    assert failed.startswith("\x1b[33m")
+    assert f"{TYPE} to crm, attempt 1: 500 after " in failed
+    assert ", again at 20" in failed
+    assert dead.startswith("\x1b[31m")
+    assert ", dead: aborted" in dead
+
+
+@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+async def test_on_a_terminal_without_colour_there_is_none(relay, environ):
+    async with Terminal("tail", "--limit", 2, "--socket", relay.addresses.socket, **environ) as terminal:
+        await followed(relay)
+        await send(relay)
+        assert await terminal.exit() == 0
+    assert "\x1b" not in terminal.out
+
+
+async def test_ctrl_c_ends_it_quietly_with_130(relay):
+    async with Terminal("tail", "--socket", relay.addresses.socket) as terminal:
+        await followed(relay)
+        assert await terminal.interrupt() == 130
+    assert (terminal.out, terminal.err) == ("", "")
+    await until(lambda: not relay.app.api._tail._followers)
+
+
+async def store(daemon, session):
+    answer = await exchange(daemon.url, request("POST", "/v1/events", adorn(session)))
+    return answer.json["event_id"]
+
+
+async def test_it_goes_on_after_a_restart_and_says_what_it_missed(config, monkeypatch):
+    socket = config.parent / "state" / "relay.sock"
+    slowly = "from relay.cli import live, main; live.AGAIN = 1.5; main()"
+    async with Daemon(config) as daemon:
+        process = await asyncio.create_subprocess_exec(
+            RELAY[0], "-c", slowly, "tail", "--source", "adorn", "--type", "adorn.*", "--json", "--socket",
+            str(socket), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+
+        async def heard():
+            while True:
+                line = json.loads(await process.stdout.readline())
+                if line["what"] == "event":
+                    return line["id"]
+
+        async with asyncio.timeout(20):
+            first = await until_heard(daemon, heard)
+            assert first
+            assert await daemon.stop() == 0
+            assert b"the relay has gone; waiting" in await process.stderr.readline()
+    async with Daemon(config) as daemon:
+        missed_ = [await store(daemon, f"m{number}") for number in range(2)]
+        async with asyncio.timeout(20):
+            said = (await process.stderr.readline()).decode()
+            assert "it is back after " in said
+            assert "missed 2 events: relay events list --since 2" in said
+            assert said.rstrip().endswith("--source adorn")
+            assert await until_heard(daemon, heard) not in missed_
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+            assert await process.stderr.read() == b""
+
+
+async def until_heard(daemon, heard):
+    """Send events until one is heard: it may take a moment until the command follows."""
+    hearing = asyncio.create_task(heard())
+    while not hearing.done():
+        await store(daemon, "s")
+        await asyncio.wait([hearing], timeout=0.1)
+    return await hearing
+
+
+class Answers:
+    """What the relay says of what came in meanwhile."""
+
+    def __init__(self, *items, error=None):
+        self._items = items
+        self._error = error
+
+    def get(self, *_path, **_query):
+        if self._error is not None:
+            raise self._error
+        return {"items": list(self._items)}
+
+
+def event(type_, at):
+    return {"type": type_, "received_at": at}
+
+
+@pytest.mark.parametrize(
+    ("answers", "settings", "says"),
+    [
+        (Answers(), {}, "no event came in meanwhile"),
+        (Answers(event("a.b", "2"), event("a.b", "1")), {}, "missed 1 event: relay events list --since "),
+        (Answers(event("a.b", "2"), event("a.c", "2")), {"pattern": "a.[c]"}, "missed 1 event: "),
+        (Answers(*[event("a.b", "2")] * 500), {}, "missed 500 events or more: "),
+        (Answers(error=tail_gap.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
+        (Answers(), {"events": False}, "were missed: relay deliveries list"),
+    ],
+)
+def test_what_was_missed_is_counted_from_the_list(capsys, answers, settings, says):
+    told = tail_gap.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
+    told.latest = "1"
+    told.away()
+    told.back()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err.splitlines()[1]

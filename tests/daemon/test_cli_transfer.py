@@ -1,0 +1,148 @@
+"""Many events from the command line: out, in and gone; and the counts of what came in."""
+
+import asyncio
+import io
+import json
+
+import pytest
+from commands import run
+from daemons import SOURCES, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+from relay.cli import transfer
+
+
+@pytest.fixture
+def config(tmp_path, recorder):
+    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+
+
+@pytest.fixture
+async def relay(config):
+    async with running(config) as relay:
+        yield relay
+
+
+async def post(relay, *sessions):
+    return [
+        (await relay.exchange(request("POST", "/v1/events", adorn(session)))).json["event_id"]
+        for session in sessions
+    ]
+
+
+@pytest.fixture
+async def events(relay):
+    """Three delivered events, about two subjects."""
+    found = await post(relay, "s-1", "s-2", "s-1")
+    done = {"destination": "crm", "outcome": "delivered"}
+    await until(lambda: relay.counted("relay_deliveries_finished_total", **done) == 3)
+    return found
+
+
+async def test_an_export_goes_to_stdout_or_a_file_of_one_s_own(commands, events, tmp_path):
+    piped = (await commands("events", "export", "--subject", "s-1")).out.splitlines()
+    assert [json.loads(line)["id"] for line in piped] == [events[0], events[2]]
+    file = tmp_path / "out.jsonl"
+    said = await commands("events", "export", "-o", file, "--deliveries")
+    assert said.out == f"{file}: 3 events\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert json.loads(file.read_text().splitlines()[0])["deliveries"][0]["state"] == "delivered"
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl"]
+
+
+async def test_an_export_replaces_a_file_only_when_told_to(commands, events, tmp_path):
+    file = tmp_path / "out.jsonl"
+    file.write_text("mine")
+    said = await commands("events", "export", "-o", file, code=1)
+    assert said.err == f"{file} is there already\n  name another file, or say --force\n"
+    assert file.read_text() == "mine"
+    said = await commands("events", "export", "-o", file, "--force", "--json")
+    assert said.json == {"events": 3, "file": str(file)}
+    said = await commands("events", "export", "-o", tmp_path / "none" / "x", code=1)
+    assert "cannot be written: No such file" in said.err
+
+
+async def test_an_export_that_breaks_off_leaves_no_file(relay, commands, events, tmp_path, monkeypatch):
+    def broken(_self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer.Meter, "text", broken)
+    monkeypatch.setattr(transfer, "LOOK_EVERY", 2)
+    said = await commands("events", "export", "-o", tmp_path / "out.jsonl", code=130)
+    assert said.err == f"interrupted: {tmp_path / 'out.jsonl'} was not written\n"
+    assert list(tmp_path.glob("out*")) == []
+
+
+async def test_events_are_deleted_and_come_back(relay, commands, events, tmp_path):
+    file = tmp_path / "out.jsonl"
+    await commands("events", "export", "-o", file)
+    assert (await commands("events", "delete", "--source", "adorn", "--dry-run")).out == "3 events\n"
+    said = await commands("events", "delete", "--source", "adorn", code=2)
+    assert "Delete 3 events for good? Add --yes to say so" in said.err
+    said = await commands("events", "delete", *events[:2], "--yes", "--json")
+    assert said.json == {"count": 2, "deleted": 2, "cancelled": 0}
+    assert (await commands("events", "delete", "--source", "adorn", "-y")).out == "1 event deleted\n"
+    assert (await commands("events", "import", file)).out == "3 events read, 3 of them new\n"
+    assert (await commands("events", "import", file, "--json")).json == {"lines": 3, "new": 0}
+    assert [row["id"] for row in await relay.rows()] == events
+
+
+async def test_what_is_owed_is_cancelled_and_said(relay, commands, recorder):
+    recorder.answers.append((503, {}))
+    await commands("destinations", "pause", "crm")
+    await post(relay, "s-1")
+    said = await commands("events", "delete", "--subject", "s-1", "-y")
+    assert said.out == "1 event deleted, 1 delivery cancelled\n"
+
+
+async def test_what_cannot_be_deleted_says_why(commands, events):
+    assert "name events by their ids, or by a filter" in (await commands("events", "delete", code=2)).err
+    said = await commands("events", "delete", "--subject", "nobody", "-y", code=4)
+    assert said.err == "no event is meant by that\n  `relay events list` shows what there is\n"
+    await commands("events", "delete", "evt_00", "-y", code=4)
+
+
+async def test_an_import_that_is_refused_early_says_which_line(
+    relay, commands, events, tmp_path, monkeypatch
+):
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(b"{}\n" * 2_000_000)
+    monkeypatch.setattr(transfer, "CHUNK", 4096)
+    said = await commands("events", "import", file, code=1)
+    assert said.err.startswith("line 1: not an exported event: ")
+    assert "0 events before it are in; mend it and import the file again" in said.err
+
+
+async def test_an_import_comes_from_a_pipe_and_shows_how_far_it_is(relay, commands, events, monkeypatch):
+    lines = (await commands("events", "export")).out.encode()
+    shown = []
+    monkeypatch.setattr(transfer, "show", shown.append)
+    said = await asyncio.to_thread(
+        run, "events", "import", "-", "--socket", relay.addresses.socket, stdin=io.BytesIO(lines)
+    )
+    assert said.out == "3 events read, 0 of them new\n"
+    assert shown == ["0.0 MiB sent", ""]
+
+
+async def test_counts_are_listed_by_the_hour(commands, events):
+    [row] = (await commands("stats", "--source", "adorn")).rows
+    assert row[1:4] == ["adorn", "adorn.session.started", "3"]
+    assert (await commands("stats", "-q", "--type", "adorn.*")).out == "adorn.session.started\n"
+    assert (await commands("stats", "--since", "1d", "--json")).json["items"][0]["events"] == 3
+    assert (await commands("stats", "--source", "moddy")).out == ""
+
+
+async def test_all_that_reads_works_on_the_file_alone(relay, config, commands, events):
+    online = (await commands("events", "export", "--subject", "s-1")).out
+    counts = (await commands("stats", "--json")).json
+    relay.app.stopping.set()
+    await until(lambda: not relay.addresses.socket.exists())
+
+    def offline(*args):
+        return asyncio.to_thread(run, *args, "--offline", "-c", config)
+
+    assert (await offline("events", "export", "--subject", "s-1")).out == online
+    assert (await offline("stats", "--json")).json == counts
+    said = await offline("stats", "--limit", "1", "--source", "adorn", "--json")
+    assert said.json["items"][0]["events"] == 3

@@ -1,0 +1,97 @@
+"""`relay workers`, `status`, `explain` and `completion`."""
+
+import json
+
+import pytest
+from commands import run
+from daemons import SOURCES, adorn, destination, running, write_config
+from wire import request
+
+TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    config = write_config(
+        tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/", 'where = { "data.n" = 2 }')
+    )
+    async with running(config) as relay:
+        body = json.dumps({"version": "1.2", "sessions": [{"id": "s1", "status": "connected"}]}).encode()
+        for worker in ("w1", "w2"):
+            answer = await relay.exchange(
+                request("PUT", f"/api/v1/workers/{worker}/heartbeat", body, **TOKEN)
+            )
+            assert answer.status == 200
+        yield relay
+
+
+async def test_workers_are_listed_by_filter_and_page(commands):
+    rows = (await commands("workers", "list", "--status", "ONLINE")).rows
+    assert [row[:3] for row in rows] == [["w1", "whatsapp", "ONLINE"], ["w2", "whatsapp", "ONLINE"]]
+    page = (await commands("workers", "list", "--limit", "1", "--json")).json
+    assert (await commands("workers", "list", "--cursor", page["next_cursor"], "-q")).out == "w2\n"
+    assert (await commands("workers", "list", "--version", "9")).out == ""
+
+
+async def test_a_worker_is_shown_with_what_it_was_told(commands):
+    said = await commands("workers", "command", "whatsapp", "w1", "restart", '{"reason": "update"}')
+    assert said.out.endswith(": queued\n")
+    rows = (await commands("workers", "show", "whatsapp", "w1")).rows
+    assert ["version", "1.2"] in rows
+    assert rows[-1][4] == '{"reason": "update", "type": "restart"}'
+    assert (await commands("workers", "show", "whatsapp", "w1", "--json")).json["id"] == "w1"
+
+
+@pytest.mark.parametrize(("more", "says"), [("{", "no JSON"), ("[]", "expected an object")])
+async def test_a_command_that_is_no_object_is_2(commands, more, says):
+    assert says in (await commands("workers", "command", "whatsapp", "w1", "restart", more, code=2)).err
+
+
+async def test_maintenance_begins_and_ends(commands):
+    assert (await commands("workers", "maintenance", "whatsapp", "w1", "on")).out == "w1: MAINTENANCE\n"
+    answer = (await commands("workers", "maintenance", "whatsapp", "w1", "off", "--json")).json
+    assert answer["id"] == "w1"
+    assert not answer["maintenance"]
+
+
+async def test_a_worker_is_forgotten_once_somebody_said_yes(commands):
+    assert (
+        "Forget 1 worker, w1? Add --yes"
+        in (await commands("workers", "forget", "whatsapp", "w1", code=2)).err
+    )
+    assert (await commands("workers", "forget", "whatsapp", "w1", "--yes")).out == "w1: forgotten\n"
+    said = await commands("workers", "forget", "whatsapp", "w1", "--yes", code=4)
+    assert said.err == "no worker 'w1' of source 'whatsapp'\n  `relay workers list` shows who there is\n"
+
+
+async def test_the_status_is_one_screen(commands):
+    await commands("sources", "pause", "moddy")
+    said = await commands("status")
+    head, sources, workers, backlog, *rows = said.out.splitlines()
+    assert head.startswith("hookferry ")
+    assert head.endswith(", ready")
+    assert (sources, workers) == ("5 sources, paused: moddy", "workers: 2 ONLINE")
+    assert backlog.startswith("backlog: ")
+    assert rows[0].startswith("crm\t")
+    assert (await commands("status", "--json")).json["workers"] == {"ONLINE": 2}
+
+
+async def test_a_relay_that_is_not_ready_is_1_with_the_reasons(commands, relay):
+    relay.app.health.phase = "draining"
+    said = await commands("status", code=1)
+    assert "not ready: draining" in said.out
+
+
+async def test_an_event_is_explained_destination_by_destination(commands, relay):
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(payload={"n": 1})))
+    event = answer.json["event_id"]
+    [[name, why]] = (await commands("explain", event[:-2])).rows
+    assert name == "crm"
+    assert why.startswith("no: ")
+    assert "data.n" in why
+    assert (await commands("explain", event, "--json")).json["id"] == event
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_learns_to_complete(shell):
+    assert "_COMPLETE=" in run("completion", shell).out.replace("_COMPLETE ", "_COMPLETE=")

@@ -1,0 +1,313 @@
+"""Wrong uses of every command that talks to the relay: what is said, the exit code, and what to type next."""
+
+import asyncio
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from daemons import SOURCES, destination, running, write_config
+from test_docs_cli import LEAVES
+
+from relay.cli import main
+from relay.cli.options import OneOf
+
+TOKEN = "an-admin-token"
+NOBODY = 65_534  # the uid that owns nothing
+ARGUMENTS = {
+    ("explain",): ["01a201eb"],
+    ("events", "import"): ["{file}"],
+    ("workers", "command"): ["crn", "crn", "crn"],
+}
+"""Where filling in what a command demands is not enough."""
+
+
+def talks(command):
+    return any("--socket" in each.opts for each in command.params)
+
+
+def arguments_of(path):
+    """Return arguments with which a command comes as far as asking the relay."""
+    if path in ARGUMENTS:
+        return ARGUMENTS[path]
+    demanded = [
+        each for each in LEAVES[path].params
+        if isinstance(each, click.Argument) and (each.required or each.nargs == -1)
+    ]  # fmt: skip
+    found = [each.type.choices[0] if isinstance(each.type, click.Choice) else "01a201eb" for each in demanded]
+    return found + (["--yes"] if any("--yes" in each.opts for each in LEAVES[path].params) else [])
+
+
+TALKING = {path: arguments_of(path) for path, command in LEAVES.items() if talks(command)}
+NAMES = [" ".join(path) for path in TALKING]
+NAMING = [
+    path for path, arguments in TALKING.items() if {"01a201eb", "crn"} & set(arguments)
+]  # those that name something
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """Write a command as its words, with a file where one is wanted."""
+    file = tmp_path / "events.jsonl"
+    file.write_text("")
+
+    def fill(path, *more):
+        return [*path, *(each.format(file=file) for each in TALKING[path]), *map(str, more)]
+
+    return fill
+
+
+def run(arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stderr
+
+
+def says_what_to_do(text):
+    """Whether there is a sentence, and behind it a line on what to type or change."""
+    return len(text.splitlines()) >= 2 and text.splitlines()[1].startswith("  ") and "Traceback" not in text
+
+
+@pytest.mark.parametrize("path", TALKING, ids=NAMES)
+def test_where_no_relay_runs_it_is_3_and_how_to_start_one(path, filled, tmp_path):
+    code, text = run(filled(path, "--socket", tmp_path / "absent.sock"))
+    assert (code, says_what_to_do(text)) == (3, True), text
+    assert text.startswith(f"no relay answers at {tmp_path}/absent.sock: No such file or directory\n")
+    assert "start one with `relay serve`" in text
+
+
+FORBIDDEN = """
+import json, os, sys
+import click
+from click.testing import CliRunner
+import relay.store.doctor, relay.store.reading, relay.api.views  # while this may still read the modules
+from relay.cli import main
+commands = json.loads(sys.argv[2])
+for words in commands:
+    group = main
+    for word in words:
+        if isinstance(group, click.Group) and word in group.list_commands(click.Context(group)):
+            group = group.get_command(click.Context(group), word)
+if sys.argv[1]:
+    os.setgroups([])
+    os.setgid(int(sys.argv[1]))
+    os.setuid(int(sys.argv[1]))
+said = [CliRunner().invoke(main, words) for words in commands]
+print(json.dumps([(each.exit_code, each.stderr) for each in said]))
+"""
+ROOT = os.geteuid() == 0
+SHARED = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents)
+"""Whether other users may enter the checkout: one that root becomes has to read the program there."""
+
+AS_OTHERS = pytest.mark.skipif(
+    not (ROOT and SHARED), reason="needs root, and a checkout that other users may enter"
+)
+
+
+def keep(file):
+    """Take the right to use a file from all but its owner, who here is root; or else from everybody."""
+    file.chmod(0o600 if ROOT else 0)
+
+
+def as_nobody(commands, folder):
+    """Run commands as one who owns nothing. Others than root, who cannot become nobody, stay who they are."""
+    told = subprocess.run(
+        [sys.executable, "-c", FORBIDDEN, str(NOBODY) if ROOT else "", json.dumps(commands)],
+        capture_output=True, text=True, check=True, timeout=60, cwd=folder,
+    )  # fmt: skip
+    return zip(commands, json.loads(told.stdout), strict=True)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may enter; those of pytest are its user's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_who_may_not_use_the_socket_is_told_so_with_5(filled, open_folder):
+    door, events = open_folder / "relay.sock", open_folder / "events.jsonl"
+    events.write_text("")
+    commands = [
+        [str(events) if word.endswith("events.jsonl") else word for word in filled(path, "--socket", door)]
+        for path in TALKING
+    ]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(door))
+        listener.listen()
+        keep(door)
+        for words, (code, text) in as_nobody(commands, open_folder):
+            assert (code, says_what_to_do(text)) == (5, True), (words, code, text)
+            assert text.startswith(
+                f"may not use {door}\n  run the command as root, or as a member of the group"
+            )
+
+
+@pytest.mark.skipif(ROOT and not SHARED, reason="needs a checkout that other users may enter")
+def test_who_may_not_read_a_file_of_the_relay_is_told_so_with_5(open_folder):
+    config, token, database = (open_folder / name for name in ("config.toml", "token", "relay.db"))
+    readable = open_folder / "readable.toml"
+    readable.write_text(f'state_dir = "{open_folder}"\n')
+    for file in (config, token, database):
+        file.write_text("")
+        keep(file)
+    commands = [
+        ["status", "-c", str(config)],
+        ["check-config", str(config)],
+        ["send", "adorn", "-c", str(config)],
+        ["plugins", "list", "-c", str(config)],
+        ["events", "list", "--offline", "-c", str(config)],
+        ["events", "list", "--offline", "-c", str(readable)],
+        ["db", "check", "-c", str(readable)],
+        ["db", "check", str(database)],
+        ["status", "--url", "http://127.0.0.1:9", "--token-file", str(token)],
+    ]
+    for words, (code, text) in as_nobody(commands, open_folder):
+        assert (code, says_what_to_do(text)) == (5, True), (words, code, text)
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    file = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
+    file.write_text(file.read_text().replace("[admin]", f'[admin]\ntokens = ["{TOKEN}"]'))
+    async with running(file) as relay:
+        yield relay
+
+
+async def test_a_token_that_is_not_the_relay_s_is_5_in_every_command(relay, filled, tmp_path):
+    (tmp_path / "guess").write_text("a-guess-of-mine")
+    for path in TALKING:
+        words = filled(path, "--url", relay.addresses.admin, "--token-file", tmp_path / "guess")
+        code, text = await asyncio.to_thread(run, words)
+        assert (code, says_what_to_do(text)) == (5, True), (path, code, text)
+        assert text.startswith("Missing or unknown token\n")
+        assert "a-guess-of-mine" not in text
+
+
+async def test_what_is_not_there_is_4_in_every_command_that_names_something(relay, filled):
+    for path in NAMING:
+        code, text = await asyncio.to_thread(run, filled(path, "--socket", relay.addresses.socket))
+        assert (code, says_what_to_do(text)) == (4, True), (path, code, text)
+    assert len(NAMING) >= 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["destinations", "show", "crn"],
+        ["destinations", "pause", "crn"],
+        ["destinations", "test", "crn"],
+        ["sources", "show", "adron"],
+        ["sources", "pause", "adron"],
+        ["jobs", "run", "retension"],
+    ],
+    ids=" ".join,
+)
+async def test_a_name_that_is_misspelt_is_4_and_says_which_is_meant(relay, words):
+    code, text = await asyncio.to_thread(run, [*words, "--socket", str(relay.addresses.socket)])
+    assert (code, says_what_to_do(text)) == (4, True), text
+    assert "did you mean" in text
+
+
+def misspelt(word):
+    """Leave its last but one letter out."""
+    return word[:-2] + word[-1]
+
+
+WORDS = [path for path in LEAVES if len(path[-1]) > 3 and (*path[:-1], misspelt(path[-1])) not in LEAVES]
+
+
+@pytest.mark.parametrize("path", WORDS, ids=" ".join)
+def test_a_misspelt_command_is_2_and_says_which_is_meant(path):
+    code, text = run([*path[:-1], misspelt(path[-1])])
+    assert code == 2
+    assert f'there is no command "{misspelt(path[-1])}", did you mean "' in text
+
+
+OPTIONS = [
+    (path, option)
+    for path, command in LEAVES.items()
+    for each in command.params
+    for option in each.opts
+    if option.startswith("--") and len(option) > 6
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "option"), OPTIONS, ids=lambda value: value if isinstance(value, str) else None
+)
+def test_a_misspelt_option_is_2_and_says_which_is_meant(path, option):
+    code, text = run([*path, *arguments_of(path), misspelt(option)])
+    assert code == 2
+    assert "did you mean" in text.lower()
+    assert option in text
+
+
+CHOICES = [
+    (path, each, word)
+    for path, command in LEAVES.items()
+    for each in command.params
+    if isinstance(each.type, click.Choice)
+    for word in each.type.choices
+    if len(str(word)) > 3
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter", "word"), CHOICES, ids=[f"{' '.join(path)} {word}" for path, _, word in CHOICES]
+)
+def test_a_misspelt_value_is_2_and_says_which_is_meant(path, parameter, word):
+    assert isinstance(parameter.type, OneOf)
+    wrong = misspelt(str(word)).lower()
+    words = arguments_of(path)
+    if isinstance(parameter, click.Option):
+        words = [*words, parameter.opts[-1], wrong]
+    else:
+        words = [wrong if each == parameter.type.choices[0] else each for each in words]
+    code, text = run([*path, *words])
+    assert code == 2
+    assert f'Did you mean "{word}"?' in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("developmet = true", 'developmet: unknown key, did you mean "development"?'),
+        ("[server]\nlisten_on = 1", 'server.listen_on: unknown key, did you mean "listen"?'),
+        ("[sorces.a]\nplugin = 'adorn'", 'sorces: unknown key, did you mean "sources"?'),
+        ("[sources.a]\nplugin = 'adron'", 'no plugin offers the kind "adron", did you mean "adorn"?'),
+        ("[sources.a]\nplugin = 'adorn'\ntoken = []", 'unknown key, did you mean "tokens"?'),
+        ("[destinations.a]\nurl = 'http://a'\nevent = []", 'unknown key, did you mean "events"?'),
+        ("[destinations.a]\nurl = 'http://a'\nmethod = 'PSOT'", 'expected "POST" or "PUT", got "PSOT"'),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["check-config"], ["config", "show", "-c"], ["serve", "-c"]], ids=" ".join
+)
+def test_a_misspelt_key_is_1_in_every_command_that_needs_the_whole_configuration(
+    tmp_path, command, wrong, says
+):
+    file = tmp_path / "config.toml"
+    file.write_text(wrong)
+    code, text = run([*command, str(file)])
+    assert code == (78 if command[0] == "serve" else 1)
+    assert says in text
+    assert f"{file.name}:" in text
+
+
+@pytest.mark.parametrize("path", TALKING, ids=NAMES)
+def test_a_configuration_that_is_not_there_is_1_and_how_to_name_one(path, filled, tmp_path, monkeypatch):
+    monkeypatch.delenv("RELAY_SOCKET", raising=False)
+    code, text = run(filled(path, "-c", tmp_path / "absent.toml"))
+    assert (code, says_what_to_do(text)) == (1, True), text
+    assert text.startswith(
+        f"{tmp_path}/absent.toml: cannot be read: No such file or directory\n  name another"
+    )

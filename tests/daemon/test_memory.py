@@ -1,0 +1,174 @@
+"""Requests and deliveries leave nothing in memory that only the collector of cycles would free."""
+
+import gc
+import json
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from daemons import PLUGINS, SOURCES, adorn, destination, running, write_config
+from support import until
+from torture.memory import MOST, VARIANTS, torture
+from wire import Wire, request
+
+from relay.store.statements import MOST_BYTES, ROWS, insert
+
+HOUSES = tuple(str(Path(__file__).parents[2] / each) for each in ("relay", "plugins"))
+TEXT = "x" * 50_000
+BEARER = {"authorization": "Bearer dev-token"}
+WORKER = {"authorization": "Bearer worker-secret-token-12345"}
+PATH = "/v1/events"
+
+
+def of_the_relay(thing):
+    """Whether an object is an instance of one of the relay's classes, or a frame or coroutine of its code."""
+    code = getattr(thing, "f_code", None) or getattr(thing, "cr_code", None)
+    if isinstance(code, types.CodeType):
+        return code.co_filename.startswith(HOUSES)
+    return type(thing).__module__.partition(".")[0] == "relay"
+
+
+def weight(thing):
+    """The bytes of what it refers to, two steps far."""
+    near = gc.get_referents(thing)
+    return max((len(each) for each in near if isinstance(each, bytes | str)), default=0)
+
+
+async def left_to_the_collector(work):
+    """Work with the collector off; return what of the relay's, or of 10 KB and more, only it would free."""
+    await work()
+    gc.collect()
+    gc.disable()
+    try:
+        await work()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = [each for each in gc.garbage if of_the_relay(each) or weight(each) > 10_000]
+        return Counter(str(getattr(each, "f_code", type(each).__qualname__)) for each in found)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def event(text=TEXT, **headers):
+    return request("POST", PATH, adorn("s", payload={"text": text}), **headers)
+
+
+def notify(text=TEXT, authorization="Bearer dev-token", **more):
+    body = {"event_type": "message_sent", "discord_id": "1", "metadata": {"text": text}, **more}
+    return request("POST", "/internal/event/notify", json.dumps(body).encode(), authorization=authorization)
+
+
+def beat(**body):
+    return request("PUT", "/api/v1/workers/w/heartbeat", json.dumps(body).encode(), **WORKER)
+
+
+REQUESTS = {
+    "stored": (event(), 200),
+    "stored with a key": (event(idempotency_key="k"), 200),
+    "wrong token": (notify(authorization="Bearer wrong"), 403),
+    "invalid": (notify(discord_id=1), 422),
+    "no JSON": (request("POST", PATH, b"{" + TEXT.encode()), 400),
+    "wrong method": (request("PUT", PATH, b"{}"), 405),
+    "no such path": (request("POST", "/nowhere", b"{}"), 404),
+    "too large": (event("x" * 3_000_000), 413),
+    "heartbeat": (beat(status="ONLINE", cpuUsage=1.5), 200),
+    "heartbeat with news": (beat(sessions=[{"sessionId": TEXT, "status": "CONNECTED"}]), 200),
+    "registration": (
+        request(
+            "POST", "/api/v1/workers/register",
+            json.dumps({"workerId": "w", "endpoint": "http://h", "description": TEXT}).encode(), **WORKER,
+        ),
+        200,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+async def relay(tmp_path, recorder):
+    async with running(write_config(tmp_path, SOURCES, PLUGINS, destination("crm", recorder.url))) as relay:
+        yield relay
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+async def test_a_request_leaves_nothing_to_the_garbage_collector(relay, case):
+    raw, status = REQUESTS[case]
+
+    async def work():
+        for _ in range(5):
+            assert (await relay.exchange(raw)).status == status
+        await until(lambda: not sum(relay.app.store.owed().values()))
+
+    assert await left_to_the_collector(work) == {}
+
+
+async def test_a_sender_that_hangs_up_leaves_nothing_to_the_garbage_collector(relay):
+    async def work():
+        before = relay.counted("relay_events_received_total", source="adorn")
+        for cut in (10, len(event()) // 2):
+            async with await Wire.open(relay.addresses.public) as wire:
+                await wire.send(event()[:cut])
+        async with await Wire.open(relay.addresses.public) as wire:
+            await wire.send(event(f"{TEXT}{before}"))
+        await until(lambda: relay.counted("relay_events_received_total", source="adorn") > before)
+        await until(lambda: not sum(relay.app.store.owed().values()))
+
+    assert await left_to_the_collector(work) == {}
+
+
+async def test_a_failed_attempt_leaves_nothing_to_the_garbage_collector(relay, recorder):
+    async def work():
+        recorder.answers.extend([(503, {}), (302, {"Location": "http://127.0.0.1:1/"}), (400, {})])
+        assert (await relay.exchange(event())).status == 200
+        await until(lambda: not sum(relay.app.store.owed().values()))
+
+    assert await left_to_the_collector(work) == {}
+
+
+async def test_an_attempt_without_an_answer_leaves_nothing_to_the_garbage_collector(tmp_path, recorder):
+    late = destination("late", recorder.url, 'timeout = "0.2s"\nconnect_timeout = "0.2s"')
+    config = write_config(tmp_path, SOURCES, destination("gone", "http://127.0.0.1:1/hook"), late)
+    recorder.open.clear()
+    async with running(config) as relay:
+
+        async def work():
+            assert (await relay.exchange(event())).status == 200
+            await until(lambda: not sum(relay.app.store.owed().values()))
+
+        assert await left_to_the_collector(work) == {}
+        assert {row["result"] for row in await relay.rows("attempts")} == {"connect", "timeout"}
+
+
+class Recording:
+    """A transaction that notes the most bytes that were bound to each text."""
+
+    def __init__(self):
+        self.bound = Counter()
+        self.rows = []
+
+    def run(self, sql, values):
+        self.bound[sql] = max(self.bound[sql], sum(len(each) for each in values if isinstance(each, bytes)))
+        self.rows += zip(values[::2], values[1::2], strict=True)
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, 70_000, 400_000])
+def test_cached_statements_keep_few_bytes_bound(size):
+    """SQLite's Python module keeps what was last bound to each text that it caches."""
+    transaction, rows = Recording(), []
+    for count in range(1, 131):
+        batch = [(len(rows) + at, bytes(size if at % 5 else size // 2)) for at in range(count)]
+        insert(transaction, "events", "id, body", batch)
+        rows += batch
+    assert transaction.rows == rows
+    assert max(transaction.bound.values()) <= max(size, MOST_BYTES)
+    assert sum(transaction.bound.values()) <= ROWS * MOST_BYTES + size
+
+
+async def test_large_bodies_leave_the_memory_of_the_daemon(tmp_path):
+    assert await torture(tmp_path, 800) <= MOST
+
+
+async def test_a_relay_that_keeps_bodies_is_found_out(tmp_path):
+    assert await torture(tmp_path, 800, VARIANTS["keeps-bodies"]) > MOST

@@ -1,0 +1,227 @@
+"""`relay destinations test`: one ping through the real client, which nothing remembers."""
+
+import asyncio
+import json
+import re
+
+import pytest
+import receivers
+from commands import Commands
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from support import until
+from wire import exchange, request
+
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Secret
+from relay.delivery import ping
+from relay.delivery.http.result import Answer
+from relay.delivery.ping import judge
+from relay.delivery.retry import Verdict
+from relay.demo.receiver import Receiver
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+NOTHING = {"events": [], "deliveries": [], "attempts": []}
+
+
+async def kept(relay):
+    return {kind: await relay.rows(kind) for kind in NOTHING}
+
+
+@pytest.fixture
+async def crm(tmp_path):
+    async with (
+        Recorder() as recorder,
+        running(write_config(tmp_path, SOURCES, destination("crm", recorder.url))) as relay,
+    ):
+        yield relay, recorder
+
+
+async def post(relay, name="crm"):
+    return await exchange(relay.addresses.socket, request("POST", f"/api/destinations/{name}/test", b""))
+
+
+async def test_a_ping_is_signed_says_what_it_is_and_is_kept_nowhere(tmp_path):
+    async with (
+        Receiver(Secret(SECRET)) as receiver,
+        running(write_config(tmp_path, destination("crm", receiver.url))) as relay,
+    ):
+        said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json")).json
+        arrival = receiver.arrivals.get_nowait()
+        assert (arrival.type, arrival.subject, arrival.problem) == ("relay.ping", "crm", None)
+        assert (said["ok"], said["status"], said["result"]) == (True, 204, "ok")
+        assert (said["held"], said["signatures"], said["hint"]) == (None, 1, "")
+        assert said["verdict"] == "a delivery would be delivered"
+        assert await kept(relay) == NOTHING
+        [books] = (await relay.operator("GET", "/api/destinations"))["items"]
+        assert (books["created"], books["in_flight"]) == (0, 0)
+        assert relay.counted("relay_delivery_attempts_total", destination="crm", result="ok") == 0
+
+
+async def test_people_read_it_line_by_line(crm):
+    relay, _ = crm
+    said = await Commands(relay.addresses.socket)("destinations", "test", "crm")
+    rows = dict(said.rows)
+    assert (rows["destination"], rows["status"], rows["signatures"]) == ("crm", "200", "1")
+    assert re.fullmatch(r"[0-9.]+ ms \(dns [0-9.]+ ms, connect .+, first byte .+\)", rows["duration"])
+    assert "tls" not in rows["duration"]
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(("verb", "held"), [("pause", "paused"), ("disable", "disabled: operator")])
+async def test_a_destination_that_is_held_can_be_tested_and_stays_held(crm, verb, held):
+    relay, recorder = crm
+    commands = Commands(relay.addresses.socket)
+    await commands("destinations", verb, "crm")
+    said = await commands("destinations", "test", "crm")
+    assert ["held", held] in said.rows
+    assert len(recorder.ids) == 1
+    assert relay.app.engine.lanes["crm"].held == held
+
+
+async def test_neither_an_open_circuit_nor_its_failures_notice_a_ping(tmp_path):
+    async with Recorder() as recorder:
+        more = 'circuit = { failures = 1, probe = "1h", max_probe = "1h" }'
+        async with running(write_config(tmp_path, SOURCES, destination("crm", recorder.url, more))) as relay:
+            lane = relay.app.engine.lanes["crm"]
+            recorder.answers.append((500, {}))
+            commands = Commands(relay.addresses.socket)
+            await commands("destinations", "test", "crm", code=1)
+            assert lane.held is None
+            recorder.answers.append((500, {}))
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: lane.held == "circuit open")
+            said = (await commands("destinations", "test", "crm", "--json")).json
+            assert (said["ok"], said["held"]) == (True, "circuit open")
+            assert lane.held == "circuit open"
+            await until(
+                lambda: relay.counted("relay_delivery_attempts_total", destination="crm", result="5xx")
+            )
+            [attempt] = await relay.rows("attempts")
+            assert attempt["status"] == 500
+
+
+async def test_a_410_disables_nothing_and_says_that_it_would(crm):
+    relay, recorder = crm
+    recorder.answers.append((410, {}))
+    said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert ["status", "410"] in said.rows
+    assert "verdict\ta delivery would disable the destination, and be held: 410" in said.out
+    assert relay.app.engine.lanes["crm"].held is None
+
+
+async def test_a_private_address_is_not_dialled_and_the_key_to_set_is_named(tmp_path):
+    async with Recorder() as recorder:
+        config = write_config(tmp_path, destination("crm", recorder.url).replace("allow_private = true", ""))
+        async with running(config) as relay:
+            said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert ["error", "not dialled: 127.0.0.1 is a loopback address"] in said.rows
+    assert said.err == "if it is meant to be there, set `allow_private = true` in [destinations.crm]\n"
+    assert recorder.ids == []
+
+
+async def test_the_relay_does_not_ping_itself(tmp_path):
+    async with running(write_config(tmp_path, destination("crm", "http://127.0.0.1:9"))) as relay:
+        file = write_config(tmp_path, destination("crm", relay.addresses.public))
+        assert file.exists()
+        await relay.operator("POST", "/api/reload")
+        said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert said.err == "the relay never sends to itself: correct its `url`\n"
+
+
+async def test_tls_has_a_time_of_its_own_and_every_ping_a_connection_of_its_own(tmp_path, certificates):
+    async with receivers.answers(tls=certificates.server("good"), body=b"a" * 2000) as receiver:
+        more = f'ca_file = "{certificates.ca}"'
+        async with running(write_config(tmp_path, destination("crm", receiver.url, more))) as relay:
+            commands = Commands(relay.addresses.socket)
+            for number in (1, 2):
+                said = (await commands("destinations", "test", "crm", "--json")).json
+                assert receiver.connections == number
+            assert all(ms is not None and ms >= 0 for ms in said["timing_ms"].values())
+            assert sum(said["timing_ms"].values()) <= said["duration_ms"] + 0.5
+            assert (said["answer"], said["truncated"]) == ("a" * 1024, True)
+
+
+async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
+    url = f"http://127.0.0.1:{receivers.unused_port()}/"
+    async with running(write_config(tmp_path, destination("crm", url))) as relay:
+        said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json", code=1)).json
+    assert said["timing_ms"]["dns"] is not None
+    assert [said["timing_ms"][step] for step in ("connect", "tls", "first_byte")] == [None] * 3
+    assert said["hint"] == "does it listen there, and may this machine reach it?"
+
+
+async def test_one_at_a_time(crm):
+    relay, recorder = crm
+    recorder.open.clear()
+    first = asyncio.create_task(post(relay))
+    await until(lambda: recorder.busy)
+    second = await post(relay)
+    assert (second.status, second.json["error"]["code"]) == (409, "busy")
+    said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert said.err == "a test of 'crm' is under way already\n  wait for its answer, and try again\n"
+    recorder.open.set()
+    assert (await first).json["ok"]
+    assert (await post(relay)).json["ok"]
+
+
+async def test_a_destination_that_outlasts_the_patience_of_commands_is_not_waited_for(crm, monkeypatch):
+    monkeypatch.setattr(ping, "PATIENCE", 0.05)
+    relay, recorder = crm
+    recorder.open.clear()
+    said = (await post(relay)).json
+    assert (said["ok"], said["result"]) == (False, "timeout")
+    assert said["error"] == "no answer within 50ms, the most that a test waits"
+
+
+async def test_a_reload_meanwhile_lets_the_ping_end_as_it_began(crm, tmp_path):
+    relay, recorder = crm
+    recorder.open.clear()
+    pinging = asyncio.create_task(post(relay))
+    await until(lambda: recorder.busy)
+    write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/"))
+    await relay.operator("POST", "/api/reload")
+    recorder.open.set()
+    assert (await pinging).json["status"] == 200
+
+
+async def test_the_destination_s_own_format_is_used(tmp_path):
+    async with receivers.answers() as receiver:
+        config = write_config(tmp_path, destination("crm", receiver.url, 'format = "slack"'))
+        async with running(config) as relay:
+            assert (await post(relay)).json["ok"]
+        [arrived] = receiver.requests
+    assert "`relay.ping` about `crm`" in json.loads(arrived.body)["text"]
+
+
+async def test_an_unknown_one_is_404(crm):
+    relay, _ = crm
+    said = await Commands(relay.addresses.socket)("destinations", "test", "crn", code=4)
+    assert said.err == "no destination 'crn', did you mean \"crm\"?\n  there are crm\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning", "verdict", "hint"),
+    [
+        ({"result": "3xx", "status": 301}, {}, "tried again, by the schedule", "are never followed"),
+        ({"result": "4xx", "status": 401}, {}, "tried again", "relay verify --destination crm --request"),
+        ({"result": "4xx", "status": 404}, {}, "tried again", "does that take POST?"),
+        ({"result": "4xx", "status": 418}, {}, "tried again", "look into the receiver's log"),
+        ({"result": "5xx", "status": 503}, {"pause": 60.0}, "destination rest for 1m", "Retry-After"),
+        ({"result": "4xx", "status": 400}, {"kind": "abort"}, "says abort-message", "ask the receiver"),
+        ({"result": "4xx", "status": 400}, {"kind": "abort", "reason": "final_status"},
+         "dead at once: 400 is in its `final_statuses`", "ask the receiver"),
+        ({"result": "4xx", "status": 400}, {"kind": "disable", "reason": "asked"}, "asks for that", "`url`"),
+        ({"result": "dns"}, {}, "tried again", "DNS"),
+        ({"result": "timeout"}, {}, "tried again", "raise `timeout`"),
+        ({"result": "tls"}, {}, "tried again", "`ca_file`"),
+        ({"result": "protocol"}, {}, "tried again", "right scheme"),
+        ({"result": "format"}, {}, "tried again", "the format standard"),
+        ({"result": "blocked", "error": "not dialled: 0.0.0.0 is a unspecified addres"}, {"kind": "hold"},
+         "nothing was sent", "correct its `url`"),
+    ],
+)  # fmt: skip
+def test_what_an_answer_would_mean_is_said_in_words(answer, meaning, verdict, hint):
+    config = DestinationConfig(name="crm", url="http://crm.example")
+    said = judge(config, Answer(**answer), Verdict(**{"kind": "retry", **meaning}))
+    assert verdict in said[0]
+    assert hint in said[1]

@@ -1,0 +1,153 @@
+"""Readiness with its reasons, and terms of config.toml at work in the whole relay."""
+
+import asyncio
+
+import pytest
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from support import until
+from wire import Wire, exchange, request
+
+from relay.app import App
+from relay.base.clock import SystemClock
+from relay.plugin_loading.loader import load
+from relay.store.sqlite import SqliteStore
+
+
+async def ready(relay):
+    answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
+    return answer.status, answer.json
+
+
+def post(session):
+    return request("POST", "/v1/events", body=adorn(session))
+
+
+async def test_a_relay_that_serves_is_ready(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        assert await ready(relay) == (200, {"ready": True, "reasons": []})
+
+
+async def test_a_relay_that_starts_says_so(tmp_path, monkeypatch):
+    app = App(load(write_config(tmp_path, SOURCES)))
+    asked, go_on, check = asyncio.Event(), asyncio.Event(), app.books.check
+
+    async def slow():
+        asked.set()
+        await go_on.wait()
+        await check()
+
+    monkeypatch.setattr(app.books, "check", slow)
+    life = asyncio.create_task(app.run())
+    try:
+        await asked.wait()
+        door = tmp_path / "state" / "relay.sock"
+        answer = await exchange(door, request("GET", "/ready"))
+        assert (answer.status, answer.json["reasons"]) == (503, ["starting"])
+        assert (await exchange(door, request("GET", "/health"))).status == 200
+        go_on.set()
+        await until(lambda: app.health.phase is None)
+        assert (await exchange(door, request("GET", "/ready"))).status == 200
+    finally:
+        go_on.set()
+        app.stopping.set()
+        await life
+
+
+async def test_a_relay_that_lets_requests_finish_says_so(tmp_path):
+    async with (
+        running(write_config(tmp_path, SOURCES)) as relay,
+        await Wire.open(relay.addresses.public) as wire,
+    ):
+        whole = post("late")
+        await wire.send(whole[:-1])
+        await until(lambda: relay.app.ingest._budget.used)
+        relay.app.stopping.set()
+        await until(lambda: relay.app.health.phase == "draining")
+        assert await ready(relay) == (503, {"ready": False, "reasons": ["draining"]})
+        await wire.send(whole[-1:])
+        assert (await wire.answer()).status == 200
+
+
+async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        relay.app.store.disk.free = lambda: 0
+        await until(lambda: relay.app.ingest.gate.disk_full)
+        status, said = await ready(relay)
+        assert (status, said["reasons"]) == (503, ["less free space than min_free_disk"])
+        del relay.app.store.disk.free
+        await until(lambda: not relay.app.ingest.gate.disk_full)
+        assert (await ready(relay))[0] == 200
+
+
+async def test_a_store_that_cannot_write_is_a_reason(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        relay.app.store._writer.failure = "disk I/O error"
+        assert (await ready(relay))[1]["reasons"] == ["the store cannot write: disk I/O error"]
+        relay.app.store._writer.failure = None
+
+
+async def test_order_by_of_the_config_holds_from_the_wire_to_the_receiver(tmp_path):
+    async with Recorder() as receiver:
+        receiver.answers.extend([(500, {})] * 3)
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, 'order_by = "subject"'))
+        async with running(config) as relay:
+            answers = [await relay.exchange(post("one")) for _ in range(5)]
+            sent = [answer.json["event_id"] for answer in answers]
+            await until(lambda: set(receiver.ids) == set(sent))
+    firsts = list(dict.fromkeys(receiver.ids))
+    assert firsts == sent
+    assert receiver.ids[:4] == [sent[0]] * 4
+
+
+async def test_a_ttl_of_the_config_ends_what_is_held(tmp_path):
+    async with Recorder() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, 'ttl = "0.2s"'))
+        async with running(config) as relay:
+            await relay.operator("POST", "/api/destinations/crm/pause")
+            await relay.exchange(post("one"))
+
+            async def state():
+                return [row["state"] for row in await relay.rows("deliveries")]
+
+            async with asyncio.timeout(10):
+                while await state() != ["expired"]:  # noqa: ASYNC110 - the store has no event to await
+                    await asyncio.sleep(0.02)
+            assert relay.counted("relay_deliveries_finished_total", destination="crm", outcome="expired") == 1
+    assert receiver.arrived == []
+
+
+async def test_operator_events_reach_who_names_them(tmp_path):
+    async with Recorder() as ops, Recorder() as receiver:
+        receiver.answers.append((410, {}))
+        watcher = destination("ops", ops.url).replace('events = ["*"]', 'events = ["relay.*"]')
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url), watcher)
+        async with running(config) as relay:
+            await relay.exchange(post("one"))
+            await until(lambda: ops.arrived)
+    [(_, told)] = ops.arrived
+    assert told["type"] == "relay.destination.disabled"
+    assert told["data"]["reason"] == "gone"
+    assert len(receiver.arrived) == 1
+
+
+@pytest.mark.parametrize("stand_in", ['on_dead = "crm"', 'on_dead = "spare"'])
+async def test_circles_of_stand_ins_stop_the_start(tmp_path, stand_in):
+    spare = destination("spare", "http://127.0.0.1:9/x", 'on_dead = "crm"')
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x", stand_in), spare)
+    with pytest.raises(Exception, match="goes round in a circle: crm -> "):
+        async with running(config):
+            raise AssertionError("it started")
+
+
+async def test_a_writer_that_fails_by_itself_stops_the_daemon(tmp_path):
+    died = []
+    store = SqliteStore(tmp_path / "relay.db", SystemClock(), on_fatal=died.append)
+    await store.open()
+    store._writer._take = None
+    append = asyncio.ensure_future(store.sweep())
+    await until(lambda: died)
+    assert "the writer failed" in died[0]
+    append.cancel()
+    await store._counter.close()
+    await store._reader.close()
+    await store._connection.close()

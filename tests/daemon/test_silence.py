@@ -1,0 +1,178 @@
+"""When silence counts: clocks that step, processes that stand still, sweeps that come late."""
+
+import asyncio
+import contextlib
+import signal
+from datetime import timedelta
+from unittest.mock import patch
+
+import pytest
+from daemons import SOURCES, Daemon, running, write_config
+from support import FakeClock, SteppedClock, until
+from wire import Wire, exchange, request
+
+from relay.errors import StorageUnavailableError
+from relay.model import Heartbeat, Register
+from relay.store import Acceptance
+from relay.store.sqlite import SqliteStore
+from relay.workers.watch import Watch
+
+TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
+DEAD = "/api/workers/whatsapp/dead"
+OFFLINE = "/api/events?type=whatsapp.worker.offline"
+
+
+def rules(**seconds):
+    """Render `[workers]`."""
+    return "[workers]\n" + "".join(f'{name} = "{value}s"\n' for name, value in seconds.items())
+
+
+def beat(worker):
+    return request("PUT", f"/api/v1/workers/{worker}/heartbeat", body=b'{"status": "ONLINE"}', **TOKEN)
+
+
+@contextlib.asynccontextmanager
+async def beating(url, workers, every):
+    """Have workers beat for as long as the context lasts; each waits for its answer, as real ones do."""
+
+    async def live(worker):
+        async with await Wire.open(url) as wire:
+            while True:
+                await wire.send(beat(worker))
+                assert (await wire.answer()).status == 200
+                await asyncio.sleep(every)
+
+    lives = [asyncio.create_task(live(worker)) for worker in workers]
+    try:
+        yield
+    finally:
+        for life in lives:
+            life.cancel()
+        ends = await asyncio.gather(*lives, return_exceptions=True)
+    assert [end for end in ends if not isinstance(end, asyncio.CancelledError)] == []
+
+
+# --- the watch by itself ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    store = SqliteStore(tmp_path / "relay.db", clock)
+    await store.open()
+    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    yield store
+    await store.close()
+
+
+async def sweep_at(watch, clock, *moments):
+    """Sweep after so many seconds each; return after which of them the worker was offline."""
+    for seconds in moments:
+        clock.advance(seconds)
+        await watch.sweep()
+        if watch._store.census("shop", "OFFLINE"):
+            return seconds
+    return None
+
+
+async def test_a_silent_worker_is_found_by_the_first_sweep_past_its_deadline(store, clock):
+    watch = Watch(store, clock, 10.0)
+    await sweep_at(watch, clock, 0)
+    assert await sweep_at(watch, clock, *[10] * 9) is None
+    assert await sweep_at(watch, clock, 1) == 1
+
+
+async def test_the_first_sweep_after_a_start_judges_nobody(store, clock):
+    assert await sweep_at(Watch(store, clock, 10.0), clock, 3600, *[10] * 9) is None
+
+
+async def test_a_sweep_that_was_away_for_long_puts_deadlines_off(store, clock):
+    watch = Watch(store, clock, 10.0)
+    assert await sweep_at(watch, clock, 0, 10, 3600, *[10] * 9) is None
+    assert await sweep_at(watch, clock, 11) == 11
+
+
+async def test_a_late_sweep_leaves_time_to_read_what_came_while_the_process_stood_still(store, clock):
+    watch = Watch(store, clock, 10.0)
+    assert await sweep_at(watch, clock, *[10] * 7, 29) is None
+    await store.append(
+        Acceptance(source="shop", change=Heartbeat(worker_id="w1"))
+    )  # it had been sent in time
+    assert await sweep_at(watch, clock, *[10] * 9) is None
+
+
+async def test_a_late_sweep_is_made_good_by_the_next_one(store, clock):
+    watch = Watch(store, clock, 10.0)
+    assert await sweep_at(watch, clock, *[10] * 7, 29, 7) == 7
+
+
+async def test_a_sweep_that_failed_is_made_good_by_the_next_one(store, clock):
+    watch = Watch(store, clock, 50.0)
+    await watch.sweep()
+    clock.advance(91)
+    full = StorageUnavailableError("the disk is full")
+    with patch.object(store, "sweep", side_effect=full), pytest.raises(StorageUnavailableError):
+        await watch.sweep()
+    assert await sweep_at(watch, clock, 0, 1) == 1
+
+
+async def test_a_shorter_interval_does_not_look_as_if_the_sweep_had_been_away(store, clock):
+    watch = Watch(store, clock, 60.0)
+    await sweep_at(watch, clock, 0, 60, 20)
+    watch.go_by(60.0)
+    clock.advance(8)
+    watch.go_by(1.0)
+    assert await sweep_at(watch, clock, 1, 1) is None
+    assert await sweep_at(watch, clock, 1) == 1
+
+
+async def test_another_interval_does_not_hide_that_the_sweep_was_away(store, clock):
+    watch = Watch(store, clock, 10.0)
+    await sweep_at(watch, clock, 0)
+    clock.advance(3600)
+    watch.go_by(20.0)
+    assert await sweep_at(watch, clock, 0, *[10] * 9) is None
+
+
+# --- under the real scheduler -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step", [timedelta(hours=1), timedelta(hours=-1), timedelta(days=1), timedelta(days=-1)]
+)
+async def test_a_clock_step_makes_nobody_offline_and_hides_nobody_who_is(tmp_path, monkeypatch, step):
+    clock = SteppedClock(monkeypatch)
+    config = write_config(tmp_path, SOURCES, rules(offline_after=0.6, check_every=0.1, startup_hold=0))
+    alive = [f"alive-{number}" for number in range(5)]
+    async with running(config, clock=clock) as relay, beating(relay.addresses.public, alive, 0.1):
+        await relay.exchange(beat("dead"))
+        died = clock.steady()
+        clock.by = step
+        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE"))
+        assert (clock.steady() - died) / 1e6 < 0.6 + 2 * 0.1 + 0.2  # of which 0.2 s for a busy machine
+        await relay.exchange(beat("dead"))  # and once more, on the stepped clock
+        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE") == 0)
+        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE"))
+        events = [row for row in await relay.rows() if row["type"] == "whatsapp.worker.offline"]
+    assert [row["subject"] for row in events] == ["dead", "dead"]
+
+
+@pytest.mark.parametrize("seconds", [0.55, 1.0])
+async def test_a_relay_that_stood_still_takes_nobody_s_silence_for_granted(tmp_path, seconds):
+    config = write_config(tmp_path, SOURCES, rules(offline_after=0.5, check_every=0.2, startup_hold=0))
+    alive = [f"alive-{number}" for number in range(10)]
+    async with Daemon(config) as daemon, beating(daemon.url, alive, 0.05):
+        for _ in range(2):
+            await exchange(daemon.url, beat("dead"))
+            daemon.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(seconds)  # what it is about
+            daemon.process.send_signal(signal.SIGCONT)
+            async with asyncio.timeout(10):
+                while (await daemon.operator("GET", DEAD))["status"] != "OFFLINE":
+                    pass
+        events = (await daemon.operator("GET", OFFLINE))["items"]
+    assert [row["subject"] for row in events] == ["dead"] * 2

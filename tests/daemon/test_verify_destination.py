@@ -1,0 +1,313 @@
+"""`relay verify --destination`: why a receiver could not verify what it was sent, from its capture."""
+
+import base64
+import gzip
+import hmac
+import json
+import time
+
+import pytest
+import receivers
+from commands import run
+from daemons import SOURCES, destination, running, write_config
+from wire import request
+
+from relay.config.secrets import Secret
+from relay.signing import Signer
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+SECOND = "whsec_aG9va2ZlcnJ5IGV4YW1wbGUga2V5LCAzMiBieXRlcy4="
+OTHERS = "whsec_b3RoZXIgcmVjZWl2ZXJzIGtleSwgMzIgYnl0ZXM="
+PRIVATE = "whsk_" + base64.b64encode(bytes(range(1, 33))).decode()
+STRANGER = "whsk_" + base64.b64encode(bytes(range(32))).decode()
+FORMER = "whsec_Zm9ybWVyIHNlY3JldCwgZ29uZSBmcm9tIGNvbmZpZw=="
+CONFIG = f"""
+[destinations.crm]
+url = "https://crm.example/hook"
+secrets = ["{SECRET}", "{SECOND}"]
+[destinations.audit]
+url = "https://audit.example/hook"
+secrets = ["{OTHERS}"]
+[destinations.open]
+url = "https://open.example/hook"
+[destinations.pair]
+url = "https://pair.example/hook"
+secrets = ["{PRIVATE}"]
+"""
+NOW = 1_700_000_000
+ID = "evt_018bcfe5-6800-7000-8000-000000000001"
+BODY = (
+    f'{{"id":"{ID}","type":"moddy.member_joined","subject":null,'
+    '"data":{"total":45000.00,"big":12345678901234567890,"text":"caf\u00e9 </a> x/y","list":[],'
+    '"more":{"a":[1,2]}}}'
+).encode()
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, CONFIG)
+
+
+def signed(body=BODY, *secrets, id_=ID, at=NOW):
+    return Signer(tuple(map(Secret, secrets or (SECRET,)))).headers(id_, at, body)
+
+
+def mac(text, key=None):
+    digest = hmac.digest(key or base64.b64decode(SECRET.removeprefix("whsec_")), text, "sha256")
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def capture(headers, body=BODY):
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(["POST /hook HTTP/1.1", *lines, f"Content-Length: {len(body)}", "", ""])
+    return head.encode("utf-8", "surrogateescape") + body
+
+
+def verify(config, captured, *args, name="crm", code=1, at="2023-11-14T22:13:21Z"):
+    file = config.parent / "captured.http"
+    file.write_bytes(captured)
+    when = () if at is None else ("--at", at)
+    return run(
+        "verify", "--destination", name, "--request", file, "-c", config, "--json", *when, *args, code=code
+    )
+
+
+def only(said, secrets=(SECRET, SECOND, OTHERS, FORMER)):
+    for secret in secrets:
+        assert secret.removeprefix("whsec_")[:16] not in said.out + said.err
+    [finding] = said.json["findings"]
+    assert finding["do"]
+    return finding
+
+
+async def test_what_the_relay_sends_verifies_as_a_receiver_captured_it(tmp_path):
+    async with receivers.answers() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            body = b'{"event_type": "a.b", "session_id": "s", "payload": {"n": 45000.00}}'
+            await relay.exchange(request("POST", "/v1/events", body))
+            await receiver.until(1)
+    [arrived] = receiver.requests
+    said = verify(
+        config, capture(arrived.headers, arrived.body).replace(b"content-length", b"x-l"), at=None, code=0
+    )
+    assert (said.json["ok"], said.json["fits"]) == (True, "destinations.crm.secrets[0]")
+
+
+def test_which_of_several_secrets_and_signatures_fits_is_said(config):
+    said = verify(config, capture(signed(BODY, FORMER, SECOND)), code=0)
+    assert (said.json["fits"], said.json["signature"]) == ("destinations.crm.secrets[1]", 2)
+    plain = run(
+        "verify", "--destination", "crm", "--request", config.parent / "captured.http", "-c", config,
+        "--at", "2023-11-14T22:13:21Z",
+    )  # fmt: skip
+    assert plain.out == "verifies: destinations.crm.secrets[1], signature 2\n"
+
+
+def test_ed25519_signatures_verify_and_are_told_from_those_of_secrets(config):
+    headers = signed(BODY, PRIVATE)
+    assert (
+        verify(config, capture(headers), name="pair", code=0).json["fits"] == "destinations.pair.secrets[0]"
+    )
+    assert "ed25519 signature (v1a) alone" in only(verify(config, capture(signed(BODY, STRANGER))))["what"]
+    assert (
+        "HMAC signature (v1) alone"
+        in only(verify(config, capture(signed(BODY, FORMER)), name="pair"))["what"]
+    )
+    relabelled = {**headers, "webhook-signature": headers["webhook-signature"].replace("v1a", "v1")}
+    assert only(verify(config, capture(relabelled), name="pair"))["what"] == (
+        "it is labelled v1, and has the 64 bytes of v1a"
+    )
+
+
+def test_another_destination_s_secret_is_named(config):
+    finding = only(verify(config, capture(signed(BODY, OTHERS))))
+    assert (finding["cause"], finding["where"]) == ("secret", "destinations.crm.secrets")
+    assert 'destinations.audit.secrets[0], a secret of destination "audit"' in finding["what"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("crm", "neither one of the 2 secrets"), ("audit", "neither the secret")]
+)
+def test_a_secret_that_the_configuration_has_not_is_said_so(config, name, says):
+    finding = only(verify(config, capture(signed(BODY, FORMER)), name=name))
+    assert (finding["cause"], says in finding["what"]) == ("secret", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"), [(SECRET, "the key whsec_ included"), (SECRET.removeprefix("whsec_"), "the key as text")]
+)
+def test_a_key_that_was_not_decoded_is_found(config, key, says):
+    head = f"{ID}.{NOW}.".encode()
+    headers = {**signed(), "webhook-signature": mac(head + BODY, key.encode())}
+    finding = only(verify(config, capture(headers)))
+    assert (finding["cause"], says in finding["what"]) == ("encoding", True)
+
+
+def _json(**options):
+    """Rewrite the body as json.dumps does, but for numbers, which no writer of ours can keep."""
+    text = BODY.decode().replace("45000.00", "45000.5").replace("12345678901234567890", "12")
+    return text.encode(), json.dumps(json.loads(text), **options).encode()
+
+
+REWRITTEN = [
+    ("parsed and written again", *_json()),
+    ("parsed and written again", *_json(ensure_ascii=False)),
+    ("parsed and written again", *_json(indent=2)),
+    ("parsed and written again", *_json(indent=4, ensure_ascii=False)),
+    ("parsed and written again", *_json(separators=(",", ":"))),
+    ("parsed and written again", *reversed(_json(indent=2))),
+    ("parsed and written again", *reversed(_json(indent="\t", ensure_ascii=False))),
+    ("parsed and written again", BODY.replace(b"/", b"\\/").replace("\u00e9".encode(), b"\\u00e9"), BODY),
+    ("parsed and written again", BODY.replace(b"<", b"\\u003c").replace(b">", b"\\u003e"), BODY),
+    ("parsed and written again", BODY, json.dumps(BODY.decode()).encode()),
+    ("a newline was added", BODY, BODY + b"\n"),
+    ("a newline was added", BODY, BODY + b"\r\n"),
+    ("newline at its end was taken away", BODY + b"\n", BODY),
+    ("from CRLF to LF", b"a\r\nb", b"a\nb"),
+    ("from LF to CRLF", b"a\nb", b"a\r\nb"),
+    ("byte order mark", BODY, b"\xef\xbb\xbf" + BODY),
+    ("white space around it", BODY, b" " + BODY + b"\t"),
+    ("read in one character set", BODY, BODY.decode().encode("latin-1")),
+    ("read in one character set", BODY, BODY.decode("latin-1").encode()),
+    ("compressed (gzip)", BODY, gzip.compress(BODY)),
+    ("nothing was signed", b"", BODY),
+]
+
+
+@pytest.mark.parametrize(("says", "sent", "got"), REWRITTEN)
+def test_a_body_that_was_changed_is_found_and_how(config, says, sent, got):
+    finding = only(verify(config, capture(signed(sent), got)))
+    assert (finding["cause"], finding["where"]) == ("bytes", "body")
+    assert says in finding["what"], finding
+
+
+HEADS = [
+    ("the id is left out", f"{NOW}.".encode()),
+    ("the timestamp is left out", f"{ID}.".encode()),
+    ("id and timestamp are swapped", f"{NOW}.{ID}.".encode()),
+    ("the body alone is signed", b""),
+    ("the dots are left out", f"{ID}{NOW}".encode()),
+]
+
+
+@pytest.mark.parametrize(("says", "head"), HEADS)
+def test_another_text_that_was_signed_is_found(config, says, head):
+    finding = only(verify(config, capture({**signed(), "webhook-signature": mac(head + BODY)})))
+    assert (finding["cause"], says in finding["what"]) == ("headers", True)
+
+
+def test_an_id_that_belongs_to_another_event_is_found(config):
+    finding = only(verify(config, capture({**signed(), "webhook-id": "evt_other"})))
+    assert finding["what"] == "webhook-id is not the id in the body, with which it is signed"
+
+
+@pytest.mark.parametrize(
+    ("missing", "instead"),
+    [
+        ("webhook-id", None),
+        ("webhook-timestamp", "X-Hook-Timestamp"),
+        ("webhook-signature", "svix-signature"),
+    ],
+)
+def test_a_header_that_is_missing_or_renamed_is_found(config, missing, instead):
+    headers = {"X-Request-Id": "none of it", **signed()}
+    value = headers.pop(missing)
+    if instead:
+        headers[instead] = value
+    finding = only(verify(config, capture(headers)))
+    assert (finding["cause"], finding["where"]) == ("headers", f"header {missing}")
+    assert finding["what"] == ("it is missing" + (f"; there is {instead}" if instead else ""))
+
+
+SIGNATURE = signed()["webhook-signature"]
+RAW = base64.b64decode(SIGNATURE.removeprefix("v1,"))
+
+
+@pytest.mark.parametrize(
+    ("written", "cause", "says"),
+    [
+        (SIGNATURE.removeprefix("v1,"), "encoding", "not written as specified"),
+        (f"v1={SIGNATURE.removeprefix('v1,')}", "encoding", "not written as specified"),
+        (f'"{SIGNATURE}"', "encoding", "not written as specified"),
+        (f"{SIGNATURE}, v1,{'A' * 43}=", "encoding", "not written as specified"),
+        (SIGNATURE.rstrip("="), "encoding", "not written as specified"),
+        (f"sha256={RAW.hex()}", "encoding", "in hexadecimal, not base64"),
+        (f"v1,{RAW.hex()}", "encoding", "in hexadecimal, not base64"),
+        (SIGNATURE.replace("v1,", "v1a,"), "encoding", "labelled v1a, and has the 32 bytes of v1"),
+        (SIGNATURE[:23], "bytes", "it has 15 bytes; v1 has 32, v1a has 64"),
+        ("v1,", "encoding", "there is no whole signature in it"),
+    ],
+)
+def test_a_signature_that_is_written_otherwise_is_found(config, written, cause, says):
+    finding = only(verify(config, capture({**signed(), "webhook-signature": written})))
+    assert (finding["cause"], finding["where"]) == (cause, "header webhook-signature")
+    assert says in finding["what"], finding
+
+
+def _signed_with(sign):
+    """Find a moment whose signature has a sign in it."""
+    for at in range(NOW, NOW + 200):
+        headers = signed(at=at)
+        if sign in headers["webhook-signature"][3:]:
+            return headers
+    raise AssertionError(sign)
+
+
+@pytest.mark.parametrize(
+    ("sign", "become", "says"),
+    [("+", " ", "spaces where + was"), ("/", "_", "URL-safe"), ("+", "-", "URL-safe")],
+)
+def test_signs_that_urls_change_are_found(config, sign, become, says):
+    headers = _signed_with(sign)
+    headers["webhook-signature"] = headers["webhook-signature"].replace(sign, become)
+    assert says in only(verify(config, capture(headers)))["what"]
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("2023-11-14T22:20:00Z", "signed 6m40s before it was received; receivers allow 5m"),
+        ("2023-11-14T22:00:00Z", "signed 13m20s after it was received; receivers allow 5m"),
+    ],
+)
+def test_a_clock_that_is_off_is_found_and_by_how_much(config, at, says):
+    said = verify(config, capture(signed()), at=at)
+    finding = only(said)
+    assert (finding["cause"], finding["what"]) == ("clock", says)
+    assert said.json["fits"] == "destinations.crm.secrets[0]"
+
+
+def test_without_at_it_was_received_now(config):
+    verify(config, capture(signed(at=int(time.time()))), at=None, code=0)
+    assert only(verify(config, capture(signed()), at=None))["cause"] == "clock"
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (f"{NOW}000", "it is in milliseconds, not seconds"),
+        (f"{NOW}000000", "it is in microseconds, not seconds"),
+        ("2023-11-14T22:13:20Z", "it is no number of seconds since 1970"),
+    ],
+)
+def test_a_timestamp_that_is_written_otherwise_is_found(config, written, says):
+    said = verify(config, capture({**signed(), "webhook-timestamp": written}))
+    assert says in [finding["what"] for finding in said.json["findings"]]
+
+
+def test_a_capture_that_is_cut_short_is_found(config):
+    captured = capture(signed())[:-20]
+    causes = [(each["cause"], each["where"]) for each in verify(config, captured).json["findings"]]
+    assert causes[0] == ("bytes", "body")
+
+
+def test_a_destination_without_secrets_signs_nothing(config):
+    said = verify(config, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="open")
+    finding = said.json["findings"][0]
+    assert (finding["cause"], finding["where"]) == ("secret", "destinations.open.secrets")
+
+
+def test_two_things_that_are_wrong_are_both_found(config):
+    said = verify(config, capture(signed(BODY, OTHERS), BODY + b"\n"), at="2023-11-14T23:00:00Z")
+    assert [each["cause"] for each in said.json["findings"]] == ["clock", "secret", "bytes"]

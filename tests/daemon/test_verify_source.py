@@ -1,0 +1,380 @@
+"""`relay verify --source`: why a request is not taken, found out without a relay."""
+
+import base64
+import hashlib
+import os
+import pty
+import subprocess
+import sys
+from urllib.parse import quote
+
+import pytest
+from commands import run
+from daemons import SOURCES, write_config
+from samples import read_samples
+
+from relay.config.binding import Binder
+from relay.config.document import read
+from relay.config.tokens import all_tokens
+from relay.diagnosis.captured import read_captured
+from relay.diagnosis.incoming import diagnose
+from relay.plugin_loading.loader import load
+
+TOKEN = "Ab+c/long-token=1"
+OTHER = "another-source-1"
+ADMIN = "admin-token-7890"
+SIGNING = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+CONFIG = f"""
+[sources.moddy]
+plugin = "moddy"
+tokens = ["{TOKEN}", {{ secret = "second-token", name = "old" }}]
+[sources.shop]
+plugin = "lazychat"
+prefix = "/acme"
+tokens = ["{OTHER}"]
+[sources.compozy]
+plugin = "compozy"
+tokens = [{{ secret = "reading-only", scopes = ["events:read"], name = "reader" }}]
+[destinations.crm]
+url = "https://crm.example/"
+secrets = ["{SIGNING}"]
+"""
+BODY = '{"event_type": "member_joined", "discord_id": "42"}'
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = write_config(tmp_path, CONFIG)
+    file.write_text(file.read_text().replace("[admin]", f'[admin]\ntokens = ["{ADMIN}"]'))
+    return file
+
+
+def request(*headers, method="POST", path="/internal/event/notify", body=BODY):
+    return "\n".join([f"{method} {path} HTTP/1.1", "Host: relay.test", *headers, "", body])
+
+
+def verify(config, text, *args, source="moddy", code=1):
+    return run("verify", "--source", source, "--request", "-", "-c", config, *args, code=code, stdin=text)
+
+
+def findings(said):
+    return [(each["cause"], each["what"]) for each in said.json["findings"]]
+
+
+SAMPLES = read_samples()
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_it_takes_what_the_front_door_takes_and_nothing_else(tmp_path, sample):
+    """The recorded samples are what the front door was tested with."""
+    file = write_config(tmp_path, SOURCES)
+    config = load(file).config
+    tokens = all_tokens(Binder(read(file), os.environ), config)
+    report = diagnose(read_captured(sample.request), sample.kind, config.sources, tokens)
+    assert report.ok is (200 <= sample.expect.status < 300), report
+    if sample.expect.event is not None:
+        assert (report.type, report.subject) == (sample.expect.event.type, sample.expect.event.subject)
+
+
+def test_what_is_right_says_which_token_it_is_and_what_would_come_of_it(config):
+    said = verify(config, request(f"Authorization: Bearer {TOKEN}"), code=0)
+    assert said.out == "verifies: sources.moddy.tokens[0]\nwould be: moddy.member_joined about 42\n"
+    said = verify(config, request("authorization:bearer   second-token "), "--json", code=0).json
+    assert said == {
+        "source": "moddy", "destination": None, "ok": True, "request": "POST /internal/event/notify",
+        "fits": "sources.moddy.tokens[1]", "signature": None, "type": "moddy.member_joined", "subject": "42",
+        "findings": [], "notes": [],
+    }  # fmt: skip
+
+
+def test_a_source_without_tokens_asks_for_none(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    text = request(path="/v1/events", body='{"event_type": "a.b", "session_id": "s"}')
+    assert verify(config, text, source="adorn", code=0).out.startswith("verifies: it asks for no token\n")
+
+
+B64 = base64.b64encode(TOKEN.encode()).decode()
+TOKENS = [
+    (f'"{TOKEN}"', "encoding", "stands in quotes"),
+    (f"“{TOKEN}”", "encoding", "stands in quotes"),
+    (f"{TOKEN}\\n", "encoding", "ends with the two characters \\n"),
+    (f"\ufeff{TOKEN}", "encoding", "byte order mark"),
+    (f"{TOKEN[:5]}\u200b{TOKEN[5:]}", "encoding", "invisible characters"),
+    (f"{TOKEN[:5]} {TOKEN[5:]}", "encoding", "white space"),
+    (f"Bearer {TOKEN}", "encoding", '"Bearer" before it once more'),
+    (TOKEN.lower(), "encoding", "capital and small letters"),
+    (quote(TOKEN, safe=""), "encoding", "percent-encoded"),
+    (TOKEN.replace("+", " "), "encoding", "spaces for its +"),
+    (B64, "encoding", "base64 of what is meant"),
+    (B64.rstrip("="), "encoding", "base64 of what is meant"),
+    (TOKEN.replace("+", "-").replace("/", "_"), "encoding", "other alphabet of base64"),
+    (TOKEN.encode().hex(), "encoding", "hexadecimal"),
+    (hashlib.sha256(TOKEN.encode()).hexdigest(), "encoding", "sha256 digest"),
+    (TOKEN[:12], "bytes", "cut off: 12 of its 17 characters"),
+    (TOKEN[4:], "bytes", "lost its beginning: 13 of its 17 characters"),
+    (TOKEN + "xyz", "bytes", "goes on after its 17 characters, to 20"),
+    ("xyz" + TOKEN, "bytes", "3 characters before it"),
+    (TOKEN.replace("long", "1ong"), "bytes", "differs at character 6; it has 17, the configured one 17"),
+    (OTHER, "secret", 'a token of source "shop", sources.shop.tokens[0]'),
+    (f"{OTHER}x", "secret", 'a token of source "shop", sources.shop.tokens[0]; and it goes on after'),
+    (ADMIN, "secret", "a token of the admin API, admin.tokens[0]"),
+    (SIGNING, "secret", 'a signing secret of destination "crm", destinations.crm.secrets[0]'),
+    ("${MODDY_TOKEN}", "secret", "a placeholder"),
+    ("your-token-here", "secret", "a placeholder"),
+    ("undefined", "secret", "a placeholder"),
+    ("q", "secret", "no token of this source, nor like one: it has 1 characters; those, 12 or 17"),
+    ("pässword-of-theirs", "secret", "not all of them ASCII"),
+]
+
+
+@pytest.mark.parametrize(("sent", "cause", "says"), TOKENS)
+def test_what_is_wrong_with_a_token_is_found_and_no_secret_is_printed(config, sent, cause, says):
+    said = verify(config, request(f"Authorization: Bearer {sent}"), "--json")
+    [(found, what)] = findings(said)
+    assert (found, says in what) == (cause, True), what
+    for secret in (sent, TOKEN, OTHER, ADMIN, SIGNING, "second-token"):
+        assert len(secret) < 4 or secret not in said.out + said.err
+
+
+HEADERS = [
+    ([], "there is none"),
+    ([f"X-Api-Key: {TOKEN}"], "there is none; the token stands in X-Api-Key"),
+    ([f"Proxy-Authorization: Bearer {TOKEN}"], "there is none; the token stands in Proxy-Authorization"),
+    ([f"Cookie: token={TOKEN}"], "there is none; the token stands in Cookie"),
+    ([f"Authorization: {TOKEN}"], "the token stands there alone"),
+    ([f"Authorization: Token {TOKEN}"], 'its scheme is "Token", not Bearer'),
+    (["Authorization: Bearer"], "no token stands behind Bearer"),
+    ([f"Authorization: Bearer: {TOKEN}"], '":" stands behind Bearer'),
+    ([f"Authorization: Bearer={TOKEN}"], '"=" stands behind Bearer'),
+    (
+        [f"Authorization: Basic {base64.b64encode(f'user:{TOKEN}'.encode()).decode()}"],
+        "as a password, by the scheme Basic",
+    ),
+    (["Authorization: Basic ?"], 'its scheme is "Basic", not Bearer'),
+    (["Authorization: secretword and-more"], "its scheme is another one, or none, not Bearer"),
+    ([f"Authorization: Bearer {TOKEN}", f"Authorization: Bearer {TOKEN}"], "it comes 2 times"),
+]
+
+
+@pytest.mark.parametrize(("headers", "says"), HEADERS)
+def test_what_is_wrong_with_the_header_is_found(config, headers, says):
+    said = verify(config, request(*headers), "--json")
+    [(cause, what)] = findings(said)
+    assert (cause, says in what) == ("headers", True), what
+    for secret in (TOKEN, "secretword"):
+        assert secret not in said.out + said.err
+
+
+def test_a_token_in_the_query_is_found(config):
+    said = verify(config, request(path=f"/internal/event/notify?token={quote(TOKEN, safe='')}"), "--json")
+    assert findings(said) == [("headers", 'there is none; the token stands in the query, as "token"')]
+    assert "long-token" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        (b"\xef\xbb\xbfplain-token", "begins with a byte order mark"),
+        (b'"plain-token"', "stands in quotes"),
+        (base64.b64encode(b"plain-token"), "is base64 of what is meant"),
+        (b"plain-token-and", "is cut off: 11 of its 15 characters"),
+    ],
+)
+def test_a_secret_s_file_that_is_wrong_is_named(tmp_path, stored, says):
+    (tmp_path / "moddy.token").write_bytes(stored)
+    config = write_config(
+        tmp_path, '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "moddy.token" }]\n'
+    )
+    said = verify(config, request("Authorization: Bearer plain-token"))
+    assert says in said.out
+    assert "the file moddy.token" in said.out
+    assert "plain-token" not in said.out
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n", b" \n"])
+def test_newlines_at_the_end_of_a_secret_s_file_do_no_harm(tmp_path, end):
+    (tmp_path / "moddy.token").write_bytes(b"plain-token" + end)
+    config = write_config(
+        tmp_path, '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "moddy.token" }]\n'
+    )
+    verify(config, request("Authorization: Bearer plain-token"), code=0)
+
+
+def test_a_known_token_that_may_not_is_told_apart(config):
+    text = request("Authorization: Bearer reading-only", path="/api/v1/events", body='{"name": "a"}')
+    said = verify(config, text, "--json", source="compozy")
+    [finding] = said.json["findings"]
+    assert (finding["cause"], finding["where"]) == ("scope", "sources.compozy.tokens[0]")
+    assert (
+        '"reader" is known, but: The token lacks the permission events:write; it may events:read'
+        in (finding["what"])
+    )
+
+
+PATHS = [
+    ("/api/woocommerce-plugin/events", "the source's prefix is missing: /acme"),
+    ("/acme/api/woocommerce-plugin/events/", "a slash is too much at its end"),
+    ("/acme//api/woocommerce-plugin/events", "two slashes follow each other"),
+    ("/acme/api/WooCommerce-Plugin/events", "it has capital letters"),
+    ("/acme/acme/api/woocommerce-plugin/events", "the source's prefix stands there twice"),
+    ("/relay/acme/api/woocommerce-plugin/events", '"/relay" stands before the source\'s path'),
+    ("/acme/api/woocommerce-plugin/event", 'did you mean "/acme/api/woocommerce-plugin/events"?'),
+    ("/internal/event/notify", 'the path is that of source "moddy"'),
+    ("/elsewhere", "the source has no such path"),
+]
+
+
+@pytest.mark.parametrize(("path", "says"), PATHS)
+def test_a_path_that_is_not_the_source_s_is_told_from_a_wrong_token(config, path, says):
+    text = request(f"Authorization: Bearer {OTHER}", path=path, body='{"event_type": "a"}')
+    said = verify(config, text, "--json", source="shop")
+    [(cause, what)] = findings(said)
+    assert (cause, says in what) == ("route", True), what
+    assert said.json["fits"] == "sources.shop.tokens[0]"
+
+
+def test_a_whole_url_in_the_request_line_is_taken(config):
+    verify(
+        config,
+        request(f"Authorization: Bearer {TOKEN}", path="http://relay.test/internal/event/notify"),
+        code=0,
+    )
+
+
+def test_a_request_without_its_line_goes_by_the_source_s_only_path(config):
+    text = "\n".join([f"Authorization: Bearer {OTHER}", "", '{"event_type": "a.b"}'])
+    assert verify(config, text, "--json", source="shop", code=0).json["type"] == "shop.a.b"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "says"),
+    [
+        ({"method": "GET"}, "route", "GET is not taken here"),
+        ({"headers": ["Content-Encoding: gzip"]}, "encoding", "compressed"),
+        ({"headers": ["Content-Length: 500"]}, "bytes", "cut short: 51 bytes of the 500"),
+        ({"body": ""}, "body", "it is empty"),
+        ({"body": "\ufeff{}"}, "body", "it begins with a byte order mark"),
+        ({"body": "event_type=a", "headers": ["Content-Type: application/x-www-form-urlencoded"]}, "body",
+         "it is a web form"),
+        ({"body": "<a/>"}, "body", "XML"),
+        ({"body": "{'event_type': 'a'}"}, "body", "single quotes"),
+        ({"body": '{"a": NaN}'}, "body", "NaN and Infinity are no JSON"),
+        ({"body": '{"a": 1,}'}, "body", "it is no JSON: trailing comma in object (byte 8)"),
+        ({"body": '{"metadata": ' + "[" * 20_000}, "body", "it is nested too deeply"),
+        ({"body": '"{\\"event_type\\": \\"a\\"}"'}, "body", "JSON that was encoded twice"),
+        ({"body": '{"event_type": "member_joined"}'}, "body", "discord_id: field is required"),
+        ({"body": '{"x": "%s"}' % ("y" * 2**21)}, "body", "of 2 MiB at most"),
+    ],
+)  # fmt: skip
+def test_what_is_no_matter_of_secrets_is_found_as_well(config, change, cause, says):
+    headers = [f"Authorization: Bearer {TOKEN}", *change.pop("headers", [])]
+    said = verify(config, request(*headers, **change), "--json")
+    assert any((found, says in what) == (cause, True) for found, what in findings(said)), said.out
+    assert said.json["fits"] == "sources.moddy.tokens[0]"
+
+
+@pytest.mark.parametrize("raw", [BODY.encode("utf-16"), b'{"event_type": "caf\xe9"}'])
+def test_other_encodings_of_text_are_found(config, tmp_path, raw):
+    (tmp_path / "body").write_bytes(raw)
+    said = verify(config, request(f"Authorization: Bearer {TOKEN}"), "--data", f"@{tmp_path / 'body'}")
+    assert "have the sender write UTF-8" in said.out
+
+
+def test_several_findings_are_all_told(config):
+    said = verify(config, request("Content-Encoding: br", path="/internal/event/notify/", method="PUT"))
+    assert [row[0] for row in said.rows] == ["route", "route", "encoding", "headers"]
+    assert all(len(row) == 4 and row[3] for row in said.rows)
+
+
+SIGNED = """
+import hashlib, hmac
+from relay.hookspecs import hookimpl
+from relay.source import Accepted, Event, Incoming, Malformed, Secret, Source, Unauthenticated, route
+
+class Signed(Source, kind="signed", owns=("/signed",)):
+    secret: Secret
+
+    def verify(self, incoming: Incoming) -> None:
+        match incoming.header("X-Signature"):
+            case "raise":
+                raise RuntimeError("out of order")
+            case "malformed":
+                raise Malformed("no signature at all")
+        mac = hmac.digest(self.secret.reveal().encode(), incoming.body, "sha256").hex()
+        if incoming.header("X-Signature") != mac:
+            raise Unauthenticated("the signature is wrong")
+
+    def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
+        return () if incoming.header("X-Signature") else ("X-Signature is missing",)
+
+    @route("POST", "/signed")
+    def take(self, incoming: Incoming) -> Accepted:
+        return Accepted(event=Event(type="a"), reply={})
+
+@hookimpl
+def relay_sources():
+    return [Signed]
+"""
+
+
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        ([], "X-Signature is missing"),
+        (["X-Signature: 00"], "it refuses with 401: the signature is wrong"),
+        (["X-Signature: malformed"], "it refuses with 400: no signature at all"),
+        (["X-Signature: raise"], "it failed: RuntimeError: out of order"),
+    ],
+)
+def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
+    (tmp_path / "plugins.d").mkdir()
+    (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
+    config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
+    said = verify(config, request(*headers, path="/signed"), "--json", source="signed")
+    assert findings(said) == [("plugin", says)]
+    assert "s3cret" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ([], 2, "Missing option '--request'"),
+        (["--request", "-"], 2, "say whose request it is: --source or --destination"),
+        (["--request", "-", "--source", "a", "--destination", "b"], 2, "--source or --destination"),
+        (["--request", "-", "--source", "moddy", "--at", "2h"], 2, "--at goes with --destination"),
+        (["--request", "-", "--source", "modi"], 4, 'no source "modi", did you mean "moddy"?'),
+        (["--request", "-", "--destination", "crn"], 4, 'no destination "crn", did you mean "crm"?'),
+        (["--request", "-", "--destination", "crm", "--at", "noon"], 2, 'expected "2h"'),
+        (["--request", "absent", "--source", "moddy"], 2, "absent cannot be read: No such file"),
+        (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both be the standard input"),
+    ],
+)  # fmt: skip
+def test_wrong_uses_say_what_to_type(config, args, code, says):
+    assert says in run("verify", *args, "-c", config, code=code, stdin="POST / HTTP/1.1\n\n").err
+
+
+def test_what_is_no_request_is_1_and_says_what_is_expected(config):
+    said = verify(config, "hello")
+    assert said.err.startswith('the standard input: expected a request: "POST /path HTTP/1.1"')
+
+
+def test_what_is_no_text_in_a_request_is_printed_all_the_same(config, tmp_path):
+    (tmp_path / "odd").write_bytes(b"POST /relay\xff\x1b/internal/event/notify HTTP/1.1\nX: \xff\n\n{}")
+    args = ("--source", "moddy", "--request", tmp_path / "odd", "-c", config)
+    assert "/relay\\udcff\\x1b" in run("verify", *args, code=1).out
+    assert "\x1b" not in run("verify", *args, "--json", code=1).out
+
+
+def test_on_a_terminal_a_finding_is_a_sentence_and_below_it_what_to_do(config, tmp_path):
+    (tmp_path / "sent.http").write_text(request())
+    arguments = ["verify", "--source", "moddy", "--request", str(tmp_path / "sent.http"), "-c", str(config)]
+    program = [sys.executable, "-c", f"from relay.cli import main; main({arguments})"]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(program, stdout=theirs, check=False, timeout=30)
+    os.close(theirs)
+    first, second, third = os.read(ours, 65_536).decode().splitlines()
+    os.close(ours)
+    assert done.returncode == 1
+    assert first == "headers: header Authorization: there is none"
+    assert second.startswith("  have the sender send `Authorization: Bearer TOKEN`")
+    assert third == "would be: moddy.member_joined about 42"

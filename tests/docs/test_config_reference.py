@@ -1,0 +1,204 @@
+"""config.toml and its page in docs name every key of the model, each with its true default."""
+
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from relay.config.binding import Binder
+from relay.config.client_cert import ClientCert
+from relay.config.document import read
+from relay.config.problems import ConfigError
+from relay.config.schema import (
+    Admin,
+    BackupConfig,
+    CircuitConfig,
+    Config,
+    DestinationConfig,
+    Log,
+    Plugins,
+    Retention,
+    RetryConfig,
+    Server,
+    SourceConfig,
+    Storage,
+    WorkerRules,
+)
+from relay.plugin_loading.loader import discover, load
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "config.toml"
+PAGE = (ROOT / "docs" / "configuration.md").read_text()
+TABLES = {
+    "": Config,
+    "server": Server,
+    "admin": Admin,
+    "storage": Storage,
+    "retention": Retention,
+    "backup": BackupConfig,
+    "log": Log,
+    "plugins": Plugins,
+    "workers": WorkerRules,
+    "sources.NAME": SourceConfig,
+    "destinations.NAME": DestinationConfig,
+    "destinations.NAME.retry": RetryConfig,
+    "destinations.NAME.circuit": CircuitConfig,
+    "destinations.NAME.client_cert": ClientCert,
+}
+NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
+OWN_TABLES = {
+    "server",
+    "admin",
+    "storage",
+    "backup",
+    "log",
+    "retention",
+    "plugins",
+    "workers",
+    "sources",
+    "destinations",
+    "retry",
+    "circuit",
+    "client_cert",
+}
+SETTING = re.compile(r"(?P<key>[a-z_]+) = (?P<value>.*?)(?: +# (?P<comment>.*))?")
+NONE, REQUIRED = "none", "required"
+
+
+class Line(msgspec.Struct):
+    """A setting as the reference shows it."""
+
+    value: str  # TOML
+    comment: str
+
+    @property
+    def default(self):
+        stated = re.search(r"\(default: (.*)\)$|\((required)\)$", self.comment)
+        return (stated[1] or stated[2]) if stated else self.value
+
+
+def shown():
+    """Return the settings of config.toml by table, whether commented out or not."""
+    tables, table, several, remark = {"": {}}, "", "", ""
+    for raw in REFERENCE.read_text().splitlines():
+        line = raw[1:] if re.match(r"#[a-z\[]", raw) else raw
+        if several or line.endswith(" = ["):
+            several += line
+            if line != "]":
+                continue
+            line, several = f"{several} # {remark}", ""
+        elif header := re.match(r"\[([a-z_.]+)\]", line):
+            table = header[1]
+            tables[table] = {}
+        remark = line.removeprefix("# ")
+        if setting := SETTING.fullmatch(line):
+            tables[table][setting["key"]] = Line(setting["value"], setting["comment"] or "")
+    return tables
+
+
+SHOWN = shown()
+
+
+def general(table):
+    """Return the settings of a table of TABLES; NAME is whichever table shows the key."""
+    pattern = re.compile(re.escape(table).replace("NAME", "[a-z]+"))
+    return {
+        key: line for name, lines in SHOWN.items() if pattern.fullmatch(name) for key, line in lines.items()
+    }
+
+
+def documented(table):
+    """Return key and default of each row of a section of the page."""
+    heading = rf"\[{re.escape(table)}\]" if table else "The top of the file"
+    section = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    assert section is not None, table
+    rows = re.findall(r"^\| `([a-z_]+)` \| (.+?) \| .+ \|$", section[1], re.MULTILINE)
+    return {key: default.strip("`") for key, default in rows}
+
+
+def keys():
+    for table, type_ in TABLES.items():
+        for field in msgspec.structs.fields(type_):
+            if field.name not in NO_KEYS and (field.name not in OWN_TABLES or table.startswith("sources")):
+                yield table, field
+
+
+KEYS = [pytest.param(table, field, id=f"{table}.{field.name}") for table, field in keys()]
+
+
+def true_default(field, stated, tmp_path):
+    """Say whether TOML text stands for a field's default."""
+    if stated in (NONE, REQUIRED):
+        return field.required if stated == REQUIRED else not field.required and field.default is None
+    path = tmp_path / "config.toml"
+    path.write_text(f"{field.name} = {stated}\n")
+    binder = Binder(read(path), {})
+    value = binder.value(field.type, binder.document.data[field.name], ())
+    assert binder.problems == []
+    if field.name == "state_dir":  # a required field of the record, which the relay fills
+        return value == tmp_path
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    if field.name == "dirs":
+        default = tuple(tmp_path / path for path in default)
+    return value == default
+
+
+@pytest.mark.parametrize(("table", "field"), KEYS)
+def test_config_toml_shows_each_key_with_its_default_and_a_comment(table, field, tmp_path):
+    line = general(table)[field.name]
+    assert line.comment
+    assert true_default(field, line.default, tmp_path), line.default
+
+
+@pytest.mark.parametrize(("table", "field"), KEYS)
+def test_the_page_names_each_key_with_its_default(table, field, tmp_path):
+    stated = documented(table)[field.name]
+    assert true_default(field, stated, tmp_path), stated
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_and_config_toml_name_no_key_that_is_none(table):
+    known = {field.name for name, field in keys() if name == table}
+    plugins = {key for kind in discover([])[0].kinds.values() for key in kind.source.__struct_fields__}
+    assert set(documented(table)) == known
+    assert set(general(table)) - known == (plugins if table == "sources.NAME" else set())
+
+
+def test_config_toml_shows_each_key_of_each_bundled_source(tmp_path):
+    for kind in discover([])[0].kinds.values():
+        for field in msgspec.structs.fields(kind.source):
+            line = SHOWN[f"sources.{kind.name}"][field.name]
+            assert line.comment, f"{kind.name}.{field.name}"
+            assert true_default(field, line.default, tmp_path), f"{kind.name}.{field.name}"
+
+
+def test_config_toml_runs_as_it_is():
+    setup = load(REFERENCE, {})
+    config = setup.config
+    assert config.development
+    assert {source.plugin for source in config.sources.values()} == set(config.sources) == set(setup.kinds)
+    assert set(config.destinations) == {"crm"}
+    assert len(config.warnings) == 1  # Adorn's clients send no token
+
+
+def test_config_toml_is_valid_with_every_setting_enabled(certificates, tmp_path):
+    text = re.sub(r"^#(?=[a-z\[])", "", REFERENCE.read_text(), flags=re.MULTILINE)
+    assert tomllib.loads(text)["destinations"]["crm"]["retry"]["jitter"] == 0.1
+    for name, made in [("ca.pem", "ca.pem"), ("client.pem", "client.pem"), ("client-key.pem", "key.pem")]:
+        shutil.copy(certificates.ca.with_name(made), tmp_path / name)
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    crm = load(path, {}).config.destinations["crm"]
+    assert crm.ca_file == tmp_path / "ca.pem"
+    assert crm.client_cert.cert == tmp_path / "client.pem"
+
+
+def test_without_development_each_stand_in_is_a_problem(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(REFERENCE.read_text().replace("\ndevelopment = true", "\ndevelopment = false"))
+    with pytest.raises(ConfigError, match="LAZYCHAT_TOKEN is not set") as caught:
+        load(path, {})
+    assert len(caught.value.problems) == 5

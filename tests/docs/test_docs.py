@@ -1,0 +1,108 @@
+"""The pages say what is so: commands, links, endpoints and metrics are compared with the code."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import relay
+from relay.api import lists, stats, workers
+from relay.app import App
+from relay.cli import COMMANDS
+from relay.config.secrets import Secret
+from relay.demo.setting import write_config
+from relay.plugin_loading.loader import load
+
+SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    file = write_config(folder, listen="127.0.0.1:0", receiver="http://127.0.0.1:9", secret=SECRET)
+    return App(load(file))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_within_the_project_leads_to_a_file(page):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    local = [target for target in targets if not target.startswith(("http://", "https://"))]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_command_of_ours_that_a_page_shows_is_one_there_is(page):
+    shown = re.findall(r"(?:`|bin/|^)relay ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
+    assert set(shown) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_toml_on_a_page_is_toml(page):
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
+        assert tomllib.loads(block)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("demo", ".venv/bin/relay serve --demo"), ("test", ".venv/bin/pytest")],
+)
+def test_ci_takes_the_commands_from_the_readme_as_they_stand_there(name, command):
+    run = subprocess.run([ROOT / ".ci" / "readme-command", name], capture_output=True, text=True, check=True)
+    line = run.stdout.rstrip("\n")
+    assert f"<!-- run: {name} -->\n```sh\n{line}\n```\n" in README
+    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q ")
+    assert line.endswith(f" && {command}")
+    assert f'"$(.ci/readme-command {name})' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_command_that_the_readme_does_not_have_is_an_error():
+    run = subprocess.run([ROOT / ".ci" / "readme-command", "nothing"], capture_output=True, check=False)
+    assert (run.returncode, run.stdout) == (1, b"")
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 150
+
+
+def test_the_changelog_begins_with_this_version():
+    heading = re.search(r"^## (\S+) ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading
+    assert heading[1] == relay.__version__
+
+
+def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
+    routes = {(route.method, route.resource.canonical) for route in app.api.socket_app().router.routes()}
+    documented = re.findall(r"^\| `([A-Z]+) (/\S*)` \|", OPERATING + API, re.MULTILINE)
+    assert set(documented) == {(method, path) for method, path in routes if method != "HEAD"}
+    assert len(documented) == len(set(documented))
+
+
+def test_the_page_for_operators_has_every_metric_with_its_labels(app):
+    rows = re.findall(r"^\| `(relay_\w+)` \| ([\w, ]*) \|", OPERATING, re.MULTILINE)
+    endings = {"counter": "_total", "info": "_info"}
+    names = {
+        family.name + endings.get(family.type, "")
+        for family in app.metrics.registry.collect()
+        if family.name.startswith("relay_")
+    }
+    assert {name for name, _ in rows} == names
+    labels = {
+        metric._name: set(metric._labelnames)
+        for metric in vars(app.metrics).values()
+        if hasattr(metric, "_name")
+    }
+    documented = {re.sub(r"_total$", "", name): set(re.findall(r"\w+", labels)) for name, labels in rows}
+    assert {name: documented[name] for name in labels} == labels
+
+
+def test_every_filter_of_a_list_is_on_the_page_of_the_api():
+    for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
+        [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", API, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", row)) == set(filters)

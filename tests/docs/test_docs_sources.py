@@ -1,0 +1,56 @@
+"""docs/sources.md against the code: its configuration loads, and it names every route and code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from samples import sources
+
+from relay import errors
+from relay.plugin_loading.loader import load
+
+PAGE = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
+SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
+ENVIRON = dict.fromkeys(
+    ("LAZYCHAT_TOKEN", "INTERNAL_API_SECRET", "BACKEND_AUTH_TOKEN", "COMPOZY_API_TOKEN"),
+    "s3cret-enough-to-pass",
+)
+
+
+def test_there_is_a_section_for_every_bundled_source():
+    assert list(SECTIONS) == list(sources())
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_the_configuration_of_a_section_loads(kind, tmp_path):
+    [block] = re.findall(r"```toml\n(.*?)```", SECTIONS[kind], re.DOTALL)
+    (tmp_path / "schemas").mkdir()
+    (tmp_path / "schemas" / "user.created.json").write_text("{}")
+    (tmp_path / "config.toml").write_text(block)
+    config = load(tmp_path / "config.toml", ENVIRON).config
+    assert type(config.sources[kind].settings) is type(sources()[kind])
+
+
+@pytest.mark.parametrize("kind", sorted(set(SECTIONS) - {"whatsapp"}))
+def test_the_overview_names_every_route(kind):
+    for method, path, _ in type(sources()[kind]).routes():
+        assert f"`{method} {path}`" in PAGE
+
+
+def test_the_section_of_whatsapp_names_every_route_once_for_both_bases():
+    for _, path, _ in type(sources()["whatsapp"]).routes():
+        words = (
+            re.sub(r"^/api(/v1)?/", "", path)
+            .replace("{worker:path}", "{id}")
+            .replace("webhooks/session-", "session-")
+        )
+        assert f"{words}`" in SECTIONS["whatsapp"]
+
+
+def test_the_codes_of_whatsapp_s_envelope_are_those_that_a_refusal_can_have():
+    classes = [
+        cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.Refusal)
+    ]
+    possible = {cls.code.upper() for cls in classes} - {"FORBIDDEN"}  # its tokens have no scopes
+    paragraph = SECTIONS["whatsapp"].rpartition("Errors:")[2]
+    assert set(re.findall(r"`([A-Z_]+)`", paragraph)) == possible

@@ -1,0 +1,122 @@
+"""The floors of docs/design.md: a module imports only from below, or from earlier on its own floor."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLOORS = (
+    ("relay", "errors", "base", "model", "process"),
+    (
+        "config.secrets", "keys", "signing", "routing.envelope", "routing.conditions", "routing.subscription",
+        "routing.filters", "formats", "config", "delivery.retry", "workers.rules", "jobs.retention",
+        "metrics", "process.loop_lag", "routing",
+    ),
+    ("incoming", "source", "hookspecs", "store", "api.query_params", "api.views", "api.pending_views"),
+    ("plugin_loading", "ingest", "delivery", "jobs.repeat", "jobs.replay", "workers", "jobs", "state",
+     "reload", "doctor", "diagnosis"),
+    ("api",),
+    ("standby", "app", "demo"),
+    ("cli",),
+)  # fmt: skip
+"""From the ground up. A package stands for all of its modules that are not named themselves."""
+
+HOUSES = ("relay", "plugins")
+SPEAKERS = {
+    "aiosqlite": {"relay.store"},
+    "apscheduler": {"relay.jobs.scheduler"},
+    "click": {"relay.cli"},
+    "cryptography": {"relay.keys"},
+    "pluggy": {"relay.hookspecs", "relay.plugin_loading.loader"},
+    "prometheus_client": {"relay.api", "relay.metrics"},
+}
+"""Which modules speak to a library: replacing one means changing no other."""
+
+
+def name_of(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(file): file for house in HOUSES for file in sorted((ROOT / house).rglob("*.py"))}
+ORDER = [name if name == "relay" else f"relay.{name}" for floor in FLOORS for name in floor]
+
+
+def imports(module):
+    """Return what a module imports, wherever in its text: modules, not the names in them."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else node.module)
+    return found
+
+
+def place(module):
+    """Return where a module stands: the index of the longest name in `ORDER` that covers it."""
+    covering = [
+        name for name in ORDER if module == name or (name != "relay" and module.startswith(f"{name}."))
+    ]
+    assert covering, f"{module} has no place in FLOORS"
+    return ORDER.index(max(covering, key=len))
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("relay")])
+def test_a_module_imports_only_from_below(module):
+    mine = place(module)
+    wrong = {name for name in imports(module) if name in FILES and place(name) > mine}
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("plugins.")])
+def test_a_source_imports_the_contract_and_neither_io_nor_a_clock(module):
+    assert {name for name in imports(module) if name.startswith("relay")} == {
+        "relay.hookspecs",
+        "relay.source",
+    }
+    outside = {
+        "aiohttp",
+        "asyncio",
+        "datetime",
+        "http",
+        "os",
+        "random",
+        "socket",
+        "sqlite3",
+        "time",
+        "urllib",
+    }
+    assert not {name.partition(".")[0] for name in imports(module)} & outside
+
+
+def test_imports_never_go_in_a_circle():
+    graph = {module: imports(module) & FILES.keys() for module in FILES}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == FILES.keys()
+
+
+@pytest.mark.parametrize("library", SPEAKERS)
+def test_a_library_is_spoken_to_in_one_place(library):
+    speakers = {
+        module for module in FILES if any(name.partition(".")[0] == library for name in imports(module))
+    }
+    places = {next((name for name in SPEAKERS[library] if f"{module}.".startswith(f"{name}.")), module)
+              for module in speakers}  # fmt: skip
+    assert places == SPEAKERS[library]
+
+
+def test_every_name_on_the_floors_is_a_module_there_is():
+    assert len(ORDER) == len(set(ORDER))
+    assert [name for name in ORDER if name not in FILES] == []
+
+
+def test_the_design_page_draws_the_same_floors():
+    page = (ROOT / "docs" / "design.md").read_text()
+    drawn = re.findall(r"^(\d)  (.+)$", page, re.MULTILINE)
+    assert [(int(number), tuple(names.split())) for number, names in drawn] == list(enumerate(FLOORS))

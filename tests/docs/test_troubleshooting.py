@@ -1,0 +1,74 @@
+"""docs/troubleshooting.md against the commands, checks, alerts and texts that it names."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from relay import checkup
+from relay.cli import main
+from relay.store import doctor
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n### ")[1:]}
+SPANS = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+LINES = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
+COMMANDS = sorted(
+    {span for span in SPANS if span.startswith("relay ") and not span.endswith(":")}
+    | {line.partition("#")[0].strip() for line in LINES if line.startswith("relay ")}
+)
+PLACEHOLDERS = {"FILE": "request.http", "PATH": "relay.sock", "TIME": "now"}
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command without running it; raises click.UsageError if it does not exist."""
+    command: click.Command | None = main
+    context = click.Context(main, info_name="relay")
+    while isinstance(command, click.Group):
+        command = command.get_command(context, words[0])
+        if command is None:
+            raise click.UsageError(f"no command {words[0]}")
+        words = words[1:]
+    command.make_context("relay", words, parent=context)
+
+
+def test_the_page_has_enough_symptoms_and_each_has_a_check_a_cause_and_a_cure():
+    assert len(SECTIONS) >= 25
+    for title, section in SECTIONS.items():
+        assert re.search(r"^\* \*\*Check\*\*: .*`.+`|\* \*\*Check\*\*: the file", section, re.MULTILINE), (
+            title
+        )
+        assert "**Cause**" in section, title
+        assert "**Cure**" in section or "**cure**" in section, title
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_on_the_page_parses(command: str):
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
+    if words not in (["serve"], ["--version"]):
+        parse(words)
+
+
+def test_a_command_that_does_not_exist_fails_to_parse():
+    for words in (["stats", "--nonsense"], ["events", "retry", "evt_1"], ["nonsense"]):
+        with pytest.raises(click.UsageError):
+            parse(words)
+
+
+def test_every_check_of_the_doctor_and_every_alert_on_the_page_exists():
+    rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
+    alerts = set(re.findall(r"alert: (\w+)", rules))
+    assert set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE)) <= alerts
+    checks = {check.__name__ for check in (*doctor.SURROUNDINGS, *doctor.INSIDE)}
+    checks |= {"database", "held", "jobs", "ready", "writable", "backups", "config"}
+    assert {checkup.held.__name__, checkup.jobs.__name__, checkup.ready.__name__} <= checks
+    assert set(re.findall(r"[Cc]hecks? `(\w+)`", PAGE)) <= checks
+
+
+def test_every_alert_has_a_symptom_on_the_page():
+    rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
+    known = {"RelayDown", "RelayRejectingSource"}  # the page as a whole, and its section on senders
+    assert set(re.findall(r"alert: (\w+)", rules)) - known <= set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE))

@@ -1,0 +1,73 @@
+"""docs/workers.md against the code: events and their data, reasons, settings, requests."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from daemons import HEAD
+
+from relay.app import App
+from relay.base.clock import SECOND
+from relay.config.schema import WorkerRules
+from relay.model import Worker
+from relay.plugin_loading.loader import load
+from relay.workers import rules
+from relay.workers.rules import shown
+from relay.workers.watch import Rulebook
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "workers.md").read_text()
+RULES = (ROOT / "relay" / "workers" / "rules.py").read_text()
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHATSAPP_WORKER_TOKEN", "worker-secret-token-12345")
+    [block] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    path = tmp_path / "config.toml"
+    path.write_text(HEAD.format(port=0) + block)
+    return load(path)
+
+
+def test_every_event_of_the_rules_is_on_the_page_and_no_other():
+    born = set(re.findall(r'_born\("(\w+)"', RULES))
+    assert born == set(re.findall(r"\| `worker\.(\w+)`", PAGE))
+
+
+def test_every_reason_is_on_the_page_and_no_other():
+    given = set(re.findall(r'_born\("\w+", .*?, "(\w+)"\)', RULES))
+    [named] = re.findall(r"`reason` one of (.*?)\.", PAGE, re.DOTALL)
+    assert given == set(re.findall(r"`(\w+)`", named))
+
+
+def test_the_data_of_an_event_are_as_the_page_shows_them():
+    [block] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    data = json.loads(block)
+    row = Worker(source="whatsapp", id="w")
+    assert data.keys() == rules.silent(row, rules.Now(wall=0, steady=1))[1].data.keys()
+    assert data["worker"].keys() == shown(row).keys()
+
+
+def test_the_settings_on_the_page_mean_what_it_says(setup):
+    rulebook = Rulebook(setup.config.workers, {"whatsapp": setup.config.sources["whatsapp"].workers})
+    assert rulebook.of("whatsapp", "worker-001").recover_after == 3
+    assert rulebook.of("whatsapp", "batch-7").offline_after == 600.0
+    defaults = WorkerRules()
+    assert (defaults.offline_after, defaults.check_every) == (90.0, 10.0)
+
+
+def test_the_times_on_the_page_are_those_of_the_rules():
+    assert f"within {rules.TOMBSTONE // SECOND} s after it" in PAGE
+    assert f"{rules.FORMER // SECOND} s at least" in PAGE
+    assert f"by more than {rules.RESTARTED:.0f} s" in PAGE
+    assert f"most {rules.MOST_SESSIONS:,} sessions are kept per worker" in PAGE
+
+
+def test_every_request_on_the_page_is_one_there_is(setup):
+    app = App(setup)
+    routes = {(route.method, route.resource.canonical) for route in app.api.socket_app().router.routes()}
+    for path, rest in re.findall(r"^api ('?[/?]\S+)(.*)$", PAGE, re.MULTILINE):
+        method = "DELETE" if "-X DELETE" in rest else "POST" if " -d " in rest else "GET"
+        route = re.sub(r"^/whatsapp/worker-001", "/{source}/{id}", path.strip("'").partition("?")[0])
+        assert (method, f"/api/workers{route}") in routes

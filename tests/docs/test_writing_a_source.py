@@ -1,0 +1,129 @@
+"""docs/writing-a-source.md: what stands there works as it stands there."""
+
+import asyncio
+import inspect
+import re
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+
+from relay import errors, source
+from relay.app import App
+from relay.config.schema import SourceConfig
+from relay.config.secrets import Secret
+from relay.demo.receiver import Receiver
+from relay.errors import Refusal, Unavailable
+from relay.plugin_loading.loader import load
+
+PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-source.md").read_text()
+EXAMPLE, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SETTINGS, _ = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+SCAN = {"scan_id": "s1", "parcel": "p7", "status": "delivered", "details": {"kg": 1.5}}
+CONFIG = """
+development = true
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = ""
+[destinations.receiver]
+url = "{receiver}"
+events = ["parcels.*"]
+secrets = ["{secret}"]
+allow_private = true
+"""
+
+
+@asynccontextmanager
+async def running(folder, receiver):
+    """Run the app with the page's example as the only file in plugins.d; gives its public URL."""
+    (folder / "plugins.d").mkdir()
+    (folder / "plugins.d" / "parcels.py").write_text(EXAMPLE)
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(receiver=receiver, secret=SECRET.reveal()) + SETTINGS)
+    app = App(load(config, {}))
+    ready = asyncio.get_running_loop().create_future()
+    life = asyncio.create_task(app.run(ready.set_result))
+    await asyncio.wait((life, ready), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if ready.done():
+            yield ready.result().public
+    finally:
+        app.stopping.set()
+        await life
+
+
+async def test_the_example_dropped_into_plugins_d_takes_events_and_refuses_in_its_own_words(tmp_path):
+    async with (
+        Receiver(SECRET) as receiver,
+        running(tmp_path, receiver.url) as url,
+        aiohttp.ClientSession(headers={"Authorization": "Bearer dev-token"}) as session,
+    ):
+
+        async def post(path="/parcels/B2/scans", **request):
+            async with session.post(url + path, **request) as response:
+                return response.status, await response.json()
+
+        status, first = await post(json=SCAN)
+        assert (status, first) == (200, {"ok": True, "id": first["id"]})
+        arrival = await asyncio.wait_for(receiver.arrivals.get(), 10)
+        assert (arrival.type, arrival.subject, arrival.problem) == ("parcels.delivered", "p7", None)
+
+        assert await post(json=SCAN) == (200, first)  # its scan_id is the key
+        assert await post(data=b"{") == (400, {"ok": False, "why": "The body is not valid JSON"})
+        assert await post(json={**SCAN, "details": 1}) == (
+            400,
+            {"ok": False, "why": "details: expected an object"},
+        )
+        assert await post(json=SCAN, headers={"Authorization": "Bearer guess"}) == (
+            401,
+            {"ok": False, "why": "Missing or invalid token"},
+        )
+        assert await post("/parcels/nowhere") == (404, {"ok": False, "why": "No such path"})
+        assert receiver.arrivals.empty()
+
+
+def test_the_tests_of_the_example_pass(tmp_path, monkeypatch):
+    (tmp_path / "parcels.py").write_text(EXAMPLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        namespace: dict[str, object] = {}
+        exec(compile(TEST, "test_parcels.py", "exec"), namespace)
+        tests = [value for name, value in namespace.items() if name.startswith("test_")]
+        for test in tests:
+            test()
+    finally:
+        sys.modules.pop("parcels", None)
+    assert len(tests) == 3
+
+
+def test_the_example_is_as_long_as_the_page_says():
+    lines = EXAMPLE.splitlines()
+    full = [line for line in lines if line]
+    assert f"in {len(lines)} lines, {len(full)} of them not blank:" in PAGE
+    assert len(full) <= 40
+
+
+def test_every_refusal_is_in_the_table_with_its_status_and_reason():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| `(\w+)` \|", PAGE, re.MULTILINE)
+    refusals = [
+        (name, str(value.status), value.reason)
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, Refusal) and value not in (Refusal, Unavailable)
+    ]
+    assert sorted(rows) == sorted(refusals)
+
+
+@pytest.mark.parametrize("name", source.__all__)
+def test_everything_that_a_source_may_import_is_on_the_page(name):
+    assert re.search(rf"\b{name}\b", PAGE)
+
+
+def test_the_keys_that_belong_to_every_source_are_on_the_page():
+    [sentence] = re.findall(r"The keys ([^.]*) belong to", PAGE)
+    common = {field.name for field in msgspec.structs.fields(SourceConfig)} - {"name", "settings"}
+    assert set(re.findall(r"`(\w+)`", sentence)) == common

@@ -1,0 +1,534 @@
+"""The installed service, as commands know it from its unit files: what it is given, and its user."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import run
+from daemons import Daemon, adorn
+from test_cli_wrong_uses import AS_OTHERS, NOBODY
+from wire import exchange, request
+
+from relay.config import installed_service as module
+from relay.config.installed_service import installed, parse_env, service_of
+
+UNIT = """\
+[Service]
+ExecStart=/opt/relay/bin/relay serve -c {config}
+EnvironmentFile=-{folder}/environment
+User={user}
+StateDirectory=hookferry-test-state
+RuntimeDirectory=hookferry-test-run
+"""
+SECRETS = """\
+[sources.moddy]
+plugin = "moddy"
+tokens = [{ env = "MODDY" }]
+[sources.adorn]
+plugin = "adorn"
+[sources.lazychat]
+plugin = "lazychat"
+tokens = [{ credential = "lazy" }]
+[destinations.crm]
+url = "https://crm.example/hook"
+secrets = [{ env = "CRM" }]
+[destinations.erp]
+url = "https://erp.example/hook"
+secrets = [{ env = "ERP" }]
+headers = { authorization = { env = "ERP_TOKEN" } }
+client_cert = { cert = "absent.pem", password = { env = "PASSWORD" } }
+"""
+WHSEC = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+class Machine:
+    """A folder with units, a config and what belongs to it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.units = folder / "units"
+        self.config = folder / "config.toml"
+        self.unit = self.units / "relay.service"
+        self.units.mkdir()
+        self.write(self.config, "")
+        self.write(self.unit, UNIT.format(config=self.config, folder=folder, user="root"))
+
+    def write(self, file, text):
+        path = self.folder / file
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+        return path
+
+    def dropin(self, text, name="50-local.conf"):
+        return self.write(self.units / "relay.service.d" / name, text)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        machine = Machine(folder)
+        monkeypatch.setattr(module, "FOLDERS", (folder / "etc", machine.units))
+        for variable in ("STATE_DIRECTORY", "RUNTIME_DIRECTORY", "CREDENTIALS_DIRECTORY", "RELAY_SOCKET"):
+            monkeypatch.delenv(variable, raising=False)
+        yield machine
+
+
+# --- unit files -----------------------------------------------------------------------------------------
+
+
+def test_the_unit_that_ships_is_understood(machine):
+    shipped = (Path(__file__).parents[2] / "systemd" / "relay.service").read_text()
+    machine.unit.write_text(shipped)
+    service = installed()
+    assert (service.config, service.user, service.group) == (Path("/etc/relay/config.toml"), "relay", "relay")
+    assert service.env_files == ((Path("/etc/relay/environment"), False),)
+    assert service.directories == {
+        "STATE_DIRECTORY": "/var/lib/relay",
+        "RUNTIME_DIRECTORY": "/run/relay",
+        "CONFIGURATION_DIRECTORY": "/etc/relay",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[Service]\nExecStart=/usr/bin/another-relay serve\n",
+        "[Service]\nExecStart=/opt/relay/bin/relay status\n",
+        "[Unit]\nExecStart=/opt/relay/bin/relay serve\n",
+        '[Service]\nExecStart="/opt/relay/bin/relay serve\n',
+        "\xff\x00",
+    ],
+)
+def test_what_does_not_run_the_relay_is_not_its_service(machine, text):
+    machine.unit.write_text(text)
+    assert installed() is None
+
+
+def test_a_masked_unit_is_none(machine):
+    (machine.folder / "etc").mkdir()
+    (machine.folder / "etc" / "relay.service").symlink_to("/dev/null")
+    assert installed() is None
+
+
+def test_dropins_count_in_the_order_of_their_names_and_the_first_folder_wins(machine):
+    machine.dropin(
+        "[Service]\nUser=\nUser=one\n# User=none\nStateDirectory=\nStateDirectory=a \\\n  # no\n  b\n",
+        "1.conf",
+    )
+    machine.dropin("[Service]\nUser=two\n", "2.conf")
+    machine.write(machine.folder / "etc" / "relay.service.d" / "2.conf", "[Service]\nUser=three\n")
+    machine.dropin("[Service]\nUser=four\n", "9.txt")
+    service = installed()
+    assert service.user == "three"
+    assert service.directories["STATE_DIRECTORY"] == "/var/lib/a:/var/lib/b"
+
+
+def test_variables_come_from_all_places_in_systemd_s_order(machine):
+    machine.write("environment", "A=file\nB='from file'\n")
+    machine.write("more-1.env", "C=1\n")
+    machine.dropin(
+        f'[Service]\nEnvironment=A=unit "D=e f" X=%S/x%%\nEnvironmentFile={machine.folder}/more-*.env\n'
+        "PassEnvironment=PASSED\nUnsetEnvironment=C\n"
+    )
+    given = installed().given({"PASSED": "yes", "HIDDEN": "yes"})
+    assert given.environ == {
+        "A": "file", "B": "from file", "D": "e f", "X": "/var/lib/x%", "PASSED": "yes",
+        "STATE_DIRECTORY": "/var/lib/hookferry-test-state", "RUNTIME_DIRECTORY": "/run/hookferry-test-run",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("named", ["other name", "relative", "same"])
+def test_a_config_is_the_service_s_by_whatever_name(machine, named, monkeypatch):
+    link = machine.folder / "link.toml"
+    link.symlink_to(machine.config)
+    monkeypatch.chdir(machine.folder)
+    path = {"other name": link, "relative": Path("config.toml"), "same": machine.config}[named]
+    assert service_of(path) is not None
+    assert service_of(machine.write("another.toml", "")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A=1\nB=2", {"A": "1", "B": "2"}),
+        ("A='a b'\n", {"A": "a b"}),
+        ("A='a\nb'\nB=1", {"A": "a\nb", "B": "1"}),
+        ('A="a\\"b\\\\ \\$c \\n"\n', {"A": 'a"b\\ $c \\n'}),
+        ("A=a b  \n", {"A": "a b"}),
+        ("A=  a\n", {"A": "a"}),
+        ("A=a # b\n", {"A": "a # b"}),
+        ("#A=1\n;B=2\n  # C=3\nD=4\n", {"D": "4"}),
+        ("A=a\\\nb\n", {"A": "ab"}),
+        ("A=a\\ \\b\n", {"A": "a b"}),
+        ("A='a''b'\n", {"A": "ab"}),
+        ("A='a'b\n", {"A": "ab"}),
+        ("A=a'b'\n", {"A": "a'b'"}),
+        ("A=\nB=1\n", {"A": "", "B": "1"}),
+        ("export A=1\nB=2\n", {"B": "2"}),
+        ("1A=1\nA B\n=2\nC=3\n", {"C": "3"}),
+        ("A=1\r\nB=2\r\n", {"A": "1", "B": "2"}),
+        ("A='open\nB=1\n", None),
+        ("A='1\r\n2'\n", {"A": "1\r\n2"}),
+        ("A=1' \\\n", {"A": "1' "}),
+        ("A=1\\ \n", {"A": "1 "}),
+        ("A=x=y\n", {"A": "x=y"}),
+        ("A=1\nA=2\n", {"A": "2"}),
+        ("", {}),
+    ],
+)
+def test_environment_files_are_read_as_systemd_reads_them(text, found):
+    """Each was compared with what systemd 252 gives a service, as were 300 random files."""
+    assert parse_env(text) == ({"A": "open\nB=1\n"} if found is None else found)
+
+
+# --- commands that read the config ----------------------------------------------------------------------
+
+
+def test_check_config_takes_what_the_unit_gives(machine):
+    machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
+    said = run("check-config", machine.config, code=1)
+    assert f"MODDY is not set; set it (under systemd in {machine.folder}/environment)" in said.err
+    assert "credential lazy is missing" in said.err
+    machine.write("environment", f"MODDY='t'\nCRM={WHSEC}\n")
+    machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/credentials/lazy\n")
+    run("check-config", machine.config, code=1)
+    machine.write("credentials/lazy", "token\n")
+    assert run("check-config", machine.config).out.endswith("ok (3 sources, 1 destination)\n")
+
+
+def test_a_variable_of_the_shell_alone_is_none_of_the_service(machine, monkeypatch):
+    machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
+    monkeypatch.setenv("MODDY", "typed")
+    said = run("check-config", machine.config, code=1)
+    assert "MODDY is set in this shell, but not for the service; set it" in said.err
+    assert "typed" not in said.err
+
+
+def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
+    monkeypatch.delenv("MODDY", raising=False)
+    other = machine.write("other.toml", SECRETS.partition("[sources.adorn]")[0])
+    for config in (other, machine.config):
+        config.write_text(other.read_text())
+        file = machine.write("named", "MODDY=x\n")
+        run("check-config", config, code=1)
+        run("check-config", config, "--env-file", file)
+        run("config", "show", "-c", config, "--env-file", file)
+    said = run("check-config", other, "--env-file", machine.folder / "absent", code=1)
+    assert said.err.splitlines()[0] == f"{machine.folder}/absent cannot be read: No such file or directory"
+
+
+def test_an_environment_file_that_the_unit_needs_and_is_missing_is_a_problem(machine):
+    machine.dropin(f"[Service]\nEnvironmentFile={machine.folder}/needed\n")
+    assert "needed of relay.service does not exist" in run("check-config", machine.config, code=1).err
+
+
+def test_config_show_names_the_state_directory_of_the_service_and_needs_no_secret(machine):
+    machine.config.write_text(SECRETS)
+    shown = json.loads(run("config", "show", "-c", machine.config, "--json").out)
+    assert shown["state_dir"] == "/var/lib/hookferry-test-state"
+    assert shown["destinations"]["erp"]["secrets"] == ["<secret>"]
+    assert shown["sources"]["moddy"]["tokens"] == ["<secret>"]
+    assert shown["destinations"]["erp"]["client_cert"]["password"] == "<secret>"
+
+
+def test_what_is_written_wrongly_is_told_even_where_no_secret_is_needed(machine):
+    machine.config.write_text(SECRETS.replace('{ env = "MODDY" }', '{ evn = "MODDY" }'))
+    assert 'unknown key "evn"' in run("config", "show", "-c", machine.config, code=1).err
+
+
+def test_send_needs_the_secret_of_its_source_alone(machine):
+    machine.config.write_text(SECRETS)
+    run("send", "moddy", "--list", "-c", machine.config)
+    run("send", "adorn", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
+    said = run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=1)
+    assert said.err.count("is not set") == 1
+    assert "config.toml:3: sources.moddy.tokens[0]: the environment variable MODDY is not set" in said.err
+    machine.write("environment", "MODDY=t\n")
+    run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
+
+
+def test_verify_needs_the_secrets_of_whose_request_it_is_alone(machine):
+    machine.config.write_text(SECRETS)
+    post = "POST /internal/event/notify HTTP/1.1\r\nAuthorization: Bearer t\r\n\r\n"
+    body = '{"event_type": "member_joined", "discord_id": "1", "metadata": {}}'
+    sent = machine.write("sent.http", post + body)
+    source = ("verify", "--source", "moddy", "--request", sent, "-c", machine.config)
+    assert run(*source, code=1).err.count("is not set") == 1
+    destination = ("verify", "--destination", "crm", "--request", sent, "-c", machine.config)
+    assert run(*destination, code=1).err.count("is not set") == 1
+    machine.write("environment", f"MODDY=t\nCRM={WHSEC}\n")
+    assert "verifies: sources.moddy.tokens[0]" in run(*source).out
+    assert "webhook-signature" in run(*destination, code=1).out
+
+
+def test_a_missing_secret_is_no_token_that_somebody_could_present(machine):
+    machine.config.write_text(SECRETS)
+    machine.write("environment", f"CRM={WHSEC}\n")
+    for token in ("Bearer ", "Bearer x", ""):
+        sent = machine.write("sent.http", f"POST /v1/events HTTP/1.1\r\nAuthorization: {token}\r\n\r\n{{}}")
+        run("verify", "--source", "moddy", "--request", sent, "-c", machine.config, code=1)
+
+
+def test_explain_and_lists_of_the_file_need_no_secret(machine):
+    machine.config.write_text(SECRETS)
+    assert run("explain", "--source", "moddy", "-c", machine.config).rows[0][0] == "crm"
+    said = run("events", "list", "--offline", "-c", machine.config, code=1)
+    assert "/var/lib/hookferry-test-state/relay.db" in said.err
+
+
+@AS_OTHERS
+def test_root_checks_files_as_the_user_of_the_service(machine):
+    machine.config.write_text(
+        '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "token" }]\n'
+        '[destinations.crm]\nurl = "https://crm.example"\nca_file = "ca.pem"\n'
+    )
+    for file in (machine.write("token", "t"), machine.write("ca.pem", "")):
+        file.chmod(0o600)
+    run("check-config", machine.config)
+    text = UNIT.format(config=machine.config, folder=machine.folder, user="nobody")
+    machine.unit.write_text(text)
+    groups = os.getgroups()
+    said = run("check-config", machine.config, code=1)
+    assert "the file token cannot be read: Permission denied" in said.err
+    assert "ca.pem cannot be read: Permission denied" in said.err
+    assert (os.geteuid(), os.getegid(), os.getgroups()) == (0, 0, groups)
+    os.chown(machine.folder / "token", NOBODY, -1)
+    (machine.folder / "ca.pem").chmod(0o644)
+    run("check-config", machine.config)
+    machine.config.chmod(0o600)
+    said = run("check-config", machine.config, code=1)
+    assert "config.toml: cannot be read: Permission denied" in said.err
+    assert "relay.service runs as nobody: chgrp nogroup" in said.err
+    machine.config.chmod(0o644)
+    (machine.folder / "plugins.d").mkdir(mode=0o700)
+    assert "plugins.d: cannot be read" in run("check-config", machine.config, code=1).err
+
+
+@AS_OTHERS
+def test_root_only_files_that_systemd_reads_for_the_service_are_no_problem(machine):
+    machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
+    machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))
+    machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/lazy\n")
+    machine.write("environment", f"MODDY=t\nCRM={WHSEC}\n").chmod(0o600)
+    machine.write("lazy", "t").chmod(0o600)
+    run("check-config", machine.config)
+
+
+@pytest.mark.parametrize("setting", ["ProtectHome=yes", "PrivateTmp=true", "ProtectHome=tmpfs"])
+def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(machine, setting):
+    folder = "/root" if "Home" in setting else "/var/tmp"
+    with tempfile.TemporaryDirectory(dir=folder) as outside:
+        secret, authority = Path(outside) / "token", Path(outside) / "ca.pem"
+        for file in (secret, authority):
+            file.write_text("t")
+        machine.config.write_text(
+            f'[sources.moddy]\nplugin = "moddy"\ntokens = [{{ file = "{secret}" }}]\n'
+            f'[destinations.crm]\nurl = "https://crm.example"\nca_file = "{authority}"\n'
+        )
+        run("check-config", machine.config)
+        machine.dropin(f"[Service]\n{setting}\n")
+        said = run("check-config", machine.config, code=1)
+        assert f"{secret} is hidden from the service by {setting}" in said.err
+        assert f"{authority} is hidden from the service by {setting}" in said.err
+        run("config", "show", "-c", machine.config)
+        run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
+
+
+@AS_OTHERS
+def test_a_user_that_the_machine_lacks_is_told(machine):
+    machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="ghost"))
+    said = run("check-config", machine.config, code=1)
+    assert "runs as ghost:ghost, which this machine does not have" in said.err
+
+
+@AS_OTHERS
+def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
+    machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
+    machine.write("environment", "MODDY=t\n").chmod(0o600)
+    machine.write("lazy", "t").chmod(0o600)
+    machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/lazy\n")
+    machine.config.write_text(SECRETS.partition("[destinations.crm]")[0])
+    code = (
+        f"import os; from pathlib import Path; import relay.cli.config\n"
+        f"from relay.config import installed_service as installed\n"
+        f"from relay.plugin_loading.loader import discover; discover(())\n"
+        f"installed.FOLDERS = (Path({str(machine.units)!r}),)\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        f"from relay.cli import main; main(['check-config', {str(machine.config)!r}])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert told.returncode == 5, told.stderr
+    files = f"{machine.folder}/environment, {machine.folder}/lazy"
+    assert f"this user may not read {files}: run the command as root" in told.stderr
+    assert "the credential lazy cannot be read by this user" in told.stderr
+
+
+# --- the daemon that is not there -----------------------------------------------------------------------
+
+
+def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
+    machine.config.write_text('[server]\nlisten = "127.0.0.1:9"\n[sources.adorn]\nplugin = "adorn"\n')
+    for arguments in (("-c", machine.config), ("--socket", "/run/hookferry-test-run/relay.sock")):
+        said = run("status", *arguments, code=3)
+        assert said.err.splitlines() == [
+            "no relay answers at /run/hookferry-test-run/relay.sock: No such file or directory",
+            "  start it with `systemctl start relay`; `systemctl status relay` says why it does not run",
+        ]
+    said = run("send", "adorn", "-c", machine.config, code=3)
+    assert "start it with `systemctl start relay`, or say where it listens with --to URL" in said.err
+    own = machine.write("own.toml", machine.config.read_text())
+    for command in (("status",), ("send", "adorn")):
+        assert "start one with `relay serve`" in run(*command, "-c", own, code=3).err
+
+
+def test_without_a_config_the_service_s_is_meant(machine, monkeypatch):
+    monkeypatch.setattr("relay.config.paths.PLACES", (machine.folder / "nowhere.toml",))
+    monkeypatch.delenv("RELAY_CONFIG", raising=False)
+    assert "at /run/hookferry-test-run/relay.sock" in run("status", code=3).err
+    machine.config.write_text("[broken\n")
+    assert "at /run/hookferry-test-run/relay.sock" in run("status", code=3).err
+
+
+@pytest.fixture
+def state(machine):
+    """The service's state directory, which the shell's variable moves to where a test may write."""
+    folder = machine.folder / "state"
+    folder.mkdir()
+    text = machine.unit.read_text().replace(
+        "StateDirectory=hookferry-test-state", f"StateDirectory=../..{folder}"
+    )
+    machine.unit.write_text(text)
+    return folder
+
+
+SERVED = """\
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = "127.0.0.1:0"
+[storage]
+min_free_disk = "1 MiB"
+[sources.adorn]
+plugin = "adorn"
+"""
+
+
+def serve(machine, *more, **environ):
+    lines = (
+        "import os; from pathlib import Path; from relay.config import installed_service as installed",
+        f"os.environ.update({environ!r})",
+        f"installed.FOLDERS = (Path({str(machine.units)!r}),)",
+        "from relay.cli import main; main()",
+    )
+    return Daemon(machine.config, (sys.executable, "-c", "\n".join(lines), "serve", *more))
+
+
+async def served(daemon):
+    """Have an event taken in and end the daemon."""
+    async with daemon:
+        answer = await exchange(daemon.url, request("POST", "/v1/events", adorn()))
+        assert answer.status == 200
+        assert await daemon.stop() == 0
+    return daemon.said
+
+
+async def test_no_second_relay_is_started_where_the_service_has_a_database(machine, state):
+    machine.config.write_text(SERVED)
+    (state / "relay.db").write_bytes(b"")
+    for config in (SERVED, SERVED + SECRETS.partition("[sources.adorn]")[0]):  # before it asks for secrets
+        machine.config.write_text(config)
+        daemon = serve(machine)
+        await daemon.start()
+        assert await daemon.exit() == 1
+        assert f"relay.service serves {machine.config} with the database" in daemon.said
+    machine.config.write_text(SERVED)
+    assert "`systemctl start relay`" in daemon.said
+    assert not (machine.folder / "relay.db").exists()
+    said = await served(serve(machine, "--force"))
+    assert f"the database is {machine.folder}/relay.db" in said
+    assert (machine.folder / "relay.db").exists()
+
+
+async def test_the_service_itself_and_a_first_relay_are_not_refused(machine, state):
+    machine.config.write_text(SERVED)
+    said = await served(serve(machine))  # there is no database yet
+    assert "relay.service serves this configuration with another database" in said
+    (state / "relay.db").write_bytes(b"")
+    said = await served(serve(machine, STATE_DIRECTORY=str(state)))
+    assert f"the database is {state}/relay.db" in said
+    own = machine.write("own.toml", SERVED)
+    machine.config = own
+    await served(serve(machine))
+
+
+@AS_OTHERS
+async def test_another_user_than_the_service_s_does_not_serve_its_database(machine, state):
+    machine.config.write_text(f'state_dir = "{state}"\n{SERVED}')
+    (state / "relay.db").write_bytes(b"")
+    await served(serve(machine))
+    machine.unit.write_text(machine.unit.read_text().replace("User=root", "User=nobody"))
+    daemon = serve(machine)
+    await daemon.start()
+    assert await daemon.exit() == 1
+    assert "nobody could not use it after this" in daemon.said
+    await served(serve(machine, "--force"))
+
+
+@pytest.fixture
+def typed(machine):
+    """Run a command in a thread: it has an event loop of its own."""
+
+    async def typed(*args, code=0):
+        return await asyncio.to_thread(partial(run, *args, code=code))
+
+    return typed
+
+
+async def test_the_doctor_names_the_database_and_finds_a_second_one(machine, state, typed, monkeypatch):
+    machine.config.write_text(SERVED)
+    await served(serve(machine, STATE_DIRECTORY=str(state)))
+    said = await typed("doctor", "--offline", "-c", machine.config, "--json")
+    [check] = [check for check in said.json["checks"] if check["name"] == "database"]
+    assert (check["ok"], check["detail"]) == (True, f"/var/lib/../..{state}/relay.db")
+    await served(serve(machine, "--force"))
+    said = await typed("doctor", "--offline", "-c", machine.config, "--json", code=1)
+    [check] = [check for check in said.json["checks"] if not check["ok"]]
+    assert f"another one, {machine.folder}/relay.db" in check["detail"]
+    export, then, delete = check["hint"].split(", then ")
+    variable, _relay, *words = export.split()
+    monkeypatch.setenv(*variable.split("="))
+    monkeypatch.chdir(machine.folder)
+    await typed(*words)
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert len((machine.folder / "other.jsonl").read_text().splitlines()) == 1
+    assert (then, delete) == ("relay events import other.jsonl", f"delete {machine.folder}/relay.db")
+
+
+async def test_a_running_relay_names_its_database(machine, state, typed):
+    machine.config.write_text(SERVED)
+    async with serve(machine, STATE_DIRECTORY=str(state)):
+        door = state / "relay.sock"
+        said = await typed("doctor", "--socket", door, "--json")
+        [check] = [check for check in said.json["checks"] if check["name"] == "database"]
+        assert (check["ok"], check["detail"]) == (True, f"{state}/relay.db")
+
+
+@AS_OTHERS
+def test_credentials_of_a_folder_that_the_shell_names_are_read_as_systemd_would(machine, monkeypatch):
+    machine.config.write_text('[sources.moddy]\nplugin = "moddy"\ntokens = [{ credential = "m" }]\n')
+    machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))
+    machine.write("private/m", "t").parent.chmod(0o700)
+    run("check-config", machine.config, code=1)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(machine.folder / "private"))
+    run("check-config", machine.config)

@@ -1,0 +1,107 @@
+"""What ships: the wheel, built from the sources and installed in an environment of its own."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import relay
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("relay", "plugins", "pyproject.toml", "README.md", "LICENSE")
+
+
+def run(*command, cwd, timeout=60):
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build the wheel from a copy, so that the checkout stays clean; offline."""
+    source = tmp_path_factory.mktemp("source")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".", cwd=source)
+    [file] = (source / "dist").iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """Install the wheel beside the dependencies that are here, and without the checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    run(
+        sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"),
+        "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel), cwd=folder,
+    )  # fmt: skip
+    # A path in a .pth file is only appended: .pth files behind it, such as an editable install's, do nothing.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def test_the_wheel_holds_every_module_and_claims_no_name_but_relay(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name}
+        licences = [name for name in file.namelist() if name.endswith("licenses/LICENSE")]
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "relay").rglob("*.py")}
+    sources = {f"relay/sources/{path.name}" for path in (ROOT / "plugins").glob("*.py")}
+    assert held == modules | sources | {"relay/py.typed", "relay/api/openapi.json"}
+    assert len(licences) == 1
+
+
+def test_the_installed_wheel_runs_the_demo_from_another_folder(environment, tmp_path):
+    where = run(environment / "bin" / "python", "-c", "import relay; print(relay.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(environment)
+    output = run(environment / "bin" / "relay", "serve", "--demo", "--exit", cwd=tmp_path)
+    assert "every signature valid." in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["relay", "hookferry"])
+def test_both_commands_are_the_same_program(environment, tmp_path, command):
+    output = run(environment / "bin" / command, "--version", cwd=tmp_path)
+    assert output == f"hookferry {relay.__version__}\n"
+
+
+def test_the_installed_version_is_the_one_in_the_code():
+    assert metadata.version("hookferry") == relay.__version__
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needs = [*project["dependencies"], *extras["fast"], *extras["schemas"], *extras["ed25519"]]
+    declared = {re.match(r"[a-z-]+", need)[0].replace("-", "_") for need in needs}
+    declared |= {"multidict", "yarl", "referencing"}  # the languages of aiohttp and of jsonschema
+    imported = set()
+    for file in (*(ROOT / "relay").rglob("*.py"), *(ROOT / "plugins").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - {"relay"} == declared

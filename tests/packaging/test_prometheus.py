@@ -1,0 +1,240 @@
+"""What Prometheus scrapes, and the alerts and the dashboard that ship for it."""
+
+import asyncio
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from support import until
+from wire import exchange, request
+
+from relay import __version__
+from relay.api.scrape import STRETCH, Scrape
+from relay.cli import COMMANDS
+from relay.metrics import Metrics
+
+SHIPPED = Path(__file__).parents[2] / "systemd" / "prometheus"
+ALERTS = (SHIPPED / "alerts.yml").read_text()
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (package prometheus)"
+)
+
+
+def promtool(*arguments, cwd=SHIPPED, given=""):
+    command = ("promtool", *arguments)
+    return subprocess.run(command, cwd=cwd, input=given, capture_output=True, text=True, check=False)
+
+
+def expressions():
+    """Return every expression that ships, named after where it is."""
+    alerts = dict(re.findall(r"- alert: (\w+)\n +expr: (.+)", ALERTS))
+    panels = json.loads((SHIPPED / "dashboard.json").read_text())["panels"]
+    shown = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in panels
+        for target in panel["targets"]
+    }
+    return {**alerts, **shown}
+
+
+async def scrape(relay, accept="text/plain"):
+    answer = await exchange(relay.addresses.admin, request("GET", "/metrics", accept=accept))
+    assert answer.status == 200
+    return answer.body.decode()
+
+
+@needs_promtool
+async def test_promtool_finds_no_fault_in_a_scrape(tmp_path):
+    async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
+        text = await scrape(relay)
+    checked = promtool("check", "metrics", given=text)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert promtool("check", "metrics", given=text.replace("_total", "")).returncode != 0
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "rules", "--lint=all", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+        ("check", "config", "scrape.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_finds_no_fault_in_what_ships(arguments):
+    checked = promtool(*arguments)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@needs_promtool
+def test_an_alert_that_fires_too_late_is_noticed(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "alerts.yml").write_text(ALERTS.replace("for: 1m", "for: 9m"))
+    assert promtool("test", "rules", "alerts_test.yml", cwd=tmp_path).returncode != 0
+
+
+def test_every_alert_is_tested_and_ends_in_a_command_to_type():
+    names = re.findall(r"- alert: (\w+)", ALERTS)
+    tested = re.findall(r"^  - name: (\w+)", (SHIPPED / "alerts_test.yml").read_text(), re.MULTILINE)
+    assert tested == names
+    commands = re.findall(r'description: ".*: ([^:"]+)"$', ALERTS, re.MULTILINE)
+    assert len(commands) == len(names)
+    ours = {command.split()[1] for command in commands if command.startswith("relay ")}
+    assert ours
+    assert ours <= set(COMMANDS)
+
+
+async def test_every_expression_names_metrics_that_are_exported(tmp_path):
+    async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
+        text = await scrape(relay)
+    exported = {"up", *re.findall(r"^(\w+)[{ ]", text, re.MULTILINE)}
+    named = {
+        where: set(re.findall(r"\b((?:relay|process)_\w+|up)\b", expression))
+        for where, expression in expressions().items()
+    }
+    assert [where for where, names in named.items() if not names] == []
+    assert {where: names - exported for where, names in named.items() if names - exported} == {}
+
+
+async def test_a_scrape_is_what_prometheus_client_renders_in_one_go(aiohttp_client):
+    metrics = Metrics(["moddy"], [f"d{number}" for number in range(50)])
+    metrics.latency.labels("d7").observe(0.2, {"event_id": "evt_7"})
+    metrics.received.labels("moddy").inc(3)
+    app = web.Application()
+    app.router.add_get("/metrics", Scrape(metrics.registry).answer)
+    client = await aiohttp_client(app)
+
+    def steady(text):
+        return [line for line in text.decode().splitlines() if not line.startswith("process_")]
+
+    for accept, render in (
+        (OPENMETRICS, openmetrics.generate_latest),
+        ("text/plain;version=1.0.0", generate_latest),
+        ("*/*", generate_latest),
+    ):
+        answer = await client.get("/metrics", headers={"Accept": accept})
+        assert answer.content_type == accept.partition(";")[0].replace("*/*", "text/plain")
+        assert steady(await answer.read()) == steady(render(metrics.registry))
+    answer = await client.get("/metrics", params={"name[]": "relay_events_received_total"})
+    assert (await answer.text()).splitlines()[2:] == ['relay_events_received_total{source="moddy"} 3.0']
+
+
+async def test_others_have_their_turns_during_a_scrape():
+    metrics = Metrics([], [f"d{number}" for number in range(50)])
+    samples = [len(family.samples) for family in metrics.registry.collect()]
+    turns = 0
+
+    async def take_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(take_turns())
+    await Scrape(metrics.registry).answer(make_mocked_request("GET", "/metrics"))
+    others.cancel()
+    assert turns >= sum(samples) // (STRETCH + max(samples)) > 1
+
+
+async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
+    asked, connect = [], sqlite3.connect
+
+    def watched(*action):
+        if action[0] != sqlite3.SQLITE_PRAGMA:  # a checkpoint, when nothing has been written for a while
+            asked.append(action)
+        return sqlite3.SQLITE_OK
+
+    def connecting(*args, **named):
+        asked.append(args)
+        return connect(*args, **named)
+
+    async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
+        await relay.operator("POST", "/api/destinations/crm/pause")
+        await relay.exchange(request("POST", "/v1/events", adorn()))
+        relay.app.jobs.stop()  # they may
+        monkeypatch.setattr(sqlite3, "connect", connecting)
+        store = relay.app.store
+        for connection in (store._connection, store._reader, store._counter):
+            await connection.set_authorizer(watched)
+        for accept in ("text/plain", OPENMETRICS):
+            assert 'relay_deliveries_pending{destination="crm"' in await scrape(relay, accept)
+        assert asked == []
+        await relay.app.books.check()
+        assert any("deliveries" in action for action in asked)
+
+
+async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):
+    async with Recorder() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="crm"))
+            text = await scrape(relay, OPENMETRICS)
+    for name in (
+        "relay_ingest_duration_seconds",
+        "relay_delivery_latency_seconds",
+        "relay_delivery_attempt_duration_seconds",
+    ):
+        assert re.search(rf'^{name}_bucket.* # {{event_id="{receiver.ids[0]}"}}', text, re.MULTILINE)
+    assert text.endswith("# EOF\n")
+
+
+async def test_pending_deliveries_are_told_apart_by_what_they_wait_for(tmp_path):
+    async with Recorder() as receiver:
+        receiver.answers.append((500, {}))
+        config = write_config(
+            tmp_path,
+            SOURCES,
+            destination("held", receiver.url),
+            destination("retried", receiver.url).replace("0.1s", "1h"),
+        )
+        async with running(config) as relay:
+
+            def pending(name):
+                states = ("due", "waiting", "in_flight", "held")
+                return {
+                    state: relay.counted("relay_deliveries_pending", destination=name, state=state)
+                    for state in states
+                }
+
+            def oldest(name):
+                return relay.counted("relay_delivery_oldest_pending_timestamp_seconds", destination=name)
+
+            await relay.operator("POST", "/api/destinations/held/pause")
+            before = time.time()
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(
+                lambda: relay.counted("relay_delivery_attempts_total", destination="retried", result="5xx")
+            )
+            await relay.app.books.check()
+            assert pending("held") == {"due": 0, "waiting": 0, "in_flight": 0, "held": 1}
+            assert pending("retried") == {"due": 0, "waiting": 1, "in_flight": 0, "held": 0}
+            assert before - 1 < oldest("held") < time.time() + 1
+            await relay.operator("POST", "/api/destinations/held/resume")
+            await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="held"))
+            await relay.app.books.check()
+            assert sum(pending("held").values()) == 0
+            assert oldest("held") == 0
+
+
+async def test_jobs_and_commits_are_counted(tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        await relay.exchange(request("POST", "/v1/events", adorn()))
+        assert relay.counted("relay_storage_commit_duration_seconds_count") >= 1
+        assert relay.counted("relay_storage_commit_events_sum") >= 1
+        assert relay.counted("relay_storage_size_bytes", file="main") > 0
+        await until(lambda: relay.counted("relay_job_runs_total", job_name="disk", outcome="ok"))
+        assert relay.counted("relay_job_last_success_timestamp_seconds", job_name="disk") > 1_700_000_000
+        assert relay.counted("relay_plugin_info", plugin="adorn", version=__version__) == 1

@@ -1,0 +1,146 @@
+"""The proxies of docs/install.md, as they stand there, before a relay that works, stands still or is gone."""
+
+import asyncio
+import re
+import shutil
+import socket
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from daemons import SOURCES, adorn, running, write_config
+from wire import exchange, request
+
+from relay.config.schema import Server as ServerConfig
+from relay.ingest.connection import KEEPALIVE
+
+PAGE = (Path(__file__).parents[2] / "docs" / "install.md").read_text()
+LISTEN = ServerConfig().listen
+PROBE = {
+    "x_event_type": "settings.checking_connection",
+    "authorization": "Bearer dev-token",
+    "content_type": "application/json",
+}
+LAZYCHAT = "/api/woocommerce-plugin/events"
+MODDY = "/internal/event/notify"
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def written(name):
+    return re.search(rf"```{name}\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
+def nginx(folder, port, relay):
+    """Return the command that serves the page's file without TLS, in a folder of its own."""
+    text, times = re.subn(r"listen 443 ssl;", f"listen 127.0.0.1:{port};", written("nginx"))
+    text, more = re.subn(rf"server {re.escape(LISTEN)};", f"server 127.0.0.1:{relay};", text)
+    assert (times, more) == (1, 1)
+    text = re.sub(r" *ssl_.*\n", "", text)
+    own = "".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    text = text.replace("http {", f"http {{ access_log off; {own}", 1)
+    config = folder / "nginx.conf"
+    config.write_text(f"user root; daemon off; pid {folder}/pid; error_log {folder}/error.log;\n{text}")
+    return ("nginx", "-c", str(config), "-e", str(folder / "error.log"))
+
+
+def caddy(folder, port, relay):
+    site = f"http://:{port} {{\n    bind 127.0.0.1"
+    text, times = re.subn(r"^hooks.example.com {", site, written("caddy"))
+    text, more = re.subn(rf"reverse_proxy {re.escape(LISTEN)} ", f"reverse_proxy 127.0.0.1:{relay} ", text)
+    assert (times, more) == (1, 1)
+    config = folder / "Caddyfile"
+    config.write_text(f"{{\n admin off\n auto_https off\n storage file_system {folder}\n}}\n{text}")
+    return ("caddy", "run", "--config", str(config), "--adapter", "caddyfile")
+
+
+@pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
+def proxy(request, tmp_path):
+    """Run one of the proxies before a port where the relay is to be found."""
+    name = request.param.__name__
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+
+    @asynccontextmanager
+    async def serve(relay):
+        port = free_port()
+        folder = tmp_path / name
+        folder.mkdir(mode=0o777)
+        tmp_path.chmod(0o755)
+        command = request.param(folder, port, relay)
+        with (folder / "output").open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        try:
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        _, writer = await asyncio.open_connection("127.0.0.1", port)
+                    except ConnectionRefusedError:
+                        assert process.returncode is None, (folder / "output").read_text()
+                        await asyncio.sleep(0.05)
+                    else:
+                        writer.close()
+                        break
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            await process.wait()
+
+    return serve
+
+
+async def test_a_relay_that_works_answers_itself_also_for_bodies_that_are_too_large(proxy, tmp_path):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        port = int(relay.addresses.public.rpartition(":")[2])
+        async with proxy(port) as url:
+            stored = await exchange(url, request("POST", "/v1/events", adorn("s")))
+            assert stored.json["status"] == "ok"
+            large = await exchange(
+                url, request("POST", "/v1/events", adorn("s", payload={"x": "x" * 3_000_000}))
+            )
+            assert (large.status, large.json["status"]) == (413, "error")
+            wrong = await exchange(url, request("POST", MODDY, b"{}"))
+            assert (wrong.status, wrong.json) == (401, {"error": "Missing Authorization header"})
+            probe = await exchange(
+                url, request("POST", LAZYCHAT, b"{}", **PROBE | {"authorization": "Bearer no"})
+            )
+            assert probe.status == 401  # a wrong token still logs the shop out
+            enormous = await exchange(
+                url, request("POST", "/v1/events", adorn("s", payload={"x": "x" * 9_000_000}))
+            )
+            assert enormous.status == 413
+            assert enormous.json  # nginx's rule, or the relay itself: Caddy does not hold large bodies back
+
+
+@pytest.mark.parametrize("accepts", [False, True], ids=["gone", "silent behind its socket unit"])
+async def test_while_the_relay_is_down_senders_get_json_and_the_probe_200(proxy, accepts):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if accepts:
+            sock.listen()
+        async with proxy(sock.getsockname()[1]) as url, asyncio.timeout(30):
+            probe = exchange(url, request("POST", LAZYCHAT, b"{}", **PROBE))
+            event = exchange(url, request("POST", "/v1/events", adorn("s")))
+            async with asyncio.timeout(10):  # then LazyChat's plugin has given up
+                answers = await asyncio.gather(probe, event)
+    assert (answers[0].status, answers[0].json) == (200, {"success": True})
+    assert (answers[1].status, answers[1].json["error"]["code"]) == (503, "unavailable")
+    assert answers[1].headers["retry-after"] == "5"
+
+
+def test_the_proxies_lead_to_where_the_relay_listens_by_default_and_let_larger_bodies_through():
+    texts = {name: written(name) for name in ("nginx", "caddy")}
+    assert all(LISTEN in text for text in texts.values())
+    limits = re.findall(r"client_max_body_size (\d+)m;|max_size (\d+)MiB", "".join(texts.values()))
+    assert [int(one or other) * 2**20 > ServerConfig().max_body for one, other in limits] == [True, True]
+    kept = re.findall(r"keepalive(?:_timeout)? (\d+)s", "".join(texts.values()))
+    assert len(kept) == 2
+    assert all(int(each) < KEEPALIVE for each in kept)  # a request must not meet the closing

@@ -1,0 +1,554 @@
+"""What systemd and the daemon tell each other, over a real notify socket and really inherited ones."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from daemons import SERVE, SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from prometheus_client import ProcessCollector
+from support import FakeClock, until
+from wire import exchange, request
+
+from relay import app as app_module
+from relay.app import App
+from relay.cli import COMMANDS, exit_codes
+from relay.config.schema import Server
+from relay.delivery import progress
+from relay.errors import RelayError
+from relay.metrics import Metrics
+from relay.plugin_loading.loader import load
+from relay.process.systemd import Inherited, Notifier
+from relay.process.watchdog import Watchdog
+from relay.store import sqlite
+
+ROOT = Path(__file__).parents[2]
+
+
+class Manager:
+    """The other end of a notify socket."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self._flushes = []
+        self.told = []  # one dictionary per datagram
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def heard(self, key):
+        """Return every value of a key so far, in order."""
+        self._flush()
+        return [message[key] for message in self.told if key in message]
+
+    def close(self):
+        """Stop listening."""
+        self._tell("END")
+        self._reader.join()
+        self.socket.close()
+
+    def _flush(self):
+        """Wait until everything sent so far is read."""
+        done = threading.Event()
+        self._flushes.append(done)
+        self._tell("FLUSH")
+        assert done.wait(5)
+
+    def _tell(self, word):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(word.encode(), self.socket.getsockname())
+
+    def _read(self):
+        while (datagram := self.socket.recv(4096).decode()) != "END":
+            if datagram == "FLUSH":
+                self._flushes.pop(0).set()
+            else:
+                self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    manager = Manager(str(tmp_path / "notify"))
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def listening():
+    """A listening TCP socket, as a .socket unit opens it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
+        yield sock
+
+
+@pytest.fixture
+def private():
+    """Another one, for the admin side."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock:
+        yield sock
+
+
+# --- what is said ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("say", "said"),
+    [
+        (lambda n: n.ready("serving"), {"READY": "1", "STATUS": "serving"}),
+        (lambda n: n.stopping("draining"), {"STOPPING": "1", "STATUS": "draining"}),
+        (lambda n: n.status("two\nlines"), {"STATUS": "two lines"}),
+        (lambda n: n.alive(), {"WATCHDOG": "1"}),
+        (lambda n: n.extend(2.5), {"EXTEND_TIMEOUT_USEC": "2500000"}),
+    ],
+)
+def test_each_message_has_the_words_of_sd_notify(manager, say, said):
+    say(Notifier())
+    manager.heard("")
+    assert manager.told == [said]
+
+
+def test_a_reload_tells_its_moment_on_the_monotonic_clock(manager):
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    Notifier().reloading()
+    assert manager.heard("RELOADING") == ["1"]
+    [moment] = manager.heard("MONOTONIC_USEC")
+    assert before <= int(moment) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def test_an_address_with_an_at_sign_is_abstract():
+    manager = Manager(f"\0hookferry-test-{os.getpid()}")
+    Notifier({"NOTIFY_SOCKET": f"@hookferry-test-{os.getpid()}"}).alive()
+    assert manager.heard("WATCHDOG") == ["1"]
+    manager.close()
+
+
+def test_a_manager_that_is_gone_costs_a_line_in_the_log(tmp_path, caplog):
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).alive()
+    assert "cannot tell systemd WATCHDOG=1" in caplog.text
+
+
+def test_without_a_manager_nothing_is_said(caplog):
+    Notifier({}).ready("serving")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "60000000"}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": str(os.getpid())}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "often"}, None),
+        ({}, None),
+    ],
+)
+def test_the_watchdog_is_fed_only_where_systemd_watches_this_process(environment, seconds):
+    assert Notifier(environment).watchdog == seconds
+
+
+# --- sockets that systemd opened ------------------------------------------------------------------------
+
+
+def handed(names, pid=None):
+    return {"LISTEN_PID": str(pid or os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": names}
+
+
+def test_an_inherited_socket_is_taken_once_by_its_name(listening):
+    inherited = Inherited(handed("public"), first=os.dup(listening.fileno()))
+    assert inherited.names == {"public"}
+    assert inherited.take("admin") is None
+    with inherited.take("public") as sock:
+        assert sock.getsockname() == listening.getsockname()
+        assert not os.get_inheritable(sock.fileno())
+    assert inherited.take("public") is None
+
+
+def test_sockets_for_another_process_are_not_touched(listening):
+    assert Inherited(handed("public", pid=1), first=listening.fileno()).names == set()
+    assert listening.getsockname()
+
+
+def test_a_socket_that_does_not_listen_is_refused():
+    with socket.socket() as sock, pytest.raises(RelayError, match="not a listening TCP socket"):
+        Inherited(handed("public"), first=os.dup(sock.fileno())).take("public")
+
+
+def test_two_sockets_of_one_name_are_refused(listening):
+    first = 200  # and the next one: surely free
+    os.dup2(listening.fileno(), first)
+    os.dup2(listening.fileno(), first + 1)
+    environment = {**handed("public:public"), "LISTEN_FDS": "2"}
+    with pytest.raises(RelayError, match="two sockets are called 'public'"):
+        Inherited(environment, first=first)
+    os.close(first + 1)
+
+
+# --- the daemon -----------------------------------------------------------------------------------------
+
+
+async def test_a_daemon_tells_its_life(tmp_path, manager):
+    config = write_config(tmp_path, SOURCES)
+    async with Daemon(config) as daemon:
+        await until(lambda: manager.heard("READY") == ["1"])
+        assert "READY" not in manager.told[0]
+        assert manager.heard("EXTEND_TIMEOUT_USEC")
+        assert manager.heard("STATUS") == ["serving 5 sources and 0 destinations"]
+        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 3)
+        daemon.process.send_signal(signal.SIGHUP)
+        await until(lambda: manager.heard("READY") == ["1", "1"])
+        assert manager.heard("RELOADING") == ["1"]
+        assert manager.heard("STOPPING") == []
+        assert await daemon.stop() == 0
+    assert manager.heard("STOPPING") == ["1"]
+    assert manager.heard("STATUS")[-1] == "draining"
+
+
+async def test_a_long_migration_asks_for_more_time_as_long_as_it_takes(tmp_path, manager, monkeypatch):
+    migrate, end = sqlite.migrate, threading.Event()
+
+    async def long(connection, path):
+        await connection.create_function("wait", 0, end.wait)
+        await connection.execute("SELECT wait()")
+        await migrate(connection, path)
+
+    monkeypatch.setattr(sqlite, "migrate", long)
+    app = App(load(write_config(tmp_path, SOURCES)))
+    life = asyncio.create_task(app.run())
+    try:
+        await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > 5)
+        assert len(manager.heard("WATCHDOG")) > 5
+        assert manager.heard("READY") == []
+        end.set()
+        await until(lambda: manager.heard("READY"))
+        asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
+        await beats(app.watchdog, 4)
+        assert len(manager.heard("EXTEND_TIMEOUT_USEC")) == asked
+    finally:
+        end.set()
+        app.stopping.set()
+        await life
+
+
+async def test_a_long_drain_asks_for_more_time_as_long_as_it_gets_on(tmp_path, manager):
+    async with Recorder() as receiver:
+        receiver.open.clear()
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: receiver.busy)
+            relay.app.stopping.set()
+            await until(lambda: manager.heard("STOPPING"))
+            asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
+            await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > asked + 3)
+            receiver.open.set()
+
+
+async def test_the_watchdog_starves_while_the_loop_does_not_turn(tmp_path, manager):
+    async with running(write_config(tmp_path, SOURCES)):
+        await until(lambda: len(manager.heard("WATCHDOG")) > 3)
+        fed = len(manager.heard("WATCHDOG"))
+        threading.Event().wait(0.3)  # three deadlines
+        assert len(manager.heard("WATCHDOG")) == fed
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+
+
+async def beats(watchdog, count):
+    """Wait until the watchdog has had so many chances to feed."""
+    asked, stuck = [], watchdog._stuck
+    watchdog._stuck = lambda: asked.append(1) or stuck()
+    await until(lambda: len(asked) > count)
+
+
+async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(app_module, "WRITER_PATIENCE", 0.1)
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        writer = relay.app.store._writer
+        write, let_go = writer._gatherer.write, asyncio.Event()
+
+        async def wait(transaction, batch):
+            await let_go.wait()
+            await type(writer._gatherer).write(writer._gatherer, transaction, batch)
+
+        monkeypatch.setattr(writer._gatherer, "write", wait)
+        sender = asyncio.create_task(relay.exchange(request("POST", "/v1/events", adorn())))
+        await until(lambda: "not ready: the store's writer is stuck" in manager.heard("STATUS"))
+        fed = len(manager.heard("WATCHDOG"))
+        await beats(relay.app.watchdog, 4)
+        assert len(manager.heard("WATCHDOG")) == fed
+        answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
+        assert (answer.status, answer.json["reasons"]) == (503, ["the store's writer is stuck"])
+        let_go.set()
+        monkeypatch.setattr(writer._gatherer, "write", write)
+        assert (await sender).status == 200
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+
+
+async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    async with Recorder() as receiver:
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
+        async with running(config) as relay:
+            claim, let_go = relay.app.store.claim, asyncio.Event()
+
+            async def stall(*args, **named):
+                await let_go.wait()
+                return await claim(*args, **named)
+
+            monkeypatch.setattr(relay.app.store, "claim", stall)
+            relay.app.engine.lanes["crm"].wake()
+            wanted = "not ready: due deliveries to crm are not picked up"
+            await until(lambda: wanted in manager.heard("STATUS"))
+            fed = len(manager.heard("WATCHDOG"))
+            await beats(relay.app.watchdog, 4)
+            assert len(manager.heard("WATCHDOG")) == fed
+            let_go.set()
+            await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+
+
+async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/nobody"))
+    async with running(config) as relay:
+        for number in range(12):
+            await relay.exchange(request("POST", "/v1/events", adorn(f"s{number}")))
+        await until(lambda: relay.app.engine.lanes["crm"].held)
+        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 8)
+        assert relay.app._stuck() == []
+
+
+def test_a_reload_that_fails_ends_as_one_that_succeeds_in_serving(manager):
+    watchdog = Watchdog(Notifier(), stuck=list, status=lambda: "serving")
+    with pytest.raises(RelayError), watchdog.reloading():
+        raise RelayError("no such file")
+    assert manager.heard("RELOADING") == ["1"]
+    assert manager.heard("READY") == ["1"]
+    assert manager.heard("STATUS") == ["reloading", "serving"]
+
+
+async def test_starvation_is_said_once(manager, caplog):
+    watchdog = Watchdog(Notifier(), stuck=lambda: ["the loop limps"], status=lambda: "limping")
+    watchdog.started()
+    for _ in range(3):
+        watchdog._beat()
+        watchdog.stop()
+    assert caplog.text.count("the watchdog is not fed any more: the loop limps") == 1
+    assert manager.heard("WATCHDOG") == []
+
+
+def test_a_lane_that_looks_again_and_again_is_not_stuck():
+    class Lane:
+        looks = ((0, True), (0, True))
+
+    clock, lane = FakeClock(), Lane()
+    watch = progress.Progress(clock)
+    for look in range(5):
+        lane.looks = ((look, True), (look, True))
+        assert watch.stuck({"crm": lane}) == []
+        clock.advance(59)
+    assert watch.stuck({"crm": lane}) == []
+    clock.advance(2)
+    assert watch.stuck({"crm": lane}) == ["crm"]
+    lane.looks = ((4, True), (5, False))
+    assert watch.stuck({"crm": lane}) == ["crm"]
+    lane.looks = ((5, True), (5, False))
+    assert watch.stuck({"crm": lane}) == []
+
+
+# --- the unit files -------------------------------------------------------------------------------------
+
+UNITS = ROOT / "systemd"
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (package systemd)"
+)
+
+
+@pytest.fixture
+def units(tmp_path):
+    """The units beside each other, their program replaced by one that is on every machine."""
+    for file in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
+        text = file.read_text().replace("/opt/relay/bin/relay", "/bin/true")
+        (tmp_path / file.name).write_text(text)
+    return sorted(tmp_path.iterdir())
+
+
+def settings(unit):
+    """Return what a unit sets, by name; the last one counts."""
+    lines = [line for line in unit.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def analyze(*arguments):
+    command = ("systemd-analyze", *map(str, arguments))
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+@needs_systemd
+def test_systemd_finds_no_fault_in_the_units(units):
+    assert len(units) == 3
+    verified = analyze("verify", "--man=no", *units)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+
+
+@needs_systemd
+def test_systemd_finds_a_fault_that_is_there(units):
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    service.write_text(service.read_text().replace("ProtectClock=yes", "ProtectClok=yes"))
+    assert "ProtectClok" in analyze("verify", "--man=no", service).stderr
+
+
+@needs_systemd
+def test_the_service_is_exposed_at_1_4_at_most(units):
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    judged = analyze("security", "--offline=true", "--threshold=14", service)
+    assert judged.returncode == 0, judged.stdout
+    service.write_text(service.read_text().replace("ProtectSystem=strict\n", "").replace("User=relay\n", ""))
+    assert analyze("security", "--offline=true", "--threshold=14", service).returncode != 0
+
+
+def test_the_service_sees_the_users_of_the_machine_so_that_the_audit_names_them():
+    told = settings(UNITS / "relay.service")
+    hiding = {"PrivateUsers", "PrivateUsersEx", "UserNamespacePath", "DynamicUser", "RootImage"}
+    assert told.keys() & hiding == set()  # with these it would say "nobody"
+
+
+@pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])
+def test_what_a_unit_sets_is_explained(unit):
+    section, explained, bare = "", False, []
+    for line in (UNITS / unit).read_text().splitlines():
+        if line.startswith("["):
+            section, explained = line, False
+        elif line.startswith("#"):
+            explained = True
+        elif not line:
+            explained = False
+        elif section == "[Service]" and not explained:
+            bare.append(line)
+    assert bare == []
+
+
+def test_the_sockets_stand_for_the_listeners_of_the_reference():
+    config = tomllib.loads((ROOT / "config.toml").read_text())
+    for unit, name, listen in (
+        ("relay.socket", "public", config["server"]["listen"]),
+        ("relay-admin.socket", "admin", config["admin"]["listen"]),
+    ):
+        lines = (UNITS / unit).read_text().splitlines()
+        assert f"ListenStream={listen}" in lines
+        assert f"FileDescriptorName={name}" in lines
+
+
+def test_the_service_waits_longer_than_a_stop_may_take():
+    [seconds] = re.findall(r"^TimeoutStopSec=(\d+)s$", (UNITS / "relay.service").read_text(), re.MULTILINE)
+    assert int(seconds) > Server().shutdown_grace
+
+
+def test_the_service_may_read_what_the_metrics_of_its_process_need(monkeypatch):
+    def named(registry):
+        return {family.name for family in registry.collect() if family.name.startswith("process_")}
+
+    monkeypatch.setattr(ProcessCollector, "_boot_time", lambda _: open("/proc/none"))  # noqa: PTH123, SIM115
+    assert named(Metrics().registry) == set()  # without /proc/stat, as with ProcSubset=pid
+    monkeypatch.undo()
+    assert "process_resident_memory" in "".join(named(Metrics().registry))
+    assert "ProcSubset=" not in re.sub(r"(?m)^#.*", "", (UNITS / "relay.service").read_text())
+
+
+@needs_systemd
+def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
+    page = (ROOT / "docs" / "install.md").read_text()
+    [line] = re.findall(r"`(LoadCredential=[^`]+)`", page)
+    [service] = [unit for unit in units if unit.suffix == ".service"]
+    service.write_text(service.read_text().replace("[Install]", f"{line}\n\n[Install]"))
+    verified = analyze("verify", "--man=no", service)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    service.write_text(service.read_text().replace(line, "LoadCredential=c/r/m:/etc/crm"))
+    assert 'Credential name "c/r/m" not valid' in analyze("verify", "--man=no", service).stderr
+
+
+def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
+    told = settings(UNITS / "relay.service")
+    assert told["RestartPreventExitStatus"] == str(exit_codes.CONFIG)
+    assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
+    assert [
+        name for name in told if name.startswith("ExecStartPre")
+    ] == []  # it would fail before a socket is held
+
+
+def test_the_commands_of_the_service_are_ones_there_are():
+    service = (UNITS / "relay.service").read_text()
+    named = re.findall(r"^Exec\w+=/opt/relay/bin/relay ([\w-]+)", service, re.MULTILINE)
+    assert named
+    assert set(named) <= set(COMMANDS)
+
+
+# --- socket activation ----------------------------------------------------------------------------------
+
+ACTIVATED = """\
+exec 3<&"$1" 4<&"$2"
+shift 2
+LISTEN_PID=$$ LISTEN_FDS=2 exec systemd-socket-activate --fdname=public:admin "$@"
+"""
+"""systemd-socket-activate, with two sockets that outlive it, as those of .socket units do."""
+
+RESTARTS = 20
+
+
+@needs_systemd
+async def test_restarts_behind_socket_units_are_not_noticed_by_senders(tmp_path, manager, listening, private):
+    config = write_config(tmp_path, SOURCES)
+    host, port = listening.getsockname()
+    statuses = []
+
+    async def start():
+        starts = len(manager.heard("READY"))
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", ACTIVATED, "bash", str(listening.fileno()), str(private.fileno())),
+            *("--setenv=NOTIFY_SOCKET", *SERVE, "-c", str(config)),
+            pass_fds=[listening.fileno(), private.fileno()],
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        await until(lambda: len(manager.heard("READY")) > starts)
+        return process
+
+    async def send():
+        while True:
+            answer = await exchange(f"http://{host}:{port}", request("POST", "/v1/events", adorn()))
+            statuses.append(answer.status)
+
+    senders = [asyncio.create_task(send()) for _ in range(4)]
+    process = await start()
+    try:
+        for _ in range(RESTARTS):
+            answered = len(statuses)
+            await until(lambda least=answered: len(statuses) > least + 20)
+            process.terminate()
+            assert await process.wait() == 0
+            process = await start()
+        answered = len(statuses)
+        await until(lambda: len(statuses) > answered + 20)
+        admin_host, admin_port = private.getsockname()
+        admin = await exchange(f"http://{admin_host}:{admin_port}", request("GET", "/ready"))
+        assert admin.status == 200
+    finally:
+        failed = [sender.exception() for sender in senders if sender.done()]
+        for sender in senders:
+            sender.cancel()
+        await asyncio.gather(*senders, return_exceptions=True)
+        process.terminate()
+        await process.wait()
+    assert failed == []
+    assert set(statuses) == {200}
+    assert len(manager.heard("READY")) == RESTARTS + 1

@@ -1,0 +1,189 @@
+"""What is made of sloppy answers, however they are cut into segments."""
+
+import asyncio
+
+import pytest
+import receivers
+from client import send
+from receivers import head
+from sloppy import OK, SLOPPY, status_of
+
+from relay.delivery.http.response import (
+    ANNOUNCEMENT_LIMIT,
+    HEAD_LIMIT,
+    KEEP_LIMIT,
+    LINE_LIMIT,
+    READ_LIMIT,
+    WIRE_LIMIT,
+    Reply,
+)
+from relay.delivery.http.result import of_status
+
+pytestmark = pytest.mark.usefixtures("silence")
+
+MOST_CUTS = 300
+
+
+def read(pieces, *, ends=True):
+    """Return everything that is known of an answer that comes in these pieces, and whether it ended."""
+    reply = Reply()
+    for piece in pieces:
+        reply.feed(piece)
+    over = reply.is_over
+    if ends:
+        reply.end()
+    known = (reply.status, reply.reason, reply.headers, bytes(reply.body), reply.whole, reply.trouble)
+    return (*known, reply.keeps, reply.excess, over)
+
+
+def cuts(data):
+    """Return places to cut at: all of them, or those at both ends and some between."""
+    if len(data) <= MOST_CUTS:
+        return range(1, len(data))
+    step = len(data) // MOST_CUTS
+    return sorted({*range(1, 100), *range(100, len(data), step), *range(len(data) - 50, len(data))})
+
+
+def segmentations(data):
+    """Cut an answer in two at every place, into single bytes, and behind each of its lines."""
+    yield from ((data[:at], data[at:]) for at in cuts(data))
+    yield [data[at : at + 1] for at in range(len(data))]
+    yield data.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("name", SLOPPY)
+def test_an_answer_is_the_same_however_it_is_cut(name):
+    data = SLOPPY[name][0]
+    whole = read([data])
+    assert whole[0] == status_of(name)
+    for pieces in segmentations(data):
+        assert read(pieces) == whole, pieces
+
+
+@pytest.mark.parametrize("name", SLOPPY)
+@pytest.mark.parametrize("cut", ["whole", "status line", "head", "lines"])
+async def test_a_status_line_that_was_heard_decides(client_for, name, cut):
+    data, status = SLOPPY[name][0], status_of(name)
+    at = {"whole": len(data), "status line": data.find(b"\n") + 1, "head": data.find(b"\n\r\n") + 3}.get(cut)
+    pieces = data.splitlines(keepends=True) if at is None else [data[:at], data[at:]]
+    if len(pieces) > MOST_CUTS // 10:
+        pieces = [data[:100], data[100:]]
+    async with receivers.says_in_pieces(pieces=pieces) as receiver:
+        answer = await send(client_for(), receiver.url)
+        assert answer.status == status
+        assert answer.result == ("protocol" if status is None else of_status(status))
+        assert len(receiver.requests) == 1
+
+
+async def test_a_refusal_steers_also_with_a_broken_head(client_for):
+    broken = b"HTTP/1.1 503 Wait\r\nnonsense\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: x\r\n\r\n"
+    async with receivers.says(answer=broken) as receiver:
+        answer = await send(client_for(), receiver.url)
+        assert (answer.status, answer.headers) == (503, {"retry-after": "7"})
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "200 OK"])
+async def test_what_comes_late_behind_an_answer_fails_no_later_attempt(client_for, status):
+    async with receivers.says_more_later(status=status) as receiver:
+        client = client_for()
+        answers = [await send(client, receiver.url) for _ in range(20)]
+        assert {answer.result for answer in answers} == {"ok"}
+        assert len(receiver.requests) <= 21  # the first one that met the rest of its predecessor
+
+
+async def test_after_a_connection_carried_more_than_announced_none_is_kept_for_a_while(
+    client_for, monkeypatch
+):
+    monkeypatch.setattr("relay.delivery.http.http_client.DISTRUST", 0.3)
+    async with receivers.says_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
+        client = client_for()
+        await send(client, sloppy.url)
+        await asyncio.sleep(0.05)  # for what comes later
+        await send(client, tidy.url)
+        await send(client, tidy.url)
+        assert tidy.connections == 2
+        await asyncio.sleep(0.3)
+        await send(client, tidy.url)
+        await send(client, tidy.url)
+        assert tidy.connections == 3
+
+
+KEPT = {
+    "HTTP/1.1": (head(content_length=2) + b"ok", True),
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", False),
+    "HTTP/1.0 with the wish": (
+        b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 2\r\n\r\nok",
+        True,
+    ),
+    "the wish to close": (head(content_length=2, connection="keep-alive, Close") + b"ok", False),
+    "chunks": (head(transfer_encoding="chunked") + b"2;x=y\r\nok\r\n0\r\nTrailer: a\r\n\r\n", True),
+    "a 204": (head("204 No Content"), True),
+    "a 204 with a length": (head("204 No Content", content_length=2), False),
+    "a 304 with a length": (head("304 Not Modified", content_length=2), False),
+    "length and chunks": (head(content_length=2, transfer_encoding="chunked") + b"0\r\n\r\n", False),
+    "more than announced": (head(content_length=2) + b"okay", False),
+    "a broken header": (OK + b"nonsense\r\nContent-Length: 0\r\n\r\n", False),
+    "too many headers": (OK + b"X: y\r\n" * 200 + b"\r\n", False),
+    "switching protocols": (head("101 Switching Protocols", content_length=0), False),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_connection_is_kept_only_where_nothing_is_in_doubt(name):
+    data, keeps = KEPT[name]
+    for pieces in ([data], *segmentations(data)):
+        assert read(pieces, ends=False)[-3] == keeps, pieces
+
+
+@pytest.mark.parametrize("count", [ANNOUNCEMENT_LIMIT, ANNOUNCEMENT_LIMIT + 1])
+def test_announcements_before_the_answer_have_a_limit(count):
+    data = head("102 Processing") * count + head(content_length=0)
+    whole = read([data])
+    assert whole[0] == (200 if count == ANNOUNCEMENT_LIMIT else None)
+    assert read([data[at : at + 7] for at in range(0, len(data), 7)]) == whole
+
+
+def test_a_body_is_kept_and_read_up_to_its_limits():
+    for size, whole in ((KEEP_LIMIT, True), (KEEP_LIMIT + 1, False), (READ_LIMIT, False)):
+        reply = Reply()
+        reply.feed(head(content_length=size) + bytes(size))
+        assert (len(reply.body), reply.whole, reply.keeps) == (min(size, KEEP_LIMIT), whole, True)
+    reply = Reply()
+    reply.feed(head(content_length=READ_LIMIT + 1) + bytes(READ_LIMIT + 1))
+    assert (len(reply.body), reply.whole, reply.keeps, reply.is_over) == (KEEP_LIMIT, False, False, True)
+
+
+ENDLESS = {
+    "announcements": (b"", head("103 Early Hints"), None),
+    "one announcement": (b"HTTP/1.1 103 Hints\r\n", b"X: y\r\n", None),
+    "a status line": (b"HTTP/1.1 200 ", b"x", None),
+    "empty lines": (b"", b"\r\n", None),
+    "headers": (OK, b"X: y\r\n", 200),
+    "a header": (OK + b"X: ", b"y", 200),
+    "a body": (OK + b"\r\n", b"x", 200),
+    "chunks": (head(transfer_encoding="chunked"), b"1\r\nx\r\n", 200),
+    "remarks behind chunk sizes": (
+        head(transfer_encoding="chunked"),
+        b"1;" + b"r" * 8000 + b"\r\nx\r\n",
+        200,
+    ),
+    "a remark": (head(transfer_encoding="chunked") + b"1;", b"r", 200),
+    "trailers": (head(transfer_encoding="chunked") + b"0\r\n", b"X: y\r\n", 200),
+    "a trailer": (head(transfer_encoding="chunked") + b"0\r\nX: ", b"y", 200),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("size", [1000, 2**18])
+def test_whatever_never_ends_is_left_after_some_bytes(name, size):
+    start, more, status = ENDLESS[name]
+    reply = Reply()
+    reply.feed(start)
+    fed = 0
+    stream = more * (2 * WIRE_LIMIT // len(more))
+    while not reply.is_over:
+        assert fed < 1.5 * WIRE_LIMIT
+        reply.feed(stream[fed : fed + size])
+        fed += size
+    assert (reply.status, reply.keeps) == (status, False)
+    assert len(reply._pending) <= max(HEAD_LIMIT, LINE_LIMIT)
