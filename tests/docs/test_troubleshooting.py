@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
-from relay import checkup
+from relay import doctor as checks
 from relay.cli import main
-from relay.store import doctor
+from relay.store import doctor as database_checks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -62,9 +62,9 @@ def test_every_check_of_the_doctor_and_every_alert_on_the_page_exists():
     rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
     alerts = set(re.findall(r"alert: (\w+)", rules))
     assert set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE)) <= alerts
-    checks = {check.__name__ for check in (*doctor.SURROUNDINGS, *doctor.INSIDE)}
+    checks = {check.__name__ for check in (*database_checks.SURROUNDINGS, *database_checks.INSIDE)}
     checks |= {"database", "held", "jobs", "ready", "writable", "backups", "config"}
-    assert {checkup.held.__name__, checkup.jobs.__name__, checkup.ready.__name__} <= checks
+    assert {checks.held.__name__, checks.jobs.__name__, checks.ready.__name__} <= checks
     assert set(re.findall(r"[Cc]hecks? `(\w+)`", PAGE)) <= checks
 
 
