@@ -8,6 +8,7 @@ import click
 import pytest
 
 from relay import doctor as checks
+from relay import doctor as machine
 from relay.cli import main
 from relay.store import doctor as database_checks
 
@@ -64,7 +65,7 @@ def test_every_check_of_the_doctor_and_every_alert_on_the_page_exists():
     assert set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE)) <= alerts
     checks = {check.__name__ for check in (*database_checks.SURROUNDINGS, *database_checks.INSIDE)}
     checks |= {"database", "held", "jobs", "ready", "writable", "backups", "config"}
-    assert {checks.held.__name__, checks.jobs.__name__, checks.ready.__name__} <= checks
+    assert {machine.held.__name__, machine.jobs.__name__, machine.ready.__name__} <= checks
     assert set(re.findall(r"[Cc]hecks? `(\w+)`", PAGE)) <= checks
 
 
