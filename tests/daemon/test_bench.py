@@ -157,3 +157,43 @@ def test_events_beside_floods_are_timed_and_judged():
     ]
     assert all(re.search(r" (met|missed)$", row) for row in rows)
     assert target == "  target of p99: 50 ms"
+
+
+def test_both_layouts_of_deliveries_are_measured_and_judged():
+    """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
+    command = [sys.executable, "-m", "bench.layouts", "--rows", "2000", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    _, one, queue, head, *rows, verdict = done.stdout.splitlines()
+    assert [re.sub(r"[0-9]+([.][0-9]+)?", "N", line) for line in (one, queue)] == [
+        "one table: filled in N s, N MiB",
+        "queue table: filled in N s, N MiB",
+    ]
+    assert head.split() == [
+        "median",
+        "CPU,",
+        "microseconds",
+        "one",
+        "table",
+        "queue",
+        "table",
+        "ratio",
+        "(least-most)",
+    ]
+    assert [row.split("  ")[0] for row in rows] == [
+        *(f"event with 1 delivery: {what}" for what in ("append", "settle", "both")),
+        *(f"event with 3 deliveries: {what}" for what in ("append", "settle", "both")),
+        "claim of 128",
+        "settle a claimed delivery",
+        "list: deliveries",
+        "list: destination=crm",
+        "list: destination=crm state=delivered",
+        "list: destination=crm state=dead",
+        "list: destination=erp state=pending",
+        "list: destination=late state=pending",
+        "list: events with counts by state",
+        "list: events state=dead",
+        "lists together",
+        "delete an old event",
+    ]  # fmt: skip
+    assert all(re.search(r" [0-9,]+ +[0-9,]+ +[0-9.]+ \([0-9.]+-[0-9.]+\)$", row) for row in rows)
+    assert verdict.startswith("more than 3% worse with the queue table: ")
