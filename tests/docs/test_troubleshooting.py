@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import pytest
 
-from relay import doctor as checks
 from relay import doctor as machine
 from relay.cli import main
 from relay.store import doctor as database_checks
