@@ -17,7 +17,11 @@ from relay.plugin_loading.loader import load
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 README = (ROOT / "README.md").read_text()
 OPERATING = (ROOT / "docs" / "operating.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
@@ -30,20 +34,54 @@ def app(tmp_path_factory):
     return App(load(file))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_link_within_the_project_leads_to_a_file(page):
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    local = [target for target in targets if not target.startswith(("http://", "https://"))]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_within_the_project_leads_to_a_file_and_a_heading(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for target in targets:
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_index_has_every_page_and_no_other():
+    index = DOCS / "index.md"
+    rows = re.findall(r"^\| \[(\S+)\]\((\S+)\) \| .+ \|$", index.read_text(), re.MULTILINE)
+    assert all(text == target for text, target in rows)
+    listed = [(DOCS / target).resolve() for _, target in rows]
+    assert sorted(listed) == sorted(set(PAGES) - {index, ROOT / "README.md"})
+
+
+def test_a_statement_about_another_project_names_its_source():
+    page = (DOCS / "comparison.md").read_text()
+    others = page.split("\n## ")[1:-1]
+    assert [part.split("\n")[0] for part in others] == [
+        "Svix", "Convoy", "Outpost", "Hook0", "Hookaido", "adnanh/webhook", "Alertmanager",
+    ]  # fmt: skip
+    for part in others:
+        for heading in ("What it is for", "What it does better"):
+            paragraph = part.partition(f"**{heading}.**")[2].partition("\n\n")[0]
+            assert "](https://" in paragraph, (part.split("\n")[0], heading)
+        assert "**Choose it instead**" in part
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_command_of_ours_that_a_page_shows_is_one_there_is(page):
     shown = re.findall(r"(?:`|bin/|^)relay ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
     assert set(shown) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_toml_on_a_page_is_toml(page):
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
         assert tomllib.loads(block)
