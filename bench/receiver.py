@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import cast
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
@@ -27,9 +29,17 @@ class _Receiver(asyncio.Protocol):
             self._transport.write(_ANSWER)
 
 
-async def receive() -> None:
-    """Receive until the process is ended."""
+@asynccontextmanager
+async def listening() -> AsyncIterator[str]:
+    """Receive on a free port of the loopback interface; yields the URL."""
     server = await asyncio.get_running_loop().create_server(_Receiver, "127.0.0.1", 0, backlog=1024)
     host, port = server.sockets[0].getsockname()
-    print(f"listens on http://{host}:{port}", flush=True)
-    await server.serve_forever()
+    async with server:
+        yield f"http://{host}:{port}"
+
+
+async def receive() -> None:
+    """Receive until the process is ended."""
+    async with listening() as url:
+        print(f"listens on {url}", flush=True)
+        await asyncio.Event().wait()

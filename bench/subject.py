@@ -54,10 +54,16 @@ def request(prefix: str = "") -> bytes:
 REQUEST = request()
 
 
+def write_config(folder: Path, destination: str | None = None, more: str = "") -> Path:
+    """Write a config.toml with one destination at that URL or with none, and more configured."""
+    config = folder / "config.toml"
+    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else "") + more)
+    return config
+
+
 @asynccontextmanager
 async def relay(folder: Path, destination: str | None = None, more: str = "") -> AsyncIterator[Server]:
     """Run `relay serve` in a folder, with one destination at that URL or with none, and more configured."""
-    config = folder / "config.toml"
-    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else "") + more)
+    config = write_config(folder, destination, more)
     async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
         yield server
