@@ -14,7 +14,7 @@ from bench.relay import relay_round
 from bench.rounds import Comparison, Plan, Round, alternate
 from bench.subject import TOKEN, relay, request
 
-_ANIMALS = Path(__file__).parents[1] / "tests" / "zoo.py"
+_ANIMALS = Path(__file__).parents[1] / "tests" / "helpers" / "zoo.py"
 _FED = 4  # events for every animal, at the beginning of a round
 _PREFIX = "/zoo"
 _KEEPER = f"""\

@@ -1,5 +1,5 @@
 <?php
-// Puts the cases on stdin to `verify` of docs/receiving.md, as tests/snippets.py says.
+// Puts the cases on stdin to `verify` of docs/receiving.md, as tests/helpers/snippets.py says.
 declare(strict_types=1);
 require __DIR__ . '/verify.php';
 $answers = [];

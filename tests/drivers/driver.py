@@ -1,4 +1,4 @@
-"""Puts the cases on stdin to `verify` of docs/receiving.md, as tests/snippets.py says."""
+"""Puts the cases on stdin to `verify` of docs/receiving.md, as tests/helpers/snippets.py says."""
 
 import base64
 import json

@@ -6,4 +6,5 @@ From the root of the repository: `python -m tests.torture.kill --cycles 1000`.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # what pytest's `pythonpath` setting does in the suite
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS)]  # as pytest's `pythonpath` setting does in the suite

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from daemons import Daemon
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parents[2]
 STATUS = Path("/var/lib/dpkg/status")
 BULK = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/i18n/")
 FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "config.toml", "pyproject.toml")

@@ -23,7 +23,7 @@ from relay.sources.lazychat import LazyChat
 from relay.sources.moddy import Moddy
 from relay.sources.whatsapp import WhatsApp
 
-ROOT = Path(__file__).parent / "samples"
+ROOT = Path(__file__).parents[1] / "samples"
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 _PLACEHOLDERS = {
     "<event_id>": re.compile(f"evt_{UUID}"),

@@ -43,7 +43,7 @@ format = "json"
 
 PLUGINS = f"""
 [plugins]
-dirs = ["{Path(__file__).parent / "plugins"}"]
+dirs = ["{Path(__file__).parents[1] / "plugins"}"]
 """
 
 SOURCES = """\

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PAGE = (TESTS.parent / "docs" / "receiving.md").read_text()
 SECRET = "whsec_aG9va2ZlcnJ5IGV4YW1wbGUga2V5LCAzMiBieXRlcy4="
 OTHER = "whsec_" + base64.b64encode(b"another key of 32 bytes, for it.").decode()

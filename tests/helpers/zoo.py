@@ -1,6 +1,6 @@
 """Every way of misbehaving at once: one server per animal, with the result that an attempt at it has.
 
-`python tests/zoo.py` keeps them all until the process is ended, and prints where they live.
+`python tests/helpers/zoo.py` keeps them all until the process is ended, and prints where they live.
 """
 
 import asyncio
