@@ -14,13 +14,13 @@ from relay.ingest.body import Patience
 from relay.ingest.handler import Ingest
 from relay.ingest.routes import Mount, mounts_of
 from relay.ingest.sender_address import Remote
-from relay.jobs.retention import Policy
-from relay.jobs.upkeep import Upkeep
+from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
 from relay.routing.filters import Router
 from relay.routing.router import router_of
 from relay.store import Store
+from relay.store.retention_policy import Policy
 from relay.workers.watch import Rulebook, Watch
 
 

@@ -1,70 +1,55 @@
-"""How long what has been dealt with is kept: a pure rule, asked per event."""
+"""Retention at work: each minute, what has been dealt with goes, and what nobody takes expires."""
 
-import re
-from collections.abc import Mapping
-from fnmatch import translate
+import asyncio
+import logging
 
-import msgspec
+from relay.delivery.dispatcher import Engine
+from relay.delivery.lane import NO_STORAGE, Lane
+from relay.store import Store
+from relay.store.retention_policy import Policy
 
-from relay.base.clock import SECOND
-from relay.config.schema import Config, Retention, SourceRetention
-
-
-class Keep(msgspec.Struct, frozen=True):
-    """How long events of a kind are kept, in microseconds."""
-
-    events: int  # since their receipt
-    dead: int  # since a delivery of theirs died, whatever `events` says
+log = logging.getLogger("relay.upkeep")
 
 
-class Policy:
-    """What `[retention]` and the sources' own `retention` say together; all in microseconds."""
+class Upkeep:
+    """Keeps the store as small as its policy says; `policy` may be replaced at any time."""
 
-    def __init__(self, default: Retention, sources: Mapping[str, SourceRetention] | None = None) -> None:
-        self.held = _micros(default.held)
-        self.attempts = _micros(default.attempts)
-        self.stats = _micros(default.stats)
-        self.default = Keep(_micros(default.events), _micros(default.dead))
-        self.sources: dict[str, Keep] = {}  # that differ from the default in all of their types
-        self._types: dict[str, list[tuple[re.Pattern[str], Keep]]] = {}
-        for name, rules in (sources or {}).items():
-            if rules.events is not None:
-                self.sources[name] = Keep(_micros(rules.events), self.default.dead)
-            if rules.types:
-                self._types[name] = [
-                    (re.compile(translate(f"{name}.{pattern}")), Keep(_micros(kept), _micros(kept)))
-                    for pattern, kept in rules.types.items()
-                ]
+    every = 60.0  # seconds between two passes
 
-    @classmethod
-    def of_config(cls, config: Config) -> "Policy":
-        """Return what a whole config says."""
-        return cls(config.retention, {name: source.retention for name, source in config.sources.items()})
+    def __init__(self, store: Store, engine: Engine, policy: Policy) -> None:
+        self.policy = policy
+        self._store = store
+        self._engine = engine
 
-    @property
-    def by_type(self) -> tuple[str, ...]:
-        """The sources of which some types are kept differently."""
-        return tuple(self._types)
+    async def run(self) -> None:
+        """Make one pass, which leaves to the next what would take too long."""
+        names = await self._holding()
+        expired = 0
+        while some := await self._store.expire_held(names, self.policy.held):
+            expired += some
+        if expired:
+            log.error("%d deliveries expired: nobody took them within [retention] held", expired)
+        began = asyncio.get_running_loop().time()
+        pruned = await self._store.prune(self.policy)
+        if pruned.events or pruned.attempts or pruned.pages or not pruned.done:
+            log.info(
+                "retention: %d events and %d attempts gone, %d pages given back in %.1f s%s",
+                pruned.events,
+                pruned.attempts,
+                pruned.pages,
+                asyncio.get_running_loop().time() - began,
+                "" if pruned.done else ", more next time",
+            )
 
-    def of_type(self, source: str, full_type: str) -> Keep | None:
-        """Return the rule of a type's own, the first that fits; None: its source's holds.
-
-        One of these is for bodies that nobody shall have for longer: it limits what is dead as well.
-        """
-        for pattern, keep in self._types.get(source, ()):
-            if pattern.match(full_type):
-                return keep
-        return None
-
-    def shortest(self, source: str) -> int:
-        """Return the least time for which any event of a source is kept."""
-        own = [keep.events for _, keep in self._types.get(source, ())]
-        return min([*own, self.sources.get(source, self.default).events])
-
-    def of(self, source: str, full_type: str) -> Keep:
-        """Return how long events of this source and full type are kept."""
-        return self.of_type(source, full_type) or self.sources.get(source, self.default)
+    async def _holding(self) -> set[str]:
+        """Return the destinations that take nothing: also those that are not in the config any more."""
+        found = {name for name, lane in self._engine.lanes.items() if _takes_nothing(lane)}
+        for name, counts in (await self._store.counts()).items():
+            if counts.pending and name not in self._engine.lanes:
+                found.add(name)
+        return found
 
 
-def _micros(seconds: float) -> int:
-    return int(seconds * SECOND)
+def _takes_nothing(lane: Lane) -> bool:
+    """A probe under way is no sign of life yet."""
+    return lane.held not in {None, NO_STORAGE} or lane.standing.circuit.is_open

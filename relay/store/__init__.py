@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from relay.config.schema import WorkerRules
-from relay.jobs.retention import Policy
 from relay.model import (
     Backup,
     Born,
@@ -41,6 +40,7 @@ from relay.model import (
 )
 from relay.store.counts import Backlog, Counts
 from relay.store.page import Page
+from relay.store.retention_policy import Policy
 
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]

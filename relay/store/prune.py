@@ -16,10 +16,10 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
-from relay.jobs.retention import Policy
 from relay.model import Pruned
 from relay.store.disk import Disk
 from relay.store.mark import GIVEN_SQL
+from relay.store.retention_policy import Policy
 from relay.store.statements import fetch, run
 from relay.store.times import FORGET_SQL
 from relay.store.transaction import Transaction

@@ -10,7 +10,7 @@ import pytest
 
 from relay.base.clock import SystemClock
 from relay.config.schema import Retention
-from relay.jobs.retention import Policy
+from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]

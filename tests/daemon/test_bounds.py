@@ -21,12 +21,12 @@ from relay.config.schema import Retention, SourceRetention
 from relay.errors import Overloaded
 from relay.ingest import dedupe
 from relay.ingest.dedupe import Echoes, fingerprint
-from relay.jobs.retention import Policy
 from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.plugin_loading.loader import load
 from relay.process import logs
 from relay.process.logs import Sparing
 from relay.store import Acceptance, fleet, prune, workers
+from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
 DESIGN = (Path(__file__).parents[2] / "docs" / "design.md").read_text()

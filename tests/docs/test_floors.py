@@ -12,7 +12,7 @@ FLOORS = (
     ("relay", "errors", "base", "model", "process"),
     (
         "config.secrets", "keys", "signing", "routing.envelope", "routing.conditions", "routing.subscription",
-        "routing.filters", "formats", "config", "delivery.retry", "workers.rules", "jobs.retention",
+        "routing.filters", "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",
     ),
     ("incoming", "source", "hookspecs", "store", "api.query_params", "api.views", "api.pending_views"),

@@ -11,9 +11,9 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.base.ids import event_id
 from relay.config.schema import Retention, SourceRetention
-from relay.jobs.retention import Policy
 from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, prune, times
+from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0

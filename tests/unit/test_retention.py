@@ -4,7 +4,7 @@ import pytest
 
 from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
-from relay.jobs.retention import Keep, Policy
+from relay.store.retention_policy import Keep, Policy
 
 HOUR, DAY = 3600 * SECOND, 86_400 * SECOND
 RULES = {

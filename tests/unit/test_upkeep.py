@@ -9,11 +9,11 @@ from support import FakeClock
 from relay.base.ids import event_id
 from relay.config.schema import DestinationConfig, Retention
 from relay.delivery.dispatcher import Engine
-from relay.jobs.retention import Policy
-from relay.jobs.upkeep import Upkeep
+from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.model import DestinationState, Owed, StoredEvent
 from relay.store import Acceptance
+from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
