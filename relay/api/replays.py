@@ -13,7 +13,7 @@ from relay.api.selection import FIELDS, Filter
 from relay.base.clock import rfc3339
 from relay.base.units import parse_rate, render_rate
 from relay.errors import RelayError
-from relay.jobs.replay import DEFAULT_RATE, Replay, Wish
+from relay.jobs.replay import DEFAULT_RATE, Replay, ReplayRequest
 from relay.model import Named, Selection
 from relay.routing.router import explained
 from relay.store import Cancelled
@@ -79,12 +79,12 @@ class RepeatsApi:
         rate = read_field("rate", parse_rate, asked.rate)
         if asked.events is not None:
             _either(asked, "events")
-            wish = Wish(what=await self._store.name_events(asked.events), to=asked.to, rate=rate)
+            wish = ReplayRequest(what=await self._store.name_events(asked.events), to=asked.to, rate=rate)
         else:
-            wish = Wish(what=self._selection(asked, "events"), to=asked.to, rate=rate)
+            wish = ReplayRequest(what=self._selection(asked, "events"), to=asked.to, rate=rate)
         return await self._begin(wish, dry_run=asked.dry_run)
 
-    async def _begin(self, wish: Wish, *, dry_run: bool) -> web.Response:
+    async def _begin(self, wish: ReplayRequest, *, dry_run: bool) -> web.Response:
         if dry_run:
             return say({"count": await self._replays.count(wish)})
         return say(_item(await self._replays.start(wish)), 201)
@@ -109,7 +109,7 @@ class RepeatsApi:
             hint = "dead, expired, cancelled and delivered ones are repeated, pending ones made due now"
             raise RelayError("the filter must name a state", hint=hint)
         if selection.state != "pending":
-            wish = Wish(what=selection, rate=read_field("rate", parse_rate, asked.rate))
+            wish = ReplayRequest(what=selection, rate=read_field("rate", parse_rate, asked.rate))
             return await self._begin(wish, dry_run=asked.dry_run)
         count = hurried = 0
         async for page in self._store.pending(selection):
@@ -171,8 +171,8 @@ def _item(replay: Replay) -> dict[str, Any]:
         "done": replay.done,
         "created": replay.created,
         "skipped": replay.skipped,
-        "to": replay.wish.to,
-        "rate": render_rate(replay.wish.rate),
+        "to": replay.request.to,
+        "rate": render_rate(replay.request.rate),
         "per_second": round(replay.per_second, 1),
         "eta_seconds": None if replay.eta is None else round(replay.eta, 1),
         "reached": None if replay.reached is None else rfc3339(replay.reached),

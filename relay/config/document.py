@@ -10,7 +10,6 @@ import msgspec
 
 from relay.config.installed_service import service_of
 from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError
-from relay.config.toml_lines import find_lines
 
 _AT_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _AT_END = " (at end of document)"
@@ -77,3 +76,143 @@ def _syntax(file: str, text: str, message: str) -> Problem:
         line = text.count("\n") + 1 if message.endswith(_AT_END) else 0
         message = message.removesuffix(_AT_END)
     return Problem(file, line, "", f"not valid TOML: {message[:1].lower()}{message[1:]}")
+
+
+_BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
+_SPACE = re.compile(r"[ \t]*")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_SCALAR = re.compile(r"[^,\]}#\n]+")
+_STRING = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}(?!")'
+    r"|'''.*?'{3,5}(?!')"
+    r'|"(?:\\.|[^"\\])*"'
+    r"|'[^']*'",
+    re.DOTALL,
+)
+
+
+def find_lines(text: str) -> dict[KeyPath, int]:
+    """Return the line, counted from 1, of every key, table and array element of a valid TOML text.
+
+    A table made by several headers or dotted keys is where its own header stands, or else where it
+    is first named. The text must have passed `tomllib.loads`: nothing is checked a second time.
+    """
+    scanner = _Scanner(text.replace("\r\n", "\n"))
+    scanner.document()
+    return scanner.lines
+
+
+class _Scanner:
+    """Walks over a text once; `at` is always between two tokens."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.lines: dict[KeyPath, int] = {(): 1}
+        self._line, self._counted = 1, 0
+        self._tables: dict[KeyPath, int] = {}  # arrays of tables: how many so far
+
+    def document(self) -> None:
+        table: KeyPath = ()
+        self._skip(_BLANK)
+        while self.at < len(self.text):
+            if self._peek() == "[":
+                table = self._header()
+            else:
+                self._pair(table)
+            self._skip(_BLANK)
+
+    def _header(self) -> KeyPath:
+        line, brackets = self._here(), 2 if self.text.startswith("[[", self.at) else 1
+        self.at += brackets
+        keys = self._keys()
+        self.at += brackets
+        path: KeyPath = ()
+        for key in keys[:-1]:
+            path = (*path, key)
+            self.lines.setdefault(path, line)
+            if path in self._tables:  # a header continues in the array's last table
+                path = (*path, self._tables[path] - 1)
+        path = (*path, keys[-1])
+        if brackets == 2:  # noqa: PLR2004 - the two brackets of an array of tables
+            self.lines.setdefault(path, line)
+            index = self._tables.get(path, 0)
+            self._tables[path] = index + 1
+            path = (*path, index)
+        self.lines[path] = line
+        return path
+
+    def _pair(self, path: KeyPath) -> None:
+        line = self._here()
+        for key in self._keys():
+            path = (*path, key)
+            self.lines.setdefault(path, line)
+        self.at += 1  # the equals sign
+        self._skip(_SPACE)
+        self._value(path)
+
+    def _value(self, path: KeyPath) -> None:
+        first = self._peek()
+        if first == "[":
+            self._array(path)
+        elif first == "{":
+            self._inline(path)
+        else:
+            self._take(_STRING if first in "\"'" else _SCALAR)
+
+    def _array(self, path: KeyPath) -> None:
+        index = 0
+        self._step()
+        while self._peek() != "]":
+            self.lines[(*path, index)] = self._here()
+            self._value((*path, index))
+            index += 1
+            self._skip(_BLANK)
+            if self._peek() == ",":
+                self._step()
+        self.at += 1
+
+    def _inline(self, path: KeyPath) -> None:
+        self._step()
+        while self._peek() != "}":
+            self._pair(path)
+            self._skip(_BLANK)
+            if self._peek() == ",":
+                self._step()
+        self.at += 1
+
+    def _keys(self) -> list[str]:
+        keys: list[str] = []
+        while True:
+            self._skip(_SPACE)
+            if self._peek() in "\"'":
+                keys.extend(tomllib.loads(f"{self._take(_STRING)} = 0"))
+            else:
+                keys.append(self._take(_BARE_KEY))
+            self._skip(_SPACE)
+            if self._peek() != ".":
+                return keys
+            self.at += 1
+
+    def _peek(self) -> str:
+        return self.text[self.at]
+
+    def _step(self) -> None:
+        self.at += 1
+        self._skip(_BLANK)
+
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        match = pattern.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            raise AssertionError(f"no valid TOML at character {self.at}: tomllib must read it first")
+        self.at = match.end()
+        return match[0]
+
+    def _here(self) -> int:
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line

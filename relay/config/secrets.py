@@ -2,9 +2,14 @@
 
 import hashlib
 import hmac
+import os
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import msgspec
+
+from relay.config.problems import guess, kind_of, shown
 
 
 class Secret:
@@ -109,3 +114,147 @@ def holds_secret(value: object) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return any(holds_secret(each) for each in value)
     return isinstance(value, Secret | Credential)
+
+
+FORMS = '{ env = "NAME" }, { file = "path" } or { credential = "name" }'
+_KEYS = ("env", "file", "credential", "development")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_LARGEST = 64 * 1024  # bytes of a secret's file; a wrong path may name a disk image
+
+
+class _MissingError(ValueError):
+    """The place exists in principle and holds nothing: `development` may stand in."""
+
+
+class _DeniedError(ValueError):
+    """This user may not read the place, or it fails."""
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """What secrets are looked up in. No message of it ever holds a secret."""
+
+    environ: Mapping[str, str]
+    folder: Path  # of the config file
+    development: bool
+    credentials: Mapping[str, bytes | None] = {}  # by name, where there is no folder; None: not for this user
+    hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, and why
+    place: str = "the unit's EnvironmentFile"  # where variables are set for the daemon
+    lenient: bool = False  # what cannot be had is `Absent`
+
+    def secret(self, value: object, *, literal: bool = False) -> Secret:
+        """Look a secret up; `literal` permits plain text outside development as well.
+
+        A lenient look-up returns `Absent` for a secret that is missing or that this user may not read.
+
+        Raises:
+            ValueError: it is missing, empty, or not written in one of the permitted forms.
+        """
+        if isinstance(value, str):
+            if not (literal or self.development):
+                raise ValueError(f"a literal secret needs `development = true`; write {FORMS}")
+            if not (literal or value.strip()):
+                raise ValueError("the secret is empty")
+            return Secret(value)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected {FORMS}, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
+        place = _place(value)
+        try:
+            return Secret(self._look_up(place, value))
+        except (_MissingError, _DeniedError) as error:
+            if self.lenient:
+                return Absent(str(error))
+            raise
+
+    def visible(self, path: Path) -> Path:
+        """Return a path that the daemon can see.
+
+        Raises:
+            ValueError: the service cannot see it, whatever this process can.
+        """
+        for folder, why in () if self.lenient else self.hidden.items():
+            if path.is_relative_to(folder) and not self.folder.is_relative_to(folder):
+                raise ValueError(f"{path} is hidden from the service by {why}; put it below {self.folder}")
+        return path
+
+    def _look_up(self, place: str, value: Mapping[str, str]) -> str:
+        name = value[place]
+        look = {"env": self._variable, "file": self._file, "credential": self._credential}[place]
+        try:
+            return look(name)
+        except _MissingError:
+            if self.development and "development" in value:
+                return value["development"]
+            raise
+
+    def _variable(self, name: str) -> str:
+        if not _VARIABLE.fullmatch(name):  # perhaps the secret itself, so it is not repeated
+            raise ValueError("`env` must be the name of an environment variable, not the secret")
+        text = self.environ.get(name, "")
+        if not text.strip():
+            state = "is empty" if name in self.environ else "is not set"
+            if name not in self.environ and name in os.environ:
+                state = "is set in this shell, but not for the service"
+            advice = f"set it (under systemd in {self.place})"
+            raise _MissingError(f"the environment variable {name} {state}; {advice}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the environment variable {name} is not UTF-8 text") from None
+        return text
+
+    def _file(self, name: str) -> str:
+        return _read(self.visible(self.folder / name), f"the file {name}", "write the secret into it")
+
+    def _credential(self, name: str) -> str:
+        if "/" in name or name in {".", ".."}:
+            raise ValueError("`credential` must be the name of a systemd credential, not a path")
+        folder = self.environ.get("CREDENTIALS_DIRECTORY", "")
+        advice = f"add `LoadCredential={name}:/path/to/file` to the unit"
+        if not folder and name in self.credentials:
+            if (content := self.credentials[name]) is None:
+                raise _DeniedError(f"the credential {name} cannot be read by this user")
+            return _text(content, f"the credential {name}", advice)
+        if not folder:
+            raise _MissingError(
+                f"the credential {name} is missing ($CREDENTIALS_DIRECTORY is not set); {advice}"
+            )
+        return _read(Path(folder) / name, f"the credential {name}", advice)
+
+
+def _place(value: Mapping[str, object]) -> str:
+    """Return which of the places a secret names."""
+    for key, text in value.items():
+        if key not in _KEYS:
+            advice = guess(key, _KEYS) or f"; expected {FORMS}"
+            raise ValueError(f"unknown key {shown(key)}{advice}")
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"`{key}` must be a string that is not empty")
+    places = [key for key in _KEYS[:-1] if key in value]
+    if len(places) != 1:
+        raise ValueError(f"expected exactly one of {FORMS}")
+    return places[0]
+
+
+def _read(path: Path, what: str, advice: str) -> str:
+    """Return a file's text without the newline that editors put at its end."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except FileNotFoundError:
+        raise _MissingError(f"{what} does not exist; {advice}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no valid path"
+        raise _DeniedError(f"{what} cannot be read: {reason}") from None
+    return _text(content, what, advice)
+
+
+def _text(content: bytes, what: str, advice: str) -> str:
+    if len(content) > _LARGEST:
+        raise ValueError(f"{what} is larger than 64 KiB: not a secret")
+    try:
+        text = content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not UTF-8 text") from None
+    if not text.strip():
+        raise _MissingError(f"{what} is empty; {advice}")
+    return text

@@ -1,11 +1,12 @@
-"""Replays: events owed once more, paced so that fresh ones are not kept waiting.
+"""Replays: deliver stored events again, at a rate that leaves room for fresh events.
 
-They live in memory: a restart ends them. What they owed by then stays owed.
+Replays live in memory: a restart ends them. The deliveries that they created until then stay.
 """
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -16,8 +17,7 @@ from relay.base.ids import replay_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
-from relay.jobs.repeat import ROUTES, Repeater, portion
-from relay.model import Chosen, Named, Selection
+from relay.model import Chosen, Named, Owed, Selection, StoredEvent
 from relay.routing.filters import Router
 from relay.store import Span, Store
 
@@ -26,15 +26,19 @@ log = logging.getLogger("relay.replay")
 State = Literal["running", "cancelling", "done", "cancelled", "failed"]
 
 DEFAULT_RATE = Rate(100, 1)
-TICK = 0.1  # seconds: shorter rests would only make smaller transactions
-STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be written
-STOP_WITHIN = 2.0  # seconds for the transaction under way when the relay stops
+TICK = 0.1  # seconds; a shorter pause would only make smaller transactions
+STORAGE_PAUSE = 1.0  # seconds between attempts to write while the storage is unavailable
+STOP_WITHIN = 2.0  # seconds that a stop waits for the transaction in progress
 MOST_RUNNING = 10
-KEPT = 100  # replays that have ended and can still be looked at
+KEPT = 100  # ended replays that operators can still look at
+ROUTES = "*"
+"""In place of a destination's name: route each event by the current subscriptions."""
+MOST_EVENTS = 100  # in one transaction, so that it does not delay the transactions of senders
+MOST_BYTES = 8 * 2**20  # of bodies in memory at once; a single larger event is allowed
 
 
-class Wish(msgspec.Struct, kw_only=True, frozen=True):
-    """What an operator wants replayed, and where to (see `Repeater.repeat`)."""
+class ReplayRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """The events to replay, their destination (see `Repeater.repeat`) and the rate."""
 
     what: Selection | tuple[Chosen, ...]
     to: str | None = None
@@ -42,24 +46,77 @@ class Wish(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Retried(msgspec.Struct, frozen=True):
-    """What came of retrying deliveries by hand."""
+    """The result of retrying deliveries manually."""
 
-    created: int  # new deliveries, of those that had ended
-    hurried: int  # pending ones that waited for their next attempt, which is now
-    skipped: int  # pending and due anyhow, in flight, gone, or of a destination that is not in the config
+    created: int  # new deliveries, for those that had ended
+    hurried: int  # pending deliveries whose next attempt is due now
+    skipped: int  # already due, in flight, deleted, or to a destination that is not in the config
+
+
+class Repeater:
+    """Creates new deliveries of stored events; the caller cuts the work into portions (`portion`)."""
+
+    def __init__(self, store: Store, router: Router) -> None:
+        self._store = store
+        self._router = router
+
+    async def repeat(self, chosen: Sequence[Chosen], to: str | None) -> list[int]:
+        """Return the number of new deliveries for each event.
+
+        `to` is a destination, or `ROUTES` for the current subscriptions. None: the destinations of the
+        selected deliveries, or the current subscriptions if events were selected. A deleted or damaged
+        event gets no delivery.
+        """
+        events = await self._store.load([one.event_id for one in chosen])
+        requested = [
+            (number, event, owed)
+            for number, one in enumerate(chosen)
+            if (event := events.get(one.event_id)) is not None and _is_whole(event)
+            for owed in self._owed(event, one.destinations, to)
+        ]
+        created = [0] * len(chosen)
+        if requested:
+            done = await self._store.repeat([(event, owed) for _, event, owed in requested])
+            for (number, _, _), is_new in zip(requested, done, strict=True):
+                created[number] += is_new
+        return created
+
+    def _owed(self, event: StoredEvent, destinations: Sequence[str], to: str | None) -> Sequence[Owed]:
+        if to == ROUTES or (to is None and not destinations):
+            return self._router.route(event)
+        names = destinations if to is None else (to,)
+        return [owed for name in names if (owed := self._router.owed_to(name, event)) is not None]
+
+
+def portion(chosen: Sequence[Chosen], start: int, may: Callable[[], bool] = lambda: True) -> Sequence[Chosen]:
+    """Return the events from `start` on that fit into one transaction; `may` is asked before each event."""
+    end, size = start, 0
+    while end < len(chosen) and end - start < MOST_EVENTS:
+        size += chosen[end].size
+        if (end > start and size > MOST_BYTES) or not may():
+            break
+        end += 1
+    return chosen[start:end]
+
+
+def _is_whole(event: StoredEvent) -> bool:
+    if hashlib.sha256(event.body).digest() == event.sha256:
+        return True
+    log.error("%s is not replayed: the stored body does not match its sha256", event.public_id)
+    return False
 
 
 class Replay:
-    """One replay and how far it is."""
+    """One replay and its progress."""
 
-    def __init__(self, wish: Wish, total: int, repeater: Repeater, clock: Clock) -> None:
+    def __init__(self, request: ReplayRequest, total: int, repeater: Repeater, clock: Clock) -> None:
         self.id = replay_id(clock.wall())
-        self.wish = wish
-        self.total = total  # events, counted beforehand
-        self.done = 0  # events dealt with
-        self.skipped = 0  # of these: nothing was owed, or it was pending already
+        self.request = request
+        self.total = total  # events, counted before the start
+        self.done = 0  # events processed
+        self.skipped = 0  # processed events without a new delivery: no destination, or still pending
         self.created = 0  # deliveries
-        self.reached: int | None = None  # when the last of these events came in: where to go on
+        self.reached: int | None = None  # time of receipt of the last processed event: where to continue
         self.error: str | None = None
         self.began_at = clock.wall()
         self.ended_at: int | None = None
@@ -68,34 +125,34 @@ class Replay:
         self._clock = clock
         self._began = clock.steady()
         self._ended: int | None = None
-        self._bucket = TokenBucket(wish.rate, self._began)
+        self._bucket = TokenBucket(request.rate, self._began)
         self._wait = 0.0  # seconds until the bucket has a token
         self._stop = asyncio.Event()
 
     @property
     def state(self) -> State:
-        """Where it stands."""
+        """The state, as the API shows it."""
         return "cancelling" if self._state == "running" and self._stop.is_set() else self._state
 
     @property
     def per_second(self) -> float:
-        """Events dealt with per second so far."""
+        """Processed events per second since the start."""
         seconds = ((self._ended or self._clock.steady()) - self._began) / SECOND
         return self.done / seconds if seconds > 0 else 0.0
 
     @property
     def eta(self) -> float | None:
-        """Seconds that are left; None: it has ended, or nobody knows."""
+        """Seconds until the end; None: ended or unknown."""
         rate = self.per_second
         return max(0, self.total - self.done) / rate if self._state == "running" and rate > 0 else None
 
     def cancel(self) -> None:
-        """Begin no further transaction."""
+        """Stop after the transaction in progress."""
         self._stop.set()
 
     async def run(self, pages: AsyncIterator[Sequence[Chosen]]) -> None:
-        """Repeat what is on the pages until they or the operator's patience end."""
-        log.info("replay %s: %d events at %s", self.id, self.total, render_rate(self.wish.rate))
+        """Replay the events of all pages, until the last page or until somebody cancels."""
+        log.info("replay %s: %d events at %s", self.id, self.total, render_rate(self.request.rate))
         try:
             async for page in pages:
                 await self._page(page)
@@ -121,7 +178,7 @@ class Replay:
             if not chosen:
                 await self._rest(max(self._wait, TICK))
                 continue
-            created = await self._patiently(chosen)
+            created = await self._repeat_or_wait(chosen)
             if created is None:
                 return
             at += len(chosen)
@@ -134,11 +191,11 @@ class Replay:
         self._wait = self._bucket.take(self._clock.steady())
         return not self._wait
 
-    async def _patiently(self, chosen: Sequence[Chosen]) -> list[int] | None:
-        """Repeat them, however long the disk is full; None: cancelled meanwhile."""
+    async def _repeat_or_wait(self, chosen: Sequence[Chosen]) -> list[int] | None:
+        """Replay these events; wait while the storage is unavailable. None: cancelled."""
         while not self._stop.is_set():
             try:
-                return await self._repeater.repeat(chosen, self.wish.to)
+                return await self._repeater.repeat(chosen, self.request.to)
             except StorageUnavailableError as error:
                 log.warning("replay %s waits for the store: %s", self.id, error.message)
                 await self._rest(STORAGE_PAUSE)
@@ -151,7 +208,7 @@ class Replay:
 
 
 class Replays:
-    """All replays since the relay started, as far as they are remembered."""
+    """All running replays, and the last `KEPT` that have ended since the daemon started."""
 
     def __init__(self, *, store: Store, router: Router, clock: Clock) -> None:
         self._store = store
@@ -161,50 +218,50 @@ class Replays:
         self._replays: dict[str, Replay] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def count(self, wish: Wish) -> int:
-        """Return how many events a wish is about."""
-        return (await self._measure(wish))[0]
+    async def count(self, request: ReplayRequest) -> int:
+        """Return the number of events of a request."""
+        return (await self._measure(request))[0]
 
-    async def start(self, wish: Wish) -> Replay:
-        """Count and begin.
+    async def start(self, request: ReplayRequest) -> Replay:
+        """Count the events and start the replay.
 
         Raises:
-            UnknownError: there is no destination `to`.
-            RelayError: too many are running.
+            UnknownError: the destination `to` does not exist.
+            RelayError: too many replays are running.
         """
-        if wish.to not in (None, ROUTES, *self._router.destinations):
+        if request.to not in (None, ROUTES, *self._router.destinations):
             known = ", ".join(self._router.destinations)
-            raise UnknownError(f"no destination {wish.to!r}", hint=f"there are {known}")
-        total, span = await self._measure(wish)
+            raise UnknownError(f"unknown destination {request.to!r}", hint=f"destinations: {known}")
+        total, span = await self._measure(request)
         if len(self._tasks) >= MOST_RUNNING:
-            raise RelayError(f"{MOST_RUNNING} replays are running", hint="wait for one, or cancel one")
-        replay = Replay(wish, total, self._repeater, self._clock)
+            raise RelayError(f"{MOST_RUNNING} replays are running", hint="wait until one ends, or cancel one")
+        replay = Replay(request, total, self._repeater, self._clock)
         for ended in [id_ for id_ in self._replays if id_ not in self._tasks][: -KEPT + 1]:
             del self._replays[ended]
         self._replays[replay.id] = replay
-        task = asyncio.create_task(replay.run(self._pages(wish, span)), name=f"replay {replay.id}")
+        task = asyncio.create_task(replay.run(self._pages(request, span)), name=f"replay {replay.id}")
         self._tasks[replay.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(replay.id))
         return replay
 
     def all(self) -> list[Replay]:
-        """Return those that are remembered, newest first."""
+        """Return all known replays, newest first."""
         return [*reversed(self._replays.values())]
 
     def get(self, id_: str) -> Replay:
-        """Return one.
+        """Return one replay.
 
         Raises:
-            UnknownError: there is none, or a restart made the relay forget it.
+            UnknownError: the id is unknown; a restart forgets all replays.
         """
         replay = self._replays.get(id_)
         if replay is None:
-            hint = "replays end with the relay; its log says with which `since` to go on"
-            raise UnknownError(f"no replay {id_!r}", hint=hint)
+            hint = "a restart ends all replays; the log names the `since` to continue with"
+            raise UnknownError(f"unknown replay {id_!r}", hint=hint)
         return replay
 
     async def cancel(self, id_: str) -> Replay:
-        """Cancel one, and wait a moment for its last transaction; raises what `get` raises."""
+        """Cancel a replay and wait up to `STOP_WITHIN` for its last transaction. Raises as `get` does."""
         replay = self.get(id_)
         replay.cancel()
         if (task := self._tasks.get(id_)) is not None:
@@ -212,7 +269,7 @@ class Replays:
         return replay
 
     async def retry(self, named: Sequence[Named]) -> Retried:
-        """Repeat what has ended where it was owed, and make due now what is pending."""
+        """Create new deliveries for ended ones, and make pending ones due now."""
         pending = [one.id for one in named if one.state == "pending"]
         ended = [one.chosen for one in named if one.state != "pending"]
         hurried = await self._store.hurry(pending) if pending else 0
@@ -223,7 +280,7 @@ class Replays:
         return Retried(created, hurried, len(named) - hurried - created)
 
     async def stop(self) -> None:
-        """Let every transaction under way finish, and no other begin."""
+        """Cancel all replays and wait up to `STOP_WITHIN` for their last transactions."""
         tasks = set(self._tasks.values())
         stopped = [self._replays[id_] for id_ in self._tasks]
         for replay in stopped:
@@ -236,17 +293,19 @@ class Replays:
         for replay in stopped:
             if replay.done < replay.total:
                 since = "the same `since`" if replay.reached is None else f"since = {rfc3339(replay.reached)}"
-                log.warning("replay %s ended with the relay: go on with %s", replay.id, since)
+                log.warning(
+                    "replay %s stopped with the daemon; to continue, start a replay with %s", replay.id, since
+                )
 
-    async def _measure(self, wish: Wish) -> tuple[int, Span]:
-        if not isinstance(wish.what, Selection):
-            return len(wish.what), Span(0, 0)
-        span = await self._store.span(wish.what)
-        return sum([len(page) async for page in self._pages(wish, span)]), span
+    async def _measure(self, request: ReplayRequest) -> tuple[int, Span]:
+        if not isinstance(request.what, Selection):
+            return len(request.what), Span(0, 0)
+        span = await self._store.span(request.what)
+        return sum([len(page) async for page in self._pages(request, span)]), span
 
-    async def _pages(self, wish: Wish, span: Span) -> AsyncIterator[Sequence[Chosen]]:
-        if not isinstance(wish.what, Selection):
-            yield wish.what
+    async def _pages(self, request: ReplayRequest, span: Span) -> AsyncIterator[Sequence[Chosen]]:
+        if not isinstance(request.what, Selection):
+            yield request.what
             return
-        async for page in self._store.select(wish.what, span):
+        async for page in self._store.select(request.what, span):
             yield page

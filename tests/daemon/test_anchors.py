@@ -10,7 +10,7 @@ import pytest
 from relay.base.clock import SECOND
 from relay.base.ids import event_id
 from relay.base.units import parse_duration, parse_rate, parse_size
-from relay.config import scalars, validators
+from relay.config import binding, validators
 from relay.errors import RelayError
 from relay.store.line import read_line, write_line
 
@@ -111,10 +111,10 @@ def test_a_value_of_config_toml_has_no_line_break_at_its_end(check, text):
 
 def test_a_pattern_of_a_plugin_s_setting_takes_no_line_break_for_the_end():
     meta = msgspec.Meta(pattern="^[a-z]+$")
-    scalars.within(meta, "abc")
+    binding.within(meta, "abc")
     with pytest.raises(ValueError, match="must match"):
-        scalars.within(meta, "abc\n")
-    scalars.within(msgspec.Meta(pattern=r"^[a-z\n]+$"), "abc\n")
+        binding.within(meta, "abc\n")
+    binding.within(msgspec.Meta(pattern=r"^[a-z\n]+$"), "abc\n")
 
 
 # --- numbers with units that mean too much ------------------------------------------------------------

@@ -253,7 +253,7 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
         (REPLAYS, {"filter": {"until": "2026-01-31T12:00:00"}}, 400, "lacks its time zone"),
         (REPLAYS, {"filter": {"type": "!adorn.*"}}, 400, '"type": '),
         (REPLAYS, {"filter": {"source": "adorn"}, "rate": "fast"}, 400, '"rate": expected a rate'),
-        (REPLAYS, {"filter": {"source": "adorn"}, "to": "cmr"}, 404, "no destination 'cmr'"),
+        (REPLAYS, {"filter": {"source": "adorn"}, "to": "cmr"}, 404, "unknown destination 'cmr'"),
         (REPLAYS, {"events": ["evt_00000000"]}, 404, "no event 'evt_00000000'"),
         (REPLAYS, {"events": ["evt_00000000"], "pace": 1}, 400, "unknown field `pace`"),
         (RETRY, {"filter": {"destination": "crm"}}, 400, "the filter must name a state"),
@@ -274,7 +274,7 @@ async def test_an_unknown_replay_is_said_to_have_ended_with_the_relay(relay):
     for method in ("GET", "DELETE"):
         status, said = await ask(relay, method, "/api/replays/rpl_0")
         assert (status, said["error"]["code"]) == (404, "not_found")
-        assert "replays end with the relay" in said["error"]["hint"]
+        assert "a restart ends all replays" in said["error"]["hint"]
 
 
 @pytest.mark.parametrize(

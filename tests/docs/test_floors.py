@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("relay", "errors", "base", "model", "process"),
     (
-        "config.secrets", "keys", "signing", "routing.envelope", "routing.conditions", "routing.subscription",
+        "config.problems", "config.secrets", "keys", "signing", "routing.envelope",
+        "routing.conditions", "routing.subscription",
         "routing.filters", "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",
     ),
     ("incoming", "source", "hookspecs", "store", "api.query_params", "api.views", "api.pending_views"),
-    ("plugin_loading", "ingest", "delivery", "jobs.repeat", "jobs.replay", "workers", "jobs", "state",
+    ("plugin_loading", "ingest", "delivery", "jobs.replay", "workers", "jobs", "state",
      "reload", "doctor", "diagnosis"),
     ("api",),
     ("standby", "app", "demo"),

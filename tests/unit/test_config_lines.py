@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from relay.config.toml_lines import find_lines
+from relay.config.document import find_lines
 
 TRICKY = '''\
 # a comment with [brackets] and "quotes"

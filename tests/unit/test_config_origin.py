@@ -2,8 +2,7 @@
 
 import pytest
 
-from relay.config.secret_sources import Origin
-from relay.config.secrets import Secret
+from relay.config.secrets import Origin, Secret
 
 
 def origin(tmp_path, development=False, **environ):

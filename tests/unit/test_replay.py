@@ -11,9 +11,8 @@ from relay.base.clock import SystemClock
 from relay.base.ids import event_id
 from relay.base.units import Rate
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
-from relay.jobs import repeat
-from relay.jobs.repeat import ROUTES, portion
-from relay.jobs.replay import Replays, Wish
+from relay.jobs import replay as replay_module
+from relay.jobs.replay import ROUTES, ReplayRequest, Replays, portion
 from relay.model import Attempt, Chosen, Outcome, Selection, StoredEvent
 from relay.routing.filters import Router, Subscription
 from relay.routing.subscription import Terms
@@ -63,7 +62,7 @@ class Shop:
 
     async def run(self, what=ALL, **wish):
         """Replay to the end."""
-        replay = await self.replays.start(Wish(**{"what": what, "rate": FAST, **wish}))
+        replay = await self.replays.start(ReplayRequest(**{"what": what, "rate": FAST, **wish}))
         await until(lambda: replay.ended_at is not None)
         return replay
 
@@ -157,7 +156,7 @@ async def test_named_events_are_replayed_in_the_order_they_came_in(shop):
 async def test_cancelled_in_the_middle_it_leaves_exact_counts(shop):
     await asyncio.gather(*(shop.send(number) for number in range(2000)))
     await shop.end()
-    replay = await shop.replays.start(Wish(what=ALL, rate=Rate(500, 1)))
+    replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(500, 1)))
     await until(lambda: replay.done > 0)
     assert replay.eta is not None
     await shop.replays.cancel(replay.id)
@@ -183,7 +182,7 @@ async def test_it_is_paced_and_says_how_long_it_will_take(shop):
 async def test_events_that_come_in_meanwhile_are_not_its_business(shop):
     await asyncio.gather(*(shop.send(number) for number in range(20)))
     await shop.end()
-    replay = await shop.replays.start(Wish(what=ALL, rate=Rate(15, 1)))
+    replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(15, 1)))
     await until(lambda: replay.done > 0)
     await shop.send(99)
     await until(lambda: replay.ended_at is not None)
@@ -196,7 +195,7 @@ async def test_a_damaged_body_is_skipped_and_said(shop, caplog):
     await shop.store._connection.execute("UPDATE events SET body = x'00' WHERE id = 1")
     assert summary(await shop.run()) == ("done", 2, 2, 1, 1)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        f"{sent[0].public_id} is not repeated: its stored body is not the one that came in"
+        f"{sent[0].public_id} is not replayed: the stored body does not match its sha256"
     ]
 
 
@@ -230,9 +229,9 @@ async def test_a_fault_of_ours_fails_it_visibly(shop, monkeypatch, caplog):
 
 
 async def test_a_destination_that_does_not_exist_is_refused_at_once(shop):
-    with pytest.raises(UnknownError, match="no destination 'cmr'") as refused:
-        await shop.replays.start(Wish(what=ALL, to="cmr"))
-    assert refused.value.hint == "there are crm"
+    with pytest.raises(UnknownError, match="unknown destination 'cmr'") as refused:
+        await shop.replays.start(ReplayRequest(what=ALL, to="cmr"))
+    assert refused.value.hint == "destinations: crm"
 
 
 async def test_a_destination_that_left_the_config_gets_no_replay(shop):
@@ -247,24 +246,27 @@ async def test_only_so_many_run_at_once_and_only_so_many_are_remembered(shop, mo
     monkeypatch.setattr("relay.jobs.replay.KEPT", 3)
     for number in range(4):
         await shop.send(number)
-    slow = [await shop.replays.start(Wish(what=ALL, rate=Rate(1, 3600))) for _ in range(2)]
+    slow = [await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(1, 3600))) for _ in range(2)]
     with pytest.raises(RelayError, match="2 replays are running"):
-        await shop.replays.start(Wish(what=ALL))
+        await shop.replays.start(ReplayRequest(what=ALL))
     await shop.replays.cancel(slow[0].id)
     ended = [await shop.run(Selection(source="nobody")) for _ in range(4)]
     assert shop.replays.all() == [*reversed(ended[1:]), slow[1]]
-    with pytest.raises(UnknownError, match="no replay"):
+    with pytest.raises(UnknownError, match="unknown replay"):
         shop.replays.get(ended[0].id)
 
 
 async def test_a_stop_ends_replays_and_says_where_to_go_on(shop, caplog):
     await asyncio.gather(*(shop.send(number) for number in range(20)))
     await shop.end()
-    replay = await shop.replays.start(Wish(what=ALL, rate=Rate(5, 1)))
+    replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(5, 1)))
     await until(lambda: replay.done > 0)
     await shop.replays.stop()
     assert replay.state == "cancelled"
-    assert f"replay {replay.id} ended with the relay: go on with since = 2" in caplog.text
+    assert (
+        f"replay {replay.id} stopped with the daemon; to continue, start a replay with since = 2"
+        in caplog.text
+    )
     assert await shop.books() == {"created": 20 + replay.done, "delivered": 20, "pending": replay.done}
 
 
@@ -288,8 +290,8 @@ async def test_ended_deliveries_are_retried_as_new_ones_and_pending_ones_hurried
 
 
 async def test_a_portion_is_bounded_in_events_and_bytes(monkeypatch):
-    monkeypatch.setattr(repeat, "MOST_EVENTS", 4)
-    monkeypatch.setattr(repeat, "MOST_BYTES", 10)
+    monkeypatch.setattr(replay_module, "MOST_EVENTS", 4)
+    monkeypatch.setattr(replay_module, "MOST_BYTES", 10)
     sizes = [1, 1, 1, 1, 1, 9, 2, 50, 3]
     chosen = [Chosen(number, size, 0) for number, size in enumerate(sizes)]
     portions, at = [], 0
@@ -312,7 +314,7 @@ async def test_its_clock_is_the_injected_one(tmp_path):
     await shop.store.open()
     try:
         await shop.send()
-        replay = await shop.replays.start(Wish(what=ALL, rate=Rate(1, 60)))
+        replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(1, 60)))
         await until(lambda: replay.ended_at is not None)
         assert (replay.began_at, replay.ended_at) == (clock.wall(), clock.wall())
         assert replay.per_second == 0.0
