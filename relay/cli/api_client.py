@@ -10,18 +10,19 @@ import os
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Never, Protocol
+from typing import Any, Never, Protocol, Self
 from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
-from relay.cli.exit_codes import FAILED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
+from relay.cli.exit_codes import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
 from relay.cli.options import FILE, config_option
-from relay.cli.stream import STREAM, Stream
+from relay.cli.output import show_progress
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import Service, installed, service_of
@@ -29,6 +30,50 @@ from relay.config.paths import find_config, is_there, look_for_config, socket_pa
 from relay.config.problems import ConfigError
 from relay.config.schema import Admin, Config
 from relay.config.tables import bind_tables
+
+STREAM = "text/event-stream"
+
+
+class Stream:
+    """What happens at the relay, one thing after the other, until it ends the stream or cannot be heard.
+
+    The relay says something every 15 s: a connection that is silent for longer than any answer may take
+    is a lost one.
+    """
+
+    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+        self._connection = connection
+        self._response = response
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield each event's name and what it says."""
+        name, data = "", ""
+        while line := self._line():
+            field, _, value = line.rstrip("\n").partition(": ")
+            match field:
+                case "event":
+                    name = value
+                case "data":
+                    data = value
+                case "" if name:
+                    yield name, json.loads(data)
+                    name, data = "", ""
+
+    def _line(self) -> str:
+        """Return the next line with its end; `""`: there is none."""
+        try:
+            line = self._response.readline()
+        except (OSError, http.client.HTTPException):
+            return ""
+        return line.decode() if line.endswith(b"\n") else ""
+
 
 VARIABLE = "RELAY_SOCKET"
 RUNTIME = Path("/run/relay")
@@ -365,3 +410,65 @@ def _service_at(socket_file: Path) -> Service | None:
     """Return the installed service if this is its socket."""
     service = installed()
     return service if service is not None and _socket_of_service(service) == socket_file else None
+
+
+AGAIN = 0.5
+"""Seconds between tries to reach a relay that was there before."""
+
+
+def live(
+    daemon: Daemon, what: str, away: Callable[[], None], back: Callable[[], None], **query: object
+) -> Generator[tuple[str, Any], None, None]:
+    """Yield what a stream says; `away` is called whenever it has ended, `back` when it goes on.
+
+    Raises:
+        CommandError: the relay was not there to begin with, or does not allow it.
+    """
+    stream = daemon.follow(what, **query)
+    while True:
+        with stream:
+            yield from stream
+        away()
+        stream = _again(daemon, what, query)
+        back()
+
+
+def _again(daemon: Daemon, what: str, query: dict[str, object]) -> Stream:
+    while True:
+        try:
+            return daemon.follow(what, **query)
+        except CommandError as error:
+            # One that starts or stops, or has no room for the moment, will have it later.
+            if error.code not in (UNREACHABLE, FAILED):
+                raise
+        time.sleep(AGAIN)
+
+
+def work(
+    daemon: Daemon,
+    *path: str,
+    method: str = "POST",
+    body: object = None,
+    tell: Callable[[Mapping[str, Any]], str],
+    stopped: str,
+) -> Any:
+    """Have the relay do long work, show how far it is, and return what came of it.
+
+    Ctrl-C hangs up, which ends the work; `stopped` says what that means.
+
+    Raises:
+        CommandError: it failed, was interrupted, or the relay went away.
+    """
+    try:
+        with closing(daemon.lines(method, *path, body=body)) as lines:
+            for line in lines:
+                if "result" in line:
+                    return line["result"]
+                if "error" in line:
+                    raise CommandError(line["error"]["message"], hint=line["error"]["hint"], code=FAILED)
+                show_progress(tell(line["progress"]))
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted: {stopped}", code=INTERRUPTED) from None
+    finally:
+        show_progress("")
+    raise CommandError("the relay ended before it was through", hint="see its log; run the command again")

@@ -11,15 +11,13 @@ import msgspec
 
 from relay.base.clock import SystemClock
 from relay.base.units import render_size
-from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.api_client import Daemon, daemon_options, work
 from relay.cli.doctor import named, tell
 from relay.cli.exit_codes import INTERRUPTED, CommandError
-from relay.cli.listing import print_fields
 from relay.cli.main import Group
 from relay.cli.offline import Offline, database_of, readable, reader_options, tables_of
 from relay.cli.options import FILE, config_option, json_option
-from relay.cli.output import count, print_json, print_table
-from relay.cli.progress import show, work
+from relay.cli.output import count, print_fields, print_json, print_table, show_progress
 from relay.store.apart import Stop
 
 T = TypeVar("T")
@@ -155,10 +153,10 @@ def _apart(what: Callable[[Stop], T], far: Callable[[], str], stopped: str) -> T
         future = pool.submit(what, stop)
         try:
             while not wait((future,), LOOK_EVERY).done:
-                show(far())
+                show_progress(far())
             return future.result()
         except KeyboardInterrupt:
             raise CommandError(f"interrupted: {stopped}", code=INTERRUPTED) from None
         finally:
             stop.set()
-            show("")
+            show_progress("")

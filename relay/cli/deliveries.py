@@ -6,15 +6,12 @@ from typing import Any
 import click
 
 from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.confirm import confirm, yes_option
 from relay.cli.exit_codes import BATCH, CommandError
-from relay.cli.listing import SELECTION, filter_options, gather, page_options, print_fields, print_page
 from relay.cli.main import Group
 from relay.cli.offline import Offline, reader_options
-from relay.cli.options import json_option, rate_option
-from relay.cli.output import count, print_json, print_table
-from relay.cli.replay_progress import follow
-from relay.cli.selection import count_of, dry_run_option, wish_of
+from relay.cli.options import SELECTION, filter_options, json_option, page_options, rate_option
+from relay.cli.output import count, print_fields, print_json, print_page, print_table
+from relay.cli.selection import confirm, count_of, dry_run_option, follow, gather, wish_of, yes_option
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
 _TRIES = ("started_at", "duration_ms", "result", "status", "error")

@@ -6,11 +6,10 @@ import click
 
 from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.exit_codes import FAILED
-from relay.cli.listing import print_fields, print_page, quiet_option
 from relay.cli.main import Group
 from relay.cli.offline import Offline, reader_options
-from relay.cli.options import json_option
-from relay.cli.output import print_json
+from relay.cli.options import json_option, quiet_option
+from relay.cli.output import print_fields, print_json, print_page
 
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
 

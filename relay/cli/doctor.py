@@ -6,12 +6,11 @@ from typing import Any
 import click
 import msgspec
 
-from relay.cli.api_client import Daemon
+from relay.cli.api_client import Daemon, work
 from relay.cli.exit_codes import CommandError
 from relay.cli.offline import Offline, reader_options
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
-from relay.cli.progress import work
 from relay.model import Check
 
 

@@ -2,13 +2,11 @@
 
 import click
 
-from relay.cli.api_client import Daemon, daemon_options
+from relay.cli.api_client import Daemon, daemon_options, work
 from relay.cli.exit_codes import CommandError
-from relay.cli.listing import print_page, quiet_option
 from relay.cli.main import Group
-from relay.cli.options import json_option
-from relay.cli.output import print_json
-from relay.cli.progress import work
+from relay.cli.options import json_option, quiet_option
+from relay.cli.output import print_json, print_page
 
 COLUMNS = ("name", "every", "started_at", "seconds", "runs", "failures", "next_run_at", "error")
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from multidict import CIMultiDict
 
-from relay.cli.configured import load_without_secrets
+from relay.cli.config import load_without_secrets
 from relay.cli.exit_codes import FAILED, NOTHING, CommandError
 from relay.cli.samples import choose, fits, read_data, samples_of, source_named
 from relay.config.paths import find_config

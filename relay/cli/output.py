@@ -2,12 +2,14 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from relay.base.text import Colour, paint, printable, wants_colour
+from relay.base.units import render_duration
 
 _STATES: Mapping[str, Colour] = {
     "delivered": "green", "dead": "red", "expired": "red",
@@ -92,3 +94,84 @@ def count(number: int, noun: str) -> str:
     """
     many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else many}".replace(",", " ")
+
+
+def show_progress(text: str) -> None:
+    """Write over the line of progress; "" clears it for what is said next."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{text}\033[K", err=True, nl=False)
+
+
+def pace(per_second: float, seconds_left: float | None) -> str:
+    """Say how fast it goes, and how long it still takes.
+
+    >>> pace(20.0, 3.2), pace(7.25, None)
+    ('20/s, 3s left', '7.25/s')
+    """
+    eta = "" if seconds_left is None else f", {render_duration(round(seconds_left))} left"
+    return f"{per_second:g}/s{eta}"
+
+
+class Meter:
+    """Tells the pace of something that was counted beforehand."""
+
+    def __init__(self, total: int, noun: str) -> None:
+        self._total = total
+        self._noun = noun
+        self._began = time.monotonic()
+
+    def text(self, done: int) -> str:
+        """Say how far it is, how fast, and how long it still takes."""
+        seconds = time.monotonic() - self._began
+        rate = done / seconds if seconds > 0 else 0.0
+        left = max(0, self._total - done) / rate if rate else None
+        so_far = f"{done:,} of {count(self._total, self._noun)}".replace(",", " ")
+        return f"{so_far}, {pace(round(rate, 1), left)}"
+
+
+def print_page(
+    answer: Mapping[str, Any], columns: Sequence[str], *, as_json: bool, quiet: bool, key: str = "id"
+) -> None:
+    """Print a page of a list; where there is more, people are told how to see it."""
+    items = answer["items"]
+    if as_json:
+        print_json(answer)
+    elif quiet:
+        for item in items:
+            click.echo(item[key])
+    else:
+        print_table(
+            [name.replace("_", " ") for name in columns], [[cell(item[c]) for c in columns] for item in items]
+        )
+    if answer["next_cursor"] is not None and not as_json and sys.stderr.isatty():
+        click.echo(f"there is more: add --cursor {answer['next_cursor']}", err=True)
+
+
+def print_fields(item: Mapping[str, Any]) -> None:
+    """Print one thing, a line per field; what it contains is printed by whoever knows it."""
+    fields = {name: value for name, value in item.items() if not _is_table(value)}
+    width = max(map(len, fields)) if sys.stdout.isatty() else 0
+    for name, value in fields.items():
+        text = printable(" ".join(cell(value).split()))
+        click.echo(f"{name.replace('_', ' ').ljust(width)}  {text}".rstrip() if width else f"{name}\t{text}")
+
+
+def cell(value: object) -> str:
+    """Write a value of the API for people.
+
+    >>> cell(None), cell(True), cell(["a", "b"]), cell({"dead": 2})
+    ('', 'yes', 'a, b', '2 dead')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{amount} {name}" for name, amount in value.items())
+    return str(value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)

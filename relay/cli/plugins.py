@@ -10,10 +10,9 @@ from pathlib import Path
 import click
 
 from relay.cli.exit_codes import CommandError
-from relay.cli.listing import print_page, quiet_option
 from relay.cli.main import Group
-from relay.cli.options import config_option, json_option
-from relay.cli.output import print_json
+from relay.cli.options import config_option, json_option, quiet_option
+from relay.cli.output import print_json, print_page
 from relay.cli.templates import PLUGIN, TABLE, TEST, filled
 from relay.config.binding import Binder
 from relay.config.document import read

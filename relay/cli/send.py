@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 import click
 
 from relay.base.units import render_duration
-from relay.cli.configured import demand, env_file_option, load_without_secrets
+from relay.cli.config import demand, env_file_option, load_without_secrets
 from relay.cli.exit_codes import FAILED, UNREACHABLE, CommandError
-from relay.cli.listing import print_page
 from relay.cli.options import config_option, json_option
-from relay.cli.output import print_json
+from relay.cli.output import print_json, print_page
 from relay.cli.samples import choose, read_data, samples_of, source_named
 from relay.config.binding import Binder
 from relay.config.document import read

@@ -6,10 +6,9 @@ from typing import Any
 import click
 
 from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.listing import print_fields, print_page, quiet_option
 from relay.cli.main import Group
-from relay.cli.options import json_option
-from relay.cli.output import print_json
+from relay.cli.options import json_option, quiet_option
+from relay.cli.output import print_fields, print_json, print_page
 from relay.config.problems import dotted
 
 COLUMNS = ("name", "plugin", "prefix", "paused")

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from relay.cli.api_client import Daemon
-from relay.cli.listing import filter_options, page_options, print_page
 from relay.cli.offline import Offline, reader_options
+from relay.cli.options import filter_options, page_options
+from relay.cli.output import print_page
 
 COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
 

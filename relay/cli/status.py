@@ -9,9 +9,8 @@ from relay.base.text import paint, wants_colour
 from relay.base.units import render_duration
 from relay.cli.api_client import Daemon, daemon_options
 from relay.cli.exit_codes import FAILED
-from relay.cli.listing import cell
 from relay.cli.options import json_option
-from relay.cli.output import count, print_json, print_table, say
+from relay.cli.output import cell, count, print_json, print_table, say
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from relay.base.clock import SECOND, moment
-from relay.cli.configured import demand, env_file_option, load_without_secrets
+from relay.cli.config import demand, env_file_option, load_without_secrets
 from relay.cli.exit_codes import FAILED, NOTHING, CommandError
 from relay.cli.options import config_option, json_option
 from relay.cli.output import print_json

@@ -7,11 +7,10 @@ import click
 
 from relay.base.units import parse_duration
 from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.confirm import confirm, yes_option
-from relay.cli.listing import filter_options, page_options, print_fields, print_page
 from relay.cli.main import Group
-from relay.cli.options import OneOf, json_option, understood
-from relay.cli.output import print_json, print_table
+from relay.cli.options import OneOf, filter_options, json_option, page_options, understood
+from relay.cli.output import print_fields, print_json, print_page, print_table
+from relay.cli.selection import confirm, yes_option
 
 COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
 _COMMANDS = ("id", "state", "created_at", "sent_at", "command")

@@ -9,7 +9,7 @@ from support import until
 from wire import request
 
 from relay.cli.api_client import Daemon
-from relay.cli.conditions import conditions
+from relay.cli.options import conditions
 from relay.routing.conditions import compile_where
 from relay.store import bound
 

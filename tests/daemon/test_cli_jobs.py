@@ -3,9 +3,10 @@
 import pytest
 from daemons import SOURCES, running, write_config
 
-from relay.cli import progress
+from relay.cli import api_client, output
+from relay.cli.api_client import work
 from relay.cli.exit_codes import CommandError
-from relay.cli.progress import Meter, work
+from relay.cli.output import Meter
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def told(*lines):
 
 def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
     shown = []
-    monkeypatch.setattr(progress, "show", shown.append)
+    monkeypatch.setattr(api_client, "show_progress", shown.append)
     assert told({"progress": {"bytes": 1}}, {"progress": {"bytes": 2}}, {"result": {"bytes": 3}}) == {
         "bytes": 3
     }
@@ -87,7 +88,7 @@ def test_what_does_not_come_to_its_end_says_why(last, code, says):
 
 def test_a_meter_tells_how_far_how_fast_and_how_long(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
     meter = Meter(1204, "event")
     now[0] += 4
     assert meter.text(400) == "400 of 1 204 events, 100/s, 8s left"

@@ -11,7 +11,7 @@ from support import until
 from terminals import RELAY, Terminal
 from wire import exchange, request
 
-from relay.cli import tail_gap
+from relay.cli import tail
 from relay.cli.tail import COLUMNS
 
 TYPE = "adorn.session.started"
@@ -144,7 +144,7 @@ async def store(daemon, session):
 
 async def test_it_goes_on_after_a_restart_and_says_what_it_missed(config, monkeypatch):
     socket = config.parent / "state" / "relay.sock"
-    slowly = "from relay.cli import live, main; live.AGAIN = 1.5; main()"
+    slowly = "from relay.cli import api_client, main; api_client.AGAIN = 5; main()"
     async with Daemon(config) as daemon:
         process = await asyncio.create_subprocess_exec(
             RELAY[0], "-c", slowly, "tail", "--source", "adorn", "--type", "adorn.*", "--json", "--socket",
@@ -208,12 +208,12 @@ def event(type_, at):
         (Answers(event("a.b", "2"), event("a.b", "1")), {}, "missed 1 event: relay events list --since "),
         (Answers(event("a.b", "2"), event("a.c", "2")), {"pattern": "a.[c]"}, "missed 1 event: "),
         (Answers(*[event("a.b", "2")] * 500), {}, "missed 500 events or more: "),
-        (Answers(error=tail_gap.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
+        (Answers(error=tail.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
         (Answers(), {"events": False}, "were missed: relay deliveries list"),
     ],
 )
 def test_what_was_missed_is_counted_from_the_list(capsys, answers, settings, says):
-    told = tail_gap.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
+    told = tail.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
     told.latest = "1"
     told.away()
     told.back()

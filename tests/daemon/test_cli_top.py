@@ -10,8 +10,7 @@ from support import until
 from terminals import Terminal
 from wire import request
 
-from relay.cli.screen import clip
-from relay.cli.top import lines
+from relay.cli.top import clip, lines
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
-from relay.cli import transfer
+from relay.cli import events as events_command
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ async def test_an_export_that_breaks_off_leaves_no_file(relay, commands, events,
     def broken(_self, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transfer.Meter, "text", broken)
-    monkeypatch.setattr(transfer, "LOOK_EVERY", 2)
+    monkeypatch.setattr(events_command.Meter, "text", broken)
+    monkeypatch.setattr(events_command, "LOOK_EVERY", 2)
     said = await commands("events", "export", "-o", tmp_path / "out.jsonl", code=130)
     assert said.err == f"interrupted: {tmp_path / 'out.jsonl'} was not written\n"
     assert list(tmp_path.glob("out*")) == []
@@ -108,7 +108,7 @@ async def test_an_import_that_is_refused_early_says_which_line(
 ):
     file = tmp_path / "long.jsonl"
     file.write_bytes(b"{}\n" * 2_000_000)
-    monkeypatch.setattr(transfer, "CHUNK", 4096)
+    monkeypatch.setattr(events_command, "CHUNK", 4096)
     said = await commands("events", "import", file, code=1)
     assert said.err.startswith("line 1: not an exported event: ")
     assert "0 events before it are in; mend it and import the file again" in said.err
@@ -117,7 +117,7 @@ async def test_an_import_that_is_refused_early_says_which_line(
 async def test_an_import_comes_from_a_pipe_and_shows_how_far_it_is(relay, commands, events, monkeypatch):
     lines = (await commands("events", "export")).out.encode()
     shown = []
-    monkeypatch.setattr(transfer, "show", shown.append)
+    monkeypatch.setattr(events_command, "show_progress", shown.append)
     said = await asyncio.to_thread(
         run, "events", "import", "-", "--socket", relay.addresses.socket, stdin=io.BytesIO(lines)
     )

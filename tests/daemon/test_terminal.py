@@ -9,8 +9,7 @@ from wire import request
 
 from relay.base.text import paint, printable, wants_colour
 from relay.cli import output
-from relay.cli.listing import print_fields
-from relay.cli.output import print_table
+from relay.cli.output import print_fields, print_table
 
 
 class Screen(io.StringIO):

@@ -6,11 +6,10 @@ import itertools
 import click
 import pytest
 
-from relay.cli import replay_progress
-from relay.cli.confirm import confirm
+from relay.cli import selection
 from relay.cli.exit_codes import CommandError
 from relay.cli.output import print_table
-from relay.cli.replay_progress import follow
+from relay.cli.selection import confirm, follow
 
 RUNNING = {
     "id": "rpl_1", "state": "running", "count": 1204, "done": 400, "created": 400, "skipped": 0,
@@ -43,7 +42,7 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(replay_progress, "EVERY", 0)
+    monkeypatch.setattr(selection, "EVERY", 0)
 
 
 def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
