@@ -268,7 +268,7 @@ async def test_a_receiver_that_cannot_keep_an_event_does_not_say_yes(place):
 def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     [schema] = re.findall(r'^SCHEMA = """(.*?)"""', PYTHON_RECEIVER, re.MULTILINE | re.DOTALL)
-    [code] = blocks("A slow handler: answer first", "python")
+    [code] = blocks("Slow handlers", "python")
     worker = {"__name__": "worker"}
     exec(compile(code, "worker.py", "exec"), worker)
     with sqlite3.connect("inbox.db") as db:
@@ -299,7 +299,7 @@ def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_pat
 
 
 def test_the_worker_for_folders_handles_each_event_once_and_tries_a_failed_one_again(tmp_path):
-    [script] = blocks("A slow handler: answer first", "sh")
+    [script] = blocks("Slow handlers", "sh")
     folder, handle = tmp_path / "inbox", tmp_path / "handle"
     folder.mkdir()
     (folder / ".part-1").write_text("not whole")

@@ -39,7 +39,7 @@ NEEDED = shutil.which("openssl") and shutil.which("curl")
 
 
 def test_the_request_on_the_page_is_genuine():
-    [request] = blocks("A request", "http")
+    [request] = blocks("Request", "http")
     head, body = request.rstrip("\n").split("\n\n")
     fields = dict(line.split(": ", 1) for line in head.splitlines()[1:])
     assert body.encode() == FORMATS["standard"].render(EXAMPLE)
@@ -51,7 +51,7 @@ def test_the_request_on_the_page_is_genuine():
 
 @pytest.mark.parametrize("size", [10, 3 * 2**19])
 async def test_the_table_has_every_header_that_is_sent(size, tmp_path):
-    table = re.findall(r"^\| `([a-z-]+)` \|", section("A request"), re.MULTILINE)
+    table = re.findall(r"^\| `([a-z-]+)` \|", section("Request"), re.MULTILINE)
     body = adorn(payload={"note": "x" * size})
     async with (
         receivers.answers() as there,
@@ -96,13 +96,13 @@ ANSWERS = [
     ("429 or 503 with `Retry-After`", (429, 503), {"retry-after": "30"}, "retry"),
     ("any other failure with `Retry-After`", (302, 400, 500), {"retry-after": "30"}, "retry"),
     ("every other status", (400, 401, 404, 409, 413, 418, 500, 502, 599), {}, "retry"),
-    ("none: no connection, TLS, DNS, a broken answer, more than 15 s", (None,), {}, "retry"),
+    ("none: no connection, TLS, DNS, a broken response, more than 15 s", (None,), {}, "retry"),
 ]
 
 
 def test_the_table_has_every_kind_of_answer():
-    rows = re.findall(r"^\| (.*?) \| .* \|$", section("What your answer means"), re.MULTILINE)
-    assert rows == ["your answer", *(row for row, *_ in ANSWERS)]
+    rows = re.findall(r"^\| (.*?) \| .* \|$", section("Responses"), re.MULTILINE)
+    assert rows == ["your response", *(row for row, *_ in ANSWERS)]
 
 
 @pytest.mark.parametrize(("row", "statuses", "headers", "kind"), ANSWERS)
@@ -115,30 +115,28 @@ def test_an_answer_in_the_table_is_judged_as_it_says(row, statuses, headers, kin
 
 
 def test_the_schedule_on_the_page_is_the_default():
-    text = section("What your answer means").replace("\n", " ")
+    text = section("Responses").replace("\n", " ")
     [schedule] = re.findall(r"\*\*The schedule\*\* waits (.*?) between attempts", text)
     retry = RetryConfig()
     assert tuple(parse_duration(wait) for wait in schedule.split(", ")) == retry.schedule
     assert f"{len(retry.schedule) + 1} attempts in about {sum(retry.schedule) / 3600:.0f} hours" in text
     assert "each up to a tenth longer" in text
     assert retry.jitter == 0.1
-    assert f"rests for so long, at most {retry.max_retry_after / 3600:.0f} h |" in text
-    assert f"waits at least so long, at most {retry.max_retry_after / 3600:.0f} h |" in text
+    assert f"pauses for that time, at most {retry.max_retry_after / 3600:.0f} h |" in text
+    assert f"waits at least that long, at most {retry.max_retry_after / 3600:.0f} h |" in text
 
 
 def test_the_other_numbers_on_the_page_are_the_defaults():
-    answers = section("What your answer means").replace("\n", " ")
-    slow = " ".join(section("A slow handler: answer first").split())
+    answers = section("Responses").replace("\n", " ")
+    slow = " ".join(section("Slow handlers").split())
     circuit, mine = CircuitConfig(), DestinationConfig(name="", url="")
-    assert f"after {circuit.failures} failures in a row" in answers
-    assert (
-        f"after {circuit.probe:.0f} s, then ever later up to every {circuit.max_probe / 60:.0f} min"
-        in answers
-    )
+    assert f"After {circuit.failures} consecutive failures" in answers
+    probes = f"after {circuit.probe:.0f} s, then less and less often, at least every"
+    assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers
     assert f"After {mine.disable_after / 86_400:.0f} days of nothing but failures" in answers
     assert f"more than {mine.timeout:.0f} s |" in answers
-    assert f"An attempt has {mine.timeout:.0f} s, the connection {mine.connect_timeout:.0f} s of them" in slow
-    assert f"up to {mine.concurrency} requests are under way at once" in " ".join(section("Order").split())
+    assert f"An attempt has {mine.timeout:.0f} s, its connection {mine.connect_timeout:.0f} s of them" in slow
+    assert f"up to {mine.concurrency} requests are in flight at once" in " ".join(section("Order").split())
 
 
 # --- trying it out --------------------------------------------------------------------------------
@@ -155,8 +153,8 @@ def home(tmp_path):
 
 @pytest.mark.skipif(not NEEDED, reason="the page's shell lines are for machines with openssl and curl")
 def test_the_shell_lines_send_a_signed_request(home):
-    send, _ = blocks("Trying it out", "sh")
-    [make] = blocks("Rotating secrets", "sh")
+    send, _ = blocks("Tests of your receiver", "sh")
+    [make] = blocks("Secret rotation", "sh")
     wrong = send.replace(SECRET, run(("bash",), home, make).strip())
     with receiver(LANGUAGES["python"], home) as url:
         printed = [
@@ -170,8 +168,8 @@ def test_the_shell_lines_send_a_signed_request(home):
 
 @pytest.mark.skipif(not NEEDED, reason="the page's shell lines are for machines with openssl and curl")
 async def test_the_event_of_the_page_reaches_a_receiver_by_the_configuration_of_the_page(home, tmp_path):
-    [config] = blocks("Trying it out", "toml")
-    _, post = blocks("Trying it out", "sh")
+    [config] = blocks("Tests of your receiver", "toml")
+    _, post = blocks("Tests of your receiver", "sh")
     assert tomllib.loads(config)["destinations"]["mine"]["secrets"] == [SECRET]
     with receiver(LANGUAGES["python"], home) as url:
         free = '[server]\nlisten = "127.0.0.1:0"\n[admin]\nlisten = "127.0.0.1:0"\n'
