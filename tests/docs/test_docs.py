@@ -1,7 +1,11 @@
-"""The pages say what is so: commands, links, endpoints and metrics are compared with the code."""
+"""The pages against the code: commands, links, endpoints, metrics, checks, alerts, conditions.
+
+`python tests/docs/test_docs.py` rewrites the table of metrics in docs/operating.md from their help texts.
+"""
 
 import re
 import subprocess
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from relay.cli import COMMANDS
 from relay.config.secrets import Secret
 from relay.demo.setting import write_config
 from relay.plugin_loading.loader import load
+from relay.routing.conditions import _OPERATORS
 
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 ROOT = Path(__file__).parents[2]
@@ -122,15 +127,27 @@ def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
     assert len(documented) == len(set(documented))
 
 
-def test_the_page_for_operators_has_every_metric_with_its_labels(app):
-    rows = re.findall(r"^\| `(relay_\w+)` \| ([\w, ]*) \|", OPERATING, re.MULTILINE)
+METRIC = re.compile(r"^\| `(relay_\w+)` \| ([\w, ]*) \| (.*) \|$", re.MULTILINE)
+
+
+def help_of_metrics(app):
+    """Return the help text of every metric of the relay by its exported name."""
     endings = {"counter": "_total", "info": "_info"}
-    names = {
-        family.name + endings.get(family.type, "")
+    return {
+        family.name + endings.get(family.type, ""): family.documentation.removesuffix(".")
         for family in app.metrics.registry.collect()
         if family.name.startswith("relay_")
     }
-    assert {name for name, _ in rows} == names
+
+
+def test_the_page_for_operators_has_every_metric_with_its_help(app):
+    rows = METRIC.findall(OPERATING)
+    assert {name: text for name, _, text in rows} == help_of_metrics(app)
+    assert len(rows) == len(help_of_metrics(app))
+
+
+def test_the_page_for_operators_has_every_metric_with_its_labels(app):
+    rows = [(name, labels) for name, labels, _ in METRIC.findall(OPERATING)]
     labels = {
         metric._name: set(metric._labelnames)
         for metric in vars(app.metrics).values()
@@ -144,3 +161,39 @@ def test_every_filter_of_a_list_is_on_the_page_of_the_api():
     for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
         [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", API, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == set(filters)
+
+
+def test_the_page_of_the_store_has_every_check_of_the_doctor():
+    code = "".join(file.read_text() for file in (ROOT / "relay").rglob("*.py"))
+    checks = set(re.findall(r'(?:Check\(\s*name=|_ill\(\s*|_well\(\s*)"(\w+)"', code))
+    table = (DOCS / "storage.md").read_text().partition("## The doctor")[2]
+    assert set(re.findall(r"^\| `(\w+)` \| ", table, re.MULTILINE)) == checks
+
+
+def test_the_page_of_monitoring_has_every_alert():
+    rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
+    rows = re.findall(r"^\| `(Relay\w+)` \| ", (DOCS / "monitoring.md").read_text(), re.MULTILINE)
+    assert rows == re.findall(r"alert: (\w+)", rules)
+
+
+def test_the_page_of_configuration_has_every_operator_of_a_condition():
+    section = (DOCS / "configuration.md").read_text().partition("### Conditions")[2].partition("\n### ")[0]
+    cells = re.findall(r"^\| (`.+?`) \| ", section, re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"\w+", cell)} == set(_OPERATORS)
+
+
+def rewrite(folder):
+    """Write the help texts of the metrics into the page for operators; a new metric goes to the end."""
+    metrics = App(
+        load(write_config(folder, listen="127.0.0.1:0", receiver="http://127.0.0.1:9", secret=SECRET))
+    )
+    texts = help_of_metrics(metrics)
+    page = METRIC.sub(lambda row: f"| `{row[1]}` | {row[2]} | {texts.pop(row[1], '')} |", OPERATING)
+    last = list(METRIC.finditer(page))[-1].end()
+    new = "".join(f"\n| `{name}` |  | {text} |" for name, text in texts.items())
+    (DOCS / "operating.md").write_text(page[:last] + new + page[last:])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        rewrite(Path(temporary))
