@@ -28,14 +28,17 @@ from relay.base.clock import SystemClock
 from relay.base.ids import event_id
 from relay.config.schema import WorkerRules
 from relay.model import Attempt, Delivery, Outcome, Owed, StoredEvent
-from relay.store import Acceptance, commit, find, leads, prune, sieve, times
+from relay.store import Acceptance, commit, event_times, prune
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
 from relay.store.connection import migrate, open_reader, open_writer
 from relay.store.dedupe import Key, Keys, identity
 from relay.store.holds import Holds
 from relay.store.mark import GIVEN_SQL
-from relay.store.page import Place
+from relay.store.queries import filters as list_filters
+from relay.store.queries import lists as stored_lists
+from relay.store.queries import plan
+from relay.store.queries.page import Place
 from relay.store.rows import ATTEMPT_COLUMNS, EVENT_COLUMNS, attempt_row, delivery_of, event_row
 from relay.store.schema import MIGRATIONS
 from relay.store.statements import fetch, insert
@@ -173,7 +176,7 @@ COPY = (
 )
 
 
-# The statements of `leads`, `sieve` and `find` that mention a state, for the queue table.
+# The statements of `queries.plan`, `.filters` and `.lists` that mention a state, for the queue table.
 QUEUE_EVENTS = {
     "lost": """
         SELECT event_id FROM ends
@@ -204,7 +207,7 @@ QUEUE_LATEST = f"""
                                     WHERE later.event_id = d.event_id
                                       AND +later.destination = d.destination AND later.id > d.id))
 """
-QUEUE_EVENT_ROWS = find.EVENTS_SQL.replace("FROM deliveries AS d", f"FROM {_STATES}")
+QUEUE_EVENT_ROWS = stored_lists.EVENTS_SQL.replace("FROM deliveries AS d", f"FROM {_STATES}")
 QUEUE_ROWS = """
     SELECT d.id AS row, d.public_id AS id, v.public_id AS event_id, v.type, d.destination,
            coalesce(x.state, 'pending') AS state, x.reason, coalesce(x.attempts, p.attempts) AS attempts,
@@ -333,7 +336,7 @@ class QueueTable(OneTable):
             await _settle(batch, transaction)
         if batch.events:
             insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in batch.events])
-            times.note(transaction, batch.events)
+            event_times.note(transaction, batch.events)
         batch.tallies.write(transaction)
         if batch.deliveries:
             _write_deliveries(batch, transaction)
@@ -369,13 +372,13 @@ class QueueTable(OneTable):
     @contextmanager
     def statements(self) -> Iterator[None]:
         with (
-            patch.dict(leads.EVENTS, QUEUE_EVENTS),
-            patch.dict(leads.DELIVERIES, QUEUE_DELIVERIES),
-            patch.dict(leads.SHORT, QUEUE_SHORT),
-            patch.object(sieve, "DELIVERIES", QUEUE_SIEVE),
-            patch.object(sieve, "_LATEST", QUEUE_LATEST),
-            patch.object(find, "DELIVERIES_SQL", QUEUE_ROWS),
-            patch.object(find, "EVENTS_SQL", QUEUE_EVENT_ROWS),
+            patch.dict(plan.EVENTS, QUEUE_EVENTS),
+            patch.dict(plan.DELIVERIES, QUEUE_DELIVERIES),
+            patch.dict(plan.SHORT, QUEUE_SHORT),
+            patch.object(list_filters, "DELIVERIES", QUEUE_SIEVE),
+            patch.object(list_filters, "_LATEST", QUEUE_LATEST),
+            patch.object(stored_lists, "DELIVERIES_SQL", QUEUE_ROWS),
+            patch.object(stored_lists, "EVENTS_SQL", QUEUE_EVENT_ROWS),
         ):
             yield
 
@@ -542,7 +545,9 @@ async def backlog(layout: OneTable) -> tuple[float, float]:
 async def page(layout: OneTable, name: str, before: int) -> Sequence[Any]:
     """Return the rows of one page of a list, before a row id; the layout's statements are in place."""
     kind, filters = LISTS[name]
-    return (await find.find(layout.reader, kind, limit=PAGE, before=Place(before), filters=filters)).rows
+    return (
+        await stored_lists.find(layout.reader, kind, limit=PAGE, before=Place(before), filters=filters)
+    ).rows
 
 
 async def lists(layout: OneTable, name: str) -> float:

@@ -19,9 +19,9 @@ import msgspec
 from bench.filling import END, fill
 from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
-from relay.store.apart import read_only
 from relay.store.backlog import backlog
 from relay.store.balance import BOOKS_SQL, COUNTS_SQL, balance
+from relay.store.read_only import read_only
 from relay.store.reading import Reading
 
 TARGET = 0.050

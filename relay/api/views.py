@@ -12,7 +12,7 @@ from relay.config.problems import guess
 from relay.errors import RelayError, UnknownError
 from relay.model import Chosen, Named, Selection, Stat
 from relay.store.counts import Counts
-from relay.store.page import Page
+from relay.store.queries.page import Page
 
 MOST_ROWS = 500
 """Rows that one answer may have."""

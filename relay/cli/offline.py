@@ -22,7 +22,7 @@ from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
-from relay.store.apart import Stop
+from relay.store.read_only import Stop
 
 if TYPE_CHECKING:
     from relay import doctor

@@ -39,7 +39,7 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.store.counts import Backlog, Counts
-from relay.store.page import Page
+from relay.store.queries.page import Page
 from relay.store.retention_policy import Policy
 
 T = TypeVar("T")
@@ -330,7 +330,7 @@ class Store(Protocol):
         ...
 
     def export(self, selection: Selection, span: Span, *, deliveries: bool = False) -> AsyncIterator[bytes]:
-        """Write a selection's events as lines of JSON (`relay.store.line`), with deliveries if asked."""
+        """Write a selection's events as lines of JSON (`relay.store.export`), with deliveries if asked."""
         ...
 
     def read_in(self, lines: AsyncIterable[bytes], *, owe: bool = False) -> AsyncIterator[Imported]:

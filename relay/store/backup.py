@@ -11,8 +11,8 @@ from pathlib import Path
 from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
-from relay.store.apart import Stop, apart, opened
 from relay.store.balance import COUNTS_SQL, balance
+from relay.store.read_only import Stop, apart, opened
 from relay.store.writer import Writer
 
 SIZE_SQL = """

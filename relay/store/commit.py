@@ -6,7 +6,7 @@ Ends come first, because they free what new deliveries may have to wait for.
 from collections.abc import Sequence
 
 from relay.model import Born, Delivery, Outcome, Owed
-from relay.store import OPERATOR_EVENTS, times
+from relay.store import OPERATOR_EVENTS, event_times
 from relay.store.batch import Batch
 from relay.store.dump import restore
 from relay.store.ends import cancel, end, expire, free
@@ -70,7 +70,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
 def _write_events(batch: Batch, transaction: Transaction) -> None:
     if events := batch.events + batch.restored:
         insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in events])
-        times.note(transaction, events)
+        event_times.note(transaction, events)
     if batch.repetitions:
         run(transaction, REPEATED_SQL, list(batch.repetitions.items()))
     batch.tallies.write(transaction)

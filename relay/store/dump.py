@@ -10,8 +10,8 @@ from relay.errors import RelayError, StorageUnavailableError
 from relay.model import Chosen, Imported, Selection, StoredEvent
 from relay.store import Span
 from relay.store.batch import Batch, Restored
-from relay.store.line import DeliveryLine, moment, read_line, write_line
-from relay.store.select import Selecting
+from relay.store.export import DeliveryLine, moment, read_line, write_line
+from relay.store.queries.selection import Selecting
 from relay.store.statements import fetch
 from relay.store.transaction import Transaction
 from relay.store.writer import Job, Writer

@@ -8,7 +8,7 @@ import aiosqlite
 from relay.model import Expunged, Selection
 from relay.store import Span
 from relay.store.prune import Victim, delete_events, paced, portions
-from relay.store.select import Selecting
+from relay.store.queries.selection import Selecting
 from relay.store.wishes import Wishing
 
 AT_ONCE = 500

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from relay.errors import StorageError
 from relay.model import Measured
-from relay.store.apart import Stop, apart, opened
+from relay.store.read_only import Stop, apart, opened
 
 SQL = """
     SELECT (SELECT user_version FROM pragma_user_version),

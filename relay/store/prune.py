@@ -18,10 +18,10 @@ from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Pruned
 from relay.store.disk import Disk
+from relay.store.event_times import FORGET_SQL
 from relay.store.mark import GIVEN_SQL
 from relay.store.retention_policy import Policy
 from relay.store.statements import fetch, run
-from relay.store.times import FORGET_SQL
 from relay.store.transaction import Transaction
 from relay.store.writer import Writer
 

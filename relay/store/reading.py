@@ -8,11 +8,11 @@ from pathlib import Path
 import aiosqlite
 
 from relay.errors import StorageError
-from relay.store.apart import read_only
 from relay.store.backlog import backlog
 from relay.store.counts import Backlog
 from relay.store.dump import Exporting
-from relay.store.find import Listing
+from relay.store.queries.lists import Listing
+from relay.store.read_only import read_only
 from relay.store.schema import MIGRATIONS
 from relay.store.stats import Tallying
 

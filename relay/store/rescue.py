@@ -14,9 +14,9 @@ import aiosqlite
 from relay.base.clock import SECOND
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
-from relay.store.apart import Stop, apart, opened
 from relay.store.backup import sync
 from relay.store.mark import HIGHEST_SQL, Mark, mark_in
+from relay.store.read_only import Stop, apart, opened
 from relay.store.wal import log_of
 
 _NAME = "rescue"

@@ -48,13 +48,13 @@ from relay.store.doctor import Examining
 from relay.store.dump import Exporting, Importing
 from relay.store.expunge import Expunging
 from relay.store.files import Files
-from relay.store.find import Listing
 from relay.store.held import Holding
 from relay.store.holds import Holds
 from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.measure import Measuring
 from relay.store.prune import Pruning
+from relay.store.queries.lists import Listing
 from relay.store.stats import Tallying
 from relay.store.transaction import Transaction
 from relay.store.watching import Watching

@@ -7,7 +7,7 @@ import aiosqlite
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat, StoredEvent
-from relay.store.select import judge
+from relay.store.queries.selection import judge
 from relay.store.statements import insert
 from relay.store.transaction import Transaction
 

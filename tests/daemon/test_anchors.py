@@ -12,7 +12,7 @@ from relay.base.ids import event_id
 from relay.base.units import parse_duration, parse_rate, parse_size
 from relay.config import binding, validators
 from relay.errors import RelayError
-from relay.store.line import read_line, write_line
+from relay.store.export import read_line, write_line
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "plugins").glob("*.py")])

@@ -11,7 +11,7 @@ from stores import end, ids, opened, send
 from support import FakeClock, until
 
 from relay.errors import StorageError
-from relay.store import apart, backup
+from relay.store import backup, read_only
 from relay.store.backup import back_up
 
 
@@ -152,7 +152,7 @@ async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
 async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
     store, clock, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(apart, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(read_only, "_LOOK_EVERY", 1)
     await send(store, clock)
     begun = []
 
@@ -178,6 +178,6 @@ def test_a_stopped_relays_file_is_backed_up_without_a_trace_beside_it(tmp_path, 
 
     asyncio.run(fill())
     before = (tmp_path / "relay.db").read_bytes()
-    assert back_up(tmp_path / "relay.db", tmp_path / "copy.db", apart.Stop()).events == 1
+    assert back_up(tmp_path / "relay.db", tmp_path / "copy.db", read_only.Stop()).events == 1
     assert (tmp_path / "relay.db").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"relay.db", "relay.db.mark", "copy.db"}

@@ -13,8 +13,8 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Owed, Register, Unregister
 from relay.store import Acceptance, doctor
-from relay.store.apart import Stop
 from relay.store.doctor import Patient, examine
+from relay.store.read_only import Stop
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",

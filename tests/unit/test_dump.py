@@ -10,7 +10,7 @@ from support import FakeClock
 from relay.errors import RelayError
 from relay.model import Imported, Owed, Selection
 from relay.store import dump
-from relay.store.line import read_line, write_line
+from relay.store.export import read_line, write_line
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_what_is_no_line_of_json_is_refused(line):
 async def test_an_export_holds_the_selection_in_order_whatever_its_portions(store, clock, monkeypatch):
     monkeypatch.setattr(dump, "MOST_EVENTS", 3)
     monkeypatch.setattr(dump, "MOST_BYTES", 100)
-    monkeypatch.setattr("relay.store.select.PAGE", 5)
+    monkeypatch.setattr("relay.store.queries.selection.PAGE", 5)
     sent = [await send(store, clock, body=b"%d" % n * (60 if n == 4 else 20), data=b"{}") for n in range(8)]
     await send(store, clock, type="till.paid")
     assert [read_line(line).body for line in await export(store, source="shop")] == [e.body for e in sent]

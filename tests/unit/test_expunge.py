@@ -85,7 +85,7 @@ async def test_a_selection_goes_as_it_would_be_replayed(store, clock, fields, le
 
 
 async def test_a_large_selection_goes_page_by_page(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.select.PAGE", 7)
+    monkeypatch.setattr("relay.store.queries.selection.PAGE", 7)
     monkeypatch.setattr(expunge, "AT_ONCE", 3)
     for _ in range(20):
         await send(store, clock)

@@ -13,9 +13,10 @@ from relay.api.views import list_items
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Attempt, Outcome, Owed, Selection
-from relay.store import Acceptance, bound, leads, times
-from relay.store.find import FILTERS
-from relay.store.select import judge
+from relay.store import Acceptance, event_times
+from relay.store.queries import budget, plan
+from relay.store.queries.lists import FILTERS
+from relay.store.queries.selection import judge
 
 EVENTS = 1200
 """Of the store that is asked for everything: enough for pages, and few enough for each question."""
@@ -89,9 +90,9 @@ async def test_every_question_is_answered_in_full_and_in_order(file, kind):
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
 async def test_pages_that_end_by_their_bound_come_to_the_same(file, kind, monkeypatch):
     for name, value in {"MOST_CANDIDATES": 700, "STEP": 300}.items():
-        monkeypatch.setattr(bound, name, value)
+        monkeypatch.setattr(budget, name, value)
     for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
-        monkeypatch.setattr(leads, name, value)
+        monkeypatch.setattr(plan, name, value)
     async with asking(file) as store:
         found = await rows(store)
         for filters in itertools.islice(questions(kind), 0, None, 7):
@@ -103,7 +104,7 @@ async def test_pages_that_end_by_their_bound_come_to_the_same(file, kind, monkey
 async def test_no_question_reads_all_of_a_table_or_sorts_one(file, kind, few, monkeypatch):
     """Whether a way is short enough to be put in order in memory, or not."""
     if not few:
-        monkeypatch.setattr(leads, "MOST_LISTED", 1)
+        monkeypatch.setattr(plan, "MOST_LISTED", 1)
     async with asking(file) as store:
         for filters, cursor in itertools.product(questions(kind), (None, deep(kind, EVENTS))):
             await store.list(kind, cursor, filters)
@@ -120,7 +121,7 @@ def test_a_plan_that_reads_a_table_is_found_out():
 
 
 async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatch):
-    monkeypatch.setattr(bound, "MOST_CANDIDATES", 500)
+    monkeypatch.setattr(budget, "MOST_CANDIDATES", 500)
     wanted = {"where": '{"data.n": 4}'}
     async with asking(file) as store:
         first = await store.list("events", None, wanted)
@@ -130,7 +131,7 @@ async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatc
 
 
 async def test_time_ends_a_page_as_well(file, monkeypatch):
-    monkeypatch.setattr(bound, "SECONDS", 0.0)
+    monkeypatch.setattr(budget, "SECONDS", 0.0)
     async with asking(file) as store:
         first = await store.list("events", None, {"where": '{"data.n": 4}'})
     assert (first["items"], first["next_cursor"]) == ([], str(EVENTS - 49))
@@ -166,15 +167,15 @@ async def test_since_is_within_and_until_is_not(store, clock, filters, found):
 
 
 async def test_times_narrow_a_search_to_blocks_of_events(store, clock, monkeypatch):
-    monkeypatch.setattr(times, "SHIFT", 1)
+    monkeypatch.setattr(event_times, "SHIFT", 1)
     for at in (100, 200, 300, 200, 500, 600):
         await send(store, clock, received_at=at)
-    span = await times.span(store._reader, 250, 301)
+    span = await event_times.span(store._reader, 250, 301)
     assert (span.first, span.last) == (2, 5)
-    span = await times.span(store._reader, 150, None)
+    span = await event_times.span(store._reader, 150, None)
     assert (span.first, span.last) == (2, 7)
-    assert await times.span(store._reader, 700, None) is None
-    assert await times.span(store._reader, None, 100) is None
+    assert await event_times.span(store._reader, 700, None) is None
+    assert await event_times.span(store._reader, None, 100) is None
 
 
 async def test_an_imported_event_is_found_by_its_own_time(store, clock):
@@ -216,8 +217,8 @@ async def end_all(store):
 
 @pytest.mark.parametrize("most", [1, 10_000])
 async def test_attempts_are_listed_by_their_beginning_whatever_leads_to_them(file, monkeypatch, most):
-    monkeypatch.setattr(leads, "MOST_LISTED", most)
-    monkeypatch.setattr(bound, "MOST_CANDIDATES", 400)
+    monkeypatch.setattr(plan, "MOST_LISTED", most)
+    monkeypatch.setattr(budget, "MOST_CANDIDATES", 400)
     async with asking(file) as store:
         told = await store.traced.execute_fetchall(
             "SELECT a.started_at, a.id, d.destination, a.result FROM attempts AS a"

@@ -16,7 +16,7 @@ from relay.base.clock import SECOND
 from relay.errors import Invalid, Malformed
 from relay.incoming import Incoming
 from relay.model import Worker
-from relay.store.line import read_line, write_line
+from relay.store.export import read_line, write_line
 from relay.store.rows import worker_of, worker_row
 from relay.workers.rules import shown
 

@@ -12,7 +12,7 @@ from relay.base.clock import SECOND
 from relay.base.ids import event_id
 from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
-from relay.store import Acceptance, prune, times
+from relay.store import Acceptance, event_times, prune
 from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
@@ -170,8 +170,8 @@ async def test_attempts_keys_and_counts_go_in_their_own_time(store, clock):
 
 
 async def test_what_is_known_of_times_and_repetitions_goes_with_the_events(store, clock, monkeypatch):
-    monkeypatch.setattr(times, "SHIFT", 0)
-    monkeypatch.setattr(prune, "FORGET_SQL", times.FORGET_SQL.replace("10", "0"))
+    monkeypatch.setattr(event_times, "SHIFT", 0)
+    monkeypatch.setattr(prune, "FORGET_SQL", event_times.FORGET_SQL.replace("10", "0"))
     await send(store, clock, key="k")
     await store.append(accept(clock, key="k"))
     clock.advance(15 * DAY)

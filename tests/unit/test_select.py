@@ -9,8 +9,9 @@ from relay.base.clock import SECOND
 from relay.base.ids import event_id
 from relay.errors import RelayError, UnknownError
 from relay.model import Attempt, Outcome, Owed, Selection, StoredEvent
-from relay.store import Acceptance, Span, select
-from relay.store.select import pending_sql, select_sql
+from relay.store import Acceptance, Span
+from relay.store.queries import selection
+from relay.store.queries.selection import pending_sql, select_sql
 from relay.store.sqlite import SqliteStore
 
 
@@ -142,7 +143,7 @@ async def test_small_pages_find_the_same(store, shops, monkeypatch, fields):
         await end(store, number, "dead", reason="exhausted")
     whole = await chosen(store, **fields)
     for size in (1, 2, 3):
-        monkeypatch.setattr(select, "PAGE", size)
+        monkeypatch.setattr(selection, "PAGE", size)
         assert await chosen(store, **fields) == whole
     assert whole
 
@@ -178,7 +179,7 @@ async def test_small_pages_of_pending_ones_find_the_same(store, clock, monkeypat
         await send(store, clock, subject=f"{number // 2}")
     for number in (1, 3):
         await end(store, number, "pending", next_attempt_at=clock.steady() + SECOND)
-    monkeypatch.setattr(select, "PAGE", size)
+    monkeypatch.setattr(selection, "PAGE", size)
     assert await pending(store) == [2, 4, 6, 5, 1, 3]
 
 

@@ -15,8 +15,8 @@ from relay.errors import RelayError, UnknownError
 from relay.model import Chosen, Named, Selection, StoredEvent
 from relay.routing.conditions import compile_where
 from relay.routing.filters import Patterns
-from relay.store import OPERATOR_EVENTS, Span, times
-from relay.store.payloads import holding, load
+from relay.store import OPERATOR_EVENTS, Span, event_times
+from relay.store.queries.payloads import holding, load
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -109,7 +109,7 @@ class Selecting:
         [(newest,)] = await self._reader.execute_fetchall("SELECT max(id) FROM events")
         if selection.since is None and selection.until is None:
             return Span(1, newest or 0)
-        found = await times.span(self._reader, selection.since, selection.until)
+        found = await event_times.span(self._reader, selection.since, selection.until)
         return Span(1, 0) if found is None else Span(max(1, found.first), min(found.last, newest or 0))
 
     async def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:

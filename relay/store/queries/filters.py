@@ -9,7 +9,7 @@ import msgspec
 from relay.model import Selection
 from relay.routing.conditions import compile_where
 from relay.routing.filters import Patterns
-from relay.store.payloads import holding
+from relay.store.queries.payloads import holding
 
 # The unary plus keeps the planner from other indexes than the one that leads to a row.
 EVENTS = "SELECT e.id, e.id, e.type, e.size FROM events AS e WHERE e.id IN ({marks}) {conditions}"

@@ -6,7 +6,7 @@ from typing import Any
 import aiosqlite
 import msgspec
 
-from relay.store.page import Page, Place
+from relay.store.queries.page import Page, Place
 
 
 class Small(msgspec.Struct, frozen=True):

@@ -6,10 +6,10 @@ from typing import Any
 import aiosqlite
 
 from relay.model import Selection
-from relay.store.bound import Bound
-from relay.store.leads import chunks, few
-from relay.store.page import Page, Place
-from relay.store.small import records
+from relay.store.queries.budget import Bound
+from relay.store.queries.page import Page, Place
+from relay.store.queries.plan import chunks, few
+from relay.store.queries.small import records
 
 FILTERS = ("delivery_id", "destination", "result", "since", "until")
 

@@ -12,16 +12,16 @@ import aiosqlite
 
 from relay.errors import RelayError
 from relay.model import DeliveryState, DestinationState, Selection
-from relay.store import times
+from relay.store import event_times
 from relay.store.balance import BOOKS_SQL, balance
-from relay.store.bound import Bound
 from relay.store.counts import Counts
-from relay.store.leads import DELIVERIES, Lead, choose, to_deliveries, to_events, types_of
-from relay.store.page import Page, Place
-from relay.store.sieve import Found, Sieve
-from relay.store.small import SMALL, records, small
-from relay.store.tries import FILTERS as OF_TRIES
-from relay.store.tries import tries
+from relay.store.queries.attempts import FILTERS as OF_TRIES
+from relay.store.queries.attempts import tries
+from relay.store.queries.budget import Bound
+from relay.store.queries.filters import Found, Sieve
+from relay.store.queries.page import Page, Place
+from relay.store.queries.plan import DELIVERIES, Lead, choose, to_deliveries, to_events, types_of
+from relay.store.queries.small import SMALL, records, small
 
 EVENTS_SQL = """
     SELECT e.id AS row, e.public_id AS id, e.source, e.type, substr(e.subject, 1, 256) AS subject,
@@ -159,7 +159,7 @@ class Search:
         place = before or Place(2**63 - 1)
         top, after = (place.key + 1 if place.row else place.key), 0
         if self._wanted.since is not None or self._wanted.until is not None:
-            span = await times.span(self._reader, self._wanted.since, self._wanted.until)
+            span = await event_times.span(self._reader, self._wanted.since, self._wanted.until)
             if span is None:
                 return Page([], None)
             if self._by_event:
