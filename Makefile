@@ -1,10 +1,15 @@
-# The commands of README.md, and the Debian package.
+# The commands of README.md, the generated parts of the pages, the Debian package.
 OUT = dist
 
-.PHONY: demo test deb
+.PHONY: demo test docs deb
 
 demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
+
+# Rewrite help pages, the table of commands and the table of metrics. Read the difference before you commit it.
+docs:
+	.venv/bin/python tests/docs/test_docs_cli.py
+	.venv/bin/python tests/docs/test_docs.py
 
 deb:
 	packaging/deb/build $(OUT)

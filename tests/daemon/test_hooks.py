@@ -133,11 +133,11 @@ async def test_nobody_is_asked_when_nobody_wants_to_be_told(tmp_path, plugins):
 
 
 async def test_a_job_of_a_plugin_that_fails_is_logged_under_its_plugin_s_name(tmp_path, plugins, caplog):
-    failing = "async def _turn_over() -> None:\n    raise OSError('full')\n\n\nasync def _unused()"
-    text = EXAMPLE.replace("async def _turn_over()", failing).replace("every=86_400", "every=0.01")
+    failing = "async def _rotate() -> None:\n    raise OSError('full')\n\n\nasync def _unused()"
+    text = EXAMPLE.replace("async def _rotate()", failing).replace("every=86_400", "every=0.01")
     (plugins / "audit.py").write_text(text)
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        await until(lambda: caplog.messages.count("job audit.turn-over failed") >= 2)
+        await until(lambda: caplog.messages.count("job audit.rotate failed") >= 2)
         assert await send(relay)
 
 
