@@ -1,4 +1,4 @@
-"""Every way a request or the daemon itself can say no.
+"""All errors: refusals of requests, and errors for operators.
 
 Handlers never build error text for the wire: they raise a refusal, its class has the HTTP status and
 the closed `reason` (a metric label), and the source's `refuse` puts it into the sender's envelope.
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class RelayError(Exception):
-    """Something the operator has to know; `hint` is what to type or change next."""
+    """An error for the operator; `hint` says what to type or change next."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -20,42 +20,42 @@ class RelayError(Exception):
 
 
 class UnknownError(RelayError):
-    """What an operator named is not there."""
+    """The object that the operator named does not exist."""
 
 
 class RestartNeededError(RelayError):
-    """What has changed can only be taken in by a start: `keys` of config.toml, files of plugins."""
+    """A reload cannot apply these changes: `keys` of config.toml, or files of plugins."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         super().__init__(
             f"restart needed: {', '.join(keys)}",
-            hint="nothing was changed; restart the relay, or put these back and reload",
+            hint="nothing was changed; restart the daemon, or undo these changes and reload",
         )
         self.keys = keys
 
 
 class BusyError(RelayError):
-    """What is asked for is under way already, and goes one at a time."""
+    """The same operation is already running; only one may run at a time."""
 
 
 class StorageError(RelayError):
-    """The store could not do what was asked; nothing of it was kept."""
+    """The store failed and rolled back; nothing of the call was kept."""
 
 
 class StorageUnavailableError(StorageError):
-    """The disk is full, busy or failing: the whole batch was rolled back and may be sent again."""
+    """The disk is full, busy or failing; the transaction was rolled back and may be retried."""
 
 
 class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and most are no errors of ours
-    """A request that is not accepted; the sender hears it in its own envelope.
+    """A request that is not accepted. The source renders it in the sender's own format.
 
     Attributes:
         status: HTTP status of the answer, unless the source's contract has another.
         reason: the closed metric label of `relay_events_rejected_total`.
         code: a stable word for machine-readable envelopes.
         message: one sentence for the sender; never holds a secret or a header's raw value.
-        field: the field of the body that is wrong, `""` where none is to blame.
-        issue: what is wrong with that field.
+        field: the invalid field of the body, or `""`.
+        issue: the fault of that field.
         retry_after: seconds for a `Retry-After` header, 0 for none.
     """
 
@@ -74,42 +74,42 @@ class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and mos
 
     @property
     def detail(self) -> str:
-        """What is wrong with which field, or the message where no field is to blame."""
+        """The field and its fault, or the message if no field is at fault."""
         return f"{self.field or self.message}: {self.issue}" if self.issue else self.message
 
 
 class Malformed(Refusal):
-    """The body is not what its format demands: broken JSON, invalid UTF-8, a body cut short."""
+    """The body violates its format: broken JSON, invalid UTF-8, or a truncated body."""
 
     status, reason, code = 400, "malformed", "malformed"
     text = "The body is not valid JSON"
 
 
 class Invalid(Refusal):
-    """The body can be read, but a field is missing or of the wrong kind."""
+    """The body is valid JSON, but a field is missing or has the wrong type."""
 
     status, reason, code = 400, "invalid", "validation_error"
     text = "The body is not valid"
 
 
 class Conflict(Refusal):
-    """What is asked contradicts what is registered, and the operator wants that refused."""
+    """The request contradicts the worker registry, and the configuration refuses such requests."""
 
     status, reason, code = 409, "invalid", "conflict"
     text = "Already registered"
 
 
 class KeyConflict(Refusal):
-    """An idempotency key that another request has had, at a source with `key_conflict = "reject"`."""
+    """Another request used this idempotency key, and the source has `key_conflict = "reject"`."""
 
     status, reason, code = 422, "key_conflict", "key_conflict"
     text = "This idempotency key has been used for another request"
 
 
 class Unauthenticated(Refusal):
-    """No token, not a bearer token, or one that nobody configured.
+    """No token, no bearer token, or a token that is not configured.
 
-    `problem` tells the three apart: `missing`, `scheme` or `unknown`.
+    `problem` is `missing`, `scheme` or `unknown` respectively.
     """
 
     status, reason, code = 401, "auth", "unauthorized"
@@ -121,21 +121,21 @@ class Unauthenticated(Refusal):
 
 
 class Forbidden(Refusal):
-    """The token is known and may not do this."""
+    """The token is valid but lacks the scope for this request."""
 
     status, reason, code = 403, "forbidden", "forbidden"
     text = "The token may not do this"
 
 
 class NotFound(Refusal):
-    """No route of this source has that path."""
+    """The source has no route with this path."""
 
     status, reason, code = 404, "not_found", "not_found"
     text = "No such path"
 
 
 class MethodNotAllowed(Refusal):
-    """The path exists under other methods, which `allow` lists."""
+    """The path exists, but not for this method; `allow` lists the methods."""
 
     status, reason, code = 405, "method", "method_not_allowed"
     text = "Method not allowed"
@@ -160,28 +160,28 @@ class TooLarge(Refusal):
 
 
 class UnsupportedEncoding(Refusal):
-    """A `Content-Encoding` other than identity; inflating hostile bodies froze peers for seconds."""
+    """A `Content-Encoding` other than identity: decompressing hostile bodies can block for seconds."""
 
     status, reason, code = 415, "encoding", "unsupported_encoding"
     text = "Send the body without Content-Encoding"
 
 
 class RateLimited(Refusal):
-    """More requests per token than the source's `rate_limit`."""
+    """The token exceeds the source's `rate_limit`."""
 
     status, reason, code = 429, "rate_limit", "rate_limited"
     text = "Too many requests"
 
 
 class PluginFailed(Refusal):
-    """The source's plugin raised or returned nonsense; nothing was stored."""
+    """The source's plugin raised an exception or returned an invalid value; nothing was stored."""
 
     status, reason, code = 500, "plugin_error", "internal_error"
     text = "Internal server error"
 
 
 class Unavailable(Refusal):
-    """Something of ours is in the way for the moment; the sender keeps the event and tries again."""
+    """The relay cannot accept requests at the moment; the sender keeps the event and retries."""
 
     status, code, pause = 503, "unavailable", 5
     text = "Temporarily unavailable"
@@ -195,14 +195,14 @@ class Paused(Unavailable):
 
 
 class Draining(Unavailable):
-    """The daemon is stopping; its successor will take the event."""
+    """The daemon is stopping; it accepts the event after its restart."""
 
     reason = "draining"
     text = "Shutting down"
 
 
 class DiskFull(Unavailable):
-    """Less free space than `min_free_disk`."""
+    """The disk has less free space than `min_free_disk`."""
 
     reason = "disk"
     text = "Out of disk space"
@@ -216,7 +216,7 @@ class StorageDown(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """The write queue, the budget of bytes in flight or the connection cap is used up."""
+    """The write queue, the body budget or the connection limit is exhausted."""
 
     reason, pause = "overload", 1
     text = "Overloaded"
@@ -241,7 +241,7 @@ REASONS = (
     "overload",
     "plugin_error",
 )
-"""Every `reason` a refusal may carry: the label values of `relay_events_rejected_total`."""
+"""All values of `Refusal.reason`: the label values of `relay_events_rejected_total`."""
 
 UNROUTABLE = ("path", "method", "malformed", "too_many")
-"""Why a request matched no route: the label values of `relay_requests_unroutable_total`."""
+"""Reasons why a request matched no route: the label values of `relay_requests_unroutable_total`."""

@@ -1,4 +1,4 @@
-"""The nouns: what the relay remembers and passes around. Times are microseconds UTC (`relay.base.clock`)."""
+"""The records that all parts share. Times are integers, microseconds UTC (`relay.base.clock`)."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -6,114 +6,114 @@ from typing import Any, Literal
 import msgspec
 
 EMPTY = msgspec.Raw(b"{}")
-"""What an absent, `null` or PHP-style `[]` map becomes."""
+"""Stands for a map that is absent, `null`, or PHP's empty `[]`."""
 
 DeliveryState = Literal["pending", "delivered", "dead", "expired", "cancelled"]
 WorkerStatus = Literal["ONLINE", "OFFLINE", "MAINTENANCE"]
 
 
 class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
-    """One thing that happened, as accepted; never changes once it is stored."""
+    """One accepted event; immutable once it is stored."""
 
     id: int  # row id: the order of acceptance; 0 until the writer gives it one
-    public_id: str  # evt_ + UUIDv7, what senders, receivers and operators see
+    public_id: str  # evt_ + UUIDv7: the id for senders, receivers and operators
     source: str  # name of the source in config.toml
     type: str  # full type: "<source name>.<type on the wire>"
-    subject: str | None  # what it is about, from the wire: shop id, session id, worker id
-    received_at: int  # wall clock when the body had been read
-    data: bytes  # JSON object or value: the sender's own bytes, never re-encoded
-    context: bytes  # JSON object: what the sender said about the circumstances
-    body: bytes  # the whole request body as it came
+    subject: str | None  # from the request: shop id, session id, worker id
+    received_at: int  # wall clock at the end of the body
+    data: bytes  # JSON value: the sender's bytes, never re-encoded
+    context: bytes  # JSON object: further facts from the request
+    body: bytes  # the whole request body, unchanged
     content_type: str  # of that body
-    sha256: bytes  # digest of the body, verified again before it is forwarded
-    traceparent: str | None = None  # W3C trace context, if one came in
+    sha256: bytes  # digest of the body, verified before each delivery
+    traceparent: str | None = None  # W3C trace context of the request
     rendered: dict[str, bytes] | None = None  # bodies by format, while in memory; never stored
     request_id: str | None = None  # of the request that brought it, for the log; likewise
 
 
 class Delivery(msgspec.Struct, kw_only=True, gc=False):
-    """One event owed to one destination, as a lane holds it."""
+    """One event for one destination, as a lane claims it."""
 
     id: int  # row id
     public_id: str  # dlv_ + UUIDv7
     event_id: int  # row id of the event
     destination: str  # name of the destination in config.toml
     attempts: int  # finished attempts so far
-    created_at: int  # when it came into being
-    size: int  # bytes of the event's body, for the budget of bodies held in memory
-    event: StoredEvent | None = None  # None: to be loaded when a slot frees
+    created_at: int  # wall clock
+    size: int  # bytes of the event's body, for the memory budget
+    event: StoredEvent | None = None  # None: loaded when a slot is free
     order_key: str | None = None  # see `Owed`
     latest_key: str | None = None
     expires_at: int | None = None  # steady clock
     on_dead: str | None = None
-    replay_of: int | None = None  # row id of the delivery that this one repeats
+    replay_of: int | None = None  # row id of the replayed delivery
 
 
 class Attempt(msgspec.Struct, kw_only=True, frozen=True):
-    """One HTTP try of one delivery, as it ended."""
+    """One finished HTTP attempt of one delivery."""
 
     started_at: int  # wall clock
-    duration_ms: float  # from taking the slot to the last byte we wanted
+    duration_ms: float  # from taking the slot to the last byte read
     result: str  # closed label, one of `relay.delivery.http.result.RESULTS`
-    status: int | None = None  # HTTP status, None when there was no answer
+    status: int | None = None  # HTTP status; None: no response
     error: str | None = None  # one line for the operator
-    answer: bytes = b""  # first 16 KiB of the answer's body
-    truncated: bool = False  # whether there was more of it
+    answer: bytes = b""  # first 16 KiB of the response body
+    truncated: bool = False  # whether the response body was longer
 
 
 class Outcome(msgspec.Struct, kw_only=True, frozen=True):
-    """What an attempt means for its delivery: the new state and, while pending, when to try again."""
+    """The result of an attempt for its delivery: the new state and, while pending, the time of the next."""
 
     delivery: Delivery
-    attempt: Attempt | None  # None: it ended without one (expired in its lane's window)
+    attempt: Attempt | None  # None: the delivery ended without an attempt (expired in its lane)
     state: DeliveryState
     next_attempt_at: int | None = None  # steady clock; only while pending
-    reason: str | None = None  # why it ended, unless delivered
-    counts: bool = True  # False: the attempt is recorded but spends none of the schedule
+    reason: str | None = None  # reason of the end; None: delivered
+    counts: bool = True  # False: the attempt is recorded but does not use up the retry schedule
 
 
 class Owed(msgspec.Struct, frozen=True):
-    """One destination that an event must reach, and on which terms."""
+    """One destination of an event, with the options of its subscription."""
 
     destination: str
-    order_key: str | None = None  # those of one (destination, key) go out one after another
-    latest_key: str | None = None  # a newer one of that key makes the older pointless
+    order_key: str | None = None  # deliveries of one (destination, key) go out one after another
+    latest_key: str | None = None  # a newer event with this key supersedes older ones
     ttl: int | None = None  # microseconds from creation to expiry
-    max_pending: int | None = None  # beyond so many pending ones the new one is dead at once
-    on_dead: str | None = None  # destination that a dead one's event is handed to
+    max_pending: int | None = None  # with more pending deliveries, a new one is dead at once
+    on_dead: str | None = None  # destination that gets the event of a dead delivery
 
 
 class Selection(msgspec.Struct, kw_only=True, frozen=True):
-    """Which events an operator means, or which deliveries of them; None: any."""
+    """A filter for events or deliveries; a field that is None matches everything."""
 
     source: str | None = None
-    type: str | None = None  # full type, or a pattern as destinations have them
+    type: str | None = None  # full type, or a pattern as in a destination's `events`
     subject: str | None = None
-    since: int | None = None  # wall clock: received then or later
-    until: int | None = None  # received before
-    destination: str | None = None  # owed to it, and as the next field says
-    state: DeliveryState | None = None  # of the latest delivery of an event to a destination
-    where: Any = None  # conditions over the envelope, as `where` of a destination has them; valid
+    since: int | None = None  # wall clock: received at that time or later
+    until: int | None = None  # wall clock: received before
+    destination: str | None = None  # events with a delivery to this destination
+    state: DeliveryState | None = None  # state of the event's latest delivery to a destination
+    where: Any = None  # conditions as in a destination's `where`; validated
 
     @property
     def of_deliveries(self) -> bool:
-        """Whether it is deliveries that are chosen, rather than events."""
+        """Whether the filter selects deliveries, not events."""
         return self.destination is not None or self.state is not None
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """One event that was selected, without its body."""
+    """One selected event, without its body."""
 
     event_id: int  # row id
     size: int  # bytes of the body
     received_at: int
-    destinations: tuple[str, ...] = ()  # of the deliveries that were selected
+    destinations: tuple[str, ...] = ()  # of the selected deliveries
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """What came in of one type within one hour."""
+    """Counts of one event type in one hour."""
 
-    hour: int  # its beginning, wall clock
+    hour: int  # start of the hour, wall clock
     source: str
     type: str
     events: int
@@ -122,7 +122,7 @@ class Stat(msgspec.Struct, frozen=True):
 
 
 class Named(msgspec.Struct, frozen=True):
-    """One delivery that an operator named."""
+    """One delivery that an operator selected by its id."""
 
     id: int  # row id
     state: DeliveryState
@@ -130,20 +130,20 @@ class Named(msgspec.Struct, frozen=True):
 
 
 class News(msgspec.Struct, frozen=True):
-    """What one commit changed that lanes and plugins must know."""
+    """The changes of one commit that lanes and plugins need to know."""
 
     events: Sequence[StoredEvent] = ()
-    deliveries: Sequence[Delivery] = ()  # new and due: held for their lanes, with their events
-    woken: Collection[str] = ()  # destinations that have something else due now
-    dropped: Collection[int] = ()  # deliveries that ended without an attempt: expired, cancelled
-    books: Mapping[str, Mapping[str, int]] = {}  # per destination: how many were created, ended how
-    outcomes: Sequence[Outcome] = ()  # recorded, and their deliveries moved on
-    hurried: Collection[str] = ()  # destinations whose retries an operator made due
-    turned: Sequence[tuple[str, WorkerStatus]] = ()  # workers of another status than before: source, status
+    deliveries: Sequence[Delivery] = ()  # new and due: claimed for their lanes, with their events
+    woken: Collection[str] = ()  # destinations with other deliveries that are due now
+    dropped: Collection[int] = ()  # deliveries that expired or were cancelled
+    books: Mapping[str, Mapping[str, int]] = {}  # per destination: number created, and ended per state
+    outcomes: Sequence[Outcome] = ()  # recorded attempts, with the new states of their deliveries
+    hurried: Collection[str] = ()  # destinations whose retries an operator made due now
+    turned: Sequence[tuple[str, WorkerStatus]] = ()  # source and new status of workers whose status changed
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
-    """What the store remembers of a destination beside its deliveries."""
+    """The stored state of a destination, apart from its deliveries."""
 
     name: str
     paused: bool = False  # by an operator
@@ -153,21 +153,21 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def held(self) -> str | None:
-        """Why nothing is sent until an operator lets it; None: for no reason that would be stored."""
+        """Why an operator must act before the relay sends again; None: no such reason is stored."""
         if self.paused:
             return "paused"
         return None if self.disabled_at is None else f"disabled: {self.disabled_reason}"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """Periodic work that a plugin asks for, one run at a time."""
+    """Periodic work of a plugin; one run at a time."""
 
     name: str  # unique within its plugin
-    every: float  # seconds from one run to the next; the first comes so long after the start
+    every: float  # seconds between runs, and from the start to the first run
     work: Callable[[], Awaitable[None]]
 
 
-# --- workers: what a handler may ask for, applied in the event's own transaction ------------------
+# --- workers: changes that a handler requests, applied in the event's transaction -----------------
 
 
 class Session(msgspec.Struct, kw_only=True, frozen=True):
@@ -181,7 +181,7 @@ class Session(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
-    """A worker announces itself; registering an id again updates its row."""
+    """A worker registers; registering an id again updates its row."""
 
     worker_id: str
     endpoint: str = ""
@@ -191,12 +191,12 @@ class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
     reject_conflict: bool = False  # a new id on a live worker's endpoint: Conflict instead of take-over
-    recover: bool = False  # have it restore its sessions, or those of its former id
-    sessions: tuple[Session, ...] = ()  # the sessions to restore; the store finds them
+    recover: bool = False  # the worker restores its sessions, or those of its former id
+    sessions: tuple[Session, ...] = ()  # sessions to restore; filled in by the store
 
 
 class Heartbeat(msgspec.Struct, kw_only=True, frozen=True, tag="heartbeat"):
-    """A worker is alive; `None` means that it did not say."""
+    """A worker is alive; a field that is None was not reported."""
 
     worker_id: str
     status: WorkerStatus | None = None
@@ -207,21 +207,21 @@ class Heartbeat(msgspec.Struct, kw_only=True, frozen=True, tag="heartbeat"):
     uptime: float | None = None
     message_count: int | None = None
     counts: Mapping[str, int] | None = None  # sessions by status, as the worker counts them
-    sessions: tuple[Session, ...] | None = None  # the list form
+    sessions: tuple[Session, ...] | None = None  # the full list, for workers that send it
 
 
 class Unregister(msgspec.Struct, kw_only=True, frozen=True, tag="unregister"):
-    """A worker says goodbye."""
+    """A worker unregisters."""
 
     worker_id: str
 
 
 class SessionSeen(msgspec.Struct, kw_only=True, frozen=True, tag="session"):
-    """A session changed; a sign of its worker's life, but no heartbeat."""
+    """A session changed. Shows that its worker is alive, but is no heartbeat."""
 
     session: Session
     worker_id: str = ""  # "": the worker that last reported the session
-    at: str | float | None = None  # when it changed, as the worker wrote it; None: it did not say
+    at: str | float | None = None  # time of the change as the worker wrote it; None: not reported
 
 
 WorkerChange = Register | Heartbeat | Unregister | SessionSeen
@@ -238,30 +238,30 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     environment: str = ""
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
-    maintenance: bool = False  # set by an operator; wins over reports
+    maintenance: bool = False  # set by an operator; overrides reported statuses
     registered_at: int = 0  # wall clock
     last_heartbeat: int = 0  # wall clock, for display only
-    deadline: int = 0  # steady clock; silent past it means offline
-    heard: int = 0  # steady clock of the last heartbeat since it registered; 0: none
-    rhythm: int = 0  # microseconds that usually pass between its heartbeats; 0: not known yet
-    unregistered_at: int | None = None  # steady clock; a tombstone against overlapping heartbeats
-    leaving: int | None = None  # steady clock of a refused unregister; a sweep carries it out
-    beats: int = 0  # heartbeats in time since it was offline, until they are enough
-    restarts: int = 0  # how often its uptime went back
-    was_offline: bool = False  # when its maintenance began: nobody has been told yet that it is back
+    deadline: int = 0  # steady clock; a worker that is silent beyond it is offline
+    heard: int = 0  # steady clock of the last heartbeat since the registration; 0: no heartbeat yet
+    rhythm: int = 0  # usual interval of its heartbeats in microseconds; 0: not known yet
+    unregistered_at: int | None = None  # steady clock; late heartbeats do not revive the worker
+    leaving: int | None = None  # steady clock of a refused unregister; the next sweep applies it
+    beats: int = 0  # heartbeats in time since the worker was offline, up to the required number
+    restarts: int = 0  # number of times that its reported uptime decreased
+    was_offline: bool = False  # offline at the start of maintenance; `worker.recovered` is still due
     cpu: float | None = None
     memory: float | None = None
     uptime: float | None = None
     message_count: int | None = None
     counts: Mapping[str, int] = {}
     sessions: tuple[Session, ...] = ()
-    recovering: tuple[str, ...] = ()  # ids of sessions that it is to restore and has not listed yet
-    fresh: bool = False  # it has sent no list since it was told to restore sessions
-    changed: Mapping[str, int] = {}  # wall clock, by session id: of events since the list, deleted ones too
+    recovering: tuple[str, ...] = ()  # ids of sessions to restore that the worker has not listed yet
+    fresh: bool = False  # no session list since it was asked to restore sessions
+    changed: Mapping[str, int] = {}  # by session id: wall clock of events since the last list, deletions too
 
 
 class Command(msgspec.Struct, kw_only=True, frozen=True):
-    """What an operator wants a worker to do; it rides in the reply to a heartbeat."""
+    """A command of an operator for a worker, delivered in the reply to a heartbeat."""
 
     public_id: str  # cmd_ + UUIDv7
     source: str
@@ -270,100 +270,100 @@ class Command(msgspec.Struct, kw_only=True, frozen=True):
     created_at: int  # wall clock
     expires_at: int  # steady clock
     state: Literal["queued", "sent", "expired", "cancelled"] = "queued"
-    sent_at: int | None = None  # wall clock; proves no receipt: the worker says nothing of it
+    sent_at: int | None = None  # wall clock; workers do not confirm receipt
 
 
 class Born(msgspec.Struct, kw_only=True, frozen=True):
-    """An event that the relay itself gives birth to, inside a transaction."""
+    """An event that the relay itself creates, inside a transaction."""
 
     type: str  # without the source's name
     subject: str | None
     data: Mapping[str, Any]
 
 
-# --- the store's answers --------------------------------------------------------------------------
+# --- results of the store --------------------------------------------------------------------------
 
 
 class Receipt(msgspec.Struct, kw_only=True, frozen=True):
-    """What the store gives back once a request's effects are durable."""
+    """The result of storing a request; its effects are durable."""
 
-    event_id: str = ""  # public id; of the first one for a duplicate; "" when there was no event
+    event_id: str = ""  # public id; a duplicate gets the first event's id; "": no event
     duplicate: bool = False
-    key_conflict: bool = False  # a new event, whose idempotency key another request has had
-    worker: Worker | None = None  # the row after the change, or the one that was asked about
-    commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker, riding in this reply
-    sent: tuple[Command, ...] = ()  # the same, as the store keeps them
+    key_conflict: bool = False  # a new event whose idempotency key belongs to another request
+    worker: Worker | None = None  # the row after the change, or the requested row
+    commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker; sent in this reply
+    sent: tuple[Command, ...] = ()  # the same commands as stored records
 
 
 class Pruned(msgspec.Struct, kw_only=True, frozen=True):
-    """What a pass of retention deleted."""
+    """Numbers of rows that one pass of retention deleted."""
 
     events: int = 0
-    attempts: int = 0  # of deliveries that stay
-    keys: int = 0  # that duplicates are known by
+    attempts: int = 0  # attempts of deliveries that are kept
+    keys: int = 0  # idempotency keys
     stats: int = 0
-    pages: int = 0  # given back to the disk
-    done: bool = True  # False: there was more than one pass may take
+    pages: int = 0  # database pages returned to the file system
+    done: bool = True  # False: more rows are due than one pass may delete
 
 
 class Expunged(msgspec.Struct, kw_only=True, frozen=True):
-    """What an operator's deletion came to."""
+    """The result of deleting events on request."""
 
-    events: int  # gone, with deliveries and attempts
-    cancelled: int  # deliveries that were still owed
-    left: tuple[int, ...]  # row ids of events that something is just being sent of; ask again
+    events: int  # deleted, with their deliveries and attempts
+    cancelled: int  # deliveries that were pending
+    left: tuple[int, ...]  # row ids of events with a delivery in flight: not deleted, try again
 
 
 class Imported(msgspec.Struct, kw_only=True, frozen=True):
-    """How far an import has come."""
+    """Progress of an import."""
 
-    lines: int  # read and durable
-    new: int  # of which the events were not there before
+    lines: int  # imported and durable
+    new: int  # of these, events that did not exist before
 
 
 class Backup(msgspec.Struct, kw_only=True, frozen=True):
-    """A copy of the store that has been checked."""
+    """A verified copy of the database."""
 
     path: str
     bytes: int
     events: int
     deliveries: int
-    seconds: float  # that it took
+    seconds: float  # duration
 
 
 class Compacted(msgspec.Struct, kw_only=True, frozen=True):
-    """What giving free room back came to."""
+    """The result of compacting the database."""
 
     before: int  # bytes of the file
     after: int
-    whole: bool  # False: a reader was in the way, the file shrinks a little later
+    whole: bool  # False: another reader delays the shrinking of the file
 
 
 class Measured(msgspec.Struct, kw_only=True, frozen=True):
-    """What a database holds, and what room that takes."""
+    """Contents and sizes of a database."""
 
     path: str
-    version: int  # of its tables
+    version: int  # of the schema
     bytes: int  # of the file
-    free: int  # of these: to be used again before the file grows
+    free: int  # bytes in the file that new data will reuse
     log: int  # bytes of the write-ahead log beside it
     events: int
-    oldest: int | None  # when the first of them came in; wall clock
+    oldest: int | None  # time of receipt of the oldest event, wall clock
     newest: int | None
-    pending: int  # deliveries that are owed
+    pending: int  # deliveries
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing that a doctor looked at."""
+    """The result of one check of `relay doctor`."""
 
     name: str
     ok: bool
     detail: str
-    hint: str = ""  # what to do, where it is not ok
+    hint: str = ""  # what to do; "" if ok
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Deliveries that the caller now holds, and when the next one of that destination is due."""
+    """The claimed deliveries, and the time at which the destination's next one is due."""
 
     deliveries: tuple[Delivery, ...]
-    next_due: int | None  # steady clock; None: nothing else is pending
+    next_due: int | None  # steady clock; None: no other delivery is pending

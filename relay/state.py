@@ -1,6 +1,6 @@
-"""What a config.toml makes of the daemon: sources and their routes, rules, and a lane per destination.
+"""The parts of the daemon that config.toml determines: sources, routes, worker rules, lanes.
 
-A reload prepares all of it anew beside the old, and takes it on in one step of the loop.
+A reload prepares new parts beside the current ones and adopts them in one step of the event loop.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from relay.workers.watch import Rulebook, Watch
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
-    """A config with everything made that taking it on needs, so that this cannot fail."""
+    """A new configuration with everything that adopting it needs, so that adopting it cannot fail."""
 
     setup: Setup
     mounts: tuple[Mount, ...]
@@ -36,7 +36,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class State:
-    """The parts that depend on the config; they stay the same objects, whatever it says."""
+    """The parts that depend on the configuration. A reload changes them, but never replaces the objects."""
 
     def __init__(self, setup: Setup, *, store: Store, clock: Clock, metrics: Metrics) -> None:
         config = setup.config
@@ -64,20 +64,20 @@ class State:
 
     @property
     def config(self) -> Config:
-        """What holds at the moment."""
+        """The current configuration."""
         return self.setup.config
 
     async def start(self, own: Iterable[tuple[str, int]]) -> None:
-        """Go on with what the store remembers of sources and destinations; see `Engine.start` for `own`."""
+        """Restore stored pauses and start the lanes; see `Engine.start` for `own`."""
         for name in await self._store.paused_sources() & self.ingest.mounts.keys():
             self.ingest.mounts[name].paused = True
         await self.engine.start(tuple(own))
 
     async def prepare(self, setup: Setup) -> Draft:
-        """Make what another config needs, beside the present one.
+        """Prepare another configuration beside the current one.
 
         Raises:
-            RelayError: it cannot be made; nothing has changed, and nothing is left open.
+            RelayError: a part cannot be made; nothing has changed and nothing is left open.
         """
         config, paused = setup.config, await self._store.paused_sources()
         mounts = mounts_of(config.sources)
@@ -93,7 +93,7 @@ class State:
         )
 
     def adopt(self, draft: Draft) -> None:
-        """Go by another config from now on; what is under way ends as it began."""
+        """Adopt a prepared configuration. Requests and attempts in progress end under the old one."""
         config = draft.setup.config
         self.setup = draft.setup
         self._count(config)
@@ -106,7 +106,7 @@ class State:
         self.engine.adopt(draft.lanes)
 
     def _count(self, config: Config) -> None:
-        """Have metrics of every source and destination, from their first zero on."""
+        """Create the metrics of every source and destination, exported as 0 from the start."""
         for name in config.sources:
             self._metrics.add_source(name)
             self._metrics.count_workers(name, self._store.census)
