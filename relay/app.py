@@ -1,4 +1,4 @@
-"""The daemon's life, downwards: take possession, open up, serve, drain, let go."""
+"""The daemon, from start to stop: lock the state, open the store, listen, serve, drain, close."""
 
 import asyncio
 import gc
@@ -58,13 +58,14 @@ BOOKS_EVERY = 15.0
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
 GC_THRESHOLDS = (20_000, 20, 100)
-"""The collector looks for cycles a thirtieth as often as by default: that was a tenth of an event's CPU.
+"""Run the cycle collector a thirtieth as often as by default, where it took a tenth of an event's CPU.
 
-So no cycle may hold a body: `tests/daemon/test_memory.py` holds that, and `bench/memory.py` measures it."""
+Therefore no reference cycle may hold a body: `tests/daemon/test_memory.py` checks that, `bench/memory.py`
+measures it."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """Where the daemon listens, once it does."""
+    """The addresses that the daemon listens on."""
 
     public: str  # URL
     admin: str | None  # URL; None: off
@@ -75,7 +76,7 @@ Announce = Callable[[], None]
 
 
 class App:
-    """The parts, put together; `run` is their life."""
+    """Builds all parts of the daemon; `run` runs them until the daemon stops."""
 
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         config = setup.config
@@ -129,20 +130,20 @@ class App:
         self.reloads.waits_for = lambda: self.store.failure
         self.stopping = asyncio.Event()
         self._announced = False
-        self._retention: asyncio.Task[Past] | None = None  # begun because the disk is full
-        self._retention_due = 0  # steady clock: when to begin it again
-        self._deadline = 0.0  # loop time by which a stop must be through with what is in flight
+        self._retention: asyncio.Task[Past] | None = None  # a pass that started because the disk is full
+        self._retention_due = 0  # steady clock: earliest start of the next such pass
+        self._deadline = 0.0  # loop time by which requests and attempts in flight must end
 
     @property
     def config(self) -> Config:
-        """What holds at the moment; a reload changes it."""
+        """The current configuration; a reload replaces it."""
         return self.state.config
 
     async def run(self, on_ready: Callable[[Addresses], None] = lambda _addresses: None) -> None:
-        """Live until `stopping` is set.
+        """Run until `stopping` is set.
 
         Raises:
-            RelayError: it could not start; nothing is left behind.
+            RelayError: the daemon could not start; everything opened so far is closed.
         """
         config = self.config
         async with AsyncExitStack() as life:
@@ -164,7 +165,7 @@ class App:
             life.push_async_callback(self.store.close)
             self.observers.start()
             life.push_async_callback(self._stop_observers)
-            with suppress(StorageError):  # the job does it once the disk lets it; nobody is judged before
+            with suppress(StorageError):  # the job repeats it; until then no worker goes offline
                 await self.watch.sweep()
             self._add_jobs()
             self.jobs.start()
@@ -205,20 +206,20 @@ class App:
 
     def _say_end(self) -> None:
         if self.store.unsaved:
-            log.critical("stopped; the database has no sound copy: docs/storage.md, section Losses")
+            log.critical("stopped; the database has no intact copy, see docs/storage.md, section Losses")
         else:
-            log.info("stopped, nothing is lost")
+            log.info("stopped, no events lost")
 
     def _drain(self) -> None:
-        """Begin the end: what is under way has `shutdown_grace` from now on."""
+        """Start the shutdown: requests and attempts in flight have `shutdown_grace` from now on."""
         self.health.phase = "draining"
         grace = self.config.server.shutdown_grace
         self._deadline = asyncio.get_running_loop().time() + grace
         self.watchdog.stopping()
-        log.info("draining: no new requests, what is in flight has %gs", grace)
+        log.info("draining: no new requests; work in flight has %gs", grace)
 
     def _announce(self, addresses: Addresses, on_ready: Callable[[Addresses], None]) -> None:
-        """Say once where the daemon listens."""
+        """Report once that the daemon listens."""
         if not self._announced:
             self._announced = True
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
@@ -228,12 +229,12 @@ class App:
     async def _open_store(
         self, public: socket.socket, unix: socket.socket, admin: socket.socket | None, announce: Announce
     ) -> bool:
-        """Open the store; while the disk is full or another program holds it, answer without it, and wait.
+        """Open the store. While the disk is full or another program locks the file, answer 503 and retry.
 
-        Returns whether it is open; False: the daemon was asked to stop before.
+        Returns True once the store is open, False if the daemon was asked to stop first.
 
         Raises:
-            StorageError: the file cannot be opened, and that lasts.
+            StorageError: the file cannot be opened, and waiting does not help.
         """
         try:
             await self.store.open()
@@ -242,7 +243,7 @@ class App:
         else:
             return True
         async with AsyncExitStack() as waiting:
-            # On copies of the sockets: the listeners themselves stay open, and lose no connection.
+            # On duplicates of the sockets: the originals stay open, so no connection is lost.
             runners = [await listen(self.api.socket_app(), unix.dup(), grace=1.0)]
             if admin is not None:
                 app = self.api.tcp_app(self.config.admin.tokens)
@@ -269,14 +270,14 @@ class App:
         return False
 
     async def _move_on(self, server: Server) -> None:
-        """Let the requests under way finish, and close their connections."""
+        """Let requests in progress finish, then close their connections."""
         server.leave()
         await server.stop_listening()
         await server.finish(1.0)
         await server.close(grace=1.0)
 
     def _listeners(self, life: AsyncExitStack) -> tuple[socket.socket, socket.socket | None]:
-        """Take over what systemd listens on for us, and bind the rest."""
+        """Take over the sockets that systemd opened, and bind the others."""
         server, admin = self.config.server, self.config.admin
         inherited = Inherited()
         life.callback(inherited.close)
@@ -287,11 +288,11 @@ class App:
             private = inherited.take("admin") or bind(admin.listen, "[admin] listen")
             life.callback(private.close)
         for name in inherited.names:
-            log.warning("systemd opened a socket %r that nothing here listens on", name)
+            log.warning("systemd opened the socket %r, which the relay does not use", name)
         return public, private
 
     async def _close(self, server: Server) -> None:
-        """Let the requests under way finish; who asks anew is sent away, with 503 where it is connected."""
+        """Let requests in progress finish; answer new ones on open connections with 503."""
         server.leave()
         await server.stop_listening()
         self.ingest.gate.draining = True
@@ -300,7 +301,7 @@ class App:
         await self._say_farewells()
 
     async def _say_farewells(self) -> None:
-        """Unregister the workers that stopped together with us and were refused."""
+        """Unregister the workers whose unregister was refused during the shutdown."""
         if self.store.failure is None:
             with suppress(StorageError, TimeoutError):
                 await asyncio.wait_for(self.store.sweep(at=0), max(1.0, self._time_left()))
@@ -328,7 +329,7 @@ class App:
             jobs.add(job.name, job.every, job.work)
 
     def _listen(self, news: News) -> None:
-        """Hand on what was committed; lanes first, plugins are never waited for."""
+        """Pass committed changes on: to lanes first; plugins get them from a queue."""
         self.engine.listen(news)
         for source, status in news.turned:
             self.metrics.transitions.labels(source, status).inc()
@@ -336,14 +337,14 @@ class App:
         self.api.listen(news)
 
     def _trouble(self) -> str | None:
-        """Say what keeps senders out at the moment."""
+        """Return why senders are refused at the moment; None: they are not."""
         if self.store.failure is not None:
             what = "write" if self.store.opened else "be opened"
             return f"the store cannot {what}: {self.store.failure}"
         return "less free space than min_free_disk" if self.ingest.gate.disk_full else None
 
     def _stuck(self) -> list[str]:
-        """Say which work does not get on, although nothing outside is to blame: a restart would help."""
+        """Return the work that hangs without an outside cause, so that a restart helps."""
         found = []
         if self.store.busy > WRITER_PATIENCE:
             found.append("the store's writer is stuck")
@@ -359,12 +360,12 @@ class App:
         return f"serving {len(self.ingest.mounts)} sources and {len(self.engine.lanes)} destinations"
 
     async def _expire(self) -> None:
-        """End what is past its `ttl`, in short transactions."""
+        """Expire deliveries that exceed their `ttl`, in short transactions."""
         while await self.store.expire():
             pass
 
     async def _forget_workers(self) -> None:
-        """Drop workers that have long been offline, and gauges and commands past their retention."""
+        """Delete workers that have been offline for long, and old worker metrics and commands."""
         await self.store.fleet(lambda fleet: fleet.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.prune_worker_metrics(before):
@@ -373,7 +374,7 @@ class App:
             pass
 
     async def _check_disk(self) -> None:
-        """Refuse senders below `min_free_disk`; what is stored already goes on being delivered."""
+        """Refuse senders while less than `min_free_disk` is free; stored events are still delivered."""
         disk = self.store.disk
         if disk.missing:
             await asyncio.to_thread(disk.recover)
@@ -425,7 +426,7 @@ def _database(config: Config) -> Path:
 
 
 def _die(why: str) -> None:
-    """Stop at once: what the disk may have lost must not be answered for; a restart reads it anew."""
+    """Exit at once, so that nothing is acknowledged that the disk may have lost."""
     log.critical("stopping at once: %s", why)
     logging.shutdown()
     os._exit(1)

@@ -1,6 +1,6 @@
-"""What keeps deliveries waiting and data unsafe, beside the database itself: for `relay doctor`.
+"""Checks of `relay doctor` beside those of the database: held deliveries, jobs, permissions.
 
-The same findings come from a running relay and, as far as files tell, from a stopped one.
+The running daemon and the offline command use the same checks, as far as files allow.
 """
 
 import stat
@@ -15,26 +15,26 @@ from relay.jobs.scheduler import Past
 from relay.model import Check
 
 FAILING = 600 * SECOND
-"""A destination that has only failed for longer than this is a finding, though it is still tried."""
+"""A destination that has failed for longer than this is reported, although retries continue."""
 
 _ADVICE = {
     "paused": "relay destinations resume {name}",
-    "disabled": "mend the receiver, then: relay destinations enable {name}",
+    "disabled": "repair the receiver, then: relay destinations enable {name}",
     "failing": "relay destinations test {name}",
 }
 
 
 class Owing(msgspec.Struct, frozen=True, kw_only=True):
-    """A destination, as far as what it is owed is concerned."""
+    """A destination with its pending deliveries."""
 
     name: str
-    held: str | None  # why nothing is sent
+    held: str | None  # why deliveries are held; None: they are not
     pending: int
     failing_since: int | None = None  # steady clock
 
 
 def held(destinations: Iterable[Owing], now: int, patience: int = FAILING) -> Check:
-    """Look for deliveries that do not get on, by their destinations; `now` is steady."""
+    """Check for held deliveries, by destination; `now` is steady clock."""
     found, hints = [], []
     for each in destinations:
         if not each.pending:
@@ -46,16 +46,16 @@ def held(destinations: Iterable[Owing], now: int, patience: int = FAILING) -> Ch
             why = f"failing since {rfc3339(since)}"
         else:
             continue
-        found.append(f"{each.name} is owed {each.pending} ({why})")
+        found.append(f"{each.name}: {each.pending} pending ({why})")
         kind = why.partition(":")[0]
         hints.append(_ADVICE.get(kind, _ADVICE["failing"]).format(name=each.name))
     if found:
         return Check(name="held", ok=False, detail="; ".join(found), hint="; ".join(hints))
-    return Check(name="held", ok=True, detail="no destination keeps deliveries waiting")
+    return Check(name="held", ok=True, detail="no deliveries are held")
 
 
 def jobs(pasts: Iterable[Past]) -> Check:
-    """Look for periodic jobs whose latest run failed."""
+    """Check for periodic jobs whose latest run failed."""
     failing = [past for past in pasts if past.error and not past.running]
     if failing:
         found = [
@@ -63,25 +63,27 @@ def jobs(pasts: Iterable[Past]) -> Check:
         ]
         hint = "; ".join(f"relay jobs run {past.name}" for past in failing)
         return Check(name="jobs", ok=False, detail="; ".join(found), hint=f"{hint}; the log has the details")
-    return Check(name="jobs", ok=True, detail="the latest run of each succeeded")
+    return Check(name="jobs", ok=True, detail="the latest run of every job succeeded")
 
 
 def ready(reasons: Iterable[str]) -> Check:
-    """Say why a running relay is not ready."""
+    """Check whether a running daemon is ready."""
     if found := list(reasons):
         return Check(name="ready", ok=False, detail="; ".join(found), hint="relay status")
-    return Check(name="ready", ok=True, detail="the relay takes events")
+    return Check(name="ready", ok=True, detail="the relay accepts events")
 
 
 def writable(config: Config, state_dir: Path) -> Check:
-    """Look for files by which anybody on the machine could change what the relay does, or what it knows."""
+    """Check for files of the relay that every user of the machine may change."""
     found = sorted({str(path) for path in _of_the_relay(config, state_dir) if _is_open(path)})
     if _is_open(config.path.parent, sticky=True):
         found.append(str(config.path.parent))
     if found:
-        detail = f"anybody may write to {', '.join(found)}"
+        detail = f"writable for every user: {', '.join(found)}"
         return Check(name="writable", ok=False, detail=detail, hint=f"chmod o-w {' '.join(found)}")
-    return Check(name="writable", ok=True, detail="state, plugins and configuration are closed to strangers")
+    return Check(
+        name="writable", ok=True, detail="only owner and group may write to state, plugins and configuration"
+    )
 
 
 def _of_the_relay(config: Config, state_dir: Path) -> Iterator[Path]:
@@ -103,7 +105,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _is_open(path: Path, *, sticky: bool = False) -> bool:
-    """Say whether everybody may write there; in a sticky folder they can only add files."""
+    """Return whether every user may write there; with `sticky`, a sticky folder does not count."""
     try:
         mode = path.stat().st_mode
     except OSError:

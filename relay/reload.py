@@ -1,4 +1,4 @@
-"""Reloads: a changed config.toml is taken in while everything runs, whole or not at all."""
+"""Reloads: apply a changed config.toml to the running daemon, completely or not at all."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ from relay.state import State
 log = logging.getLogger("relay.reload")
 
 SWEEP = "sweep"
-"""The job whose interval the config has a say in."""
+"""The job whose interval depends on the configuration."""
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reload brought; tables as config.toml names them."""
+    """The tables that a reload added, changed and removed, as config.toml names them."""
 
     path: str  # of the file
     added: tuple[str, ...] = ()
@@ -40,19 +40,23 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
             for what, names in (("added", self.added), ("changed", self.changed), ("removed", self.removed))
             if names
         ]
-        return f"{self.path}: {'; '.join(told) or 'nothing has changed'}"
+        return f"{self.path}: {'; '.join(told) or 'no changes'}"
 
 
 class Reloads:
-    """Reloads one after the other, between `open` and `close`."""
+    """Runs one reload at a time, between `open` and `close`."""
 
     def __init__(self, state: State, jobs: Jobs, metrics: Metrics, clock: Clock) -> None:
         self._state = state
         self._jobs = jobs
         self._metrics = metrics
         self._clock = clock
-        self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # entered for each reload
-        self.waits_for: Callable[[], str | None] = lambda: None  # says what keeps the start waiting
+        self.around: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # a context entered for each reload
+        )
+        self.waits_for: Callable[[], str | None] = lambda: (
+            None
+        )  # why the daemon has not started yet; None: started
         self._open = asyncio.Event()
         self._closed = False
         self._one = asyncio.Lock()
@@ -60,11 +64,11 @@ class Reloads:
         self._count(successful=True)  # the start was one
 
     def open(self) -> None:
-        """Begin; who asked before has been waiting for this."""
+        """Allow reloads; requests made before start now."""
         self._open.set()
 
     async def close(self) -> None:
-        """Let the one under way finish, and refuse any further one."""
+        """Let the reload in progress finish and refuse further ones."""
         self._closed = True
         self._open.set()
         async with self._one:
@@ -72,44 +76,44 @@ class Reloads:
         await asyncio.gather(*self._tasks)
 
     def soon(self) -> None:
-        """Reload without anybody waiting for it, as at a SIGHUP; the log says what became of it."""
+        """Start a reload in the background, as at SIGHUP; the log has its result."""
         task = asyncio.create_task(self._quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def reload(self) -> Reloaded:
-        """Read the config anew and go by it.
+        """Read config.toml again and apply it.
 
         Raises:
             ConfigError: the file has problems; nothing has changed.
             StorageUnavailableError: the start waits for the database; nothing has changed.
-            RestartNeededError: only a start can take in what changed; nothing has.
-            RelayError: it cannot be gone by, or the relay is stopping; nothing has changed.
+            RestartNeededError: the changes need a restart; nothing has changed.
+            RelayError: the configuration cannot be applied, or the daemon is stopping; nothing has changed.
         """
         if not self._open.is_set() and (why := self.waits_for()) is not None:
-            hint = "config.toml was read at the start; reload again once /ready says that the relay is"
-            raise StorageUnavailableError(f"the relay still waits for its database: {why}", hint=hint)
+            hint = "config.toml was read at the start; reload again once /ready answers 200"
+            raise StorageUnavailableError(f"the daemon is still waiting for its database: {why}", hint=hint)
         await self._open.wait()
         async with self._one:
             if self._closed:
-                raise RelayError("the relay is stopping", hint="its successor reads the file at its start")
+                raise RelayError("the daemon is stopping", hint="the next start reads the file")
             with self.around():
                 return await self._take_in()
 
     async def drift(self) -> Check:
-        """Compare the file as it is now with what the relay goes by; nothing is changed."""
+        """Compare config.toml with the running configuration; change nothing."""
         hint = "relay reload"
         try:
             setup = await asyncio.to_thread(load_again, self._state.setup)
         except ConfigError as error:
-            detail, hint = str(error), "correct it before the relay is reloaded or started anew"
+            detail, hint = str(error), "correct it before the next reload or restart"
         except RestartNeededError as error:
-            detail, hint = error.message, "restart the relay, or put these back"
+            detail, hint = error.message, "restart the daemon, or undo these changes"
         else:
             done = _compare(self._state.config, setup.config)
             if not (done.added or done.changed or done.removed):
-                return Check(name="config", ok=True, detail=f"{done.path} is what the relay goes by")
-            detail = f"not taken in yet: {done}"
+                return Check(name="config", ok=True, detail=f"{done.path} matches the running configuration")
+            detail = f"not applied yet: {done}"
         return Check(name="config", ok=False, detail=detail, hint=hint)
 
     async def _take_in(self) -> Reloaded:
@@ -121,7 +125,7 @@ class Reloads:
         except Exception as error:
             self._count(successful=False)
             why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
-            log.error("not reloaded, the configuration stays as it was: %s", why)  # noqa: TRY400 - said in words
+            log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - said in words
             raise
         self._state.adopt(draft)
         if self._state.watch.interval != interval:
@@ -148,7 +152,7 @@ class Reloads:
 
 
 def _compare(before: Config, config: Config) -> Reloaded:
-    """Say which tables are others than before."""
+    """Return the tables that differ."""
     old, new = dict(_tables(before)), dict(_tables(config))
     return Reloaded(
         path=str(config.path),

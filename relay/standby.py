@@ -1,7 +1,7 @@
-"""Holds the sockets that systemd opened while config.toml cannot be used, until a reload can take it in.
+"""Stands in for the daemon while config.toml is invalid and systemd owns the sockets: answers 503.
 
-A daemon that exits instead is started again by the next connection, until systemd gives up on service and
-sockets, and then the mended configuration does not start either.
+If the daemon exited instead, each connection would start it again until systemd gives up on the service and
+its sockets; then even a corrected configuration would not start.
 """
 
 import asyncio
@@ -43,16 +43,16 @@ from relay.reload import Reloaded
 log = logging.getLogger("relay.hold")
 
 RETRY_AFTER = 30
-"""Seconds after which senders may ask again; somebody has to mend a file first."""
+"""Seconds in `Retry-After`: somebody has to correct a file first."""
 
 LAZYCHAT_PROBE = "settings.checking_connection"
-"""On any answer but 200 to it, LazyChat's plugin logs its shop out, until somebody logs in again."""
+"""LazyChat's plugin logs its shop out unless this probe gets 200; a person has to log in again."""
 
 HINT = "correct it, then `relay reload` or `systemctl restart relay`"
 
 
-class Hold:
-    """Answers 503 in place of a daemon that cannot start; `run` is its life."""
+class Standby:
+    """Answers 503 in place of a daemon that cannot start."""
 
     def __init__(
         self, path: Path, error: RelayError, load: Callable[[], Setup], environ: Mapping[str, str]
@@ -60,10 +60,10 @@ class Hold:
         """Prepare.
 
         Args:
-            path: the configuration.
-            error: why it cannot be used.
-            load: reads it anew, in a thread.
-            environ: where the daemon's directories are in.
+            path: config.toml.
+            error: the fault that prevents the start.
+            load: reads config.toml again; called in a thread.
+            environ: the environment with the daemon's directories.
         """
         self._path = path
         self._error = error
@@ -73,15 +73,15 @@ class Hold:
         self._done = asyncio.Event()
         self._one = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics = Metrics()  # whose relay_config_last_reload_successful is 0: it raises the alarm
+        self._metrics = Metrics()  # relay_config_last_reload_successful is 0 there, which raises the alert
         self._scrape = Scrape(self._metrics.registry)
         self._watchdog = Watchdog(Notifier(environ), stuck=list, status=self._status)
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> Setup | None:
-        """Answer until the configuration can be used, and return it; None: asked to end before.
+        """Answer 503 until the configuration is valid and return it; None: asked to stop first.
 
         Raises:
-            RelayError: the sockets are of no use.
+            RelayError: the sockets cannot be used.
         """
         loop = asyncio.get_running_loop()
         async with AsyncExitStack() as life:
@@ -103,7 +103,7 @@ class Hold:
                 server = Server(self._refuse)
                 await server.listen(sock)
                 life.push_async_callback(self._close, server)
-            log.error("answering 503 until %s can be used: %s; %s", self._path, self._why, HINT)
+            log.error("answering 503 until %s is valid: %s; %s", self._path, self._why, HINT)
             self._watchdog.started()
             on_ready()
             await self._done.wait()
@@ -120,7 +120,7 @@ class Hold:
         return f"not serving: {self._why}" if self._setup is None else "starting"
 
     async def _open_door(self, life: AsyncExitStack) -> None:
-        """Listen on the operators' socket, unless another daemon has the state directory."""
+        """Listen on the admin socket, unless another daemon owns the state directory."""
         config = self._config()
         state_dir = StateDir(config.state_dir)
         try:
@@ -129,14 +129,14 @@ class Hold:
             door = socket_path(config, self._environ)
             unix = bind_unix(door)
         except RelayError as error:
-            log.warning("only SIGHUP can reload it: %s", in_one_line(error))
+            log.warning("the admin socket is not available, reload with SIGHUP: %s", in_one_line(error))
             return
         life.callback(door.unlink, missing_ok=True)
         runner = await listen(self._app(api=True), unix, grace=1.0)
         life.push_async_callback(runner.cleanup)
 
     def _config(self) -> Config:
-        """Return what can be told of the file: where the state is, and what the socket is called."""
+        """Return what the file tells without errors: the state directory and the name of the socket."""
         folder = Path(self._environ.get("STATE_DIRECTORY", "").partition(":")[0] or self._path.parent)
         with suppress(ConfigError):
             return bind_tables(Binder(read(self._path), self._environ, lenient=True))
@@ -169,7 +169,7 @@ class Hold:
         return say({"ready": False, "reasons": [self._why]}, 503)
 
     async def _unavailable(self, _request: web.Request) -> web.Response:
-        response = refuse(503, "unavailable", f"the relay does not serve: {self._error.message}", HINT)
+        response = refuse(503, "unavailable", f"the daemon cannot start: {self._error.message}", HINT)
         response.headers["Retry-After"] = str(RETRY_AFTER)
         return response
 
@@ -177,10 +177,10 @@ class Hold:
         return say(await self._reload())
 
     async def _reload(self) -> Reloaded:
-        """Read the file anew; if it can be used, this ends.
+        """Read config.toml again; if it is valid, `run` ends.
 
         Raises:
-            RelayError: it still cannot be used.
+            RelayError: it is still invalid.
         """
         async with self._one:
             with self._watchdog.reloading():
@@ -188,12 +188,12 @@ class Hold:
                     setup = self._setup = await asyncio.to_thread(self._load)
                 except RelayError as error:
                     self._error = error
-                    log.error("still answering 503: %s", self._why)  # noqa: TRY400 - said in words
+                    log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - said in words
                     raise
         self._done.set()
         tables: dict[str, Any] = {"sources": setup.config.sources, "destinations": setup.config.destinations}
         added = tuple(f"{kind}.{name}" for kind, table in tables.items() for name in table)
-        log.info("%s can be used: starting", self._path)
+        log.info("%s is valid: starting", self._path)
         return Reloaded(path=str(self._path), added=added, warnings=setup.config.warnings)
 
     def _reload_soon(self) -> None:

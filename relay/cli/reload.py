@@ -23,6 +23,6 @@ def reload(daemon: Daemon, *, as_json: bool) -> None:
         print_json(done)
         return
     told = [f"{what} {name}" for what in ("added", "changed", "removed") for name in done[what]]
-    click.echo(f"reloaded {done['path']}: {', '.join(told) or 'nothing has changed'}")
+    click.echo(f"reloaded {done['path']}: {', '.join(told) or 'no changes'}")
     for warning in done["warnings"]:
         click.echo(f"warning: {warning}", err=True)

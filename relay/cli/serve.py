@@ -58,7 +58,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
     from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
     from relay.process.logs import configure, is_read, under_systemd  # noqa: PLC0415 - see above
-    from relay.standby import Hold  # noqa: PLC0415 - see above
+    from relay.standby import Standby  # noqa: PLC0415 - see above
 
     try:
         path = find_config(config)
@@ -72,8 +72,8 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         if not sockets_given():
             raise CommandError(error.message, hint=error.hint, code=CONFIG) from None
         configure("info", "auto", under_systemd=under_systemd())
-        hold = Hold(path, error, lambda: _load_again(path), os.environ)
-        held = _run(hold.run)
+        standby = Standby(path, error, lambda: _load_again(path), os.environ)
+        held = _run(standby.run)
         if held is None:
             return  # it was asked to end
         setup = held

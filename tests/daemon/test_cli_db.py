@@ -136,7 +136,7 @@ PORT = 'listen = "127.0.0.1:{}"\nshutdown'
     ("change", "found"),
     [
         (('events = ["*"]', 'events = ["adorn.*"]'), ("changed destinations.crm", "config: relay reload")),
-        ((PORT.format(0), PORT.format(1)), ("server.listen", "restart the relay")),
+        ((PORT.format(0), PORT.format(1)), ("server.listen", "restart the daemon")),
         (("development", "develpment"), ('did you mean "development"', "correct it before")),
     ],
 )

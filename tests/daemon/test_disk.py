@@ -243,7 +243,7 @@ async def test_questions_are_answered_at_once_while_the_database_is_waited_for(t
         async with Daemon(config) as daemon, asyncio.timeout(8):
             answer = await exchange(tmp_path / "state" / "relay.sock", request("POST", "/api/reload"))
             assert answer.status == 503
-            assert "the relay still waits for its database: " in answer.json["error"]["message"]
+            assert "the daemon is still waiting for its database: " in answer.json["error"]["message"]
             answer = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/doctor"))
             checks = json.loads(answer.body.splitlines()[-1])["result"]["checks"]
             found = {check["name"]: check for check in checks}

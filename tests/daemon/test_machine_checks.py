@@ -51,7 +51,7 @@ async def test_a_destination_that_keeps_deliveries_waiting_is_found(tmp_path, ve
             await relay.exchange(post())
         for found in await examined(relay, config):
             assert found["held"]["ok"] is False
-            assert found["held"]["detail"] == f"crm is owed 9 {why}"
+            assert found["held"]["detail"] == f"crm: 9 pending {why}"
             assert advice in found["held"]["hint"]
 
 
@@ -63,9 +63,9 @@ async def test_an_open_circuit_and_what_it_keeps_waiting_are_found(tmp_path):
             await relay.exchange(post())
         await until(lambda: relay.app.engine.lanes["crm"].held == "circuit open")
         online, offline = await examined(relay, config)
-        assert online["held"]["detail"] == "crm is owed 3 (circuit open)"
+        assert online["held"]["detail"] == "crm: 3 pending (circuit open)"
         assert online["held"]["hint"] == "relay destinations test crm"
-        assert offline["held"]["detail"].startswith("crm is owed 3 (failing since ")
+        assert offline["held"]["detail"].startswith("crm: 3 pending (failing since ")
 
 
 async def test_dead_deliveries_and_paused_sources_are_found(tmp_path):
@@ -162,7 +162,7 @@ def test_what_anybody_may_write_to_is_found(tmp_path, which):
     path = tmp_path / which
     path.chmod(path.stat().st_mode | 0o002)
     found = doctor.writable(loaded, tmp_path / "state")
-    assert found.detail == f"anybody may write to {path}"
+    assert found.detail == f"writable for every user: {path}"
     assert found.hint == f"chmod o-w {path}"
 
 
@@ -172,4 +172,4 @@ async def test_the_command_says_what_to_type_next(tmp_path):
         await relay.operator("POST", "/api/destinations/crm/disable")
         await relay.exchange(post())
         said = await asyncio.to_thread(run, "doctor", "--socket", relay.addresses.socket, code=1)
-        assert "held: mend the receiver, then: relay destinations enable crm" in said.err
+        assert "held: repair the receiver, then: relay destinations enable crm" in said.err

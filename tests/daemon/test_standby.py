@@ -227,7 +227,7 @@ async def test_a_sighup_that_finds_problems_keeps_holding_and_tells_them(file, m
     async with holding(file, manager) as held:
         file.write_text("[worse\n")
         held.process.send_signal(signal.SIGHUP)
-        await until(lambda: any("still answering 503" in line for line in held.lines))
+        await until(lambda: any("config.toml is still invalid" in line for line in held.lines))
         await until(lambda: "not valid TOML" in manager.heard("STATUS")[-1])
         assert (await held.send()).status == 503
         assert "not valid TOML" in (await held.typed("status", code=1)).err
