@@ -11,7 +11,7 @@ from client import AMPLE
 from commands import Commands
 from daemons import Recorder
 from lanes import CLOCK, Receiver
-from roots import fetch
+from machines import fetch
 
 from relay.config.schema import DestinationConfig
 from relay.delivery.http.http_client import Client

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
+from machines import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
 
 from relay import __version__

@@ -11,7 +11,7 @@ import tarfile
 
 import pytest
 from daemons import adorn
-from roots import CHECKOUT, DEBIAN, Root, copy_checkout, offline
+from machines import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
 
 PAGE = (CHECKOUT / "docs" / "install.md").read_text()
