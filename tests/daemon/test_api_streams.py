@@ -5,9 +5,8 @@ import json
 
 import pytest
 from daemons import SOURCES, Daemon, adorn, destination, running, write_config
-from streams import following
 from support import until
-from wire import Wire, exchange, request
+from wire import Wire, exchange, following, request
 
 from relay.api import stream, top
 from relay.api.followers import MOST, MOST_BYTES, Followers

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_cli_wrong_uses import AS_OTHERS, LEAVES, NOBODY, ROOT, arguments_of
+from commands import LEAVES, arguments_of
+from machines import NOBODY, ROOT, needs_other_users
 
 from relay.cli import main
 from relay.cli.main import Group
@@ -198,7 +199,7 @@ def test_where_the_database_is_of_no_use(folder, content):
     judge(outcomes(commands, folder))
 
 
-@AS_OTHERS
+@needs_other_users
 @pytest.mark.parametrize("shut", ["the file", "its folder", "what is around it"])
 def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
     """As one who is not in the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
@@ -216,7 +217,7 @@ def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
             assert code == (78 if words[0] == "serve" else 5), (words, code, err)
 
 
-@AS_OTHERS
+@needs_other_users
 @pytest.mark.parametrize("named", [True, False])
 def test_a_current_folder_that_may_not_be_entered_is_no_matter(folder, named):
     """As after `su` or `sudo -u relay` in /root."""
@@ -231,7 +232,7 @@ def test_a_current_folder_that_may_not_be_entered_is_no_matter(folder, named):
             assert (code, f"{folder}/state/relay.sock" in err) == (3, True) or code == 2, (words, code, err)
 
 
-@AS_OTHERS
+@needs_other_users
 def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_one(folder):
     (folder / "config.toml").write_text(f'{GOOD}[plugins]\ndirs = ["shut"]\n')
     (folder / "shut").mkdir(mode=0o700)

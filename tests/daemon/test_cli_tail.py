@@ -5,10 +5,9 @@ import json
 import signal
 
 import pytest
-from commands import Commands, run
+from commands import RELAY, Commands, Terminal, run
 from daemons import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
-from terminals import RELAY, Terminal
 from wire import exchange, request
 
 from relay.cli import tail

@@ -4,10 +4,9 @@ import json
 import re
 
 import pytest
-from commands import Commands, run
+from commands import Commands, Terminal, run
 from daemons import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
-from terminals import Terminal
 from wire import request
 
 from relay.cli.top import clip, lines

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -13,36 +11,18 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from commands import LEAVES, arguments_of
 from daemons import SOURCES, destination, running, write_config
-from test_docs_cli import LEAVES
+from machines import NOBODY, ROOT, SHARED
 
 from relay.cli import main
 from relay.cli.options import OneOf
 
 TOKEN = "an-admin-token"
-NOBODY = 65_534  # the uid that owns nothing
-ARGUMENTS = {
-    ("explain",): ["01a201eb"],
-    ("events", "import"): ["{file}"],
-    ("workers", "command"): ["crn", "crn", "crn"],
-}
-"""Where filling in what a command demands is not enough."""
 
 
 def talks(command):
     return any("--socket" in each.opts for each in command.params)
-
-
-def arguments_of(path):
-    """Return arguments with which a command comes as far as asking the relay."""
-    if path in ARGUMENTS:
-        return ARGUMENTS[path]
-    demanded = [
-        each for each in LEAVES[path].params
-        if isinstance(each, click.Argument) and (each.required or each.nargs == -1)
-    ]  # fmt: skip
-    found = [each.type.choices[0] if isinstance(each.type, click.Choice) else "01a201eb" for each in demanded]
-    return found + (["--yes"] if any("--yes" in each.opts for each in LEAVES[path].params) else [])
 
 
 TALKING = {path: arguments_of(path) for path, command in LEAVES.items() if talks(command)}
@@ -102,13 +82,6 @@ if sys.argv[1]:
 said = [CliRunner().invoke(main, words) for words in commands]
 print(json.dumps([(each.exit_code, each.stderr) for each in said]))
 """
-ROOT = os.geteuid() == 0
-SHARED = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents)
-"""Whether other users may enter the checkout: one that root becomes has to read the program there."""
-
-AS_OTHERS = pytest.mark.skipif(
-    not (ROOT and SHARED), reason="needs root, and a checkout that other users may enter"
-)
 
 
 def keep(file):

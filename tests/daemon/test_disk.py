@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from daemons import SOURCES, Daemon, adorn, destination, running, write_config
-from disks import small_disk
+from machines import small_disk
 from support import until
 from wire import exchange, request
 

@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import pytest
 import standardwebhooks
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import needs
 
 from relay.config.problems import ConfigError
 from relay.config.secrets import Secret
@@ -227,7 +227,7 @@ verify(secrets, Signer(secrets).headers("evt", 0, b""), b"", now=0)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the page's commands are openssl's")
+@needs("openssl")
 def test_the_commands_on_the_page_make_a_pair(tmp_path):
     commands = re.search(r"```sh\n(openssl genpkey .*?)```", PAGE.read_text(), re.DOTALL)[1]
     done = subprocess.run(

@@ -8,9 +8,8 @@ from importlib.resources import files
 import pytest
 from daemons import SOURCES, adorn, destination, running, write_config
 from jsonschema import Draft202012Validator
-from streams import following
 from support import until
-from wire import exchange, request
+from wire import exchange, following, request
 
 import relay as package
 from relay.api import lists, replays, selection, stats, tail, top, transfer, workers

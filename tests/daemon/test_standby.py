@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 from commands import run
-from daemons import SERVE, SOURCES, Daemon, adorn, write_config
+from daemons import SERVE, SOURCES, Daemon, Manager, adorn, write_config
+from machines import NOBODY, needs_other_users
 from support import until
-from test_cli_wrong_uses import AS_OTHERS, NOBODY
-from test_systemd import Manager
 from wire import exchange, request
 
 BROKEN = '[server]\nlisten_on = "x"\n'
@@ -45,7 +44,7 @@ async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_told(tmp
     assert str(config) in daemon.said or "/nowhere" in daemon.said
 
 
-@AS_OTHERS
+@needs_other_users
 async def test_a_config_that_the_service_s_user_may_not_read_is_78(tmp_path):
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.toml").chmod(0o600)

@@ -3,8 +3,8 @@
 import io
 
 import pytest
+from commands import Terminal
 from daemons import SOURCES, adorn, destination, running, write_config
-from terminals import Terminal
 from wire import request
 
 from relay.base.text import paint, printable, wants_colour

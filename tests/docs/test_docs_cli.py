@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
+from commands import EVERY, LEAVES
 
 from relay.cli import COMMANDS, exit_codes, main
 
@@ -23,17 +23,6 @@ TABLE = re.compile(r"(<!-- begin: .*? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEAVY = ("aiohttp", "aiosqlite", "apscheduler", "pluggy", "prometheus_client")
 
 
-def tree(command=main, *path):
-    """Walk every command with the words that call it, groups included."""
-    yield path, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            yield from tree(command.get_command(context, name), *path, name)
-
-
-EVERY = dict(tree())
-LEAVES = {path: command for path, command in EVERY.items() if not isinstance(command, click.Group)}
 NAMES = [" ".join(path) for path in EVERY]
 
 

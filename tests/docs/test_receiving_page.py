@@ -3,12 +3,12 @@
 import asyncio
 import json
 import re
-import shutil
 import tomllib
 
 import pytest
 import receivers
 from daemons import SOURCES, adorn, destination, running, write_config
+from machines import needs
 from snippets import LANGUAGES, PAGE, SECRET, blocks, inbox, receiver, run, section
 from wire import request
 
@@ -34,8 +34,6 @@ EXAMPLE = StoredEvent(
     sha256=b"",
 )
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-NEEDED = shutil.which("openssl") and shutil.which("curl")
 
 
 def test_the_request_on_the_page_is_genuine():
@@ -151,7 +149,7 @@ def home(tmp_path):
     return home
 
 
-@pytest.mark.skipif(not NEEDED, reason="the page's shell lines are for machines with openssl and curl")
+@needs("curl", "openssl")
 def test_the_shell_lines_send_a_signed_request(home):
     send, _ = blocks("Tests of your receiver", "sh")
     [make] = blocks("Secret rotation", "sh")
@@ -166,7 +164,7 @@ def test_the_shell_lines_send_a_signed_request(home):
     assert list(inbox(home)) == [EXAMPLE.public_id]
 
 
-@pytest.mark.skipif(not NEEDED, reason="the page's shell lines are for machines with openssl and curl")
+@needs("curl", "openssl")
 async def test_the_event_of_the_page_reaches_a_receiver_by_the_configuration_of_the_page(home, tmp_path):
     [config] = blocks("Tests of your receiver", "toml")
     _, post = blocks("Tests of your receiver", "sh")

@@ -1,11 +1,20 @@
-"""Commands against a running relay, as an operator types them."""
+"""The `relay` command as operators run it: in this process, against a running relay, or on a terminal."""
 
 import asyncio
+import fcntl
 import json
+import os
+import signal
+import struct
+import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import click
 from click.testing import CliRunner
+from support import until
 
 from relay.cli import main
 
@@ -42,3 +51,115 @@ class Commands:
 
     async def __call__(self, *args, code=0):
         return await asyncio.to_thread(run, *args, "--socket", self._socket, code=code)
+
+
+# --- every command ------------------------------------------------------------------------------------
+
+
+def tree(command=main, *path):
+    """Walk every command with the words that call it, groups included."""
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from tree(command.get_command(context, name), *path, name)
+
+
+EVERY = dict(tree())
+LEAVES = {path: command for path, command in EVERY.items() if not isinstance(command, click.Group)}
+"""The commands that do something, by the words that call them."""
+
+ARGUMENTS = {
+    ("explain",): ["01a201eb"],
+    ("events", "import"): ["{file}"],
+    ("workers", "command"): ["crn", "crn", "crn"],
+}
+"""Where filling in what a command demands is not enough."""
+
+
+def arguments_of(path):
+    """Return arguments with which a command comes as far as asking the relay."""
+    if path in ARGUMENTS:
+        return ARGUMENTS[path]
+    demanded = [
+        each for each in LEAVES[path].params
+        if isinstance(each, click.Argument) and (each.required or each.nargs == -1)
+    ]  # fmt: skip
+    found = [each.type.choices[0] if isinstance(each.type, click.Choice) else "01a201eb" for each in demanded]
+    return found + (["--yes"] if any("--yes" in each.opts for each in LEAVES[path].params) else [])
+
+
+# --- on a terminal ------------------------------------------------------------------------------------
+
+RELAY = (sys.executable, "-c", "from relay.cli import main; main()")
+_UNSET = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "RELAY_SOCKET")
+
+
+class Terminal:
+    """A running `relay …` with stdout on a terminal, and stderr beside it."""
+
+    def __init__(self, *args, rows=24, columns=200, **environment) -> None:
+        self._args = [str(arg) for arg in args]
+        self._size = (rows, columns)
+        inherited = {name: value for name, value in os.environ.items() if name not in _UNSET}
+        self._environment = {**inherited, "TERM": "xterm", **environment}
+        self.out = ""
+        self.err = ""
+
+    async def __aenter__(self) -> Self:
+        self._ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *self._size, 0, 0))
+        self.process = await asyncio.create_subprocess_exec(
+            *RELAY,
+            *self._args,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._environment,
+        )
+        os.close(theirs)
+        os.set_blocking(self._ours, False)
+        self._over = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._ours, self._read)
+        self._listening = asyncio.create_task(self._listen())
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.exit()
+        os.close(self._ours)
+
+    async def shows(self, text, seconds=15.0):
+        """Wait until it has been drawn."""
+        await until(lambda: text in self.out, seconds)
+
+    async def says(self, text, seconds=15.0):
+        """Wait until it stands on stderr."""
+        await until(lambda: text in self.err, seconds)
+
+    async def interrupt(self):
+        """Press Ctrl-C, and return the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return await self.exit()
+
+    async def exit(self):
+        """Wait for the end and return the exit code."""
+        async with asyncio.timeout(15):
+            await self._over.wait()
+            await self._listening
+            return await self.process.wait()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._ours, 2**16)
+        except OSError:  # Linux says so when nobody has the other side open any more
+            data = b""
+        self.out += data.decode()
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._ours)
+            self._over.set()
+
+    async def _listen(self) -> None:
+        while data := await self.process.stderr.read(2**16):
+            self.err += data.decode()

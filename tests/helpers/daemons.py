@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -237,6 +239,50 @@ class Daemon:
         if not self._listening.done():
             self._listening.set_exception(AssertionError(f"it never listened:\n{self.said}"))
             self._listening.exception()  # seen: nobody has to wait for it
+
+
+# --- the service manager ------------------------------------------------------------------------------
+
+
+class Manager:
+    """The other end of a notify socket."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self._flushes = []
+        self.told = []  # one dictionary per datagram
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def heard(self, key):
+        """Return every value of a key so far, in order."""
+        self._flush()
+        return [message[key] for message in self.told if key in message]
+
+    def close(self):
+        """Stop listening."""
+        self._tell("END")
+        self._reader.join()
+        self.socket.close()
+
+    def _flush(self):
+        """Wait until everything sent so far is read."""
+        done = threading.Event()
+        self._flushes.append(done)
+        self._tell("FLUSH")
+        assert done.wait(5)
+
+    def _tell(self, word):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(word.encode(), self.socket.getsockname())
+
+    def _read(self):
+        while (datagram := self.socket.recv(4096).decode()) != "END":
+            if datagram == "FLUSH":
+                self._flushes.pop(0).set()
+            else:
+                self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
 
 
 # --- the other side -----------------------------------------------------------------------------------

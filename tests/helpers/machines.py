@@ -1,7 +1,8 @@
-"""A clean root to install into: the Debian packages of this machine that it takes, and nothing else of it.
+"""The machine that tests run on: what it has and lacks, and parts that are made for a test: disks, and roots.
 
-Made from what dpkg knows to be theirs, so it takes a second and no network. dpkg, systemd's own tools and a
-Python are at work in it as on any Debian; only what needs a running systemd does nothing there.
+A root is made from the Debian packages of this machine that a test names, and nothing else of it. It takes a
+second and no network. dpkg, systemd's own tools and a Python work in it as on any Debian; only what needs a
+running systemd does nothing there.
 """
 
 import os
@@ -9,10 +10,74 @@ import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import pytest
 from daemons import Daemon
+
+ROOT = os.geteuid() == 0
+NOBODY = 65_534  # the uid that owns nothing
+SHARED = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents)
+"""Whether other users may enter the checkout: without root's rights, the program is still read there."""
+
+needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
+needs_other_users = pytest.mark.skipif(
+    not (ROOT and SHARED), reason="needs root, and a checkout that other users may enter"
+)
+
+
+def needs(*programs):
+    """Skip a test on a machine without these programs."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}, not installed here")
+
+
+# --- disks --------------------------------------------------------------------------------------------
+
+
+class SmallDisk:
+    """A mounted file system, and a file on it that takes room from everybody else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._filler = path / "somebody-elses"
+
+    @property
+    def free(self) -> int:
+        """Bytes that may still be written."""
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize
+
+    def fill(self, leaving: int = 0) -> None:
+        """Take all room but so many bytes."""
+        with self._filler.open("ab", buffering=0) as file, suppress(OSError):
+            while (size := self.free - leaving) > 0:
+                if not file.write(b"\0" * min(size, 2**20)):
+                    break
+
+    def clear(self) -> None:
+        """Give the room back."""
+        self._filler.unlink(missing_ok=True)
+
+
+@contextmanager
+def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
+    """Mount a file system of so many bytes; skips the test where nobody may mount one."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+# --- roots --------------------------------------------------------------------------------------------
 
 CHECKOUT = Path(__file__).parents[2]
 STATUS = Path("/var/lib/dpkg/status")
@@ -28,8 +93,10 @@ class Root:
     """A root of its own, in which commands run by chroot(2)."""
 
     def __init__(self, path, *packages):
-        assert shutil.which("dpkg-query"), "this test needs a Debian: it installs Debian's packages"
-        assert os.geteuid() == 0, "this test needs root for a root of its own: sudo .venv/bin/pytest FILE"
+        if not STATUS.exists():
+            pytest.skip("needs a Debian, whose packages it installs")
+        if not ROOT:
+            pytest.skip("needs root, to run commands in a root of their own")
         self.path = path
         self._packages = _closure(packages)
         self._copy()
@@ -140,7 +207,8 @@ def fetch(folder):
             [python, "-c", "import ensurepip"], capture_output=True, check=False
         ).returncode
     )
-    assert has_venv, "this test needs Debian's own Python: apt-get install python3-venv"
+    if not has_venv:
+        pytest.skip("needs Debian's own Python with venv: apt-get install python3-venv")
     checkout = copy_checkout(folder / "checkout")
     run = partial(subprocess.run, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     run([python, "-m", "venv", folder / "tools"])
@@ -183,7 +251,8 @@ def _closure(wanted):
         name = todo.pop()
         if name in found:
             continue
-        assert name in stanzas, f"the package {name} is not installed here: apt-get install {name}"
+        if name not in stanzas:
+            pytest.skip(f"needs the package {name}: apt-get install {name}")
         stanza, fields = stanzas[name]
         found[name] = stanza
         for choices in _names(f"{fields.get('Pre-Depends', '')}, {fields.get('Depends', '')}"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import run
 from daemons import Daemon, adorn
-from test_cli_wrong_uses import AS_OTHERS, NOBODY
+from machines import NOBODY, needs_other_users
 from wire import exchange, request
 
 from relay.config import installed_service as module
@@ -285,7 +285,7 @@ def test_explain_and_lists_of_the_file_need_no_secret(machine):
     assert "/var/lib/hookferry-test-state/relay.db" in said.err
 
 
-@AS_OTHERS
+@needs_other_users
 def test_root_checks_files_as_the_user_of_the_service(machine):
     machine.config.write_text(
         '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "token" }]\n'
@@ -313,7 +313,7 @@ def test_root_checks_files_as_the_user_of_the_service(machine):
     assert "plugins.d: cannot be read" in run("check-config", machine.config, code=1).err
 
 
-@AS_OTHERS
+@needs_other_users
 def test_root_only_files_that_systemd_reads_for_the_service_are_no_problem(machine):
     machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))
@@ -343,14 +343,14 @@ def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(mac
         run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
 
 
-@AS_OTHERS
+@needs_other_users
 def test_a_user_that_the_machine_lacks_is_told(machine):
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="ghost"))
     said = run("check-config", machine.config, code=1)
     assert "runs as ghost:ghost, which this machine does not have" in said.err
 
 
-@AS_OTHERS
+@needs_other_users
 def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
     machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
     machine.write("environment", "MODDY=t\n").chmod(0o600)
@@ -472,7 +472,7 @@ async def test_the_service_itself_and_a_first_relay_are_not_refused(machine, sta
     await served(serve(machine))
 
 
-@AS_OTHERS
+@needs_other_users
 async def test_another_user_than_the_service_s_does_not_serve_its_database(machine, state):
     machine.config.write_text(f'state_dir = "{state}"\n{SERVED}')
     (state / "relay.db").write_bytes(b"")
@@ -524,7 +524,7 @@ async def test_a_running_relay_names_its_database(machine, state, typed):
         assert (check["ok"], check["detail"]) == (True, f"{state}/relay.db")
 
 
-@AS_OTHERS
+@needs_other_users
 def test_credentials_of_a_folder_that_the_shell_names_are_read_as_systemd_would(machine, monkeypatch):
     machine.config.write_text('[sources.moddy]\nplugin = "moddy"\ntokens = [{ credential = "m" }]\n')
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))

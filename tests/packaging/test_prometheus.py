@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from machines import needs
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from support import until
@@ -26,9 +27,7 @@ from relay.metrics import Metrics
 SHIPPED = Path(__file__).parents[2] / "systemd" / "prometheus"
 ALERTS = (SHIPPED / "alerts.yml").read_text()
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (package prometheus)"
-)
+needs_promtool = needs("promtool")  # of the package prometheus
 
 
 def promtool(*arguments, cwd=SHIPPED, given=""):

@@ -2,13 +2,13 @@
 
 import asyncio
 import re
-import shutil
 import socket
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from daemons import SOURCES, adorn, running, write_config
+from machines import needs
 from wire import exchange, request
 
 from relay.config.schema import Server as ServerConfig
@@ -60,12 +60,12 @@ def caddy(folder, port, relay):
     return ("caddy", "run", "--config", str(config), "--adapter", "caddyfile")
 
 
-@pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
+@pytest.fixture(
+    params=[pytest.param(each, marks=needs(each.__name__), id=each.__name__) for each in (nginx, caddy)]
+)
 def proxy(request, tmp_path):
     """Run one of the proxies before a port where the relay is to be found."""
     name = request.param.__name__
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
 
     @asynccontextmanager
     async def serve(relay):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +12,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from daemons import SERVE, SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from daemons import SERVE, SOURCES, Daemon, Manager, Recorder, adorn, destination, running, write_config
+from machines import needs
 from prometheus_client import ProcessCollector
 from support import FakeClock, until
 from wire import exchange, request
@@ -31,47 +31,6 @@ from relay.process.watchdog import Watchdog
 from relay.store import sqlite
 
 ROOT = Path(__file__).parents[2]
-
-
-class Manager:
-    """The other end of a notify socket."""
-
-    def __init__(self, address):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(address)
-        self._flushes = []
-        self.told = []  # one dictionary per datagram
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def heard(self, key):
-        """Return every value of a key so far, in order."""
-        self._flush()
-        return [message[key] for message in self.told if key in message]
-
-    def close(self):
-        """Stop listening."""
-        self._tell("END")
-        self._reader.join()
-        self.socket.close()
-
-    def _flush(self):
-        """Wait until everything sent so far is read."""
-        done = threading.Event()
-        self._flushes.append(done)
-        self._tell("FLUSH")
-        assert done.wait(5)
-
-    def _tell(self, word):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(word.encode(), self.socket.getsockname())
-
-    def _read(self):
-        while (datagram := self.socket.recv(4096).decode()) != "END":
-            if datagram == "FLUSH":
-                self._flushes.pop(0).set()
-            else:
-                self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
 
 
 @pytest.fixture
@@ -370,9 +329,7 @@ def test_a_lane_that_looks_again_and_again_is_not_stuck():
 # --- the unit files -------------------------------------------------------------------------------------
 
 UNITS = ROOT / "systemd"
-needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (package systemd)"
-)
+needs_systemd = needs("systemd-analyze")  # of the package systemd
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 from daemons import SERVE, SOURCES, Daemon, adorn, destination, write_config
-from disks import SmallDisk, small_disk
+from machines import SmallDisk, small_disk
 from support import until
 from wire import Wire, exchange, request
 

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from disks import small_disk
+from machines import small_disk
 from stores import opened, send
 from support import FakeClock
 

@@ -2,7 +2,6 @@
 
 import base64
 
-import proxies
 import pytest
 import receivers
 from client import AMPLE, GRACE, SHORT, Stopwatch, send
@@ -45,7 +44,7 @@ async def through(proxy, url, *, allow_private=False, own=(), resolver=None):
 
 async def test_an_https_destination_is_reached_through_one_tunnel(client_for, certificates):
     tls = certificates.server("good")
-    async with receivers.answers(tls=tls, body=b"hello") as receiver, proxies.forwards() as proxy:
+    async with receivers.answers(tls=tls, body=b"hello") as receiver, receivers.forwards() as proxy:
         client = client_for(ca_file=certificates.ca, proxy=at(proxy, "relay:hush@"))
         for number in range(3):
             answer = await send(client, f"{receiver.url}?n={number}%2F", bytes(100_000))
@@ -62,7 +61,7 @@ async def test_an_https_destination_is_reached_through_one_tunnel(client_for, ce
 
 
 async def test_an_http_destination_is_reached_by_handing_on_the_request(client_for):
-    async with receivers.answers(body=b"hello") as receiver, proxies.forwards() as proxy:
+    async with receivers.answers(body=b"hello") as receiver, receivers.forwards() as proxy:
         client = client_for(proxy=at(proxy, "relay:hush@"))
         for _ in range(2):
             answer = await send(client, f"{receiver.url}?a=b%2Fc", b"[1]")
@@ -78,7 +77,7 @@ async def test_an_http_destination_is_reached_by_handing_on_the_request(client_f
 
 
 async def test_without_credentials_the_proxy_is_told_none(client_for):
-    async with receivers.answers() as receiver, proxies.forwards() as proxy:
+    async with receivers.answers() as receiver, receivers.forwards() as proxy:
         assert (await send(client_for(proxy=at(proxy)), receiver.url)).result == "ok"
         assert "proxy-authorization" not in proxy.requests[0].headers
 
@@ -93,7 +92,7 @@ async def test_credentials_are_percent_decoded_and_written_in_utf_8(client_for):
 async def test_a_client_certificate_is_shown_inside_the_tunnel(client_for, certificates):
     shown = ClientCert(cert=certificates.path("client"), key=certificates.key)
     tls = certificates.server("good", demanding=True)
-    async with receivers.shows_certificates(tls=tls) as receiver, proxies.forwards() as proxy:
+    async with receivers.shows_certificates(tls=tls) as receiver, receivers.forwards() as proxy:
         client = client_for(ca_file=certificates.ca, client_cert=shown, proxy=at(proxy))
         assert (await send(client, receiver.url)).body == b"relay.example"
 
@@ -103,7 +102,7 @@ async def test_a_bad_certificate_behind_the_tunnel_is_a_tls_failure_that_names_t
 ):
     async with (
         receivers.answers(tls=certificates.server("expired")) as receiver,
-        proxies.forwards() as proxy,
+        receivers.forwards() as proxy,
     ):
         answer = await send(client_for(ca_file=certificates.ca, proxy=at(proxy)), receiver.url)
         assert (answer.result, receiver.requests) == ("tls", [])
@@ -223,7 +222,7 @@ async def test_credentials_stay_out_of_every_error(client_for):
 
 
 async def test_the_proxys_own_address_is_judged_like_any_other():
-    async with proxies.forwards() as proxy:
+    async with receivers.forwards() as proxy:
         answer = await through(at(proxy), "https://receiver.example/")
         assert answer.result == "blocked"
         assert answer.error.endswith("not dialled: 127.0.0.1 is a loopback address")
@@ -231,7 +230,7 @@ async def test_the_proxys_own_address_is_judged_like_any_other():
 
 
 async def test_the_relay_itself_is_no_proxy():
-    async with proxies.forwards() as proxy:
+    async with receivers.forwards() as proxy:
         own = [("127.0.0.1", proxy.port)]
         answer = await through(at(proxy), "https://receiver.example/", allow_private=True, own=own)
         assert (answer.result, proxy.connections) == ("blocked", 0)
@@ -269,7 +268,7 @@ async def test_a_target_that_is_spelt_as_a_special_address_is_never_asked_for(sc
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1"])
 async def test_the_relays_own_listener_is_never_asked_for(host):
-    async with receivers.answers() as relay, proxies.forwards() as proxy:
+    async with receivers.answers() as relay, receivers.forwards() as proxy:
         url, own = f"http://{host}:{relay.port}/", [("127.0.0.1", relay.port)]
         answer = await through(at(proxy), url, allow_private=True, own=own)
         assert (answer.result, proxy.connections) == ("blocked", 0)
