@@ -130,11 +130,11 @@ class Terminal:
         await self.exit()
         os.close(self._ours)
 
-    async def shows(self, text, seconds=15.0):
+    async def shows(self, text, seconds=30.0):
         """Wait until it has been drawn."""
         await until(lambda: text in self.out, seconds)
 
-    async def says(self, text, seconds=15.0):
+    async def says(self, text, seconds=30.0):
         """Wait until it stands on stderr."""
         await until(lambda: text in self.err, seconds)
 
@@ -145,7 +145,7 @@ class Terminal:
 
     async def exit(self):
         """Wait for the end and return the exit code."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             await self._over.wait()
             await self._listening
             return await self.process.wait()

@@ -188,12 +188,12 @@ class Daemon:
         self._listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
 
-    async def ready(self, seconds: float = 10.0) -> None:
+    async def ready(self, seconds: float = 30.0) -> None:
         """Wait until it says where it listens."""
         async with asyncio.timeout(seconds):
             self.url = await asyncio.shield(self._listening)
 
-    async def exit(self, seconds: float = 10.0) -> int:
+    async def exit(self, seconds: float = 30.0) -> int:
         """Wait for its end and return its exit code."""
         async with asyncio.timeout(seconds):
             await self._reader
@@ -205,10 +205,10 @@ class Daemon:
         assert answer.status == HTTPStatus.OK, answer
         return answer.json
 
-    async def stop(self) -> int:
-        """Ask it to end, as systemd does."""
+    async def stop(self, seconds: float = 30.0) -> int:
+        """Ask it to end, as systemd does, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return await self.exit()
+        return await self.exit(seconds)
 
     async def end(self) -> None:
         """Kill it if it still lives."""
@@ -271,7 +271,7 @@ class Manager:
         done = threading.Event()
         self._flushes.append(done)
         self._tell("FLUSH")
-        assert done.wait(5)
+        assert done.wait(30)
 
     def _tell(self, word):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

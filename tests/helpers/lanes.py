@@ -124,7 +124,7 @@ async def ended(store, count=1, destination=None):
         rows = await store.find("deliveries", limit=1000, destination=destination)
         return [row for row in reversed(rows) if row["state"] != "pending"]
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(rows := await look()) < count:  # noqa: ASYNC110 - the store has no event to await
             await asyncio.sleep(0.01)
     return rows

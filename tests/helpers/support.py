@@ -46,7 +46,7 @@ class SteppedClock(SystemClock):
         return super().wall() + int(self.by.total_seconds() * SECOND)
 
 
-async def until(condition, seconds=10.0):
+async def until(condition, seconds=30.0):
     """Wait until `condition()` is true, and fail when it is not within `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not (result := condition()):

@@ -127,7 +127,7 @@ class Reader:
         self.comments = []
         self.ids = []
 
-    async def next(self, seconds=10.0):
+    async def next(self, seconds=30.0):
         """Return the next event's name and data; None at the end."""
         name = data = None
         async with asyncio.timeout(seconds):
@@ -146,7 +146,7 @@ class Reader:
                         return name, data
         return None
 
-    async def rest(self, seconds=10.0):
+    async def rest(self, seconds=30.0):
         """Return all that comes until the end."""
         found = []
         while (item := await self.next(seconds)) is not None:
