@@ -258,7 +258,7 @@ async def test_a_secret_that_is_put_into_the_unit_s_environment_file_is_found_by
         f"installed.FOLDERS = (Path({str(units)!r}),)",
         "from relay.cli import main; main()",
     )
-    monkeypatch.setattr("test_hold.SERVE", (SERVE[0], "-c", "\n".join(lines), "serve"))
+    monkeypatch.setattr(f"{__name__}.SERVE", (SERVE[0], "-c", "\n".join(lines), "serve"))
     async with holding(file, manager) as held:
         assert "HOLD_TEST_TOKEN is not set" in (await held.typed("reload", code=1)).err
         (tmp_path / "environment").write_text("HOLD_TEST_TOKEN=t\n")
