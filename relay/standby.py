@@ -46,7 +46,10 @@ RETRY_AFTER = 30
 """Seconds in `Retry-After`: somebody has to correct a file first."""
 
 LAZYCHAT_PROBE = "settings.checking_connection"
-"""LazyChat's plugin logs its shop out unless this probe gets 200; a person has to log in again."""
+"""LazyChat's plugin logs its shop out unless this probe gets 200; a person has to log in again.
+
+See docs/contracts/lazychat.md#connection-check.
+"""
 
 HINT = "correct it, then `relay reload` or `systemctl restart relay`"
 

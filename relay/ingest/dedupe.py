@@ -1,7 +1,8 @@
-"""Requests repeated because their first answer never arrived (design: no setting, no risk for twins).
+"""Requests that repeat an earlier one whose sender disconnected before its answer.
 
-Moddy and Compozy re-send the same bytes after a time-out. Genuine twins have the same bytes too, so
-a request is an echo only if its predecessor's sender hung up before it had the answer.
+Moddy and Compozy send the same bytes again after a timeout. Two genuine events may have the same bytes, so
+only a request whose earlier sender disconnected counts as a repetition
+(docs/contracts/common.md#repeated-requests).
 """
 
 import asyncio

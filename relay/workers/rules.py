@@ -55,10 +55,10 @@ INTERNAL = (
 """What of a row is ours alone, and in no event or list."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
-"""What the worker's document allows; others come (NODE_ENV in upper case), and are kept."""
+"""Documented environments; others occur and are stored (docs/contracts/whatsapp.md#registration)."""
 
 TOMBSTONE = 10 * SECOND
-"""How long a heartbeat that overlaps its worker's DELETE does not resurrect it (in-the-wild.md §1)."""
+"""How long a heartbeat after an unregistration is ignored (docs/contracts/whatsapp.md#heartbeat)."""
 
 FORMER = 35 * SECOND
 """The shortest deadline of the former id at a re-used endpoint: one 30 s heartbeat and its 5 s timeout."""

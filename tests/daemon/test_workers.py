@@ -530,7 +530,7 @@ async def test_without_the_key_nobody_is_asked_to_restore_anything(relay, clock)
 
 
 async def test_samples_touch_no_worker_that_there_is(relay, clock):
-    """Those of the document would: its ids, session and endpoint are workers' defaults."""
+    """The documented samples would: their ids, session and endpoint are workers' defaults."""
     body = {"workerId": "worker-001", "endpoint": "http://localhost:8001"}
     await relay.exchange(request("POST", "/api/v1/workers/register", json.dumps(body).encode(), **TOKEN))
     await relay.exchange(beat("worker-001", sessions=[{"sessionId": "user123-session1", "status": "X"}]))

@@ -1,5 +1,6 @@
 """docs/troubleshooting.md against the commands, checks, alerts and texts that it names."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from relay import doctor as machine
 from relay.cli import main
+from relay.cli.destinations import _ADVICE
+from relay.delivery.lane import NO_STORAGE
 from relay.store import doctor as database_checks
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +23,7 @@ COMMANDS = sorted(
     {span for span in SPANS if span.startswith("relay ") and not span.endswith(":")}
     | {line.partition("#")[0].strip() for line in LINES if line.startswith("relay ")}
 )
+OTHERS = {"Start request repeated too quickly"}  # texts of systemd
 PLACEHOLDERS = {"FILE": "request.http", "PATH": "relay.sock", "TIME": "now"}
 
 
@@ -72,3 +76,32 @@ def test_every_alert_has_a_symptom_on_the_page():
     rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
     known = {"RelayDown", "RelayRejectingSource"}  # the page as a whole, and its section on senders
     assert set(re.findall(r"alert: (\w+)", rules)) - known <= set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE))
+
+
+def texts_of_the_program():
+    """Return every text in the code of the relay, the parts of f-strings included."""
+    return {
+        node.value
+        for file in (ROOT / "relay").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_a_text_that_the_page_quotes_is_one_of_the_program():
+    texts = texts_of_the_program()
+    titles = [span for title in SECTIONS for span in re.findall(r"`([^`]+)`", title)]
+    for quoted in titles:
+        if " " not in quoted or quoted.startswith("relay ") or quoted in OTHERS:
+            continue
+        if re.fullmatch(r"(dead|expired): \w+", quoted):
+            assert quoted.partition(": ")[2] in texts, quoted
+            continue
+        for part in re.split(r"\s*…\s*", quoted):
+            assert any(part in text for text in texts), quoted
+
+
+def test_every_reason_to_hold_deliveries_on_the_page_is_one_of_the_program():
+    [table] = re.findall(r"^\| `held` \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
+    values = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) - {"held"}
+    assert values == set(_ADVICE) - {"retried"} | {NO_STORAGE}
