@@ -7,6 +7,7 @@ demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
 
 # Rewrite help pages, the table of commands and the table of metrics. Read the difference before you commit it.
+docs: export PYTHONPATH = tests/helpers
 docs:
 	.venv/bin/python tests/docs/test_docs_cli.py
 	.venv/bin/python tests/docs/test_docs.py

@@ -1,6 +1,6 @@
 """The commands, their help and their page say the same.
 
-`python tests/docs/test_docs_cli.py` rewrites the help pages and the table of docs/cli.md; read the difference
+`make docs` rewrites the help pages and the table of docs/cli.md; read the difference
 before you commit it.
 """
 
