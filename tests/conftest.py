@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import signal
+from pathlib import Path
 
 import pytest
 from certificates import Certificates
@@ -20,6 +23,27 @@ from relay.store.sqlite import SqliteStore
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of their time
+SLOWEST_FIRST = ("packaging", "torture", "daemon", "docs", "unit")  # so that no worker ends with a slow file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run folders in parallel, each file in one worker; single files, or all with `-n 0`, in one process."""
+    option = config.option
+    if IS_WORKER or not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None:
+        return
+    folders = any(Path(arg.partition("::")[0]).is_dir() for arg in config.args)
+    if folders and not option.usepdb and not option.collectonly and option.dist == "no":
+        option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
+
+
+def pytest_collection_modifyitems(items):
+    folders = {folder: at for at, folder in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: folders.get(item.path.parent.name, -1))
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -95,5 +119,14 @@ async def store(tmp_path):
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory):
-    """The folder of what an installation by Debian's Python fetches, fetched once."""
-    return fetch(tmp_path_factory.mktemp("wheels"))
+    """The folder of the wheels that an installation by Debian's Python needs, fetched once for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if IS_WORKER:
+        folder = folder.parent  # of all workers
+    with (folder / "wheels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = folder / "fetched"
+        if not found.exists():
+            made = fetch(tmp_path_factory.mktemp("fetching"))
+            made.rename(found)
+    return found
