@@ -17,6 +17,7 @@ from relay.app import App
 from relay.cli import COMMANDS
 from relay.config.secrets import Secret
 from relay.demo.setting import write_config
+from relay.errors import UNROUTABLE
 from relay.plugin_loading.loader import load
 from relay.routing.conditions import _OPERATORS
 
@@ -82,7 +83,10 @@ def test_a_statement_about_another_project_names_its_source():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_command_of_ours_that_a_page_shows_is_one_there_is(page):
-    shown = re.findall(r"(?:`|bin/|^)relay ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
+    text = page.read_text()
+    blocks = "".join(re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE))
+    shown = re.findall(r"(?:`|bin/)relay ([a-z][a-z-]*)", text)
+    shown += re.findall(r"^relay ([a-z][a-z-]*)", blocks, re.MULTILINE)
     assert set(shown) <= set(COMMANDS)
 
 
@@ -161,6 +165,11 @@ def test_every_filter_of_a_list_is_on_the_page_of_the_api():
     for kind, filters in {**lists.FILTERS, "workers": workers.FILTERS, "stats": stats.FILTERS}.items():
         [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", API, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == set(filters)
+
+
+def test_the_page_for_operators_has_every_reason_of_an_unroutable_request():
+    paragraph = OPERATING.partition("**Unroutable requests**")[2].partition("\n\n")[0]
+    assert all(f"`{reason}`" in paragraph for reason in UNROUTABLE)
 
 
 def test_the_page_of_the_store_has_every_check_of_the_doctor():
