@@ -22,13 +22,11 @@ from prometheus_client import (
 
 from relay import __version__
 from relay.errors import REASONS, UNROUTABLE
-from relay.model import WorkerStatus
+from relay.model import RESULTS, DeliveryState, WorkerStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-RESULTS = ("ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol",
-           "format")  # fmt: skip
-OUTCOMES = ("delivered", "dead", "expired", "cancelled")
+OUTCOMES = tuple(state for state in get_args(DeliveryState) if state != "pending")
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
 

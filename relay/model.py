@@ -1,7 +1,7 @@
 """The records that all parts share. Times are integers, microseconds UTC (`relay.base.clock`)."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -9,6 +9,10 @@ EMPTY = msgspec.Raw(b"{}")
 """Stands for a map that is absent, `null`, or PHP's empty `[]`."""
 
 DeliveryState = Literal["pending", "delivered", "dead", "expired", "cancelled"]
+AttemptResult = Literal[
+    "ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol", "format",
+]  # fmt: skip
+RESULTS: tuple[AttemptResult, ...] = get_args(AttemptResult)
 WorkerStatus = Literal["ONLINE", "OFFLINE", "MAINTENANCE"]
 
 
@@ -54,7 +58,7 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
 
     started_at: int  # wall clock
     duration_ms: float  # from taking the slot to the last byte read
-    result: str  # closed label, one of `relay.delivery.http.result.RESULTS`
+    result: str  # an `AttemptResult`
     status: int | None = None  # HTTP status; None: no response
     error: str | None = None  # one line for the operator
     answer: bytes = b""  # first 16 KiB of the response body

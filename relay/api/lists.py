@@ -8,7 +8,7 @@ from relay.api.context import Parts
 from relay.api.query_params import one_of, read_field
 from relay.api.responses import limit_of, query_of, say
 from relay.api.views import list_items
-from relay.delivery.http.result import RESULTS
+from relay.model import RESULTS
 from relay.store.queries.lists import FILTERS as STORED
 
 FILTERS = {kind: STORED[kind] for kind in ("events", "deliveries", "attempts")}

@@ -1,8 +1,8 @@
 """What is counted of one destination's attempts."""
 
 from relay.base.clock import SECOND
-from relay.metrics import RESULTS, Metrics
-from relay.model import Attempt, Delivery
+from relay.metrics import Metrics
+from relay.model import RESULTS, Attempt, Delivery
 
 
 class Meter:

@@ -1,7 +1,8 @@
 """The closed words for what came of an attempt."""
 
-from relay import metrics
-from relay.delivery.http.result import RESULTS, of_failure, of_status, one_line
+from relay.delivery.http.result import of_failure, of_status, one_line
+from relay.metrics import Metrics
+from relay.model import RESULTS
 
 
 def test_every_status_has_a_result_of_the_closed_list():
@@ -10,7 +11,8 @@ def test_every_status_has_a_result_of_the_closed_list():
 
 
 def test_every_result_is_counted_and_no_other():
-    assert RESULTS == metrics.RESULTS
+    [attempts] = Metrics(destinations=["crm"]).attempts.collect()
+    assert {sample.labels["result"] for sample in attempts.samples} == set(RESULTS)
 
 
 def test_an_error_of_an_unknown_kind_has_a_result_all_the_same():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from relay.base.clock import SECOND
 from relay.config.schema import CircuitConfig
 from relay.delivery.circuit_breaker import TROUBLE, UNSENT, Circuit
-from relay.delivery.http.result import RESULTS
+from relay.model import RESULTS
 
 NOW = 1_700_000_000 * SECOND
 LIFE = sorted(set(RESULTS) - TROUBLE - UNSENT)

@@ -27,9 +27,10 @@ from relay.delivery.http.exchange import Exchange
 from relay.delivery.http.proxy import Proxy
 from relay.delivery.http.resolver import Resolver
 from relay.delivery.http.response import Reply
-from relay.delivery.http.result import Answer, Result, of_failure, of_status, one_line
+from relay.delivery.http.result import Answer, of_failure, of_status, one_line
 from relay.delivery.http.ssrf import Blocked, refused
 from relay.delivery.http.timings import Times
+from relay.model import AttemptResult
 from relay.process.descriptors import LACK
 
 MAX_AGE = 60.0
@@ -244,9 +245,9 @@ class Client:
         result, text = self._name(failure, course.dialled)
         return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
 
-    def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[Result, str]:
+    def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[AttemptResult, str]:
         """Name a failure without an answer."""
-        result: Result
+        result: AttemptResult
         if isinstance(failure, ConnectionTimeoutError):
             limit = render_duration(self._connect_timeout)
             if not dialled:

@@ -4,7 +4,6 @@ import os
 import socket
 import ssl
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import msgspec
 from aiohttp import (
@@ -24,11 +23,7 @@ from aiohttp import (
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relay.delivery.http.ssrf import Blocked
-
-Result = Literal["ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol",
-                 "format"]  # fmt: skip
-RESULTS: tuple[Result, ...] = get_args(Result)
-"""Every result an attempt can have: the label values of the attempt metrics."""
+from relay.model import AttemptResult
 
 _LINE = 300  # characters of an error line: enough for a sentence with a host name in it
 
@@ -36,7 +31,7 @@ _LINE = 300  # characters of an error line: enough for a sentence with a host na
 class Answer(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """How one HTTP try ended: the receiver's status where there was one, else what went wrong."""
 
-    result: Result
+    result: AttemptResult
     status: int | None = None  # None: no answer
     error: str | None = None  # one line for the operator; also of an ok answer whose body broke off
     headers: Mapping[str, str] = {}  # lower-case; only those that steer deliveries
@@ -45,7 +40,7 @@ class Answer(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     duration_ms: float = 0.0  # from the call to the last byte that we wanted
 
 
-def of_status(status: int) -> Result:
+def of_status(status: int) -> AttemptResult:
     """Name the class of an HTTP status.
 
     >>> of_status(204), of_status(429), of_status(999)
@@ -55,11 +50,11 @@ def of_status(status: int) -> Result:
         return "ok"
     if status == 429:  # noqa: PLR2004 - HTTP's own number
         return "429"
-    classes: dict[int, Result] = {3: "3xx", 4: "4xx", 5: "5xx"}
+    classes: dict[int, AttemptResult] = {3: "3xx", 4: "4xx", 5: "5xx"}
     return classes.get(status // 100, "protocol")
 
 
-def of_failure(error: Exception) -> tuple[Result, str]:  # noqa: C901, PLR0911, PLR0912 - a table, one row per failure
+def of_failure(error: Exception) -> tuple[AttemptResult, str]:  # noqa: C901, PLR0911, PLR0912 - a table, one row per failure
     """Name what aiohttp raised and say it in the operator's words; time-outs are the client's to name."""
     match error:
         case ClientConnectorCertificateError():
