@@ -12,7 +12,7 @@ DeliveryState = Literal["pending", "delivered", "dead", "expired", "cancelled"]
 AttemptResult = Literal[
     "ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol", "format",
 ]  # fmt: skip
-RESULTS: tuple[AttemptResult, ...] = get_args(AttemptResult)
+RESULTS: tuple[str, ...] = get_args(AttemptResult)
 WorkerStatus = Literal["ONLINE", "OFFLINE", "MAINTENANCE"]
 
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.query_params import one_of, read_field
-from relay.api.responses import limit_of, query_of, say
+from relay.api.query_params import AttemptsQuery, DeliveriesQuery, EventsQuery
+from relay.api.responses import query_of, say
 from relay.api.views import list_items
-from relay.model import RESULTS
-from relay.store.queries.lists import FILTERS as STORED
 
-FILTERS = {kind: STORED[kind] for kind in ("events", "deliveries", "attempts")}
+Query = EventsQuery | DeliveriesQuery | AttemptsQuery
 
 
 class ListsApi:
@@ -24,21 +23,22 @@ class ListsApi:
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to mount."""
-        return [web.get(f"/api/{kind}", self._list(kind, filters)) for kind, filters in FILTERS.items()]
+        return [
+            web.get("/api/events", self._list("events", EventsQuery)),
+            web.get("/api/deliveries", self._list("deliveries", DeliveriesQuery)),
+            web.get("/api/attempts", self._list("attempts", AttemptsQuery)),
+        ]
 
-    def _list(self, kind: str, filters: tuple[str, ...]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    def _list(self, kind: str, type_: type[Query]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
-            query = query_of(request, (*filters, "limit", "cursor"))
-            limit = limit_of(query)
-            wanted = {name: query.get(name) for name in filters}
-            if wanted.get("result") is not None:
-                read_field("result", lambda text: one_of(text, RESULTS), wanted["result"])
+            query = query_of(request, type_)
+            filters = msgspec.structs.asdict(query)
             page = await list_items(
                 self._store,
                 kind,
-                limit=limit,
-                cursor=query.get("cursor"),
-                filters=wanted,
+                limit=filters.pop("limit"),
+                cursor=filters.pop("cursor"),
+                filters=filters,
                 now=self._clock.wall(),
                 destinations=self._engine.lanes.keys(),
             )

@@ -1,75 +1,348 @@
-"""What operators ask for, as they write it: times, types, states, conditions on the payload."""
+"""Query parameters and filters. Each one is declared once, as a field of a Struct.
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+The API validates queries by these Structs, the OpenAPI document describes them, and the command line makes
+its options from them (`filters_of`). Tests compare the pages of docs/. To add a filter, add a field here and
+its condition in the store. This module needs no aiohttp, because `relay --help` reads it.
+"""
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from relay.base.clock import moment
+from relay.base.clock import Clock, moment
 from relay.config.problems import guess
 from relay.errors import RelayError
-from relay.model import DeliveryState
+from relay.model import AttemptResult, DeliveryState, Selection, WorkerStatus
 from relay.routing.filters import Patterns, compile_where
 
-STATES: tuple[str, ...] = get_args(DeliveryState)
+Q = TypeVar("Q", bound=msgspec.Struct)
+
+STATES: tuple[DeliveryState, ...] = get_args(DeliveryState)
+MOST_ROWS = 500
+"""Maximum number of rows of one page."""
+
+_MOST_DIGITS = 18  # of a number that SQLite can hold
+_TRUE, _FALSE = ("1", "true"), ("", "0", "false")
 
 
-def read_field(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
-    """Read what a field says.
-
-    Raises:
-        RelayError: `reader` does not understand it.
-    """
-    try:
-        return reader(value)
-    except (ValueError, RecursionError) as error:
-        raise RelayError(f'"{name}": {error}', hint=_HINTS.get(name, "")) from None
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS and int(text) > 0):
+        raise ValueError(f'expected a whole number of 1 or more, got "{text:.40}"')
+    return min(int(text), MOST_ROWS)
 
 
-def read_filters(filters: Mapping[str, Any], now: int) -> dict[str, Any]:
-    """Read those that are given, as fields of a `Selection` have them; `now` is what "2h" ago counts from.
-
-    Raises:
-        RelayError: one of them says nothing that there could be.
-    """
-    readers: Mapping[str, Callable[[Any], Any]] = {
-        "since": lambda text: moment(text, now),
-        "until": lambda text: moment(text, now),
-        "type": _type,
-        "state": lambda text: one_of(text, STATES),
-        "where": _where,
-    }
-    return {
-        name: read_field(name, readers[name], value) if name in readers else value
-        for name, value in filters.items()
-        if value is not None
-    }
+def _flag(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise ValueError(f'expected 0 or 1, got "{text:.40}"')
+    return text.lower() in _TRUE
 
 
-def one_of(text: str, known: Sequence[str]) -> str:
-    """Return a word of a closed list.
-
-    Raises:
-        ValueError: it is not on it.
-    """
-    if text not in known:
-        raise ValueError(f'there is no "{text:.40}"{guess(text, known)}; there are {", ".join(known)}')
-    return text
+def _time(text: str, now: int) -> int:
+    return moment(text, now)
 
 
-def _type(text: str) -> str:
+def _pattern(text: str, _now: int) -> str:
     Patterns((text,))
     return text
 
 
-def _where(value: Any) -> Any:
-    """Read conditions, which a query has as JSON."""
+def _where(value: Any, _now: int) -> Any:
     conditions = msgspec.json.decode(value) if isinstance(value, str) else value
     compile_where(conditions)
     return conditions
 
 
-_HINTS: Mapping[str, str] = {
-    "state": "leave it out for all of them",
-    "where": 'for example {"data.sale_made": true, "data.total": {"gte": 100}}',
+def _about(text: str, **extra: Any) -> msgspec.Meta:
+    """Describe a parameter.
+
+    Args:
+        text: its line in `--help` and in OpenAPI.
+        extra: `read` returns the value that the store takes, from the text and the time now; `parse` returns
+            the field's value from its text in a query; `hint` is what to send instead; `choices` lists the
+            valid values; `option` is the name of the command line's option, None if it has no option.
+    """
+    return msgspec.Meta(description=text, extra=extra)
+
+
+Source = Annotated[str, _about("Name of the source.")]
+Type = Annotated[str, _about('Full event type, or a pattern such as "adorn.*".', read=_pattern)]
+Since = Annotated[str, _about('At this time or later: an age such as "2h", or RFC 3339.', read=_time)]
+Until = Annotated[str, _about('Before this time: an age such as "2h", or RFC 3339.', read=_time)]
+Destination = Annotated[str, _about("Name of the destination.")]
+Where = Annotated[
+    dict[str, Any] | list[dict[str, Any]],
+    _about(
+        "Conditions on the event, like `where` of a destination.",
+        read=_where,
+        parse=msgspec.json.decode,
+        hint='example: {"data.sale_made": true, "data.total": {"gte": 100}}',
+    ),
+]
+
+
+class NoQuery(msgspec.Struct):
+    """An endpoint without parameters."""
+
+
+class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Selects events, or deliveries by their events. Every field that is set must match."""
+
+    source: Source | None = None
+    type: Type | None = None
+    subject: Annotated[str, _about("Exact subject of the event.")] | None = None
+    since: Since | None = None
+    until: Until | None = None
+    destination: Destination | None = None
+    state: (
+        Annotated[DeliveryState, _about("State of the delivery.", hint="omit it for every state")] | None
+    ) = None
+    where: Where | None = None
+
+    def selection(self, clock: Clock, *, everything: bool = False) -> Selection:
+        """Return the selection that the store takes; an empty filter is allowed only with `everything`.
+
+        Raises:
+            RelayError: a value is invalid, or the filter is empty.
+        """
+        given = {name: getattr(self, name) for name in Selection.__struct_fields__}
+        fields = read_filters(given, clock.wall())
+        if not fields and not everything:
+            hint = 'since = "2000-01-01T00:00:00Z" selects everything'
+            raise RelayError("the filter is empty", hint=f"set at least one of {FIELDS}; {hint}")
+        return Selection(**fields)
+
+
+FIELDS = ", ".join(Filter.__struct_fields__)
+
+
+Limit = Annotated[
+    int,
+    _about("Maximum number of rows.", parse=_limit, hint="example: limit=50"),
+    msgspec.Meta(ge=1, le=MOST_ROWS),
+]
+Cursor = Annotated[str, _about("The `next_cursor` of the previous page.")]
+_PAGING = ("limit", "cursor")
+EventId = Annotated[str, _about("Id of the event; any unique prefix works.", option="event")]
+DeliveryId = Annotated[str, _about("Id of the delivery; any unique prefix works.", option="delivery")]
+
+
+class EventsQuery(Filter, kw_only=True):
+    """`GET /api/events`."""
+
+    id: Annotated[str, _about("Id of the row; any unique prefix works.", option=None)] | None = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class DeliveriesQuery(EventsQuery, kw_only=True):
+    """`GET /api/deliveries`."""
+
+    event_id: EventId | None = None
+
+
+class AttemptsQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/attempts`."""
+
+    delivery_id: DeliveryId | None = None
+    destination: Destination | None = None
+    result: Annotated[AttemptResult, _about("Result of the attempt.")] | None = None
+    since: Since | None = None
+    until: Until | None = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class WorkersQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/workers`."""
+
+    source: Source | None = None
+    id: Annotated[str, _about("Id of the worker.", option=None)] | None = None
+    status: Annotated[str, _about("Status of the worker.", choices=get_args(WorkerStatus))] | None = None
+    version: Annotated[str, _about("Version of the worker.")] | None = None
+    environment: Annotated[str, _about("Environment of the worker.")] | None = None
+    endpoint: Annotated[str, _about("Endpoint of the worker.", option=None)] | None = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class StatsQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/stats`."""
+
+    source: Source | None = None
+    type: Type | None = None
+    since: Since | None = None
+    until: Until | None = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class TailQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/tail`."""
+
+    source: Source | None = None
+    destination: Destination | None = None
+    type: Type | None = None
+    failed: Annotated[Literal["0", "1"], _about("1: only failed attempts.", option=None)] = "0"
+
+
+class ExportQuery(Filter, kw_only=True):
+    """`GET /api/export`."""
+
+    deliveries: Annotated[
+        bool, _about("Include deliveries and attempts.", parse=_flag, hint="send 1, or omit it")
+    ] = False
+    dry_run: Annotated[bool, _about("Only count.", parse=_flag, hint="send 1, or omit it")] = False
+
+
+class ImportQuery(msgspec.Struct, kw_only=True):
+    """`POST /api/import`."""
+
+    deliver: Annotated[
+        bool, _about("Create deliveries of new events.", parse=_flag, hint="send 1, or omit it")
+    ] = False
+
+
+LISTS: Mapping[str, type[msgspec.Struct]] = {
+    "events": EventsQuery,
+    "deliveries": DeliveriesQuery,
+    "attempts": AttemptsQuery,
+    "workers": WorkersQuery,
+    "stats": StatsQuery,
+    "tail": TailQuery,
+    "selection": Filter,
 }
+"""What can be filtered. "selection" is the filter that replays, retries, deletions and exports share."""
+
+
+class ListFilter(msgspec.Struct, frozen=True):
+    """One filter, described for the command line, for documents and for reading its value."""
+
+    name: str  # of the query parameter
+    help: str  # one sentence
+    choices: tuple[str, ...]  # every valid value; (): any text
+    option: str | None  # name of the command line's option, without dashes; None: it has no option
+    hint: str
+    reader: Callable[[Any, int], Any] | None
+
+    def read(self, value: Any, now: int) -> Any:
+        """Return the value that the store takes; `now` is the wall clock, which ages count from.
+
+        Raises:
+            ValueError: the value is invalid.
+        """
+        if self.choices:
+            return one_of(value, self.choices)
+        return value if self.reader is None else self.reader(value, now)
+
+
+def filters_of(kind: str) -> tuple[ListFilter, ...]:
+    """Return the filters of a list of `LISTS`, without `limit` and `cursor`."""
+    return tuple(each for each in _described(LISTS[kind]) if each.name not in _PAGING)
+
+
+def _described(kind: type[msgspec.Struct]) -> Iterator[ListFilter]:
+    for field in msgspec.structs.fields(kind):
+        type_, meta = plain(field.type)
+        extra = meta.extra or {}
+        yield ListFilter(
+            name=field.name,
+            help=meta.description or "",
+            choices=extra.get("choices", get_args(type_) if get_origin(type_) is Literal else ()),
+            option=extra.get("option", field.name),
+            hint=extra.get("hint", ""),
+            reader=extra.get("read"),
+        )
+
+
+def plain(type_: Any) -> tuple[Any, msgspec.Meta]:
+    """Return the type of a parameter without `Annotated` and `| None`, and its description."""
+    if get_origin(type_) in (Union, types.UnionType) and type(None) in get_args(type_):
+        type_ = get_args(type_)[0]
+    if get_origin(type_) is Annotated:
+        inner, *metas = get_args(type_)
+        return inner, next(meta for meta in metas if meta.description is not None)
+    return type_, msgspec.Meta()
+
+
+_ALL: Mapping[str, ListFilter] = {each.name: each for kind in LISTS.values() for each in _described(kind)}
+
+
+def read_query(query: Mapping[str, str], kind: type[Q]) -> Q:
+    """Return the parameters of a query as a Struct.
+
+    Raises:
+        RelayError: a parameter is unknown or has an invalid value.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    if unknown := query.keys() - fields.keys():
+        name = min(unknown)
+        hint = f"parameters: {', '.join(fields)}" if fields else "it has no parameters"
+        raise RelayError(f'unknown parameter "{name:.40}"{guess(name, fields)}', hint=hint)
+    values = {}
+    for name, text in query.items():
+        hint = (plain(fields[name].type)[1].extra or {}).get("hint", "")
+        values[name] = read_field(name, partial(_parse, fields[name]), text, hint)
+    return kind(**values)
+
+
+def _parse(field: msgspec.structs.FieldInfo, text: str) -> Any:
+    type_, meta = plain(field.type)
+    if get_origin(type_) is Literal:
+        return one_of(text, get_args(type_))
+    parse = (meta.extra or {}).get("parse")
+    return text if parse is None else parse(text)
+
+
+def read_field(name: str, reader: Callable[[Any], Any], value: Any, hint: str = "") -> Any:
+    """Return the value of a field.
+
+    Raises:
+        RelayError: `reader` rejects it; its hint is `hint`, or that of the filter with this name.
+    """
+    try:
+        return reader(value)
+    except (ValueError, RecursionError) as error:
+        hint = hint or (_ALL[name].hint if name in _ALL else "")
+        raise RelayError(f'"{name}": {error}', hint=hint) from None
+
+
+def read_filters(filters: Mapping[str, Any], now: int) -> dict[str, Any]:
+    """Return the filters that are set, as the store takes them; ages count from `now`, the wall clock.
+
+    Raises:
+        RelayError: a value is invalid.
+    """
+    return {
+        name: read_field(name, partial(_read, name, now=now), value)
+        for name, value in filters.items()
+        if value is not None
+    }
+
+
+def _read(name: str, value: Any, now: int) -> Any:
+    return _ALL[name].read(value, now) if name in _ALL else value
+
+
+def filter_of(query: Mapping[str, Any]) -> Filter:
+    """Return a filter from query parameters.
+
+    Raises:
+        RelayError: a parameter is unknown or has an invalid value.
+    """
+    return read_query(query, Filter)
+
+
+def one_of(text: Any, known: Sequence[str]) -> str:
+    """Return a word of a closed list.
+
+    Raises:
+        ValueError: the list does not have it.
+    """
+    if text not in known:
+        raise ValueError(
+            f'expected {", ".join(known[:-1])} or {known[-1]}, got "{text:.40}"{guess(text, known)}'
+        )
+    return str(text)

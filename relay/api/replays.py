@@ -7,9 +7,8 @@ from aiohttp import web
 
 from relay.api.context import Parts
 from relay.api.events import whole
-from relay.api.query_params import read_field
+from relay.api.query_params import FIELDS, Filter, read_field
 from relay.api.responses import body_of, say
-from relay.api.selection import FIELDS, Filter
 from relay.base.clock import rfc3339
 from relay.base.units import parse_rate, render_rate
 from relay.errors import RelayError

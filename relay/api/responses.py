@@ -2,13 +2,13 @@
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from relay.api.views import MOST_ROWS
+from relay.api.query_params import Q, read_query
 from relay.base.json_text import encode
 from relay.config.problems import ConfigError
 from relay.errors import (
@@ -41,7 +41,6 @@ _HUNG_UP = 499  # as nginx has it in its log; nobody hears it
 _LONGEST_WISH = 400  # characters of it in the log
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-_MOST_DIGITS = 18  # of a number that SQLite can hold
 
 _ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
     UnknownError: (404, "not_found"),
@@ -68,39 +67,13 @@ def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
     return status, {"code": code, "message": error.message, "hint": error.hint}
 
 
-def query_of(request: web.Request, names: Iterable[str]) -> dict[str, str]:
-    """Return the parameters of a question.
+def query_of(request: web.Request, type_: type[Q]) -> Q:
+    """Return the query parameters of a request.
 
     Raises:
-        RelayError: one is not known here.
+        RelayError: a parameter is unknown or has an invalid value.
     """
-    known = tuple(names)
-    if strange := set(request.query) - set(known):
-        raise RelayError(f"unknown parameter {min(strange)!r}", hint=f"there are {', '.join(known)}")
-    return dict(request.query)
-
-
-def number(text: str, name: str) -> int:
-    """Read a whole number that a parameter says.
-
-    Raises:
-        RelayError: it is none.
-    """
-    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
-        raise RelayError(f"{name} must be a whole number", hint=f"for example {name}=50")
-    return int(text)
-
-
-def limit_of(query: Mapping[str, str]) -> int:
-    """Return how many rows a list may have: 50 unless it says otherwise, and never more than `MOST_ROWS`.
-
-    Raises:
-        RelayError: it is no number of rows.
-    """
-    wanted = number(query.get("limit", "50"), "limit")
-    if wanted == 0:
-        raise RelayError("limit must be at least 1", hint="for example limit=50")
-    return min(wanted, MOST_ROWS)
+    return read_query(dict(request.query), type_)
 
 
 async def body_of(request: web.Request, wish: type[T], hint: str) -> T:

@@ -3,11 +3,9 @@
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.responses import limit_of, query_of, say
-from relay.api.selection import filter_of
+from relay.api.query_params import Filter, StatsQuery
+from relay.api.responses import query_of, say
 from relay.api.views import list_stats
-
-FILTERS = ("source", "type", "since", "until")
 
 
 class StatsApi:
@@ -22,8 +20,7 @@ class StatsApi:
         return [web.get("/api/stats", self._list)]
 
     async def _list(self, request: web.Request) -> web.Response:
-        query = query_of(request, (*FILTERS, "limit", "cursor"))
-        wanted = {name: query[name] for name in FILTERS if name in query}
-        selection = filter_of(wanted).selection(self._clock, everything=True)
-        cursor = query.get("cursor")
-        return say(await list_stats(self._store, selection, limit=limit_of(query), cursor=cursor))
+        query = query_of(request, StatsQuery)
+        filter_ = Filter(source=query.source, type=query.type, since=query.since, until=query.until)
+        selection = filter_.selection(self._clock, everything=True)
+        return say(await list_stats(self._store, selection, limit=query.limit, cursor=query.cursor))

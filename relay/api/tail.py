@@ -1,6 +1,6 @@
 """Events and attempts as they happen: what every commit stored, told to whoever follows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 
 import msgspec
@@ -8,6 +8,7 @@ from aiohttp import web
 
 from relay.api.context import Parts
 from relay.api.followers import Followers, frame
+from relay.api.query_params import TailQuery
 from relay.api.responses import query_of
 from relay.api.stream import stream
 from relay.api.views import unknown
@@ -19,8 +20,6 @@ from relay.store import OPERATOR_EVENTS
 
 ROOM = 1000
 """Items that wait for a slow follower; older ones are lost, and it is told how many."""
-
-FILTERS = ("source", "destination", "type", "failed")
 
 _TYPES = 4096  # types whose match is remembered: senders choose them, so their number must have an end
 
@@ -90,21 +89,19 @@ class TailApi:
         self._followers.end()
 
     async def _tail(self, request: web.Request) -> web.StreamResponse:
-        return await stream(request, self._followers, self._wish(query_of(request, FILTERS)))
+        return await stream(request, self._followers, self._wish(query_of(request, TailQuery)))
 
-    def _wish(self, query: Mapping[str, str]) -> Wish:
-        source, destination = query.get("source"), query.get("destination")
+    def _wish(self, query: TailQuery) -> Wish:
+        source, destination = query.source, query.destination
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_EVENTS:
             raise unknown("source", source, self._ingest.mounts)
         if destination is not None and destination not in self._engine.lanes:
             raise unknown("destination", destination, self._engine.lanes)
-        if query.get("failed", "0") not in ("0", "1"):
-            raise RelayError("failed must be 0 or 1", hint="for example failed=1")
         return Wish(
             source=source,
             destination=destination,
-            matches=_matcher(query["type"]) if "type" in query else None,
-            failed=query.get("failed") == "1",
+            matches=None if query.type is None else _matcher(query.type),
+            failed=query.failed == "1",
         )
 
 

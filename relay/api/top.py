@@ -11,6 +11,7 @@ from relay import __version__
 from relay.api.context import Parts
 from relay.api.followers import Followers, frame
 from relay.api.pending_views import ABSENT
+from relay.api.query_params import NoQuery
 from relay.api.responses import query_of
 from relay.api.stream import stream
 from relay.base.clock import SECOND, rfc3339
@@ -73,7 +74,7 @@ class TopApi:
             self._ticking.cancel()
 
     async def _top(self, request: web.Request) -> web.StreamResponse:
-        query_of(request, ())
+        query_of(request, NoQuery)
         if not self._followers.ended and (self._ticking is None or self._ticking.done()):
             self._ticking = asyncio.create_task(self._tick())
         return await stream(request, self._followers, None)

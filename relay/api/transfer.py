@@ -8,8 +8,8 @@ from aiohttp import web
 
 from relay.api.context import Parts
 from relay.api.progress import tell
-from relay.api.responses import LINES, body_of, say
-from relay.api.selection import FIELDS, Filter, filter_of
+from relay.api.query_params import FIELDS, ExportQuery, Filter, ImportQuery
+from relay.api.responses import LINES, body_of, query_of, say
 from relay.errors import RelayError
 from relay.model import Expunged
 from relay.store import Store
@@ -18,7 +18,6 @@ LONGEST_LINE = 64 * 2**20
 """Bytes of one exported event; the largest body there can be, in base64, is far below."""
 
 CHUNK = 64 * 1024
-_TRUE, _FALSE = ("1", "true"), ("", "0", "false")
 
 
 class _Deletion(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -44,26 +43,22 @@ class TransferApi:
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
         """Answer with a line per event; an answer that breaks off was not the whole of it."""
-        query = dict(request.query)
-        deliveries, dry_run = _flag(query, "deliveries"), _flag(query, "dry_run")
-        selection = filter_of(query).selection(self._clock, everything=True)
+        query = query_of(request, ExportQuery)
+        selection = query.selection(self._clock, everything=True)
         span = await self._store.span(selection)
-        if dry_run:
+        if query.dry_run:
             count = sum([len(page) async for page in self._store.select(selection, span)])
             return say({"count": count})
         lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
         await lines.prepare(request)
-        async for line in self._store.export(selection, span, deliveries=deliveries):
+        async for line in self._store.export(selection, span, deliveries=query.deliveries):
             await lines.write(line)
         await lines.write_eof()
         return lines
 
     async def _import(self, request: web.Request) -> web.Response:
-        query = dict(request.query)
-        owe = _flag(query, "deliver")
-        if query:
-            raise RelayError(f"unknown parameter {min(query)!r}", hint="there is deliver")
-        steps = [done async for done in self._store.read_in(_lines(request), owe=owe)]
+        query = query_of(request, ImportQuery)
+        steps = [done async for done in self._store.read_in(_lines(request), owe=query.deliver)]
         return say(steps[-1])
 
     async def _delete(self, request: web.Request) -> web.StreamResponse:
@@ -145,11 +140,3 @@ async def _lines(request: web.Request) -> AsyncIterator[bytes]:
         raise RelayError(f"the import broke off: {error}", hint=hint) from None
     if (line := b"".join(parts)).strip():
         yield line
-
-
-def _flag(query: dict[str, str], name: str) -> bool:
-    """Take a yes or no out of the parameters."""
-    given = query.pop(name, "").lower()
-    if given not in _TRUE + _FALSE:
-        raise RelayError(f"{name} is {given!r:.40}", hint=f"write {name}=1 or leave it out")
-    return given in _TRUE

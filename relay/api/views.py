@@ -6,16 +6,13 @@ from typing import Any, Protocol
 
 import msgspec
 
-from relay.api.query_params import STATES, read_filters
+from relay.api.query_params import MOST_ROWS, STATES, read_filters
 from relay.base.clock import rfc3339
 from relay.config.problems import guess
 from relay.errors import RelayError, UnknownError
 from relay.model import Chosen, Named, Selection, Stat
 from relay.store.counts import Counts
 from relay.store.queries.page import Page
-
-MOST_ROWS = 500
-"""Rows that one answer may have."""
 
 _PLACE = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of a count: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")

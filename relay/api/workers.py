@@ -7,8 +7,8 @@ import msgspec
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.responses import body_of, limit_of, query_of, say
-from relay.api.views import MOST_ROWS
+from relay.api.query_params import MOST_ROWS, WorkersQuery
+from relay.api.responses import body_of, query_of, say
 from relay.base.clock import SECOND, rfc3339
 from relay.base.ids import command_id
 from relay.base.units import parse_duration
@@ -18,7 +18,6 @@ from relay.workers.rules import shown
 
 RECENT_METRICS = 60  # rows shown with a worker: an hour
 RECENT_COMMANDS = 20
-FILTERS = ("source", "id", "status", "version", "environment", "endpoint")
 DEFAULT_TTL = "10m"
 MOST_COMMAND_BYTES = 16 * 1024
 
@@ -47,10 +46,10 @@ class WorkersApi:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        query = query_of(request, (*FILTERS, "limit", "cursor"))
-        wanted = {name: query[name] for name in FILTERS if name in query}
-        limit = limit_of(query)
-        source, _, id_ = query.get("cursor", "").partition("/")
+        query = query_of(request, WorkersQuery)
+        filters = msgspec.structs.asdict(query)
+        limit, cursor = filters.pop("limit"), filters.pop("cursor")
+        source, _, id_ = (cursor or "").partition("/")
         workers = nsmallest(
             limit + 1,
             (
@@ -58,7 +57,7 @@ class WorkersApi:
                 for worker in self._store.workers()
                 if worker.unregistered_at is None
                 and (worker.source, worker.id) > (source, id_)
-                and all(getattr(worker, name) == value for name, value in wanted.items())
+                and all(value in (None, getattr(worker, name)) for name, value in filters.items())
             ),
             key=lambda worker: (worker.source, worker.id),
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.selection import filter_of
+from relay.api.query_params import filter_of
 from relay.base.clock import SECOND, SystemClock
 from relay.cli.api_client import daemon_options
 from relay.cli.exit_codes import NOT_ALLOWED, NOTHING, CommandError

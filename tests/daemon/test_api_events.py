@@ -75,12 +75,17 @@ async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, que
 @pytest.mark.parametrize(
     ("path", "status", "says", "hint"),
     [
-        ("events?state=deaf", 400, 'there is no "deaf", did you mean "dead"?', "leave it out"),
-        ("deliveries?state=deaf", 400, 'there is no "deaf"', "leave it out"),
+        (
+            "events?state=deaf",
+            400,
+            'delivered, dead, expired or cancelled, got "deaf", did you mean "dead"?',
+            "omit it for every state",
+        ),
+        ("deliveries?state=deaf", 400, '"state": expected pending', "omit it for every state"),
         ("events?type=", 400, '"type": a pattern is empty', ""),
         ("events?since=noon", 400, '"since": expected "2h"', ""),
         ("deliveries?until=noon", 400, '"until": expected "2h"', ""),
-        ("attempts?result=okay", 400, 'there is no "okay", did you mean "ok"?', ""),
+        ("attempts?result=okay", 400, 'protocol or format, got "okay", did you mean "ok"?', ""),
         ("events?destination=cmr", 404, "no destination 'cmr'", "there are crm, idle"),
         ("deliveries?event_id=0190", 404, "no event '0190'", "the list"),
         ("attempts?delivery_id=0190", 404, "no delivery '0190'", "the list"),
