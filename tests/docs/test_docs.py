@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_the_index_has_every_page_and_no_other():
     assert all(text == target for text, target in rows)
     listed = [(DOCS / target).resolve() for _, target in rows]
     assert sorted(listed) == sorted(set(PAGES) - {index, ROOT / "README.md"})
+
+
+def test_the_picture_of_the_architecture_can_be_read_aloud_and_in_both_themes():
+    [(source, alt)] = re.findall(r'<img src="(docs/\S+\.svg)" alt="([^"]+)"', README)
+    picture = ET.fromstring((ROOT / source).read_text())
+    names = {element.tag.rpartition("}")[2]: element.text for element in picture.iter()}
+    assert len(alt) > 80
+    assert names["title"]
+    assert names["desc"]
+    assert "prefers-color-scheme: dark" in names["style"]
 
 
 def test_a_statement_about_another_project_names_its_source():
