@@ -23,6 +23,7 @@ from relay.config.paths import socket_path
 from relay.config.schema import Config
 from relay.delivery.progress import Progress
 from relay.errors import RelayError, StorageError, StorageUnavailableError
+from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.jobs.backups import Backups
 from relay.jobs.ledger_check import Books
@@ -84,7 +85,8 @@ class App:
         self.clock = clock = clock or SystemClock()
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
-        self.metrics = Metrics()
+        self.listener, _ = implementation_of(config.server.implementation)
+        self.metrics = Metrics(listener=self.listener)
         database = _database(config)
         self.store = SqliteStore(
             database,
@@ -189,6 +191,7 @@ class App:
             life.callback(self.lag.stop)
             server = Server(
                 self.ingest.handle,
+                implementation=self.listener,
                 max_connections=connection_cap(raise_limit(), MAX_CONNECTIONS),
                 unroutable=self.ingest.unroutable,
                 is_committing=lambda: self.store.busy > 0,
@@ -250,7 +253,7 @@ class App:
                 runners.append(await listen(app, admin.dup(), grace=1.0))
             for runner in runners:
                 waiting.push_async_callback(runner.cleanup)
-            server = Server(self.ingest.handle)
+            server = Server(self.ingest.handle, implementation=self.listener)
             await server.listen(public.dup())
             waiting.push_async_callback(self._move_on, server)
             self.health.phase = None

@@ -36,7 +36,9 @@ _SHARED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Metrics:
     """All metrics of one daemon, in a registry of its own."""
 
-    def __init__(self, sources: Iterable[str] = (), destinations: Iterable[str] = ()) -> None:
+    def __init__(
+        self, sources: Iterable[str] = (), destinations: Iterable[str] = (), *, listener: str = "fast"
+    ) -> None:
         self.registry = CollectorRegistry()
         # One registry per daemon, not the process-wide default: a test runs several side by side.
         counter = partial(Counter, registry=self.registry)
@@ -49,6 +51,7 @@ class Metrics:
                 "version": __version__,
                 "python": platform.python_version(),
                 "sqlite": sqlite3.sqlite_version,
+                "listener": listener,
             }
         )
         self.reloaded = gauge(

@@ -27,6 +27,7 @@ from relay.config.problems import ConfigError
 from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import RelayError, Unavailable
+from relay.ingest.implementation import implementation_of
 from relay.ingest.replies import plain
 from relay.ingest.request import Request
 from relay.ingest.response import Response
@@ -76,7 +77,9 @@ class Standby:
         self._done = asyncio.Event()
         self._one = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics = Metrics()  # relay_config_last_reload_successful is 0 there, which raises the alert
+        self._listener, _ = implementation_of("fast")
+        # relay_config_last_reload_successful is 0 there, which raises the alert.
+        self._metrics = Metrics(listener=self._listener)
         self._scrape = Scrape(self._metrics.registry)
         self._watchdog = Watchdog(Notifier(environ), stuck=list, status=self._status)
 
@@ -103,7 +106,7 @@ class Standby:
                 runner = await listen(self._app(api=False), admin, grace=1.0)
                 life.push_async_callback(runner.cleanup)
             for sock in sockets.values():
-                server = Server(self._refuse)
+                server = Server(self._refuse, implementation=self._listener)
                 await server.listen(sock)
                 life.push_async_callback(self._close, server)
             log.error("answering 503 until %s is valid: %s; %s", self._path, self._why, HINT)

@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import listeners
 import pytest
 from certificates import Certificates
 from client import AMPLE
@@ -42,6 +43,8 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Tests of the reference listener run on one kind of loop, to save time.
+    items[:] = [item for item in items if "[uvloop-aiohttp" not in item.name]
     folders = {folder: at for at, folder in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: folders.get(item.path.parent.name, -1))
 
@@ -55,6 +58,23 @@ def pytest_asyncio_loop_factories(config, item):
 
             loops["uvloop"] = uvloop.new_event_loop
     return loops
+
+
+def pytest_generate_tests(metafunc):
+    """Run tests of the wire with each implementation of the public listener."""
+    if "listener" in metafunc.fixturenames:
+        is_wire = metafunc.module.__name__ in listeners.WIRE
+        is_both = is_wire and not metafunc.function.__name__.startswith(listeners.FAST_ONLY)
+        names = listeners.IMPLEMENTATIONS if is_both else ("fast",)
+        metafunc.parametrize("listener", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def listener(request):
+    """The implementation that `write_config` configures meanwhile."""
+    listeners.current = request.param
+    yield request.param
+    listeners.current = "fast"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Generator
 from typing import Any
 
 
-def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+def begin(coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[None] | None:
     """Run a coroutine up to where it first waits; return a task for the rest, None if there is none.
 
     Up to there it is in no task: it must not ask for the current one, as `asyncio.timeout` does.
@@ -20,12 +20,12 @@ def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     return asyncio.get_running_loop().create_task(rest)
 
 
-async def _go_on(coroutine: Coroutine[Any, Any, None], awaited: Any) -> None:
+async def _go_on(coroutine: Coroutine[Any, Any, object], awaited: Any) -> None:
     await _rest(coroutine, awaited)
 
 
 @types.coroutine
-def _rest(coroutine: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, None, None]:
+def _rest(coroutine: Coroutine[Any, Any, object], awaited: Any) -> Generator[Any, None, None]:
     """Wait for what the coroutine waits for, in its stead, until it ends."""
     try:
         try:

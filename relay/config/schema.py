@@ -29,6 +29,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     """`[server]`: the public listener, where senders post."""
 
     listen: Annotated[str, _check(validators.listen)] = "127.0.0.1:8080"
+    implementation: Literal["fast", "aiohttp"] = "fast"
     max_body: Annotated[Size, msgspec.Meta(gt=0), _check(validators.body_size)] = 2 * 2**20
     body_timeout: Interval = 10.0
     min_body_rate: Size = 32 * 2**10

@@ -1,8 +1,6 @@
-"""One sender's connection: aiohttp's parser before the handler, at a fraction of what aiohttp's own costs.
+"""One sender's connection: when it is read, answered and closed.
 
-Most connections carry one heartbeat: Node's agents hang up after 5 s, whatever a server offers, and the
-next beat comes after 30. aiohttp makes two timers, two tasks and a dozen objects for each. Here a request
-has a record, and a task if it waits; silence is looked for by the server over all connections at once.
+Two classes complete it by what parses HTTP: `relay.ingest.fast` and `relay.ingest.reference`.
 """
 
 import asyncio
@@ -11,16 +9,15 @@ import logging
 import socket
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
-from aiohttp import StreamReader
-from aiohttp.http import HttpProcessingError, HttpRequestParser, HttpVersion10, HttpVersion11
-from aiohttp.http_exceptions import BadStatusLine
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader
+from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 from relay.base.eager import begin
 from relay.ingest.deadline import in_time
-from relay.ingest.request import ChunkingError, Request, has_unread
+from relay.ingest.request import ChunkingError, Request, VersionError, has_unread
 from relay.ingest.response import Response, farewell
 
 log = logging.getLogger("relay.http")
@@ -38,6 +35,30 @@ YIELDING = (0.001, 0.001, 0.002, 0.004)
 """Seconds, one after the other, for which a request that did not wait its turn lets events be committed."""
 
 _HEARD_EVERY = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds between looks; the last one repeats
+
+
+Parsed = tuple[Sequence[tuple[RawRequestMessage, StreamReader]], bool, bytes]
+"""Of a parser: new requests with their bodies; the rest is for upgrades, and the relay takes none."""
+
+
+class Parser(Protocol):
+    """What turns a connection's bytes into requests and their bodies."""
+
+    def feed_data(self, data: bytes, /) -> Parsed:
+        """Parse bytes; return at most one new request with its body.
+
+        Raises:
+            HttpProcessingError: the bytes are not HTTP.
+        """
+        ...
+
+    def message_consumed(self) -> None:
+        """Parse the next request: the last one is answered."""
+        ...
+
+    def pause_reading(self) -> None:
+        """Stop within the present body until it has been read."""
+        ...
 
 
 class Owner(Protocol):
@@ -90,16 +111,10 @@ class Connection(asyncio.Protocol):
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        self._parser: HttpRequestParser | None = HttpRequestParser(
-            self,  # type: ignore[arg-type] # it, and the bodies it makes, use what follows below
-            self._loop,
-            READ_AHEAD,
-            auto_decompress=False,
-            max_msg_queue_size=1,
-        )
+        self._parser: Parser | None = None  # set by the subclass
         self._transport: asyncio.Transport | None = None
         self._request: Request | None = None  # under way
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None
         self._behind = bytearray()  # waits to be parsed; while there is any, nothing is read
         self._is_catching_up = False  # what is begun was sent before the last answer
         self._is_resting = False  # parsing goes on in the next turn of the loop
@@ -132,16 +147,21 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Keep the connection open while the sender may wait for an answer; say whether to do so."""
-        if self._request is None or self._is_over:
+        request = self._request
+        if self._is_over or (request is None and not self._is_resting):
             return False
-        self._is_half_closed = self._request.is_half_closed = True
-        self._cut_short()
+        self._is_half_closed = True
+        if request is not None:
+            request.is_half_closed = True
+            self._cut_short()
         return True
 
     def _cut_short(self) -> None:
         """End a body whose rest can no longer come."""
         request = self._request
-        if request is not None and not (request.content.is_eof() or self._is_full or self._behind):
+        if request is None or request.content.is_eof():
+            return
+        if not (self._is_full or self._behind or self._is_resting):
             self._is_over = True
             request.content.set_exception(ConnectionResetError("the sender closed within a body"))
 
@@ -195,6 +215,8 @@ class Connection(asyncio.Protocol):
     def _go_on_rested(self) -> None:
         self._is_resting = False
         self._go_on()
+        if self._is_half_closed:
+            self._cut_short()
 
     def _parse(self, data: bytes, *, at_once: bool = False) -> None:
         parser = self._parser
@@ -212,7 +234,7 @@ class Connection(asyncio.Protocol):
             return
         for head, content in messages:  # at most one
             if not head.path or head.version not in (HttpVersion11, HttpVersion10):
-                self._refuse(BadStatusLine())
+                self._refuse(VersionError(message="expected HTTP/1.0 or HTTP/1.1"))
             elif not self._is_leaving:
                 request = Request(head, content, cast("asyncio.Transport", self._transport))
                 request.is_half_closed = self._is_half_closed
@@ -277,7 +299,6 @@ class Connection(asyncio.Protocol):
         CPU again, in more and smaller transactions.
         """
         self._request = request
-        self._patience = KEEPALIVE
         if self._is_catching_up:
             self._task = self._loop.create_task(self._serve(request, was_behind=True))
         elif not at_once or self._owner.under_way or not request.content.is_eof():
@@ -296,9 +317,9 @@ class Connection(asyncio.Protocol):
                 return
             await asyncio.sleep(seconds)
 
-    async def _serve(self, request: Request, *, was_behind: bool = False) -> None:
-        """Answer one request, then begin with the next if it has come already."""
-        goes_on = False
+    async def _serve(self, request: Request, *, was_behind: bool = False) -> bool:
+        """Answer one request, then begin with the next if it has come; return whether more may come."""
+        goes_on, self._patience = False, KEEPALIVE
         try:
             if was_behind:  # it was sent before the last answer
                 await self._let_events_go_first()
@@ -316,6 +337,7 @@ class Connection(asyncio.Protocol):
                 self._next()
             else:
                 self._hang_up()
+        return goes_on
 
     async def _ask(self, request: Request) -> tuple[Response, bytes]:
         response: Response | None = None
@@ -373,20 +395,20 @@ class Connection(asyncio.Protocol):
 
         try:
             await in_time(LINGERING, read, lambda: self.has_unread)
-        except (TimeoutError, ConnectionError, HttpProcessingError):
+        except Exception:  # noqa: BLE001 - out of time, badly framed, or hung up
             return False
         return True
 
     def _next(self) -> None:
         """Go on with what has come behind an answered request."""
         self._silent_since = self._loop.time()
-        cast("HttpRequestParser", self._parser).message_consumed()
+        cast("Parser", self._parser).message_consumed()
         self._is_catching_up = True
         self._parse(b"")  # what the parser has already
         if self._behind:
             self._go_on()
         self._is_catching_up = False
-        if self._is_half_closed and self._request is None:
+        if self._is_half_closed and self._request is None and not self._is_resting:
             self._hang_up()
         elif self._is_half_closed:
             self._cut_short()

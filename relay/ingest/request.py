@@ -4,14 +4,18 @@ import asyncio
 import fcntl
 import termios
 
-from aiohttp import StreamReader
-from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
+from aiohttp import HttpVersion11, StreamReader
+from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class ChunkingError(HttpProcessingError):
     """A body comes in chunks that are mostly framing: parsing them costs far more than sending them."""
+
+
+class VersionError(HttpProcessingError):
+    """A request in another version of HTTP than 1.0 and 1.1, or without a target."""
 
 
 class Request:

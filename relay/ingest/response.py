@@ -1,10 +1,11 @@
 """An answer of one write: all that `web.Response` can do beyond that costs an event four times as much."""
 
+import time
 from collections.abc import Callable
+from email.utils import formatdate
 from http import HTTPStatus
 
 import msgspec
-from aiohttp.helpers import rfc822_formatted_time
 from multidict import CIMultiDict
 
 from relay.ingest.request import Request
@@ -12,6 +13,7 @@ from relay.ingest.request import Request
 _JSON = "application/json"
 _CLOSE = "Connection: close\r\n"
 _EMPTY = (204, 304)  # statuses without a body
+_rendered = (0, "")  # the second that was rendered last, and its text
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -57,7 +59,7 @@ class Response:
             return self._encode_uncommon(request)
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
-            f"Content-Length: {len(self.body)}\r\nDate: {rfc822_formatted_time()}\r\n"
+            f"Content-Length: {len(self.body)}\r\nDate: {_date()}\r\n"
             f"{'' if self.keeps(request) else _CLOSE}\r\n"
         )
         return head.encode() if request.method == "HEAD" else head.encode() + self.body
@@ -82,6 +84,15 @@ def farewell(status: int, code: str, message: str, **headers: str) -> bytes:
 
 
 def _head(version: str, status: int, fields: CIMultiDict[str]) -> bytes:
-    fields.setdefault("Date", rfc822_formatted_time())
+    fields.setdefault("Date", _date())
     lines = [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join([f"HTTP/{version} {status} {_PHRASES.get(status, '')}", *lines, "", ""]).encode()
+
+
+def _date() -> str:
+    """Return the time for a `Date` header; rendered once a second."""
+    global _rendered  # noqa: PLW0603 - the cache
+    now = int(time.time())
+    if _rendered[0] != now:
+        _rendered = (now, formatdate(now, usegmt=True))
+    return _rendered[1]

@@ -6,8 +6,10 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from relay.ingest.connection import Connection
+from relay.ingest.connection import Connection, Owner
 from relay.ingest.deadline import STANDSTILL
+from relay.ingest.implementation import Implementation
+from relay.ingest.reference import ReferenceConnection
 from relay.ingest.request import Request, address_of
 from relay.ingest.response import Response, farewell
 from relay.process.sockets import ACCEPTS, BACKLOG, SETTLE
@@ -36,6 +38,7 @@ class Server:
         self,
         handle: Callable[[Request], Awaitable[Response]],
         *,
+        implementation: Implementation = "fast",
         max_connections: int = MAX_CONNECTIONS,
         unroutable: Callable[[str, str | None, str], None] = lambda _reason, _peer, _problem: None,
         is_committing: Callable[[], bool] = lambda: False,
@@ -44,6 +47,7 @@ class Server:
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
         self.is_committing = is_committing
+        self._connect = _connection_class(implementation)
         self._handle = handle
         self._unroutable = unroutable  # told the reason, the sender's address and the problem
         self._overhear = overhear  # told what was asked on connections that were turned away
@@ -58,7 +62,7 @@ class Server:
     async def listen(self, sock: socket.socket) -> None:
         """Begin to serve on a bound socket."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=ACCEPTS)
+        self._listener = await loop.create_server(lambda: self._connect(self), sock=sock, backlog=ACCEPTS)
         sock.listen(BACKLOG)
 
     def connection_made(self, connection: Connection, transport: asyncio.Transport) -> None:
@@ -166,3 +170,11 @@ class Server:
         for connection in tuple(self._turned_away):
             connection.cut_off()
         await asyncio.gather(*(connection.shutdown(grace) for connection in self.connections))
+
+
+def _connection_class(implementation: Implementation) -> Callable[[Owner], Connection]:
+    if implementation == "aiohttp":
+        return ReferenceConnection
+    from relay.ingest.fast import FastConnection  # noqa: PLC0415 - an untested aiohttp may lack what it needs
+
+    return FastConnection

@@ -23,13 +23,14 @@ from relay.config.schema import Admin, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
+from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import at_the_doors, in_one_line, prints
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
 from relay.source import Source
 
 _AT_START = {
-    "server": ("listen",),
+    "server": ("listen", "implementation"),
     "admin": Admin.__struct_fields__,
     "storage": Storage.__struct_fields__,
     "plugins": ("dirs",),
@@ -128,6 +129,8 @@ def _complete(
         _check_formats(binder, config, formats)
     if binder.problems:
         raise ConfigError(binder.problems)
+    if problem := implementation_of(config.server.implementation)[1]:
+        binder.warn(("server", "implementation"), problem)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))
     return msgspec.structs.replace(config, sources=sources, warnings=warnings)
 

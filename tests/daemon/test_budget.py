@@ -36,7 +36,7 @@ BODIES = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     config = write_config(tmp_path_factory.mktemp("relay"), SOURCES)
     server = '[server]\nmin_body_rate = "0 B"\ntrusted_proxies = ["127.0.0.9"]'
     config.write_text(config.read_text().replace("[server]", server))

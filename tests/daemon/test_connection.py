@@ -28,7 +28,8 @@ from relay.process.sockets import address, bind, url
 class Site:
     """A server of ours with a handler of the test's."""
 
-    def __init__(self):
+    def __init__(self, listener):
+        self.listener = listener
         self.asked = asyncio.Event()
         self.paths = []
         self.open = asyncio.Event()
@@ -38,7 +39,7 @@ class Site:
 
     async def __aenter__(self):
         self.sock = bind("127.0.0.1:0", "listen")
-        self.server = Server(self.handle)
+        self.server = Server(self.handle, implementation=self.listener)
         await self.server.listen(self.sock)
         self.url = url(self.sock)
         return self
@@ -56,13 +57,13 @@ class Site:
 
 
 @pytest.fixture
-async def site():
-    async with asyncio.timeout(10), Site() as site:
+async def site(listener):
+    async with asyncio.timeout(10), Site(listener) as site:
         yield site
 
 
 @pytest.fixture
-async def relay(tmp_path):
+async def relay(tmp_path, listener):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         yield relay
 
@@ -99,7 +100,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("relay.ingest.server.SWEEP_EVERY", 0.01)
 
 
-async def test_a_connection_that_idles_costs_no_task(site):
+async def test_the_fast_listener_has_no_task_for_an_idle_connection(site):
     async with await Wire.open(site.url) as unused, await Wire.open(site.url) as kept:
         await until(lambda: len(site.server.connections) == 2)
         before = asyncio.all_tasks()
@@ -110,7 +111,7 @@ async def test_a_connection_that_idles_costs_no_task(site):
         assert (await unused.answer()).body == b"/late"
 
 
-async def test_a_request_that_waits_for_nothing_costs_no_task(site):
+async def test_the_fast_listener_has_no_task_for_a_request_that_waits_for_nothing(site):
     site.answer, asked = Response(200, b"{}"), []
 
     async def handle(_request):
@@ -824,7 +825,7 @@ FREEZE = 1.5  # seconds, three times as long as anything may take
 
 
 @pytest.fixture
-async def frozen(tmp_path):
+async def frozen(tmp_path, listener):
     """A daemon of little patience on the test's own kind of loop; calling it stops it around a block."""
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     script = IMPATIENT.format(asyncio=is_asyncio)
@@ -1010,7 +1011,7 @@ async def test_a_sender_hears_what_was_wrong_whatever_it_sends_behind_it(site, b
         assert await wire.closed()
 
 
-async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path):
+async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path, listener):
     """After a connection is closed, uvloop does not tell its address."""
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     hidden = f"import sys; sys.modules.update({'uvloop=None' if is_asyncio else ''}); "

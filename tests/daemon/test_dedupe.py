@@ -81,7 +81,7 @@ REJECTED = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     folder = tmp_path_factory.mktemp("relay")
     (folder / "plugins").mkdir()
     (folder / "plugins" / "keyed.py").write_text(PLUGIN)

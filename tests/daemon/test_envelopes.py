@@ -48,7 +48,7 @@ def mounted(prefix: str, kind: str, more: str = "") -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     config = write_config(
         tmp_path_factory.mktemp("relay"),
         PLUGINS,

@@ -26,7 +26,7 @@ cors_origins = ["https://studio.example"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES, CORS)) as relay:
         yield relay
 
@@ -237,7 +237,7 @@ async def test_what_is_no_http_is_answered_in_json_and_logs_no_traceback(relay: 
 
 async def test_connections_beyond_the_cap_are_sent_away_with_503_while_none_is_silent(relay: Relay):
     sock = bind("127.0.0.1:0", "listen")
-    server = Server(relay.app.ingest.handle, max_connections=2)
+    server = Server(relay.app.ingest.handle, implementation=relay.app.listener, max_connections=2)
     await server.listen(sock)
     good = request("POST", ADORN, adorn())
     try:

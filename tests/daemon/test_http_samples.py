@@ -15,7 +15,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES)) as relay:
         yield relay
 

@@ -27,7 +27,7 @@ prefix = "/shop"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def relay(tmp_path_factory):
+async def relay(tmp_path_factory, listener):
     async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES, OTHER)) as relay:
         yield relay
 

@@ -333,6 +333,12 @@ async def test_what_needs_a_restart_is_refused_whole(tmp_path, crm):
         answer = await ask(relay)
         assert say(answer) == (409, "restart_needed")
         assert answer.json["error"]["message"] == "restart needed: server.listen"
+        more = 'implementation = "aiohttp"'
+        config.write_text(
+            write_config(tmp_path, SOURCES).read_text().replace("[server]", f"[server]\n{more}")
+        )
+        answer = await ask(relay)
+        assert answer.json["error"]["message"] == "restart needed: server.implementation"
         assert (await relay.operator("GET", "/api/status"))["destinations"] == []
 
 

@@ -74,7 +74,7 @@ def clock():
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, listener):
     return write_config(tmp_path, SOURCES)
 
 
@@ -220,7 +220,13 @@ async def test_what_a_refused_call_moved_is_on_the_disk_soon(config, relay, cloc
 async def test_a_call_beyond_the_cap_of_connections_keeps_a_worker_alive(relay, clock):
     await relay.exchange(register())
     sock = bind("127.0.0.1:0", "listen")
-    server = Server(relay.app.ingest.handle, max_connections=1, overhear=relay.app.ingest.overhear)
+    ingest = relay.app.ingest
+    server = Server(
+        ingest.handle,
+        implementation=relay.app.listener,
+        max_connections=1,
+        overhear=ingest.overhear,
+    )
     await server.listen(sock)
     wrong = beat().replace(b"worker-secret-token-12345", b"another")
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
+import listeners
 from aiohttp import web
 from wire import Answer, exchange, request
 
@@ -88,7 +89,10 @@ def adorn(session: str = "s", **more: Any) -> bytes:
 def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
     """Write a config.toml of `HEAD` and these parts; port 0: any free one."""
     path = folder / "config.toml"
-    path.write_text("\n".join([HEAD.format(port=port), *parts]))
+    text = "\n".join([HEAD.format(port=port), *parts])
+    if listeners.current != "fast":
+        text = text.replace("[server]", f'[server]\nimplementation = "{listeners.current}"', 1)
+    path.write_text(text)
     return path
 
 

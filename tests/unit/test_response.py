@@ -6,7 +6,7 @@ import re
 import pytest
 from aiohttp import web
 
-from relay.ingest.connection import Connection
+from relay.ingest.fast import FastConnection
 from relay.ingest.response import Response
 from relay.ingest.server import Server
 
@@ -36,7 +36,7 @@ async def answers_to(request, make, serve):
 
 def by_us(handle):
     server = Server(handle)
-    return lambda: Connection(server)
+    return lambda: FastConnection(server)
 
 
 def by_them(handle):
