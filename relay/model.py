@@ -16,10 +16,10 @@ RESULTS: tuple[str, ...] = get_args(AttemptResult)
 WorkerStatus = Literal["ONLINE", "OFFLINE", "MAINTENANCE"]
 
 
-class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
-    """One accepted event; immutable once it is stored."""
+class StoredEvent(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """One accepted event; immutable. The writer stores a copy that has the row id."""
 
-    id: int  # row id: the order of acceptance; 0 until the writer gives it one
+    id: int  # row id: the order of acceptance; 0 before the event is stored
     public_id: str  # evt_ + UUIDv7: the id for senders, receivers and operators
     source: str  # name of the source in config.toml
     type: str  # full type: "<source name>.<type on the wire>"
@@ -31,8 +31,6 @@ class StoredEvent(msgspec.Struct, kw_only=True, gc=False):
     content_type: str  # of that body
     sha256: bytes  # digest of the body, verified before each delivery
     traceparent: str | None = None  # W3C trace context of the request
-    rendered: dict[str, bytes] | None = None  # bodies by format, while in memory; never stored
-    request_id: str | None = None  # of the request that brought it, for the log; likewise
 
 
 class Delivery(msgspec.Struct, kw_only=True, gc=False):
@@ -46,6 +44,8 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     created_at: int  # wall clock
     size: int  # bytes of the event's body, for the memory budget
     event: StoredEvent | None = None  # None: loaded when a slot is free
+    rendered: dict[str, bytes] | None = None  # request bodies by format; deliveries of one event share them
+    request_id: str | None = None  # of the sender's request, for the log; not stored
     order_key: str | None = None  # see `Owed`
     latest_key: str | None = None
     expires_at: int | None = None  # steady clock

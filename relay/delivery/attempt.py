@@ -51,7 +51,7 @@ class Sender:
             LackError: this machine has run out of descriptors or memory; nothing was sent.
         """
         started = self._clock.wall()
-        answer = await self._ask(event, started)
+        answer = await self._ask(event, started, delivery.rendered)
         attempt = Attempt(
             started_at=started,
             duration_ms=answer.duration_ms,
@@ -67,7 +67,7 @@ class Sender:
     async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
         """Send an event that nobody is owed, and say what the answer would mean for a delivery."""
         try:
-            answer = await self._ask(event, self._clock.wall(), times)
+            answer = await self._ask(event, self._clock.wall(), None, times)
         except LackError as error:
             return Answer(result="connect", error=f"not asked: {error}"), HOLD
         return answer, self._meaning(answer)
@@ -86,9 +86,15 @@ class Sender:
         """Close every connection."""
         await self._client.close()
 
-    async def _ask(self, event: StoredEvent, now: int, times: Times | None = None) -> Answer:
+    async def _ask(
+        self,
+        event: StoredEvent,
+        now: int,
+        rendered: dict[str, bytes] | None,
+        times: Times | None = None,
+    ) -> Answer:
         try:
-            body, content_type = self._render(event), self._format.content_type_of(event)
+            body, content_type = self._render(event, rendered), self._format.content_type_of(event)
         except BaseException as error:  # noqa: BLE001 - a plugin's format may raise anything
             return self._unmade(event, f"the format {self._format.name} failed", error)
         try:
@@ -115,16 +121,16 @@ class Sender:
             final_statuses=self._config.final_statuses,
         )
 
-    def _render(self, event: StoredEvent) -> bytes:
-        """Render once per event and format, whatever the number of destinations and attempts."""
-        if event.rendered is None:
-            event.rendered = {}
-        body = event.rendered.get(self._format.name)
-        if body is None:
-            body = self._format.render(event)
-            if not isinstance(body, bytes):
-                raise TypeError(f"expected bytes, got {type(body).__name__}")
-            event.rendered[self._format.name] = body
+    def _render(self, event: StoredEvent, rendered: dict[str, bytes] | None) -> bytes:
+        """Return the request body; take it from `rendered`, or add it there for the other destinations."""
+        name = self._format.name
+        if rendered is not None and name in rendered:
+            return rendered[name]
+        body = self._format.render(event)
+        if not isinstance(body, bytes):
+            raise TypeError(f"expected bytes, got {type(body).__name__}")
+        if rendered is not None:
+            rendered[name] = body
         return body
 
     def _unmade(self, event: StoredEvent, what: str, error: BaseException) -> Answer:

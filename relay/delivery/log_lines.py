@@ -11,13 +11,13 @@ log = logging.getLogger("relay.delivery")
 
 
 def ids(delivery: Delivery, **more: object) -> dict[str, Mapping[str, object]]:
-    """Return what a line about a delivery carries; `request_id` only while its event is in memory."""
+    """Return the fields of a line about a delivery; `request_id` is known until the first retry."""
     event = delivery.event
     return fields(
         destination=delivery.destination,
         delivery_id=delivery.public_id,
         event_id=None if event is None else event.public_id,
-        request_id=None if event is None else event.request_id,
+        request_id=delivery.request_id,
         **more,
     )
 

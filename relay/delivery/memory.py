@@ -20,7 +20,7 @@ class Memory:
         if delivery.event is None:
             return
         if delivery.size > self._free:
-            delivery.event = None
+            delivery.event = delivery.rendered = None
         else:
             self._free -= delivery.size
 

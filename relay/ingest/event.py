@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from relay.base.ids import event_id, given_id
+from relay.base.ids import event_id
 from relay.base.json_text import check, encode, escape
 from relay.errors import PluginFailed, Refusal
 from relay.incoming import Incoming
@@ -33,7 +33,6 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         PluginFailed: `data` or `context` is not exactly one JSON value.
     """
     body, trace = incoming.body, incoming.header("traceparent")
-    request = incoming.headers.get("X-Request-Id")
     content_type = incoming.header("Content-Type") or "application/octet-stream"
     try:
         type_ = escape(event.type)
@@ -59,7 +58,6 @@ def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEve
         content_type=content_type,
         sha256=hashlib.sha256(body).digest(),
         traceparent=trace if len(trace) == TRACEPARENT else None,
-        request_id=None if request is None else given_id(request),
     )
 
 

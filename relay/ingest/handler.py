@@ -264,14 +264,17 @@ class Ingest:
         if isinstance(accepted, Reply):
             response = answer(Accepted(reply=accepted), Receipt())
             if verbose:
-                self._tell(mount, incoming, response, began)
+                answered = Acceptance(source=mount.name, request_id=self._request_id(incoming))
+                self._tell(mount, answered, response, began)
             return response
         if not isinstance(accepted, Accepted):
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         event = accepted.event
         stored = None if event is None else record(mount.name, event, incoming, self._clock.wall())
-        if verbose and stored is not None and stored.request_id is None:
-            stored.request_id = request_id(stored.received_at)  # the lines of its attempts have it, too
+        given = incoming.headers.get("X-Request-Id")
+        traced = None if given is None else given_id(given)
+        if verbose and traced is None:
+            traced = request_id(self._clock.wall())  # log lines of the event's attempts carry it, too
         # The answer is rendered before the append, so that a plugin which cannot do it costs a 500
         # with nothing stored, and leaves only after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
@@ -285,6 +288,7 @@ class Ingest:
             rejects_conflict=mount.config.key_conflict == "reject",
             change=accepted.worker,
             asks=accepted.asks,
+            request_id=traced,
         )
         told = None
         if stored is None:
@@ -297,7 +301,7 @@ class Ingest:
                 response = answer_again(accepted, receipt, response)
             response.event_id = receipt.event_id
             if verbose:
-                self._tell(mount, incoming, response, began, stored=stored, receipt=receipt)
+                self._tell(mount, acceptance, response, began, receipt)
         except BaseException:
             if told is not None:
                 told(False)  # noqa: FBT003 - it takes nothing else
@@ -416,18 +420,16 @@ class Ingest:
     def _tell(
         self,
         mount: Mount,
-        incoming: Incoming,
+        acceptance: Acceptance,
         response: Response,
         began: int,
-        *,
-        stored: StoredEvent | None = None,
         receipt: Receipt | None = None,
     ) -> None:
-        """Say, at `debug`, that a request was accepted; its sender hears so in a moment."""
+        """Log at `debug` that a request was accepted, just before the reply is sent."""
         told = fields(
-            request_id=self._request_id(incoming) if stored is None else stored.request_id,
+            request_id=acceptance.request_id,
             source=mount.name,
-            type=stored.type if stored else None,
+            type=acceptance.event.type if acceptance.event else None,
             event_id=(receipt.event_id or None) if receipt else None,
             status=response.status,
             duration_ms=round((self._clock.steady() - began) / 1000, 1),

@@ -69,6 +69,7 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     repeats: str | None = None  # public id of the event that it is known to repeat: only counted
     change: WorkerChange | None = None
     asks: str | None = None  # a worker id whose row the receipt shall carry
+    request_id: str | None = None  # for the log lines of the event's deliveries; not stored
 
 
 class FleetChange(Protocol):

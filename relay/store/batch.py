@@ -140,13 +140,21 @@ class Batch:
             return Receipt(worker=worker, commands=commands, sent=sent)
         if key is not None:
             self.keys.add(key, event.public_id, self.steady + DEDUPE_FOR)
-        self._add(event)
+        self._add(event, acceptance.request_id)
         return Receipt(event_id=event.public_id, key_conflict=conflicts, worker=worker)
 
     def owe(
-        self, owed: Owed, event_id: int, size: int, event: StoredEvent | None, replay_of: int | None = None
+        self,
+        owed: Owed,
+        event_id: int,
+        size: int,
+        event: StoredEvent | None,
+        *,
+        replay_of: int | None = None,
+        rendered: dict[str, bytes] | None = None,
+        request_id: str | None = None,
     ) -> None:
-        """Take in a new delivery; beyond its destination's `max_pending` it is dead at its birth."""
+        """Add a delivery; it is dead at once where its destination has `max_pending` deliveries already."""
         self._sequences.delivery += 1
         delivery = Delivery(
             id=self._sequences.delivery,
@@ -157,6 +165,8 @@ class Batch:
             created_at=self.wall,
             size=size,
             event=event,
+            rendered=rendered,
+            request_id=request_id,
             order_key=owed.order_key,
             latest_key=owed.latest_key,
             expires_at=None if owed.ttl is None else self.steady + owed.ttl,
@@ -171,23 +181,30 @@ class Batch:
                 return
         self._added[owed.destination] += 1
 
-    def _add(self, event: StoredEvent) -> None:
-        self._sequences.event += 1
-        event.id = self._sequences.event
+    def _add(self, event: StoredEvent, request_id: str | None = None) -> None:
+        event = self._numbered(event)
         self.events.append(event)
         self.tallies.add(event)
-        for owed in self._route(event):
-            self.owe(owed, event.id, len(event.body), event)
+        self._owe_all(event, request_id)
+
+    def _numbered(self, event: StoredEvent) -> StoredEvent:
+        """Return the event with the next row id."""
+        self._sequences.event += 1
+        return msgspec.structs.replace(event, id=self._sequences.event)
+
+    def _owe_all(self, event: StoredEvent, request_id: str | None = None) -> None:
+        """Add a delivery for each destination that subscribes to the event."""
+        subscribed = self._route(event)
+        rendered: dict[str, bytes] | None = {} if len(subscribed) > 1 else None
+        for owed in subscribed:
+            self.owe(owed, event.id, len(event.body), event, rendered=rendered, request_id=request_id)
 
     def put_back(self, restored: Restored) -> None:
         """Take in an event that was accepted once: it is news to nobody, and counted already."""
-        event = restored.event
-        self._sequences.event += 1
-        event.id = self._sequences.event
+        event = self._numbered(restored.event)
         self.restored.append(event)
         if restored.owe:
-            for owed in self._route(event):
-                self.owe(owed, event.id, len(event.body), event)
+            self._owe_all(event)
 
     def bear_all(self) -> None:
         """Take in what happened to workers.

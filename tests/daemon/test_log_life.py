@@ -167,7 +167,7 @@ async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_pat
     if kind != "terminal":
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
     os.set_blocking(writer, kind != "pipe that never waits")
-    script = "from relay import logs; logs.MOST_QUEUED = 10_000; from relay.cli import main; main()"
+    script = "from relay.process import logs; logs.MOST_QUEUED = 10_000; from relay.cli import main; main()"
     command = [sys.executable, "-c", script, "serve", "-c", str(config)]
     process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stderr=writer)
     os.close(writer)

@@ -53,7 +53,8 @@ async def send(store, clock, *, key=None, **fields):
     """Append one event; return it as it was stored."""
     event = make_event(clock, **fields)
     await store.append(Acceptance(source=event.source, event=event, key=key))
-    return event
+    stored = (each for news in reversed(store.news) for each in news.events)
+    return next((each for each in stored if each.public_id == event.public_id), event)
 
 
 async def end(store, event, state="delivered", destination=None):

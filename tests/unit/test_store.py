@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 
+import msgspec
 import pytest
 from support import FakeClock, until
 
@@ -78,13 +79,13 @@ async def pragma(store, text):
 async def test_an_event_comes_back_byte_for_byte(store, clock):
     sent = event(clock)
     await store.append(Acceptance(source="shop", event=sent))
-    assert await store.load([sent.id]) == {sent.id: sent}
+    assert await store.load([1]) == {1: msgspec.structs.replace(sent, id=1)}
 
 
 async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock):
     sent = event(clock, body=b"x=1", data=b"{}")
     await store.append(Acceptance(source="shop", event=sent))
-    assert (await store.load([sent.id]))[sent.id].data == b"{}"
+    assert (await store.load([1]))[1].data == b"{}"
 
 
 async def test_an_event_and_its_deliveries_appear_together(store, clock):
