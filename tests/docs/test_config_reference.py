@@ -1,4 +1,4 @@
-"""config.toml and its page in docs name every key of the model, each with its true default."""
+"""config.toml and docs/configuration.md have every key of the configuration, with its default."""
 
 import re
 import shutil
@@ -160,7 +160,7 @@ def test_the_page_names_each_key_with_its_default(table, field, tmp_path):
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_page_and_config_toml_name_no_key_that_is_none(table):
+def test_the_page_and_config_toml_have_no_unknown_key(table):
     known = {field.name for name, field in keys() if name == table}
     plugins = {key for kind in discover([])[0].kinds.values() for key in kind.source.__struct_fields__}
     assert set(documented(table)) == known
@@ -175,7 +175,7 @@ def test_config_toml_shows_each_key_of_each_bundled_source(tmp_path):
             assert true_default(field, line.default, tmp_path), f"{kind.name}.{field.name}"
 
 
-def test_config_toml_runs_as_it_is():
+def test_config_toml_runs_unchanged():
     setup = load(REFERENCE, {})
     config = setup.config
     assert config.development
@@ -196,7 +196,7 @@ def test_config_toml_is_valid_with_every_setting_enabled(certificates, tmp_path)
     assert crm.client_cert.cert == tmp_path / "client.pem"
 
 
-def test_without_development_each_stand_in_is_a_problem(tmp_path):
+def test_without_development_each_substitute_is_a_problem(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(REFERENCE.read_text().replace("\ndevelopment = true", "\ndevelopment = false"))
     with pytest.raises(ConfigError, match="LAZYCHAT_TOKEN is not set") as caught:

@@ -93,7 +93,7 @@ def test_a_statement_about_another_project_names_its_source():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_command_of_ours_that_a_page_shows_is_one_there_is(page):
+def test_every_relay_command_on_a_page_exists(page):
     text = page.read_text()
     blocks = "".join(re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE))
     shown = re.findall(r"(?:`|bin/)relay ([a-z][a-z-]*)", text)
@@ -102,7 +102,7 @@ def test_a_command_of_ours_that_a_page_shows_is_one_there_is(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_toml_on_a_page_is_toml(page):
+def test_the_toml_on_a_page_parses(page):
     for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
         assert tomllib.loads(block)
 
@@ -111,7 +111,7 @@ def test_the_toml_on_a_page_is_toml(page):
     ("name", "command"),
     [("demo", ".venv/bin/relay serve --demo"), ("test", ".venv/bin/pytest")],
 )
-def test_ci_takes_the_commands_from_the_readme_as_they_stand_there(name, command):
+def test_ci_runs_the_commands_of_the_readme(name, command):
     run = subprocess.run([ROOT / ".ci" / "readme-command", name], capture_output=True, text=True, check=True)
     line = run.stdout.rstrip("\n")
     assert f"<!-- run: {name} -->\n```sh\n{line}\n```\n" in README
@@ -120,7 +120,7 @@ def test_ci_takes_the_commands_from_the_readme_as_they_stand_there(name, command
     assert f'"$(.ci/readme-command {name})' in (ROOT / ".ci" / "run").read_text()
 
 
-def test_a_command_that_the_readme_does_not_have_is_an_error():
+def test_an_unknown_command_of_the_readme_is_an_error():
     run = subprocess.run([ROOT / ".ci" / "readme-command", "nothing"], capture_output=True, check=False)
     assert (run.returncode, run.stdout) == (1, b"")
 

@@ -1,4 +1,4 @@
-"""The commands, their help and their page say the same.
+"""The commands match their help pages and docs/cli.md.
 
 `make docs` rewrites the help pages and the table of docs/cli.md; read the difference
 before you commit it.
@@ -48,7 +48,7 @@ def test_help_begins_with_an_example_after_one_sentence(path):
     assert len([line for line in lines[:example] if not line]) == 2  # the usage and the sentence
 
 
-def test_there_is_no_golden_page_of_a_command_that_is_gone():
+def test_every_golden_page_belongs_to_a_command():
     assert {file.name for file in GOLDEN.iterdir()} == {golden(path).name for path in EVERY}
 
 
@@ -68,7 +68,7 @@ def test_the_page_has_every_command_with_the_first_sentence_of_its_help():
     assert TABLE.search(PAGE)[2] == table()
 
 
-def test_the_page_names_only_options_there_are():
+def test_every_option_on_the_page_exists():
     options = {option for command in LEAVES.values() for each in command.params for option in each.opts}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--help"} <= options
 
@@ -102,7 +102,7 @@ def test_help_imports_neither_a_command_nor_anything_heavy():
     assert not modules & {where.partition(":")[0] for where, _ in COMMANDS.values()}
 
 
-def test_no_command_imports_aiohttp_before_it_must():
+def test_importing_a_command_does_not_import_aiohttp():
     modules = sorted(where.partition(":")[0] for where, _ in COMMANDS.values())
     code = f"import {', '.join(modules)}"
     assert not modules_of(code) & {"aiohttp", "aiosqlite"}

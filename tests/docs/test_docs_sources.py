@@ -47,7 +47,7 @@ def test_the_section_of_whatsapp_names_every_route_once_for_both_bases():
         assert f"{words}`" in SECTIONS["whatsapp"]
 
 
-def test_the_codes_of_whatsapp_s_envelope_are_those_that_a_refusal_can_have():
+def test_the_section_of_whatsapp_names_the_codes_of_all_refusals():
     classes = [
         cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.Refusal)
     ]

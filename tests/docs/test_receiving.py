@@ -1,4 +1,4 @@
-"""docs/receiving.md: its snippets let in what the relay signs, refuse all else, and keep each event once."""
+"""docs/receiving.md: the snippets accept only requests that the relay signed, and store each event once."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ BODY = b'{"id":"evt_1","data":{"total":45000.00,"big":1180591620717411303424}}'
 
 
 class Case(msgspec.Struct):
-    """A request, and what is to become of it."""
+    """A request and the expected result."""
 
     problem: str | None = None  # None: it is genuine
     at: int = 0  # its timestamp, from now
@@ -55,9 +55,9 @@ class Case(msgspec.Struct):
     signed_by: tuple[str, ...] = (SECRET,)
     id: str = ID
     body: bytes = BODY
-    sent: bytes | None = None  # the body that arrives, if another
+    sent: bytes | None = None  # the body that arrives; None: the signed one
     changes: dict[str, str | None] = {}  # headers changed after signing; None: left out
-    library: bool = True  # whether the library is of the same opinion
+    library: bool = True  # whether the library agrees
 
     def headers(self, now: int) -> dict[str, str]:
         """Sign, then change."""
@@ -77,7 +77,7 @@ def secret_of(size, *, prefix="whsec_", padded=True):
 
 
 def cases(now):
-    """Return every case by its name; those with a signature of their own are about a request made now."""
+    """Return every case by its name; a case that sets a signature is a request of now."""
     genuine = Case().headers(now)["webhook-signature"]
 
     def signature(text):
@@ -156,11 +156,11 @@ def test_python_is_always_tested_and_no_language_of_the_page_is_left_out():
     assert fences - {"http", "json", "sh", "toml"} == {"python", "js", "php", "go"}
 
 
-def test_verify_lets_in_what_is_genuine_and_nothing_else(snippets):
+def test_verify_accepts_only_genuine_requests(snippets):
     name, language, folder = snippets
     now = int(time.time())
     table = cases(now)
-    if name == "standardwebhooks":  # it says of every problem that no signature fits
+    if name == "standardwebhooks":  # it reports every problem as a signature that does not fit
         table = {key: case for key, case in table.items() if case.library}
         for case in table.values():
             case.problem = case.problem and UNFIT
@@ -169,8 +169,8 @@ def test_verify_lets_in_what_is_genuine_and_nothing_else(snippets):
     assert judge(language, folder, questions) == expected
 
 
-def test_the_relay_is_of_the_same_opinion():
-    """Only the shape of an id and a useless secret are matters of the page alone."""
+def test_the_relay_s_own_verify_agrees():
+    """Only the form of an id and a useless secret are checks of the page alone."""
     now = int(time.time())
     for name, case in cases(now).items():
         if case.problem == KEY or name.startswith("id "):
@@ -197,7 +197,7 @@ def event(data=b'{"name":"Zo\xc3\xab"}'):
 
 @asynccontextmanager
 async def sending(url, *secrets):
-    """Send as the relay sends; gives a function from an event to the answer's status."""
+    """Send as the relay sends; yields a function from an event to the status of the response."""
     client = Client(DestinationConfig(name="mine", url=url, allow_private=True))
     signer = Signer(tuple(Secret(secret) for secret in secrets))
 
@@ -215,7 +215,7 @@ async def sending(url, *secrets):
         await client.close()
 
 
-async def test_a_receiver_keeps_each_event_once_however_often_it_comes(place):
+async def test_a_receiver_stores_each_event_once(place):
     first, second = event(), event(b'{"big":"' + b"x" * 2**20 + b'"}')
     with receiver(*place) as url:
         async with sending(url, SECRET) as send:
@@ -224,7 +224,7 @@ async def test_a_receiver_keeps_each_event_once_however_often_it_comes(place):
     assert inbox(place[1]) == {one.public_id: FORMATS["standard"].render(one) for one in (first, second)}
 
 
-async def test_a_receiver_remembers_what_has_been_handled(place):
+async def test_a_receiver_remembers_handled_events(place):
     handled, fresh = event(), event()
     with receiver(*place) as url:
         async with sending(url, SECRET) as send:
@@ -234,7 +234,7 @@ async def test_a_receiver_remembers_what_has_been_handled(place):
     assert list(inbox(place[1])) == [fresh.public_id]
 
 
-async def test_a_receiver_remembers_over_a_kill(place):
+async def test_a_receiver_remembers_events_after_a_kill(place):
     kept = event()
     for _ in range(2):
         with receiver(*place) as url:
@@ -243,7 +243,7 @@ async def test_a_receiver_remembers_over_a_kill(place):
     assert inbox(place[1]) == {kept.public_id: FORMATS["standard"].render(kept)}
 
 
-async def test_a_receiver_refuses_what_none_of_its_secrets_has_signed(place):
+async def test_a_receiver_refuses_a_request_without_a_matching_signature(place):
     strange = secret_of(32)
     fitting = event()
     with receiver(*place) as url:
@@ -255,7 +255,7 @@ async def test_a_receiver_refuses_what_none_of_its_secrets_has_signed(place):
     assert list(inbox(place[1])) == [fitting.public_id]
 
 
-async def test_a_receiver_that_cannot_keep_an_event_does_not_say_yes(place):
+async def test_a_receiver_that_cannot_store_an_event_responds_with_an_error(place):
     with receiver(*place) as url:
         break_inbox(place[1])
         async with sending(url, SECRET) as send:
@@ -265,7 +265,7 @@ async def test_a_receiver_that_cannot_keep_an_event_does_not_say_yes(place):
 # --- workers --------------------------------------------------------------------------------------
 
 
-def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_path, monkeypatch, capfd):
+def test_the_worker_handles_each_event_once_and_retries_a_failed_one(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     [schema] = re.findall(r'^SCHEMA = """(.*?)"""', PYTHON_RECEIVER, re.MULTILINE | re.DOTALL)
     [code] = blocks("Slow handlers", "python")
@@ -298,7 +298,7 @@ def test_the_worker_handles_each_event_once_and_tries_a_failed_one_again(tmp_pat
     db.close()
 
 
-def test_the_worker_for_folders_handles_each_event_once_and_tries_a_failed_one_again(tmp_path):
+def test_the_worker_for_folders_handles_each_event_once_and_retries_a_failed_one(tmp_path):
     [script] = blocks("Slow handlers", "sh")
     folder, handle = tmp_path / "inbox", tmp_path / "handle"
     folder.mkdir()
@@ -307,7 +307,7 @@ def test_the_worker_for_folders_handles_each_event_once_and_tries_a_failed_one_a
     (folder / "evt_2").write_text("two\n")
     (folder / "evt_3").touch()
     for name in ("evt_2", "evt_3"):
-        os.utime(folder / name, (0, 0))  # long ago; what is not done is not forgotten
+        os.utime(folder / name, (0, 0))  # long ago: only handled events may be deleted
     handle.write_text(
         "#!/bin/sh\nread -r event && echo $event >>seen && { [ $event = one ] || [ -e well ]; }\n"
     )

@@ -1,4 +1,4 @@
-"""docs/receiving.md: what it says of requests and answers is what the relay sends and obeys."""
+"""docs/receiving.md: requests and the effects of responses are as described."""
 
 import asyncio
 import json
@@ -98,13 +98,13 @@ ANSWERS = [
 ]
 
 
-def test_the_table_has_every_kind_of_answer():
+def test_the_table_has_every_kind_of_response():
     rows = re.findall(r"^\| (.*?) \| .* \|$", section("Responses"), re.MULTILINE)
     assert rows == ["your response", *(row for row, *_ in ANSWERS)]
 
 
 @pytest.mark.parametrize(("row", "statuses", "headers", "kind"), ANSWERS)
-def test_an_answer_in_the_table_is_judged_as_it_says(row, statuses, headers, kind):
+def test_a_response_in_the_table_has_the_described_effect(row, statuses, headers, kind):
     for status in statuses:
         meaning = verdict(status, "timeout", headers, now=0, max_retry_after=20.0)
         assert meaning.kind == kind

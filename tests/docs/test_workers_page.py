@@ -41,7 +41,7 @@ def test_every_reason_is_on_the_page_and_no_other():
     assert given == set(re.findall(r"`(\w+)`", named))
 
 
-def test_the_data_of_an_event_are_as_the_page_shows_them():
+def test_the_data_of_an_event_match_the_page():
     [block] = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     data = json.loads(block)
     row = Worker(source="whatsapp", id="w")
@@ -49,7 +49,7 @@ def test_the_data_of_an_event_are_as_the_page_shows_them():
     assert data["worker"].keys() == shown(row).keys()
 
 
-def test_the_settings_on_the_page_mean_what_it_says(setup):
+def test_the_settings_on_the_page_have_the_described_effect(setup):
     rulebook = Rulebook(setup.config.workers, {"whatsapp": setup.config.sources["whatsapp"].workers})
     assert rulebook.of("whatsapp", "worker-001").recover_after == 3
     assert rulebook.of("whatsapp", "batch-7").offline_after == 600.0
@@ -64,7 +64,7 @@ def test_the_times_on_the_page_are_those_of_the_rules():
     assert f"most {rules.MOST_SESSIONS:,} sessions are kept per worker" in PAGE
 
 
-def test_every_request_on_the_page_is_one_there_is(setup):
+def test_every_request_on_the_page_exists(setup):
     app = App(setup)
     routes = {(route.method, route.resource.canonical) for route in app.api.socket_app().router.routes()}
     for path, rest in re.findall(r"^api ('?[/?]\S+)(.*)$", PAGE, re.MULTILINE):

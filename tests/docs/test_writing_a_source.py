@@ -1,4 +1,4 @@
-"""docs/writing-a-source.md: what stands there works as it stands there."""
+"""docs/writing-a-source.md: the example, its test and the tables match the code."""
 
 import asyncio
 import inspect
@@ -40,7 +40,7 @@ allow_private = true
 
 @asynccontextmanager
 async def running(folder, receiver):
-    """Run the app with the page's example as the only file in plugins.d; gives its public URL."""
+    """Run the app with the page's example as the only file in plugins.d; yields its public URL."""
     (folder / "plugins.d").mkdir()
     (folder / "plugins.d" / "parcels.py").write_text(EXAMPLE)
     config = folder / "config.toml"
@@ -57,7 +57,7 @@ async def running(folder, receiver):
         await life
 
 
-async def test_the_example_dropped_into_plugins_d_takes_events_and_refuses_in_its_own_words(tmp_path):
+async def test_the_example_in_plugins_d_accepts_events_and_refuses_in_its_own_envelope(tmp_path):
     async with (
         Receiver(SECRET) as receiver,
         running(tmp_path, receiver.url) as url,
