@@ -240,19 +240,23 @@ async def sweeps() -> None:
             changes = [Register(worker_id=id_, endpoint=f"http://{id_}:8001") for id_ in ids]
             for at in range(0, WORKERS, 1000):
                 some = changes[at : at + 1000]
-                await asyncio.gather(*(store.append(Acceptance(source="bench", change=c)) for c in some))
+                await asyncio.gather(
+                    *(store.events.append(Acceptance(source="bench", change=c)) for c in some)
+                )
             print(f"sweeps over {WORKERS:,} workers")
             for _ in range(3):
-                await say("nobody is silent", store.sweep)
-            await say("deadlines are put off, as after a start", lambda: store.sweep(hold=True))
+                await say("nobody is silent", store.workers.sweep)
+            await say("deadlines are put off, as after a start", lambda: store.workers.sweep(hold=True))
             clock.now += 85 * SECOND
             for id_ in ids[WORKERS // 100 :]:
-                await store.append(Acceptance(source="bench", change=Heartbeat(worker_id=id_, uptime=1)))
-            await say("all heartbeats are flushed at once", store.flush)
+                await store.events.append(
+                    Acceptance(source="bench", change=Heartbeat(worker_id=id_, uptime=1))
+                )
+            await say("all heartbeats are flushed at once", store.workers.flush)
             clock.now += 10 * SECOND
-            await say("one in a hundred has fallen silent", store.sweep)
+            await say("one in a hundred has fallen silent", store.workers.sweep)
             clock.now += 95 * SECOND
-            await say("all others have", store.sweep)
+            await say("all others have", store.workers.sweep)
         finally:
             await store.close()
 

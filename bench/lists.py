@@ -19,8 +19,7 @@ import msgspec
 from bench.filling import END, fill
 from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
-from relay.store.backlog import backlog
-from relay.store.balance import BOOKS_SQL, COUNTS_SQL, balance
+from relay.store.database import Database
 from relay.store.read_only import read_only
 from relay.store.reading import Reading
 
@@ -91,7 +90,8 @@ class Asking(Reading):
     """What is measured, on a connection that is watched."""
 
     def __init__(self, traced: Traced) -> None:
-        super().__init__(traced)  # type: ignore[arg-type]  # what it uses of a connection is there
+        database = Database.reading(Path(), traced)  # type: ignore[arg-type]  # has what a part uses
+        super().__init__(database)
         self.traced = traced
 
     async def list(self, kind: str, cursor: str | None, filters: Mapping[str, str]) -> dict[str, Any]:
@@ -226,23 +226,17 @@ async def _others(store: Asking) -> None:
         " (SELECT public_id FROM deliveries ORDER BY id LIMIT 1)"
     )
 
-    async def counts() -> Any:
-        return balance(await store.traced.execute_fetchall(COUNTS_SQL))
-
-    async def books() -> Any:
-        return balance(await store.traced.execute_fetchall(BOOKS_SQL))
-
     async def stats() -> Any:
-        return [page async for page in store.stats(Selection(since=END - 14 * 86_400_000_000))]
+        return [page async for page in store.queries.stats(Selection(since=END - 14 * 86_400_000_000))]
 
     for what, ask in {
         "an event by a short id": lambda: show_event(store, event[:-1]),
         "a delivery by a short id": lambda: show_delivery(store, delivery[:-1]),
-        "books of all destinations (the list)": books,
-        "counted pending deliveries (every 15 s)": counts,
-        "backlog (every 15 s)": lambda: backlog(store.traced, END),  # type: ignore[arg-type]  # as above
-        "latest of a destination": lambda: store.find("deliveries", destination="late", limit=1),
-        "span of the last two hours": lambda: store.span(Selection(since=END - 7_200_000_000)),
+        "books of all destinations (the list)": store.ledger.totals,
+        "counted pending deliveries (every 15 s)": store.ledger.audit,
+        "backlog (every 15 s)": lambda: store.ledger.backlog(END),
+        "latest of a destination": lambda: store.queries.find("deliveries", destination="late", limit=1),
+        "span of the last two hours": lambda: store.queries.span(Selection(since=END - 7_200_000_000)),
         "stats of 14 days": stats,
     }.items():
         taken = []

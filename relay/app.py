@@ -307,7 +307,7 @@ class App:
         """Unregister the workers whose unregister was refused during the shutdown."""
         if self.store.failure is None:
             with suppress(StorageError, TimeoutError):
-                await asyncio.wait_for(self.store.sweep(at=0), max(1.0, self._time_left()))
+                await asyncio.wait_for(self.store.workers.sweep(at=0), max(1.0, self._time_left()))
 
     async def _stop_engine(self) -> None:
         await self.engine.stop(self._time_left())
@@ -321,7 +321,7 @@ class App:
     def _add_jobs(self) -> None:
         jobs = self.jobs
         jobs.add(SWEEP, self.watch.interval, self.watch.sweep)
-        jobs.add("flush", FLUSH_EVERY, self.store.flush)
+        jobs.add("flush", FLUSH_EVERY, self.store.workers.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers)
         jobs.add("retention", self.upkeep.every, self.upkeep.run)
@@ -364,16 +364,16 @@ class App:
 
     async def _expire(self) -> None:
         """Expire deliveries that exceed their `ttl`, in short transactions."""
-        while await self.store.expire():
+        while await self.store.deliveries.expire():
             pass
 
     async def _forget_workers(self) -> None:
         """Delete workers that have been offline for long, and old worker metrics and commands."""
-        await self.store.fleet(lambda fleet: fleet.forget_old())
+        await self.store.workers.change(lambda fleet: fleet.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
-        while await self.store.prune_worker_metrics(before):
+        while await self.store.upkeep.prune_worker_metrics(before):
             pass
-        while await self.store.prune_worker_commands(before):
+        while await self.store.upkeep.prune_worker_commands(before):
             pass
 
     async def _check_disk(self) -> None:

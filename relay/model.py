@@ -371,3 +371,27 @@ class Claim(msgspec.Struct, frozen=True):
 
     deliveries: tuple[Delivery, ...]
     next_due: int | None  # steady clock; None: no other delivery is pending
+
+
+class Counts(msgspec.Struct, kw_only=True, frozen=True):
+    """One destination's row of the ledger: `created` equals the sum of all the others."""
+
+    created: int = 0
+    delivered: int = 0
+    dead: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    pending: int = 0  # `audit` counts it in the table; `totals` derives it
+
+    @property
+    def unaccounted(self) -> int:
+        """Created minus all the others; 0 unless a delivery was lost."""
+        return self.created - self.delivered - self.dead - self.expired - self.cancelled - self.pending
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """Pending deliveries of one destination."""
+
+    due: int  # how many are due
+    oldest: int  # creation time of the oldest pending one (wall)
+    row: int  # its row id

@@ -69,7 +69,7 @@ class State:
 
     async def start(self, own: Iterable[tuple[str, int]]) -> None:
         """Restore stored pauses and start the lanes; see `Engine.start` for `own`."""
-        for name in await self._store.paused_sources() & self.ingest.mounts.keys():
+        for name in await self._store.queries.paused_sources() & self.ingest.mounts.keys():
             self.ingest.mounts[name].paused = True
         await self.engine.start(tuple(own))
 
@@ -79,7 +79,7 @@ class State:
         Raises:
             RelayError: a part cannot be made; nothing has changed and nothing is left open.
         """
-        config, paused = setup.config, await self._store.paused_sources()
+        config, paused = setup.config, await self._store.queries.paused_sources()
         mounts = mounts_of(config.sources)
         for mount in mounts:
             mount.paused = mount.name in paused
@@ -109,7 +109,7 @@ class State:
         """Create the metrics of every source and destination, exported as 0 from the start."""
         for name in config.sources:
             self._metrics.add_source(name)
-            self._metrics.count_workers(name, self._store.census)
+            self._metrics.count_workers(name, self._store.workers.count)
         for name in config.destinations:
             self._metrics.add_destination(name)
 

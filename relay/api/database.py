@@ -40,10 +40,10 @@ class DatabaseApi:
         ]
 
     async def _show(self, _request: web.Request) -> web.Response:
-        return say(described(await self._store.measure(), self._backups.made()))
+        return say(described(await self._store.upkeep.measure(), self._backups.made()))
 
     async def _back_up(self, request: web.Request) -> web.StreamResponse:
-        size = (await self._store.measure()).bytes
+        size = (await self._store.upkeep.measure()).bytes
 
         def progress() -> dict[str, int]:
             return {"bytes": sum(map(_size, self._backups.folder.glob("*.part"))), "of": size}
@@ -54,15 +54,15 @@ class DatabaseApi:
         return await tell(request, self._backups.make(), progress=progress, result=result)
 
     async def _compact(self, request: web.Request) -> web.StreamResponse:
-        path = Path((await self._store.measure()).path)
-        return await tell(request, self._store.compact(), progress=lambda: {"bytes": _size(path)})
+        path = Path((await self._store.upkeep.measure()).path)
+        return await tell(request, self._store.upkeep.compact(), progress=lambda: {"bytes": _size(path)})
 
     async def _examine(self, request: web.Request) -> web.StreamResponse:
         return await tell(request, self._checks(), result=lambda checks: {"checks": checks})
 
     async def _checks(self) -> list[Check]:
         config = self._state.config
-        found = await self._store.examine(
+        found = await self._store.upkeep.examine(
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
             sources=config.sources.keys(),
@@ -79,7 +79,7 @@ class DatabaseApi:
         ]
 
     def _owing(self) -> list[doctor.Owing]:
-        owed = self._store.owed()
+        owed = self._store.ledger.pending()
         return [
             doctor.Owing(
                 name=name,

@@ -33,7 +33,7 @@ class DestinationsApi:
         ]
 
     async def _list(self, _request: web.Request) -> web.Response:
-        counts = await self._store.books()
+        counts = await self._store.ledger.totals()
         items = [
             {**_destination(lane), **counted(counts.get(lane.name))} for lane in self._engine.lanes.values()
         ]
@@ -45,7 +45,7 @@ class DestinationsApi:
         return say({"items": items, "next_cursor": None})
 
     async def _show(self, request: web.Request) -> web.Response:
-        counts, name = await self._store.books(), request.match_info["name"]
+        counts, name = await self._store.ledger.totals(), request.match_info["name"]
         if name not in self._engine.lanes and name in counts:
             told = self._absent(name)
         else:

@@ -16,8 +16,8 @@ async def whole(store: Store, given: str) -> StoredEvent:
     Raises:
         RelayError: there is none, or there are several.
     """
-    [chosen] = await store.name_events([given])
-    event = (await store.load([chosen.event_id])).get(chosen.event_id)
+    [chosen] = await store.queries.name_events([given])
+    event = (await store.events.load([chosen.event_id])).get(chosen.event_id)
     if event is None:
         raise UnknownError("the event was deleted just now")
     return event

@@ -6,40 +6,18 @@ what is in flight.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from relay.api.views import item, unknown
 from relay.base.clock import rfc3339
 from relay.config.schema import DestinationConfig
-from relay.model import DestinationState
-from relay.store.counts import Backlog, Counts
+from relay.model import Counts, DestinationState
+from relay.store import StoredData
 
 ABSENT = "not_in_config"
 """What holds the deliveries of a destination that is configured no more; its return resumes them."""
-
-
-class Owing(Protocol):
-    """What of a store is read here; see `relay.store.Store`."""
-
-    async def books(self) -> dict[str, Counts]:
-        """See `Store.books`."""
-        ...
-
-    async def backlog(self, now: int) -> dict[str, Backlog]:
-        """See `Store.backlog`."""
-        ...
-
-    async def destination_states(self) -> dict[str, DestinationState]:
-        """See `Store.destination_states`."""
-        ...
-
-    async def find(
-        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
-    ) -> list[dict[str, Any]]:
-        """See `Store.find`."""
-        ...
 
 
 def counted(counts: Counts | None) -> dict[str, int]:
@@ -47,11 +25,11 @@ def counted(counts: Counts | None) -> dict[str, int]:
     return msgspec.structs.asdict(counts or Counts())
 
 
-async def owed_to(reads: Owing, name: str, books: Mapping[str, Counts], now: int) -> dict[str, Any]:
+async def owed_to(reads: StoredData, name: str, books: Mapping[str, Counts], now: int) -> dict[str, Any]:
     """Return its books, what is due, its oldest pending delivery and its latest one; `now` is steady."""
-    owed = (await reads.backlog(now)).get(name)
-    oldest = await reads.find("deliveries", id=owed.row, limit=1) if owed else []
-    latest = await reads.find("deliveries", destination=name, limit=1)
+    owed = (await reads.ledger.backlog(now)).get(name)
+    oldest = await reads.queries.find("deliveries", id=owed.row, limit=1) if owed else []
+    latest = await reads.queries.find("deliveries", destination=name, limit=1)
     return {
         **counted(books.get(name)),
         "due": owed.due if owed else 0,
@@ -60,23 +38,23 @@ async def owed_to(reads: Owing, name: str, books: Mapping[str, Counts], now: int
     }
 
 
-async def list_destinations(reads: Owing, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
+async def list_destinations(reads: StoredData, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
     """Return the list of destinations that a stopped relay leaves; `known` are those of the configuration."""
-    books, states = await reads.books(), await reads.destination_states()
+    books, states = await reads.ledger.totals(), await reads.queries.destination_states()
     names = [*known, *(name for name, each in books.items() if name not in known and each.pending)]
     items = [{**_named(name, states, known), **counted(books.get(name))} for name in names]
     return {"items": items, "next_cursor": None}
 
 
 async def show_destination(
-    reads: Owing, name: str, known: Mapping[str, DestinationConfig], now: int
+    reads: StoredData, name: str, known: Mapping[str, DestinationConfig], now: int
 ) -> dict[str, Any]:
     """Return one of them, with what it is owed.
 
     Raises:
         UnknownError: there is none.
     """
-    books, states = await reads.books(), await reads.destination_states()
+    books, states = await reads.ledger.totals(), await reads.queries.destination_states()
     if name not in known and name not in books:
         raise unknown("destination", name, known)
     told = _named(name, states, known)

@@ -78,7 +78,9 @@ class RepeatsApi:
         rate = read_field("rate", parse_rate, asked.rate)
         if asked.events is not None:
             _either(asked, "events")
-            wish = ReplayRequest(what=await self._store.name_events(asked.events), to=asked.to, rate=rate)
+            wish = ReplayRequest(
+                what=await self._store.queries.name_events(asked.events), to=asked.to, rate=rate
+            )
         else:
             wish = ReplayRequest(what=self._selection(asked, "events"), to=asked.to, rate=rate)
         return await self._begin(wish, dry_run=asked.dry_run)
@@ -101,7 +103,7 @@ class RepeatsApi:
         asked = await _body(request, _Retry)
         if asked.ids is not None:
             _either(asked, "ids")
-            named = await self._store.name_deliveries(asked.ids)
+            named = await self._store.queries.name_deliveries(asked.ids)
             return say({"count": len(named)} if asked.dry_run else await self._retried(named))
         selection = self._selection(asked, "ids")
         if selection.state is None:
@@ -111,9 +113,9 @@ class RepeatsApi:
             wish = ReplayRequest(what=selection, rate=read_field("rate", parse_rate, asked.rate))
             return await self._begin(wish, dry_run=asked.dry_run)
         count = hurried = 0
-        async for page in self._store.pending(selection):
+        async for page in self._store.queries.pending(selection):
             count += len(page)
-            hurried += 0 if asked.dry_run else await self._store.hurry(page)
+            hurried += 0 if asked.dry_run else await self._store.deliveries.hurry(page)
         if asked.dry_run:
             return say({"count": count})
         return say({"created": 0, "hurried": hurried, "skipped": max(0, count - hurried)})
@@ -125,9 +127,12 @@ class RepeatsApi:
         asked = await _body(request, _Cancel)
         if asked.ids is not None:
             _either(asked, "ids")
-            named = await self._store.name_deliveries(asked.ids)
+            named = await self._store.queries.name_deliveries(asked.ids)
             pending = [one.id for one in named if one.state == "pending"]
-            count, done = len(pending), Cancelled() if asked.dry_run else await self._store.cancel(pending)
+            count, done = (
+                len(pending),
+                Cancelled() if asked.dry_run else await self._store.deliveries.cancel(pending),
+            )
         else:
             count, done = await self._cancel_selection(self._selection(asked, "ids"), dry_run=asked.dry_run)
         if asked.dry_run:
@@ -140,10 +145,10 @@ class RepeatsApi:
                 f"{selection.state} deliveries have ended", hint="only pending ones can be cancelled"
             )
         count = ended = in_flight = 0
-        async for page in self._store.pending(selection):
+        async for page in self._store.queries.pending(selection):
             count += len(page)
             if not dry_run:
-                done = await self._store.cancel(page)
+                done = await self._store.deliveries.cancel(page)
                 ended, in_flight = ended + done.ended, in_flight + done.in_flight
         return count, Cancelled(ended, in_flight)
 

@@ -36,14 +36,14 @@ class SourcesApi:
 
     async def _show(self, request: web.Request) -> web.Response:
         mount = self._mount(request)
-        latest = await self._store.find("events", source=mount.name, limit=1)
+        latest = await self._store.queries.find("events", source=mount.name, limit=1)
         settings = effective_source(mount.config)
         return say({**_source(mount), "settings": settings, "latest": item(latest[0]) if latest else None})
 
     async def _steer(self, request: web.Request) -> web.Response:
         name = self._mount(request).name
         paused = request.match_info["verb"] == "pause"
-        await self._store.pause_source(name, paused=paused)
+        await self._store.events.pause_source(name, paused=paused)
         if (mount := self._ingest.mounts.get(name)) is not None:  # unless a reload has removed it
             mount.paused = paused
         log.info("%s: %s by an operator", name, "paused" if paused else "resumed", extra=fields(source=name))

@@ -96,7 +96,7 @@ class TopApi:
             await asyncio.sleep(EVERY)
 
     def _snapshot(self, before: _Reading, now: _Reading) -> dict[str, Any]:
-        parts, owed = self._parts, self._parts.store.owed()
+        parts, owed = self._parts, self._parts.store.ledger.pending()
         reasons = parts.health.reasons()
         rates = _Rates(before, now)
         destinations = [_destination(lane, owed.get(name, 0)) for name, lane in parts.engine.lanes.items()]

@@ -45,20 +45,20 @@ class TransferApi:
         """Answer with a line per event; an answer that breaks off was not the whole of it."""
         query = query_of(request, ExportQuery)
         selection = query.selection(self._clock, everything=True)
-        span = await self._store.span(selection)
+        span = await self._store.queries.span(selection)
         if query.dry_run:
-            count = sum([len(page) async for page in self._store.select(selection, span)])
+            count = sum([len(page) async for page in self._store.queries.select(selection, span)])
             return say({"count": count})
         lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
         await lines.prepare(request)
-        async for line in self._store.export(selection, span, deliveries=query.deliveries):
+        async for line in self._store.queries.export(selection, span, deliveries=query.deliveries):
             await lines.write(line)
         await lines.write_eof()
         return lines
 
     async def _import(self, request: web.Request) -> web.Response:
         query = query_of(request, ImportQuery)
-        steps = [done async for done in self._store.read_in(_lines(request), owe=query.deliver)]
+        steps = [done async for done in self._store.events.import_lines(_lines(request), owe=query.deliver)]
         return say(steps[-1])
 
     async def _delete(self, request: web.Request) -> web.StreamResponse:
@@ -68,11 +68,11 @@ class TransferApi:
             raise RelayError('either "events" or "filter" says which', hint=hint)
         if asked.filter is not None:
             selection = asked.filter.selection(self._clock)
-            span = await self._store.span(selection)
-            count = sum([len(page) async for page in self._store.select(selection, span)])
-            work = Deleting(self._store, count, self._store.expunge_selected(selection, span))
+            span = await self._store.queries.span(selection)
+            count = sum([len(page) async for page in self._store.queries.select(selection, span)])
+            work = Deleting(self._store, count, self._store.events.expunge_selected(selection, span))
         else:
-            named = [chosen.event_id for chosen in await self._store.name_events(asked.events or ())]
+            named = [chosen.event_id for chosen in await self._store.queries.name_events(asked.events or ())]
             work = Deleting(self._store, len(named), _at_once(self._store, named))
         if asked.dry_run:
             return say({"count": work.count})
@@ -99,7 +99,7 @@ class Deleting:
             if not left:
                 return
             await asyncio.sleep(1)
-            left = [*self._add(await self._store.expunge(left))]
+            left = [*self._add(await self._store.events.expunge(left))]
 
     def _add(self, gone: Expunged) -> tuple[int, ...]:
         self.deleted += gone.events
@@ -112,7 +112,7 @@ class Deleting:
 
 
 async def _at_once(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged]:
-    yield await store.expunge(event_ids)
+    yield await store.events.expunge(event_ids)
 
 
 async def _lines(request: web.Request) -> AsyncIterator[bytes]:

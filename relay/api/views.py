@@ -1,8 +1,8 @@
 """Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
 
 import re
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -10,48 +10,11 @@ from relay.api.query_params import MOST_ROWS, STATES, read_filters
 from relay.base.clock import rfc3339
 from relay.config.problems import guess
 from relay.errors import RelayError, UnknownError
-from relay.model import Chosen, Named, Selection, Stat
-from relay.store.counts import Counts
-from relay.store.queries.page import Page
+from relay.model import Selection, Stat
+from relay.store import StoredData
 
 _PLACE = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of a count: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
-
-
-class Reads(Protocol):
-    """What of a store is read here; see `relay.store.Store`."""
-
-    async def find(
-        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
-    ) -> list[dict[str, Any]]:
-        """See `Store.find`."""
-        ...
-
-    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
-        """See `Store.page`."""
-        ...
-
-    async def books(self) -> dict[str, Counts]:
-        """See `Store.books`."""
-        ...
-
-    async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
-        """See `Store.name_events`."""
-        ...
-
-    async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
-        """See `Store.name_deliveries`."""
-        ...
-
-
-class Tells(Protocol):
-    """What of a store is read for counts; see `relay.store.Store`."""
-
-    def stats(
-        self, selection: Selection, *, after: tuple[int, str, str] | None = None
-    ) -> AsyncIterator[tuple[Stat, ...]]:
-        """See `Store.stats`."""
-        ...
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
@@ -63,7 +26,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
 
 
 async def list_items(
-    reads: Reads,
+    reads: StoredData,
     kind: str,
     *,
     limit: int,
@@ -83,17 +46,19 @@ async def list_items(
     wanted = read_filters(filters, now)
     name = wanted.get("destination")
     if name is not None and name not in destinations:
-        books = await reads.books()
+        books = await reads.ledger.totals()
         if name not in books:
             raise unknown("destination", name, sorted({*destinations, *books}))
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
             wanted[name] = await _row(reads, noun, wanted[name])
-    page = await reads.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
+    page = await reads.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
     return {"items": [item(row) for row in page.rows], "next_cursor": page.cursor}
 
 
-async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: str | None) -> dict[str, Any]:
+async def list_stats(
+    reads: StoredData, selection: Selection, *, limit: int, cursor: str | None
+) -> dict[str, Any]:
     """Return one page of the counts per hour, source and type, the latest first.
 
     Raises:
@@ -107,7 +72,7 @@ async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: 
             raise RelayError("the cursor is none of this list", hint=hint)
         after = (int(place[1]), place[2], place[3])
     found: list[Stat] = []
-    async for page in reads.stats(selection, after=after):
+    async for page in reads.queries.stats(selection, after=after):
         found += page
         if len(found) > limit:
             break
@@ -121,38 +86,38 @@ async def list_stats(reads: Tells, selection: Selection, *, limit: int, cursor: 
 _NOUNS = {"events": "event", "deliveries": "delivery"}
 
 
-async def _row(reads: Reads, noun: str | None, given: str) -> int:
+async def _row(reads: StoredData, noun: str | None, given: str) -> int:
     """Return the row of an id, which may be shortened."""
     if noun == "event":
-        return (await reads.name_events([given]))[0].event_id
-    return (await reads.name_deliveries([given]))[0].id
+        return (await reads.queries.name_events([given]))[0].event_id
+    return (await reads.queries.name_deliveries([given]))[0].id
 
 
-async def show_event(reads: Reads, given: str) -> dict[str, Any]:
+async def show_event(reads: StoredData, given: str) -> dict[str, Any]:
     """Return one event by its id, which may be shortened, with all of its deliveries as `owed`.
 
     Raises:
         RelayError: there is none, or there are several.
     """
-    [chosen] = await reads.name_events([given])
-    rows = await reads.find("events", limit=1, id=chosen.event_id)
+    [chosen] = await reads.queries.name_events([given])
+    rows = await reads.queries.find("events", limit=1, id=chosen.event_id)
     if not rows:
         raise UnknownError(f"no event {given!r}", hint="it was deleted just now")
-    owed = await reads.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
+    owed = await reads.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
     return {**item(rows[0]), "owed": [item(each) for each in owed]}
 
 
-async def show_delivery(reads: Reads, given: str) -> dict[str, Any]:
+async def show_delivery(reads: StoredData, given: str) -> dict[str, Any]:
     """Return one delivery likewise, with the latest of its attempts first.
 
     Raises:
         RelayError: there is none, or there are several.
     """
-    [named] = await reads.name_deliveries([given])
-    rows = await reads.find("deliveries", limit=1, id=named.id)
+    [named] = await reads.queries.name_deliveries([given])
+    rows = await reads.queries.find("deliveries", limit=1, id=named.id)
     if not rows:
         raise UnknownError(f"no delivery {given!r}", hint="it was deleted just now")
-    tries = await reads.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
+    tries = await reads.queries.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
     return {**item(rows[0]), "tries": [item(each) for each in tries]}
 
 

@@ -54,7 +54,7 @@ class WorkersApi:
             limit + 1,
             (
                 worker
-                for worker in self._store.workers()
+                for worker in self._store.workers.all()
                 if worker.unregistered_at is None
                 and (worker.source, worker.id) > (source, id_)
                 and all(value in (None, getattr(worker, name)) for name, value in filters.items())
@@ -79,7 +79,7 @@ class WorkersApi:
     async def _forget(self, request: web.Request) -> web.Response:
         worker = self._find(request)
         key = (worker.source, worker.id)
-        await self._store.fleet(lambda fleet: fleet.forget([key]))
+        await self._store.workers.change(lambda fleet: fleet.forget([key]))
         return say({"source": worker.source, "id": worker.id, "forgotten": True})
 
     async def _maintain(self, request: web.Request) -> web.Response:
@@ -89,7 +89,7 @@ class WorkersApi:
         if not isinstance(on, bool):
             raise RelayError('"on" must be true or false', hint='send {"on": true}')
         key = (worker.source, worker.id)
-        after = await self._store.fleet(lambda fleet: fleet.maintain(key, on=on))
+        after = await self._store.workers.change(lambda fleet: fleet.maintain(key, on=on))
         return say(_item(after or worker))
 
     async def _commands(self, request: web.Request) -> web.Response:
@@ -120,22 +120,22 @@ class WorkersApi:
             created_at=self._clock.wall(),
             expires_at=self._clock.steady() + int(ttl * SECOND),
         )
-        await self._store.fleet(lambda fleet: fleet.queue(command))
+        await self._store.workers.change(lambda fleet: fleet.queue(command))
         return say({"id": command.public_id, "state": command.state, "command": wish}, 201)
 
     async def _cancel(self, request: web.Request) -> web.Response:
         worker, command = self._find(request), request.match_info["command"]
         key = (worker.source, worker.id)
-        if not await self._store.fleet(lambda fleet: fleet.cancel_command(key, command)):
+        if not await self._store.workers.change(lambda fleet: fleet.cancel_command(key, command)):
             raise UnknownError(f"no queued command {command!r}", hint="a sent one cannot be taken back")
         return say({"id": command, "state": "cancelled"})
 
     async def _rows(self, kind: str, worker: Worker, limit: int) -> list[dict[str, Any]]:
-        return await self._store.find(kind, limit=limit, source=worker.source, worker_id=worker.id)
+        return await self._store.queries.find(kind, limit=limit, source=worker.source, worker_id=worker.id)
 
     def _find(self, request: web.Request) -> Worker:
         key = (request.match_info["source"], request.match_info["id"])
-        for worker in self._store.workers():
+        for worker in self._store.workers.all():
             if (worker.source, worker.id) == key and worker.unregistered_at is None:
                 return worker
         raise UnknownError(

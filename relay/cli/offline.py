@@ -70,7 +70,7 @@ class Offline:
         from relay.store.reading import reading  # noqa: PLC0415 - as below
 
         async with reading(self._file) as reads:
-            books, states = await reads.books(), await reads.destination_states()
+            books, states = await reads.ledger.totals(), await reads.queries.destination_states()
         return [
             doctor.Owing(
                 name=name,
@@ -113,8 +113,8 @@ class Offline:
 
         selection = _selection(query)
         async with reading(self._file) as reads:
-            span = await reads.span(selection)
-            async for line in reads.export(selection, span, deliveries=deliveries):
+            span = await reads.queries.span(selection)
+            async for line in reads.queries.export(selection, span, deliveries=deliveries):
                 yield line
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
@@ -133,8 +133,8 @@ class Offline:
                 )
             if kind == "export":
                 selection = _selection(query, "dry_run")
-                span = await reads.span(selection)
-                return {"count": sum([len(page) async for page in reads.select(selection, span)])}
+                span = await reads.queries.span(selection)
+                return {"count": sum([len(page) async for page in reads.queries.select(selection, span)])}
             if kind == "stats":
                 limit, cursor = query.pop("limit"), query.pop("cursor")
                 return await list_stats(reads, _selection(query), limit=limit, cursor=cursor)

@@ -77,7 +77,7 @@ class Standing:
         """Take a new state on, at once in memory, then durably; raises what the store raises."""
         self.state = state
         self._show()
-        await self._store.set_destination(state, tell)
+        await self._store.deliveries.set_destination(state, tell)
 
     async def steer(self, state: DestinationState) -> None:
         """Take on what an operator decided; one who lets it go on means at once, and as if it were new."""

@@ -77,7 +77,7 @@ class Engine:
             RelayError: a certificate's file cannot be read or used.
         """
         senders: dict[str, Sender] = {}
-        plan = Plan(destinations, senders, await self._store.destination_states())
+        plan = Plan(destinations, senders, await self._store.queries.destination_states())
         try:
             for name, config in destinations.items():
                 lane = self.lanes.get(name)
@@ -122,7 +122,7 @@ class Engine:
         for delivery in news.deliveries:
             lane = self.lanes.get(delivery.destination)
             if lane is None:
-                self._store.release((delivery.id,))
+                self._store.deliveries.release((delivery.id,))
             else:
                 lane.offer(delivery)
         for name in news.woken:

@@ -104,11 +104,11 @@ class Lane:
         """Take a fresh delivery, which is held already, or give it back to the store for later."""
         feed, now = self._first, self._clock.steady()
         if self._stopping or self._held_at(now) is not None:
-            self._store.release((delivery.id,))
+            self._store.deliveries.release((delivery.id,))
             feed.due = 0
         elif feed.room <= 0 or feed.due <= now:
             # The store has older ones: what is new must not overtake them for ever.
-            self._store.release((delivery.id,))
+            self._store.deliveries.release((delivery.id,))
             feed.due = 0
             self.turn()
         elif len(feed) or not self._may_begin():
@@ -266,11 +266,11 @@ class Lane:
             await self._deliver(delivery)
         except LackError as error:
             self._hold_for(error)
-            self._store.release((delivery.id,))
+            self._store.deliveries.release((delivery.id,))
         except Exception as error:
             log.exception("%s: a delivery could not be tried", self.name, extra=ids(delivery))
             if isinstance(error, StorageError) or not await self._spend(delivery, error):
-                self._store.release((delivery.id,))
+                self._store.deliveries.release((delivery.id,))
                 feed.due = min(feed.due, self._clock.steady() + POLL)
         finally:
             feed.active -= 1
@@ -287,7 +287,7 @@ class Lane:
     async def _spend(self, delivery: Delivery, error: Exception) -> bool:
         """Record a failed attempt for an error of the relay's own, which might come again and again."""
         try:
-            if not self._store.begin_attempt(delivery.id):
+            if not self._store.deliveries.begin_attempt(delivery.id):
                 return False
             await self._record(self._sender.failed(delivery, error))
         except Exception:
@@ -300,7 +300,7 @@ class Lane:
     async def _deliver(self, delivery: Delivery) -> None:
         event = delivery.event
         if event is None:
-            event = (await self._store.load((delivery.event_id,))).get(delivery.event_id)
+            event = (await self._store.events.load((delivery.event_id,))).get(delivery.event_id)
             dead = corrupt(delivery, event, self._clock.wall())
             if dead is not None:
                 what = "%s: a delivery is dead: its stored body cannot be trusted"
@@ -309,9 +309,9 @@ class Lane:
                 return
             delivery.event = event
         assert event is not None  # noqa: S101 - `corrupt` judged that
-        if self._store.failure is not None or not self._store.begin_attempt(delivery.id):
+        if self._store.failure is not None or not self._store.deliveries.begin_attempt(delivery.id):
             # Or it is just being ended otherwise; should that fail, the store has it for us again.
-            self._store.release((delivery.id,))
+            self._store.deliveries.release((delivery.id,))
             self._first.due = self._retry.due = 0
             return
         if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
@@ -374,7 +374,7 @@ class Lane:
     async def _patiently(self, outcome: Outcome) -> bool:
         while True:
             try:
-                settled = await self._store.settle(outcome)
+                settled = await self._store.deliveries.settle(outcome)
             except StorageError as error:
                 if not self._outcomes_wait:  # once, however many there are and however long it lasts
                     self._outcomes_wait = True
@@ -392,12 +392,12 @@ class Lane:
         feed.due = self._clock.steady() + POLL
         try:
             wanted = 1 if self.standing.circuit.is_open else feed.room
-            claim = await self._store.claim(self.name, wanted, retries=feed.retries)
+            claim = await self._store.deliveries.claim(self.name, wanted, retries=feed.retries)
             if claim.next_due is not None:
                 feed.due = min(feed.due, claim.next_due)
             await self._load(claim.deliveries)
             if self._stopping or self.held is not None:
-                self._store.release(delivery.id for delivery in claim.deliveries)
+                self._store.deliveries.release(delivery.id for delivery in claim.deliveries)
                 feed.due = 0
             else:
                 feed.put(claim.deliveries)
@@ -424,7 +424,7 @@ class Lane:
         if not wanted:
             return
         try:
-            events = await self._store.load([delivery.event_id for delivery in wanted])
+            events = await self._store.events.load([delivery.event_id for delivery in wanted])
         except Exception:  # each is read again when it has a slot, and its failure is its own there
             log.exception("%s: cannot read due deliveries ahead", self.name)
             return
@@ -436,7 +436,7 @@ class Lane:
     def _let_go(self) -> None:
         """Give the feeds back to the store: what is held does not wait in memory."""
         for feed in self._feeds:
-            self._store.release(delivery.id for delivery in feed.empty())
+            self._store.deliveries.release(delivery.id for delivery in feed.empty())
             feed.due = 0
 
     def _set_timer(self, now: int) -> None:

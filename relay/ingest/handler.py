@@ -233,7 +233,9 @@ class Ingest:
         Returns the heartbeat to store if the worker is OFFLINE and only the request is wrong.
         """
         name, source = match.mount.name, match.mount.source
-        if self._store.failure is None and not any(self._store.census(name, each) for each in _STATUSES):
+        if self._store.failure is None and not any(
+            self._store.workers.count(name, each) for each in _STATUSES
+        ):
             return None  # it has no workers
         incoming.params = match.params
         change: WorkerChange | None = None
@@ -245,7 +247,7 @@ class Ingest:
                 change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
         if change is None:
             return None
-        status = self._store.heed(name, change)
+        status = self._store.workers.note_refused(name, change)
         is_ours = isinstance(refusal, Unavailable | RateLimited)
         return change if status == "OFFLINE" and isinstance(change, Heartbeat) and not is_ours else None
 
@@ -329,7 +331,7 @@ class Ingest:
     async def _requeue(self, commands: tuple[Command, ...]) -> None:
         while True:
             try:
-                await self._store.fleet(lambda fleet: fleet.requeue(commands))
+                await self._store.workers.change(lambda fleet: fleet.requeue(commands))
             except StorageUnavailableError:
                 await asyncio.sleep(STORAGE_PAUSE)
             else:
@@ -351,7 +353,7 @@ class Ingest:
             else:
                 receipt = first
                 with suppress(Refusal, StorageError):  # only a count: what it repeats is durable
-                    await self._store.append(
+                    await self._store.events.append(
                         Acceptance(source=acceptance.source, event=stored, repeats=first.event_id)
                     )
         except BaseException:
@@ -364,7 +366,7 @@ class Ingest:
         if change is not None and len(change.worker_id) > LONGEST_ID:
             check_length(change.worker_id, "worker_id")
         try:
-            return await self._store.append(acceptance)
+            return await self._store.events.append(acceptance)
         except StorageUnavailableError as error:
             raise StorageDown from error
         except StorageError as error:

@@ -131,9 +131,9 @@ class Backups:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             floor = self._config().storage.min_free_disk
-            if lacking := await self._store.backup_lacks(folder, keep_free=floor):
+            if lacking := await self._store.upkeep.missing_space(folder, keep_free=floor):
                 self._make_room(lacking, now)
-            done = await self._store.backup(folder / name, keep_free=floor)
+            done = await self._store.upkeep.backup(folder / name, keep_free=floor)
             others = {path: moment for path, moment in self.made().items() if path.name != name}
             for old in oldest_first(others, now)[: max(0, len(others) + 1 - self._config().backup.keep)]:
                 old.unlink()

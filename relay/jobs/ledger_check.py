@@ -21,7 +21,10 @@ class Books:
 
     async def check(self) -> None:
         """Do so once, also for destinations that have left the config: what they are owed is held."""
-        counts, backlog = await self._store.counts(), await self._store.backlog(self._clock.steady())
+        counts, backlog = (
+            await self._store.ledger.audit(),
+            await self._store.ledger.backlog(self._clock.steady()),
+        )
         for name in self._engine.lanes.keys() | counts.keys():
             lane, owed, waiting = self._engine.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if owed is None else owed.unaccounted

@@ -67,7 +67,7 @@ class Repeater:
         selected deliveries, or the current subscriptions if events were selected. A deleted or damaged
         event gets no delivery.
         """
-        events = await self._store.load([one.event_id for one in chosen])
+        events = await self._store.events.load([one.event_id for one in chosen])
         requested = [
             (number, event, owed)
             for number, one in enumerate(chosen)
@@ -76,7 +76,7 @@ class Repeater:
         ]
         created = [0] * len(chosen)
         if requested:
-            done = await self._store.repeat([(event, owed) for _, event, owed in requested])
+            done = await self._store.deliveries.repeat([(event, owed) for _, event, owed in requested])
             for (number, _, _), is_new in zip(requested, done, strict=True):
                 created[number] += is_new
         return created
@@ -272,7 +272,7 @@ class Replays:
         """Create new deliveries for ended ones, and make pending ones due now."""
         pending = [one.id for one in named if one.state == "pending"]
         ended = [one.chosen for one in named if one.state != "pending"]
-        hurried = await self._store.hurry(pending) if pending else 0
+        hurried = await self._store.deliveries.hurry(pending) if pending else 0
         created = at = 0
         while chosen := portion(ended, at):
             created += sum(await self._repeater.repeat(chosen, None))
@@ -300,12 +300,12 @@ class Replays:
     async def _measure(self, request: ReplayRequest) -> tuple[int, Span]:
         if not isinstance(request.what, Selection):
             return len(request.what), Span(0, 0)
-        span = await self._store.span(request.what)
+        span = await self._store.queries.span(request.what)
         return sum([len(page) async for page in self._pages(request, span)]), span
 
     async def _pages(self, request: ReplayRequest, span: Span) -> AsyncIterator[Sequence[Chosen]]:
         if not isinstance(request.what, Selection):
             yield request.what
             return
-        async for page in self._store.select(request.what, span):
+        async for page in self._store.queries.select(request.what, span):
             yield page

@@ -25,12 +25,12 @@ class Upkeep:
         """Make one pass, which leaves to the next what would take too long."""
         names = await self._holding()
         expired = 0
-        while some := await self._store.expire_held(names, self.policy.held):
+        while some := await self._store.deliveries.expire_held(names, self.policy.held):
             expired += some
         if expired:
             log.error("%d deliveries expired: nobody took them within [retention] held", expired)
         began = asyncio.get_running_loop().time()
-        pruned = await self._store.prune(self.policy)
+        pruned = await self._store.upkeep.prune(self.policy)
         if pruned.events or pruned.attempts or pruned.pages or not pruned.done:
             log.info(
                 "retention: %d events and %d attempts gone, %d pages given back in %.1f s%s",
@@ -44,7 +44,7 @@ class Upkeep:
     async def _holding(self) -> set[str]:
         """Return the destinations that take nothing: also those that are not in the config any more."""
         found = {name for name, lane in self._engine.lanes.items() if _takes_nothing(lane)}
-        for name, counts in (await self._store.counts()).items():
+        for name, counts in (await self._store.ledger.audit()).items():
             if counts.pending and name not in self._engine.lanes:
                 found.add(name)
         return found

@@ -1,9 +1,9 @@
-"""What the relay remembers: the interface that the rest of the house speaks to.
+"""The store: everything the relay remembers. This module is the interface that the rest of the code uses.
 
-The verbs are coarse, transactional and batched, so that SQLite (one writer, group commit) and a
-networked database (round trips, several relays) are fast for the same reason. An implementation may
-assume that event ids and bodies are storable as they are; a caller may assume that a verb which
-returned is durable, and that one which raised left nothing behind.
+A `Store` has parts: `events`, `deliveries`, `workers`, `queries`, `ledger` and `upkeep`. Callers share
+transactions, so SQLite (one writer, group commit) and a networked database (round trips) are fast for the
+same reason. When a method returns, its change is durable; when it raises, nothing of it was kept.
+Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.base.clock`).
 """
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
@@ -14,6 +14,7 @@ import msgspec
 
 from relay.config.schema import WorkerRules
 from relay.model import (
+    Backlog,
     Backup,
     Born,
     Check,
@@ -21,6 +22,7 @@ from relay.model import (
     Claim,
     Command,
     Compacted,
+    Counts,
     DestinationState,
     Expunged,
     Imported,
@@ -38,45 +40,176 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.store.counts import Backlog, Counts
 from relay.store.queries.page import Page
 from relay.store.retention_policy import Policy
 
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Owed, ...]]
-"""Which destinations an event is owed to; pure, asked inside the event's own transaction."""
+"""Returns the deliveries that an event needs. Pure; called inside the event's transaction."""
 
 Rules = Callable[[str, str], WorkerRules]
-"""Which rules hold for a worker, by its source and id; pure, asked inside its own transaction."""
+"""Returns the rules of a worker by its source and id. Pure; called inside the worker's transaction."""
 
 Listener = Callable[[News], None]
-"""Told once per commit what lanes must know, before any caller hears of it. New deliveries arrive held,
-with their events; a lane without room gives them back by `release`. Must not raise or block."""
+"""Called once after each commit, before any caller hears of it. Must not raise or block.
 
+New deliveries are already claimed for their lanes and carry their events; a lane without room releases them.
+"""
 
 OPERATOR_EVENTS = "relay"
-"""Source of the relay's own events; their deliveries never raise others, so nothing loops."""
+"""Source of the relay's own events. Their deliveries never raise further events, so nothing loops."""
+
+DEDUPE_FOR = 7 * 86_400 * 1_000_000
+"""Microseconds for which an idempotency key names its first event."""
 
 
 class Acceptance(msgspec.Struct, kw_only=True, gc=False):
-    """One accepted request: what to make durable in one transaction."""
+    """One accepted request: everything to make durable in one transaction."""
 
     source: str
     event: StoredEvent | None = None
-    key: str | None = None  # the same request with it is a duplicate for `DEDUPE_FOR`, see `dedupe.identity`
-    path: str = ""  # of the request, without its query; a part of its identity
-    rejects_conflict: bool = False  # refuse another request with the key, instead of storing it
-    repeats: str | None = None  # public id of the event that it is known to repeat: only counted
+    key: str | None = None  # idempotency key; the same request with it is a duplicate for `DEDUPE_FOR`
+    path: str = ""  # path of the request without its query; part of the request's identity
+    rejects_conflict: bool = False  # refuse a different request with the same key instead of storing it
+    repeats: str | None = None  # public id of the event that the request is known to repeat: only counted
     change: WorkerChange | None = None
-    asks: str | None = None  # a worker id whose row the receipt shall carry
+    asks: str | None = None  # id of a worker whose row the receipt must carry
     request_id: str | None = None  # for the log lines of the event's deliveries; not stored
 
 
-class FleetChange(Protocol):
-    """What operators and jobs may do to workers inside a transaction; keys are (source, worker id)."""
+class Cancelled(msgspec.Struct, frozen=True):
+    """Result of a cancellation."""
+
+    ended: int = 0
+    in_flight: int = 0  # attempt under way: delivered if it succeeds, cancelled if it fails
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Row ids of the oldest and the newest event that a selection can contain at one moment."""
+
+    first: int
+    last: int
+
+
+class Events(Protocol):
+    """Accepted events: taking them in, reading them back, deleting them."""
+
+    async def append(self, acceptance: Acceptance) -> Receipt:
+        """Make a request durable: its event, the event's deliveries and the worker change, or none of them.
+
+        Raises:
+            Overloaded: the write queue is full; nothing was queued.
+            DiskFull: less than the disk's floor would stay free; nothing was queued.
+            Conflict: the worker change contradicts the registry.
+            KeyConflict: a different request has used the key, and the acceptance rejects that.
+            StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
+            StorageError: this request could not be stored; others of its transaction were.
+        """
+        ...
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """Read events with their bodies by row id; deleted events are missing from the result."""
+        ...
+
+    async def pause_source(self, name: str, *, paused: bool) -> None:
+        """Remember whether a source is paused."""
+        ...
+
+    def import_lines(self, lines: AsyncIterable[bytes], *, owe: bool = False) -> AsyncIterator[Imported]:
+        """Store the events of an export that are not stored yet; yields progress now and then.
+
+        With `owe`, new events are delivered by the current routes. Deliveries in the export are ignored.
+
+        Raises:
+            RelayError: a line is not an exported event; the events before it are stored.
+        """
+        ...
+
+    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
+        """Store exported events in one transaction; returns for each whether it was new."""
+        ...
+
+    async def expunge(self, event_ids: Sequence[int]) -> Expunged:
+        """Delete events of any age; their pending deliveries are cancelled first.
+
+        An event with a delivery in flight stays until that attempt ends: the caller asks again.
+        """
+        ...
+
+    def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
+        """Delete a selection's events in the same way, page by page; stops when the caller stops."""
+        ...
+
+
+class Deliveries(Protocol):
+    """Pending deliveries: claiming them, recording attempts, ending and repeating them.
+
+    Claims are in memory: one process owns the deliveries of a destination. A crash releases every claim.
+    """
+
+    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
+        """Claim up to `limit` due deliveries that nobody has claimed, oldest due time first, without bodies.
+
+        First attempts and retries are claimed separately, so that neither can starve the other.
+        """
+        ...
+
+    def begin_attempt(self, delivery_id: int) -> bool:
+        """Mark a claimed delivery as in flight; False: a transaction is ending it, do not send it."""
+        ...
+
+    def release(self, delivery_ids: Iterable[int]) -> None:
+        """Give claimed deliveries back without an outcome."""
+        ...
+
+    async def settle(self, outcome: Outcome) -> bool:
+        """Record an attempt, change its delivery's state and release the claim.
+
+        Returns whether the delivery was still pending, so that the outcome counted.
+        """
+        ...
+
+    async def expire(self) -> int:
+        """End some deliveries past their time to live, claimed ones too; returns how many, 0: all are ended.
+
+        Worker commands past their expiry end with them.
+        """
+        ...
+
+    async def expire_held(self, names: Collection[str], kept: int) -> int:
+        """End some deliveries that were due for `kept` microseconds at a destination that accepts nothing.
+
+        `names` are the destinations that accept nothing now; the store remembers since when. A day before
+        the first delivery expires, the operator event `relay.deliveries.expiring` is raised once. Returns
+        how many ended, 0: all are ended.
+        """
+        ...
+
+    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
+        """End pending deliveries for an operator; an attempt in flight ends first."""
+        ...
+
+    async def hurry(self, delivery_ids: Sequence[int]) -> int:
+        """Make retries due now; returns how many were not due."""
+        ...
+
+    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
+        """Create new deliveries of loaded events in one transaction, in the given order.
+
+        Returns for each whether it was created: not if the event is gone or a delivery is already pending.
+        """
+        ...
+
+    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
+        """Remember a destination's state and raise an operator event about it in the same transaction."""
+        ...
+
+
+class WorkerChanges(Protocol):
+    """Changes by operators and jobs to workers inside one transaction; keys are (source, worker id)."""
 
     def forget(self, keys: Iterable[tuple[str, str]]) -> int:
-        """Remove workers; return how many there were."""
+        """Remove workers; returns how many existed."""
         ...
 
     def forget_old(self) -> int:
@@ -84,11 +217,11 @@ class FleetChange(Protocol):
         ...
 
     def maintain(self, key: tuple[str, str], *, on: bool) -> Worker | None:
-        """Begin or end maintenance; None: there is no such worker."""
+        """Begin or end maintenance; None: the worker is unknown."""
         ...
 
     def queue(self, command: Command) -> None:
-        """Have a command ride in the worker's next heartbeat's reply."""
+        """Send a command with the reply to the worker's next heartbeat."""
         ...
 
     def cancel_command(self, key: tuple[str, str], public_id: str) -> bool:
@@ -96,261 +229,164 @@ class FleetChange(Protocol):
         ...
 
     def requeue(self, commands: Iterable[Command]) -> None:
-        """Take back what was sent in a reply that could not be written."""
+        """Queue commands again whose reply could not be written."""
         ...
 
 
-class Cancelled(msgspec.Struct, frozen=True):
-    """What came of cancelling."""
+class Workers(Protocol):
+    """The worker registry. Reads are answered from memory."""
 
-    ended: int = 0
-    in_flight: int = 0  # being sent: delivered if that succeeds, cancelled if it fails
-
-
-class Span(msgspec.Struct, frozen=True):
-    """The row ids of the oldest and the newest event that a selection can mean, at one moment."""
-
-    first: int
-    last: int
-
-
-DEDUPE_FOR = 7 * 86_400 * 1_000_000
-"""Microseconds for which a key names its first event."""
-
-
-class Store(Protocol):
-    """Everything remembered. One daemon at a time owns it."""
-
-    route: Route
-    rules: Rules
-    listener: Listener
-
-    @property
-    def failure(self) -> str | None:
-        """Why nothing can be written at the moment; None while writes work."""
+    def all(self) -> tuple[Worker, ...]:
+        """Return every worker as it is now."""
         ...
 
-    async def open(self) -> None:
-        """Take possession: migrate, check after an unclean stop, load the registry.
+    def count(self, source: str, status: str) -> int:
+        """Count a source's workers with a status."""
+        ...
+
+    async def change(self, request: Callable[[WorkerChanges], T]) -> T:
+        """Change workers in one transaction, for an operator or a job."""
+        ...
+
+    def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
+        """Note that a known worker is alive, or wants to leave, although its request was refused.
+
+        Returns the worker's unchanged status; None: the worker is unknown or has left. Works in memory, also
+        while nothing can be written, and promises nothing. The next sweep that can be stored unregisters a
+        worker that wants to leave, unless the worker is heard again more than 10 s later.
+        """
+        ...
+
+    async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
+        """Mark workers offline that were silent at a moment (steady; None: now); returns the marked workers.
+
+        Workers that left with a refused request are unregistered and returned as well. Each change is one
+        transaction with its event. With `hold`, every deadline is put off first, so that nobody is judged by
+        time for which the relay itself was stopped. Requests that came before the call count, however long
+        the disk takes to store them.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """Write the heartbeats that only changed memory; call it every two seconds."""
+        ...
+
+
+class Queries(Protocol):
+    """Reads: lists, selections, exports. A query never delays the writer."""
+
+    async def find(
+        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """Return the rows of `page` that come before a row id."""
+        ...
+
+    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
+        """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
+
+        Filters are the fields of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids. A
+        search has a budget: a page may have fewer rows than `limit` and a cursor nevertheless.
 
         Raises:
-            StorageUnavailableError: the disk is full, or another program holds the file: try again later.
-            StorageError: it is of a newer version, damaged, or cannot be opened, and that lasts.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Finish what is queued, mark the stop as clean and let go."""
-        ...
-
-    async def append(self, acceptance: Acceptance) -> Receipt:
-        """Make a request durable: event, its deliveries and the worker change, or none of them.
-
-        Raises:
-            Overloaded: the write queue is full; nothing was queued.
-            DiskFull: with it, less than the disk's floor would be free; nothing was queued.
-            Conflict: the worker change contradicts the registry.
-            KeyConflict: another request has had the key, and the acceptance rejects that.
-            StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
-            StorageError: this very request could not be stored; others of its batch were.
-        """
-        ...
-
-    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
-        """Hold up to `limit` due deliveries that nobody holds yet, oldest due first, without bodies.
-
-        Those that have been tried before and those that have not are claimed apart.
-        """
-        ...
-
-    def begin_attempt(self, delivery_id: int) -> bool:
-        """Mark a held delivery as being sent; False: it is just being ended otherwise, do not send it."""
-        ...
-
-    def release(self, delivery_ids: Iterable[int]) -> None:
-        """Give deliveries back without an outcome."""
-        ...
-
-    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
-        """Read events with their bodies; one that is gone is missing from the answer."""
-        ...
-
-    async def settle(self, outcome: Outcome) -> bool:
-        """Record an attempt and move its delivery on, if it is still pending; releases the hold.
-
-        Returns whether the delivery was pending, so that the outcome counted.
-        """
-        ...
-
-    async def expire(self) -> int:
-        """End some deliveries past their time to live, held ones too; return how many, 0: none is left.
-
-        Commands that no heartbeat fetched in time end with them.
-        """
-        ...
-
-    async def expire_held(self, names: Collection[str], kept: int) -> int:
-        """End some deliveries that were due for so many microseconds at a destination that took nothing.
-
-        `names` are the destinations that take nothing now; how long they have been doing so is remembered
-        from call to call. A day before the first delivery expires, the operator event
-        `relay.deliveries.expiring` is raised, once. Returns how many ended, 0: none is left.
-        """
-        ...
-
-    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
-        """End pending deliveries by an operator's will; for one in flight its outcome comes first."""
-        ...
-
-    async def hurry(self, delivery_ids: Sequence[int]) -> int:
-        """Make retries due now; return how many were not."""
-        ...
-
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
-        """Owe loaded events once more, in one transaction and as new deliveries in the order given.
-
-        Returns, for each, whether it was: not where the event is gone, nor where it is pending already.
+            RelayError: the list or the filter does not exist, or the cursor is invalid.
         """
         ...
 
     async def span(self, selection: Selection) -> Span:
-        """Say where the events of a selection lie, so that later ones are left out of it."""
+        """Return the row ids between which a selection's events lie now; later events are left out."""
         ...
 
     def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
-        """Read a selection in order of event id, in pages that may be empty, without bodies."""
+        """Read a selection in order of row id, without bodies, in pages that may be empty."""
         ...
 
     def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
-        """Read the row ids of a selection's pending deliveries, in pages; one may come twice."""
+        """Read the row ids of a selection's pending deliveries in pages; an id may come twice."""
         ...
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
         """Find events by public id, with or without `evt_`, shortened while unique; in order of row id.
 
         Raises:
-            UnknownError: there is none of that id.
-            RelayError: an id is malformed or short for several, or there are more than 1,000.
+            UnknownError: no event has that id.
+            RelayError: an id is malformed or ambiguous, or there are more than 1,000.
         """
         ...
 
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
-        """Find deliveries likewise."""
+        """Find deliveries by public id in the same way."""
         ...
 
     def stats(
         self, selection: Selection, *, after: tuple[int, str, str] | None = None
     ) -> AsyncIterator[tuple[Stat, ...]]:
-        """Read what came in, in pages that may be empty, the latest hour first; outlives the events.
+        """Read counts of accepted events, latest hour first, in pages that may be empty.
 
-        The hour in which the selection begins counts in full. `after` is the hour, source and type of the
-        one to go on behind.
+        Counts outlive their events. The hour in which the selection begins counts in full. `after` is the
+        hour, source and type behind which to continue.
 
         Raises:
-            RelayError: the selection is by more than source, type and time.
+            RelayError: the selection filters by more than source, type and time.
         """
-        ...
-
-    def heed(self, source: str, change: WorkerChange) -> WorkerStatus | None:
-        """Note that a known worker lives, or wants to leave, though its request was refused.
-
-        Returns the worker's status, which this leaves as it is; None: the worker is unknown or has left.
-
-        At once and in memory: it also works while nothing can be written, and nothing is promised. A worker
-        that wants to leave is unregistered by the next sweep that can be stored, unless it is heard again
-        more than 10 s later.
-        """
-        ...
-
-    async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
-        """Mark workers offline that are silent at a moment (steady clock; None: now); return those marked.
-
-        Those that have left, though their request was refused, are unregistered and returned as well.
-        Each in one transaction with its event. With `hold`, every deadline is put off first: nobody is
-        judged on time the relay itself slept. What was heard before the call counts, however long the
-        disk takes for it.
-        """
-        ...
-
-    async def flush(self) -> None:
-        """Write the heartbeats that so far only moved memory; meant for every two seconds."""
-        ...
-
-    async def destination_states(self) -> dict[str, DestinationState]:
-        """Return what is remembered of each destination: paused, disabled and why."""
-        ...
-
-    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
-        """Remember a destination's state, and raise an operator event about it in the same transaction."""
-        ...
-
-    async def paused_sources(self) -> frozenset[str]:
-        """Return the sources that an operator has paused."""
-        ...
-
-    async def pause_source(self, name: str, *, paused: bool) -> None:
-        """Remember whether a source is paused."""
-        ...
-
-    async def backlog(self, now: int) -> dict[str, Backlog]:
-        """Return what each destination is owed, those without anything left out; `now` is steady."""
-        ...
-
-    async def counts(self) -> dict[str, Counts]:
-        """Return ledger and counted pending deliveries per destination, from one snapshot."""
-        ...
-
-    async def books(self) -> dict[str, Counts]:
-        """Return the ledger per destination; what is pending is not counted, but what it comes to."""
-        ...
-
-    def owed(self) -> dict[str, int]:
-        """Count the pending deliveries of each destination, from memory."""
-        ...
-
-    async def fleet(self, wish: Callable[[FleetChange], T]) -> T:
-        """Change workers as an operator or a job wishes, in one transaction."""
-        ...
-
-    async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:
-        """Delete what has been dealt with for as long as a policy says, in small transactions.
-
-        Begins nothing new after so many seconds; the next call goes on from there.
-        """
-        ...
-
-    async def expunge(self, event_ids: Sequence[int]) -> Expunged:
-        """Delete events whatever their age; deliveries still owed are cancelled first.
-
-        An event of which a delivery is in flight stays until that has its outcome: the caller asks again.
-        """
-        ...
-
-    def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
-        """Delete a selection's events likewise; tells page by page, and stops where the caller does."""
         ...
 
     def export(self, selection: Selection, span: Span, *, deliveries: bool = False) -> AsyncIterator[bytes]:
-        """Write a selection's events as lines of JSON (`relay.store.export`), with deliveries if asked."""
+        """Write a selection's events as lines of JSON, with their deliveries on request."""
         ...
 
-    def read_in(self, lines: AsyncIterable[bytes], *, owe: bool = False) -> AsyncIterator[Imported]:
-        """Take in the events of an export, but for those that are there; tells now and then how far it is.
+    async def destination_states(self) -> dict[str, DestinationState]:
+        """Return the remembered state of each destination: paused, disabled and why."""
+        ...
 
-        With `owe`, what is new is delivered by today's routes; without, it is only kept. Deliveries of an
-        export are not taken in: they were another store's.
+    async def paused_sources(self) -> frozenset[str]:
+        """Return the names of the sources that an operator has paused."""
+        ...
 
-        Raises:
-            RelayError: a line is no exported event; what came before it is in.
+
+class LedgerReads(Protocol):
+    """Counts of deliveries per destination: created = delivered + dead + expired + cancelled + pending."""
+
+    async def totals(self) -> dict[str, Counts]:
+        """Return the ledger; `pending` is derived from the other columns."""
+        ...
+
+    async def audit(self) -> dict[str, Counts]:
+        """Return the ledger with pending deliveries counted in the table, both from one snapshot."""
+        ...
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """Return the backlog of each destination that has pending deliveries; `now` is steady."""
+        ...
+
+
+class Ledger(LedgerReads, Protocol):
+    """The ledger of the open store."""
+
+    def pending(self) -> dict[str, int]:
+        """Return the number of pending deliveries of each destination that has any, from memory."""
+        ...
+
+
+class Upkeep(Protocol):
+    """Retention, backups, checks and sizes."""
+
+    async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:
+        """Delete finished data that is older than a policy keeps it, in small transactions.
+
+        Starts nothing new after `seconds`; the next call continues there.
         """
         ...
 
-    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
-        """Take in events in one transaction; say for each whether it was not there before."""
+    async def prune_worker_metrics(self, before: int) -> int:
+        """Delete some worker metrics older than `before` (wall); returns how many, 0 when none is left."""
         ...
 
-    async def backup_lacks(self, folder: Path, *, keep_free: int = 0) -> int:
-        """Return how many bytes of room a folder lacks for a backup; 0: there is enough.
+    async def prune_worker_commands(self, before: int) -> int:
+        """Delete some ended worker commands created before (wall); returns how many, 0 when none is left."""
+        ...
+
+    async def missing_space(self, folder: Path, *, keep_free: int = 0) -> int:
+        """Return how many bytes a folder lacks for a backup; 0: there is enough room.
 
         `keep_free` bytes do not count as room if the folder is on the store's own disk.
         """
@@ -362,16 +398,16 @@ class Store(Protocol):
         On the store's own disk, `keep_free` bytes stay free.
 
         Raises:
-            StorageError: the target is there already, there is too little room, or the copy is not sound.
+            StorageError: the target exists, there is too little room, or the copy is damaged.
         """
         ...
 
     async def compact(self) -> Compacted:
-        """Give all free room back to the disk, in small transactions."""
+        """Return all free space to the disk, in small transactions."""
         ...
 
     async def measure(self) -> Measured:
-        """Say what there is and what room it takes.
+        """Return what the store holds and how much space it takes.
 
         Raises:
             StorageError: it cannot be read.
@@ -385,38 +421,75 @@ class Store(Protocol):
         destinations: Collection[str] | None = None,
         sources: Collection[str] | None = None,
     ) -> list[Check]:
-        """Look for everything that could be wrong; `destinations` and `sources` are those of the config."""
+        """Run every check; `destinations` and `sources` are the configured names, None: unknown."""
         ...
 
-    async def prune_worker_metrics(self, before: int) -> int:
-        """Delete some gauges older than `before` (wall clock); return how many, 0: none is left."""
+
+class StoredData(Protocol):
+    """What can be read of a store, open or not: the offline commands need no more."""
+
+    @property
+    def queries(self) -> Queries:
+        """Lists, selections, exports."""
         ...
 
-    async def prune_worker_commands(self, before: int) -> int:
-        """Delete some commands given before (wall clock), but not queued ones; return how many, 0: none."""
+    @property
+    def ledger(self) -> LedgerReads:
+        """Counts of deliveries."""
         ...
 
-    def census(self, source: str, status: str) -> int:
-        """Count a source's workers in a status."""
+
+class Store(Protocol):
+    """Everything remembered. One daemon at a time owns it."""
+
+    route: Route
+    rules: Rules
+    listener: Listener
+
+    @property
+    def events(self) -> Events:
+        """Accepted events."""
         ...
 
-    def workers(self) -> tuple[Worker, ...]:
-        """Return the registry as it is now."""
+    @property
+    def deliveries(self) -> Deliveries:
+        """Pending deliveries."""
         ...
 
-    async def find(
-        self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
-    ) -> list[dict[str, Any]]:
-        """Return the rows of `page` that come before a row id."""
+    @property
+    def workers(self) -> Workers:
+        """The worker registry."""
         ...
 
-    async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
-        """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
+    @property
+    def queries(self) -> Queries:
+        """Lists, selections, exports."""
+        ...
 
-        Filters are those of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids. Looking for
-        what is rare has its bound: a page may have fewer rows than asked for, and a cursor all the same.
+    @property
+    def ledger(self) -> Ledger:
+        """Counts of deliveries."""
+        ...
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """Retention, backups, checks."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be written now; None while writes work."""
+        ...
+
+    async def open(self) -> None:
+        """Take possession: migrate, check after an unclean stop, load the registry.
 
         Raises:
-            RelayError: no such list, it has no such filter, or the cursor is none.
+            StorageUnavailableError: the disk is full or another program holds the file; try again later.
+            StorageError: the file is damaged, of a newer version or cannot be opened; do not try again.
         """
+        ...
+
+    async def close(self) -> None:
+        """Finish queued work, mark the stop as clean and let go."""
         ...

@@ -5,15 +5,13 @@ import shutil
 import sqlite3
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from relay.base.units import render_size
-from relay.errors import StorageError, StorageUnavailableError
+from relay.errors import StorageError
 from relay.model import Backup
-from relay.store.balance import COUNTS_SQL, balance
-from relay.store.read_only import Stop, apart, opened
-from relay.store.writer import Writer
+from relay.store.ledger import AUDIT_SQL, counts_of
+from relay.store.read_only import Stop, opened
 
 SIZE_SQL = """
     SELECT (page_count - freelist_count) * page_size
@@ -132,7 +130,7 @@ def _verify(part: Path, stop: Stop, before: int) -> tuple[int, int]:
         if verdict != "ok":
             raise StorageError(f"the copy is damaged: {verdict}", hint="check both disks, and try again")
         if unbalanced := [
-            name for name, counts in balance(copy.execute(COUNTS_SQL)).items() if counts.unaccounted
+            name for name, counts in counts_of(copy.execute(AUDIT_SQL)).items() if counts.unaccounted
         ]:
             raise StorageError(f"the copy does not balance: {', '.join(unbalanced)}", hint="relay doctor")
         if _last(copy) < before:
@@ -153,26 +151,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class BackingUp:
-    """The store's verb."""
-
-    path: Path
-    _writer: Writer
-
-    async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
-        """See `Store.backup`."""
-        self._check_source()
-        copy = partial(back_up, self.path, target, replace=replace)
-        return await apart(partial(copy, keep_free=keep_free) if keep_free else copy)
-
-    async def backup_lacks(self, folder: Path, *, keep_free: int = 0) -> int:
-        """See `Store.backup_lacks`."""
-        self._check_source()
-        return await apart(partial(lacks, self.path, folder, keep_free=keep_free))
-
-    def _check_source(self) -> None:
-        """Copy nothing that is not the open database, and keep the backups that are."""
-        if self._writer.broken is not None:
-            raise StorageUnavailableError(f"nothing to back up: {self._writer.broken}")

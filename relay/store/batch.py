@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from relay.base.clock import Clock
+from relay.base.clock import SECOND, Clock
 from relay.base.ids import delivery_id, event_id
 from relay.base.json_text import encode
 from relay.config.schema import WorkerRules
@@ -26,9 +26,16 @@ from relay.model import (
 from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
-from relay.store.stats import Tallies
+from relay.store.statements import insert
+from relay.store.transaction import Transaction
 from relay.store.workers import Roster
 from relay.workers.rules import Now
+
+HOUR = 3600 * SECOND
+STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
+STATS_ADDING = ", ".join(
+    f"{column} = {column} + excluded.{column}" for column in ("events", "duplicates", "bytes")
+)
 
 Ending = tuple[DeliveryState, str]
 """An end and its reason."""
@@ -63,6 +70,29 @@ class Look(msgspec.Struct, frozen=True):
 
     names: frozenset[str]  # that take nothing at the moment
     kept: int  # microseconds until what is due there expires
+
+
+class Tallies:
+    """What one transaction adds: a row per source, type and hour, however many events it has."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str, str], tuple[int, int, int]] = {}
+
+    def add(self, event: StoredEvent, *, duplicate: bool = False) -> None:
+        """Count an event, or a request that repeated one."""
+        key = (event.received_at - event.received_at % HOUR, event.source, event.type)
+        events, duplicates, size = self._found.get(key, (0, 0, 0))
+        if duplicate:
+            self._found[key] = (events, duplicates + 1, size)
+        else:
+            self._found[key] = (events + 1, duplicates, size + len(event.body))
+
+    def write(self, transaction: Transaction) -> None:
+        """Write it, inside the transaction."""
+        if self._found:
+            rows = [key + counts for key, counts in self._found.items()]
+            then = f"ON CONFLICT (hour, source, type) DO UPDATE SET {STATS_ADDING}"
+            insert(transaction, "stats", STATS_COLUMNS, rows, then=then)
 
 
 class Batch:

@@ -20,7 +20,7 @@ async def claim(
     retries: bool,
     now: int,
 ) -> Claim:
-    """Hold up to `limit` of them; see `Store.claim`."""
+    """Hold up to `limit` of them; see `relay.store.Deliveries.claim`."""
     share = _RETRY if retries else _FIRST
     rows = await connection.execute_fetchall(
         f"""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS, event_times
 from relay.store.batch import Batch
-from relay.store.dump import restore
 from relay.store.ends import cancel, end, expire, free
 from relay.store.held import expire_held
 from relay.store.holds import Holds
@@ -32,6 +31,10 @@ REPEATED_SQL = """
         ON CONFLICT (event_id) DO UPDATE SET requests = requests + excluded.requests
 """
 
+KNOWN_SQL = (
+    "WITH asked (id) AS (VALUES {values}) SELECT asked.id FROM asked JOIN events ON public_id = asked.id"
+)
+
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 
 
@@ -44,7 +47,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
     if batch.repeating:
         await repeat(batch, transaction)
     if batch.restoring:
-        await restore(batch, transaction)
+        await _restore(batch, transaction)
     _write_events(batch, transaction)
     if batch.deliveries:
         await _write_deliveries(batch, transaction, holds)
@@ -65,6 +68,17 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
             ledger,
             then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
         )
+
+
+async def _restore(batch: Batch, transaction: Transaction) -> None:
+    """Take in the events of an export that are not stored yet."""
+    rows = await fetch(transaction, KNOWN_SQL, [(each.event.public_id,) for each in batch.restoring])
+    known = {public_id for (public_id,) in rows}
+    for each in batch.restoring:
+        each.done = each.event.public_id not in known
+        if each.done:
+            known.add(each.event.public_id)
+            batch.put_back(each)
 
 
 def _write_events(batch: Batch, transaction: Transaction) -> None:

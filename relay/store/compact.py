@@ -2,30 +2,10 @@
 
 import aiosqlite
 
-from relay.model import Compacted
-from relay.store.prune import paced, vacuum_some
-from relay.store.writer import Writer
-
 SIZES_SQL = """
     SELECT page_count * page_size, freelist_count * page_size
       FROM pragma_page_count, pragma_page_size, pragma_freelist_count
 """
-
-
-class Compacting:
-    """The store's verb."""
-
-    _reader: aiosqlite.Connection
-    _writer: Writer
-
-    async def compact(self) -> Compacted:
-        """See `Store.compact`."""
-        [(before, _)] = await self._reader.execute_fetchall(SIZES_SQL)
-        while await paced(self._writer, vacuum_some):
-            pass
-        whole = await self._writer.errand(empty_log)
-        [(after, _)] = await self._reader.execute_fetchall(SIZES_SQL)
-        return Compacted(before=before, after=after, whole=whole)
 
 
 async def empty_log(connection: aiosqlite.Connection) -> bool:

@@ -11,19 +11,18 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from relay.base.clock import SECOND, Clock, rfc3339
+from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_size
 from relay.model import Check
-from relay.store.balance import COUNTS_SQL, balance
 from relay.store.connection import OLDEST, has_wal_reset_bug
+from relay.store.ledger import AUDIT_SQL, counts_of
 from relay.store.losses import WHAT_TO_DO, evidence_of
 from relay.store.mark import HIGHEST_SQL, mark_in, read_mark
-from relay.store.read_only import Stop, apart, opened
+from relay.store.read_only import Stop, opened
 from relay.store.rows import worker_of
 from relay.store.schema import MIGRATIONS
 from relay.store.wal import log_of, read_log
@@ -235,7 +234,7 @@ def integrity(_patient: Patient, connection: sqlite3.Connection) -> Check:
 
 def conservation(_patient: Patient, connection: sqlite3.Connection) -> Check:
     """Compare, per destination, the books with the table."""
-    books = balance(connection.execute(COUNTS_SQL))
+    books = counts_of(connection.execute(AUDIT_SQL))
     wrong = [f"{name} ({counts.unaccounted:+d})" for name, counts in books.items() if counts.unaccounted]
     if wrong:
         return _ill("conservation", f"not accounted for: {', '.join(wrong)}", _REPORT)
@@ -326,7 +325,7 @@ def destinations(patient: Patient, connection: sqlite3.Connection) -> Check:
     """Look for what is owed to destinations that are not in the config any more."""
     if patient.destinations is None:
         return _well("destinations", "the config was not looked at")
-    books = balance(connection.execute(COUNTS_SQL))
+    books = counts_of(connection.execute(AUDIT_SQL))
     lost = [
         f"{name} ({counts.pending})"
         for name, counts in books.items()
@@ -361,30 +360,6 @@ INSIDE: tuple[Callable[[Patient, sqlite3.Connection], Check], ...] = (
     version, history, integrity, conservation, stuck, dead, bodies, clock, room, destinations, sources,
     workers,
 )  # fmt: skip
-
-
-class Examining:
-    """The store's verb."""
-
-    path: Path
-    _clock: Clock
-
-    async def examine(
-        self,
-        *,
-        min_free: int = 0,
-        destinations: Collection[str] | None = None,
-        sources: Collection[str] | None = None,
-    ) -> list[Check]:
-        """See `Store.examine`."""
-        patient = Patient(
-            path=self.path,
-            now=self._clock.wall(),
-            min_free=min_free,
-            destinations=destinations,
-            sources=sources,
-        )
-        return await apart(partial(examine, patient))
 
 
 def _locked(connection: sqlite3.Connection) -> str | None:

@@ -4,8 +4,6 @@ How long a destination has held is remembered in the table `held`, so that a res
 All of it is on the steady clock, as due times are.
 """
 
-from collections.abc import Collection
-
 from relay.base.clock import SECOND
 from relay.model import Born
 from relay.store import OPERATOR_EVENTS
@@ -13,7 +11,6 @@ from relay.store.batch import Batch, Look
 from relay.store.ends import end
 from relay.store.holds import Holds
 from relay.store.transaction import Transaction
-from relay.store.writer import Job, Writer
 
 AT_ONCE = 500
 """Most deliveries of a kind that one transaction ends for a destination."""
@@ -81,21 +78,3 @@ async def _expire(batch: Batch, transaction: Transaction, holds: Holds, name: st
         for share in SHARES:
             rows += await transaction.fetch(DUE_SQL.format(share=share), (name, before, AT_ONCE))
     await end(batch, transaction, holds, rows, ("expired", "held"))
-
-
-class Holding:
-    """The store's verb about what is held."""
-
-    _writer: Writer
-
-    async def expire_held(self, names: Collection[str], kept: int) -> int:
-        """See `Store.expire_held`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.look = Look(frozenset(names), kept)
-            return 0
-
-        def answer(batch: Batch, _: int) -> int:
-            return sum(ending == ("expired", "held") for _, ending in batch.ended.values())
-
-        return await self._writer.submit(Job(apply_, answer=answer))

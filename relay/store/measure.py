@@ -1,12 +1,11 @@
 """What a database holds, and what room that takes; the file is only read, a daemon may be using it."""
 
 import sqlite3
-from functools import partial
 from pathlib import Path
 
 from relay.errors import StorageError
 from relay.model import Measured
-from relay.store.read_only import Stop, apart, opened
+from relay.store.read_only import Stop, opened
 
 SQL = """
     SELECT (SELECT user_version FROM pragma_user_version),
@@ -40,13 +39,3 @@ def measure(path: Path, stop: Stop) -> Measured:
         path=str(path), version=version, bytes=size, free=free, log=log_size, events=events,
         oldest=oldest, newest=newest, pending=pending,
     )  # fmt: skip
-
-
-class Measuring:
-    """The store's verb."""
-
-    path: Path
-
-    async def measure(self) -> Measured:
-        """See `Store.measure`."""
-        return await apart(partial(measure, self.path))

@@ -17,6 +17,7 @@ import msgspec
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Pruned
+from relay.store.database import Database
 from relay.store.disk import Disk
 from relay.store.event_times import FORGET_SQL
 from relay.store.mark import GIVEN_SQL
@@ -151,21 +152,18 @@ def portions(victims: Sequence[Victim], most: int = COST) -> list[list[Victim]]:
     return found
 
 
-class Pruning:
-    """The store's verb of retention."""
+class Retention:
+    """Deletes finished data; remembers how far it came from one call to the next."""
 
-    _clock: Clock
-    _reader: aiosqlite.Connection
-    _writer: Writer
-    disk: Disk
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, database: Database, clock: Clock, disk: Disk) -> None:
+        self._database = database
+        self._clock = clock
+        self._disk = disk
         self._cursors: dict[Group, int] = {}
         self._round = 0  # steady clock
 
     async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
-        """See `Store.prune`."""
+        """See `relay.store.Upkeep.prune`."""
         loop = asyncio.get_running_loop()
         deadline, steady = loop.time() + seconds, self._clock.steady()
         now = min(self._clock.wall(), steady)  # a clock that jumped ahead must not make anything old
@@ -182,26 +180,26 @@ class Pruning:
         for name, moment in before.items():
             more = True
             while more:
-                count, more = await paced(self._writer, partial(_delete_rows, name, moment))
+                count, more = await paced(self._database.writer, partial(_delete_rows, name, moment))
                 gone[name] += count
                 if more and loop.time() > deadline:
                     return _pruned(gone, done=False)
         if gone["events"]:
-            await paced(self._writer, _forget_times)
+            await paced(self._database.writer, _forget_times)
         gone["pages"] = await self._give_back(deadline)
         return _pruned(gone, done=True)
 
     async def _delete(self, victims: Sequence[Victim]) -> int:
         """Delete events; on a disk without room in small transactions, the cheap ones first."""
         gone = 0
-        scarce = bool(victims) and self.disk.scarce
+        scarce = bool(victims) and self._disk.scarce
         if scarce:
             victims = sorted(victims, key=lambda victim: victim.cost)
         for some in portions(victims, SCARCE_COST if scarce else COST):
             try:
-                gone += await paced(self._writer, partial(delete_events, some))
+                gone += await paced(self._database.writer, partial(delete_events, some))
             except StorageUnavailableError:
-                if not scarce or self._writer.failure is not None:
+                if not scarce or self._database.writer.failure is not None:
                     raise
                 self._round = 0  # what was too large goes in the next pass, in the room that others left
         return gone
@@ -211,7 +209,7 @@ class Pruning:
         for source in policy.by_type:
             names = {"first": f"{source}.", "end": f"{source}/"}  # "/" comes next after "."
             values = {**names, "most": MOST_TYPES + 1}
-            types = list(await self._reader.execute_fetchall(TYPES_SQL, values))
+            types = list(await self._database.reader.execute_fetchall(TYPES_SQL, values))
             if len(types) > MOST_TYPES:  # senders choose them, so their number must have an end
                 groups.append(Group("source", source, policy.shortest(source)))
                 continue
@@ -225,12 +223,12 @@ class Pruning:
         self, group: Group, policy: Policy, now: int
     ) -> AsyncIterator[tuple[list[Victim], bool]]:
         """Read those of a group that may go, in pages that may be empty, and whether more will come."""
-        [(last,)] = await self._reader.execute_fetchall(LAST_SQL, (now - group.kept,))
+        [(last,)] = await self._database.reader.execute_fetchall(LAST_SQL, (now - group.kept,))
         sql = PAGE_SQL.format(candidates=CANDIDATES[group.kind])
         while True:
             after = self._cursors.get(group, 0)
             values = {"name": group.name, "after": after, "last": last, "page": PAGE}
-            rows = list(await self._reader.execute_fetchall(sql, values))
+            rows = list(await self._database.reader.execute_fetchall(sql, values))
             victims = []
             for id_, source, full_type, received_at, cost, needed in rows:
                 keep = policy.of(source, full_type)
@@ -248,15 +246,15 @@ class Pruning:
 
         On a disk without room all of them: senders are refused while there is less than the floor.
         """
-        freed, steps, scarce = 0, 0, self.disk.scarce
+        freed, steps, scarce = 0, 0, self._disk.scarce
         while steps < VACUUM_STEPS or (scarce and asyncio.get_running_loop().time() < deadline):
             steps += 1
-            [(free, pages)] = await self._reader.execute_fetchall(
+            [(free, pages)] = await self._database.reader.execute_fetchall(
                 "SELECT freelist_count, page_count FROM pragma_freelist_count, pragma_page_count"
             )
             if free <= (0 if scarce else max(pages // SPARE, VACUUM_PAGES)):
                 break
-            freed += await paced(self._writer, vacuum_some)
+            freed += await paced(self._database.writer, vacuum_some)
         return freed
 
 

@@ -8,24 +8,19 @@ from pathlib import Path
 import aiosqlite
 
 from relay.errors import StorageError
-from relay.store.backlog import backlog
-from relay.store.counts import Backlog
-from relay.store.dump import Exporting
-from relay.store.queries.lists import Listing
+from relay.store.database import Database
+from relay.store.ledger import LedgerReader
+from relay.store.queries.sqlite_queries import SqliteQueries
 from relay.store.read_only import read_only
 from relay.store.schema import MIGRATIONS
-from relay.store.stats import Tallying
 
 
-class Reading(Exporting, Listing, Tallying):
-    """The verbs of the store that only read."""
+class Reading:
+    """`relay.store.StoredData` over an SQLite file."""
 
-    def __init__(self, reader: aiosqlite.Connection) -> None:
-        self._reader = reader
-
-    async def backlog(self, now: int) -> dict[str, Backlog]:
-        """See `Store.backlog`."""
-        return await backlog(self._reader, now)
+    def __init__(self, database: Database) -> None:
+        self.queries = SqliteQueries(database)
+        self.ledger = LedgerReader(database)
 
 
 @asynccontextmanager
@@ -43,7 +38,7 @@ async def reading(path: Path) -> AsyncIterator[Reading]:
                     f"{path} has schema version {version}, this program knows {len(MIGRATIONS)}",
                     hint="use the program that wrote it, or start the relay, which migrates it",
                 )
-            yield Reading(reader)
+            yield Reading(Database.reading(path, reader))
     except sqlite3.Error as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 

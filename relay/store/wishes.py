@@ -1,20 +1,14 @@
 """What an operator wishes for deliveries: once more, now, or not at all."""
 
-import asyncio
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
-from relay.model import Outcome, Owed, StoredEvent
-from relay.store import Cancelled
-from relay.store.batch import Batch, Repeat
+from relay.model import Outcome
+from relay.store.batch import Batch
 from relay.store.holds import Holds
 from relay.store.statements import fetch
 from relay.store.transaction import Transaction
-from relay.store.writer import Job, Writer
-
-log = logging.getLogger("relay.store")
 
 
 def as_wished(outcomes: Iterable[Outcome], holds: Holds) -> list[Outcome]:
@@ -62,58 +56,3 @@ async def repeat(batch: Batch, transaction: Transaction) -> None:
         if wish.done:
             size = len(wish.event.body)
             batch.owe(wish.owed, wish.event.id, size, wish.event, replay_of=latest.pop(key))
-
-
-class Wishing:
-    """The writing verbs of the store that an operator's wishes need."""
-
-    _holds: Holds
-    _writer: Writer
-
-    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
-        """See `Store.cancel`."""
-
-        def apply_(batch: Batch) -> Cancelled:
-            batch.cancelling += delivery_ids
-            return Cancelled()
-
-        def answer(batch: Batch, _: Cancelled) -> Cancelled:
-            wished = frozenset(delivery_ids)
-            return Cancelled(ended=len(wished & batch.ended.keys()), in_flight=len(wished & batch.unwanted))
-
-        return await self._writer.submit(Job(apply_, answer=answer))
-
-    def _cancel_again(self, delivery_ids: Sequence[int]) -> None:
-        """Cancel what was in flight and came back without an outcome."""
-        if delivery_ids:
-            job = Job(lambda batch: batch.cancelling.extend(delivery_ids))
-            self._writer.submit(job).add_done_callback(_complain)
-
-    async def hurry(self, delivery_ids: Sequence[int]) -> int:
-        """See `Store.hurry`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.hurrying += delivery_ids
-            return 0
-
-        def answer(batch: Batch, _: int) -> int:
-            return sum(delivery_id in batch.hurried for delivery_id in set(delivery_ids))
-
-        return await self._writer.submit(Job(apply_, answer=answer))
-
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
-        """See `Store.repeat`."""
-        repeats = [Repeat(event, owed) for event, owed in wishes]
-
-        def apply_(batch: Batch) -> tuple[bool, ...]:
-            batch.repeating += repeats
-            return ()
-
-        job = Job(apply_, answer=lambda _batch, _none: tuple(wish.done for wish in repeats))
-        return await self._writer.submit(job)
-
-
-def _complain(done: "asyncio.Future[None]") -> None:
-    """Nobody waits for this one: say that it failed, so that the operator cancels again."""
-    if not done.cancelled() and (error := done.exception()) is not None:
-        log.warning("a delivery that was to be cancelled stays pending: %s", error)

@@ -80,10 +80,10 @@ class Watch:
         """
         now = self._clock.steady()
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
-            marked = await self._store.sweep(hold=True)
+            marked = await self._store.workers.sweep(hold=True)
         else:
             in_time = self._last + int(self.interval * SECOND)
-            marked = await self._store.sweep(at=min(now, in_time))
+            marked = await self._store.workers.sweep(at=min(now, in_time))
         for worker in marked:
             ids = fields(source=worker.source, worker_id=worker.id)
             if worker.unregistered_at is None:

@@ -19,7 +19,7 @@ async def receiver():
 async def relay(tmp_path, receiver):
     async with running(write_config(tmp_path, SOURCES, destination("crm", receiver.url))) as relay:
         yield relay
-        for name, books in (await relay.app.store.counts()).items():
+        for name, books in (await relay.app.store.ledger.audit()).items():
             assert books.unaccounted == 0, name
 
 
@@ -291,9 +291,9 @@ async def test_while_the_store_cannot_write_the_operator_hears_so(relay, monkeyp
     event_id = await send(relay)
     await until(lambda: finished(relay, "delivered") == 1)
     [delivery] = await relay.rows("deliveries")
-    await relay.app.store._connection.execute("PRAGMA query_only = ON")
+    await relay.app.store.database.connection.execute("PRAGMA query_only = ON")
     status, said = await ask(relay, "POST", RETRY, {"ids": [delivery["id"]]})
-    await relay.app.store._connection.execute("PRAGMA query_only = OFF")
+    await relay.app.store.database.connection.execute("PRAGMA query_only = OFF")
     assert (status, said["error"]["code"]) == (503, "unavailable")
     await until(lambda: relay.app.store.failure is None)
     assert len(await relay.rows("deliveries", event_id=event_id)) == 1

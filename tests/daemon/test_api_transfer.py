@@ -15,7 +15,7 @@ from relay.api.transfer import Deleting
 async def relay(tmp_path, recorder):
     async with running(write_config(tmp_path, SOURCES, destination("crm", recorder.url))) as relay:
         yield relay
-        for name, books in (await relay.app.store.counts()).items():
+        for name, books in (await relay.app.store.ledger.audit()).items():
             assert books.unaccounted == 0, name
 
 
@@ -141,7 +141,7 @@ async def test_what_is_still_owed_is_cancelled_and_what_is_being_sent_ends_first
     asked = asyncio.create_task(
         ask(relay, "POST", "/api/events/delete", {"events": [answer.json["event_id"]]})
     )
-    await until(lambda: relay.app.store._holds.unwanted)
+    await until(lambda: relay.app.store.claims.unwanted)
     recorder.open.set()
     assert json.loads((await asked).body.splitlines()[-1])["result"]["deleted"] == 1
     assert await relay.rows() == []

@@ -111,9 +111,9 @@ def old_events(tmp_path):
 async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
     store = SqliteStore(old_events, SystemClock())
     await store.open()
-    assert [check for check in await store.examine() if not check.ok] == []
-    assert (await store.counts())["gone"].delivered == 50
-    assert (await store.prune(Policy(Retention()))).events == 50
+    assert [check for check in await store.upkeep.examine() if not check.ok] == []
+    assert (await store.ledger.audit())["gone"].delivered == 50
+    assert (await store.upkeep.prune(Policy(Retention()))).events == 50
     await store.close()
 
 

@@ -113,13 +113,13 @@ async def test_no_more_than_so_many_unheard_answers_are_remembered_and_the_oldes
 
 async def test_senders_that_hang_up_on_large_contexts_leave_little_in_memory(tmp_path, monkeypatch):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        original, gate = relay.app.store.append, asyncio.Event()
+        original, gate = relay.app.store.events.append, asyncio.Event()
 
         async def append(acceptance):
             await gate.wait()
             return await original(acceptance)
 
-        monkeypatch.setattr(relay.app.store, "append", append)
+        monkeypatch.setattr(relay.app.store.events, "append", append)
         table = relay.app.ingest._echoes
         large = json.dumps({"event_type": "plugin.updated", "site_info": {"name": "x" * 500_000}}).encode()
         token = "Bearer dev-token"
@@ -176,13 +176,19 @@ async def test_retention_keeps_its_rules_however_many_types_a_sender_invents(tmp
     for number in range(20):
         for kind in ("qr", "day", "plain"):
             event = make_event(clock, type=f"shop.{kind}_{number}")
-            await store.append(Acceptance(source="shop", event=event))
+            await store.events.append(Acceptance(source="shop", event=event))
     left = []
     for hours in (2, 26, 15 * 24):
         clock.advance(hours * 3600)
-        await store.prune(policy)
-        assert len(store._cursors) <= 2 * 20 + 1 if most == 1000 else len(store._cursors) <= 3
-        left.append(sorted({row["type"].split("_")[0] for row in await store.find("events", limit=500)}))
+        await store.upkeep.prune(policy)
+        assert (
+            len(store.upkeep._retention._cursors) <= 2 * 20 + 1
+            if most == 1000
+            else len(store.upkeep._retention._cursors) <= 3
+        )
+        left.append(
+            sorted({row["type"].split("_")[0] for row in await store.queries.find("events", limit=500)})
+        )
     assert left == [["shop.day", "shop.plain"], ["shop.plain"], []]
     await store.close()
 
@@ -203,7 +209,7 @@ async def registry(tmp_path, monkeypatch):
 
 
 async def tell(store, change):
-    return await store.append(Acceptance(source="wa", change=change))
+    return await store.events.append(Acceptance(source="wa", change=change))
 
 
 def beat(number, sessions=0):
@@ -218,11 +224,11 @@ async def test_a_new_worker_at_the_cap_makes_those_leave_that_are_gone_for_longe
     registry._clock.advance(600)
     for number in range(5, 10):
         await tell(registry, beat(number))
-    await registry.sweep()
+    await registry.workers.sweep()
     await asyncio.gather(*(tell(registry, beat(number)) for number in range(10, 14)))
     left = sorted(f"w{number}" for number in range(4, 14))
-    assert sorted(worker.id for worker in registry.workers()) == left
-    found = await registry._reader.execute_fetchall("SELECT id FROM workers")
+    assert sorted(worker.id for worker in registry.workers.all()) == left
+    found = await registry.database.reader.execute_fetchall("SELECT id FROM workers")
     assert sorted(id_ for (id_,) in found) == left
 
 
@@ -230,10 +236,10 @@ async def test_a_worker_that_is_heard_as_it_makes_room_is_new(registry):
     for number in range(10):
         await tell(registry, beat(number))
     registry._clock.advance(600)
-    await registry.sweep()
+    await registry.workers.sweep()
     heard = await asyncio.gather(*(tell(registry, beat(number)) for number in (10, 11, 0, 1)))
     assert [receipt.worker.status for receipt in heard] == ["ONLINE"] * 4
-    known = {worker.id: worker.status for worker in registry.workers()}
+    known = {worker.id: worker.status for worker in registry.workers.all()}
     assert len(known) <= 10
     assert {known.get(f"w{number}") for number in (10, 11, 0, 1)} == {"ONLINE"}
 
@@ -245,7 +251,7 @@ async def test_where_all_workers_are_online_a_new_one_is_refused_and_they_go_on(
             await tell(registry, change)
     assert (await tell(registry, beat(3))).worker.status == "ONLINE"
     assert (await tell(registry, Register(worker_id="w3"))).worker.status == "ONLINE"
-    assert len(registry.workers()) == 10
+    assert len(registry.workers.all()) == 10
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -258,14 +264,14 @@ async def test_sessions_of_all_workers_are_kept_up_to_a_bound_and_counted_beyond
             await tell(registry, each)
     for each in beats:
         await tell(registry, each)  # quiet ones
-    kept = {worker.id: len(worker.sessions) for worker in registry.workers()}
-    assert registry._roster.sessions == sum(kept.values()) == 20
-    assert all(worker.counts == {"total": 6} for worker in registry.workers())
+    kept = {worker.id: len(worker.sessions) for worker in registry.workers.all()}
+    assert registry.workers.roster.sessions == sum(kept.values()) == 20
+    assert all(worker.counts == {"total": 6} for worker in registry.workers.all())
     await tell(registry, beat(0, 1))
     await tell(registry, beat(5, 6))
-    assert registry._roster.sessions == 20 - 5 + 5
-    await registry.fleet(lambda wish: wish.forget([("wa", "w0"), ("wa", "w1")]))
-    assert registry._roster.sessions == sum(len(worker.sessions) for worker in registry.workers())
+    assert registry.workers.roster.sessions == 20 - 5 + 5
+    await registry.workers.change(lambda wish: wish.forget([("wa", "w0"), ("wa", "w1")]))
+    assert registry.workers.roster.sessions == sum(len(worker.sessions) for worker in registry.workers.all())
 
 
 # --- bodies -------------------------------------------------------------------------------------------

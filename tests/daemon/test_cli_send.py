@@ -62,7 +62,7 @@ async def test_a_sample_that_registers_says_what_comes_of_it_and_how_to_end_it(c
             said = await asyncio.to_thread(run, *wish)
             assert ("offline after 1m30s without a heartbeat" in said.err) is told
             assert ("`relay send whatsapp unregister`" in said.err) is told
-        assert [w for w in relay.app.store.workers() if w.unregistered_at is None] == []
+        assert [w for w in relay.app.store.workers.all() if w.unregistered_at is None] == []
 
 
 async def test_another_body_can_be_sent(config, tmp_path):

@@ -730,7 +730,7 @@ async def test_a_sender_that_closes_its_side_within_a_body_hears_so(relay, cut):
 @pytest.fixture
 async def slow_store(relay, monkeypatch):
     """Make appends wait until the test lets them go; says how many are waiting."""
-    append, gate = relay.app.store.append, asyncio.Event()
+    append, gate = relay.app.store.events.append, asyncio.Event()
 
     async def slowly(acceptance):
         gate.waiting += 1
@@ -738,7 +738,7 @@ async def slow_store(relay, monkeypatch):
         return await append(acceptance)
 
     gate.waiting = 0
-    monkeypatch.setattr(relay.app.store, "append", slowly)
+    monkeypatch.setattr(relay.app.store.events, "append", slowly)
     return gate
 
 

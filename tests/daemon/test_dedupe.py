@@ -229,7 +229,9 @@ async def test_a_shop_whose_probe_is_refused_for_its_key_is_not_logged_out(tmp_p
 async def test_any_text_that_a_handler_names_is_a_key(relay: Relay, key):
     first = await send(relay, f"/keyed/{key}", x_key=key)
     assert await send(relay, f"/keyed/{key}", x_key=key) == first
-    [[longest]] = await relay.app.store._reader.execute_fetchall("SELECT max(length(key)) FROM dedupe")
+    [[longest]] = await relay.app.store.database.reader.execute_fetchall(
+        "SELECT max(length(key)) FROM dedupe"
+    )
     assert longest <= 256
 
 
@@ -244,13 +246,13 @@ async def test_what_a_handler_names_a_key_and_is_no_text_is_the_failure_of_its_p
 async def test_twins_with_keys_of_their_own_are_two_events_although_the_first_sender_hung_up(
     relay: Relay, monkeypatch
 ):
-    original, gate = relay.app.store.append, asyncio.Event()
+    original, gate = relay.app.store.events.append, asyncio.Event()
 
     async def append(acceptance):
         await gate.wait()
         return await original(acceptance)
 
-    monkeypatch.setattr(relay.app.store, "append", append)
+    monkeypatch.setattr(relay.app.store.events, "append", append)
     opened = relay.app.ingest._echoes._open
     async with await Wire.open(relay.addresses.public) as wire:
         await wire.send(request("POST", "/v1/events", adorn("hung up"), idempotency_key="1"))
@@ -275,14 +277,14 @@ async def test_a_conflict_ages_with_the_key(tmp_path):
     clock = FakeClock()
     store = SqliteStore(tmp_path / "relay.db", clock)
     await store.open()
-    await store.append(keyed(clock))
+    await store.events.append(keyed(clock))
     clock.advance(6 * 86_400)
-    other = await store.append(keyed(clock, path="/b"))
+    other = await store.events.append(keyed(clock, path="/b"))
     clock.advance(2 * 86_400)  # the first is over
-    third = await store.append(keyed(clock, path="/c"))
-    again = await store.append(keyed(clock))
+    third = await store.events.append(keyed(clock, path="/c"))
+    again = await store.events.append(keyed(clock))
     clock.advance(8 * 86_400)
-    late = await store.append(keyed(clock))
+    late = await store.events.append(keyed(clock))
     assert [other.key_conflict, third.key_conflict, again.key_conflict, late.key_conflict] == [
         True, True, True, False,
     ]  # fmt: skip
@@ -295,7 +297,7 @@ async def test_a_restart_remembers_which_request_had_a_key(tmp_path):
     for _ in range(2):
         store = SqliteStore(tmp_path / "relay.db", clock)
         await store.open()
-        receipts = [await store.append(keyed(clock, path=path)) for path in ("/a", "/b")]
+        receipts = [await store.events.append(keyed(clock, path=path)) for path in ("/a", "/b")]
         await store.close()
     assert all(receipt.duplicate for receipt in receipts)
 
@@ -306,12 +308,10 @@ async def test_a_rejected_conflict_leaves_nothing_and_spares_its_batch(tmp_path)
     await store.open()
     strict = keyed(clock, path="/b")
     strict.rejects_conflict = True
-    results = await asyncio.gather(
-        store.append(keyed(clock)), store.append(strict), store.append(keyed(clock, path="/c")),
-        return_exceptions=True,
-    )  # fmt: skip
+    sent = (keyed(clock), strict, keyed(clock, path="/c"))
+    results = await asyncio.gather(*map(store.events.append, sent), return_exceptions=True)
     assert isinstance(results[1], KeyConflict)
-    assert len(await store.find("events")) == 2
+    assert len(await store.queries.find("events")) == 2
     await store.close()
 
 
@@ -325,17 +325,17 @@ async def test_a_constant_key_costs_the_same_after_many_requests(tmp_path):
     async def cost(path):
         nonlocal steps
         steps = 0
-        await store.append(keyed(clock, path=path))
+        await store.events.append(keyed(clock, path=path))
         return steps
 
     def count():
         nonlocal steps
         steps += 1
 
-    await asyncio.gather(*(store.append(keyed(clock, path=f"/{n}")) for n in range(10)))
-    await store._connection._execute(store._connection._conn.set_progress_handler, count, 1)
+    await asyncio.gather(*(store.events.append(keyed(clock, path=f"/{n}")) for n in range(10)))
+    await store.database.connection._execute(store.database.connection._conn.set_progress_handler, count, 1)
     few = await cost("/few")
-    await asyncio.gather(*(store.append(keyed(clock, path=f"/{n}")) for n in range(10, 2000)))
+    await asyncio.gather(*(store.events.append(keyed(clock, path=f"/{n}")) for n in range(10, 2000)))
     assert await cost("/many") < 2 * few
     await store.close()
 
@@ -370,13 +370,13 @@ async def test_keys_of_an_older_database_go_on_for_their_requests(tmp_path):
         db.commit()
     store = SqliteStore(path, clock)
     await store.open()
-    again = await store.append(keyed(clock))
-    elsewhere = await store.append(keyed(clock, path="/anywhere"))
-    other = await store.append(keyed(clock, body=b'{"n": 2}'))
-    gone = await store.append(keyed(clock, key="gone"))
+    again = await store.events.append(keyed(clock))
+    elsewhere = await store.events.append(keyed(clock, path="/anywhere"))
+    other = await store.events.append(keyed(clock, body=b'{"n": 2}'))
+    gone = await store.events.append(keyed(clock, key="gone"))
     assert [receipt.duplicate for receipt in (again, elsewhere, other, gone)] == [True, True, False, False]
     assert again.event_id == elsewhere.event_id == event.public_id
     assert other.key_conflict
     clock.advance(2 * 86_400)
-    assert not (await store.append(keyed(clock))).duplicate
+    assert not (await store.events.append(keyed(clock))).duplicate
     await store.close()

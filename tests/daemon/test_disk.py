@@ -266,7 +266,7 @@ async def test_a_folder_that_is_not_there_is_named(tmp_path):
 async def fill_up(relay, disk):
     """Fill the disk to the last byte, without a reserve and with a log that has no room of its own."""
     relay.app.store.disk.ballast.unlink()
-    await relay.app.store.compact()
+    await relay.app.store.upkeep.compact()
     disk.fill()
 
 
@@ -304,7 +304,7 @@ async def test_deliveries_go_on_with_the_reserve_while_senders_are_refused(tmp_p
     async with running(config) as relay:
         recorder.open.clear()
         ids = {await accepted(relay.addresses.public, f"session {number}") for number in range(50)}
-        await relay.app.store.compact()
+        await relay.app.store.upkeep.compact()
         ballast = relay.app.store.disk.ballast
         assert ballast.stat().st_size == BALLAST
         assert ballast.stat().st_mode & 0o777 == 0o600
@@ -346,11 +346,13 @@ async def test_outcomes_that_wait_for_the_store_fill_no_log(tmp_path, recorder, 
         ids = {await accepted(relay.addresses.public) for _ in range(10)}
         await until(lambda: recorder.busy == 10)
         store = relay.app.store
-        with patch.object(store, "settle", side_effect=StorageError("database is locked")) as settle:
+        with patch.object(
+            store.deliveries, "settle", side_effect=StorageError("database is locked")
+        ) as settle:
             recorder.open.set()
             await until(lambda: settle.call_count > 30)
             assert caplog.text.count("wait for the store: database is locked") == 1
-        await until(lambda: not store.owed())
+        await until(lambda: not store.ledger.pending())
     assert sorted(recorder.ids) == sorted(ids)  # nothing was sent twice
 
 
@@ -375,7 +377,7 @@ async def test_the_floor_counts_the_bytes_that_are_about_to_be_written(tmp_path)
             assert {answer.status for answer in answers} == {200, 503}
             assert answers[-1].json["message"] == "Out of disk space"
             assert disk.free >= floor
-            await relay.app.store.compact()
+            await relay.app.store.upkeep.compact()
             assert disk.free >= floor  # also once the log is in the file
             assert await accepted(relay.addresses.public)  # a small one fits
             stored = await relay.rows()

@@ -208,7 +208,7 @@ async def with_store_raising(relay, raw, error):
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay.app.store, "append", append)
+        patch.setattr(relay.app.store.events, "append", append)
         return await relay.exchange(raw)
 
 
@@ -279,7 +279,7 @@ async def test_the_probe_of_an_unknown_shop_is_refused_through_every_trouble(rel
 
 async def test_a_full_disk_is_503_and_heals_by_itself(relay: Relay):
     """A real SQLITE_FULL: the file may not grow."""
-    connection = relay.app.store._connection
+    connection = relay.app.store.database.connection
     big = json.dumps({"name": "big", "payload": {"text": "x" * 1_000_000}}).encode()
     raw = request("POST", PATHS["compozy"], big, **AUTHORIZED["compozy"])
     await relay.exchange(good("compozy"))

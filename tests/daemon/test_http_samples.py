@@ -22,7 +22,7 @@ async def relay(tmp_path_factory, listener):
 
 def worker_row(relay: Relay, expected: dict) -> dict:
     """Return what the registry says of a worker, as far as the sample asks."""
-    [row] = [row for row in relay.app.store.workers() if row.id == expected["id"]]
+    [row] = [row for row in relay.app.store.workers.all() if row.id == expected["id"]]
     asked = {name: getattr(row, name) for name in expected if name != "change"}
     return json.loads(msgspec.json.encode(asked))
 
@@ -30,8 +30,8 @@ def worker_row(relay: Relay, expected: dict) -> dict:
 @pytest.mark.parametrize("sample", read_samples(), ids=str)
 async def test_a_recorded_request_is_answered_and_stored_as_recorded(relay: Relay, sample: Sample):
     expect = sample.expect
-    relay.app.store._roster = Roster(())  # a sample speaks of a registry that knows nobody
-    newest = await relay.app.store.find("events", limit=1)
+    relay.app.store.workers.roster = Roster(())  # a sample speaks of a registry that knows nobody
+    newest = await relay.app.store.queries.find("events", limit=1)
     before = newest[0]["row"] if newest else 0
 
     answer = await relay.exchange(sample.request)
@@ -39,8 +39,10 @@ async def test_a_recorded_request_is_answered_and_stored_as_recorded(relay: Rela
     assert answer.status == expect.status, answer
     assert like(answer.json, expect.body), answer.json
     assert {name: answer.headers.get(name.lower()) for name in expect.headers} == expect.headers
-    rows = [row["row"] for row in await relay.app.store.find("events", limit=10) if row["row"] > before]
-    events = (await relay.app.store.load(rows)).values() if rows else ()
+    rows = [
+        row["row"] for row in await relay.app.store.queries.find("events", limit=10) if row["row"] > before
+    ]
+    events = (await relay.app.store.events.load(rows)).values() if rows else ()
     sent = [event for event in events if not event.type.startswith(f"{sample.kind}.worker.")]
     if expect.event is None:
         assert sent == []
@@ -55,10 +57,10 @@ async def test_a_recorded_request_is_answered_and_stored_as_recorded(relay: Rela
         assert like(read(event.context), expect.event.context), event.context
         assert event.body == sample.request.partition(b"\r\n\r\n")[2]
     if expect.worker is None:
-        assert relay.app.store.workers() == ()
+        assert relay.app.store.workers.all() == ()
     elif expect.worker["change"] == "unregister":
         assert expect.worker["id"] not in [
-            row.id for row in relay.app.store.workers() if row.unregistered_at is None
+            row.id for row in relay.app.store.workers.all() if row.unregistered_at is None
         ]
     else:
         asked = {name: value for name, value in expect.worker.items() if name != "change"}

@@ -35,7 +35,7 @@ async def relay(tmp_path_factory, listener):
 @pytest.fixture
 def slow_store(relay, monkeypatch):
     """Make appends wait until the test lets them go; says how many are waiting."""
-    original, gate = relay.app.store.append, asyncio.Event()
+    original, gate = relay.app.store.events.append, asyncio.Event()
 
     async def append(acceptance):
         gate.waiting += 1
@@ -43,7 +43,7 @@ def slow_store(relay, monkeypatch):
         return await original(acceptance)
 
     gate.waiting = 0
-    monkeypatch.setattr(relay.app.store, "append", append)
+    monkeypatch.setattr(relay.app.store.events, "append", append)
     return gate
 
 
@@ -171,13 +171,13 @@ async def test_the_answer_leaves_only_after_the_commit(relay: Relay):
 
 
 async def test_an_answer_before_the_commit_would_be_noticed(relay: Relay, monkeypatch):
-    original, late = relay.app.store.append, []
+    original, late = relay.app.store.events.append, []
 
     async def append(acceptance):
         late.append(acceptance)
         return Receipt(event_id=acceptance.event.public_id)
 
-    monkeypatch.setattr(relay.app.store, "append", append)
+    monkeypatch.setattr(relay.app.store.events, "append", append)
     assert not await is_stored_when_answered(relay)
     await original(late[0])
 
@@ -188,7 +188,7 @@ async def test_an_answer_that_differs_by_its_receipt_is_rendered_anew(relay: Rel
     async def append(_acceptance):
         return Receipt(event_id=first, duplicate=True)
 
-    monkeypatch.setattr(relay.app.store, "append", append)
+    monkeypatch.setattr(relay.app.store.events, "append", append)
     answer = await relay.exchange(request("POST", ADORN, adorn()))
     assert answer.json == {"status": "ok", "event_id": first}
 

@@ -219,11 +219,11 @@ async def test_nor_does_its_worker_spoil_the_registry(tmp_path):
         for path in ("/careless/w1", "/careless/w2"):
             for _ in range(2):
                 assert (await relay.exchange(request("PUT", path, b'{"name":%b}' % BOB))).status == 200
-        await relay.app.store.flush()
+        await relay.app.store.workers.flush()
         listed = (await relay.operator("GET", "/api/workers"))["items"]
         assert [item["version"] for item in listed] == [r"Bob \ud83d"] * 2
     async with running(config) as relay:
-        assert [worker.version for worker in relay.app.store.workers()] == [r"Bob \ud83d"] * 2
+        assert [worker.version for worker in relay.app.store.workers.all()] == [r"Bob \ud83d"] * 2
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ async def test_nor_does_its_worker_spoil_the_registry(tmp_path):
 async def test_a_heartbeat_with_half_an_emoji_is_a_heartbeat(relay, place):
     raw = request("PUT", "/api/workers/w1/heartbeat", place % BOB, **WORKER)
     assert (await relay.exchange(raw)).status == 200
-    [worker] = relay.app.store.workers()
+    [worker] = relay.app.store.workers.all()
     assert worker.cpu == 5
     body = b'{"workerId":"w2","endpoint":"x","description":%b}' % BOB
     assert (await relay.exchange(request("POST", "/api/workers/register", body, **WORKER))).status == 200

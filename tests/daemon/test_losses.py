@@ -245,7 +245,7 @@ async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
     async with running(config) as relay:
         for _ in range(5):
             await relay.exchange(post())
-        await relay.app.store.backup(tmp_path / "older.db")
+        await relay.app.store.upkeep.backup(tmp_path / "older.db")
     async with running(config) as relay:
         for _ in range(5):
             await relay.exchange(post())
@@ -277,7 +277,7 @@ async def test_damage_that_a_transaction_meets_stops_acknowledging(tmp_path):
             raise error
 
         with pytest.raises(StorageError):
-            await store._writer.submit(_job(break_))
+            await store.database.writer.submit(_job(break_))
         answer = await relay.exchange(post())
         assert answer.status == 503
         assert "the database is damaged" in store.failure
@@ -294,7 +294,7 @@ async def test_damage_that_reading_meets_stops_acknowledging_as_well(tmp_path):
             file.seek(4096)
             file.write(b"\xff" * (size - 4096))
         with pytest.raises(sqlite3.DatabaseError):
-            await store.load(list(range(1, 51)))
+            await store.events.load(list(range(1, 51)))
         await until(lambda: store.failure is not None)
         assert (await relay.exchange(post())).status == 503
         assert "the database is damaged" in store.failure
@@ -412,14 +412,14 @@ async def test_ids_of_deleted_events_are_not_given_out_again_and_are_no_loss(tmp
     async with opened(path, clock) as store:
         for _ in range(3):
             await send(store, clock)
-        store_ids = [row["row"] for row in await store.find("events")]
-        deliveries = [row["row"] for row in await store.find("deliveries")]
-        assert (await store.expunge(store_ids)).events == 3
+        store_ids = [row["row"] for row in await store.queries.find("events")]
+        deliveries = [row["row"] for row in await store.queries.find("deliveries")]
+        assert (await store.events.expunge(store_ids)).events == 3
     async with opened(path, clock) as store:
         assert evidence_of(path) == []
         await send(store, clock)
-        assert [row["row"] for row in await store.find("events")] == [max(store_ids) + 1]
-        assert min(row["row"] for row in await store.find("deliveries")) == max(deliveries) + 1
+        assert [row["row"] for row in await store.queries.find("events")] == [max(store_ids) + 1]
+        assert min(row["row"] for row in await store.queries.find("deliveries")) == max(deliveries) + 1
 
 
 def test_the_log_is_read_as_sqlite_reads_it(tmp_path):
@@ -456,7 +456,7 @@ async def test_no_backup_is_made_of_a_file_that_is_not_the_open_one(tmp_path):
         (tmp_path / "state" / "foreign.db").replace(relay.app.store.path)
         await refusal(relay.addresses.public)
         with pytest.raises(StorageError, match="was replaced by another file"):
-            await relay.app.store.backup(tmp_path / "copy.db")
+            await relay.app.store.upkeep.backup(tmp_path / "copy.db")
         with pytest.raises(StorageError, match="was replaced by another file"):
             await relay.app.backups.make()
         assert list(relay.app.backups.made()) == [good]

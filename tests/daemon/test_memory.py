@@ -99,7 +99,7 @@ async def test_a_request_leaves_nothing_to_the_garbage_collector(relay, case):
     async def work():
         for _ in range(5):
             assert (await relay.exchange(raw)).status == status
-        await until(lambda: not sum(relay.app.store.owed().values()))
+        await until(lambda: not sum(relay.app.store.ledger.pending().values()))
 
     assert await left_to_the_collector(work) == {}
 
@@ -113,7 +113,7 @@ async def test_a_sender_that_hangs_up_leaves_nothing_to_the_garbage_collector(re
         async with await Wire.open(relay.addresses.public) as wire:
             await wire.send(event(f"{TEXT}{before}"))
         await until(lambda: relay.counted("relay_events_received_total", source="adorn") > before)
-        await until(lambda: not sum(relay.app.store.owed().values()))
+        await until(lambda: not sum(relay.app.store.ledger.pending().values()))
 
     assert await left_to_the_collector(work) == {}
 
@@ -122,7 +122,7 @@ async def test_a_failed_attempt_leaves_nothing_to_the_garbage_collector(relay, r
     async def work():
         recorder.answers.extend([(503, {}), (302, {"Location": "http://127.0.0.1:1/"}), (400, {})])
         assert (await relay.exchange(event())).status == 200
-        await until(lambda: not sum(relay.app.store.owed().values()))
+        await until(lambda: not sum(relay.app.store.ledger.pending().values()))
 
     assert await left_to_the_collector(work) == {}
 
@@ -135,7 +135,7 @@ async def test_an_attempt_without_an_answer_leaves_nothing_to_the_garbage_collec
 
         async def work():
             assert (await relay.exchange(event())).status == 200
-            await until(lambda: not sum(relay.app.store.owed().values()))
+            await until(lambda: not sum(relay.app.store.ledger.pending().values()))
 
         assert await left_to_the_collector(work) == {}
         assert {row["result"] for row in await relay.rows("attempts")} == {"connect", "timeout"}

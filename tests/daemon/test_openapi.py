@@ -180,7 +180,7 @@ async def populate(relay, recorder):
     ).encode()
     await relay.exchange(request("POST", "/api/v1/workers/register", register, **headers))
     await relay.exchange(request("PUT", "/api/v1/workers/w1/heartbeat", beat, **headers))
-    await relay.app.store.flush()
+    await relay.app.store.workers.flush()
     return id_
 
 

@@ -81,9 +81,9 @@ async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):
 
 async def test_a_store_that_cannot_write_is_a_reason(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        relay.app.store._writer.failure = "disk I/O error"
+        relay.app.store.database.writer.failure = "disk I/O error"
         assert (await ready(relay))[1]["reasons"] == ["the store cannot write: disk I/O error"]
-        relay.app.store._writer.failure = None
+        relay.app.store.database.writer.failure = None
 
 
 async def test_order_by_of_the_config_holds_from_the_wire_to_the_receiver(tmp_path):
@@ -143,11 +143,11 @@ async def test_a_writer_that_fails_by_itself_stops_the_daemon(tmp_path):
     died = []
     store = SqliteStore(tmp_path / "relay.db", SystemClock(), on_fatal=died.append)
     await store.open()
-    store._writer._take = None
-    append = asyncio.ensure_future(store.sweep())
+    store.database.writer._take = None
+    append = asyncio.ensure_future(store.workers.sweep())
     await until(lambda: died)
     assert "the writer failed" in died[0]
     append.cancel()
-    await store._counter.close()
-    await store._reader.close()
-    await store._connection.close()
+    await store.database.counter.close()
+    await store.database.reader.close()
+    await store.database.connection.close()

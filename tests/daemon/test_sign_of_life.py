@@ -116,7 +116,7 @@ def full_queue(_relay, patch):
 @contextmanager
 def failing_disk(relay, patch):
     """Fail each COMMIT as a broken disk does."""
-    connection = relay.app.store._connection
+    connection = relay.app.store.database.connection
     original = connection.executemany
 
     async def broken(sql, parameters):
@@ -143,7 +143,7 @@ async def types(relay):
 
 
 async def sweep(relay):
-    return await relay.app.store.sweep()
+    return await relay.app.store.workers.sweep()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ async def test_a_call_that_cannot_be_stored_keeps_a_worker_alive(relay, clock, m
             assert answer.status == 503
     await until(lambda: relay.app.store.failure is None)
     assert await sweep(relay) == ()
-    [row] = relay.app.store.workers()
+    [row] = relay.app.store.workers.all()
     assert (row.status, row.last_heartbeat) == ("ONLINE", clock.wall())
     assert (await relay.exchange(beat())).status == 200
     assert await types(relay) == ["registered"]
@@ -211,7 +211,7 @@ async def test_what_a_refused_call_moved_is_on_the_disk_soon(config, relay, cloc
     relay.app.ingest.mounts["whatsapp"].paused = True
     clock.advance(60)
     assert (await relay.exchange(beat())).status == 503
-    await relay.app.store.flush()
+    await relay.app.store.workers.flush()
     with sqlite3.connect(f"file:{config.parent}/state/relay.db?mode=ro", uri=True) as db:
         [(at,)] = db.execute("SELECT last_heartbeat FROM workers")
     assert at == clock.wall()
@@ -235,11 +235,11 @@ async def test_a_call_beyond_the_cap_of_connections_keeps_a_worker_alive(relay, 
             await until(lambda: server.under_way == 1)
             for raw, is_heard in ((wrong, False), (b"GET /nowhere HTTP/1.1\r\n\r\n", False), (beat(), True)):
                 clock.advance(60)
-                before = relay.app.store.workers()[0].last_heartbeat
+                before = relay.app.store.workers.all()[0].last_heartbeat
                 answer = await exchange(url(sock), raw)
                 assert (answer.status, answer.json["error"]["code"]) == (503, "overload")
                 await until(lambda: len(server._turned_away) == 0)
-                assert (relay.app.store.workers()[0].last_heartbeat > before) is is_heard
+                assert (relay.app.store.workers.all()[0].last_heartbeat > before) is is_heard
     finally:
         await server.close(grace=0.1)
 
@@ -260,7 +260,7 @@ async def test_a_refused_unregister_ends_a_worker_without_an_alarm(relay, clock,
     clock.advance(1000)
     assert await sweep(relay) == ()
     assert await types(relay) == ["registered", "unregistered"]
-    assert relay.app.store.census("whatsapp", "OFFLINE") == 0
+    assert relay.app.store.workers.count("whatsapp", "OFFLINE") == 0
     assert (await relay.exchange(call)).status == 200  # again: nothing
     assert (await relay.exchange(beat())).status == 200
     assert await types(relay) == ["registered", "unregistered", "registered"]
@@ -320,7 +320,7 @@ async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(co
         await relay.exchange(register())
         relay.app.ingest.mounts["whatsapp"].paused = True
         await relay.exchange(delete())
-        await relay.app.store.flush()
+        await relay.app.store.workers.flush()
         state = (config.parent / "state" / "relay.db").read_bytes()
         log = (config.parent / "state" / "relay.db-wal").read_bytes()
     (tmp_path / "crashed" / "state").mkdir(parents=True)
@@ -391,7 +391,7 @@ READABLE = [
 @pytest.mark.parametrize("body", [*READABLE, b"\xef\xbb\xbf" + READABLE[0]], ids=lambda body: repr(body[:60]))
 async def test_what_can_be_read_of_an_odd_heartbeat_counts(relay, body):
     assert (await relay.exchange(beat(body=body))).status == 200
-    [worker] = relay.app.store.workers()
+    [worker] = relay.app.store.workers.all()
     assert (worker.status, worker.cpu) == ("MAINTENANCE", None)
 
 
@@ -490,7 +490,7 @@ async def test_a_heartbeat_that_is_cut_short_is_one(relay, clock):
     clock.advance(80)
     async with await Wire.open(relay.addresses.public) as wire:
         await wire.send(request("PUT", "/api/v1/workers/w1/heartbeat", content_length="5", **TOKEN) + b"{")
-    await until(lambda: relay.app.store.workers()[0].last_heartbeat == clock.wall())
+    await until(lambda: relay.app.store.workers.all()[0].last_heartbeat == clock.wall())
     clock.advance(80)
     assert await sweep(relay) == ()
 
@@ -515,7 +515,7 @@ async def test_a_refused_call_makes_no_worker(relay):
     relay.app.ingest.mounts["whatsapp"].paused = True
     for raw in (beat("w1"), register("w1"), delete("w1"), beat("x" * 300), beat("w1", body=b"{")):
         assert (await relay.exchange(raw)).status in (400, 503)
-    assert [worker.id for worker in relay.app.store.workers()] == ["known"]
+    assert [worker.id for worker in relay.app.store.workers.all()] == ["known"]
 
 
 async def test_a_plugin_that_says_nothing_of_signs_has_them_from_its_handlers(tmp_path, clock):
@@ -634,17 +634,17 @@ async def test_what_is_heeded_while_a_worker_s_row_is_written_is_not_lost(relay,
     store.write = slow
     changes = [Heartbeat(worker_id=worker, version="2") for worker in ("w1", "w2", "w3")]
     waiting = [
-        asyncio.ensure_future(store.append(Acceptance(source="whatsapp", change=change)))
+        asyncio.ensure_future(store.events.append(Acceptance(source="whatsapp", change=change)))
         for change in changes
     ]
     await begun.wait()
     clock.advance(80)
-    store.heed("whatsapp", Heartbeat(worker_id="w1"))
-    store.heed("whatsapp", Unregister(worker_id="w2"))
+    store.workers.note_refused("whatsapp", Heartbeat(worker_id="w1"))
+    store.workers.note_refused("whatsapp", Unregister(worker_id="w2"))
     go.set()
     await asyncio.gather(*waiting)
     store.write = write
     clock.advance(80)
     found = {worker.id: worker.unregistered_at is None for worker in await sweep(relay)}
     assert found == {"w2": False, "w3": True}
-    assert {worker.version for worker in store.workers()} == {"2"}
+    assert {worker.version for worker in store.workers.all()} == {"2"}

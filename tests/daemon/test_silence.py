@@ -64,7 +64,7 @@ def clock():
 async def store(tmp_path, clock):
     store = SqliteStore(tmp_path / "relay.db", clock)
     await store.open()
-    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     yield store
     await store.close()
 
@@ -74,7 +74,7 @@ async def sweep_at(watch, clock, *moments):
     for seconds in moments:
         clock.advance(seconds)
         await watch.sweep()
-        if watch._store.census("shop", "OFFLINE"):
+        if watch._store.workers.count("shop", "OFFLINE"):
             return seconds
     return None
 
@@ -99,7 +99,7 @@ async def test_a_sweep_that_was_away_for_long_puts_deadlines_off(store, clock):
 async def test_a_late_sweep_leaves_time_to_read_what_came_while_the_process_stood_still(store, clock):
     watch = Watch(store, clock, 10.0)
     assert await sweep_at(watch, clock, *[10] * 7, 29) is None
-    await store.append(
+    await store.events.append(
         Acceptance(source="shop", change=Heartbeat(worker_id="w1"))
     )  # it had been sent in time
     assert await sweep_at(watch, clock, *[10] * 9) is None
@@ -115,7 +115,7 @@ async def test_a_sweep_that_failed_is_made_good_by_the_next_one(store, clock):
     await watch.sweep()
     clock.advance(91)
     full = StorageUnavailableError("the disk is full")
-    with patch.object(store, "sweep", side_effect=full), pytest.raises(StorageUnavailableError):
+    with patch.object(store.workers, "sweep", side_effect=full), pytest.raises(StorageUnavailableError):
         await watch.sweep()
     assert await sweep_at(watch, clock, 0, 1) == 1
 
@@ -152,11 +152,11 @@ async def test_a_clock_step_makes_nobody_offline_and_hides_nobody_who_is(tmp_pat
         await relay.exchange(beat("dead"))
         died = clock.steady()
         clock.by = step
-        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE"))
+        await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE"))
         assert (clock.steady() - died) / 1e6 < 0.6 + 2 * 0.1 + 0.2  # of which 0.2 s for a busy machine
         await relay.exchange(beat("dead"))  # and once more, on the stepped clock
-        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE") == 0)
-        await until(lambda: relay.app.store.census("whatsapp", "OFFLINE"))
+        await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE") == 0)
+        await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE"))
         events = [row for row in await relay.rows() if row["type"] == "whatsapp.worker.offline"]
     assert [row["subject"] for row in events] == ["dead", "dead"]
 

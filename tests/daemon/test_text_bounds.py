@@ -145,28 +145,28 @@ async def test_what_a_worker_says_too_long_is_left_out_and_the_rest_counts(relay
     }
     beat = {"version": long, "environment": long, "uptime": 5, "sessions": [session, {"sessionId": long}]}
     assert (await relay.exchange(whatsapp("PUT", f"{WORKERS}/w/heartbeat", beat))).status == 200
-    [row] = [row for row in relay.app.store.workers() if row.id == "w"]
+    [row] = [row for row in relay.app.store.workers.all() if row.id == "w"]
     assert (row.endpoint, row.description, row.version, row.environment) == ("", "", "", "")
     assert (row.max_sessions, row.uptime, [s.id for s in row.sessions]) == (5, 5.0, ["s"])
     assert [(s.status, s.phone, s.name, s.last_activity) for s in row.sessions] == [("", None, None, None)]
     counted = {"sessions": {long: 1, "connected": 2}}
     await relay.exchange(whatsapp("PUT", f"{WORKERS}/w/heartbeat", counted))
-    [row] = [row for row in relay.app.store.workers() if row.id == "w"]
+    [row] = [row for row in relay.app.store.workers.all() if row.id == "w"]
     assert row.counts == {"connected": 2}
 
 
 async def test_what_a_worker_says_within_its_bound_is_kept(relay):
     body = {"workerId": "v", "endpoint": "e" * 1024, "description": "d" * 1024, "version": "v" * 256}
     await relay.exchange(whatsapp("POST", f"{WORKERS}/register", body))
-    [row] = [row for row in relay.app.store.workers() if row.id == "v"]
+    [row] = [row for row in relay.app.store.workers.all() if row.id == "v"]
     assert (len(row.endpoint), len(row.description), len(row.version)) == (1024, 1024, 256)
 
 
 async def test_an_event_with_a_monstrous_time_is_kept_and_its_context_is_small(relay):
     body = {"event": "connected", "sessionId": "s", "workerId": "w", "timestamp": "9" * 100_000}
     assert (await relay.exchange(whatsapp("POST", "/api/webhooks/session-status", body))).status == 200
-    newest = (await relay.app.store.find("events", limit=1))[0]
-    event = (await relay.app.store.load([newest["row"]]))[newest["row"]]
+    newest = (await relay.app.store.queries.find("events", limit=1))[0]
+    event = (await relay.app.store.events.load([newest["row"]]))[newest["row"]]
     assert json.loads(event.context) == {"worker_id": "w", "session_id": "s"}
     assert len(event.body) > 100_000
 
@@ -187,12 +187,12 @@ async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_
         event = await send(store, clock)
         await end(store, event, "delivered", "crm")
         for _ in range(50):
-            await store.repeat([(event, Owed("erp"))])
+            await store.deliveries.repeat([(event, Owed("erp"))])
             await end(store, event, "dead", "erp")
         long = "s" * 2_000_000
-        await store._writer.errand(lambda it: it.execute("UPDATE events SET subject = ?", (long,)))
-        await store._writer.errand(lambda it: it.commit())
-        row = (await store.find("events", id=event.id))[0]
+        await store.database.writer.errand(lambda it: it.execute("UPDATE events SET subject = ?", (long,)))
+        await store.database.writer.errand(lambda it: it.commit())
+        row = (await store.queries.find("events", id=event.id))[0]
         assert row["subject"] == "s" * 256
         assert len(row["deliveries"]) < 200
         assert json.loads(row["deliveries"]) == {

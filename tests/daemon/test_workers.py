@@ -79,7 +79,7 @@ async def test_commands_come_in_the_order_they_were_given(relay):
 @pytest.mark.parametrize("failures", [0, 2])
 async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay, monkeypatch, failures):
     monkeypatch.setattr(handler, "STORAGE_PAUSE", 0.01)
-    fleet, failing = relay.app.store.fleet, [StorageUnavailableError("the disk is full")] * failures
+    fleet, failing = relay.app.store.workers.change, [StorageUnavailableError("the disk is full")] * failures
 
     async def fail_at_first(wish):
         if failing:
@@ -88,10 +88,10 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
 
     await relay.exchange(beat())
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
-    monkeypatch.setattr(relay.app.store, "fleet", fail_at_first)
+    monkeypatch.setattr(relay.app.store.workers, "change", fail_at_first)
     wire = await Wire.open(relay.addresses.public)
     # The writer is held until the worker is gone, so that the reply has nobody to go to.
-    holds, held, writer = asyncio.Event(), asyncio.Event(), relay.app.store._writer
+    holds, held, writer = asyncio.Event(), asyncio.Event(), relay.app.store.database.writer
 
     async def hold(_connection):
         holds.set()
@@ -116,7 +116,7 @@ async def test_a_command_that_nobody_fetches_expires(relay, clock):
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}, "ttl": "1m"})
     clock.advance(61)
     assert (await relay.exchange(beat())).json["data"]["commands"] == []
-    await relay.app.store.expire()
+    await relay.app.store.deliveries.expire()
     assert (await worker(relay))["commands"][0]["state"] == "expired"
 
 
@@ -155,11 +155,11 @@ async def test_maintenance_wins_over_reports_and_over_silence(relay, clock):
     assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True}))[1]["status"] == "MAINTENANCE"
     await relay.exchange(beat(status="ONLINE"))
     clock.advance(1000)
-    await relay.app.store.sweep()
+    await relay.app.store.workers.sweep()
     assert (await worker(relay))["status"] == "MAINTENANCE"
     assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": False}))[1]["status"] == "ONLINE"
     clock.advance(91)
-    await relay.app.store.sweep()
+    await relay.app.store.workers.sweep()
     assert (await worker(relay))["status"] == "OFFLINE"
     assert await types(relay) == ["registered", "offline"]
 
@@ -175,17 +175,17 @@ async def test_a_forgotten_worker_is_new_when_it_beats_again(relay):
 async def test_workers_that_have_long_been_offline_are_forgotten_by_themselves(relay, clock):
     await relay.exchange(beat("old"))
     clock.advance(100)
-    await relay.app.store.sweep()
+    await relay.app.store.workers.sweep()
     await relay.exchange(beat("young"))
     clock.advance(30 * 86_400)
     await relay.app._forget_workers()
-    assert [w.id for w in relay.app.store.workers()] == ["young"]
+    assert [w.id for w in relay.app.store.workers.all()] == ["young"]
 
 
 async def test_gauges_are_kept_once_a_minute_and_pruned(relay, clock):
     for _ in range(6):
         await relay.exchange(beat(cpuUsage=5.5, uptime=1, sessions={"total": 2}))
-        await relay.app.store.flush()
+        await relay.app.store.workers.flush()
         clock.advance(30)
     rows = (await worker(relay))["metrics"]
     assert [row["cpu"] for row in rows] == [5.5] * 3
@@ -211,7 +211,7 @@ async def test_an_event_that_names_no_worker_belongs_to_the_one_that_told_of_its
 
     async def send(raw):
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
 
     await send(beat("w1", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
     await send(beat("w2", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
@@ -305,7 +305,7 @@ async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration
             "success": True,
             "data": {"workerId": id_, "status": "acknowledged", "commands": []},
         }
-        assert await relay.app.store.sweep() == ()
+        assert await relay.app.store.workers.sweep() == ()
     asked = await relay.exchange(request("GET", f"{raw}/sessions/assigned", **TOKEN))
     assert asked.json["data"]["workerId"] == id_
     for path, body in (
@@ -324,7 +324,7 @@ async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration
 async def test_a_worker_that_encodes_an_odd_id_is_one_and_the_same_in_every_call(relay, id_):
     assert (await relay.exchange(register(id_))).status == 200
     assert (await relay.exchange(beat(id_))).json["data"]["workerId"] == id_
-    assert [w.id for w in relay.app.store.workers()] == [id_]
+    assert [w.id for w in relay.app.store.workers.all()] == [id_]
     assert (await worker(relay, id_))["id"] == id_
     path = f"/api/v1/workers/{quote(id_, safe='')}"
     assert (await relay.exchange(request("DELETE", path, **TOKEN))).status == 200
@@ -336,7 +336,7 @@ async def test_an_id_that_no_encoding_can_carry_is_refused_at_registration(relay
     answer = await relay.exchange(register(id_))
     assert (answer.status, answer.json["code"]) == (400, "VALIDATION_ERROR")
     assert answer.json["error"] == "workerId: no heartbeat can be sent for it"
-    assert relay.app.store.workers() == ()
+    assert relay.app.store.workers.all() == ()
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ async def leave(relay, worker):
 
 async def fall_silent(relay, clock):
     clock.advance(91)
-    await relay.app.store.sweep()
+    await relay.app.store.workers.sweep()
 
 
 async def test_a_worker_that_restarts_under_its_id_is_told_its_sessions(recovering, clock):
@@ -429,7 +429,7 @@ async def test_a_new_id_at_the_endpoint_of_an_offline_one_has_its_sessions(recov
     assert await assigned(recovering, "w1") == []
     assert await told(recovering, "w3") == []  # they are w2's now, which is alive
     registered = next(row for row in await recovering.rows() if row["subject"] == "w2")
-    [event] = (await recovering.app.store.load([registered["row"]])).values()
+    [event] = (await recovering.app.store.events.load([registered["row"]])).values()
     assert [s["id"] for s in json.loads(event.data)["worker"]["sessions"]] == ["s1", "s2"]
 
 
@@ -498,7 +498,7 @@ async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recov
     waiting = []
     for id_ in ("w2", "w3"):
         waiting.append(asyncio.ensure_future(recovering.exchange(register(id_, endpoint=PLACE))))
-        await until(lambda: len(recovering.app.store._writer._jobs) == len(waiting))
+        await until(lambda: len(recovering.app.store.database.writer._jobs) == len(waiting))
     await release()
     replies = [(await each).json["data"]["assignedSessionCount"] for each in waiting]
     assert replies == [1, 0]
@@ -541,8 +541,8 @@ async def test_samples_touch_no_worker_that_there_is(relay, clock):
         assert (await relay.exchange(raw)).status == 200
     assert await worker(relay, "worker-001") == before
     clock.advance(29)  # later than its former id's deadline, had a sample taken over its endpoint
-    assert await relay.app.store.sweep() == ()
-    assert [w.id for w in relay.app.store.workers() if w.unregistered_at is None] == ["worker-001"]
+    assert await relay.app.store.workers.sweep() == ()
+    assert [w.id for w in relay.app.store.workers.all() if w.unregistered_at is None] == ["worker-001"]
 
 
 async def test_the_list_goes_on_where_a_page_ended_by_source_and_id(relay):
@@ -570,7 +570,7 @@ async def held(relay):
         began.set()
         await go.wait()
 
-    asking = asyncio.ensure_future(relay.app.store._writer.errand(hold))
+    asking = asyncio.ensure_future(relay.app.store.database.writer.errand(hold))
     await began.wait()
 
     async def release():
@@ -584,10 +584,10 @@ async def test_heartbeats_that_wait_behind_a_sweep_for_a_slow_disk_are_no_silenc
     await relay.exchange(beat(status="ONLINE"))
     release = await held(relay)
     clock.advance(89)
-    sweep = asyncio.ensure_future(relay.app.store.sweep())
-    await until(lambda: relay.app.store._writer._jobs)
+    sweep = asyncio.ensure_future(relay.app.store.workers.sweep())
+    await until(lambda: relay.app.store.database.writer._jobs)
     waiting = asyncio.ensure_future(relay.exchange(beat(version="2")))  # no quiet one: it needs the disk
-    await until(lambda: len(relay.app.store._writer._jobs) >= 2)
+    await until(lambda: len(relay.app.store.database.writer._jobs) >= 2)
     clock.advance(60)
     await release()
     assert await sweep == ()
@@ -607,13 +607,13 @@ async def test_a_heartbeat_while_its_worker_s_last_change_is_written_is_not_lost
     waiting = []
     for raw in changes:
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
     await release()
     await asyncio.gather(*waiting)
     shown = await worker(relay)
     assert shown["sessions"][0]["status"] == "A"
     clock.advance(89)
-    assert await relay.app.store.sweep() == ()
+    assert await relay.app.store.workers.sweep() == ()
 
 
 async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(relay):
@@ -622,7 +622,7 @@ async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(r
     waiting = []
     for status in ("OFFLINE", "ONLINE"):
         waiting.append(asyncio.ensure_future(relay.exchange(beat(status=status))))
-        await until(lambda: len(relay.app.store._writer._jobs) == len(waiting))
+        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
     await release()
     await asyncio.gather(*waiting)
     assert await types(relay) == ["registered", "offline", "online"]
@@ -631,20 +631,22 @@ async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(r
 async def test_a_heartbeat_that_cannot_be_stored_is_a_sign_of_life_all_the_same(relay, clock):
     await relay.exchange(beat())
     clock.advance(80)
-    relay.app.store._writer.failure = "the disk is full"
+    relay.app.store.database.writer.failure = "the disk is full"
     assert (await relay.exchange(beat(version="2"))).status == 503
-    relay.app.store._writer.failure = None
+    relay.app.store.database.writer.failure = None
     clock.advance(80)
-    assert await relay.app.store.sweep() == ()
+    assert await relay.app.store.workers.sweep() == ()
     assert (await worker(relay))["version"] == ""
 
 
 async def test_many_that_fall_silent_at_once_are_told_of_one_by_one_each_once(relay, clock):
     for number in range(300):
-        await relay.app.store.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id=f"w{number}")))
+        await relay.app.store.events.append(
+            Acceptance(source="whatsapp", change=Heartbeat(worker_id=f"w{number}"))
+        )
     clock.advance(91)
-    assert len(await relay.app.store.sweep()) == 300
-    assert await relay.app.store.sweep() == ()
+    assert len(await relay.app.store.workers.sweep()) == 300
+    assert await relay.app.store.workers.sweep() == ()
     events = await relay.rows()
     offline = [row["subject"] for row in events if row["type"] == "whatsapp.worker.offline"]
     assert sorted(offline) == sorted(f"w{number}" for number in range(300))
@@ -667,7 +669,7 @@ async def test_metrics_count_workers_by_status_and_every_change_of_it(relay, clo
     await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True})
     clock.advance(91)
     await relay.exchange(beat("w2"))
-    await relay.app.store.sweep()
+    await relay.app.store.workers.sweep()
     assert counted() == ([1, 1, 1], [3, 1, 1])
     await relay.exchange(request("DELETE", "/api/v1/workers/w3", **TOKEN))
     await ask(relay, "DELETE", "/whatsapp/w2")

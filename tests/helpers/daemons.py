@@ -124,7 +124,7 @@ class Relay:
         """Return what is stored, oldest first."""
         found: list[dict[str, Any]] = []
         before = None
-        while page := await self.app.store.find(kind, limit=500, before=before, **filters):
+        while page := await self.app.store.queries.find(kind, limit=500, before=before, **filters):
             found += page
             before = page[-1]["row"]
         return found[::-1]
@@ -132,7 +132,7 @@ class Relay:
     async def event(self, public_id: str) -> StoredEvent:
         """Return one event, whole."""
         [row] = await self.rows(id=public_id)
-        return (await self.app.store.load([row["row"]]))[row["row"]]
+        return (await self.app.store.events.load([row["row"]]))[row["row"]]
 
 
 @asynccontextmanager

@@ -109,7 +109,7 @@ async def send(store, body=b'{"n":1}', subject="s", type_="shop.order"):
         received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
         sha256=hashlib.sha256(body).digest(), traceparent=None,
     )  # fmt: skip
-    return (await store.append(Acceptance(source="shop", event=event))).event_id
+    return (await store.events.append(Acceptance(source="shop", event=event))).event_id
 
 
 async def send_many(store, count, body=b'{"n":1}', subject="s"):
@@ -121,7 +121,7 @@ async def ended(store, count=1, destination=None):
     """Wait until that many deliveries have ended, and return them oldest first."""
 
     async def look():
-        rows = await store.find("deliveries", limit=1000, destination=destination)
+        rows = await store.queries.find("deliveries", limit=1000, destination=destination)
         return [row for row in reversed(rows) if row["state"] != "pending"]
 
     async with asyncio.timeout(30):

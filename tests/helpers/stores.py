@@ -23,9 +23,9 @@ async def opened(path, clock):
     store.listener = listen
     await store.open()
     yield store
-    for name, books in (await store.counts()).items():
+    for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
-    assert not await store._reader.execute_fetchall("PRAGMA foreign_key_check")
+    assert not await store.database.reader.execute_fetchall("PRAGMA foreign_key_check")
     await store.close()
 
 
@@ -52,7 +52,7 @@ def make_event(clock, body=b'{"n": 1}', **fields):
 async def send(store, clock, *, key=None, **fields):
     """Append one event; return it as it was stored."""
     event = make_event(clock, **fields)
-    await store.append(Acceptance(source=event.source, event=event, key=key))
+    await store.events.append(Acceptance(source=event.source, event=event, key=key))
     stored = (each for news in reversed(store.news) for each in news.events)
     return next((each for each in stored if each.public_id == event.public_id), event)
 
@@ -62,14 +62,16 @@ async def end(store, event, state="delivered", destination=None):
     for delivery in store.fresh:
         if delivery.event_id == event.id and destination in (None, delivery.destination):
             attempt = Attempt(started_at=event.received_at, duration_ms=1.0, result="ok", status=200)
-            await store.settle(Outcome(delivery=delivery, attempt=attempt, state=state))
+            await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state=state))
 
 
 async def ids(store):
     """Return the row ids of all events."""
-    return [row[0] for row in await store._reader.execute_fetchall("SELECT id FROM events ORDER BY id")]
+    return [
+        row[0] for row in await store.database.reader.execute_fetchall("SELECT id FROM events ORDER BY id")
+    ]
 
 
 async def rows(store, table):
-    [(count,)] = await store._reader.execute_fetchall(f"SELECT count(*) FROM {table}")
+    [(count,)] = await store.database.reader.execute_fetchall(f"SELECT count(*) FROM {table}")
     return count

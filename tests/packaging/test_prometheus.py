@@ -165,7 +165,7 @@ async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
         relay.app.jobs.stop()  # they may
         monkeypatch.setattr(sqlite3, "connect", connecting)
         store = relay.app.store
-        for connection in (store._connection, store._reader, store._counter):
+        for connection in (store.database.connection, store.database.reader, store.database.counter):
             await connection.set_authorizer(watched)
         for accept in ("text/plain", OPENMETRICS):
             assert 'relay_deliveries_pending{destination="crm"' in await scrape(relay, accept)

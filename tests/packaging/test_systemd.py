@@ -233,7 +233,7 @@ async def beats(watchdog, count):
 async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager, monkeypatch):
     monkeypatch.setattr(app_module, "WRITER_PATIENCE", 0.1)
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        writer = relay.app.store._writer
+        writer = relay.app.store.database.writer
         write, let_go = writer._gatherer.write, asyncio.Event()
 
         async def wait(transaction, batch):
@@ -259,13 +259,13 @@ async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path,
     async with Recorder() as receiver:
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
         async with running(config) as relay:
-            claim, let_go = relay.app.store.claim, asyncio.Event()
+            claim, let_go = relay.app.store.deliveries.claim, asyncio.Event()
 
             async def stall(*args, **named):
                 await let_go.wait()
                 return await claim(*args, **named)
 
-            monkeypatch.setattr(relay.app.store, "claim", stall)
+            monkeypatch.setattr(relay.app.store.deliveries, "claim", stall)
             relay.app.engine.lanes["crm"].wake()
             wanted = "not ready: due deliveries to crm are not picked up"
             await until(lambda: wanted in manager.heard("STATUS"))

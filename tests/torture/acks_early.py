@@ -5,15 +5,15 @@ import asyncio
 from relay.cli import main
 from relay.model import Receipt
 from relay.store import Acceptance
-from relay.store.sqlite import SqliteStore
+from relay.store.events import SqliteEvents
 
 LATE = 0.1  # seconds between the answer and the commit
 
-_append = SqliteStore.append
+_append = SqliteEvents.append
 _tasks: set[asyncio.Task[Receipt]] = set()
 
 
-async def append(self: SqliteStore, acceptance: Acceptance) -> Receipt:
+async def append(self: SqliteEvents, acceptance: Acceptance) -> Receipt:
     """Promise what is not kept yet."""
 
     async def later() -> Receipt:
@@ -26,7 +26,7 @@ async def append(self: SqliteStore, acceptance: Acceptance) -> Receipt:
     return Receipt(event_id=acceptance.event.public_id if acceptance.event else "")
 
 
-SqliteStore.append = append  # type: ignore[method-assign]
+SqliteEvents.append = append  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main()

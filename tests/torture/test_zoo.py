@@ -50,7 +50,7 @@ async def settled(store, engine):
     """Wait until every destination has got all it is owed or is held, and return the books."""
     async with asyncio.timeout(20):
         while True:
-            counts = await store.counts()
+            counts = await store.ledger.audit()
             lanes = engine.lanes.values()
             if all(not lane.in_flight and (lane.held or not counts[lane.name].pending) for lane in lanes):
                 return counts
@@ -60,8 +60,8 @@ async def settled(store, engine):
 async def attempts(store):
     """Return (result, seconds) of every attempt, by destination."""
     found = defaultdict(list)
-    names = {row["id"]: row["destination"] for row in await store.find("deliveries", limit=10_000)}
-    for row in await store.find("attempts", limit=10_000):
+    names = {row["id"]: row["destination"] for row in await store.queries.find("deliveries", limit=10_000)}
+    for row in await store.queries.find("attempts", limit=10_000):
         found[names[row["delivery_id"]]].append((row["result"], row["duration_ms"] / 1000))
     return found
 

@@ -29,16 +29,16 @@ async def store(tmp_path, clock):
 async def test_a_relay_starts_from_a_backup_and_owes_what_was_owed(store, clock, tmp_path):
     events = [await send(store, clock, body=b"%d" % number) for number in range(3)]
     await end(store, events[0])
-    made = await store.backup(tmp_path / "copy.db")
+    made = await store.upkeep.backup(tmp_path / "copy.db")
     assert (made.events, made.deliveries) == (3, 6)
     assert made.bytes == (tmp_path / "copy.db").stat().st_size
     await send(store, clock)
     async with opened(tmp_path / "copy.db", clock) as copy:
-        assert await copy.load([1, 2, 3]) == {event.id: event for event in events}
-        assert (await copy.counts())["crm"].pending == 2
-        claim = await copy.claim("crm", 10, retries=False)
+        assert await copy.events.load([1, 2, 3]) == {event.id: event for event in events}
+        assert (await copy.ledger.audit())["crm"].pending == 2
+        claim = await copy.deliveries.claim("crm", 10, retries=False)
         assert len(claim.deliveries) == 2
-        assert [row for (row,) in await copy._reader.execute_fetchall("PRAGMA auto_vacuum")] == [2]
+        assert [row for (row,) in await copy.database.reader.execute_fetchall("PRAGMA auto_vacuum")] == [2]
 
 
 async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, clock, tmp_path):
@@ -46,7 +46,7 @@ async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, 
     before = set(tmp_path.iterdir())
     old = os.umask(0)
     try:
-        await store.backup(tmp_path / "copy.db")
+        await store.upkeep.backup(tmp_path / "copy.db")
     finally:
         os.umask(old)
     assert set(tmp_path.iterdir()) - before == {tmp_path / "copy.db"}
@@ -57,11 +57,11 @@ async def test_a_backup_replaces_a_file_only_when_told(store, clock, tmp_path):
     target = tmp_path / "copy.db"
     target.write_text("precious")
     with pytest.raises(StorageError, match="is there already") as caught:
-        await store.backup(target)
+        await store.upkeep.backup(target)
     assert "--force" in caught.value.hint
     assert target.read_text() == "precious"
     await send(store, clock)
-    assert (await store.backup(target, replace=True)).events == 1
+    assert (await store.upkeep.backup(target, replace=True)).events == 1
     with sqlite3.connect(target) as copy:
         assert copy.execute("SELECT count(*) FROM events").fetchone() == (1,)
     copy.close()
@@ -71,18 +71,18 @@ async def test_a_backup_never_replaces_the_database_itself(store, tmp_path):
     (tmp_path / "link.db").hardlink_to(tmp_path / "relay.db")
     for name in ("relay.db", "link.db"):
         with pytest.raises(StorageError, match="cannot be a backup of"):
-            await store.backup(tmp_path / name, replace=True)
+            await store.upkeep.backup(tmp_path / name, replace=True)
 
 
 async def test_the_rest_of_a_backup_that_was_cut_short_is_in_nobodys_way(store, tmp_path):
     (tmp_path / "copy.db.part").write_text("half of it")
-    await store.backup(tmp_path / "copy.db")
+    await store.upkeep.backup(tmp_path / "copy.db")
     assert not (tmp_path / "copy.db.part").exists()
 
 
 async def test_a_folder_that_is_not_there_is_named(store, tmp_path):
     with pytest.raises(StorageError, match="there is no folder") as caught:
-        await store.backup(tmp_path / "nowhere" / "copy.db")
+        await store.upkeep.backup(tmp_path / "nowhere" / "copy.db")
     assert caught.value.hint.startswith("mkdir -p ")
 
 
@@ -90,7 +90,7 @@ async def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(backup.shutil, "disk_usage", lambda _path: usage._replace(free=10))
     with pytest.raises(StorageError, match="10 B free, a copy may take"):
-        await store.backup(tmp_path / "copy.db")
+        await store.upkeep.backup(tmp_path / "copy.db")
     assert not list(tmp_path.glob("copy*"))
 
 
@@ -114,7 +114,7 @@ async def test_a_copy_that_is_not_sound_gets_no_name(store, clock, monkeypatch, 
 
     monkeypatch.setattr(backup, "_verify", damaged)
     with pytest.raises(StorageError, match=complaint):
-        await store.backup(folder / "copy.db")
+        await store.upkeep.backup(folder / "copy.db")
     assert not list(folder.glob("copy*"))
 
 
@@ -131,14 +131,14 @@ async def test_a_damaged_copy_gets_no_name(store, clock, tmp_path, monkeypatch):
 
     monkeypatch.setattr(backup, "_verify", damaged)
     with pytest.raises(StorageError, match=r"damaged|malformed"):
-        await store.backup(tmp_path / "copy.db")
+        await store.upkeep.backup(tmp_path / "copy.db")
     assert not list(tmp_path.glob("copy*"))
 
 
 async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
     for _ in range(20):
         await send(store, clock, body=b"x" * 100_000)
-    task = asyncio.ensure_future(store.backup(tmp_path / "copy.db"))
+    task = asyncio.ensure_future(store.upkeep.backup(tmp_path / "copy.db"))
     sent = 0
     while not task.done():
         await send(store, clock)
@@ -161,8 +161,8 @@ async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
         stop.wait(10)
         return back_up(source, target, stop, replace=replace)
 
-    monkeypatch.setattr(backup, "back_up", slow)
-    task = asyncio.ensure_future(store.backup(tmp_path / "copy.db"))
+    monkeypatch.setattr("relay.store.upkeep.back_up", slow)
+    task = asyncio.ensure_future(store.upkeep.backup(tmp_path / "copy.db"))
     await until(lambda: begun)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -85,12 +85,12 @@ async def test_none_goes_for_one_that_could_not_be_made(backups, store, clock, t
         clock.advance(DAY)
     before = made(tmp_path)
     assert backups.examine().ok
-    await store._connection.execute("UPDATE ledger SET created = created + 1")
+    await store.database.connection.execute("UPDATE ledger SET created = created + 1")
     metrics = Metrics()
     jobs = Jobs(clock, metrics)
     jobs.add("backup", 60.0, backups.run)
     done = await jobs.run("backup")
-    await store._connection.execute("UPDATE ledger SET created = created - 1")
+    await store.database.connection.execute("UPDATE ledger SET created = created - 1")
     assert made(tmp_path) == before
     assert (done.failures, done.succeeded_at) == (1, None)
     assert done.error.startswith("no backup: the copy does not balance: crm, erp")
@@ -158,7 +158,7 @@ async def cramped(tmp_path, clock):
         async with opened(disk.path / "relay.db", clock) as store:
             for number in range(12):
                 await send(store, clock, body=b"%d" % number + b"x" * 100_000)
-            await store.compact()
+            await store.upkeep.compact()
             disk.backups = Backups(store, clock, lambda: disk.backups.config)
             set_rules(disk.backups, disk.path, every=DAY, keep=10)
             yield disk
@@ -201,7 +201,7 @@ async def test_a_backup_stops_where_senders_take_the_room_meanwhile(cramped, mon
 
 async def test_a_backup_on_another_disk_may_fill_it(cramped, tmp_path, clock):
     with small_disk(tmp_path / "other", 2 * 2**20) as other:
-        made = await cramped.backups._store.backup(other.path / "copy.db", keep_free=100 * 2**20)
+        made = await cramped.backups._store.upkeep.backup(other.path / "copy.db", keep_free=100 * 2**20)
         assert made.events == 12
 
 
@@ -209,5 +209,5 @@ async def test_what_is_still_in_the_log_counts_as_room_that_a_copy_takes(cramped
     store: SqliteStore = cramped.backups._store
     await send(store, clock, body=b"x" * 900_000)
     free = cramped.free
-    assert await store.backup_lacks(cramped.path, keep_free=free - 2_000_000) > 0
+    assert await store.upkeep.missing_space(cramped.path, keep_free=free - 2_000_000) > 0
     assert made_in(cramped.path) == {}

@@ -22,39 +22,41 @@ async def store(tmp_path, clock, monkeypatch):
 
 async def fill(store, clock):
     events = [await send(store, clock, body=b"a secret " * 5000) for _ in range(20)]
-    await store.expunge([event.id for event in events[:19]])
+    await store.events.expunge([event.id for event in events[:19]])
 
 
 async def test_free_room_goes_back_to_the_disk_at_once(store, clock):
     await fill(store, clock)
-    done = await store.compact()
+    done = await store.upkeep.compact()
     assert done.whole
     assert done.after < done.before / 3
     assert store.path.stat().st_size == done.after
     assert store.path.with_name("relay.db-wal").stat().st_size == 0
-    assert len(await store.load([20])) == 1
+    assert len(await store.events.load([20])) == 1
 
 
 async def test_what_was_deleted_is_in_no_file_any_more(store, clock):
     await fill(store, clock)
-    await store.expunge([20])
-    await store.compact()
+    await store.events.expunge([20])
+    await store.upkeep.compact()
     for path in store.path.parent.glob("relay.db*"):
         assert b"a secret" not in path.read_bytes()
 
 
 async def test_a_reader_in_the_way_is_not_waited_for(store, clock):
-    await store._reader.execute_fetchall("BEGIN")
-    await store._reader.execute_fetchall("SELECT count(*) FROM events")
+    await store.database.reader.execute_fetchall("BEGIN")
+    await store.database.reader.execute_fetchall("SELECT count(*) FROM events")
     await fill(store, clock)
-    assert not (await store.compact()).whole
-    assert [row for (row,) in await store._connection.execute_fetchall("PRAGMA busy_timeout")] == [5000]
-    await store._reader.execute_fetchall("COMMIT")
-    assert (await store.compact()).whole
+    assert not (await store.upkeep.compact()).whole
+    assert [row for (row,) in await store.database.connection.execute_fetchall("PRAGMA busy_timeout")] == [
+        5000
+    ]
+    await store.database.reader.execute_fetchall("COMMIT")
+    assert (await store.upkeep.compact()).whole
 
 
 async def test_where_nothing_is_free_nothing_changes(store, clock):
     await send(store, clock)
-    await store.compact()  # what the migrations of a new file leave free
-    done = await store.compact()
+    await store.upkeep.compact()  # what the migrations of a new file leave free
+    done = await store.upkeep.compact()
     assert done == Compacted(before=done.before, after=done.before, whole=True)

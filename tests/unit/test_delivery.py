@@ -33,7 +33,7 @@ async def test_three_failures_and_a_recovery_leave_one_id_and_four_attempts(stor
         [row] = await ended(store)
     assert [headers["webhook-id"] for headers, _ in receiver.requests] == [sent] * 4
     assert (row["state"], row["attempts"]) == ("delivered", 4)
-    attempts = await store.find("attempts", delivery_id=row["id"])
+    attempts = await store.queries.find("attempts", delivery_id=row["id"])
     assert [attempt["result"] for attempt in reversed(attempts)] == ["5xx", "5xx", "4xx", "ok"]
 
 
@@ -80,7 +80,9 @@ async def test_a_format_that_fails_spends_attempts_and_ends_dead(store, receiver
     assert by_name["ok"]["state"] == "delivered"
     dead = by_name["crm"]
     assert (dead["state"], dead["reason"], dead["last_error"]) == ("dead", "exhausted", error)
-    assert [row["result"] for row in await store.find("attempts", delivery_id=dead["id"])] == ["format"] * 3
+    assert [row["result"] for row in await store.queries.find("attempts", delivery_id=dead["id"])] == [
+        "format"
+    ] * 3
     assert len(receiver.requests) == 1
     assert len([record for record in caplog.records if record.exc_info]) == 1  # one traceback for all three
 
@@ -131,7 +133,7 @@ async def test_a_receiver_that_is_gone_is_disabled_and_its_deliveries_are_held(
         lane = engine.lanes["crm"]
         await until(lambda: lane.standing.state.disabled_reason == reason)
         second = await send(store)
-        assert (await store.counts())["crm"].pending == 2
+        assert (await store.ledger.audit())["crm"].pending == 2
         assert len(receiver.requests) == 1
         await lane.set_state(DestinationState(name="crm"))
         rows = await ended(store, 2)
@@ -203,8 +205,8 @@ async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receive
     async with Receiver().serve() as other:
         store.route = route([destination("crm", other.url)])
         await send(store)
-        await store._connection.execute("UPDATE events SET body = x'7b7d'")
-        store.release([1])
+        await store.database.connection.execute("UPDATE events SET body = x'7b7d'")
+        store.deliveries.release([1])
         async with engine_for(store, destination("crm", other.url)):
             [row] = await ended(store)
     assert (row["state"], row["reason"]) == ("dead", "corrupt")
@@ -217,7 +219,7 @@ async def test_our_own_listener_is_never_dialled_and_no_attempt_is_burnt(store, 
         await send(store)
         await until(lambda: engine.lanes["crm"].held == "resting")
         await until(lambda: engine.lanes["crm"].in_flight == 0)
-    [row] = await store.find("deliveries")
+    [row] = await store.queries.find("deliveries")
     assert (row["state"], row["attempts"]) == ("pending", 0)
     assert receiver.requests == []
 
@@ -228,7 +230,7 @@ async def test_what_is_in_flight_at_the_end_is_finished_and_recorded(store, rece
         await send(store)
         await until(lambda: receiver.busy == 1)
         asyncio.get_running_loop().call_later(0.05, receiver.gate.set)
-    [row] = await store.find("deliveries")
+    [row] = await store.queries.find("deliveries")
     assert row["state"] == "delivered"
 
 
@@ -237,7 +239,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
         lane = engine.lanes["crm"]
         await lane.set_state(DestinationState(name="crm", paused=True))
         await send(store)
-        assert (await store.counts())["crm"].pending == 1
+        assert (await store.ledger.audit())["crm"].pending == 1
         await lane.set_state(DestinationState(name="crm"))
         await ended(store)
     assert len(receiver.requests) == 1
@@ -246,7 +248,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
 async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
     store.route = route([destination("crm", receiver.url)])
     sent = await send(store)
-    store.release([1])
+    store.deliveries.release([1])
     async with engine_for(store, destination("crm", receiver.url)):
         await ended(store)
     assert receiver.requests[0][0]["webhook-id"] == sent
@@ -258,7 +260,7 @@ async def test_the_books_balance_after_every_kind_of_end(store, receiver):
         for _ in range(3):
             await send(store)
         await ended(store, 3)
-    counts = (await store.counts())["crm"]
+    counts = (await store.ledger.audit())["crm"]
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (3, 2, 1, 0)
 
 
@@ -295,7 +297,7 @@ async def test_a_request_that_cannot_be_made_spends_attempts_and_blocks_no_key(s
         assert not engine.lanes["crm"].standing.circuit.is_open
     assert [(row["state"], row["reason"], row["attempts"]) for row in rows] == [("dead", "exhausted", 3)] * 2
     assert error in rows[0]["last_error"]
-    attempts = await store.find("attempts", delivery_id=rows[0]["id"])
+    attempts = await store.queries.find("attempts", delivery_id=rows[0]["id"])
     assert [row["result"] for row in attempts] == ["format"] * 3
 
 
@@ -316,7 +318,7 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
         if where == "client":
             monkeypatch.setattr(Client, "send", fail_later)
         elif where == "load":
-            monkeypatch.setattr(store, "load", fail_later)
+            monkeypatch.setattr(store.events, "load", fail_later)
         else:
             monkeypatch.setattr(engine.lanes["crm"].standing, "succeed", fail_later)
         await send(store)
@@ -335,7 +337,7 @@ async def test_deliveries_that_cannot_be_read_ahead_are_read_when_they_have_a_sl
 ):
     """They are held already: if the failed read let them go, nobody would ever try them again."""
     receiver.answers = [(500, {})]
-    load, failures = store.load, []
+    load, failures = store.events.load, []
 
     async def fail_once(event_ids):
         if not failures:
@@ -343,7 +345,7 @@ async def test_deliveries_that_cannot_be_read_ahead_are_read_when_they_have_a_sl
             raise StorageError("the disk does not answer")
         return await load(event_ids)
 
-    monkeypatch.setattr(store, "load", fail_once)
+    monkeypatch.setattr(store.events, "load", fail_once)
     async with engine_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         await ended(store)

@@ -73,13 +73,13 @@ def test_a_sound_database_passes_every_check_and_stays_as_it_is(path, clock):
 async def test_a_running_relay_examines_itself(tmp_path, clock):
     async with opened(tmp_path / "relay.db", clock) as store:
         await send(store, clock)
-        checks = await store.examine(destinations=["crm", "erp"])
+        checks = await store.upkeep.examine(destinations=["crm", "erp"])
     assert [check.name for check in checks if check.ok] == NAMES
 
 
 async def test_an_empty_database_is_well(tmp_path, clock):
     async with opened(tmp_path / "relay.db", clock) as store:
-        assert all(check.ok for check in await store.examine(destinations=[]))
+        assert all(check.ok for check in await store.upkeep.examine(destinations=[]))
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_what_is_wrong_inside_is_found(path, clock, sql, name, detail):
 async def test_a_silent_worker_whose_id_changes_a_path_is_found_and_a_heard_one_is_not(path, clock, heard):
     async with opened(path, clock) as store:
         for id_ in ("a#b", "a/b", "w"):
-            await store.append(Acceptance(source="whatsapp", change=Register(worker_id=id_)))
-        await store.append(Acceptance(source="whatsapp", change=Register(worker_id="gone?")))
-        await store.append(Acceptance(source="whatsapp", change=Unregister(worker_id="gone?")))
+            await store.events.append(Acceptance(source="whatsapp", change=Register(worker_id=id_)))
+        await store.events.append(Acceptance(source="whatsapp", change=Register(worker_id="gone?")))
+        await store.events.append(Acceptance(source="whatsapp", change=Unregister(worker_id="gone?")))
         clock.advance(91)
         if heard:
-            await store.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id="a#b")))
-        await store.sweep()
+            await store.events.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id="a#b")))
+        await store.workers.sweep()
     checks = {check.name: check for check in examine(patient(path, clock), Stop())}
     assert checks["workers"].ok is heard
     if heard:
@@ -206,16 +206,16 @@ async def test_deliveries_that_were_given_up_are_found_until_they_are_sent_once_
     assert "relay deliveries retry --destination crm --state dead" in hint
     assert "relay deliveries retry --destination erp --state dead" in hint
     async with opened(path, clock) as store:
-        [event] = [row for row in await store.find("events") if row["id"] == first.public_id]
-        loaded = (await store.load([event["row"]]))[event["row"]]
-        await store.repeat([(loaded, Owed("crm")), (loaded, Owed("erp"))])
+        [event] = [row for row in await store.queries.find("events") if row["id"] == first.public_id]
+        loaded = (await store.events.load([event["row"]]))[event["row"]]
+        await store.deliveries.repeat([(loaded, Owed("crm")), (loaded, Owed("erp"))])
     assert ill(path, clock)["dead"][0] == "given up, and not sent since: crm (1)"
 
 
 async def test_a_paused_source_is_found_unless_it_is_not_in_the_config_any_more(tmp_path, clock):
     path = tmp_path / "relay.db"
     async with opened(path, clock) as store:
-        await store.pause_source("shop", paused=True)
+        await store.events.pause_source("shop", paused=True)
     assert ill(path, clock)["sources"] == (
         "paused, their senders get 503: shop",
         "relay sources resume shop",

@@ -35,8 +35,8 @@ async def other(tmp_path, clock):
 
 async def export(store, deliveries=False, **fields):
     selection = Selection(**fields)
-    span = await store.span(selection)
-    return [line async for line in store.export(selection, span, deliveries=deliveries)]
+    span = await store.queries.span(selection)
+    return [line async for line in store.queries.export(selection, span, deliveries=deliveries)]
 
 
 async def read_in(store, lines, **options):
@@ -44,7 +44,7 @@ async def read_in(store, lines, **options):
         for line in lines:
             yield line
 
-    return [step async for step in store.read_in(given(), **options)]
+    return [step async for step in store.events.import_lines(given(), **options)]
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ async def test_an_import_owes_nothing_unless_asked(store, other, clock):
     lines = await export(store, deliveries=True)
     await read_in(other, lines)
     assert await rows(other, "deliveries") == 0
-    await other.expunge(await ids(other))
+    await other.events.expunge(await ids(other))
     await read_in(other, lines, owe=True)
     [delivery] = other.fresh
     assert (delivery.destination, delivery.event.public_id) == ("archive", read_line(lines[0]).public_id)
     await read_in(other, lines, owe=True)
-    assert (await other.counts())["archive"].created == 1
+    assert (await other.ledger.audit())["archive"].created == 1
 
 
 async def test_imported_events_are_no_news_and_are_not_counted_again(store, other, clock):
@@ -195,7 +195,7 @@ async def test_a_bad_line_is_named_and_what_came_before_is_in(store, other, cloc
 
 
 async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, clock, monkeypatch):
-    monkeypatch.setattr(dump, "MOST_EVENTS", 2)
+    monkeypatch.setattr("relay.store.events.IMPORT_EVENTS", 2)
     for _ in range(5):
         await send(store, clock)
     steps = await read_in(other, await export(store))
@@ -204,7 +204,7 @@ async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, 
 
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
     sql = f"EXPLAIN QUERY PLAN {dump.DELIVERIES_SQL.format(marks='?, ?')}"
-    steps = [row[3] for row in await store._reader.execute_fetchall(sql, (1, 2))]
+    steps = [row[3] for row in await store.database.reader.execute_fetchall(sql, (1, 2))]
     assert steps[0].startswith("SEARCH deliveries USING INDEX deliveries_event")
 
 

@@ -27,10 +27,10 @@ async def test_a_full_disk_fails_an_errand_and_leaves_no_transaction_open(store,
         await connection.execute("BEGIN IMMEDIATE")
         await connection.execute("INSERT INTO meta (name, value) VALUES ('x', ?)", ("x" * 100_000,))
 
-    await store._connection.execute_fetchall("PRAGMA max_page_count = 1")
+    await store.database.connection.execute_fetchall("PRAGMA max_page_count = 1")
     with pytest.raises(StorageUnavailableError, match="full"):
-        await store._writer.errand(fill)
-    assert not store._connection.in_transaction
+        await store.database.writer.errand(fill)
+    assert not store.database.connection.in_transaction
     assert (store.failure, died) == (None, [])
 
 
@@ -41,7 +41,7 @@ async def test_a_failed_fsync_of_an_errand_stops_the_daemon_too(store, died):
         raise error
 
     with pytest.raises(StorageUnavailableError):
-        await store._writer.errand(fail)
+        await store.database.writer.errand(fail)
     assert died == ["fsync failed: disk I/O error"]
 
 
@@ -50,5 +50,5 @@ async def test_an_errand_hears_of_its_own_mistakes(store, died):
         raise ValueError("its own")
 
     with pytest.raises(ValueError, match="its own"):
-        await store._writer.errand(fail)
+        await store.database.writer.errand(fail)
     assert died == []

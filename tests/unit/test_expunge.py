@@ -5,7 +5,7 @@ from stores import end, ids, opened, rows, send
 from support import FakeClock
 
 from relay.model import Expunged, Outcome, Selection
-from relay.store import expunge
+from relay.store import events
 
 
 @pytest.fixture
@@ -21,13 +21,15 @@ async def store(tmp_path, clock):
 
 async def selected(store, **fields):
     selection = Selection(**fields)
-    return [one async for one in store.expunge_selected(selection, await store.span(selection))]
+    return [
+        one async for one in store.events.expunge_selected(selection, await store.queries.span(selection))
+    ]
 
 
 async def test_an_event_goes_with_all_that_is_known_of_it(store, clock):
     event, other = await send(store, clock), await send(store, clock)
     await end(store, event)
-    assert await store.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
+    assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
     assert await ids(store) == [other.id]
     assert (await rows(store, "deliveries"), await rows(store, "attempts")) == (2, 0)
 
@@ -37,9 +39,9 @@ async def test_what_is_owed_is_cancelled_first_and_its_lane_hears_of_it(store, c
     await end(store, event, "dead", "erp")
     owed = [delivery.id for delivery in store.fresh if delivery.destination == "crm"]
     store.news.clear()
-    assert await store.expunge([event.id]) == Expunged(events=1, cancelled=1, left=())
+    assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=1, left=())
     assert [list(news.dropped) for news in store.news] == [owed]
-    counts = await store.counts()
+    counts = await store.ledger.audit()
     assert (counts["crm"].created, counts["crm"].cancelled) == (1, 1)
     assert (counts["erp"].created, counts["erp"].dead) == (1, 1)
 
@@ -47,15 +49,17 @@ async def test_what_is_owed_is_cancelled_first_and_its_lane_hears_of_it(store, c
 async def test_an_event_stays_while_something_is_being_sent_of_it(store, clock):
     event = await send(store, clock)
     [crm, _] = store.fresh
-    assert store.begin_attempt(crm.id)
-    assert await store.expunge([event.id]) == Expunged(events=0, cancelled=1, left=(event.id,))
-    await store.settle(Outcome(delivery=crm, attempt=None, state="pending", next_attempt_at=clock.steady()))
-    assert await store.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
-    assert (await store.counts())["crm"].cancelled == 1
+    assert store.deliveries.begin_attempt(crm.id)
+    assert await store.events.expunge([event.id]) == Expunged(events=0, cancelled=1, left=(event.id,))
+    await store.deliveries.settle(
+        Outcome(delivery=crm, attempt=None, state="pending", next_attempt_at=clock.steady())
+    )
+    assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
+    assert (await store.ledger.audit())["crm"].cancelled == 1
 
 
 async def test_what_is_gone_already_is_no_mistake(store):
-    assert await store.expunge([1, 2, 3]) == Expunged(events=0, cancelled=0, left=())
+    assert await store.events.expunge([1, 2, 3]) == Expunged(events=0, cancelled=0, left=())
 
 
 async def test_a_subject_is_forgotten_and_no_other(store, clock):
@@ -79,34 +83,36 @@ async def test_a_selection_goes_as_it_would_be_replayed(store, clock, fields, le
     for type_ in ("shop.order", "shop.refund", "till.paid"):
         await send(store, clock, type=type_)
     await end(store, store.fresh[2].event, "dead", "crm")
-    [(event,)] = await store._reader.execute_fetchall("SELECT id FROM events WHERE source = 'relay'")
+    [(event,)] = await store.database.reader.execute_fetchall("SELECT id FROM events WHERE source = 'relay'")
     await selected(store, **fields)
     assert await ids(store) == [*left, event]  # that one must be named
 
 
 async def test_a_large_selection_goes_page_by_page(store, clock, monkeypatch):
     monkeypatch.setattr("relay.store.queries.selection.PAGE", 7)
-    monkeypatch.setattr(expunge, "AT_ONCE", 3)
+    monkeypatch.setattr(events, "EXPUNGE_EVENTS", 3)
     for _ in range(20):
         await send(store, clock)
     steps = await selected(store, source="shop")
     assert [step.events for step in steps if step.events] == [7, 7, 6]
     assert await ids(store) == []
-    assert (await store.counts())["erp"].cancelled == 20
+    assert (await store.ledger.audit())["erp"].cancelled == 20
 
 
 async def test_what_came_in_stays_counted_and_a_key_goes_on_naming_it(store, clock):
     event = await send(store, clock, key="k")
-    await store.expunge([event.id])
+    await store.events.expunge([event.id])
     assert await rows(store, "stats") == 1
     again = await send(store, clock, key="k")
     assert again.id == 0
     assert await ids(store) == []
 
 
-@pytest.mark.parametrize("sql", [expunge.OWED_SQL, expunge.COST_SQL])
+@pytest.mark.parametrize("sql", [events.OWED_SQL, events.COST_SQL])
 async def test_nothing_is_scanned_to_find_what_goes(store, sql):
-    plan = await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2))
+    plan = await store.database.reader.execute_fetchall(
+        f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2)
+    )
     steps = [row[3] for row in plan]
     assert any(step.startswith("SEARCH") for step in steps)
     assert not any(step.startswith("SCAN") for step in steps), steps

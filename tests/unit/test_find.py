@@ -163,27 +163,27 @@ TIMES = (100, 300, 200, 400)
 async def test_since_is_within_and_until_is_not(store, clock, filters, found):
     for at in TIMES:
         await send(store, clock, received_at=at)
-    assert [row["received_at"] for row in await store.find("events", **filters)] == found
+    assert [row["received_at"] for row in await store.queries.find("events", **filters)] == found
 
 
 async def test_times_narrow_a_search_to_blocks_of_events(store, clock, monkeypatch):
     monkeypatch.setattr(event_times, "SHIFT", 1)
     for at in (100, 200, 300, 200, 500, 600):
         await send(store, clock, received_at=at)
-    span = await event_times.span(store._reader, 250, 301)
+    span = await event_times.span(store.database.reader, 250, 301)
     assert (span.first, span.last) == (2, 5)
-    span = await event_times.span(store._reader, 150, None)
+    span = await event_times.span(store.database.reader, 150, None)
     assert (span.first, span.last) == (2, 7)
-    assert await event_times.span(store._reader, 700, None) is None
-    assert await event_times.span(store._reader, None, 100) is None
+    assert await event_times.span(store.database.reader, 700, None) is None
+    assert await event_times.span(store.database.reader, None, 100) is None
 
 
 async def test_an_imported_event_is_found_by_its_own_time(store, clock):
     for _ in range(2):
         await send(store, clock)
     old = make_event(clock, received_at=clock.wall() - 86400 * SECOND)
-    await store.restore([old])
-    found = await store.find("events", until=clock.wall() - 3600 * SECOND)
+    await store.events.restore([old])
+    found = await store.queries.find("events", until=clock.wall() - 3600 * SECOND)
     assert [row["id"] for row in found] == [old.public_id]
 
 
@@ -191,28 +191,32 @@ async def test_the_latest_delivery_of_an_event_to_a_destination_counts(store, cl
     event = await send(store, clock)
     crm = next(each for each in store.fresh if each.destination == "crm")
     attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
-    await store.settle(Outcome(delivery=crm, attempt=attempt, state="dead", reason="exhausted"))
-    assert len(await store.find("events", state="dead", destination="crm")) == 1
-    assert await store.find("events", state="dead", destination="erp") == []
-    assert await store.repeat([((await store.load([event.id]))[event.id], Owed("crm"))]) == (True,)
-    assert await store.find("events", state="dead") == []
-    assert [row["state"] for row in await store.find("deliveries", state="dead")] == ["dead"]
+    await store.deliveries.settle(Outcome(delivery=crm, attempt=attempt, state="dead", reason="exhausted"))
+    assert len(await store.queries.find("events", state="dead", destination="crm")) == 1
+    assert await store.queries.find("events", state="dead", destination="erp") == []
+    assert await store.deliveries.repeat(
+        [((await store.events.load([event.id]))[event.id], Owed("crm"))]
+    ) == (True,)
+    assert await store.queries.find("events", state="dead") == []
+    assert [row["state"] for row in await store.queries.find("deliveries", state="dead")] == ["dead"]
 
 
 async def test_deliveries_are_in_their_own_order_and_by_what_events_are_in_that_of_those(store, clock):
     first, second = await send(store, clock), await send(store, clock)
     await end_all(store)
-    await store.repeat([(first, Owed("crm"))])
-    plain = [row["event_id"] for row in await store.find("deliveries", destination="crm")]
+    await store.deliveries.repeat([(first, Owed("crm"))])
+    plain = [row["event_id"] for row in await store.queries.find("deliveries", destination="crm")]
     assert plain == [first.public_id, second.public_id, first.public_id]
-    by_event = [row["event_id"] for row in await store.find("deliveries", destination="crm", source="shop")]
+    by_event = [
+        row["event_id"] for row in await store.queries.find("deliveries", destination="crm", source="shop")
+    ]
     assert by_event == [second.public_id, first.public_id, first.public_id]
 
 
 async def end_all(store):
     attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
     for delivery in list(store.fresh):
-        await store.settle(Outcome(delivery=delivery, attempt=attempt, state="delivered"))
+        await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state="delivered"))
 
 
 @pytest.mark.parametrize("most", [1, 10_000])
@@ -233,7 +237,7 @@ async def test_attempts_are_listed_by_their_beginning_whatever_leads_to_them(fil
             ]
             found, cursor, more = [], None, True
             while more:
-                page = await store.page(
+                page = await store.queries.page(
                     "attempts", limit=150, cursor=cursor, destination=to, result=result, since=after
                 )
                 found += [row["row"] for row in page.rows]
@@ -247,7 +251,7 @@ async def test_a_page_may_end_within_the_deliveries_of_an_event(store, clock):
         await send(store, clock)
     found, cursor = [], None
     while True:
-        page = await store.page("deliveries", limit=1, cursor=cursor, source="shop")
+        page = await store.queries.page("deliveries", limit=1, cursor=cursor, source="shop")
         found += [(row["event_id"], row["destination"]) for row in page.rows]
         cursor = page.cursor
         if cursor is None:
@@ -259,34 +263,36 @@ async def test_an_event_that_was_repeated_says_so(store, clock):
     first = make_event(clock)
     other = await send(store, clock)
     for event in (first, make_event(clock), make_event(clock)):
-        await store.append(Acceptance(source="shop", event=event, key="k"))
+        await store.events.append(Acceptance(source="shop", event=event, key="k"))
     again = make_event(clock)
-    receipt = await store.append(Acceptance(source="shop", event=again, repeats=other.public_id))
+    receipt = await store.events.append(Acceptance(source="shop", event=again, repeats=other.public_id))
     assert (receipt.event_id, receipt.duplicate) == (other.public_id, True)
     await send(store, clock, key="other")
-    told = {row["id"]: row["duplicate"] for row in await store.find("events")}
+    told = {row["id"]: row["duplicate"] for row in await store.queries.find("events")}
     assert Counter(told.values()) == {0: 1, 1: 2}
     assert told[first.public_id] == told[other.public_id] == 1
-    requests = await store._reader.execute_fetchall("SELECT requests FROM repetitions ORDER BY event_id")
+    requests = await store.database.reader.execute_fetchall(
+        "SELECT requests FROM repetitions ORDER BY event_id"
+    )
     assert [row[0] for row in requests] == [1, 2]
 
 
 async def test_a_duplicate_of_an_event_that_is_gone_is_only_counted(store, clock):
     event = await send(store, clock, key="k")
-    await store.expunge([event.id])
-    receipt = await store.append(Acceptance(source="shop", event=make_event(clock), key="k"))
+    await store.events.expunge([event.id])
+    receipt = await store.events.append(Acceptance(source="shop", event=make_event(clock), key="k"))
     assert (receipt.event_id, receipt.duplicate) == (event.public_id, True)
-    assert await store._reader.execute_fetchall("SELECT * FROM repetitions") == []
+    assert await store.database.reader.execute_fetchall("SELECT * FROM repetitions") == []
 
 
 @pytest.mark.parametrize("kind", FILTERS)
 async def test_a_filter_that_a_list_has_not_is_refused_with_those_that_it_has(store, kind):
     with pytest.raises(RelayError, match="have no filter 'colour'") as refused:
-        await store.find(kind, colour="red")
+        await store.queries.find(kind, colour="red")
     assert FILTERS[kind][0] in refused.value.hint
 
 
 @pytest.mark.parametrize("cursor", ["-1", "x", "", "1.", "1.2.3", "9" * 30])
 async def test_what_is_no_cursor_is_refused(store, cursor):
     with pytest.raises(RelayError, match="cursor"):
-        await store.page("events", cursor=cursor)
+        await store.queries.page("events", cursor=cursor)

@@ -41,7 +41,7 @@ async def store(tmp_path, clock):
     store = make(tmp_path / "relay.db", clock)
     await store.open()
     yield store
-    for name, books in (await store.counts()).items():
+    for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
     await store.close()
 
@@ -52,7 +52,7 @@ async def send(store, clock, subject=None):
         received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
         sha256=hashlib.sha256(b"{}").digest(),
     )  # fmt: skip
-    await store.append(Acceptance(source="shop", event=event))
+    await store.events.append(Acceptance(source="shop", event=event))
 
 
 async def fail(store, clock, destination, seconds):
@@ -60,19 +60,21 @@ async def fail(store, clock, destination, seconds):
     delivery = [each for each in store.fresh if each.destination == destination][-1]
     attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
     due = clock.steady() + int(seconds * SECOND)
-    await store.settle(Outcome(delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due))
+    await store.deliveries.settle(
+        Outcome(delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due)
+    )
 
 
 async def look(store, *names, kept=KEPT):
     """Look until nothing is left, as the daemon does; return how many expired."""
     count = 0
-    while some := await store.expire_held(names, kept):
+    while some := await store.deliveries.expire_held(names, kept):
         count += some
     return count
 
 
 async def states(store, destination):
-    rows = await store.find("deliveries", destination=destination, limit=500)
+    rows = await store.queries.find("deliveries", destination=destination, limit=500)
     return [(row["state"], row["reason"]) for row in reversed(rows)]
 
 
@@ -94,7 +96,7 @@ async def test_what_was_due_all_the_while_expires_and_nothing_elsewhere(store, c
     assert await look(store, "crm") == 1
     assert await states(store, "crm") == [("expired", "held")]
     assert await states(store, "erp") == [("pending", None)]
-    assert (await store.counts())["crm"].expired == 1
+    assert (await store.ledger.audit())["crm"].expired == 1
 
 
 async def test_a_destination_that_took_something_meanwhile_begins_anew(store, clock):
@@ -195,10 +197,10 @@ async def test_what_is_in_flight_does_not_expire(store, clock):
     await send(store, clock)
     await look(store, "crm")
     [delivery] = [each for each in store.fresh if each.destination == "crm"]
-    assert store.begin_attempt(delivery.id)
+    assert store.deliveries.begin_attempt(delivery.id)
     clock.advance(31 * DAY)
     assert await look(store, "crm") == 0
-    await store.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
+    await store.deliveries.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
     assert await states(store, "crm") == [("delivered", None)]
 
 
@@ -224,6 +226,8 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
     ],
 )
 async def test_no_look_scans_the_deliveries(store, sql, values):
-    plan = [row[3] for row in await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)]
+    plan = [
+        row[3] for row in await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+    ]
     assert any("SEARCH deliveries USING" in step and "INDEX deliveries_" in step for step in plan), plan
     assert not any("SCAN deliveries" in step or "TEMP B-TREE" in step for step in plan), plan

@@ -33,7 +33,7 @@ async def change(engine, store, *destinations):
 
 
 async def unaccounted(store):
-    return {name: counts.unaccounted for name, counts in (await store.counts()).items()}
+    return {name: counts.unaccounted for name, counts in (await store.ledger.audit()).items()}
 
 
 async def test_a_destination_that_does_not_change_keeps_lane_circuit_and_bucket(store, receiver):
@@ -80,7 +80,7 @@ async def test_a_former_url_that_wants_to_be_left_alone_disables_nothing(store, 
         [row] = await ended(store)
         assert engine.lanes["crm"].held is None
     assert (other.ids, row["state"], row["attempts"]) == ([event], "delivered", 1)
-    assert (await store.destination_states()).get("crm") is None
+    assert (await store.queries.destination_states()).get("crm") is None
 
 
 async def test_what_fails_at_the_former_url_is_retried_at_the_new_one(store, receiver, other):
@@ -130,7 +130,7 @@ async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_i
         assert sorted(other.ids) == sorted(waiting)
         assert engine.lanes["crm"].standing.state.failing_since is None
         assert other.most_busy <= 4
-    assert (await store.destination_states())["crm"].failing_since is None
+    assert (await store.queries.destination_states())["crm"].failing_since is None
 
 
 async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, receiver, other):
@@ -145,7 +145,7 @@ async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, rec
         await send(store)
         await until(lambda: len(other.ids) == 1)
         await until(lambda: not engine.lanes["crm"].in_flight)
-    assert (await store.destination_states())["crm"].failing_since > moment
+    assert (await store.queries.destination_states())["crm"].failing_since > moment
 
 
 async def test_a_destination_that_has_left_shows_no_open_circuit(store, receiver):
@@ -244,9 +244,11 @@ async def test_a_removed_destination_keeps_what_it_is_owed_and_gets_it_when_it_r
         await change(engine, store, crm)
         await send_many(store, 2)
         await ended(store, 12, destination="crm")
-        assert (await store.counts())["gone"].pending == 10
+        assert (await store.ledger.audit())["gone"].pending == 10
         other.usual = (200, {})
-        await store.hurry([row["row"] for row in await store.find("deliveries", destination="gone")])
+        await store.deliveries.hurry(
+            [row["row"] for row in await store.queries.find("deliveries", destination="gone")]
+        )
         await change(engine, store, crm, gone)
         await ended(store, 10, destination="gone")
     assert set(other.ids) == set(owed)
@@ -286,7 +288,7 @@ async def test_what_fails_at_a_removed_destination_is_taken_up_by_the_one_that_r
         await ended(store, 1, destination="gone")
         assert engine.lanes["gone"].held is None
     assert other.ids == [event, event]
-    assert await store.destination_states() == {}
+    assert await store.queries.destination_states() == {}
 
 
 async def test_a_stop_ends_lanes_that_have_left_and_senders_that_were_replaced(

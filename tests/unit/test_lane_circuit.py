@@ -43,8 +43,8 @@ async def ops():
 
 async def spent(store):
     """Return the attempts that deliveries have spent, and those on record."""
-    rows = await store.find("deliveries", limit=1000)
-    return sum(row["attempts"] for row in rows), len(await store.find("attempts", limit=1000))
+    rows = await store.queries.find("deliveries", limit=1000)
+    return sum(row["attempts"] for row in rows), len(await store.queries.find("attempts", limit=1000))
 
 
 def types(rows):
@@ -62,7 +62,7 @@ async def test_an_open_circuit_holds_deliveries_and_they_spend_nothing(store, re
         await until(lambda: engine.lanes["crm"].held == "circuit open")
         await send_many(store, 5)
         await until(lambda: not engine.lanes["crm"]._tasks)
-        assert (await store.counts())["crm"].pending == 10
+        assert (await store.ledger.audit())["crm"].pending == 10
         assert await spent(store) == (3, 3)
     assert len(receiver.requests) == 3
 
@@ -80,7 +80,7 @@ async def test_probes_come_one_at_a_time_and_late_and_a_failed_one_is_recorded_b
     for pause, least in zip(pauses, (0.1, 0.2, 0.2, 0.2), strict=True):
         assert least <= pause < least + 2.0
     assert await spent(store) == (3, 7)
-    assert (await store.counts())["crm"].pending == 50
+    assert (await store.ledger.audit())["crm"].pending == 50
 
 
 async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(store, receiver, monkeypatch):
@@ -172,8 +172,8 @@ async def test_a_refused_address_holds_everything_and_opens_no_circuit(store, re
         attempts, recorded = await spent(store)
         assert attempts == 0
         assert 1 <= recorded <= 8
-        assert {row["result"] for row in await store.find("attempts")} == {"blocked"}
-        assert (await store.counts())["crm"].pending == 20
+        assert {row["result"] for row in await store.queries.find("attempts")} == {"blocked"}
+        assert (await store.ledger.audit())["crm"].pending == 20
     assert receiver.requests == []
 
 
@@ -192,7 +192,7 @@ async def test_nothing_but_failures_for_long_enough_disables_and_holds_and_loses
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         assert 0.3 < (receiver.times[-1] - receiver.times[0]) / SECOND < 5.0
         await send(store)
-        assert (await store.counts())["crm"].pending == 4
+        assert (await store.ledger.audit())["crm"].pending == 4
 
 
 async def test_a_success_in_between_counts_as_life(store, receiver):
@@ -228,7 +228,7 @@ async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver)
     await store.open()
     async with engine_for(store, crm) as engine:
         assert engine.lanes["crm"].held == "disabled: failing"
-        assert (await store.counts())["crm"].pending == 1
+        assert (await store.ledger.audit())["crm"].pending == 1
     await store.close()
     assert len(receiver.requests) == 2
 
@@ -305,8 +305,8 @@ async def test_star_takes_no_operator_events(store, receiver):
     async with engine_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         await ended(store)
-        assert "relay.delivery.dead" in types(await store.find("events"))
-        assert len(await store.find("deliveries")) == 1
+        assert "relay.delivery.dead" in types(await store.queries.find("events"))
+        assert len(await store.queries.find("deliveries")) == 1
     assert receiver.ids == [sent]
 
 
@@ -320,7 +320,7 @@ async def test_deliveries_of_operator_events_never_raise_any(store, receiver, op
         await send(store)
         await until(lambda: engine.lanes["watch"].held == "disabled: gone")  # after its circuit had opened
         await until(lambda: not engine.lanes["watch"]._tasks)
-        assert types(await store.find("events")) == ["shop.order", "relay.delivery.dead"]
+        assert types(await store.queries.find("events")) == ["shop.order", "relay.delivery.dead"]
         assert len(ops.requests) == 5
 
 
@@ -332,4 +332,4 @@ async def test_an_operator_event_that_dies_raises_no_other(store, receiver, ops)
         await send(store)
         [row] = await ended(store, 1, "watch")
         assert (row["state"], row["reason"]) == ("dead", "exhausted")
-        assert types(await store.find("events")) == ["shop.order", "relay.delivery.dead"]
+        assert types(await store.queries.find("events")) == ["shop.order", "relay.delivery.dead"]

@@ -168,7 +168,7 @@ async def test_a_fresh_event_reaches_an_idle_lane_without_a_read_of_the_database
     async with engine_for(store, destination("crm", receiver.url)) as engine:
         await until(lambda: not engine.lanes["crm"]._tasks)  # it has looked into the store
         statements = []
-        for connection in (store._connection, store._reader):
+        for connection in (store.database.connection, store.database.reader):
             await connection.set_trace_callback(statements.append)
         await send(store)
         await until(lambda: receiver.requests)
@@ -209,7 +209,7 @@ async def test_due_work_that_must_wait_costs_nothing(store, receiver, turns, hol
         turns.clear()
         await asyncio.sleep(0.2)  # the window that is measured
         assert turns == []
-        assert (await store.counts())["crm"].pending >= 199
+        assert (await store.ledger.audit())["crm"].pending >= 199
         assert len(receiver.requests) <= 10
         receiver.gate.set()
 
@@ -225,7 +225,7 @@ async def test_an_idle_lane_does_not_turn(store, receiver, turns):
 
 
 async def test_a_delivery_that_escaped_its_end_is_sent_after_all(store, receiver, monkeypatch):
-    begin, refused = store.begin_attempt, []
+    begin, refused = store.deliveries.begin_attempt, []
 
     def refuse_once(delivery_id):
         if refused:
@@ -233,7 +233,7 @@ async def test_a_delivery_that_escaped_its_end_is_sent_after_all(store, receiver
         refused.append(delivery_id)  # a transaction is just ending it, and will fail
         return False
 
-    monkeypatch.setattr(store, "begin_attempt", refuse_once)
+    monkeypatch.setattr(store.deliveries, "begin_attempt", refuse_once)
     async with engine_for(store, destination("crm", receiver.url)):
         await send(store)
         [row] = await ended(store)

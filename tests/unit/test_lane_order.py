@@ -103,7 +103,7 @@ async def test_what_expires_while_it_waits_for_a_slot_is_not_sent(store, receive
     ]
     assert [row["attempts"] for row in rows[1:]] == [0] * 10
     assert receiver.ids == [first]
-    assert await store.find("attempts", delivery_id=rows[1]["id"]) == []
+    assert await store.queries.find("attempts", delivery_id=rows[1]["id"]) == []
 
 
 async def test_what_expires_while_it_is_held_is_not_sent_when_it_is_let_go(store, receiver):
@@ -116,7 +116,7 @@ async def test_what_expires_while_it_is_held_is_not_sent_when_it_is_let_go(store
         rows = await ended(store, 6)
     assert {(row["state"], row["reason"]) for row in rows} == {("expired", "ttl")}
     assert receiver.ids == [first]
-    assert (await store.counts())["crm"].unaccounted == 0
+    assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
 async def test_a_final_status_ends_a_delivery_at_once_and_frees_its_key(store, receiver):

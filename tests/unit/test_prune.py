@@ -34,9 +34,9 @@ async def store(tmp_path, clock, monkeypatch):
     store.listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
     yield store
-    for name, books in (await store.counts()).items():
+    for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
-    assert not await store._reader.execute_fetchall("PRAGMA foreign_key_check")
+    assert not await store.database.reader.execute_fetchall("PRAGMA foreign_key_check")
     await store.close()
 
 
@@ -52,54 +52,58 @@ def accept(clock, full_type="shop.order", key=None, body=b"{}"):
 
 async def send(store, clock, state="delivered", **fields):
     """Append an event whose delivery comes to that state."""
-    await store.append(accept(clock, **fields))
+    await store.events.append(accept(clock, **fields))
     if state != "pending":
         attempt = Attempt(started_at=clock.wall(), duration_ms=1.0, result="ok", answer=b"x")
-        await store.settle(Outcome(delivery=store.fresh[-1], attempt=attempt, state=state))
+        await store.deliveries.settle(Outcome(delivery=store.fresh[-1], attempt=attempt, state=state))
     return store.fresh[-1].event_id
 
 
 async def rows(store, table):
-    [(count,)] = await store._reader.execute_fetchall(f"SELECT count(*) FROM {table}")
+    [(count,)] = await store.database.reader.execute_fetchall(f"SELECT count(*) FROM {table}")
     return count
 
 
 async def left(store):
-    return [row[0] for row in await store._reader.execute_fetchall("SELECT id FROM events ORDER BY id")]
+    return [
+        row[0] for row in await store.database.reader.execute_fetchall("SELECT id FROM events ORDER BY id")
+    ]
 
 
 async def test_an_event_goes_with_its_deliveries_and_attempts_and_no_earlier(store, clock):
     await send(store, clock)
     clock.advance(14 * DAY - 1)
     await send(store, clock)
-    assert (await store.prune(POLICY)).events == 0
+    assert (await store.upkeep.prune(POLICY)).events == 0
     clock.advance(1)
-    assert (await store.prune(POLICY)).events == 1
+    assert (await store.upkeep.prune(POLICY)).events == 1
     assert await left(store) == [2]
     assert (await rows(store, "deliveries"), await rows(store, "attempts")) == (1, 1)
-    assert (await store.counts())["crm"].delivered == 2
+    assert (await store.ledger.audit())["crm"].delivered == 2
 
 
 async def test_an_event_stays_while_a_delivery_is_pending_and_goes_within_an_hour_of_its_end(store, clock):
     await send(store, clock, "pending")
     delivery = store.fresh[-1]
     clock.advance(100 * DAY)
-    assert (await store.prune(POLICY)).events == 0
-    await store.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
+    assert (await store.upkeep.prune(POLICY)).events == 0
+    await store.deliveries.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
     clock.advance(3600)
-    assert (await store.prune(POLICY)).events == 1
+    assert (await store.upkeep.prune(POLICY)).events == 1
 
 
 async def test_a_death_keeps_its_event_until_it_is_long_ago(store, clock):
     clock.advance(1)
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
     clock.advance(20 * DAY)
-    await store.settle(Outcome(delivery=store.fresh[-1], attempt=None, state="dead", reason="exhausted"))
+    await store.deliveries.settle(
+        Outcome(delivery=store.fresh[-1], attempt=None, state="dead", reason="exhausted")
+    )
     clock.advance(30 * DAY - 1)
-    await store.prune(POLICY)
+    await store.upkeep.prune(POLICY)
     assert await left(store) == [1]  # the event that told of the death is gone
     clock.advance(3601)
-    await store.prune(POLICY)
+    await store.upkeep.prune(POLICY)
     assert await left(store) == []
 
 
@@ -114,7 +118,7 @@ async def test_sources_and_types_are_kept_for_times_of_their_own(store, clock):
     found = []
     for seconds in (3600, 6 * DAY, DAY, 7 * DAY, 36 * DAY, 50 * DAY):
         clock.advance(seconds)
-        await store.prune(policy)
+        await store.upkeep.prune(policy)
         found.append(await left(store))
     assert found == [[1, 3, 4, 5], [1, 3, 4, 5], [1, 4, 5], [4, 5], [4], []]
 
@@ -123,23 +127,23 @@ async def test_a_type_with_a_time_of_its_own_is_not_kept_longer_by_a_death(store
     await send(store, clock, "dead", full_type="wa.qr_ready")
     clock.advance(3600)
     policy = Policy(Retention(), {"wa": SourceRetention(types={"qr_ready": 3600.0})})
-    assert (await store.prune(policy)).events == 1
+    assert (await store.upkeep.prune(policy)).events == 1
 
 
 async def test_an_event_that_is_repeated_meanwhile_stays(store, clock):
     number = await send(store, clock)
     clock.advance(15 * DAY)
     victim = prune.Victim(number, 1, clock.wall() - 30 * 86_400 * SECOND)
-    [loaded] = (await store.load([number])).values()
-    assert await store.repeat([(loaded, Owed("crm"))]) == (True,)
-    assert await store._writer.errand(partial(prune.delete_events, [victim])) == 0
+    [loaded] = (await store.events.load([number])).values()
+    assert await store.deliveries.repeat([(loaded, Owed("crm"))]) == (True,)
+    assert await store.database.writer.errand(partial(prune.delete_events, [victim])) == 0
     assert await left(store) == [number]
 
 
 async def test_a_clock_that_jumps_ahead_makes_nothing_old(store, clock, monkeypatch):
     await send(store, clock, key="k")
     monkeypatch.setattr(clock, "wall", lambda: clock.now + 200 * 365 * 86_400 * SECOND)
-    assert (await store.prune(POLICY)).events == 0
+    assert (await store.upkeep.prune(POLICY)).events == 0
 
 
 async def test_events_of_a_clock_that_was_ahead_hold_up_no_others(store, clock, monkeypatch):
@@ -150,7 +154,7 @@ async def test_events_of_a_clock_that_was_ahead_hold_up_no_others(store, clock, 
     await send(store, clock)
     clock.advance(15 * DAY)
     await send(store, clock)
-    await store.prune(POLICY)
+    await store.upkeep.prune(POLICY)
     assert await left(store) == [2, 4]
 
 
@@ -159,12 +163,12 @@ async def test_attempts_keys_and_counts_go_in_their_own_time(store, clock):
     delivery = store.fresh[-1]
     for _ in range(3):
         attempt = Attempt(started_at=clock.wall(), duration_ms=1.0, result="5xx")
-        await store.settle(Outcome(delivery=delivery, attempt=attempt, state="pending"))
+        await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state="pending"))
         clock.advance(7 * DAY)
-    pruned = await store.prune(POLICY)
+    pruned = await store.upkeep.prune(POLICY)
     assert (pruned.events, pruned.attempts, pruned.keys, pruned.stats) == (0, 1, 1, 0)
     clock.advance(400 * DAY)
-    pruned = await store.prune(POLICY)
+    pruned = await store.upkeep.prune(POLICY)
     assert (pruned.attempts, pruned.stats) == (2, 1)
     assert [await rows(store, name) for name in ("events", "attempts", "dedupe", "stats")] == [1, 0, 0, 0]
 
@@ -173,51 +177,51 @@ async def test_what_is_known_of_times_and_repetitions_goes_with_the_events(store
     monkeypatch.setattr(event_times, "SHIFT", 0)
     monkeypatch.setattr(prune, "FORGET_SQL", event_times.FORGET_SQL.replace("10", "0"))
     await send(store, clock, key="k")
-    await store.append(accept(clock, key="k"))
+    await store.events.append(accept(clock, key="k"))
     clock.advance(15 * DAY)
     await send(store, clock)
     assert (await rows(store, "event_times"), await rows(store, "repetitions")) == (2, 1)
-    assert (await store.prune(POLICY)).events == 1
+    assert (await store.upkeep.prune(POLICY)).events == 1
     assert (await rows(store, "event_times"), await rows(store, "repetitions")) == (1, 0)
 
 
 async def test_counts_outlive_the_events_that_they_count(store, clock):
     await send(store, clock)
     clock.advance(20 * DAY)
-    await store.prune(POLICY)
+    await store.upkeep.prune(POLICY)
     assert (await rows(store, "events"), await rows(store, "stats")) == (0, 1)
 
 
 async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_senders(store, clock):
     for size, count in ((2, 10_000), (2, 9_500), (20_000, 500)):
-        await asyncio.gather(*(store.append(accept(clock, body=b"x" * size)) for _ in range(count)))
+        await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * size)) for _ in range(count)))
     done = [Outcome(delivery=delivery, attempt=None, state="delivered") for delivery in store.fresh]
-    await asyncio.gather(*map(store.settle, done))
+    await asyncio.gather(*map(store.deliveries.settle, done))
     clock.advance(15 * DAY)
-    order, changes, errand = [], [], store._writer.errand
+    order, changes, errand = [], [], store.database.writer.errand
 
     async def watched(work):
-        before = store._connection.total_changes
+        before = store.database.connection.total_changes
         result = await errand(work)
-        changes.append(store._connection.total_changes - before)
+        changes.append(store.database.connection.total_changes - before)
         order.append("pruned")
         return result
 
     await store._caretaker.stop()  # its errands are not what is counted
-    store._writer.errand = watched
+    store.database.writer.errand = watched
 
     async def senders():
         while order.count("pruned") < 50:
-            await store.append(accept(clock, full_type="till.paid"))
+            await store.events.append(accept(clock, full_type="till.paid"))
             order.append("sent")
 
-    pruned, _ = await asyncio.gather(store.prune(POLICY), senders())
+    pruned, _ = await asyncio.gather(store.upkeep.prune(POLICY), senders())
     assert (pruned.events, pruned.done) == (20_000, True)
     assert max(changes) <= prune.COST + prune.PAGE  # of rows, among them those of the sender in between
     while_both = "".join(each[0] for each in order).rstrip("p")
     assert while_both.count("p") >= 50
     assert "pp" not in while_both
-    assert (await store.counts())["crm"].delivered == 20_000
+    assert (await store.ledger.audit())["crm"].delivered == 20_000
 
 
 def test_a_large_body_counts_for_as_many_rows_as_it_has_pages():
@@ -226,11 +230,11 @@ def test_a_large_body_counts_for_as_many_rows_as_it_has_pages():
 
 
 async def test_a_pass_ends_in_time_and_the_next_one_goes_on(store, clock):
-    await asyncio.gather(*(store.append(accept(clock, full_type="relay.x")) for _ in range(1_200)))
+    await asyncio.gather(*(store.events.append(accept(clock, full_type="relay.x")) for _ in range(1_200)))
     clock.advance(15 * DAY)
     found = []
     while not found or not found[-1].done:
-        found.append(await store.prune(POLICY, seconds=-1.0))
+        found.append(await store.upkeep.prune(POLICY, seconds=-1.0))
         assert len(found) < 10
     assert [each.events for each in found] == [500, 500, 200]
     assert await left(store) == []
@@ -241,58 +245,58 @@ async def test_what_was_looked_at_is_not_read_again_until_the_next_round(store, 
         await send(store, clock, "pending")
     clock.advance(15 * DAY)
     asked = []
-    read = store._reader.execute_fetchall
+    read = store.database.reader.execute_fetchall
 
     async def watched(sql, values=()):
         found = list(await read(sql, values))
         asked.extend(found if "e.received_at" in sql else [])
         return found
 
-    monkeypatch.setattr(store._reader, "execute_fetchall", watched)
+    monkeypatch.setattr(store.database.reader, "execute_fetchall", watched)
     for _ in range(3):
-        await store.prune(POLICY)
+        await store.upkeep.prune(POLICY)
     assert len(asked) == 10
     clock.advance(3600)
-    await store.prune(POLICY)
+    await store.upkeep.prune(POLICY)
     assert len(asked) == 20
 
 
 async def test_commands_that_are_queued_no_more_go_some_at_a_time(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.watching.PRUNE_AT_ONCE", 2)
+    monkeypatch.setattr("relay.store.upkeep.PRUNE_AT_ONCE", 2)
     for number in range(4):
         state = "queued" if number == 1 else "sent"
         command = Command(
             public_id=f"cmd_{number}", source="wa", worker_id="w", body={"type": "restart"},
             created_at=clock.wall(), expires_at=clock.steady() + 2**50, state=state,
         )  # fmt: skip
-        await store.fleet(lambda fleet, command=command: fleet.queue(command))
+        await store.workers.change(lambda fleet, command=command: fleet.queue(command))
         clock.advance(1)
     before = clock.wall()
-    assert [await store.prune_worker_commands(before) for _ in range(3)] == [2, 1, 0]
-    assert [row["id"] for row in await store.find("worker_commands")] == ["cmd_1"]
+    assert [await store.upkeep.prune_worker_commands(before) for _ in range(3)] == [2, 1, 0]
+    assert [row["id"] for row in await store.queries.find("worker_commands")] == ["cmd_1"]
 
 
 async def test_free_pages_are_given_back_when_they_are_a_tenth_of_the_file(store, clock):
-    await asyncio.gather(*(store.append(accept(clock, body=b"x" * 50_000)) for _ in range(300)))
+    await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * 50_000)) for _ in range(300)))
     size = store.path.stat().st_size
     for delivery in store.fresh:
-        await store.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
+        await store.deliveries.settle(Outcome(delivery=delivery, attempt=None, state="delivered"))
     clock.advance(15 * DAY)
-    pruned = await store.prune(POLICY)
+    pruned = await store.upkeep.prune(POLICY)
     assert pruned.events == 300
     assert pruned.pages > 3000
-    await store._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
     assert store.path.stat().st_size < size / 5
 
 
 async def test_what_was_deleted_is_overwritten(store, clock):
     for number in range(20):
         await send(store, clock, body=b"a secret %d" % number)
-    await store._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b"a secret" in store.path.read_bytes()
     clock.advance(15 * DAY)
-    await store.prune(POLICY)
-    await store._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await store.upkeep.prune(POLICY)
+    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b"a secret" not in store.path.read_bytes()
 
 
@@ -310,7 +314,7 @@ STATEMENTS = {
 @pytest.mark.parametrize("name", STATEMENTS)
 async def test_no_statement_of_retention_scans_a_table(store, name):
     sql, values = STATEMENTS[name]
-    plan = await store._connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+    plan = await store.database.connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
     allowed = r"SCAN (asked|gone|found|c|\d+ CONSTANT ROWS?|\(subquery-\d+\)|CONSTANT ROW)\b.*"
     steps = [row[3] for row in plan]
     assert any("SEARCH" in step for step in steps)

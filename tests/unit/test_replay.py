@@ -49,7 +49,7 @@ class Shop:
             subject=f"{number}", received_at=self.clock.wall(), data=body, context=b"{}", body=body,
             content_type="application/json", sha256=hashlib.sha256(body).digest(),
         )  # fmt: skip
-        await self.store.append(Acceptance(source="shop", event=event))
+        await self.store.events.append(Acceptance(source="shop", event=event))
         return event
 
     async def end(self, state="delivered", **fields):
@@ -57,7 +57,7 @@ class Shop:
         ended, self.fresh = self.fresh, []
         attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
         outcomes = [Outcome(delivery=d, attempt=attempt, state=state, **fields) for d in ended]
-        await asyncio.gather(*(self.store.settle(outcome) for outcome in outcomes))
+        await asyncio.gather(*(self.store.deliveries.settle(outcome) for outcome in outcomes))
         return ended
 
     async def run(self, what=ALL, **wish):
@@ -67,7 +67,7 @@ class Shop:
         return replay
 
     async def books(self, name="crm"):
-        counts = (await self.store.counts())[name]
+        counts = (await self.store.ledger.audit())[name]
         assert counts.unaccounted == 0
         return {field: n for field in counts.__struct_fields__ if (n := getattr(counts, field))}
 
@@ -146,7 +146,7 @@ async def test_run_again_it_repeats_nothing_that_is_owed_or_no_more_dead(shop):
 async def test_named_events_are_replayed_in_the_order_they_came_in(shop):
     sent = [await shop.send(number) for number in range(3)]
     await shop.end()
-    chosen = await shop.store.name_events([sent[2].public_id, sent[0].public_id])
+    chosen = await shop.store.queries.name_events([sent[2].public_id, sent[0].public_id])
     replay = await shop.run(chosen)
     assert summary(replay) == ("done", 2, 2, 2, 0)
     assert [d.event.public_id for d in shop.fresh] == [sent[0].public_id, sent[2].public_id]
@@ -192,7 +192,7 @@ async def test_events_that_come_in_meanwhile_are_not_its_business(shop):
 async def test_a_damaged_body_is_skipped_and_said(shop, caplog):
     sent = [await shop.send(number) for number in range(2)]
     await shop.end()
-    await shop.store._connection.execute("UPDATE events SET body = x'00' WHERE id = 1")
+    await shop.store.database.connection.execute("UPDATE events SET body = x'00' WHERE id = 1")
     assert summary(await shop.run()) == ("done", 2, 2, 1, 1)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         f"{sent[0].public_id} is not replayed: the stored body does not match its sha256"
@@ -204,14 +204,14 @@ async def test_a_full_disk_makes_it_wait_and_it_goes_on(shop, monkeypatch):
     await shop.send()
     await shop.end()
     failures = [StorageUnavailableError("disk full")] * 3
-    write = shop.store.repeat
+    write = shop.store.deliveries.repeat
 
     async def fail_at_first(wishes):
         if failures:
             raise failures.pop()
         return await write(wishes)
 
-    monkeypatch.setattr(shop.store, "repeat", fail_at_first)
+    monkeypatch.setattr(shop.store.deliveries, "repeat", fail_at_first)
     assert summary(await shop.run()) == ("done", 1, 1, 1, 0)
     assert failures == []
 
@@ -222,7 +222,7 @@ async def test_a_fault_of_ours_fails_it_visibly(shop, monkeypatch, caplog):
     async def fail(_event_ids):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(shop.store, "load", fail)
+    monkeypatch.setattr(shop.store.events, "load", fail)
     replay = await shop.run()
     assert (replay.state, replay.error) == ("failed", "RuntimeError('a bug')")
     assert f"replay {replay.id} failed" in caplog.text
@@ -279,14 +279,16 @@ async def test_ended_deliveries_are_retried_as_new_ones_and_pending_ones_hurried
     await shop.send(3)
     await shop.end("pending", next_attempt_at=clock.steady() + 3_600_000_000)
     shop.route(crm=(None, {}))
-    named = await shop.store.name_deliveries([row["id"] for row in await shop.store.find("deliveries")])
+    named = await shop.store.queries.name_deliveries(
+        [row["id"] for row in await shop.store.queries.find("deliveries")]
+    )
     assert [one.state for one in named] == ["dead"] * 6 + ["pending"] * 2
     retried = await shop.replays.retry(named)
     assert (retried.created, retried.hurried, retried.skipped) == (3, 2, 3)
     assert [(d.destination, d.replay_of) for d in shop.fresh] == [("crm", 1), ("crm", 3), ("crm", 5)]
     assert await shop.books() == {"created": 7, "dead": 3, "pending": 4}
     assert await shop.books("gone") == {"created": 4, "dead": 3, "pending": 1}
-    assert len((await shop.store.claim("gone", 9, retries=True)).deliveries) == 1
+    assert len((await shop.store.deliveries.claim("gone", 9, retries=True)).deliveries) == 1
 
 
 async def test_a_portion_is_bounded_in_events_and_bytes(monkeypatch):

@@ -183,5 +183,5 @@ async def test_a_reload_leaves_an_attempt_under_way_alone(store, moving):
             moving.to = new
             engine.adopt(await engine.plan({"crm": config}))
             [row] = await ended(store)
-        attempts = await store.find("attempts", delivery_id=row["id"])
+        attempts = await store.queries.find("attempts", delivery_id=row["id"])
         assert [attempt["result"] for attempt in reversed(attempts)] == ["timeout", "ok"]

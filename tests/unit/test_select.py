@@ -38,24 +38,28 @@ async def send(store, clock, type_="shop.order", subject=None, source="shop"):
         received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
         sha256=hashlib.sha256(b"{}").digest(),
     )  # fmt: skip
-    return (await store.append(Acceptance(source=source, event=event))).event_id
+    return (await store.events.append(Acceptance(source=source, event=event))).event_id
 
 
 async def end(store, number, state, **fields):
     """End the delivery of that row id, or have it wait for a retry."""
     [delivery] = [delivery for delivery in store.fresh if delivery.id == number]
     attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
-    await store.settle(Outcome(delivery=delivery, attempt=attempt, state=state, **fields))
+    await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state=state, **fields))
 
 
 async def chosen(store, **fields):
     selection = Selection(**fields)
-    span = await store.span(selection)
-    return [(one.event_id, *one.destinations) async for page in store.select(selection, span) for one in page]
+    span = await store.queries.span(selection)
+    return [
+        (one.event_id, *one.destinations)
+        async for page in store.queries.select(selection, span)
+        for one in page
+    ]
 
 
 async def pending(store, **fields):
-    return [one async for page in store.pending(Selection(**fields)) for one in page]
+    return [one async for page in store.queries.pending(Selection(**fields)) for one in page]
 
 
 def order_crm(event):
@@ -130,8 +134,8 @@ async def test_the_destinations_of_chosen_deliveries_come_with_their_event(store
 
 async def test_what_was_repeated_since_is_no_more_what_it_was(store, shops):
     await end(store, 1, "dead", reason="exhausted")
-    event = (await store.load([1]))[1]
-    assert await store.repeat([(event, Owed("crm"))]) == (True,)
+    event = (await store.events.load([1]))[1]
+    assert await store.deliveries.repeat([(event, Owed("crm"))]) == (True,)
     assert await chosen(store, state="dead") == []
     await end(store, store.fresh[-1].id, "dead", reason="exhausted")
     assert await chosen(store, state="dead") == [(1, "crm")]
@@ -149,10 +153,10 @@ async def test_small_pages_find_the_same(store, shops, monkeypatch, fields):
 
 
 async def test_what_comes_in_after_the_span_was_taken_is_left_out(store, clock, shops):
-    span = await store.span(Selection())
+    span = await store.queries.span(Selection())
     await send(store, clock)
     assert span == Span(1, 6)
-    assert [one.event_id async for page in store.select(Selection(), span) for one in page][-1] == 5
+    assert [one.event_id async for page in store.queries.select(Selection(), span) for one in page][-1] == 5
 
 
 async def test_an_empty_store_has_nothing_to_select(store):
@@ -189,16 +193,16 @@ async def test_ids_may_go_without_their_prefix_and_be_shortened_while_unique(sto
     both = second[4:9]
     assert first[4:9] == both
     for given in (first, first[4:], first.upper().replace("EVT", "evt"), first[:-5], first[4:-5]):
-        assert [one.event_id for one in await store.name_events([given])] == [1]
-    assert [one.event_id for one in await store.name_events([second, first, second[4:]])] == [1, 2]
+        assert [one.event_id for one in await store.queries.name_events([given])] == [1]
+    assert [one.event_id for one in await store.queries.name_events([second, first, second[4:]])] == [1, 2]
     with pytest.raises(RelayError, match="short for more than one event"):
-        await store.name_events([both])
+        await store.queries.name_events([both])
 
 
 async def test_deliveries_are_named_likewise(store, clock):
     await send(store, clock)
-    rows = await store.find("deliveries")
-    named = await store.name_deliveries([row["id"][4:] for row in rows])
+    rows = await store.queries.find("deliveries")
+    named = await store.queries.name_deliveries([row["id"][4:] for row in rows])
     assert [(one.id, one.state, one.chosen.event_id, *one.chosen.destinations) for one in named] == [
         (1, "pending", 1, "crm"),
         (2, "pending", 1, "erp"),
@@ -218,17 +222,17 @@ async def test_deliveries_are_named_likewise(store, clock):
 async def test_an_id_that_names_nothing_is_said_to(store, clock, given, error, why):
     await send(store, clock)
     with pytest.raises(error, match=why):
-        await store.name_events([given])
+        await store.queries.name_events([given])
 
 
 async def test_too_many_ids_are_refused_with_what_to_do_instead(store):
     with pytest.raises(RelayError, match="1001 ids") as refused:
-        await store.name_events(["evt_0"] * 1001)
+        await store.queries.name_events(["evt_0"] * 1001)
     assert refused.value.hint == "use a filter instead"
 
 
 async def plan(store, sql, values):
-    rows = await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+    rows = await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
     return [row[3] for row in rows]
 
 

@@ -41,16 +41,16 @@ def accept(clock, type_="shop.order", body=b"{}", key=None):
 
 
 async def read(store, **fields):
-    return [stat async for page in store.stats(Selection(**fields)) for stat in page]
+    return [stat async for page in store.queries.stats(Selection(**fields)) for stat in page]
 
 
 async def test_events_of_one_hour_share_a_row_that_later_batches_add_to(store, clock):
     begun = clock.wall()
-    await asyncio.gather(*(store.append(accept(clock, body=b"12345")) for _ in range(300)))
+    await asyncio.gather(*(store.events.append(accept(clock, body=b"12345")) for _ in range(300)))
     clock.advance(3599)
-    await store.append(accept(clock, body=b"1"))
+    await store.events.append(accept(clock, body=b"1"))
     clock.advance(1)
-    await store.append(accept(clock, body=b"12"))
+    await store.events.append(accept(clock, body=b"12"))
     assert await read(store) == [
         Stat(begun + HOUR, "shop", "shop.order", 1, 0, 2),
         Stat(begun, "shop", "shop.order", 301, 0, 1501),
@@ -59,7 +59,7 @@ async def test_events_of_one_hour_share_a_row_that_later_batches_add_to(store, c
 
 async def test_a_duplicate_is_counted_as_one_and_adds_no_bytes(store, clock):
     for _ in range(3):
-        await store.append(accept(clock, body=b"123", key="k"))
+        await store.events.append(accept(clock, body=b"123", key="k"))
     [stat] = await read(store)
     assert (stat.events, stat.duplicates, stat.bytes) == (1, 2, 3)
 
@@ -68,7 +68,7 @@ async def test_an_event_that_could_not_be_stored_is_not_counted(store, clock):
     bad = accept(clock)
     bad.event.content_type = None
     results = await asyncio.gather(
-        *(store.append(each) for each in (accept(clock), bad, accept(clock))), return_exceptions=True
+        *(store.events.append(each) for each in (accept(clock), bad, accept(clock))), return_exceptions=True
     )
     assert [type(result).__name__ for result in results] == ["Receipt", "StorageError", "Receipt"]
     [stat] = await read(store)
@@ -93,7 +93,7 @@ async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkey
     begun = clock.wall()
     for hour, type_ in ((0, "shop.order"), (0, "shop.refund"), (1, "shop.order"), (2, "till.paid")):
         clock.now = begun + hour * HOUR + 7 * SECOND
-        await store.append(accept(clock, type_))
+        await store.events.append(accept(clock, type_))
     times = {key: fields[key] + begun for key in ("since", "until") if key in fields}
     assert [stat.type for stat in await read(store, **fields | times)] == types
 
@@ -105,6 +105,6 @@ async def test_what_is_not_counted_by_is_refused(store):
 
 async def test_reading_a_page_of_counts_scans_nothing(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
-    plan = await store._reader.execute_fetchall(f"EXPLAIN QUERY PLAN {PAGE_SQL}", values)
+    plan = await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {PAGE_SQL}", values)
     [step] = [row[3] for row in plan]
     assert step.startswith("SEARCH stats USING PRIMARY KEY (hour>?"), step

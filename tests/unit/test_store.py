@@ -73,25 +73,25 @@ def outcome(delivery, state="delivered", **fields):
 
 
 async def pragma(store, text):
-    await store._connection.execute(f"PRAGMA {text}")
+    await store.database.connection.execute(f"PRAGMA {text}")
 
 
 async def test_an_event_comes_back_byte_for_byte(store, clock):
     sent = event(clock)
-    await store.append(Acceptance(source="shop", event=sent))
-    assert await store.load([1]) == {1: msgspec.structs.replace(sent, id=1)}
+    await store.events.append(Acceptance(source="shop", event=sent))
+    assert await store.events.load([1]) == {1: msgspec.structs.replace(sent, id=1)}
 
 
 async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock):
     sent = event(clock, body=b"x=1", data=b"{}")
-    await store.append(Acceptance(source="shop", event=sent))
-    assert (await store.load([1]))[1].data == b"{}"
+    await store.events.append(Acceptance(source="shop", event=sent))
+    assert (await store.events.load([1]))[1].data == b"{}"
 
 
 async def test_an_event_and_its_deliveries_appear_together(store, clock):
     heard = []
     store.listener = lambda news: heard.append((list(news.events), list(news.deliveries)))
-    receipt = await store.append(accept(clock))
+    receipt = await store.events.append(accept(clock))
     [(events, deliveries)] = heard
     assert [e.public_id for e in events] == [receipt.event_id]
     assert [d.destination for d in deliveries] == ["crm"]
@@ -99,26 +99,26 @@ async def test_an_event_and_its_deliveries_appear_together(store, clock):
 
 
 async def test_many_at_once_share_their_commits(store, clock):
-    receipts = await asyncio.gather(*(store.append(accept(clock)) for _ in range(500)))
+    receipts = await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(500)))
     assert len({receipt.event_id for receipt in receipts}) == 500
-    assert (await store.counts())["crm"].created == 500
+    assert (await store.ledger.audit())["crm"].created == 500
     assert store.commits < 50
 
 
 async def test_a_key_names_its_first_event_for_seven_days(store, clock):
-    first = await store.append(accept(clock, key="k"))
+    first = await store.events.append(accept(clock, key="k"))
     clock.advance(6.9 * 86400)
-    again = await store.append(accept(clock, key="k"))
+    again = await store.events.append(accept(clock, key="k"))
     assert (again.event_id, again.duplicate) == (first.event_id, True)
     clock.advance(0.2 * 86400)
-    later = await store.append(accept(clock, key="k"))
+    later = await store.events.append(accept(clock, key="k"))
     assert later.event_id != first.event_id
-    assert (await store.append(accept(clock, key="k"))).event_id == later.event_id
-    assert (await store.counts())["crm"].created == 2
+    assert (await store.events.append(accept(clock, key="k"))).event_id == later.event_id
+    assert (await store.ledger.audit())["crm"].created == 2
 
 
 async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
-    receipts = await asyncio.gather(*(store.append(accept(clock, key="k")) for _ in range(5)))
+    receipts = await asyncio.gather(*(store.events.append(accept(clock, key="k")) for _ in range(5)))
     assert len({receipt.event_id for receipt in receipts}) == 1
     assert sorted(receipt.duplicate for receipt in receipts) == [False, True, True, True, True]
 
@@ -126,25 +126,25 @@ async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
 async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)
-    await store.append(accept(clock))
-    assert (await store.claim("crm", 10, retries=False)).deliveries == ()
-    store.release([fresh[0].id])
-    claimed = (await store.claim("crm", 10, retries=False)).deliveries
+    await store.events.append(accept(clock))
+    assert (await store.deliveries.claim("crm", 10, retries=False)).deliveries == ()
+    store.deliveries.release([fresh[0].id])
+    claimed = (await store.deliveries.claim("crm", 10, retries=False)).deliveries
     assert [d.id for d in claimed] == [fresh[0].id]
-    assert (await store.claim("crm", 10, retries=False)).deliveries == ()
+    assert (await store.deliveries.claim("crm", 10, retries=False)).deliveries == ()
 
 
 async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)
     for _ in range(5):
-        await store.append(accept(clock))
+        await store.events.append(accept(clock))
         clock.advance(1)
-    store.release([d.id for d in fresh])
-    claim = await store.claim("crm", 2, retries=False)
+    store.deliveries.release([d.id for d in fresh])
+    claim = await store.deliveries.claim("crm", 2, retries=False)
     assert [d.id for d in claim.deliveries] == [fresh[0].id, fresh[1].id]
     assert claim.next_due is not None
-    assert [d.id for d in (await store.claim("crm", 9, retries=False)).deliveries] == [
+    assert [d.id for d in (await store.deliveries.claim("crm", 9, retries=False)).deliveries] == [
         d.id for d in fresh[2:]
     ]
 
@@ -152,14 +152,14 @@ async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store,
 async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)
-    await store.append(accept(clock))
-    assert await store.settle(outcome(fresh[0])) is True
-    assert await store.settle(outcome(fresh[0], "dead")) is False
-    [row] = await store.find("deliveries")
+    await store.events.append(accept(clock))
+    assert await store.deliveries.settle(outcome(fresh[0])) is True
+    assert await store.deliveries.settle(outcome(fresh[0], "dead")) is False
+    [row] = await store.queries.find("deliveries")
     assert (row["state"], row["attempts"], row["last_status"]) == ("delivered", 1, 200)
-    attempts = await store.find("attempts", delivery_id=row["id"])
+    attempts = await store.queries.find("attempts", delivery_id=row["id"])
     assert [a["answer"] for a in attempts] == [b"yes", b"yes"]
-    counts = (await store.counts())["crm"]
+    counts = (await store.ledger.audit())["crm"]
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (1, 1, 0, 0)
 
 
@@ -171,35 +171,35 @@ async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store
         told.extend(news.outcomes)
 
     store.listener = listen
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
     assert told == []
     failed = outcome(fresh[0], "pending", next_attempt_at=clock.steady() + SECOND)
-    await store.settle(failed)
+    await store.deliveries.settle(failed)
     assert told == [failed]
     delivered, late = outcome(fresh[0]), outcome(fresh[0], "dead")
-    assert [await store.settle(delivered), await store.settle(late)] == [True, False]
+    assert [await store.deliveries.settle(delivered), await store.deliveries.settle(late)] == [True, False]
     assert told == [failed, delivered]
 
 
 async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
     due = clock.steady() + 5 * SECOND
-    await store.settle(outcome(fresh[0], "pending", next_attempt_at=due))
-    claim = await store.claim("crm", 10, retries=True)
+    await store.deliveries.settle(outcome(fresh[0], "pending", next_attempt_at=due))
+    claim = await store.deliveries.claim("crm", 10, retries=True)
     assert (claim.deliveries, claim.next_due) == ((), due)
     clock.advance(5)
-    [delivery] = (await store.claim("crm", 10, retries=True)).deliveries
+    [delivery] = (await store.deliveries.claim("crm", 10, retries=True)).deliveries
     assert delivery.attempts == 1
 
 
 async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock):
     fresh = []
     store.listener = lambda news: fresh.extend(news.deliveries)
-    await store.append(accept(clock))
-    await store.settle(outcome(fresh[0], "pending", next_attempt_at=clock.steady(), counts=False))
-    [delivery] = (await store.claim("crm", 10, retries=False)).deliveries
+    await store.events.append(accept(clock))
+    await store.deliveries.settle(outcome(fresh[0], "pending", next_attempt_at=clock.steady(), counts=False))
+    [delivery] = (await store.deliveries.claim("crm", 10, retries=False)).deliveries
     assert delivery.attempts == 0
 
 
@@ -208,16 +208,16 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
     store = SqliteStore(path, clock)
     store.route = lambda _event: (Owed("crm"),)
     await store.open()
-    receipt = await store.append(accept(clock, key="k", change=Register(worker_id="w1")))
+    receipt = await store.events.append(accept(clock, key="k", change=Register(worker_id="w1")))
     await store.close()
     again = SqliteStore(path, clock)
     await again.open()
     try:
-        assert len((await again.claim("crm", 10, retries=False)).deliveries) == 2
-        assert (await again.append(accept(clock, key="k"))).event_id == receipt.event_id
-        assert [w.id for w in again.workers()] == ["w1"]
-        newer = await again.append(accept(clock))
-        rows = await again.find("events", id=newer.event_id)
+        assert len((await again.deliveries.claim("crm", 10, retries=False)).deliveries) == 2
+        assert (await again.events.append(accept(clock, key="k"))).event_id == receipt.event_id
+        assert [w.id for w in again.workers.all()] == ["w1"]
+        newer = await again.events.append(accept(clock))
+        rows = await again.queries.find("events", id=newer.event_id)
         assert rows[0]["row"] == 3
     finally:
         await again.close()
@@ -226,30 +226,33 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
 async def test_a_request_that_cannot_be_stored_fails_alone(store, clock):
     bad = accept(clock, received_at=2**70)
     results = await asyncio.gather(
-        store.append(accept(clock)), store.append(bad), store.append(accept(clock)), return_exceptions=True
+        store.events.append(accept(clock)),
+        store.events.append(bad),
+        store.events.append(accept(clock)),
+        return_exceptions=True,
     )
     assert isinstance(results[1], StorageError)
     assert not isinstance(results[1], StorageUnavailableError)
-    assert len(await store.find("events")) == 2
+    assert len(await store.queries.find("events")) == 2
 
 
 async def test_a_full_disk_fails_the_batch_and_heals_by_itself(store, clock, tmp_path):
     await pragma(store, "max_page_count = 1")
     big = b'{"a":"' + b"x" * 4_000_000 + b'"}'
     with pytest.raises(StorageUnavailableError):
-        await store.append(accept(clock, body=big, data=b"{}"))
+        await store.events.append(accept(clock, body=big, data=b"{}"))
     assert store.failure is not None
     with pytest.raises(StorageUnavailableError):
-        await store.append(accept(clock))
+        await store.events.append(accept(clock))
     await pragma(store, "max_page_count = 1000000")
     await until(lambda: store.failure is None)
-    await store.append(accept(clock))
-    assert len(await store.find("events")) == 1
+    await store.events.append(accept(clock))
+    assert len(await store.queries.find("events")) == 1
 
 
 async def test_the_queue_is_bounded(store, clock, monkeypatch):
     monkeypatch.setattr("relay.store.writer.MAX_JOBS", 3)
-    tasks = [asyncio.ensure_future(store.append(accept(clock))) for _ in range(8)]
+    tasks = [asyncio.ensure_future(store.events.append(accept(clock))) for _ in range(8)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert sum(isinstance(result, Overloaded) for result in results) == 5
 
@@ -259,15 +262,15 @@ async def test_a_worker_lives_through_all_its_states(store, clock):
     store.listener = lambda news: types.extend(e.type for e in news.events)
 
     async def change(what):
-        await store.append(Acceptance(source="shop", change=what))
+        await store.events.append(Acceptance(source="shop", change=what))
 
     await change(Register(worker_id="w1", endpoint="http://w"))
     await change(Register(worker_id="w1", endpoint="http://w"))
     clock.advance(89)
-    assert await store.sweep() == ()
+    assert await store.workers.sweep() == ()
     clock.advance(2)
-    assert [w.id for w in await store.sweep()] == ["w1"]
-    assert await store.sweep() == ()
+    assert [w.id for w in await store.workers.sweep()] == ["w1"]
+    assert await store.workers.sweep() == ()
     await change(Heartbeat(worker_id="w1"))
     await change(Unregister(worker_id="w1"))
     await change(Unregister(worker_id="w1"))
@@ -278,12 +281,12 @@ async def test_a_worker_lives_through_all_its_states(store, clock):
 
 
 async def test_a_quiet_heartbeat_costs_no_commit_and_is_flushed(store, clock, tmp_path):
-    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     before = store.commits
     clock.advance(30)
-    await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", cpu=3.5)))
+    await store.events.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", cpu=3.5)))
     assert store.commits == before
-    await store.flush()
+    await store.workers.flush()
     assert store.commits == before + 1
     with sqlite3.connect(tmp_path / "relay.db") as db:
         [(seen,)] = db.execute("SELECT last_heartbeat FROM workers").fetchall()
@@ -293,7 +296,7 @@ async def test_a_quiet_heartbeat_costs_no_commit_and_is_flushed(store, clock, tm
 
 async def test_a_heartbeat_while_its_worker_s_row_is_written_is_not_lost(store, clock):
     sessions = (Session(id="s1", status="CONNECTING"),)
-    await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", sessions=sessions)))
+    await store.events.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1", sessions=sessions)))
     beats = []
 
     def route(_event):
@@ -302,30 +305,34 @@ async def test_a_heartbeat_while_its_worker_s_row_is_written_is_not_lost(store, 
 
     async def beat():
         clock.advance(30)
-        await store.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1")))
+        await store.events.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1")))
 
     store.route = route
     seen = SessionSeen(session=Session(id="s1", status="CONNECTED"))
-    await store.append(accept(clock, change=seen))
+    await store.events.append(accept(clock, change=seen))
     await asyncio.gather(*beats)
-    [worker] = store.workers()
+    [worker] = store.workers.all()
     assert (worker.last_heartbeat, worker.sessions) == (clock.wall(), (seen.session,))
 
 
 async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(store, clock):
-    await store.append(Acceptance(source="shop", change=Register(worker_id="old", endpoint="http://w")))
-    await store.append(Acceptance(source="shop", change=Register(worker_id="new", endpoint="http://w")))
+    await store.events.append(
+        Acceptance(source="shop", change=Register(worker_id="old", endpoint="http://w"))
+    )
+    await store.events.append(
+        Acceptance(source="shop", change=Register(worker_id="new", endpoint="http://w"))
+    )
     clock.advance(36)
-    assert [w.id for w in await store.sweep()] == ["old"]
+    assert [w.id for w in await store.workers.sweep()] == ["old"]
 
 
 async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store, clock):
-    await store.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+    await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     clock.advance(3600)
-    assert await store.sweep(hold=True) == ()
-    assert await store.sweep() == ()
+    assert await store.workers.sweep(hold=True) == ()
+    assert await store.workers.sweep() == ()
     clock.advance(91)
-    assert [w.id for w in await store.sweep()] == ["w1"]
+    assert [w.id for w in await store.workers.sweep()] == ["w1"]
 
 
 async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock):
@@ -358,10 +365,10 @@ async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tm
         db.commit()
     store = SqliteStore(path, clock)
     await store.open()
-    blocks = await store._reader.execute_fetchall("SELECT block, first, last FROM event_times")
+    blocks = await store.database.reader.execute_fetchall("SELECT block, first, last FROM event_times")
     assert [tuple(row) for row in blocks] == [(0, 90, 100), (1, 500, 500)]
-    assert [row["id"] for row in await store.find("events", since=95, until=101)] == ["evt_1"]
-    found = await store.find("deliveries", destination="crm", state="dead", since=95)
+    assert [row["id"] for row in await store.queries.find("events", since=95, until=101)] == ["evt_1"]
+    found = await store.queries.find("deliveries", destination="crm", state="dead", since=95)
     assert [row["id"] for row in found] == ["dlv_1024", "dlv_1"]
     await store.close()
     copy = path.with_name("relay.db.before-v3")

@@ -111,7 +111,7 @@ async def store(tmp_path, clock):
 
 
 async def says(store, change):
-    await store.append(Acceptance(source="shop", change=change))
+    await store.events.append(Acceptance(source="shop", change=change))
 
 
 async def test_two_healthy_workers_at_one_endpoint_are_never_offline(store, clock):
@@ -127,7 +127,7 @@ async def test_two_healthy_workers_at_one_endpoint_are_never_offline(store, cloc
             await says(store, Register(worker_id=f"c{second}", endpoint=PUBLIC))
             await says(store, Unregister(worker_id=f"c{second}"))
         clock.advance(10)
-        assert await store.sweep() == ()
+        assert await store.workers.sweep() == ()
 
 
 async def test_one_that_a_new_id_replaces_is_offline_long_before_its_patience_ends(store, clock):
@@ -137,9 +137,9 @@ async def test_one_that_a_new_id_replaces_is_offline_long_before_its_patience_en
         await says(store, Heartbeat(worker_id="a"))
     await says(store, Register(worker_id="b", endpoint=PUBLIC))
     clock.advance(60)
-    assert await store.sweep() == ()
+    assert await store.workers.sweep() == ()
     clock.advance(15)
-    assert [worker.id for worker in await store.sweep()] == ["a"]
+    assert [worker.id for worker in await store.workers.sweep()] == ["a"]
 
 
 @pytest.mark.parametrize("endpoint", ["http://localhost:8001", "http://172.17.0.2:3001", ""])
@@ -147,7 +147,7 @@ async def test_default_endpoints_cost_nobody_time(store, clock, endpoint):
     for worker in ("a", "b"):
         await says(store, Register(worker_id=worker, endpoint=endpoint))
     clock.advance(590)
-    assert await store.sweep() == ()
+    assert await store.workers.sweep() == ()
 
 
 @pytest.mark.parametrize(

@@ -57,20 +57,20 @@ def ending(delivery, state="delivered", **fields):
 
 
 async def due(store, destination="crm"):
-    return [d.id for d in (await store.claim(destination, 100, retries=False)).deliveries]
+    return [d.id for d in (await store.deliveries.claim(destination, 100, retries=False)).deliveries]
 
 
 async def states(store):
-    rows = await store.find("deliveries", limit=100)
+    rows = await store.queries.find("deliveries", limit=100)
     return [(row["state"], row["reason"]) for row in reversed(rows)]
 
 
 async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
     owe(store, ("crm", {"order_by": "subject"}))
     for subject in ("a", "b", "a", "a"):
-        await store.append(accept(clock, subject))
+        await store.events.append(accept(clock, subject))
     assert [d.id for d in store.fresh] == [1, 2]
-    await store.settle(ending(store.fresh[0]))
+    await store.deliveries.settle(ending(store.fresh[0]))
     assert store.news[-1].woken == {"crm"}
     assert await due(store) == [3]
 
@@ -78,35 +78,35 @@ async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
 async def test_any_end_of_the_head_releases_its_key(store, clock):
     owe(store, ("crm", {"order_by": "subject", "ttl": 60}))
     for _ in range(3):
-        await store.append(accept(clock))
-    await store.settle(ending(store.fresh[0], "dead", reason="aborted"))
-    [second] = (await store.claim("crm", 9, retries=False)).deliveries
-    store.release([second.id])
-    assert (await store.cancel([second.id])).ended == 1
+        await store.events.append(accept(clock))
+    await store.deliveries.settle(ending(store.fresh[0], "dead", reason="aborted"))
+    [second] = (await store.deliveries.claim("crm", 9, retries=False)).deliveries
+    store.deliveries.release([second.id])
+    assert (await store.deliveries.cancel([second.id])).ended == 1
     assert await due(store) == [3]
 
 
 async def test_a_head_that_waits_for_its_retry_holds_its_key(store, clock):
     owe(store, ("crm", {"order_by": "subject"}))
     for _ in range(2):
-        await store.append(accept(clock))
+        await store.events.append(accept(clock))
     later = clock.steady() + 5 * SECOND
-    await store.settle(ending(store.fresh[0], "pending", next_attempt_at=later))
+    await store.deliveries.settle(ending(store.fresh[0], "pending", next_attempt_at=later))
     assert await due(store) == []
 
 
 async def test_order_holds_within_one_batch_and_across_batches(store, clock):
     owe(store, ("crm", {"order_by": "data.k"}))
     bodies = [b'{"k": %d}' % (number % 3) for number in range(30)]
-    await asyncio.gather(*(store.append(accept(clock, body=body)) for body in bodies))
+    await asyncio.gather(*(store.events.append(accept(clock, body=body)) for body in bodies))
     assert len(store.fresh) == 3
     seen = []
     waiting = list(store.fresh)
     while waiting:
         delivery = waiting.pop()
         seen.append(delivery.id)
-        await store.settle(ending(delivery))
-        waiting += (await store.claim("crm", 9, retries=False)).deliveries
+        await store.deliveries.settle(ending(delivery))
+        waiting += (await store.deliveries.claim("crm", 9, retries=False)).deliveries
     assert sorted(seen) == list(range(1, 31))
     for key in range(3):
         mine = [number for number in seen if (number - 1) % 3 == key]
@@ -116,38 +116,38 @@ async def test_order_holds_within_one_batch_and_across_batches(store, clock):
 async def test_an_event_without_the_value_waits_for_nobody(store, clock):
     owe(store, ("crm", {"order_by": "data.k"}))
     for _ in range(2):
-        await store.append(accept(clock))
+        await store.events.append(accept(clock))
     assert [d.id for d in store.fresh] == [1, 2]
 
 
 async def test_what_is_past_its_time_to_live_expires_held_or_not(store, clock):
     owe(store, ("crm", {"ttl": 60}))
-    await store.append(accept(clock))
-    store.release([1])
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
+    store.deliveries.release([1])
+    await store.events.append(accept(clock))
     clock.advance(61)
-    assert await store.expire() == 2
-    assert await store.expire() == 0
+    assert await store.deliveries.expire() == 2
+    assert await store.deliveries.expire() == 0
     assert await states(store) == [("expired", "ttl")] * 2
     assert set(store.news[-1].dropped) == {1, 2}
-    assert (await store.counts())["crm"].unaccounted == 0
+    assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
 async def test_what_is_being_sent_is_not_expired_under_way(store, clock):
     owe(store, ("crm", {"ttl": 60}))
-    await store.append(accept(clock))
-    assert store.begin_attempt(1)
+    await store.events.append(accept(clock))
+    assert store.deliveries.begin_attempt(1)
     clock.advance(61)
-    assert await store.expire() == 0
-    assert await store.settle(ending(store.fresh[0])) is True
+    assert await store.deliveries.expire() == 0
+    assert await store.deliveries.settle(ending(store.fresh[0])) is True
 
 
 async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
-    await store.append(accept(clock, "a"))
-    await store.append(accept(clock, "b"))
-    await store.append(accept(clock, "a", "shop.other"))
-    await store.append(accept(clock, "a"))
+    await store.events.append(accept(clock, "a"))
+    await store.events.append(accept(clock, "b"))
+    await store.events.append(accept(clock, "a", "shop.other"))
+    await store.events.append(accept(clock, "a"))
     assert await states(store) == [
         ("expired", "superseded"), ("pending", None), ("pending", None), ("pending", None),
     ]  # fmt: skip
@@ -155,40 +155,40 @@ async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
 
 async def test_of_one_batch_only_the_newest_of_a_key_goes_out(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
-    await asyncio.gather(*(store.append(accept(clock)) for _ in range(5)))
+    await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(5)))
     rows = await states(store)
     assert rows.count(("pending", None)) == 1
     assert rows[-1] == ("pending", None)
-    assert (await store.counts())["crm"].unaccounted == 0
+    assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
 async def test_what_is_being_sent_is_never_superseded(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
-    await store.append(accept(clock))
-    assert store.begin_attempt(1)
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
+    assert store.deliveries.begin_attempt(1)
+    await store.events.append(accept(clock))
     assert await states(store) == [("pending", None)] * 2
 
 
 async def test_beyond_max_pending_a_delivery_is_dead_at_birth_and_counted(store, clock):
     owe(store, ("crm", {"max_pending": 2}))
-    await asyncio.gather(*(store.append(accept(clock)) for _ in range(4)))
+    await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(4)))
     assert await states(store) == [("pending", None)] * 2 + [("dead", "backlog_full")] * 2
-    await store.settle(ending(store.fresh[0]))
-    await store.append(accept(clock))
-    counts = (await store.counts())["crm"]
+    await store.deliveries.settle(ending(store.fresh[0]))
+    await store.events.append(accept(clock))
+    counts = (await store.ledger.audit())["crm"]
     assert (counts.created, counts.pending, counts.dead, counts.unaccounted) == (5, 2, 2, 0)
 
 
 async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path):
     owe(store, ("crm", {"max_pending": 1}))
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
     await store.close()
     again = SqliteStore(tmp_path / "relay.db", clock)
     owe(again, ("crm", {"max_pending": 1}))
     await again.open()
     try:
-        await again.append(accept(clock))
+        await again.events.append(accept(clock))
         assert await states(again) == [("pending", None), ("dead", "backlog_full")]
     finally:
         await again.close()
@@ -201,37 +201,37 @@ async def test_a_dead_delivery_hands_its_event_over_and_is_told_of(store, clock)
         store.fresh.extend(news.deliveries),
     )
     owe(store, ("crm", {"on_dead": "spare"}))
-    await store.append(accept(clock))
-    await store.settle(ending(store.fresh[0], "dead", reason="exhausted"))
+    await store.events.append(accept(clock))
+    await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
     assert types == ["shop.order", "relay.delivery.dead"]
     assert [(d.destination, d.event_id) for d in store.fresh] == [("crm", 1), ("spare", 1)]
 
 
 async def test_a_dead_delivery_of_an_operator_event_is_not_told_of(store, clock):
     store.route = Router({"ops": Subscription.of(("relay.*", "shop.*"))}).route
-    await store.append(accept(clock))
-    await store.settle(ending(store.fresh[0], "dead", reason="exhausted"))
+    await store.events.append(accept(clock))
+    await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
     assert [d.event.type for d in store.fresh] == ["shop.order", "relay.delivery.dead"]
-    await store.settle(ending(store.fresh[1], "dead", reason="exhausted"))
+    await store.deliveries.settle(ending(store.fresh[1], "dead", reason="exhausted"))
     assert len(store.fresh) == 2
 
 
 async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(store, clock):
     owe(store, ("crm", {}))
-    await store.append(accept(clock))
-    assert store.begin_attempt(1)
-    assert await store.cancel([1]) == Cancelled(in_flight=1)
-    assert await store.settle(ending(store.fresh[0])) is True
+    await store.events.append(accept(clock))
+    assert store.deliveries.begin_attempt(1)
+    assert await store.deliveries.cancel([1]) == Cancelled(in_flight=1)
+    assert await store.deliveries.settle(ending(store.fresh[0])) is True
     assert await states(store) == [("delivered", None)]
 
 
 async def test_a_delivery_that_is_just_being_ended_cannot_begin(store, clock):
     owe(store, ("crm", {}))
-    await store.append(accept(clock))
-    cancelling = asyncio.ensure_future(store.cancel([1]))
+    await store.events.append(accept(clock))
+    cancelling = asyncio.ensure_future(store.deliveries.cancel([1]))
     began = []
     while not cancelling.done():
-        began.append(store.begin_attempt(1) if store._holds._doomed else None)
+        began.append(store.deliveries.begin_attempt(1) if store.claims._doomed else None)
         await asyncio.sleep(0)
     assert (await cancelling).ended == 1
     assert False in began

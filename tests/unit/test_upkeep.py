@@ -32,7 +32,7 @@ async def store(tmp_path, clock):
     store = SqliteStore(tmp_path / "relay.db", clock)
     await store.open()
     yield store
-    for name, books in (await store.counts()).items():
+    for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
     await store.close()
 
@@ -57,7 +57,7 @@ async def send(store, clock, *names):
         received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
         sha256=hashlib.sha256(b"{}").digest(),
     )  # fmt: skip
-    await store.append(Acceptance(source="shop", event=event))
+    await store.events.append(Acceptance(source="shop", event=event))
 
 
 async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, engine, clock, caplog):
@@ -69,7 +69,7 @@ async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store
     assert engine.lanes["dead"].held is None  # its probe is due
     caplog.clear()
     await upkeep.run()
-    found = {(row["destination"], row["state"]) for row in await store.find("deliveries")}
+    found = {(row["destination"], row["state"]) for row in await store.queries.find("deliveries")}
     expired = {(name, "expired") for name in ("paused", "dead", "not in the config")}
     assert found == {*expired, ("well", "pending")}
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [

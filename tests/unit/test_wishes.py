@@ -32,7 +32,7 @@ async def store(request, tmp_path, clock):
     store.listener = listen
     await store.open()
     yield store
-    for name, books in (await store.counts()).items():
+    for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
     await store.close()
 
@@ -52,7 +52,7 @@ def accept(clock, body=b"{}"):
 
 async def send(store, clock):
     """Append one event and return the delivery that was made for it."""
-    await store.append(accept(clock))
+    await store.events.append(accept(clock))
     return store.fresh[-1]
 
 
@@ -62,17 +62,19 @@ def ending(delivery, state="delivered", **fields):
 
 
 async def states(store):
-    return [(row["state"], row["reason"]) for row in reversed(await store.find("deliveries", limit=500))]
+    return [
+        (row["state"], row["reason"]) for row in reversed(await store.queries.find("deliveries", limit=500))
+    ]
 
 
 async def books(store, name="crm"):
-    counts = (await store.counts())[name]
+    counts = (await store.ledger.audit())[name]
     return {field: n for field in counts.__struct_fields__ if (n := getattr(counts, field))}
 
 
 async def again(store, event_id=1, *owed):
-    event = (await store.load([event_id]))[event_id]
-    return await store.repeat([(event, each) for each in owed or (Owed("crm"),)])
+    event = (await store.events.load([event_id]))[event_id]
+    return await store.deliveries.repeat([(event, each) for each in owed or (Owed("crm"),)])
 
 
 # --- cancel -------------------------------------------------------------------------------------------
@@ -89,49 +91,50 @@ async def again(store, event_id=1, *owed):
 )
 async def test_one_in_flight_is_cancelled_unless_its_attempt_delivers_it(store, clock, outcome, state):
     delivery = await send(store, clock)
-    assert store.begin_attempt(delivery.id)
-    assert await store.cancel([delivery.id]) == Cancelled(in_flight=1)
+    assert store.deliveries.begin_attempt(delivery.id)
+    assert await store.deliveries.cancel([delivery.id]) == Cancelled(in_flight=1)
     assert await states(store) == [("pending", None)]
-    assert await store.settle(ending(delivery, **outcome))
+    assert await store.deliveries.settle(ending(delivery, **outcome))
     assert await states(store) == [state]
     assert await books(store) == {"created": 1, state[0]: 1}
-    assert len(await store.find("attempts")) == 1
+    assert len(await store.queries.find("attempts")) == 1
 
 
 async def test_a_cancelled_death_is_neither_told_of_nor_handed_on(store, clock):
     owe(store, Owed("crm", on_dead="spare"))
     delivery = await send(store, clock)
-    store.begin_attempt(delivery.id)
-    await store.cancel([delivery.id])
-    await store.settle(ending(delivery, "dead", reason="exhausted"))
+    store.deliveries.begin_attempt(delivery.id)
+    await store.deliveries.cancel([delivery.id])
+    await store.deliveries.settle(ending(delivery, "dead", reason="exhausted"))
     assert [event.type for news in store.news for event in news.events] == ["shop.order"]
     assert await states(store) == [("cancelled", "operator")]
 
 
 async def test_a_wish_and_the_outcome_in_one_transaction_end_it_once(store, clock):
     delivery = await send(store, clock)
-    store.begin_attempt(delivery.id)
+    store.deliveries.begin_attempt(delivery.id)
     results = await asyncio.gather(
-        store.settle(ending(delivery, "pending", next_attempt_at=clock.steady())), store.cancel([delivery.id])
+        store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady())),
+        store.deliveries.cancel([delivery.id]),
     )
     assert results == [True, Cancelled(ended=1)]
     assert await states(store) == [("cancelled", "operator")]
-    assert (await store.claim("crm", 9, retries=True)).deliveries == ()
+    assert (await store.deliveries.claim("crm", 9, retries=True)).deliveries == ()
 
 
 async def test_one_that_comes_back_without_an_outcome_is_cancelled_after_all(store, clock):
     delivery = await send(store, clock)
-    store.begin_attempt(delivery.id)
-    await store.cancel([delivery.id])
-    store.release([delivery.id])
+    store.deliveries.begin_attempt(delivery.id)
+    await store.deliveries.cancel([delivery.id])
+    store.deliveries.release([delivery.id])
     await until(lambda: delivery.id in store.news[-1].dropped)
     assert await states(store) == [("cancelled", "operator")]
 
 
 async def test_one_whose_attempt_a_stop_cut_off_is_cancelled(store, clock, tmp_path):
     delivery = await send(store, clock)
-    store.begin_attempt(delivery.id)
-    await store.cancel([delivery.id])
+    store.deliveries.begin_attempt(delivery.id)
+    await store.deliveries.cancel([delivery.id])
     await store.close()
     await store.open()
     assert await states(store) == [("cancelled", "operator")]
@@ -139,15 +142,17 @@ async def test_one_whose_attempt_a_stop_cut_off_is_cancelled(store, clock, tmp_p
 
 async def test_a_cancel_that_failed_left_no_wish_behind(store, clock):
     delivery = await send(store, clock)
-    store.begin_attempt(delivery.id)
-    await store._connection.execute("PRAGMA max_page_count = 1")
+    store.deliveries.begin_attempt(delivery.id)
+    await store.database.connection.execute("PRAGMA max_page_count = 1")
     results = await asyncio.gather(
-        store.cancel([delivery.id]), store.append(accept(clock, b"x" * 4_000_000)), return_exceptions=True
+        store.deliveries.cancel([delivery.id]),
+        store.events.append(accept(clock, b"x" * 4_000_000)),
+        return_exceptions=True,
     )
     assert [type(result) for result in results] == [StorageUnavailableError] * 2
-    await store._connection.execute("PRAGMA max_page_count = 1000000")
+    await store.database.connection.execute("PRAGMA max_page_count = 1000000")
     await until(lambda: store.failure is None)
-    await store.settle(ending(delivery, "pending", next_attempt_at=clock.steady()))
+    await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady()))
     assert await states(store) == [("pending", None)]
 
 
@@ -155,15 +160,15 @@ async def test_more_are_cancelled_at_once_than_sqlite_takes_values(store, clock)
     for _ in range(20):
         await send(store, clock)
     many = [*range(1, 21), *range(1000, 41_000)]
-    assert await store.cancel(many) == Cancelled(ended=20)
+    assert await store.deliveries.cancel(many) == Cancelled(ended=20)
     assert await books(store) == {"created": 20, "cancelled": 20}
 
 
 async def test_what_has_ended_stays_as_it_is(store, clock):
     delivery = await send(store, clock)
-    await store.settle(ending(delivery))
-    assert await store.cancel([delivery.id, 99]) == Cancelled()
-    assert await store.hurry([delivery.id, 99]) == 0
+    await store.deliveries.settle(ending(delivery))
+    assert await store.deliveries.cancel([delivery.id, 99]) == Cancelled()
+    assert await store.deliveries.hurry([delivery.id, 99]) == 0
     assert await states(store) == [("delivered", None)]
 
 
@@ -172,10 +177,10 @@ async def test_what_has_ended_stays_as_it_is(store, clock):
 
 async def test_a_retry_that_is_hurried_is_due_now_and_its_lane_is_told(store, clock):
     delivery = await send(store, clock)
-    await store.settle(ending(delivery, "pending", next_attempt_at=clock.steady() + 3600 * SECOND))
-    assert await store.hurry([delivery.id, delivery.id]) == 1
+    await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady() + 3600 * SECOND))
+    assert await store.deliveries.hurry([delivery.id, delivery.id]) == 1
     assert store.news[-1].hurried == {"crm"}
-    [claimed] = (await store.claim("crm", 9, retries=True)).deliveries
+    [claimed] = (await store.deliveries.claim("crm", 9, retries=True)).deliveries
     assert (claimed.id, claimed.attempts) == (delivery.id, 1)
 
 
@@ -183,23 +188,23 @@ async def test_what_waits_behind_another_one_cannot_be_hurried(store, clock):
     owe(store, Owed("crm", order_key="a"))
     await send(store, clock)
     await send(store, clock)
-    assert await store.hurry([1, 2]) == 0
-    assert (await store.claim("crm", 9, retries=False)).deliveries == ()
+    assert await store.deliveries.hurry([1, 2]) == 0
+    assert (await store.deliveries.claim("crm", 9, retries=False)).deliveries == ()
 
 
 # --- repeat -------------------------------------------------------------------------------------------
 
 
 async def test_a_repeated_event_is_a_new_delivery_of_the_latest_one(store, clock):
-    await store.settle(ending(await send(store, clock)))
+    await store.deliveries.settle(ending(await send(store, clock)))
     assert await again(store) == (True,)
     repeated = store.fresh[-1]
     assert (repeated.id, repeated.event_id, repeated.replay_of, repeated.attempts) == (2, 1, 1, 0)
     assert repeated.event.body == b"{}"
-    await store.settle(ending(repeated, "dead", reason="aborted"))
+    await store.deliveries.settle(ending(repeated, "dead", reason="aborted"))
     assert await again(store) == (True,)
     assert store.fresh[-1].replay_of == 2
-    rows = await store.find("deliveries")
+    rows = await store.queries.find("deliveries")
     assert [row["replay_of"] for row in rows] == [rows[1]["id"], rows[2]["id"], None]
     assert await books(store) == {"created": 3, "delivered": 1, "dead": 1, "pending": 1}
 
@@ -212,7 +217,7 @@ async def test_a_destination_that_never_had_the_event_gets_it_as_a_first_one(sto
 
 
 async def test_what_is_pending_is_not_owed_twice(store, clock):
-    await store.settle(ending(await send(store, clock)))
+    await store.deliveries.settle(ending(await send(store, clock)))
     twice = await asyncio.gather(again(store), again(store))
     assert sorted(twice) == [(False,), (True,)]
     assert await again(store, 1, Owed("crm"), Owed("crm")) == (False, False)
@@ -221,20 +226,22 @@ async def test_what_is_pending_is_not_owed_twice(store, clock):
 
 async def test_an_event_that_is_gone_meanwhile_is_passed_over_and_the_others_are_not(store, clock):
     for _ in range(2):
-        await store.settle(ending(await send(store, clock)))
-    events = await store.load([1, 2])
+        await store.deliveries.settle(ending(await send(store, clock)))
+    events = await store.events.load([1, 2])
     for table in ("attempts WHERE delivery_id", "deliveries WHERE event_id", "events WHERE id"):
-        await store._connection.execute(f"DELETE FROM {table} = 1")
+        await store.database.connection.execute(f"DELETE FROM {table} = 1")
     try:
-        repeated = await store.repeat([(events[1], Owed("crm")), (events[2], Owed("crm"))])
+        repeated = await store.deliveries.repeat([(events[1], Owed("crm")), (events[2], Owed("crm"))])
     finally:
-        await store._connection.execute("UPDATE ledger SET created = created - 1, delivered = delivered - 1")
+        await store.database.connection.execute(
+            "UPDATE ledger SET created = created - 1, delivered = delivered - 1"
+        )
     assert repeated == (False, True)
     assert store.fresh[-1].event_id == 2
 
 
 async def test_a_repeated_delivery_goes_out_on_the_terms_it_is_given(store, clock):
-    await store.settle(ending(await send(store, clock)))
+    await store.deliveries.settle(ending(await send(store, clock)))
     await again(store, 1, Owed("crm", order_key="k", ttl=60 * SECOND, on_dead="spare"))
     repeated = store.fresh[-1]
     assert (repeated.order_key, repeated.on_dead) == ("k", "spare")
@@ -243,20 +250,22 @@ async def test_a_repeated_delivery_goes_out_on_the_terms_it_is_given(store, cloc
 
 async def test_repeated_ones_of_a_key_go_one_after_another(store, clock):
     for _ in range(3):
-        await store.settle(ending(await send(store, clock)))
-    events = await store.load([1, 2, 3])
-    await store.repeat([(events[number], Owed("crm", order_key="k")) for number in (1, 2, 3)])
+        await store.deliveries.settle(ending(await send(store, clock)))
+    events = await store.events.load([1, 2, 3])
+    await store.deliveries.repeat([(events[number], Owed("crm", order_key="k")) for number in (1, 2, 3)])
     for number in (1, 2, 3):
         repeated = (
-            store.fresh[-1] if number == 1 else (await store.claim("crm", 9, retries=False)).deliveries[0]
+            store.fresh[-1]
+            if number == 1
+            else (await store.deliveries.claim("crm", 9, retries=False)).deliveries[0]
         )
         assert repeated.event_id == number
-        assert (await store.claim("crm", 9, retries=False)).deliveries == ()
-        await store.settle(ending(repeated))
+        assert (await store.deliveries.claim("crm", 9, retries=False)).deliveries == ()
+        await store.deliveries.settle(ending(repeated))
 
 
 async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(store, clock):
-    await store.settle(ending(await send(store, clock)))
+    await store.deliveries.settle(ending(await send(store, clock)))
     await send(store, clock)
     assert await again(store, 1, Owed("crm", max_pending=1)) == (True,)
     assert await books(store) == {"created": 3, "delivered": 1, "dead": 1, "pending": 1}
@@ -265,17 +274,17 @@ async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(st
 @pytest.mark.parametrize(("number", "newest"), [(1, 2), (3, 3)])
 async def test_the_newest_event_stays_whichever_is_repeated(store, clock, number, newest):
     for _ in range(3):
-        await store.settle(ending(await send(store, clock)))
+        await store.deliveries.settle(ending(await send(store, clock)))
     await again(store, 2, Owed("crm", latest_key="k"))
     await again(store, number, Owed("crm", latest_key="k"))
-    [pending] = await store.find("deliveries", state="pending")
-    [event] = await store.find("events", id=pending["event_id"])
+    [pending] = await store.queries.find("deliveries", state="pending")
+    [event] = await store.queries.find("events", id=pending["event_id"])
     assert event["row"] == newest
 
 
 async def test_of_events_repeated_together_only_the_newest_of_a_key_goes_out(store, clock):
     for _ in range(3):
-        await store.settle(ending(await send(store, clock)))
-    events = await store.load([1, 2, 3])
-    await store.repeat([(events[number], Owed("crm", latest_key="k")) for number in (3, 1, 2)])
+        await store.deliveries.settle(ending(await send(store, clock)))
+    events = await store.events.load([1, 2, 3])
+    await store.deliveries.repeat([(events[number], Owed("crm", latest_key="k")) for number in (3, 1, 2)])
     assert (await states(store))[3:] == [("pending", None)] + [("expired", "superseded")] * 2

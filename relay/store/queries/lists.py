@@ -11,10 +11,9 @@ from typing import Any, get_args
 import aiosqlite
 
 from relay.errors import RelayError
-from relay.model import DeliveryState, DestinationState, Selection
+from relay.model import DeliveryState, Selection
 from relay.store import event_times
-from relay.store.balance import BOOKS_SQL, balance
-from relay.store.counts import Counts
+from relay.store.database import Database
 from relay.store.queries.attempts import FILTERS as OF_TRIES
 from relay.store.queries.attempts import tries
 from relay.store.queries.budget import Bound
@@ -55,39 +54,23 @@ FILTERS: Mapping[str, tuple[str, ...]] = {
 class Listing:
     """The store's verbs that list."""
 
-    _reader: aiosqlite.Connection
+    _database: Database
+
+    @property
+    def _reader(self) -> aiosqlite.Connection:
+        return self._database.reader
 
     async def find(
         self, kind: str, *, limit: int = 50, before: int | None = None, **filters: Any
     ) -> list[dict[str, Any]]:
-        """See `Store.find`."""
+        """See `Queries.find`."""
         place = None if before is None else Place(before)
         return (await find(self._reader, kind, limit=limit, before=place, filters=filters)).rows
 
     async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
-        """See `Store.page`."""
+        """See `Queries.page`."""
         place = None if cursor is None else Place.of(cursor)
         return await find(self._reader, kind, limit=limit, before=place, filters=filters)
-
-    async def books(self) -> dict[str, Counts]:
-        """See `Store.books`."""
-        return balance(await self._reader.execute_fetchall(BOOKS_SQL))
-
-    async def destination_states(self) -> dict[str, DestinationState]:
-        """See `Store.destination_states`."""
-        rows = await self._reader.execute_fetchall(
-            "SELECT name, paused, failing_since, disabled_at, disabled_reason FROM destinations"
-        )
-        return {
-            row[0]: DestinationState(
-                name=row[0],
-                paused=bool(row[1]),
-                failing_since=row[2],
-                disabled_at=row[3],
-                disabled_reason=row[4],
-            )
-            for row in rows
-        }
 
 
 async def find(

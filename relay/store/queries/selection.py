@@ -16,6 +16,7 @@ from relay.model import Chosen, Named, Selection, StoredEvent
 from relay.routing.conditions import compile_where
 from relay.routing.filters import Patterns
 from relay.store import OPERATOR_EVENTS, Span, event_times
+from relay.store.database import Database
 from relay.store.queries.payloads import holding, load
 
 PAGE = 1000
@@ -102,10 +103,14 @@ def pending_sql() -> tuple[str, ...]:
 class Selecting:
     """The reading verbs of the store that an operator's wishes need."""
 
-    _reader: aiosqlite.Connection
+    _database: Database
+
+    @property
+    def _reader(self) -> aiosqlite.Connection:
+        return self._database.reader
 
     async def span(self, selection: Selection) -> Span:
-        """See `Store.span`."""
+        """See `Queries.span`."""
         [(newest,)] = await self._reader.execute_fetchall("SELECT max(id) FROM events")
         if selection.since is None and selection.until is None:
             return Span(1, newest or 0)
@@ -113,7 +118,7 @@ class Selecting:
         return Span(1, 0) if found is None else Span(max(1, found.first), min(found.last, newest or 0))
 
     async def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
-        """See `Store.select`."""
+        """See `Queries.select`."""
         sql, meant = select_sql(selection), judge(selection, deliveries=selection.of_deliveries)
         where = None if selection.where is None else compile_where(selection.where)
         values: dict[str, Any] = {
@@ -143,11 +148,11 @@ class Selecting:
             values["after"] = rows[-1][0]
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
-        """See `Store.load`."""
+        """See `Events.load`."""
         return await load(self._reader, event_ids)
 
     async def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
-        """See `Store.pending`."""
+        """See `Queries.pending`."""
         meant = judge(selection, deliveries=True)
         where = None if selection.where is None else compile_where(selection.where)
         [(last,)] = await self._reader.execute_fetchall("SELECT max(id) FROM deliveries")
@@ -167,13 +172,13 @@ class Selecting:
                     values["id"], values["due"] = rows[-1][0], rows[-1][1]
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
-        """See `Store.name_events`."""
+        """See `Queries.name_events`."""
         sql = "SELECT id, size, received_at FROM events WHERE public_id BETWEEN ? AND ? LIMIT 2"
         rows = await self._name("event", "evt_", sql, ids)
         return tuple(Chosen(*row) for row in sorted(set(rows)))
 
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
-        """See `Store.name_deliveries`."""
+        """See `Queries.name_deliveries`."""
         sql = """
             SELECT d.id, d.state, d.event_id, e.size, e.received_at, d.destination
               FROM deliveries AS d JOIN events AS e ON e.id = d.event_id

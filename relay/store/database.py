@@ -1,0 +1,45 @@
+"""The connections and the writer of one SQLite file."""
+
+from pathlib import Path
+from typing import Never, cast
+
+import aiosqlite
+
+from relay.errors import StorageUnavailableError
+from relay.store.writer import Writer
+
+
+class _Closed:
+    """Stands for the connections and the writer of a closed database: any use raises the reason."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, _name: str) -> Never:
+        raise StorageUnavailableError(f"the store cannot be opened: {self._why}")
+
+
+class Database:
+    """What the parts of the store share. `writer` is used for changes, `reader` and `counter` for reads."""
+
+    connection: aiosqlite.Connection  # the writer's own; nothing else writes
+    reader: aiosqlite.Connection
+    counter: aiosqlite.Connection  # for long counts, so that no list waits for them
+    writer: Writer
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.be_closed("it is not open yet")
+
+    @classmethod
+    def reading(cls, path: Path, reader: aiosqlite.Connection) -> "Database":
+        """Return a database of which only the reader is open."""
+        database = cls(path)
+        database.reader = database.counter = reader
+        return database
+
+    def be_closed(self, why: str) -> None:
+        """Have every use of a connection raise `StorageUnavailableError` with a reason."""
+        closed = _Closed(why)
+        self.connection = self.reader = self.counter = cast("aiosqlite.Connection", closed)
+        self.writer = cast("Writer", closed)

@@ -1,0 +1,134 @@
+"""Pending deliveries over SQLite: claiming them, recording attempts, ending and repeating them."""
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Sequence
+
+import aiosqlite
+
+from relay.base.clock import Clock
+from relay.model import Born, Claim, DestinationState, Outcome, Owed, StoredEvent
+from relay.store import OPERATOR_EVENTS, Cancelled
+from relay.store.batch import Batch, Look, Repeat
+from relay.store.claim import claim
+from relay.store.database import Database
+from relay.store.holds import Holds
+from relay.store.writer import Job
+
+log = logging.getLogger("relay.store")
+
+
+class SqliteDeliveries:
+    """`relay.store.Deliveries` over SQLite."""
+
+    def __init__(self, database: Database, holds: Holds, clock: Clock) -> None:
+        self._database = database
+        self._holds = holds
+        self._clock = clock
+
+    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
+        """See `Deliveries.claim`."""
+
+        async def look(connection: aiosqlite.Connection) -> Claim:
+            now = self._clock.steady()
+            return await claim(connection, self._holds, destination, limit, retries=retries, now=now)
+
+        return await self._database.writer.errand(look)
+
+    def begin_attempt(self, delivery_id: int) -> bool:
+        """See `Deliveries.begin_attempt`."""
+        return self._holds.begin(delivery_id)
+
+    def release(self, delivery_ids: Iterable[int]) -> None:
+        """See `Deliveries.release`."""
+        self.cancel_later(self._holds.release(delivery_ids))
+
+    async def settle(self, outcome: Outcome) -> bool:
+        """See `Deliveries.settle`."""
+
+        def apply_(batch: Batch) -> bool:
+            batch.outcomes.append(outcome)
+            return True
+
+        job = Job(apply_, answer=lambda batch, _: outcome.delivery.id in batch.settled)
+        return await self._database.writer.submit(job)
+
+    async def expire(self) -> int:
+        """See `Deliveries.expire`."""
+
+        def apply_(batch: Batch) -> int:
+            batch.expiring = True
+            batch.fleet.expire_commands()
+            return 0
+
+        return await self._database.writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))
+
+    async def expire_held(self, names: Collection[str], kept: int) -> int:
+        """See `Deliveries.expire_held`."""
+
+        def apply_(batch: Batch) -> int:
+            batch.look = Look(frozenset(names), kept)
+            return 0
+
+        def answer(batch: Batch, _: int) -> int:
+            return sum(ending == ("expired", "held") for _, ending in batch.ended.values())
+
+        return await self._database.writer.submit(Job(apply_, answer=answer))
+
+    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
+        """See `Deliveries.cancel`."""
+
+        def apply_(batch: Batch) -> Cancelled:
+            batch.cancelling += delivery_ids
+            return Cancelled()
+
+        def answer(batch: Batch, _: Cancelled) -> Cancelled:
+            asked = frozenset(delivery_ids)
+            return Cancelled(ended=len(asked & batch.ended.keys()), in_flight=len(asked & batch.unwanted))
+
+        return await self._database.writer.submit(Job(apply_, answer=answer))
+
+    def cancel_later(self, delivery_ids: Sequence[int]) -> None:
+        """Cancel deliveries that were in flight and came back without an outcome."""
+        if delivery_ids:
+            job = Job(lambda batch: batch.cancelling.extend(delivery_ids))
+            self._database.writer.submit(job).add_done_callback(_report_failure)
+
+    async def hurry(self, delivery_ids: Sequence[int]) -> int:
+        """See `Deliveries.hurry`."""
+
+        def apply_(batch: Batch) -> int:
+            batch.hurrying += delivery_ids
+            return 0
+
+        def answer(batch: Batch, _: int) -> int:
+            return sum(delivery_id in batch.hurried for delivery_id in set(delivery_ids))
+
+        return await self._database.writer.submit(Job(apply_, answer=answer))
+
+    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
+        """See `Deliveries.repeat`."""
+        repeats = [Repeat(event, owed) for event, owed in wishes]
+
+        def apply_(batch: Batch) -> tuple[bool, ...]:
+            batch.repeating += repeats
+            return ()
+
+        job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in repeats))
+        return await self._database.writer.submit(job)
+
+    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
+        """See `Deliveries.set_destination`."""
+
+        def apply_(batch: Batch) -> None:
+            batch.states.append(state)
+            if tell is not None:
+                batch.bear(OPERATOR_EVENTS, tell)
+
+        await self._database.writer.submit(Job(apply_))
+
+
+def _report_failure(done: "asyncio.Future[None]") -> None:
+    """Log that a cancellation failed, because no caller waits for it; the operator cancels again."""
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.warning("a delivery that was to be cancelled stays pending: %s", error)

@@ -1,0 +1,140 @@
+"""Accepted events over SQLite: taking them in, reading them back, importing and deleting them."""
+
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from functools import partial
+
+from relay.errors import RelayError, StorageUnavailableError
+from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
+from relay.store import Acceptance, Span
+from relay.store.batch import Batch, Restored
+from relay.store.database import Database
+from relay.store.dedupe import Key, identity
+from relay.store.deliveries import SqliteDeliveries
+from relay.store.export import read_line
+from relay.store.prune import Victim, delete_events, paced, portions
+from relay.store.queries.payloads import load
+from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.watching import SqliteWorkers
+from relay.store.writer import Job
+
+IMPORT_EVENTS = 100
+"""Events that one transaction imports, so that senders' events are not delayed by it."""
+
+IMPORT_BYTES = 8 * 2**20
+"""Bytes of bodies of an import in memory at once, unless one event alone is larger."""
+
+EXPUNGE_EVENTS = 500
+"""Events whose deliveries one transaction cancels."""
+
+_ANY_DEATH = 2**63 - 1  # a dead delivery does not keep an event that an operator deletes
+
+OWED_SQL = "SELECT id FROM deliveries WHERE event_id IN ({marks}) AND state = 'pending'"
+COST_SQL = """
+    SELECT e.id, 1 + e.size / 4096 + count(d.id) + 2 * coalesce(sum(d.attempts), 0)
+      FROM events AS e LEFT JOIN deliveries AS d ON d.event_id = e.id
+     WHERE e.id IN ({marks}) GROUP BY e.id
+"""
+
+
+class SqliteEvents:
+    """`relay.store.Events` over SQLite."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        deliveries: SqliteDeliveries,
+        queries: SqliteQueries,
+        workers: SqliteWorkers,
+    ) -> None:
+        self._database = database
+        self._deliveries = deliveries
+        self._queries = queries
+        self._workers = workers
+
+    async def append(self, acceptance: Acceptance) -> Receipt:
+        """See `Events.append`."""
+        if (receipt := self._workers.beat(acceptance)) is not None:
+            return receipt
+        event, key = acceptance.event, None
+        if event is not None and acceptance.key:
+            request = identity(event, acceptance.path)
+            key = Key(acceptance.source, acceptance.key, request, event.sha256)
+        job = Job(
+            lambda batch: batch.accept(acceptance, key),
+            size=len(event.body) if event is not None else 0,
+            key=key,
+        )
+        if acceptance.change is not None:
+            return await self._workers.submit(acceptance.source, acceptance.change, job)
+        return await self._database.writer.submit(job, bounded=True)
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """See `Events.load`."""
+        return await load(self._database.reader, event_ids)
+
+    async def pause_source(self, name: str, *, paused: bool) -> None:
+        """See `Events.pause_source`."""
+        await self._database.writer.submit(Job(lambda batch: batch.pauses.append((name, paused))))
+
+    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
+        """See `Events.restore`."""
+        if not self._database.writer.has_room(sum(len(event.body) for event in events)):
+            raise StorageUnavailableError(
+                "less than min_free_disk would be free", hint="make room on the disk, and import again"
+            )
+        restoring = [Restored(event, owe) for event in events]
+
+        def apply_(batch: Batch) -> tuple[bool, ...]:
+            batch.restoring += restoring
+            return ()
+
+        job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in restoring))
+        return await self._database.writer.submit(job)
+
+    async def import_lines(
+        self, lines: AsyncIterable[bytes], *, owe: bool = False
+    ) -> AsyncIterator[Imported]:
+        """See `Events.import_lines`."""
+        count, new, size = 0, 0, 0
+        waiting: list[StoredEvent] = []
+        async for line in lines:
+            try:
+                event = read_line(line)
+            except RelayError as error:
+                new += sum(await self.restore(waiting, owe=owe))
+                raise RelayError(
+                    f"line {count + 1}: {error.message}",
+                    hint=f"{new} events before it are in; mend it and import the file again, they count once",
+                ) from error
+            count, size = count + 1, size + len(event.body)
+            waiting.append(event)
+            if len(waiting) >= IMPORT_EVENTS or size >= IMPORT_BYTES:
+                new += sum(await self.restore(waiting, owe=owe))
+                waiting, size = [], 0
+                yield Imported(lines=count, new=new)
+        new += sum(await self.restore(waiting, owe=owe))
+        yield Imported(lines=count, new=new)
+
+    async def expunge(self, event_ids: Sequence[int]) -> Expunged:
+        """See `Events.expunge`."""
+        gone, cancelled, left = 0, 0, []
+        reader, writer = self._database.reader, self._database.writer
+        for at in range(0, len(event_ids), EXPUNGE_EVENTS):
+            some = event_ids[at : at + EXPUNGE_EVENTS]
+            marks = ", ".join("?" * len(some))
+            pending = await reader.execute_fetchall(OWED_SQL.format(marks=marks), some)
+            if ids := [id_ for (id_,) in pending]:
+                cancelled += (await self._deliveries.cancel(ids)).ended
+            costs = await reader.execute_fetchall(COST_SQL.format(marks=marks), some)
+            victims = [Victim(id_, cost, _ANY_DEATH) for id_, cost in costs]
+            for portion in portions(victims):
+                gone += await paced(writer, partial(delete_events, portion))
+            there = f"SELECT id FROM events WHERE id IN ({marks})"  # noqa: S608 - marks only
+            left += [id_ for (id_,) in await reader.execute_fetchall(there, some)]
+        return Expunged(events=gone, cancelled=cancelled, left=tuple(left))
+
+    async def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
+        """See `Events.expunge_selected`."""
+        async for page in self._queries.select(selection, span):
+            yield await self.expunge([chosen.event_id for chosen in page])
