@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
 import listeners
@@ -25,6 +26,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# The suite starts the program hundreds of times. Without cached bytecode, each start compiles it.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of their time
