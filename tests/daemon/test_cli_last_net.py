@@ -27,13 +27,12 @@ GOOD = 'state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n[destinations.cr
 SECRET = '[sources.moddy]\nplugin = "moddy"\ntokens = [{ env = "NOT_SET_ANYWHERE" }]\n'
 
 FORKS = """
-import json, os, sys, tempfile
+import gc, json, os, sys, tempfile
 import relay.app, relay.cli.offline_explain, relay.demo.life, relay.api.views, relay.api.pending_views
 import relay.store.doctor, relay.store.reading
 from relay.cli import main
 from relay.config import paths
 "a".encode("idna")  # what a user who may not read this Python would look for in vain
-told = json.loads(sys.argv[1])
 import click
 def load(group):
     for name in group.list_commands(click.Context(group)):
@@ -41,17 +40,17 @@ def load(group):
         if isinstance(command, click.Group):
             load(command)
 load(main)
-def run(words):
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    sys.stdout.flush()
+def run(told, words):
+    out, err = (tempfile.TemporaryFile(dir=told["folder"]) for _ in range(2))
     pid = os.fork()
     if pid == 0:
         import signal
-        signal.alarm(30)
+        signal.alarm(60)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         os.environ.update(told["environ"])
+        tempfile.tempdir = told["folder"]
         if told["places"]:
             from pathlib import Path
             paths.PLACES = tuple(map(Path, told["places"]))
@@ -80,7 +79,10 @@ def run(words):
         file.seek(0)
         return file.read().decode("utf-8", "replace")
     return [os.waitstatus_to_exitcode(status), said(out), said(err)]
-print(json.dumps([run(words) for words in told["commands"]]))
+gc.freeze()  # else each child would copy what its collector touches
+for line in sys.stdin:
+    told = json.loads(line)
+    print(json.dumps([run(told, words) for words in told["commands"]]), flush=True)
 """
 
 
@@ -111,18 +113,29 @@ def path_of(words):
     return next(path for path in LEAVES if tuple(words[: len(path)]) == path)
 
 
-def outcomes(commands, folder, *, uid=0, before="", places=(), timeout=280, **environ):
-    told = {
-        "commands": commands, "folder": str(folder), "uid": uid if ROOT else 0, "before": before,
-        "places": list(map(str, places)), "environ": environ,
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def forks():
+    """The process that every command is forked from."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELAY_", "COV_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS, json.dumps(told)],
-        capture_output=True, text=True, check=False, timeout=timeout, env={**kept, "TMPDIR": str(folder)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return list(zip(commands, json.loads(done.stdout), strict=True))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": kept}
+    with subprocess.Popen([sys.executable, "-c", FORKS], **pipes) as process:
+        yield process
+
+
+@pytest.fixture
+def outcomes(forks, folder):
+    """Run commands, by default in the test's folder; return each with its exit code and what it printed."""
+
+    def run(commands, folder=folder, *, uid=0, before="", places=(), **environ):
+        told = {
+            "commands": commands, "folder": str(folder), "uid": uid if ROOT else 0, "before": before,
+            "places": list(map(str, places)), "environ": environ,
+        }  # fmt: skip
+        forks.stdin.write(json.dumps(told) + "\n")
+        forks.stdin.flush()
+        return list(zip(commands, json.loads(forks.stdout.readline()), strict=True))
+
+    return run
 
 
 def judge(ended, *, caught=False, silent=False):
@@ -149,8 +162,8 @@ def folder():
         yield folder
 
 
-def test_where_there_is_neither_a_configuration_nor_a_relay(folder):
-    judge(outcomes(list(commands_of(None)), folder))
+def test_where_there_is_neither_a_configuration_nor_a_relay(outcomes, folder):
+    judge(outcomes(list(commands_of(None))))
 
 
 CONFIGS = {
@@ -169,39 +182,39 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_where_the_configuration_is_of_no_use(folder, kind):
+def test_where_the_configuration_is_of_no_use(outcomes, folder, kind):
     config = folder / "config.toml"
     if CONFIGS[kind] is not None:
         config.write_bytes(CONFIGS[kind])
     (folder / "bad").mkdir()
     (folder / "bad" / "thrower.py").write_text("raise SystemExit(7)\n")
-    judge(outcomes(list(commands_of(str(config))), folder))
-    judge(outcomes(list(commands_of(str(config), offline=True)), folder))
+    judge(outcomes(list(commands_of(str(config)))))
+    judge(outcomes(list(commands_of(str(config), offline=True))))
 
 
-def test_where_the_configuration_is_a_folder(folder):
-    judge(outcomes(list(commands_of(str(folder))), folder))
+def test_where_the_configuration_is_a_folder(outcomes, folder):
+    judge(outcomes(list(commands_of(str(folder)))))
 
 
-def test_where_no_relay_runs(folder):
+def test_where_no_relay_runs(outcomes, folder):
     (folder / "config.toml").write_text(GOOD)
     ended = [one for one in commands_of("config.toml") if one[0] != "serve"]
-    judge(outcomes(ended, folder))
+    judge(outcomes(ended))
 
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 1000, b"SQLite format 3\0" + b"\0" * 5000])
-def test_where_the_database_is_of_no_use(folder, content):
+def test_where_the_database_is_of_no_use(outcomes, folder, content):
     (folder / "config.toml").write_text(GOOD)
     (folder / "state").mkdir(mode=0o777)
     (folder / "state" / "relay.db").write_bytes(content)
     commands = list(commands_of("config.toml", offline=True))
     commands += [["db", "check", "-c", "config.toml"], ["db", "backup", "copy.db", "-c", "config.toml"]]
-    judge(outcomes(commands, folder))
+    judge(outcomes(commands))
 
 
 @needs_other_users
 @pytest.mark.parametrize("shut", ["the file", "its folder", "what is around it"])
-def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
+def test_who_may_not_enter_or_read_is_told_so_with_5(outcomes, folder, shut):
     """As one who is not in the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
     etc = folder / "etc" / "relay"
     (etc / "state").mkdir(parents=True)
@@ -211,7 +224,7 @@ def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
     named = [each for each in commands_of(str(etc / "config.toml")) if "-c" in each]
     found = [each[:-2] for each in named]
     for commands, places in ((named, ()), (found, ["config.toml", etc / "config.toml"])):
-        ended = outcomes(commands, folder, uid=NOBODY, places=places)
+        ended = outcomes(commands, uid=NOBODY, places=places)
         judge(ended)
         for words, (code, _, err) in ended:
             assert code == (78 if words[0] == "serve" else 5), (words, code, err)
@@ -219,7 +232,7 @@ def test_who_may_not_enter_or_read_is_told_so_with_5(folder, shut):
 
 @needs_other_users
 @pytest.mark.parametrize("named", [True, False])
-def test_a_current_folder_that_may_not_be_entered_is_no_matter(folder, named):
+def test_a_current_folder_that_may_not_be_entered_is_no_matter(outcomes, folder, named):
     """As after `su` or `sudo -u relay` in /root."""
     (folder / "shut").mkdir(mode=0o700)
     config = folder / "config.toml"
@@ -233,11 +246,11 @@ def test_a_current_folder_that_may_not_be_entered_is_no_matter(folder, named):
 
 
 @needs_other_users
-def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_one(folder):
+def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_one(outcomes, folder):
     (folder / "config.toml").write_text(f'{GOOD}[plugins]\ndirs = ["shut"]\n')
     (folder / "shut").mkdir(mode=0o700)
     commands = [[*command, "-c", "config.toml"] for command in (["check-config"], ["plugins", "list"])]
-    for words, (code, _, err) in outcomes(commands, folder, uid=NOBODY):
+    for words, (code, _, err) in outcomes(commands, uid=NOBODY):
         assert (code, "/shut: cannot be read: Permission denied" in err) == (1, True), (words, code, err)
 
 
@@ -261,7 +274,7 @@ def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_
     ],
     ids=lambda value: value if " " in value and "(" not in value else "",
 )
-def test_whatever_the_process_was_given(folder, where, before):
+def test_whatever_the_process_was_given(outcomes, folder, where, before):
     (folder / "config.toml").write_text(GOOD)
     commands = [one for one in commands_of(str(folder / "config.toml")) if one[0] != "serve"]
     commands += [[*path, "--help"] for path in list(LEAVES)[::4]] + [
@@ -269,7 +282,7 @@ def test_whatever_the_process_was_given(folder, where, before):
         ["--version"],
         ["no-such-command"],
     ]
-    ended = outcomes(commands, folder, before=before)
+    ended = outcomes(commands, before=before)
     judge(ended, caught="full" in where or "ASCII" in where, silent="closed" in where)
 
 
@@ -286,7 +299,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_whatever_answers_at_the_socket(folder, kind):
+def test_whatever_answers_at_the_socket(outcomes, folder, kind):
     door = folder / "relay.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(door))
@@ -318,7 +331,7 @@ def test_whatever_answers_at_the_socket(folder, kind):
             )
             if any("--socket" in each.opts for each in LEAVES[path].params) and path[0] not in ("top", "tail")
         ]
-        ended = outcomes(commands, folder)
+        ended = outcomes(commands)
         listener.shutdown(socket.SHUT_RDWR)
     serving.join(5)
     judge(ended, caught=True)

@@ -1,6 +1,7 @@
 """The floors of docs/design.md: a module imports only from below, or from earlier on its own floor."""
 
 import ast
+import functools
 import graphlib
 import re
 from pathlib import Path
@@ -47,6 +48,7 @@ FILES = {name_of(file): file for house in HOUSES for file in sorted((ROOT / hous
 ORDER = [name if name == "relay" else f"relay.{name}" for floor in FLOORS for name in floor]
 
 
+@functools.cache
 def imports(module):
     """Return what a module imports, wherever in its text: modules, not the names in them."""
     found = set()
