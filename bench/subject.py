@@ -46,7 +46,7 @@ PATH = "/internal/event/notify"
 
 
 def request(prefix: str = "") -> bytes:
-    """Build Moddy's documented example, 206 bytes of JSON, as it goes over the wire."""
+    """Build the bytes of Moddy's example event, 206 bytes of JSON (docs/contracts/moddy.md#event-types)."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
     return post(prefix + PATH, _SAMPLE, headers)
 

@@ -1,4 +1,7 @@
-"""Adorn Studio: try-on sessions in jewellery shops, posted without authentication, times or ids."""
+"""Adorn Studio: try-on sessions in jewellery shops, posted without authentication, times or ids.
+
+Contract: docs/contracts/adorn.md#answers.
+"""
 
 from typing import ClassVar
 

@@ -1,4 +1,7 @@
-"""Compozy's Events API: external systems trigger workflows by posting named events."""
+"""Compozy's Events API: external systems trigger workflows by posting named events.
+
+Contract: docs/contracts/compozy.md#answers.
+"""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -101,7 +104,7 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
 
 
 def _reply(receipt: Receipt) -> Reply:
-    """Answer with the documented keys and, under `data`, those that the SDK samples read."""
+    """Answer with the documented keys and, under `data`, the keys that the SDK samples read."""
     event_id, message = receipt.event_id.removeprefix("evt_"), "Event received and queued for processing"
     body = {
         "success": True,

@@ -1,4 +1,7 @@
-"""LazyChat's WooCommerce plugin: WordPress shops post what happens to their plugin and settings."""
+"""LazyChat's WooCommerce plugin: WordPress shops report what happens to the plugin and its settings.
+
+Contract: docs/contracts/lazychat.md#answers.
+"""
 
 import re
 from typing import ClassVar

@@ -1,4 +1,7 @@
-"""Moddy, a Discord bot: it tells its backend, a FastAPI service, what members do."""
+"""Moddy, a Discord bot: it reports to its backend, a FastAPI service, what members do.
+
+Contract: docs/contracts/moddy.md#answers.
+"""
 
 from typing import ClassVar, Literal, get_args
 
@@ -51,7 +54,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
 
     @route("POST", PATH)
     def notify(self, incoming: Incoming) -> Accepted:
-        """Take one of the five documented types."""
+        """Accept one of the five types (docs/contracts/moddy.md#event-types)."""
         body = incoming.decode(Notification)
         check_length(body.discord_id, "discord_id")
         return Accepted(

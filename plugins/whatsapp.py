@@ -1,9 +1,11 @@
 """WhatsApp workers: they register, send heartbeats, and report sessions and messages.
 
-Four generations are in the field. They differ in base path (`/api/v1`, `/api`), in the shape of a
-heartbeat (flat, under `metrics`, a list of sessions) and in whether an event has an envelope. A
-worker whose registration fails runs on for ever unheard, and a notification is tried once: so what
-can be understood is taken, and what cannot be understood in a gauge is left out.
+Four generations are in use. They differ in the base path (`/api/v1`, `/api`), in the shape of a heartbeat
+(flat, under `metrics`, a list of sessions) and in the envelope of events. A worker whose registration fails
+runs on for ever without heartbeats, and it sends a notification once. So the plugin accepts what it can
+understand, and ignores a gauge that it cannot read.
+
+Contract: docs/contracts/whatsapp.md#answers.
 """
 
 from collections import Counter

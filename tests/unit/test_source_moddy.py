@@ -20,12 +20,12 @@ HEAD = Incoming.of("POST", PATH)
         ("unknown", 403, "Invalid internal API secret"),
     ],
 )
-def test_each_way_of_being_unknown_has_its_documented_answer(problem, status, error):
+def test_each_problem_of_a_token_has_its_answer(problem, status, error):
     reply = SOURCE.refuse(Unauthenticated(problem=problem), HEAD)
     assert (reply.status, reply.body) == (status, {"error": error})
 
 
-def test_a_failure_of_ours_reads_as_documented():
+def test_an_internal_failure_has_the_answer_of_the_contract():
     reply = SOURCE.refuse(PluginFailed(), HEAD)
     assert (reply.status, reply.body) == (500, {"detail": "Failed to process event"})
 
