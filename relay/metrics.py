@@ -1,15 +1,19 @@
-"""What Prometheus sees: counters in memory, labels from config names and closed lists only.
+"""Metrics. Each one is declared once, as a line of `Metrics`.
 
-A scrape never touches a table; children are created at start, so that a rate has its first zero.
+Labels are names from config.toml or come from closed lists, so their number is bounded. A series with known
+label values exists from the start, at 0, so that rates are right from the first change. Counters are kept in
+memory; a scrape reads no table of the database.
 """
 
 import platform
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
+import msgspec
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -26,181 +30,174 @@ from relay.model import RESULTS, DeliveryState, WorkerStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+STATUSES: tuple[str, ...] = get_args(WorkerStatus)
 OUTCOMES = tuple(state for state in get_args(DeliveryState) if state != "pending")
+PENDING_STATES = ("due", "waiting", "in_flight", "held")
+JOB_OUTCOMES = ("ok", "failed")
+
+NAMES = ("*",)
+"""Label values that are not known here, such as names in config.toml."""
+
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
-
 _SHARED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+class Declared(msgspec.Struct, frozen=True):
+    """One metric, as its class makes it."""
+
+    kind: type[Any]
+    name: str  # without the `_total` of a counter
+    help: str  # one sentence; docs/operating.md repeats it
+    labels: Mapping[str, tuple[str, ...]]  # label values by name
+    options: Mapping[str, Any]
+
+
+def _counter(name: str, help_: str, **labels: tuple[str, ...]) -> Counter:
+    return cast("Counter", Declared(Counter, name, help_, labels, {}))
+
+
+def _gauge(name: str, help_: str, **labels: tuple[str, ...]) -> Gauge:
+    return cast("Gauge", Declared(Gauge, name, help_, labels, {}))
+
+
+def _histogram(name: str, help_: str, buckets: tuple[float, ...], **labels: tuple[str, ...]) -> Histogram:
+    return cast("Histogram", Declared(Histogram, name, help_, labels, {"buckets": buckets}))
+
+
 class Metrics:
-    """All metrics of one daemon, in a registry of its own."""
+    """All metrics of one daemon, in their own registry, because tests run several daemons in one process."""
+
+    reloaded = _gauge(
+        "relay_config_last_reload_successful",
+        "1 if the last reload of config.toml, or else the start, succeeded.",
+    )
+    reloaded_at = _gauge(
+        "relay_config_last_reload_success_timestamp_seconds", "Time at which config.toml was last loaded."
+    )
+    received = _counter("relay_events_received", "Events stored from requests.", source=NAMES)
+    duplicates = _counter("relay_events_duplicate", "Requests that repeated a stored event.", source=NAMES)
+    key_conflicts = _counter(
+        "relay_events_key_conflicts",
+        "Requests whose idempotency key was already used for a different request.",
+        source=NAMES,
+    )
+    bytes = _counter("relay_event_bytes", "Body bytes of stored events.", source=NAMES)
+    rejected = _counter("relay_events_rejected", "Refused requests, by reason.", source=NAMES, reason=REASONS)
+    unroutable = _counter(
+        "relay_requests_unroutable", "Requests that match no route, by reason.", reason=UNROUTABLE
+    )
+    ingest = _histogram(
+        "relay_ingest_duration_seconds",
+        "Time from the head of a request to its response, which is sent after the commit.",
+        _FAST,
+        source=NAMES,
+    )
+    heartbeats = _counter("relay_heartbeats", "Heartbeats of workers.", source=NAMES)
+    workers = _gauge("relay_workers", "Registered workers, by status.", source=NAMES, status=STATUSES)
+    transitions = _counter(
+        "relay_worker_transitions",
+        "Workers that changed to a status; registering counts.",
+        source=NAMES,
+        to=STATUSES,
+    )
+    plugin_errors = _counter(
+        "relay_plugin_errors", "Requests and hook calls in which a plugin failed.", plugin=NAMES
+    )
+    created = _counter("relay_deliveries_created", "Deliveries created.", destination=NAMES)
+    finished = _counter(
+        "relay_deliveries_finished", "Deliveries that ended, by outcome.", destination=NAMES, outcome=OUTCOMES
+    )
+    attempts = _counter("relay_delivery_attempts", "Attempts, by result.", destination=NAMES, result=RESULTS)
+    attempt_seconds = _histogram(
+        "relay_delivery_attempt_duration_seconds", "Duration of an attempt.", _FAST, destination=NAMES
+    )
+    latency = _histogram(
+        "relay_delivery_latency_seconds",
+        "Time from receipt of an event to a 2xx from the destination.",
+        _SLOW,
+        destination=NAMES,
+    )
+    unaccounted = _gauge(
+        "relay_deliveries_unaccounted",
+        "Pending deliveries by the ledger minus those counted in the table; always 0.",
+        destination=NAMES,
+    )
+    pending = _gauge(
+        "relay_deliveries_pending", "Pending deliveries, by state.", destination=NAMES, state=PENDING_STATES
+    )
+    circuit = _gauge(
+        "relay_destination_circuit_open", "1 while the circuit breaker is open.", destination=NAMES
+    )
+    disabled = _gauge("relay_destination_disabled", "1 while the destination is disabled.", destination=NAMES)
+    oldest = _gauge(
+        "relay_delivery_oldest_pending_timestamp_seconds",
+        "Time at which the oldest pending delivery was created; 0 if no delivery is pending.",
+        destination=NAMES,
+    )
+    job_success = _gauge(
+        "relay_job_last_success_timestamp_seconds", "Time of a job's last successful run.", job_name=NAMES
+    )
+    job_runs = _counter("relay_job_runs", "Runs of jobs, by outcome.", job_name=NAMES, outcome=JOB_OUTCOMES)
+    job_seconds = _histogram("relay_job_duration_seconds", "Duration of a job's run.", _SLOW, job_name=NAMES)
+    plugins = _gauge("relay_plugin_info", "1 for each available kind of source.", plugin=NAMES, version=NAMES)
+    size = _gauge("relay_storage_size_bytes", "Size of the database's files.", file=NAMES)
+    commit_seconds = _histogram("relay_storage_commit_duration_seconds", "Duration of a transaction.", _FAST)
+    commit_events = _histogram(
+        "relay_storage_commit_events", "Requests and outcomes in one transaction.", _SHARED
+    )
+    lag = _gauge("relay_event_loop_lag_seconds", "Latest delay of the event loop.")
+    log_dropped = _counter("relay_log_lines_dropped", "Log lines dropped because their reader was too slow.")
 
     def __init__(
         self, sources: Iterable[str] = (), destinations: Iterable[str] = (), *, listener: str = "fast"
     ) -> None:
+        """Create the metrics, with the series of these sources and destinations at 0."""
         self.registry = CollectorRegistry()
-        # One registry per daemon, not the process-wide default: a test runs several side by side.
-        counter = partial(Counter, registry=self.registry)
-        gauge = partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
         ProcessCollector(registry=self.registry)
-        info = Info("relay_build", "The running program.", registry=self.registry)
-        info.info(
-            {
-                "version": __version__,
-                "python": platform.python_version(),
-                "sqlite": sqlite3.sqlite_version,
-                "listener": listener,
-            }
-        )
-        self.reloaded = gauge(
-            "relay_config_last_reload_successful",
-            "1 if the latest reload of the configuration, or else the start, succeeded.",
-        )
-        self.reloaded_at = gauge(
-            "relay_config_last_reload_success_timestamp_seconds",
-            "When the configuration was last taken in.",
-        )
-        source, destination = ("source",), ("destination",)
-        self.received = counter("relay_events_received", "Events newly stored from requests.", source)
-        self.duplicates = counter(
-            "relay_events_duplicate",
-            "Requests that repeated a stored event.",
-            source,
-        )
-        self.key_conflicts = counter(
-            "relay_events_key_conflicts",
-            "Requests whose idempotency key was used before for a different request.",
-            source,
-        )
-        self.bytes = counter("relay_event_bytes", "Body bytes of newly stored events.", source)
-        self.rejected = counter(
-            "relay_events_rejected",
-            "Requests refused, by reason.",
-            ("source", "reason"),
-        )
-        self.unroutable = counter(
-            "relay_requests_unroutable",
-            "Requests that match no route, by reason.",
-            ("reason",),
-        )
-        for reason in UNROUTABLE:
-            self.unroutable.labels(reason)
-        self.ingest = histogram(
-            "relay_ingest_duration_seconds",
-            "From the request's head to its durable answer.",
-            source,
-            buckets=_FAST,
-        )
-        self.heartbeats = counter("relay_heartbeats", "Worker heartbeats.", source)
-        self.workers = gauge("relay_workers", "Registered workers.", ("source", "status"))
-        self.transitions = counter(
-            "relay_worker_transitions",
-            "Workers that came into a status, new ones included.",
-            ("source", "to"),
-        )
-        self.plugin_errors = counter(
-            "relay_plugin_errors",
-            "Requests and reports that a plugin failed at.",
-            ("plugin",),
-        )
-        self.created = counter(
-            "relay_deliveries_created",
-            "Deliveries owed to a destination.",
-            destination,
-        )
-        self.finished = counter(
-            "relay_deliveries_finished",
-            "Deliveries that ended.",
-            ("destination", "outcome"),
-        )
-        self.attempts = counter(
-            "relay_delivery_attempts",
-            "HTTP tries by result.",
-            ("destination", "result"),
-        )
-        self.attempt_seconds = histogram(
-            "relay_delivery_attempt_duration_seconds",
-            "One HTTP try.",
-            destination,
-            buckets=_FAST,
-        )
-        self.latency = histogram(
-            "relay_delivery_latency_seconds",
-            "From receipt to the receiver's yes.",
-            destination,
-            buckets=_SLOW,
-        )
-        self.unaccounted = gauge(
-            "relay_deliveries_unaccounted",
-            "Ledger minus counted pending deliveries: always 0.",
-            destination,
-        )
-        self.pending = gauge(
-            "relay_deliveries_pending",
-            "Deliveries not yet ended.",
-            ("destination", "state"),
-        )
-        self.circuit = gauge(
-            "relay_destination_circuit_open", "1 while a destination is only probed.", destination
-        )
-        self.disabled = gauge(
-            "relay_destination_disabled",
-            "1 while a destination is disabled.",
-            destination,
-        )
-        self.oldest = gauge(
-            "relay_delivery_oldest_pending_timestamp_seconds",
-            "When the oldest pending delivery was created; 0: there is none.",
-            destination,
-        )
-        self.job_success = gauge(
-            "relay_job_last_success_timestamp_seconds",
-            "When a periodic job last succeeded.",
-            ("job_name",),
-        )
-        self.job_runs = counter("relay_job_runs", "Runs of periodic jobs.", ("job_name", "outcome"))
-        self.job_seconds = histogram(
-            "relay_job_duration_seconds", "One run of a periodic job.", ("job_name",), buckets=_SLOW
-        )
-        self.plugins = gauge(
-            "relay_plugin_info", "1 for every kind of source there is.", ("plugin", "version")
-        )
-        self.size = gauge("relay_storage_size_bytes", "Size of the database's files.", ("file",))
-        self.commit_seconds = histogram(
-            "relay_storage_commit_duration_seconds", "One transaction.", buckets=_FAST
-        )
-        self.commit_events = histogram(
-            "relay_storage_commit_events", "Requests and outcomes that shared a transaction.", buckets=_SHARED
-        )
-        self.lag = gauge("relay_event_loop_lag_seconds", "How late the event loop last was.")
-        self.log_dropped = counter("relay_log_lines_dropped", "Log lines dropped: nobody read the log.")
+        build = {
+            "version": __version__,
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "listener": listener,
+        }
+        Info("relay_build", "Versions of the running program.", registry=self.registry).info(build)
+        for attribute, each in declared().items():
+            made = each.kind(each.name, each.help, tuple(each.labels), registry=self.registry, **each.options)
+            setattr(self, attribute, made)
+            if each.labels and NAMES not in each.labels.values():
+                self._start(attribute, each)
         for name in sources:
             self.add_source(name)
         for name in destinations:
             self.add_destination(name)
 
     def add_source(self, name: str) -> None:
-        """Create a source's children at 0."""
-        for metric in (
-            self.received,
-            self.duplicates,
-            self.key_conflicts,
-            self.bytes,
-            self.ingest,
-            self.heartbeats,
-        ):
-            metric.labels(name)
-        for reason in REASONS:
-            self.rejected.labels(name, reason)
-        for status in get_args(WorkerStatus):
-            self.workers.labels(name, status)
-            self.transitions.labels(name, status)
+        """Create the series of a source at 0."""
+        self._add("source", name)
+
+    def add_destination(self, name: str) -> None:
+        """Create the series of a destination at 0."""
+        self._add("destination", name)
+
+    def add_job(self, name: str) -> None:
+        """Create the series of a job at 0."""
+        self._add("job_name", name)
+
+    def _add(self, label: str, value: str) -> None:
+        for attribute, each in declared().items():
+            if each.labels.get(label) == NAMES:
+                self._start(attribute, each, **{label: value})
+
+    def _start(self, attribute: str, each: Declared, **known: str) -> None:
+        """Create the series of a metric with every combination of label values."""
+        values = [(known[name],) if name in known else choices for name, choices in each.labels.items()]
+        for combination in product(*values):
+            getattr(self, attribute).labels(*combination)
 
     def count_workers(self, source: str, census: Callable[[str, str], int]) -> None:
-        """Have a scrape ask how many workers of a source are in a status; `census` answers from memory."""
-        for status in get_args(WorkerStatus):
+        """Let a scrape read the number of a source's workers in each status from `census`, in memory."""
+        for status in STATUSES:
             self.workers.labels(source, status).set_function(partial(census, source, status))
 
     def count_commit(self, seconds: float, jobs: int) -> None:
@@ -209,35 +206,14 @@ class Metrics:
         self.commit_events.observe(jobs)
 
     def weigh(self, database: Path) -> None:
-        """Have a scrape ask the file system how large the database is."""
+        """Let a scrape read the size of the database's files from the file system."""
         for file, path in (("main", database), ("wal", database.with_name(f"{database.name}-wal"))):
             self.size.labels(file).set_function(partial(_size, path))
 
-    def add_job(self, name: str) -> None:
-        """Create a periodic job's children at 0."""
-        self.job_success.labels(name)
-        self.job_seconds.labels(name)
-        for outcome in ("ok", "failed"):
-            self.job_runs.labels(name, outcome)
 
-    def add_destination(self, name: str) -> None:
-        """Create a destination's children at 0."""
-        for metric in (
-            self.created,
-            self.attempt_seconds,
-            self.latency,
-            self.unaccounted,
-            self.disabled,
-            self.circuit,
-            self.oldest,
-        ):
-            metric.labels(name)
-        for outcome in OUTCOMES:
-            self.finished.labels(name, outcome)
-        for result in RESULTS:
-            self.attempts.labels(name, result)
-        for state in ("due", "waiting", "in_flight", "held"):
-            self.pending.labels(name, state)
+def declared() -> dict[str, Declared]:
+    """Return every metric that `Metrics` declares, by its attribute."""
+    return {name: each for name, each in vars(Metrics).items() if isinstance(each, Declared)}
 
 
 def _size(path: Path) -> int:
