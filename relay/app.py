@@ -26,7 +26,7 @@ from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.jobs.backups import Backups
-from relay.jobs.ledger_check import Books
+from relay.jobs.ledger_check import LedgerCheck
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
@@ -105,7 +105,7 @@ class App:
         self.metrics.weigh(self.store.path)
         for kind in setup.kinds.values():
             self.metrics.plugins.labels(kind.name, kind.version).set(1)
-        self.books = Books(self.store, self.engine, self.metrics, clock)
+        self.ledger_check = LedgerCheck(self.store, self.engine, self.metrics, clock)
         self.lag = Lag(self.metrics)
         self.jobs = Jobs(clock, self.metrics)
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
@@ -186,7 +186,7 @@ class App:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.hang_up)
             await self._check_disk()
-            await self.books.check()
+            await self.ledger_check.check()
             self.lag.start()
             life.callback(self.lag.stop)
             server = Server(
@@ -327,7 +327,7 @@ class App:
         jobs.add("retention", self.upkeep.every, self.upkeep.run)
         jobs.add("backup", self.backups.every, self.backups.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
-        jobs.add("books", BOOKS_EVERY, self.books.check)
+        jobs.add("books", BOOKS_EVERY, self.ledger_check.check)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
 

@@ -1,4 +1,4 @@
-"""One clock for everything that is judged or stored: integers, microseconds UTC."""
+"""The clock for all deadlines and stored times: integers, microseconds UTC."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -13,26 +13,26 @@ _YEAR_10000 = 253_402_300_800  # seconds; a larger number counts milliseconds
 
 
 class Clock(Protocol):
-    """What the rest of the relay asks for the time."""
+    """The source of time for all parts."""
 
     def wall(self) -> int:
-        """Microseconds since the Unix epoch, as the machine's clock says; may step."""
+        """Microseconds since the Unix epoch by the machine's clock; it may jump."""
         ...
 
     def steady(self) -> int:
-        """Microseconds that only ever grow at the pace of time: wall at start + monotonic since.
+        """Microseconds that never jump: wall clock at the start plus monotonic time since.
 
-        Deadlines and due times are on this scale, so a clock step of an hour alarms nobody.
+        Deadlines and due times use this scale, so that a clock step expires nothing.
         """
         ...
 
 
 _ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Linux counts the time that the machine was suspended here: what sleeps through it is late, and knows."""
+"""On Linux this clock includes the time during which the machine was suspended."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The clocks of the operating system."""
 
     def __init__(self) -> None:
         self._offset = time.time_ns() - time.clock_gettime_ns(_ELAPSED)
@@ -57,7 +57,7 @@ def rfc3339(micros: int) -> str:
 
 
 def moment(text: str, now: int) -> int:
-    """Read a point in time: RFC 3339, or how long ago, as in `"2h"`; microseconds since the epoch.
+    """Parse a point in time, RFC 3339 or an age such as `"2h"`, to microseconds since the epoch.
 
     Raises:
         ValueError: the text is neither.
@@ -75,14 +75,14 @@ def moment(text: str, now: int) -> int:
                 raise
             raise ValueError('expected "2h", "14d" or a time such as "2026-01-31T12:00:00Z"') from None
     if then.tzinfo is None:
-        raise ValueError(f'"{text}" lacks its time zone; end it with Z for UTC')
+        raise ValueError(f'"{text}" has no time zone; append Z for UTC')
     return _micros(then)
 
 
 def instant(value: object) -> int | None:
-    """Read a point in time as senders write it; microseconds since the epoch.
+    """Parse a point in time from a sender, to microseconds since the epoch.
 
-    RFC 3339 with a time zone, or seconds or milliseconds since the epoch. None: it is neither.
+    RFC 3339 with a time zone, or seconds or milliseconds since the epoch. None: another format.
 
     >>> instant("2023-11-14T22:13:20Z"), instant(1700000000), instant("1700000000000")
     (1700000000000000, 1700000000000000, 1700000000000000)
@@ -103,7 +103,7 @@ def _micros(then: datetime) -> int:
     return (then - _EPOCH) // timedelta(microseconds=1)
 
 
-@lru_cache(maxsize=64)  # events come many to a second, and this is most of what rendering one costs
+@lru_cache(maxsize=64)  # many events share a second, and this is most of the cost of rendering a time
 def _second(seconds: int) -> str:
     moment = time.gmtime(seconds)
     return (

@@ -1,8 +1,8 @@
-"""UUIDv7 (RFC 9562 §5.7) as public ids of events, deliveries, commands, replays and requests.
+"""Public ids of events, deliveries, commands, replays and requests: UUIDv7 (RFC 9562 §5.7).
 
-They begin with `evt_`, `dlv_`, `cmd_`, `rpl_` and `req_`. Written by hand because the standard library has
-none before 3.14; 48 bits of Unix milliseconds and 74 random bits. Nothing may rely on their order: rows are
-ordered by their integer `id`.
+The prefixes are `evt_`, `dlv_`, `cmd_`, `rpl_` and `req_`. Written by hand because the standard library has
+no UUIDv7 before Python 3.14. 48 bits of Unix milliseconds, 74 random bits. No code may rely on their order:
+rows are ordered by their integer `id`.
 """
 
 import os
@@ -16,7 +16,7 @@ _pool: list[str] = []
 
 
 def _random() -> str:
-    """Return ten random bytes in hex, drawn from the system in batches: one system call per 512 ids."""
+    """Return ten random bytes in hex; one system call provides the bytes of 512 ids."""
     if not _pool:
         drawn = os.urandom(_BATCH * _RANDOM).hex()
         _pool.extend(drawn[at : at + 2 * _RANDOM] for at in range(0, len(drawn), 2 * _RANDOM))
@@ -55,10 +55,10 @@ def replay_id(micros: int) -> str:
 
 
 def request_id(micros: int) -> str:
-    """Return a new id for a request that came without one."""
+    """Return a new id for a request without one."""
     return "req_" + uuid7(micros)
 
 
 def given_id(header: str | None) -> str | None:
-    """Return a sender's own `X-Request-Id`; None: there is none that a log line could carry as it is."""
+    """Return the sender's `X-Request-Id`; None: absent, or unsuitable for log lines."""
     return header if header is not None and _GIVEN.fullmatch(header) else None

@@ -1,7 +1,7 @@
-r"""JSON as senders write it: with lone surrogates, and numbers that no machine type holds.
+r"""Reads JSON that msgspec refuses: lone surrogates, and numbers beyond machine types.
 
-JavaScript can cut a string within an emoji, and Node then writes the half that is left, a lone surrogate, as
-an escape: `"Bob \ud83d"`. This is valid JSON (RFC 8259, 8.2), but msgspec refuses it, and neither UTF-8 nor
+JavaScript can cut a string inside an emoji. Node then writes the remaining half, a lone surrogate, as an
+escape: `"Bob \ud83d"`. This is valid JSON (RFC 8259, 8.2), but msgspec refuses it, and neither UTF-8 nor
 SQLite can hold it. Stored bytes keep the escape. Text shows it as the six characters of the escape.
 """
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]")
-_ESCAPES = re.compile(  # those that matter: of backslashes, of a surrogate pair, and of a lone surrogate
+_ESCAPES = re.compile(  # escaped backslashes, surrogate pairs, lone surrogates
     rb"((?:\\\\)+|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
 _encode = msgspec.json.Encoder().encode
@@ -27,10 +27,10 @@ _skim: "msgspec.json.Decoder[msgspec.Raw]" = msgspec.json.Decoder(msgspec.Raw)
 
 
 def decode(decoder: "msgspec.json.Decoder[T]", text: bytes) -> T:
-    r"""Decode JSON. Strings show a lone surrogate as its escape; `msgspec.Raw` keeps the sender's own bytes.
+    r"""Decode JSON. Strings contain a lone surrogate as its escape; `msgspec.Raw` keeps the sender's bytes.
 
     Raises:
-        msgspec.DecodeError: it is not JSON, or not of the decoder's type.
+        msgspec.DecodeError: invalid JSON, or not of the decoder's type.
 
     >>> decode(msgspec.json.Decoder(), rb'{"name": "Bob \ud83d"}')
     {'name': 'Bob \\ud83d'}
@@ -61,13 +61,13 @@ def decode(decoder: "msgspec.json.Decoder[T]", text: bytes) -> T:
 
 
 def read(text: bytes, *, exact: bool = False) -> Any:
-    """Return a JSON value. Strings show a lone surrogate as its escape.
+    """Decode any JSON value. Strings contain a lone surrogate as its escape.
 
-    Numbers that msgspec refuses (1e400, integers of 4,300 digits) become floats, unless it must be `exact`.
+    Numbers that msgspec refuses (1e400, integers of 4,300 digits) become floats, unless `exact` is set.
 
     Raises:
-        ValueError: it is not JSON, or not exact.
-        RecursionError: it is nested too deeply.
+        ValueError: invalid JSON, or `exact` and a number would change.
+        RecursionError: the value is nested too deeply.
     """
     try:
         return decode(_read, text)
@@ -80,14 +80,14 @@ def read(text: bytes, *, exact: bool = False) -> Any:
 
 
 def salvage(text: bytes) -> bytes:
-    """Return as JSON what can be read of a text that is not quite JSON.
+    """Return almost-valid JSON as valid JSON.
 
-    A byte order mark is dropped, invalid UTF-8 is replaced, NaN and Infinity become null, and numbers that no
-    type holds become floats. For signs of life, where only an id has to be right; never for events.
+    Drops a byte order mark, replaces invalid UTF-8, and turns NaN and Infinity into null and huge numbers
+    into floats. For heartbeats, where only the id must be right; never for events.
 
     Raises:
-        ValueError: it is not even that.
-        RecursionError: it is nested too deeply.
+        ValueError: the text is no JSON even then.
+        RecursionError: the value is nested too deeply.
     """
     readable = text.decode("utf-8-sig", "replace")
     value = json.loads(readable, parse_int=_integer, parse_constant=lambda _: None, strict=False)
@@ -98,15 +98,15 @@ def check(text: bytes) -> None:
     """Check that the bytes are exactly one JSON value in UTF-8.
 
     Raises:
-        ValueError: they are not.
-        RecursionError: it is nested too deeply.
+        ValueError: invalid JSON or UTF-8.
+        RecursionError: the value is nested too deeply.
     """
     if not text.isascii():
         text.decode()  # msgspec does not look inside Raw
     try:
         _skim.decode(text)
     except msgspec.DecodeError:
-        decode(_skim, text)  # it may have a lone surrogate
+        decode(_skim, text)  # lone surrogates are valid
 
 
 def escape(text: str) -> str:
@@ -119,7 +119,7 @@ def escape(text: str) -> str:
 
 
 def encode(value: Any, encoder: Callable[[Any], bytes] = _encode) -> bytes:
-    """Encode a value as JSON. Its strings show a lone surrogate as its escape."""
+    """Encode a value as JSON. Strings contain a lone surrogate as its escape."""
     try:
         return encoder(value)
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ def encode(value: Any, encoder: Callable[[Any], bytes] = _encode) -> bytes:
 def _integer(digits: str) -> int | float:
     try:
         return int(digits)
-    except ValueError:  # beyond Python's limit for conversions, which guards against quadratic time
+    except ValueError:  # more digits than Python converts (a guard against quadratic time)
         return float(digits)
 
 
@@ -138,7 +138,7 @@ def _refuse(constant: str) -> None:
 
 
 def _mend(text: bytes) -> tuple[bytes, dict[str, str]]:
-    """Replace lone surrogates by characters that the text does not contain; return those with the escapes."""
+    """Replace lone surrogates by characters that the text does not contain; return their escapes too."""
     parts = _ESCAPES.split(text)
     found = set(parts[1::2])
     lone = sorted(part for part in found if part[1:2] == b"u" and len(part) == len(rb"\uXXXX"))

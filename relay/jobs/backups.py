@@ -21,22 +21,22 @@ from relay.store import Store
 log = logging.getLogger("relay.backups")
 
 
-LATE = 0.1  # of `every`, after which a backup that is due is missed
-LATEST = 300.0  # seconds that it may always be late
+LATE = 0.1  # share of `every` by which a backup may be late before it counts as missed
+LATEST = 300.0  # seconds by which a backup may always be late
 _NAME = "relay-%Y%m%dT%H%M%SZ.db"
 
 
 def made_in(folder: Path) -> dict[Path, float]:
-    """Return the backups of a folder, the oldest first, and when each was made, in seconds since 1970."""
+    """Return the backups of a folder, oldest first, with their times in seconds since the epoch."""
     found = {}
     for path in sorted(folder.glob("relay-*.db")):
-        with suppress(ValueError):  # somebody else's file
+        with suppress(ValueError):  # not a backup
             found[path] = datetime.strptime(path.name, _NAME).replace(tzinfo=UTC).timestamp()
     return found
 
 
 def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
-    """Return what was measured of a database, and its backups, as JSON has them."""
+    """Return the measurements of a database and its backups, as the API shows them."""
     told = msgspec.structs.asdict(measured)
     for name in ("oldest", "newest"):
         told[name] = None if told[name] is None else rfc3339(told[name])
@@ -48,53 +48,53 @@ def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
 
 
 def oldest_first(made: Mapping[Path, float], now: float) -> list[Path]:
-    """Return backups in the order in which they go.
+    """Return backups in the order of deletion.
 
-    One from the future was made by a clock that was wrong, and before now: it goes before all others.
+    A backup from the future was made while the clock was wrong; it is deleted first.
     """
     return sorted(made, key=lambda path: (made[path] <= now, made[path]))
 
 
 def examine(made: Mapping[Path, float], every: float | None, now: float, failed: str | None = None) -> Check:
-    """Say whether there is a backup as new as `every` asks for; `failed` is why the latest one failed."""
+    """Check whether the latest backup is recent enough; `failed` is the latest error, `every` in seconds."""
     count = "1 backup" if len(made) == 1 else f"{len(made)} backups"
     if every is None:
-        return Check(name="backups", ok=True, detail=f"none are made by themselves, {count} in the folder")
+        return Check(name="backups", ok=True, detail=f"automatic backups are off; {count} in the folder")
     latest = max((moment for moment in made.values() if moment <= now), default=None)
-    found = "there is none" if latest is None else f"the latest is of {rfc3339(int(latest * SECOND))}"
+    found = "no backup" if latest is None else f"latest backup: {rfc3339(int(latest * SECOND))}"
     if failed is not None:
-        detail = f"{found}, and the next one failed: {failed}"
+        detail = f"{found}; the next one failed: {failed}"
     elif latest is None or now - latest > every + max(every * LATE, LATEST):
-        detail = f"{found}, and one is due every {render_duration(every)}"
+        detail = f"{found}; due every {render_duration(every)}"
     else:
         return Check(name="backups", ok=True, detail=f"{found}, {count} in the folder")
-    return Check(name="backups", ok=False, detail=detail, hint="make one and see: relay jobs run backup")
+    return Check(name="backups", ok=False, detail=detail, hint="make one now: relay jobs run backup")
 
 
 class Backups:
-    """Goes by `[backup]`, whatever it says at the moment."""
+    """Makes backups as `[backup]` of the current configuration says."""
 
-    every = 60.0  # seconds between looks at whether one is due
+    every = 60.0  # seconds between checks whether a backup is due
 
     def __init__(self, store: Store, clock: Clock, config: Callable[[], Config]) -> None:
         self._store = store
         self._clock = clock
         self._config = config
-        self._failed: str | None = None  # why the latest one could not be made
-        self._looked = False  # whether one was due has been looked at since the start
+        self._failed: str | None = None  # error of the latest backup
+        self._looked = False  # whether the job has run since the start
 
     @property
     def folder(self) -> Path:
-        """Where they are."""
+        """The folder of the backups."""
         config = self._config()
         return config.state_dir / config.backup.dir
 
     def made(self) -> dict[Path, float]:
-        """Return those there are, the oldest first, and when each was made, in seconds since 1970."""
+        """Return all backups, oldest first, with their times in seconds since the epoch."""
         return made_in(self.folder)
 
     async def run(self) -> None:
-        """Make a backup if one is due; the files themselves say when the last one was made."""
+        """Make a backup if one is due, judged by the names of the existing files."""
         every, now = self._config().backup.every, self._clock.wall() // SECOND
         self._looked = True
         if every is None or any(0 <= now - made < every for made in self.made().values()):
@@ -102,20 +102,20 @@ class Backups:
         try:
             await self.make()
         except StorageError as error:
-            raise StorageError(f"no backup: {error.message}", hint=error.hint) from error
+            raise StorageError(f"backup failed: {error.message}", hint=error.hint) from error
 
     def examine(self) -> Check:
-        """Say for the doctor how it is with backups; right after the start, none is missed."""
+        """Check the backups for `relay doctor`; right after the start, none counts as missed."""
         every = self._config().backup.every if self._looked else None
         return examine(self.made(), every, self._clock.wall() // SECOND, self._failed)
 
     async def make(self) -> Backup:
-        """Make a backup now, and let go of the oldest where there are more than `[backup] keep`.
+        """Make a backup now, and delete the oldest beyond `[backup] keep`.
 
-        Where there is no room for one, the oldest go first, but never the latest.
+        If the disk has too little room, the oldest are deleted first, but never the latest.
 
         Raises:
-            StorageError: it could not be made.
+            StorageError: the backup failed.
         """
         try:
             done = await self._make()
@@ -149,7 +149,7 @@ class Backups:
         return done
 
     def _make_room(self, lacking: int, now: float) -> None:
-        """Delete the oldest backups for a new one, if that makes enough room; the latest stays."""
+        """Delete the oldest backups if that makes enough room for a new one; keep the latest."""
         going = []
         for path in oldest_first(self.made(), now)[:-1]:
             if lacking <= 0:
@@ -157,7 +157,7 @@ class Backups:
             going.append(path)
             lacking -= path.stat().st_blocks * 512
         if lacking > 0:
-            return  # the backup says what is missing, and none has gone for it
+            return  # the backup then reports the missing room, and nothing was deleted in vain
         for path in going:
             path.unlink()
-            log.warning("%s was deleted, as there is no room for another backup", path.name)
+            log.warning("%s was deleted to make room for a new backup", path.name)

@@ -1,4 +1,4 @@
-"""Every quarter of a minute: are all deliveries accounted for, and what does each destination still get?"""
+"""Checks every 15 s that all deliveries are accounted for, and exports the pending ones."""
 
 import logging
 
@@ -10,8 +10,8 @@ from relay.store import Store
 log = logging.getLogger("relay")
 
 
-class Books:
-    """Compares ledger and table, and fills the gauges that need a look into a table."""
+class LedgerCheck:
+    """Compares the ledger with the table of deliveries, and sets the gauges that need a query."""
 
     def __init__(self, store: Store, engine: Engine, metrics: Metrics, clock: Clock) -> None:
         self._store = store
@@ -20,17 +20,15 @@ class Books:
         self._clock = clock
 
     async def check(self) -> None:
-        """Do so once, also for destinations that have left the config: what they are owed is held."""
-        counts, backlog = (
-            await self._store.ledger.audit(),
-            await self._store.ledger.backlog(self._clock.steady()),
-        )
+        """Check once. Includes destinations that are no longer in the config; their deliveries are held."""
+        counts = await self._store.ledger.audit()
+        backlog = await self._store.ledger.backlog(self._clock.steady())
         for name in self._engine.lanes.keys() | counts.keys():
             lane, owed, waiting = self._engine.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if owed is None else owed.unaccounted
             self._metrics.unaccounted.labels(name).set(unaccounted)
             if unaccounted:
-                log.error("%s: %d deliveries are not accounted for", name, unaccounted)
+                log.error("%s: %d deliveries are unaccounted for", name, unaccounted)
             pending = 0 if owed is None else owed.pending
             in_flight = min(self._engine.in_flight(name), pending)
             rest = pending - in_flight

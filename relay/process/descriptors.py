@@ -1,4 +1,4 @@
-"""File descriptors: how many this process may open, and what their lack looks like."""
+"""File descriptors: the limit of this process, and the errors when they run out."""
 
 import asyncio
 import errno
@@ -12,13 +12,13 @@ from relay.process.logs import Sparing
 log = logging.getLogger("relay")
 
 WANTED = 65_536
-"""Descriptors that the relay raises its soft limit to, where the hard limit allows it."""
+"""The soft limit that the relay sets, if the hard limit allows it."""
 
 RESERVE = 384
 """Descriptors kept for deliveries, the database, admin connections and files."""
 
 LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-"""Error numbers that mean this machine has run out, whoever the call was about."""
+"""Error numbers for a lack of resources on this machine, as opposed to faults of a peer."""
 
 
 def raise_limit() -> int:
@@ -36,7 +36,7 @@ def raise_limit() -> int:
 
 
 def connection_cap(limit: int, most: int) -> int:
-    """Return how many senders' connections fit a limit of open files: `most`, or fewer.
+    """Return the number of sender connections that fit into a limit of open files, at most `most`.
 
     >>> connection_cap(65_536, 4096), connection_cap(1024, 4096), connection_cap(256, 4096)
     (4096, 640, 128)
@@ -45,14 +45,14 @@ def connection_cap(limit: int, most: int) -> int:
 
 
 def log_sparingly(loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
-    """Log at most once a second that connections cannot be accepted; asyncio writes a traceback each time."""
+    """Log failed accepts at most once a second, instead of asyncio's traceback for each."""
     sparing = Sparing(log, clock, every=1.0)
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in LACK:
             sparing.warning("accept", f"cannot accept connections: {error.strerror}")
-        elif "_start_serving" not in context.get("message", ""):  # that is on a listener closed meanwhile
+        elif "_start_serving" not in context.get("message", ""):  # a listener that was closed meanwhile
             loop.default_exception_handler(context)
 
     loop.set_exception_handler(handle)

@@ -6,17 +6,17 @@ Reason = Callable[[], str | None]
 
 
 class Health:
-    """Collects the facts that speak against being ready."""
+    """Collects the reasons why the daemon is not ready."""
 
     def __init__(self) -> None:
         self.phase: str | None = "starting"  # "draining" at the end; None: serving
         self._reasons: list[Reason] = []
 
     def watch(self, reason: Reason) -> None:
-        """Ask this too: a sentence when something is wrong, else None."""
+        """Add a check that returns a sentence if something is wrong, else None."""
         self._reasons.append(reason)
 
     def reasons(self) -> list[str]:
-        """Return everything that is wrong now; empty: ready."""
+        """Return all current reasons; an empty list means ready."""
         found = [self.phase] if self.phase else []
         return found + [text for reason in self._reasons if (text := reason())]

@@ -1,4 +1,4 @@
-"""Log lines: one event per line, with ids that link it to others; a hostile sender cannot fill the disk."""
+"""Log lines: one line per event, with ids in fields; rate limits keep senders from filling the disk."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ from relay.base.text import paint, printable, wants_colour
 
 Format = Literal["auto", "json", "text", "journald"]
 MOST_KEYS = 1000
-"""Keys of one rate-limited log that are remembered."""
+"""Maximum number of keys that one rate-limited log tracks."""
 
-MOST_QUEUED = 2**20  # bytes of lines that wait for a reader
-FLUSH = 0.5  # seconds that an end waits for them
+MOST_QUEUED = 2**20  # bytes of queued lines while nobody reads the log
+FLUSH = 0.5  # seconds that the end of the process waits for queued lines
 
 _OTHERS = ""
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
@@ -28,20 +28,20 @@ _COLOUR = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL
 
 
 def fields(**named: object) -> dict[str, Mapping[str, object]]:
-    """Return what a line carries beside its words, for `extra=`; None: it has none of that."""
+    """Return the fields of a log line for `extra=`, without those that are None."""
     return {"fields": {name: value for name, value in named.items() if value is not None}}
 
 
 def in_one_line(error: object) -> str:
-    """Say an error of several lines in one."""
+    """Return an error's text as one line."""
     return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 class Sparing:
-    """Writes one line per key in `every` seconds, and says how many lines it left out.
+    """Writes one line per key every `every` seconds, with the number of suppressed lines.
 
-    While lines keep coming, the pause between two of a key doubles, up to `most` seconds: senders that never
-    stop, such as an attacker or a shop with an old token, would fill the disk otherwise.
+    While lines of a key keep coming, its pause doubles up to `most` seconds. Otherwise an attacker, or a shop
+    with an old token, would fill the disk.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class Sparing:
         self._clock = clock
         self._every = int(every * SECOND)
         self._most = int((most or every) * SECOND)
-        self._last: dict[str, tuple[int, int, int]] = {}  # key → (when last written, left out since, pause)
+        self._last: dict[
+            str, tuple[int, int, int]
+        ] = {}  # key → (time of the last line, suppressed since, pause)
 
     def is_due(self, key: str) -> bool:
-        """Return whether a line of that key would be written now; if not, count it as left out."""
+        """Return whether a line with this key would be written now; if not, count it as suppressed."""
         key = self._known(key)
         written, swallowed, pause = self._last.get(key, (0, 0, 0))
         if self._clock.steady() - written < pause:
@@ -63,15 +65,15 @@ class Sparing:
         return True
 
     def info(self, key: str, line: str, **named: object) -> None:
-        """Log a line with its fields; beyond `MOST_KEYS`, all new keys share one line."""
+        """Log at level info. Beyond `MOST_KEYS`, all new keys share one line."""
         self._write(logging.INFO, key, line, None, named)
 
     def warning(self, key: str, line: str, **named: object) -> None:
-        """Log what an operator should see."""
+        """Log at level warning."""
         self._write(logging.WARNING, key, line, None, named)
 
     def error(self, key: str, line: str, error: BaseException | None, **named: object) -> None:
-        """Log a failure with its traceback."""
+        """Log at level error, with a traceback."""
         self._write(logging.ERROR, key, line, error, named)
 
     def _write(
@@ -87,11 +89,11 @@ class Sparing:
         self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
 
     def _known(self, key: str) -> str:
-        """Return the key under which a line is counted."""
+        """Return the key that counts this line."""
         if key in self._last or len(self._last) < MOST_KEYS:
             return key
         now = self._clock.steady()
-        self._last = {  # without those whose next line would be written anyhow and has nothing to add
+        self._last = {  # drop keys that would be written at once and have no suppressed lines
             known: (written, swallowed, pause)
             for known, (written, swallowed, pause) in self._last.items()
             if swallowed or now - written < pause
@@ -117,9 +119,9 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """For people: on a terminal with colour, under systemd with journald's priority prefix.
+    """Text for people: coloured on a terminal, with journald's priority prefix under systemd.
 
-    Only a traceback takes more than one line: what senders put into a message does not.
+    Only a traceback takes several lines; text from senders never does.
     """
 
     def __init__(self, *, colour: bool = False, journald: bool = False) -> None:
@@ -151,18 +153,18 @@ def _fields(record: logging.LogRecord) -> Mapping[str, object]:
 
 
 def _value(value: object) -> str:
-    """Write a value so that the next field cannot be mistaken for a part of it."""
+    """Render a value, quoted if it could be confused with the next field."""
     text = str(value)
     return printable(text if text and not set(text) & set(' "=') else json.dumps(text, ensure_ascii=False))
 
 
 def under_systemd() -> bool:
-    """Say whether stderr leads to the journal."""
+    """Return whether stderr is connected to the journal."""
     return "JOURNAL_STREAM" in os.environ
 
 
 def is_read(stream: TextIO) -> bool:
-    """Return whether a stream can take a line within a moment; one that is no file can."""
+    """Return whether a stream accepts a line within `FLUSH` seconds; True if it has no file descriptor."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)
@@ -172,21 +174,21 @@ def is_read(stream: TextIO) -> bool:
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """Writes lines to a stream; one that nobody reads (a stopped `less`, a hung journal) holds up nothing.
+    """Writes lines to a stream and never blocks, even if nobody reads it (a stopped `less`, a hung journal).
 
-    A line is written at once where the stream can take it. Else it is queued, and a thread writes it; beyond
-    `MOST_QUEUED` bytes lines are dropped and counted, and a line says how many once the stream is read again.
-    A terminal calls itself writable with room for one byte, so all of its lines are written by the thread.
+    A line is written at once if the stream has room. Otherwise it is queued and a thread writes it. Beyond
+    `MOST_QUEUED` bytes, lines are dropped and counted; the count is logged once the stream is read again.
+    A terminal reports room even for a single byte, so the thread writes all lines to terminals.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.dropped = 0
         self.on_drop: Callable[[], None] = lambda: None
-        self._untold = 0  # dropped since a line said so
+        self._untold = 0  # dropped lines that are not reported yet
         self._queue: deque[bytes] = deque()
-        self._size = 0  # bytes of the queue, and of the line that is being written
-        self._changed = threading.Condition()  # the logging module's own lock is held by whoever logs
+        self._size = 0  # bytes in the queue and in the line that is being written
+        self._changed = threading.Condition()  # not the logging module's lock, which every log call holds
         self._thread: threading.Thread | None = None
         self._poll: select.poll | None = None
         with suppress(OSError, ValueError):
@@ -196,20 +198,20 @@ class Lines(logging.StreamHandler[TextIO]):
             self._poll.register(self._fd, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, or queue or drop it."""
-        if self._poll is None:  # no file: it blocks nobody
+        """Write, queue or drop a line."""
+        if self._poll is None:  # no file descriptor: writing never blocks
             super().emit(record)
             return
         try:
             line = self._line(record)
-        except Exception:  # noqa: BLE001 - a line that cannot be formatted fails nobody, as in `StreamHandler`
+        except Exception:  # noqa: BLE001 - as in `StreamHandler`, a format error does not reach the caller
             self.handleError(record)
             return
         with self._changed:
             if not self._size and len(line) <= select.PIPE_BUF and self._can_take():
                 try:
                     line = line[os.write(self._fd, line) :]
-                except BlockingIOError:  # another process has made the stream one that never waits
+                except BlockingIOError:  # another process made the stream non-blocking
                     pass
                 except OSError:  # the reader is gone
                     self._drop()
@@ -227,7 +229,7 @@ class Lines(logging.StreamHandler[TextIO]):
                     self._thread.start()
 
     def flush(self) -> None:
-        """Wait a moment for what is queued."""
+        """Wait up to `FLUSH` seconds for queued lines."""
         super().flush()
         if self._poll is not None:
             with self._changed:
@@ -237,7 +239,7 @@ class Lines(logging.StreamHandler[TextIO]):
         return (self.format(record) + self.terminator).encode(errors="backslashreplace")
 
     def _can_take(self) -> bool:
-        """Return whether a short line can be written without waiting; a pipe then takes 4 KiB."""
+        """Return whether a line of up to `PIPE_BUF` bytes can be written without blocking."""
         return (
             not self._is_terminal
             and self._poll is not None
@@ -250,7 +252,7 @@ class Lines(logging.StreamHandler[TextIO]):
         self.on_drop()
 
     def _write(self) -> None:
-        """Write what is queued, for as long as each line takes; runs in a thread."""
+        """Write queued lines, blocking as long as needed; runs in a thread."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._queue))
@@ -260,7 +262,7 @@ class Lines(logging.StreamHandler[TextIO]):
                 with self._changed:
                     untold = 0 if self._queue else self._untold
                 if untold:
-                    self._write_all(self._confession(untold))
+                    self._write_all(self._drop_report(untold))
                     with self._changed:
                         self._untold -= untold
             except OSError:  # the reader is gone
@@ -279,9 +281,9 @@ class Lines(logging.StreamHandler[TextIO]):
             if line:
                 room.poll()
 
-    def _confession(self, count: int) -> bytes:
+    def _drop_report(self, count: int) -> bytes:
         what = "line was" if count == 1 else "lines were"
-        text = f"{count} log {what} dropped: nobody read the log"
+        text = f"{count} log {what} dropped because nobody read the log"
         record = logging.makeLogRecord(
             {"name": "relay.log", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
             | fields(count=count)
@@ -290,14 +292,14 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 def on_drop(call: Callable[[], None]) -> None:
-    """Have something called for each line that is dropped; it may be called in any thread."""
+    """Register a callback for each dropped line; it may run in any thread."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Lines):
             handler.on_drop = call
 
 
 def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
-    """Send every log line to stderr in the format that suits where it goes."""
+    """Send all log lines to stderr; format `auto` depends on what stderr is connected to."""
     if format_ == "auto":
         format_ = "journald" if under_systemd else "text" if sys.stderr.isatty() else "json"
     handler = Lines(sys.stderr)
@@ -308,8 +310,8 @@ def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
             TextLines(colour=format_ == "text" and wants_colour(sys.stderr), journald=format_ == "journald")
         )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Both report what remote peers do wrong with a traceback each; we count and say it in one line.
+    # Both log a traceback for each fault of a remote peer; the relay counts these and logs one line.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
     logging.getLogger("apscheduler").setLevel(logging.WARNING)
-    # At debug it writes every statement with its parameters, senders' data among them.
+    # At level debug it logs every statement with its parameters, which contain senders' data.
     logging.getLogger("aiosqlite").setLevel(logging.WARNING)

@@ -1,27 +1,27 @@
-"""How late the event loop is: what blocks it delays every sender and every delivery at once."""
+"""Measures how late the event loop runs: a blocked loop delays all requests and deliveries."""
 
 import asyncio
 
 from relay.metrics import Metrics
 
-EVERY = 1.0  # seconds between two looks
+EVERY = 1.0  # seconds between measurements
 
 
 class Lag:
-    """Exports by how much a timer rang too late."""
+    """Exports the delay of a timer."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._gauge = metrics.lag
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start measuring."""
         loop = asyncio.get_running_loop()
         due = loop.time() + EVERY
         self._timer = loop.call_at(due, self._ring, due)
 
     def stop(self) -> None:
-        """End."""
+        """Stop measuring."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,4 +1,4 @@
-"""Sockets and what listens on them, opened before anything is promised and closed in a safe order."""
+"""Listening sockets of the admin API: bind, listen, addresses."""
 
 import os
 import socket
@@ -11,21 +11,20 @@ from relay.errors import RelayError
 BACKLOG = 1024
 
 ACCEPTS = 1
-"""What asyncio is told to be the backlog.
+"""The backlog that asyncio gets, which is also the number of connections that it accepts in a row.
 
-It accepts as many connections in a row, and goes on with that when there is no descriptor for them: with
-1,024 it writes as many tracebacks a second, and sets as many timers.
+Without free file descriptors, asyncio logs a traceback and sets a timer for each of them: 1,024 a second.
 """
 
-SETTLE = 0.3  # seconds for requests that are on their way while the listeners close
-UNIX_PATH_LIMIT = 107  # bytes of a socket's path, Linux
+SETTLE = 0.3  # seconds for requests that arrive while the listeners close
+UNIX_PATH_LIMIT = 107  # bytes; Linux limits the path of a unix socket
 
 
 def bind(listen: str, key: str) -> socket.socket:
-    """Bind `host:port` without listening yet, so that the port is known and taken.
+    """Bind `host:port` without listening yet, so that the port is reserved and known.
 
     Raises:
-        RelayError: the address is in use or not ours.
+        RelayError: the address is in use or not an address of this machine.
     """
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
@@ -44,7 +43,7 @@ def bind(listen: str, key: str) -> socket.socket:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """Bind a unix socket (0660), replacing a stale one: the state directory's lock is ours already.
+    """Bind a unix socket with mode 0660. Replaces a stale one: the caller holds the state directory's lock.
 
     Raises:
         RelayError: the path is too long or cannot be written.
@@ -79,7 +78,7 @@ def url(sock: socket.socket) -> str:
 
 
 async def listen(app: web.Application, sock: socket.socket, *, grace: float) -> web.BaseRunner:
-    """Serve on a bound socket; `grace` is how long a request under way may take at the end."""
+    """Serve on a bound socket; `grace` is the time in seconds for requests in progress at the stop."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace)
     await runner.setup()
     await web.SockSite(runner, sock, backlog=ACCEPTS).start()

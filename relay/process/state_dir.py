@@ -1,4 +1,4 @@
-"""The state directory belongs to one daemon at a time: locks that end with its process."""
+"""Locks the state directory, so that only one daemon uses it; the locks end with the process."""
 
 import errno
 import fcntl
@@ -13,8 +13,8 @@ from relay.errors import RelayError
 class StateDir:
     """Holds the locks from `take` to `release`.
 
-    The directory itself is locked: `relay.lock` can be deleted, and a second daemon would lock a new one.
-    The file is locked as well: it tells the process id, and older versions look at nothing else.
+    The directory itself is locked, because `relay.lock` can be deleted and a second daemon would lock a new
+    one. The file is locked as well: it contains the process id, and older versions check only the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,10 +24,10 @@ class StateDir:
         self._file: int | None = None
 
     def take(self) -> None:
-        """Create the directory if need be and lock it.
+        """Create the directory if necessary and lock it.
 
         Raises:
-            RelayError: another daemon holds it, it cannot be written, or `relay.lock` is no plain file.
+            RelayError: another daemon uses it, it is not writable, or `relay.lock` is no regular file.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -42,7 +42,7 @@ class StateDir:
             raise
 
     def release(self) -> None:
-        """Let another daemon have it."""
+        """Release the locks."""
         for descriptor in (self._file, self._folder):
             if descriptor is not None:
                 os.close(descriptor)
@@ -55,12 +55,12 @@ class StateDir:
         except BlockingIOError:
             raise self._in_use() from None
         except OSError as error:
-            # Some network file systems lock no directories; the file's lock is what there is then.
+            # Some network file systems cannot lock directories; then only the file is locked.
             if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP):
                 raise self._unusable(error) from error
 
     def _take_file(self) -> None:
-        # Opening must neither follow a link nor wait for the other end of a pipe.
+        # Opening must not follow a link, and must not block on a pipe.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             self._file = os.open("relay.lock", flags, 0o600, dir_fd=self._folder)
@@ -68,17 +68,17 @@ class StateDir:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise self._odd() from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return  # a full disk: the directory's lock holds
+                return  # the disk is full: the directory's lock suffices
             raise self._unusable(error) from error
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise self._odd()  # what it is linked to would be emptied
+            raise self._odd()  # truncating it would empty another file
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._in_use() from None
         os.ftruncate(self._file, 0)
-        with suppress(OSError):  # on a full disk the locks hold all the same
+        with suppress(OSError):  # on a full disk, the locks suffice
             os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def _in_use(self) -> RelayError:
@@ -92,14 +92,14 @@ class StateDir:
             finally:
                 os.close(descriptor)
         return RelayError(
-            f"{self.path} is in use by another relay (pid {pid})",
-            hint="stop that one first, or give this one a state_dir of its own",
+            f"{self.path} is in use by another relay daemon (pid {pid})",
+            hint="stop that daemon first, or set another state_dir in config.toml",
         )
 
     def _odd(self) -> RelayError:
         return RelayError(
-            f"{self._lock} is not a plain file of its own: a link, a directory, a pipe or a device",
-            hint=f"look who made it (ls -l {self._lock}), then remove it: no relay keeps anything in it",
+            f"{self._lock} is not a regular file, but a link, a directory, a pipe or a device",
+            hint=f"check its owner (ls -l {self._lock}), then remove it; the relay stores no data in it",
         )
 
     def _unusable(self, error: OSError) -> RelayError:

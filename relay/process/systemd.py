@@ -1,6 +1,6 @@
-"""What a service and systemd tell each other: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
+"""The protocol between a service and systemd: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 
-By hand, because it is one datagram and three environment variables; outside systemd all of it is silent.
+Written by hand, because it is one datagram and three environment variables. Does nothing outside systemd.
 """
 
 import logging
@@ -18,7 +18,7 @@ _PATIENCE = 0.25  # seconds that a datagram may wait for room in the manager's q
 
 
 class Notifier:
-    """Tells the service manager how the daemon is; mute without `$NOTIFY_SOCKET`."""
+    """Sends the daemon's state to the service manager; does nothing without `$NOTIFY_SOCKET`."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         name = environment.get("NOTIFY_SOCKET", "")
@@ -115,13 +115,13 @@ class Inherited:
         return lent
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close the sockets that were not taken."""
         while self._sockets:
             self._sockets.popitem()[1].close()
 
 
 def sockets_given(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many sockets systemd opened for this process, not for one that started it."""
+    """Return the number of sockets that systemd opened for this process, not for its parent."""
     count = environment.get("LISTEN_FDS", "")
     return int(count) if environment.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal() else 0
 

@@ -1,6 +1,6 @@
-"""Feeds systemd's watchdog, from within the event loop and only while the relay gets on with its work.
+"""Sends keep-alives to systemd's watchdog from the event loop, while the relay makes progress.
 
-A loop that has stopped turning cannot feed it; a writer or a lane that is stuck speaks against it.
+A blocked loop cannot send them; a stuck writer or lane stops them on purpose.
 """
 
 import asyncio
@@ -12,13 +12,13 @@ from relay.process.systemd import Notifier
 
 log = logging.getLogger("relay.systemd")
 
-SHARE = 4  # feedings per deadline: three may come late
-EVERY = 10.0  # seconds between requests for more time while migrations and checks run, or deliveries end
-MORE = 30.0  # seconds asked for each time
+SHARE = 4  # keep-alives per watchdog interval; three may be late
+EVERY = 10.0  # seconds between requests for more time during the start and the shutdown
+MORE = 30.0  # seconds per request
 
 
 class Watchdog:
-    """Speaks to the service manager at a steady pace, from `start` to `stop`."""
+    """Reports to the service manager at regular intervals, from `start` to `stop`."""
 
     def __init__(
         self, notifier: Notifier, *, stuck: Callable[[], list[str]], status: Callable[[], str]
@@ -33,18 +33,18 @@ class Watchdog:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin, and ask for more time to start for as long as it takes."""
+        """Start, and request more start-up time until `started`."""
         self._beat()
 
     def started(self) -> None:
-        """Say that start-up is through: from now on it is the work that counts."""
+        """Report the end of the start-up; from now on, keep-alives depend on progress."""
         self._starting = False
         self._said = self._status()
         self._notifier.ready(self._said)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Say that a reload begins and, however it ends, that the relay serves."""
+        """Report the start of a reload, and its end whether it succeeds or not."""
         self._notifier.reloading()
         try:
             yield
@@ -53,13 +53,13 @@ class Watchdog:
             self._notifier.ready(self._said)
 
     def stopping(self) -> None:
-        """Say that the end has begun; what drains is fed, and given time, until `stop`."""
+        """Report the start of the shutdown; keep-alives and requests for time go on until `stop`."""
         self._stopping = True
         self._said = self._status()
         self._notifier.stopping(self._said)
 
     def stop(self) -> None:
-        """End."""
+        """Stop reporting."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -73,7 +73,7 @@ class Watchdog:
             if self._starting or self._stopping:
                 self._notifier.extend(MORE)
         elif self._fed:
-            log.critical("the watchdog is not fed any more: %s", "; ".join(stuck))
+            log.critical("stuck, no more keep-alives to the watchdog: %s", "; ".join(stuck))
         self._fed = not stuck
         deadline = self._notifier.watchdog
         pace = EVERY if deadline is None else min(deadline / SHARE, EVERY)

@@ -1,4 +1,4 @@
-"""Watching workers: who is silent past its deadline is offline."""
+"""Applies the deadlines of workers: a worker that is silent beyond its deadline is offline."""
 
 import logging
 import re
@@ -15,11 +15,11 @@ from relay.store import Store
 
 log = logging.getLogger("relay.workers")
 
-_REMEMBERED = 16_384  # workers whose rules are looked up once; beyond them patterns are tried again
+_REMEMBERED = 16_384  # workers whose rules are cached; for others the patterns are matched again
 
 
 class Rulebook:
-    """Which rules hold for a worker: its source's, and among them those for ids of its pattern."""
+    """Finds the rules of a worker: those of its source, overridden by the first matching id pattern."""
 
     def __init__(self, default: WorkerRules, sources: Mapping[str, WorkerRules]) -> None:
         self._default = default
@@ -32,18 +32,18 @@ class Rulebook:
 
     @classmethod
     def of_config(cls, config: Config) -> "Rulebook":
-        """Return what a whole config says."""
+        """Return the rules of a configuration."""
         return cls(config.workers, {name: source.workers for name, source in config.sources.items()})
 
     @property
     def shortest_interval(self) -> float:
-        """Seconds between sweeps that are enough for every worker."""
+        """Seconds between sweeps: the shortest `check_every` of all rules."""
         rules = [self._default, *self._sources.values()]
         overrides = [override.check_every for each in rules for override in each.ids.values()]
         return min([each.check_every for each in rules] + [each for each in overrides if each is not None])
 
     def _of(self, source: str, worker_id: str) -> WorkerRules:
-        """Return the rules of one worker; the first pattern that fits decides."""
+        """Return the rules of one worker."""
         rules = self._sources.get(source, self._default)
         for pattern, override in self._overrides.get(source, ()):
             if pattern.match(worker_id):
@@ -57,7 +57,7 @@ class Rulebook:
 
 
 class Watch:
-    """Judges all workers, every `interval` seconds; robust against clock steps and suspended processes."""
+    """Applies deadlines every `interval` seconds; robust against clock steps and suspended processes."""
 
     def __init__(self, store: Store, clock: Clock, interval: float) -> None:
         self.interval = interval
@@ -66,17 +66,17 @@ class Watch:
         self._last: int | None = None  # steady clock; None: not yet since the start
 
     def go_by(self, interval: float) -> None:
-        """Judge every so many seconds from now on."""
+        """Change the interval, in seconds."""
         now = self._clock.steady()
         if self._last is not None and now - self._last <= 3 * self.interval * SECOND:
-            self._last = now  # by a shorter interval, we would seem to have been away
+            self._last = now  # else the shorter interval makes the last sweep look overdue
         self.interval = interval
 
     async def sweep(self) -> None:
-        """Mark who is silent; when the sweep itself was away for long, put deadlines off instead.
+        """Mark silent workers offline. After more than three missed sweeps, extend all deadlines instead.
 
-        One that comes late judges as if it were in time: what workers sent while the process stood
-        still has yet to be read, and the next sweep comes after that.
+        A late sweep judges as of its due time: heartbeats that arrived while the process stood still are
+        read only afterwards, before the next sweep.
         """
         now = self._clock.steady()
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
@@ -89,6 +89,6 @@ class Watch:
             if worker.unregistered_at is None:
                 log.warning("%s: worker %s is offline: silent", worker.source, worker.id, extra=ids)
             else:
-                line = "%s: worker %s has unregistered; its request was refused at the time"
+                line = "%s: worker %s has unregistered; the relay had refused its request"
                 log.info(line, worker.source, worker.id, extra=ids)
         self._last = now

@@ -29,14 +29,14 @@ async def test_a_relay_that_serves_is_ready(tmp_path):
 
 async def test_a_relay_that_starts_says_so(tmp_path, monkeypatch):
     app = App(load(write_config(tmp_path, SOURCES)))
-    asked, go_on, check = asyncio.Event(), asyncio.Event(), app.books.check
+    asked, go_on, check = asyncio.Event(), asyncio.Event(), app.ledger_check.check
 
     async def slow():
         asked.set()
         await go_on.wait()
         await check()
 
-    monkeypatch.setattr(app.books, "check", slow)
+    monkeypatch.setattr(app.ledger_check, "check", slow)
     life = asyncio.create_task(app.run())
     try:
         await asked.wait()

@@ -234,7 +234,7 @@ async def test_a_removed_destination_is_held_in_sight_and_resumed_when_it_return
 
 async def states(relay, name):
     """Return what the metrics say a destination is owed, by state."""
-    await relay.app.books.check()
+    await relay.app.ledger_check.check()
     assert relay.counted("relay_deliveries_unaccounted", destination=name) == 0
     return {
         state: relay.counted("relay_deliveries_pending", destination=name, state=state)

@@ -58,7 +58,7 @@ def test_a_lock_file_that_is_a_link_is_refused_and_its_target_stays_as_it_is(tmp
     mode = target.stat().st_mode
     (tmp_path / "state").mkdir()
     link(target, tmp_path / "state" / "relay.lock")
-    with pytest.raises(RelayError, match="is not a plain file of its own") as caught:
+    with pytest.raises(RelayError, match="is not a regular file") as caught:
         StateDir(tmp_path / "state").take()
     assert "ls -l" in caught.value.hint
     assert target.read_text() == "do not empty me"
@@ -69,14 +69,14 @@ def test_a_lock_file_that_is_a_link_is_refused_and_its_target_stays_as_it_is(tmp
 def test_a_lock_file_that_is_no_file_is_refused_in_words(tmp_path, make):
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.lock")
-    with pytest.raises(RelayError, match="is not a plain file of its own"):
+    with pytest.raises(RelayError, match="is not a regular file"):
         StateDir(tmp_path / "state").take()
 
 
 def test_a_dangling_link_makes_no_file_elsewhere(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "relay.lock").symlink_to(tmp_path / "new")
-    with pytest.raises(RelayError, match="is not a plain file of its own"):
+    with pytest.raises(RelayError, match="is not a regular file"):
         StateDir(tmp_path / "state").take()
     assert not (tmp_path / "new").exists()
 

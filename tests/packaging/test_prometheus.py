@@ -170,7 +170,7 @@ async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
         for accept in ("text/plain", OPENMETRICS):
             assert 'relay_deliveries_pending{destination="crm"' in await scrape(relay, accept)
         assert asked == []
-        await relay.app.books.check()
+        await relay.app.ledger_check.check()
         assert any("deliveries" in action for action in asked)
 
 
@@ -217,13 +217,13 @@ async def test_pending_deliveries_are_told_apart_by_what_they_wait_for(tmp_path)
             await until(
                 lambda: relay.counted("relay_delivery_attempts_total", destination="retried", result="5xx")
             )
-            await relay.app.books.check()
+            await relay.app.ledger_check.check()
             assert pending("held") == {"due": 0, "waiting": 0, "in_flight": 0, "held": 1}
             assert pending("retried") == {"due": 0, "waiting": 1, "in_flight": 0, "held": 0}
             assert before - 1 < oldest("held") < time.time() + 1
             await relay.operator("POST", "/api/destinations/held/resume")
             await until(lambda: relay.counted("relay_delivery_latency_seconds_count", destination="held"))
-            await relay.app.books.check()
+            await relay.app.ledger_check.check()
             assert sum(pending("held").values()) == 0
             assert oldest("held") == 0
 

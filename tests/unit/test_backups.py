@@ -93,7 +93,7 @@ async def test_none_goes_for_one_that_could_not_be_made(backups, store, clock, t
     await store.database.connection.execute("UPDATE ledger SET created = created - 1")
     assert made(tmp_path) == before
     assert (done.failures, done.succeeded_at) == (1, None)
-    assert done.error.startswith("no backup: the copy does not balance: crm, erp")
+    assert done.error.startswith("backup failed: the copy does not balance: crm, erp")
     [said] = caplog.records
     assert said.getMessage() == f"job backup failed: {done.error}"
     assert (said.levelname, said.exc_info) == ("ERROR", None)
@@ -173,7 +173,7 @@ async def test_the_oldest_goes_where_there_is_no_room_and_the_floor_stays_free(c
     names = made(cramped.path)
     assert 2 <= len(names) < 8
     assert names[-1] == "relay-20231121T221320Z.db"
-    assert "relay-20231114T221320Z.db was deleted, as there is no room for another backup" in caplog.messages
+    assert "relay-20231114T221320Z.db was deleted to make room for a new backup" in caplog.messages
 
 
 async def test_the_latest_stays_where_no_other_can_make_room(cramped, clock):
@@ -183,7 +183,7 @@ async def test_the_latest_stays_where_no_other_can_make_room(cramped, clock):
     before = made(cramped.path)
     set_rules(cramped.backups, cramped.path, floor=100 * 2**20, every=DAY, keep=10)
     with pytest.raises(
-        StorageError, match=r"no backup: .* free, a copy may take .* are to stay free"
+        StorageError, match=r"backup failed: .* free, a copy may take .* are to stay free"
     ) as caught:
         await cramped.backups.run()
     assert "more room" in caught.value.hint
