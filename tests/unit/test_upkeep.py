@@ -73,7 +73,7 @@ async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store
     expired = {(name, "expired") for name in ("paused", "dead", "not in the config")}
     assert found == {*expired, ("well", "pending")}
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
-        "6 deliveries expired: nobody took them within [retention] held"
+        "6 deliveries expired: held longer than [retention] held"
     ]
 
 
@@ -86,4 +86,4 @@ async def test_what_went_is_told_when_there_is_any(store, engine, clock, caplog)
     clock.advance(14 * DAY)
     await upkeep.run()
     [said] = caplog.messages
-    assert said.startswith("retention: 1 events and 0 attempts gone, 0 pages given back in ")
+    assert said.startswith("retention: deleted 1 events and 0 attempts, freed 0 pages in ")
