@@ -27,14 +27,13 @@ from snippets import (
     receiver,
     run,
 )
+from stores import make_event
 
 from relay.base.clock import SystemClock
-from relay.base.ids import event_id
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
 from relay.delivery.http.http_client import Client
 from relay.formats import FORMATS
-from relay.model import StoredEvent
 from relay.signing import SignatureError, Signer, verify
 
 HEADERS = "a webhook header is missing or malformed"
@@ -188,11 +187,7 @@ def test_the_relay_s_own_verify_agrees():
 
 
 def event(data=b'{"name":"Zo\xc3\xab"}'):
-    now = SystemClock().wall()
-    return StoredEvent(
-        id=1, public_id=event_id(now), source="moddy", type="moddy.member_joined", subject="8",
-        received_at=now, data=data, context=b"{}", body=b"", content_type="application/json", sha256=b"",
-    )  # fmt: skip
+    return make_event(SystemClock(), b"", id=1, type="moddy.member_joined", subject="8", data=data)
 
 
 @asynccontextmanager

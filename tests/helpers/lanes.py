@@ -1,21 +1,18 @@
 """Lanes at work, for a test: the real store and client, receivers on loopback that record and obey."""
 
 import asyncio
-import hashlib
 from collections.abc import Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from stores import accept
 
 from relay.base.clock import SystemClock
-from relay.base.ids import event_id
 from relay.config.schema import DestinationConfig, RetryConfig
 from relay.config.secrets import Secret
 from relay.delivery.dispatcher import Engine
 from relay.metrics import Metrics
-from relay.model import StoredEvent
 from relay.routing.router import router_of
-from relay.store import Acceptance
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CLOCK = SystemClock()
@@ -104,12 +101,8 @@ async def engine_for(store, *destinations, own=(), **options):
 
 async def send(store, body=b'{"n":1}', subject="s", type_="shop.order"):
     """Store an event and return its public id."""
-    event = StoredEvent(
-        id=0, public_id=event_id(CLOCK.wall()), source="shop", type=type_, subject=subject,
-        received_at=CLOCK.wall(), data=body, context=b"{}", body=body, content_type="application/json",
-        sha256=hashlib.sha256(body).digest(), traceparent=None,
-    )  # fmt: skip
-    return (await store.events.append(Acceptance(source="shop", event=event))).event_id
+    accepted = accept(CLOCK, body, source="shop", type=type_, subject=subject)
+    return (await store.events.append(accepted)).event_id
 
 
 async def send_many(store, count, body=b'{"n":1}', subject="s"):

@@ -29,16 +29,20 @@ async def opened(path, clock):
     await store.close()
 
 
-def make_event(clock, body=b'{"n": 1}', **fields):
+def make_event(clock=None, body=b'{"n": 1}', **fields):
+    """Build an event; without a clock, one with a fixed id and moment."""
+    public_id, now = "evt_018bcfe5-6800-7000-8000-000000000001", 1_700_000_000_123_456
+    if clock is not None:
+        public_id, now = event_id(clock.wall()), clock.wall()
     full_type = fields.get("type", "shop.order")
     return StoredEvent(
         **{
             "id": 0,
-            "public_id": event_id(clock.wall()),
+            "public_id": public_id,
             "source": full_type.partition(".")[0],
             "type": full_type,
             "subject": "a",
-            "received_at": clock.wall(),
+            "received_at": now,
             "data": body,
             "context": b"{}",
             "body": body,
@@ -49,10 +53,17 @@ def make_event(clock, body=b'{"n": 1}', **fields):
     )
 
 
+def accept(clock, body=b'{"n": 1}', *, key=None, change=None, **fields):
+    """Build what a store appends for one event."""
+    event = make_event(clock, body, **fields)
+    return Acceptance(source=event.source, event=event, key=key, change=change)
+
+
 async def send(store, clock, *, key=None, **fields):
     """Append one event; return it as it was stored."""
-    event = make_event(clock, **fields)
-    await store.events.append(Acceptance(source=event.source, event=event, key=key))
+    accepted = accept(clock, key=key, **fields)
+    await store.events.append(accepted)
+    event = accepted.event
     stored = (each for news in reversed(store.news) for each in news.events)
     return next((each for each in stored if each.public_id == event.public_id), event)
 

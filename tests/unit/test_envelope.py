@@ -4,28 +4,14 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import make_event
 
 import relay.routing.envelope
-from relay.model import StoredEvent
 from relay.routing.envelope import ABSENT, EnvelopeView, Path
 
 
 def view(data=b"{}", context=b"{}", subject=None):
-    return EnvelopeView(
-        StoredEvent(
-            id=7,
-            public_id="evt_018bcfe5-6800-7000-8000-000000000001",
-            source="adorn",
-            type="adorn.attire.sold",
-            subject=subject,
-            received_at=1_700_000_000_123_456,
-            data=data,
-            context=context,
-            body=b"",
-            content_type="application/json",
-            sha256=b"",
-        )
-    )
+    return EnvelopeView(make_event(type="adorn.attire.sold", subject=subject, data=data, context=context))
 
 
 DATA = b"""{"total": 45000.00, "big": 1180591620717411303424, "none": null, "sold": false, "": 1,

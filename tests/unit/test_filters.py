@@ -5,10 +5,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import make_event
 
 import relay.routing.envelope
 import relay.routing.filters
-from relay.model import Owed, StoredEvent
+from relay.model import Owed
 from relay.routing.conditions import Miss
 from relay.routing.envelope import EnvelopeView
 from relay.routing.filters import Explanation, Patterns, Router, Subscription
@@ -16,19 +17,7 @@ from relay.routing.subscription import Terms
 
 
 def event(type_="adorn.attire.sold", data=b'{"total":45000.00}', subject="s-1"):
-    return StoredEvent(
-        id=7,
-        public_id="evt_018bcfe5-6800-7000-8000-000000000001",
-        source=type_.partition(".")[0],
-        type=type_,
-        subject=subject,
-        received_at=1_700_000_000_123_456,
-        data=data,
-        context=b"{}",
-        body=b"",
-        content_type="application/json",
-        sha256=b"",
-    )
+    return make_event(type=type_, data=data, subject=subject)
 
 
 @pytest.mark.parametrize(

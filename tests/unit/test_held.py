@@ -1,15 +1,13 @@
 """Deliveries that nobody takes: their operator is told in time, then they expire, and the books balance."""
 
-import hashlib
-
 import msgspec
 import pytest
+from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
-from relay.model import Attempt, Outcome, Owed, StoredEvent
-from relay.store import Acceptance, held
+from relay.model import Attempt, Outcome, Owed
+from relay.store import held
 from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
@@ -47,12 +45,7 @@ async def store(tmp_path, clock):
 
 
 async def send(store, clock, subject=None):
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source="shop", type="shop.order", subject=subject,
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
-        sha256=hashlib.sha256(b"{}").digest(),
-    )  # fmt: skip
-    await store.events.append(Acceptance(source="shop", event=event))
+    await store.events.append(accept(clock, subject=subject))
 
 
 async def fail(store, clock, destination, seconds):

@@ -1,11 +1,11 @@
 """Plugins are told what was stored, and nobody waits for them."""
 
 import asyncio
-import hashlib
 import logging
 import threading
 
 import pytest
+from stores import make_event
 from support import FakeClock, until
 
 from relay.metrics import Metrics
@@ -58,11 +58,7 @@ async def observers():
 
 
 def event(name, size=0):
-    body = b"x" * size
-    return StoredEvent(
-        id=1, public_id=name, source="shop", type="shop.order", subject=None, received_at=0, data=b"{}",
-        context=b"{}", body=body, content_type="text/plain", sha256=hashlib.sha256(body).digest(),
-    )  # fmt: skip
+    return make_event(body=b"x" * size, data=b"{}", id=1, public_id=name)
 
 
 def stored(*names, size=0):

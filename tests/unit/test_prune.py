@@ -1,18 +1,17 @@
 """What retention deletes, what it keeps, and that senders never wait for more than a small piece of it."""
 
 import asyncio
-import hashlib
 import re
 from functools import partial
 
 import pytest
+from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
 from relay.config.schema import Retention, SourceRetention
-from relay.model import Attempt, Command, Outcome, Owed, StoredEvent
-from relay.store import Acceptance, event_times, prune
+from relay.model import Attempt, Command, Outcome, Owed
+from relay.store import event_times, prune
 from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
@@ -38,16 +37,6 @@ async def store(tmp_path, clock, monkeypatch):
         assert books.unaccounted == 0, name
     assert not await store.database.reader.execute_fetchall("PRAGMA foreign_key_check")
     await store.close()
-
-
-def accept(clock, full_type="shop.order", key=None, body=b"{}"):
-    source = full_type.partition(".")[0]
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source=source, type=full_type, subject=None,
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=body, content_type="application/json",
-        sha256=hashlib.sha256(body).digest(),
-    )  # fmt: skip
-    return Acceptance(source=source, event=event, key=key)
 
 
 async def send(store, clock, state="delivered", **fields):
@@ -114,7 +103,7 @@ async def test_sources_and_types_are_kept_for_times_of_their_own(store, clock):
     }
     policy = Policy(Retention(), rules)
     for full_type in ("shop.order", "wa.qr_ready", "wa.message", "wa.audit", "bank.paid", "wa.qr_ready"):
-        await send(store, clock, full_type=full_type)
+        await send(store, clock, type=full_type)
     found = []
     for seconds in (3600, 6 * DAY, DAY, 7 * DAY, 36 * DAY, 50 * DAY):
         clock.advance(seconds)
@@ -124,7 +113,7 @@ async def test_sources_and_types_are_kept_for_times_of_their_own(store, clock):
 
 
 async def test_a_type_with_a_time_of_its_own_is_not_kept_longer_by_a_death(store, clock):
-    await send(store, clock, "dead", full_type="wa.qr_ready")
+    await send(store, clock, "dead", type="wa.qr_ready")
     clock.advance(3600)
     policy = Policy(Retention(), {"wa": SourceRetention(types={"qr_ready": 3600.0})})
     assert (await store.upkeep.prune(policy)).events == 1
@@ -212,7 +201,7 @@ async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_
 
     async def senders():
         while order.count("pruned") < 50:
-            await store.events.append(accept(clock, full_type="till.paid"))
+            await store.events.append(accept(clock, type="till.paid"))
             order.append("sent")
 
     pruned, _ = await asyncio.gather(store.upkeep.prune(POLICY), senders())
@@ -230,7 +219,7 @@ def test_a_large_body_counts_for_as_many_rows_as_it_has_pages():
 
 
 async def test_a_pass_ends_in_time_and_the_next_one_goes_on(store, clock):
-    await asyncio.gather(*(store.events.append(accept(clock, full_type="relay.x")) for _ in range(1_200)))
+    await asyncio.gather(*(store.events.append(accept(clock, type="relay.x")) for _ in range(1_200)))
     clock.advance(15 * DAY)
     found = []
     while not found or not found[-1].done:

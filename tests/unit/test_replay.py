@@ -1,22 +1,20 @@
 """Replays in the real store: by today's routes, paced, cancellable, and exact to the last delivery."""
 
 import asyncio
-import hashlib
 import json
 
 import pytest
+from stores import accept
 from support import FakeClock, until
 
 from relay.base.clock import SystemClock
-from relay.base.ids import event_id
 from relay.base.units import Rate
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.jobs import replay as replay_module
 from relay.jobs.replay import ROUTES, ReplayRequest, Replays, portion
-from relay.model import Attempt, Chosen, Outcome, Selection, StoredEvent
+from relay.model import Attempt, Chosen, Outcome, Selection
 from relay.routing.filters import Router, Subscription
 from relay.routing.subscription import Terms
-from relay.store import Acceptance
 from relay.store.sqlite import SqliteStore
 
 FAST = Rate(1_000_000, 1)
@@ -44,13 +42,9 @@ class Shop:
 
     async def send(self, number=0, body=None):
         body = json.dumps({"n": number}).encode() if body is None else body
-        event = StoredEvent(
-            id=0, public_id=event_id(self.clock.wall()), source="shop", type="shop.order",
-            subject=f"{number}", received_at=self.clock.wall(), data=body, context=b"{}", body=body,
-            content_type="application/json", sha256=hashlib.sha256(body).digest(),
-        )  # fmt: skip
-        await self.store.events.append(Acceptance(source="shop", event=event))
-        return event
+        accepted = accept(self.clock, body=body, subject=f"{number}")
+        await self.store.events.append(accepted)
+        return accepted.event
 
     async def end(self, state="delivered", **fields):
         """End every delivery that came into being since the last time."""

@@ -1,15 +1,13 @@
 """What an operator's selection means, and that reading it never looks at more than it must."""
 
-import hashlib
-
 import pytest
+from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
 from relay.errors import RelayError, UnknownError
-from relay.model import Attempt, Outcome, Owed, Selection, StoredEvent
-from relay.store import Acceptance, Span
+from relay.model import Attempt, Outcome, Owed, Selection
+from relay.store import Span
 from relay.store.queries import selection
 from relay.store.queries.selection import pending_sql, select_sql
 from relay.store.sqlite import SqliteStore
@@ -33,12 +31,8 @@ async def store(request, tmp_path, clock):
 
 async def send(store, clock, type_="shop.order", subject=None, source="shop"):
     clock.advance(1)
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source=source, type=type_, subject=subject,
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
-        sha256=hashlib.sha256(b"{}").digest(),
-    )  # fmt: skip
-    return (await store.events.append(Acceptance(source=source, event=event))).event_id
+    accepted = accept(clock, type=type_, subject=subject, source=source)
+    return (await store.events.append(accepted)).event_id
 
 
 async def end(store, number, state, **fields):

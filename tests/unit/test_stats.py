@@ -1,16 +1,15 @@
 """What came in, per source, type and hour."""
 
 import asyncio
-import hashlib
 
 import pytest
+from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
 from relay.errors import RelayError
-from relay.model import Selection, Stat, StoredEvent
-from relay.store import Acceptance, stats
+from relay.model import Selection, Stat
+from relay.store import stats
 from relay.store.sqlite import SqliteStore
 from relay.store.stats import HOUR, PAGE_SQL
 
@@ -28,16 +27,6 @@ async def store(tmp_path, clock):
     await store.open()
     yield store
     await store.close()
-
-
-def accept(clock, type_="shop.order", body=b"{}", key=None):
-    source = type_.partition(".")[0]
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source=source, type=type_, subject=None,
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=body, content_type="text/plain",
-        sha256=hashlib.sha256(body).digest(),
-    )  # fmt: skip
-    return Acceptance(source=source, event=event, key=key)
 
 
 async def read(store, **fields):
@@ -65,8 +54,7 @@ async def test_a_duplicate_is_counted_as_one_and_adds_no_bytes(store, clock):
 
 
 async def test_an_event_that_could_not_be_stored_is_not_counted(store, clock):
-    bad = accept(clock)
-    bad.event.content_type = None
+    bad = accept(clock, content_type=None)
     results = await asyncio.gather(
         *(store.events.append(each) for each in (accept(clock), bad, accept(clock))), return_exceptions=True
     )
@@ -93,7 +81,7 @@ async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkey
     begun = clock.wall()
     for hour, type_ in ((0, "shop.order"), (0, "shop.refund"), (1, "shop.order"), (2, "till.paid")):
         clock.now = begun + hour * HOUR + 7 * SECOND
-        await store.events.append(accept(clock, type_))
+        await store.events.append(accept(clock, type=type_))
     times = {key: fields[key] + begun for key in ("since", "until") if key in fields}
     assert [stat.type for stat in await read(store, **fields | times)] == types
 

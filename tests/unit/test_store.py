@@ -1,7 +1,6 @@
 """What every store promises: one suite, run against each implementation."""
 
 import asyncio
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -9,10 +8,10 @@ from contextlib import closing
 
 import msgspec
 import pytest
+from stores import make_event
 from support import FakeClock, until
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
 from relay.errors import Overloaded, StorageError, StorageUnavailableError
 from relay.model import (
     Attempt,
@@ -22,7 +21,6 @@ from relay.model import (
     Register,
     Session,
     SessionSeen,
-    StoredEvent,
     Unregister,
 )
 from relay.store import Acceptance, sqlite
@@ -45,21 +43,8 @@ async def store(request, tmp_path, clock):
 
 
 def event(clock, body=b'{"a": {"n": 45000.00}}', data=b'{"n": 45000.00}', **fields):
-    return StoredEvent(
-        **{
-            "id": 0,
-            "public_id": event_id(clock.wall()),
-            "source": "shop",
-            "type": "shop.order",
-            "subject": "s1",
-            "received_at": clock.wall(),
-            "data": data,
-            "context": b'{"c":1}',
-            "body": body,
-            "content_type": "application/json",
-            "sha256": hashlib.sha256(body).digest(),
-            **fields,
-        }
+    return make_event(
+        clock, body, **{"source": "shop", "subject": "s1", "data": data, "context": b'{"c":1}', **fields}
     )
 
 

@@ -1,17 +1,16 @@
 """Order, freshness, backlog and stand-ins: what a destination is owed and when, in the real store."""
 
 import asyncio
-import hashlib
 
 import pytest
+from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
-from relay.model import Attempt, Outcome, StoredEvent
+from relay.model import Attempt, Outcome
 from relay.routing.filters import Router, Subscription
 from relay.routing.subscription import Terms
-from relay.store import Acceptance, Cancelled
+from relay.store import Cancelled
 from relay.store.sqlite import SqliteStore
 
 
@@ -42,15 +41,6 @@ def owe(store, *destinations):
     store.route = Router(subscriptions, terms).route
 
 
-def accept(clock, subject="a", type_="shop.order", body=b"{}"):
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source="shop", type=type_, subject=subject,
-        received_at=clock.wall(), data=body, context=b"{}", body=body, content_type="application/json",
-        sha256=hashlib.sha256(body).digest(),
-    )  # fmt: skip
-    return Acceptance(source="shop", event=event)
-
-
 def ending(delivery, state="delivered", **fields):
     attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
     return Outcome(delivery=delivery, attempt=attempt, state=state, **fields)
@@ -68,7 +58,7 @@ async def states(store):
 async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
     owe(store, ("crm", {"order_by": "subject"}))
     for subject in ("a", "b", "a", "a"):
-        await store.events.append(accept(clock, subject))
+        await store.events.append(accept(clock, subject=subject))
     assert [d.id for d in store.fresh] == [1, 2]
     await store.deliveries.settle(ending(store.fresh[0]))
     assert store.news[-1].woken == {"crm"}
@@ -144,10 +134,10 @@ async def test_what_is_being_sent_is_not_expired_under_way(store, clock):
 
 async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
-    await store.events.append(accept(clock, "a"))
-    await store.events.append(accept(clock, "b"))
-    await store.events.append(accept(clock, "a", "shop.other"))
-    await store.events.append(accept(clock, "a"))
+    await store.events.append(accept(clock))
+    await store.events.append(accept(clock, subject="b"))
+    await store.events.append(accept(clock, type="shop.other"))
+    await store.events.append(accept(clock))
     assert await states(store) == [
         ("expired", "superseded"), ("pending", None), ("pending", None), ("pending", None),
     ]  # fmt: skip

@@ -1,18 +1,16 @@
 """The pass of each minute, with a real store and real lanes: who holds, what expires, what the log says."""
 
-import hashlib
 import logging
 
 import pytest
+from stores import accept
 from support import FakeClock
 
-from relay.base.ids import event_id
 from relay.config.schema import DestinationConfig, Retention
 from relay.delivery.dispatcher import Engine
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
-from relay.model import DestinationState, Owed, StoredEvent
-from relay.store import Acceptance
+from relay.model import DestinationState, Owed
 from relay.store.retention_policy import Policy
 from relay.store.sqlite import SqliteStore
 
@@ -52,12 +50,7 @@ async def engine(store, clock):
 
 async def send(store, clock, *names):
     store.route = lambda event: () if event.source == "relay" else tuple(map(Owed, names))
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source="shop", type="shop.order", subject=None,
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=b"{}", content_type="application/json",
-        sha256=hashlib.sha256(b"{}").digest(),
-    )  # fmt: skip
-    await store.events.append(Acceptance(source="shop", event=event))
+    await store.events.append(accept(clock, subject=None))
 
 
 async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, engine, clock, caplog):

@@ -6,26 +6,19 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import make_event
 
-from relay.model import StoredEvent
 from relay.routing.conditions import Miss, compile_where
 from relay.routing.envelope import EnvelopeView
 
 
 def view(data=b"{}", context=b"{}", subject=None):
     return EnvelopeView(
-        StoredEvent(
-            id=7,
-            public_id="evt_018bcfe5-6800-7000-8000-000000000001",
-            source="adorn",
+        make_event(
             type="adorn.attire.sold",
             subject=subject,
-            received_at=1_700_000_000_123_456,
             data=data if isinstance(data, bytes) else json.dumps(data).encode(),
             context=context,
-            body=b"",
-            content_type="application/json",
-            sha256=b"",
         )
     )
 

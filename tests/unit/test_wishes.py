@@ -1,16 +1,15 @@
 """What operators do to deliveries: cancel, hurry, repeat; the books balance after each."""
 
 import asyncio
-import hashlib
 
 import pytest
+from stores import accept
 from support import FakeClock, until
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
 from relay.errors import StorageUnavailableError
-from relay.model import Attempt, Outcome, Owed, StoredEvent
-from relay.store import Acceptance, Cancelled
+from relay.model import Attempt, Outcome, Owed
+from relay.store import Cancelled
 from relay.store.sqlite import SqliteStore
 
 
@@ -41,18 +40,9 @@ def owe(store, *owed):
     store.route = lambda event: () if event.source == "relay" else owed
 
 
-def accept(clock, body=b"{}"):
-    event = StoredEvent(
-        id=0, public_id=event_id(clock.wall()), source="shop", type="shop.order", subject="a",
-        received_at=clock.wall(), data=b"{}", context=b"{}", body=body, content_type="application/json",
-        sha256=hashlib.sha256(body).digest(),
-    )  # fmt: skip
-    return Acceptance(source="shop", event=event)
-
-
 async def send(store, clock):
     """Append one event and return the delivery that was made for it."""
-    await store.events.append(accept(clock))
+    await store.events.append(accept(clock, b"{}"))
     return store.fresh[-1]
 
 
