@@ -298,7 +298,7 @@ class App:
         """Let requests in progress finish; answer new ones on open connections with 503."""
         server.leave()
         await server.stop_listening()
-        self.ingest.gate.draining = True
+        self.ingest.admission.draining = True
         await server.finish(self._time_left())
         await server.close(grace=1.0)
         await self._say_farewells()
@@ -344,7 +344,7 @@ class App:
         if self.store.failure is not None:
             what = "write" if self.store.opened else "be opened"
             return f"the store cannot {what}: {self.store.failure}"
-        return "less free space than min_free_disk" if self.ingest.gate.disk_full else None
+        return "less free space than min_free_disk" if self.ingest.admission.disk_full else None
 
     def _stuck(self) -> list[str]:
         """Return the work that hangs without an outside cause, so that a restart helps."""
@@ -383,7 +383,7 @@ class App:
             await asyncio.to_thread(disk.recover)
         free = disk.look()
         full = free < disk.floor or disk.missing > 0
-        if full != self.ingest.gate.disk_full:
+        if full != self.ingest.admission.disk_full:
             log.log(
                 logging.ERROR if full else logging.INFO,
                 "%s free in %s, min_free_disk is %s: senders are %s",
@@ -392,7 +392,7 @@ class App:
                 render_size(disk.floor),
                 "refused with 503" if full else "accepted again",
             )
-        self.ingest.gate.disk_full = full
+        self.ingest.admission.disk_full = full
         if full and self.clock.steady() >= self._retention_due and self.store.failure is None:
             self._retention_due = self.clock.steady() + int(RETENTION_EVERY * SECOND)
             self._retention = asyncio.create_task(self.jobs.run("retention"))

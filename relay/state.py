@@ -13,7 +13,7 @@ from relay.delivery.dispatcher import Engine, Plan
 from relay.ingest.body import Patience
 from relay.ingest.handler import Ingest
 from relay.ingest.routes import Mount, mounts_of
-from relay.ingest.sender_address import Remote
+from relay.ingest.sender_address import SenderAddress
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
@@ -48,7 +48,7 @@ class State:
             store=store,
             clock=clock,
             metrics=metrics,
-            remote=_remote_of(config),
+            sender_address=_sender_address_of(config),
             patience=_patience_of(config),
         )
         self.engine = Engine(
@@ -97,7 +97,7 @@ class State:
         config = draft.setup.config
         self.setup = draft.setup
         self._count(config)
-        self.ingest.mount(draft.mounts, _remote_of(config), _patience_of(config))
+        self.ingest.mount(draft.mounts, _sender_address_of(config), _patience_of(config))
         self._store.rules = draft.rules.of
         if draft.rules.shortest_interval != self.watch.interval:
             self.watch.go_by(draft.rules.shortest_interval)
@@ -118,5 +118,5 @@ def _patience_of(config: Config) -> Patience:
     return Patience(config.server.body_timeout, config.server.min_body_rate)
 
 
-def _remote_of(config: Config) -> Remote:
-    return Remote(config.server.trusted_proxies, config.server.forwarded_header)
+def _sender_address_of(config: Config) -> SenderAddress:
+    return SenderAddress(config.server.trusted_proxies, config.server.forwarded_header)

@@ -15,7 +15,7 @@ from relay.config.schema import SourceConfig
 from relay.diagnosis.handling import handle, match_of
 from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
 from relay.incoming import Incoming
-from relay.ingest.event import record
+from relay.ingest.event import make_event
 from relay.model import StoredEvent
 from relay.routing.router import explained, router_of
 from relay.source import Reply
@@ -52,7 +52,7 @@ def _event(source: SourceConfig, wish: Wish) -> StoredEvent:
     try:
         accepted = handle(match_of(source, wire, incoming.method), incoming)
         if not isinstance(accepted, Reply) and accepted.event is not None:
-            return record(source.name, accepted.event, incoming, time.time_ns() // 1000)
+            return make_event(source.name, accepted.event, incoming, time.time_ns() // 1000)
     except Refusal as refusal:
         raise CommandError(
             f"{incoming.method} {wire} would be refused with {refusal.status}: {_why(refusal)}",

@@ -17,7 +17,7 @@ from relay.diagnosis.handling import handle
 from relay.diagnosis.tokens import explain_bearer, token_of
 from relay.errors import Forbidden, Invalid, Malformed, PluginFailed, Refusal, Unauthenticated
 from relay.incoming import Incoming
-from relay.ingest.event import record
+from relay.ingest.event import make_event
 from relay.ingest.routes import Match
 from relay.source import Accepted
 
@@ -142,7 +142,7 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
         accepted = handle(match, incoming)
         if not isinstance(accepted, Accepted) or accepted.event is None:
             return report
-        event = record(source.name, accepted.event, incoming, 0)
+        event = make_event(source.name, accepted.event, incoming, 0)
     except Malformed:
         finding = explain_malformed(incoming.body, incoming.header("Content-Type"))
     except Invalid as refusal:

@@ -25,7 +25,7 @@ MOST_BUCKETS = 16_384
 """Workers whose rate is kept. Senders choose ids, so beyond this the longest silent worker is forgotten."""
 
 
-class Gate:
+class Admission:
     """Open, unless the daemon drains, the disk is full, the source paused or the token too busy."""
 
     def __init__(self, clock: Clock) -> None:
@@ -68,7 +68,7 @@ class Gate:
         now = self._clock.steady()
         # Only verified tokens get here, so there are as many buckets as tokens, and one without any.
         key = (mount.name, rate, _token(mount, incoming))
-        change = said_by(mount.source, incoming)
+        change = worker_change_of(mount.source, incoming)
         if change is not None and change.worker_id:
             wait = self._wait_of_worker((*key, change.worker_id), now)
         else:
@@ -91,7 +91,7 @@ class Gate:
         return own.wait(now) or fleet.take(now) or own.take(now)
 
 
-def said_by(source: Source, incoming: Incoming) -> WorkerChange | None:
+def worker_change_of(source: Source, incoming: Incoming) -> WorkerChange | None:
     """Return what a request says of its worker, even if it is refused; see `Source.sign_of_life`."""
     with suppress(Refusal):
         return ask(source.sign_of_life, incoming)  # type: ignore[no-any-return]

@@ -51,7 +51,7 @@ class Open:
         self.receipt: asyncio.Future[Receipt | None] | None = None
 
 
-class Echoes:
+class UnheardReplies:
     """Remembers, for a minute and in memory, whose answer nobody heard.
 
     What is remembered of an answer has one size, whatever the sender wrote: `MOST` of them take 4 MiB.

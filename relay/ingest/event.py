@@ -19,7 +19,7 @@ _EMPTY = bytes(EMPTY)
 TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
-def record(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
+def make_event(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
     """Return what a source's handler read out of a request, to be stored under the source's name.
 
     Args:

@@ -30,10 +30,10 @@ from relay.errors import (
     Unavailable,
 )
 from relay.incoming import Incoming
-from relay.ingest.admission import Gate, said_by
+from relay.ingest.admission import Admission, worker_change_of
 from relay.ingest.body import Budget, Hold, Patience, read_body, read_whole
-from relay.ingest.dedupe import Echoes, fingerprint
-from relay.ingest.event import record
+from relay.ingest.dedupe import UnheardReplies, fingerprint
+from relay.ingest.event import make_event
 from relay.ingest.replies import (
     allow_origin,
     answer,
@@ -48,7 +48,7 @@ from relay.ingest.replies import (
 from relay.ingest.request import Request
 from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
-from relay.ingest.sender_address import Remote
+from relay.ingest.sender_address import SenderAddress
 from relay.metrics import Metrics
 from relay.model import (
     Command,
@@ -89,24 +89,24 @@ class Ingest:
         store: Store,
         clock: Clock,
         metrics: Metrics,
-        remote: Remote,
+        sender_address: SenderAddress,
         patience: Patience,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.mounts: dict[str, Mount] = {}
-        self.gate = Gate(clock)
+        self.admission = Admission(clock)
         self._store = store
         self._clock = clock
         self._metrics = metrics
         self._meters: dict[str, _Meter] = {}
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
-        self._echoes = Echoes(clock)
+        self._unheard_replies = UnheardReplies(clock)
         self._log = Sparing(log, clock, most=LONGEST_QUIET)
         self._tasks: set[asyncio.Task[None]] = set()
-        self.mount(mounts, remote, patience)
+        self.mount(mounts, sender_address, patience)
 
-    def mount(self, mounts: Iterable[Mount], remote: Remote, patience: Patience) -> None:
+    def mount(self, mounts: Iterable[Mount], sender_address: SenderAddress, patience: Patience) -> None:
         """Serve these sources from now on, in one step; requests under way end as they began.
 
         One that was served before stays paused if it is, and its rate buckets are not filled up.
@@ -118,11 +118,11 @@ class Ingest:
             if name not in self._meters:  # that of a source which is gone stays, for its last requests
                 self._meters[name] = _Meter(self._metrics, name)
         self._routes = Routes(tuple(self.mounts.values()))
-        self._remote = remote
+        self._sender_address = sender_address
         self.patience = patience
         largest = max((mount.config.max_body for mount in self.mounts.values()), default=0)
         self._budget.resize(max(self._most_bytes, 2 * largest))
-        self.gate.keep(self.mounts)
+        self.admission.keep(self.mounts)
 
     async def handle(self, request: Request) -> Response:
         """Answer one request; everything that goes wrong is said in the source's own envelope."""
@@ -163,7 +163,7 @@ class Ingest:
         self._metrics.unroutable.labels(reason).inc()
         if self._log.is_due(f"unroutable: {reason}"):
             problem = "use GET" if is_health else f"no source owns this path{self._hint(path)}"
-            sender = self._remote.of(request.remote, request.headers)
+            sender = self._sender_address.of(request.remote, request.headers)
             shown = f"{request.method[:LONGEST_SHOWN]} {path[:LONGEST_SHOWN]}"
             self._tell_unroutable(reason, sender, f"{shown}: {problem}")
         return plain(refusal)
@@ -190,7 +190,7 @@ class Ingest:
             raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
         if mount.is_open:
             check_origin(mount, incoming)
-        late = self.gate.draining  # a body that began before the drain may still end
+        late = self.admission.draining  # a body that began before the drain may still end
         incoming.params = match.params
         source = mount.source
         if not source.verify_reads_body:
@@ -205,7 +205,7 @@ class Ingest:
             incoming.body = body
             if source.verify_reads_body:
                 ask(source.verify, incoming)
-            self.gate.check(mount, incoming, late=late)
+            self.admission.check(mount, incoming, late=late)
             return await self._accept(request, mount, handler, incoming, began)
         finally:
             if hold is not None:
@@ -216,7 +216,7 @@ class Ingest:
     def _who(self, request: Request, source: Source) -> tuple[str, bool]:
         """Return the sender's address, and whether it has been verified before its body is read."""
         is_known = not source.verify_reads_body and not source.is_open()
-        return self._remote.of(request.remote, request.headers), is_known
+        return self._sender_address.of(request.remote, request.headers), is_known
 
     def overhear(self, request: Request) -> None:
         """Note what the head of a request says of a worker whose connection was turned away."""
@@ -242,7 +242,7 @@ class Ingest:
         with suppress(Refusal):
             ask(source.verify, incoming)  # it may not have been asked yet; the head is enough for a token
             if type(source).sign_of_life is not Source.sign_of_life:
-                change = said_by(source, incoming)
+                change = worker_change_of(source, incoming)
             elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
                 change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
         if change is None:
@@ -344,7 +344,7 @@ class Ingest:
 
         Returns the receipt, and what must be called with whether the sender has heard the answer.
         """
-        echoes, mark = self._echoes, fingerprint(request.target, stored, acceptance.key)
+        echoes, mark = self._unheard_replies, fingerprint(request.target, stored, acceptance.key)
         first = await echoes.first(mark)
         entry = echoes.begin(mark, lambda: request.may_be_gone)
         try:
@@ -458,7 +458,7 @@ class Ingest:
             response = plain(refusal)
         what = f"{mount.name}: refused with {response.status}, {reason}"
         if self._log.is_due(what):
-            sender = self._remote.of(peer, incoming.headers)
+            sender = self._sender_address.of(peer, incoming.headers)
             type_ = type_of(incoming)
             of = sender if type_ is None else f"type {type_}, from {sender}"
             self._log.info(

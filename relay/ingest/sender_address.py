@@ -21,7 +21,7 @@ _PAIR = re.compile(
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
-class Remote:
+class SenderAddress:
     """Finds senders' addresses in one header, which only trusted proxies are believed about.
 
     Args:

@@ -20,7 +20,7 @@ from relay.config.problems import ConfigError
 from relay.config.schema import Retention, SourceRetention
 from relay.errors import Overloaded
 from relay.ingest import dedupe
-from relay.ingest.dedupe import Echoes, fingerprint
+from relay.ingest.dedupe import UnheardReplies, fingerprint
 from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.plugin_loading.loader import load
 from relay.process import logs
@@ -70,7 +70,7 @@ def unheard(table, clock, number, size=0):
 
 async def test_what_is_kept_of_an_unheard_answer_has_one_size_whatever_the_sender_wrote():
     clock = FakeClock()
-    small, large = Echoes(clock), Echoes(clock)
+    small, large = UnheardReplies(clock), UnheardReplies(clock)
     for number in range(600):
         unheard(small, clock, number)
         unheard(large, clock, number, 100_000)
@@ -87,7 +87,7 @@ async def test_a_request_under_way_is_known_by_little_whatever_the_sender_wrote(
 
 async def test_answers_that_nobody_heard_are_forgotten_after_a_minute():
     clock = FakeClock()
-    table = Echoes(clock)
+    table = UnheardReplies(clock)
     for number in range(100):
         unheard(table, clock, number)
     clock.advance(30)
@@ -104,7 +104,7 @@ async def test_answers_that_nobody_heard_are_forgotten_after_a_minute():
 async def test_no_more_than_so_many_unheard_answers_are_remembered_and_the_oldest_goes_first(monkeypatch):
     monkeypatch.setattr(dedupe, "MOST", 10)
     clock = FakeClock()
-    table = Echoes(clock)
+    table = UnheardReplies(clock)
     marks = [unheard(table, clock, number) for number in range(20)]
     assert len(table._unheard) == 10
     assert await table.first(marks[9]) is None
@@ -120,7 +120,7 @@ async def test_senders_that_hang_up_on_large_contexts_leave_little_in_memory(tmp
             return await original(acceptance)
 
         monkeypatch.setattr(relay.app.store.events, "append", append)
-        table = relay.app.ingest._echoes
+        table = relay.app.ingest._unheard_replies
         large = json.dumps({"event_type": "plugin.updated", "site_info": {"name": "x" * 500_000}}).encode()
         token = "Bearer dev-token"
         path = "/api/woocommerce-plugin/events"

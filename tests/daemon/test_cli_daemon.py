@@ -219,7 +219,7 @@ def test_a_url_where_nobody_listens_is_3(tmp_path):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<ht>", "what answers at {} is no relay"),
         (b"HTTP/1.1 599 No\r\nContent-Length: 2\r\n\r\n[]", "what answers at {} is no relay (HTTP 599)"),
         (b"SSH-2.0-OpenSSH\r\n", "no relay answers at {}: SSH-2.0-OpenSSH"),
-        (b"", "no relay answers at {}: Remote end closed connection without response"),
+        (b"", "no relay answers at {}: SenderAddress end closed connection without response"),
         (None, "{} does not answer"),
     ],
 )

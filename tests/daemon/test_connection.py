@@ -747,7 +747,7 @@ async def test_identical_posts_of_a_sender_that_closes_its_side_are_events_of_th
     for number in range(3):
         sending = asyncio.create_task(half_close(relay.addresses.public, raw))
         await until(lambda number=number: slow_store.waiting == number + 1)
-        await until(lambda: all(each.gone() for each in relay.app.ingest._echoes._open.values()))
+        await until(lambda: all(each.gone() for each in relay.app.ingest._unheard_replies._open.values()))
         slow_store.set()
         assert b" 200 " in await sending
         slow_store.clear()
@@ -755,7 +755,7 @@ async def test_identical_posts_of_a_sender_that_closes_its_side_are_events_of_th
     await asyncio.gather(*(half_close(relay.addresses.public, raw) for _ in range(3)))
     rows = await relay.rows(subject="half")
     assert (len(rows), [row["duplicate"] for row in rows]) == (6, [False] * 6)
-    assert relay.app.ingest._echoes._open == {}
+    assert relay.app.ingest._unheard_replies._open == {}
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
@@ -768,9 +768,9 @@ async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay,
     if ending == "reset":
         reset(wire)
     await wire.hang_up()
-    await until(lambda: all(each.gone() for each in relay.app.ingest._echoes._open.values()))
+    await until(lambda: all(each.gone() for each in relay.app.ingest._unheard_replies._open.values()))
     repeating = asyncio.create_task(exchange(relay.addresses.public, raw))
-    await until(lambda: any(each.receipt for each in relay.app.ingest._echoes._open.values()))
+    await until(lambda: any(each.receipt for each in relay.app.ingest._unheard_replies._open.values()))
     slow_store.set()
     answer = await repeating
     [row] = await relay.rows(subject="gone")
@@ -779,7 +779,11 @@ async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay,
 
 async def test_repetitions_of_repetitions_are_one_event(relay, slow_store, monkeypatch):
     """A sender that gives up three times while the disk hangs has sent one event."""
-    echoes, first, lose = relay.app.ingest._echoes, relay.app.ingest._echoes.first, Connection.connection_lost
+    echoes, first, lose = (
+        relay.app.ingest._unheard_replies,
+        relay.app.ingest._unheard_replies.first,
+        Connection.connection_lost,
+    )
     asked, lost = [], []
 
     async def ask(mark):

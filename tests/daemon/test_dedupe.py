@@ -253,7 +253,7 @@ async def test_twins_with_keys_of_their_own_are_two_events_although_the_first_se
         return await original(acceptance)
 
     monkeypatch.setattr(relay.app.store.events, "append", append)
-    opened = relay.app.ingest._echoes._open
+    opened = relay.app.ingest._unheard_replies._open
     async with await Wire.open(relay.addresses.public) as wire:
         await wire.send(request("POST", "/v1/events", adorn("hung up"), idempotency_key="1"))
         await until(lambda: opened)

@@ -393,7 +393,7 @@ async def test_a_disk_that_the_relay_filled_heals_by_retention_alone(tmp_path, d
             pass
         relay.app.store.disk.floor = MIB
         disk.fill()
-        await until(lambda: relay.app.ingest.gate.disk_full)
+        await until(lambda: relay.app.ingest.admission.disk_full)
         assert await refused(relay.addresses.public) == "Out of disk space"
         await asyncio.sleep(1)  # until what was stored has come of age
         done = await relay.app.jobs.run("retention")

@@ -174,11 +174,11 @@ async def source_paused(relay, name, **headers):
 
 @trouble("draining", 503)
 async def about_to_stop(relay, name, **headers):
-    relay.app.ingest.gate.draining = True
+    relay.app.ingest.admission.draining = True
     try:
         return await relay.exchange(good(name, **headers))
     finally:
-        relay.app.ingest.gate.draining = False
+        relay.app.ingest.admission.draining = False
 
 
 @trouble("disk", 503)
@@ -269,11 +269,11 @@ async def test_the_probe_of_an_unknown_shop_is_refused_through_every_trouble(rel
         authorization="Bearer x",
         x_event_type="settings.checking_connection",
     )
-    relay.app.ingest.gate.draining = True
+    relay.app.ingest.admission.draining = True
     try:
         answer = await relay.exchange(probe)
     finally:
-        relay.app.ingest.gate.draining = False
+        relay.app.ingest.admission.draining = False
     assert answer.status == 401
 
 

@@ -90,7 +90,7 @@ async def test_a_repeated_request_whose_first_sender_hung_up_is_its_duplicate(re
         await impatient.send(raw)
         await until(lambda: slow_store.waiting == 1)
     async with await Wire.open(relay.addresses.public) as patient:
-        connections = relay.app.ingest._echoes._open
+        connections = relay.app.ingest._unheard_replies._open
         await until(lambda: all(entry.gone() for entry in connections.values()))
         await patient.send(raw)
         slow_store.set()
@@ -108,9 +108,9 @@ async def test_a_repetition_after_the_first_was_stored_unheard_is_its_duplicate_
     async with await Wire.open(relay.addresses.public) as impatient:
         await impatient.send(raw)
         await until(lambda: slow_store.waiting == 1)
-    await until(lambda: all(entry.gone() for entry in relay.app.ingest._echoes._open.values()))
+    await until(lambda: all(entry.gone() for entry in relay.app.ingest._unheard_replies._open.values()))
     slow_store.set()
-    await until(lambda: not relay.app.ingest._echoes._open)
+    await until(lambda: not relay.app.ingest._unheard_replies._open)
     repeated, new = await relay.exchange(raw), await relay.exchange(raw)
     first, second = await relay.rows(subject="late echo")
     assert (repeated.json["event_id"], new.json["event_id"]) == (first["id"], second["id"])

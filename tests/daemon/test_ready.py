@@ -71,11 +71,11 @@ async def test_a_relay_that_lets_requests_finish_says_so(tmp_path):
 async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.store.disk.free = lambda: 0
-        await until(lambda: relay.app.ingest.gate.disk_full)
+        await until(lambda: relay.app.ingest.admission.disk_full)
         status, said = await ready(relay)
         assert (status, said["reasons"]) == (503, ["less free space than min_free_disk"])
         del relay.app.store.disk.free
-        await until(lambda: not relay.app.ingest.gate.disk_full)
+        await until(lambda: not relay.app.ingest.admission.disk_full)
         assert (await ready(relay))[0] == 200
 
 

@@ -5,7 +5,7 @@ from daemons import SOURCES, running, write_config
 from multidict import CIMultiDict, CIMultiDictProxy
 from wire import request
 
-from relay.ingest.sender_address import Remote
+from relay.ingest.sender_address import SenderAddress
 
 
 def headers(*lines, name="X-Forwarded-For"):
@@ -53,7 +53,7 @@ TRUSTED = ("10.0.0.0/8", "127.0.0.1", "2001:db8:f::/48")
     ],
 )
 def test_the_sender_is_the_nearest_hop_that_is_no_trusted_proxy(trusted, peer, lines, sender):
-    assert Remote(trusted).of(peer, headers(*lines)) == sender
+    assert SenderAddress(trusted).of(peer, headers(*lines)) == sender
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_sender_is_the_nearest_hop_that_is_no_trusted_proxy(trusted, peer, l
     ],
 )
 def test_forwarded_is_read_as_rfc_7239_has_it(lines, sender):
-    assert Remote(TRUSTED, "Forwarded").of("10.1.1.1", headers(*lines, name="Forwarded")) == sender
+    assert SenderAddress(TRUSTED, "Forwarded").of("10.1.1.1", headers(*lines, name="Forwarded")) == sender
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_forwarded_is_read_as_rfc_7239_has_it(lines, sender):
 )
 def test_the_other_header_is_never_read(read, other):
     forged = headers("6.6.6.6", "for=6.6.6.6", name=other)
-    assert Remote(TRUSTED, read).of("10.1.1.1", forged) == "10.1.1.1"
+    assert SenderAddress(TRUSTED, read).of("10.1.1.1", forged) == "10.1.1.1"
 
 
 async def test_a_refusal_names_its_sender_in_the_log(tmp_path, caplog):

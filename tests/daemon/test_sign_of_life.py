@@ -93,9 +93,9 @@ def paused(relay):
 
 @contextmanager
 def draining(relay):
-    relay.app.ingest.gate.draining = True
+    relay.app.ingest.admission.draining = True
     yield
-    relay.app.ingest.gate.draining = False
+    relay.app.ingest.admission.draining = False
 
 
 @contextmanager
@@ -195,7 +195,7 @@ async def test_a_disk_below_its_floor_makes_nobody_offline(config, clock):
     floor = config.read_text().replace('min_free_disk = "1 MiB"', 'min_free_disk = "4000000 GiB"')
     config.write_text(floor)
     async with running(config, clock=clock) as relay:
-        await until(lambda: relay.app.ingest.gate.disk_full)
+        await until(lambda: relay.app.ingest.admission.disk_full)
         for _ in range(10):
             clock.advance(60)
             answer = await relay.exchange(register())
@@ -570,7 +570,7 @@ async def test_no_more_than_so_many_workers_rates_are_remembered(limited, clock,
     monkeypatch.setattr(admission, "MOST_BUCKETS", 20)
     for number in range(60):
         await limited.exchange(beat(f"w{number}"))
-    assert len(limited.app.ingest.gate._workers) == 20
+    assert len(limited.app.ingest.admission._workers) == 20
 
 
 # --- the rules ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from wire import request
 from relay.api.views import item
 from relay.errors import Invalid
 from relay.incoming import Incoming
-from relay.ingest.event import record
+from relay.ingest.event import make_event
 from relay.model import Owed
 from relay.source import LONGEST_ID, Event
 
@@ -173,9 +173,9 @@ async def test_an_event_with_a_monstrous_time_is_kept_and_its_context_is_small(r
 
 async def test_the_subject_of_any_plugin_has_the_bound():
     incoming = Incoming.of("POST", "/")
-    assert record("own", Event(type="t", subject="x" * 256), incoming, 0).subject == "x" * 256
+    assert make_event("own", Event(type="t", subject="x" * 256), incoming, 0).subject == "x" * 256
     with pytest.raises(Invalid) as caught:
-        record("own", Event(type="t", subject="x" * 257), incoming, 0)
+        make_event("own", Event(type="t", subject="x" * 257), incoming, 0)
     assert (caught.value.field, caught.value.issue) == ("subject", "expected at most 256 characters")
 
 

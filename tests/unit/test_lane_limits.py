@@ -37,7 +37,7 @@ class HangsOnRetries(Receiver):
     async def wait(self):
         headers, body = self.requests[-1]
         if b"refuse" in body and self.ids.count(headers["webhook-id"]) > 1:
-            await self.gate.wait()
+            await self.admission.wait()
 
 
 # --- rate ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from relay.base.clock import SECOND
 from relay.errors import Invalid, PluginFailed
 from relay.incoming import LARGE, Incoming
 from relay.ingest import event as record_module
-from relay.ingest.event import record
+from relay.ingest.event import make_event
 from relay.source import Event, as_json
 
 NOW = 1_700_000_000 * SECOND
@@ -37,7 +37,7 @@ class Body(msgspec.Struct):
 
 def recorded(data: Any, body: bytes = b"", context: Any = None) -> Any:
     incoming = Incoming.of("POST", "/a", {}, body)
-    return record(
+    return make_event(
         "shop", Event(type="a", data=data, context={} if context is None else context), incoming, NOW
     )
 
@@ -73,7 +73,7 @@ def test_a_part_of_a_large_body_is_not_parsed_again(monkeypatch):
     body = b'{"data": {"n": 45000.00, "text": "\xc3\xa9"%b}}' % (b" " * LARGE)
     incoming = Incoming.of("POST", "/a", {}, body)
     part = incoming.decode(Body).data
-    stored = record("shop", Event(type="a", data=part, context={"store": part}), incoming, NOW)
+    stored = make_event("shop", Event(type="a", data=part, context={"store": part}), incoming, NOW)
     assert stored.data in body
     assert json.loads(stored.context) == {"store": json.loads(stored.data)}
     assert checked == []
@@ -102,7 +102,7 @@ def test_what_a_plugin_makes_itself_is_checked_beside_a_decoded_body(make, room)
     found.data = made if isinstance(made, msgspec.Raw) else msgspec.Raw(made)
     for value in (found.data, {"a": found.data}, found):
         with pytest.raises(PluginFailed):
-            record("shop", Event(type="a", data=value), incoming, NOW)
+            make_event("shop", Event(type="a", data=value), incoming, NOW)
 
 
 @attrs.define
@@ -125,7 +125,7 @@ def test_a_part_of_a_text_within_the_body_is_looked_at_itself(inner):
     found = incoming.decode(Body)
     raw = msgspec.json.decode(base64.b64decode(found.coded), type=msgspec.Raw)
     with pytest.raises(PluginFailed):
-        record("shop", Event(type="a", data=raw), incoming, NOW)
+        make_event("shop", Event(type="a", data=raw), incoming, NOW)
 
 
 def test_a_part_that_the_plugin_decoded_itself_is_checked():
