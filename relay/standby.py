@@ -28,9 +28,8 @@ from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import RelayError, Unavailable
 from relay.ingest.implementation import implementation_of
-from relay.ingest.replies import plain
+from relay.ingest.replies import Response, plain
 from relay.ingest.request import Request
-from relay.ingest.response import Response
 from relay.ingest.server import Server
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup

@@ -1,14 +1,18 @@
 """Reading a request's body: with a limit, a deadline and a budget over all requests in flight."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
-from relay.ingest.deadline import in_time
 from relay.ingest.request import ChunkingError, Request
 
+STANDSTILL = 0.1  # seconds by which a timer is late where the process or its event loop stood still
 SMALL = 16 * 2**10  # bytes up to which a body counts as small
+
+T = TypeVar("T")
 
 
 class _Pool:
@@ -216,3 +220,41 @@ async def _read_slowly(request: Request, limit: int, patience: Patience, hold: H
         is_wasteful = isinstance(error, ChunkingError)
         raise Malformed("The chunks are too small" if is_wasteful else "The body was cut short") from error
     return bytes(body)
+
+
+async def in_time(
+    seconds: float,
+    read: Callable[[], Awaitable[T]],
+    unread: Callable[[], bool],
+    earned: Callable[[], float] = lambda: 0.0,
+) -> T:
+    """Return what `read` gives within `seconds`, and what it has `earned` of them meanwhile.
+
+    After a standstill of the process (SIGSTOP, a suspended machine), uvloop rings timers before it reads what
+    has come meanwhile. So a deadline that rings late moves, and one that finds bytes `unread` once lets them
+    be read first.
+
+    `read` is cancelled and called again where the deadline moves.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    loop = asyncio.get_running_loop()
+    began, has_waited = loop.time(), False
+    at = began + seconds
+    while True:
+        try:
+            async with asyncio.timeout_at(at):
+                return await read()
+        except TimeoutError:
+            now = loop.time()
+            late = now - at
+            if late >= STANDSTILL:
+                began += late
+                at = now + min(late, seconds)
+            elif (until := began + seconds + earned()) > now:
+                at, has_waited = until, False
+            elif not has_waited and unread():
+                at, has_waited = now, True
+            else:
+                raise

@@ -16,9 +16,9 @@ from aiohttp import HttpVersion10, HttpVersion11, StreamReader
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 from relay.base.eager import begin
-from relay.ingest.deadline import in_time
+from relay.ingest.body import in_time
+from relay.ingest.replies import Response, farewell
 from relay.ingest.request import ChunkingError, Request, VersionError, has_unread
-from relay.ingest.response import Response, farewell
 
 log = logging.getLogger("relay.http")
 

@@ -35,6 +35,7 @@ from relay.ingest.body import Budget, Hold, Patience, read_body, read_whole
 from relay.ingest.dedupe import UnheardReplies, fingerprint
 from relay.ingest.event import make_event
 from relay.ingest.replies import (
+    Response,
     allow_origin,
     answer,
     answer_again,
@@ -46,7 +47,6 @@ from relay.ingest.replies import (
     refuse,
 )
 from relay.ingest.request import Request
-from relay.ingest.response import Response
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.ingest.sender_address import SenderAddress
 from relay.metrics import Metrics

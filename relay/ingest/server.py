@@ -6,12 +6,12 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from relay.ingest.body import STANDSTILL
 from relay.ingest.connection import Connection, Owner
-from relay.ingest.deadline import STANDSTILL
 from relay.ingest.implementation import Implementation
 from relay.ingest.reference import ReferenceConnection
+from relay.ingest.replies import Response, farewell
 from relay.ingest.request import Request, address_of
-from relay.ingest.response import Response, farewell
 from relay.process.sockets import ACCEPTS, BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096

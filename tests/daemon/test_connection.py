@@ -16,11 +16,10 @@ from daemons import SOURCES, Daemon, adorn, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
-from relay.ingest.body import Budget, Patience, read_body
+from relay.ingest.body import Budget, Patience, in_time, read_body
 from relay.ingest.connection import CHUNKS, READ_AHEAD, SLICE, Connection
-from relay.ingest.deadline import in_time
+from relay.ingest.replies import Response
 from relay.ingest.request import Request
-from relay.ingest.response import Response
 from relay.ingest.server import Server
 from relay.process.sockets import address, bind, url
 

@@ -19,15 +19,15 @@ class Hook:
 
     def __init__(self, notes=None):
         self.notes = [] if notes is None else notes
-        self.admission = threading.Event()
-        self.admission.set()
+        self.gate = threading.Event()
+        self.gate.set()
         self.error = None
 
     def __call__(self, records):
         self.notes.append(
             [record.public_id if isinstance(record, StoredEvent) else record for record in records]
         )
-        assert self.admission.wait(10)
+        assert self.gate.wait(10)
         if self.error is not None:
             raise self.error
 

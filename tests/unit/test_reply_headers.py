@@ -2,8 +2,7 @@
 
 import pytest
 
-from relay.ingest.replies import allow_origin, render
-from relay.ingest.response import Response
+from relay.ingest.replies import Response, allow_origin, render
 from relay.source import Reply
 
 

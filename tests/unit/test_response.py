@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from relay.ingest.fast import FastConnection
-from relay.ingest.response import Response
+from relay.ingest.replies import Response
 from relay.ingest.server import Server
 
 BODY = b'{"fine":true}'
