@@ -9,7 +9,7 @@ import logging
 import socket
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader
@@ -25,6 +25,13 @@ log = logging.getLogger("relay.http")
 KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
 FIRST_HEAD = 10.0  # seconds for the first request's head
 LINGERING = 1.0  # seconds to swallow the rest of a refused body
+MOST_KEPT = 512
+"""Open connections beyond which every answer closes its connection.
+
+Ten thousand workers that send a heartbeat every 30 s and keep their connections would otherwise have 5,000
+idle connections. That exceeds the cap: other senders' heartbeats would be refused. No proxy needs as many.
+"""
+
 _FAILED = b'{"error":{"code":"internal_error","message":"Internal server error"}}'
 SLICE = 2**14  # bytes that the parser is given at once where they may be several requests
 CHUNKS = 2**12  # bytes of a chunked body likewise: a microsecond for each chunk of one byte, which takes six
@@ -62,29 +69,29 @@ class Parser(Protocol):
 
 
 class Owner(Protocol):
-    """Who has the connection, and answers what it is asked."""
+    """The listener: it counts its connections and answers their requests."""
 
-    under_way: int  # requests, of all its connections
+    handle: Callable[[Request], Awaitable[Response]]  # answers one request
     is_committing: Callable[[], bool]  # whether events wait for the database
+    connections: set["Connection"]
+    under_way: int  # requests, of all its connections
+    idle: asyncio.Event  # set once no request is under way
+    is_leaving: bool  # every answer closes its connection
 
     def connection_made(self, connection: "Connection", transport: asyncio.Transport) -> None:
-        """Count it in."""
+        """Count a new connection."""
         ...
 
     def connection_lost(self, connection: "Connection") -> None:
-        """Count it out: nothing is under way on it any more, either."""
+        """Stop counting a connection; no request is under way on it."""
         ...
 
     def unroutable(self, reason: str, transport: asyncio.Transport, problem: str) -> None:
-        """Count what is no HTTP request."""
+        """Count bytes that are not an HTTP request."""
         ...
 
     def overhear(self, request: Request) -> None:
-        """Take note of what was asked on a connection that has been turned away."""
-        ...
-
-    async def answer(self, request: Request) -> Response:
-        """Answer one request."""
+        """Note a request on a connection that was turned away."""
         ...
 
 
@@ -293,17 +300,17 @@ class Connection(asyncio.Protocol):
     # --- answering ------------------------------------------------------------------------------------
 
     def _begin(self, request: Request, *, at_once: bool) -> None:
-        """Begin `at_once` where nobody else waits, else in a turn of the loop with others that have come.
+        """Begin to answer a request: at once if no other waits for an answer, else in the loop's next turn.
 
-        What comes together is to be committed together: begun one by one, the same events took half as much
-        CPU again, in more and smaller transactions.
+        In the next turn it begins together with others that have come, and they share a commit. Begun one by
+        one, the same events took half as much CPU again, in more and smaller transactions.
         """
         self._request = request
-        if self._is_catching_up:
-            self._task = self._loop.create_task(self._serve(request, was_behind=True))
-        elif not at_once or self._owner.under_way or not request.content.is_eof():
-            self._task = self._loop.create_task(self._serve(request))
-        elif (task := begin(self._serve(request))) is not None:
+        is_late = self._is_catching_up
+        serving = self._serve(request, is_late=is_late)
+        if is_late or not at_once or self._owner.under_way or not request.content.is_eof():
+            self._task = self._loop.create_task(serving)
+        elif (task := begin(serving)) is not None:
             self._task = task
 
     async def _let_events_go_first(self) -> None:
@@ -317,13 +324,30 @@ class Connection(asyncio.Protocol):
                 return
             await asyncio.sleep(seconds)
 
-    async def _serve(self, request: Request, *, was_behind: bool = False) -> bool:
-        """Answer one request, then begin with the next if it has come; return whether more may come."""
-        goes_on, self._patience = False, KEEPALIVE
+    async def _serve(self, request: Request, *, is_late: bool) -> bool:
+        """Answer one request, then begin the next if it has come; return whether more may come."""
+        goes_on, owner, response = False, self._owner, None
+        self._patience = KEEPALIVE
         try:
-            if was_behind:  # it was sent before the last answer
+            if is_late:  # it was sent before the last answer
                 await self._let_events_go_first()
-            response, answer = await self._ask(request)
+            owner.under_way += 1
+            try:
+                response = await owner.handle(request)
+                if owner.is_leaving or len(owner.connections) > MOST_KEPT:
+                    response.force_close()
+                answer = response.encode(request)
+            except (Exception, SystemExit):  # a plugin's; out of a task, the latter would end the loop
+                log.exception("a request could not be answered")
+                if response is not None and response.told is not None:
+                    response.told(False)  # noqa: FBT003 - it takes nothing else
+                response = Response(500, _FAILED)
+                response.force_close()
+                answer = response.encode(request)
+            finally:
+                owner.under_way -= 1
+                if not owner.under_way:
+                    owner.idle.set()
             if await self._write(answer, response, request):
                 is_whole = request.content.is_eof() or await self._swallow(request.content)
                 goes_on = is_whole and response.keeps(request) and not (self._is_over or self._is_leaving)
@@ -332,38 +356,25 @@ class Connection(asyncio.Protocol):
         finally:  # cancelled, too
             self._request = self._task = None
             if self._transport is None:
-                self._owner.connection_lost(self)
+                owner.connection_lost(self)
             elif goes_on:
                 self._next()
             else:
                 self._hang_up()
         return goes_on
 
-    async def _ask(self, request: Request) -> tuple[Response, bytes]:
-        response: Response | None = None
-        try:
-            response = await self._owner.answer(request)
-            return response, response.encode(request)
-        except (Exception, SystemExit):  # a plugin's; out of a task, the latter would end the loop
-            log.exception("a request could not be answered")
-            if response is not None:
-                response.tell(heard=False)
-            response = Response(500, _FAILED)
-            response.force_close()
-            return response, response.encode(request)
-
     async def _write(self, answer: bytes, response: Response, request: Request) -> bool:
         """Write an answer, and wait until it can be sent; return whether the sender was there for it."""
-        was_there = False
+        was_there, transport = False, self._transport
         try:
-            if not request.is_gone:
-                cast("asyncio.Transport", self._transport).write(answer)
+            if transport is not None and not transport.is_closing():
+                transport.write(answer)
                 if self._unread is not None:
                     await self._unread
-                was_there = await self._is_heard() if request.is_half_closed else not request.is_gone
+                was_there = await self._is_heard() if request.is_half_closed else not transport.is_closing()
         finally:  # cancelled, too
             if response.told is not None:
-                response.tell(heard=was_there)
+                response.told(was_there)
         return was_there
 
     async def _is_heard(self) -> bool:

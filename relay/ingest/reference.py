@@ -197,7 +197,7 @@ class ReferenceConnection(Connection):
             self.feed_data(b"")
             if not content.is_eof():
                 content.set_exception(ConnectionResetError("the sender hung up"))
-        return await self._serve(request, was_behind=self._is_late)
+        return await self._serve(request, is_late=self._is_late)
 
 
 class _Protocol(web.RequestHandler):

@@ -18,13 +18,6 @@ MAX_CONNECTIONS = 4096
 YIELDING = 64
 """Silent connections that one look at all of them finds, oldest first, to make room for new ones."""
 
-MOST_KEPT = 512
-"""Connections beyond which none is kept after its answer.
-
-Ten thousand workers that beat every 30 s and hold their connections would else have 5,000 idle ones, more
-than the cap lets in: others' heartbeats would be refused. No proxy needs as many.
-"""
-
 TURNED_AWAY = 64
 """Connections beyond the cap that may be heard at once, for a second each."""
 
@@ -48,14 +41,14 @@ class Server:
         self.connections: set[Connection] = set()
         self.is_committing = is_committing
         self._connect = _connection_class(implementation)
-        self._handle = handle
+        self.handle = handle
         self._unroutable = unroutable  # told the reason, the sender's address and the problem
         self._overhear = overhear  # told what was asked on connections that were turned away
         self._turned_away: set[Connection] = set()
         self._listener: asyncio.Server | None = None
         self.under_way = 0
-        self._idle = asyncio.Event()
-        self._leaving = False
+        self.idle = asyncio.Event()
+        self.is_leaving = False
         self._yielding: list[Connection] = []  # silent ones at the last look, the oldest at the end
         self._sweep: asyncio.TimerHandle | None = None  # while there are connections
 
@@ -132,22 +125,9 @@ class Server:
         if self.connections or self._turned_away:
             self._look_again()
 
-    async def answer(self, request: Request) -> Response:
-        """Answer one request, counted as under way meanwhile."""
-        self.under_way += 1
-        try:
-            response = await self._handle(request)
-        finally:
-            self.under_way -= 1
-            if not self.under_way:
-                self._idle.set()
-        if self._leaving or len(self.connections) > MOST_KEPT:
-            response.force_close()
-        return response
-
     def leave(self) -> None:
         """Let every answer from now on close its connection: kept ones move on to our successor."""
-        self._leaving = True
+        self.is_leaving = True
 
     async def stop_listening(self) -> None:
         """Stop accepting connections, and let the requests that are on their way arrive."""
@@ -157,11 +137,11 @@ class Server:
         await asyncio.sleep(SETTLE)
 
     async def finish(self, seconds: float) -> None:
-        """Wait for so long until no request is under way."""
+        """Wait until no request is under way, at most `seconds`."""
         if self.under_way:
-            self._idle.clear()
+            self.idle.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), seconds)
+                await asyncio.wait_for(self.idle.wait(), seconds)
 
     async def close(self, *, grace: float) -> None:
         """Hang up on everybody, after at most `grace` seconds for the requests under way."""

@@ -118,7 +118,7 @@ async def test_the_fast_listener_has_no_task_for_a_request_that_waits_for_nothin
         return site.answer
 
     site.handle = handle
-    site.server._handle = handle
+    site.server.handle = handle
     async with await Wire.open(site.url) as wire:
         await wire.send(request("POST", "/", b"{}"))
         await wire.answer()
@@ -162,7 +162,7 @@ async def test_a_kept_connection_that_is_not_used_is_closed(site, impatient):
 
 async def test_with_many_connections_open_none_is_kept_after_its_answer(site, monkeypatch):
     """So that idle ones never fill the cap, whoever holds them."""
-    monkeypatch.setattr("relay.ingest.server.MOST_KEPT", 1)
+    monkeypatch.setattr("relay.ingest.connection.MOST_KEPT", 1)
     async with await Wire.open(site.url) as first:
         await first.send(request("GET", "/"))
         assert "connection" not in (await first.answer()).headers
@@ -176,7 +176,7 @@ async def test_with_many_connections_open_none_is_kept_after_its_answer(site, mo
 
 
 async def test_senders_that_hold_their_connections_keep_nobody_out(site, monkeypatch):
-    monkeypatch.setattr("relay.ingest.server.MOST_KEPT", 4)
+    monkeypatch.setattr("relay.ingest.connection.MOST_KEPT", 4)
     site.server.max_connections = 8
     async with contextlib.AsyncExitStack() as held:
         for number in range(20):
@@ -616,7 +616,7 @@ async def test_a_request_that_is_cancelled_from_inside_ends_its_connection(site)
         await asyncio.sleep(0)
         raise asyncio.CancelledError
 
-    site.server._handle = cancel
+    site.server.handle = cancel
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         assert await wire.closed()
@@ -1044,11 +1044,11 @@ async def test_a_handler_that_exits_costs_its_own_request_only(site, waits):
             await asyncio.sleep(0)
         raise SystemExit(3)
 
-    site.server._handle = leave
+    site.server.handle = leave
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         assert (await wire.answer()).status == 500
-    site.server._handle = site.handle
+    site.server.handle = site.handle
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         assert (await wire.answer()).status == 200
