@@ -272,7 +272,7 @@ class Ingest:
         if not isinstance(accepted, Accepted):
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         event = accepted.event
-        stored = None if event is None else record(mount.name, event, incoming, self._clock.wall())
+        stored = None if event is None else make_event(mount.name, event, incoming, self._clock.wall())
         given = incoming.headers.get("X-Request-Id")
         traced = None if given is None else given_id(given)
         if verbose and traced is None:
