@@ -21,7 +21,7 @@ from relay.base.clock import SECOND, Clock, SystemClock
 from relay.base.units import render_size
 from relay.config.paths import socket_path
 from relay.config.schema import Config
-from relay.delivery.progress import Progress
+from relay.delivery.dispatcher import StuckLanes
 from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
@@ -126,7 +126,7 @@ class App:
         )
         self.health.watch(self._trouble)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
-        self.progress = Progress(clock)
+        self.stuck_lanes = StuckLanes(clock)
         self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
         self.reloads.around = self.watchdog.reloading
         self.reloads.waits_for = lambda: self.store.failure
@@ -352,7 +352,7 @@ class App:
         if self.store.busy > WRITER_PATIENCE:
             found.append("the store's writer is stuck")
         return found + [
-            f"due deliveries to {name} are not picked up" for name in self.progress.stuck(self.engine.lanes)
+            f"due deliveries to {name} are not picked up" for name in self.stuck_lanes.find(self.engine.lanes)
         ]
 
     def _summary(self) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from relay.base.clock import Clock
 from relay.config.schema import Config
-from relay.delivery.dispatcher import Engine, Plan
+from relay.delivery.dispatcher import Dispatcher, DispatchPlan
 from relay.ingest.body import Patience
 from relay.ingest.handler import Ingest
 from relay.ingest.routes import Mount, mounts_of
@@ -32,7 +32,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     router: Router
     rules: Rulebook
     policy: Policy
-    lanes: Plan
+    lanes: DispatchPlan
 
 
 class State:
@@ -51,7 +51,7 @@ class State:
             sender_address=_sender_address_of(config),
             patience=_patience_of(config),
         )
-        self.engine = Engine(
+        self.engine = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
         )
         self.router = router_of(config.destinations)
@@ -68,7 +68,7 @@ class State:
         return self.setup.config
 
     async def start(self, own: Iterable[tuple[str, int]]) -> None:
-        """Restore stored pauses and start the lanes; see `Engine.start` for `own`."""
+        """Restore stored pauses and start the lanes; see `Dispatcher.start` for `own`."""
         for name in await self._store.queries.paused_sources() & self.ingest.mounts.keys():
             self.ingest.mounts[name].paused = True
         await self.engine.start(tuple(own))

@@ -19,7 +19,7 @@ from lanes import CLOCK, Receiver
 from machines import fetch
 
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.store.sqlite import SqliteStore
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -105,7 +105,7 @@ async def client_for():
 
     def make(timeout=AMPLE, **settings):
         settings = {"connect_timeout": AMPLE, "allow_private": True, **settings}
-        clients.append(Client(DestinationConfig(name="zoo", url="", timeout=timeout, **settings)))
+        clients.append(HttpClient(DestinationConfig(name="zoo", url="", timeout=timeout, **settings)))
         return clients[-1]
 
     yield make

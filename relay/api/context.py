@@ -4,7 +4,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from relay.base.clock import Clock
-from relay.delivery.dispatcher import Engine
+from relay.delivery.dispatcher import Dispatcher
 from relay.ingest.handler import Ingest
 from relay.jobs.backups import Backups
 from relay.jobs.replay import Replays
@@ -37,7 +37,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         return self.state.ingest
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Dispatcher:
         """Where deliveries go out."""
         return self.state.engine
 

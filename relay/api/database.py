@@ -85,7 +85,7 @@ class DatabaseApi:
                 name=name,
                 held=None if lane.held == NO_STORAGE else lane.held,  # `ready` says so
                 pending=owed.get(name, 0),
-                failing_since=lane.standing.state.failing_since,
+                failing_since=lane.health.state.failing_since,
             )
             for name, lane in self._engine.lanes.items()
         ]

@@ -55,7 +55,7 @@ class DestinationsApi:
 
     async def _steer(self, request: web.Request) -> web.Response:
         lane = self._lane(request)
-        now, state = self._clock.wall(), lane.standing.state
+        now, state = self._clock.wall(), lane.health.state
         changes: dict[str, dict[str, Any]] = {
             "pause": {"paused": True},
             "resume": {"paused": False},
@@ -85,7 +85,7 @@ def _destination(lane: Lane) -> dict[str, Any]:
 
 def _standing(lane: Lane) -> dict[str, Any]:
     """Say why it is not moving; without the URL, which may hold a token."""
-    standing = lane.standing
+    standing = lane.health
     return {
         "events": lane.config.events,
         **moments(standing.state, standing.held_until if lane.held else None),

@@ -189,7 +189,7 @@ class _Flow:
 
 
 def _destination(lane: Lane, pending: int) -> dict[str, Any]:
-    circuit = "open" if lane.standing.circuit.is_open else "closed"
+    circuit = "open" if lane.health.circuit.is_open else "closed"
     return {
         "name": lane.name,
         "held": lane.held,

@@ -1,36 +1,38 @@
-"""One attempt: render, sign, send, and say what it means. Knows nothing of queues."""
+"""One attempt at a delivery: render the body, sign, send, and decide what the response means.
+
+This module knows nothing of lanes and windows.
+"""
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.http_client import Client, LackError
-from relay.delivery.http.result import Answer, one_line
-from relay.delivery.http.timings import Times
-from relay.delivery.retry import HOLD, RetryPolicy, Verdict, verdict
+from relay.delivery.http.http_client import HttpClient, OutOfResourcesError
+from relay.delivery.http.result import HttpResult, Timing, one_line
+from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
 from relay.formats import Format
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
-from relay.process.logs import Sparing
+from relay.process.logs import Sparing, fields
 from relay.signing import Signer
 
 log = logging.getLogger("relay.delivery")
 
 BLOCKED_REST = 300 * SECOND
-"""How long a destination rests whose address the guard refused: a fault of configuration or of DNS."""
+"""How long a destination rests after its address was refused: its config or DNS is wrong."""
 
 
-class Sender:
-    """Makes attempts at one destination."""
+class AttemptRunner:
+    """Makes attempts at one destination, by one version of its config."""
 
     def __init__(
         self,
         config: DestinationConfig,
         format_: Format,
-        client: Client,
+        client: HttpClient,
         clock: Clock,
         rand: Callable[[], float],
     ) -> None:
@@ -45,58 +47,71 @@ class Sender:
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
 
     async def attempt(self, delivery: Delivery, event: StoredEvent) -> tuple[Outcome, Verdict]:
-        """Send an event once and judge what came of it; never raises for what a receiver or a plugin does.
+        """Send an event once and return the outcome; failures of receivers and plugins are outcomes, too.
 
         Raises:
-            LackError: this machine has run out of descriptors or memory; nothing was sent.
+            OutOfResourcesError: this machine has no descriptor or memory left; nothing was sent.
         """
         started = self._clock.wall()
-        answer = await self._ask(event, started, delivery.rendered)
+        response = await self._send(event, started, delivery.rendered)
         attempt = Attempt(
             started_at=started,
-            duration_ms=answer.duration_ms,
-            result=answer.result,
-            status=answer.status,
-            error=answer.error,
-            answer=answer.body,
-            truncated=answer.truncated,
+            duration_ms=response.duration_ms,
+            result=response.result,
+            status=response.status,
+            error=response.error,
+            answer=response.body,
+            truncated=response.truncated,
         )
-        meaning = self._meaning(answer)
-        return self._judge(delivery, attempt, meaning), meaning
+        if response.result == "ok":
+            return Outcome(delivery=delivery, attempt=attempt, state="delivered"), OK
+        verdict = self._verdict(response)
+        return self._outcome(delivery, attempt, verdict), verdict
 
-    async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
-        """Send an event that nobody is owed, and say what the answer would mean for a delivery."""
+    async def ping(self, event: StoredEvent, timing: Timing) -> tuple[HttpResult, Verdict]:
+        """Send an event that belongs to no delivery; return the result and its meaning for a delivery."""
         try:
-            answer = await self._ask(event, self._clock.wall(), None, times)
-        except LackError as error:
-            return Answer(result="connect", error=f"not asked: {error}"), HOLD
-        return answer, self._meaning(answer)
+            response = await self._send(event, self._clock.wall(), None, timing)
+        except OutOfResourcesError as error:
+            return HttpResult(result="connect", error=f"not sent: {error}"), HOLD
+        return response, OK if response.result == "ok" else self._verdict(response)
 
     def failed(self, delivery: Delivery, error: Exception) -> Outcome:
-        """Make a failed attempt of an error of the relay's own, so that no delivery meets it for ever."""
-        text = one_line(f"the relay failed: {type(error).__name__}: {error}")
+        """Return the outcome of an attempt that ended with an internal error."""
+        text = one_line(f"internal error: {type(error).__name__}: {error}")
         attempt = Attempt(started_at=self._clock.wall(), duration_ms=0.0, result="format", error=text)
-        return self._judge(delivery, attempt, Verdict(kind="retry"))
+        return self._outcome(delivery, attempt, Verdict(kind="retry"))
 
     def renew(self) -> None:
-        """Look the destination's name up again before the next attempt."""
+        """Resolve the destination's name again before the next attempt."""
         self._client.renew()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close all connections."""
         await self._client.close()
 
-    async def _ask(
+    async def _send(
         self,
         event: StoredEvent,
         now: int,
         rendered: dict[str, bytes] | None,
-        times: Times | None = None,
-    ) -> Answer:
+        timing: Timing | None = None,
+    ) -> HttpResult:
+        """Render, sign and send; deliveries of the same event share the bodies in `rendered`."""
+        format_ = self._format
         try:
-            body, content_type = self._render(event, rendered), self._format.content_type_of(event)
+            body = None if rendered is None else rendered.get(format_.name)
+            if body is None:
+                body = format_.render(event)
+                if not isinstance(body, bytes):
+                    raise TypeError(f"expected bytes, got {type(body).__name__}")  # noqa: TRY301 - a plugin's mistake
+                if rendered is not None:
+                    rendered[format_.name] = body
+            content_type = format_.content_type
+            if content_type is None:
+                content_type = format_.content_type_of(event)
         except BaseException as error:  # noqa: BLE001 - a plugin's format may raise anything
-            return self._unmade(event, f"the format {self._format.name} failed", error)
+            return self._not_sent(event, f"the format {format_.name} failed", error)
         try:
             headers = {
                 **self._headers,
@@ -105,54 +120,41 @@ class Sender:
             }
             if event.traceparent is not None:
                 headers["traceparent"] = event.traceparent
-            return await self._client.send(self._config.url, headers, body, times)
-        except LackError:
+            return await self._client.send(self._config.url, headers, body, timing)
+        except OutOfResourcesError:
             raise
-        except Exception as error:  # noqa: BLE001 - what the plugin made may not be sendable
-            return self._unmade(event, "the request could not be made", error)
+        except Exception as error:  # noqa: BLE001 - a plugin may return headers that cannot be sent
+            return self._not_sent(event, "cannot build the request", error)
 
-    def _meaning(self, answer: Answer) -> Verdict:
-        return verdict(
-            answer.status,
-            answer.result,
-            answer.headers,
+    def _not_sent(self, event: StoredEvent, what: str, error: BaseException) -> HttpResult:
+        """Return a failed attempt for a request that cannot be built; a fixed plugin may build the next."""
+        name = self._config.name
+        self._log.error(what, f"{name}: {what}", error, destination=name, event_id=event.public_id)
+        return HttpResult(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))
+
+    def _verdict(self, response: HttpResult) -> Verdict:
+        return verdict_of(
+            response.status,
+            response.result,
+            response.headers,
             now=self._clock.wall(),
             max_retry_after=self._config.retry.max_retry_after,
             final_statuses=self._config.final_statuses,
         )
 
-    def _render(self, event: StoredEvent, rendered: dict[str, bytes] | None) -> bytes:
-        """Return the request body; take it from `rendered`, or add it there for the other destinations."""
-        name = self._format.name
-        if rendered is not None and name in rendered:
-            return rendered[name]
-        body = self._format.render(event)
-        if not isinstance(body, bytes):
-            raise TypeError(f"expected bytes, got {type(body).__name__}")
-        if rendered is not None:
-            rendered[name] = body
-        return body
-
-    def _unmade(self, event: StoredEvent, what: str, error: BaseException) -> Answer:
-        """Spend an attempt on a request that could not be made: by the next one the plugin may be mended."""
-        name, id_ = self._config.name, event.public_id
-        self._log.error(what, f"{name}: {what}", error, destination=name, event_id=id_)
-        return Answer(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))
-
-    def _judge(self, delivery: Delivery, attempt: Attempt, meaning: Verdict) -> Outcome:
-        match meaning.kind:
-            case "ok":
-                return Outcome(delivery=delivery, attempt=attempt, state="delivered")
+    def _outcome(self, delivery: Delivery, attempt: Attempt, verdict: Verdict) -> Outcome:
+        """Return the outcome of a failed attempt."""
+        match verdict.kind:
             case "abort":
-                return Outcome(delivery=delivery, attempt=attempt, state="dead", reason=meaning.reason)
+                return Outcome(delivery=delivery, attempt=attempt, state="dead", reason=verdict.reason)
             case "disable" | "hold":
-                # Not this delivery's fault: it stays owed and has spent nothing.
-                rest = BLOCKED_REST if meaning.kind == "hold" else 0
+                # The destination is to blame, not this delivery: it stays pending with its whole schedule.
+                rest = BLOCKED_REST if verdict.kind == "hold" else 0
                 due = self._clock.steady() + rest
                 return Outcome(
                     delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due, counts=False
                 )
-        delay = self._policy.next_delay(delivery.attempts + 1, meaning.hint, self._rand())
+        delay = self._policy.next_delay(delivery.attempts + 1, verdict.hint, self._rand())
         if delay is None:
             return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="exhausted")
         due = self._clock.steady() + int(delay * SECOND)
@@ -160,28 +162,74 @@ class Sender:
 
 
 def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome | None:
-    """Judge what was read back from the disk: a body that is gone or not what came in is dead."""
+    """Return the end of a delivery whose event is gone or whose stored body is damaged, else None."""
     if event is not None and hashlib.sha256(event.body).digest() == event.sha256:
         return None
-    why = "the event is gone" if event is None else "the stored body is not the one that came in"
-    attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=why)
+    error = "the event is gone" if event is None else "the stored body does not match its SHA-256 digest"
+    attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=error)
     return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="corrupt", counts=False)
 
 
-def unspent(outcome: Outcome, again: int | None) -> Outcome:
-    """Keep a failed probe on record, but spend nothing of its delivery's schedule; it is due `again`."""
+def unspent(outcome: Outcome, retry_at: int | None) -> Outcome:
+    """Return the outcome of a failed probe: recorded, but not counted in the delivery's schedule.
+
+    `retry_at` is on the steady clock.
+    """
     if outcome.reason in ("aborted", "final_status") or (
         outcome.attempt and outcome.attempt.result == "format"
     ):
-        return outcome  # the receiver has spoken, or was never asked
-    return msgspec.structs.replace(outcome, state="pending", reason=None, next_attempt_at=again, counts=False)
+        return outcome  # the receiver gave a final response, or nothing was sent
+    return msgspec.structs.replace(
+        outcome, state="pending", reason=None, next_attempt_at=retry_at, counts=False
+    )
 
 
-def outdated(outcome: Outcome, meaning: Verdict, now: int, *, probing: bool) -> Outcome:
-    """Take what came of an attempt under a former config, which says nothing of the destination as it is.
+def outdated(outcome: Outcome, verdict: Verdict, now: int, *, probing: bool) -> Outcome:
+    """Return the outcome of an attempt that began under a former config.
 
-    What was to be held then, or was a failed probe, is due now: with the new one it may go through.
+    It says nothing about the destination as it is now. If it was a failed probe, or would disable or hold
+    the destination, the delivery is due at once: the new config may work.
     """
-    if meaning.kind in ("disable", "hold"):
+    if verdict.kind in ("disable", "hold"):
         return msgspec.structs.replace(outcome, next_attempt_at=now)
-    return unspent(outcome, now) if probing and meaning.kind == "retry" else outcome
+    return unspent(outcome, now) if probing and verdict.kind == "retry" else outcome
+
+
+def delivery_fields(delivery: Delivery, **more: object) -> dict[str, Mapping[str, object]]:
+    """Return the fields of a log line about a delivery; `request_id` is known until the first retry."""
+    return fields(
+        destination=delivery.destination,
+        delivery_id=delivery.public_id,
+        event_id=None if delivery.event is None else delivery.event.public_id,
+        request_id=delivery.request_id,
+        **more,
+    )
+
+
+def log_attempt(outcome: Outcome) -> None:
+    """Log a failed attempt at `info`, a successful one at `debug`."""
+    attempt, delivery = outcome.attempt, outcome.delivery
+    level = logging.DEBUG if attempt is not None and attempt.result == "ok" else logging.INFO
+    if attempt is None or not log.isEnabledFor(level):
+        return
+    number = delivery.attempts + 1
+    extra = delivery_fields(
+        delivery,
+        attempt=number,
+        result=attempt.result,
+        status=attempt.status,
+        duration_ms=round(attempt.duration_ms, 1),
+    )
+    if attempt.result == "ok":
+        log.debug("%s: attempt %d succeeded", delivery.destination, number, extra=extra)
+    else:
+        error = attempt.error or attempt.result
+        log.info("%s: attempt %d failed: %s", delivery.destination, number, error, extra=extra)
+
+
+def log_end(outcome: Outcome) -> None:
+    """Log that a delivery ended without being delivered."""
+    delivery = outcome.delivery
+    attempts = delivery.attempts + outcome.counts
+    extra = delivery_fields(delivery, state=outcome.state, reason=outcome.reason, attempts=attempts)
+    log.warning("%s: a delivery is %s: %s", delivery.destination, outcome.state, outcome.reason, extra=extra)

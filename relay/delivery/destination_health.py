@@ -1,4 +1,4 @@
-"""How a destination stands: paused, disabled, failing since when, its circuit; and telling of changes."""
+"""The health of a destination: paused, disabled, resting, failing, and the state of its circuit breaker."""
 
 import logging
 
@@ -6,7 +6,7 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.config.schema import DestinationConfig
-from relay.delivery.circuit_breaker import Circuit
+from relay.delivery.circuit_breaker import Change, CircuitBreaker
 from relay.errors import StorageError
 from relay.metrics import Metrics
 from relay.model import Born, DestinationState, StoredEvent
@@ -18,8 +18,8 @@ log = logging.getLogger("relay.delivery")
 RESTING = "resting"
 
 
-class Standing:
-    """What is known of one destination beside its deliveries; changes are durable and told of."""
+class DestinationHealth:
+    """Decides whether deliveries are held. Changes of its state are stored, logged and sent as events."""
 
     def __init__(
         self,
@@ -31,137 +31,155 @@ class Standing:
         metrics: Metrics,
     ) -> None:
         self.state = state
-        self.circuit = Circuit(config.circuit, config.concurrency)
-        self.rest_until = 0  # steady clock: the receiver asked for it, or its address is refused
-        self._resting = RESTING  # why it rests
+        self.circuit = CircuitBreaker(config.circuit, config.concurrency)
+        self.rest_until = 0  # steady clock
+        self._rest_reason = RESTING
+        self._stored_hold = state.held
         self._config = config
         self._store = store
         self._clock = clock
         self._metrics = metrics
-        self._show()
+        self._set_gauges()
+
+    def limit(self, now: int) -> int:
+        """Return how many attempts may be in flight at once (`now`: steady clock); 0: deliveries are held."""
+        if self._stored_hold is not None or self.rest_until > now:
+            return 0
+        return self.circuit.limit(now)
 
     def held_at(self, now: int) -> str | None:
-        """Return why nothing is sent at that moment (steady clock); None: it is."""
-        if (held := self.state.held) is not None:
-            return held
+        """Return why deliveries are held at that moment (steady clock); None: they are not."""
+        if self._stored_hold is not None:
+            return self._stored_hold
         if self.rest_until > now:
-            return self._resting
+            return self._rest_reason
         if self.circuit.limit(now) == 0:
             return "circuit open"
         return None
 
     @property
     def held_until(self) -> int | None:
-        """When a hold ends by itself (steady clock); None: only an operator ends it."""
-        if self.state.held is not None:
+        """When the hold ends by itself (steady clock); None: only an operator ends it."""
+        if self._stored_hold is not None:
             return None
         return max(self.rest_until, self.circuit.open_until or 0)
 
-    def go_by(self, config: DestinationConfig) -> None:
-        """Take on another config: what failed with the one before may have been mended by it."""
+    def reconfigure(self, config: DestinationConfig) -> None:
+        """Apply another config, which may fix past failures: end the rest and make a probe due."""
         self._config = config
         self.rest_until = 0
-        self.circuit.change(config.circuit, config.concurrency, self._clock.steady())
+        self.circuit.reconfigure(config.circuit, config.concurrency, self._clock.steady())
 
-    def leave(self) -> None:
-        """Stop showing what is no fact any more: the config has no such destination."""
+    def clear_gauges(self) -> None:
+        """Set the gauges to 0, for a destination that is no longer in the config."""
         for gauge in (self._metrics.disabled, self._metrics.circuit):
             gauge.labels(self._config.name).set(0)
 
-    async def forgive(self) -> None:
-        """Count from anew how long it has been failing."""
+    async def forget_failures(self) -> None:
+        """Restart the measurement of how long the destination has been failing."""
         if self.state.failing_since is not None:
-            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=None))
+            await self._change_if_possible(msgspec.structs.replace(self.state, failing_since=None))
 
-    async def change(self, state: DestinationState, tell: Born | None = None) -> None:
-        """Take a new state on, at once in memory, then durably; raises what the store raises."""
-        self.state = state
-        self._show()
-        await self._store.deliveries.set_destination(state, tell)
+    async def change(self, state: DestinationState, event: Born | None = None) -> None:
+        """Apply a state in memory, then store it together with `event`.
 
-    async def steer(self, state: DestinationState) -> None:
-        """Take on what an operator decided; one who lets it go on means at once, and as if it were new."""
+        Raises:
+            StorageError: the state could not be stored; in memory it is applied.
+        """
+        self.state, self._stored_hold = state, state.held
+        self._set_gauges()
+        await self._store.deliveries.set_destination(state, event)
+
+    async def set_by_operator(self, state: DestinationState) -> None:
+        """Apply and store an operator's decision; resuming ends a rest, forgets failures and probes."""
         before = self.state
         if before.held is not None and state.held is None:
             state = msgspec.structs.replace(state, failing_since=None)
             self.rest_until = 0
-            self.circuit.probe_at(self._clock.steady())
+            self.circuit.probe_by(self._clock.steady())
         await self.change(state)
-        for word in _decided(before, state):
+        for action in _actions(before, state):
             name = self._config.name
-            log.info("%s: %s by an operator", name, word, extra=fields(destination=name))
+            log.info("%s: %s by an operator", name, action, extra=fields(destination=name))
 
-    def rest(self, micros: int, why: str = RESTING) -> None:
-        """Send nothing for so long."""
+    def rest(self, micros: int, reason: str = RESTING) -> None:
+        """Hold deliveries for `micros` microseconds from now, unless a longer rest is set already."""
         until = self._clock.steady() + micros
         if until > self.rest_until:
-            self.rest_until, self._resting = until, why
+            self.rest_until, self._rest_reason = until, reason
 
     async def succeed(self, event: StoredEvent, openings: int) -> None:
-        """Take in an attempt that was delivered; see `Circuit.record` for `openings`."""
-        await self.forgive()
-        await self._record("ok", event, "ok", openings)
+        """Record a successful attempt; see `CircuitBreaker.record` for `openings`."""
+        if self.state.failing_since is not None:
+            await self.forget_failures()
+        change = self.circuit.record("ok", self._clock.steady(), openings)
+        if change is not None:
+            await self._report_circuit(change, event, "ok")
 
     async def fail(
-        self, result: str, event: StoredEvent, why: str, openings: int, *, disable: str | None
+        self, result: str, event: StoredEvent, reason: str, openings: int, *, disable: str | None
     ) -> None:
-        """Take in one that was not; `disable` is the reason when the receiver wants to be left alone."""
-        now = self._clock.steady()  # a step of the wall clock disables nobody
+        """Record a failed attempt; `disable` is why the destination must be disabled, if it must be."""
+        now = self._clock.steady()  # a step of the wall clock disables no destination
         since = self.state.failing_since
         if since is None:
             since = now
-            await self._tolerantly(msgspec.structs.replace(self.state, failing_since=now))
+            await self._change_if_possible(msgspec.structs.replace(self.state, failing_since=now))
         if disable is None and now - since > self._config.disable_after * SECOND:
             disable = "failing"
         if disable is not None and self.state.disabled_at is None:
-            what = "%s: disabled (%s); its deliveries are held, none is lost"
             name = self._config.name
-            log.error(what, name, disable, extra=fields(destination=name, held=f"disabled: {disable}"))
+            log.error(
+                "%s: disabled (%s); its deliveries are held and none is lost",
+                name,
+                disable,
+                extra=fields(destination=name, held=f"disabled: {disable}"),
+            )
             state = msgspec.structs.replace(
                 self.state, disabled_at=self._clock.wall(), disabled_reason=disable
             )
-            await self._tolerantly(state, self._born("disabled", event, disable))
-        await self._record(result, event, why, openings)
-
-    async def _record(self, result: str, event: StoredEvent, why: str, openings: int) -> None:
+            await self._change_if_possible(state, self._operator_event("disabled", event, disable))
         change = self.circuit.record(result, self._clock.steady(), openings)
-        if change is None:
-            return
-        told = fields(destination=self._config.name, circuit=change, event_id=event.public_id)
-        log.warning("%s: circuit %s: %s", self._config.name, change, why, extra=told)
-        self._show()
-        type_ = "circuit_opened" if change == "opened" else "recovered"
-        await self._tolerantly(self.state, self._born(type_, event, why))
+        if change is not None:
+            await self._report_circuit(change, event, reason)
 
-    async def _tolerantly(self, state: DestinationState, tell: Born | None = None) -> None:
-        """Change the state; go on with what is in memory while the store cannot write it down."""
+    async def _report_circuit(self, change: Change, event: StoredEvent, reason: str) -> None:
+        """Log that the circuit changed, and send an operator event."""
+        extra = fields(destination=self._config.name, circuit=change, event_id=event.public_id)
+        log.warning("%s: circuit %s: %s", self._config.name, change, reason, extra=extra)
+        self._set_gauges()
+        type_ = "circuit_opened" if change == "opened" else "recovered"
+        await self._change_if_possible(self.state, self._operator_event(type_, event, reason))
+
+    async def _change_if_possible(self, state: DestinationState, event: Born | None = None) -> None:
+        """Apply a state; while the store cannot be written, keep it in memory only."""
         try:
-            await self.change(state, tell)
+            await self.change(state, event)
         except StorageError as error:
             name = self._config.name
-            told = fields(destination=name)
-            log.warning("%s: its state could not be written down: %s", name, error.message, extra=told)
+            extra = fields(destination=name)
+            log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
-    def _born(self, type_: str, event: StoredEvent, why: str) -> Born | None:
-        """Make an operator event, unless a delivery of one is the cause: nothing may loop."""
-        if event.source == OPERATOR_EVENTS:
+    def _operator_event(self, type_: str, cause: StoredEvent, reason: str) -> Born | None:
+        """Return an operator event; None if the cause is a delivery of one, because that would loop."""
+        if cause.source == OPERATOR_EVENTS:
             return None
         name = self._config.name
         url = self._config.url.partition("?")[0]  # a query may hold a secret
         return Born(
             type=f"destination.{type_}",
             subject=name,
-            data={"destination": name, "url": url, "reason": why},
+            data={"destination": name, "url": url, "reason": reason},
         )
 
-    def _show(self) -> None:
+    def _set_gauges(self) -> None:
         name = self._config.name
         self._metrics.disabled.labels(name).set(self.state.disabled_at is not None)
         self._metrics.circuit.labels(name).set(self.circuit.is_open)
 
 
-def _decided(before: DestinationState, after: DestinationState) -> list[str]:
-    """Say what an operator changed."""
+def _actions(before: DestinationState, after: DestinationState) -> list[str]:
+    """Return the words for an operator's changes."""
     words = []
     if before.paused != after.paused:
         words.append("paused" if after.paused else "resumed")

@@ -1,41 +1,43 @@
-"""All lanes together: told of what is new, started, changed and stopped."""
+"""The dispatcher: opens, changes and closes lanes, and hands each delivery to its lane."""
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
-from relay.base.clock import Clock
+from relay.base.clock import SECOND, Clock
 from relay.config.schema import DestinationConfig
-from relay.delivery.attempt import Sender
-from relay.delivery.http.http_client import Client
+from relay.delivery.attempt import AttemptRunner, log
+from relay.delivery.http.http_client import HttpClient
 from relay.delivery.lane import Lane
-from relay.delivery.limits import Slots
-from relay.delivery.log_lines import Untried, log
-from relay.delivery.memory import MOST, Memory
+from relay.delivery.limits import MAX_BODY_BYTES, BodyBudget, Slots
 from relay.formats import FORMATS, Format
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
 from relay.process.logs import Sparing
 from relay.store import Store
 
+STUCK_AFTER = 60 * SECOND
+"""A store query takes milliseconds, and SQLite waits at most 5 s for a lock."""
 
-class Plan(msgspec.Struct, frozen=True):
-    """Everything that lanes for a config need, made beforehand: taking it on cannot fail."""
+
+class DispatchPlan(msgspec.Struct, frozen=True):
+    """Everything that the lanes of a config need, prepared so that `Dispatcher.adopt` cannot fail."""
 
     destinations: Mapping[str, DestinationConfig]
-    senders: Mapping[str, Sender]  # for those that are new, and those that are others than before
+    runners: Mapping[str, AttemptRunner]  # for new and changed destinations
     states: Mapping[str, DestinationState]
 
     async def discard(self) -> None:
-        """Close what was made for it."""
-        for sender in self.senders.values():
-            await sender.close()
+        """Close the connections of a plan that is not adopted."""
+        for runner in self.runners.values():
+            await runner.close()
 
 
-class Engine:
-    """Forwards what the store owes to each destination, every one in a lane of its own."""
+class Dispatcher:
+    """Sends pending deliveries: one lane per destination."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Engine:
         metrics: Metrics,
         formats: Mapping[str, Format] = FORMATS,
         rand: Callable[[], float] = random.random,
-        memory: int = MOST,
+        body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self.lanes: dict[str, Lane] = {}
         self._destinations = destinations
@@ -55,70 +57,80 @@ class Engine:
         self._metrics = metrics
         self._formats = formats
         self._rand = rand
-        self._untried = Untried(Sparing(log, clock))
-        self._lacking = Sparing(log, clock, every=1.0)
+        self._log = Sparing(log, clock)
+        self._resource_log = Sparing(log, clock, every=1.0)
         self._slots = Slots()
-        self._memory = Memory(memory)
+        self._budget = BodyBudget(body_bytes)
         self._own: Collection[tuple[str, int]] = ()
-        self._leaving: dict[Lane, asyncio.Task[None]] = {}  # not in the config, with attempts under way
+        self._leaving: dict[Lane, asyncio.Task[None]] = {}  # not in the config, with attempts in flight
 
     async def start(self, own: Collection[tuple[str, int]] = ()) -> None:
-        """Open a lane per destination and go on with what the store remembers.
+        """Open a lane for each destination, with the state that the store remembers.
 
         `own` are the relay's own listeners, which are never dialled.
         """
         self._own = own
         self.adopt(await self.plan(self._destinations))
 
-    async def plan(self, destinations: Mapping[str, DestinationConfig]) -> Plan:
-        """Make what lanes for these destinations need, beside the present ones.
+    async def plan(self, destinations: Mapping[str, DestinationConfig]) -> DispatchPlan:
+        """Prepare lanes for these destinations without touching the present ones.
 
         Raises:
-            RelayError: a certificate's file cannot be read or used.
+            RelayError: a certificate file cannot be read or used.
         """
-        senders: dict[str, Sender] = {}
-        plan = Plan(destinations, senders, await self._store.queries.destination_states())
+        runners: dict[str, AttemptRunner] = {}
+        plan = DispatchPlan(destinations, runners, await self._store.queries.destination_states())
         try:
             for name, config in destinations.items():
                 lane = self.lanes.get(name)
-                if lane is None or lane.config != config or _has_files(config):
-                    client = Client(config, own=self._own)
-                    senders[name] = Sender(
-                        config, self._formats[config.format], client, self._clock, self._rand
-                    )
+                # Certificate files may have been renewed under the same names.
+                has_files = config.ca_file is not None or config.client_cert is not None
+                if lane is None or lane.config != config or has_files:
+                    client = HttpClient(config, own=self._own)
+                    format_ = self._formats[config.format]
+                    runners[name] = AttemptRunner(config, format_, client, self._clock, self._rand)
         except BaseException:
             await plan.discard()
             raise
         return plan
 
-    def adopt(self, plan: Plan) -> None:
-        """Go by a plan from now on, in one step: lanes that it does not touch only look names up again."""
+    def adopt(self, plan: DispatchPlan) -> None:
+        """Apply a plan in one step. Unchanged lanes only resolve their names again."""
         former = dict(self.lanes)
-        self.lanes.clear()  # not another one: others hold it
+        self.lanes.clear()  # the same dict: other objects hold it
         for name, config in plan.destinations.items():
             lane = former.pop(name, None)
             if lane is None:
                 state = plan.states.get(name) or DestinationState(name=name)
-                lane = self._open(config, plan.senders[name], state)
+                lane = Lane(
+                    config,
+                    plan.runners[name],
+                    store=self._store,
+                    clock=self._clock,
+                    metrics=self._metrics,
+                    slots=self._slots,
+                    budget=self._budget,
+                    state=state,
+                    resource_log=self._resource_log,
+                )
                 lane.turn()
-            elif name in plan.senders:
-                lane.change(config, plan.senders[name])
+            elif name in plan.runners:
+                lane.change(config, plan.runners[name])
             else:
                 lane.renew()
             self.lanes[name] = lane
         for lane in former.values():
-            lane.leave()
-            self._leaving[lane] = asyncio.create_task(self._see_off(lane))
+            lane.remove()
+            self._leaving[lane] = asyncio.create_task(self._finish(lane))
 
     def in_flight(self, name: str) -> int:
-        """Return how many attempts are being made at a destination, also one that has left the config."""
+        """Return the number of attempts in flight at a destination, in the config or not."""
         return sum(lane.in_flight for lane in (*self.lanes.values(), *self._leaving) if lane.name == name)
 
     def listen(self, news: News) -> None:
-        """Hand fresh deliveries to their lanes, in memory (see `relay.store.Listener`)."""
-        for name, columns in news.books.items():
-            self._count(name, columns)
-        self._untried.tell(news)
+        """Hand the fresh deliveries of a commit to their lanes, in memory (see `relay.store.Listener`)."""
+        if news.books:
+            self._count(news)
         for delivery in news.deliveries:
             lane = self.lanes.get(delivery.destination)
             if lane is None:
@@ -135,15 +147,21 @@ class Engine:
             for lane in self.lanes.values():
                 lane.drop(news.dropped)
 
-    def _count(self, name: str, columns: Mapping[str, int]) -> None:
-        if columns["created"]:
-            self._metrics.created.labels(name).inc(columns["created"])
-        for outcome in OUTCOMES:
-            if columns[outcome]:
-                self._metrics.finished.labels(name, outcome).inc(columns[outcome])
+    def _count(self, news: News) -> None:
+        """Count the deliveries that a commit created and ended."""
+        ended_badly = False
+        for name, columns in news.books.items():
+            if columns["created"]:
+                self._metrics.created.labels(name).inc(columns["created"])
+            for outcome in OUTCOMES:
+                if columns[outcome]:
+                    self._metrics.finished.labels(name, outcome).inc(columns[outcome])
+            ended_badly = ended_badly or columns["dead"] > 0 or columns["expired"] > 0
+        if ended_badly:
+            self._log_unattempted(news)
 
     async def stop(self, seconds: float) -> None:
-        """Let what is in flight finish for so long, record it, and end."""
+        """Wait up to `seconds` for attempts in flight, record them, and end."""
         deadline = asyncio.get_running_loop().time() + seconds
         for task in self._leaving.values():
             task.cancel()
@@ -151,21 +169,19 @@ class Engine:
         await asyncio.gather(*self._leaving.values(), return_exceptions=True)
         await asyncio.gather(*(lane.stop(deadline) for lane in lanes))
 
-    def _open(self, config: DestinationConfig, sender: Sender, state: DestinationState) -> Lane:
-        return Lane(
-            config,
-            sender,
-            store=self._store,
-            clock=self._clock,
-            metrics=self._metrics,
-            slots=self._slots,
-            memory=self._memory,
-            state=state,
-            lacking=self._lacking,
-        )
+    def _log_unattempted(self, news: News) -> None:
+        """Log how many deliveries ended without an attempt; a lane logs the others."""
+        attempted = Counter((outcome.delivery.destination, outcome.state) for outcome in news.outcomes)
+        for name, columns in news.books.items():
+            if (dead := columns["dead"] - attempted[name, "dead"]) > 0:
+                line = f"{name}: {dead} deliveries are dead without an attempt: the backlog is full"
+                self._log.warning(f"{name}: dead", line, destination=name, state="dead", count=dead)
+            if (expired := columns["expired"] - attempted[name, "expired"]) > 0:
+                line = f"{name}: {expired} deliveries expired without an attempt"
+                self._log.info(f"{name}: expired", line, destination=name, state="expired", count=expired)
 
-    async def _see_off(self, lane: Lane) -> None:
-        """Wait for the last attempts of a lane; if its destination has returned, they may be its first."""
+    async def _finish(self, lane: Lane) -> None:
+        """Wait for the last attempts of a removed lane, then wake the lane of the same name, if any."""
         await lane.stop(None)
         del self._leaving[lane]
         if (successor := self.lanes.get(lane.name)) is not None:
@@ -173,6 +189,20 @@ class Engine:
             successor.wake(retries=True)
 
 
-def _has_files(config: DestinationConfig) -> bool:
-    """Say whether files beside the config matter, which may have been renewed under the same names."""
-    return config.ca_file is not None or config.client_cert is not None
+class StuckLanes:
+    """Finds lanes that do not claim due deliveries: a store query is due or under way for a minute."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waits: dict[tuple[str, int, int], int] = {}  # (lane, window, query) → waiting since
+
+    def find(self, lanes: Mapping[str, Lane]) -> list[str]:
+        """Return the names of stuck lanes; time counts from the first call that saw them wait."""
+        now, before = self._clock.steady(), self._waits
+        self._waits = {
+            (name, window, query): before.get((name, window, query), now)
+            for name, lane in lanes.items()
+            for window, (query, waiting) in enumerate(lane.refills)
+            if waiting
+        }
+        return sorted({name for (name, _, _), since in self._waits.items() if now - since > STUCK_AFTER})

@@ -1,255 +1,317 @@
-"""One destination's lane: its slots, feeds and rests. No lane ever waits for another."""
+"""The lane of one destination: its slots, its windows of deliveries in memory, its holds.
+
+A lane never waits for another lane.
+"""
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from relay.base.clock import SECOND, Clock
 from relay.config.schema import DestinationConfig
-from relay.delivery.attempt import BLOCKED_REST, Sender, corrupt, outdated, unspent
-from relay.delivery.destination_health import Standing
-from relay.delivery.feed import Feed
-from relay.delivery.http.http_client import LackError
-from relay.delivery.http.result import Answer
-from relay.delivery.http.timings import Times
-from relay.delivery.limits import Slots
-from relay.delivery.log_lines import ids, tell_attempt, tell_end
-from relay.delivery.memory import Memory
-from relay.delivery.meter import Meter
-from relay.delivery.pace import Pace
+from relay.delivery.attempt import (
+    BLOCKED_REST,
+    AttemptRunner,
+    corrupt,
+    delivery_fields,
+    log_attempt,
+    log_end,
+    outdated,
+    unspent,
+)
+from relay.delivery.destination_health import DestinationHealth
+from relay.delivery.http.http_client import OutOfResourcesError
+from relay.delivery.http.result import HttpResult, Timing
+from relay.delivery.limits import OWN_SLOTS, BodyBudget, RateLimit, Slots
 from relay.delivery.retry import Verdict
 from relay.errors import StorageError
 from relay.metrics import Metrics
-from relay.model import Delivery, DestinationState, Outcome, StoredEvent
+from relay.model import RESULTS, Delivery, DestinationState, Outcome, StoredEvent
 from relay.process.logs import Sparing, fields
 from relay.store import Store
 
 log = logging.getLogger("relay.delivery")
 T = TypeVar("T")
 
+WINDOW_SIZE = 128
+"""Deliveries in a window; the rest of the backlog stays in the store."""
+
 POLL = 30 * SECOND
-"""A lane looks into the store at least this often: the safety net under being told."""
+"""A lane queries the store at least this often, in case a notification was missed."""
 
-TICK = 0.001  # seconds; uvloop's timers ring up to half of that early, and must not ring in a row
+MIN_TIMER = 0.001  # seconds; timers of uvloop fire up to half of that early, and must not fire in a row
 
-LACK_REST = SECOND
-"""How long a destination rests after an attempt for which this machine had no descriptor or memory left."""
+OUT_OF_RESOURCES_REST = SECOND
+"""How long a destination rests after this machine ran out of descriptors or memory during an attempt."""
 
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
 NO_STORAGE = "waiting for storage"
-"""Why a lane is held while nothing can be written: an attempt whose outcome is lost would be made again."""
+"""Why a lane is held while the store fails: an attempt whose outcome is lost would be repeated."""
+
+
+class Window:
+    """Deliveries that a lane holds in memory: one window for first attempts, one for retries."""
+
+    __slots__ = ("_budget", "active", "deliveries", "due", "refilling", "refills", "retries")
+
+    def __init__(self, budget: BodyBudget, *, retries: bool) -> None:
+        self.deliveries: deque[Delivery] = deque()
+        self.retries = retries
+        self.active = 0  # attempts in flight
+        self.due = 0  # steady clock: when to query the store
+        self.refilling = False  # a query of the store is under way
+        self.refills = 0  # finished queries
+        self._budget = budget
+
+    def wants(self, now: int, *, probing: bool) -> bool:
+        """Return whether to query the store: something may be due and the window is half empty.
+
+        While probing, one delivery is enough.
+        """
+        few = 0 if probing else WINDOW_SIZE // 2
+        return self.due <= now and not self.refilling and len(self.deliveries) <= few
+
+    def put(self, deliveries: Iterable[Delivery]) -> None:
+        """Add deliveries that are held for this lane; bodies beyond the budget are read again later."""
+        for delivery in deliveries:
+            self._budget.add(delivery)
+            self.deliveries.append(delivery)
+
+    def take(self) -> Delivery:
+        """Remove and return the oldest delivery."""
+        delivery = self.deliveries.popleft()
+        self._budget.remove(delivery)
+        return delivery
+
+    def drop(self, delivery_ids: Collection[int]) -> None:
+        """Remove deliveries that ended without an attempt."""
+        if any(delivery.id in delivery_ids for delivery in self.deliveries):
+            self.put([delivery for delivery in self.empty() if delivery.id not in delivery_ids])
+
+    def empty(self) -> list[Delivery]:
+        """Remove and return all deliveries."""
+        return [self.take() for _ in range(len(self.deliveries))]
 
 
 class Lane:
-    """Sends what one destination is owed."""
+    """Sends the deliveries of one destination."""
 
     def __init__(
         self,
         config: DestinationConfig,
-        sender: Sender,
+        runner: AttemptRunner,
         *,
         store: Store,
         clock: Clock,
         metrics: Metrics,
         slots: Slots,
-        memory: Memory,
+        budget: BodyBudget,
         state: DestinationState,
-        lacking: Sparing,
+        resource_log: Sparing,
     ) -> None:
         self.config = config
         self.name = config.name
-        self.standing = Standing(config, state, store=store, clock=clock, metrics=metrics)
-        self._sender = sender
-        self._former: set[Sender] = set()  # replaced, with attempts still under way
+        self.health = DestinationHealth(config, state, store=store, clock=clock, metrics=metrics)
+        self.in_flight = 0  # attempts
+        self._runner = runner
+        self._replaced: set[AttemptRunner] = set()  # by a reload, with attempts still in flight
         self._store = store
         self._clock = clock
-        self._meter = Meter(metrics, self.name)
+        # Looked up once: a look-up costs three times as much as counting.
+        self._attempt_counters = {result: metrics.attempts.labels(self.name, result) for result in RESULTS}
+        self._attempt_seconds = metrics.attempt_seconds.labels(self.name)
+        self._latency = metrics.latency.labels(self.name)
         self._slots = slots
-        self._memory = memory
-        self._lacking = lacking  # the log of what this machine has run out of, for all lanes
-        self._first = Feed(memory, retries=False)
-        self._retry = Feed(memory, retries=True)
-        self._feeds = (self._first, self._retry)
-        self._latest = self._retry  # the feed whose turn it was last
-        self._pace = Pace(config.rate_limit, clock.steady())
+        self._budget = budget
+        self._resource_log = resource_log  # of all lanes together
+        self._first = Window(budget, retries=False)
+        self._retry = Window(budget, retries=True)
+        self._windows = (self._first, self._retry)
+        self._latest = self._retry  # the window that the last attempt came from
+        self._rate = self._rate_limit()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
-        self._outcomes_wait = False  # for a store that cannot be written; the log has it
+        self._outcomes_wait = False  # for a store that cannot be written; logged once
         self._stopping = False
-        self._left = False  # the config has no such destination any more
-
-    @property
-    def in_flight(self) -> int:
-        """How many attempts are being made."""
-        return self._first.active + self._retry.active
+        self._removed = False  # the config does not have this destination any more
 
     @property
     def held(self) -> str | None:
-        """Why nothing is sent for now; None: it is."""
-        return self._held_at(self._clock.steady())
+        """Why deliveries are held; None: they are not."""
+        held = self.health.held_at(self._clock.steady())
+        return NO_STORAGE if held is None and self._store.failure is not None else held
 
     @property
-    def looks(self) -> tuple[tuple[int, bool], ...]:
-        """Of each feed: how often it has looked into the store, and whether one more is due or under way."""
-        now, probing = self._clock.steady(), self.standing.circuit.is_open
+    def refills(self) -> tuple[tuple[int, bool], ...]:
+        """For each window: its finished store queries, and whether one more is due or under way."""
+        now, probing = self._clock.steady(), self.health.circuit.is_open
         idle = self._stopping or self.held is not None
         return tuple(
-            (feed.looks, feed.refilling or (not idle and feed.wants(now, probing=probing)))
-            for feed in self._feeds
+            (window.refills, window.refilling or (not idle and window.wants(now, probing=probing)))
+            for window in self._windows
         )
 
     def offer(self, delivery: Delivery) -> None:
-        """Take a fresh delivery, which is held already, or give it back to the store for later."""
-        feed, now = self._first, self._clock.steady()
-        if self._stopping or self._held_at(now) is not None:
-            self._store.deliveries.release((delivery.id,))
-            feed.due = 0
-        elif feed.room <= 0 or feed.due <= now:
-            # The store has older ones: what is new must not overtake them for ever.
-            self._store.deliveries.release((delivery.id,))
-            feed.due = 0
+        """Take a fresh delivery that is held for this lane, or release it to the store for later."""
+        window, now = self._first, self._clock.steady()
+        limit = self._limit(now)
+        if limit and window.due > now and len(window.deliveries) < WINDOW_SIZE:
+            if not window.deliveries and self._may_begin(now, limit):
+                self._begin(window, delivery)
+            else:
+                window.put((delivery,))
+                self._set_timer(now, limit)
+            return
+        # The lane is held, or the store has older deliveries, which new ones must not overtake for ever.
+        self._store.deliveries.release((delivery.id,))
+        window.due = 0
+        if limit:
             self.turn()
-        elif len(feed) or not self._may_begin():
-            feed.put((delivery,))
-            self._set_timer(now)
-        else:
-            self._begin(feed, delivery)
 
     def wake(self, *, retries: bool = False) -> None:
-        """Look into the store: something that was waiting there is due."""
+        """Query the store: a delivery that waited there is due."""
         (self._retry if retries else self._first).due = 0
         self.turn()
 
     def drop(self, delivery_ids: Collection[int]) -> None:
         """Forget deliveries that ended without an attempt."""
-        for feed in self._feeds:
-            feed.drop(delivery_ids)
+        for window in self._windows:
+            window.drop(delivery_ids)
 
     def turn(self) -> None:
-        """Go on: fill free slots from the feeds, the feeds from the store, and set the timer."""
+        """Fill free slots from the windows and the windows from the store, and set the timer."""
         if self._stopping:
             return
-        # Read once: what is not due yet must not be past already when it comes to setting the timer.
+        # Read the clock once: what is not due yet must not have become due when the timer is set.
         now = self._clock.steady()
-        if self._held_at(now) is None:
-            while (feed := self._next()) is not None and self._may_begin():
-                self._begin(feed, feed.take())
-            for feed in self._feeds:
-                if feed.wants(now, probing=self.standing.circuit.is_open):
-                    feed.refilling = True
-                    self._spawn(self._refill(feed))
-        self._set_timer(now)
+        limit = self._limit(now)
+        if limit:
+            while (self._first.deliveries or self._retry.deliveries) and (
+                (window := self._next()) is not None and self._may_begin(now, limit)
+            ):
+                self._begin(window, window.take())
+            probing = self.health.circuit.open_until is not None
+            for window in self._windows:
+                if window.due <= now and window.wants(now, probing=probing):
+                    window.refilling = True
+                    self._spawn(self._refill(window))
+        self._set_timer(now, limit)
 
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
-        await self.standing.steer(state)
+        await self.health.set_by_operator(state)
         if self.held is not None:
-            self._let_go()
-        for feed in self._feeds:
-            feed.due = 0
+            self._release_windows()
+        for window in self._windows:
+            window.due = 0
         self.turn()
 
-    async def ping(self, event: StoredEvent, times: Times) -> tuple[Answer, Verdict]:
-        """Send an event that nobody is owed, whatever holds deliveries; it counts for nothing here."""
-        # A task of the lane's own: a sender that a reload replaces is closed after it.
-        return await asyncio.shield(self._spawn(self._sender.ping(event, times)))
+    async def ping(self, event: StoredEvent, timing: Timing) -> tuple[HttpResult, Verdict]:
+        """Send an event that belongs to no delivery, even while deliveries are held; nothing counts it."""
+        # The task is one of the lane's, so a runner that a reload replaces is closed only after it.
+        return await asyncio.shield(self._spawn(self._runner.ping(event, timing)))
 
-    def change(self, config: DestinationConfig, sender: Sender) -> None:
-        """Go by another config from now on; attempts under way end by the one that they began with."""
-        self._former.add(self._sender)
-        self._spawn(self._see_off(self._sender, tuple(self._tasks)))
-        former, self.config, self._sender = self.config, config, sender
+    def change(self, config: DestinationConfig, runner: AttemptRunner) -> None:
+        """Apply another config; attempts in flight finish with the runner that they began with."""
+        self._replaced.add(self._runner)
+        self._spawn(self._close_replaced(self._runner, tuple(self._tasks)))
+        former, self.config, self._runner = self.config, config, runner
         if config != former:
-            self.standing.go_by(config)
-            self._spawn(self.standing.forgive())
+            self.health.reconfigure(config)
+            self._spawn(self.health.forget_failures())
         if config.rate_limit != former.rate_limit:
-            self._pace = Pace(config.rate_limit, self._clock.steady())
-        for feed in self._feeds:
-            feed.due = 0
+            self._rate = self._rate_limit()
+        for window in self._windows:
+            window.due = 0
         self.turn()
 
     def renew(self) -> None:
-        """Make the next attempt at the address that the destination's name has by then."""
-        self._sender.renew()
+        """Resolve the destination's name again before the next attempt."""
+        self._runner.renew()
 
-    def leave(self) -> None:
-        """Begin nothing more, as the destination is not in the config; the store keeps what it is owed."""
-        self._left = True
-        self.standing.leave()
+    def remove(self) -> None:
+        """Begin no more attempts, because the config has no such destination; the store keeps the rest."""
+        self._removed = True
+        self.health.clear_gauges()
         self._halt()
 
     async def stop(self, deadline: float | None) -> None:
-        """Begin nothing more and wait for what is in flight until `deadline` (loop time), then cut it off.
+        """Begin no more attempts, wait until `deadline` (loop time) for those in flight, and cancel the rest.
 
-        None: however long that takes.
+        None: wait as long as they take.
         """
         self._halt()
         if self._tasks:
             now = asyncio.get_running_loop().time()
-            left = None if deadline is None else max(0.0, deadline - now)
-            await asyncio.wait(self._tasks, timeout=left)
+            await asyncio.wait(self._tasks, timeout=None if deadline is None else max(0.0, deadline - now))
         if self.in_flight:
-            log.warning("%s: %d attempts cut off; they will be made again", self.name, self.in_flight)
-        cut_off = tuple(self._tasks)
-        for task in cut_off:
+            log.warning("%s: cancelled %d attempts; they will be repeated", self.name, self.in_flight)
+        cancelled = tuple(self._tasks)
+        for task in cancelled:
             task.cancel()
-        await asyncio.gather(*cut_off, return_exceptions=True)
-        for sender in (*self._former, self._sender):
-            await sender.close()
+        await asyncio.gather(*cancelled, return_exceptions=True)
+        for runner in (*self._replaced, self._runner):
+            await runner.close()
 
     def _halt(self) -> None:
         self._stopping = True
-        self._let_go()
+        self._release_windows()
         if self._timer is not None:
             self._timer.cancel()
 
-    async def _see_off(self, sender: Sender, under_way: Collection[asyncio.Task[Any]]) -> None:
-        """Close a sender that was replaced, as soon as no attempt is under way that began with it."""
-        if under_way:
-            await asyncio.wait(under_way)
-        await sender.close()
-        self._former.discard(sender)
+    async def _close_replaced(self, runner: AttemptRunner, tasks: Collection[asyncio.Task[Any]]) -> None:
+        """Close a runner that was replaced, after the tasks that may use it."""
+        if tasks:
+            await asyncio.wait(tasks)
+        await runner.close()
+        self._replaced.discard(runner)
 
-    def _held_at(self, now: int) -> str | None:
-        held = self.standing.held_at(now)
-        return NO_STORAGE if held is None and self._store.failure is not None else held
+    def _rate_limit(self) -> RateLimit | None:
+        rate = self.config.rate_limit
+        return None if rate is None else RateLimit(rate, self._clock.steady())
 
     # --- slots ---
 
-    @property
-    def _most_retries(self) -> int:
-        """All slots but a quarter, kept for first attempts: retries must not hold up what is new."""
-        most = self.config.concurrency
-        return most - -(-most // 4) if most > 1 else most
+    def _limit(self, now: int) -> int:
+        """Return how many attempts may be in flight at once; 0: deliveries are held."""
+        if self._stopping or self._store.failure is not None:
+            return 0
+        return self.health.limit(now)
 
-    def _next(self) -> Feed | None:
-        """Choose whose turn it is: the feed with fewer attempts under way, within its share.
+    def _next(self) -> Window | None:
+        """Return the window whose turn it is: the one with fewer attempts in flight, within its share.
 
-        With one at a time, or few in a second, none is under way: then they take turns.
+        Retries have all slots but a quarter, so that they never hold up first attempts. Where both windows
+        have the same number in flight, as with one slot or a low rate limit, they take turns.
         """
+        slots = self.config.concurrency
+        retry_slots = slots - -(-slots // 4) if slots > 1 else slots
         ready = [
-            feed
-            for feed in self._feeds
-            if len(feed) and (not feed.retries or feed.active < self._most_retries)
+            window
+            for window in self._windows
+            if window.deliveries and (not window.retries or window.active < retry_slots)
         ]
-        return min(ready, key=lambda feed: (feed.active, feed is self._latest)) if ready else None
+        return min(ready, key=lambda window: (window.active, window is self._latest)) if ready else None
 
-    def _may_begin(self) -> bool:
-        """Take a slot for one more attempt, if circuit, concurrency, cap and rate allow it."""
-        now, active = self._clock.steady(), self.in_flight
-        if active >= self.standing.circuit.limit(now) or not self._pace.allows(now):
+    def _may_begin(self, now: int, limit: int) -> bool:
+        """Take a slot for one more attempt, if the limit, the rate limit and the shared slots allow it."""
+        active, rate = self.in_flight, self._rate
+        if active >= limit or (rate is not None and not rate.allows(now)):
             return False
-        if not self._slots.take(self, active):
+        if active >= OWN_SLOTS and not self._slots.take(self, active):
             return False
-        self._pace.take(now)
+        if rate is not None:
+            rate.take(now)
         return True
 
-    def _begin(self, feed: Feed, delivery: Delivery) -> None:
-        feed.active += 1
-        self._latest = feed
-        self._spawn(self._work(feed, delivery))
+    def _begin(self, window: Window, delivery: Delivery) -> None:
+        window.active += 1
+        self.in_flight += 1
+        self._latest = window
+        self._spawn(self._work(window, delivery))
 
     def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -257,41 +319,40 @@ class Lane:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _work(self, feed: Feed, delivery: Delivery) -> None:
+    async def _work(self, window: Window, delivery: Delivery) -> None:
         """Fill one slot with one delivery.
 
-        A lack on this machine, or a store that fails, leaves it pending; any other error is a failed attempt.
+        If this machine runs out of resources or the store fails, the delivery stays pending. Any other error
+        counts as a failed attempt.
         """
         try:
             await self._deliver(delivery)
-        except LackError as error:
-            self._hold_for(error)
+        except OutOfResourcesError as error:
+            line = f"{error}; deliveries are held and no attempt is counted"
+            self._resource_log.warning(error.what, line, destination=self.name, held=error.what)
+            self.health.rest(OUT_OF_RESOURCES_REST, error.what)
+            self._release_windows()
             self._store.deliveries.release((delivery.id,))
         except Exception as error:
-            log.exception("%s: a delivery could not be tried", self.name, extra=ids(delivery))
-            if isinstance(error, StorageError) or not await self._spend(delivery, error):
+            log.exception("%s: cannot attempt a delivery", self.name, extra=delivery_fields(delivery))
+            if isinstance(error, StorageError) or not await self._record_error(delivery, error):
                 self._store.deliveries.release((delivery.id,))
-                feed.due = min(feed.due, self._clock.steady() + POLL)
+                window.due = min(window.due, self._clock.steady() + POLL)
         finally:
-            feed.active -= 1
-            self._slots.give(self.in_flight)
+            window.active -= 1
+            self.in_flight -= 1
+            if self.in_flight >= OWN_SLOTS:
+                self._slots.give(self.in_flight)
         self.turn()
 
-    def _hold_for(self, error: LackError) -> None:
-        """Hold everything for a moment: what this machine lacks is no failure of the receiver."""
-        line = f"{error}: deliveries are held, none has spent an attempt"
-        self._lacking.warning(error.what, line, destination=self.name, held=error.what)
-        self.standing.rest(LACK_REST, error.what)
-        self._let_go()
-
-    async def _spend(self, delivery: Delivery, error: Exception) -> bool:
-        """Record a failed attempt for an error of the relay's own, which might come again and again."""
+    async def _record_error(self, delivery: Delivery, error: Exception) -> bool:
+        """Record an internal error as a failed attempt, so that it cannot repeat for ever."""
         try:
             if not self._store.deliveries.begin_attempt(delivery.id):
                 return False
-            await self._record(self._sender.failed(delivery, error))
+            await self._record(self._runner.failed(delivery, error))
         except Exception:
-            log.exception("%s: an attempt could not be recorded", self.name, extra=ids(delivery))
+            log.exception("%s: cannot record an attempt", self.name, extra=delivery_fields(delivery))
             return False
         return True
 
@@ -299,165 +360,169 @@ class Lane:
 
     async def _deliver(self, delivery: Delivery) -> None:
         event = delivery.event
-        if event is None:
-            event = (await self._store.events.load((delivery.event_id,))).get(delivery.event_id)
-            dead = corrupt(delivery, event, self._clock.wall())
-            if dead is not None:
-                what = "%s: a delivery is dead: its stored body cannot be trusted"
-                log.error(what, self.name, extra=ids(delivery))
-                await self._record(dead)
-                return
-            delivery.event = event
-        assert event is not None  # noqa: S101 - `corrupt` judged that
+        if event is None and (event := await self._load_one(delivery)) is None:
+            return
         if self._store.failure is not None or not self._store.deliveries.begin_attempt(delivery.id):
-            # Or it is just being ended otherwise; should that fail, the store has it for us again.
+            # A transaction is ending the delivery. If that fails, the store still has it: look again.
             self._store.deliveries.release((delivery.id,))
             self._first.due = self._retry.due = 0
             return
         if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
-            stale = Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl", counts=False)
-            await self._record(stale)
+            await self._record(
+                Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl", counts=False)
+            )
             return
-        circuit, sender = self.standing.circuit, self._sender
-        probing, openings = circuit.is_open, circuit.openings
-        outcome, meaning = await sender.attempt(delivery, event)
-        tell_attempt(outcome)
-        if sender is not self._sender or self._left:
-            outcome = outdated(outcome, meaning, self._clock.steady(), probing=probing)
+        circuit, runner = self.health.circuit, self._runner
+        probing, openings = circuit.open_until is not None, circuit.openings
+        outcome, verdict = await runner.attempt(delivery, event)
+        if verdict.kind != "ok" or log.isEnabledFor(logging.DEBUG):
+            log_attempt(outcome)
+        if runner is not self._runner or self._removed:
+            outcome = outdated(outcome, verdict, self._clock.steady(), probing=probing)
         else:
-            await self._take_in(outcome, meaning, event, openings)
-            if probing and circuit.is_open and meaning.kind != "ok":
+            await self._update_health(outcome, verdict, event, openings)
+            if probing and circuit.open_until is not None and verdict.kind != "ok":
                 outcome = unspent(outcome, circuit.open_until)
         await self._record(outcome)
 
-    async def _take_in(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
-        """Take what an attempt says about the destination; should that fail, its outcome still counts."""
-        try:
-            if meaning.kind == "ok":
-                await self.standing.succeed(event, openings)
-            else:
-                await self._fail(outcome, meaning, event, openings)
-        except Exception:
-            log.exception("%s: its state could not be changed", self.name, extra=ids(outcome.delivery))
+    async def _load_one(self, delivery: Delivery) -> StoredEvent | None:
+        """Read the delivery's event; if the stored body is damaged, end the delivery and return None."""
+        event = (await self._store.events.load((delivery.event_id,))).get(delivery.event_id)
+        dead = corrupt(delivery, event, self._clock.wall())
+        if dead is None:
+            delivery.event = event
+            return event
+        message = "%s: a delivery is dead: its stored body is damaged"
+        log.error(message, self.name, extra=delivery_fields(delivery))
+        await self._record(dead)
+        return None
 
-    async def _fail(self, outcome: Outcome, meaning: Verdict, event: StoredEvent, openings: int) -> None:
-        """Take what a failed attempt says about the destination."""
-        attempt = outcome.attempt
-        assert attempt is not None  # noqa: S101 - a sender makes one
-        why = attempt.error or attempt.result
-        if meaning.kind == "hold":
-            log.error("%s: held, %s", self.name, why, extra=fields(destination=self.name))
-            self.standing.rest(BLOCKED_REST)
-        elif meaning.pause:
-            self.standing.rest(int(meaning.pause * SECOND))
-        disable = (meaning.reason or "asked") if meaning.kind == "disable" else None
-        await self.standing.fail(attempt.result, event, why, openings, disable=disable)
-        if self.held is not None:
-            self._let_go()
+    async def _update_health(
+        self, outcome: Outcome, verdict: Verdict, event: StoredEvent, openings: int
+    ) -> None:
+        """Update the destination's health by an attempt; if that fails, the outcome still counts."""
+        try:
+            if verdict.kind == "ok":
+                await self.health.succeed(event, openings)
+                return
+            attempt = outcome.attempt
+            assert attempt is not None  # noqa: S101 - every outcome of a runner has one
+            reason = attempt.error or attempt.result
+            if verdict.kind == "hold":
+                log.error("%s: held: %s", self.name, reason, extra=fields(destination=self.name))
+                self.health.rest(BLOCKED_REST)
+            elif verdict.pause:
+                self.health.rest(int(verdict.pause * SECOND))
+            disable = (verdict.reason or "asked") if verdict.kind == "disable" else None
+            await self.health.fail(attempt.result, event, reason, openings, disable=disable)
+            if self.held is not None:
+                self._release_windows()
+        except Exception:
+            extra = delivery_fields(outcome.delivery)
+            log.exception("%s: cannot change the destination's state", self.name, extra=extra)
 
     async def _record(self, outcome: Outcome) -> None:
-        """Write what became of an attempt; while the disk is full this waits, it never gives up."""
-        counted = await self._patiently(outcome)
-        attempt, delivery = outcome.attempt, outcome.delivery
-        if attempt is not None:
-            self._meter.attempted(delivery, attempt)
-        if not counted:
-            return
-        if outcome.state == "pending":
-            feed = self._retry if delivery.attempts + outcome.counts else self._first
-            feed.due = min(feed.due, outcome.next_attempt_at or 0)
-        elif outcome.state == "delivered":
-            self._meter.delivered(delivery, self._clock.wall())
-        else:
-            tell_end(outcome)
-
-    async def _patiently(self, outcome: Outcome) -> bool:
+        """Store an outcome and count it. While the store fails, keep trying."""
+        attempt, delivery, event = outcome.attempt, outcome.delivery, outcome.delivery.event
         while True:
             try:
-                settled = await self._store.deliveries.settle(outcome)
+                counted = await self._store.deliveries.settle(outcome)
+                break
             except StorageError as error:
-                if not self._outcomes_wait:  # once, however many there are and however long it lasts
+                if not self._outcomes_wait:  # log once per failure of the store, not per outcome
                     self._outcomes_wait = True
-                    told = ids(outcome.delivery)
-                    log.warning("%s: outcomes wait for the store: %s", self.name, error.message, extra=told)
+                    extra = delivery_fields(delivery)
+                    message = "%s: outcomes wait for the store: %s"
+                    log.warning(message, self.name, error.message, extra=extra)
                 await asyncio.sleep(STORAGE_PAUSE)
-            else:
-                self._outcomes_wait = False
-                return settled
+        self._outcomes_wait = False
+        exemplar = None if event is None else {"event_id": event.public_id}
+        if attempt is not None:
+            self._attempt_counters[attempt.result].inc()
+            self._attempt_seconds.observe(attempt.duration_ms / 1000, exemplar)
+        if not counted:
+            return
+        if outcome.state == "delivered":
+            self._latency.observe((self._clock.wall() - delivery.created_at) / SECOND, exemplar)
+        elif outcome.state == "pending":
+            window = self._retry if delivery.attempts + outcome.counts else self._first
+            window.due = min(window.due, outcome.next_attempt_at or 0)
+        else:
+            log_end(outcome)
 
     # --- the store ---
 
-    async def _refill(self, feed: Feed) -> None:
-        """Claim what is due, and read as many bodies as memory allows."""
-        feed.due = self._clock.steady() + POLL
+    async def _refill(self, window: Window) -> None:
+        """Claim due deliveries, and read as many bodies as the budget allows."""
+        window.due = self._clock.steady() + POLL
         try:
-            wanted = 1 if self.standing.circuit.is_open else feed.room
-            claim = await self._store.deliveries.claim(self.name, wanted, retries=feed.retries)
+            wanted = 1 if self.health.circuit.is_open else WINDOW_SIZE - len(window.deliveries)
+            claim = await self._store.deliveries.claim(self.name, wanted, retries=window.retries)
             if claim.next_due is not None:
-                feed.due = min(feed.due, claim.next_due)
+                window.due = min(window.due, claim.next_due)
             await self._load(claim.deliveries)
             if self._stopping or self.held is not None:
                 self._store.deliveries.release(delivery.id for delivery in claim.deliveries)
-                feed.due = 0
+                window.due = 0
             else:
-                feed.put(claim.deliveries)
+                window.put(claim.deliveries)
         except StorageError as error:
-            told = fields(destination=self.name)
-            log.warning("%s: cannot look for due deliveries: %s", self.name, error.message, extra=told)
-            feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
+            extra = fields(destination=self.name)
+            log.warning("%s: cannot claim due deliveries: %s", self.name, error.message, extra=extra)
+            window.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
         except Exception:
-            log.exception("%s: cannot look for due deliveries", self.name)
-            feed.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
+            log.exception("%s: cannot claim due deliveries", self.name)
+            window.due = self._clock.steady() + int(STORAGE_PAUSE * SECOND)
         finally:
-            feed.refilling = False
-            feed.looks += 1
+            window.refilling = False
+            window.refills += 1
         self.turn()
 
     async def _load(self, deliveries: Iterable[Delivery]) -> None:
-        """Read the bodies of the first of them, in one go; the others are read when a slot is free."""
+        """Read the bodies of the first deliveries at once; each other is read when a slot is free."""
         wanted, size = [], 0
         for delivery in deliveries:
             size += delivery.size
-            if not self._memory.room(size):
+            if not self._budget.has_room(size):
                 break
             wanted.append(delivery)
         if not wanted:
             return
         try:
             events = await self._store.events.load([delivery.event_id for delivery in wanted])
-        except Exception:  # each is read again when it has a slot, and its failure is its own there
-            log.exception("%s: cannot read due deliveries ahead", self.name)
+        except Exception:  # each is read again in its slot, where a failure concerns that delivery alone
+            log.exception("%s: cannot read the events of due deliveries", self.name)
             return
         for delivery in wanted:
             event = events.get(delivery.event_id)
             if corrupt(delivery, event, 0) is None:
                 delivery.event = event
 
-    def _let_go(self) -> None:
-        """Give the feeds back to the store: what is held does not wait in memory."""
-        for feed in self._feeds:
-            self._store.deliveries.release(delivery.id for delivery in feed.empty())
-            feed.due = 0
+    def _release_windows(self) -> None:
+        """Give the deliveries in both windows back to the store."""
+        for window in self._windows:
+            self._store.deliveries.release(delivery.id for delivery in window.empty())
+            window.due = 0
 
-    def _set_timer(self, now: int) -> None:
-        """See to it that `turn` is called when something may have changed; too early does no harm."""
-        until = self.standing.held_until
-        if until is None:
-            return
-        if until > now:
-            at = until
-        elif self._store.failure is not None:
-            at = now + int(STORAGE_PAUSE * SECOND)
+    def _set_timer(self, now: int, limit: int) -> None:
+        """Call `turn` again when something may have changed; too early does no harm."""
+        at = 0
+        if limit:
+            for wait in (self._first.due, self._retry.due, 0 if self._rate is None else self._rate.until):
+                if wait > now and (not at or wait < at):
+                    at = wait
         else:
-            waits = [*(feed.due for feed in self._feeds), self._pace.until]
-            at = min((wait for wait in waits if wait > now), default=now)
+            until = self.health.held_until
+            if until is None:  # an operator ends the hold
+                return
+            at = until if until > now else now + int(STORAGE_PAUSE * SECOND)
         if at <= now or (self._timer is not None and now < self._timer_at <= at):
             return
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        wait = max((at - now) / SECOND, TICK)
-        self._timer = asyncio.get_running_loop().call_later(wait, self._on_timer)
+        wait_seconds = max((at - now) / SECOND, MIN_TIMER)
+        self._timer = asyncio.get_running_loop().call_later(wait_seconds, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

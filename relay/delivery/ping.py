@@ -1,4 +1,4 @@
-"""A ping: one signed request by an operator's wish, through a destination's own client, kept nowhere."""
+"""The test of a destination: one signed request through its own client, at an operator's request."""
 
 import asyncio
 import hashlib
@@ -10,8 +10,7 @@ from relay.base.clock import Clock
 from relay.base.ids import event_id
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.result import Answer
-from relay.delivery.http.timings import Times
+from relay.delivery.http.result import HttpResult, Timing
 from relay.delivery.lane import Lane
 from relay.delivery.retry import Verdict
 from relay.errors import BusyError
@@ -20,11 +19,11 @@ from relay.model import EMPTY, StoredEvent
 TYPE = "relay.ping"
 MESSAGE = "An operator tests this destination. Nothing has happened, and nothing is to be done."
 
-PATIENCE = 50.0
-"""Seconds that a ping takes at most, whatever the destination's timeout: commands wait 60 for an answer."""
+MAX_SECONDS = 50.0
+"""The longest ping, whatever the destination's timeout: commands wait 60 seconds for a response."""
 
-SHOWN = 1024
-"""Bytes of the receiver's answer that are shown."""
+SHOWN_BYTES = 1024
+"""Bytes of the receiver's response that are shown."""
 
 
 class Pings:
@@ -32,52 +31,52 @@ class Pings:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._under_way: set[str] = set()
+        self._running: set[str] = set()
 
     async def send(self, lane: Lane) -> dict[str, Any]:
-        """Ping a destination, also one that is held, and return what came of it.
+        """Ping a destination, even while its deliveries are held, and return the result.
 
-        Nothing of it is stored: no event, no attempt; neither the circuit nor a counter notices.
+        Nothing is stored, neither an event nor an attempt; the circuit breaker and the metrics ignore it.
 
         Raises:
-            BusyError: one to that destination is under way.
+            BusyError: a ping of that destination is running.
         """
-        if lane.name in self._under_way:
-            hint = "wait for its answer, and try again"
-            raise BusyError(f"a test of {lane.name!r} is under way already", hint=hint)
-        self._under_way.add(lane.name)
+        if lane.name in self._running:
+            hint = "wait for its result, then try again"
+            raise BusyError(f"a test of {lane.name!r} is already running", hint=hint)
+        self._running.add(lane.name)
         try:
             return await self._send(lane)
         finally:
-            self._under_way.discard(lane.name)
+            self._running.discard(lane.name)
 
     async def _send(self, lane: Lane) -> dict[str, Any]:
-        config, held, times = lane.config, lane.held, Times()
+        config, held, timing = lane.config, lane.held, Timing()
         event = _event(config.name, self._clock.wall())
         try:
-            async with asyncio.timeout(PATIENCE):
-                answer, meaning = await lane.ping(event, times)
+            async with asyncio.timeout(MAX_SECONDS):
+                response, verdict = await lane.ping(event, timing)
         except TimeoutError:
-            error = f"no answer within {render_duration(PATIENCE)}, the most that a test waits"
-            answer = Answer(result="timeout", error=error, duration_ms=PATIENCE * 1000)
-            meaning = Verdict(kind="retry")
-        verdict, hint = judge(config, answer, meaning)
+            error = f"no response within {render_duration(MAX_SECONDS)}, the longest time that a test waits"
+            response = HttpResult(result="timeout", error=error, duration_ms=MAX_SECONDS * 1000)
+            verdict = Verdict(kind="retry")
+        meaning, hint = explain(config, response, verdict)
         return {
             "destination": config.name,
             "id": event.public_id,
             "type": event.type,
-            "ok": meaning.kind == "ok",
-            "result": answer.result,
-            "status": answer.status,
-            "error": answer.error,
-            "verdict": verdict,
+            "ok": verdict.kind == "ok",
+            "result": response.result,
+            "status": response.status,
+            "error": response.error,
+            "verdict": meaning,
             "hint": hint,
             "held": held,
             "signatures": len(config.secrets),
-            "duration_ms": round(answer.duration_ms, 1),
-            "timing_ms": times.steps(tls=config.url.startswith("https:")),
-            "answer": answer.body[:SHOWN].decode("utf-8", "replace"),
-            "truncated": answer.truncated or len(answer.body) > SHOWN,
+            "duration_ms": round(response.duration_ms, 1),
+            "timing_ms": timing.steps(tls=config.url.startswith("https:")),
+            "answer": response.body[:SHOWN_BYTES].decode("utf-8", "replace"),
+            "truncated": response.truncated or len(response.body) > SHOWN_BYTES,
         }
 
 
@@ -98,55 +97,61 @@ def _event(destination: str, now: int) -> StoredEvent:
     )
 
 
-def judge(config: DestinationConfig, answer: Answer, meaning: Verdict) -> tuple[str, str]:
-    """Say in words what such an answer would mean for a delivery, and what to do about it."""
-    match meaning.kind:
+def explain(config: DestinationConfig, response: HttpResult, verdict: Verdict) -> tuple[str, str]:
+    """Return what a response would mean for a delivery, and what to do about it."""
+    match verdict.kind:
         case "ok":
-            return "a delivery would be delivered", ""
+            return "would be delivered", ""
         case "disable":
-            why = "410 says that it is gone" if meaning.reason == "gone" else "its answer asks for that"
-            hint = "correct its `url`, or take it out of config.toml"
-            return f"a delivery would disable the destination, and be held: {why}", hint
-        case "abort":
-            is_final = meaning.reason == "final_status"
-            why = (
-                f"{answer.status} is in its `final_statuses`" if is_final else "the answer says abort-message"
+            reason = (
+                "410 Gone" if verdict.reason == "gone" else "the response has `webhook-delivery: disable`"
             )
-            return f"a delivery would be dead at once: {why}", "ask the receiver why"
+            hint = "correct its `url`, or remove the destination from config.toml"
+            return f"would disable the destination and be held: {reason}", hint
+        case "abort":
+            is_final = verdict.reason == "final_status"
+            reason = (
+                f"{response.status} is in its `final_statuses`"
+                if is_final
+                else "the response has `webhook-delivery: abort-message`"
+            )
+            return f"would be dead at once: {reason}", "look for the cause in the receiver's log"
         case "hold":
-            return "nothing was sent, and deliveries would be held", _unblock(config, answer.error or "")
-    if meaning.pause:
-        wait = render_duration(meaning.pause)
-        verdict = f"a delivery would be tried again, and the whole destination rest for {wait}"
-        return verdict, "the receiver asks for it by Retry-After"
-    return "a delivery would be tried again, by the schedule", _mend(config, answer)
+            return "would be held; nothing was sent", _hint_for_hold(config, response.error or "")
+    if verdict.pause:
+        wait = render_duration(verdict.pause)
+        return (
+            f"would be retried; the whole destination would rest for {wait}",
+            "the response has a `Retry-After` header",
+        )
+    return "would be retried by the schedule", _hint_for_retry(config, response)
 
 
-def _unblock(config: DestinationConfig, why: str) -> str:
-    if why.startswith("not asked: "):
-        return "raise LimitNOFILE of the service, or close what else holds descriptors or memory"
-    if "is the relay itself" in why:
+def _hint_for_hold(config: DestinationConfig, error: str) -> str:
+    if error.startswith("not sent: "):
+        return "raise LimitNOFILE of the service, or free descriptors or memory on this machine"
+    if "is the relay itself" in error:
         return "the relay never sends to itself: correct its `url`"
-    if why.endswith(" address") and not config.allow_private:
-        return f"if it is meant to be there, set `allow_private = true` in [destinations.{config.name}]"
+    if error.endswith(" address") and not config.allow_private:
+        return f"if the address is right, set `allow_private = true` in [destinations.{config.name}]"
     return "correct its `url`"
 
 
-def _mend(config: DestinationConfig, answer: Answer) -> str:
-    """Say where to look after a failure that would be tried again."""
-    if answer.status in (401, 403):
+def _hint_for_retry(config: DestinationConfig, response: HttpResult) -> str:
+    """Return where to look for the cause of a failure that would be retried."""
+    if response.status in (401, 403):
         return (
-            "does it know one of the destination's `secrets`? With a request that it captured:"
+            "does the receiver know one of the destination's `secrets`? Check a captured request with"
             f" `relay verify --destination {config.name} --request FILE`"
         )
-    if answer.status in (404, 405):
-        return f"does its `url` lead to the hook, and does that take {config.method}?"
+    if response.status in (404, 405):
+        return f"does its `url` point to the webhook endpoint, and does that accept {config.method}?"
     return {
-        "3xx": "redirects are never followed: set `url` to where it leads",
-        "dns": "correct the name in `url`, or this machine's DNS",
-        "connect": "does it listen there, and may this machine reach it?",
-        "timeout": "is it up, and does it answer before its work? Else raise `timeout`",
-        "tls": "a certificate of its own kind needs `ca_file`; does `url` have the certificate's name?",
-        "protocol": "does its `url` lead to an HTTP server, and with the right scheme?",
-        "format": f"mend the plugin that offers the format {config.format}; the log has the traceback",
-    }.get(answer.result, "look into the receiver's log")
+        "3xx": "redirects are never followed: set `url` to their target",
+        "dns": "correct the name in `url`, or fix DNS on this machine",
+        "connect": "does the receiver listen there, and does a firewall let this machine connect?",
+        "timeout": "is the receiver up, and does it respond before it does its work? Else raise `timeout`",
+        "tls": "a private CA needs `ca_file`; does the certificate have the name in `url`?",
+        "protocol": "does its `url` point to an HTTP server, and is the scheme right?",
+        "format": f"fix the plugin that provides the format {config.format}; the log has the traceback",
+    }.get(response.result, "look for the cause in the receiver's log")

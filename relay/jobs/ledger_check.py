@@ -3,7 +3,7 @@
 import logging
 
 from relay.base.clock import SECOND, Clock
-from relay.delivery.dispatcher import Engine
+from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import Metrics
 from relay.store import Store
 
@@ -13,7 +13,7 @@ log = logging.getLogger("relay")
 class LedgerCheck:
     """Compares the ledger with the table of deliveries, and sets the gauges that need a query."""
 
-    def __init__(self, store: Store, engine: Engine, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, store: Store, engine: Dispatcher, metrics: Metrics, clock: Clock) -> None:
         self._store = store
         self._engine = engine
         self._metrics = metrics

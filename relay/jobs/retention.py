@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from relay.delivery.dispatcher import Engine
+from relay.delivery.dispatcher import Dispatcher
 from relay.delivery.lane import NO_STORAGE, Lane
 from relay.store import Store
 from relay.store.retention_policy import Policy
@@ -16,7 +16,7 @@ class Upkeep:
 
     every = 60.0  # seconds between passes
 
-    def __init__(self, store: Store, engine: Engine, policy: Policy) -> None:
+    def __init__(self, store: Store, engine: Dispatcher, policy: Policy) -> None:
         self.policy = policy
         self._store = store
         self._engine = engine
@@ -52,4 +52,4 @@ class Upkeep:
 
 def _is_holding(lane: Lane) -> bool:
     """Return whether deliveries are held; a probe in progress does not end that."""
-    return lane.held not in {None, NO_STORAGE} or lane.standing.circuit.is_open
+    return lane.held not in {None, NO_STORAGE} or lane.health.circuit.is_open

@@ -99,7 +99,7 @@ def no_sockets(monkeypatch):
 async def test_a_socket_that_this_machine_cannot_make_is_no_answer(client_for, no_sockets, number, what):
     async with receivers.answers() as receiver:
         no_sockets(number)
-        with pytest.raises(client_module.LackError, match=what):
+        with pytest.raises(client_module.OutOfResourcesError, match=what):
             await send(client_for(), receiver.url)
         assert receiver.connections == 0
 
@@ -145,7 +145,7 @@ async def test_a_name_that_cannot_be_looked_up_for_want_of_descriptors_is_no_fai
     monkeypatch.setattr(resolver_module.socket, "getaddrinfo", fail)
     assert (await send(client_for(), "http://absent.example/")).result == "dns"
     no_sockets(errno.EMFILE)
-    with pytest.raises(client_module.LackError, match="out of file descriptors"):
+    with pytest.raises(client_module.OutOfResourcesError, match="out of file descriptors"):
         await send(client_for(), "http://absent.example/")
 
 
@@ -154,7 +154,7 @@ async def test_a_name_that_cannot_be_looked_up_for_want_of_a_thread_is_no_failur
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(resolver_module.threading.Thread, "start", fail)
-    with pytest.raises(client_module.LackError, match="out of memory"):
+    with pytest.raises(client_module.OutOfResourcesError, match="out of memory"):
         await send(client_for(), "http://absent.example/")
 
 
@@ -163,7 +163,7 @@ async def test_a_kept_connection_that_died_is_not_replaced_without_a_descriptor(
         client = client_for()
         await send(client, receiver.url)
         no_sockets(errno.EMFILE)
-        with pytest.raises(client_module.LackError):
+        with pytest.raises(client_module.OutOfResourcesError):
             await send(client, receiver.url)
 
 
@@ -180,7 +180,7 @@ async def test_a_lane_says_what_is_lacking_and_goes_on_by_itself(
         rows = await ended(store, 40)
     assert {(row["state"], row["attempts"]) for row in rows} == {("delivered", 1)}
     assert sorted(receiver.ids) == sorted(sent * 2)
-    assert (ping["ok"], ping["error"]) == (False, "not asked: this machine is out of file descriptors")
-    assert ping["verdict"] == "nothing was sent, and deliveries would be held"
+    assert (ping["ok"], ping["error"]) == (False, "not sent: this machine is out of file descriptors")
+    assert ping["verdict"] == "would be held; nothing was sent"
     lines = [record for record in caplog.records if "out of file descriptors" in record.message]
     assert 1 <= len(lines) <= 3

@@ -15,7 +15,7 @@ from support import until
 from wire import exchange, request
 
 from relay.app import App
-from relay.delivery import progress
+from relay.delivery import dispatcher
 from relay.errors import StorageError
 from relay.plugin_loading.loader import load
 from relay.store.disk import BALLAST, Disk
@@ -273,7 +273,7 @@ async def fill_up(relay, disk):
 async def test_nothing_writable_holds_the_lanes_starves_no_watchdog_and_heals(
     tmp_path, disk, recorder, monkeypatch
 ):
-    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    monkeypatch.setattr(dispatcher, "STUCK_AFTER", 100_000)
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url, "concurrency = 2"))
     async with running(config) as relay:
         recorder.open.clear()

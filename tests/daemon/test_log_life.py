@@ -42,12 +42,12 @@ async def test_at_debug_every_step_of_an_event_is_a_line_with_its_ids(tmp_path, 
     async with Daemon(configured(tmp_path, recorder, "debug")) as daemon:
         assert (await notify(daemon, token="guessed-token")).status == 403
         assert (await notify(daemon, x_request_id="caller-42.a_b")).status == 200
-        await until(lambda: of(daemon, "relay.delivery", "delivered"))
+        await until(lambda: of(daemon, "relay.delivery", "succeeded"))
         assert await daemon.stop() == 0
     [refused] = of(daemon, "relay.ingest", "refused with 403")
     [accepted] = of(daemon, "relay.ingest", "moddy: accepted")
     [failed] = of(daemon, "relay.delivery", "crm: attempt 1 failed")
-    [delivered] = of(daemon, "relay.delivery", "crm: attempt 2 delivered")
+    [delivered] = of(daemon, "relay.delivery", "crm: attempt 2 succeeded")
     assert refused["request_id"].startswith("req_")
     assert (refused["source"], refused["status"], refused["reason"]) == ("moddy", 403, "auth")
     assert "event_id" not in refused

@@ -14,8 +14,8 @@ from wire import exchange, request
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
 from relay.delivery import ping
-from relay.delivery.http.result import Answer
-from relay.delivery.ping import judge
+from relay.delivery.http.result import HttpResult
+from relay.delivery.ping import explain
 from relay.delivery.retry import Verdict
 from relay.demo.receiver import Receiver
 
@@ -50,7 +50,7 @@ async def test_a_ping_is_signed_says_what_it_is_and_is_kept_nowhere(tmp_path):
         assert (arrival.type, arrival.subject, arrival.problem) == ("relay.ping", "crm", None)
         assert (said["ok"], said["status"], said["result"]) == (True, 204, "ok")
         assert (said["held"], said["signatures"], said["hint"]) == (None, 1, "")
-        assert said["verdict"] == "a delivery would be delivered"
+        assert said["verdict"] == "would be delivered"
         assert await kept(relay) == NOTHING
         [books] = (await relay.operator("GET", "/api/destinations"))["items"]
         assert (books["created"], books["in_flight"]) == (0, 0)
@@ -105,7 +105,7 @@ async def test_a_410_disables_nothing_and_says_that_it_would(crm):
     recorder.answers.append((410, {}))
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
     assert ["status", "410"] in said.rows
-    assert "verdict\ta delivery would disable the destination, and be held: 410" in said.out
+    assert "verdict\twould disable the destination and be held: 410 Gone" in said.out
     assert relay.app.engine.lanes["crm"].held is None
 
 
@@ -115,7 +115,7 @@ async def test_a_private_address_is_not_dialled_and_the_key_to_set_is_named(tmp_
         async with running(config) as relay:
             said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
     assert ["error", "not dialled: 127.0.0.1 is a loopback address"] in said.rows
-    assert said.err == "if it is meant to be there, set `allow_private = true` in [destinations.crm]\n"
+    assert said.err == "if the address is right, set `allow_private = true` in [destinations.crm]\n"
     assert recorder.ids == []
 
 
@@ -147,7 +147,7 @@ async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
         said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json", code=1)).json
     assert said["timing_ms"]["dns"] is not None
     assert [said["timing_ms"][step] for step in ("connect", "tls", "first_byte")] == [None] * 3
-    assert said["hint"] == "does it listen there, and may this machine reach it?"
+    assert said["hint"] == "does the receiver listen there, and does a firewall let this machine connect?"
 
 
 async def test_one_at_a_time(crm):
@@ -158,19 +158,19 @@ async def test_one_at_a_time(crm):
     second = await post(relay)
     assert (second.status, second.json["error"]["code"]) == (409, "busy")
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert said.err == "a test of 'crm' is under way already\n  wait for its answer, and try again\n"
+    assert said.err == "a test of 'crm' is already running\n  wait for its result, then try again\n"
     recorder.open.set()
     assert (await first).json["ok"]
     assert (await post(relay)).json["ok"]
 
 
 async def test_a_destination_that_outlasts_the_patience_of_commands_is_not_waited_for(crm, monkeypatch):
-    monkeypatch.setattr(ping, "PATIENCE", 0.05)
+    monkeypatch.setattr(ping, "MAX_SECONDS", 0.05)
     relay, recorder = crm
     recorder.open.clear()
     said = (await post(relay)).json
     assert (said["ok"], said["result"]) == (False, "timeout")
-    assert said["error"] == "no answer within 50ms, the most that a test waits"
+    assert said["error"] == "no response within 50ms, the longest time that a test waits"
 
 
 async def test_a_reload_meanwhile_lets_the_ping_end_as_it_began(crm, tmp_path):
@@ -202,26 +202,28 @@ async def test_an_unknown_one_is_404(crm):
 @pytest.mark.parametrize(
     ("answer", "meaning", "verdict", "hint"),
     [
-        ({"result": "3xx", "status": 301}, {}, "tried again, by the schedule", "are never followed"),
-        ({"result": "4xx", "status": 401}, {}, "tried again", "relay verify --destination crm --request"),
-        ({"result": "4xx", "status": 404}, {}, "tried again", "does that take POST?"),
-        ({"result": "4xx", "status": 418}, {}, "tried again", "look into the receiver's log"),
-        ({"result": "5xx", "status": 503}, {"pause": 60.0}, "destination rest for 1m", "Retry-After"),
-        ({"result": "4xx", "status": 400}, {"kind": "abort"}, "says abort-message", "ask the receiver"),
+        ({"result": "3xx", "status": 301}, {}, "retried by the schedule", "are never followed"),
+        ({"result": "4xx", "status": 401}, {}, "retried", "relay verify --destination crm --request"),
+        ({"result": "4xx", "status": 404}, {}, "retried", "does that accept POST?"),
+        ({"result": "4xx", "status": 418}, {}, "retried", "look for the cause in the receiver's log"),
+        ({"result": "5xx", "status": 503}, {"pause": 60.0}, "destination would rest for 1m", "Retry-After"),
+        ({"result": "4xx", "status": 400}, {"kind": "abort"},
+         "`webhook-delivery: abort-message`", "the receiver's log"),
         ({"result": "4xx", "status": 400}, {"kind": "abort", "reason": "final_status"},
-         "dead at once: 400 is in its `final_statuses`", "ask the receiver"),
-        ({"result": "4xx", "status": 400}, {"kind": "disable", "reason": "asked"}, "asks for that", "`url`"),
-        ({"result": "dns"}, {}, "tried again", "DNS"),
-        ({"result": "timeout"}, {}, "tried again", "raise `timeout`"),
-        ({"result": "tls"}, {}, "tried again", "`ca_file`"),
-        ({"result": "protocol"}, {}, "tried again", "right scheme"),
-        ({"result": "format"}, {}, "tried again", "the format standard"),
+         "dead at once: 400 is in its `final_statuses`", "the receiver's log"),
+        ({"result": "4xx", "status": 400}, {"kind": "disable", "reason": "asked"},
+         "`webhook-delivery: disable`", "`url`"),
+        ({"result": "dns"}, {}, "retried", "DNS"),
+        ({"result": "timeout"}, {}, "retried", "raise `timeout`"),
+        ({"result": "tls"}, {}, "retried", "`ca_file`"),
+        ({"result": "protocol"}, {}, "retried", "is the scheme right"),
+        ({"result": "format"}, {}, "retried", "the format standard"),
         ({"result": "blocked", "error": "not dialled: 0.0.0.0 is a unspecified addres"}, {"kind": "hold"},
          "nothing was sent", "correct its `url`"),
     ],
 )  # fmt: skip
 def test_what_an_answer_would_mean_is_said_in_words(answer, meaning, verdict, hint):
     config = DestinationConfig(name="crm", url="http://crm.example")
-    said = judge(config, Answer(**answer), Verdict(**{"kind": "retry", **meaning}))
+    said = explain(config, HttpResult(**answer), Verdict(**{"kind": "retry", **meaning}))
     assert verdict in said[0]
     assert hint in said[1]

@@ -15,7 +15,7 @@ from wire import request
 from relay.base.units import parse_duration
 from relay.config.schema import CircuitConfig, DestinationConfig, RetryConfig
 from relay.config.secrets import Secret
-from relay.delivery.retry import verdict
+from relay.delivery.retry import verdict_of
 from relay.formats import FORMATS
 from relay.model import StoredEvent
 from relay.signing import verify
@@ -106,7 +106,7 @@ def test_the_table_has_every_kind_of_response():
 @pytest.mark.parametrize(("row", "statuses", "headers", "kind"), ANSWERS)
 def test_a_response_in_the_table_has_the_described_effect(row, statuses, headers, kind):
     for status in statuses:
-        meaning = verdict(status, "timeout", headers, now=0, max_retry_after=20.0)
+        meaning = verdict_of(status, "timeout", headers, now=0, max_retry_after=20.0)
         assert meaning.kind == kind
         assert meaning.hint == (30 if kind == "retry" and headers else None)
         assert meaning.pause == (20 if row == "429 or 503 with `Retry-After`" else None)

@@ -10,7 +10,7 @@ from stores import accept
 from relay.base.clock import SystemClock
 from relay.config.schema import DestinationConfig, RetryConfig
 from relay.config.secrets import Secret
-from relay.delivery.dispatcher import Engine
+from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import Metrics
 from relay.routing.router import router_of
 
@@ -90,7 +90,7 @@ async def engine_for(store, *destinations, own=(), **options):
     """Run an engine for these destinations; events are owed by their `events` and terms."""
     store.route = route(destinations)
     configs = {config.name: config for config in destinations}
-    engine = Engine(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
+    engine = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
     store.listener = engine.listen
     await engine.start(own)
     try:

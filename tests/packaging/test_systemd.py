@@ -22,7 +22,7 @@ from relay import app as app_module
 from relay.app import App
 from relay.cli import COMMANDS, exit_codes
 from relay.config.schema import Server
-from relay.delivery import progress
+from relay.delivery import dispatcher
 from relay.errors import RelayError
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import load
@@ -255,7 +255,7 @@ async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager,
 
 
 async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path, manager, monkeypatch):
-    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    monkeypatch.setattr(dispatcher, "STUCK_AFTER", 100_000)
     async with Recorder() as receiver:
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
         async with running(config) as relay:
@@ -277,7 +277,7 @@ async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path,
 
 
 async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, monkeypatch):
-    monkeypatch.setattr(progress, "PATIENCE", 100_000)
+    monkeypatch.setattr(dispatcher, "STUCK_AFTER", 100_000)
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/nobody"))
     async with running(config) as relay:
         for number in range(12):
@@ -309,21 +309,21 @@ async def test_starvation_is_said_once(manager, caplog):
 
 def test_a_lane_that_looks_again_and_again_is_not_stuck():
     class Lane:
-        looks = ((0, True), (0, True))
+        refills = ((0, True), (0, True))
 
     clock, lane = FakeClock(), Lane()
-    watch = progress.Progress(clock)
+    watch = dispatcher.StuckLanes(clock)
     for look in range(5):
-        lane.looks = ((look, True), (look, True))
-        assert watch.stuck({"crm": lane}) == []
+        lane.refills = ((look, True), (look, True))
+        assert watch.find({"crm": lane}) == []
         clock.advance(59)
-    assert watch.stuck({"crm": lane}) == []
+    assert watch.find({"crm": lane}) == []
     clock.advance(2)
-    assert watch.stuck({"crm": lane}) == ["crm"]
-    lane.looks = ((4, True), (5, False))
-    assert watch.stuck({"crm": lane}) == ["crm"]
-    lane.looks = ((5, True), (5, False))
-    assert watch.stuck({"crm": lane}) == []
+    assert watch.find({"crm": lane}) == ["crm"]
+    lane.refills = ((4, True), (5, False))
+    assert watch.find({"crm": lane}) == ["crm"]
+    lane.refills = ((5, True), (5, False))
+    assert watch.find({"crm": lane}) == []
 
 
 # --- the unit files -------------------------------------------------------------------------------------

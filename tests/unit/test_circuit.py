@@ -6,18 +6,18 @@ from hypothesis import strategies as st
 
 from relay.base.clock import SECOND
 from relay.config.schema import CircuitConfig
-from relay.delivery.circuit_breaker import TROUBLE, UNSENT, Circuit
+from relay.delivery.circuit_breaker import FAILURE_RESULTS, NEUTRAL_RESULTS, CircuitBreaker
 from relay.model import RESULTS
 
 NOW = 1_700_000_000 * SECOND
-LIFE = sorted(set(RESULTS) - TROUBLE - UNSENT)
+LIFE = sorted(set(RESULTS) - FAILURE_RESULTS - NEUTRAL_RESULTS)
 
 
 class Destination:
     """A circuit with a clock, fed with results of attempts."""
 
     def __init__(self, concurrency=8, **config):
-        self.circuit = Circuit(CircuitConfig(**config), concurrency)
+        self.circuit = CircuitBreaker(CircuitConfig(**config), concurrency)
         self.now = NOW
 
     def ends(self, *results):
@@ -44,7 +44,7 @@ def opened(**config):
     return destination
 
 
-@pytest.mark.parametrize("result", sorted(TROUBLE))
+@pytest.mark.parametrize("result", sorted(FAILURE_RESULTS))
 def test_ten_of_the_same_trouble_in_a_row_open_it_and_nine_do_not(result):
     destination = Destination()
     assert destination.ends(*[result] * 9) is None
@@ -54,7 +54,7 @@ def test_ten_of_the_same_trouble_in_a_row_open_it_and_nine_do_not(result):
 
 
 def test_different_troubles_add_up():
-    assert Destination().ends(*sorted(TROUBLE), "dns", "5xx", "429") == "opened"
+    assert Destination().ends(*sorted(FAILURE_RESULTS), "dns", "5xx", "429") == "opened"
 
 
 @pytest.mark.parametrize("result", LIFE)
@@ -64,7 +64,7 @@ def test_any_other_answer_proves_life_and_the_count_begins_anew(result):
     assert destination.ends("5xx") == "opened"
 
 
-@pytest.mark.parametrize("result", sorted(UNSENT))
+@pytest.mark.parametrize("result", sorted(NEUTRAL_RESULTS))
 def test_what_never_went_out_says_nothing_either_way(result):
     destination = Destination()
     assert destination.ends(*["connect", result] * 9) is None
@@ -162,7 +162,7 @@ def test_a_late_answer_of_an_attempt_begun_before_the_opening_proves_life():
 def test_an_operator_may_have_the_probe_made_now():
     destination = opened()
     destination.after(30).ends("timeout")
-    destination.circuit.probe_at(destination.now)
+    destination.circuit.probe_by(destination.now)
     assert destination.limit == 1
     destination.ends("timeout")
     assert destination.probe_in == 60
@@ -172,7 +172,7 @@ def test_another_config_is_probed_at_once_and_waits_by_its_own_rules():
     destination = Destination(failures=3, probe=30, max_probe=300)
     destination.ends("5xx", "5xx", "5xx")
     destination.after(30).ends("5xx")
-    destination.circuit.change(CircuitConfig(failures=3, probe=5, max_probe=10), 8, destination.now)
+    destination.circuit.reconfigure(CircuitConfig(failures=3, probe=5, max_probe=10), 8, destination.now)
     assert destination.limit == 1
     destination.ends("5xx")
     assert destination.probe_in == 10
@@ -181,7 +181,7 @@ def test_another_config_is_probed_at_once_and_waits_by_its_own_rules():
 def test_another_config_forgets_failures_and_takes_the_number_at_once_from_it():
     destination = Destination(failures=3)
     destination.ends("5xx", "5xx")
-    destination.circuit.change(CircuitConfig(failures=3), 4, destination.now)
+    destination.circuit.reconfigure(CircuitConfig(failures=3), 4, destination.now)
     assert destination.ends("5xx") is None
     assert destination.limit == 4
 
@@ -192,16 +192,16 @@ def test_another_config_goes_on_ramping_up_within_its_concurrency(concurrency, l
     destination.ends(*["5xx"] * 10)
     destination.after(30).ends("ok", "ok")
     assert destination.limit == 2
-    destination.circuit.change(CircuitConfig(), concurrency, destination.now)
+    destination.circuit.reconfigure(CircuitConfig(), concurrency, destination.now)
     assert destination.limit == limit
 
 
 def test_asking_for_a_probe_opens_nothing_and_puts_nothing_off():
     destination = Destination()
-    destination.circuit.probe_at(destination.now)
+    destination.circuit.probe_by(destination.now)
     assert destination.limit == 8
     destination = opened()
-    destination.circuit.probe_at(destination.now + 3600 * SECOND)
+    destination.circuit.probe_by(destination.now + 3600 * SECOND)
     assert destination.probe_in == 30
 
 

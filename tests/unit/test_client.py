@@ -19,12 +19,12 @@ def name(value):
 
 ENDS = [
     # what the receiver is like, the result, the status, a part of the error
-    (receivers.hang, "timeout", None, "no answer within 200ms"),
-    (receivers.never_reads, "timeout", None, "no answer within"),
-    (receivers.hang_in_head, "timeout", None, "no answer within"),
-    (receivers.drip_head, "timeout", None, "no answer within"),
-    (receivers.hang_in_body, "ok", 200, "body was not complete within 200ms"),
-    (receivers.drip_body, "5xx", 500, "body was not complete within"),
+    (receivers.hang, "timeout", None, "no response within 200ms"),
+    (receivers.never_reads, "timeout", None, "no response within"),
+    (receivers.hang_in_head, "timeout", None, "no response within"),
+    (receivers.drip_head, "timeout", None, "no response within"),
+    (receivers.hang_in_body, "ok", 200, "the body was incomplete after 200ms"),
+    (receivers.drip_body, "5xx", 500, "the body was incomplete after"),
 ]
 
 
@@ -59,15 +59,15 @@ async def test_a_connect_that_hangs_is_left_at_the_connect_timeout(client_for, c
 
 TOO_MUCH = [
     # what the receiver is like, the result, the status, a part of the error
-    (receivers.endless_headers, "ok", 200, "far more than an answer"),
-    (receivers.informational_flood, "protocol", None, "far more than an answer"),
-    (receivers.many_headers, "ok", 200, "far more than an answer"),
-    (receivers.huge_header, "ok", 200, "far more than an answer"),
+    (receivers.endless_headers, "ok", 200, "the response is too large"),
+    (receivers.informational_flood, "protocol", None, "the response is too large"),
+    (receivers.many_headers, "ok", 200, "the response is too large"),
+    (receivers.huge_header, "ok", 200, "the response is too large"),
     (receivers.huge_status_line, "protocol", None, "more than 8190 bytes"),
     (receivers.huge_body, "ok", 200, None),
     (receivers.endless_chunks, "ok", 200, None),
-    (receivers.endless_chunk_extension, "ok", 200, "far more than an answer"),
-    (receivers.endless_trailers, "ok", 200, "far more than an answer"),
+    (receivers.endless_chunk_extension, "ok", 200, "the response is too large"),
+    (receivers.endless_trailers, "ok", 200, "the response is too large"),
     (receivers.gzip_bomb, "ok", 200, None),
 ]
 
@@ -117,7 +117,7 @@ async def test_a_yes_stays_a_yes_when_the_body_then_breaks(client_for, broken):
 @pytest.mark.parametrize(
     ("make", "result", "error"),
     [
-        (receivers.closes_unanswered, "protocol", "closed the connection without an answer"),
+        (receivers.closes_unanswered, "protocol", "closed the connection without a response"),
         (receivers.resets, "connect", "Connection reset by peer"),
     ],
 )

@@ -17,7 +17,7 @@ from relay.config.client_cert import ClientCert
 from relay.config.problems import ConfigError
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.errors import RelayError
 from relay.plugin_loading.loader import load
 
@@ -90,7 +90,7 @@ async def test_a_receiver_that_demands_a_certificate_is_shown_it(
     destination = DestinationConfig(
         name="crm", url="", ca_file=certificates.ca, client_cert=shown, allow_private=True
     )
-    client = Client(destination)
+    client = HttpClient(destination)
     async with receivers.shows_certificates(tls=demanding) as receiver:
         answer = await send(client, receiver.url)
         await client.close()
@@ -184,7 +184,7 @@ def test_a_certificate_that_is_no_use_is_a_problem_that_names_the_file(files, ta
 
 def test_a_certificate_that_became_useless_after_the_check_stops_the_start_with_its_name(files):
     async def build():
-        Client(DestinationConfig(name="crm", url="", client_cert=ClientCert(cert=files / "empty.pem")))
+        HttpClient(DestinationConfig(name="crm", url="", client_cert=ClientCert(cert=files / "empty.pem")))
 
     with pytest.raises(RelayError, match=r"client_cert of crm: .*empty\.pem holds no certificate"):
         asyncio.run(build())

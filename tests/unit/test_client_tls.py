@@ -7,7 +7,7 @@ import receivers
 from client import SHORT, send
 
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.response import KEEP_LIMIT
 from relay.errors import RelayError
 
@@ -38,7 +38,7 @@ async def test_a_bad_certificate_is_a_tls_failure_with_its_reason(
         assert (answer.result, answer.status) == ("tls", None)
         assert (
             answer.error
-            == f"certificate of 127.0.0.1 not accepted: {answer.error.partition('accepted: ')[2]}"
+            == f"certificate of 127.0.0.1 is not trusted: {answer.error.partition('trusted: ')[2]}"
         )
         assert reason in answer.error
         assert receiver.requests == []
@@ -55,7 +55,7 @@ async def test_an_authority_that_nobody_trusts_is_a_tls_failure(client_for, cert
     ("make", "reason"),
     [
         (receivers.speaks_first, "wrong version number"),
-        (receivers.closes_at_once, "broke off the TLS handshake"),
+        (receivers.closes_at_once, "closed the connection during the TLS handshake"),
     ],
 )
 async def test_a_port_without_tls_is_a_tls_failure(client_for, make, reason):
@@ -70,7 +70,7 @@ def test_a_ca_file_that_cannot_be_used_stops_the_start_with_its_name(tmp_path):
     empty.write_text("no certificate")
 
     async def build(path):
-        Client(DestinationConfig(name="zoo", url="", ca_file=path))
+        HttpClient(DestinationConfig(name="zoo", url="", ca_file=path))
 
     for path in (empty, tmp_path / "absent.pem"):
         with pytest.raises(RelayError, match=path.name):

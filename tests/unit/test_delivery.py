@@ -9,7 +9,7 @@ from support import until
 
 from relay.config.schema import CircuitConfig, RetryConfig
 from relay.config.secrets import Secret
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.errors import StorageError
 from relay.formats import FORMATS, Format
 from relay.model import DestinationState
@@ -75,7 +75,7 @@ async def test_a_format_that_fails_spends_attempts_and_ends_dead(store, receiver
     async with engine_for(store, config, destination("ok", receiver.url), formats=odd(render)) as engine:
         await send(store)
         rows = await ended(store, 2)
-        assert engine.lanes["crm"].standing.circuit.is_open is False
+        assert engine.lanes["crm"].health.circuit.is_open is False
     by_name = {row["destination"]: row for row in rows}
     assert by_name["ok"]["state"] == "delivered"
     dead = by_name["crm"]
@@ -106,7 +106,7 @@ async def test_a_probe_that_cannot_be_written_makes_way_for_another(store, recei
     receiver.answers = [(500, {})]
     async with engine_for(store, config, formats=odd(render)) as engine:
         await send(store)
-        await until(lambda: engine.lanes["crm"].standing.circuit.is_open)
+        await until(lambda: engine.lanes["crm"].health.circuit.is_open)
         await send(store, subject="poison")
         [row] = await ended(store)
         assert row["state"] == "delivered"
@@ -131,7 +131,7 @@ async def test_a_receiver_that_is_gone_is_disabled_and_its_deliveries_are_held(
     async with engine_for(store, destination("crm", receiver.url)) as engine:
         first = await send(store)
         lane = engine.lanes["crm"]
-        await until(lambda: lane.standing.state.disabled_reason == reason)
+        await until(lambda: lane.health.state.disabled_reason == reason)
         second = await send(store)
         assert (await store.ledger.audit())["crm"].pending == 2
         assert len(receiver.requests) == 1
@@ -179,11 +179,11 @@ async def test_no_more_than_concurrency_at_once(store, receiver):
 
 
 async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store, receiver, monkeypatch):
-    monkeypatch.setattr("relay.delivery.feed.WINDOW", 8)
+    monkeypatch.setattr("relay.delivery.lane.WINDOW_SIZE", 8)
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url, concurrency=2)) as engine:
         ids = [await send(store) for _ in range(60)]
-        assert len(engine.lanes["crm"]._first) <= 8
+        assert len(engine.lanes["crm"]._first.deliveries) <= 8
         receiver.gate.set()
         await ended(store, 60)
     arrived = [headers["webhook-id"] for headers, _ in receiver.requests]
@@ -192,10 +192,10 @@ async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store,
 
 async def test_bodies_beyond_the_memory_budget_are_read_back_when_a_slot_frees(store, receiver):
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url, concurrency=1), memory=0) as engine:
+    async with engine_for(store, destination("crm", receiver.url, concurrency=1), body_bytes=0) as engine:
         for number in range(5):
             await send(store, b'{"n":%d}' % number)
-        assert all(delivery.event is None for delivery in engine.lanes["crm"]._first._window)
+        assert all(delivery.event is None for delivery in engine.lanes["crm"]._first.deliveries)
         receiver.gate.set()
         await ended(store, 5)
     assert sorted(json.loads(body)["data"]["n"] for _, body in receiver.requests) == [0, 1, 2, 3, 4]
@@ -278,7 +278,7 @@ def written_with(content_type):
 
 
 UNMADE = {
-    "a line break in a header": (written_with("text/plain\r\nx-evil: 1"), "ValueError: a header holds"),
+    "a line break in a header": (written_with("text/plain\r\nx-evil: 1"), "ValueError: a header contains"),
     "a header that cannot be encoded": (written_with("text/\ud83d"), "UnicodeEncodeError"),
     "a header that is no text": (written_with(7), "TypeError"),
     "an exit": (odd(leave), "SystemExit: 3"),
@@ -294,7 +294,7 @@ async def test_a_request_that_cannot_be_made_spends_attempts_and_blocks_no_key(s
         await send(store)
         await send(store)
         rows = await ended(store, 2)
-        assert not engine.lanes["crm"].standing.circuit.is_open
+        assert not engine.lanes["crm"].health.circuit.is_open
     assert [(row["state"], row["reason"], row["attempts"]) for row in rows] == [("dead", "exhausted", 3)] * 2
     assert error in rows[0]["last_error"]
     attempts = await store.queries.find("attempts", delivery_id=rows[0]["id"])
@@ -314,13 +314,13 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, order_by="subject", retry=retry)
     receiver.usual = (200 if where == "standing" else 500, {})
-    async with engine_for(store, config, memory=0) as engine:
+    async with engine_for(store, config, body_bytes=0) as engine:
         if where == "client":
-            monkeypatch.setattr(Client, "send", fail_later)
+            monkeypatch.setattr(HttpClient, "send", fail_later)
         elif where == "load":
             monkeypatch.setattr(store.events, "load", fail_later)
         else:
-            monkeypatch.setattr(engine.lanes["crm"].standing, "succeed", fail_later)
+            monkeypatch.setattr(engine.lanes["crm"].health, "succeed", fail_later)
         await send(store)
         await send(store)
         rows = await ended(store, 2)

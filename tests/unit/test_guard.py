@@ -8,7 +8,7 @@ import receivers
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.ssrf import NEVER, SPECIAL, refused
 
 PORT = 9000
@@ -55,7 +55,7 @@ def wrapped(v4: str) -> list[str]:
 async def dial(resolver=None, *, url="http://receiver.example:9000/", allow_private=False, own=()):
     """Send through a client of its own and return the answer."""
     destination = DestinationConfig(name="guarded", url=url, allow_private=allow_private, timeout=5.0)
-    client = Client(destination, own=own, resolver=resolver)
+    client = HttpClient(destination, own=own, resolver=resolver)
     try:
         return await client.send(url, {}, b"{}")
     finally:
@@ -190,7 +190,7 @@ async def test_a_name_that_is_bound_anew_between_look_ups_is_judged_anew():
         names = Names(["127.0.0.1"], ["127.0.0.3"])
         url = f"http://receiver.example:{receiver.port}/"
         destination = DestinationConfig(name="rebound", url=url, allow_private=True, timeout=5.0)
-        client = Client(destination, own=[("127.0.0.3", receiver.port)], resolver=names)
+        client = HttpClient(destination, own=[("127.0.0.3", receiver.port)], resolver=names)
         try:
             assert (await client.send(url, {}, b"{}")).result == "ok"
             client._pooled.clear_dns_cache()

@@ -43,10 +43,10 @@ async def test_a_destination_that_does_not_change_keeps_lane_circuit_and_bucket(
         await send_many(store, 5)
         await until(lambda: engine.lanes["crm"].held == "circuit open")
         lane = engine.lanes["crm"]
-        kept = lane._pace, lane._sender, lane.standing.circuit
+        kept = lane._rate, lane._runner, lane.health.circuit
         await change(engine, store, msgspec.structs.replace(crm))
         assert engine.lanes == {"crm": lane}
-        assert (lane._pace, lane._sender, lane.standing.circuit) == kept
+        assert (lane._rate, lane._runner, lane.health.circuit) == kept
         assert lane.held == "circuit open"
 
 
@@ -61,7 +61,7 @@ async def test_a_changed_url_is_gone_to_at_once_while_an_attempt_hangs_at_the_ol
         await until(lambda: other.ids == [second])
         receiver.gate.set()
         rows = await ended(store, 2)
-        await until(lambda: not engine.lanes["crm"]._former)
+        await until(lambda: not engine.lanes["crm"]._replaced)
     assert receiver.ids == [first]
     assert {row["state"] for row in rows} == {"delivered"}
     assert await unaccounted(store) == {"crm": 0}
@@ -124,11 +124,11 @@ async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_i
         await send_many(store, 4)
         await until(lambda: engine.lanes["crm"].held == "circuit open")
         waiting = await send_many(store, 10)
-        assert engine.lanes["crm"].standing.state.failing_since is not None
+        assert engine.lanes["crm"].health.state.failing_since is not None
         await change(engine, store, msgspec.structs.replace(crm, url=other.url))
         await ended(store, 10)
         assert sorted(other.ids) == sorted(waiting)
-        assert engine.lanes["crm"].standing.state.failing_since is None
+        assert engine.lanes["crm"].health.state.failing_since is None
         assert other.most_busy <= 4
     assert (await store.queries.destination_states())["crm"].failing_since is None
 
@@ -138,7 +138,7 @@ async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, rec
     crm = destination("crm", receiver.url, retry=LATER)
     async with engine_for(store, crm) as engine:
         await send(store)
-        await until(lambda: engine.lanes["crm"].standing.state.failing_since is not None)
+        await until(lambda: engine.lanes["crm"].health.state.failing_since is not None)
         await until(lambda: not engine.lanes["crm"].in_flight)
         moment = CLOCK.steady()
         await change(engine, store, msgspec.structs.replace(crm, url=other.url))
@@ -154,7 +154,7 @@ async def test_a_destination_that_has_left_shows_no_open_circuit(store, receiver
     async with engine_for(store, crm) as engine:
         await send_many(store, 4)
         await until(lambda: engine.lanes["crm"].held == "circuit open")
-        shown = engine.lanes["crm"].standing._metrics.registry.get_sample_value
+        shown = engine.lanes["crm"].health._metrics.registry.get_sample_value
         circuit = ("relay_destination_circuit_open", {"destination": "crm"})
         assert shown(*circuit) == 1
         await change(engine, store)
@@ -209,11 +209,11 @@ async def test_a_pause_survives_a_change(store, receiver, other):
     crm = destination("crm", receiver.url)
     async with engine_for(store, crm) as engine:
         lane = engine.lanes["crm"]
-        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=True))
+        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=True))
         await send(store)
         await change(engine, store, msgspec.structs.replace(crm, url=other.url))
         assert engine.lanes["crm"].held == "paused"
-        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=False))
+        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=False))
         await ended(store)
     assert (len(receiver.ids), len(other.ids)) == (0, 1)
 
@@ -238,9 +238,9 @@ async def test_a_removed_destination_keeps_what_it_is_owed_and_gets_it_when_it_r
         owed = await send_many(store, 5)
         await until(lambda: len(other.ids) == 5)
         lane = engine.lanes["gone"]
-        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=True))
+        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=True))
         owed += await send_many(store, 5)
-        await lane.set_state(msgspec.structs.replace(lane.standing.state, paused=False))
+        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=False))
         await change(engine, store, crm)
         await send_many(store, 2)
         await ended(store, 12, destination="crm")
@@ -312,11 +312,11 @@ async def test_renewed_certificates_get_a_new_client_and_leave_the_rest_alone(st
     crm = destination("crm", receiver.url, ca_file=certificates.ca)
     async with engine_for(store, crm) as engine:
         lane = engine.lanes["crm"]
-        sender, circuit = lane._sender, lane.standing.circuit
-        lane.standing.rest(60 * SECOND)
+        sender, circuit = lane._runner, lane.health.circuit
+        lane.health.rest(60 * SECOND)
         await change(engine, store, crm)
-        assert lane._sender is not sender
-        assert (lane.standing.circuit, lane.held) == (circuit, "resting")
+        assert lane._runner is not sender
+        assert (lane.health.circuit, lane.held) == (circuit, "resting")
 
 
 async def test_a_plan_that_fails_leaves_nothing_open_and_nothing_changed(store, receiver, tmp_path):

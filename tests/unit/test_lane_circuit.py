@@ -90,7 +90,7 @@ async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(s
         lane = engine.lanes["crm"]
         await send(store)
         await until(lambda: lane.held == "circuit open" and not lane._tasks)
-        due = lane.standing.circuit.open_until
+        due = lane.health.circuit.open_until
         readings = iter([due - 1])
         with monkeypatch.context() as patched:
             patched.setattr(CLOCK, "steady", lambda: next(readings, due + 1))
@@ -109,7 +109,7 @@ async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, recei
         await until(lambda: lane.held == "circuit open" and not lane._tasks)
         receiver.gate.clear()
         await until(lambda: lane.in_flight == 1 and len(lane._tasks) == 1)
-        assert len(lane._first) + len(lane._retry) <= 2
+        assert len(lane._first.deliveries) + len(lane._retry.deliveries) <= 2
         assert receiver.busy == 1
         receiver.gate.set()
 
@@ -168,7 +168,7 @@ async def test_a_refused_address_holds_everything_and_opens_no_circuit(store, re
         await send_many(store, 20)
         lane = engine.lanes["crm"]
         await until(lambda: lane.held == "resting" and not lane._tasks)
-        assert not lane.standing.circuit.is_open
+        assert not lane.health.circuit.is_open
         attempts, recorded = await spent(store)
         assert attempts == 0
         assert 1 <= recorded <= 8
@@ -202,7 +202,7 @@ async def test_a_success_in_between_counts_as_life(store, receiver):
         for number in range(4):
             await send(store)
             await ended(store, number + 1)
-        assert engine.lanes["crm"].standing.state == DestinationState(name="crm")
+        assert engine.lanes["crm"].health.state == DestinationState(name="crm")
     assert receiver.times[-1] - receiver.times[0] > 0.3 * SECOND
 
 
@@ -220,7 +220,7 @@ async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver)
     await store.open()
     async with engine_for(store, crm) as engine:
         lane = engine.lanes["crm"]
-        assert lane.standing.state.failing_since is not None
+        assert lane.health.state.failing_since is not None
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         assert await spent(store) == (2, 2)
     await store.close()
@@ -241,13 +241,13 @@ async def test_enabling_probes_at_once_releases_what_is_held_and_counts_failures
         await send_many(store, 5)
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         before = await spent(store)
-        lane.standing.circuit.open_until += 3600 * SECOND
+        lane.health.circuit.open_until += 3600 * SECOND
         receiver.answers, receiver.usual = [(500, {})], (200, {})  # a failure right after changes nothing
         await lane.set_state(
-            msgspec.structs.replace(lane.standing.state, disabled_at=None, disabled_reason=None)
+            msgspec.structs.replace(lane.health.state, disabled_at=None, disabled_reason=None)
         )
         rows = await ended(store, 5)
-        assert lane.standing.state == DestinationState(name="crm")
+        assert lane.health.state == DestinationState(name="crm")
     assert [row["state"] for row in rows] == ["delivered"] * 5
     assert sum(row["attempts"] for row in rows) == before[0] + 5
 

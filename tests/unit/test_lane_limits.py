@@ -98,7 +98,7 @@ async def test_with_one_slot_first_attempts_and_retries_take_turns(store, receiv
         await until(lambda: receiver.requests)
         receiver.gate.clear()
         await send_many(store, 60)
-        await until(lambda: len(engine.lanes["crm"]._retry) == 1)  # due, and waiting for the slot
+        await until(lambda: len(engine.lanes["crm"]._retry.deliveries) == 1)  # due, and waiting for the slot
         assert len(receiver.ids) == 2
         receiver.gate.set()
         await ended(store, 61)
@@ -117,7 +117,7 @@ async def test_within_a_rate_limit_first_attempts_and_retries_take_turns(store, 
 
 
 async def test_what_is_old_leaves_before_what_is_new(store, monkeypatch):
-    monkeypatch.setattr("relay.delivery.feed.WINDOW", 4)
+    monkeypatch.setattr("relay.delivery.lane.WINDOW_SIZE", 4)
     accepted, sending = [], []
 
     class Busy(Receiver):

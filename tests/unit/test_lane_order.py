@@ -92,7 +92,7 @@ async def test_what_expires_while_it_waits_for_a_slot_is_not_sent(store, receive
     async with engine_for(store, crm) as engine:
         first = await send(store)
         await send_many(store, 10)
-        assert len(engine.lanes["crm"]._first) == 10
+        assert len(engine.lanes["crm"]._first.deliveries) == 10
         stored = CLOCK.steady()
         await until(lambda: CLOCK.steady() > stored + 0.1 * SECOND)
         receiver.gate.set()
@@ -127,7 +127,7 @@ async def test_a_final_status_ends_a_delivery_at_once_and_frees_its_key(store, r
         first, second = await send(store), await send(store)
         await ended(store, 2, destination="crm")
         [spared] = await ended(store, 1, destination="spare")
-        assert not engine.lanes["crm"].standing.circuit.is_open
+        assert not engine.lanes["crm"].health.circuit.is_open
     dead, delivered = await ended(store, 2, destination="crm")
     assert (dead["state"], dead["reason"], dead["attempts"]) == ("dead", "final_status", 1)
     assert delivered["state"] == spared["state"] == "delivered"

@@ -10,7 +10,7 @@ from relay.config.client_cert import ClientCert
 from relay.config.problems import ConfigError
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
-from relay.delivery.http.http_client import Client
+from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.ssrf import refused_target
 from relay.plugin_loading.loader import load
 
@@ -35,7 +35,7 @@ class Nowhere:
 async def through(proxy, url, *, allow_private=False, own=(), resolver=None):
     """Send through a client of its own."""
     destination = DestinationConfig(name="behind", url=url, allow_private=allow_private, proxy=proxy)
-    client = Client(destination, own=own, resolver=resolver)
+    client = HttpClient(destination, own=own, resolver=resolver)
     try:
         return await client.send(url, {}, b"{}")
     finally:
@@ -106,7 +106,7 @@ async def test_a_bad_certificate_behind_the_tunnel_is_a_tls_failure_that_names_t
     ):
         answer = await send(client_for(ca_file=certificates.ca, proxy=at(proxy)), receiver.url)
         assert (answer.result, receiver.requests) == ("tls", [])
-        assert "certificate of 127.0.0.1 not accepted: certificate has expired" in answer.error
+        assert "certificate of 127.0.0.1 is not trusted: certificate has expired" in answer.error
 
 
 REFUSALS = [
@@ -126,7 +126,7 @@ async def test_a_tunnel_that_is_refused_is_a_connect_failure_and_no_answer_of_th
         answer = await send(client_for(proxy=at(proxy)), "https://receiver.example/")
         assert (answer.result, answer.status, answer.headers) == ("connect", None, {})
         assert answer.error == (
-            f"through the proxy 127.0.0.1:{proxy.port}: the tunnel was refused: HTTP {status}"
+            f"through the proxy 127.0.0.1:{proxy.port}: the proxy refused the tunnel: HTTP {status}"
         )
 
 
@@ -162,16 +162,16 @@ async def test_a_proxy_that_stalls_is_left_at_the_total_timeout(client_for, make
         answer = await send(client, f"{scheme}://receiver.example/")
         assert lasted.seconds < SHORT + GRACE
         assert answer.result == "timeout"
-        assert "no answer within 200ms" in answer.error
+        assert "no response within 200ms" in answer.error
 
 
 GIBBERISH = [
-    (receivers.speaks_first, "protocol", "malformed answer"),
-    (receivers.closes_unanswered, "protocol", "closed the connection without an answer"),
+    (receivers.speaks_first, "protocol", "malformed response"),
+    (receivers.closes_unanswered, "protocol", "closed the connection without a response"),
     (receivers.huge_header, "protocol", ""),
     (receivers.huge_status_line, "protocol", ""),
     (receivers.endless_headers, "protocol", ""),
-    (receivers.informational_flood, "protocol", "far more than an answer"),
+    (receivers.informational_flood, "protocol", "the response is too large"),
     (receivers.resets, "connect", "the connection broke: Connection reset by peer"),
     (receivers.huge_body, "tls", ""),  # 200, and then what is no TLS
 ]

@@ -9,13 +9,13 @@ from receivers import head
 from sloppy import OK, SLOPPY, status_of
 
 from relay.delivery.http.response import (
-    ANNOUNCEMENT_LIMIT,
     HEAD_LIMIT,
+    INTERIM_LIMIT,
     KEEP_LIMIT,
     LINE_LIMIT,
     READ_LIMIT,
     WIRE_LIMIT,
-    Reply,
+    ResponseParser,
 )
 from relay.delivery.http.result import of_status
 
@@ -26,7 +26,7 @@ MOST_CUTS = 300
 
 def read(pieces, *, ends=True):
     """Return everything that is known of an answer that comes in these pieces, and whether it ended."""
-    reply = Reply()
+    reply = ResponseParser()
     for piece in pieces:
         reply.feed(piece)
     over = reply.is_over
@@ -135,20 +135,20 @@ def test_a_connection_is_kept_only_where_nothing_is_in_doubt(name):
         assert read(pieces, ends=False)[-3] == keeps, pieces
 
 
-@pytest.mark.parametrize("count", [ANNOUNCEMENT_LIMIT, ANNOUNCEMENT_LIMIT + 1])
+@pytest.mark.parametrize("count", [INTERIM_LIMIT, INTERIM_LIMIT + 1])
 def test_announcements_before_the_answer_have_a_limit(count):
     data = head("102 Processing") * count + head(content_length=0)
     whole = read([data])
-    assert whole[0] == (200 if count == ANNOUNCEMENT_LIMIT else None)
+    assert whole[0] == (200 if count == INTERIM_LIMIT else None)
     assert read([data[at : at + 7] for at in range(0, len(data), 7)]) == whole
 
 
 def test_a_body_is_kept_and_read_up_to_its_limits():
     for size, whole in ((KEEP_LIMIT, True), (KEEP_LIMIT + 1, False), (READ_LIMIT, False)):
-        reply = Reply()
+        reply = ResponseParser()
         reply.feed(head(content_length=size) + bytes(size))
         assert (len(reply.body), reply.whole, reply.keeps) == (min(size, KEEP_LIMIT), whole, True)
-    reply = Reply()
+    reply = ResponseParser()
     reply.feed(head(content_length=READ_LIMIT + 1) + bytes(READ_LIMIT + 1))
     assert (len(reply.body), reply.whole, reply.keeps, reply.is_over) == (KEEP_LIMIT, False, False, True)
 
@@ -177,7 +177,7 @@ ENDLESS = {
 @pytest.mark.parametrize("size", [1000, 2**18])
 def test_whatever_never_ends_is_left_after_some_bytes(name, size):
     start, more, status = ENDLESS[name]
-    reply = Reply()
+    reply = ResponseParser()
     reply.feed(start)
     fed = 0
     stream = more * (2 * WIRE_LIMIT // len(more))

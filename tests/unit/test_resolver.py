@@ -11,7 +11,7 @@ from lanes import destination, ended, engine_for
 from lanes import send as send_event
 
 from relay.delivery.http import resolver as resolver_module
-from relay.delivery.http.timings import Times
+from relay.delivery.http.result import Timing
 
 pytestmark = pytest.mark.usefixtures("silence")
 
@@ -141,7 +141,7 @@ async def test_a_ping_looks_its_name_up_anew(client_for, moving):
     async with receivers.answers() as old, receivers.answers() as new:
         client = client_for()
         for moving.to in (old, new):
-            answer = await client.send(URL, {}, b"{}", Times())
+            answer = await client.send(URL, {}, b"{}", Timing())
             assert (answer.result, len(moving.to.requests)) == ("ok", 1)
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from relay.base.clock import SECOND
 from relay.config.schema import RetryConfig
-from relay.delivery.retry import RetryPolicy, Verdict, label, parse_retry_after, verdict
+from relay.delivery.http.result import of_status
+from relay.delivery.retry import RetryPolicy, Verdict, parse_retry_after, verdict_of
 
 NOW = 1_700_000_000 * SECOND  # Tue, 14 Nov 2023 22:13:20 GMT
 DEFAULT = RetryPolicy.of(RetryConfig())
@@ -22,9 +23,9 @@ rands = st.floats(0, 1, exclude_max=True)
 
 
 def judge(status, result="", headers=None):
-    return verdict(
+    return verdict_of(
         status,
-        result or (label(status) if status is not None else "connect"),
+        result or (of_status(status) if status is not None else "connect"),
         headers or {},
         now=NOW,
         max_retry_after=3600.0,
@@ -160,7 +161,7 @@ def test_every_date_the_standard_library_writes_is_read_back(at):
     ],
 )  # fmt: skip
 def test_every_status_has_one_of_the_closed_labels(status, name):
-    assert label(status) == name
+    assert of_status(status) == name
 
 
 FINAL = Verdict(kind="abort", reason="final_status")
@@ -182,7 +183,9 @@ FINAL = Verdict(kind="abort", reason="final_status")
 )
 def test_a_destination_s_final_statuses_end_a_delivery(status, result, headers, meaning):
     final = (200, 302, 400, 410, 503)  # the two that mean something else keep their meaning
-    assert verdict(status, result, headers, now=NOW, max_retry_after=3600.0, final_statuses=final) == meaning
+    assert (
+        verdict_of(status, result, headers, now=NOW, max_retry_after=3600.0, final_statuses=final) == meaning
+    )
 
 
 OK = Verdict(kind="ok")

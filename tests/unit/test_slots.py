@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.delivery.limits import OWN, Slots
+from relay.delivery.limits import OWN_SLOTS, Slots
 
 
 class Waiter:
@@ -31,7 +31,7 @@ class Waiter:
 
 
 def test_every_lane_has_two_slots_of_its_own_beside_the_cap():
-    slots = Slots(cap=3)
+    slots = Slots(shared=3)
     greedy, modest = Waiter(slots, 10), Waiter(slots, 10)
     greedy.fill()
     modest.fill()
@@ -39,7 +39,7 @@ def test_every_lane_has_two_slots_of_its_own_beside_the_cap():
 
 
 def test_who_was_refused_is_told_when_a_slot_is_free():
-    slots = Slots(cap=1)
+    slots = Slots(shared=1)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
     second.fill()
@@ -50,7 +50,7 @@ def test_who_was_refused_is_told_when_a_slot_is_free():
 
 
 def test_who_was_refused_often_is_told_once():
-    slots = Slots(cap=1)
+    slots = Slots(shared=1)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
     for _ in range(3):
@@ -61,7 +61,7 @@ def test_who_was_refused_often_is_told_once():
 
 
 def test_the_own_slots_free_nothing_for_others():
-    slots = Slots(cap=0)
+    slots = Slots(shared=0)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
     second.fill()
@@ -70,7 +70,7 @@ def test_the_own_slots_free_nothing_for_others():
 
 
 def test_a_slot_that_one_waiter_has_no_use_for_any_more_is_the_next_ones():
-    slots = Slots(cap=1)
+    slots = Slots(shared=1)
     holder, paused, waiting = Waiter(slots, 3), Waiter(slots, 3), Waiter(slots, 3)
     for waiter in (holder, paused, waiting):
         waiter.fill()
@@ -80,7 +80,7 @@ def test_a_slot_that_one_waiter_has_no_use_for_any_more_is_the_next_ones():
 
 
 def test_waiters_are_served_in_the_order_of_their_coming():
-    slots = Slots(cap=1)
+    slots = Slots(shared=1)
     lanes = [Waiter(slots, 3) for _ in range(4)]
     for lane in lanes:
         lane.fill()
@@ -108,7 +108,7 @@ def test_the_cap_is_never_passed_and_never_left_unused(cap, wants, ends):
             lane.wants -= 1
             lane.end()
             lane.fill()
-        shared = Counter({lane: max(0, lane.active - OWN) for lane in lanes}).total()
+        shared = Counter({lane: max(0, lane.active - OWN_SLOTS) for lane in lanes}).total()
         lacking = any(lane.active < lane.wants for lane in lanes)
         assert shared == cap if lacking else shared <= cap
     for lane in lanes:
@@ -117,4 +117,4 @@ def test_the_cap_is_never_passed_and_never_left_unused(cap, wants, ends):
             lane.end()
     late = Waiter(slots, 100)
     late.fill()
-    assert late.active == cap + OWN
+    assert late.active == cap + OWN_SLOTS

@@ -7,7 +7,7 @@ from stores import accept
 from support import FakeClock
 
 from relay.config.schema import DestinationConfig, Retention
-from relay.delivery.dispatcher import Engine
+from relay.delivery.dispatcher import Dispatcher
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.model import DestinationState, Owed
@@ -38,10 +38,10 @@ async def store(tmp_path, clock):
 @pytest.fixture
 async def engine(store, clock):
     """Lanes of which one is paused and one waits for an answer to its probe."""
-    engine = Engine(DESTINATIONS, store=store, clock=clock, metrics=Metrics({}, DESTINATIONS))
+    engine = Dispatcher(DESTINATIONS, store=store, clock=clock, metrics=Metrics({}, DESTINATIONS))
     await engine.start()
     await engine.lanes["paused"].set_state(DestinationState(name="paused", paused=True))
-    circuit = engine.lanes["dead"].standing.circuit
+    circuit = engine.lanes["dead"].health.circuit
     while not circuit.is_open:
         circuit.record("connect", clock.steady(), circuit.openings)
     yield engine

@@ -1,4 +1,4 @@
-"""aiohttp's client, set up so that a receiver can do no harm with it."""
+"""Connection pools: aiohttp's connector with a protocol that limits what a receiver can do."""
 
 import asyncio
 import functools
@@ -13,102 +13,97 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relay.config.schema import DestinationConfig
-from relay.delivery.http.response import TOO_MUCH, WIRE_LIMIT, Reply
+from relay.delivery.http.response import TOO_MUCH, WIRE_LIMIT, ResponseParser
 from relay.errors import RelayError
 
 _SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
-_HEADS = 16  # heads waiting to be looked at; a proxy has use for one or two before the answer
+_HEADS = 16  # heads that wait to be read; a proxy needs one or two before the final response
 
 DNS_TTL = 10
 """Seconds that a resolved address is used for new connections.
 
-The system's resolver does not tell a record's TTL, so this is its upper bound: shorter ones are honoured
-10 s late at most, and longer ones are kept by the system's resolver.
+The system's resolver does not report a record's TTL. A shorter TTL is followed at most 10 s late; the
+system's resolver keeps longer ones.
 """
 
 AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
-"""Family, type, protocol, canonical name and address: what a socket is about to connect to."""
+"""Family, type, protocol, canonical name and address that a socket is about to connect to."""
 
 SocketFactory = Callable[[AddressInfo], socket.socket]
 
 
 class Protocol(ResponseHandler):
-    """Reads answers with a `Reply`, and bounds what a proxy answers, which aiohttp parses itself.
+    """Reads responses with a `ResponseParser`, and limits those of a proxy, which aiohttp parses.
 
     Args:
-        loop: the running one.
-        unasked: called when the receiver sends what it was not asked for.
+        loop: the running loop.
+        unexpected: called when the receiver sends bytes while no request is in flight.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, unasked: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, unexpected: Callable[[], None]) -> None:
         super().__init__(loop)
-        self.connected_at = time.perf_counter()  # made between the connect and the TLS handshake
+        self.connected_at = time.perf_counter()  # after the connect, before the TLS handshake
         self.answered_at = 0.0  # when the last status line was complete
-        self._unasked = unasked
-        self._reply: Reply | None = None
-        self._waiter: asyncio.Future[None] | None = None  # for all of the reply
+        self._unexpected = unexpected
+        self._response: ResponseParser | None = None
+        self._finished: asyncio.Future[None] | None = None  # for the end of the response
         self._tunnel_bytes = 0
 
-    async def hear(self, reply: Reply) -> None:
-        """Read an answer to its end, or for as long as it can be read.
+    async def receive(self, response: ResponseParser) -> None:
+        """Read a response to its end, or to the first byte that cannot be parsed.
 
         Raises:
             aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError: it has no status line.
         """
-        self._reply, self._waiter = reply, self._loop.create_future()
+        self._response, self._finished = response, self._loop.create_future()
         try:
-            await self._waiter
+            await self._finished
         finally:
-            self._reply = self._waiter = None
-        if reply.status is None:
-            raise HttpProcessingError(message=reply.trouble or "no HTTP answer")
+            self._response = self._finished = None
+        if response.status is None:
+            raise HttpProcessingError(message=response.trouble or "no HTTP response")
 
     def data_received(self, data: bytes) -> None:
-        """Take in what arrived."""
-        reply = self._reply
-        if reply is None:
+        """Parse bytes that arrived."""
+        response = self._response
+        if response is None:
             if self._parser is not None:
                 self._read_tunnel(data)
-            else:  # nothing that follows could be told from an answer
-                self._unasked()
+            else:  # later bytes could not be told from the next response
+                self._unexpected()
                 self.abort()
             return
-        reply.feed(data)
-        if not self.answered_at and reply.status is not None:
+        response.feed(data)
+        if not self.answered_at and response.status is not None:
             self.answered_at = time.perf_counter()
-        if reply.is_over:
-            self._wake(None)
+        if response.is_over and self._finished is not None and not self._finished.done():
+            self._finished.set_result(None)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Take the end of the connection for the end of the answer."""
+        """End the response with the connection."""
         super().connection_lost(exc)
-        reply = self._reply
-        if reply is None:
+        response, finished = self._response, self._finished
+        if response is None or finished is None:
             return
-        is_answered = reply.status is not None
-        reply.end()
-        failure: BaseException | None = None
-        if not is_answered and not reply.is_garbage:
-            failure = exc or ServerDisconnectedError()
-            if isinstance(exc, OSError):
-                failure = ClientOSError(*exc.args)
-                failure.__cause__ = exc
-        self._wake(failure)
+        has_status = response.status is not None
+        response.end()
+        if finished.done():
+            return
+        if has_status or response.is_garbage:
+            finished.set_result(None)
+            return
+        failure: BaseException = exc or ServerDisconnectedError()
+        if isinstance(exc, OSError):
+            failure = ClientOSError(*exc.args)
+            failure.__cause__ = exc
+        finished.set_exception(failure)
 
     def close(self) -> None:
-        """Drop the connection: a polite TLS close waits 30 s for receivers that are hanging anyway."""
+        """Abort the connection: an orderly TLS close waits 30 s for a receiver that hangs."""
         self.abort()
 
-    def _wake(self, failure: BaseException | None) -> None:
-        if self._waiter is None or self._waiter.done():
-            return
-        if failure is None:
-            self._waiter.set_result(None)
-        else:
-            self._waiter.set_exception(failure)
-
     def _read_tunnel(self, data: bytes) -> None:
-        """Parse what a proxy answers to the wish for a tunnel."""
+        """Parse a proxy's response to the request for a tunnel."""
         self._tunnel_bytes += len(data)
         if self._tunnel_bytes <= WIRE_LIMIT and len(self._buffer) <= _HEADS:
             for at in range(0, len(data), _SLICE):
@@ -126,48 +121,48 @@ def open_connector(
     resolver: AbstractResolver,
     tls: ssl.SSLContext | bool,
     keep: bool,
-    unasked: Callable[[], None],
+    unexpected: Callable[[], None],
 ) -> TCPConnector:
     """Open a pool of connections.
 
     Args:
-        sockets: makes the socket of every single connect; may refuse with an `OSError`.
-        resolver: looks names up; the connector does not close it.
-        tls: what `tls_of` returned.
+        sockets: makes the socket of each connect; may raise an `OSError` to refuse it.
+        resolver: resolves names; the connector does not close it.
+        tls: the return value of `tls_of`.
         keep: whether connections are kept for the next request.
-        unasked: called when a receiver sends what it was not asked for.
+        unexpected: called when a receiver sends bytes while no request is in flight.
     """
     connector = TCPConnector(
         ssl=tls,
         resolver=resolver,
         ttl_dns_cache=DNS_TTL,
-        limit=0,  # the lane's slots bound it; waiting in a second queue would count as the receiver's
+        limit=0,  # the lane's slots limit it; a wait here would count against the receiver
         force_close=not keep,
         socket_factory=sockets,
     )
-    # There is no public way to a protocol of one's own.
+    # aiohttp has no public way to set the protocol.
     connector._factory = functools.partial(  # type: ignore[assignment]  # noqa: SLF001
         Protocol,
         loop=connector._loop,  # noqa: SLF001
-        unasked=unasked,
+        unexpected=unexpected,
     )
     return connector
 
 
 def tls_of(destination: DestinationConfig) -> ssl.SSLContext | bool:
-    """Return what a destination's `ca_file` and `client_cert` make of TLS; True: aiohttp's own defaults.
+    """Return the TLS context for a destination's `ca_file` and `client_cert`; True: aiohttp's defaults.
 
-    A `ca_file` alone is trusted, else the system's certificates.
+    With a `ca_file`, only its certificates are trusted, otherwise the system's.
 
     Raises:
-        RelayError: a file cannot be read, or does not hold what it should.
+        RelayError: a file cannot be read, or does not contain a certificate.
     """
     ca_file, client_cert = destination.ca_file, destination.client_cert
     if ca_file is None and client_cert is None:
         return True
     try:
         context = ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # ssl.SSLError is one, too
+    except OSError as error:  # ssl.SSLError is an OSError
         raise RelayError(
             f"ca_file {ca_file} cannot be used: {error.strerror or error}",
             hint="give the path of a PEM file with the certificates to trust",

@@ -1,4 +1,4 @@
-"""The HTTP client that deliveries go out with: whatever a receiver does becomes an `Answer`."""
+"""The HTTP client of one destination: whatever a receiver does becomes an `HttpResult`."""
 
 import asyncio
 import errno
@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 
+import msgspec
 from aiohttp import (
     ClientConnectionResetError,
     ClientConnectorDNSError,
@@ -26,63 +27,59 @@ from relay.delivery.http.connector import AddressInfo, open_connector, tls_of
 from relay.delivery.http.exchange import Exchange
 from relay.delivery.http.proxy import Proxy
 from relay.delivery.http.resolver import Resolver
-from relay.delivery.http.response import Reply
-from relay.delivery.http.result import Answer, of_failure, of_status, one_line
+from relay.delivery.http.response import ResponseParser
+from relay.delivery.http.result import HttpResult, Timing, of_failure, of_status, one_line
 from relay.delivery.http.ssrf import Blocked, refused
-from relay.delivery.http.timings import Times
 from relay.model import AttemptResult
 from relay.process.descriptors import LACK
 
 MAX_AGE = 60.0
-"""Seconds that a connection is used: a destination whose name moves is followed, however busy it is."""
+"""Seconds that a connection is used. A busy connection, too, must follow a name that moves."""
 
 DISTRUST = 600.0
-"""Seconds without kept connections after a receiver sent more than it had announced.
+"""Seconds without kept connections after a receiver sent more bytes than it announced.
 
-What comes late would be taken for the answer to the next request.
+Bytes that arrive late would be read as the response to the next request.
 """
 
-_STEERING = ("retry-after", "webhook-delivery")  # the headers that a delivery's fate may hang on
-_STEERING_LIMIT = 200  # characters; a date needs 29
+DELIVERY_HEADERS = ("retry-after", "webhook-delivery")
+"""Response headers that influence what happens to a delivery."""
 
-_course: ContextVar["_Course"] = ContextVar("course")
-"""How the attempt at hand goes."""
+_HEADER_LIMIT = 200  # characters of such a header; a date needs 29
 
-_times: ContextVar[Times | None] = ContextVar("times", default=None)
-"""What the attempt at hand notes its steps in, where somebody wants to know."""
+_current: ContextVar["_Request"] = ContextVar("current")
+"""The request that this task makes: `HttpClient._socket` is called without it."""
 
 
-class LackError(Exception):
-    """This machine had no descriptor or memory left for an attempt: it says nothing of the receiver."""
+class OutOfResourcesError(Exception):
+    """This machine has no descriptor or memory left for a request; says nothing about the receiver."""
 
     def __init__(self, number: int | None) -> None:
         self.what = "out of file descriptors" if number in (errno.EMFILE, errno.ENFILE) else "out of memory"
         super().__init__(f"this machine is {self.what}")
 
 
-class _Course:
-    """How one attempt goes."""
+class _Request(msgspec.Struct):
+    """What is known of one request so far."""
 
-    __slots__ = ("dialled", "lack", "reply")
-
-    def __init__(self) -> None:
-        self.dialled: list[str] = []  # addresses; none: it got a kept-alive connection
-        self.lack: OSError | None = None  # why no socket could be made
-        self.reply = Reply()
+    timing: Timing | None
+    parser: ResponseParser
+    dialled: tuple[str, ...] = ()  # addresses; empty: it uses a kept connection
+    socket_error: OSError | None = None  # why no socket could be made
 
 
-class Client:
-    """One destination's way out: its own pool, resolver, timeouts and trust.
+class HttpClient:
+    """One destination's connections, resolver, timeouts and trusted certificates.
 
-    To be built inside the running loop, and closed when nothing is being sent any more.
+    Create it inside the running loop, and close it when no request is in flight.
 
     Args:
-        destination: its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy` are used.
-        own: the relay's own listeners, as (address, port); never dialled.
-        resolver: stands in for the system's.
+        destination: uses its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy`.
+        own: the relay's own listeners as (address, port); never dialled.
+        resolver: replaces the system's resolver.
 
     Raises:
-        RelayError: a certificate's file cannot be read or used.
+        RelayError: a certificate file cannot be read or used.
     """
 
     def __init__(
@@ -103,187 +100,179 @@ class Client:
         tls, names = tls_of(destination), resolver or Resolver()
         self._exchange = Exchange(destination.method, destination.connect_timeout, self._proxy)
         self._pooled, self._fresh = (
-            open_connector(sockets=self._socket, resolver=names, tls=tls, keep=keep, unasked=self._distrust)
+            open_connector(
+                sockets=self._socket, resolver=names, tls=tls, keep=keep, unexpected=self._distrust
+            )
             for keep in (True, False)
         )
-        self._renewed = 0.0  # no connection made before is used (perf_counter)
-        self._distrusted_until = 0.0  # no connection is kept before (perf_counter)
+        self._renewed = 0.0  # older connections are not used (perf_counter)
+        self._distrusted_until = 0.0  # no connection is kept until then (perf_counter)
 
     async def send(
-        self, url: str | URL, headers: Mapping[str, str], body: bytes, times: Times | None = None
-    ) -> Answer:
-        """Send one request and say what came of it; a receiver can make this raise nothing.
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, timing: Timing | None = None
+    ) -> HttpResult:
+        """Send one request and return its result; no behaviour of a receiver raises.
 
-        The total timeout spans look-up, connect, handshake, upload and answer. A status once received
-        decides the result, even where the body then breaks off or stalls.
+        The timeout spans look-up, connect, handshake, upload and response. A status line that has arrived
+        decides the result, even if the body then breaks off or stalls.
 
         Args:
-            url: where to; a string goes out as written (a `%2F` in its query stays one).
-            headers: content type, signatures and what the destination wants besides.
-            body: the bytes that were signed.
-            times: filled in, on a connection of the request's own, so that every step is made.
+            url: the target; a string is sent as written (a `%2F` in its query stays one).
+            headers: content type, signatures and the destination's own headers.
+            body: the signed bytes.
+            timing: filled in; the request then uses a new connection, so that every step takes place.
 
         Raises:
-            ValueError: a header holds a line break.
-            LackError: this machine has run out of descriptors or memory; nothing was sent.
+            ValueError: a header contains a line break.
+            OutOfResourcesError: this machine has no descriptor or memory left; nothing was sent.
         """
         started = time.perf_counter()
-        course = _Course()
-        _course.set(course)
+        request = _Request(timing, ResponseParser())
+        _current.set(request)
         failure: Exception | None = None
         try:
             async with asyncio.timeout(self._timeout):
-                if times is None:
-                    await self._request(url, headers, body, course, started)
-                else:
-                    times.began = started
-                    await self._request_anew(url, headers, body, course, times)
+                await self._request(url, headers, body, request, started)
         except (ClientError, HttpProcessingError, OSError) as error:
             failure = error.with_traceback(None)  # aiohttp's frames and this one hold it: a cycle
         duration_ms = (time.perf_counter() - started) * 1000
-        reply = course.reply
+        response = request.parser
+        status = response.status
         try:
-            if reply.status is None:
-                return self._failed(failure, course, duration_ms)
-            return Answer(
-                result=of_status(reply.status),
-                status=reply.status,
-                error=self._remark(reply, failure),
-                headers=_steering(reply),
-                body=bytes(reply.body),
-                truncated=not reply.whole,
+            if status is None:
+                return self._failed(failure, request, duration_ms)
+            ok = 200 <= status < 300  # noqa: PLR2004 - HTTP's own numbers
+            clean = ok and response.is_over and response.trouble is None
+            return HttpResult(
+                result="ok" if ok else of_status(status),
+                status=status,
+                error=None if clean else self._error(response, failure),
+                headers={} if ok else _delivery_headers(response),
+                body=bytes(response.body),
+                truncated=not response.whole,
                 duration_ms=duration_ms,
             )
         finally:
             failure = None  # the traceback of its cause holds this frame: a cycle that keeps the body
 
     def renew(self) -> None:
-        """Look names up again, and use no connection any more that was made before."""
+        """Resolve names again, and use no connection that exists now for later requests."""
         self._renewed = time.perf_counter()
         for connector in (self._pooled, self._fresh):
             connector.clear_dns_cache()
 
     async def close(self) -> None:
-        """Close every connection; requests under way end as failures."""
+        """Close every connection; requests in flight fail."""
         await self._pooled.close()
         await self._fresh.close()
 
     async def _request(
-        self, url: str | URL, headers: Mapping[str, str], body: bytes, course: _Course, started: float
+        self, url: str | URL, headers: Mapping[str, str], body: bytes, request: _Request, started: float
     ) -> None:
-        """Get an answer; when a kept-alive connection had died meanwhile, ask once more.
+        """Get a response; if a kept connection turns out to be closed, send once more on a new one.
 
-        Receivers close idle connections at the very moment of a send: without this, 20 of 40 POSTs
-        failed. The second try has a connection of its own, so it cannot meet the same fate. The same
-        goes for one that carries what a receiver has sent behind its answer before.
+        Receivers close idle connections at the very moment of a request: without the second try, 20 of 40
+        POSTs failed. The same goes for a kept connection that carries bytes behind an earlier response.
         """
         oldest = max(self._renewed, started - MAX_AGE)
-        if started >= self._distrusted_until:
+        if request.timing is not None:
+            request.timing.began, oldest = started, 0.0
+            self._fresh.clear_dns_cache()
+        elif started >= self._distrusted_until:
+            response = request.parser
             try:
-                await self._exchange.ask(self._pooled, url, headers, body, course.reply, oldest=oldest)
+                await self._exchange.run(self._pooled, url, headers, body, response, oldest=oldest)
             except ClientConnectorError:
                 raise
             except (ClientOSError, ClientConnectionResetError, ServerDisconnectedError):
-                if course.dialled or course.reply.has_begun:
+                if request.dialled or response.has_begun:
                     raise
             except HttpProcessingError:
-                if course.dialled or not course.reply.is_garbage:
+                if request.dialled or not response.is_garbage:
                     raise
                 self._distrust()
             else:
-                if course.reply.excess:
+                if response.excess:
                     self._distrust()
                 return
-            course.reply = Reply()
-        await self._exchange.ask(self._fresh, url, headers, body, course.reply, oldest=oldest)
-
-    async def _request_anew(
-        self, url: str | URL, headers: Mapping[str, str], body: bytes, course: _Course, times: Times
-    ) -> None:
-        """Get an answer over a new connection, its name looked up anew, and note when each step was done."""
-        _times.set(times)
-        self._fresh.clear_dns_cache()
-        try:
-            await self._exchange.ask(self._fresh, url, headers, body, course.reply, oldest=0.0, times=times)
-        finally:
-            _times.set(None)
+            request.parser = ResponseParser()
+        await self._exchange.run(
+            self._fresh, url, headers, body, request.parser, oldest=oldest, timing=request.timing
+        )
 
     def _distrust(self) -> None:
-        """Keep no connection for a while."""
+        """Keep no connection for the next 10 minutes."""
         self._distrusted_until = time.perf_counter() + DISTRUST
 
     def _socket(self, info: AddressInfo) -> socket.socket:
-        """Make the socket of one connect, unless the guard refuses its address."""
+        """Return the socket for one connect, unless its address is refused."""
         family, kind, protocol, _, address = info
         host, port = str(address[0]), int(address[1])
-        course = _course.get()
+        request = _current.get()
         try:
             reason = refused(host, port, allow_private=self._allow_private, own=self._own)
             made = socket.socket(family, kind, protocol) if reason is None else None
         except OSError as error:
-            course.lack = error
+            request.socket_error = error
             raise
         if made is None:
             raise Blocked(reason or "")
-        course.dialled.append(host)
-        if (times := _times.get()) is not None:
-            times.dialled = times.dialled or time.perf_counter()
+        request.dialled += (host,)
+        if request.timing is not None and not request.timing.dialled:
+            request.timing.dialled = time.perf_counter()
         return made
 
-    def _failed(self, failure: Exception | None, course: _Course, duration_ms: float) -> Answer:
-        """Say why there is no answer.
+    def _failed(self, failure: Exception | None, request: _Request, duration_ms: float) -> HttpResult:
+        """Return the result of a request without a response.
 
         Raises:
-            LackError: the failure is this machine's own.
+            OutOfResourcesError: this machine has no descriptor or memory left.
         """
         if isinstance(failure, ClientConnectorError):
-            for connector in (self._pooled, self._fresh):  # the name may lead elsewhere by now
+            for connector in (self._pooled, self._fresh):  # the name may have moved
                 connector.clear_dns_cache()
-        lack = _lack(failure, course)
+        lack = _lack(failure, request)
         if lack is not None:
-            raise LackError(lack) from failure
-        result, text = self._name(failure, course.dialled)
-        return Answer(result=result, error=one_line(text), duration_ms=duration_ms)
-
-    def _name(self, failure: Exception | None, dialled: list[str]) -> tuple[AttemptResult, str]:
-        """Name a failure without an answer."""
+            raise OutOfResourcesError(lack) from failure
         result: AttemptResult
         if isinstance(failure, ConnectionTimeoutError):
             limit = render_duration(self._connect_timeout)
-            if not dialled:
+            if not request.dialled:
                 result, text = "dns", f"the name was not resolved within {limit}"
-            else:  # of a proxy, what was dialled may well have taken the connection
-                peer = "" if self._proxy else f" to {', '.join(dialled)}"
+            else:  # behind a proxy, the dialled address may well have accepted the connection
+                peer = "" if self._proxy else f" to {', '.join(request.dialled)}"
                 result, text = "timeout", f"no connection{peer} within {limit}"
         elif failure is None or isinstance(failure, TimeoutError):
-            result, text = "timeout", f"no answer within {render_duration(self._timeout)}"
+            result, text = "timeout", f"no response within {render_duration(self._timeout)}"
         else:
             result, text = of_failure(failure)
-        return result, text if self._proxy is None else f"through the proxy {self._proxy.name}: {text}"
+        if self._proxy is not None:
+            text = f"through the proxy {self._proxy.name}: {text}"
+        return HttpResult(result=result, error=one_line(text), duration_ms=duration_ms)
 
-    def _remark(self, reply: Reply, failure: Exception | None) -> str | None:
-        """Say what the operator should know of an answer; None when all is well."""
-        status = reply.status or 0
+    def _error(self, response: ResponseParser, failure: Exception | None) -> str | None:
+        """Return the error text of a response; None: there is nothing to report."""
+        status = response.status or 0
         result, trouble = of_status(status), ""
-        if reply.trouble is not None:
-            trouble = f"; {reply.trouble}"
-        elif not reply.is_over and failure is not None:
-            trouble = f"; its body was not complete within {render_duration(self._timeout)}"
+        if response.trouble is not None:
+            trouble = f"; {response.trouble}"
+        elif not response.is_over and failure is not None:
+            trouble = f"; the body was incomplete after {render_duration(self._timeout)}"
         if result == "ok" and not trouble:
             return None
-        line = f"HTTP {status} {reply.reason}".rstrip()
+        line = f"HTTP {status} {response.reason}".rstrip()
         if result == "3xx":
-            line += f" to {reply.headers.get('location', 'nowhere')}: redirects are never followed"
+            line += f" to {response.headers.get('location', 'nowhere')}: redirects are never followed"
         return one_line(line + trouble)
 
 
-def _lack(failure: Exception | None, course: _Course) -> int | None:
-    """Return the error number of what this machine had run out of in a failed attempt; None: of nothing."""
+def _lack(failure: Exception | None, request: _Request) -> int | None:
+    """Return the error number if this machine ran out of descriptors or memory, else None."""
     if not isinstance(failure, ClientConnectorError):
         return None
-    number = course.lack.errno if course.lack is not None else failure.os_error.errno
+    number = request.socket_error.errno if request.socket_error is not None else failure.os_error.errno
     if number not in LACK and isinstance(failure, ClientConnectorDNSError):
-        # Without a descriptor the C library cannot read its files, and says that there is no such name.
+        # Without a descriptor the C library cannot read its files, and reports that the name is unknown.
         try:
             socket.socket().close()
         except OSError as error:
@@ -291,11 +280,11 @@ def _lack(failure: Exception | None, course: _Course) -> int | None:
     return number if number in LACK else None
 
 
-def _steering(reply: Reply) -> dict[str, str]:
-    """Pick the headers that steer deliveries, where their values are plain ASCII of sane length."""
+def _delivery_headers(response: ResponseParser) -> dict[str, str]:
+    """Return the `DELIVERY_HEADERS` of a response whose values are short printable ASCII."""
     found = {}
-    for name in _STEERING:
-        value = reply.headers.get(name)
-        if value is not None and len(value) <= _STEERING_LIMIT and value.isascii() and value.isprintable():
+    for name in DELIVERY_HEADERS:
+        value = response.headers.get(name)
+        if value is not None and len(value) <= _HEADER_LIMIT and value.isascii() and value.isprintable():
             found[name] = value
     return found

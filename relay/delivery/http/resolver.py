@@ -1,4 +1,4 @@
-"""Name look-ups that hold up nobody else, not even the end of the process."""
+"""Name look-ups that block neither other work nor the end of the process."""
 
 import asyncio
 import errno
@@ -9,7 +9,7 @@ from contextlib import suppress
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 _LITERAL = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-_Found = asyncio.Future[list[ResolveResult]]
+_Addresses = asyncio.Future[list[ResolveResult]]
 _Info = tuple[
     socket.AddressFamily,
     socket.SocketKind,
@@ -20,35 +20,35 @@ _Info = tuple[
 
 
 class Resolver(AbstractResolver):
-    """The system's resolver, on a thread of its own per look-up.
+    """The system's resolver, with a separate thread for each look-up.
 
-    `getaddrinfo` can hang for half a minute and cannot be cancelled: in a shared pool, 12 dead names
-    held every other thread job for 18 s; in any `concurrent.futures` pool they would also hold the
-    exit of the process, which joins those threads. aiohttp joins concurrent look-ups of one name, so
-    a destination has one such thread at a time.
+    `getaddrinfo` can hang for half a minute and cannot be cancelled. In a shared thread pool, 12 dead names
+    blocked all other jobs for 18 s; in a `concurrent.futures` pool they would also block the exit of the
+    process, which joins those threads. aiohttp combines concurrent look-ups of one name, so a destination has
+    one such thread at a time.
     """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Look a name up.
+        """Return the addresses of a name.
 
         Raises:
-            OSError: it has no address, or the resolver failed.
+            OSError: the name has no address, or the resolver failed.
         """
-        found: _Found = asyncio.get_running_loop().create_future()
-        look_up = (found, host, port, family)
+        future: _Addresses = asyncio.get_running_loop().create_future()
+        look_up = (future, host, port, family)
         try:
             threading.Thread(target=_look_up, args=look_up, name=f"dns {host}", daemon=True).start()
-        except RuntimeError as error:  # the limit of threads, or of memory
+        except RuntimeError as error:  # no more threads, or no more memory
             raise OSError(errno.ENOMEM, str(error)) from error
-        return await found
+        return await future
 
     async def close(self) -> None:
-        """Do nothing: a look-up still under way ends on its own and is forgotten."""
+        """Do nothing: the result of a look-up that is still running is ignored."""
 
 
-def _look_up(found: _Found, host: str, port: int, family: socket.AddressFamily) -> None:
+def _look_up(future: _Addresses, host: str, port: int, family: socket.AddressFamily) -> None:
     results: list[ResolveResult] = []
     failure: OSError | None = None
     try:
@@ -58,24 +58,24 @@ def _look_up(found: _Found, host: str, port: int, family: socket.AddressFamily) 
         results = [_result(host, info) for info in infos]
     except OSError as error:
         failure = error
-    except UnicodeError as error:  # a label that IDNA cannot encode
+    except UnicodeError as error:  # IDNA cannot encode a label
         failure = OSError(f"not a host name: {error}")
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        found.get_loop().call_soon_threadsafe(_settle, found, results, failure)
+    with suppress(RuntimeError):  # the loop is closed
+        future.get_loop().call_soon_threadsafe(_settle, future, results, failure)
 
 
-def _settle(found: _Found, results: list[ResolveResult], failure: OSError | None) -> None:
-    if found.done():  # cancelled: the client was closed meanwhile
+def _settle(future: _Addresses, results: list[ResolveResult], failure: OSError | None) -> None:
+    if future.done():  # cancelled, because the client was closed
         return
     if failure is None:
-        found.set_result(results)
+        future.set_result(results)
     else:
-        found.set_exception(failure)
+        future.set_exception(failure)
 
 
 def _result(host: str, info: _Info) -> ResolveResult:
     family, _, proto, _, address = info
     literal, port = str(address[0]), int(address[1])
-    if len(address) == 4 and address[3]:  # noqa: PLR2004 - a link-local one needs its zone
+    if len(address) == 4 and address[3]:  # noqa: PLR2004 - a link-local address needs its zone
         literal = f"{literal}%{address[3]}"
     return ResolveResult(hostname=host, host=literal, port=port, family=family, proto=proto, flags=_LITERAL)

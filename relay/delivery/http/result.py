@@ -1,4 +1,4 @@
-"""What came of one HTTP try, in a closed set of words."""
+"""The result of one HTTP request: a closed label, the response, an error text, the time of each step."""
 
 import os
 import socket
@@ -25,42 +25,63 @@ from aiohttp.http_exceptions import HttpProcessingError
 from relay.delivery.http.ssrf import Blocked
 from relay.model import AttemptResult
 
-_LINE = 300  # characters of an error line: enough for a sentence with a host name in it
+_ERROR_LENGTH = 300  # characters of an error line: enough for a sentence with a host name in it
 
 
-class Answer(msgspec.Struct, kw_only=True, frozen=True, gc=False):
-    """How one HTTP try ended: the receiver's status where there was one, else what went wrong."""
+class HttpResult(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """The result of one request: the receiver's response if there is one, else the error."""
 
     result: AttemptResult
-    status: int | None = None  # None: no answer
-    error: str | None = None  # one line for the operator; also of an ok answer whose body broke off
-    headers: Mapping[str, str] = {}  # lower-case; only those that steer deliveries
-    body: bytes = b""  # first 16 KiB, as sent (never decompressed)
-    truncated: bool = False  # whether the body went on, or broke off
-    duration_ms: float = 0.0  # from the call to the last byte that we wanted
+    status: int | None = None  # None: no response
+    error: str | None = None  # one line for the operator; also set if the body of a 2xx is incomplete
+    headers: Mapping[str, str] = {}  # of a response other than 2xx: those of `DELIVERY_HEADERS`, lower-case
+    body: bytes = b""  # first 16 KiB as sent, never decompressed
+    truncated: bool = False  # the body is longer than `body`, or incomplete
+    duration_ms: float = 0.0  # from the call to the last byte that was read
+
+
+class Timing(msgspec.Struct):
+    """When each step of a request was done, by `time.perf_counter`; 0: the request did not get that far."""
+
+    began: float = 0.0
+    dialled: float = 0.0  # the name was resolved and the first connect began
+    connected: float = 0.0  # through a proxy: to the receiver, by the tunnel
+    ready: float = 0.0  # with TLS: the handshake was done
+    answered: float = 0.0  # the status line of the response had arrived
+
+    def steps(self, *, tls: bool) -> dict[str, float | None]:
+        """Return the milliseconds of each step; None: the request did not get that far, or skipped it."""
+        return {
+            "dns": _milliseconds(self.began, self.dialled),
+            "connect": _milliseconds(self.dialled, self.connected),
+            "tls": _milliseconds(self.connected, self.ready) if tls else None,
+            "first_byte": _milliseconds(self.ready, self.answered),
+        }
+
+
+def _milliseconds(start: float, end: float) -> float | None:
+    return round((end - start) * 1000, 1) if start and end else None
 
 
 def of_status(status: int) -> AttemptResult:
-    """Name the class of an HTTP status.
+    """Return the label of an HTTP status.
 
     >>> of_status(204), of_status(429), of_status(999)
     ('ok', '429', 'protocol')
     """
-    if 200 <= status < 300:  # noqa: PLR2004 - HTTP's own numbers
-        return "ok"
-    if status == 429:  # noqa: PLR2004 - HTTP's own number
+    if status == 429:  # noqa: PLR2004 - Too Many Requests, RFC 6585 §4
         return "429"
-    classes: dict[int, AttemptResult] = {3: "3xx", 4: "4xx", 5: "5xx"}
-    return classes.get(status // 100, "protocol")
+    labels: dict[int, AttemptResult] = {2: "ok", 3: "3xx", 4: "4xx", 5: "5xx"}
+    return labels.get(status // 100, "protocol")
 
 
 def of_failure(error: Exception) -> tuple[AttemptResult, str]:  # noqa: C901, PLR0911, PLR0912 - a table, one row per failure
-    """Name what aiohttp raised and say it in the operator's words; time-outs are the client's to name."""
+    """Return the label and a text for an error that aiohttp raised; the client itself labels timeouts."""
     match error:
         case ClientConnectorCertificateError():
             return (
                 "tls",
-                f"certificate of {error.host} not accepted: {_verification(error.certificate_error)}",
+                f"certificate of {error.host} is not trusted: {_verification(error.certificate_error)}",
             )
         case ClientConnectorSSLError():
             return "tls", f"TLS handshake with {_peer(error)} failed: {_tls(error.os_error)}"
@@ -69,39 +90,39 @@ def of_failure(error: Exception) -> tuple[AttemptResult, str]:  # noqa: C901, PL
         case ClientConnectorError(os_error=Blocked() as blocked) | (Blocked() as blocked):
             return "blocked", f"not dialled: {blocked.reason}"
         case ClientConnectorError(os_error=ConnectionResetError() | ConnectionAbortedError()) if error.ssl:
-            return "tls", f"{_peer(error)} broke off the TLS handshake"
+            return "tls", f"{_peer(error)} closed the connection during the TLS handshake"
         case ClientConnectorError():
             return "connect", f"cannot connect to {_peer(error)}: {_os(error.os_error)}"
-        case InvalidURL() | NonHttpUrlClientError():  # the URL itself stays out: it may hold a password
+        case InvalidURL() | NonHttpUrlClientError():  # the text leaves the URL out: it may hold a password
             return "blocked", f"not dialled: {getattr(error, 'description', None) or 'not an HTTP URL'}"
         case ServerDisconnectedError():
-            return "protocol", "the receiver closed the connection without an answer"
+            return "protocol", "the receiver closed the connection without a response"
         case ClientHttpProxyError():
-            return "connect", f"the tunnel was refused: HTTP {error.status} {error.message}".rstrip()
+            return "connect", f"the proxy refused the tunnel: HTTP {error.status} {error.message}".rstrip()
         case ClientResponseError() | HttpProcessingError():
-            return "protocol", f"malformed answer: {error.message}"
+            return "protocol", f"malformed response: {error.message}"
         case ClientPayloadError():
             cause = error.__cause__
             why = cause.message if isinstance(cause, HttpProcessingError) else error
-            return "protocol", f"the body broke off: {why}"
+            return "protocol", f"the response body is incomplete: {why}"
         case ClientOSError(__cause__=ssl.SSLError() as alert):
             return "tls", f"the receiver ended TLS: {_tls(alert)}"
         case ClientOSError(__cause__=ClientConnectionResetError()):
-            return "connect", "the connection broke before the request was out"
+            return "connect", "the connection broke before the request was sent"
         case ClientOSError() | OSError():
             return "connect", f"the connection broke: {_os(error)}"
         case _:
-            return "protocol", f"no usable answer: {error!r}"
+            return "protocol", f"no usable response: {error!r}"
 
 
 def one_line(text: str) -> str:
-    r"""Make text of any origin fit for a log line: printable ASCII, single spaces, 300 characters.
+    r"""Return text as one log line of up to 300 characters: printable ASCII and single spaces.
 
     >>> one_line("400, message:\n  \x00")
     '400, message: ?'
     """
-    line = " ".join(text[: 4 * _LINE].split())
-    return "".join(sign if " " <= sign <= "~" else "?" for sign in line)[:_LINE]
+    line = " ".join(text[: 4 * _ERROR_LENGTH].split())
+    return "".join(sign if " " <= sign <= "~" else "?" for sign in line)[:_ERROR_LENGTH]
 
 
 def _peer(error: ClientConnectorError) -> str:

@@ -1,11 +1,11 @@
-"""The address guard: which addresses an outgoing webhook may be dialled at.
+"""Protection against server-side request forgery (SSRF): the addresses that must not be dialled.
 
-Judged on the very address of a connect, so neither a literal, a look-up that changes its mind nor an
-IPv4 address wrapped in IPv6 slips past. Behind a proxy that address is the proxy's: what it connects
-to itself is out of our sight, and only a target that is spelt as an address can be refused.
+The check takes the address of each connect, so it covers literal addresses, names that resolve differently
+the next time, and IPv4 addresses inside IPv6 ones. Behind a proxy that address is the proxy's: the relay does
+not see where the proxy connects to, and can refuse a target only if its URL contains an address.
 
-The table is explicit because `ipaddress.is_global` follows the registries of the Python release at
-hand (on 3.11.7 it was wrong for 11 of 20 addresses).
+The table is explicit because `ipaddress.is_global` follows the registries of the Python release (on 3.11.7 it
+was wrong for 11 of 20 addresses).
 """
 
 import socket
@@ -15,15 +15,15 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# Sources: IANA IPv4 and IPv6 Special-Purpose Address Registries, RFC 5771 and RFC 4291. The first
-# match names an address, so narrow blocks stand before the wide ones around them.
+# Sources: IANA IPv4 and IPv6 Special-Purpose Address Registries, RFC 5771 and RFC 4291. The first match
+# counts, so narrow blocks stand before the wide blocks that contain them.
 _SPECIAL = (
     ("0.0.0.0/8", "unspecified"),
     ("10.0.0.0/8", "private"),
     ("100.64.0.0/10", "carrier-grade NAT"),
     ("127.0.0.0/8", "loopback"),
-    ("168.63.129.16/32", "cloud platform"),  # Azure's wire server: globally routable, yet the host's own
-    ("169.254.0.0/16", "link-local"),  # with the metadata services of most clouds
+    ("168.63.129.16/32", "cloud platform"),  # Azure's wire server: globally routable, but it serves the host
+    ("169.254.0.0/16", "link-local"),  # includes the metadata services of most clouds
     ("172.16.0.0/12", "private"),
     ("192.0.0.0/24", "protocol assignment"),
     ("192.0.2.0/24", "documentation"),
@@ -63,14 +63,14 @@ _SPECIAL = (
     ("ff00::/8", "multicast"),
 )
 SPECIAL: tuple[tuple[Network, str], ...] = tuple((ip_network(block), kind) for block, kind in _SPECIAL)
-"""Every special-purpose block with the word that an operator reads for it."""
+"""Every special-purpose block, with its name in error texts."""
 
 NEVER = frozenset({"unspecified", "multicast", "broadcast"})
-"""Kinds that no receiver can have, whatever the operator permits."""
+"""Kinds that are refused even with `allow_private = true`: no receiver can have such an address."""
 
-_GLOBAL_V6 = IPv6Network("2000::/3")  # all that IANA has given out for unicast; the rest is reserved
+_GLOBAL_V6 = IPv6Network("2000::/3")  # all unicast addresses that IANA has allocated; the rest is reserved
 
-# Where an IPv4 address sits in an IPv6 one, as bits to shift right (RFC 4291, 6052, 8215, 3056).
+# Where an IPv6 address contains an IPv4 address: bits to shift right (RFC 4291, 6052, 8215, 3056).
 _EMBEDDING = (
     (IPv6Network("::/96"), 0),
     (IPv6Network("::ffff:0:0/96"), 0),
@@ -81,11 +81,11 @@ _EMBEDDING = (
 )
 
 
-class Blocked(OSError):  # noqa: N818 - the word that the attempt is labelled with
-    """A connect that the guard refused; `reason` says why, with the address.
+class Blocked(OSError):  # noqa: N818 - the attempt's result has this label
+    """A connect was refused; `reason` says why and contains the address.
 
-    `str()` is the same for all of them on purpose: a failed connect to a name with several addresses
-    is then reported as one `Blocked` rather than a plain `OSError` with the texts strung together.
+    `str()` is always the same: otherwise a failed connect to a name with several addresses raises a plain
+    `OSError` with all texts combined, instead of one `Blocked`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -96,40 +96,40 @@ class Blocked(OSError):  # noqa: N818 - the word that the attempt is labelled wi
 def refused(
     address: str, port: int, *, allow_private: bool, own: Collection[tuple[str, int]] = ()
 ) -> str | None:
-    """Return why this address must not be dialled, None when it may be.
+    """Return why this address must not be dialled; None: it may be.
 
     Args:
-        address: an IP address as it goes into `connect`, with or without an IPv6 zone.
+        address: an IP address as it is passed to `connect`, with or without an IPv6 zone.
         port: the TCP port.
-        allow_private: permit every special block but those in `NEVER`.
-        own: the relay's own listeners: refused always, since an event sent there would come round.
+        allow_private: permit all special blocks except those in `NEVER`.
+        own: the relay's own listeners. They are always refused, because an event sent there would loop.
             A wildcard address or a host name stands for every address of this machine.
 
     Raises:
-        OSError: it cannot be told, as there is no descriptor left to ask the kernel with.
+        OSError: no descriptor is left for the query to the kernel.
     """
     try:
         outer = ip_address(address.partition("%")[0])
     except ValueError:
         return f"{address!r} is not an IP address"
-    for judged in (outer, *_embedded(outer)):
-        inside = "" if judged == outer else f" (inside {address})"
-        kind = _kind(judged)
+    for checked in (outer, *_embedded(outer)):
+        inside = "" if checked == outer else f" (inside {address})"
+        kind = _kind(checked)
         if kind in NEVER or (kind is not None and not allow_private):
-            return f"{judged}{inside} is a {kind} address"
-        if any(_same(judged, port, listener) for listener in own):
-            return f"{judged}{inside} port {port} is the relay itself"
+            return f"{checked}{inside} is a {kind} address"
+        if any(_is_listener(checked, port, listener) for listener in own):
+            return f"{checked}{inside} port {port} is the relay itself"
     return None
 
 
 def refused_target(
     host: str, port: int, *, allow_private: bool, own: Collection[tuple[str, int]] = ()
 ) -> str | None:
-    """Return why a proxy must not be asked for this host, as far as its text tells; None when it may be.
+    """Return why this host must not be requested from a proxy; None: it may be.
 
-    An address is judged like one that is dialled, in every spelling that a C library reads as one. Of
-    names only those of loopback are known (RFC 6761 §6.3): where others lead is the proxy's to judge.
-    Arguments as in `refused`, but for the host as it stands in a URL.
+    An address is checked as if it were dialled, in every spelling that a C library accepts. Of the names only
+    those of loopback are refused (RFC 6761 §6.3); the proxy decides on other names. The arguments are those
+    of `refused`, except that `host` is the host of a URL.
     """
     host = host.rstrip(".").lower()
     if ":" not in host:
@@ -142,7 +142,7 @@ def refused_target(
 
 
 def _kind(address: Address) -> str | None:
-    """Name the special block of an address, None for an ordinary global one."""
+    """Return the name of an address's special block; None: it is an ordinary global address."""
     for network, kind in SPECIAL:
         if address in network:
             return kind
@@ -152,8 +152,8 @@ def _kind(address: Address) -> str | None:
 
 
 def _embedded(address: Address) -> list[IPv4Address]:
-    """Return the IPv4 address that an IPv6 one leads to, if any."""
-    if isinstance(address, IPv4Address) or int(address) <= 1:  # `::` and `::1` embed nothing
+    """Return the IPv4 address inside an IPv6 address, if any."""
+    if isinstance(address, IPv4Address) or int(address) <= 1:  # `::` and `::1` contain no IPv4 address
         return []
     return [
         IPv4Address(int(address) >> shift & 0xFFFF_FFFF)
@@ -162,19 +162,19 @@ def _embedded(address: Address) -> list[IPv4Address]:
     ]
 
 
-def _same(address: Address, port: int, listener: tuple[str, int]) -> bool:
+def _is_listener(address: Address, port: int, listener: tuple[str, int]) -> bool:
     host, listening = listener
     if port != listening:
         return False
     try:
         bound = ip_address(host)
-    except ValueError:  # "", or a name: which addresses it has now is anyone's guess
+    except ValueError:  # "" or a name, whose addresses may change at any time
         return _local(address)
     return _local(address) if bound.is_unspecified else bound == address
 
 
 def _local(address: Address) -> bool:
-    """Ask the kernel whether an address is this machine's: only such a one can be bound."""
+    """Return whether an address belongs to this machine: only then can it be bound."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - IP's own numbers
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
