@@ -1,4 +1,4 @@
-"""What a plugin may offer. pluggy is asked once, at start-up, by `relay.plugin_loading.loader`."""
+"""The hooks that a plugin may implement. `relay.plugin_loading.loader` calls pluggy once, at the start."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def relay_sources() -> list[type[Source]]:  # type: ignore[empty-body]
-    """Return kinds of source: what `plugin = …` of a source may name."""
+    """Return kinds of source, for `plugin = …` of a source."""
 
 
 @hookspec
 def relay_formats() -> list[Format]:  # type: ignore[empty-body]
-    """Return ways to write an event down: what `format = …` of a destination may name."""
+    """Return formats of request bodies, for `format = …` of a destination."""
 
 
 @hookspec
@@ -30,9 +30,9 @@ def relay_jobs() -> list[Job]:  # type: ignore[empty-body]
 
 @hookspec
 def relay_events_stored(events: Sequence[StoredEvent]) -> None:
-    """Take note of events that have been stored, in the order of their acceptance."""
+    """Receive stored events, in the order of acceptance."""
 
 
 @hookspec
 def relay_attempts_recorded(outcomes: Sequence[Outcome]) -> None:
-    """Take note of attempts that have been recorded, and of what they mean for their deliveries."""
+    """Receive recorded attempts, with the new states of their deliveries."""

@@ -1,11 +1,11 @@
-"""A token bucket: so many per so many seconds, with a burst of one second's worth or one."""
+"""A token bucket with a burst of one second's tokens, or one token."""
 
 from relay.base.clock import SECOND
 from relay.base.units import Rate
 
 
 class TokenBucket:
-    """Full at first; it tells how long to wait when it is empty."""
+    """A token bucket that starts full."""
 
     __slots__ = ("_at", "_burst", "_per_micro", "_tokens")
 
@@ -17,13 +17,13 @@ class TokenBucket:
         self._at = now
 
     def wait(self, now: int) -> float:
-        """Return the seconds until there is a token: 0 when there is one."""
+        """Return the seconds until a token is available, 0 if one is."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_micro)
         self._at = now
         return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_micro / SECOND
 
     def take(self, now: int) -> float:
-        """Take one token and return 0, or return the seconds until there is one, taking none."""
+        """Take one token and return 0, or take none and return the seconds until one is available."""
         wait = self.wait(now)
         if not wait:
             self._tokens -= 1

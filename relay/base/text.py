@@ -1,4 +1,4 @@
-"""What people see: colour where they want it, and no control character that a sender has put into a name."""
+"""Text for terminals: colour, and escaped control characters in text from senders."""
 
 import os
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ _CODES: Mapping[Colour, str] = {"red": "31", "yellow": "33", "green": "32", "cya
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Say whether what goes there may have colour: on terminals, unless the environment decides.
+    """Return whether output to a stream may use colour: on terminals, unless the environment decides.
 
-    NO_COLOR (https://no-color.org) comes first, then FORCE_COLOR, which also holds where it is piped,
-    then TERM=dumb; the first two count unless they are empty. That is the order of Python itself.
+    NO_COLOR (https://no-color.org) comes first, then FORCE_COLOR (for pipes, too), then TERM=dumb. The first
+    two count unless they are empty. This is the order of Python itself.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -23,12 +23,12 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, colour: Colour | None) -> str:
-    """Return a text in a colour; None: as it is."""
+    """Return a text in a colour; None: unchanged."""
     return text if colour is None else f"\x1b[{_CODES[colour]}m{text}\x1b[0m"
 
 
 def printable(text: str) -> str:
-    r"""Write line ends, control characters and the like as Python would: one line stays one.
+    r"""Escape line ends and control characters as Python does, so that one line stays one line.
 
     >>> printable("one\ntwo\x1b[2J")
     'one\\ntwo\\x1b[2J'

@@ -1,4 +1,4 @@
-"""Durations, sizes and rates as an operator writes them: `"90s"`, `"2 MiB"`, `"50/s"`."""
+"""Durations, sizes and rates with units: `"90s"`, `"2 MiB"`, `"50/s"`."""
 
 import re
 from typing import Annotated
@@ -13,7 +13,7 @@ Size = Annotated[int, msgspec.Meta(extra={"unit": "size"})]
 
 
 class Rate(msgspec.Struct, frozen=True):
-    """So many per so many seconds; written `"50/s"`, `"1000/m"`, `"5000/h"`."""
+    """A number per period; written `"50/s"`, `"1000/m"`, `"5000/h"`."""
 
     count: int
     seconds: float
@@ -40,7 +40,7 @@ def parse_duration(text: str) -> float:
     """Return seconds.
 
     Raises:
-        ValueError: the text is no sequence of numbers with units, or means more than 100 years.
+        ValueError: the text is not a sequence of numbers with units, or exceeds 100 years.
 
     >>> parse_duration("1h30m")
     5400.0
@@ -60,7 +60,7 @@ def parse_size(text: str) -> int:
     """Return bytes.
 
     Raises:
-        ValueError: the text is no number with a unit, or means more bytes than any disk has.
+        ValueError: the text is not a number with a unit, or exceeds 2^63 bytes.
 
     >>> parse_size("2 MiB")
     2097152
@@ -78,7 +78,7 @@ def parse_rate(text: str) -> Rate:
     """Return a rate.
 
     Raises:
-        ValueError: the text is no `count/unit`, or the count is 0.
+        ValueError: the text is not `count/unit`, or the count is 0.
 
     >>> parse_rate("1000/m")
     Rate(count=1000, seconds=60)
@@ -92,7 +92,7 @@ def parse_rate(text: str) -> Rate:
 
 
 def render_duration(seconds: float) -> str:
-    """Write seconds the way an operator would.
+    """Render seconds with units.
 
     >>> render_duration(5400)
     '1h30m'
@@ -110,7 +110,7 @@ def render_duration(seconds: float) -> str:
 
 
 def render_size(count: int) -> str:
-    """Write bytes the way an operator would.
+    """Render bytes with a unit.
 
     >>> render_size(2_097_152)
     '2 MiB'
@@ -122,7 +122,7 @@ def render_size(count: int) -> str:
 
 
 def render_rate(rate: Rate) -> str:
-    """Write a rate the way an operator would.
+    """Render a rate.
 
     >>> render_rate(Rate(1000, 60))
     '1000/m'

@@ -1,8 +1,9 @@
-"""Fills a record from a TOML table by the types of its fields, and collects everything that is wrong.
+"""Fills records from TOML tables by the types of their fields, and collects all problems.
 
-A type says how its text is read: `Duration`, `Size` and `Rate` from strings with units, `Path` relative
-to the config file, `Secret` and `Secrets` from where `relay.config.secret_sources` finds them, `Literal`,
-`tuple[X, ...]`, `dict[str, X]`, nested records, `X | None`, plain values. `msgspec.Meta` adds bounds.
+A field's type determines how its value is read: `Duration`, `Size` and `Rate` from strings with units, `Path`
+relative to the config file, `Secret` and `Secrets` from the places that `relay.config.secrets` knows,
+`Literal`, `tuple[X, ...]`, `dict[str, X]`, nested records, `X | None`, plain values. `msgspec.Meta` adds
+bounds.
 """
 
 import math
@@ -25,7 +26,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class _Wrong:
-    """The value of something that was wrong and has been reported."""
+    """Stands for an invalid value that has been reported."""
 
 
 WRONG: Final = _Wrong()
@@ -40,18 +41,18 @@ class _Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Binder:
-    """One pass over one document; `problems` and `warnings` grow as it goes."""
+    """Binds one document; collects `problems` and `warnings`."""
 
     def __init__(
         self, document: Document, given: Mapping[str, str] | Given, *, lenient: bool = False
     ) -> None:
-        """Begin a pass.
+        """Prepare.
 
         Args:
             document: the file.
-            given: what the daemon is given beside it; a mapping is its environment.
-            lenient: bind also where secrets and files are missing, for commands that do without; `absent`
-                says which.
+            given: environment and credentials of the daemon; a mapping is its environment.
+            lenient: accept missing secrets and files, for commands that do not need them; `absent` lists
+                them.
         """
         if not isinstance(given, Given):
             given = Given(environ=given)
@@ -71,11 +72,11 @@ class Binder:
         )
 
     def report(self, path: KeyPath, text: str) -> None:
-        """Note a problem at the line of a key."""
+        """Record a problem at the line of a key."""
         self.problems.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
 
     def warn(self, path: KeyPath, text: str) -> None:
-        """Note something that is allowed and perhaps not meant."""
+        """Record something that is valid but probably a mistake."""
         self.warnings.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
 
     def struct(
@@ -88,15 +89,15 @@ class Binder:
         hidden: Collection[str] = (),
         others: Collection[str] = (),
     ) -> S | None:
-        """Return a record of that type, or None after reporting which of its values are wrong.
+        """Return a record of a type, or None after reporting its invalid values.
 
         Args:
             type_: the record; its field names are the keys.
             table: the TOML table.
-            path: where the table is.
+            path: the key path of the table.
             given: values for absent keys, in place of the type's own defaults.
             hidden: fields that cannot be written in TOML.
-            others: keys of the table that belong to somebody else.
+            others: further keys that the table may contain.
 
         Raises:
             Exception: whatever the type's own `__post_init__` raises.

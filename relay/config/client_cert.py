@@ -1,4 +1,4 @@
-"""What a destination is shown where it demands a certificate of its clients (mutual TLS)."""
+"""The client certificate for destinations that require mutual TLS."""
 
 import ssl
 from pathlib import Path
@@ -7,22 +7,22 @@ import msgspec
 
 from relay.config.secrets import Secret
 
-# OpenSSL's words for two keys of one kind, and of two kinds.
+# OpenSSL's reasons for a key that does not match: of the same type, and of another type.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
     """`client_cert = {…}` of a destination."""
 
-    cert: Path  # PEM: the certificate, then the authorities between it and the receiver's
-    key: Path | None = None  # PEM; None: in the file of the certificate
-    password: Secret | None = None  # of an encrypted key
+    cert: Path  # PEM: the certificate, then the intermediate certificates
+    key: Path | None = None  # PEM; None: the key is in the file `cert`
+    password: Secret | None = None  # for an encrypted key
 
     def load_into(self, context: ssl.SSLContext) -> None:
-        """Let a TLS context show the certificate.
+        """Load the certificate into a TLS context.
 
         Raises:
-            ValueError: a file cannot be read or used; the message names it, and never holds the password.
+            ValueError: a file cannot be read or used; names the file, never the password.
         """
         key = self.key or self.cert
         for path in (self.cert, key):
@@ -32,7 +32,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         password = _Password(self.password)
         try:
-            # Certificate and key fail alike in load_cert_chain; this one looks at certificates alone.
+            # load_cert_chain does not tell which of the two is invalid; this checks the certificate.
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self.cert)
         except ssl.SSLError:
             raise ValueError(f"{self.cert} holds no certificate in PEM form") from None
@@ -53,7 +53,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Password:
-    """Answers OpenSSL, which would ask the terminal else, and remembers being asked."""
+    """Gives OpenSSL the password instead of a prompt on the terminal, and remembers whether it asked."""
 
     def __init__(self, secret: Secret | None) -> None:
         self._secret = secret

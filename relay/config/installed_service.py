@@ -1,6 +1,6 @@
-"""The installed systemd service, as its unit files say: what the daemon is given and a shell does not have.
+"""The installed systemd service: environment and credentials that the daemon has and a shell has not.
 
-The files are read directly. systemd does not have to run (an image, a chroot), and nothing is asked of it.
+Reads the unit files directly, so that systemd need not run (in an image or a chroot).
 """
 
 import grp
@@ -27,13 +27,13 @@ FOLDERS = tuple(
         "/lib/systemd/system",
     )
 )
-"""Where systemd looks for units, the first one wins (systemd.unit(5))."""
+"""The folders of units; the first match wins (systemd.unit(5))."""
 
 CREDENTIALS = tuple(Path(folder) for folder in ("/etc/credstore", "/run/credstore", "/usr/lib/credstore"))
-"""Where `LoadCredential=NAME` without a path looks."""
+"""The folders for `LoadCredential=NAME` without a path."""
 
 _LOADED = Path("/run/credentials") / UNIT
-"""What systemd has handed to the running service, decrypted."""
+"""The credentials of the running service, decrypted."""
 
 _DIRECTORIES = {
     "StateDirectory": ("STATE_DIRECTORY", "/var/lib"),
@@ -47,7 +47,7 @@ _SPECIFIERS = {
     "t": "/run", "C": "/var/cache", "L": "/var/log",
 }  # fmt: skip
 _FROM_SHELL = ("STATE_DIRECTORY", "RUNTIME_DIRECTORY")
-"""Variables that count although a shell set them: whoever does so means another directory."""
+"""Variables that a shell may set to select another directory."""
 
 _HIDING = {"ProtectHome": ("/home", "/root", "/run/user"), "PrivateTmp": ("/tmp", "/var/tmp")}  # noqa: S108 - hidden, not used
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -55,7 +55,7 @@ _LARGEST = 1024 * 1024  # bytes of a credential, as systemd has it
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True):
-    """What a daemon is given beside its config: the environment, credentials, and where both are set."""
+    """The environment and credentials of the daemon, and the places where they are set."""
 
     environ: Mapping[str, str]
     credentials: Mapping[str, bytes | None] = {}  # None: this user may not read it
@@ -65,14 +65,14 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """`relay.service` as it is installed, its drop-ins included."""
+    """The installed `relay.service`, including its drop-ins."""
 
     settings: Mapping[str, Sequence[str]]  # of [Service]
     config: Path  # the file that it serves
 
     @property
     def name(self) -> str:
-        """What systemd calls it."""
+        """The name of the unit."""
         return UNIT
 
     @property
@@ -81,7 +81,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         return self._last("User") or "root"
 
     def runs_as(self, uid: int) -> bool:
-        """Say whether the daemon runs as this user; a user that is not there yet may be any."""
+        """Return whether the daemon runs as this user; True if its user does not exist yet."""
         try:
             return uid == (int(self.user) if self.user.isdigit() else pwd.getpwnam(self.user).pw_uid)
         except KeyError:
@@ -99,7 +99,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def directories(self) -> dict[str, str]:
-        """The directories that systemd makes for it, by variable: STATE_DIRECTORY and the like."""
+        """The directories that systemd creates for it, by variable, such as STATE_DIRECTORY."""
         found = {}
         for setting, (variable, base) in _DIRECTORIES.items():
             names = [name for value in self._all(setting) for name in _words(value)]
@@ -109,7 +109,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def env_files(self) -> tuple[tuple[Path, bool], ...]:
-        """Its environment files, each with whether the service needs it."""
+        """Its environment files, each with whether it is required."""
         found = []
         for value in self._all("EnvironmentFile"):
             path = Path(value.removeprefix("-"))
@@ -118,10 +118,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(found)
 
     def given(self, environ: Mapping[str, str] = os.environ, named: Mapping[str, str] | None = None) -> Given:
-        """Return what systemd would start the daemon with; `named` takes the place of its environment files.
+        """Return the environment and credentials of the daemon; `named` replaces its environment files.
 
         Raises:
-            ConfigError: a file that the service cannot start without is missing.
+            ConfigError: a required environment file is missing.
         """
         found: dict[str, str] = {
             name: environ[name] for name in self._names("PassEnvironment") if name in environ
@@ -160,10 +160,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     @contextmanager
     def as_user(self) -> Iterator[None]:
-        """Have files judged as the service's user would, where this process may become that user.
+        """Check files as the service's user, if this process may switch to that user.
 
         Raises:
-            ConfigError: there is no such user or group.
+            ConfigError: the user or group does not exist.
         """
         if os.geteuid() != 0 or self.user in ("root", "0"):
             yield
@@ -191,7 +191,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
         return user.pw_uid, own, [*os.getgrouplist(user.pw_name, own), *more]
 
     def _credentials(self, named: str | None, unreadable: list[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield its credentials as far as they can be read; those of a folder that a shell names win."""
+        """Yield its readable credentials; those in $CREDENTIALS_DIRECTORY of the shell override them."""
         for value in self._all("SetCredential"):
             name, _, text = value.partition(":")
             yield name, text.encode()
@@ -241,7 +241,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def installed() -> Service | None:
-    """Return the installed service that runs `relay serve`, if there is one."""
+    """Return the installed service that runs `relay serve`; None: not installed."""
     settings = _settings(_files())
     for command in settings.get("ExecStart", ()):
         words = _words(command.lstrip("@-:+!"))
@@ -254,7 +254,7 @@ def installed() -> Service | None:
 
 
 def service_of(config: Path | None) -> Service | None:
-    """Return the installed service if it serves this config, by whatever name the file is called here."""
+    """Return the installed service if it uses this config file, under any path."""
     service = installed()
     if service is None or config is None:
         return None
@@ -265,9 +265,9 @@ def service_of(config: Path | None) -> Service | None:
 
 
 def directories_of(config: Path | None) -> dict[str, str]:
-    """Return the environment, with the directories that the service has if it serves this config.
+    """Return the environment plus the directories of the service, if it uses this config file.
 
-    Enough for all that needs no secret: which files the daemon has, and where it is reached.
+    Sufficient for commands that need no secret, only paths and sockets.
     """
     service = service_of(config)
     return {**(service.directories if service else {}), **os.environ}
@@ -316,7 +316,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def _unquoted(value: str) -> str:
-    """Return the value of an assignment: quoted parts first, then the rest without the blanks around it."""
+    """Return the value of an assignment: quoted parts, then the rest without surrounding blanks."""
     parts, at = [], 0
     while (quoted := _QUOTED.match(value, at)) is not None:
         at = quoted.end()
@@ -335,7 +335,7 @@ def _double_quoted(found: re.Match[str]) -> str:
 
 
 def _files() -> Iterator[Path]:
-    """Yield the unit's file and its drop-ins, in the order in which they count."""
+    """Yield the unit's file and its drop-ins, in the order of precedence."""
     unit = next((folder / UNIT for folder in FOLDERS if os.path.lexists(folder / UNIT)), None)
     if unit is None:
         return
@@ -351,7 +351,7 @@ def _files() -> Iterator[Path]:
 
 
 def _settings(files: Iterator[Path]) -> dict[str, list[str]]:
-    """Return what [Service] sets in these files; an empty value takes back what was set before."""
+    """Return the settings of [Service] in these files; an empty value resets a setting."""
     found: dict[str, list[str]] = {}
     for file in files:
         section = ""

@@ -1,4 +1,4 @@
-"""The three doors that plugins come in by: the operator's folders, installed packages, bundled sources."""
+"""Finds and imports plugins, in this order: `[plugins] dirs`, installed packages, bundled sources."""
 
 import hashlib
 import importlib
@@ -20,36 +20,36 @@ from relay.config.problems import Problem
 
 Door = Literal["dirs", "entry point", "bundled"]
 GROUP = "relay"
-"""The group of entry points that packages offer plugins under."""
+"""The group of entry points for plugins in installed packages."""
 
 NO_PLUGINS = ("_", "test_")
-"""How names of files begin that stand in the folders and are no plugins."""
+"""Prefixes of file names in the folders that are not plugins."""
 
 BUNDLED = "relay.sources"
-"""The package of the bundled sources; its files stand in `plugins/` (see pyproject.toml)."""
+"""The package of the bundled sources; its files are in `plugins/` (see pyproject.toml)."""
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that came in: imported, and not yet asked what it offers."""
+    """An imported plugin, before its hooks are called."""
 
-    name: str  # of the file or the entry point; the value of a metric's label
+    name: str  # of the file or the entry point; a metric label
     module: Any  # an entry point may name any object
-    file: str  # for messages and lists
+    file: str  # shown in messages and lists
     door: Door
-    version: str  # "" where it states none
+    version: str  # "": not stated
 
 
-def at_the_doors(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
-    """Import every plugin, the earlier door first; one that cannot be imported is a problem."""
+def find_plugins(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
+    """Import all plugins; yields a problem for one that cannot be imported."""
     yield from _in_folders(dirs)
     yield from _installed()
     yield from _bundled()
 
 
-def prints(dirs: Sequence[Path], others: Iterable[str]) -> Mapping[str, bytes]:
-    """Return the digest of every plugin's file, without running any: those in the folders, and others.
+def digests_of(dirs: Sequence[Path], others: Iterable[str]) -> Mapping[str, bytes]:
+    """Return the digests of all plugin files, in the folders and `others`, without importing them.
 
-    Two answers that differ mean that code was added, edited or removed in between.
+    A different result means that code was added, changed or removed.
     """
     return {file: _digest(file) for file in (*map(str, _files(dirs)), *others)}
 
@@ -57,7 +57,7 @@ def prints(dirs: Sequence[Path], others: Iterable[str]) -> Mapping[str, bytes]:
 def _digest(file: str) -> bytes:
     try:
         return hashlib.sha256(Path(file).read_bytes()).digest()
-    except OSError:  # gone; or an entry point that has no file
+    except OSError:  # deleted, or an entry point without a file
         return b""
 
 
@@ -70,9 +70,9 @@ def _in_folders(dirs: Sequence[Path]) -> Iterator[Plugin | Problem]:
     for folder in dirs:
         try:
             os.scandir(folder).close()
-        except PermissionError as error:  # `glob` would find nothing in it, and blame nobody
+        except PermissionError as error:  # `glob` would silently find nothing
             yield Problem(str(folder), 0, "", f"cannot be read: {error.strerror}")
-        except OSError:  # a folder that is not there holds no plugins
+        except OSError:  # a missing folder has no plugins
             pass
     for file in _files(dirs):
         loaded = _attempt(str(file), partial(_import_file, file))
@@ -108,10 +108,10 @@ def _bundled() -> Iterator[Plugin | Problem]:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Run a file as a module of a private name; the same bytes run once, so a reload gets equal classes.
+    """Import a file under a private name; the same content runs once, so a reload gets the same classes.
 
-    The name holds a digest of path and content: an edited file is another module, never a stale one.
-    Nothing is written beside the operator's files.
+    The name contains a digest of path and content, so an edited file is a new module. Writes no bytecode
+    beside the operator's files.
     """
     content = file.read_bytes()
     key = hashlib.sha256(bytes(file) + b"\0" + content).hexdigest()[:16]
@@ -120,9 +120,9 @@ def _import_file(file: Path) -> ModuleType:
         return sys.modules[name]
     module = ModuleType(name)
     module.__file__ = str(file)
-    sys.modules[name] = module  # msgspec looks annotations up there
+    sys.modules[name] = module  # msgspec resolves annotations there
     try:
-        exec(compile(content, str(file), "exec"), module.__dict__)  # noqa: S102 - running it is the point
+        exec(compile(content, str(file), "exec"), module.__dict__)  # noqa: S102 - plugins are code
     except BaseException:
         del sys.modules[name]
         raise
@@ -130,7 +130,7 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def _attempt(file: str, load: Callable[[], Any]) -> Any:
-    """Return what `load` returns, or a problem in one sentence: a plugin may raise anything."""
+    """Return the result of `load`, or a problem if it raises any exception."""
     try:
         return load()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - see above
@@ -143,7 +143,7 @@ def _attempt(file: str, load: Callable[[], Any]) -> Any:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Write an exception as part of a sentence.
+    """Return an exception as part of a sentence.
 
     >>> in_one_line(KeyError("x"))
     "KeyError: 'x'"

@@ -1,6 +1,6 @@
-"""What config.toml and the plugins are together: sources with their settings bound. Asks pluggy, once.
+"""Loads config.toml and the plugins, and binds the settings of the sources. Calls pluggy once.
 
-A running relay reads the file anew with the plugins that it has: their code runs once.
+A reload reads the file again with the plugins that are already loaded: plugin code runs once.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
 from relay.ingest.implementation import implementation_of
 from relay.model import Job
-from relay.plugin_loading.discovery import at_the_doors, in_one_line, prints
+from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
 from relay.source import Source
 
@@ -35,31 +35,31 @@ _AT_START = {
     "storage": Storage.__struct_fields__,
     "plugins": ("dirs",),
 }
-"""Keys, by table, that only a start takes in; `state_dir` is one, too."""
+"""Keys, by table, that only a restart applies; `state_dir` is another."""
 
 _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the daemon needs to know before it starts."""
+    """The configuration and the plugins, as the daemon needs them to start."""
 
     config: Config
     kinds: Mapping[str, Kind]
-    formats: Mapping[str, Format]  # by name, those of the relay itself included
+    formats: Mapping[str, Format]  # by name, including the relay's own
     jobs: tuple[Job, ...]
     observers: tuple[Observer, ...]
-    offers: tuple[Offering, ...]  # all that plugins offer, for lists
-    code: Mapping[str, bytes]  # digests of the plugins' files, as they were imported
-    absent: tuple[Problem, ...] = ()  # secrets that a lenient `load` did without
+    offers: tuple[Offering, ...]  # everything that plugins provide, for lists
+    code: Mapping[str, bytes]  # digests of the plugin files at their import
+    absent: tuple[Problem, ...] = ()  # secrets that a lenient `load` could not read
 
 
 def load(path: Path, given: Mapping[str, str] | Given = os.environ, *, lenient: bool = False) -> Setup:
     """Read config.toml, import the plugins and bind every source's settings.
 
-    With `lenient`, secrets and certificates that cannot be read are no problem, see `Binder`.
+    With `lenient`, unreadable secrets and certificates are no problem (see `Binder`).
 
     Raises:
-        ConfigError: with every problem of the file and of the plugins at once.
+        ConfigError: contains all problems of the file and of the plugins.
     """
     binder = Binder(read(path), given, lenient=lenient)
     config = bind_tables(binder)
@@ -74,25 +74,25 @@ def load(path: Path, given: Mapping[str, str] | Given = os.environ, *, lenient: 
         jobs=tuple(offers.jobs.values()),
         observers=tuple(offers.observers.values()),
         offers=offers.listed(),
-        code=prints(config.plugins.dirs, {offering.plugin.file for offering in offers.found}),
+        code=digests_of(config.plugins.dirs, {offering.plugin.file for offering in offers.found}),
     )
 
 
 def load_again(setup: Setup, environ: Mapping[str, str] = os.environ) -> Setup:
-    """Read the config.toml of a running relay anew, with the plugins that it has.
+    """Read the config.toml of a running daemon again, with the loaded plugins.
 
     Raises:
-        ConfigError: with every problem of the file at once.
-        RestartNeededError: plugins, or keys that only a start takes in, are others than before.
+        ConfigError: contains all problems of the file.
+        RestartNeededError: plugins, or keys that only a restart applies, have changed.
     """
     binder = Binder(read(setup.config.path), environ)
     config = bind_tables(binder)
-    code = prints(config.plugins.dirs, setup.code)
+    code = digests_of(config.plugins.dirs, setup.code)
     keys = _changed_keys(setup.config, config)
     files = tuple(file for file in code if code[file] != setup.code.get(file))
     if not files and "plugins.dirs" not in keys:
         config = _complete(binder, config, setup.kinds, setup.formats, blame=True)
-    elif binder.problems:  # not those of sources, whose plugins are others now
+    elif binder.problems:  # problems of sources depend on plugins that have changed
         raise ConfigError(binder.problems)
     if keys or files:
         raise RestartNeededError((*keys, *files))
@@ -112,10 +112,10 @@ def _changed_keys(old: Config, new: Config) -> tuple[str, ...]:
 def _complete(
     binder: Binder, config: Config, kinds: Mapping[str, Kind], formats: Mapping[str, Format], *, blame: bool
 ) -> Config:
-    """Add the sources; without `blame`, a plugin that is not there may be the one that is meant.
+    """Add the sources. Without `blame`, a missing plugin is no problem: it may be one that failed to import.
 
     Raises:
-        ConfigError: with every problem at once.
+        ConfigError: contains all problems.
     """
     sources = {}
     for name, table in named_tables(binder, "sources").items():
@@ -136,12 +136,12 @@ def _complete(
 
 
 def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:
-    """Return everything on offer, and what is wrong with plugins."""
+    """Return everything that plugins provide, and the problems of plugins."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     offers = Offers()
     problems: list[Problem] = []
-    for plugin in at_the_doors(dirs):
+    for plugin in find_plugins(dirs):
         if isinstance(plugin, Problem):
             problems.append(plugin)
             continue
@@ -157,11 +157,11 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
     """Return a plugin's hooks as plain functions, by the name of the hook."""
     _check_marks(manager, module)
     if manager.is_registered(module):
-        raise PluginError("comes in twice; keep one of its entry points")
+        raise PluginError("is loaded twice; keep one of its entry points")
     try:
         manager.register(module)
     except pluggy.PluginValidationError as error:
-        raise PluginError(f"is no valid plugin: {str(error).splitlines()[-1]}") from None
+        raise PluginError(f"is not a valid plugin: {str(error).splitlines()[-1]}") from None
     found: dict[str, Callable[..., Any]] = {}
     for caller in manager.get_hookcallers(module) or ():
         takes = inspect.signature(getattr(hookspecs, caller.name)).parameters
@@ -178,7 +178,7 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
 
 
 def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
-    """Find misspelt hooks: pluggy passes over a function without a mark, whatever its name."""
+    """Check for misspelt hooks: pluggy ignores a function without a mark, whatever its name."""
     known = [name for name in vars(hookspecs) if name.startswith("relay_")]
     found = False
     for name in dir(module):

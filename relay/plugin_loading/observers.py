@@ -1,6 +1,6 @@
-"""Telling plugins what has been stored: after the commit, from a bounded queue, in a thread for each plugin.
+"""Calls plugins' hooks after each commit, from a bounded queue, in one thread per plugin.
 
-A hook may be slow, hang or raise. Neither acknowledgements nor deliveries ever wait for one.
+A hook may be slow, hang or raise: neither acknowledgements nor deliveries wait for it.
 """
 
 import asyncio
@@ -19,42 +19,42 @@ from relay.process.logs import Sparing
 log = logging.getLogger("relay.plugins")
 
 ROOM = 32 * 2**20
-"""Bytes of bodies that may wait for one plugin; what is beyond it is not told, and counted."""
+"""Bytes that may be queued for one plugin; records beyond are dropped and counted."""
 
 RECORD = 1024
-"""Bytes that a record takes beside its body, about."""
+"""Approximate bytes of a record beside its body."""
 
 T = TypeVar("T")
 
 
 class Observers:
-    """Every plugin that wants to be told something, from `start` to `stop`."""
+    """All plugins with hooks for commits, from `start` to `stop`."""
 
     def __init__(
         self, observers: Sequence[Observer], *, clock: Clock, metrics: Metrics, room: int = ROOM
     ) -> None:
-        self._ears = [_Ear(observer, clock, metrics, room) for observer in observers]
+        self._queues = [_Queue(observer, clock, metrics, room) for observer in observers]
 
     def start(self) -> None:
-        """Begin to tell."""
-        for ear in self._ears:
-            ear.start()
+        """Start the threads."""
+        for queue in self._queues:
+            queue.start()
 
     def listen(self, news: News) -> None:
-        """Take in what one commit stored (see `relay.store.Listener`)."""
-        for ear in self._ears:
-            ear.hear(news)
+        """Queue the records of one commit (see `relay.store.Listener`)."""
+        for queue in self._queues:
+            queue.add(news)
 
     async def stop(self, seconds: float) -> None:
-        """Tell what is left, for so long at most; a hook that hangs is left behind with its thread."""
-        ends = [asyncio.wrap_future(ear.finish()) for ear in self._ears]
+        """Deliver the queued records within `seconds`; a hanging hook's thread is abandoned."""
+        ends = [asyncio.wrap_future(queue.finish()) for queue in self._queues]
         if ends:
             await asyncio.wait(ends, timeout=seconds)
-        for ear in self._ears:
-            ear.leave()
+        for queue in self._queues:
+            queue.leave()
 
 
-class _Ear:
+class _Queue:
     """One plugin's queue and thread: its hooks are never called at the same time."""
 
     def __init__(self, observer: Observer, clock: Clock, metrics: Metrics, room: int) -> None:
@@ -65,17 +65,17 @@ class _Ear:
         self._changed = threading.Condition()
         self._events: list[StoredEvent] = []
         self._outcomes: list[Outcome] = []
-        self._size = 0  # bytes, of what waits and of what is being told
-        self._count = 0  # records, likewise
+        self._size = 0  # bytes of queued records and of those in a hook
+        self._count = 0  # number of the same records
         self._stopping = False
         self._end: Future[None] = Future()
 
     def start(self) -> None:
-        # A daemon thread: a hook that hangs must not keep the process from ending.
+        # A daemon thread, so that a hanging hook cannot keep the process alive.
         threading.Thread(target=self._run, name=f"plugin {self._observer.plugin}", daemon=True).start()
 
-    def hear(self, news: News) -> None:
-        """Queue what the plugin wants of it; never waits for more than a few assignments."""
+    def add(self, news: News) -> None:
+        """Queue the records that the plugin's hooks take; never blocks for long."""
         events = news.events if self._observer.events_stored is not None else ()
         outcomes: Sequence[Outcome] = ()
         if self._observer.attempts_recorded is not None:
@@ -95,23 +95,23 @@ class _Ear:
                 self._changed.notify()
         if not fits:
             self._errors.inc()
-            line = f"plugin {self._observer.plugin} is too slow: {count} records were not told"
+            line = f"plugin {self._observer.plugin} is too slow: {count} records were dropped"
             self._log.error("too slow", line, None)
 
     def finish(self) -> Future[None]:
-        """Ask for the end, after what is queued; the future is done with it."""
+        """Ask the thread to end after the queued records; returns a future for its end."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         return self._end
 
     def leave(self) -> None:
-        """Tell nothing more."""
+        """Drop the queued records."""
         with self._changed:
             self._events, self._outcomes = [], []
             left = self._count
         if left:
-            log.warning("plugin %s: %d records were not told before the stop", self._observer.plugin, left)
+            log.warning("plugin %s: %d records were dropped at the stop", self._observer.plugin, left)
 
     def _run(self) -> None:
         while self._wait():
@@ -119,24 +119,24 @@ class _Ear:
                 events, self._events = self._events, []
                 outcomes, self._outcomes = self._outcomes, []
                 size, count = self._size, self._count
-            self._tell(self._observer.events_stored, events)
-            self._tell(self._observer.attempts_recorded, outcomes)
+            self._call(self._observer.events_stored, events)
+            self._call(self._observer.attempts_recorded, outcomes)
             with self._changed:
                 self._size -= size
                 self._count -= count
         self._end.set_result(None)
 
     def _wait(self) -> bool:
-        """Wait for something to tell; False: this is the end."""
+        """Wait for records; False: the thread shall end."""
         with self._changed:
             self._changed.wait_for(lambda: self._events or self._outcomes or self._stopping)
             return bool(self._events or self._outcomes)
 
-    def _tell(self, hook: Callable[[Sequence[T]], None] | None, records: Sequence[T]) -> None:
+    def _call(self, hook: Callable[[Sequence[T]], None] | None, records: Sequence[T]) -> None:
         if hook is None or not records:
             return
         try:
             hook(records)
-        except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread unheard
+        except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread silently
             self._errors.inc()
-            self._log.error("failed", f"plugin {self._observer.plugin} failed at being told", error)
+            self._log.error("failed", f"plugin {self._observer.plugin} raised in a hook", error)

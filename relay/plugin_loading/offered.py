@@ -1,4 +1,4 @@
-"""What plugins offer, taken in hook by hook: checked, and told apart by name."""
+"""Checks and registers everything that plugins provide: sources, formats, jobs, hooks."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +18,21 @@ _COMMON = frozenset(SourceConfig.__struct_fields__)
 
 
 class PluginError(Exception):
-    """What is wrong with a plugin, as one sentence about its file."""
+    """The fault of a plugin, as a sentence about its file."""
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """A kind of source that `plugin = …` may name."""
+    """A kind of source, for `plugin = …`."""
 
     name: str
     source: type[Source]
-    file: str  # where it came from
+    file: str  # of the plugin
     door: Door
     version: str
 
 
 class Observer(msgspec.Struct, frozen=True, kw_only=True):
-    """What one plugin wants to be told after a commit."""
+    """The hooks of one plugin that are called after a commit."""
 
     plugin: str
     events_stored: Callable[[Sequence[StoredEvent]], None] | None = None
@@ -40,14 +40,14 @@ class Observer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offering(msgspec.Struct, frozen=True):
-    """One thing that a plugin offers, for lists."""
+    """One thing that a plugin provides, for lists."""
 
-    what: str  # source, format, job, or the hook that it wants to be told by
+    what: str  # source, format, job, or the name of a hook
     name: str
     plugin: Plugin
 
     def shown(self) -> dict[str, str]:
-        """Return it as JSON has it."""
+        """Return it as the API shows it."""
         return {
             "name": self.name,
             "offer": self.what,
@@ -58,25 +58,25 @@ class Offering(msgspec.Struct, frozen=True):
 
 
 class Offers:
-    """Everything on offer; grows with each plugin."""
+    """Everything that plugins provide."""
 
     def __init__(self) -> None:
         self.found: list[Offering] = []
-        self.kinds: dict[str, Kind] = {}  # earlier doors hide later ones
+        self.kinds: dict[str, Kind] = {}  # the first plugin found wins
         self.formats: dict[str, Format] = dict(FORMATS)
         self.jobs: dict[str, Job] = {}  # by plugin and name
         self.observers: dict[str, Observer] = {}  # by file
-        self._files = dict.fromkeys(FORMATS, "the relay itself")  # where each format came from
+        self._files = dict.fromkeys(FORMATS, "the relay itself")  # the plugin of each format
 
     def listed(self) -> tuple[Offering, ...]:
-        """Return all of it: sources first, then by name."""
+        """Return everything, sources first, then by name."""
         return tuple(sorted(self.found, key=lambda offering: (offering.what != "source", offering.name)))
 
     def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
-        """Take in what a plugin offers by one of its hooks.
+        """Add the results of one hook of a plugin.
 
         Raises:
-            PluginError: it is of no use, or another plugin offers the same.
+            PluginError: a result is invalid, or another plugin provides the same name.
         """
         match hook:
             case "relay_sources":
@@ -90,8 +90,8 @@ class Offers:
                     self._take_job(plugin, job)
             case "relay_events_stored" | "relay_attempts_recorded":
                 observer = self.observers.get(plugin.file) or Observer(plugin=plugin.name)
-                wish = {hook.removeprefix("relay_"): function}
-                self.observers[plugin.file] = msgspec.structs.replace(observer, **wish)
+                hooks = {hook.removeprefix("relay_"): function}
+                self.observers[plugin.file] = msgspec.structs.replace(observer, **hooks)
                 self.found.append(Offering(hook, plugin.name, plugin))
 
     def _take_source(self, plugin: Plugin, source: Any) -> None:
@@ -101,7 +101,9 @@ class Offers:
         )
         rival = self.kinds.setdefault(kind.name, kind)
         if rival is not kind and rival.door == kind.door:
-            raise PluginError(f'offers the kind "{kind.name}", as {rival.file} does; keep one of them')
+            raise PluginError(
+                f'offers the kind "{kind.name}", which {rival.file} offers too; keep one of them'
+            )
         if rival is kind:
             self.found.append(Offering("source", kind.name, plugin))
 
@@ -109,7 +111,9 @@ class Offers:
         _check_format(format_)
         if format_.name in self.formats:
             rival = self._files[format_.name]
-            raise PluginError(f'offers the format "{format_.name}", as {rival} does; give it another name')
+            raise PluginError(
+                f'offers the format "{format_.name}", which {rival} offers too; give it another name'
+            )
         self.formats[format_.name] = format_
         self._files[format_.name] = plugin.file
         self.found.append(Offering("format", format_.name, plugin))
@@ -118,7 +122,7 @@ class Offers:
         _check_job(job)
         name = f"{plugin.name}.{job.name}"  # so that the log says whose it is
         if name in self.jobs:
-            raise PluginError(f'offers the job "{name}", which there is already; give it another name')
+            raise PluginError(f'offers the job "{name}", which exists already; give it another name')
         self.jobs[name] = msgspec.structs.replace(job, name=name)
         self.found.append(Offering("job", name, plugin))
 
@@ -126,7 +130,7 @@ class Offers:
 def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator[Any]:
     try:
         offered = function()
-    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, the start tells it in a sentence
+    except BaseException as error:  # noqa: BLE001 - reported as one sentence
         raise PluginError(f"{hook}() raised {in_one_line(error)}") from None
     if not isinstance(offered, list | tuple):
         raise PluginError(f"{hook}() returned {offered!r:.60}; expected a list of {expected}")
@@ -135,7 +139,7 @@ def _offered(hook: str, function: Callable[..., Any], expected: str) -> Iterator
 
 def _check_source(source: Any) -> None:
     if not (isinstance(source, type) and issubclass(source, Source)):
-        raise PluginError(f"relay_sources() returned a list with {source!r:.60}, which is no Source class")
+        raise PluginError(f"relay_sources() returned a list with {source!r:.60}, which is not a Source class")
     try:
         validators.name(source.kind)
         fields = {field.name for field in msgspec.structs.fields(source)}
@@ -149,29 +153,29 @@ def _check_source(source: Any) -> None:
 
 def _check_format(format_: Any) -> None:
     if not isinstance(format_, Format):
-        raise PluginError(f"relay_formats() returned a list with {format_!r:.60}, which is no Format")
+        raise PluginError(f"relay_formats() returned a list with {format_!r:.60}, which is not a Format")
     _check_name("format", format_.name)
     if format_.content_type is not None and not _is_header_value(format_.content_type):
         raise PluginError(
             f'the format "{format_.name}" has the content type {format_.content_type!r:.60}, '
-            "which is no header value"
+            "which is not a valid header value"
         )
     render: Any = format_.render
     if not callable(render) or inspect.iscoroutinefunction(render):
-        raise PluginError(f'the format "{format_.name}" has a `render` that is no plain function')
+        raise PluginError(f'the format "{format_.name}" has a `render` that is not a plain function')
 
 
 def _check_job(job: Any) -> None:
     if not isinstance(job, Job):
-        raise PluginError(f"relay_jobs() returned a list with {job!r:.60}, which is no Job")
+        raise PluginError(f"relay_jobs() returned a list with {job!r:.60}, which is not a Job")
     _check_name("job", job.name)
     every: Any = job.every
     if not isinstance(every, int | float) or not 0 < every <= _YEAR:
         raise PluginError(
-            f'the job "{job.name}" comes every {every!r:.60}; expected seconds, above 0 and up to a year'
+            f'the job "{job.name}" has every = {every!r:.60}; expected seconds, above 0 and at most a year'
         )
     if not inspect.iscoroutinefunction(job.work):
-        raise PluginError(f'the job "{job.name}" has a `work` that is no `async def` function')
+        raise PluginError(f'the job "{job.name}" has a `work` that is not an `async def` function')
 
 
 def _check_name(what: str, name: Any) -> None:

@@ -1,21 +1,21 @@
-"""The rules of the worker registry, as pure functions of a row, what came, and the time.
+"""The rules of the worker registry: pure functions of a row, an input and the time.
 
-| what comes                                      | what happens                                        |
+| input                                           | effect                                              |
 |-------------------------------------------------|-----------------------------------------------------|
 | new id, by register or heartbeat                | `worker.registered`                                 |
 | register again while ONLINE                     | no event; the row is updated                        |
 | OFFLINE, then heartbeat or register             | `worker.online`                                     |
-| silent past its deadline                        | `worker.offline`, reason `silent`                   |
+| silent beyond its deadline                      | `worker.offline`, reason `silent`                   |
 | reports OFFLINE                                 | `worker.offline`, reason `reported`                 |
-| reports MAINTENANCE                             | not judged until it reports ONLINE                  |
+| reports MAINTENANCE                             | no deadline until it reports ONLINE                 |
 | DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
-| any of these, refused by the relay              | a sign of life; a DELETE counts once it can be stored |
-| a new id on an old endpoint, if that identifies | `worker.registered`; the former id gets a beat's time |
-| uptime that went back                           | `worker.restarted`                                  |
-| operator maintenance                            | wins over reports; not judged                       |
+| any of these, refused by the relay              | the worker is alive; a DELETE is stored later       |
+| a new id on an old endpoint, if that identifies | `worker.registered`; short deadline for the old id  |
+| decreased uptime                                | `worker.restarted`                                  |
+| operator maintenance                            | overrides reports; no deadline                      |
 
-Whoever follows the events hears `offline` and `online` in turn: a worker that was OFFLINE before its
-maintenance is `online` when it is ONLINE again, and not `offline` a second time.
+`offline` and `online` events alternate: a worker that was OFFLINE before its maintenance gets `online` when
+it is ONLINE again, and no second `offline`.
 """
 
 import re
@@ -52,16 +52,16 @@ INTERNAL = (
     "recovering",
     "fresh",
 )
-"""What of a row is ours alone, and in no event or list."""
+"""Fields that no event and no list contains."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
 """Documented environments; others occur and are stored (docs/contracts/whatsapp.md#registration)."""
 
 TOMBSTONE = 10 * SECOND
-"""How long a heartbeat after an unregistration is ignored (docs/contracts/whatsapp.md#heartbeat)."""
+"""Time after an unregistration during which heartbeats are ignored (docs/contracts/whatsapp.md#heartbeat)."""
 
 FORMER = 35 * SECOND
-"""The shortest deadline of the former id at a re-used endpoint: one 30 s heartbeat and its 5 s timeout."""
+"""The shortest deadline of the old id at a reused endpoint: one heartbeat (30 s) and its timeout (5 s)."""
 
 _SHARED = re.compile(r"(.*\.)?(localhost(\.localdomain)?|docker\.internal)\.?|127[.0-9]*")
 _PRIVATE = tuple(
@@ -73,38 +73,38 @@ _PRIVATE = tuple(
 )  # fmt: skip
 
 RESTARTED = 5.0
-"""Seconds that an uptime must go back to mean a restart: workers round, and read two clocks."""
+"""Seconds by which an uptime must decrease to mean a restart: workers round, and use two clocks."""
 
 MOST_SESSIONS = 1000
-"""Sessions kept per worker; each is a few dozen bytes in every event about it."""
+"""Maximum sessions per worker; each adds a few dozen bytes to every event about the worker."""
 
 MOST_DELETED = 32
-"""Deleted sessions remembered per worker, so that a late event does not bring them back."""
+"""Deleted sessions kept per worker, so that a late event does not revive them."""
 
 OVERLAP = 10 * SECOND
-"""How much older than a session's event a heartbeat's list may be that arrives after it."""
+"""Maximum age difference between a session's event and an older session list that arrives after it."""
 
 
 _CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|\Z)|^/|//|/\Z")
 
 
 class Now(msgspec.Struct, frozen=True, kw_only=True):
-    """One moment on both scales, microseconds."""
+    """One point in time on both clocks, microseconds."""
 
     wall: int
     steady: int
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What a change makes of a row."""
+    """The result of a change."""
 
-    worker: Worker | None  # the row from now on; None: there is none
+    worker: Worker | None  # the new row; None: no row
     born: tuple[Born, ...] = ()
-    quiet: bool = False  # only last-seen and gauges moved: may be flushed later
+    quiet: bool = False  # only the time of the heartbeat and gauges changed: may be written later
 
 
 def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules: WorkerRules) -> Step:
-    """Apply what a worker said about itself."""
+    """Apply a worker's request to its row."""
     if isinstance(change, Unregister):
         return _unregister(row, now)
     if isinstance(change, SessionSeen):
@@ -122,9 +122,9 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
-    """Judge one row: past its deadline it is offline; after a refused unregister it has left.
+    """Apply the deadline of one row, and a refused unregister.
 
-    Returns the row and the event, None: nothing changes.
+    Returns the new row and the event; None: no change.
     """
     if row.leaving is not None and row.unregistered_at is None:
         after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
@@ -136,9 +136,9 @@ def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
 
 
 def heed(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Worker:
-    """Return a row after a request that the relay refused: its worker lives, or is about to leave.
+    """Return a row after a request that the relay refused: its worker is alive, or is leaving.
 
-    Nothing is told of it, as nothing may be stored now: `silent` tells of a worker that left.
+    Creates no event, because nothing can be stored now; `silent` creates the event of a worker that left.
     """
     if row.unregistered_at is not None or isinstance(change, SessionSeen):
         return row
@@ -158,7 +158,7 @@ def heed(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Wor
 
 
 def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
-    """Put an ONLINE row's deadline off: after a start or a suspension nobody has been heard yet."""
+    """Extend the deadline of an ONLINE row after a start or suspension, when no heartbeat could arrive."""
     if row.status != "ONLINE":
         return row
     patience = max(rules.offline_after, rules.startup_hold)
@@ -166,7 +166,7 @@ def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
 
 
 def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
-    """Take a worker into an operator's maintenance, or give it back with its full patience."""
+    """Start or end an operator's maintenance of a worker; its deadline starts anew."""
     if on == row.maintenance:
         return row
     status: WorkerStatus = "MAINTENANCE" if on else "OFFLINE" if row.was_offline else "ONLINE"
@@ -180,18 +180,18 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
 
 
 def former(row: Worker, now: Now, rules: WorkerRules | None = None) -> Worker:
-    """Shorten the deadline of an id whose endpoint a new id took; its next heartbeat restores it.
+    """Shorten the deadline of an id whose endpoint a new id uses; its next heartbeat restores it.
 
-    It has 7/6 of its usual time between heartbeats: in proportion, that is 35 s for every 30 s.
+    The deadline is 7/6 of its usual interval: 35 s for an interval of 30 s.
     """
     usual = row.rhythm or _assumed_rhythm(rules or WorkerRules())
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + max(FORMER, usual * 7 // 6)))
 
 
 def identifies(endpoint: str) -> bool:
-    """Return whether two workers at one endpoint are probably the same one.
+    """Return whether two ids at one endpoint are probably the same worker.
 
-    Not at loopback or private addresses: in containers, many workers have the same one, or the default.
+    Not at loopback or private addresses: in containers, many workers use the same or the default one.
     """
     if not names_a_place(endpoint):
         return False
@@ -204,7 +204,7 @@ def identifies(endpoint: str) -> bool:
 
 
 def names_a_place(endpoint: str) -> bool:
-    """Return whether an endpoint is on one machine only; loopback is a different machine for each worker."""
+    """Return whether an endpoint names one machine; loopback names another machine for each worker."""
     host = _host(endpoint)
     try:
         address = ip_address(host.partition("%")[0])
@@ -215,7 +215,7 @@ def names_a_place(endpoint: str) -> bool:
 
 
 def _host(endpoint: str) -> str:
-    """Return the host of a URL or of host and port; `""`: there is none."""
+    """Return the host of a URL or of `host:port`; `""` if it has none."""
     try:
         return urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
     except ValueError:
@@ -223,9 +223,9 @@ def _host(endpoint: str) -> str:
 
 
 def changes_a_path(worker_id: str) -> str:
-    """Return the first part of an id that a client must percent-encode, or its heartbeats go to another path.
+    """Return the first part of an id that changes the path of its heartbeats unless the client encodes it.
 
-    `""`: there is none. A `/` inside an id needs no encoding.
+    `""` if no part does. A `/` inside an id needs no encoding.
 
     >>> changes_a_path("rack 1/w-7"), changes_a_path("w#7"), changes_a_path("a/../b"), changes_a_path("50%25")
     ('', '#', '..', '%25')
@@ -235,7 +235,7 @@ def changes_a_path(worker_id: str) -> str:
 
 
 def shown(row: Worker) -> dict[str, Any]:
-    """Return a row as events and operators see it: JSON without what is ours alone, RFC 3339 times."""
+    """Return a row as events and the API show it: JSON without the internal fields, RFC 3339 times."""
     item: dict[str, Any] = msgspec.to_builtins(row)
     for name in INTERNAL:
         del item[name]
@@ -269,17 +269,17 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
 
 
 def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, rules: WorkerRules) -> Step:
-    said: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     for name in _SAID:
         if (value := getattr(change, name)) is not None:
-            said[name] = value
+            reported[name] = value
     if change.sessions is not None:
-        said["sessions"] = change.sessions[:MOST_SESSIONS]
+        reported["sessions"] = change.sessions[:MOST_SESSIONS]
         if base.changed:
-            said["sessions"], said["changed"] = _reconcile(base, said["sessions"], now)
+            reported["sessions"], reported["changed"] = _reconcile(base, reported["sessions"], now)
         if base.recovering:
-            said["sessions"], said["recovering"] = _still_recovering(base, said["sessions"])
-            said["fresh"] = False
+            reported["sessions"], reported["recovering"] = _still_recovering(base, reported["sessions"])
+            reported["fresh"] = False
     status, beats = _recovered(base, _status(base, change.status), now, rules)
     restarted = row is not None and _went_back(row.uptime, change.uptime)
     after = msgspec.structs.replace(
@@ -293,7 +293,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         heard=now.steady,
         rhythm=_rhythm(base, now, rules),
         leaving=None,
-        **said,
+        **reported,
     )
     born = _transition(row, after)
     if restarted:
@@ -303,7 +303,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
 
 
 def _recovered(row: Worker, status: WorkerStatus, now: Now, rules: WorkerRules) -> tuple[WorkerStatus, int]:
-    """Let a silent worker be ONLINE only after `recover_after` heartbeats, each in time after the last."""
+    """Return status and count of heartbeats: OFFLINE until `recover_after` heartbeats came in time."""
     if row.status != "OFFLINE" or status != "ONLINE" or not row.last_heartbeat:
         return status, 0
     beats = row.beats + 1 if now.steady <= row.deadline else 1
@@ -315,7 +315,7 @@ def _went_back(before: float | None, after: float | None) -> bool:
 
 
 def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
-    """Keep a worker's sessions current between its heartbeats; an older event changes nothing."""
+    """Update a worker's sessions between heartbeats; an event older than the session's state is ignored."""
     if row is None or row.unregistered_at is not None:
         return Step(worker=row, quiet=True)
     session = change.session
@@ -323,7 +323,7 @@ def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
     former = known.get(session.id)
     at = instant(change.at)
     if at is not None:
-        at = min(at, now.wall)  # one from the future counts as of its receipt
+        at = min(at, now.wall)  # a time in the future counts as now
         if at < min(_as_of(row, session.id, former), now.wall):
             return Step(worker=row, quiet=True)
     if former is not None:
@@ -342,7 +342,7 @@ def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
 
 
 def _as_of(row: Worker, id_: str, session: Session | None) -> int:
-    """Return the time of a session's present state: its last event's, or its last activity in a list."""
+    """Return the time of a session's current state: of its last event, or its last activity in a list."""
     if (at := row.changed.get(id_)) is not None:
         return at
     listed = None if session is None else instant(session.last_activity)
@@ -350,7 +350,7 @@ def _as_of(row: Worker, id_: str, session: Session | None) -> int:
 
 
 def _changed(changed: Mapping[str, int], id_: str, at: int, known: Mapping[str, Session]) -> dict[str, int]:
-    """Note when a session changed; of those that are gone, only the last few stay."""
+    """Record the time of a session's change; keep only the last few deleted sessions."""
     after = {**changed, id_: at}
     gone = [each for each in after if each not in known]
     for each in gone[:-MOST_DELETED]:
@@ -361,7 +361,7 @@ def _changed(changed: Mapping[str, int], id_: str, at: int, known: Mapping[str, 
 def _reconcile(
     row: Worker, listed: tuple[Session, ...], now: Now
 ) -> tuple[tuple[Session, ...], dict[str, int]]:
-    """Take a heartbeat's list, except for sessions about which a newer event has just arrived."""
+    """Merge a heartbeat's session list; recent events about a session override an older list."""
     recent = {id_: at for id_, at in row.changed.items() if 0 <= now.wall - at < OVERLAP}
     known = {each.id: each for each in row.sessions} if recent else {}
     sessions, kept = [], {}
@@ -381,8 +381,8 @@ def _still_recovering(
 ) -> tuple[tuple[Session, ...], tuple[str, ...]]:
     """Keep the sessions that a worker is restoring and does not list yet.
 
-    They outlast its first list, which a worker sends before it has restored anything, and then every list
-    that has more of them than the one before.
+    They survive its first list, which a worker sends before it restores anything, and every later list that
+    contains more of them than the one before.
     """
     ids = {session.id for session in listed}
     pending = tuple(id_ for id_ in row.recovering if id_ not in ids)
@@ -396,7 +396,7 @@ _SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "
 
 
 def _is_quiet(before: Worker, after: Worker) -> bool:
-    """Whether only last-seen and gauges moved, which a crash may take."""
+    """Return whether only the heartbeat's time and gauges changed, which a crash may lose."""
     return (
         before.status == after.status
         and before.version == after.version
@@ -404,12 +404,15 @@ def _is_quiet(before: Worker, after: Worker) -> bool:
         and before.beats == after.beats
         and before.leaving == after.leaving
         and before.counts == after.counts
-        and (before.sessions is after.sessions or _told(before.sessions) == _told(after.sessions))
+        and (
+            before.sessions is after.sessions
+            or _durable_fields(before.sessions) == _durable_fields(after.sessions)
+        )
     )
 
 
-def _told(sessions: tuple[Session, ...]) -> list[tuple[str | None, ...]]:
-    """What of sessions must not be lost: all but when they were last active."""
+def _durable_fields(sessions: tuple[Session, ...]) -> list[tuple[str | None, ...]]:
+    """Return the session fields that must not be lost: all but the last activity."""
     return [(session.id, session.status, session.phone, session.name) for session in sessions]
 
 
@@ -421,14 +424,14 @@ def _unregister(row: Worker | None, now: Now) -> Step:
 
 
 def _has_just_left(row: Worker, now: Now) -> bool:
-    """Whether a heartbeat may overlap the DELETE of its worker, which was taken in or refused."""
+    """Return whether a heartbeat may have crossed its worker's DELETE, accepted or refused."""
     left = row.leaving if row.unregistered_at is None else row.unregistered_at
-    # Not a negative time: the steady clock of another run may have been ahead of this one's.
+    # Never negative: the steady clock of an earlier run may have been ahead.
     return left is not None and 0 <= now.steady - left < TOMBSTONE
 
 
 def _status(row: Worker, reported: WorkerStatus | None) -> WorkerStatus:
-    """Which status a row gets from a report; a worker that says nothing about it is up."""
+    """Return the status after a report; without a reported status, the worker is ONLINE."""
     if row.maintenance:
         return "MAINTENANCE"
     if reported is not None:
@@ -437,7 +440,7 @@ def _status(row: Worker, reported: WorkerStatus | None) -> WorkerStatus:
 
 
 def _is_lost(row: Worker) -> bool:
-    """Whether `offline` was the last that was told of a worker."""
+    """Return whether `offline` was the last status event of a worker."""
     return row.status == "OFFLINE" or row.was_offline
 
 
@@ -452,9 +455,9 @@ def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
 
 
 def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
-    """Return a worker's usual time between heartbeats, given that one has arrived now.
+    """Return a worker's usual interval after a heartbeat that arrives now, in microseconds.
 
-    A longer gap counts at once, a shorter one by an eighth: one extra heartbeat changes little.
+    A longer interval counts at once, a shorter one by an eighth, so that an extra heartbeat changes little.
     """
     usual = row.rhythm or _assumed_rhythm(rules)
     if not row.heard or row.status == "OFFLINE" or now.steady < row.heard:
@@ -464,7 +467,7 @@ def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
 
 
 def _assumed_rhythm(rules: WorkerRules) -> int:
-    """Return the time between heartbeats that `offline_after` suggests: three may be missed."""
+    """Return the interval that `offline_after` suggests: a third of it."""
     return int(rules.offline_after * SECOND) // 3
 
 

@@ -128,7 +128,7 @@ async def test_a_hook_that_hangs_and_raises_delays_neither_answers_nor_deliverie
 async def test_nobody_is_asked_when_nobody_wants_to_be_told(tmp_path, plugins):
     (plugins / "audit.py").write_text(EXAMPLE.partition("@hookimpl\ndef relay_events_stored")[0])
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        assert relay.app.observers._ears == []
+        assert relay.app.observers._queues == []
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("plugin ")]
 
 

@@ -120,7 +120,10 @@ def test_two_plugins_of_one_door_with_one_kind_stop_the_start_naming_both_files(
     (plugins / "a.py").write_text(PLUGIN.format(kind="shop"))
     (plugins / "b.py").write_text(PLUGIN.format(kind="shop"))
     _, (problem,) = discover([plugins])
-    assert str(problem) == f'{plugins}/b.py: offers the kind "shop", as {plugins}/a.py does; keep one of them'
+    assert (
+        str(problem)
+        == f'{plugins}/b.py: offers the kind "shop", which {plugins}/a.py offers too; keep one of them'
+    )
 
 
 def test_a_folder_named_twice_is_read_once(plugins):
@@ -173,7 +176,7 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
         (
             HEAD + "@hookimpl\ndef relay_sources(config): return []",
             0,
-            "is no valid plugin: Argument(s) {'config'}",
+            "is not a valid plugin: Argument(s) {'config'}",
         ),
         (
             HEAD + "@hookimpl\ndef relay_sources(): return 3",
@@ -183,12 +186,12 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
         (
             HEAD + "@hookimpl\ndef relay_sources(): return [3]",
             0,
-            "returned a list with 3, which is no Source class",
+            "returned a list with 3, which is not a Source class",
         ),
         (
             HEAD + "@hookimpl\ndef relay_formats(): return ['audit']",
             0,
-            "relay_formats() returned a list with 'audit', which is no Format",
+            "relay_formats() returned a list with 'audit', which is not a Format",
         ),
         (
             HEAD + "@hookimpl(wrapper=True)\ndef relay_sources(): return (yield)",
@@ -252,7 +255,7 @@ def test_one_module_behind_two_entry_points_is_named(tmp_path, monkeypatch):
     entries = "a = twice_relay\nb = twice_relay"
     install(tmp_path / "site", monkeypatch, "twice_relay", PLUGIN.format(kind="twice"), entries)
     _, (problem,) = discover([])
-    assert str(problem) == f"{tmp_path}/site/twice_relay.py: comes in twice; keep one of its entry points"
+    assert str(problem) == f"{tmp_path}/site/twice_relay.py: is loaded twice; keep one of its entry points"
 
 
 # --- formats ------------------------------------------------------------------------------------
@@ -297,8 +300,8 @@ def test_a_format_of_a_taken_name_stops_the_start_naming_who_has_it(plugins):
     offer_format(plugins, "b.py", "audit")
     offer_format(plugins, "c.py", "audit")
     assert [str(problem).replace(f"{plugins}/", "") for problem in discover([plugins])[1]] == [
-        'a.py: offers the format "slack", as the relay itself does; give it another name',
-        'c.py: offers the format "audit", as b.py does; give it another name',
+        'a.py: offers the format "slack", which the relay itself offers too; give it another name',
+        'c.py: offers the format "audit", which b.py offers too; give it another name',
     ]
 
 
@@ -309,11 +312,14 @@ def test_a_format_of_a_taken_name_stops_the_start_naming_who_has_it(plugins):
         ({"name": 5}, "has a format called 5: expected string"),
         (
             {"content_type": "text/plain\n"},
-            "\"audit\" has the content type 'text/plain\\n', which is no head",
+            "\"audit\" has the content type 'text/plain\\n', which is not a valid head",
         ),
-        ({"content_type": b"text/plain"}, "has the content type b'text/plain', which is no header value"),
-        ({"render": "None"}, 'the format "audit" has a `render` that is no plain function'),
-        ({"render": "__import__('asyncio').sleep"}, "has a `render` that is no plain function"),
+        (
+            {"content_type": b"text/plain"},
+            "has the content type b'text/plain', which is not a valid header value",
+        ),
+        ({"render": "None"}, 'the format "audit" has a `render` that is not a plain function'),
+        ({"render": "__import__('asyncio').sleep"}, "has a `render` that is not a plain function"),
     ],
 )
 def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
@@ -363,19 +369,19 @@ def test_jobs_are_named_after_their_plugins(setup, plugins):
 def test_two_jobs_of_one_name_stop_the_start(plugins):
     (plugins / "a.py").write_text(JOBS.format(f"{JOB}, {JOB}"))
     _, (problem,) = discover([plugins])
-    assert problem.problem == 'offers the job "a.tidy", which there is already; give it another name'
+    assert problem.problem == 'offers the job "a.tidy", which exists already; give it another name'
 
 
 @pytest.mark.parametrize(
     ("job", "says"),
     [
-        ("3", "relay_jobs() returned a list with 3, which is no Job"),
+        ("3", "relay_jobs() returned a list with 3, which is not a Job"),
         ("Job(name='a b', every=60, work=work)", "has a job called 'a b': a name is 1 to 64"),
-        ("Job(name='tidy', every=0, work=work)", 'the job "tidy" comes every 0; expected seconds'),
-        ("Job(name='tidy', every='1h', work=work)", "comes every '1h'; expected seconds, above 0"),
-        ("Job(name='tidy', every=1e9, work=work)", "comes every 1000000000.0; expected seconds"),
-        ("Job(name='tidy', every=float('nan'), work=work)", "comes every nan; expected seconds"),
-        ("Job(name='tidy', every=60, work=print)", "a `work` that is no `async def` function"),
+        ("Job(name='tidy', every=0, work=work)", 'the job "tidy" has every = 0; expected seconds'),
+        ("Job(name='tidy', every='1h', work=work)", "has every = '1h'; expected seconds, above 0"),
+        ("Job(name='tidy', every=1e9, work=work)", "has every = 1000000000.0; expected seconds"),
+        ("Job(name='tidy', every=float('nan'), work=work)", "has every = nan; expected seconds"),
+        ("Job(name='tidy', every=60, work=print)", "a `work` that is not an `async def` function"),
     ],
 )
 def test_a_job_of_no_use_is_told_in_one_sentence(plugins, job, says):

@@ -50,7 +50,7 @@ def needed(again, folder):
     def run(text=SHOP + CRM):
         with pytest.raises(RestartNeededError) as caught:
             again(text)
-        assert "put these back" in caught.value.hint
+        assert "undo these changes" in caught.value.hint
         assert caught.value.message == f"restart needed: {', '.join(caught.value.keys)}"
         return [key.replace(f"{folder}/", "") for key in caught.value.keys]
 

@@ -123,7 +123,7 @@ async def test_a_hook_that_raises_is_counted_logged_sparingly_and_told_on(observ
         await until(lambda count=count: each.failures() == count)
     [record] = caplog.records
     assert (record.levelno, record.exc_info[1]) == (logging.ERROR, error)
-    assert record.getMessage() == "plugin audit failed at being told"
+    assert record.getMessage() == "plugin audit raised in a hook"
 
 
 async def test_what_a_hanging_hook_leaves_waiting_is_bounded_by_its_bytes(observers, caplog):
@@ -135,7 +135,7 @@ async def test_what_a_hanging_hook_leaves_waiting_is_bounded_by_its_bytes(observ
     each.listen(stored("b", "c", size=100))
     each.listen(stored("d"))
     assert each.failures() == 1
-    assert caplog.messages == ["plugin audit is too slow: 1 records were not told"]
+    assert caplog.messages == ["plugin audit is too slow: 1 records were dropped"]
     hook.gate.set()
     await until(lambda: hook.notes == [["a"], ["b", "c"]])
 
@@ -177,7 +177,7 @@ async def test_a_stop_leaves_a_hanging_hook_behind_and_says_so(observers, caplog
     began = asyncio.get_running_loop().time()
     await each.stop(0.05)
     assert asyncio.get_running_loop().time() - began < 5
-    assert caplog.messages == ["plugin audit: 3 records were not told before the stop"]
+    assert caplog.messages == ["plugin audit: 3 records were dropped at the stop"]
     hook.gate.set()
     await each.stop(10)
     assert hook.notes == [["a"]]
