@@ -4,12 +4,14 @@
 """
 
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from commands import parse
 
 import relay
 from relay.api.query_params import LISTS, filters_of
@@ -99,6 +101,31 @@ def test_every_relay_command_on_a_page_exists(page):
     shown = re.findall(r"(?:`|bin/)relay ([a-z][a-z-]*)", text)
     shown += re.findall(r"^relay ([a-z][a-z-]*)", blocks, re.MULTILINE)
     assert set(shown) <= set(COMMANDS)
+
+
+def command_lines(page):
+    """Return the relay commands in the shell blocks of a page, each as its words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()")
+        lexer.whitespace_split = True
+        words = list(lexer)
+        for number, word in enumerate(words):
+            first = number == 0 or set(words[number - 1]) <= set("|&;()")
+            if first and (word == "relay" or word.endswith("/relay")):
+                rest = words[number + 1 :]
+                ends = [place for place, each in enumerate(rest) if re.match(r"[|&;()]|\d?>", each)]
+                yield rest[: ends[0]] if ends else rest
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relay_command_in_a_shell_block_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in command_lines(page):
+        for name in words:
+            if name.endswith(".jsonl"):
+                Path(name).touch()
+        parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -36,6 +36,17 @@ class Said:
         return json.loads(self.out)
 
 
+def parse(words):
+    """Parse a command line without running it; raises click.UsageError if it does not exist."""
+    command, context = main, click.Context(main, info_name="relay", **main.context_settings)
+    while isinstance(command, click.Group):
+        command = command.get_command(context, words[0])
+        if command is None:
+            raise click.UsageError(f"no command {words[0]}")
+        words = words[1:]
+    command.make_context("relay", list(words), parent=context).close()
+
+
 def run(*args, code=0, stdin=None):
     """Run a command that ends with this exit code."""
     result = CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
