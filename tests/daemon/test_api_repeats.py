@@ -42,7 +42,7 @@ async def accepted(relay, path, **body):
 
 async def over(relay, replay):
     """Wait for the end of a replay."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while replay["ended_at"] is None:
             replay = await relay.operator("GET", f"/api/replays/{replay['id']}")
     return replay

@@ -187,7 +187,7 @@ async def test_a_follower_that_takes_nothing_holds_up_nobody_and_is_told_its_los
         assert len(follower._frames) == 3
         slow.writer.transport.resume_reading()
         text = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while b"event: lost" not in text:
                 text = text[-100:] + await slow.reader.read(2**16)
 

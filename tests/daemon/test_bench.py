@@ -19,7 +19,7 @@ SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
 
 def bench(*arguments):
     command = [sys.executable, "-m", "bench", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -30,7 +30,7 @@ def test_without_a_name_the_benchmarks_are_listed():
 
 def test_a_misspelt_name_is_refused():
     command = [sys.executable, "-m", "bench", "ingets"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "'ingest', 'relay', 'zoo'" in done.stderr
 
@@ -68,7 +68,7 @@ def test_json_has_every_round_of_both_sides():
 
 def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
     command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
     assert title == "sweeps over 10,000 workers"
     assert len(lines) == 7
@@ -79,7 +79,7 @@ def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
 
 def test_what_commands_cost_is_printed_beside_the_limit():
     command = [sys.executable, "-m", "bench.startup", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
     assert title.startswith("CPU per command")
     assert [line.split("  ")[1] for line in lines][:2] == ["python -c pass", "relay --help"]
@@ -89,7 +89,7 @@ def test_what_commands_cost_is_printed_beside_the_limit():
 
 def test_scrapes_are_timed_at_rest_and_beside_senders():
     command = [sys.executable, "-m", "bench.scrape", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines, verdict = done.stdout.splitlines()
     assert title.startswith("2 scrapes of 50 destinations")
     assert [line.split(" ms: ")[0].rsplit(maxsplit=2)[0].strip() for line in lines] == [
@@ -104,7 +104,7 @@ def old_events(tmp_path):
     fill = "import asyncio, pathlib, sys; from bench.retention import fill;"
     fill += "asyncio.run(fill(pathlib.Path(sys.argv[1]), 50))"
     path = tmp_path / "relay.db"
-    subprocess.run([sys.executable, "-c", fill, path], cwd=ROOT, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", fill, path], cwd=ROOT, timeout=240, check=True)
     return path
 
 
@@ -120,7 +120,7 @@ async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go
 def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
     """As told: too few events for the figures to mean anything."""
     command = [sys.executable, "-m", "bench.lists", "--events", "400"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     assert "400 events, 1,200 deliveries" in done.stdout
     assert re.findall(
         r"^(\w+): \d+ questions, median [0-9.]+ ms, most [0-9.]+ ms", done.stdout, re.MULTILINE
@@ -136,7 +136,7 @@ def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
 
 def test_resident_memory_is_printed_beside_its_target():
     command = [sys.executable, "-m", "bench.memory", "0.002"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *rows, verdict = done.stdout.splitlines()
     assert title.startswith("resident memory after large events")
     assert [row.split(" KB")[0].split() for row in rows] == [
@@ -148,7 +148,7 @@ def test_resident_memory_is_printed_beside_its_target():
 
 def test_events_beside_floods_are_timed_and_judged():
     command = [sys.executable, "-m", "bench.flood", "0.3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     head, *rows, target = done.stdout.splitlines()
     assert head.split() == ["beside", "events", "p50", "ms", "p99", "ms", "most", "ms", "answers/s"]
     assert [row.split("  ")[1] for row in rows] == [
@@ -162,7 +162,7 @@ def test_events_beside_floods_are_timed_and_judged():
 def test_both_layouts_of_deliveries_are_measured_and_judged():
     """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
     command = [sys.executable, "-m", "bench.layouts", "--rows", "2000", "--rounds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     _, one, queue, head, *rows, verdict = done.stdout.splitlines()
     assert [re.sub(r"[0-9]+([.][0-9]+)?", "N", line) for line in (one, queue)] == [
         "one table: filled in N s, N MiB",

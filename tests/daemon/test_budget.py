@@ -75,7 +75,7 @@ async def send(relay, name, address="127.0.0.1", size=0, *, split=False, **more)
     path, headers = PATHS[name]
     body = json.dumps(BODIES[name] | ({"payload": {"text": "x" * size}} if size else {})).encode()
     raw = request("POST", path, body, **headers, **more)
-    async with asyncio.timeout(10), await connect(relay, address) as wire:
+    async with asyncio.timeout(30), await connect(relay, address) as wire:
         if split:
             await wire.send(raw[: -len(body)])
             await asyncio.sleep(0.01)
@@ -99,7 +99,7 @@ async def test_a_stranger_s_body_is_refused_unread(relay, name, token):
 
 
 async def test_a_stranger_is_not_asked_for_its_body(relay):
-    async with asyncio.timeout(10), await connect(relay) as wire:
+    async with asyncio.timeout(30), await connect(relay) as wire:
         await wire.send(request("POST", COMPOZY, content_length="9", expect="100-continue"))
         assert (await wire.answer()).status == 401
 
@@ -198,7 +198,7 @@ async def test_a_refused_piece_leaves_what_was_held():
 
 async def test_an_event_is_stored_whole_whatever_pool_it_ends_in(relay):
     body = adorn("pool", payload={"text": "x" * 100_000})
-    async with asyncio.timeout(10), await connect(relay) as wire:
+    async with asyncio.timeout(30), await connect(relay) as wire:
         raw = request("POST", ADORN, body)
         for at in range(0, len(raw), 5000):
             await wire.send(raw[at : at + 5000])

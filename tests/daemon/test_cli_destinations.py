@@ -108,7 +108,7 @@ async def test_the_error_that_keeps_a_delivery_is_shown_with_what_to_do(tmp_path
     async with running(write_config(tmp_path, SOURCES, other)) as relay:
         await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
         commands = Commands(relay.addresses.socket)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (await relay.rows("deliveries"))[0]["last_error"]:
                 pass
         said = await commands("destinations", "show", "other")

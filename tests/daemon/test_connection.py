@@ -57,7 +57,7 @@ class Site:
 
 @pytest.fixture
 async def site(listener):
-    async with asyncio.timeout(10), Site(listener) as site:
+    async with asyncio.timeout(30), Site(listener) as site:
         yield site
 
 
@@ -78,7 +78,7 @@ async def complaints(caplog):
 
 async def half_close(url, *pieces):
     """Send these, close the own side, and return all that is answered until the server closes."""
-    async with asyncio.timeout(10), await Wire.open(url) as wire:
+    async with asyncio.timeout(30), await Wire.open(url) as wire:
         for piece in pieces:
             await wire.send(piece)
             await asyncio.sleep(0.01)
@@ -299,7 +299,7 @@ async def test_more_bodies_than_aiohttp_queues_are_answered_in_whatever_pieces_t
     dice = random.Random(4)  # with which some would wait for ever if bodies did not have the rest parsed
     sizes = [dice.choice((0, 1, 100, 3000, 70_000)) for _ in range(120)]
     raw = b"".join(request("POST", f"/{number}", bytes(size)) for number, size in enumerate(sizes))
-    async with asyncio.timeout(10), await Wire.open(site.url) as wire, asyncio.TaskGroup() as group:
+    async with asyncio.timeout(30), await Wire.open(site.url) as wire, asyncio.TaskGroup() as group:
 
         async def send():
             at = 0
@@ -420,7 +420,7 @@ async def test_a_body_of_very_many_chunks_is_read_to_its_end(site, size):
     """The parser is told to pause at so many chunks, and does so late."""
     site.reads = True
     for _ in range(2):
-        async with asyncio.timeout(10), await Wire.open(site.url) as wire:
+        async with asyncio.timeout(30), await Wire.open(site.url) as wire:
             head = request("POST", "/many", transfer_encoding="chunked")
             await wire.send(head + b"1\r\nx\r\n" * size + b"0\r\n\r\n")
             assert (await wire.answer()).body == b"/many"

@@ -240,7 +240,7 @@ async def test_questions_are_answered_at_once_while_the_database_is_waited_for(t
     with closing(sqlite3.connect(tmp_path / "state" / "relay.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        async with Daemon(config) as daemon, asyncio.timeout(8):
+        async with Daemon(config) as daemon, asyncio.timeout(30):
             answer = await exchange(tmp_path / "state" / "relay.sock", request("POST", "/api/reload"))
             assert answer.status == 503
             assert "the daemon is still waiting for its database: " in answer.json["error"]["message"]

@@ -143,7 +143,7 @@ async def test_a_chunked_body_is_put_together(relay: Relay, size):
 
 
 async def test_a_body_that_turns_out_to_be_badly_framed_is_refused_at_once(relay: Relay):
-    async with asyncio.timeout(5), await Wire.open(relay.addresses.public) as wire:
+    async with asyncio.timeout(30), await Wire.open(relay.addresses.public) as wire:
         await wire.send(request("POST", ADORN, transfer_encoding="chunked") + b"1\r\n{\r\n")
         await until(lambda: relay.app.ingest._budget.used)  # it is being read
         await wire.send(b"zz\r\n")
@@ -259,7 +259,7 @@ async def test_connections_beyond_the_cap_are_sent_away_with_503_while_none_is_s
 
 async def test_a_sender_that_never_says_what_it_wants_is_sent_away(relay: Relay, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.FIRST_HEAD", 0.02)
-    async with asyncio.timeout(5), await Wire.open(relay.addresses.public) as wire:
+    async with asyncio.timeout(30), await Wire.open(relay.addresses.public) as wire:
         await wire.send(b"POST /v1/events HTTP/1.1\r\nHost: x\r\n")
         assert await wire.closed()
 

@@ -214,7 +214,7 @@ async def test_every_answer_is_as_it_is_described(relay, recorder):
     replay = (
         await ask("POST", "/api/replays", {"filter": {"source": "adorn"}, "rate": "50/s"}, status=201)
     ).json
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (await ask("GET", f"/api/replays/{replay['id']}")).json["ended_at"] is None:
             pass
     await ask("GET", "/api/replays")

@@ -109,7 +109,7 @@ async def test_a_ttl_of_the_config_ends_what_is_held(tmp_path):
             async def state():
                 return [row["state"] for row in await relay.rows("deliveries")]
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while await state() != ["expired"]:  # noqa: ASYNC110 - the store has no event to await
                     await asyncio.sleep(0.02)
             assert relay.counted("relay_deliveries_finished_total", destination="crm", outcome="expired") == 1

@@ -450,7 +450,7 @@ async def test_an_offline_worker_is_heard_again_whatever_its_body(relay, clock, 
     command = (await exchange(relay.addresses.socket, queue)).json["id"]
     assert (await relay.exchange(raw)).status >= 400
     assert await types(relay) == ["registered", "offline", "online"]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (commands := (await relay.exchange(beat())).json["data"]["commands"]):
             pass
     assert commands == [{"id": command, "type": "restart"}]

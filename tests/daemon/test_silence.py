@@ -171,7 +171,7 @@ async def test_a_relay_that_stood_still_takes_nobody_s_silence_for_granted(tmp_p
             daemon.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(seconds)  # what it is about
             daemon.process.send_signal(signal.SIGCONT)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while (await daemon.operator("GET", DEAD))["status"] != "OFFLINE":
                     pass
         events = (await daemon.operator("GET", OFFLINE))["items"]

@@ -176,7 +176,7 @@ async def test_the_event_of_the_page_reaches_a_receiver_by_the_configuration_of_
         async with running(path) as relay:
             line = post.replace("http://127.0.0.1:8080", relay.addresses.public)
             answer = json.loads(await asyncio.to_thread(run, ("bash",), tmp_path, line))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not (arrived := inbox(home)):  # noqa: ASYNC110 - another process writes it
                     await asyncio.sleep(0.02)
     [(id_, envelope)] = arrived.items()

@@ -95,7 +95,7 @@ class Wire:
 
 async def exchange(url: str | Path, raw: bytes, *, bodiless: bool = False) -> Answer:
     """Send one request on a connection of its own and return the answer."""
-    async with asyncio.timeout(10), await Wire.open(url) as wire:
+    async with asyncio.timeout(30), await Wire.open(url) as wire:
         sending = asyncio.create_task(wire.send(raw))  # the answer may come before the body is through
         try:
             while (answer := await wire.answer(bodiless=bodiless)).status == CONTINUE:

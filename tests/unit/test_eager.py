@@ -26,7 +26,7 @@ async def test_what_waits_goes_on_in_a_task_of_its_own(is_done):
     async def wait():
         said.append("began")
         await first.wait()
-        async with asyncio.timeout(10):  # which asks for the task that it is in
+        async with asyncio.timeout(30):  # which asks for the task that it is in
             await second.wait()
         said.append(asyncio.current_task())
 
