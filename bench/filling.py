@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from relay.base.clock import SystemClock
-from relay.store.sqlite import SqliteStore
+from relay.store.opening import open_store
 
 DAY = 86_400_000_000
 END = 1_800_000_000_000_000
@@ -82,9 +82,8 @@ _STATEMENTS = (
 
 async def fill(path: Path, events: int) -> None:
     """Make it: so many events, three times as many deliveries, an attempt for nearly each."""
-    store = SqliteStore(path, SystemClock())
-    await store.open()
-    await store.close()
+    async with open_store(f"sqlite:{path.name}", path.parent, SystemClock()):
+        pass  # makes the tables
     values = {
         "events": events,
         "begin": END - _SPAN,

@@ -19,7 +19,7 @@ from bench.subject import TOKEN, relay
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Register
 from relay.store import Acceptance
-from relay.store.sqlite import SqliteStore
+from relay.store.opening import open_store
 
 WORKERS = 10_000
 TARGET = 0.10  # of a core
@@ -233,9 +233,7 @@ async def sweeps() -> None:
         print(f"  {what:<46}{took * 1e3:8.1f} ms, the loop stood still for {gaps[0] * 1e3:.1f} ms at most")
 
     with TemporaryDirectory(prefix="bench-") as name:
-        store = SqliteStore(Path(name) / "relay.db", clock)
-        await store.open()
-        try:
+        async with open_store("sqlite:relay.db", Path(name), clock) as store:
             ids = [f"worker-{number}" for number in range(WORKERS)]
             changes = [Register(worker_id=id_, endpoint=f"http://{id_}:8001") for id_ in ids]
             for at in range(0, WORKERS, 1000):
@@ -257,8 +255,6 @@ async def sweeps() -> None:
             await say("one in a hundred has fallen silent", store.workers.sweep)
             clock.now += 95 * SECOND
             await say("all others have", store.workers.sweep)
-        finally:
-            await store.close()
 
 
 async def main() -> None:

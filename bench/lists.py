@@ -20,8 +20,7 @@ from bench.filling import END, fill
 from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
 from relay.store.database import Database
-from relay.store.read_only import read_only
-from relay.store.reading import Reading
+from relay.store.read_only import Reading, read_only
 
 TARGET = 0.050
 """Seconds that a page may take."""

@@ -16,7 +16,7 @@ from bench.loop import run
 from bench.processes import Server
 from bench.subject import REQUEST, relay
 from relay.base.clock import SECOND, SystemClock
-from relay.store.sqlite import SqliteStore
+from relay.store.opening import open_store
 
 EVENTS = 500_000
 PACE = 500.0  # events a second that come in
@@ -50,9 +50,8 @@ _FILL = (
 
 async def fill(path: Path, events: int) -> None:
     """Make a database of old events, each delivered at the first attempt."""
-    store = SqliteStore(path, SystemClock())
-    await store.open()
-    await store.close()
+    async with open_store(f"sqlite:{path.name}", path.parent, SystemClock()):
+        pass  # makes the tables
     values = {
         "events": events,
         "at": time.time_ns() // 1000 - _AGE,

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sqlite3
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -22,7 +21,7 @@ from relay.base.units import render_size
 from relay.config.paths import socket_path
 from relay.config.schema import Config
 from relay.delivery.dispatcher import StuckLanes
-from relay.errors import RelayError, StorageError, StorageUnavailableError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.jobs.backups import Backups
@@ -42,10 +41,10 @@ from relay.process.state_dir import StateDir
 from relay.process.systemd import Inherited, Notifier
 from relay.process.watchdog import Watchdog
 from relay.reload import SWEEP, Reloads
+from relay.routing.router import router_of
 from relay.state import State
-from relay.store.connection import has_wal_reset_bug, unreadable
-from relay.store.disk import BALLAST, Disk
-from relay.store.sqlite import SqliteStore
+from relay.store.opening import DISK_RESERVE, make_store
+from relay.workers.watch import Rulebook
 
 log = logging.getLogger("relay")
 
@@ -87,22 +86,33 @@ class App:
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
         self.metrics = Metrics(listener=self.listener)
-        database = _database(config)
-        self.store = SqliteStore(
-            database,
+        self.router, self.rulebook = router_of(config.destinations), Rulebook.of_config(config)
+        self.store = make_store(
+            config.storage.url,
+            config.state_dir,
             clock,
-            full=config.storage.durability == "full",
+            route=self.router.route,
+            rules=self.rulebook.of,
+            listener=self._listen,
+            on_commit=self.metrics.count_commit,
             on_fatal=_die,
-            disk=Disk(database, floor=config.storage.min_free_disk, ballast=BALLAST),
+            durability=config.storage.durability,
+            min_free=config.storage.min_free_disk,
+            reserve=DISK_RESERVE,
         )
-        self.state = State(setup, store=self.store, clock=clock, metrics=self.metrics)
+        self.state = State(
+            setup,
+            router=self.router,
+            rulebook=self.rulebook,
+            store=self.store,
+            clock=clock,
+            metrics=self.metrics,
+        )
         self.ingest, self.engine = self.state.ingest, self.state.engine
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
         self.backups = Backups(self.store, clock, lambda: self.config)
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
-        self.store.listener = self._listen
-        self.store.on_commit = self.metrics.count_commit
-        self.metrics.weigh(self.store.path)
+        self.metrics.weigh(self.store.files)
         for kind in setup.kinds.values():
             self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.engine, self.metrics, clock)
@@ -378,18 +388,15 @@ class App:
 
     async def _check_disk(self) -> None:
         """Refuse senders while less than `min_free_disk` is free; stored events are still delivered."""
-        disk = self.store.disk
-        if disk.missing:
-            await asyncio.to_thread(disk.recover)
-        free = disk.look()
-        full = free < disk.floor or disk.missing > 0
+        space = await self.store.upkeep.check_disk()
+        full = space.is_full
         if full != self.ingest.admission.disk_full:
             log.log(
                 logging.ERROR if full else logging.INFO,
                 "%s free in %s, min_free_disk is %s: senders are %s",
-                render_size(free),
-                self.store.path.parent,
-                render_size(disk.floor),
+                render_size(space.free),
+                space.folder,
+                render_size(space.floor),
                 "refused with 503" if full else "accepted again",
             )
         self.ingest.admission.disk_full = full
@@ -398,11 +405,9 @@ class App:
             self._retention = asyncio.create_task(self.jobs.run("retention"))
 
     def _warn(self) -> None:
-        log.info("the database is %s", self.store.path)
+        log.info("the database is %s", self.store.location)
         for warning in self.config.warnings:
             log.warning("%s", warning)
-        if has_wal_reset_bug():
-            log.info("the linked SQLite has the WAL-reset bug: no other program may write relay.db")
 
 
 async def serve(setup: Setup) -> None:
@@ -417,15 +422,10 @@ async def serve(setup: Setup) -> None:
     loop.add_signal_handler(signal.SIGHUP, app.reloads.soon)
     try:
         await app.run()
-    except sqlite3.Error as error:
-        raise unreadable(app.store.path, error) from error
-
-
-def _database(config: Config) -> Path:
-    scheme, _, name = config.storage.url.partition(":")
-    if scheme != "sqlite" or not name:
-        raise RelayError(f"no such storage: {config.storage.url}", hint='write url = "sqlite:relay.db"')
-    return config.state_dir / name
+    except Exception as error:
+        if (explained := app.store.explain(error)) is not None:
+            raise explained from error
+        raise
 
 
 def _die(why: str) -> None:

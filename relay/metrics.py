@@ -205,10 +205,10 @@ class Metrics:
         self.commit_seconds.observe(seconds)
         self.commit_events.observe(jobs)
 
-    def weigh(self, database: Path) -> None:
-        """Let a scrape read the size of the database's files from the file system."""
-        for file, path in (("main", database), ("wal", database.with_name(f"{database.name}-wal"))):
-            self.size.labels(file).set_function(partial(_size, path))
+    def weigh(self, files: Mapping[str, Path]) -> None:
+        """Have each scrape read the sizes of the store's files, by label."""
+        for label, path in files.items():
+            self.size.labels(label).set_function(partial(_size, path))
 
 
 def declared() -> dict[str, Declared]:

@@ -38,7 +38,16 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 class State:
     """The parts that depend on the configuration. A reload changes them, but never replaces the objects."""
 
-    def __init__(self, setup: Setup, *, store: Store, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        router: Router,
+        rulebook: Rulebook,
+        store: Store,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
         config = setup.config
         self.setup = setup
         self._store = store
@@ -54,11 +63,9 @@ class State:
         self.engine = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
         )
-        self.router = router_of(config.destinations)
-        store.route = self.router.route
-        rules = Rulebook.of_config(config)
-        store.rules = rules.of
-        self.watch = Watch(store, clock, rules.shortest_interval)
+        self.router = router
+        self.rulebook = rulebook
+        self.watch = Watch(store, clock, rulebook.shortest_interval)
         self.upkeep = Upkeep(store, self.engine, Policy.of_config(config))
         self._count(config)
 
@@ -98,7 +105,7 @@ class State:
         self.setup = draft.setup
         self._count(config)
         self.ingest.mount(draft.mounts, _sender_address_of(config), _patience_of(config))
-        self._store.rules = draft.rules.of
+        self.rulebook.adopt(draft.rules)
         if draft.rules.shortest_interval != self.watch.interval:
             self.watch.go_by(draft.rules.shortest_interval)
         self.upkeep.policy = draft.policy

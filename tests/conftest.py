@@ -17,10 +17,10 @@ from commands import Commands
 from daemons import Recorder
 from lanes import CLOCK, Receiver
 from machines import fetch
+from stores import make_store
 
 from relay.config.schema import DestinationConfig
 from relay.delivery.http.http_client import HttpClient
-from relay.store.sqlite import SqliteStore
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
@@ -136,7 +136,7 @@ async def receiver():
 @pytest.fixture
 async def store(tmp_path):
     """An empty store on the machine's clock."""
-    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
     yield store
     await store.close()

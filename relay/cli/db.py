@@ -18,7 +18,7 @@ from relay.cli.main import Group
 from relay.cli.offline import Offline, database_of, readable, reader_options, tables_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_json, print_table, show_progress
-from relay.store.read_only import Stop
+from relay.store import Stop
 
 T = TypeVar("T")
 

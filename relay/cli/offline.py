@@ -22,7 +22,8 @@ from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
-from relay.store.read_only import Stop
+from relay.store import Stop
+from relay.store.opening import open_for_reading
 
 if TYPE_CHECKING:
     from relay import doctor
@@ -67,9 +68,8 @@ class Offline:
 
     async def _owing(self) -> list["doctor.Owing"]:
         from relay import doctor  # noqa: PLC0415 - as below
-        from relay.store.reading import reading  # noqa: PLC0415 - as below
 
-        async with reading(self._file) as reads:
+        async with open_for_reading(self._file) as reads:
             books, states = await reads.ledger.totals(), await reads.queries.destination_states()
         return [
             doctor.Owing(
@@ -109,10 +109,9 @@ class Offline:
                 runner.run(lines.aclose())
 
     async def _export(self, query: dict[str, Any], *, deliveries: bool) -> AsyncGenerator[bytes, None]:
-        from relay.store.reading import reading  # noqa: PLC0415 - as below
 
         selection = _selection(query)
-        async with reading(self._file) as reads:
+        async with open_for_reading(self._file) as reads:
             span = await reads.queries.span(selection)
             async for line in reads.queries.export(selection, span, deliveries=deliveries):
                 yield line
@@ -121,10 +120,9 @@ class Offline:
         # The store loads only here: every other command must start fast without it.
         from relay.api.pending_views import list_destinations, show_destination  # noqa: PLC0415 - see above
         from relay.api.views import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
-        from relay.store.reading import reading  # noqa: PLC0415 - see above
 
         known, now = self._config.destinations, SystemClock().wall()
-        async with reading(self._file) as reads:
+        async with open_for_reading(self._file) as reads:
             if kind == "destinations":
                 return await (
                     list_destinations(reads, known)

@@ -6,13 +6,15 @@ same reason. When a method returns, its change is durable; when it raises, nothi
 Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.base.clock`).
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from relay.config.schema import WorkerRules
+from relay.errors import StorageError
 from relay.model import (
     Backlog,
     Backup,
@@ -89,6 +91,10 @@ class Span(msgspec.Struct, frozen=True):
 
     first: int
     last: int
+
+
+class Stop(threading.Event):
+    """Set when nobody waits any longer for work on a database file."""
 
 
 class Events(Protocol):
@@ -367,8 +373,21 @@ class Ledger(LedgerReads, Protocol):
         ...
 
 
+class DiskSpace(msgspec.Struct, frozen=True):
+    """Free space of the disk that holds the data."""
+
+    folder: Path
+    free: int  # bytes
+    floor: int  # bytes that senders leave free
+    is_full: bool  # whether senders must be refused
+
+
 class Upkeep(Protocol):
     """Retention, backups, checks and sizes."""
+
+    async def check_disk(self) -> DiskSpace:
+        """Read the free space; restores the reserve once there is room for it."""
+        ...
 
     async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:
         """Delete finished data that is older than a policy keeps it, in small transactions.
@@ -442,9 +461,8 @@ class StoredData(Protocol):
 class Store(Protocol):
     """Everything remembered. One daemon at a time owns it."""
 
-    route: Route
-    rules: Rules
-    listener: Listener
+    location: str  # where the data is, for people
+    opened: bool
 
     @property
     def events(self) -> Events:
@@ -479,6 +497,25 @@ class Store(Protocol):
     @property
     def failure(self) -> str | None:
         """Why nothing can be written now; None while writes work."""
+        ...
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the write under way has taken so far; 0 while nothing is written."""
+        ...
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the files were removed or damaged and no copy of the committed data could be made."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The files that hold the data, by the label of `relay_store_bytes`."""
+        ...
+
+    def explain(self, error: Exception) -> StorageError | None:
+        """Return what to tell an operator about an error of the engine; None: another kind of error."""
         ...
 
     async def open(self) -> None:

@@ -9,7 +9,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-BALLAST = 2 * 2**20
 LEAST_BALLAST = 64 * 2**10
 """A disk without room for this much has no ballast."""
 

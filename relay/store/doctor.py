@@ -18,11 +18,12 @@ import msgspec
 from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_size
 from relay.model import Check
+from relay.store import Stop
 from relay.store.connection import OLDEST, has_wal_reset_bug
 from relay.store.ledger import AUDIT_SQL, counts_of
 from relay.store.losses import WHAT_TO_DO, evidence_of
 from relay.store.mark import HIGHEST_SQL, mark_in, read_mark
-from relay.store.read_only import Stop, opened
+from relay.store.read_only import opened
 from relay.store.rows import worker_of
 from relay.store.schema import MIGRATIONS
 from relay.store.wal import log_of, read_log

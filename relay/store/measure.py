@@ -5,7 +5,8 @@ from pathlib import Path
 
 from relay.errors import StorageError
 from relay.model import Measured
-from relay.store.read_only import Stop, opened
+from relay.store import Stop
+from relay.store.read_only import opened
 
 SQL = """
     SELECT (SELECT user_version FROM pragma_user_version),

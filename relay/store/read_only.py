@@ -1,19 +1,23 @@
-"""Long work on the database file beside the daemon, which may run or not: in a thread, only reading."""
+"""Read-only access to a database file, whether or not its daemon runs."""
 
 import asyncio
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import aiosqlite
+
+from relay.errors import StorageError
+from relay.store import Stop
+from relay.store.database import Database
+from relay.store.ledger import LedgerReader
+from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.schema import MIGRATIONS
+
 T = TypeVar("T")
 _LOOK_EVERY = 10_000  # steps of SQLite's machine between two looks at whether to go on
-
-
-class Stop(threading.Event):
-    """Set when nobody waits for the work any more."""
 
 
 def read_only(path: Path) -> str:
@@ -53,3 +57,38 @@ async def apart(work: Callable[[Stop], T]) -> T:
         with suppress(Exception):  # what was cut short failed, and nobody asks how
             await task
         raise
+
+
+class Reading:
+    """`relay.store.StoredData` over an SQLite file."""
+
+    def __init__(self, database: Database) -> None:
+        self.queries = SqliteQueries(database)
+        self.ledger = LedgerReader(database)
+
+
+@asynccontextmanager
+async def reading(path: Path) -> AsyncIterator[Reading]:
+    """Open a database for reading, whether or not its daemon runs; leaves no file behind.
+
+    Raises:
+        StorageError: the file does not exist, cannot be read, or has tables of another version.
+    """
+    try:
+        async with aiosqlite.connect(_existing(path), uri=True) as reader:
+            [(version,)] = await reader.execute_fetchall("PRAGMA user_version")
+            if version != len(MIGRATIONS):
+                raise StorageError(
+                    f"{path} has schema version {version}, this program knows {len(MIGRATIONS)}",
+                    hint="use the program that wrote it, or start the relay, which migrates it",
+                )
+            yield Reading(Database.reading(path, reader))
+    except sqlite3.Error as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def _existing(path: Path) -> str:
+    if not path.exists():
+        hint = "a relay that never ran has none; see `state_dir`"
+        raise StorageError(f"there is no database {path}", hint=hint)
+    return read_only(path)

@@ -14,9 +14,10 @@ import aiosqlite
 from relay.base.clock import SECOND
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
+from relay.store import Stop
 from relay.store.backup import sync
 from relay.store.mark import HIGHEST_SQL, Mark, mark_in
-from relay.store.read_only import Stop, apart, opened
+from relay.store.read_only import apart, opened
 from relay.store.wal import log_of
 
 _NAME = "rescue"

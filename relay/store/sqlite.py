@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from relay.base.clock import Clock
-from relay.config.schema import WorkerRules
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     News,
-    StoredEvent,
 )
 from relay.store import Listener, Route, Rules
 from relay.store.batch import Batch, Sequences
@@ -25,10 +23,12 @@ from relay.store.connection import (
     check_companions,
     check_library,
     damaged,
+    has_wal_reset_bug,
     migrate,
     open_reader,
     open_writer,
     quick_check,
+    unreadable,
 )
 from relay.store.database import Database
 from relay.store.dedupe import Keys
@@ -43,6 +43,7 @@ from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.queries.sqlite_queries import SqliteQueries
 from relay.store.transaction import Transaction
 from relay.store.upkeep import SqliteUpkeep
+from relay.store.wal import log_of
 from relay.store.watching import SqliteWorkers
 from relay.store.workers import load_roster
 from relay.store.writer import TRANSIENT, Job, Writer
@@ -50,42 +51,36 @@ from relay.store.writer import TRANSIENT, Job, Writer
 log = logging.getLogger("relay.store")
 
 
-def _nowhere(_event: StoredEvent) -> tuple[()]:
-    return ()
-
-
-def _by_default(_source: str, _worker: str) -> WorkerRules:
-    return WorkerRules()
-
-
-def _deaf(_news: News) -> None:
-    return
-
-
 class SqliteStore:
-    """`relay.store.Store` in one SQLite file."""
+    """`relay.store.Store` in one SQLite file; `relay.store.opening.make_store` describes the arguments."""
 
     def __init__(
         self,
         path: Path,
         clock: Clock,
         *,
-        full: bool = True,
-        on_fatal: Callable[[str], None] = lambda _why: None,
-        disk: Disk | None = None,
+        route: Route,
+        rules: Rules,
+        listener: Listener,
+        on_commit: Callable[[float, int], None],
+        on_fatal: Callable[[str], None],
+        full: bool,
+        disk: Disk,
     ) -> None:
         self.path = path
-        self.disk = disk or Disk(path)
-        self.route: Route = _nowhere
-        self.rules: Rules = _by_default
-        self.listener: Listener = _deaf
-        self.on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None
+        self.location = str(path)
+        self.files = {"main": path, "wal": log_of(path)}
+        self.disk = disk
         self._clock = clock
-        self._full = full
+        self._route = route
+        self._rules = rules
+        self._listener = listener
+        self._on_commit = on_commit
         self._on_fatal = on_fatal
+        self._full = full
         self.database = Database(path)
         self.claims = Holds()
-        self.workers = SqliteWorkers(self.database, clock, lambda *key: self.rules(*key))  # noqa: PLW0108
+        self.workers = SqliteWorkers(self.database, clock, rules)
         self.deliveries = SqliteDeliveries(self.database, self.claims, clock)
         self.queries = SqliteQueries(self.database)
         self.ledger = SqliteLedger(self.database)
@@ -93,7 +88,7 @@ class SqliteStore:
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
         )
-        self._files = Files(path)
+        self._watched = Files(path)
         self._before: list[str] | None = None  # what was seen of the files before they were opened
         self.opened = False
         self._sound = False  # whether the file has been looked at after an unclean stop
@@ -109,6 +104,10 @@ class SqliteStore:
         """Whether the files were taken away or damaged, and no copy could be made of what was committed."""
         return self.database.writer.broken is not None and not self._caretaker.saved
 
+    def explain(self, error: Exception) -> StorageError | None:
+        """See `Store.explain`."""
+        return unreadable(self.path, error) if isinstance(error, sqlite3.Error) else None
+
     @property
     def commits(self) -> int:
         """How many transactions of requests and outcomes have been committed since `open`."""
@@ -122,6 +121,8 @@ class SqliteStore:
     async def open(self) -> None:
         """See `Store.open`."""
         check_library()
+        if has_wal_reset_bug() and self._before is None:
+            log.info("the linked SQLite has the WAL-reset bug: no other program may write %s", self.path.name)
         self._loop = asyncio.get_running_loop()
         try:
             check_companions(self.path)
@@ -174,7 +175,7 @@ class SqliteStore:
                 # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
                 self.database.counter = await open_reader(self.path, self._heed)
                 try:
-                    self._files.open()
+                    self._watched.open()
                 except OSError as error:
                     await self.database.counter.close()
                     raise StorageUnavailableError(f"{self.path}: {error.strerror}") from error
@@ -185,17 +186,17 @@ class SqliteStore:
             await self.database.connection.close()
             raise
         look_after(self.path, self._clock.wall(), highest, self._before or [])
-        roster.take_over(self.workers.roster, self.rules)
+        roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
         self.database.writer = Writer(
-            self.database.connection, self, self._on_fatal, self.on_commit, self.disk
+            self.database.connection, self, self._on_fatal, self._on_commit, self.disk
         )
         self.database.writer.start()
         self._caretaker = Caretaker(
             self.path,
             writer=self.database.writer,
             reader=self.database.counter,
-            files=self._files,
+            files=self._watched,
             disk=self.disk,
             clock=self._clock,
         )
@@ -222,7 +223,7 @@ class SqliteStore:
             await self.database.counter.close()
             await self.database.reader.close()
             await self.database.connection.close()
-            self._files.close()
+            self._watched.close()
 
     # --- the writer's side ---
 
@@ -234,9 +235,9 @@ class SqliteStore:
         return Batch(
             clock=self._clock,
             sequences=self._sequences,
-            route=self.route,
+            route=self._route,
             roster=self.workers.roster,
-            rules=self.rules,
+            rules=self._rules,
             keys=keys,
             pending=self.ledger.pending_counts,
         )
@@ -267,7 +268,7 @@ class SqliteStore:
         if books or batch.events or batch.woken or outcomes or hurried or turned:
             due, ended = batch.due, batch.ended
             try:
-                self.listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried, turned))
+                self._listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried, turned))
             except Exception:  # it is durable all the same, and its senders must hear so
                 log.exception("what was committed could not be handed on; lanes will find it in the store")
 

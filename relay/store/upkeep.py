@@ -1,5 +1,6 @@
 """Upkeep over SQLite: retention, backups, compaction, sizes and checks."""
 
+import asyncio
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import aiosqlite
 from relay.base.clock import Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Backup, Check, Compacted, Measured, Pruned
+from relay.store import DiskSpace
 from relay.store.backup import back_up, lacks
 from relay.store.compact import SIZES_SQL, empty_log
 from relay.store.database import Database
@@ -29,7 +31,16 @@ class SqliteUpkeep:
     def __init__(self, database: Database, clock: Clock, disk: Disk) -> None:
         self._database = database
         self._clock = clock
+        self._disk = disk
         self._retention = Retention(database, clock, disk)
+
+    async def check_disk(self) -> DiskSpace:
+        """See `Upkeep.check_disk`."""
+        if self._disk.missing:
+            await asyncio.to_thread(self._disk.recover)
+        free = self._disk.look()
+        is_full = free < self._disk.floor or self._disk.missing > 0
+        return DiskSpace(self._database.path.parent, free, self._disk.floor, is_full)
 
     async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
         """See `Upkeep.prune`."""

@@ -28,7 +28,7 @@ class Rulebook:
             name: [(re.compile(translate(pattern)), override) for pattern, override in rules.ids.items()]
             for name, rules in self._sources.items()
         }
-        self.of = lru_cache(maxsize=_REMEMBERED)(self._of)
+        self._cached = lru_cache(maxsize=_REMEMBERED)(self._find)
 
     @classmethod
     def of_config(cls, config: Config) -> "Rulebook":
@@ -42,8 +42,16 @@ class Rulebook:
         overrides = [override.check_every for each in rules for override in each.ids.values()]
         return min([each.check_every for each in rules] + [each for each in overrides if each is not None])
 
-    def _of(self, source: str, worker_id: str) -> WorkerRules:
-        """Return the rules of one worker."""
+    def of(self, source: str, worker_id: str) -> WorkerRules:
+        """Return the rules of one worker; the first pattern that fits decides."""
+        return self._cached(source, worker_id)
+
+    def adopt(self, other: "Rulebook") -> None:
+        """Take over the rules of another configuration."""
+        self._default, self._sources = other._default, other._sources  # noqa: SLF001 - one of our own kind
+        self._overrides, self._cached = other._overrides, other._cached  # noqa: SLF001 - likewise
+
+    def _find(self, source: str, worker_id: str) -> WorkerRules:
         rules = self._sources.get(source, self._default)
         for pattern, override in self._overrides.get(source, ()):
             if pattern.match(worker_id):

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from stores import make_store
 
 from relay.base.clock import SystemClock
 from relay.config.schema import Retention
 from relay.store.retention_policy import Policy
-from relay.store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
@@ -109,7 +109,7 @@ def old_events(tmp_path):
 
 
 async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
-    store = SqliteStore(old_events, SystemClock())
+    store = make_store(old_events, SystemClock())
     await store.open()
     assert [check for check in await store.upkeep.examine() if not check.ok] == []
     assert (await store.ledger.audit())["gone"].delivered == 50

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from daemons import SOURCES, adorn, destination, running, write_config
-from stores import make_event
+from stores import make_event, make_store, rows
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
@@ -27,7 +27,6 @@ from relay.process import logs
 from relay.process.logs import Sparing
 from relay.store import Acceptance, fleet, prune, workers
 from relay.store.retention_policy import Policy
-from relay.store.sqlite import SqliteStore
 
 DESIGN = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
 BOUNDS = re.findall(r"^\| .+ \| ([0-9,]+) \(`(relay[a-z_.]*)\.([A-Z_]+)`\) \| .+ \|$", DESIGN, re.MULTILINE)
@@ -171,7 +170,7 @@ async def test_retention_keeps_its_rules_however_many_types_a_sender_invents(tmp
     monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
     clock = FakeClock()
     policy = Policy(Retention(), {"shop": SourceRetention(types={"qr_*": 3600.0, "day_*": 86_400.0})})
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     for number in range(20):
         for kind in ("qr", "day", "plain"):
@@ -202,7 +201,7 @@ async def registry(tmp_path, monkeypatch):
     monkeypatch.setattr(fleet, "MOST_WORKERS", 10)
     monkeypatch.setattr(fleet, "FORGET_AT_ONCE", 2)
     monkeypatch.setattr(workers, "MOST_SESSIONS", 20)
-    store = SqliteStore(tmp_path / "relay.db", FakeClock())
+    store = make_store(tmp_path / "relay.db", FakeClock())
     await store.open()
     yield store
     await store.close()
@@ -228,7 +227,7 @@ async def test_a_new_worker_at_the_cap_makes_those_leave_that_are_gone_for_longe
     await asyncio.gather(*(tell(registry, beat(number)) for number in range(10, 14)))
     left = sorted(f"w{number}" for number in range(4, 14))
     assert sorted(worker.id for worker in registry.workers.all()) == left
-    found = await registry.database.reader.execute_fetchall("SELECT id FROM workers")
+    found = await rows(registry, "SELECT id FROM workers")
     assert sorted(id_ for (id_,) in found) == left
 
 

@@ -9,7 +9,8 @@ from contextlib import closing
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, Relay, adorn, running, write_config
-from stores import make_event
+from stores import make_event, make_store
+from stores import rows as read_rows
 from support import FakeClock, until
 from wire import Wire, request
 
@@ -17,7 +18,6 @@ from relay.errors import KeyConflict
 from relay.store import Acceptance
 from relay.store.dedupe import identity
 from relay.store.schema import MIGRATIONS
-from relay.store.sqlite import SqliteStore
 
 PLUGIN = '''
 from relay.hookspecs import hookimpl
@@ -229,9 +229,7 @@ async def test_a_shop_whose_probe_is_refused_for_its_key_is_not_logged_out(tmp_p
 async def test_any_text_that_a_handler_names_is_a_key(relay: Relay, key):
     first = await send(relay, f"/keyed/{key}", x_key=key)
     assert await send(relay, f"/keyed/{key}", x_key=key) == first
-    [[longest]] = await relay.app.store.database.reader.execute_fetchall(
-        "SELECT max(length(key)) FROM dedupe"
-    )
+    [[longest]] = await read_rows(relay.app.store, "SELECT max(length(key)) FROM dedupe")
     assert longest <= 256
 
 
@@ -275,7 +273,7 @@ def keyed(clock, key="k", path="/a", **fields):
 
 async def test_a_conflict_ages_with_the_key(tmp_path):
     clock = FakeClock()
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     await store.events.append(keyed(clock))
     clock.advance(6 * 86_400)
@@ -295,7 +293,7 @@ async def test_a_conflict_ages_with_the_key(tmp_path):
 async def test_a_restart_remembers_which_request_had_a_key(tmp_path):
     clock = FakeClock()
     for _ in range(2):
-        store = SqliteStore(tmp_path / "relay.db", clock)
+        store = make_store(tmp_path / "relay.db", clock)
         await store.open()
         receipts = [await store.events.append(keyed(clock, path=path)) for path in ("/a", "/b")]
         await store.close()
@@ -304,7 +302,7 @@ async def test_a_restart_remembers_which_request_had_a_key(tmp_path):
 
 async def test_a_rejected_conflict_leaves_nothing_and_spares_its_batch(tmp_path):
     clock = FakeClock()
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     strict = keyed(clock, path="/b")
     strict.rejects_conflict = True
@@ -318,7 +316,7 @@ async def test_a_rejected_conflict_leaves_nothing_and_spares_its_batch(tmp_path)
 async def test_a_constant_key_costs_the_same_after_many_requests(tmp_path):
     """Each request is looked up by itself, not among all that had the key."""
     clock = FakeClock()
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     steps = 0
 
@@ -368,7 +366,7 @@ async def test_keys_of_an_older_database_go_on_for_their_requests(tmp_path):
         rows = [("shop", "k", event.public_id, later), ("shop", "gone", "evt_gone", later)]
         db.executemany("INSERT INTO dedupe VALUES (?, ?, ?, ?)", rows)
         db.commit()
-    store = SqliteStore(path, clock)
+    store = make_store(path, clock)
     await store.open()
     again = await store.events.append(keyed(clock))
     elsewhere = await store.events.append(keyed(clock, path="/anywhere"))

@@ -18,7 +18,8 @@ from relay.app import App
 from relay.delivery import dispatcher
 from relay.errors import StorageError
 from relay.plugin_loading.loader import load
-from relay.store.disk import BALLAST, Disk
+from relay.store.disk import Disk
+from relay.store.opening import DISK_RESERVE
 from relay.store.rescue import rescues_of
 
 MIB = 2**20
@@ -306,7 +307,7 @@ async def test_deliveries_go_on_with_the_reserve_while_senders_are_refused(tmp_p
         ids = {await accepted(relay.addresses.public, f"session {number}") for number in range(50)}
         await relay.app.store.upkeep.compact()
         ballast = relay.app.store.disk.ballast
-        assert ballast.stat().st_size == BALLAST
+        assert ballast.stat().st_size == DISK_RESERVE
         assert ballast.stat().st_mode & 0o777 == 0o600
         disk.fill()
         recorder.open.set()
@@ -320,7 +321,7 @@ async def test_deliveries_go_on_with_the_reserve_while_senders_are_refused(tmp_p
         assert set(recorder.ids) == ids
         disk.clear()
         await until_accepted(relay.addresses.public)
-        assert ballast.stat().st_size == BALLAST
+        assert ballast.stat().st_size == DISK_RESERVE
 
 
 async def test_a_locked_database_fails_nobodys_work_for_good(tmp_path, recorder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from daemons import SERVE, SOURCES, Daemon, adorn, running, write_config
-from stores import opened, send
+from stores import make_store, opened, send
 from support import FakeClock, until
 from wire import exchange, request
 
@@ -18,7 +18,6 @@ from relay.errors import StorageError
 from relay.store.losses import evidence_of
 from relay.store.mark import Mark, read_mark
 from relay.store.rescue import rescues_of
-from relay.store.sqlite import SqliteStore
 from relay.store.wal import log_of, read_log
 from relay.store.writer import Job
 
@@ -476,7 +475,7 @@ async def test_a_database_that_is_a_link_is_looked_after_where_it_leads(tmp_path
 
 
 async def test_a_store_whose_folder_is_gone_at_the_end_can_be_closed(tmp_path):
-    store = SqliteStore(tmp_path / "state" / "relay.db", FakeClock())
+    store = make_store(tmp_path / "state" / "relay.db", FakeClock())
     (tmp_path / "state").mkdir()
     await store.open()
     shutil.rmtree(tmp_path / "state")

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from stores import make_store
 from support import until
 from wire import Wire, exchange, request
 
 from relay.app import App
 from relay.base.clock import SystemClock
 from relay.plugin_loading.loader import load
-from relay.store.sqlite import SqliteStore
 
 
 async def ready(relay):
@@ -141,7 +141,7 @@ async def test_circles_of_stand_ins_stop_the_start(tmp_path, stand_in):
 
 async def test_a_writer_that_fails_by_itself_stops_the_daemon(tmp_path):
     died = []
-    store = SqliteStore(tmp_path / "relay.db", SystemClock(), on_fatal=died.append)
+    store = make_store(tmp_path / "relay.db", SystemClock(), on_fatal=died.append)
     await store.open()
     store.database.writer._take = None
     append = asyncio.ensure_future(store.workers.sweep())

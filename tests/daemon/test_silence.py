@@ -8,13 +8,13 @@ from unittest.mock import patch
 
 import pytest
 from daemons import SOURCES, Daemon, running, write_config
+from stores import make_store
 from support import FakeClock, SteppedClock, until
 from wire import Wire, exchange, request
 
 from relay.errors import StorageUnavailableError
 from relay.model import Heartbeat, Register
 from relay.store import Acceptance
-from relay.store.sqlite import SqliteStore
 from relay.workers.watch import Watch
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
@@ -62,7 +62,7 @@ def clock():
 
 @pytest.fixture
 async def store(tmp_path, clock):
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     yield store

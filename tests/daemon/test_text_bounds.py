@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, running, write_config
-from stores import end, opened, send
+from stores import end, hooks, opened, send
 from support import FakeClock
 from wire import request
 
@@ -183,7 +183,7 @@ async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_
     """A database of before the bound, and an event that was replayed without end."""
     clock = FakeClock()
     async with opened(tmp_path / "relay.db", clock) as store:
-        store.route = lambda event: (Owed("crm"),)
+        hooks(store).route = lambda event: (Owed("crm"),)
         event = await send(store, clock)
         await end(store, event, "delivered", "crm")
         for _ in range(50):

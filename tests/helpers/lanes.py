@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
-from stores import accept
+from stores import accept, hooks
 
 from relay.base.clock import SystemClock
 from relay.config.schema import DestinationConfig, RetryConfig
@@ -88,10 +88,10 @@ def route(destinations: Iterable[DestinationConfig]):
 @asynccontextmanager
 async def engine_for(store, *destinations, own=(), **options):
     """Run an engine for these destinations; events are owed by their `events` and terms."""
-    store.route = route(destinations)
+    hooks(store).route = route(destinations)
     configs = {config.name: config for config in destinations}
     engine = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
-    store.listener = engine.listen
+    hooks(store).listener = engine.listen
     await engine.start(own)
     try:
         yield engine

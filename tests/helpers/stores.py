@@ -1,26 +1,82 @@
 """A store whose events are owed to two destinations, and what tests of its upkeep do with it."""
 
 import hashlib
+import os
+import weakref
 from contextlib import asynccontextmanager
 
 from relay.base.ids import event_id
 from relay.model import Attempt, Outcome, Owed, StoredEvent
-from relay.store import Acceptance
-from relay.store.sqlite import SqliteStore
+from relay.store import Acceptance, opening
+
+KINDS = tuple(os.environ.get("RELAY_TEST_STORES", "sqlite").split(","))
+"""Engines that the tests of the store's contract run against."""
+
+_HOOKS = weakref.WeakKeyDictionary()
+
+
+class Hooks:
+    """What a test's store calls. A test may change it at any time, unlike the daemon."""
+
+    def __init__(self):
+        self.route = opening.no_route
+        self.rules = opening.default_rules
+        self.listener = opening.ignore_news
+
+    def call_route(self, event):
+        return self.route(event)
+
+    def call_rules(self, source, worker_id):
+        return self.rules(source, worker_id)
+
+    def call_listener(self, news):
+        self.listener(news)
+
+
+def make_store(path, clock, *, kind=KINDS[0], on_fatal=lambda _why: None, **options):
+    """Make a store of an engine; `hooks(store)` are the functions that it calls."""
+    called = Hooks()
+    store = opening.make_store(
+        f"{kind}:{path.name}",
+        path.parent,
+        clock,
+        route=called.call_route,
+        rules=called.call_rules,
+        listener=called.call_listener,
+        on_fatal=on_fatal,
+        **options,
+    )
+    _HOOKS[store] = called
+    return store
+
+
+def hooks(store):
+    """Return the functions that a store of `make_store` calls."""
+    return _HOOKS[store]
+
+
+async def rows(store, sql, values=()):
+    """Read rows behind the store's back."""
+    return [tuple(row) for row in await store.database.reader.execute_fetchall(sql, values)]
+
+
+async def change_rows(store, sql, values=()):
+    """Change rows behind the store's back, with its writer's own connection."""
+    await store.database.connection.execute(sql, values)
 
 
 @asynccontextmanager
 async def opened(path, clock):
     """Open a store; at the end its books must balance and no row may point to one that is gone."""
-    store = SqliteStore(path, clock)
-    store.route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
+    store = make_store(path, clock)
+    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
     store.fresh, store.news = [], []
 
     def listen(news):
         store.news.append(news)
         store.fresh.extend(news.deliveries)
 
-    store.listener = listen
+    hooks(store).listener = listen
     await store.open()
     yield store
     for name, books in (await store.ledger.audit()).items():
@@ -83,6 +139,6 @@ async def ids(store):
     ]
 
 
-async def rows(store, table):
+async def count_rows(store, table):
     [(count,)] = await store.database.reader.execute_fetchall(f"SELECT count(*) FROM {table}")
     return count

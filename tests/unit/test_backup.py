@@ -7,7 +7,7 @@ import sqlite3
 import stat
 
 import pytest
-from stores import end, ids, opened, send
+from stores import end, ids, opened, rows, send
 from support import FakeClock, until
 
 from relay.errors import StorageError
@@ -38,7 +38,7 @@ async def test_a_relay_starts_from_a_backup_and_owes_what_was_owed(store, clock,
         assert (await copy.ledger.audit())["crm"].pending == 2
         claim = await copy.deliveries.claim("crm", 10, retries=False)
         assert len(claim.deliveries) == 2
-        assert [row for (row,) in await copy.database.reader.execute_fetchall("PRAGMA auto_vacuum")] == [2]
+        assert [row for (row,) in await rows(copy, "PRAGMA auto_vacuum")] == [2]
 
 
 async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, clock, tmp_path):

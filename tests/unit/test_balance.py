@@ -1,7 +1,7 @@
 """Comparing ledger and table reads pending rows only."""
 
 import pytest
-from stores import opened
+from stores import opened, rows
 from support import FakeClock
 
 from relay.store.ledger import AUDIT_SQL
@@ -14,7 +14,7 @@ async def store(tmp_path):
 
 
 async def test_the_books_are_balanced_along_the_indexes_of_pending_deliveries(store):
-    plan = [row[3] for row in await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {AUDIT_SQL}")]
+    plan = [row[3] for row in await rows(store, f"EXPLAIN QUERY PLAN {AUDIT_SQL}")]
     assert [step for step in plan if step.startswith("SCAN")] == ["SCAN ledger"]
     assert [step for step in plan if step.startswith("SEARCH")] == [
         "SEARCH d USING INDEX deliveries_first (destination=?)",

@@ -1,7 +1,7 @@
 """Compacting gives the disk back what is free, and forgets what was in the log."""
 
 import pytest
-from stores import opened, send
+from stores import opened, rows, send
 from support import FakeClock
 
 from relay.model import Compacted
@@ -44,14 +44,14 @@ async def test_what_was_deleted_is_in_no_file_any_more(store, clock):
 
 
 async def test_a_reader_in_the_way_is_not_waited_for(store, clock):
-    await store.database.reader.execute_fetchall("BEGIN")
-    await store.database.reader.execute_fetchall("SELECT count(*) FROM events")
+    await rows(store, "BEGIN")
+    await rows(store, "SELECT count(*) FROM events")
     await fill(store, clock)
     assert not (await store.upkeep.compact()).whole
     assert [row for (row,) in await store.database.connection.execute_fetchall("PRAGMA busy_timeout")] == [
         5000
     ]
-    await store.database.reader.execute_fetchall("COMMIT")
+    await rows(store, "COMMIT")
     assert (await store.upkeep.compact()).whole
 
 

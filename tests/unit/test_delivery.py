@@ -5,6 +5,7 @@ import json
 
 import pytest
 from lanes import CLOCK, SECRET, Receiver, destination, ended, engine_for, route, send
+from stores import hooks
 from support import until
 
 from relay.config.schema import CircuitConfig, RetryConfig
@@ -203,7 +204,7 @@ async def test_bodies_beyond_the_memory_budget_are_read_back_when_a_slot_frees(s
 
 async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receiver):
     async with Receiver().serve() as other:
-        store.route = route([destination("crm", other.url)])
+        hooks(store).route = route([destination("crm", other.url)])
         await send(store)
         await store.database.connection.execute("UPDATE events SET body = x'7b7d'")
         store.deliveries.release([1])
@@ -246,7 +247,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
 
 
 async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
-    store.route = route([destination("crm", receiver.url)])
+    hooks(store).route = route([destination("crm", receiver.url)])
     sent = await send(store)
     store.deliveries.release([1])
     async with engine_for(store, destination("crm", receiver.url)):

@@ -7,14 +7,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from stores import end, opened, send
+from stores import end, hooks, opened, send
 from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Owed, Register, Unregister
-from relay.store import Acceptance, doctor
+from relay.store import Acceptance, Stop, doctor
 from relay.store.doctor import Patient, examine
-from relay.store.read_only import Stop
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",
@@ -34,7 +33,7 @@ def path(tmp_path, clock):
     async def fill():
         async with opened(tmp_path / "relay.db", clock) as store:
             owed = (Owed("crm", order_key="a"), Owed("erp"))
-            store.route = lambda event: () if event.source == "relay" else owed
+            hooks(store).route = lambda event: () if event.source == "relay" else owed
             events = [await send(store, clock, body=b'{"n": %d}' % number) for number in range(9)]
             await end(store, events[0], "delivered", "erp")
             await end(store, events[1], "expired", "erp")

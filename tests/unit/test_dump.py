@@ -4,7 +4,7 @@ import json
 
 import msgspec
 import pytest
-from stores import end, ids, make_event, opened, rows, send
+from stores import count_rows, end, hooks, ids, make_event, opened, rows, send
 from support import FakeClock
 
 from relay.errors import RelayError
@@ -29,7 +29,7 @@ async def store(tmp_path, clock):
 @pytest.fixture
 async def other(tmp_path, clock):
     async with opened(tmp_path / "other.db", clock) as other:
-        other.route = lambda event: (Owed("archive"),)
+        hooks(other).route = lambda event: (Owed("archive"),)
         yield other
 
 
@@ -145,14 +145,14 @@ async def test_an_import_is_the_same_events_and_may_be_repeated(store, other, cl
     assert await read_in(other, lines) == [Imported(lines=5, new=5)]
     assert await export(other) == lines
     assert await read_in(other, lines) == [Imported(lines=5, new=0)]
-    assert await rows(other, "events") == 5
+    assert await count_rows(other, "events") == 5
 
 
 async def test_an_import_owes_nothing_unless_asked(store, other, clock):
     await send(store, clock)
     lines = await export(store, deliveries=True)
     await read_in(other, lines)
-    assert await rows(other, "deliveries") == 0
+    assert await count_rows(other, "deliveries") == 0
     await other.events.expunge(await ids(other))
     await read_in(other, lines, owe=True)
     [delivery] = other.fresh
@@ -165,7 +165,7 @@ async def test_imported_events_are_no_news_and_are_not_counted_again(store, othe
     await send(store, clock)
     await read_in(other, await export(store), owe=True)
     assert [list(news.events) for news in other.news] == [[]]
-    assert await rows(other, "stats") == 0
+    assert await count_rows(other, "stats") == 0
 
 
 async def test_events_that_come_in_meanwhile_get_ids_of_their_own(store, other, clock):
@@ -191,7 +191,7 @@ async def test_a_bad_line_is_named_and_what_came_before_is_in(store, other, cloc
     with pytest.raises(RelayError, match="line 3: not an exported event") as caught:
         await read_in(other, [one, two, b"{", three])
     assert caught.value.hint.startswith("2 events before it are in")
-    assert await rows(other, "events") == 2
+    assert await count_rows(other, "events") == 2
 
 
 async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, clock, monkeypatch):
@@ -204,7 +204,7 @@ async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, 
 
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
     sql = f"EXPLAIN QUERY PLAN {dump.DELIVERIES_SQL.format(marks='?, ?')}"
-    steps = [row[3] for row in await store.database.reader.execute_fetchall(sql, (1, 2))]
+    steps = [row[3] for row in await rows(store, sql, (1, 2))]
     assert steps[0].startswith("SEARCH deliveries USING INDEX deliveries_event")
 
 

@@ -3,10 +3,10 @@
 import sqlite3
 
 import pytest
+from stores import make_store
 from support import FakeClock
 
 from relay.errors import StorageUnavailableError
-from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ async def died():
 
 @pytest.fixture
 async def store(tmp_path, died):
-    store = SqliteStore(tmp_path / "relay.db", FakeClock(), on_fatal=died.append)
+    store = make_store(tmp_path / "relay.db", FakeClock(), on_fatal=died.append)
     await store.open()
     yield store
     await store.close()

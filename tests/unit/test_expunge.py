@@ -1,7 +1,7 @@
 """Deleting events by an operator's will: what was owed is cancelled first, and the books balance."""
 
 import pytest
-from stores import end, ids, opened, rows, send
+from stores import count_rows, end, ids, opened, rows, send
 from support import FakeClock
 
 from relay.model import Expunged, Outcome, Selection
@@ -31,7 +31,7 @@ async def test_an_event_goes_with_all_that_is_known_of_it(store, clock):
     await end(store, event)
     assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
     assert await ids(store) == [other.id]
-    assert (await rows(store, "deliveries"), await rows(store, "attempts")) == (2, 0)
+    assert (await count_rows(store, "deliveries"), await count_rows(store, "attempts")) == (2, 0)
 
 
 async def test_what_is_owed_is_cancelled_first_and_its_lane_hears_of_it(store, clock):
@@ -83,7 +83,7 @@ async def test_a_selection_goes_as_it_would_be_replayed(store, clock, fields, le
     for type_ in ("shop.order", "shop.refund", "till.paid"):
         await send(store, clock, type=type_)
     await end(store, store.fresh[2].event, "dead", "crm")
-    [(event,)] = await store.database.reader.execute_fetchall("SELECT id FROM events WHERE source = 'relay'")
+    [(event,)] = await rows(store, "SELECT id FROM events WHERE source = 'relay'")
     await selected(store, **fields)
     assert await ids(store) == [*left, event]  # that one must be named
 
@@ -102,7 +102,7 @@ async def test_a_large_selection_goes_page_by_page(store, clock, monkeypatch):
 async def test_what_came_in_stays_counted_and_a_key_goes_on_naming_it(store, clock):
     event = await send(store, clock, key="k")
     await store.events.expunge([event.id])
-    assert await rows(store, "stats") == 1
+    assert await count_rows(store, "stats") == 1
     again = await send(store, clock, key="k")
     assert again.id == 0
     assert await ids(store) == []
@@ -110,9 +110,7 @@ async def test_what_came_in_stays_counted_and_a_key_goes_on_naming_it(store, clo
 
 @pytest.mark.parametrize("sql", [events.OWED_SQL, events.COST_SQL])
 async def test_nothing_is_scanned_to_find_what_goes(store, sql):
-    plan = await store.database.reader.execute_fetchall(
-        f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2)
-    )
+    plan = await rows(store, f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2))
     steps = [row[3] for row in plan]
     assert any(step.startswith("SEARCH") for step in steps)
     assert not any(step.startswith("SCAN") for step in steps), steps

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from stores import make_event, opened, send
+from stores import rows as read_rows
 from support import FakeClock
 
 from bench.filling import END, fill
@@ -271,9 +272,7 @@ async def test_an_event_that_was_repeated_says_so(store, clock):
     told = {row["id"]: row["duplicate"] for row in await store.queries.find("events")}
     assert Counter(told.values()) == {0: 1, 1: 2}
     assert told[first.public_id] == told[other.public_id] == 1
-    requests = await store.database.reader.execute_fetchall(
-        "SELECT requests FROM repetitions ORDER BY event_id"
-    )
+    requests = await read_rows(store, "SELECT requests FROM repetitions ORDER BY event_id")
     assert [row[0] for row in requests] == [1, 2]
 
 
@@ -282,7 +281,7 @@ async def test_a_duplicate_of_an_event_that_is_gone_is_only_counted(store, clock
     await store.events.expunge([event.id])
     receipt = await store.events.append(Acceptance(source="shop", event=make_event(clock), key="k"))
     assert (receipt.event_id, receipt.duplicate) == (event.public_id, True)
-    assert await store.database.reader.execute_fetchall("SELECT * FROM repetitions") == []
+    assert await read_rows(store, "SELECT * FROM repetitions") == []
 
 
 @pytest.mark.parametrize("kind", FILTERS)

@@ -2,13 +2,13 @@
 
 import msgspec
 import pytest
-from stores import accept
+from stores import accept, hooks, make_store
+from stores import rows as read_rows
 from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome, Owed
 from relay.store import held
-from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 KEPT = int(30 * DAY * SECOND)
@@ -20,8 +20,8 @@ def clock():
 
 
 def make(path, clock):
-    store = SqliteStore(path, clock)
-    store.route = lambda event: (
+    store = make_store(path, clock)
+    hooks(store).route = lambda event: (
         (Owed("ops"),) if event.source == "relay" else (Owed("crm", order_key=event.subject), Owed("erp"))
     )
     store.fresh, store.news = [], []
@@ -30,7 +30,7 @@ def make(path, clock):
         store.news.append(news)
         store.fresh.extend(news.deliveries)
 
-    store.listener = listen
+    hooks(store).listener = listen
     return store
 
 
@@ -219,8 +219,6 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
     ],
 )
 async def test_no_look_scans_the_deliveries(store, sql, values):
-    plan = [
-        row[3] for row in await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
-    ]
+    plan = [row[3] for row in await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)]
     assert any("SEARCH deliveries USING" in step and "INDEX deliveries_" in step for step in plan), plan
     assert not any("SCAN deliveries" in step or "TEMP B-TREE" in step for step in plan), plan

@@ -6,6 +6,7 @@ import logging
 import msgspec
 import pytest
 from lanes import CLOCK, Receiver, destination, ended, engine_for, route, send, send_many
+from stores import hooks
 from support import until
 
 from relay.base.clock import SECOND
@@ -28,7 +29,7 @@ async def other():
 async def change(engine, store, *destinations):
     """Go by other destinations, as a reload does."""
     plan = await engine.plan({config.name: config for config in destinations})
-    store.route = route(destinations)
+    hooks(store).route = route(destinations)
     engine.adopt(plan)
 
 

@@ -5,12 +5,12 @@ import asyncio
 import msgspec
 import pytest
 from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from stores import make_store
 from support import until
 
 from relay.base.clock import SECOND
 from relay.config.schema import CircuitConfig, RetryConfig
 from relay.model import DestinationState
-from relay.store.sqlite import SqliteStore
 
 QUICK = CircuitConfig(failures=3, probe=0.1, max_probe=0.2)
 LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
@@ -209,14 +209,14 @@ async def test_a_success_in_between_counts_as_life(store, receiver):
 async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, disable_after=0.3, retry=RetryConfig(schedule=(0.4, 0.1, 0.1)))
-    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
     async with engine_for(store, crm) as engine:
         await send(store)
         await until(lambda: receiver.requests)
         await until(lambda: engine.lanes["crm"].in_flight == 0)
     await store.close()
-    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
     async with engine_for(store, crm) as engine:
         lane = engine.lanes["crm"]
@@ -224,7 +224,7 @@ async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver)
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         assert await spent(store) == (2, 2)
     await store.close()
-    store = SqliteStore(tmp_path / "relay.db", CLOCK)
+    store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
     async with engine_for(store, crm) as engine:
         assert engine.lanes["crm"].held == "disabled: failing"

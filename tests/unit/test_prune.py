@@ -5,7 +5,8 @@ import re
 from functools import partial
 
 import pytest
-from stores import accept
+from stores import accept, hooks, make_store
+from stores import rows as read_rows
 from support import FakeClock
 
 from relay.base.clock import SECOND
@@ -13,7 +14,6 @@ from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Owed
 from relay.store import event_times, prune
 from relay.store.retention_policy import Policy
-from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 POLICY = Policy(Retention())
@@ -27,15 +27,15 @@ def clock():
 @pytest.fixture
 async def store(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
-    store = SqliteStore(tmp_path / "relay.db", clock, full=False)
-    store.route = lambda event: () if event.source == "relay" else (Owed("crm"),)
+    store = make_store(tmp_path / "relay.db", clock, durability="normal")
+    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"),)
     store.fresh = []
-    store.listener = lambda news: store.fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
     yield store
     for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
-    assert not await store.database.reader.execute_fetchall("PRAGMA foreign_key_check")
+    assert not await read_rows(store, "PRAGMA foreign_key_check")
     await store.close()
 
 
@@ -49,14 +49,12 @@ async def send(store, clock, state="delivered", **fields):
 
 
 async def rows(store, table):
-    [(count,)] = await store.database.reader.execute_fetchall(f"SELECT count(*) FROM {table}")
+    [(count,)] = await read_rows(store, f"SELECT count(*) FROM {table}")
     return count
 
 
 async def left(store):
-    return [
-        row[0] for row in await store.database.reader.execute_fetchall("SELECT id FROM events ORDER BY id")
-    ]
+    return [row[0] for row in await read_rows(store, "SELECT id FROM events ORDER BY id")]
 
 
 async def test_an_event_goes_with_its_deliveries_and_attempts_and_no_earlier(store, clock):

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from stores import accept
+from stores import accept, hooks, make_store
 from support import FakeClock, until
 
 from relay.base.clock import SystemClock
@@ -15,7 +15,6 @@ from relay.jobs.replay import ROUTES, ReplayRequest, Replays, portion
 from relay.model import Attempt, Chosen, Outcome, Selection
 from relay.routing.filters import Router, Subscription
 from relay.routing.subscription import Terms
-from relay.store.sqlite import SqliteStore
 
 FAST = Rate(1_000_000, 1)
 ALL = Selection(since=0)
@@ -26,7 +25,7 @@ class Shop:
 
     def __init__(self, path, clock=None):
         self.clock = clock or SystemClock()
-        self.store = SqliteStore(path, self.clock)
+        self.store = make_store(path, self.clock)
         self.fresh = []
 
     def route(self, **destinations):
@@ -36,8 +35,8 @@ class Shop:
         }
         terms = {name: Terms.of(name, **fields) for name, (_, fields) in destinations.items()}
         self.router = Router(subscriptions, terms)
-        self.store.route = self.router.route
-        self.store.listener = lambda news: self.fresh.extend(news.deliveries)
+        hooks(self.store).route = self.router.route
+        hooks(self.store).listener = lambda news: self.fresh.extend(news.deliveries)
         self.replays = Replays(store=self.store, router=self.router, clock=self.clock)
 
     async def send(self, number=0, body=None):

@@ -1,7 +1,8 @@
 """What an operator's selection means, and that reading it never looks at more than it must."""
 
 import pytest
-from stores import accept
+from stores import KINDS, accept, hooks, make_store
+from stores import rows as read_rows
 from support import FakeClock
 
 from relay.base.clock import SECOND
@@ -10,7 +11,6 @@ from relay.model import Attempt, Outcome, Owed, Selection
 from relay.store import Span
 from relay.store.queries import selection
 from relay.store.queries.selection import pending_sql, select_sql
-from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def clock():
     return FakeClock()
 
 
-@pytest.fixture(params=[SqliteStore])
+@pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
-    store = request.param(tmp_path / "relay.db", clock)
-    store.route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
+    store = make_store(tmp_path / "relay.db", clock, kind=request.param)
+    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
     store.fresh = []
-    store.listener = lambda news: store.fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
     yield store
     await store.close()
@@ -159,7 +159,7 @@ async def test_an_empty_store_has_nothing_to_select(store):
 
 
 async def test_pending_deliveries_are_found_on_every_shelf_and_none_else(store, clock):
-    store.route = order_crm
+    hooks(store).route = order_crm
     for _ in range(3):
         await send(store, clock, subject="a")
     await end(store, 1, "pending", next_attempt_at=clock.steady() + SECOND)
@@ -172,7 +172,7 @@ async def test_pending_deliveries_are_found_on_every_shelf_and_none_else(store, 
 
 @pytest.mark.parametrize("size", [1, 2])
 async def test_small_pages_of_pending_ones_find_the_same(store, clock, monkeypatch, size):
-    store.route = lambda event: (Owed("crm", order_key=event.subject),)
+    hooks(store).route = lambda event: (Owed("crm", order_key=event.subject),)
     for number in range(6):
         await send(store, clock, subject=f"{number // 2}")
     for number in (1, 3):
@@ -226,7 +226,7 @@ async def test_too_many_ids_are_refused_with_what_to_do_instead(store):
 
 
 async def plan(store, sql, values):
-    rows = await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
+    rows = await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)
     return [row[3] for row in rows]
 
 

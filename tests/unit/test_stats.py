@@ -3,14 +3,13 @@
 import asyncio
 
 import pytest
-from stores import accept
+from stores import accept, make_store, rows
 from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat
 from relay.store import stats
-from relay.store.sqlite import SqliteStore
 from relay.store.stats import HOUR, PAGE_SQL
 
 
@@ -23,7 +22,7 @@ def clock():
 
 @pytest.fixture
 async def store(tmp_path, clock):
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     yield store
     await store.close()
@@ -93,6 +92,6 @@ async def test_what_is_not_counted_by_is_refused(store):
 
 async def test_reading_a_page_of_counts_scans_nothing(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
-    plan = await store.database.reader.execute_fetchall(f"EXPLAIN QUERY PLAN {PAGE_SQL}", values)
+    plan = await rows(store, f"EXPLAIN QUERY PLAN {PAGE_SQL}", values)
     [step] = [row[3] for row in plan]
     assert step.startswith("SEARCH stats USING PRIMARY KEY (hour>?"), step

@@ -8,7 +8,8 @@ from contextlib import closing
 
 import msgspec
 import pytest
-from stores import make_event
+from stores import KINDS, hooks, make_event, make_store
+from stores import rows as read_rows
 from support import FakeClock, until
 
 from relay.base.clock import SECOND
@@ -25,7 +26,6 @@ from relay.model import (
 )
 from relay.store import Acceptance, sqlite
 from relay.store.schema import MIGRATIONS
-from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def clock():
     return FakeClock()
 
 
-@pytest.fixture(params=[SqliteStore])
+@pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
-    store = request.param(tmp_path / "relay.db", clock)
-    store.route = lambda event: () if event.type.startswith("relay.") else (Owed("crm"),)
+    store = make_store(tmp_path / "relay.db", clock, kind=request.param)
+    hooks(store).route = lambda event: () if event.type.startswith("relay.") else (Owed("crm"),)
     await store.open()
     yield store
     await store.close()
@@ -75,7 +75,7 @@ async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock)
 
 async def test_an_event_and_its_deliveries_appear_together(store, clock):
     heard = []
-    store.listener = lambda news: heard.append((list(news.events), list(news.deliveries)))
+    hooks(store).listener = lambda news: heard.append((list(news.events), list(news.deliveries)))
     receipt = await store.events.append(accept(clock))
     [(events, deliveries)] = heard
     assert [e.public_id for e in events] == [receipt.event_id]
@@ -110,7 +110,7 @@ async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
 
 async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
     fresh = []
-    store.listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
     assert (await store.deliveries.claim("crm", 10, retries=False)).deliveries == ()
     store.deliveries.release([fresh[0].id])
@@ -121,7 +121,7 @@ async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
 
 async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store, clock):
     fresh = []
-    store.listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     for _ in range(5):
         await store.events.append(accept(clock))
         clock.advance(1)
@@ -136,7 +136,7 @@ async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store,
 
 async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
     fresh = []
-    store.listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
     assert await store.deliveries.settle(outcome(fresh[0])) is True
     assert await store.deliveries.settle(outcome(fresh[0], "dead")) is False
@@ -155,7 +155,7 @@ async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store
         fresh.extend(news.deliveries)
         told.extend(news.outcomes)
 
-    store.listener = listen
+    hooks(store).listener = listen
     await store.events.append(accept(clock))
     assert told == []
     failed = outcome(fresh[0], "pending", next_attempt_at=clock.steady() + SECOND)
@@ -168,7 +168,7 @@ async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store
 
 async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
     fresh = []
-    store.listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
     due = clock.steady() + 5 * SECOND
     await store.deliveries.settle(outcome(fresh[0], "pending", next_attempt_at=due))
@@ -181,7 +181,7 @@ async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
 
 async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock):
     fresh = []
-    store.listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
     await store.deliveries.settle(outcome(fresh[0], "pending", next_attempt_at=clock.steady(), counts=False))
     [delivery] = (await store.deliveries.claim("crm", 10, retries=False)).deliveries
@@ -190,12 +190,12 @@ async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock)
 
 async def test_everything_survives_a_reopening(tmp_path, clock):
     path = tmp_path / "relay.db"
-    store = SqliteStore(path, clock)
-    store.route = lambda _event: (Owed("crm"),)
+    store = make_store(path, clock)
+    hooks(store).route = lambda _event: (Owed("crm"),)
     await store.open()
     receipt = await store.events.append(accept(clock, key="k", change=Register(worker_id="w1")))
     await store.close()
-    again = SqliteStore(path, clock)
+    again = make_store(path, clock)
     await again.open()
     try:
         assert len((await again.deliveries.claim("crm", 10, retries=False)).deliveries) == 2
@@ -244,7 +244,7 @@ async def test_the_queue_is_bounded(store, clock, monkeypatch):
 
 async def test_a_worker_lives_through_all_its_states(store, clock):
     types = []
-    store.listener = lambda news: types.extend(e.type for e in news.events)
+    hooks(store).listener = lambda news: types.extend(e.type for e in news.events)
 
     async def change(what):
         await store.events.append(Acceptance(source="shop", change=what))
@@ -292,7 +292,7 @@ async def test_a_heartbeat_while_its_worker_s_row_is_written_is_not_lost(store, 
         clock.advance(30)
         await store.events.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1")))
 
-    store.route = route
+    hooks(store).route = route
     seen = SessionSeen(session=Session(id="s1", status="CONNECTED"))
     await store.events.append(accept(clock, change=seen))
     await asyncio.gather(*beats)
@@ -322,14 +322,14 @@ async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store
 
 async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock):
     path = tmp_path / "relay.db"
-    store = SqliteStore(path, clock)
+    store = make_store(path, clock)
     await store.open()
     await store.close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(StorageError, match=r"version 99.*knows 3"):
-        await SqliteStore(path, clock).open()
+        await make_store(path, clock).open()
 
 
 async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tmp_path, clock):
@@ -348,9 +348,9 @@ async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tm
                 (f"dlv_{number}", number),
             )
         db.commit()
-    store = SqliteStore(path, clock)
+    store = make_store(path, clock)
     await store.open()
-    blocks = await store.database.reader.execute_fetchall("SELECT block, first, last FROM event_times")
+    blocks = await read_rows(store, "SELECT block, first, last FROM event_times")
     assert [tuple(row) for row in blocks] == [(0, 90, 100), (1, 500, 500)]
     assert [row["id"] for row in await store.queries.find("events", since=95, until=101)] == ["evt_1"]
     found = await store.queries.find("deliveries", destination="crm", state="dead", since=95)
@@ -385,7 +385,7 @@ async def test_the_copy_before_a_migration_is_for_its_owner_only_from_the_first_
     monkeypatch.setattr(sqlite, "open_writer", watched)
     before = os.umask(0)
     try:
-        store = SqliteStore(path, clock)
+        store = make_store(path, clock)
         await store.open()
         await store.close()
     finally:
@@ -398,7 +398,7 @@ async def test_a_copy_without_room_puts_the_migration_off(tmp_path, clock, monke
     with closing(sqlite3.connect(path)) as db:
         db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
     usage = shutil.disk_usage(tmp_path)
-    store = SqliteStore(path, clock)
+    store = make_store(path, clock)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10))
         with pytest.raises(StorageUnavailableError, match="10 B is free"):
@@ -412,7 +412,7 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path, clock):
     path = tmp_path / "relay.db"
     path.write_bytes(b"not a database, but somebody's" * 500)
     with pytest.raises(StorageError, match="damaged"):
-        await SqliteStore(path, clock).open()
+        await make_store(path, clock).open()
     assert path.read_bytes().startswith(b"not a database")
 
 

@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from stores import opened
+from stores import hooks, opened
 from support import FakeClock
 
 from relay.base.clock import SECOND
@@ -106,7 +106,7 @@ def clock():
 @pytest.fixture
 async def store(tmp_path, clock):
     async with opened(tmp_path / "relay.db", clock) as store:
-        store.rules = lambda _source, _worker: PATIENT
+        hooks(store).rules = lambda _source, _worker: PATIENT
         yield store
 
 

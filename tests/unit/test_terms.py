@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from stores import accept
+from stores import accept, hooks, make_store
 from support import FakeClock
 
 from relay.base.clock import SECOND
@@ -11,7 +11,6 @@ from relay.model import Attempt, Outcome
 from relay.routing.filters import Router, Subscription
 from relay.routing.subscription import Terms
 from relay.store import Cancelled
-from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def clock():
 
 @pytest.fixture
 async def store(tmp_path, clock):
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     store.fresh, store.news = [], []
 
@@ -29,7 +28,7 @@ async def store(tmp_path, clock):
         store.news.append(news)
         store.fresh.extend(news.deliveries)
 
-    store.listener = listen
+    hooks(store).listener = listen
     yield store
     await store.close()
 
@@ -38,7 +37,7 @@ def owe(store, *destinations):
     """Route everything but operator events to destinations given as (name, terms)."""
     subscriptions = {name: Subscription.of(("shop.*",)) for name, _ in destinations}
     terms = {name: Terms.of(name, **fields) for name, fields in destinations}
-    store.route = Router(subscriptions, terms).route
+    hooks(store).route = Router(subscriptions, terms).route
 
 
 def ending(delivery, state="delivered", **fields):
@@ -174,7 +173,7 @@ async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path
     owe(store, ("crm", {"max_pending": 1}))
     await store.events.append(accept(clock))
     await store.close()
-    again = SqliteStore(tmp_path / "relay.db", clock)
+    again = make_store(tmp_path / "relay.db", clock)
     owe(again, ("crm", {"max_pending": 1}))
     await again.open()
     try:
@@ -186,7 +185,7 @@ async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path
 
 async def test_a_dead_delivery_hands_its_event_over_and_is_told_of(store, clock):
     types = []
-    store.listener = lambda news: (
+    hooks(store).listener = lambda news: (
         types.extend(e.type for e in news.events),
         store.fresh.extend(news.deliveries),
     )
@@ -198,7 +197,7 @@ async def test_a_dead_delivery_hands_its_event_over_and_is_told_of(store, clock)
 
 
 async def test_a_dead_delivery_of_an_operator_event_is_not_told_of(store, clock):
-    store.route = Router({"ops": Subscription.of(("relay.*", "shop.*"))}).route
+    hooks(store).route = Router({"ops": Subscription.of(("relay.*", "shop.*"))}).route
     await store.events.append(accept(clock))
     await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
     assert [d.event.type for d in store.fresh] == ["shop.order", "relay.delivery.dead"]

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from stores import accept
+from stores import accept, hooks, make_store
 from support import FakeClock
 
 from relay.config.schema import DestinationConfig, Retention
@@ -12,7 +12,6 @@ from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.model import DestinationState, Owed
 from relay.store.retention_policy import Policy
-from relay.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 DESTINATIONS = {
@@ -27,7 +26,7 @@ def clock():
 
 @pytest.fixture
 async def store(tmp_path, clock):
-    store = SqliteStore(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock)
     await store.open()
     yield store
     for name, books in (await store.ledger.audit()).items():
@@ -49,7 +48,7 @@ async def engine(store, clock):
 
 
 async def send(store, clock, *names):
-    store.route = lambda event: () if event.source == "relay" else tuple(map(Owed, names))
+    hooks(store).route = lambda event: () if event.source == "relay" else tuple(map(Owed, names))
     await store.events.append(accept(clock, subject=None))
 
 

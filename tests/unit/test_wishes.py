@@ -3,14 +3,13 @@
 import asyncio
 
 import pytest
-from stores import accept
+from stores import KINDS, accept, hooks, make_store
 from support import FakeClock, until
 
 from relay.base.clock import SECOND
 from relay.errors import StorageUnavailableError
 from relay.model import Attempt, Outcome, Owed
 from relay.store import Cancelled
-from relay.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -18,9 +17,9 @@ def clock():
     return FakeClock()
 
 
-@pytest.fixture(params=[SqliteStore])
+@pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
-    store = request.param(tmp_path / "relay.db", clock)
+    store = make_store(tmp_path / "relay.db", clock, kind=request.param)
     owe(store, Owed("crm"))
     store.fresh, store.news = [], []
 
@@ -28,7 +27,7 @@ async def store(request, tmp_path, clock):
         store.news.append(news)
         store.fresh.extend(news.deliveries)
 
-    store.listener = listen
+    hooks(store).listener = listen
     await store.open()
     yield store
     for name, books in (await store.ledger.audit()).items():
@@ -37,7 +36,7 @@ async def store(request, tmp_path, clock):
 
 
 def owe(store, *owed):
-    store.route = lambda event: () if event.source == "relay" else owed
+    hooks(store).route = lambda event: () if event.source == "relay" else owed
 
 
 async def send(store, clock):

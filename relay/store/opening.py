@@ -1,0 +1,119 @@
+"""Makes the store that `[storage] url` names. The rest of the code knows no database engine.
+
+The engine's modules are imported when a store is made, because most commands run without one.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+from relay.base.clock import Clock
+from relay.config.schema import WorkerRules
+from relay.errors import RelayError
+from relay.model import News, StoredEvent
+from relay.store import Listener, Route, Rules, Store, StoredData
+
+DISK_RESERVE = 2 * 2**20
+"""Bytes of the reserve that a daemon keeps: room for outcomes and retention once the disk is full."""
+
+
+def no_route(_event: StoredEvent) -> tuple[()]:
+    """Route an event to no destination."""
+    return ()
+
+
+def default_rules(_source: str, _worker_id: str) -> WorkerRules:
+    """Return the rules of a worker that no configuration mentions."""
+    return WorkerRules()
+
+
+def ignore_news(_news: News) -> None:
+    """Ignore what a commit changed."""
+
+
+def make_store(
+    url: str,
+    folder: Path,
+    clock: Clock,
+    *,
+    route: Route = no_route,
+    rules: Rules = default_rules,
+    listener: Listener = ignore_news,
+    on_commit: Callable[[float, int], None] = lambda _seconds, _requests: None,
+    on_fatal: Callable[[str], None] = lambda _why: None,
+    durability: Literal["full", "normal"] = "full",
+    min_free: int = 0,
+    reserve: int = 0,
+) -> Store:
+    """Make a store that is not open yet.
+
+    Args:
+        url: `sqlite:NAME`.
+        folder: the state folder, in which a relative name lies.
+        clock: of every time that the store writes or compares.
+        route: returns the deliveries of a new event.
+        rules: returns the rules of a worker.
+        listener: called after each commit with its changes; must not raise or block.
+        on_commit: called after each commit with its duration in seconds and its number of requests.
+        on_fatal: called with a reason when the process must stop at once.
+        durability: `normal` may lose the last commits at a power failure, never at a crash of the process.
+        min_free: bytes of the disk that senders cannot fill.
+        reserve: bytes kept in a file that is given up when the disk is full.
+
+    Raises:
+        RelayError: no engine has that URL.
+    """
+    from relay.store.disk import Disk  # noqa: PLC0415 - see above
+    from relay.store.sqlite import SqliteStore  # noqa: PLC0415 - see above
+
+    path = path_of(url, folder)
+    return SqliteStore(
+        path,
+        clock,
+        route=route,
+        rules=rules,
+        listener=listener,
+        on_commit=on_commit,
+        on_fatal=on_fatal,
+        full=durability == "full",
+        disk=Disk(path, floor=min_free, ballast=reserve),
+    )
+
+
+@asynccontextmanager
+async def open_store(
+    url: str, folder: Path, clock: Clock, *, route: Route = no_route, rules: Rules = default_rules
+) -> AsyncIterator[Store]:
+    """Make a store, open it, and close it at the end. For programs that are not the daemon."""
+    store = make_store(url, folder, clock, route=route, rules=rules)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def open_for_reading(path: Path) -> AsyncIterator[StoredData]:
+    """Open a database file for reading, whether or not its daemon runs; leaves no file behind.
+
+    Raises:
+        StorageError: the file does not exist, cannot be read, or has tables of another version.
+    """
+    from relay.store.read_only import reading  # noqa: PLC0415 - see above
+
+    async with reading(path) as stored:
+        yield stored
+
+
+def path_of(url: str, folder: Path) -> Path:
+    """Return the file of an SQLite URL.
+
+    Raises:
+        RelayError: no engine has that URL.
+    """
+    scheme, _, name = url.partition(":")
+    if scheme != "sqlite" or not name:
+        raise RelayError(f"unknown storage: {url}", hint='write url = "sqlite:relay.db"')
+    return folder / name
