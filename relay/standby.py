@@ -15,10 +15,9 @@ from typing import Any
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import audit
+from relay.api.auth import audit, named, show
 from relay.api.responses import errors, refuse, say
 from relay.api.scrape import Scrape
-from relay.api.tracing import named, show
 from relay.base.clock import SystemClock
 from relay.config.binding import Binder
 from relay.config.document import read

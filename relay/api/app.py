@@ -6,29 +6,49 @@ from typing import Any
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import audit, guard
+from relay.api.auth import audit, guard, named, show
 from relay.api.context import Parts
 from relay.api.database import DatabaseApi
 from relay.api.destinations import DestinationsApi
-from relay.api.events import EventsApi
+from relay.api.events import EventsApi, StatsApi, TransferApi
 from relay.api.jobs import JobsApi
 from relay.api.lists import ListsApi
 from relay.api.replays import RepeatsApi
 from relay.api.responses import errors, say
 from relay.api.scrape import Scrape
-from relay.api.setup import SetupApi
 from relay.api.sources import SourcesApi
-from relay.api.stats import StatsApi
 from relay.api.tail import TailApi
 from relay.api.top import TopApi
-from relay.api.tracing import named, show
-from relay.api.transfer import TransferApi
 from relay.api.workers import WorkersApi
+from relay.config.effective import effective
 from relay.config.secrets import Secret
 from relay.model import News
 
 _DESCRIPTION = (files("relay.api") / "openapi.json").read_bytes()
 """What all of this is in OpenAPI's words; tests hold it to the routes and to real answers."""
+
+
+class SetupApi:
+    """The part of the admin API that says what the relay was made of."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._state = parts.state
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what to mount."""
+        return [
+            web.get("/api/config", self._config),
+            web.get("/api/plugins", self._plugins),
+        ]
+
+    async def _config(self, _request: web.Request) -> web.Response:
+        config = self._state.config
+        return say({"path": config.path, "config": effective(config), "warnings": config.warnings})
+
+    async def _plugins(self, _request: web.Request) -> web.Response:
+        items = [offering.shown() for offering in self._state.setup.offers]
+        return say({"items": items, "next_cursor": None})
+
 
 RESOURCES = (
     ListsApi, TransferApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi, StatsApi,

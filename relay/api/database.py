@@ -8,8 +8,7 @@ from aiohttp import web
 
 from relay import doctor
 from relay.api.context import Parts
-from relay.api.progress import tell
-from relay.api.responses import say
+from relay.api.responses import say, tell
 from relay.config.paths import database_path
 from relay.delivery.lane import NO_STORAGE
 from relay.jobs.backups import described

@@ -6,9 +6,8 @@ import msgspec
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.pending_views import ABSENT, counted, moments, owed_to
 from relay.api.responses import say
-from relay.api.views import unknown
+from relay.api.views import ABSENT, counted, moments, owed_to, unknown
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
 from relay.model import DestinationState

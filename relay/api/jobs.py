@@ -5,8 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.progress import tell
-from relay.api.responses import say
+from relay.api.responses import say, tell
 from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_duration
 from relay.jobs.scheduler import Past

@@ -7,10 +7,9 @@ import msgspec
 from aiohttp import web
 
 from relay.api.context import Parts
-from relay.api.followers import Followers, frame
 from relay.api.query_params import TailQuery
 from relay.api.responses import query_of
-from relay.api.stream import stream
+from relay.api.stream import Followers, frame, stream
 from relay.api.views import unknown
 from relay.base.clock import rfc3339
 from relay.errors import RelayError

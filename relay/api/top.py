@@ -9,11 +9,10 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api.context import Parts
-from relay.api.followers import Followers, frame
-from relay.api.pending_views import ABSENT
 from relay.api.query_params import NoQuery
 from relay.api.responses import query_of
-from relay.api.stream import stream
+from relay.api.stream import Followers, frame, stream
+from relay.api.views import ABSENT
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
 

@@ -118,8 +118,14 @@ class Offline:
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # The store loads only here: every other command must start fast without it.
-        from relay.api.pending_views import list_destinations, show_destination  # noqa: PLC0415 - see above
-        from relay.api.views import list_items, list_stats, show_delivery, show_event  # noqa: PLC0415 - see above
+        from relay.api.views import (  # noqa: PLC0415 - see above
+            list_destinations,
+            list_items,
+            list_stats,
+            show_delivery,
+            show_destination,
+            show_event,
+        )
 
         known, now = self._config.destinations, SystemClock().wall()
         async with open_for_reading(self._file) as reads:

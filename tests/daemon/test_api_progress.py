@@ -9,7 +9,7 @@ from daemons import SOURCES, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
-from relay.api import progress
+from relay.api import responses
 from relay.errors import RelayError
 from relay.jobs.scheduler import Past
 
@@ -41,7 +41,7 @@ async def relay(tmp_path):
 
 @pytest.fixture
 def work(relay, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 0.01)
+    monkeypatch.setattr(responses, "EVERY", 0.01)
     work = Work()
     relay.app.jobs.add("slow", 3600, work)
     return work
@@ -75,7 +75,7 @@ async def test_lines_come_until_the_work_is_done(work, lines):
 async def test_what_is_done_at_once_is_one_line(relay, work):
     work.go_on.set()
     answer = await exchange(relay.addresses.socket, request("POST", PATH))
-    assert (answer.status, answer.headers["content-type"].partition(";")[0]) == (200, progress.LINES)
+    assert (answer.status, answer.headers["content-type"].partition(";")[0]) == (200, responses.LINES)
     assert json.loads(answer.body)["result"]["runs"] == 1
 
 
@@ -137,7 +137,7 @@ async def test_a_bug_after_the_first_line_breaks_the_answer_off(relay, work, lin
 
 
 async def test_a_stop_of_the_relay_ends_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 0.01)
+    monkeypatch.setattr(responses, "EVERY", 0.01)
     work = Work()
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.jobs.add("slow", 3600, work)

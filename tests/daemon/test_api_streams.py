@@ -9,7 +9,7 @@ from support import until
 from wire import Wire, exchange, following, request
 
 from relay.api import stream, top
-from relay.api.followers import MOST, MOST_BYTES, Followers
+from relay.api.stream import MOST, MOST_BYTES, Followers
 
 TYPE = "adorn.session.started"
 

@@ -8,7 +8,7 @@ from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
-from relay.api.transfer import Deleting
+from relay.api.events import Deleting
 
 
 @pytest.fixture

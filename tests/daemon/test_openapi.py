@@ -12,8 +12,8 @@ from support import until
 from wire import exchange, following, request
 
 import relay as package
-from relay.api import query_params, replays, top, transfer
-from relay.api.followers import frame
+from relay.api import events, query_params, replays, top
+from relay.api.stream import frame
 
 DOCUMENT = json.loads((files("relay.api") / "openapi.json").read_text())
 COMPONENTS = DOCUMENT["components"]
@@ -112,7 +112,7 @@ def test_every_list_has_the_filters_that_it_takes():
         ("/api/replays", replays._Replay),
         ("/api/deliveries/retry", replays._Retry),
         ("/api/deliveries/cancel", replays._Cancel),
-        ("/api/events/delete", transfer._Deletion),
+        ("/api/events/delete", events._Deletion),
     ],
 )
 def test_every_body_has_the_fields_that_are_read(path, wish):
