@@ -15,7 +15,7 @@ import msgspec
 
 from relay import __version__
 from relay.api.app import Api
-from relay.api.context import Parts
+from relay.api.context import Context
 from relay.base.clock import SECOND, Clock, SystemClock
 from relay.base.units import render_size
 from relay.config.paths import socket_path
@@ -121,7 +121,7 @@ class App:
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
         self.replays = Replays(store=self.store, router=self.state.router, clock=clock)
         self.api = Api(
-            Parts(
+            Context(
                 store=self.store,
                 state=self.state,
                 health=self.health,

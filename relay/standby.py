@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import audit, named, show
+from relay.api.auth import audit, name_requests, send_request_id
 from relay.api.responses import errors, refuse, say
 from relay.api.scrape import Scrape
 from relay.base.clock import SystemClock
@@ -157,8 +157,8 @@ class Standby:
         return plain(Unavailable(retry_after=RETRY_AFTER))
 
     def _app(self, *, api: bool) -> web.Application:
-        app = web.Application(middlewares=[named(SystemClock()), audit, errors])
-        app.on_response_prepare.append(show)
+        app = web.Application(middlewares=[name_requests(SystemClock()), audit, errors])
+        app.on_response_prepare.append(send_request_id)
         app.add_routes([web.get("/health", self._alive), web.get("/ready", self._ready)])
         app.router.add_get("/metrics", self._scrape.answer)
         if api:

@@ -1,19 +1,22 @@
-"""The two apps that operators ask: one for the unix socket, one for the admin listener."""
+"""The admin API: one app for the unix socket, one for the admin listener."""
 
-from importlib.resources import files
+import asyncio
+from functools import cache
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import audit, guard, named, show
-from relay.api.context import Parts
+from relay.api.auth import audit, name_requests, require_token, send_request_id
+from relay.api.context import Context
 from relay.api.database import DatabaseApi
+from relay.api.deliveries import DeliveriesApi
 from relay.api.destinations import DestinationsApi
-from relay.api.events import EventsApi, StatsApi, TransferApi
+from relay.api.endpoints import Page, document, endpoint, endpoints_of, routes_of
+from relay.api.events import EventsApi
 from relay.api.jobs import JobsApi
-from relay.api.lists import ListsApi
-from relay.api.replays import RepeatsApi
+from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, say
 from relay.api.scrape import Scrape
 from relay.api.sources import SourcesApi
@@ -23,54 +26,145 @@ from relay.api.workers import WorkersApi
 from relay.config.effective import effective
 from relay.config.secrets import Secret
 from relay.model import News
-
-_DESCRIPTION = (files("relay.api") / "openapi.json").read_bytes()
-"""What all of this is in OpenAPI's words; tests hold it to the routes and to real answers."""
+from relay.reload import Reloaded
 
 
-class SetupApi:
-    """The part of the admin API that says what the relay was made of."""
+class HealthView(msgspec.Struct):
+    """The process is up."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._state = parts.state
+    status: str
+    version: str
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [
-            web.get("/api/config", self._config),
-            web.get("/api/plugins", self._plugins),
-        ]
 
-    async def _config(self, _request: web.Request) -> web.Response:
-        config = self._state.config
-        return say({"path": config.path, "config": effective(config), "warnings": config.warnings})
+class ReadyView(msgspec.Struct):
+    """Whether the daemon accepts events, and if not, why."""
 
-    async def _plugins(self, _request: web.Request) -> web.Response:
-        items = [offering.shown() for offering in self._state.setup.offers]
-        return say({"items": items, "next_cursor": None})
+    ready: bool
+    reasons: list[str]
+
+
+class StatusView(msgspec.Struct):
+    """The daemon's state."""
+
+    version: str
+    ready: bool
+    reasons: list[str]
+    uptime_seconds: int
+    sources: list[str]
+    destinations: list[str]
+
+
+class ConfigView(msgspec.Struct):
+    """The effective configuration."""
+
+    path: str
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+class OfferingView(msgspec.Struct):
+    """One thing that a plugin provides."""
+
+    name: str
+    offer: str
+    door: str
+    version: str
+    file: str
+
+
+class DaemonApi:
+    """Endpoints about the daemon itself: health, metrics, status, configuration and plugins."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._began = context.clock.steady()
+        self._scrape = Scrape(context.registry)
+
+    @endpoint("GET", "/health", "health", "Check that the process is up.", returns=HealthView, public=True)
+    async def _health(self, _request: web.Request) -> HealthView:
+        return HealthView("ok", __version__)
+
+    @endpoint(
+        "GET", "/ready", "ready", "Check that the daemon accepts events.",
+        returns=ReadyView, also={503: ReadyView}, public=True,
+    )  # fmt: skip
+    async def _ready(self, _request: web.Request) -> web.Response:
+        reasons = self._context.health.reasons()
+        return say(ReadyView(not reasons, reasons), 503 if reasons else 200)
+
+    @endpoint(
+        "GET", "/metrics", "metrics", "Return all metrics for Prometheus.",
+        returns=str, content="text/plain", public=True,
+    )  # fmt: skip
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return await self._scrape.answer(request)
+
+    @endpoint("GET", "/api/openapi.json", "openapi", "Return this document.", returns=dict[str, Any])
+    async def _document(self, _request: web.Request) -> dict[str, Any]:
+        return await asyncio.to_thread(describe)
+
+    @endpoint(
+        "GET", "/api/status", "status", "Show version, readiness, uptime, sources and destinations.",
+        returns=StatusView,
+    )  # fmt: skip
+    async def _status(self, _request: web.Request) -> StatusView:
+        reasons = self._context.health.reasons()
+        return StatusView(
+            version=__version__,
+            ready=not reasons,
+            reasons=reasons,
+            uptime_seconds=(self._context.clock.steady() - self._began) // 1_000_000,
+            sources=sorted(self._context.ingest.mounts),
+            destinations=sorted(self._context.engine.lanes),
+        )
+
+    @endpoint("POST", "/api/reload", "reload", "Reload config.toml, all of it or nothing.", returns=Reloaded)
+    async def _reload(self, _request: web.Request) -> Reloaded:
+        return await self._context.reloads.reload()
+
+    @endpoint(
+        "GET", "/api/config", "showConfig", "Show the effective configuration, defaults included.",
+        returns=ConfigView,
+    )  # fmt: skip
+    async def _config(self, _request: web.Request) -> ConfigView:
+        config = self._context.state.config
+        return ConfigView(str(config.path), effective(config), config.warnings)
+
+    @endpoint(
+        "GET", "/api/plugins", "listPlugins", "List what the plugins provide.", returns=Page[OfferingView]
+    )
+    async def _plugins(self, _request: web.Request) -> Page[OfferingView]:
+        offers = self._context.state.setup.offers
+        return Page(tuple(OfferingView(**offering.shown()) for offering in offers), None)
 
 
 RESOURCES = (
-    ListsApi, TransferApi, EventsApi, RepeatsApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi, StatsApi,
-    DatabaseApi, SetupApi,
+    DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
+    DatabaseApi,
 )  # fmt: skip
 
 
-class Api:
-    """Answers operators; both listeners share it, only what they let through differs."""
+@cache
+def describe() -> dict[str, Any]:
+    """Return the OpenAPI document of the admin API."""
+    resources = (*RESOURCES, TailApi, TopApi)
+    return document(each for resource in resources for each in endpoints_of(resource).values())
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._began = parts.clock.steady()
-        self._tail, self._top = TailApi(parts), TopApi(parts)
-        self._resources = (*(resource(parts) for resource in RESOURCES), self._tail, self._top)
+
+class Api:
+    """The admin API. Both listeners share it; they differ in whom they let in."""
+
+    def __init__(self, context: Context) -> None:
+        self._clock = context.clock
+        self._tail, self._top = TailApi(context), TopApi(context)
+        self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
 
     def listen(self, news: News) -> None:
-        """Tell who follows what one commit stored (see `relay.store.Listener`)."""
+        """Tell followers what one commit stored (see `relay.store.Listener`)."""
         self._tail.listen(news)
 
     def hang_up(self) -> None:
-        """End all streams, which else never would: nothing waits for them at a stop."""
+        """End all streams. The listeners could not close otherwise, because they wait for their requests."""
         self._tail.end()
         self._top.end()
 
@@ -79,49 +173,15 @@ class Api:
         return self._app(audit, errors)
 
     def tcp_app(self, tokens: tuple[Secret, ...]) -> web.Application:
-        """Return the app for the admin listener: health and metrics, the API only with a token."""
-        return self._app(guard(tokens), audit, errors)
+        """Return the app for the admin listener: the API needs a token, health and metrics do not."""
+        return self._app(require_token(tokens), audit, errors)
 
     def _app(self, *middlewares: Any) -> web.Application:
-        app = web.Application(middlewares=[named(self._parts.clock), *middlewares])
-        app.on_response_prepare.append(show)
+        app = web.Application(middlewares=[name_requests(self._clock), *middlewares])
+        app.on_response_prepare.append(send_request_id)
         app.add_routes(self.routes())
         return app
 
     def routes(self) -> list[web.RouteDef]:
-        """Return all that is answered."""
-        return [
-            web.get("/health", self._alive),
-            web.get("/ready", self._ready),
-            web.get("/metrics", Scrape(self._parts.registry).answer),
-            web.get("/api/openapi.json", self._describe),
-            web.get("/api/status", self._status),
-            web.post("/api/reload", self._reload),
-            *(route for resource in self._resources for route in resource.routes()),
-        ]
-
-    async def _describe(self, _request: web.Request) -> web.Response:
-        return web.Response(body=_DESCRIPTION, content_type="application/json")
-
-    async def _alive(self, _request: web.Request) -> web.Response:
-        return say({"status": "ok", "version": __version__})
-
-    async def _ready(self, _request: web.Request) -> web.Response:
-        reasons = self._parts.health.reasons()
-        return say({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
-
-    async def _status(self, _request: web.Request) -> web.Response:
-        reasons = self._parts.health.reasons()
-        return say(
-            {
-                "version": __version__,
-                "ready": not reasons,
-                "reasons": reasons,
-                "uptime_seconds": (self._parts.clock.steady() - self._began) // 1_000_000,
-                "sources": sorted(self._parts.ingest.mounts),
-                "destinations": sorted(self._parts.engine.lanes),
-            }
-        )
-
-    async def _reload(self, _request: web.Request) -> web.Response:
-        return say(await self._parts.reloads.reload())
+        """Return the routes of all endpoints."""
+        return [route for resource in self._resources for route in routes_of(resource)]

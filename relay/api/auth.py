@@ -1,6 +1,8 @@
-"""Who may ask, and who did: on the socket its file permissions decide, on the listener a token and the Host.
+"""Access control and the log of changes.
 
-Whoever changes something leaves a line in the log, under `relay.audit`, whatever `[log] level` says.
+On the socket, file permissions decide who may connect. The admin listener needs a token and a Host header
+that names it. Every change is logged under `relay.audit`, whatever `[log] level` says. Each request has an
+id, which its response and its log lines carry.
 """
 
 import hmac
@@ -14,75 +16,93 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.responses import BEGUN, DRY, LINES, WISH, refuse
+from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, refuse
 from relay.base.clock import Clock
 from relay.base.ids import given_id, request_id
 from relay.config.secrets import Secret
 from relay.process.logs import fields
 
-HEADER = "X-Request-Id"
-REQUEST_ID = web.RequestKey("request_id", str)
-
 log = logging.getLogger("relay.audit")
 log.setLevel(logging.INFO)
 
+HEADER = "X-Request-Id"
+REQUEST_ID = web.RequestKey("request_id", str)
 TOKEN = web.RequestKey("token", int)
-"""Which of `[admin] tokens` a request came with, counted from 1."""
+"""Number of the token in `[admin] tokens` that the request used, from 1."""
 
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED, unix(7): pid, uid, gid
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def name_requests(clock: Clock) -> Any:
+    """Return a middleware that gives each request an id: its `X-Request-Id`, or a new one."""
+
+    @web.middleware
+    async def name(request: web.Request, handler: Any) -> web.StreamResponse:
+        request[REQUEST_ID] = given_id(request.headers.get(HEADER)) or request_id(clock.wall())
+        return await handler(request)  # type: ignore[no-any-return]
+
+    return name
+
+
+async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the request's id into the response; a signal of aiohttp's, because streams need it too."""
+    request[STARTED] = True
+    if (id_ := request.get(REQUEST_ID)) is not None:
+        response.headers[HEADER] = id_
 
 
 @web.middleware
 async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Note every change that was asked for: who, what, and what came of it."""
-    if request.method in _READING:
+    """Log each change: who requested it, what it was, and its status."""
+    if request.method in _READ_ONLY:
         response: web.StreamResponse = await handler(request)
         return response
-    who, outcome = _who(request), "broken off"
+    caller, outcome = _caller(request), "broken off"
     try:
         response = await handler(request)
         outcome = str(response.status)
     finally:
-        if not request.get(DRY):
-            asked = f" {wish}" if (wish := request.get(WISH)) else ""
-            told = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
-            log.info("%s: %s %s%s: %s", who, request.method, _path(request), asked, outcome, extra=told)
+        if not request.get(DRY_RUN):
+            body = f" {text}" if (text := request.get(LOGGED_BODY)) else ""
+            extra = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
+            log.info("%s: %s %s%s: %s", caller, request.method, _path(request), body, outcome, extra=extra)
     return response
 
 
-def guard(tokens: tuple[Secret, ...]) -> Any:
-    """Let the API through only with a token, and only under a name that a web page cannot borrow."""
+def require_token(tokens: tuple[Secret, ...]) -> Any:
+    """Return a middleware that requires a token and our own Host for requests to the API."""
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
         if not request.path.startswith("/api/"):
             response: web.StreamResponse = await handler(request)
             return response
-        if not _is_ours(request):
-            hint = "ask by the address that it listens on, or by localhost"
-            return refuse(403, "forbidden", "The Host header names neither this listener nor loopback", hint)
+        if not _has_own_host(request):
+            hint = "use the listener's own address, or localhost"
+            return refuse(403, "forbidden", "the Host header names neither this listener nor loopback", hint)
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
         presented = given.strip().encode("utf-8", "surrogateescape")
-        known = [hmac.compare_digest(token.reveal().encode(), presented) for token in tokens]
-        if scheme.lower() == "bearer" and any(known):
-            request[TOKEN] = known.index(True) + 1
+        matches = [hmac.compare_digest(token.reveal().encode(), presented) for token in tokens]
+        if scheme.lower() == "bearer" and any(matches):
+            request[TOKEN] = matches.index(True) + 1
         else:
             hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
-            return refuse(401, "unauthorized", "Missing or unknown token", hint)
+            return refuse(401, "unauthorized", "missing or unknown token", hint)
         if request.method != "GET" and request.content_type not in ("application/json", LINES):
-            return refuse(415, "unsupported_media_type", "Changes need Content-Type: application/json")
+            message = "changes need Content-Type: application/json"
+            return refuse(415, "unsupported_media_type", message)
         return await handler(request)  # type: ignore[no-any-return]
 
     return check
 
 
-def _who(request: web.Request) -> str:
-    """Name whoever asked: by the kernel's word on the socket, by token and address on the listener."""
+def _caller(request: web.Request) -> str:
+    """Return user and process id on the socket, as the kernel reports them, else token and address."""
     sock = None if request.transport is None else request.transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
-        given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(given)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(credentials)
         return f"{_user(uid)}, pid {pid}"
     token = request.get(TOKEN)
     return f"{'no token' if token is None else f'token {token}'}, {request.remote or 'gone'}"
@@ -97,12 +117,12 @@ def _user(uid: int) -> str:
 
 
 def _path(request: web.Request) -> str:
-    """Return the path as it came, which has no line breaks; the query may hold anything."""
+    """Return the raw path, which has no line breaks. The query may contain secrets and is left out."""
     return request.raw_path.partition("?")[0]
 
 
-def _is_ours(request: web.Request) -> bool:
-    """Refuse DNS rebinding: the Host must be loopback or the address that was connected to."""
+def _has_own_host(request: web.Request) -> bool:
+    """Return whether the Host is loopback or the address that was connected to; prevents DNS rebinding."""
     host = request.host.rpartition(":")[0] if request.host.count(":") == 1 else request.host
     host = host.partition("]")[0].removeprefix("[")
     sockname = request.transport.get_extra_info("sockname") if request.transport else None
@@ -112,21 +132,3 @@ def _is_ours(request: web.Request) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def named(clock: Clock) -> Any:
-    """Give each request its own `X-Request-Id`, or one that is made."""
-
-    @web.middleware
-    async def name(request: web.Request, handler: Any) -> web.StreamResponse:
-        request[REQUEST_ID] = given_id(request.headers.get(HEADER)) or request_id(clock.wall())
-        return await handler(request)  # type: ignore[no-any-return]
-
-    return name
-
-
-async def show(request: web.Request, response: web.StreamResponse) -> None:
-    """Say it in the answer that begins; a signal of aiohttp's, so that streams have it too."""
-    request[BEGUN] = True
-    if (id_ := request.get(REQUEST_ID)) is not None:
-        response.headers[HEADER] = id_

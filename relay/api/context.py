@@ -1,4 +1,4 @@
-"""The parts of the daemon that operators ask about and steer."""
+"""The parts of the daemon that the admin API reads and controls."""
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -12,13 +12,12 @@ from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.process.health import Health
 from relay.reload import Reloads
-from relay.routing.filters import Router
 from relay.state import State
 from relay.store import Store
 
 
-class Parts(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the API speaks for; every resource takes the ones that it is about."""
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of the daemon; each group of endpoints takes the ones that it needs."""
 
     store: Store
     state: State
@@ -33,15 +32,10 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ingest(self) -> Ingest:
-        """Where requests come in."""
+        """Handles requests of senders."""
         return self.state.ingest
 
     @property
     def engine(self) -> Dispatcher:
-        """Where deliveries go out."""
+        """Sends deliveries."""
         return self.state.engine
-
-    @property
-    def router(self) -> Router:
-        """What says which event goes where."""
-        return self.state.router

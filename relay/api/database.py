@@ -1,4 +1,4 @@
-"""The database for operators: what it takes, copies of it, giving room back, and what could be wrong."""
+"""The database: its size, backups, compaction, and the doctor's checks."""
 
 from pathlib import Path
 from typing import Any
@@ -7,83 +7,121 @@ import msgspec
 from aiohttp import web
 
 from relay import doctor
-from relay.api.context import Parts
-from relay.api.responses import say, tell
+from relay.api.context import Context
+from relay.api.endpoints import Lines, endpoint
+from relay.api.responses import stream_lines
+from relay.api.views import Time
 from relay.config.paths import database_path
 from relay.delivery.lane import NO_STORAGE
 from relay.jobs.backups import described
-from relay.model import Backup, Check
+from relay.model import Backup, Check, Compacted
 from relay.store.doctor import database
 
 
+class BackupFileView(msgspec.Struct):
+    """A backup file."""
+
+    path: str
+    bytes: int
+    made_at: Time
+
+
+class DatabaseView(msgspec.Struct):
+    """Contents and size of the database, and its backups."""
+
+    path: str
+    version: int
+    bytes: int
+    free: int
+    log: int
+    events: int
+    oldest: Time | None
+    newest: Time | None
+    pending: int
+    sqlite: str
+    backups: tuple[BackupFileView, ...]
+
+
+class ChecksView(msgspec.Struct):
+    """The results of all checks of the doctor."""
+
+    checks: tuple[Check, ...]
+
+
 class DatabaseApi:
-    """The part of the admin API under `/api/db`, and the doctor."""
+    """Endpoints under `/api/db`, and the doctor."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._state = parts.state
-        self._backups = parts.backups
-        self._reloads = parts.reloads
-        self._engine = parts.engine
-        self._jobs = parts.jobs
-        self._health = parts.health
-        self._clock = parts.clock
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._state = context.state
+        self._backups = context.backups
+        self._reloads = context.reloads
+        self._engine = context.engine
+        self._jobs = context.jobs
+        self._health = context.health
+        self._clock = context.clock
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [
-            web.get("/api/db", self._show),
-            web.post("/api/db/backup", self._back_up),
-            web.post("/api/db/compact", self._compact),
-            web.get("/api/doctor", self._examine),
-        ]
+    @endpoint(
+        "GET", "/api/db", "showDatabase", "Show contents and size of the database, and its backups.",
+        returns=DatabaseView,
+    )  # fmt: skip
+    async def _show(self, _request: web.Request) -> dict[str, Any]:
+        return described(await self._store.upkeep.measure(), self._backups.made())
 
-    async def _show(self, _request: web.Request) -> web.Response:
-        return say(described(await self._store.upkeep.measure(), self._backups.made()))
-
+    @endpoint(
+        "POST", "/api/db/backup", "backUp", "Copy the database into `[backup] dir` and check the copy.",
+        returns=Lines[Backup],
+    )  # fmt: skip
     async def _back_up(self, request: web.Request) -> web.StreamResponse:
         size = (await self._store.upkeep.measure()).bytes
 
         def progress() -> dict[str, int]:
             return {"bytes": sum(map(_size, self._backups.folder.glob("*.part"))), "of": size}
 
-        def result(done: Backup) -> dict[str, Any]:
-            return {**msgspec.structs.asdict(done), "seconds": round(done.seconds, 3)}
+        def result(done: Backup) -> Backup:
+            return msgspec.structs.replace(done, seconds=round(done.seconds, 3))
 
-        return await tell(request, self._backups.make(), progress=progress, result=result)
+        return await stream_lines(request, self._backups.make(), progress=progress, result=result)
 
+    @endpoint(
+        "POST", "/api/db/compact", "compact", "Return free space of the database file to the disk.",
+        returns=Lines[Compacted],
+    )  # fmt: skip
     async def _compact(self, request: web.Request) -> web.StreamResponse:
         path = Path((await self._store.upkeep.measure()).path)
-        return await tell(request, self._store.upkeep.compact(), progress=lambda: {"bytes": _size(path)})
+        return await stream_lines(
+            request, self._store.upkeep.compact(), progress=lambda: {"bytes": _size(path)}
+        )
 
+    @endpoint("GET", "/api/doctor", "examine", "Run every check.", returns=Lines[ChecksView])
     async def _examine(self, request: web.Request) -> web.StreamResponse:
-        return await tell(request, self._checks(), result=lambda checks: {"checks": checks})
+        return await stream_lines(request, self._checks(), result=ChecksView)
 
-    async def _checks(self) -> list[Check]:
+    async def _checks(self) -> tuple[Check, ...]:
         config = self._state.config
         found = await self._store.upkeep.examine(
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
             sources=config.sources.keys(),
         )
-        return [
+        return (
             database(database_path(config), config.path),
             *found,
-            doctor.held(self._owing(), self._clock.steady()),
+            doctor.held(self._destinations(), self._clock.steady()),
             self._backups.examine(),
             doctor.writable(config, config.state_dir),
             doctor.ready(self._health.reasons()),
             doctor.jobs(self._jobs.all()),
             await self._reloads.drift(),
-        ]
+        )
 
-    def _owing(self) -> list[doctor.Owing]:
-        owed = self._store.ledger.pending()
+    def _destinations(self) -> list[doctor.Owing]:
+        pending = self._store.ledger.pending()
         return [
             doctor.Owing(
                 name=name,
-                held=None if lane.held == NO_STORAGE else lane.held,  # `ready` says so
-                pending=owed.get(name, 0),
+                held=None if lane.held == NO_STORAGE else lane.held,  # the check `ready` reports the storage
+                pending=pending.get(name, 0),
                 failing_since=lane.health.state.failing_since,
             )
             for name, lane in self._engine.lanes.items()
@@ -93,5 +131,5 @@ class DatabaseApi:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # it has got its name meanwhile
+    except FileNotFoundError:  # it was renamed to its final name
         return 0

@@ -1,58 +1,103 @@
-"""Destinations for operators: what is owed, since when, why it does not move; and steering them."""
+"""Destinations: list and show them with their backlog, pause, resume, disable, enable and test them."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
 
-from relay.api.context import Parts
-from relay.api.responses import say
-from relay.api.views import ABSENT, counted, moments, owed_to, unknown
+from relay.api.context import Context
+from relay.api.endpoints import ErrorView, Page, endpoint
+from relay.api.views import (
+    ABSENT,
+    DestinationShown,
+    DestinationSteered,
+    DestinationView,
+    backlog_of,
+    counted,
+    times_of,
+    unknown,
+)
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
-from relay.model import DestinationState
+from relay.model import AttemptResult, DestinationState
+
+
+def _about(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+class TimingView(msgspec.Struct):
+    """Milliseconds per step; null if the step was not reached or does not apply."""
+
+    dns: float | None
+    connect: float | None
+    tls: float | None
+    first_byte: float | None
+
+
+class PingView(msgspec.Struct):
+    """The result of a test request."""
+
+    destination: str
+    id: Annotated[str, _about("Its webhook-id.")]
+    type: Literal["relay.ping"]
+    ok: Annotated[bool, _about("Whether the response was a 2xx.")]
+    result: Annotated[AttemptResult, _about("As in the metrics of attempts.")]
+    status: Annotated[int | None, _about("null: no response.")]
+    error: str | None
+    verdict: Annotated[str, _about("What this response would mean for a delivery.")]
+    hint: Annotated[str, _about("What to do about it.")]
+    held: Annotated[str | None, _about("Why no deliveries are sent; null: they are sent.")]
+    signatures: int
+    duration_ms: float
+    timing_ms: TimingView
+    answer: Annotated[str, _about("The first KiB of the response body.")]
+    truncated: bool
 
 
 class DestinationsApi:
-    """The part of the admin API under `/api/destinations`."""
+    """Endpoints under `/api/destinations`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._engine = parts.engine
-        self._clock = parts.clock
-        self._pings = Pings(parts.clock)
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._engine = context.engine
+        self._clock = context.clock
+        self._pings = Pings(context.clock)
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [
-            web.get("/api/destinations", self._list),
-            web.get("/api/destinations/{name}", self._show),
-            web.post("/api/destinations/{name}/{verb:pause|resume|disable|enable}", self._steer),
-            web.post("/api/destinations/{name}/test", self._test),
-        ]
-
-    async def _list(self, _request: web.Request) -> web.Response:
-        counts = await self._store.ledger.totals()
-        items = [
-            {**_destination(lane), **counted(counts.get(lane.name))} for lane in self._engine.lanes.values()
-        ]
+    @endpoint(
+        "GET", "/api/destinations", "listDestinations", "List destinations with their delivery counts.",
+        returns=Page[DestinationView],
+    )  # fmt: skip
+    async def _list(self, _request: web.Request) -> dict[str, Any]:
+        totals, lanes = await self._store.ledger.totals(), self._engine.lanes
+        items = [{**_destination(lane), **counted(totals.get(lane.name))} for lane in lanes.values()]
         items += [
-            {**self._absent(name), **counted(books)}
-            for name, books in counts.items()
-            if name not in self._engine.lanes and books.pending
+            {**self._absent(name), **counted(counts)}
+            for name, counts in totals.items()
+            if name not in lanes and counts.pending
         ]
-        return say({"items": items, "next_cursor": None})
+        return {"items": items, "next_cursor": None}
 
-    async def _show(self, request: web.Request) -> web.Response:
-        counts, name = await self._store.ledger.totals(), request.match_info["name"]
-        if name not in self._engine.lanes and name in counts:
-            told = self._absent(name)
+    @endpoint(
+        "GET", "/api/destinations/{name}", "showDestination", "Show a destination with its backlog.",
+        returns=DestinationShown,
+    )  # fmt: skip
+    async def _show(self, request: web.Request) -> dict[str, Any]:
+        totals, name = await self._store.ledger.totals(), request.match_info["name"]
+        if name not in self._engine.lanes and name in totals:
+            shown = self._absent(name)
         else:
             lane = self._lane(request)
-            told = {**_destination(lane), **_standing(lane)}
-        return say({**told, **await owed_to(self._store, name, counts, self._clock.steady())})
+            health = lane.health
+            times = times_of(health.state, health.held_until if lane.held else None)
+            shown = {**_destination(lane), "events": lane.config.events, **times}
+        return {**shown, **await backlog_of(self._store, name, totals, self._clock.steady())}
 
-    async def _steer(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "POST", "/api/destinations/{name}/{verb:pause|resume|disable|enable}", "steerDestination",
+        "Pause, resume, disable or enable a destination.", returns=DestinationSteered,
+    )  # fmt: skip
+    async def _steer(self, request: web.Request) -> dict[str, Any]:
         lane = self._lane(request)
         now, state = self._clock.wall(), lane.health.state
         changes: dict[str, dict[str, Any]] = {
@@ -63,10 +108,15 @@ class DestinationsApi:
         }
         change = changes[request.match_info["verb"]]
         await lane.set_state(DestinationState(**{**msgspec.structs.asdict(state), **change}))
-        return say(_destination(lane))
+        return _destination(lane)
 
-    async def _test(self, request: web.Request) -> web.Response:
-        return say(await self._pings.send(self._lane(request)))
+    @endpoint(
+        "POST", "/api/destinations/{name}/test", "testDestination",
+        "Send one signed ping to a destination. Nothing is stored or changed.",
+        returns=PingView, also={409: ErrorView},
+    )  # fmt: skip
+    async def _test(self, request: web.Request) -> dict[str, Any]:
+        return await self._pings.send(self._lane(request))
 
     def _absent(self, name: str) -> dict[str, Any]:
         return {"name": name, "held": ABSENT, "in_flight": self._engine.in_flight(name)}
@@ -79,13 +129,5 @@ class DestinationsApi:
 
 
 def _destination(lane: Lane) -> dict[str, Any]:
+    """Describe a destination without its URL, which may contain a token."""
     return {"name": lane.name, "held": lane.held, "in_flight": lane.in_flight}
-
-
-def _standing(lane: Lane) -> dict[str, Any]:
-    """Say why it is not moving; without the URL, which may hold a token."""
-    standing = lane.health
-    return {
-        "events": lane.config.events,
-        **moments(standing.state, standing.held_until if lane.held else None),
-    }

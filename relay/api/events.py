@@ -1,95 +1,144 @@
-"""One event or one delivery for operators, with everything that belongs to it; and a body as it came."""
+"""Events: list, show, explain, export, import, delete and count them."""
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
 
-from relay.api.context import Parts
-from relay.api.query_params import FIELDS, ExportQuery, Filter, ImportQuery, StatsQuery
-from relay.api.responses import LINES, body_of, query_of, say, tell
-from relay.api.views import list_stats, show_delivery, show_event
+from relay.api.context import Context
+from relay.api.endpoints import Lines, Page, endpoint
+from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery
+from relay.api.responses import LINES, CountView, check_selected_once, say, stream_lines
+from relay.api.views import EventShown, EventView, StatView, list_items, list_stats, show_event
 from relay.errors import RelayError, UnknownError
-from relay.model import Expunged, StoredEvent
+from relay.model import Expunged, Imported, StoredEvent
+from relay.routing.router import explained
 from relay.store import Store
 
-
-async def whole(store: Store, given: str) -> StoredEvent:
-    """Return an event with its body, by its id, which may be shortened.
-
-    Raises:
-        RelayError: there is none, or there are several.
-    """
-    [chosen] = await store.queries.name_events([given])
-    event = (await store.events.load([chosen.event_id])).get(chosen.event_id)
-    if event is None:
-        raise UnknownError("the event was deleted just now")
-    return event
-
-
-class EventsApi:
-    """The part of the admin API about single events and deliveries; ids may be shortened while unique."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [
-            web.get("/api/events/{id}", self._event),
-            web.get("/api/events/{id}/body", self._body),
-            web.get("/api/deliveries/{id}", self._delivery),
-        ]
-
-    async def _event(self, request: web.Request) -> web.Response:
-        return say(await show_event(self._store, request.match_info["id"]))
-
-    async def _delivery(self, request: web.Request) -> web.Response:
-        return say(await show_delivery(self._store, request.match_info["id"]))
-
-    async def _body(self, request: web.Request) -> web.Response:
-        """Answer with the sender's bytes; as a download, so that no browser takes them for a page of ours."""
-        event = await whole(self._store, request.match_info["id"])
-        headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
-        return web.Response(body=event.body, content_type="application/octet-stream", headers=headers)
-
-
 LONGEST_LINE = 64 * 2**20
-"""Bytes of one exported event; the largest body there can be, in base64, is far below."""
+"""Bytes of one exported event. The largest possible body in base64 is far smaller."""
 
 CHUNK = 64 * 1024
 
 
-class _Deletion(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class MatchView(msgspec.Struct):
+    """Whether an event goes to a destination, and why."""
+
+    name: str
+    matches: bool
+    reason: Literal["matched", "no_pattern", "taken_away", "where"]
+    lines: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(description="The reason in words, with the value that a failed condition saw."),
+    ]
+    retries: Annotated[
+        str | None,
+        msgspec.Meta(description="Which responses are retried, and for how long; null if it does not match."),
+    ]
+
+
+class Explanation(msgspec.Struct):
+    """Where an event goes, and why."""
+
+    id: str
+    type: str
+    destinations: tuple[MatchView, ...]
+
+
+class DeletionBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The events to delete: their ids, or a filter."""
+
     events: tuple[str, ...] | None = None
     filter: Filter | None = None
     dry_run: bool = False  # only count
 
 
-class TransferApi:
-    """The part of the admin API that moves or removes many events."""
+class DeletedView(msgspec.Struct):
+    """Progress of a deletion."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._clock = parts.clock
+    count: int
+    deleted: int
+    cancelled: int
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [
-            web.get("/api/export", self._export),
-            web.post("/api/import", self._import),
-            web.post("/api/events/delete", self._delete),
-        ]
 
-    async def _export(self, request: web.Request) -> web.StreamResponse:
-        """Answer with a line per event; an answer that breaks off was not the whole of it."""
-        query = query_of(request, ExportQuery)
+async def load_event(store: Store, given: str) -> StoredEvent:
+    """Return an event with its body, by its id or a unique prefix of it.
+
+    Raises:
+        RelayError: no event has this id, or several have this prefix.
+    """
+    [chosen] = await store.queries.name_events([given])
+    event = (await store.events.load([chosen.event_id])).get(chosen.event_id)
+    if event is None:
+        raise UnknownError("the event has just been deleted")
+    return event
+
+
+class EventsApi:
+    """Endpoints under `/api/events`, and those that export, import and count events."""
+
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._engine = context.engine
+        self._clock = context.clock
+        self._state = context.state
+
+    @endpoint(
+        "GET", "/api/events", "listEvents",
+        "List events, newest first. A page may be shorter than its limit when matches are rare.",
+        query=EventsQuery, returns=Page[EventView],
+    )  # fmt: skip
+    async def _list(self, _request: web.Request, query: EventsQuery) -> dict[str, Any]:
+        filters = msgspec.structs.asdict(query)
+        return await list_items(
+            self._store,
+            "events",
+            limit=filters.pop("limit"),
+            cursor=filters.pop("cursor"),
+            filters=filters,
+            now=self._clock.wall(),
+            destinations=self._engine.lanes.keys(),
+        )
+
+    @endpoint(
+        "GET", "/api/events/{id}", "showEvent", "Show an event with its deliveries.", returns=EventShown
+    )
+    async def _show(self, request: web.Request) -> dict[str, Any]:
+        return await show_event(self._store, request.match_info["id"])
+
+    @endpoint(
+        "GET", "/api/events/{id}/body", "eventBody", "Return the request body of an event, byte for byte.",
+        returns=str, content="application/octet-stream",
+    )  # fmt: skip
+    async def _body(self, request: web.Request) -> web.Response:
+        """Return the body as a download, so that no browser shows it as a page of the relay."""
+        event = await load_event(self._store, request.match_info["id"])
+        headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
+        return web.Response(body=event.body, content_type="application/octet-stream", headers=headers)
+
+    @endpoint(
+        "GET", "/api/events/{id}/explain", "explainEvent",
+        "Show for each destination whether the event goes there, and why.", returns=Explanation,
+    )  # fmt: skip
+    async def _explain(self, request: web.Request) -> dict[str, Any]:
+        event = await load_event(self._store, request.match_info["id"])
+        matches = explained(self._state.router, event, self._state.config.destinations)
+        return {"id": event.public_id, "type": event.type, "destinations": matches}
+
+    @endpoint(
+        "GET", "/api/export", "exportEvents", "Export events as lines of JSON, oldest first.",
+        query=ExportQuery, returns=dict[str, Any], content=LINES,
+    )  # fmt: skip
+    async def _export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
+        """Send one line per event. The connection breaks if the export fails halfway."""
         selection = query.selection(self._clock, everything=True)
         span = await self._store.queries.span(selection)
         if query.dry_run:
-            count = sum([len(page) async for page in self._store.queries.select(selection, span)])
-            return say({"count": count})
+            return say(
+                CountView(sum([len(page) async for page in self._store.queries.select(selection, span)]))
+            )
         lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
         await lines.prepare(request)
         async for line in self._store.queries.export(selection, span, deliveries=query.deliveries):
@@ -97,33 +146,48 @@ class TransferApi:
         await lines.write_eof()
         return lines
 
-    async def _import(self, request: web.Request) -> web.Response:
-        query = query_of(request, ImportQuery)
+    @endpoint(
+        "POST", "/api/import", "importEvents", "Import the lines of an export. Known events are skipped.",
+        query=ImportQuery, body=LINES, returns=Imported,
+    )  # fmt: skip
+    async def _import(self, request: web.Request, query: ImportQuery) -> Imported:
         steps = [done async for done in self._store.events.import_lines(_lines(request), owe=query.deliver)]
-        return say(steps[-1])
+        return steps[-1]
 
-    async def _delete(self, request: web.Request) -> web.StreamResponse:
-        hint = f"it has events or filter, and dry_run; a filter {FIELDS}"
-        asked = await body_of(request, _Deletion, hint)
-        if (asked.events is None) == (asked.filter is None):
-            raise RelayError('either "events" or "filter" says which', hint=hint)
-        if asked.filter is not None:
-            selection = asked.filter.selection(self._clock)
+    @endpoint(
+        "POST", "/api/events/delete", "deleteEvents", "Delete events of any age, or count them.",
+        body=DeletionBody, returns=CountView | Lines[DeletedView],
+    )  # fmt: skip
+    async def _delete(self, request: web.Request, body: DeletionBody) -> web.StreamResponse:
+        check_selected_once("events", body.events, body.filter)
+        if body.filter is not None:
+            selection = body.filter.selection(self._clock)
             span = await self._store.queries.span(selection)
             count = sum([len(page) async for page in self._store.queries.select(selection, span)])
-            work = Deleting(self._store, count, self._store.events.expunge_selected(selection, span))
+            work = Deletion(self._store, count, self._store.events.expunge_selected(selection, span))
         else:
-            named = [chosen.event_id for chosen in await self._store.queries.name_events(asked.events or ())]
-            work = Deleting(self._store, len(named), _at_once(self._store, named))
-        if asked.dry_run:
-            return say({"count": work.count})
-        return await tell(request, work.run(), progress=work.told, result=lambda _: work.told())
+            named = [chosen.event_id for chosen in await self._store.queries.name_events(body.events or ())]
+            work = Deletion(self._store, len(named), _expunge(self._store, named))
+        if body.dry_run:
+            return say(CountView(work.count))
+        return await stream_lines(
+            request, work.run(), progress=work.progress, result=lambda _: work.progress()
+        )
+
+    @endpoint(
+        "GET", "/api/stats", "listStats", "Count events per hour, source and type, deleted ones included.",
+        query=StatsQuery, returns=Page[StatView],
+    )  # fmt: skip
+    async def _stats(self, _request: web.Request, query: StatsQuery) -> dict[str, Any]:
+        filter_ = Filter(source=query.source, type=query.type, since=query.since, until=query.until)
+        selection = filter_.selection(self._clock, everything=True)
+        return await list_stats(self._store, selection, limit=query.limit, cursor=query.cursor)
 
 
-class Deleting:
-    """One deletion, and how far it is."""
+class Deletion:
+    """One deletion and its progress."""
 
-    PATIENCE = 20  # seconds for what is just being sent: longer than an attempt takes by default
+    PATIENCE = 20  # seconds to wait for deliveries in flight, longer than an attempt takes by default
 
     def __init__(self, store: Store, count: int, steps: AsyncIterator[Expunged]) -> None:
         self._store = store
@@ -132,35 +196,35 @@ class Deleting:
         self.deleted = self.cancelled = 0
 
     async def run(self) -> None:
-        """Delete them all; an event of which something is being sent all the time stays."""
+        """Delete the events. An event stays if one of its deliveries is in flight for all of `PATIENCE`."""
         left: list[int] = []
-        async for gone in self._steps:
-            left += self._add(gone)
+        async for step in self._steps:
+            left += self._add(step)
         for _ in range(self.PATIENCE):
             if not left:
                 return
             await asyncio.sleep(1)
             left = [*self._add(await self._store.events.expunge(left))]
 
-    def _add(self, gone: Expunged) -> tuple[int, ...]:
-        self.deleted += gone.events
-        self.cancelled += gone.cancelled
-        return gone.left
+    def _add(self, step: Expunged) -> tuple[int, ...]:
+        self.deleted += step.events
+        self.cancelled += step.cancelled
+        return step.left
 
-    def told(self) -> dict[str, int]:
-        """Return how far it is."""
+    def progress(self) -> dict[str, int]:
+        """Return how many events were selected and deleted, and how many deliveries were cancelled."""
         return {"count": self.count, "deleted": self.deleted, "cancelled": self.cancelled}
 
 
-async def _at_once(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged]:
+async def _expunge(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged]:
     yield await store.events.expunge(event_ids)
 
 
 async def _lines(request: web.Request) -> AsyncIterator[bytes]:
-    """Yield the lines of a request's body, whatever the pieces in which it comes; empty ones are none.
+    """Yield the lines of a request body, without empty ones, however the body is cut into chunks.
 
     Raises:
-        RelayError: one is longer than any event, or the rest of them does not come.
+        RelayError: a line is longer than any event, or the body breaks off.
     """
     parts: list[bytes] = []  # of a line that has not ended
     size = 0
@@ -174,28 +238,10 @@ async def _lines(request: web.Request) -> AsyncIterator[bytes]:
             parts.append(rest)
             size += len(rest)
             if size > LONGEST_LINE:
-                hint = "import what `relay events export` wrote"
+                hint = "import the output of `relay events export`"
                 raise RelayError("a line is longer than any event", hint=hint)
     except (web.RequestPayloadError, ConnectionError) as error:
-        hint = "run it again: an event that is in counts once"
+        hint = "run it again: events that are already stored are skipped"
         raise RelayError(f"the import broke off: {error}", hint=hint) from None
     if (line := b"".join(parts)).strip():
         yield line
-
-
-class StatsApi:
-    """The part of the admin API under `/api/stats`."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._clock = parts.clock
-
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [web.get("/api/stats", self._list)]
-
-    async def _list(self, request: web.Request) -> web.Response:
-        query = query_of(request, StatsQuery)
-        filter_ = Filter(source=query.source, type=query.type, since=query.since, until=query.until)
-        selection = filter_.selection(self._clock, everything=True)
-        return say(await list_stats(self._store, selection, limit=query.limit, cursor=query.cursor))

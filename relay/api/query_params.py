@@ -259,12 +259,18 @@ def _described(kind: type[msgspec.Struct]) -> Iterator[ListFilter]:
 
 def plain(type_: Any) -> tuple[Any, msgspec.Meta]:
     """Return the type of a parameter without `Annotated` and `| None`, and its description."""
-    if get_origin(type_) in (Union, types.UnionType) and type(None) in get_args(type_):
-        type_ = get_args(type_)[0]
+    type_ = without_none(type_)
     if get_origin(type_) is Annotated:
         inner, *metas = get_args(type_)
         return inner, next(meta for meta in metas if meta.description is not None)
     return type_, msgspec.Meta()
+
+
+def without_none(type_: Any) -> Any:
+    """Return X for `X | None`, any other type as it is."""
+    if get_origin(type_) in (Union, types.UnionType) and type(None) in get_args(type_):
+        return get_args(type_)[0]
+    return type_
 
 
 _ALL: Mapping[str, ListFilter] = {each.name: each for kind in LISTS.values() for each in _described(kind)}

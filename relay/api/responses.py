@@ -1,16 +1,17 @@
-"""What every resource of the API has in common: JSON out, questions read strictly, errors with a hint."""
+"""What every endpoint shares: JSON answers, errors with a hint, request bodies, and lines of progress."""
 
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from relay.api.query_params import Q, read_query
+from relay.api.query_params import FIELDS, Filter
+from relay.base.clock import Clock
 from relay.base.json_text import encode
 from relay.config.problems import ConfigError
 from relay.errors import (
@@ -21,30 +22,33 @@ from relay.errors import (
     StorageUnavailableError,
     UnknownError,
 )
+from relay.model import Selection
 from relay.store.writer import DAMAGED, TRANSIENT
 
 T = TypeVar("T")
 
 log = logging.getLogger("relay.api")
 
-WISH = web.RequestKey("wish", str)
-"""What a request asks for in its body, for the log of changes; only of bodies whose every field is known."""
+LOGGED_BODY = web.RequestKey("logged_body", str)
+"""The request body for the log of changes; only of bodies whose every field is known."""
 
-DRY = web.RequestKey("dry", bool)
-"""Whether it only counts, and changes nothing."""
+DRY_RUN = web.RequestKey("dry_run", bool)
+"""Whether the request only counts and changes nothing."""
 
-BEGUN = web.RequestKey("begun", bool)
-"""Whether its answer has begun: a second one would be read as a piece of it."""
+STARTED = web.RequestKey("started", bool)
+"""Whether the response has started. A second response would be read as part of it."""
 
 LINES = "application/x-ndjson"
-"""The content type of a line of JSON after the other."""
+"""Content type of lines of JSON."""
 
-_HUNG_UP = 499  # as nginx has it in its log; nobody hears it
-_LONGEST_WISH = 400  # characters of it in the log
+EVERY = 0.5  # seconds between two lines of progress
+
+_CLIENT_CLOSED = 499  # nginx logs this status too; nobody receives it
+_LONGEST_LOGGED = 400  # characters of a request body in the log
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
-_ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
+_STATUSES: Mapping[type[RelayError], tuple[int, str]] = {
     UnknownError: (404, "not_found"),
     RestartNeededError: (409, "restart_needed"),
     BusyError: (409, "busy"),
@@ -53,54 +57,86 @@ _ANSWERS: Mapping[type[RelayError], tuple[int, str]] = {
 }
 
 
+class CountView(msgspec.Struct):
+    """The result of a dry run."""
+
+    count: int
+
+
 def say(value: Any, status: int = 200) -> web.Response:
-    """Answer with a value as JSON."""
+    """Return a response with a value as JSON."""
     return web.Response(status=status, body=encode(value, _encode), content_type="application/json")
 
 
 def refuse(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
-    """Answer with `{"error": {"code", "message", "hint"}}`; the hint is what to try next."""
+    """Return a response with `{"error": {"code", "message", "hint"}}`; the hint says what to do next."""
     return say({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
 
 
 def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
-    """Return the status that an error has, and its words."""
-    status, code = next(answer for kind, answer in _ANSWERS.items() if isinstance(error, kind))
+    """Return the status and the JSON of an error."""
+    status, code = next(answer for kind, answer in _STATUSES.items() if isinstance(error, kind))
     return status, {"code": code, "message": error.message, "hint": error.hint}
 
 
-def query_of(request: web.Request, type_: type[Q]) -> Q:
-    """Return the query parameters of a request.
+async def body_of(request: web.Request, type_: type[T]) -> T:
+    """Return the request body.
 
     Raises:
-        RelayError: a parameter is unknown or has an invalid value.
-    """
-    return read_query(dict(request.query), type_)
-
-
-async def body_of(request: web.Request, wish: type[T], hint: str) -> T:
-    """Read what a request's body asks for.
-
-    Raises:
-        RelayError: it is not what is expected; `hint` says what that is.
+        RelayError: the body is not valid JSON, or does not match `type_`.
     """
     try:
-        asked = msgspec.json.decode(await request.read(), type=wish)
-    except (ValueError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
-        raise RelayError(f"the body is wrong: {error}", hint=hint) from None
-    if isinstance(asked, msgspec.Struct):
-        request[DRY] = bool(getattr(asked, "dry_run", False))
-        request[WISH] = msgspec.json.encode(asked).decode()[:_LONGEST_WISH]
-    return asked
+        body = msgspec.json.decode(await request.read(), type=type_)
+    except (ValueError, RecursionError) as error:  # ValueError: of msgspec and of invalid UTF-8
+        raise RelayError(f"invalid body: {error}", hint=_fields_of(type_)) from None
+    if isinstance(body, msgspec.Struct) and body.__struct_config__.forbid_unknown_fields:
+        request[DRY_RUN] = bool(getattr(body, "dry_run", False))
+        request[LOGGED_BODY] = msgspec.json.encode(body).decode()[:_LONGEST_LOGGED]
+    return body
+
+
+def _fields_of(type_: Any) -> str:
+    names = getattr(type_, "__struct_fields__", ())
+    filters = f"; fields of a filter: {FIELDS}" if "filter" in names else ""
+    return f"send a JSON object with the fields {', '.join(names)}{filters}"
+
+
+def check_selected_once(ids_name: str, ids: Sequence[str] | None, filter_: Filter | None) -> None:
+    """Check that a body selects by ids or by a filter.
+
+    Raises:
+        RelayError: it has both, or neither.
+    """
+    if (ids is None) == (filter_ is None):
+        both = "both are set" if ids is not None else "neither is set"
+        raise RelayError(
+            f'send either "{ids_name}" or "filter"', hint=f"{both}; fields of a filter: {FIELDS}"
+        )
+
+
+def selection_of(
+    ids_name: str, ids: Sequence[str] | None, filter_: Filter | None, clock: Clock
+) -> Selection | None:
+    """Return the selection of a body's filter, None if the body has ids.
+
+    Raises:
+        RelayError: the body has both or neither, or the filter is empty or invalid.
+    """
+    check_selected_once(ids_name, ids, filter_)
+    return None if filter_ is None else filter_.selection(clock)
 
 
 @web.middleware
 async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Say every error in the API's own words; an answer that has begun is broken off instead."""
+    """Answer every error with the API's JSON. A response that has started is cut off instead."""
     try:
-        response: web.StreamResponse = await _unless_begun(request, handler)
+        response: web.StreamResponse = await _unless_started(request, handler)
     except web.HTTPException as error:
-        hint = "relay --help lists what there is" if error.status == web.HTTPNotFound.status_code else ""
+        hint = (
+            "GET /api/openapi.json lists every endpoint"
+            if error.status == web.HTTPNotFound.status_code
+            else ""
+        )
         response = refuse(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
@@ -109,53 +145,53 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
         return refuse(400, "bad_config", error.message, hint, problems=problems)
     except RelayError as error:
-        status, told = error_of(error)
-        return say({"error": told}, status)
-    except ConnectionError:  # nobody is there to be answered any more
-        return web.Response(status=_HUNG_UP)
+        status, described = error_of(error)
+        return say({"error": described}, status)
+    except ConnectionError:  # the client has gone
+        return web.Response(status=_CLIENT_CLOSED)
     except Exception as error:
-        if isinstance(error, sqlite3.Error) and _is_the_disks(error):
-            what = StorageUnavailableError(f"the database cannot be read: {error}", hint="relay doctor")
-            status, told = error_of(what)
-            return say({"error": told}, status)
+        if isinstance(error, sqlite3.Error) and _is_storage_failure(error):
+            failure = StorageUnavailableError(f"cannot read the database: {error}", hint="run: relay doctor")
+            status, described = error_of(failure)
+            return say({"error": described}, status)
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-        hint = "this is a bug of the relay; its log has the traceback"
-        return refuse(500, "internal_error", "The relay could not answer that", hint)
+        hint = "this is a bug in the relay; the traceback is in its log"
+        return refuse(500, "internal_error", "internal error", hint)
     return response
 
 
-def _is_the_disks(error: sqlite3.Error) -> bool:
-    """Say whether the file, its disk or another program is to blame, and not a statement of ours."""
+def _is_storage_failure(error: sqlite3.Error) -> bool:
+    """Return whether the file, its disk or another program caused the error, and not our statement."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in TRANSIENT | DAMAGED
 
 
-async def _unless_begun(request: web.Request, handler: Any) -> web.StreamResponse:
+async def _unless_started(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         return await handler(request)  # type: ignore[no-any-return]
     except Exception as error:
-        if not request.get(BEGUN):
+        if not request.get(STARTED):
             raise
         if not isinstance(error, ConnectionError):
-            log.exception("%s %s broke off", request.method, request.rel_url.raw_path)
+            log.exception(
+                "%s %s failed after the response had started", request.method, request.rel_url.raw_path
+            )
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError from error
 
 
-EVERY = 0.5  # seconds between two lines
-
-
-async def tell(
+async def stream_lines(
     request: web.Request,
     work: Coroutine[Any, Any, T],
     *,
     progress: Callable[[], Mapping[str, Any]] = dict,
     result: Callable[[T], Any] = lambda done: done,
 ) -> web.StreamResponse:
-    """Answer with lines of JSON: `{"progress": …}` now and then, at last `{"result": …}` or `{"error": …}`.
+    """Do long work and answer with lines of JSON.
 
-    What fails before the first line is an ordinary error. Whoever hangs up ends the work: it is
-    cancelled at the next line, and what it has done by then stays done.
+    Lines are `{"progress": …}` repeatedly, then `{"result": …}` or `{"error": …}`. A failure before the first
+    line is an ordinary error. If the client disconnects, the work is cancelled at the next line; what it has
+    done until then stays.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -164,7 +200,7 @@ async def tell(
             answer = say({"result": result(await task)})
             answer.content_type = LINES
             return answer
-        return await _tell(request, task, progress, result)
+        return await _stream_lines(request, task, progress, result)
     finally:
         if not task.done():
             task.cancel()
@@ -172,7 +208,7 @@ async def tell(
                 await task
 
 
-async def _tell(
+async def _stream_lines(
     request: web.Request,
     task: "asyncio.Future[T]",
     progress: Callable[[], Mapping[str, Any]],
@@ -180,7 +216,7 @@ async def _tell(
 ) -> web.StreamResponse:
     lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
     await lines.prepare(request)
-    with suppress(ConnectionError):  # nobody listens any more
+    with suppress(ConnectionError):  # the client has gone
         while not task.done():
             await lines.write(_encode({"progress": progress()}) + b"\n")
             await asyncio.wait((task,), timeout=EVERY)

@@ -1,8 +1,8 @@
-"""What a scrape gets: every metric, in Prometheus' text or as OpenMetrics.
+"""`GET /metrics`: every metric, in Prometheus' text format or as OpenMetrics.
 
-prometheus_client counts, collects and negotiates. Its renderers take 25 to 40 ms for 50 destinations, because
-they make each series' name and labels anew; here those are remembered, which leaves 14 ms, most of it for
-collecting. And senders have their turns in between.
+prometheus_client counts, collects and negotiates the format. Its own renderers take 25 to 40 ms for 50
+destinations, because they format the name and labels of every series each time. This one remembers them and
+takes 14 ms, most of it for collecting, with pauses in which requests of senders are handled.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar, Sample
 from prometheus_client.utils import floatToGoString
 
-STRETCH = 500  # samples, about 2 ms, before others have their turn
-_number = cast("Callable[[float], str]", floatToGoString)  # which comes without types
+STRETCH = 500  # samples between two pauses, about 2 ms
+_number = cast("Callable[[float], str]", floatToGoString)  # it has no annotations
 
 
 class Scrape:
@@ -25,15 +25,15 @@ class Scrape:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._heads: dict[tuple[str, ...], str] = {}  # a series' name and labels as they are written
+        self._heads: dict[tuple[str, ...], str] = {}  # rendered name and labels by series
 
     async def answer(self, request: web.Request) -> web.Response:
-        """Write what the Accept header asks for; uncompressed, as whoever may ask is near."""
+        """Return all metrics in the format that the Accept header asks for, uncompressed."""
         _, content_type = choose_encoder(",".join(request.headers.getall("Accept", [])))
         modern = content_type.startswith("application/openmetrics-text")
         lines: list[str] = []
         samples = 0
-        for family in self._wanted(request).collect():
+        for family in self._selected(request).collect():
             lines += self._openmetrics(family) if modern else self._text(family)
             samples += len(family.samples)
             if samples > STRETCH:
@@ -43,12 +43,12 @@ class Scrape:
             lines.append("# EOF\n")
         return web.Response(body="".join(lines).encode(), headers={"Content-Type": content_type})
 
-    def _wanted(self, request: web.Request) -> Collector:
+    def _selected(self, request: web.Request) -> Collector:
         names = request.query.getall("name[]", [])
         return self._registry.restricted_registry(names) if names else self._registry
 
     def _text(self, family: Metric) -> Iterator[str]:
-        """Write a family as Prometheus did before: its name is that of its series."""
+        """Yield a family in the text format, where a family has the name of its series."""
         name, kind = family.name, family.type
         if kind == "counter":
             name += "_total"

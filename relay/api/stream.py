@@ -1,4 +1,4 @@
-"""Server-sent events on their way out: to as many as want to follow, and no longer than they are there."""
+"""Server-sent events. Each follower has a bounded buffer, so nothing ever waits for a slow follower."""
 
 import asyncio
 from collections import deque
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
+import msgspec
 from aiohttp import web
 
 from relay.api.responses import refuse
@@ -14,27 +15,53 @@ from relay.base.json_text import encode
 T = TypeVar("T")
 
 MOST = 32
-"""Followers of one stream: each costs a look at every item."""
+"""Followers of one stream. Each one costs time for every item."""
 
 MOST_BYTES = 2**19
-"""What may wait for one follower, beside its number of items: a sender chooses how long a subject is."""
+"""Bytes that wait for one follower, besides the limit on items: senders choose the length of a subject."""
+
+HEARTBEAT = 15.0
+"""Seconds of silence after which a comment is sent: writing to it shows that a client's machine is gone."""
+
+LOOK = 1.0  # seconds between checks that a silent client is still connected
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # otherwise nginx holds lines back until its buffer is full
+}
+_GREETING = b": hookferry\n\n"  # aiohttp sends the head only with the first bytes of the body
+_STILL_HERE = b": still here\n\n"
+
+
+class LostView(msgspec.Struct):
+    """Number of items that were dropped because the client was too slow."""
+
+    count: int
 
 
 def frame(event: str, data: Any, id_: str | None = None) -> bytes:
-    """Write one server-sent event; JSON has no line end of its own in it."""
+    """Return one server-sent event. JSON contains no line breaks, so its data is one line."""
     id_line = "" if id_ is None else f"id: {id_}\n"
     return f"event: {event}\n{id_line}data: ".encode() + encode(data) + b"\n\n"
 
 
 class Follower(Generic[T]):
-    """One reader's buffer of frames; what it is too slow for is lost, oldest first, and counted."""
+    """One client's buffer of frames. If it is full, the oldest frames are dropped and counted."""
 
-    def __init__(self, wish: T, room: int, cut: Callable[[], None]) -> None:
-        self.wish = wish  # what it wants to hear of
+    def __init__(self, wanted: T, room: int, cut: Callable[[], None]) -> None:
+        """Create an empty buffer.
+
+        Args:
+            wanted: the items that this client wants.
+            room: maximum number of frames.
+            cut: closes the connection, whatever still waits to be written.
+        """
+        self.wanted = wanted
         self.ended = False
-        self.writing = False  # what it was given last has not left yet
+        self.writing = False  # whether a write is in progress
         self._room = room
-        self._cut = cut  # closes its connection, whatever still waits to be written
+        self._cut = cut
         self._frames: deque[bytes] = deque()
         self._size = 0
         self._lost = 0
@@ -50,7 +77,7 @@ class Follower(Generic[T]):
         self._changed.set()
 
     def take(self) -> bytes:
-        """Return what waits, after how much was lost before it; `b""`: nothing."""
+        """Return the waiting frames, after a frame with the number of lost ones; `b""` if there are none."""
         frames, self._frames = self._frames, deque()
         lost, self._lost = self._lost, 0
         self._size = 0
@@ -58,13 +85,13 @@ class Follower(Generic[T]):
         return (frame("lost", {"count": lost}) if lost else b"") + b"".join(frames)
 
     async def wait(self, seconds: float) -> None:
-        """Wait for something to take, or the end; so long at most."""
+        """Wait for a frame or the end of the stream, at most for this time."""
         if not self.ended:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
 
     def end(self) -> None:
-        """Let it have what waits and go; one that takes nothing is cut off."""
+        """End the stream after the waiting frames. A client that does not read them is cut off."""
         self.ended = True
         self._changed.set()
         if self.writing:
@@ -72,10 +99,10 @@ class Follower(Generic[T]):
 
 
 class Followers(Generic[T]):
-    """All that follow one stream."""
+    """All followers of one stream."""
 
     def __init__(self, room: int) -> None:
-        """Take `room`, the number of items that may wait for each."""
+        """Take `room`, the number of items that may wait for each follower."""
         self.ended = False
         self._room = room
         self._all: set[Follower[T]] = set()
@@ -88,13 +115,13 @@ class Followers(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """Whether there is room for no more."""
+        """Whether no further follower is accepted."""
         return len(self._all) >= MOST
 
     @contextmanager
-    def joined(self, wish: T, cut: Callable[[], None]) -> Iterator[Follower[T]]:
-        """Have one more, as long as the block lasts."""
-        follower = Follower(wish, self._room, cut)
+    def joined(self, wanted: T, cut: Callable[[], None]) -> Iterator[Follower[T]]:
+        """Add a follower for the duration of the block."""
+        follower = Follower(wanted, self._room, cut)
         self._all.add(follower)
         try:
             yield follower
@@ -102,60 +129,46 @@ class Followers(Generic[T]):
             self._all.discard(follower)
 
     def end(self) -> None:
-        """End all, and have no more."""
+        """End all streams and accept no more."""
         self.ended = True
         for follower in tuple(self._all):
             follower.end()
 
 
-HEARTBEAT = 15.0
-"""Seconds of silence after which a comment is sent: a reader whose machine is gone shows by it."""
-
-LOOK = 1.0  # seconds between looks whether a reader that hears nothing is still there
-
-_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would keep lines until its buffer is full
-}
-_GREETING = b": hookferry\n\n"  # aiohttp holds the head back until there is something to send with it
-_STILL_HERE = b": still here\n\n"
-
-
-async def stream(request: web.Request, followers: Followers[T], wish: T) -> web.StreamResponse:
-    """Send what comes for one follower, until it goes or the relay does."""
+async def stream(request: web.Request, followers: Followers[T], wanted: T) -> web.StreamResponse:
+    """Send the items that a client wants until it disconnects or the daemon stops."""
     if followers.ended:
-        return refuse(503, "draining", "The relay is stopping", "ask again once it is back")
+        return refuse(503, "draining", "the relay is stopping", "try again after its restart")
     if followers.full:
-        hint = "end one first: every `relay tail` and `relay top` that runs is one"
-        return refuse(503, "too_many_followers", f"{MOST} follow this already", hint)
+        hint = "end a running `relay tail` or `relay top`"
+        return refuse(503, "too_many_followers", f"this stream already has {MOST} followers", hint)
     transport = request.transport
     if transport is None:
         raise ConnectionResetError
-    with followers.joined(wish, transport.abort) as follower:
+    with followers.joined(wanted, transport.abort) as follower:
         response = web.StreamResponse(headers=_HEADERS)
         try:
             await response.prepare(request)
             await _write(response, follower, _GREETING)
             await _follow(response, follower, transport)
         except ConnectionError:
-            pass  # it has gone, which is how a stream ends
+            pass  # the client has disconnected, as it ends every stream
     return response
 
 
 async def _follow(response: web.StreamResponse, follower: Follower[T], transport: asyncio.Transport) -> None:
     now = asyncio.get_running_loop().time
-    spoken = now()
+    written = now()
     while not transport.is_closing():
         ended = follower.ended
         if frames := follower.take():
             await _write(response, follower, frames)
-            spoken = now()
+            written = now()
         elif ended:
             return
-        elif now() - spoken >= HEARTBEAT:
+        elif now() - written >= HEARTBEAT:
             await _write(response, follower, _STILL_HERE)
-            spoken = now()
+            written = now()
         else:
             await follower.wait(LOOK)
 

@@ -1,4 +1,4 @@
-"""Events and attempts as they happen: what every commit stored, told to whoever follows."""
+"""`GET /api/tail`: events and attempts as they happen, sent to followers after each commit."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -6,45 +6,74 @@ from functools import lru_cache
 import msgspec
 from aiohttp import web
 
-from relay.api.context import Parts
+from relay.api.context import Context
+from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import TailQuery
-from relay.api.responses import query_of
-from relay.api.stream import Followers, frame, stream
-from relay.api.views import unknown
+from relay.api.stream import Followers, LostView, frame, stream
+from relay.api.views import Time, unknown
 from relay.base.clock import rfc3339
 from relay.errors import RelayError
-from relay.model import News, Outcome, StoredEvent
+from relay.model import DeliveryState, News, Outcome, StoredEvent
 from relay.routing.filters import Patterns
 from relay.store import OPERATOR_EVENTS
 
 ROOM = 1000
-"""Items that wait for a slow follower; older ones are lost, and it is told how many."""
+"""Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
 
-_TYPES = 4096  # types whose match is remembered: senders choose them, so their number must have an end
+_TYPES = 4096  # types whose match is remembered; bounded, because senders choose types
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """What one follower wants to hear of."""
+class TailEvent(msgspec.Struct):
+    """An event that was stored."""
+
+    id: str
+    source: str
+    type: str
+    subject: str | None
+    received_at: Time
+    size: int
+
+
+class TailAttempt(msgspec.Struct):
+    """An attempt that was recorded. The event's fields are null if the event is unreadable."""
+
+    delivery_id: str
+    event_id: str | None
+    destination: str
+    type: str | None
+    attempt: int
+    result: str
+    status: int | None
+    error: str | None
+    duration_ms: float
+    state: DeliveryState
+    reason: str | None
+    next_attempt_at: Time | None
+    started_at: Time
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """The events and attempts that one follower wants."""
 
     source: str | None = None
-    destination: str | None = None  # attempts at it; no event has one
-    matches: Callable[[str], bool] | None = None  # by full type
-    failed: bool = False  # only attempts that did
+    destination: str | None = None  # attempts to it; no events
+    matches: Callable[[str], bool] | None = None  # of the full type
+    failed: bool = False  # only failed attempts
 
     def event(self, event: StoredEvent) -> bool:
-        """Say whether an event is meant."""
+        """Return whether the follower wants an event."""
         if self.failed or self.destination is not None:
             return False
         return self._fits(event)
 
     def attempt(self, outcome: Outcome) -> bool:
-        """Say whether an attempt is meant."""
+        """Return whether the follower wants an attempt."""
         attempt, event = outcome.attempt, outcome.delivery.event
         if attempt is None or (self.failed and attempt.result == "ok"):
             return False
         if self.destination is not None and outcome.delivery.destination != self.destination:
             return False
-        if event is None:  # gone from the disk: nothing is known of it
+        if event is None:  # it could not be read, so its source and type are unknown
             return self.source is None and self.matches is None
         return self._fits(event)
 
@@ -55,48 +84,49 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TailApi:
-    """The part of the admin API under `/api/tail`."""
+    """The endpoint `/api/tail`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._ingest = parts.ingest
-        self._engine = parts.engine
-        self._followers: Followers[Wish] = Followers(ROOM)
-
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [web.get("/api/tail", self._tail, allow_head=False)]
+    def __init__(self, context: Context) -> None:
+        self._ingest = context.ingest
+        self._engine = context.engine
+        self._followers: Followers[Wanted] = Followers(ROOM)
 
     def listen(self, news: News) -> None:
-        """Tell what one commit stored (see `relay.store.Listener`); nothing is done when nobody follows."""
+        """Send what one commit stored (see `relay.store.Listener`); does nothing without followers."""
         if not self._followers:
             return
-        for outcome in news.outcomes:  # of events stored before; what they give birth to comes after them
-            told = None
+        for outcome in news.outcomes:  # first, because they may have created some of the events
+            item = None
             for follower in self._followers:
-                if follower.wish.attempt(outcome):
-                    told = told or frame("attempt", _attempt(outcome))
-                    follower.put(told)
+                if follower.wanted.attempt(outcome):
+                    item = item or frame("attempt", _attempt(outcome))
+                    follower.put(item)
         for event in news.events:
-            told = None
+            item = None
             for follower in self._followers:
-                if follower.wish.event(event):
-                    told = told or frame("event", _event(event), event.public_id)
-                    follower.put(told)
+                if follower.wanted.event(event):
+                    item = item or frame("event", _event(event), event.public_id)
+                    follower.put(item)
 
     def end(self) -> None:
-        """End all streams: the relay stops."""
+        """End all streams, because the daemon stops."""
         self._followers.end()
 
-    async def _tail(self, request: web.Request) -> web.StreamResponse:
-        return await stream(request, self._followers, self._wish(query_of(request, TailQuery)))
+    @endpoint(
+        "GET", "/api/tail", "tail",
+        "Stream events and attempts as server-sent events `event`, `attempt` and `lost`.",
+        query=TailQuery, returns=TailEvent | TailAttempt | LostView, content=EVENT_STREAM,
+    )  # fmt: skip
+    async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
+        return await stream(request, self._followers, self._wanted(query))
 
-    def _wish(self, query: TailQuery) -> Wish:
+    def _wanted(self, query: TailQuery) -> Wanted:
         source, destination = query.source, query.destination
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_EVENTS:
             raise unknown("source", source, self._ingest.mounts)
         if destination is not None and destination not in self._engine.lanes:
             raise unknown("destination", destination, self._engine.lanes)
-        return Wish(
+        return Wanted(
             source=source,
             destination=destination,
             matches=None if query.type is None else _matcher(query.type),
@@ -112,34 +142,33 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lru_cache(maxsize=_TYPES)(patterns.matches)
 
 
-def _event(event: StoredEvent) -> dict[str, object]:
-    """Return what a list says of an event."""
-    return {
-        "id": event.public_id,
-        "source": event.source,
-        "type": event.type,
-        "subject": event.subject,
-        "received_at": rfc3339(event.received_at),
-        "size": len(event.body),
-    }
+def _event(event: StoredEvent) -> TailEvent:
+    return TailEvent(
+        id=event.public_id,
+        source=event.source,
+        type=event.type,
+        subject=event.subject,
+        received_at=rfc3339(event.received_at),
+        size=len(event.body),
+    )
 
 
-def _attempt(outcome: Outcome) -> dict[str, object]:
+def _attempt(outcome: Outcome) -> TailAttempt:
     delivery, attempt, again = outcome.delivery, outcome.attempt, outcome.next_attempt_at
-    assert attempt is not None  # noqa: S101 - `Wish.attempt` wants no other
+    assert attempt is not None  # noqa: S101 - `Wanted.attempt` accepts no other outcome
     event = delivery.event
-    return {
-        "delivery_id": delivery.public_id,
-        "event_id": None if event is None else event.public_id,
-        "destination": delivery.destination,
-        "type": None if event is None else event.type,
-        "attempt": delivery.attempts + 1,
-        "result": attempt.result,
-        "status": attempt.status,
-        "error": attempt.error,
-        "duration_ms": round(attempt.duration_ms, 1),
-        "state": outcome.state,
-        "reason": outcome.reason,
-        "next_attempt_at": None if again is None or outcome.state != "pending" else rfc3339(again),
-        "started_at": rfc3339(attempt.started_at),
-    }
+    return TailAttempt(
+        delivery_id=delivery.public_id,
+        event_id=None if event is None else event.public_id,
+        destination=delivery.destination,
+        type=None if event is None else event.type,
+        attempt=delivery.attempts + 1,
+        result=attempt.result,
+        status=attempt.status,
+        error=attempt.error,
+        duration_ms=round(attempt.duration_ms, 1),
+        state=outcome.state,
+        reason=outcome.reason,
+        next_attempt_at=None if again is None or outcome.state != "pending" else rfc3339(again),
+        started_at=rfc3339(attempt.started_at),
+    )

@@ -1,17 +1,18 @@
-"""How it goes at the moment, once a second: what `relay top` shows. Computed only while somebody looks."""
+"""`GET /api/top`: the figures of `relay top`, once a second, computed only while somebody follows."""
 
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from aiohttp import web
 
 from relay import __version__
-from relay.api.context import Parts
+from relay.api.context import Context
+from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import NoQuery
-from relay.api.responses import query_of
-from relay.api.stream import Followers, frame, stream
+from relay.api.stream import Followers, LostView, frame, stream
 from relay.api.views import ABSENT
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
@@ -27,107 +28,145 @@ _LAG = "relay_event_loop_lag_seconds"
 _NAMES = (_EVENTS, _ATTEMPTS, _FINISHED, _WORKERS, f"{_COMMIT}_sum", f"{_COMMIT}_count", _LAG)
 
 
+class TopSource(msgspec.Struct):
+    """Figures of one source."""
+
+    name: str
+    paused: bool
+    events_per_second: float
+
+
+class TopDestination(msgspec.Struct):
+    """Figures of one destination."""
+
+    name: str
+    held: str | None
+    circuit: Literal["open", "closed"]
+    pending: int
+    in_flight: int
+    attempts_per_second: float
+    delivered_per_second: float
+    failed_per_second: float
+
+
+class Top(msgspec.Struct):
+    """Figures of the daemon over the last second."""
+
+    at: str
+    version: str
+    uptime_seconds: int
+    ready: bool
+    reasons: tuple[str, ...]
+    backlog: int
+    events_per_second: float
+    attempts_per_second: float
+    delivered_per_second: float
+    failed_per_second: float
+    commit_ms: float | None
+    loop_lag_ms: float
+    sources: tuple[TopSource, ...]
+    destinations: tuple[TopDestination, ...]
+    workers: dict[str, int]
+
+
 class _Reading:
-    """The metrics of one moment, by name and labels, and when that was."""
+    """The metrics at one moment, by name and labels."""
 
     def __init__(self) -> None:
         self.at = asyncio.get_running_loop().time()
         self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _NAMES}
 
     @classmethod
-    async def take(cls, parts: Parts) -> "_Reading":
-        """Read them, a family at a time: those of 50 destinations take 3 ms, and senders would notice."""
+    async def take(cls, context: Context) -> "_Reading":
+        """Read the metrics, with a pause after each family: 50 destinations take 3 ms."""
         reading = cls()
-        for family in parts.metrics.registry.restricted_registry(_NAMES).collect():
+        for family in context.metrics.registry.restricted_registry(_NAMES).collect():
             for sample in family.samples:
                 reading._values[sample.name][tuple(sample.labels.values())] = sample.value
             await asyncio.sleep(0)
         return reading
 
     def of(self, name: str, *labels: str) -> float:
-        """Return one metric; 0: there is none yet."""
+        """Return the value of one series, 0 if it does not exist yet."""
         return self._values[name].get(labels, 0.0)
 
     def all(self, name: str) -> dict[tuple[str, ...], float]:
-        """Return the metrics of a name by their labels."""
+        """Return all series of a metric by their labels."""
         return self._values[name]
 
 
 class TopApi:
-    """The part of the admin API under `/api/top`."""
+    """The endpoint `/api/top`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._began = parts.clock.steady()
-        self._followers: Followers[None] = Followers(room=1)  # who is late wants the latest, not the oldest
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._began = context.clock.steady()
+        self._followers: Followers[None] = Followers(room=1)  # a slow client needs only the latest snapshot
         self._ticking: asyncio.Task[None] | None = None
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        return [web.get("/api/top", self._top, allow_head=False)]
-
     def end(self) -> None:
-        """End all streams: the relay stops."""
+        """End all streams, because the daemon stops."""
         self._followers.end()
         if self._ticking is not None:
             self._ticking.cancel()
 
-    async def _top(self, request: web.Request) -> web.StreamResponse:
-        query_of(request, NoQuery)
+    @endpoint(
+        "GET", "/api/top", "top", "Stream figures once a second as server-sent events `top` and `lost`.",
+        query=NoQuery, returns=Top | LostView, content=EVENT_STREAM,
+    )  # fmt: skip
+    async def _top(self, request: web.Request, _query: NoQuery) -> web.StreamResponse:
         if not self._followers.ended and (self._ticking is None or self._ticking.done()):
             self._ticking = asyncio.create_task(self._tick())
         return await stream(request, self._followers, None)
 
     async def _tick(self) -> None:
-        """Make a snapshot a second for as long as there is somebody to see it."""
-        before = await _Reading.take(self._parts)
+        """Send a snapshot every second while there are followers."""
+        before = await _Reading.take(self._context)
         await asyncio.sleep(EVERY)
         while self._followers:
-            now = await _Reading.take(self._parts)
+            now = await _Reading.take(self._context)
             try:
-                told = frame("top", self._snapshot(before, now))
+                item = frame("top", self._snapshot(before, now))
             except Exception:
-                log.exception("there is no snapshot for `relay top`")
+                log.exception("cannot compute the figures of `relay top`")
             else:
                 for follower in self._followers:
-                    follower.put(told)
+                    follower.put(item)
             before = now
             await asyncio.sleep(EVERY)
 
     def _snapshot(self, before: _Reading, now: _Reading) -> dict[str, Any]:
-        parts, owed = self._parts, self._parts.store.ledger.pending()
-        reasons = parts.health.reasons()
+        context, pending = self._context, self._context.store.ledger.pending()
+        lanes, reasons = context.engine.lanes, context.health.reasons()
         rates = _Rates(before, now)
-        destinations = [_destination(lane, owed.get(name, 0)) for name, lane in parts.engine.lanes.items()]
+        destinations = [_destination(lane, pending.get(name, 0)) for name, lane in lanes.items()]
         destinations += [
-            {"name": name, "held": ABSENT, "circuit": "closed", "pending": pending,
-             "in_flight": parts.engine.in_flight(name)}
-            for name, pending in owed.items() if name not in parts.engine.lanes
+            {"name": name, "held": ABSENT, "circuit": "closed", "pending": number,
+             "in_flight": context.engine.in_flight(name)}
+            for name, number in pending.items() if name not in lanes
         ]  # fmt: skip
-        destinations = [{**told, **rates.of_destination(told["name"])} for told in destinations]
-        sources = [
-            {"name": name, "paused": mount.paused, "events_per_second": rates.of_source(name)}
-            for name, mount in parts.ingest.mounts.items()
-        ]
         return {
-            "at": rfc3339(parts.clock.wall()),
+            "at": rfc3339(context.clock.wall()),
             "version": __version__,
-            "uptime_seconds": (parts.clock.steady() - self._began) // SECOND,
+            "uptime_seconds": (context.clock.steady() - self._began) // SECOND,
             "ready": not reasons,
             "reasons": reasons,
-            "backlog": sum(owed.values()),
+            "backlog": sum(pending.values()),
             "events_per_second": rates.of_sources(),
             **rates.of_destinations(),
             "commit_ms": rates.commit_ms(),
             "loop_lag_ms": round(now.of(_LAG) * 1000, 2),
-            "sources": sources,
-            "destinations": destinations,
+            "sources": [
+                {"name": name, "paused": mount.paused, "events_per_second": rates.of_source(name)}
+                for name, mount in context.ingest.mounts.items()
+            ],
+            "destinations": [{**each, **rates.of_destination(each["name"])} for each in destinations],
             "workers": _workers(now.all(_WORKERS)),
         }
 
 
 class _Rates:
-    """What changed between two readings, per second."""
+    """Changes between two readings, per second."""
 
     def __init__(self, before: _Reading, now: _Reading) -> None:
         self._before = before
@@ -145,41 +184,41 @@ class _Rates:
                     flow.delivered += rate
 
     def of_source(self, name: str) -> float:
-        """Return how many events come in from a source."""
+        """Return the rate of events from a source."""
         return round((self._now.of(_EVENTS, name) - self._before.of(_EVENTS, name)) / self._seconds, 1)
 
     def of_sources(self) -> float:
-        """Return how many come in, from those of former configurations too."""
+        """Return the rate of events from all sources, removed ones included."""
         return round(sum(rate for _, rate in self._per_second(_EVENTS)), 1)
 
     def of_destination(self, name: str) -> dict[str, float]:
-        """Return how a destination is getting on."""
-        return self._flows.get(name, _Flow()).told()
+        """Return the rates of a destination."""
+        return self._flows.get(name, _Flow()).rates()
 
     def of_destinations(self) -> dict[str, float]:
-        """Return how they all are, those of former configurations too."""
-        return self._all.told()
+        """Return the rates of all destinations together, removed ones included."""
+        return self._all.rates()
 
     def commit_ms(self) -> float | None:
-        """Return what a transaction took on the average; None: there was none."""
+        """Return the mean duration of a transaction, None if no transaction was committed."""
         commits = self._now.of(f"{_COMMIT}_count") - self._before.of(f"{_COMMIT}_count")
         took = self._now.of(f"{_COMMIT}_sum") - self._before.of(f"{_COMMIT}_sum")
         return round(took / commits * 1000, 2) if commits else None
 
     def _per_second(self, name: str) -> Iterator[tuple[tuple[str, ...], float]]:
-        """Yield what has changed."""
+        """Yield the labels and rates of the series that changed."""
         for labels, value in self._now.all(name).items():
             if amount := value - self._before.of(name, *labels):
                 yield labels, amount / self._seconds
 
 
 class _Flow:
-    """What goes out, per second."""
+    """Rates of attempts and deliveries, per second."""
 
     def __init__(self) -> None:
         self.attempts = self.delivered = self.failed = 0.0
 
-    def told(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float]:
         return {
             "attempts_per_second": round(self.attempts, 1),
             "delivered_per_second": round(self.delivered, 1),
@@ -199,7 +238,7 @@ def _destination(lane: Lane, pending: int) -> dict[str, Any]:
 
 
 def _workers(census: Mapping[tuple[str, ...], float]) -> dict[str, int]:
-    """Add workers up by their status, whatever their source; as `relay status` does, without zeros."""
+    """Return the number of workers by status, without zeros, as `relay status` shows them."""
     found: dict[str, int] = {}
     for (_, status), number in census.items():
         if number:

@@ -1,8 +1,12 @@
-"""Events, deliveries and attempts as operators see them: the JSON of lists, and of one with its parts."""
+"""Events, deliveries, attempts and destinations as JSON, for the API and for commands that read the file.
+
+A stopped relay's file lacks what only its lanes know: open circuits, pauses that receivers asked for, and
+deliveries in flight. This module needs no aiohttp, because commands start fast without it.
+"""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -11,19 +15,128 @@ from relay.base.clock import rfc3339
 from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.errors import RelayError, UnknownError
-from relay.model import Counts, DestinationState, Selection, Stat
+from relay.model import AttemptResult, Counts, DeliveryState, DestinationState, Selection, Stat
 from relay.store import StoredData
 
-_PLACE = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of a count: hour, source, type
+ABSENT = "not_in_config"
+"""`held` of a destination that is no longer in config.toml: its deliveries wait until it returns."""
+
+_NOUNS = {"events": "event", "deliveries": "delivery"}
+_CURSOR = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of counts: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
 
 
+def _about(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+Time = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+"""A time, RFC 3339."""
+
+
+class EventView(msgspec.Struct):
+    """An event in a list."""
+
+    id: Annotated[str, _about("evt_ and a UUIDv7.")]
+    source: str
+    type: Annotated[str, _about("Full type: the source's name, a dot, and the sender's type.")]
+    subject: str | None
+    received_at: Time
+    size: Annotated[int, _about("Bytes of the body.")]
+    duplicate: Annotated[bool, _about("Whether later requests repeated this event.")]
+    deliveries: Annotated[dict[str, int], _about("Number of deliveries by state.")]
+
+
+class DeliveryView(msgspec.Struct):
+    """A delivery in a list."""
+
+    id: Annotated[str, _about("dlv_ and a UUIDv7.")]
+    event_id: str
+    type: str
+    destination: str
+    state: DeliveryState
+    reason: Annotated[str | None, _about("Why the delivery ended, unless delivered.")]
+    attempts: Annotated[int, _about("Attempts that count against the schedule.")]
+    next_attempt_at: Time | None
+    last_status: int | None
+    last_error: str | None
+    created_at: Time
+    finished_at: Time | None
+    replay_of: Annotated[str | None, _about("Id of the delivery that this one repeats.")]
+
+
+class AttemptView(msgspec.Struct):
+    """An attempt of a delivery."""
+
+    delivery_id: str
+    started_at: Time
+    duration_ms: float
+    result: AttemptResult
+    status: int | None
+    error: str | None
+    truncated: bool
+    answer: Annotated[str, _about("The first 16 KiB of the response body.")]
+
+
+class EventShown(EventView):
+    """An event with its deliveries."""
+
+    owed: tuple[DeliveryView, ...]
+
+
+class DeliveryShown(DeliveryView):
+    """A delivery with its attempts, the latest first."""
+
+    tries: tuple[AttemptView, ...]
+
+
+class StatView(msgspec.Struct):
+    """Number of events of one source and type within one hour."""
+
+    hour: Time
+    source: str
+    type: str
+    events: int
+    duplicates: int
+    bytes: int
+
+
+class DestinationSteered(msgspec.Struct, kw_only=True):
+    """Whether a destination is held."""
+
+    name: str
+    held: Annotated[str | None, _about("Why no deliveries are sent; null: they are sent.")]
+    in_flight: int
+
+
+class DestinationView(DestinationSteered, kw_only=True):
+    """A destination with the number of its deliveries by state."""
+
+    created: int
+    delivered: int
+    dead: int
+    expired: int
+    cancelled: int
+    pending: int
+
+
+class DestinationShown(DestinationView, kw_only=True):
+    """A destination with its backlog. One that is no longer in config.toml lacks the optional fields."""
+
+    events: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    failing_since: Time | msgspec.UnsetType | None = msgspec.UNSET
+    disabled_at: Time | msgspec.UnsetType | None = msgspec.UNSET
+    held_until: Time | msgspec.UnsetType | None = msgspec.UNSET
+    due: Annotated[int, _about("Pending deliveries that are due.")]
+    oldest: Annotated[DeliveryView | None, _about("The oldest pending delivery.")]
+    latest: Annotated[DeliveryView | None, _about("The latest delivery.")]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
-    """Return the error that there is no such thing, with those that there are."""
+    """Return the error for an unknown name; it lists the known ones."""
     names = tuple(known)
-    return UnknownError(
-        f"no {kind} {name!r}{guess(name, names)}", hint=f"there are {', '.join(names) or 'none'}"
-    )
+    hint = f"known: {', '.join(names)}" if names else f"config.toml has no {kind}s"
+    return UnknownError(f'unknown {kind} "{name}"{guess(name, names)}', hint=hint)
 
 
 async def list_items(
@@ -36,41 +149,48 @@ async def list_items(
     now: int,
     destinations: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return one page, newest first, and the cursor of the next; everything comes as text.
+    """Return one page of a list, newest first, and the cursor of the next page.
 
-    A page may have fewer rows than asked for, even none, and still a cursor to go on with. `destinations`
-    are those of the configuration, which need not have been owed anything yet.
+    A page may have fewer rows than `limit`, even 0, and still have a next page.
+
+    Args:
+        reads: the store.
+        kind: the list, "events", "deliveries" or "attempts".
+        limit: maximum number of rows.
+        cursor: the `next_cursor` of the previous page.
+        filters: by name, as text.
+        now: wall clock, which ages count from.
+        destinations: names in config.toml; they may have no deliveries yet.
 
     Raises:
-        RelayError: no such list, it has no such filter, or a filter says nothing that there could be.
+        RelayError: a filter is unknown or has an invalid value.
     """
     wanted = read_filters(filters, now)
     name = wanted.get("destination")
     if name is not None and name not in destinations:
-        books = await reads.ledger.totals()
-        if name not in books:
-            raise unknown("destination", name, sorted({*destinations, *books}))
+        counts = await reads.ledger.totals()
+        if name not in counts:
+            raise unknown("destination", name, sorted({*destinations, *counts}))
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
             wanted[name] = await _row(reads, noun, wanted[name])
     page = await reads.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
-    return {"items": [item(row) for row in page.rows], "next_cursor": page.cursor}
+    return {"items": [view_of(row) for row in page.rows], "next_cursor": page.cursor}
 
 
 async def list_stats(
     reads: StoredData, selection: Selection, *, limit: int, cursor: str | None
 ) -> dict[str, Any]:
-    """Return one page of the counts per hour, source and type, the latest first.
+    """Return one page of the number of events per hour, source and type, the latest hour first.
 
     Raises:
-        RelayError: the selection is by more than source, type and time, or the cursor is none of this list.
+        RelayError: the selection has other filters than source, type and time, or the cursor is invalid.
     """
     after = None
     if cursor is not None:
-        place = _PLACE.fullmatch(cursor)
+        place = _CURSOR.fullmatch(cursor)
         if place is None:
-            hint = "send the next_cursor of the page before"
-            raise RelayError("the cursor is none of this list", hint=hint)
+            raise RelayError("invalid cursor", hint="send the next_cursor of the previous page")
         after = (int(place[1]), place[2], place[3])
     found: list[Stat] = []
     async for page in reads.queries.stats(selection, after=after):
@@ -84,48 +204,45 @@ async def list_stats(
     }
 
 
-_NOUNS = {"events": "event", "deliveries": "delivery"}
-
-
 async def _row(reads: StoredData, noun: str | None, given: str) -> int:
-    """Return the row of an id, which may be shortened."""
+    """Return the row id for an id or a unique prefix of one."""
     if noun == "event":
         return (await reads.queries.name_events([given]))[0].event_id
     return (await reads.queries.name_deliveries([given]))[0].id
 
 
 async def show_event(reads: StoredData, given: str) -> dict[str, Any]:
-    """Return one event by its id, which may be shortened, with all of its deliveries as `owed`.
+    """Return an event by its id or a unique prefix of it, with its deliveries.
 
     Raises:
-        RelayError: there is none, or there are several.
+        RelayError: no event has this id, or several have this prefix.
     """
     [chosen] = await reads.queries.name_events([given])
     rows = await reads.queries.find("events", limit=1, id=chosen.event_id)
     if not rows:
-        raise UnknownError(f"no event {given!r}", hint="it was deleted just now")
-    owed = await reads.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
-    return {**item(rows[0]), "owed": [item(each) for each in owed]}
+        raise UnknownError(f'unknown event "{given}"', hint="it has just been deleted")
+    deliveries = await reads.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
+    return {**view_of(rows[0]), "owed": [view_of(each) for each in deliveries]}
 
 
 async def show_delivery(reads: StoredData, given: str) -> dict[str, Any]:
-    """Return one delivery likewise, with the latest of its attempts first.
+    """Return a delivery by its id or a unique prefix of it, with its attempts, the latest first.
 
     Raises:
-        RelayError: there is none, or there are several.
+        RelayError: no delivery has this id, or several have this prefix.
     """
     [named] = await reads.queries.name_deliveries([given])
     rows = await reads.queries.find("deliveries", limit=1, id=named.id)
     if not rows:
-        raise UnknownError(f"no delivery {given!r}", hint="it was deleted just now")
-    tries = await reads.queries.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
-    return {**item(rows[0]), "tries": [item(each) for each in tries]}
+        raise UnknownError(f'unknown delivery "{given}"', hint="it has just been deleted")
+    attempts = await reads.queries.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
+    return {**view_of(rows[0]), "tries": [view_of(each) for each in attempts]}
 
 
-def item(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a list as JSON has it: times in RFC 3339, an answer as text, deliveries by state.
+def view_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a list as JSON.
 
-    What took time is told to a tenth of a millisecond, as `relay tail` and the log tell it.
+    Times are RFC 3339, durations are rounded to 0.1 ms as in `relay tail` and the log, bodies are text.
     """
     shown = {name: value for name, value in row.items() if name != "row"}
     for name in _TIMES:
@@ -143,55 +260,51 @@ def item(row: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-ABSENT = "not_in_config"
-"""What holds the deliveries of a destination that is configured no more; its return resumes them."""
-
-
 def counted(counts: Counts | None) -> dict[str, int]:
-    """Return a destination's books as JSON has them."""
+    """Return the number of a destination's deliveries by state."""
     return msgspec.structs.asdict(counts or Counts())
 
 
-async def owed_to(reads: StoredData, name: str, books: Mapping[str, Counts], now: int) -> dict[str, Any]:
-    """Return its books, what is due, its oldest pending delivery and its latest one; `now` is steady."""
-    owed = (await reads.ledger.backlog(now)).get(name)
-    oldest = await reads.queries.find("deliveries", id=owed.row, limit=1) if owed else []
+async def backlog_of(reads: StoredData, name: str, totals: Mapping[str, Counts], now: int) -> dict[str, Any]:
+    """Return a destination's counts, due deliveries, oldest pending and latest delivery; `now` is steady."""
+    backlog = (await reads.ledger.backlog(now)).get(name)
+    oldest = await reads.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
     latest = await reads.queries.find("deliveries", destination=name, limit=1)
     return {
-        **counted(books.get(name)),
-        "due": owed.due if owed else 0,
-        "oldest": item(oldest[0]) if oldest else None,
-        "latest": item(latest[0]) if latest else None,
+        **counted(totals.get(name)),
+        "due": backlog.due if backlog else 0,
+        "oldest": view_of(oldest[0]) if oldest else None,
+        "latest": view_of(latest[0]) if latest else None,
     }
 
 
 async def list_destinations(reads: StoredData, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
-    """Return the list of destinations that a stopped relay leaves; `known` are those of the configuration."""
-    books, states = await reads.ledger.totals(), await reads.queries.destination_states()
-    names = [*known, *(name for name, each in books.items() if name not in known and each.pending)]
-    items = [{**_named(name, states, known), **counted(books.get(name))} for name in names]
+    """Return the destinations of a stopped relay: those in config.toml or with pending deliveries."""
+    totals, states = await reads.ledger.totals(), await reads.queries.destination_states()
+    names = [*known, *(name for name, each in totals.items() if name not in known and each.pending)]
+    items = [{**_stored(name, states, known), **counted(totals.get(name))} for name in names]
     return {"items": items, "next_cursor": None}
 
 
 async def show_destination(
     reads: StoredData, name: str, known: Mapping[str, DestinationConfig], now: int
 ) -> dict[str, Any]:
-    """Return one of them, with what it is owed.
+    """Return one destination of a stopped relay, with its backlog.
 
     Raises:
-        UnknownError: there is none.
+        UnknownError: neither config.toml nor a delivery names it.
     """
-    books, states = await reads.ledger.totals(), await reads.queries.destination_states()
-    if name not in known and name not in books:
+    totals, states = await reads.ledger.totals(), await reads.queries.destination_states()
+    if name not in known and name not in totals:
         raise unknown("destination", name, known)
-    told = _named(name, states, known)
+    shown = _stored(name, states, known)
     if name in known:
-        told |= {"events": known[name].events, **moments(states.get(name, DestinationState(name=name)))}
-    return {**told, **await owed_to(reads, name, books, now)}
+        shown |= {"events": known[name].events, **times_of(states.get(name, DestinationState(name=name)))}
+    return {**shown, **await backlog_of(reads, name, totals, now)}
 
 
-def moments(state: DestinationState, held_until: int | None = None) -> dict[str, str | None]:
-    """Return since when and until when something is the matter with a destination."""
+def times_of(state: DestinationState, held_until: int | None = None) -> dict[str, str | None]:
+    """Return since when a destination fails or is disabled, and until when it is held."""
     times = {
         "failing_since": state.failing_since,
         "disabled_at": state.disabled_at,
@@ -200,7 +313,7 @@ def moments(state: DestinationState, held_until: int | None = None) -> dict[str,
     return {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
 
 
-def _named(
+def _stored(
     name: str, states: Mapping[str, DestinationState], known: Mapping[str, DestinationConfig]
 ) -> dict[str, Any]:
     held = (states[name].held if name in states else None) if name in known else ABSENT

@@ -1,52 +1,147 @@
-"""Workers for operators: who there is, with sessions and gauges; forget, maintenance, commands."""
+"""Workers: list and show them, forget one, set maintenance, queue and cancel commands."""
 
 from heapq import nsmallest
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
 
-from relay.api.context import Parts
+from relay.api.context import Context
+from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import MOST_ROWS, WorkersQuery
-from relay.api.responses import body_of, query_of, say
+from relay.api.views import Time
 from relay.base.clock import SECOND, rfc3339
 from relay.base.ids import command_id
 from relay.base.units import parse_duration
 from relay.errors import RelayError, UnknownError
-from relay.model import Command, Worker
+from relay.model import Command, Worker, WorkerStatus
 from relay.workers.rules import shown
 
-RECENT_METRICS = 60  # rows shown with a worker: an hour
+RECENT_METRICS = 60  # rows shown with a worker: one hour
 RECENT_COMMANDS = 20
 DEFAULT_TTL = "10m"
 MOST_COMMAND_BYTES = 16 * 1024
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-_HINT = "it must be a JSON object"
+
+
+class SessionView(msgspec.Struct):
+    """A session that a worker reported."""
+
+    id: str
+    status: str
+    phone: str | None
+    name: str | None
+    last_activity: str | None
+
+
+class MeasurementView(msgspec.Struct):
+    """What a worker reported with one heartbeat."""
+
+    at: Time
+    status: WorkerStatus
+    cpu: float | None
+    memory: float | None
+    uptime: float | None
+    message_count: int | None
+    sessions: dict[str, int]
+
+
+class CommandView(msgspec.Struct):
+    """A command for a worker."""
+
+    id: str
+    state: Literal["queued", "sent", "expired", "cancelled"]
+    created_at: Time
+    sent_at: Time | None
+    expires_at: Time
+    command: dict[str, Any]
+
+
+class WorkerView(msgspec.Struct):
+    """A worker."""
+
+    source: str
+    id: str
+    status: WorkerStatus
+    maintenance: bool
+    endpoint: str
+    description: str
+    version: str
+    environment: str
+    max_sessions: int | None
+    registered_at: Time
+    last_heartbeat: Time
+    restarts: int
+    cpu: float | None
+    memory: float | None
+    uptime: float | None
+    message_count: int | None
+    counts: dict[str, int]
+    sessions: tuple[SessionView, ...]
+    session_count: int
+
+
+class WorkerShown(WorkerView):
+    """A worker with its latest measurements and commands."""
+
+    metrics: tuple[MeasurementView, ...]
+    commands: tuple[CommandView, ...]
+
+
+class ForgottenView(msgspec.Struct):
+    """The worker that was removed from the registry."""
+
+    source: str
+    id: str
+    forgotten: bool
+
+
+class MaintenanceBody(msgspec.Struct):
+    """Whether the worker is in maintenance."""
+
+    on: bool
+
+
+class CommandBody(msgspec.Struct):
+    """A command, and how long it may wait for a heartbeat."""
+
+    command: Annotated[
+        dict[str, Any],
+        msgspec.Meta(extra_json_schema={"required": ["type"], "properties": {"type": {"type": "string"}}}),
+    ]
+    ttl: str = DEFAULT_TTL
+
+
+class QueuedView(msgspec.Struct):
+    """A command that was queued."""
+
+    id: str
+    state: str
+    command: dict[str, Any]
+
+
+class CommandCancelledView(msgspec.Struct):
+    """A command that was cancelled."""
+
+    id: str
+    state: str
+
+
+_WORKER = "/api/workers/{source}/{id:[^/]+}"  # ids may have braces, which aiohttp's own pattern excludes
 
 
 class WorkersApi:
-    """The part of the admin API under `/api/workers`."""
+    """Endpoints under `/api/workers`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._clock = parts.clock
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._clock = context.clock
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return what to mount."""
-        one = "/api/workers/{source}/{id:[^/]+}"  # braces too, which aiohttp's own pattern leaves out
-        return [
-            web.get("/api/workers", self._list),
-            web.get(one, self._show),
-            web.delete(one, self._forget),
-            web.post(one + "/maintenance", self._maintain),
-            web.get(one + "/commands", self._commands),
-            web.post(one + "/commands", self._queue),
-            web.delete(one + "/commands/{command}", self._cancel),
-        ]
-
-    async def _list(self, request: web.Request) -> web.Response:
-        query = query_of(request, WorkersQuery)
+    @endpoint(
+        "GET", "/api/workers", "listWorkers", "List workers.", query=WorkersQuery, returns=Page[WorkerView]
+    )
+    async def _list(self, _request: web.Request, query: WorkersQuery) -> dict[str, Any]:
         filters = msgspec.structs.asdict(query)
         limit, cursor = filters.pop("limit"), filters.pop("cursor")
         source, _, id_ = (cursor or "").partition("/")
@@ -63,72 +158,90 @@ class WorkersApi:
         )
         page = workers[:limit]
         more = f"{page[-1].source}/{page[-1].id}" if len(workers) > len(page) else None
-        return say({"items": [_item(worker) for worker in page], "next_cursor": more})
+        return {"items": [_worker(worker) for worker in page], "next_cursor": more}
 
-    async def _show(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "GET", _WORKER, "showWorker", "Show a worker with its sessions, measurements and commands.",
+        returns=WorkerShown,
+    )  # fmt: skip
+    async def _show(self, request: web.Request) -> dict[str, Any]:
         worker = self._find(request)
         metrics = await self._rows("worker_metrics", worker, RECENT_METRICS)
         commands = await self._rows("worker_commands", worker, RECENT_COMMANDS)
-        shown = {
-            **_item(worker),
+        return {
+            **_worker(worker),
             "metrics": [_measurement(row) for row in metrics],
             "commands": [_command(row) for row in commands],
         }
-        return say(shown)
 
-    async def _forget(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "DELETE", _WORKER, "forgetWorker", "Forget a worker. Its next heartbeat registers it again.",
+        returns=ForgottenView,
+    )  # fmt: skip
+    async def _forget(self, request: web.Request) -> ForgottenView:
         worker = self._find(request)
         key = (worker.source, worker.id)
         await self._store.workers.change(lambda fleet: fleet.forget([key]))
-        return say({"source": worker.source, "id": worker.id, "forgotten": True})
+        return ForgottenView(worker.source, worker.id, forgotten=True)
 
-    async def _maintain(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "POST", f"{_WORKER}/maintenance", "maintainWorker", "Start or end a worker's maintenance.",
+        body=MaintenanceBody, returns=WorkerView,
+    )  # fmt: skip
+    async def _maintain(self, request: web.Request, body: MaintenanceBody) -> dict[str, Any]:
         worker = self._find(request)
-        body = await body_of(request, dict[str, Any], _HINT)
-        on = body.get("on")
-        if not isinstance(on, bool):
-            raise RelayError('"on" must be true or false', hint='send {"on": true}')
         key = (worker.source, worker.id)
-        after = await self._store.workers.change(lambda fleet: fleet.maintain(key, on=on))
-        return say(_item(after or worker))
+        after = await self._store.workers.change(lambda fleet: fleet.maintain(key, on=body.on))
+        return _worker(after or worker)
 
-    async def _commands(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "GET", f"{_WORKER}/commands", "listCommands", "List a worker's commands, newest first.",
+        returns=Page[CommandView],
+    )  # fmt: skip
+    async def _commands(self, request: web.Request) -> dict[str, Any]:
         worker = self._find(request)
         rows = await self._rows("worker_commands", worker, MOST_ROWS)
-        return say({"items": [_command(row) for row in rows], "next_cursor": None})
+        return {"items": [_command(row) for row in rows], "next_cursor": None}
 
-    async def _queue(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "POST", f"{_WORKER}/commands", "queueCommand", "Send a command in the reply to the next heartbeat.",
+        body=CommandBody, returns=QueuedView, status=201,
+    )  # fmt: skip
+    async def _queue(self, request: web.Request, body: CommandBody) -> QueuedView:
         worker = self._find(request)
-        body = await body_of(request, dict[str, Any], _HINT)
-        wish = body.get("command")
-        if not isinstance(wish, dict) or not isinstance(wish.get("type"), str) or not wish["type"]:
+        type_ = body.command.get("type")
+        if not isinstance(type_, str) or not type_:
             raise RelayError(
-                '"command" must be an object with a "type"',
-                hint='send {"command": {"type": "restart"}, "ttl": "10m"}',
+                '"command" needs a "type"', hint='example: {"command": {"type": "restart"}, "ttl": "10m"}'
             )
-        if len(_encode(wish)) > MOST_COMMAND_BYTES:
+        if len(_encode(body.command)) > MOST_COMMAND_BYTES:
             raise RelayError("the command is larger than 16 KiB", hint="send a reference instead")
         try:
-            ttl = parse_duration(str(body.get("ttl", DEFAULT_TTL)))
+            ttl = parse_duration(body.ttl)
         except ValueError as error:
             raise RelayError(f'"ttl": {error}') from None
         command = Command(
             public_id=command_id(self._clock.wall()),
             source=worker.source,
             worker_id=worker.id,
-            body=wish,
+            body=body.command,
             created_at=self._clock.wall(),
             expires_at=self._clock.steady() + int(ttl * SECOND),
         )
         await self._store.workers.change(lambda fleet: fleet.queue(command))
-        return say({"id": command.public_id, "state": command.state, "command": wish}, 201)
+        return QueuedView(command.public_id, command.state, body.command)
 
-    async def _cancel(self, request: web.Request) -> web.Response:
+    @endpoint(
+        "DELETE", f"{_WORKER}/commands/{{command}}", "cancelCommand",
+        "Cancel a command that is still queued.",
+        returns=CommandCancelledView,
+    )  # fmt: skip
+    async def _cancel(self, request: web.Request) -> CommandCancelledView:
         worker, command = self._find(request), request.match_info["command"]
         key = (worker.source, worker.id)
         if not await self._store.workers.change(lambda fleet: fleet.cancel_command(key, command)):
-            raise UnknownError(f"no queued command {command!r}", hint="a sent one cannot be taken back")
-        return say({"id": command, "state": "cancelled"})
+            raise UnknownError(f'no queued command "{command}"', hint="a sent command cannot be cancelled")
+        return CommandCancelledView(command, "cancelled")
 
     async def _rows(self, kind: str, worker: Worker, limit: int) -> list[dict[str, Any]]:
         return await self._store.queries.find(kind, limit=limit, source=worker.source, worker_id=worker.id)
@@ -139,11 +252,11 @@ class WorkersApi:
             if (worker.source, worker.id) == key and worker.unregistered_at is None:
                 return worker
         raise UnknownError(
-            f"no worker {key[1]!r} of source {key[0]!r}", hint="`relay workers list` shows who there is"
+            f'unknown worker "{key[1]}" of source "{key[0]}"', hint="list them: relay workers list"
         )
 
 
-def _item(worker: Worker) -> dict[str, Any]:
+def _worker(worker: Worker) -> dict[str, Any]:
     return {**shown(worker), "session_count": worker.counts.get("total", len(worker.sessions))}
 
 

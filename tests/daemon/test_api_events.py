@@ -7,7 +7,7 @@ from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
-from relay.api.views import item
+from relay.api.views import view_of
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 
@@ -86,7 +86,7 @@ async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, que
         ("events?since=noon", 400, '"since": expected "2h"', ""),
         ("deliveries?until=noon", 400, '"until": expected "2h"', ""),
         ("attempts?result=okay", 400, 'protocol or format, got "okay", did you mean "ok"?', ""),
-        ("events?destination=cmr", 404, "no destination 'cmr'", "there are crm, idle"),
+        ("events?destination=cmr", 404, 'unknown destination "cmr"', "known: crm, idle"),
         ("deliveries?event_id=0190", 404, "no event '0190'", "the list"),
         ("attempts?delivery_id=0190", 404, "no delivery '0190'", "the list"),
         ("events?where=x", 400, '"where": ', "data.sale_made"),
@@ -189,11 +189,11 @@ async def test_a_source_comes_with_its_settings_and_its_latest_event(relay, even
     assert shown["settings"]["tokens"] == ["<secret>", "<secret>"]
     answer = await exchange(relay.addresses.socket, request("GET", "/api/sources/adorm"))
     assert answer.status == 404
-    assert answer.json["error"]["message"] == "no source 'adorm', did you mean \"adorn\"?"
+    assert answer.json["error"]["message"] == 'unknown source "adorm", did you mean "adorn"?'
 
 
 def test_an_answer_that_is_no_text_is_shown_all_the_same():
-    shown = item({"row": 3, "started_at": 0, "answer": b"\xff!", "truncated": 1})
+    shown = view_of({"row": 3, "started_at": 0, "answer": b"\xff!", "truncated": 1})
     assert shown == {"started_at": "1970-01-01T00:00:00.000Z", "answer": "\ufffd!", "truncated": True}
 
 

@@ -118,8 +118,8 @@ async def test_a_filter_leaves_the_rest_out(relay, recorder, query, expected):
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/api/tail?source=adron", 404, "no source 'adron', did you mean 'adorn'?"),
-        ("/api/tail?destination=cmr", 404, "no destination 'cmr', did you mean 'crm'?"),
+        ("/api/tail?source=adron", 404, 'unknown source "adron", did you mean "adorn"?'),
+        ("/api/tail?destination=cmr", 404, 'unknown destination "cmr", did you mean "crm"?'),
         ("/api/tail?failed=yes", 400, '"failed": expected 0 or 1, got "yes"'),
         ("/api/tail?type=!adorn.*", 400, "takes away from nothing"),
         ("/api/tail?state=dead", 400, 'unknown parameter "state"'),

@@ -8,7 +8,7 @@ from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
-from relay.api.events import Deleting
+from relay.api.events import Deletion
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_what_is_still_owed_is_cancelled_and_what_is_being_sent_ends_first
 
 
 async def test_an_event_that_is_being_sent_all_the_time_stays_and_is_counted(relay, recorder, monkeypatch):
-    monkeypatch.setattr(Deleting, "PATIENCE", 0)
+    monkeypatch.setattr(Deletion, "PATIENCE", 0)
     recorder.open.clear()
     answer = await relay.exchange(request("POST", "/v1/events", adorn()))
     await until(lambda: recorder.busy)
@@ -186,7 +186,7 @@ async def test_counts_outlive_the_events_and_go_on_page_by_page(relay, events):
 @pytest.mark.parametrize(
     ("query", "says"),
     [
-        ("cursor=7", "the cursor is none of this list"),
+        ("cursor=7", "invalid cursor"),
         ("subject=s-1", 'unknown parameter "subject"'),
         ("limit=0", '"limit": expected a whole number of 1 or more, got "0"'),
     ],

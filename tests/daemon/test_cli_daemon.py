@@ -128,7 +128,7 @@ async def test_a_path_is_quoted_and_an_absent_query_left_out(ran):
     assert result.stderr.splitlines()[0] == '"limit": expected a whole number of 1 or more, got "many"'
     result = await ran("post", "destinations", "a/b c", "pause", *socket_)
     assert result.exit_code == 4
-    assert result.stderr == "no destination 'a/b c'\n  there are crm\n"
+    assert result.stderr == 'unknown destination "a/b c"\n  known: crm\n'
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["tail", "adron", "--socket", "{socket}"], 4, "no source 'adron'"),
+        (["tail", "adron", "--socket", "{socket}"], 4, 'unknown source "adron"'),
         (["nothing", "--socket", "{socket}"], 4, "Not Found"),
         (["status", "--socket", "{socket}"], 3, "is no relay (HTTP 200)"),
-        (["tail", "--url", "{url}", "--token-file", "{folder}/wrong"], 5, "Missing or unknown token"),
+        (["tail", "--url", "{url}", "--token-file", "{folder}/wrong"], 5, "missing or unknown token"),
         (["tail", "--socket", "{folder}/absent"], 3, "no relay answers at"),
     ],
 )
@@ -174,7 +174,7 @@ async def test_what_is_not_there_is_4_with_the_relay_s_own_hint(ran):
 
 async def test_a_token_that_is_unknown_is_5(ran):
     result = await ran("get", "status", "--url", "{url}", "--token-file", "{folder}/wrong")
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, "Missing or unknown token")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, "missing or unknown token")
     assert "guessed" not in result.output
 
 

@@ -291,7 +291,7 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
     assert "no event '0190'" in (await offline("events", "show", "0190", code=4)).err
     assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
     said = await offline("deliveries", "list", "--destination", "cmr", code=4)
-    assert "no destination 'cmr'" in said.err
+    assert 'unknown destination "cmr"' in said.err
     assert "'--since': expected" in (await offline("events", "list", "--since", "noon", code=2)).err
     assert "expected the next_cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before

@@ -84,7 +84,7 @@ async def test_filters_go_to_the_relay(relay, recorder):
 
 async def test_what_cannot_be_followed_is_said_with_its_exit_code(relay):
     said = await Commands(relay.addresses.socket)("tail", "--source", "adron", code=4)
-    assert said.err.startswith("no source 'adron'")
+    assert said.err.startswith('unknown source "adron"')
 
 
 def test_a_relay_that_never_was_there_is_3(tmp_path):

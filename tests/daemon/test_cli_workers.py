@@ -61,7 +61,7 @@ async def test_a_worker_is_forgotten_once_somebody_said_yes(commands):
     )
     assert (await commands("workers", "forget", "whatsapp", "w1", "--yes")).out == "w1: forgotten\n"
     said = await commands("workers", "forget", "whatsapp", "w1", "--yes", code=4)
-    assert said.err == "no worker 'w1' of source 'whatsapp'\n  `relay workers list` shows who there is\n"
+    assert said.err == 'unknown worker "w1" of source "whatsapp"\n  list them: relay workers list\n'
 
 
 async def test_the_status_is_one_screen(commands):

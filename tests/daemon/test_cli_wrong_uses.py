@@ -161,7 +161,7 @@ async def test_a_token_that_is_not_the_relay_s_is_5_in_every_command(relay, fill
         words = filled(path, "--url", relay.addresses.admin, "--token-file", tmp_path / "guess")
         code, text = await asyncio.to_thread(run, words)
         assert (code, says_what_to_do(text)) == (5, True), (path, code, text)
-        assert text.startswith("Missing or unknown token\n")
+        assert text.startswith("missing or unknown token\n")
         assert "a-guess-of-mine" not in text
 
 

@@ -205,7 +205,7 @@ async def test_lists_of_a_damaged_database_are_refused_in_words(tmp_path, caplog
                 file.write(b"\xff" * 64)
         answer = await exchange(relay.addresses.socket, request("GET", "/api/events"))
         assert answer.status == 503
-        assert "the database cannot be read: " in answer.json["error"]["message"]
+        assert "cannot read the database: " in answer.json["error"]["message"]
     assert "Traceback" not in caplog.text
 
 

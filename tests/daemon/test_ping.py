@@ -196,7 +196,7 @@ async def test_the_destination_s_own_format_is_used(tmp_path):
 async def test_an_unknown_one_is_404(crm):
     relay, _ = crm
     said = await Commands(relay.addresses.socket)("destinations", "test", "crn", code=4)
-    assert said.err == "no destination 'crn', did you mean \"crm\"?\n  there are crm\n"
+    assert said.err == 'unknown destination "crn", did you mean "crm"?\n  known: crm\n'
 
 
 @pytest.mark.parametrize(

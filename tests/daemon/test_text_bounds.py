@@ -10,7 +10,7 @@ from stores import end, hooks, opened, send
 from support import FakeClock
 from wire import request
 
-from relay.api.views import item
+from relay.api.views import view_of
 from relay.errors import Invalid
 from relay.incoming import Incoming
 from relay.ingest.event import make_event
@@ -198,4 +198,4 @@ async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_
         assert json.loads(row["deliveries"]) == {
             "pending": 0, "delivered": 1, "dead": 50, "expired": 0, "cancelled": 0,
         }  # fmt: skip
-        assert item(row)["deliveries"] == {"delivered": 1, "dead": 50}
+        assert view_of(row)["deliveries"] == {"delivered": 1, "dead": 50}

@@ -1,0 +1,137 @@
+"""Deliveries and their attempts: list, show, retry and cancel them."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.context import Context
+from relay.api.endpoints import Page, endpoint
+from relay.api.query_params import AttemptsQuery, DeliveriesQuery, Filter, read_field
+from relay.api.replays import ReplayView, begin
+from relay.api.responses import CountView, say, selection_of
+from relay.api.views import AttemptView, DeliveryShown, DeliveryView, list_items, show_delivery
+from relay.base.units import parse_rate, render_rate
+from relay.errors import RelayError
+from relay.jobs.replay import DEFAULT_RATE, ReplayRequest, Retried
+from relay.model import Selection
+from relay.store import Cancelled
+
+
+class CancelBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The deliveries to cancel: their ids, or a filter."""
+
+    ids: tuple[str, ...] | None = None
+    filter: Filter | None = None
+    dry_run: bool = False  # only count
+
+
+class RetryBody(CancelBody, kw_only=True):
+    """The deliveries to retry: their ids, or a filter with a state."""
+
+    rate: str = render_rate(DEFAULT_RATE)
+
+
+class CancelledView(msgspec.Struct):
+    """The result of cancelling deliveries."""
+
+    cancelled: int
+    in_flight: int
+
+
+class DeliveriesApi:
+    """Endpoints under `/api/deliveries` and `/api/attempts`."""
+
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._engine = context.engine
+        self._clock = context.clock
+        self._replays = context.replays
+
+    @endpoint(
+        "GET", "/api/deliveries", "listDeliveries",
+        "List deliveries, newest first, or in the order of their events.",
+        query=DeliveriesQuery, returns=Page[DeliveryView],
+    )  # fmt: skip
+    async def _list(self, _request: web.Request, query: DeliveriesQuery) -> dict[str, Any]:
+        return await self._page("deliveries", query)
+
+    @endpoint(
+        "GET", "/api/deliveries/{id}", "showDelivery", "Show a delivery with its attempts.",
+        returns=DeliveryShown,
+    )  # fmt: skip
+    async def _show(self, request: web.Request) -> dict[str, Any]:
+        return await show_delivery(self._store, request.match_info["id"])
+
+    @endpoint(
+        "GET", "/api/attempts", "listAttempts", "List attempts, newest first.",
+        query=AttemptsQuery, returns=Page[AttemptView],
+    )  # fmt: skip
+    async def _attempts(self, _request: web.Request, query: AttemptsQuery) -> dict[str, Any]:
+        return await self._page("attempts", query)
+
+    async def _page(self, kind: str, query: DeliveriesQuery | AttemptsQuery) -> dict[str, Any]:
+        filters = msgspec.structs.asdict(query)
+        return await list_items(
+            self._store,
+            kind,
+            limit=filters.pop("limit"),
+            cursor=filters.pop("cursor"),
+            filters=filters,
+            now=self._clock.wall(),
+            destinations=self._engine.lanes.keys(),
+        )
+
+    @endpoint(
+        "POST", "/api/deliveries/retry", "retryDeliveries",
+        "Repeat finished deliveries, make pending ones due now, or count them.",
+        body=RetryBody, returns=CountView | Retried | ReplayView, also={201: ReplayView},
+    )  # fmt: skip
+    async def _retry(self, _request: web.Request, body: RetryBody) -> web.Response:
+        selection = selection_of("ids", body.ids, body.filter, self._clock)
+        if selection is None:
+            named = await self._store.queries.name_deliveries(body.ids or ())
+            return say(CountView(len(named)) if body.dry_run else await self._replays.retry(named))
+        if selection.state is None:
+            hint = "dead, expired, cancelled and delivered ones are repeated, pending ones become due now"
+            raise RelayError("the filter needs a state", hint=hint)
+        if selection.state != "pending":
+            replay = ReplayRequest(what=selection, rate=read_field("rate", parse_rate, body.rate))
+            return await begin(self._replays, replay, dry_run=body.dry_run)
+        count = hurried = 0
+        async for page in self._store.queries.pending(selection):
+            count += len(page)
+            hurried += 0 if body.dry_run else await self._store.deliveries.hurry(page)
+        if body.dry_run:
+            return say(CountView(count))
+        return say(Retried(created=0, hurried=hurried, skipped=max(0, count - hurried)))
+
+    @endpoint(
+        "POST", "/api/deliveries/cancel", "cancelDeliveries", "Cancel pending deliveries, or count them.",
+        body=CancelBody, returns=CountView | CancelledView,
+    )  # fmt: skip
+    async def _cancel(self, _request: web.Request, body: CancelBody) -> CountView | CancelledView:
+        selection = selection_of("ids", body.ids, body.filter, self._clock)
+        if selection is None:
+            named = await self._store.queries.name_deliveries(body.ids or ())
+            pending = [one.id for one in named if one.state == "pending"]
+            count, done = (
+                len(pending),
+                Cancelled() if body.dry_run else await self._store.deliveries.cancel(pending),
+            )
+        else:
+            count, done = await self._cancel_selection(selection, dry_run=body.dry_run)
+        return CountView(count) if body.dry_run else CancelledView(done.ended, done.in_flight)
+
+    async def _cancel_selection(self, selection: Selection, *, dry_run: bool) -> tuple[int, Cancelled]:
+        if selection.state not in (None, "pending"):
+            raise RelayError(
+                f"{selection.state} deliveries have already ended", hint="cancel pending deliveries only"
+            )
+        count = ended = in_flight = 0
+        async for page in self._store.queries.pending(selection):
+            count += len(page)
+            if not dry_run:
+                done = await self._store.deliveries.cancel(page)
+                ended, in_flight = ended + done.ended, in_flight + done.in_flight
+        return count, Cancelled(ended, in_flight)
