@@ -255,7 +255,7 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
         (REPLAYS, {"filter": {"sauce": "adorn"}}, 400, "unknown field `sauce`"),
         (REPLAYS, {"filter": {"state": "lost"}}, 400, "Invalid enum value 'lost'"),
         (REPLAYS, {"filter": {"since": "yesterday"}}, 400, '"since": expected "2h"'),
-        (REPLAYS, {"filter": {"until": "2026-01-31T12:00:00"}}, 400, "lacks its time zone"),
+        (REPLAYS, {"filter": {"until": "2026-01-31T12:00:00"}}, 400, "has no time zone"),
         (REPLAYS, {"filter": {"type": "!adorn.*"}}, 400, '"type": '),
         (REPLAYS, {"filter": {"source": "adorn"}, "rate": "fast"}, 400, '"rate": expected a rate'),
         (REPLAYS, {"filter": {"source": "adorn"}, "to": "cmr"}, 404, "unknown destination 'cmr'"),
