@@ -169,7 +169,7 @@ async def test_changes_are_made(ran):
 async def test_what_is_not_there_is_4_with_the_relay_s_own_hint(ran):
     result = await ran("delete", "replays", "rpl_none", "--socket", "{socket}")
     assert result.exit_code == 4
-    assert result.stderr.startswith("no replay 'rpl_none'\n  replays end with the relay")
+    assert result.stderr.startswith("unknown replay 'rpl_none'\n  a restart ends all replays")
 
 
 async def test_a_token_that_is_unknown_is_5(ran):
