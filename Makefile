@@ -6,11 +6,12 @@ OUT = dist
 demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
 
-# Rewrite help pages, the table of commands and the table of metrics. Read the difference before you commit it.
+# Rewrite help pages and the tables of commands, metrics and keys. Read the difference before you commit it.
 docs: export PYTHONPATH = tests/helpers
 docs:
 	.venv/bin/python tests/docs/test_docs_cli.py
 	.venv/bin/python tests/docs/test_docs.py
+	.venv/bin/python tests/docs/test_config_reference.py
 
 deb:
 	packaging/deb/build $(OUT)

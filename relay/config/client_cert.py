@@ -2,6 +2,7 @@
 
 import ssl
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -14,9 +15,18 @@ _MISMATCHES = ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
     """`client_cert = {…}` of a destination."""
 
-    cert: Path  # PEM: the certificate, then the intermediate certificates
-    key: Path | None = None  # PEM; None: the key is in the file `cert`
-    password: Secret | None = None  # for an encrypted key
+    cert: Annotated[
+        Path, msgspec.Meta(description="the certificate, followed by the intermediate certificates")
+    ]  # PEM: the certificate, then the intermediate certificates
+    key: Annotated[
+        Path | None,
+        msgspec.Meta(
+            description="its private key; if it is not set, the key is in the file of the certificate"
+        ),
+    ] = None  # PEM; None: the key is in the file `cert`
+    password: Annotated[
+        Secret | None, msgspec.Meta(description="a secret: the password of an encrypted key")
+    ] = None  # for an encrypted key
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Load the certificate into a TLS context.

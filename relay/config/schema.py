@@ -1,8 +1,9 @@
-"""The shape of config.toml: one record per table, every default in one place.
+"""The tables and keys of config.toml. Each key is declared once: name, type, default, checks and help text.
 
-`relay.config.binding` fills these from TOML; a field's type decides how its text is read (`Duration`,
-`Size`, `Rate`, `Secret`, `Secrets`, `Path`), its name is the key. Bounds are msgspec's `Meta`; a
-`check` is a function of `relay.config.validators`; with `reads`, it reads files.
+`relay.config.binding` fills these records from TOML; a field's type decides how its text is read (`Duration`,
+`Size`, `Rate`, `Secret`, `Secrets`, `Path`). Bounds are `msgspec.Meta`, a `check` is a function of
+`relay.config.validators`; with `reads`, it reads files. The tables of docs/configuration.md are made from the
+help texts (`make docs`), and tests compare the keys and defaults in the reference config.toml.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,11 @@ def _check(function: Callable[[Any], Any], **more: Any) -> msgspec.Meta:
     return msgspec.Meta(extra={"check": function, **more})
 
 
+def _help(text: str) -> msgspec.Meta:
+    """Describe a key; docs/configuration.md has the same text."""
+    return msgspec.Meta(description=text)
+
+
 Interval = Annotated[Duration, msgspec.Meta(gt=0)]
 """A duration that cannot be zero."""
 
@@ -28,49 +34,118 @@ Interval = Annotated[Duration, msgspec.Meta(gt=0)]
 class Server(msgspec.Struct, frozen=True, kw_only=True):
     """`[server]`: the public listener, where senders post."""
 
-    listen: Annotated[str, _check(validators.listen)] = "127.0.0.1:8080"
-    implementation: Literal["fast", "aiohttp"] = "fast"
-    max_body: Annotated[Size, msgspec.Meta(gt=0), _check(validators.body_size)] = 2 * 2**20
-    body_timeout: Interval = 10.0
-    min_body_rate: Size = 32 * 2**10
-    trusted_proxies: tuple[Annotated[str, _check(validators.network)], ...] = ()
-    forwarded_header: Literal["X-Forwarded-For", "Forwarded"] = "X-Forwarded-For"
-    shutdown_grace: Duration = 20.0
+    listen: Annotated[
+        str, _check(validators.listen), _help("`host:port`; IPv6 in brackets; port 0 for any free port")
+    ] = "127.0.0.1:8080"
+    implementation: Annotated[
+        Literal["fast", "aiohttp"], _help('what serves the listener: `"fast"` or `"aiohttp"`, see below')
+    ] = "fast"
+    max_body: Annotated[
+        Size,
+        msgspec.Meta(gt=0),
+        _check(validators.body_size),
+        _help(
+            "largest body, at most 256 MiB. A larger one is answered with 413 in the sender's own envelope"
+        ),
+    ] = 2 * 2**20
+    body_timeout: Annotated[
+        Interval, _help("how long a body may take to arrive; a slower one is answered with 408")
+    ] = 10.0
+    min_body_rate: Annotated[
+        Size,
+        _help(
+            "each such amount that arrives in time gives the body one more second, so that a large "
+            'body can use a slow line; `"0 B"`: no extra time'
+        ),
+    ] = 32 * 2**10
+    trusted_proxies: Annotated[
+        tuple[Annotated[str, _check(validators.network)], ...],
+        _help(
+            "addresses or networks of proxies. Of their requests, the sender's address comes from "
+            "`forwarded_header`: the nearest entry that is not a trusted proxy"
+        ),
+    ] = ()
+    forwarded_header: Annotated[
+        Literal["X-Forwarded-For", "Forwarded"],
+        _help(
+            'the header in which your proxies add an address, or `"Forwarded"` (RFC 7239). The relay '
+            "never reads the other one, because a proxy passes on what the sender wrote there"
+        ),
+    ] = "X-Forwarded-For"
+    shutdown_grace: Annotated[
+        Duration, _help("how long requests and deliveries in flight may take to finish after SIGTERM")
+    ] = 20.0
 
 
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """`[admin]`: metrics, health and the JSON API."""
 
-    listen: Annotated[str, _check(validators.listen_or_off)] = "127.0.0.1:8081"
-    socket: Annotated[str, msgspec.Meta(min_length=1), _check(validators.file_name)] = "relay.sock"
-    tokens: tuple[Secret, ...] = ()
+    listen: Annotated[
+        str, _check(validators.listen_or_off), _help('`host:port`; `""` turns the listener off')
+    ] = "127.0.0.1:8081"
+    socket: Annotated[
+        str,
+        msgspec.Meta(min_length=1),
+        _check(validators.file_name),
+        _help("the unix socket of the `relay` command"),
+    ] = "relay.sock"
+    tokens: Annotated[
+        tuple[Secret, ...],
+        _help("secrets for the JSON API on the listener; without one, the API is on the socket only"),
+    ] = ()
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """`[storage]`: where events live."""
 
-    url: Annotated[str, _check(validators.storage)] = "sqlite:relay.db"
-    durability: Literal["full", "normal"] = "full"
-    min_free_disk: Size = 64 * 2**20
+    url: Annotated[
+        str, _check(validators.storage), _help("`sqlite:` and a file, relative to `state_dir`")
+    ] = "sqlite:relay.db"
+    durability: Annotated[
+        Literal["full", "normal"],
+        _help('`"normal"` may lose the last moments in a power failure, never in a crash'),
+    ] = "full"
+    min_free_disk: Annotated[
+        Size, _help("a request that would leave less free space gets 503 until there is room again")
+    ] = 64 * 2**20
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """`[retention]`: how long what is no longer needed is kept."""
 
-    events: Interval = 14 * 86_400.0
-    dead: Interval = 30 * 86_400.0
-    held: Interval = 30 * 86_400.0
-    attempts: Interval = 14 * 86_400.0
-    stats: Interval = 400 * 86_400.0
-    worker_metrics: Interval = 7 * 86_400.0
+    events: Annotated[
+        Interval, _help("events with their deliveries, from their receipt; never while a delivery is pending")
+    ] = 14 * 86_400.0
+    dead: Annotated[Interval, _help("events with a dead delivery, from its death")] = 30 * 86_400.0
+    held: Annotated[
+        Interval,
+        _help("deliveries expire when they were due for this long at a destination that accepted nothing"),
+    ] = 30 * 86_400.0
+    attempts: Annotated[Interval, _help("HTTP attempts with their responses")] = 14 * 86_400.0
+    stats: Annotated[Interval, _help("counts of events per source, type and hour")] = 400 * 86_400.0
+    worker_metrics: Annotated[Interval, _help("gauges of workers, at most a row per worker and minute")] = (
+        7 * 86_400.0
+    )
 
 
 class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[backup]`: copies of the database, made while it works."""
 
-    every: Interval | None = None
-    keep: Annotated[int, msgspec.Meta(ge=1)] = 7
-    dir: Annotated[str, msgspec.Meta(min_length=1), _check(validators.file_name)] = "backups"
+    every: Annotated[Interval | None, _help("interval between backups")] = None
+    keep: Annotated[
+        int,
+        msgspec.Meta(ge=1),
+        _help("number of backups to keep; the oldest goes after a new one has passed its check"),
+    ] = 7
+    dir: Annotated[
+        str,
+        msgspec.Meta(min_length=1),
+        _check(validators.file_name),
+        _help(
+            "folder, relative to `state_dir`. On the disk of the database, a backup does not survive "
+            "that disk"
+        ),
+    ] = "backups"
 
 
 class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,14 +158,25 @@ class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):
 class Log(msgspec.Struct, frozen=True, kw_only=True):
     """`[log]`."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "text", "journald"] = "auto"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _help("`debug`, `info`, `warning` or `error`")
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "json", "text", "journald"],
+        _help("`json`, `text` or `journald`; `auto` chooses for a journal, a terminal or a pipe"),
+    ] = "auto"
 
 
 class Plugins(msgspec.Struct, frozen=True, kw_only=True):
     """`[plugins]`: where to look for plugins of one's own."""
 
-    dirs: tuple[Path, ...] = (Path("plugins.d"),)
+    dirs: Annotated[
+        tuple[Path, ...],
+        _help(
+            "folders whose `*.py` files are plugins. A missing folder is fine; files that begin with "
+            "`_` or `test_` are ignored"
+        ),
+    ] = (Path("plugins.d"),)
 
 
 class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,86 +192,239 @@ class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     """`[workers]`, and `workers = {…}` of a source: when a silent worker is offline."""
 
-    offline_after: Interval = 90.0
-    check_every: Interval = 10.0
-    startup_hold: Duration = 90.0
-    forget_after: Interval = 30 * 86_400.0
-    recover_after: Annotated[int, msgspec.Meta(ge=1)] = 1
-    ids: dict[Annotated[str, _check(validators.pattern)], WorkerOverride] = {}
+    offline_after: Annotated[Interval, _help("offline after this silence")] = 90.0
+    check_every: Annotated[
+        Interval,
+        _help("interval between checks; the shortest interval of all sources counts for all workers"),
+    ] = 10.0
+    startup_hold: Annotated[Duration, _help("workers have at least this time after a start of the relay")] = (
+        90.0
+    )
+    forget_after: Annotated[Interval, _help("an offline worker leaves the registry after this time")] = (
+        30 * 86_400.0
+    )
+    recover_after: Annotated[
+        int,
+        msgspec.Meta(ge=1),
+        _help("consecutive heartbeats in time before a silent worker is ONLINE again"),
+    ] = 1
+    ids: Annotated[
+        dict[Annotated[str, _check(validators.pattern)], WorkerOverride],
+        _help(
+            'other values of these keys for ids that match a shell-style pattern: `{ "batch-*" = { '
+            'offline_after = "10m" } }`; the first match counts'
+        ),
+    ] = {}
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[sources.NAME]`: the keys that every source has; the plugin's own become `settings`."""
 
     name: str
-    plugin: str
-    prefix: Annotated[str, _check(validators.prefix)] = ""
-    max_body: Annotated[Size, msgspec.Meta(gt=0), _check(validators.body_size)] = 2 * 2**20
-    rate_limit: Rate | None = None
-    key_conflict: Literal["store", "reject"] = "store"
-    cors_origins: tuple[Annotated[str, _check(validators.web_origin)], ...] = ()
-    retention: SourceRetention = SourceRetention()
-    workers: WorkerRules = WorkerRules()
+    plugin: Annotated[str, _help("the kind of source; `relay plugins list` lists them")]
+    prefix: Annotated[
+        str,
+        _check(validators.prefix),
+        _help(
+            "a path such as `/acme` in front of the source's paths: for a second instance of the same kind"
+        ),
+    ] = ""
+    max_body: Annotated[
+        Size,
+        msgspec.Meta(gt=0),
+        _check(validators.body_size),
+        _help("this source's limit; if it is not set, that of `[server]`"),
+    ] = 2 * 2**20
+    rate_limit: Annotated[
+        Rate | None,
+        _help(
+            "requests per token; more are answered with 429. For heartbeats, registrations and "
+            "unregistrations it is the rate per token and worker, and all workers of a token together"
+            " may have ten times as many"
+        ),
+    ] = None
+    key_conflict: Annotated[
+        Literal["store", "reject"],
+        _help(
+            "a request whose [idempotency key](sources.md#idempotency-keys) was used for another "
+            'request: `"store"` it as a new event, or `"reject"` it with 422'
+        ),
+    ] = "store"
+    cors_origins: Annotated[
+        tuple[Annotated[str, _check(validators.web_origin)], ...],
+        _help(
+            'origins of web pages that may send from a browser, such as `"https://shop.example"`, or '
+            '`"*"`. A source without secrets refuses every other request that has an `Origin` header '
+            "with 403"
+        ),
+    ] = ()
+    retention: Annotated[
+        SourceRetention,
+        _help(
+            "retention of this source's events: `events` as in [`[retention]`](#retention), and "
+            "`types`, see below"
+        ),
+    ] = SourceRetention()
+    workers: Annotated[WorkerRules, _help("rules for its workers; missing keys come from `[workers]`")] = (
+        WorkerRules()
+    )
     settings: Any = None  # the plugin's Source instance, bound by the loader
 
 
 class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`retry = {…}` of a destination."""
 
-    schedule: tuple[Interval, ...] = (
-        5, 30, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400,
-    )  # fmt: skip
-    jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
-    max_retry_after: Duration = 3600.0
+    schedule: Annotated[
+        tuple[Interval, ...], _help("waits between attempts: 11 attempts in about 76 hours")
+    ] = (5, 30, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    jitter: Annotated[
+        float,
+        msgspec.Meta(ge=0, le=1),
+        _help("each wait is longer by a random share of up to this, from 0 to 1"),
+    ] = 0.1
+    max_retry_after: Annotated[Duration, _help("longest `Retry-After` that the relay obeys")] = 3600.0
 
 
 class CircuitConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`circuit = {…}` of a destination: when to stop asking, and how often to probe."""
 
-    failures: Annotated[int, msgspec.Meta(ge=1)] = 10
-    probe: Interval = 30.0
-    max_probe: Interval = 300.0
+    failures: Annotated[
+        int,
+        msgspec.Meta(ge=1),
+        _help(
+            "consecutive connection, TLS, DNS, timeout and protocol errors, 429 and 5xx that open the"
+            " circuit: then only a probe goes out"
+        ),
+    ] = 10
+    probe: Annotated[Interval, _help("wait before the first probe; it doubles with each failed probe")] = 30.0
+    max_probe: Annotated[Interval, _help("longest wait between probes")] = 300.0
 
 
 class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[destinations.NAME]`: one outgoing webhook."""
 
     name: str
-    url: Annotated[str, _check(validators.url)]
-    events: tuple[Annotated[str, _check(validators.pattern)], ...] = ("*",)
-    where: Any = None  # relay.routing.filters reads it
-    secrets: tuple[Annotated[Secret, _check(validators.signing_secret)], ...] = ()
-    format: str = "standard"
-    method: Literal["POST", "PUT"] = "POST"
-    headers: dict[
-        Annotated[str, _check(validators.header_name)],
-        Annotated[Secret, _check(validators.header_value, literal=True)],
+    url: Annotated[str, _check(validators.url), _help("`http` or `https`, without user name and password")]
+    events: Annotated[
+        tuple[Annotated[str, _check(validators.pattern)], ...],
+        _help(
+            'shell-style patterns of event types; `"!adorn.attire.*"` excludes. `"*"` does not match '
+            'the relay\'s own events: name them, `"relay.*"`'
+        ),
+    ] = ("*",)
+    where: Annotated[
+        Any,
+        _help(
+            "[conditions](#conditions) on the event: a table whose conditions must all hold, or a "
+            "list of tables of which one must hold"
+        ),
+    ] = None  # relay.routing.filters reads it
+    secrets: Annotated[
+        tuple[Annotated[Secret, _check(validators.signing_secret)], ...],
+        _help(
+            "Standard Webhooks secrets, [`whsec_…` or `whsk_…`](#signing-keys); each of them signs. "
+            "Without secrets, deliveries are unsigned and the relay warns"
+        ),
+    ] = ()
+    format: Annotated[
+        str,
+        _help(
+            "form of the request body: `standard`, `raw`, `cloudevents`, `slack`, `discord`, or a "
+            "[plugin's](hooks.md)"
+        ),
+    ] = "standard"
+    method: Annotated[Literal["POST", "PUT"], _help('or `"PUT"`')] = "POST"
+    headers: Annotated[
+        dict[
+            Annotated[str, _check(validators.header_name)],
+            Annotated[Secret, _check(validators.header_value, literal=True)],
+        ],
+        _help(
+            "headers of each request; a value may be a secret, and plain text is always permitted. "
+            "Not those that the relay sets itself: `webhook-*`, `host`, `connection`, "
+            "`content-length`, `transfer-encoding`"
+        ),
     ] = {}  # values may be secrets, so none of them prints
-    timeout: Interval = 15.0
-    connect_timeout: Interval = 5.0
-    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 8
-    rate_limit: Rate | None = None
-    max_pending: Annotated[int, msgspec.Meta(ge=1)] = 1_000_000
-    order_by: str | None = None
-    ttl: Interval | None = None
-    latest_by: str | None = None
-    on_dead: str | None = None
-    final_statuses: tuple[Annotated[int, _check(validators.final_status)], ...] = ()
-    disable_after: Interval = 5 * 86_400.0
+    timeout: Annotated[Interval, _help("of a whole attempt")] = 15.0
+    connect_timeout: Annotated[Interval, _help("of its connection")] = 5.0
+    concurrency: Annotated[int, msgspec.Meta(ge=1), _help("attempts in flight; 1: one at a time")] = 8
+    rate_limit: Annotated[
+        Rate | None,
+        _help('attempts begun, such as `"50/s"`; a delivery above the rate waits and spends no attempt'),
+    ] = None
+    max_pending: Annotated[
+        int,
+        msgspec.Meta(ge=1),
+        _help(
+            "with more pending deliveries, a new one is dead at once, reason `backlog_full`; it can "
+            "be replayed"
+        ),
+    ] = 1_000_000
+    order_by: Annotated[
+        str | None,
+        _help(
+            'a path such as `"subject"` or `"data.order.id"`: deliveries with the same value go out '
+            "one after another"
+        ),
+    ] = None
+    ttl: Annotated[Interval | None, _help("deliveries older than this expire, also while they are held")] = (
+        None
+    )
+    latest_by: Annotated[
+        str | None,
+        _help(
+            "a path: a newer event of the same type and value expires the older one, unless its "
+            "delivery is in flight"
+        ),
+    ] = None
+    on_dead: Annotated[
+        str | None, _help("the destination that receives the events of dead deliveries; circles are refused")
+    ] = None
+    final_statuses: Annotated[
+        tuple[Annotated[int, _check(validators.final_status)], ...],
+        _help(
+            "statuses from 300 to 599, such as `[400, 413]`, that [end a delivery at once](#retries):"
+            " dead, reason `final_status`"
+        ),
+    ] = ()
+    disable_after: Annotated[
+        Interval,
+        _help(
+            "after this time with nothing but failures, the destination is disabled and its "
+            "deliveries are held"
+        ),
+    ] = 5 * 86_400.0
     retry: RetryConfig = RetryConfig()
     circuit: CircuitConfig = CircuitConfig()
-    allow_private: bool = False
-    ca_file: Annotated[Path, _check(validators.existing_file, reads=True)] | None = None
+    allow_private: Annotated[bool, _help("permits private, loopback and link-local addresses")] = False
+    ca_file: Annotated[
+        Annotated[Path, _check(validators.existing_file, reads=True)] | None,
+        _help("certificates to trust in place of the system's"),
+    ] = None
     client_cert: Annotated[ClientCert, _check(validators.client_cert, reads=True)] | None = None
-    proxy: Annotated[Secret, _check(validators.proxy, literal=True)] | None = None  # may hold a password
+    proxy: Annotated[
+        Annotated[Secret, _check(validators.proxy, literal=True)] | None,
+        _help(
+            "the URL of an [HTTP proxy](#proxies); a string, or a secret if it contains a user name "
+            "and password"
+        ),
+    ] = None  # may hold a password
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything config.toml says, checked and complete."""
 
     path: Path  # the file it came from
-    state_dir: Path  # absolute; where the daemon writes
-    development: bool = False
+    state_dir: Annotated[
+        Path,
+        _help(
+            "where the daemon writes. If it is not set, `$STATE_DIRECTORY` (systemd) counts, else the"
+            " folder of the config file"
+        ),
+    ]  # absolute; where the daemon writes
+    development: Annotated[
+        bool, _help("permits plain secrets and substitutes; never set it in production")
+    ] = False
     server: Server = Server()
     admin: Admin = Admin()
     storage: Storage = Storage()

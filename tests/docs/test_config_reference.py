@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from relay.config import effective
 from relay.config.binding import Binder
 from relay.config.client_cert import ClientCert
 from relay.config.document import read
@@ -65,6 +66,7 @@ OWN_TABLES = {
     "client_cert",
 }
 SETTING = re.compile(r"(?P<key>[a-z_]+) = (?P<value>.*?)(?: +# (?P<comment>.*))?")
+ROW = re.compile(r"^\| `([a-z_]+)` \| (.+?) \| (.+) \|$", re.MULTILINE)
 NONE, REQUIRED = "none", "required"
 
 
@@ -110,13 +112,43 @@ def general(table):
     }
 
 
-def documented(table):
-    """Return key and default of each row of a section of the page."""
+def section(table):
+    """Return the section of the page for a table."""
     heading = rf"\[{re.escape(table)}\]" if table else "The top of the file"
-    section = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
-    assert section is not None, table
-    rows = re.findall(r"^\| `([a-z_]+)` \| (.+?) \| .+ \|$", section[1], re.MULTILINE)
-    return {key: default.strip("`") for key, default in rows}
+    found = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    assert found is not None, table
+    return found[1]
+
+
+def documented(table):
+    """Return key, default and help text of each row of a section of the page."""
+    return [(row[1], row[2], row[3]) for row in ROW.finditer(section(table))]
+
+
+def described(table):
+    """Return the same from the model."""
+    return [(field.name, default_of(field), help_of(field.type)) for name, field in keys() if name == table]
+
+
+def default_of(field):
+    """Return the default of a field as the page shows it."""
+    if field.name == "state_dir":  # a required field of the record, which the relay fills
+        return '`"."`'
+    if field.required:
+        return REQUIRED
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    if default is None:
+        return NONE
+    if isinstance(default, msgspec.Struct):
+        return "`{}`"
+    return f"`{effective._written(effective._value(default, effective._unit(field.type)))}`"
+
+
+def help_of(type_):
+    """Return the help text of a field."""
+    metas = [each for each in getattr(type_, "__metadata__", ()) if isinstance(each, msgspec.Meta)]
+    [text] = [meta.description for meta in metas if meta.description is not None]
+    return text
 
 
 def keys():
@@ -153,17 +185,21 @@ def test_config_toml_shows_each_key_with_its_default_and_a_comment(table, field,
     assert true_default(field, line.default, tmp_path), line.default
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_has_each_key_with_its_default_and_help(table):
+    assert documented(table) == described(table)
+
+
 @pytest.mark.parametrize(("table", "field"), KEYS)
-def test_the_page_names_each_key_with_its_default(table, field, tmp_path):
-    stated = documented(table)[field.name]
-    assert true_default(field, stated, tmp_path), stated
+def test_each_default_on_the_page_is_true(table, field, tmp_path):
+    [stated] = [default for key, default, _ in documented(table) if key == field.name]
+    assert true_default(field, stated.strip("`"), tmp_path), stated
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_page_and_config_toml_have_no_unknown_key(table):
+def test_config_toml_has_no_unknown_key(table):
     known = {field.name for name, field in keys() if name == table}
     plugins = {key for kind in discover([])[0].kinds.values() for key in kind.source.__struct_fields__}
-    assert set(documented(table)) == known
     assert set(general(table)) - known == (plugins if table == "sources.NAME" else set())
 
 
@@ -202,3 +238,18 @@ def test_without_development_each_substitute_is_a_problem(tmp_path):
     with pytest.raises(ConfigError, match="LAZYCHAT_TOKEN is not set") as caught:
         load(path, {})
     assert len(caught.value.problems) == 5
+
+
+def rewrite():
+    """Write the tables of keys into the page."""
+    page = PAGE
+    for table in TABLES:
+        part = section(table)
+        rows = list(ROW.finditer(part))
+        new = "\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in described(table))
+        page = page.replace(part, part[: rows[0].start()] + new + part[rows[-1].end() :])
+    (ROOT / "docs" / "configuration.md").write_text(page)
+
+
+if __name__ == "__main__":
+    rewrite()
