@@ -31,9 +31,9 @@ from relay.model import Attempt, Delivery, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, commit, event_times, prune
 from relay.store.batch import Batch, Sequences
 from relay.store.claim import claim
+from relay.store.claims import Holds
 from relay.store.connection import migrate, open_reader, open_writer
 from relay.store.dedupe import Key, Keys, identity
-from relay.store.holds import Holds
 from relay.store.mark import GIVEN_SQL
 from relay.store.queries import filters as list_filters
 from relay.store.queries import lists as stored_lists

@@ -3,7 +3,7 @@
 import aiosqlite
 
 from relay.model import Claim
-from relay.store.holds import Holds
+from relay.store.claims import Holds
 from relay.store.rows import CLAIM_COLUMNS, delivery_of
 
 # The condition is written out as the partial indexes have it, or SQLite would not use them.

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS, event_times
 from relay.store.batch import Batch
-from relay.store.ends import cancel, end, expire, free
+from relay.store.claims import Holds
 from relay.store.held import expire_held
-from relay.store.holds import Holds
 from relay.store.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
@@ -22,6 +21,7 @@ from relay.store.rows import (
 )
 from relay.store.statements import fetch, insert, run
 from relay.store.transaction import Transaction
+from relay.store.transitions import cancel, end, expire, free
 from relay.store.wishes import as_wished, hurry, repeat
 
 REPEATED_SQL = """

@@ -11,8 +11,8 @@ from relay.model import Born, Claim, DestinationState, Outcome, Owed, StoredEven
 from relay.store import OPERATOR_EVENTS, Cancelled
 from relay.store.batch import Batch, Look, Repeat
 from relay.store.claim import claim
+from relay.store.claims import Holds
 from relay.store.database import Database
-from relay.store.holds import Holds
 from relay.store.writer import Job
 
 log = logging.getLogger("relay.store")

@@ -8,9 +8,9 @@ from relay.base.clock import SECOND
 from relay.model import Born
 from relay.store import OPERATOR_EVENTS
 from relay.store.batch import Batch, Look
-from relay.store.ends import end
-from relay.store.holds import Holds
+from relay.store.claims import Holds
 from relay.store.transaction import Transaction
+from relay.store.transitions import end
 
 AT_ONCE = 500
 """Most deliveries of a kind that one transaction ends for a destination."""

@@ -17,6 +17,7 @@ from relay.model import (
 from relay.store import Listener, Route, Rules
 from relay.store.batch import Batch, Sequences
 from relay.store.care import Caretaker
+from relay.store.claims import Holds
 from relay.store.commit import sums, write
 from relay.store.compact import empty_log
 from relay.store.connection import (
@@ -36,7 +37,6 @@ from relay.store.deliveries import SqliteDeliveries
 from relay.store.disk import Disk
 from relay.store.events import SqliteEvents
 from relay.store.files import Files
-from relay.store.holds import Holds
 from relay.store.ledger import SqliteLedger
 from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in

@@ -6,7 +6,7 @@ import msgspec
 
 from relay.model import Outcome
 from relay.store.batch import Batch
-from relay.store.holds import Holds
+from relay.store.claims import Holds
 from relay.store.statements import fetch
 from relay.store.transaction import Transaction
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from relay.store.batch import Batch, Ending
-from relay.store.holds import Holds
+from relay.store.claims import Holds
 from relay.store.rows import Row
 from relay.store.statements import fetch, run
 from relay.store.transaction import Transaction
