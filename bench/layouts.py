@@ -39,13 +39,13 @@ from relay.store.queries import filters as list_filters
 from relay.store.queries import lists as stored_lists
 from relay.store.queries import plan
 from relay.store.queries.page import Place
+from relay.store.roster import Roster
 from relay.store.rows import ATTEMPT_COLUMNS, EVENT_COLUMNS, attempt_row, delivery_of, event_row
 from relay.store.schema import MIGRATIONS
 from relay.store.statements import fetch, insert
 from relay.store.statements import run as run_rows
 from relay.store.transaction import Transaction
 from relay.store.wishes import as_wished
-from relay.store.workers import Roster
 
 GROUP = 64
 """Events in one commit, and outcomes in one commit."""

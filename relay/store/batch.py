@@ -26,9 +26,9 @@ from relay.model import (
 from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
+from relay.store.roster import Roster
 from relay.store.statements import insert
 from relay.store.transaction import Transaction
-from relay.store.workers import Roster
 from relay.workers.rules import Now
 
 HOUR = 3600 * SECOND

@@ -14,7 +14,7 @@ from relay.store.export import read_line
 from relay.store.prune import Victim, delete_events, paced, portions
 from relay.store.queries.payloads import load
 from relay.store.queries.sqlite_queries import SqliteQueries
-from relay.store.watching import SqliteWorkers
+from relay.store.workers import SqliteWorkers
 from relay.store.writer import Job
 
 IMPORT_EVENTS = 100

@@ -18,11 +18,11 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
+from relay.store.roster import Roster, WorkerKey
 from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
 from relay.store.rows import measurement_row as measurement
 from relay.store.statements import insert
 from relay.store.transaction import Transaction
-from relay.store.workers import Roster, WorkerKey
 from relay.workers import rules
 from relay.workers.rules import Now
 

@@ -41,11 +41,11 @@ from relay.store.ledger import SqliteLedger
 from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.roster import load_roster
 from relay.store.transaction import Transaction
 from relay.store.upkeep import SqliteUpkeep
 from relay.store.wal import log_of
-from relay.store.watching import SqliteWorkers
-from relay.store.workers import load_roster
+from relay.store.workers import SqliteWorkers
 from relay.store.writer import TRANSIENT, Job, Writer
 
 log = logging.getLogger("relay.store")

@@ -9,7 +9,7 @@ from daemons import SOURCES, Relay, running, write_config
 from samples import Sample, like, read_samples
 
 from relay.base.json_text import read
-from relay.store.workers import Roster
+from relay.store.roster import Roster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
