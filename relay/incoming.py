@@ -18,7 +18,7 @@ LARGE = 4096
 """Bytes of a body beyond which its parts are remembered, because to parse them again would take long."""
 
 
-class Incoming(msgspec.Struct, kw_only=True, gc=False):
+class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request, read.
 
     Header values may hold surrogates (bytes that were no UTF-8): never store or log them raw;
@@ -84,7 +84,8 @@ class Incoming(msgspec.Struct, kw_only=True, gc=False):
             raise Malformed from None
         if len(self.body) > LARGE and isinstance(value, msgspec.Struct):
             fields = [getattr(value, name) for name in value.__struct_fields__]
-            self.parts = tuple([field for field in fields if isinstance(field, msgspec.Raw)])
+            parts = tuple([field for field in fields if isinstance(field, msgspec.Raw)])
+            msgspec.structs.force_setattr(self, "parts", parts)  # a cache: it changes no result
         return value  # type: ignore[return-value]
 
     def bearer(self, tokens: Secrets) -> Credential:

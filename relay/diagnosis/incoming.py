@@ -22,7 +22,7 @@ from relay.ingest.routes import Match
 from relay.source import Accepted
 
 
-class _Watched(Incoming, kw_only=True, gc=False):
+class _Watched(Incoming, frozen=True, kw_only=True, gc=False):
     """A request that remembers which tokens its bearer was looked for among."""
 
     asked: list[Secrets] = msgspec.field(default_factory=list)

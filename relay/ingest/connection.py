@@ -339,8 +339,8 @@ class Connection(asyncio.Protocol):
                 answer = response.encode(request)
             except (Exception, SystemExit):  # a plugin's; out of a task, the latter would end the loop
                 log.exception("a request could not be answered")
-                if response is not None and response.told is not None:
-                    response.told(False)  # noqa: FBT003 - it takes nothing else
+                if response is not None and response.on_heard is not None:
+                    response.on_heard(False)  # noqa: FBT003 - it takes nothing else
                 response = Response(500, _FAILED)
                 response.force_close()
                 answer = response.encode(request)
@@ -373,8 +373,8 @@ class Connection(asyncio.Protocol):
                     await self._unread
                 was_there = await self._is_heard() if request.is_half_closed else not transport.is_closing()
         finally:  # cancelled, too
-            if response.told is not None:
-                response.told(was_there)
+            if response.on_heard is not None:
+                response.on_heard(was_there)
         return was_there
 
     async def _is_heard(self) -> bool:

@@ -10,97 +10,99 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
+import msgspec
+
 from relay.base.clock import SECOND, Clock
 from relay.model import Receipt, StoredEvent
 
 REMEMBER = 60 * SECOND
 MOST = 10_000
 
-LONG = 256  # bytes of a text above which its digest stands for it: a sender chooses how long it is
+LONG = 256  # bytes; a longer text is represented by its digest, because senders choose its length
 
 Fingerprint = tuple[str, bytes, str, bytes, bytes, str | None]
-"""Raw path, sha256 of the body, what the source read out of the headers as well (type, subject, context),
-and the idempotency key.
+"""Raw path, sha256 of the body, type, subject, context, and idempotency key.
 
-Shops that hang up always, and differ only by a header, are no echoes of each other; a header that a proxy
-makes up anew does not hide an echo. Requests with different idempotency keys are different events.
+Type, subject and context may come from headers: shops that always disconnect and differ only in a header do
+not repeat each other, and a header that a proxy invents anew does not hide a repetition. Requests with
+different idempotency keys are different events.
 """
 
 
 def fingerprint(target: str, event: StoredEvent, key: str | None) -> Fingerprint:
     """Return what two requests have in common if one repeats the other."""
     subject = b"" if event.subject is None else event.subject.encode("utf-8", "surrogatepass")
-    return target, event.sha256, event.type, _short(subject), _short(event.context), key
-
-
-def _short(text: bytes) -> bytes:
-    return text if len(text) <= LONG else hashlib.sha256(text).digest()
+    if len(subject) > LONG:
+        subject = hashlib.sha256(subject).digest()
+    context = event.context
+    if len(context) > LONG:
+        context = hashlib.sha256(context).digest()
+    return target, event.sha256, event.type, subject, context, key
 
 
 def _digest(fingerprint: Fingerprint) -> bytes:
     return hashlib.blake2b(repr(fingerprint).encode(), digest_size=20).digest()
 
 
-class Open:
-    """One request on its way: whether its sender may be gone, and what became of it and of its answer."""
+class Entry(msgspec.Struct, eq=False):
+    """A request on its way into the store."""
 
-    __slots__ = ("gone", "receipt")
-
-    def __init__(self, gone: Callable[[], bool]) -> None:
-        self.gone = gone
-        self.receipt: asyncio.Future[Receipt | None] | None = None
+    gone: Callable[[], bool]  # returns whether the sender may have disconnected
+    receipt: asyncio.Future[Receipt | None] | None = None  # of its end, while a repetition waits for it
 
 
 class UnheardReplies:
-    """Remembers, for a minute and in memory, whose answer nobody heard.
+    """Remembers, for a minute and in memory, which replies their senders did not receive.
 
-    What is remembered of an answer has one size, whatever the sender wrote: `MOST` of them take 4 MiB.
+    Each remembered reply has the same size, whatever the sender wrote: `MOST` of them take 4 MiB.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._open: dict[Fingerprint, Open] = {}
-        self._unheard: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # until when, and which event
+        self._open: dict[Fingerprint, Entry] = {}
+        self._unheard: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # digest → (expiry, event id)
 
     async def first(self, fingerprint: Fingerprint) -> Receipt | None:
-        """Return the receipt of the request that this one repeats, or None: it is an event of its own.
+        """Return the receipt of the request that this one repeats, or None if it is an event of its own.
 
-        Several repetitions wait in turn: each goes on once it is known whether the one before was heard.
+        Several repetitions wait for one another: each goes on once it is known whether the sender of the
+        previous one has received its reply.
         """
-        while (under_way := self._open.get(fingerprint)) is not None and under_way.gone():
-            if under_way.receipt is None:
-                under_way.receipt = asyncio.get_running_loop().create_future()
-            await asyncio.wait([under_way.receipt])
+        while (entry := self._open.get(fingerprint)) is not None and entry.gone():
+            if entry.receipt is None:
+                entry.receipt = asyncio.get_running_loop().create_future()
+            await asyncio.wait([entry.receipt])
         if not self._unheard:
             return None
         self._forget_old()
         unheard = self._unheard.pop(_digest(fingerprint), None)
         return None if unheard is None else Receipt(event_id=unheard[1], duplicate=True)
 
-    def begin(self, fingerprint: Fingerprint, gone: Callable[[], bool]) -> Open:
+    def begin(self, fingerprint: Fingerprint, gone: Callable[[], bool]) -> Entry:
         """Note that a request is on its way into the store."""
-        entry = self._open[fingerprint] = Open(gone)
+        entry = self._open[fingerprint] = Entry(gone)
         return entry
 
-    def end(self, fingerprint: Fingerprint, entry: Open, receipt: Receipt | None, *, gone: bool) -> None:
-        """Note what became of it, and whether its sender was `gone`; no receipt: nothing was stored."""
+    def end(self, fingerprint: Fingerprint, entry: Entry, receipt: Receipt | None, *, gone: bool) -> None:
+        """Note the end of a request, and remember its receipt if its sender is `gone`.
+
+        Args:
+            fingerprint: as in `begin`.
+            entry: what `begin` returned.
+            receipt: None if nothing was stored.
+            gone: whether the sender disconnected before the reply.
+        """
         if self._open.get(fingerprint) is entry:
             del self._open[fingerprint]
-        if receipt is not None:
-            self.unheard(fingerprint, receipt, gone=gone)
+        if receipt is not None and gone:
+            self._forget_old()
+            digest = _digest(fingerprint)
+            self._unheard[digest] = (self._clock.steady() + REMEMBER, receipt.event_id)
+            self._unheard.move_to_end(digest)  # so that the oldest comes first
+            while len(self._unheard) > MOST:
+                self._unheard.popitem(last=False)
         if entry.receipt is not None:
             entry.receipt.set_result(receipt)
-
-    def unheard(self, fingerprint: Fingerprint, receipt: Receipt, *, gone: bool) -> None:
-        """Remember a receipt whose sender is `gone`, for the repetition that will come."""
-        if not gone:
-            return
-        self._forget_old()
-        digest = _digest(fingerprint)
-        self._unheard[digest] = (self._clock.steady() + REMEMBER, receipt.event_id)
-        self._unheard.move_to_end(digest)  # they expire in the order in which they stand
-        while len(self._unheard) > MOST:
-            self._unheard.popitem(last=False)
 
     def _forget_old(self) -> None:
         now = self._clock.steady()

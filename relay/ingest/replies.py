@@ -42,19 +42,23 @@ _REFUSING = range(400, _MOST + 1)
 _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
 
+OnHeard = Callable[[bool], None]
+"""A function that the connection calls once, with whether the sender has received the answer."""
+
+
 class Response:
     """JSON on its way out, in the bytes that a `web.Response` would write, but for the header `Server`.
 
     Senders need not know which versions of Python and aiohttp answer them.
     """
 
-    __slots__ = ("_headers", "_is_last", "body", "event_id", "status", "told")
+    __slots__ = ("_headers", "_is_last", "body", "event_id", "on_heard", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # a plugin's mistake shows here, before anything is stored
         self.body = body
         self.event_id = ""  # of the event that it acknowledges
-        self.told: Callable[[bool], None] | None = None  # called once, with whether the sender has heard it
+        self.on_heard: OnHeard | None = None
         self._is_last = False
         self._headers: CIMultiDict[str] | None = None
 
@@ -72,11 +76,6 @@ class Response:
     def keeps(self, request: Request) -> bool:
         """Say whether the connection goes on after this."""
         return request.is_kept and not self._is_last
-
-    def tell(self, *, heard: bool) -> None:
-        """Say whether the sender has heard the answer."""
-        if self.told is not None:
-            self.told(heard)
 
     def encode(self, request: Request) -> bytes:
         """Render head and body for the request that this answers."""

@@ -349,7 +349,7 @@ async def test_a_sender_of_a_body_that_nobody_reads_has_its_answer(site, monkeyp
 async def test_a_sender_that_reads_no_answer_is_cut_off_and_the_answer_lost(site, impatient):
     lost = asyncio.Event()
     site.answer = Response(200, bytes(32 * 2**20))  # more than the buffers on the way take
-    site.answer.told = lambda heard: heard or lost.set()
+    site.answer.on_heard = lambda heard: heard or lost.set()
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         await asyncio.wait_for(lost.wait(), 10)
@@ -550,7 +550,7 @@ async def test_no_trailer_becomes_a_header_of_the_next_request(site):
 
 async def test_a_sender_that_reads_no_answer_is_cut_off_at_the_end_and_the_answer_lost(site, caplog):
     site.answer, lost = Response(200, bytes(32 * 2**20)), []
-    site.answer.told = lambda heard: lost.append(not heard)
+    site.answer.on_heard = lambda heard: lost.append(not heard)
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))
         await site.asked.wait()
@@ -657,7 +657,7 @@ async def test_a_sender_that_closes_its_side_has_its_answer(site, pieces, waits)
     site.reads = True
     fate = []
     site.answer = Response(200, b"the answer")
-    site.answer.told = fate.append
+    site.answer.on_heard = fate.append
     if waits:
         site.open.clear()
         asyncio.get_running_loop().call_later(0.1, site.open.set)
@@ -690,7 +690,7 @@ async def test_a_sender_that_is_gone_before_its_answer_has_not_heard_it(site, en
     site.open.clear()
     fate = []
     site.answer = Response(200, b"{}")
-    site.answer.told = fate.append
+    site.answer.on_heard = fate.append
     wire = await Wire.open(site.url)
     await wire.send(request("GET", "/") + behind)
     await site.asked.wait()

@@ -51,7 +51,7 @@ def serve(incoming: Incoming) -> Accepted | Reply:
         raise UnsupportedEncoding
     if len(incoming.body) > match.mount.config.max_body:
         raise TooLarge
-    incoming.params = match.params
+    incoming = msgspec.structs.replace(incoming, params=match.params)
     match.mount.source.verify(incoming)
     accepted = handler(incoming)
     if isinstance(accepted, Accepted) and accepted.event is not None:
