@@ -38,7 +38,8 @@ from relay.store.mark import GIVEN_SQL
 from relay.store.queries import filters as list_filters
 from relay.store.queries import lists as stored_lists
 from relay.store.queries import plan
-from relay.store.queries.page import Place
+from relay.store.queries.page import Cursor
+from relay.store.queries.plan import Path as IndexPath
 from relay.store.roster import Roster
 from relay.store.rows import ATTEMPT_COLUMNS, EVENT_COLUMNS, attempt_row, delivery_of, event_row
 from relay.store.schema import MIGRATIONS
@@ -177,19 +178,11 @@ COPY = (
 
 
 # The statements of `queries.plan`, `.filters` and `.lists` that mention a state, for the queue table.
-QUEUE_EVENTS = {
-    "lost": """
-        SELECT event_id FROM ends
-         WHERE state <> 'delivered' AND state = ? AND event_id < ? AND event_id >= ?
-         ORDER BY event_id DESC LIMIT ?
-    """,
-}
-QUEUE_DELIVERIES = {
-    "lost_to": """
-        SELECT delivery_id FROM ends
-         WHERE destination = ? AND state <> 'delivered' AND state = ?
-           AND delivery_id < ? AND delivery_id >= ? ORDER BY delivery_id DESC LIMIT ?
-    """,
+QUEUE_EVENT_PATHS = {"state": IndexPath("ends", "state <> 'delivered' AND state = ?", "event_id")}
+QUEUE_DELIVERY_PATHS = {
+    "destination and state": IndexPath(
+        "ends", "destination = ? AND state <> 'delivered' AND state = ?", "delivery_id"
+    ),
 }
 QUEUE_SHORT = {
     "first": "SELECT id FROM pending_deliveries WHERE destination = ? AND attempts = 0 LIMIT ?",
@@ -199,14 +192,10 @@ _STATES = """
     (SELECT q.id, q.event_id, q.destination, coalesce(x.state, 'pending') AS state
        FROM deliveries AS q LEFT JOIN ends AS x ON x.delivery_id = q.id) AS d
 """
-QUEUE_SIEVE = f"SELECT d.event_id, d.id, '', 0 FROM {_STATES} WHERE d.id IN ({{marks}}) {{conditions}}"
-QUEUE_LATEST = f"""
-    AND EXISTS (SELECT 1 FROM {_STATES}
-                 WHERE d.event_id = e.id {{conditions}}
-                   AND NOT EXISTS (SELECT 1 FROM deliveries AS later
-                                    WHERE later.event_id = d.event_id
-                                      AND +later.destination = d.destination AND later.id > d.id))
+QUEUE_MATCHES = f"""
+    SELECT d.event_id, d.id, '', 0, 0, d.destination FROM {_STATES} WHERE d.id IN ({{marks}}) {{conditions}}
 """
+QUEUE_HAS_DELIVERY = f"EXISTS (SELECT 1 FROM {_STATES} WHERE d.event_id = e.id {{conditions}})"
 QUEUE_EVENT_ROWS = stored_lists.EVENTS_SQL.replace("FROM deliveries AS d", f"FROM {_STATES}")
 QUEUE_ROWS = """
     SELECT d.id AS row, d.public_id AS id, v.public_id AS event_id, v.type, d.destination,
@@ -372,11 +361,11 @@ class QueueTable(OneTable):
     @contextmanager
     def statements(self) -> Iterator[None]:
         with (
-            patch.dict(plan.EVENTS, QUEUE_EVENTS),
-            patch.dict(plan.DELIVERIES, QUEUE_DELIVERIES),
+            patch.dict(plan.EVENT_PATHS, QUEUE_EVENT_PATHS),
+            patch.dict(plan.DELIVERY_PATHS, QUEUE_DELIVERY_PATHS),
             patch.dict(plan.SHORT, QUEUE_SHORT),
-            patch.object(list_filters, "DELIVERIES", QUEUE_SIEVE),
-            patch.object(list_filters, "_LATEST", QUEUE_LATEST),
+            patch.object(list_filters, "DELIVERIES", QUEUE_MATCHES),
+            patch.object(list_filters, "HAS_DELIVERY", QUEUE_HAS_DELIVERY),
             patch.object(stored_lists, "DELIVERIES_SQL", QUEUE_ROWS),
             patch.object(stored_lists, "EVENTS_SQL", QUEUE_EVENT_ROWS),
         ):
@@ -545,9 +534,10 @@ async def backlog(layout: OneTable) -> tuple[float, float]:
 async def page(layout: OneTable, name: str, before: int) -> Sequence[Any]:
     """Return the rows of one page of a list, before a row id; the layout's statements are in place."""
     kind, filters = LISTS[name]
-    return (
-        await stored_lists.find(layout.reader, kind, limit=PAGE, before=Place(before), filters=filters)
-    ).rows
+    found = await stored_lists.read_page(
+        layout.reader, kind, limit=PAGE, cursor=Cursor(before), filters=filters
+    )
+    return found.rows
 
 
 async def lists(layout: OneTable, name: str) -> float:

@@ -42,7 +42,6 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.store.queries.page import Page
 from relay.store.retention_policy import Policy
 
 T = TypeVar("T")
@@ -84,6 +83,13 @@ class Cancelled(msgspec.Struct, frozen=True):
 
     ended: int = 0
     in_flight: int = 0  # attempt under way: delivered if it succeeds, cancelled if it fails
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Rows of a list, newest first. Fewer than requested, even zero, if the search reached its budget."""
+
+    rows: list[dict[str, Any]]
+    cursor: str | None  # of the next page; None: this is the last page
 
 
 class Span(msgspec.Struct, frozen=True):

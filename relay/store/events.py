@@ -12,8 +12,8 @@ from relay.store.dedupe import Key, identity
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.export import read_line
 from relay.store.prune import Victim, delete_events, paced, portions
-from relay.store.queries.payloads import load
-from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.queries import SqliteQueries
+from relay.store.rows import load_events
 from relay.store.workers import SqliteWorkers
 from relay.store.writer import Job
 
@@ -71,7 +71,7 @@ class SqliteEvents:
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Events.load`."""
-        return await load(self._database.reader, event_ids)
+        return await load_events(self._database.reader, event_ids)
 
     async def pause_source(self, name: str, *, paused: bool) -> None:
         """See `Events.pause_source`."""

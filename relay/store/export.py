@@ -1,20 +1,29 @@
-"""An event as one line of JSON: what `export` writes and `import` reads, byte for byte the same event.
+"""Exported events: one line of JSON each, from which an import restores the same event byte for byte.
 
-A body that is text stands as such, any other in base64. The data stands by its place in the body, as in the
-database; only where it is not part of it, it stands itself.
+A body is written as text, or in base64 if it is not UTF-8. The data is written as its place in the body, as
+in the database, or in full if it is not part of the body.
 """
 
 import base64
 import binascii
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
+import aiosqlite
 import msgspec
 
 from relay.base.json_text import check, decode
 from relay.errors import RelayError
 from relay.model import StoredEvent
+from relay.store.rows import marks
+
+DELIVERIES_SQL = """
+    SELECT event_id, public_id, destination, state, reason, attempts, created_at, finished_at, last_status,
+           last_error
+      FROM deliveries WHERE event_id IN ({marks}) ORDER BY event_id, id
+"""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -25,7 +34,7 @@ _Place = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class DeliveryLine(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What became of a delivery; told by an export, never read by an import."""
+    """A delivery of an exported event; imports ignore it."""
 
     id: str
     destination: str
@@ -39,7 +48,7 @@ class DeliveryLine(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One line."""
+    """An event as its line has it."""
 
     id: _Id
     source: _Text
@@ -63,7 +72,7 @@ _decoder = msgspec.json.Decoder(EventLine)
 
 
 def write_line(event: StoredEvent, deliveries: list[DeliveryLine] | None = None) -> bytes:
-    """Return an event as a line, with its newline."""
+    """Return the line of an event, with its newline."""
     at = event.body.find(event.data)
     try:
         text, encoded = event.body.decode(), None
@@ -93,12 +102,12 @@ def read_line(line: bytes) -> StoredEvent:
     """Return the event of a line.
 
     Raises:
-        RelayError: it is none, or the body is not the one that was exported.
+        RelayError: the line is not an exported event, or the body does not match its digest.
     """
     try:
-        found = decode(_decoder, line.decode().encode())  # first as text: Raw is not looked into
-        body = _body(found)
-        data = _data(found, body)
+        found = decode(_decoder, line.decode().encode())  # as text first, because Raw fields are not decoded
+        body = _body_of(found)
+        data = _data_of(found, body)
         received_at = (found.received_at - _EPOCH) // _MICROSECOND
     except (ValueError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
         raise RelayError(f"not an exported event: {error}", hint="see `relay events export`") from error
@@ -118,38 +127,60 @@ def read_line(line: bytes) -> StoredEvent:
     )
 
 
+async def delivery_lines(
+    reader: aiosqlite.Connection, event_ids: Sequence[int]
+) -> dict[int, list[DeliveryLine]]:
+    """Read the deliveries of some events; events without any are missing from the result."""
+    found: dict[int, list[DeliveryLine]] = {}
+    rows = await reader.execute_fetchall(DELIVERIES_SQL.format(marks=marks(event_ids)), event_ids)
+    for event_id, id_, destination, state, reason, attempts, created, finished, status, error in rows:
+        line = DeliveryLine(
+            id=id_,
+            destination=destination,
+            state=state,
+            reason=reason,
+            attempts=attempts,
+            created_at=moment(created),
+            finished_at=None if finished is None else moment(finished),
+            last_status=status,
+            last_error=error,
+        )
+        found.setdefault(event_id, []).append(line)
+    return found
+
+
 def moment(micros: int) -> datetime:
-    """Return microseconds since the epoch as a time, to the microsecond."""
+    """Return the time of some microseconds since the epoch."""
     return _EPOCH + timedelta(microseconds=micros)
 
 
-def _body(line: EventLine) -> bytes:
+def _body_of(line: EventLine) -> bytes:
     if not line.type.startswith(f"{line.source}."):
         raise ValueError(f"the type {line.type!r} does not begin with the source {line.source!r}")
     if not bytes(line.context).startswith(b"{"):
-        raise ValueError("`context` is no object")
+        raise ValueError("`context` is not an object")
     if (line.body is None) == (line.body_base64 is None):
-        raise ValueError("it needs either `body` or `body_base64`")
+        raise ValueError("expected either `body` or `body_base64`")
     try:
         coded = line.body_base64 or ""
         body = binascii.a2b_base64(coded, strict_mode=True) if line.body is None else line.body.encode()
     except binascii.Error as error:
         raise ValueError(f"`body_base64`: {error}") from error
     if hashlib.sha256(body).hexdigest() != line.sha256:
-        raise ValueError(f"the body of {line.id} is not the one that was exported")
+        raise ValueError(f"the body of {line.id} does not match its sha256")
     return body
 
 
-def _data(line: EventLine, body: bytes) -> bytes:
+def _data_of(line: EventLine, body: bytes) -> bytes:
     if line.data is not msgspec.UNSET:
         return bytes(line.data)
     if line.data_at is None or line.data_size is None or line.data_at + line.data_size > len(body):
-        raise ValueError("`data`, or `data_at` and `data_size` within the body, are missing")
+        raise ValueError("expected `data`, or `data_at` and `data_size` within the body")
     data = body[line.data_at : line.data_at + line.data_size]
     check(data)
     return data
 
 
 def _in_one_line(json: bytes) -> msgspec.Raw:
-    """Write JSON without line breaks, which can only stand between its tokens."""
+    """Replace the line breaks of JSON, which only occur between its tokens."""
     return msgspec.Raw(json.replace(b"\n", b" ").replace(b"\r", b" "))

@@ -13,7 +13,7 @@ from relay.errors import StorageError
 from relay.store import Stop
 from relay.store.database import Database
 from relay.store.ledger import LedgerReader
-from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.queries import SqliteQueries
 from relay.store.schema import MIGRATIONS
 
 T = TypeVar("T")

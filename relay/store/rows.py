@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import aiosqlite
 import msgspec
 
+from relay.base.clock import SECOND
 from relay.base.json_text import encode
 from relay.model import Attempt, Command, Delivery, DeliveryState, StoredEvent, Worker
 
@@ -26,6 +28,10 @@ ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, 
 WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
 MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, message_count, sessions"
 COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, sent_at, body"
+STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
+
+HOUR = 3600 * SECOND
+"""What one row of `stats` counts."""
 
 _worker = msgspec.json.Decoder(Worker)
 
@@ -49,6 +55,18 @@ def event_of(row: Sequence[Any]) -> StoredEvent:
         content_type=row[6], traceparent=row[7], sha256=row[8], context=row[10],
         data=row[13] if at is None else body[at : at + row[12]], body=body,
     )  # fmt: skip
+
+
+def marks(values: Sequence[Any]) -> str:
+    """Return a placeholder for each value of `IN (…)`."""
+    return ", ".join("?" * len(values))
+
+
+async def load_events(reader: aiosqlite.Connection, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+    """Read events with their bodies by row id; deleted events are missing from the result."""
+    sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN ({marks(event_ids)})"  # noqa: S608 - constants
+    events = map(event_of, await reader.execute_fetchall(sql, event_ids))
+    return {event.id: event for event in events}
 
 
 def delivery_row(

@@ -40,7 +40,7 @@ from relay.store.files import Files
 from relay.store.ledger import SqliteLedger
 from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in
-from relay.store.queries.sqlite_queries import SqliteQueries
+from relay.store.queries import SqliteQueries
 from relay.store.roster import load_roster
 from relay.store.transaction import Transaction
 from relay.store.upkeep import SqliteUpkeep

@@ -262,7 +262,7 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
         (REPLAYS, {"events": ["evt_00000000"]}, 404, "no event 'evt_00000000'"),
         (REPLAYS, {"events": ["evt_00000000"], "pace": 1}, 400, "unknown field `pace`"),
         (RETRY, {"filter": {"destination": "crm"}}, 400, "the filter needs a state"),
-        (RETRY, {"ids": ["evt_00000000"]}, 400, "is no delivery id"),
+        (RETRY, {"ids": ["evt_00000000"]}, 400, "is not a valid delivery id"),
         (CANCEL, {"filter": {"state": "dead"}}, 400, "dead deliveries have already ended"),
         (CANCEL, {"ids": ["dlv_00000000"]}, 404, "no delivery 'dlv_00000000'"),
         (CANCEL, {"ids": "all"}, 400, "Expected `array | null`, got `str`"),

@@ -11,7 +11,7 @@ from wire import request
 from relay.cli.api_client import Daemon
 from relay.cli.options import conditions
 from relay.routing.conditions import compile_where
-from relay.store.queries import budget
+from relay.store.queries import page as page_budget
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 OTHER = adorn("s-2")
@@ -129,7 +129,7 @@ def test_a_condition_that_contradicts_another_is_refused():
 
 
 async def test_a_list_is_followed_to_what_is_rare(commands, events, monkeypatch):
-    monkeypatch.setattr(budget, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(page_budget, "MOST_CANDIDATES", 1)
     page = (await commands("events", "list", "--where", "subject=s-1", "--json")).json
     assert ([each["id"] for each in page["items"]], page["next_cursor"]) == ([events[0]], None)
     page = (await commands("events", "list", "--limit", "1", "--where", "source=adorn", "--json")).json

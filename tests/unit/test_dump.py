@@ -9,8 +9,8 @@ from support import FakeClock
 
 from relay.errors import RelayError
 from relay.model import Imported, Owed, Selection
-from relay.store import dump
-from relay.store.export import read_line, write_line
+from relay.store import events, queries
+from relay.store.export import DELIVERIES_SQL, read_line, write_line
 
 
 @pytest.fixture
@@ -84,15 +84,15 @@ def test_times_are_exact_and_readable(clock):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"body": "other"}, "the body of evt_.* is not the one that was exported"),
+        ({"body": "other"}, "the body of evt_.* does not match its sha256"),
         ({"id": "evt_1"}, r"regex .* at `\$.id`|Expected `str` matching regex"),
         ({"id": None}, "not an exported event"),
         ({"type": "till.paid"}, "does not begin with the source 'shop'"),
-        ({"context": []}, "`context` is no object"),
-        ({"body": None}, "needs either `body` or `body_base64`"),
-        ({"body_base64": "eA=="}, "needs either `body` or `body_base64`"),
+        ({"context": []}, "`context` is not an object"),
+        ({"body": None}, "expected either `body` or `body_base64`"),
+        ({"body_base64": "eA=="}, "expected either `body` or `body_base64`"),
         ({"body": None, "body_base64": "?"}, "`body_base64`: "),
-        ({"data_at": 5, "data_size": 10}, "within the body, are missing"),
+        ({"data_at": 5, "data_size": 10}, "expected `data`, or `data_at` and `data_size` within the body"),
         ({"data_at": 1, "data_size": 2}, "not an exported event"),
         ({"data_at": -1}, "not an exported event"),
         ({"received_at": "2023-11-14T22:13:20"}, "not an exported event"),
@@ -114,8 +114,8 @@ def test_what_is_no_line_of_json_is_refused(line):
 
 
 async def test_an_export_holds_the_selection_in_order_whatever_its_portions(store, clock, monkeypatch):
-    monkeypatch.setattr(dump, "MOST_EVENTS", 3)
-    monkeypatch.setattr(dump, "MOST_BYTES", 100)
+    monkeypatch.setattr(queries, "EXPORT_EVENTS", 3)
+    monkeypatch.setattr(queries, "EXPORT_BYTES", 100)
     monkeypatch.setattr("relay.store.queries.selection.PAGE", 5)
     sent = [await send(store, clock, body=b"%d" % n * (60 if n == 4 else 20), data=b"{}") for n in range(8)]
     await send(store, clock, type="till.paid")
@@ -195,7 +195,7 @@ async def test_a_bad_line_is_named_and_what_came_before_is_in(store, other, cloc
 
 
 async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.events.IMPORT_EVENTS", 2)
+    monkeypatch.setattr(events, "IMPORT_EVENTS", 2)
     for _ in range(5):
         await send(store, clock)
     steps = await read_in(other, await export(store))
@@ -203,7 +203,7 @@ async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, 
 
 
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
-    sql = f"EXPLAIN QUERY PLAN {dump.DELIVERIES_SQL.format(marks='?, ?')}"
+    sql = f"EXPLAIN QUERY PLAN {DELIVERIES_SQL.format(marks='?, ?')}"
     steps = [row[3] for row in await rows(store, sql, (1, 2))]
     assert steps[0].startswith("SEARCH deliveries USING INDEX deliveries_event")
 

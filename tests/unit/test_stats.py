@@ -9,8 +9,8 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat
-from relay.store import stats
-from relay.store.stats import HOUR, PAGE_SQL
+from relay.store.queries import selection
+from relay.store.rows import HOUR
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ async def test_an_event_that_could_not_be_stored_is_not_counted(store, clock):
     ],
 )
 async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkeypatch, fields, types):
-    monkeypatch.setattr(stats, "PAGE", 2)
+    monkeypatch.setattr(selection, "PAGE", 2)
     begun = clock.wall()
     for hour, type_ in ((0, "shop.order"), (0, "shop.refund"), (1, "shop.order"), (2, "till.paid")):
         clock.now = begun + hour * HOUR + 7 * SECOND
@@ -86,12 +86,12 @@ async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkey
 
 
 async def test_what_is_not_counted_by_is_refused(store):
-    with pytest.raises(RelayError, match="per source, type and hour only"):
+    with pytest.raises(RelayError, match="counts exist per source, type and hour only"):
         await read(store, subject="a")
 
 
 async def test_reading_a_page_of_counts_scans_nothing(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
-    plan = await rows(store, f"EXPLAIN QUERY PLAN {PAGE_SQL}", values)
+    plan = await rows(store, f"EXPLAIN QUERY PLAN {selection.STATS_SQL}", values)
     [step] = [row[3] for row in plan]
     assert step.startswith("SEARCH stats USING PRIMARY KEY (hour>?"), step
