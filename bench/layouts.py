@@ -222,11 +222,14 @@ LISTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """Lists of which pages are read: their kinds and filters."""
 
 
+OLDEST = plan.EVENT_PATHS["all"].sql(newest_first=False)
+
+
 class OneTable:
     """Today's layout, and the store's own statements."""
 
     name = "one table"
-    victims = prune.PAGE_SQL.format(candidates=prune.CANDIDATES["all"])
+    victims = prune.PAGE_SQL.format(candidates=OLDEST)
     going = prune.GOING_SQL
     gone: Sequence[str] = prune.GONE_SQL
 
@@ -283,7 +286,7 @@ class QueueTable(OneTable):
                1 + e.size / 4096 + count(d.id) + 2 * coalesce(sum(x.attempts), 0),
                max(CASE WHEN d.id IS NOT NULL AND x.state IS NULL THEN 9223372036854775807
                         WHEN x.state = 'dead' THEN x.finished_at END)
-          FROM ({prune.CANDIDATES["all"]}) AS c JOIN events AS e ON e.id = c.id
+          FROM ({OLDEST}) AS c JOIN events AS e ON e.id = c.id
           LEFT JOIN deliveries AS d ON d.event_id = c.id LEFT JOIN ends AS x ON x.delivery_id = d.id
          GROUP BY c.id ORDER BY c.id
     """
@@ -554,7 +557,7 @@ async def delete(layout: OneTable, after: int, count: int) -> tuple[float, int]:
     """Look for old events and delete them; return CPU microseconds per event, and the last event's id."""
     began, gone = time.process_time(), 0
     while gone < count:
-        values = {"name": "", "after": after, "last": layout.sequences.event, "page": DELETED}
+        values = (layout.sequences.event + 1, after + 1, DELETED)
         rows = list(await layout.reader.execute_fetchall(layout.victims, values))
         if not rows:
             break

@@ -11,9 +11,9 @@ from relay.store.database import Database
 from relay.store.dedupe import Key, identity
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.export import read_line
-from relay.store.prune import Victim, delete_events, paced, portions
+from relay.store.prune import Victim, delete_events, deletions, paced
 from relay.store.queries import SqliteQueries
-from relay.store.rows import load_events
+from relay.store.rows import load_events, marks
 from relay.store.workers import SqliteWorkers
 from relay.store.writer import Job
 
@@ -122,15 +122,14 @@ class SqliteEvents:
         reader, writer = self._database.reader, self._database.writer
         for at in range(0, len(event_ids), EXPUNGE_EVENTS):
             some = event_ids[at : at + EXPUNGE_EVENTS]
-            marks = ", ".join("?" * len(some))
-            pending = await reader.execute_fetchall(OWED_SQL.format(marks=marks), some)
+            pending = await reader.execute_fetchall(OWED_SQL.format(marks=marks(some)), some)
             if ids := [id_ for (id_,) in pending]:
                 cancelled += (await self._deliveries.cancel(ids)).ended
-            costs = await reader.execute_fetchall(COST_SQL.format(marks=marks), some)
+            costs = await reader.execute_fetchall(COST_SQL.format(marks=marks(some)), some)
             victims = [Victim(id_, cost, _ANY_DEATH) for id_, cost in costs]
-            for portion in portions(victims):
+            for portion in deletions(victims):
                 gone += await paced(writer, partial(delete_events, portion))
-            there = f"SELECT id FROM events WHERE id IN ({marks})"  # noqa: S608 - marks only
+            there = f"SELECT id FROM events WHERE id IN ({marks(some)})"  # noqa: S608 - marks only
             left += [id_ for (id_,) in await reader.execute_fetchall(there, some)]
         return Expunged(events=gone, cancelled=cancelled, left=tuple(left))
 

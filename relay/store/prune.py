@@ -1,13 +1,13 @@
-"""Retention: what has been dealt with for long enough goes, in transactions that senders do not notice.
+"""Retention: deletes finished data that is old enough, in transactions that senders do not notice.
 
-Candidates are read in pages of each group that has a rule: a type, a source, all the rest; a cursor per
-group remembers how far it was, so that a pass looks at what has come of age since. What was kept for its
-deliveries is looked at again in the next round.
+Each group of events with a rule (a type, a source, all others) is read in pages. A cursor per group remembers
+how far the last pass came, so that a pass only looks at events that became old enough since. Events that were
+kept because of their deliveries are looked at again in the next round.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from relay.store.database import Database
 from relay.store.disk import Disk
 from relay.store.event_times import FORGET_SQL
 from relay.store.mark import GIVEN_SQL
+from relay.store.queries.page import portions
+from relay.store.queries.plan import EVENT_PATHS, types_between
 from relay.store.retention_policy import Policy
 from relay.store.statements import fetch, run
 from relay.store.transaction import Transaction
@@ -32,45 +34,29 @@ PAGE = 500
 """Candidates that one page looks at."""
 
 COST = 1000
-"""What one transaction deletes at most: rows, and pages of bodies; or a single event that costs more."""
+"""Rows and pages of bodies that one transaction deletes, unless a single event costs more."""
 
 SCARCE_COST = 100
-"""The same on a disk without room: what is deleted is overwritten in the log first."""
+"""The same on a full disk, because deleted pages are first written to the log."""
+
 MOST_TYPES = 1000
-"""Types of one source that are looked at one by one; with more, all of its events are looked at in turn."""
+"""Types of one source that are read one by one; with more, all events of the source are read in turn."""
 
 ROUND = 3600 * SECOND
-"""How often everything that is old enough is looked at again, also what was kept before."""
+"""Microseconds after which all old events are looked at again, also those that were kept before."""
 
-PASS = 45.0  # seconds after which the rest is left to the next pass
+PASS = 45.0  # seconds; the next pass does the rest
 LONGEST_PAUSE = 0.5  # seconds between two transactions
-VACUUM_PAGES = 64  # given back to the disk by one transaction
-VACUUM_STEPS = 100  # such transactions in one pass
-SPARE = 10  # a tenth of the file may be free without being given back
+VACUUM_PAGES = 64  # pages that one transaction returns to the disk
+VACUUM_STEPS = 100  # of these transactions in one pass
+SPARE = 10  # one tenth of the file may stay free
 
-CANDIDATES = {
-    "type": """
-        SELECT id FROM events WHERE type = :name AND id > :after AND id <= :last ORDER BY id LIMIT :page
-    """,
-    "source": """
-        SELECT id FROM events WHERE source = :name AND id > :after AND id <= :last ORDER BY id LIMIT :page
-    """,
-    "all": "SELECT id FROM events WHERE id > :after AND id <= :last ORDER BY id LIMIT :page",
-}
 PAGE_SQL = """
     SELECT e.id, e.source, e.type, e.received_at,
            1 + e.size / 4096 + count(d.id) + 2 * coalesce(sum(d.attempts), 0),
            max(CASE d.state WHEN 'pending' THEN 9223372036854775807 WHEN 'dead' THEN d.finished_at END)
       FROM ({candidates}) AS c JOIN events AS e ON e.id = c.id LEFT JOIN deliveries AS d ON d.event_id = c.id
      GROUP BY c.id ORDER BY c.id
-"""
-TYPES_SQL = """
-    WITH RECURSIVE found (type) AS (
-         SELECT min(type) FROM events WHERE type >= :first AND type < :end
-         UNION ALL
-         SELECT (SELECT min(type) FROM events WHERE type > found.type AND type < :end)
-           FROM found WHERE found.type IS NOT NULL)
-    SELECT type FROM found WHERE type IS NOT NULL LIMIT :most
 """
 LAST_SQL = """
     SELECT coalesce((SELECT id - 1 FROM events WHERE received_at > ? ORDER BY received_at LIMIT 1),
@@ -113,23 +99,26 @@ ROWS_SQL = {
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Events that one rule is about."""
+    """Events with one rule."""
 
-    kind: str  # of CANDIDATES
+    kind: str  # of EVENT_PATHS
     name: str  # the full type or the source
     kept: int  # microseconds
 
 
 class Victim(msgspec.Struct, frozen=True):
-    """An event that may go."""
+    """An event that may be deleted."""
 
     id: int
     cost: int  # see COST
-    dead: int  # no delivery may have died after this (wall clock)
+    dead: int  # wall clock: a delivery that died later keeps the event
 
 
 async def delete_events(victims: Sequence[Victim], connection: aiosqlite.Connection) -> int:
-    """Delete, in one transaction, those that may still go, with deliveries and attempts; return how many."""
+    """Delete, in one transaction, those events that may still be deleted; returns how many.
+
+    Their deliveries and attempts go with them.
+    """
     transaction = Transaction(connection)
     transaction.run(GIVEN_SQL)
     going = await fetch(transaction, GOING_SQL, [(victim.id, victim.dead) for victim in victims])
@@ -139,17 +128,9 @@ async def delete_events(victims: Sequence[Victim], connection: aiosqlite.Connect
     return len(going)
 
 
-def portions(victims: Sequence[Victim], most: int = COST) -> list[list[Victim]]:
-    """Cut into what one transaction deletes each."""
-    found: list[list[Victim]] = []
-    cost = most
-    for victim in victims:
-        if cost + victim.cost > most:
-            found.append([])
-            cost = 0
-        found[-1].append(victim)
-        cost += victim.cost
-    return found
+def deletions(victims: Iterable[Victim], most: int = COST) -> Iterator[list[Victim]]:
+    """Cut events into portions that one transaction deletes each."""
+    return portions(victims, most, lambda victim: victim.cost)
 
 
 class Retention:
@@ -166,7 +147,7 @@ class Retention:
         """See `relay.store.Upkeep.prune`."""
         loop = asyncio.get_running_loop()
         deadline, steady = loop.time() + seconds, self._clock.steady()
-        now = min(self._clock.wall(), steady)  # a clock that jumped ahead must not make anything old
+        now = min(self._clock.wall(), steady)  # a clock that jumped ahead makes nothing old
         if steady - self._round >= ROUND:
             self._cursors.clear()
             self._round = steady
@@ -190,45 +171,43 @@ class Retention:
         return _pruned(gone, done=True)
 
     async def _delete(self, victims: Sequence[Victim]) -> int:
-        """Delete events; on a disk without room in small transactions, the cheap ones first."""
+        """Delete events; on a full disk in small transactions, the cheapest first."""
         gone = 0
         scarce = bool(victims) and self._disk.scarce
         if scarce:
             victims = sorted(victims, key=lambda victim: victim.cost)
-        for some in portions(victims, SCARCE_COST if scarce else COST):
+        for some in deletions(victims, SCARCE_COST if scarce else COST):
             try:
                 gone += await paced(self._database.writer, partial(delete_events, some))
             except StorageUnavailableError:
                 if not scarce or self._database.writer.failure is not None:
                     raise
-                self._round = 0  # what was too large goes in the next pass, in the room that others left
+                self._round = 0  # the next pass deletes the large ones, in the space that the others left
         return gone
 
     async def _groups(self, policy: Policy) -> list[Group]:
         groups = []
         for source in policy.by_type:
-            names = {"first": f"{source}.", "end": f"{source}/"}  # "/" comes next after "."
-            values = {**names, "most": MOST_TYPES + 1}
-            types = list(await self._database.reader.execute_fetchall(TYPES_SQL, values))
-            if len(types) > MOST_TYPES:  # senders choose them, so their number must have an end
+            # "/" is the character after ".".
+            types = await types_between(self._database.reader, f"{source}.", f"{source}/", MOST_TYPES)
+            if len(types) > MOST_TYPES:  # senders choose them, so their number needs a bound
                 groups.append(Group("source", source, policy.shortest(source)))
                 continue
-            for (full_type,) in types:
-                if (keep := policy.of_type(source, full_type)) is not None:
-                    groups.append(Group("type", full_type, keep.events))
+            rules = ((type_, policy.of_type(source, type_)) for type_ in types)
+            groups += [Group("type", type_, rule.events) for type_, rule in rules if rule is not None]
         groups += [Group("source", source, keep.events) for source, keep in policy.sources.items()]
         return [*groups, Group("all", "", policy.default.events)]
 
     async def _victims(
         self, group: Group, policy: Policy, now: int
     ) -> AsyncIterator[tuple[list[Victim], bool]]:
-        """Read those of a group that may go, in pages that may be empty, and whether more will come."""
+        """Read a group's deletable events in pages that may be empty, and whether more pages follow."""
         [(last,)] = await self._database.reader.execute_fetchall(LAST_SQL, (now - group.kept,))
-        sql = PAGE_SQL.format(candidates=CANDIDATES[group.kind])
+        sql = PAGE_SQL.format(candidates=EVENT_PATHS[group.kind].sql(newest_first=False))
+        name = (group.name,) if group.name else ()
         while True:
-            after = self._cursors.get(group, 0)
-            values = {"name": group.name, "after": after, "last": last, "page": PAGE}
-            rows = list(await self._database.reader.execute_fetchall(sql, values))
+            start = self._cursors.get(group, 0) + 1
+            rows = list(await self._database.reader.execute_fetchall(sql, (*name, last + 1, start, PAGE)))
             victims = []
             for id_, source, full_type, received_at, cost, needed in rows:
                 keep = policy.of(source, full_type)
@@ -242,9 +221,9 @@ class Retention:
                 return
 
     async def _give_back(self, deadline: float) -> int:
-        """Give free pages back to the disk, some at a time; return how many.
+        """Return free pages to the disk, some at a time; returns how many.
 
-        On a disk without room all of them: senders are refused while there is less than the floor.
+        On a full disk all of them, because senders are refused until there is room again.
         """
         freed, steps, scarce = 0, 0, self._disk.scarce
         while steps < VACUUM_STEPS or (scarce and asyncio.get_running_loop().time() < deadline):
@@ -259,7 +238,7 @@ class Retention:
 
 
 async def paced(writer: Writer, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
-    """Run one transaction, and then leave the disk to others for as long."""
+    """Run one transaction, then pause for as long as it took, so that others can use the disk."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     result = await writer.errand(errand)
@@ -273,21 +252,21 @@ def _pruned(gone: Counter[str], *, done: bool) -> Pruned:
 
 
 async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection) -> tuple[int, bool]:
-    """Delete some rows of a kind; return how many, and whether there may be more."""
+    """Delete some rows of a kind; returns how many, and whether more may exist."""
     sql, limit = ROWS_SQL[name]
     async with connection.execute(sql, (before, limit)) as cursor:
         return cursor.rowcount, cursor.rowcount == limit
 
 
 async def _forget_times(connection: aiosqlite.Connection) -> None:
-    """Delete what is known of the times of events that are gone; no more than there have been blocks."""
+    """Delete the rows of `event_times` whose events are gone; at most one per 1,024 deleted events."""
     await connection.execute(FORGET_SQL)
 
 
 async def vacuum_some(connection: aiosqlite.Connection) -> int:
-    """Move the last pages of the file to free ones, and shorten it by them; return by how many."""
+    """Move the last pages of the file to free pages and shorten the file; returns by how many pages."""
     [(before,)] = await connection.execute_fetchall("PRAGMA freelist_count")
-    # A step per page, and none of them has a column: only a script is run to its end.
+    # The pragma takes one step per page, without columns. Only `executescript` runs all steps.
     await connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
     [(after,)] = await connection.execute_fetchall("PRAGMA freelist_count")
     return int(before) - int(after)

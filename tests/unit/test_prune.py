@@ -13,6 +13,7 @@ from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Owed
 from relay.store import event_times, prune
+from relay.store.queries import plan
 from relay.store.retention_policy import Policy
 
 DAY = 86_400.0
@@ -213,7 +214,7 @@ async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_
 
 def test_a_large_body_counts_for_as_many_rows_as_it_has_pages():
     victims = [prune.Victim(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])]
-    assert [[each.id for each in some] for some in prune.portions(victims)] == [[0], [1, 2, 3], [4], [5]]
+    assert [[each.id for each in some] for some in prune.deletions(victims)] == [[0], [1, 2, 3], [4], [5]]
 
 
 async def test_a_pass_ends_in_time_and_the_next_one_goes_on(store, clock):
@@ -287,10 +288,15 @@ async def test_what_was_deleted_is_overwritten(store, clock):
     assert b"a secret" not in store.path.read_bytes()
 
 
-VALUES = {"name": "a", "after": 0, "last": 9, "page": 9, "first": "a.", "end": "a/", "most": 9}
+def page_sql(kind):
+    return prune.PAGE_SQL.format(candidates=plan.EVENT_PATHS[kind].sql(newest_first=False))
+
+
 STATEMENTS = {
-    **{kind: (prune.PAGE_SQL.format(candidates=sql), VALUES) for kind, sql in prune.CANDIDATES.items()},
-    "types": (prune.TYPES_SQL, VALUES),
+    "all": (page_sql("all"), (9, 1, 9)),
+    "source": (page_sql("source"), ("a", 9, 1, 9)),
+    "type": (page_sql("type"), ("a", 9, 1, 9)),
+    "types": (plan.TYPES_SQL, {"first": "a.", "end": "a/", "most": 9}),
     "last": (prune.LAST_SQL, (1,)),
     "going": (prune.GOING_SQL.format(values="(?, ?)"), (1, 1)),
     **{f"gone {number}": (sql.format(values="(?)"), (1,)) for number, sql in enumerate(prune.GONE_SQL)},
