@@ -95,14 +95,14 @@ def check(file: Path | None, config: Path | None, *, as_json: bool) -> None:
     Without FILE, that of the configuration. Only reads; no relay need run. The exit code is 1 if
     anything is wrong. `relay doctor` looks at more.
     """
-    from relay.store.doctor import Patient, examine  # noqa: PLC0415 - loads what other commands do without
+    from relay.store.doctor import Examined, examine  # noqa: PLC0415 - loads what other commands do without
 
     path = readable(file or database_of(tables_of(config)))
     if not path.exists():
         raise CommandError(f"there is no database {path}", hint="name a file, or the configuration with -c")
-    patient = Patient(path=path, now=SystemClock().wall())
+    examined = Examined(path=path, now=SystemClock().wall())
     found = _apart(
-        lambda stop: examine(patient, stop), lambda: "looking at every page", "nothing was changed"
+        lambda stop: examine(examined, stop), lambda: "looking at every page", "nothing was changed"
     )
     tell(named(found, CHECKS), as_json=as_json)
 

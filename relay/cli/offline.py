@@ -49,17 +49,17 @@ class Offline:
         """Look for everything that could be wrong with it."""
         from relay import doctor  # noqa: PLC0415 - as below
         from relay.jobs import backups  # noqa: PLC0415 - as below
-        from relay.store.doctor import Patient, database, examine  # noqa: PLC0415 - as below
+        from relay.store.doctor import Examined, database, examine  # noqa: PLC0415 - as below
 
         config, now = self._config, SystemClock().wall()
-        patient = Patient(
+        examined = Examined(
             path=self._file,
             now=now,
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
         )
         made = backups.made_in(state_of(config) / config.backup.dir)
-        found = [database(self._file, config.path), *examine(patient, Stop())]
+        found = [database(self._file, config.path), *examine(examined, Stop())]
         with suppress(StorageError):  # the checks above say what is the matter with the file
             # Nothing is tried any more while no relay runs, so whatever failed last is a finding at once.
             found.append(doctor.held(asyncio.run(self._owing()), now, patience=0))

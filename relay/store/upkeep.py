@@ -15,7 +15,7 @@ from relay.store.backup import back_up, lacks
 from relay.store.compact import SIZES_SQL, empty_log
 from relay.store.database import Database
 from relay.store.disk import Disk
-from relay.store.doctor import Patient, examine
+from relay.store.doctor import Examined, examine
 from relay.store.measure import measure
 from relay.store.prune import PASS, Retention, paced, vacuum_some
 from relay.store.read_only import apart
@@ -115,11 +115,11 @@ class SqliteUpkeep:
         sources: Collection[str] | None = None,
     ) -> list[Check]:
         """See `Upkeep.examine`."""
-        patient = Patient(
+        examined = Examined(
             path=self._database.path,
             now=self._clock.wall(),
             min_free=min_free,
             destinations=destinations,
             sources=sources,
         )
-        return await apart(partial(examine, patient))
+        return await apart(partial(examine, examined))

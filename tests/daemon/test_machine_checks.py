@@ -79,7 +79,7 @@ async def test_dead_deliveries_and_paused_sources_are_found(tmp_path):
             )
             await relay.operator("POST", "/api/sources/adorn/pause")
             for found in await examined(relay, config):
-                assert found["dead"]["detail"] == "given up, and not sent since: crm (1)"
+                assert found["dead"]["detail"] == "dead deliveries: crm (1)"
                 assert "relay deliveries retry --destination crm --state dead" in found["dead"]["hint"]
                 assert found["sources"]["hint"] == "relay sources resume adorn"
 

@@ -504,7 +504,7 @@ async def test_the_doctor_names_the_database_and_finds_a_second_one(machine, sta
     await served(serve(machine, "--force"))
     said = await typed("doctor", "--offline", "-c", machine.config, "--json", code=1)
     [check] = [check for check in said.json["checks"] if not check["ok"]]
-    assert f"another one, {machine.folder}/relay.db" in check["detail"]
+    assert f"another database, {machine.folder}/relay.db" in check["detail"]
     export, then, delete = check["hint"].split(", then ")
     variable, _relay, *words = export.split()
     monkeypatch.setenv(*variable.split("="))

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong is found by its own check, and by no other."""
+"""Each fault of a database is found by its own check, and by no other check."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Owed, Register, Unregister
 from relay.store import Acceptance, Stop, doctor
-from relay.store.doctor import Patient, examine
+from relay.store.doctor import Examined, examine
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",
@@ -28,7 +28,7 @@ def clock():
 
 @pytest.fixture
 def path(tmp_path, clock):
-    """A stopped relay's database, with something of everything."""
+    """The database of a stopped relay, with deliveries in several states."""
 
     async def fill():
         async with opened(tmp_path / "relay.db", clock) as store:
@@ -42,13 +42,13 @@ def path(tmp_path, clock):
     return tmp_path / "relay.db"
 
 
-def patient(path, clock, **known):
-    return Patient(**{"path": path, "now": clock.wall(), "destinations": ["crm", "erp"], **known})
+def described(path, clock, **known):
+    return Examined(**{"path": path, "now": clock.wall(), "destinations": ["crm", "erp"], **known})
 
 
-def ill(path, clock, **known):
-    """Return detail and hint of what is not as it should be."""
-    checks = examine(patient(path, clock, **known), Stop())
+def failed(path, clock, **known):
+    """Return detail and hint of each check that is not ok."""
+    checks = examine(described(path, clock, **known), Stop())
     return {check.name: (check.detail, check.hint) for check in checks if not check.ok}
 
 
@@ -60,9 +60,9 @@ def change(path, sql):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def test_a_sound_database_passes_every_check_and_stays_as_it_is(path, clock):
+def test_a_sound_database_passes_every_check_and_is_not_changed(path, clock):
     before = path.read_bytes()
-    checks = examine(patient(path, clock), Stop())
+    checks = examine(described(path, clock), Stop())
     assert [check.name for check in checks] == NAMES
     assert [check for check in checks if not check.ok or check.hint or not check.detail] == []
     assert path.read_bytes() == before
@@ -76,7 +76,7 @@ async def test_a_running_relay_examines_itself(tmp_path, clock):
     assert [check.name for check in checks if check.ok] == NAMES
 
 
-async def test_an_empty_database_is_well(tmp_path, clock):
+async def test_an_empty_database_passes_every_check(tmp_path, clock):
     async with opened(tmp_path / "relay.db", clock) as store:
         assert all(check.ok for check in await store.upkeep.examine(destinations=[]))
 
@@ -94,28 +94,32 @@ async def test_an_empty_database_is_well(tmp_path, clock):
         (
             "UPDATE events SET body = CAST(replace(CAST(body AS TEXT), '8', '7') AS BLOB) WHERE id = 9",
             "bodies",
-            "is not the one that came in",
+            "does not match its sha256",
         ),
         (
             "UPDATE deliveries SET next_attempt_at = NULL WHERE id = 1",
             "stuck",
-            "1 deliveries wait for nothing",
+            "deliveries that never become due: 1, the first is dlv_",
         ),
-        ("PRAGMA foreign_keys = OFF; DELETE FROM events WHERE id = 5", "integrity", "a row of deliveries"),
+        (
+            "PRAGMA foreign_keys = OFF; DELETE FROM events WHERE id = 5",
+            "integrity",
+            "a row of deliveries refers to a missing row of events",
+        ),
         ("PRAGMA user_version = 99", "version", "schema version 99, this program knows"),
-        ("PRAGMA auto_vacuum = NONE; VACUUM", "room", "never given back"),
+        ("PRAGMA auto_vacuum = NONE; VACUUM", "room", "never returned to the disk"),
     ],
 )
-def test_what_is_wrong_inside_is_found(path, clock, sql, name, detail):
+def test_a_fault_in_the_tables_is_found(path, clock, sql, name, detail):
     change(path, sql)
-    found = ill(path, clock)
+    found = failed(path, clock)
     assert list(found) == [name]
     assert detail in found[name][0]
     assert found[name][1]
 
 
 @pytest.mark.parametrize("heard", [True, False])
-async def test_a_silent_worker_whose_id_changes_a_path_is_found_and_a_heard_one_is_not(path, clock, heard):
+async def test_a_silent_worker_whose_id_needs_percent_encoding_is_found(path, clock, heard):
     async with opened(path, clock) as store:
         for id_ in ("a#b", "a/b", "w"):
             await store.events.append(Acceptance(source="whatsapp", change=Register(worker_id=id_)))
@@ -125,112 +129,114 @@ async def test_a_silent_worker_whose_id_changes_a_path_is_found_and_a_heard_one_
         if heard:
             await store.events.append(Acceptance(source="whatsapp", change=Heartbeat(worker_id="a#b")))
         await store.workers.sweep()
-    checks = {check.name: check for check in examine(patient(path, clock), Stop())}
+    checks = {check.name: check for check in examine(described(path, clock), Stop())}
     assert checks["workers"].ok is heard
     if heard:
-        assert "percent-encoded: 1" in checks["workers"].detail
+        assert checks["workers"].detail == "workers whose clients percent-encode their ids: 1"
     else:
-        assert checks["workers"].detail.endswith("not encoded: 'a#b' of whatsapp ('#')")
+        assert checks["workers"].detail.endswith("percent-encoding in paths: 'a#b' of whatsapp ('#')")
 
 
 def test_a_damaged_page_is_found_and_hides_no_other_check(path, clock):
     with path.open("r+b") as file:
         file.seek(4096 * 4 + 2)
         file.write(b"\xff" * 600)
-    found = ill(path, clock)
+    found = failed(path, clock)
     assert "integrity" in found
     assert "put a backup in its place" in found["integrity"][1]
-    assert len(examine(patient(path, clock), Stop())) == len(NAMES)
+    assert len(examine(described(path, clock), Stop())) == len(NAMES)
 
 
-def test_what_is_no_database_is_told_by_every_check_that_cannot_look(path, clock):
+def test_a_file_that_is_not_a_database_fails_every_check_that_reads_it(path, clock):
     path.write_bytes(b"this is no database, and never was" * 500)
-    found = ill(path, clock)
+    found = failed(path, clock)
     assert "file is not a database" in found["version"][0]
     assert "sqlite" not in found
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
-def test_what_is_no_file_is_named_and_not_waited_for(path, clock, make):
+def test_a_path_that_is_not_a_file_is_named_and_not_waited_for(path, clock, make):
     path.unlink()
     make(path)
-    assert "open" in ill(path, clock)
+    assert "open" in failed(path, clock)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, clock):
-    found = ill(tmp_path / "relay.db", clock)
+def test_a_missing_file_is_named(tmp_path, clock):
+    found = failed(tmp_path / "relay.db", clock)
     assert set(found) == {"permissions", "open"}
     assert str(tmp_path / "relay.db") in found["permissions"][0]
 
 
-def test_what_others_can_read_is_found(path, clock):
+def test_a_file_that_others_can_read_is_found(path, clock):
     path.chmod(0o644)
-    assert ill(path, clock)["permissions"] == (f"{path} has mode 0644", f"chmod 600 {path}")
+    assert failed(path, clock)["permissions"] == (f"{path} has mode 0644", f"chmod 600 {path}")
 
 
 def test_a_disk_below_its_floor_is_found(path, clock):
     free = shutil.disk_usage(path.parent).free
-    assert list(ill(path, clock, min_free=free * 2)) == ["disk"]
+    assert list(failed(path, clock, min_free=free * 2)) == ["disk"]
 
 
 def test_a_slow_disk_is_found(path, clock, monkeypatch):
     monkeypatch.setattr(doctor, "SLOW_FSYNC", 0.0)
-    assert list(ill(path, clock)) == ["fsync"]
+    assert list(failed(path, clock)) == ["fsync"]
 
 
 def test_an_event_from_the_future_is_found(path, clock):
     early = clock.wall() - 301 * SECOND
-    assert list(ill(path, clock, now=early)) == ["clock"]
-    assert ill(path, clock, now=early + SECOND) == {}
+    assert list(failed(path, clock, now=early)) == ["clock"]
+    assert failed(path, clock, now=early + SECOND) == {}
 
 
 def test_a_log_that_does_not_shrink_is_found(path, clock, monkeypatch):
     monkeypatch.setattr(doctor, "LONG_LOG", -1)
-    assert list(ill(path, clock)) == ["room"]
+    assert list(failed(path, clock)) == ["room"]
 
 
-def test_what_is_owed_to_a_destination_that_is_not_in_the_config_is_found(path, clock):
-    assert ill(path, clock, destinations=["crm"])["destinations"][0].endswith("the config: erp (7)")
-    assert ill(path, clock, destinations=None) == {}
+def test_pending_deliveries_of_an_unconfigured_destination_are_found(path, clock):
+    assert failed(path, clock, destinations=["crm"])["destinations"][0].endswith(
+        "not in config.toml: erp (7)"
+    )
+    assert failed(path, clock, destinations=None) == {}
 
 
-async def test_deliveries_that_were_given_up_are_found_until_they_are_sent_once_more(tmp_path, clock):
+async def test_dead_deliveries_are_found_until_they_are_repeated(tmp_path, clock):
     path = tmp_path / "relay.db"
     async with opened(path, clock) as store:
         first = await send(store, clock)
         await end(store, first, "dead")
         await end(store, await send(store, clock), "dead", "crm")
-    detail, hint = ill(path, clock)["dead"]
-    assert detail == "given up, and not sent since: crm (2), erp (1)"
+    detail, hint = failed(path, clock)["dead"]
+    assert detail == "dead deliveries: crm (2), erp (1)"
     assert "relay deliveries retry --destination crm --state dead" in hint
     assert "relay deliveries retry --destination erp --state dead" in hint
     async with opened(path, clock) as store:
         [event] = [row for row in await store.queries.find("events") if row["id"] == first.public_id]
         loaded = (await store.events.load([event["row"]]))[event["row"]]
         await store.deliveries.repeat([(loaded, Owed("crm")), (loaded, Owed("erp"))])
-    assert ill(path, clock)["dead"][0] == "given up, and not sent since: crm (1)"
+    assert failed(path, clock)["dead"][0] == "dead deliveries: crm (1)"
 
 
-async def test_a_paused_source_is_found_unless_it_is_not_in_the_config_any_more(tmp_path, clock):
+async def test_a_paused_source_is_found_if_it_is_configured(tmp_path, clock):
     path = tmp_path / "relay.db"
     async with opened(path, clock) as store:
         await store.events.pause_source("shop", paused=True)
-    assert ill(path, clock)["sources"] == (
+    assert failed(path, clock)["sources"] == (
         "paused, their senders get 503: shop",
         "relay sources resume shop",
     )
-    assert ill(path, clock, sources=["till"]) == {}
+    assert failed(path, clock, sources=["till"]) == {}
 
 
 def test_bodies_are_sampled_evenly_and_the_latest_is_among_them(path, clock, monkeypatch):
     monkeypatch.setattr(doctor, "SAMPLE", 3)
-    [bodies] = [check for check in examine(patient(path, clock), Stop()) if check.name == "bodies"]
-    assert bodies.detail == "5 bodies are as they came in"  # of nine
+    [bodies] = [check for check in examine(described(path, clock), Stop()) if check.name == "bodies"]
+    assert bodies.detail == "sampled bodies that match their sha256: 5"  # of nine
     change(path, "UPDATE events SET body = x'7b7d' WHERE id = (SELECT max(id) FROM events)")
-    assert list(ill(path, clock)) == ["bodies"]
+    assert list(failed(path, clock)) == ["bodies"]
 
 
-def test_looking_for_what_is_stuck_reads_pending_rows_only(path):
+def test_the_search_for_stuck_deliveries_reads_pending_rows_only(path):
     database = sqlite3.connect(path)
     plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {doctor.STUCK_SQL}", ("crm",))]
     database.close()
