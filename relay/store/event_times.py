@@ -1,8 +1,8 @@
-"""When the events of a stretch of row ids came in: a row per 1,024 of them, so that times narrow a search.
+"""The table `event_times`: the earliest and the latest time of receipt of each block of 1,024 row ids.
 
-Row ids are the order of acceptance, and times nearly follow it: not where a clock was set back, nor
-where an import brought old events. So no index finds the first and the last id of a time without reading
-all of it; the earliest and the latest time of each block do, a little too wide and never too narrow.
+It turns a range of times into a range of row ids. Row ids are the order of acceptance, and times nearly
+follow that order, except where a clock was set back or an import stored old events. So no index leads to the
+first and the last row id of a range of times. The blocks do: their range may be too wide, never too narrow.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from relay.store.statements import insert
 from relay.store.transaction import Transaction
 
 SHIFT = 10
-"""A block is 2**10 row ids. Ten million events have ten thousand blocks, which are read in a millisecond."""
+"""A block is 2**10 row ids. The 10,000 blocks of ten million events are read in a millisecond."""
 
 FIRST_SQL = "SELECT block FROM event_times WHERE last >= ? AND first < ? ORDER BY block LIMIT 1"
 LAST_SQL = "SELECT block FROM event_times WHERE last >= ? AND first < ? ORDER BY block DESC LIMIT 1"
@@ -27,7 +27,7 @@ _WIDEN = (
 
 
 def note(transaction: Transaction, events: Iterable[StoredEvent]) -> None:
-    """Write it for new events, inside their transaction."""
+    """Write the times of new events, in their transaction."""
     found: dict[int, tuple[int, int]] = {}
     for event in events:
         block, at = event.id >> SHIFT, event.received_at
@@ -38,9 +38,9 @@ def note(transaction: Transaction, events: Iterable[StoredEvent]) -> None:
 
 
 async def span(reader: aiosqlite.Connection, since: int | None, until: int | None) -> Span | None:
-    """Return the row ids between which all events of a time are, among others; None: there is none.
+    """Return a range of row ids that contains all events of a range of times; None: no event is in it.
 
-    `since` counts itself, `until` does not; microseconds UTC, None: without that end.
+    Microseconds UTC; None leaves that end open. `since` is included, `until` is not.
     """
     values = (-(2**63) if since is None else since, 2**63 - 1 if until is None else until)
     first = list(await reader.execute_fetchall(FIRST_SQL, values))

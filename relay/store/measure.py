@@ -1,4 +1,4 @@
-"""What a database holds, and what room that takes; the file is only read, a daemon may be using it."""
+"""Counts and sizes of a database file. The file is only read, so a daemon may be using it."""
 
 import sqlite3
 from pathlib import Path
@@ -21,13 +21,13 @@ SQL = """
 
 
 def measure(path: Path, stop: Stop) -> Measured:
-    """Look at a database.
+    """Return the counts and sizes of a database.
 
     Raises:
-        StorageError: there is none, or it cannot be read.
+        StorageError: it does not exist or cannot be read.
     """
     if not path.exists():
-        raise StorageError(f"there is no database {path}", hint="a relay that never ran has none")
+        raise StorageError(f"there is no database {path}", hint="it is created when the relay first runs")
     log = path.with_name(f"{path.name}-wal")
     try:
         with opened(path, stop) as connection:

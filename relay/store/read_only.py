@@ -17,17 +17,17 @@ from relay.store.queries import SqliteQueries
 from relay.store.schema import MIGRATIONS
 
 T = TypeVar("T")
-_LOOK_EVERY = 10_000  # steps of SQLite's machine between two looks at whether to go on
+_CHECK_EVERY = 10_000  # instructions of SQLite between two looks at `stop`
 
 
 def read_only(path: Path) -> str:
-    """Return the address that opens a database for reading, leaving no file behind.
+    """Return the URI that opens a database for reading and creates no file.
 
-    Without a log everything stands in the file itself, and opening it as immutable spares SQLite the
-    shared memory file, which would belong to whoever typed the command.
+    Without a log, the file itself has all data. Then it is opened as immutable, so that SQLite does not
+    create a shared memory file, which would belong to the user who typed the command.
 
     Raises:
-        sqlite3.OperationalError: it is a pipe, on which opening would wait for ever, or no file at all.
+        sqlite3.OperationalError: the path is not a file; opening a pipe would wait for ever.
     """
     if path.exists() and not path.is_file():
         raise sqlite3.OperationalError(f"{path} is not a file")
@@ -37,24 +37,24 @@ def read_only(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, stop: Stop) -> Iterator[sqlite3.Connection]:
-    """Open a database for reading; what it is asked fails once `stop` is set."""
+    """Open a database for reading; its statements fail once `stop` is set."""
     connection = sqlite3.connect(read_only(path), uri=True, isolation_level=None)
     try:
-        connection.set_progress_handler(stop.is_set, _LOOK_EVERY)
+        connection.set_progress_handler(stop.is_set, _CHECK_EVERY)
         yield connection
     finally:
         connection.close()
 
 
-async def apart(work: Callable[[Stop], T]) -> T:
-    """Do something in a thread of its own; when the caller is cancelled, it is told to stop."""
+async def in_thread(work: Callable[[Stop], T]) -> T:
+    """Run work in a thread; if the caller is cancelled, set its `Stop` and wait for its end."""
     stop = Stop()
     task = asyncio.ensure_future(asyncio.to_thread(work, stop))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
-        with suppress(Exception):  # what was cut short failed, and nobody asks how
+        with suppress(Exception):  # the interrupted work fails, which nobody needs to know
             await task
         raise
 
@@ -89,6 +89,6 @@ async def reading(path: Path) -> AsyncIterator[Reading]:
 
 def _existing(path: Path) -> str:
     if not path.exists():
-        hint = "a relay that never ran has none; see `state_dir`"
+        hint = "it is created when the relay first runs; see `state_dir`"
         raise StorageError(f"there is no database {path}", hint=hint)
     return read_only(path)

@@ -17,7 +17,7 @@ from relay.model import Backup
 from relay.store import Stop
 from relay.store.backup import sync
 from relay.store.mark import HIGHEST_SQL, Mark, mark_in
-from relay.store.read_only import apart, opened
+from relay.store.read_only import in_thread, opened
 from relay.store.wal import log_of
 
 _NAME = "rescue"
@@ -51,7 +51,7 @@ async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, ma
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         await connection.execute("PRAGMA query_only = OFF")  # else it may make no file either
         await connection.execute("VACUUM INTO ?", (str(part),))
-        events, deliveries = await apart(lambda stop: _finish(part, target, mark, stop))
+        events, deliveries = await in_thread(lambda stop: _finish(part, target, mark, stop))
     except (OSError, aiosqlite.Error) as error:
         kind = StorageUnavailableError if _lacks_room(error) else StorageError
         raise kind(f"{database} could not be rescued to {target}: {error}") from error

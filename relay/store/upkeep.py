@@ -18,7 +18,7 @@ from relay.store.disk import Disk
 from relay.store.doctor import Examined, examine
 from relay.store.measure import measure
 from relay.store.prune import PASS, Retention, paced, vacuum_some
-from relay.store.read_only import apart
+from relay.store.read_only import in_thread
 from relay.store.retention_policy import Policy
 
 PRUNE_AT_ONCE = 1000
@@ -80,13 +80,13 @@ class SqliteUpkeep:
     async def missing_space(self, folder: Path, *, keep_free: int = 0) -> int:
         """See `Upkeep.missing_space`."""
         self._check_source()
-        return await apart(partial(lacks, self._database.path, folder, keep_free=keep_free))
+        return await in_thread(partial(lacks, self._database.path, folder, keep_free=keep_free))
 
     async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
         """See `Upkeep.backup`."""
         self._check_source()
         copy = partial(back_up, self._database.path, target, replace=replace)
-        return await apart(partial(copy, keep_free=keep_free) if keep_free else copy)
+        return await in_thread(partial(copy, keep_free=keep_free) if keep_free else copy)
 
     def _check_source(self) -> None:
         """Refuse to back up a file that is not the open database, and so keep the backups that are."""
@@ -105,7 +105,7 @@ class SqliteUpkeep:
 
     async def measure(self) -> Measured:
         """See `Upkeep.measure`."""
-        return await apart(partial(measure, self._database.path))
+        return await in_thread(partial(measure, self._database.path))
 
     async def examine(
         self,
@@ -122,4 +122,4 @@ class SqliteUpkeep:
             destinations=destinations,
             sources=sources,
         )
-        return await apart(partial(examine, examined))
+        return await in_thread(partial(examine, examined))

@@ -95,7 +95,7 @@ async def test_what_is_no_backup_or_no_database_says_so(config, tmp_path):
     said = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
     assert "there is no database" in said.err
     said = await offline_run(config, "db", "status", "--offline", code=1)
-    assert "a relay that never ran has none" in said.err
+    assert "it is created when the relay first runs" in said.err
     assert "--force goes with FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
 
 

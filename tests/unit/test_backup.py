@@ -153,7 +153,7 @@ async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
 async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
     store, clock, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(read_only, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(read_only, "_CHECK_EVERY", 1)
     await send(store, clock)
     begun = []
 
