@@ -10,6 +10,7 @@ from support import FakeClock
 
 from bench.filling import END, fill
 from bench.lists import OPTIONS, asking, deep, faults, questions
+from relay.api.query_params import filters_of
 from relay.api.views import list_items
 from relay.base.clock import SECOND
 from relay.errors import RelayError
@@ -307,3 +308,13 @@ async def test_a_filter_that_a_list_has_not_is_refused_with_those_that_it_has(st
 async def test_what_is_no_cursor_is_refused(store, cursor):
     with pytest.raises(RelayError, match="cursor"):
         await store.queries.page("events", cursor=cursor)
+
+
+@pytest.mark.parametrize("kind", ["events", "deliveries", "attempts"])
+def test_the_api_offers_the_filters_that_the_store_has(kind):
+    assert {each.name for each in filters_of(kind)} == set(FILTERS[kind])
+
+
+def test_every_field_of_a_selection_is_a_filter_of_events_and_deliveries():
+    assert set(FILTERS["events"]) == {"id", *Selection.__struct_fields__}
+    assert set(FILTERS["deliveries"]) == {"id", "event_id", *Selection.__struct_fields__}
