@@ -293,7 +293,7 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
     said = await offline("deliveries", "list", "--destination", "cmr", code=4)
     assert 'unknown destination "cmr"' in said.err
     assert "'--since': expected" in (await offline("events", "list", "--since", "noon", code=2)).err
-    assert "expected the next_cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
+    assert "invalid cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
 
 
