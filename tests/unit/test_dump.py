@@ -1,4 +1,4 @@
-"""Exported lines are the events themselves, and an import may be run again."""
+"""An export contains the same events byte for byte, and an import can be repeated."""
 
 import json
 
@@ -61,7 +61,7 @@ async def read_in(store, lines, **options):
         {"subject": None, "traceparent": "00-ab-cd-01", "context": b'{"a": [1, 2.50]}'},
     ],
 )
-def test_a_line_holds_the_very_event(clock, fields):
+def test_a_line_restores_the_same_event(clock, fields):
     event = make_event(clock, **fields)
     line = write_line(event)
     assert line.count(b"\n") == 1
@@ -69,7 +69,7 @@ def test_a_line_holds_the_very_event(clock, fields):
     assert read_line(line) == event
 
 
-def test_line_breaks_of_data_that_is_no_part_of_the_body_become_spaces(clock):
+def test_line_breaks_of_data_outside_the_body_become_spaces(clock):
     event = make_event(clock, body=b"x", data=b'{"a":\r\n "b\\n"}', context=b'{\n"c": 1}')
     line = write_line(event)
     assert line.count(b"\n") == 1
@@ -77,12 +77,12 @@ def test_line_breaks_of_data_that_is_no_part_of_the_body_become_spaces(clock):
     assert (found.data, found.context) == (b'{"a":   "b\\n"}', b'{ "c": 1}')
 
 
-def test_times_are_exact_and_readable(clock):
+def test_times_are_written_to_the_microsecond(clock):
     assert json.loads(write_line(make_event(clock)))["received_at"] == "2023-11-14T22:13:20.123456Z"
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "error"),
     [
         ({"body": "other"}, "the body of evt_.* does not match its sha256"),
         ({"id": "evt_1"}, r"regex .* at `\$.id`|Expected `str` matching regex"),
@@ -101,19 +101,19 @@ def test_times_are_exact_and_readable(clock):
         ({"source": "sh\x00op"}, "not an exported event"),
     ],
 )
-def test_what_is_no_event_is_refused_with_what_is_wrong(clock, change, complaint):
+def test_an_invalid_event_is_refused_with_the_reason(clock, change, error):
     line = json.loads(write_line(make_event(clock)))
-    with pytest.raises(RelayError, match=complaint):
+    with pytest.raises(RelayError, match=error):
         read_line(json.dumps(line | change).encode())
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"[]", b"\xff", b'{"id":"\\ud800"}', b"[" * 100_000])
-def test_what_is_no_line_of_json_is_refused(line):
+def test_a_line_that_is_not_json_is_refused(line):
     with pytest.raises(RelayError, match="not an exported event"):
         read_line(line)
 
 
-async def test_an_export_holds_the_selection_in_order_whatever_its_portions(store, clock, monkeypatch):
+async def test_an_export_contains_the_selection_in_order(store, clock, monkeypatch):
     monkeypatch.setattr(queries, "EXPORT_EVENTS", 3)
     monkeypatch.setattr(queries, "EXPORT_BYTES", 100)
     monkeypatch.setattr("relay.store.queries.selection.PAGE", 5)
@@ -122,7 +122,7 @@ async def test_an_export_holds_the_selection_in_order_whatever_its_portions(stor
     assert [read_line(line).body for line in await export(store, source="shop")] == [e.body for e in sent]
 
 
-async def test_an_export_tells_what_became_of_deliveries_where_asked(store, clock):
+async def test_an_export_contains_deliveries_on_request(store, clock):
     event = await send(store, clock)
     await end(store, event, "delivered", "crm")
     [line] = await export(store, deliveries=True)
@@ -138,7 +138,7 @@ async def test_an_export_tells_what_became_of_deliveries_where_asked(store, cloc
     assert read_line(line).public_id == event.public_id
 
 
-async def test_an_import_is_the_same_events_and_may_be_repeated(store, other, clock):
+async def test_an_import_stores_the_same_events_and_can_be_repeated(store, other, clock):
     for number in range(5):
         await send(store, clock, body=b"%d" % number)
     lines = await export(store)
@@ -148,7 +148,7 @@ async def test_an_import_is_the_same_events_and_may_be_repeated(store, other, cl
     assert await count_rows(other, "events") == 5
 
 
-async def test_an_import_owes_nothing_unless_asked(store, other, clock):
+async def test_an_import_creates_deliveries_only_on_request(store, other, clock):
     await send(store, clock)
     lines = await export(store, deliveries=True)
     await read_in(other, lines)
@@ -161,14 +161,14 @@ async def test_an_import_owes_nothing_unless_asked(store, other, clock):
     assert (await other.ledger.audit())["archive"].created == 1
 
 
-async def test_imported_events_are_no_news_and_are_not_counted_again(store, other, clock):
+async def test_imported_events_are_not_announced_or_counted_again(store, other, clock):
     await send(store, clock)
     await read_in(other, await export(store), owe=True)
     assert [list(news.events) for news in other.news] == [[]]
     assert await count_rows(other, "stats") == 0
 
 
-async def test_events_that_come_in_meanwhile_get_ids_of_their_own(store, other, clock):
+async def test_events_received_during_an_import_get_their_own_ids(store, other, clock):
     for _ in range(3):
         await send(store, clock)
     await send(other, clock)
@@ -178,13 +178,13 @@ async def test_events_that_come_in_meanwhile_get_ids_of_their_own(store, other, 
     assert event.id == 5
 
 
-async def test_twins_within_one_portion_are_one_event(store, other, clock):
+async def test_equal_lines_in_one_transaction_are_one_event(store, other, clock):
     await send(store, clock)
     [line] = await export(store)
     assert await read_in(other, [line, line]) == [Imported(lines=2, new=1)]
 
 
-async def test_a_bad_line_is_named_and_what_came_before_is_in(store, other, clock):
+async def test_an_invalid_line_is_named_and_the_lines_before_it_are_stored(store, other, clock):
     for _ in range(3):
         await send(store, clock)
     one, two, three = await export(store)
@@ -194,7 +194,7 @@ async def test_a_bad_line_is_named_and_what_came_before_is_in(store, other, cloc
     assert await count_rows(other, "events") == 2
 
 
-async def test_an_import_goes_in_portions_and_tells_how_far_it_is(store, other, clock, monkeypatch):
+async def test_an_import_runs_in_small_transactions_and_reports_progress(store, other, clock, monkeypatch):
     monkeypatch.setattr(events, "IMPORT_EVENTS", 2)
     for _ in range(5):
         await send(store, clock)
@@ -208,7 +208,7 @@ async def test_deliveries_of_an_export_are_found_without_a_scan(store):
     assert steps[0].startswith("SEARCH deliveries USING INDEX deliveries_event")
 
 
-def test_the_body_is_read_as_the_text_that_it_is(clock):
+def test_a_body_of_text_is_written_as_text(clock):
     line = msgspec.json.decode(write_line(make_event(clock, body=b'{"a": "b"}')))
     assert line["body"] == '{"a": "b"}'
     assert "body_base64" not in line

@@ -1,4 +1,4 @@
-"""Deleting events by an operator's will: what was owed is cancelled first, and the books balance."""
+"""Operators delete events: pending deliveries are cancelled first, and the ledger balances."""
 
 import pytest
 from stores import count_rows, end, ids, opened, rows, send
@@ -26,7 +26,7 @@ async def selected(store, **fields):
     ]
 
 
-async def test_an_event_goes_with_all_that_is_known_of_it(store, clock):
+async def test_an_event_is_deleted_with_its_deliveries_and_attempts(store, clock):
     event, other = await send(store, clock), await send(store, clock)
     await end(store, event)
     assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=0, left=())
@@ -34,7 +34,7 @@ async def test_an_event_goes_with_all_that_is_known_of_it(store, clock):
     assert (await count_rows(store, "deliveries"), await count_rows(store, "attempts")) == (2, 0)
 
 
-async def test_what_is_owed_is_cancelled_first_and_its_lane_hears_of_it(store, clock):
+async def test_pending_deliveries_are_cancelled_first_and_lanes_are_told(store, clock):
     event = await send(store, clock)
     await end(store, event, "dead", "erp")
     owed = [delivery.id for delivery in store.fresh if delivery.destination == "crm"]
@@ -46,7 +46,7 @@ async def test_what_is_owed_is_cancelled_first_and_its_lane_hears_of_it(store, c
     assert (counts["erp"].created, counts["erp"].dead) == (1, 1)
 
 
-async def test_an_event_stays_while_something_is_being_sent_of_it(store, clock):
+async def test_an_event_stays_while_a_delivery_is_in_flight(store, clock):
     event = await send(store, clock)
     [crm, _] = store.fresh
     assert store.deliveries.begin_attempt(crm.id)
@@ -58,11 +58,11 @@ async def test_an_event_stays_while_something_is_being_sent_of_it(store, clock):
     assert (await store.ledger.audit())["crm"].cancelled == 1
 
 
-async def test_what_is_gone_already_is_no_mistake(store):
+async def test_deleting_a_deleted_event_does_nothing(store):
     assert await store.events.expunge([1, 2, 3]) == Expunged(events=0, cancelled=0, left=())
 
 
-async def test_a_subject_is_forgotten_and_no_other(store, clock):
+async def test_only_the_events_of_a_subject_are_deleted(store, clock):
     for subject in ("a", "b", "a", None):
         await send(store, clock, subject=subject)
     [done] = await selected(store, subject="a")
@@ -79,16 +79,16 @@ async def test_a_subject_is_forgotten_and_no_other(store, clock):
         ({}, []),
     ],
 )
-async def test_a_selection_goes_as_it_would_be_replayed(store, clock, fields, left):
+async def test_a_selection_is_deleted(store, clock, fields, left):
     for type_ in ("shop.order", "shop.refund", "till.paid"):
         await send(store, clock, type=type_)
     await end(store, store.fresh[2].event, "dead", "crm")
     [(event,)] = await rows(store, "SELECT id FROM events WHERE source = 'relay'")
     await selected(store, **fields)
-    assert await ids(store) == [*left, event]  # that one must be named
+    assert await ids(store) == [*left, event]  # deleting it needs its source or type
 
 
-async def test_a_large_selection_goes_page_by_page(store, clock, monkeypatch):
+async def test_a_large_selection_is_deleted_page_by_page(store, clock, monkeypatch):
     monkeypatch.setattr("relay.store.queries.selection.PAGE", 7)
     monkeypatch.setattr(events, "EXPUNGE_EVENTS", 3)
     for _ in range(20):
@@ -99,7 +99,7 @@ async def test_a_large_selection_goes_page_by_page(store, clock, monkeypatch):
     assert (await store.ledger.audit())["erp"].cancelled == 20
 
 
-async def test_what_came_in_stays_counted_and_a_key_goes_on_naming_it(store, clock):
+async def test_counts_and_idempotency_keys_outlive_deleted_events(store, clock):
     event = await send(store, clock, key="k")
     await store.events.expunge([event.id])
     assert await count_rows(store, "stats") == 1
@@ -109,7 +109,7 @@ async def test_what_came_in_stays_counted_and_a_key_goes_on_naming_it(store, clo
 
 
 @pytest.mark.parametrize("sql", [events.OWED_SQL, events.COST_SQL])
-async def test_nothing_is_scanned_to_find_what_goes(store, sql):
+async def test_deletions_scan_no_table(store, sql):
     plan = await rows(store, f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2))
     steps = [row[3] for row in plan]
     assert any(step.startswith("SEARCH") for step in steps)

@@ -1,4 +1,4 @@
-"""Lists: exactly what is meant, in order, page by page, each along its index; and how far one page looks."""
+"""Lists return exactly the matching rows in order, page by page; each uses an index and has a budget."""
 
 import itertools
 from collections import Counter
@@ -22,7 +22,7 @@ from relay.store.queries import plan
 from relay.store.queries.filters import FILTERS
 
 EVENTS = 1200
-"""Of the store that is asked for everything: enough for pages, and few enough for each question."""
+"""Events of the filled store: enough for several pages, and few enough for hundreds of queries."""
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def file(tmp_path_factory):
 
 
 async def rows(store):
-    """All deliveries with their events, as plain tuples."""
+    """Return all deliveries with their events as tuples."""
     return await store.traced.execute_fetchall(
         """
         SELECT e.id, e.public_id, e.source, e.type, e.subject, e.received_at, d.id, d.public_id,
@@ -57,7 +57,7 @@ async def rows(store):
 
 
 def expected(kind, filters, found):
-    """Say by brute force which ids a list has, newest first."""
+    """Return the ids of a list by comparing every row, newest first."""
     times_ = {"2h": END - 7200 * SECOND, "10d": END - 10 * 86400 * SECOND, "13d": END - 13 * 86400 * SECOND}
     wanted = {name: times_.get(value, value) for name, value in filters.items()}
     to, state = wanted.pop("destination", None), wanted.pop("state", None)
@@ -80,7 +80,7 @@ def expected(kind, filters, found):
 
 
 async def whole(store, kind, filters, limit=50, most=2000):
-    """Follow a list to its end."""
+    """Return the ids of all pages of a list."""
     found, cursor = [], None
     for _ in range(most):
         page = await list_items(
@@ -94,7 +94,7 @@ async def whole(store, kind, filters, limit=50, most=2000):
 
 
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
-async def test_every_question_is_answered_in_full_and_in_order(file, kind):
+async def test_every_query_returns_all_matching_rows_in_order(file, kind):
     async with asking(file) as store:
         found = await rows(store)
         for filters in questions(kind):
@@ -102,7 +102,7 @@ async def test_every_question_is_answered_in_full_and_in_order(file, kind):
 
 
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
-async def test_pages_that_end_by_their_bound_come_to_the_same(file, kind, monkeypatch):
+async def test_pages_that_reach_their_budget_return_the_same_rows(file, kind, monkeypatch):
     for name, value in {"MOST_CANDIDATES": 700, "STEP": 300}.items():
         monkeypatch.setattr(pages, name, value)
     for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
@@ -115,8 +115,8 @@ async def test_pages_that_end_by_their_bound_come_to_the_same(file, kind, monkey
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("few", [True, False])
-async def test_no_question_reads_all_of_a_table_or_sorts_one(file, kind, few, monkeypatch):
-    """Whether a way is short enough to be put in order in memory, or not."""
+async def test_no_query_scans_or_sorts_a_table(file, kind, few, monkeypatch):
+    """`few`: a plan may sort a short list of rows in memory."""
     if not few:
         monkeypatch.setattr(plan, "MOST_LISTED", 1)
     async with asking(file) as store:
@@ -127,14 +127,14 @@ async def test_no_question_reads_all_of_a_table_or_sorts_one(file, kind, few, mo
     assert len(plans) > 3
 
 
-def test_a_plan_that_reads_a_table_is_found_out():
+def test_faults_finds_a_scan_and_a_sort():
     assert faults(["SCAN e", "SEARCH e USING INDEX x (y=?)", "USE TEMP B-TREE FOR ORDER BY"]) == [
         "SCAN e",
         "USE TEMP B-TREE FOR ORDER BY",
     ]
 
 
-async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatch):
+async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypatch):
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 500)
     wanted = {"where": '{"data.n": 4}'}
     async with asking(file) as store:
@@ -144,14 +144,14 @@ async def test_a_page_stops_at_its_bound_and_its_cursor_goes_on(file, monkeypatc
         assert len(await whole(store, "deliveries", wanted)) == 3
 
 
-async def test_time_ends_a_page_as_well(file, monkeypatch):
+async def test_a_page_ends_when_its_time_is_used_up(file, monkeypatch):
     monkeypatch.setattr(pages, "SECONDS", 0.0)
     async with asking(file) as store:
         first = await store.list("events", None, {"where": '{"data.n": 4}'})
     assert (first["items"], first["next_cursor"]) == ([], str(EVENTS - 49))
 
 
-async def test_a_payload_is_looked_into_together_with_other_filters(file):
+async def test_where_works_together_with_other_filters(file):
     async with asking(file) as store:
         found = await whole(store, "events", {"where": '{"data.total": {"lt": 2}}', "source": "adorn"})
         assert found
@@ -160,7 +160,7 @@ async def test_a_payload_is_looked_into_together_with_other_filters(file):
 
 
 TIMES = (100, 300, 200, 400)
-"""When events came in, in the order in which they were stored: the clock was put back once."""
+"""Times of receipt in the order of acceptance; the clock was set back once."""
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ TIMES = (100, 300, 200, 400)
         ({"since": 101, "before": 4}, [200, 300]),
     ],
 )
-async def test_since_is_within_and_until_is_not(store, clock, filters, found):
+async def test_since_is_included_and_until_is_not(store, clock, filters, found):
     for at in TIMES:
         await send(store, clock, received_at=at)
     assert [row["received_at"] for row in await store.queries.find("events", **filters)] == found
@@ -215,7 +215,7 @@ async def test_the_latest_delivery_of_an_event_to_a_destination_counts(store, cl
     assert [row["state"] for row in await store.queries.find("deliveries", state="dead")] == ["dead"]
 
 
-async def test_deliveries_are_in_their_own_order_and_by_what_events_are_in_that_of_those(store, clock):
+async def test_deliveries_are_sorted_by_their_ids_or_by_the_ids_of_filtered_events(store, clock):
     first, second = await send(store, clock), await send(store, clock)
     await end_all(store)
     await store.deliveries.repeat([(first, Owed("crm"))])
@@ -234,7 +234,7 @@ async def end_all(store):
 
 
 @pytest.mark.parametrize("most", [1, 10_000])
-async def test_attempts_are_listed_by_their_beginning_whatever_leads_to_them(file, monkeypatch, most):
+async def test_attempts_are_sorted_by_their_start_with_every_plan(file, monkeypatch, most):
     monkeypatch.setattr(plan, "MOST_LISTED", most)
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 400)
     async with asking(file) as store:
@@ -273,7 +273,7 @@ async def test_a_page_may_end_within_the_deliveries_of_an_event(store, clock):
     assert len(found) == len(set(found)) == 6
 
 
-async def test_an_event_that_was_repeated_says_so(store, clock):
+async def test_a_repeated_event_is_listed_as_duplicate(store, clock):
     first = make_event(clock)
     other = await send(store, clock)
     for event in (first, make_event(clock), make_event(clock)):
@@ -289,7 +289,7 @@ async def test_an_event_that_was_repeated_says_so(store, clock):
     assert [row[0] for row in requests] == [1, 2]
 
 
-async def test_a_duplicate_of_an_event_that_is_gone_is_only_counted(store, clock):
+async def test_a_duplicate_of_a_deleted_event_is_only_counted(store, clock):
     event = await send(store, clock, key="k")
     await store.events.expunge([event.id])
     receipt = await store.events.append(Acceptance(source="shop", event=make_event(clock), key="k"))
@@ -298,14 +298,14 @@ async def test_a_duplicate_of_an_event_that_is_gone_is_only_counted(store, clock
 
 
 @pytest.mark.parametrize("kind", FILTERS)
-async def test_a_filter_that_a_list_has_not_is_refused_with_those_that_it_has(store, kind):
+async def test_an_unknown_filter_is_refused_and_the_error_lists_the_known_ones(store, kind):
     with pytest.raises(RelayError, match="unknown filter 'colour' of") as refused:
         await store.queries.find(kind, colour="red")
     assert refused.value.hint == f"filters: {', '.join(FILTERS[kind])}"
 
 
 @pytest.mark.parametrize("cursor", ["-1", "x", "", "1.", "1.2.3", "9" * 30])
-async def test_what_is_no_cursor_is_refused(store, cursor):
+async def test_an_invalid_cursor_is_refused(store, cursor):
     with pytest.raises(RelayError, match="cursor"):
         await store.queries.page("events", cursor=cursor)
 

@@ -1,4 +1,4 @@
-"""What retention deletes, what it keeps, and that senders never wait for more than a small piece of it."""
+"""Retention deletes what is old enough and finished, in transactions that senders do not notice."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ async def store(tmp_path, clock, monkeypatch):
 
 
 async def send(store, clock, state="delivered", **fields):
-    """Append an event whose delivery comes to that state."""
+    """Append an event whose delivery gets a state."""
     await store.events.append(accept(clock, **fields))
     if state != "pending":
         attempt = Attempt(started_at=clock.wall(), duration_ms=1.0, result="ok", answer=b"x")
@@ -58,7 +58,7 @@ async def left(store):
     return [row[0] for row in await read_rows(store, "SELECT id FROM events ORDER BY id")]
 
 
-async def test_an_event_goes_with_its_deliveries_and_attempts_and_no_earlier(store, clock):
+async def test_an_old_event_is_deleted_with_its_deliveries_and_attempts(store, clock):
     await send(store, clock)
     clock.advance(14 * DAY - 1)
     await send(store, clock)
@@ -70,7 +70,7 @@ async def test_an_event_goes_with_its_deliveries_and_attempts_and_no_earlier(sto
     assert (await store.ledger.audit())["crm"].delivered == 2
 
 
-async def test_an_event_stays_while_a_delivery_is_pending_and_goes_within_an_hour_of_its_end(store, clock):
+async def test_an_event_with_a_pending_delivery_stays_until_an_hour_after_its_end(store, clock):
     await send(store, clock, "pending")
     delivery = store.fresh[-1]
     clock.advance(100 * DAY)
@@ -80,7 +80,7 @@ async def test_an_event_stays_while_a_delivery_is_pending_and_goes_within_an_hou
     assert (await store.upkeep.prune(POLICY)).events == 1
 
 
-async def test_a_death_keeps_its_event_until_it_is_long_ago(store, clock):
+async def test_a_dead_delivery_keeps_its_event_longer(store, clock):
     clock.advance(1)
     await store.events.append(accept(clock))
     clock.advance(20 * DAY)
@@ -89,13 +89,13 @@ async def test_a_death_keeps_its_event_until_it_is_long_ago(store, clock):
     )
     clock.advance(30 * DAY - 1)
     await store.upkeep.prune(POLICY)
-    assert await left(store) == [1]  # the event that told of the death is gone
+    assert await left(store) == [1]  # the operator event about the dead delivery is deleted
     clock.advance(3601)
     await store.upkeep.prune(POLICY)
     assert await left(store) == []
 
 
-async def test_sources_and_types_are_kept_for_times_of_their_own(store, clock):
+async def test_sources_and_types_have_their_own_retention(store, clock):
     rules = {
         "wa": SourceRetention(events=7 * DAY, types={"qr_*": 3600.0, "audit": 100 * DAY}),
         "bank": SourceRetention(events=50 * DAY),
@@ -111,14 +111,14 @@ async def test_sources_and_types_are_kept_for_times_of_their_own(store, clock):
     assert found == [[1, 3, 4, 5], [1, 3, 4, 5], [1, 4, 5], [4, 5], [4], []]
 
 
-async def test_a_type_with_a_time_of_its_own_is_not_kept_longer_by_a_death(store, clock):
+async def test_a_dead_delivery_does_not_extend_the_retention_of_a_type(store, clock):
     await send(store, clock, "dead", type="wa.qr_ready")
     clock.advance(3600)
     policy = Policy(Retention(), {"wa": SourceRetention(types={"qr_ready": 3600.0})})
     assert (await store.upkeep.prune(policy)).events == 1
 
 
-async def test_an_event_that_is_repeated_meanwhile_stays(store, clock):
+async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock):
     number = await send(store, clock)
     clock.advance(15 * DAY)
     victim = prune.Victim(number, 1, clock.wall() - 30 * 86_400 * SECOND)
@@ -134,7 +134,7 @@ async def test_a_clock_that_jumps_ahead_makes_nothing_old(store, clock, monkeypa
     assert (await store.upkeep.prune(POLICY)).events == 0
 
 
-async def test_events_of_a_clock_that_was_ahead_hold_up_no_others(store, clock, monkeypatch):
+async def test_events_from_the_future_do_not_keep_other_events(store, clock, monkeypatch):
     await send(store, clock)
     with monkeypatch.context() as ahead:
         ahead.setattr(clock, "wall", lambda: clock.now + 200 * 365 * 86_400 * SECOND)
@@ -146,7 +146,7 @@ async def test_events_of_a_clock_that_was_ahead_hold_up_no_others(store, clock, 
     assert await left(store) == [2, 4]
 
 
-async def test_attempts_keys_and_counts_go_in_their_own_time(store, clock):
+async def test_attempts_keys_and_counts_have_their_own_retention(store, clock):
     await send(store, clock, "pending", key="k")
     delivery = store.fresh[-1]
     for _ in range(3):
@@ -161,7 +161,7 @@ async def test_attempts_keys_and_counts_go_in_their_own_time(store, clock):
     assert [await rows(store, name) for name in ("events", "attempts", "dedupe", "stats")] == [1, 0, 0, 0]
 
 
-async def test_what_is_known_of_times_and_repetitions_goes_with_the_events(store, clock, monkeypatch):
+async def test_times_and_repetitions_are_deleted_with_their_events(store, clock, monkeypatch):
     monkeypatch.setattr(event_times, "SHIFT", 0)
     monkeypatch.setattr(prune, "FORGET_SQL", event_times.FORGET_SQL.replace("10", "0"))
     await send(store, clock, key="k")
@@ -173,14 +173,14 @@ async def test_what_is_known_of_times_and_repetitions_goes_with_the_events(store
     assert (await rows(store, "event_times"), await rows(store, "repetitions")) == (1, 0)
 
 
-async def test_counts_outlive_the_events_that_they_count(store, clock):
+async def test_counts_outlive_their_events(store, clock):
     await send(store, clock)
     clock.advance(20 * DAY)
     await store.upkeep.prune(POLICY)
     assert (await rows(store, "events"), await rows(store, "stats")) == (0, 1)
 
 
-async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_senders(store, clock):
+async def test_many_events_are_deleted_in_small_transactions_between_those_of_senders(store, clock):
     for size, count in ((2, 10_000), (2, 9_500), (20_000, 500)):
         await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * size)) for _ in range(count)))
     done = [Outcome(delivery=delivery, attempt=None, state="delivered") for delivery in store.fresh]
@@ -195,7 +195,7 @@ async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_
         order.append("pruned")
         return result
 
-    await store._caretaker.stop()  # its errands are not what is counted
+    await store._caretaker.stop()  # its transactions are not counted here
     store.database.writer.errand = watched
 
     async def senders():
@@ -205,19 +205,19 @@ async def test_twenty_thousand_events_go_in_small_transactions_between_those_of_
 
     pruned, _ = await asyncio.gather(store.upkeep.prune(POLICY), senders())
     assert (pruned.events, pruned.done) == (20_000, True)
-    assert max(changes) <= prune.COST + prune.PAGE  # of rows, among them those of the sender in between
+    assert max(changes) <= prune.COST + prune.PAGE  # rows, with those of the sender in between
     while_both = "".join(each[0] for each in order).rstrip("p")
     assert while_both.count("p") >= 50
     assert "pp" not in while_both
     assert (await store.ledger.audit())["crm"].delivered == 20_000
 
 
-def test_a_large_body_counts_for_as_many_rows_as_it_has_pages():
+def test_each_page_of_a_body_costs_as_much_as_a_row():
     victims = [prune.Victim(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])]
     assert [[each.id for each in some] for some in prune.deletions(victims)] == [[0], [1, 2, 3], [4], [5]]
 
 
-async def test_a_pass_ends_in_time_and_the_next_one_goes_on(store, clock):
+async def test_a_pass_ends_in_time_and_the_next_one_continues(store, clock):
     await asyncio.gather(*(store.events.append(accept(clock, type="relay.x")) for _ in range(1_200)))
     clock.advance(15 * DAY)
     found = []
@@ -228,7 +228,7 @@ async def test_a_pass_ends_in_time_and_the_next_one_goes_on(store, clock):
     assert await left(store) == []
 
 
-async def test_what_was_looked_at_is_not_read_again_until_the_next_round(store, clock, monkeypatch):
+async def test_kept_events_are_not_read_again_until_the_next_round(store, clock, monkeypatch):
     for _ in range(10):
         await send(store, clock, "pending")
     clock.advance(15 * DAY)
@@ -249,7 +249,7 @@ async def test_what_was_looked_at_is_not_read_again_until_the_next_round(store, 
     assert len(asked) == 20
 
 
-async def test_commands_that_are_queued_no_more_go_some_at_a_time(store, clock, monkeypatch):
+async def test_ended_commands_are_deleted_some_at_a_time(store, clock, monkeypatch):
     monkeypatch.setattr("relay.store.upkeep.PRUNE_AT_ONCE", 2)
     for number in range(4):
         state = "queued" if number == 1 else "sent"
@@ -264,7 +264,7 @@ async def test_commands_that_are_queued_no_more_go_some_at_a_time(store, clock, 
     assert [row["id"] for row in await store.queries.find("worker_commands")] == ["cmd_1"]
 
 
-async def test_free_pages_are_given_back_when_they_are_a_tenth_of_the_file(store, clock):
+async def test_free_pages_are_returned_when_they_are_a_tenth_of_the_file(store, clock):
     await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * 50_000)) for _ in range(300)))
     size = store.path.stat().st_size
     for delivery in store.fresh:
@@ -277,7 +277,7 @@ async def test_free_pages_are_given_back_when_they_are_a_tenth_of_the_file(store
     assert store.path.stat().st_size < size / 5
 
 
-async def test_what_was_deleted_is_overwritten(store, clock):
+async def test_deleted_bodies_are_overwritten(store, clock):
     for number in range(20):
         await send(store, clock, body=b"a secret %d" % number)
     await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")

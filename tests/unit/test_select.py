@@ -1,4 +1,4 @@
-"""What an operator's selection means, and that reading it never looks at more than it must."""
+"""Selections contain exactly the matching events or deliveries, and are read along an index."""
 
 import pytest
 from stores import KINDS, accept, hooks, make_store
@@ -36,7 +36,7 @@ async def send(store, clock, type_="shop.order", subject=None, source="shop"):
 
 
 async def end(store, number, state, **fields):
-    """End the delivery of that row id, or have it wait for a retry."""
+    """End the delivery with a row id, or let it wait for a retry."""
     [delivery] = [delivery for delivery in store.fresh if delivery.id == number]
     attempt = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500)
     await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state=state, **fields))
@@ -62,7 +62,7 @@ def order_crm(event):
 
 @pytest.fixture
 async def shops(store, clock):
-    """Six events of two sources, received a second apart."""
+    """Store six events of three sources, one second after the other."""
     begun = clock.wall()
     for type_, subject in (("order", "a"), ("order", "b"), ("refund.full", "a"), ("refund.part", None)):
         await send(store, clock, f"shop.{type_}", subject)
@@ -89,7 +89,7 @@ async def shops(store, clock):
         ({"destination": "nowhere"}, []),
     ],
 )
-async def test_a_selection_means_what_its_fields_say_together(store, shops, fields, ids):
+async def test_a_selection_matches_all_of_its_fields(store, shops, fields, ids):
     assert [found[0] for found in await chosen(store, **fields)] == ids
 
 
@@ -97,7 +97,7 @@ async def test_a_selection_means_what_its_fields_say_together(store, shops, fiel
     ("since", "until", "ids"),
     [(2, None, [2, 3, 4, 5]), (None, 3, [1, 2]), (3, 5, [3, 4]), (7, None, []), (None, 1, [])],
 )
-async def test_since_counts_itself_and_until_does_not(store, shops, since, until, ids):
+async def test_since_is_included_and_until_is_not(store, shops, since, until, ids):
     times = [None if second is None else shops + second * SECOND for second in (since, until)]
     assert [found[0] for found in await chosen(store, since=times[0], until=times[1])] == ids
 
@@ -114,7 +114,7 @@ async def test_a_clock_that_was_set_back_hides_no_event(store, clock):
     assert [found[0] for found in await chosen(store, since=early, until=early + 5 * SECOND)] == [2]
 
 
-async def test_the_destinations_of_chosen_deliveries_come_with_their_event(store, shops):
+async def test_selected_events_have_the_destinations_of_their_matching_deliveries(store, shops):
     await end(store, 1, "dead", reason="exhausted")
     await end(store, 2, "dead", reason="exhausted")
     await end(store, 5, "dead", reason="exhausted")
@@ -126,7 +126,7 @@ async def test_the_destinations_of_chosen_deliveries_come_with_their_event(store
     assert (await chosen(store, state="pending", destination="crm")) == [(2, "crm"), (5, "crm")]
 
 
-async def test_what_was_repeated_since_is_no_more_what_it_was(store, shops):
+async def test_only_the_latest_delivery_to_a_destination_counts(store, shops):
     await end(store, 1, "dead", reason="exhausted")
     event = (await store.events.load([1]))[1]
     assert await store.deliveries.repeat([(event, Owed("crm"))]) == (True,)
@@ -136,7 +136,7 @@ async def test_what_was_repeated_since_is_no_more_what_it_was(store, shops):
 
 
 @pytest.mark.parametrize("fields", [{}, {"type": "shop.refund.*"}, {"destination": "crm"}, {"state": "dead"}])
-async def test_small_pages_find_the_same(store, shops, monkeypatch, fields):
+async def test_small_pages_contain_the_same_events(store, shops, monkeypatch, fields):
     for number in (1, 2, 5, 6, 9):
         await end(store, number, "dead", reason="exhausted")
     whole = await chosen(store, **fields)
@@ -146,19 +146,19 @@ async def test_small_pages_find_the_same(store, shops, monkeypatch, fields):
     assert whole
 
 
-async def test_what_comes_in_after_the_span_was_taken_is_left_out(store, clock, shops):
+async def test_events_after_the_span_are_left_out(store, clock, shops):
     span = await store.queries.span(Selection())
     await send(store, clock)
     assert span == Span(1, 6)
     assert [one.event_id async for page in store.queries.select(Selection(), span) for one in page][-1] == 5
 
 
-async def test_an_empty_store_has_nothing_to_select(store):
+async def test_selections_of_an_empty_store_are_empty(store):
     assert await chosen(store) == []
     assert await pending(store) == []
 
 
-async def test_pending_deliveries_are_found_on_every_shelf_and_none_else(store, clock):
+async def test_pending_deliveries_are_found_on_every_shelf(store, clock):
     hooks(store).route = order_crm
     for _ in range(3):
         await send(store, clock, subject="a")
@@ -171,7 +171,7 @@ async def test_pending_deliveries_are_found_on_every_shelf_and_none_else(store, 
 
 
 @pytest.mark.parametrize("size", [1, 2])
-async def test_small_pages_of_pending_ones_find_the_same(store, clock, monkeypatch, size):
+async def test_small_pages_contain_the_same_pending_deliveries(store, clock, monkeypatch, size):
     hooks(store).route = lambda event: (Owed("crm", order_key=event.subject),)
     for number in range(6):
         await send(store, clock, subject=f"{number // 2}")
@@ -181,7 +181,7 @@ async def test_small_pages_of_pending_ones_find_the_same(store, clock, monkeypat
     assert await pending(store) == [2, 4, 6, 5, 1, 3]
 
 
-async def test_ids_may_go_without_their_prefix_and_be_shortened_while_unique(store, clock):
+async def test_ids_may_lack_their_prefix_and_be_shortened_while_unique(store, clock):
     first = await send(store, clock)
     second = await send(store, clock)
     both = second[4:9]
@@ -193,7 +193,7 @@ async def test_ids_may_go_without_their_prefix_and_be_shortened_while_unique(sto
         await store.queries.name_events([both])
 
 
-async def test_deliveries_are_named_likewise(store, clock):
+async def test_deliveries_are_found_by_shortened_ids(store, clock):
     await send(store, clock)
     rows = await store.queries.find("deliveries")
     named = await store.queries.name_deliveries([row["id"][4:] for row in rows])
@@ -213,13 +213,13 @@ async def test_deliveries_are_named_likewise(store, clock):
         ("%", RelayError, "is not a valid event id"),
     ],
 )
-async def test_an_id_that_names_nothing_is_said_to(store, clock, given, error, why):
+async def test_an_unknown_or_malformed_id_is_refused(store, clock, given, error, why):
     await send(store, clock)
     with pytest.raises(error, match=why):
         await store.queries.name_events([given])
 
 
-async def test_too_many_ids_are_refused_with_what_to_do_instead(store):
+async def test_too_many_ids_are_refused(store):
     with pytest.raises(RelayError, match="1001 ids") as refused:
         await store.queries.name_events(["evt_0"] * 1001)
     assert refused.value.hint == "use a filter instead"
@@ -244,7 +244,7 @@ async def test_too_many_ids_are_refused_with_what_to_do_instead(store):
         ({"state": "pending"}, "deliveries_retry (destination=?)"),
     ],
 )
-async def test_every_selection_has_its_index(store, shops, fields, index):
+async def test_every_selection_uses_an_index(store, shops, fields, index):
     traced = Traced(store.database.reader)
     assert [page async for page in selection.select(traced, Selection(**fields), Span(1, 9))]
     plans = await traced.plans()
@@ -256,7 +256,7 @@ async def test_every_selection_has_its_index(store, shops, fields, index):
     ("sql", "index"),
     list(zip(selection.PENDING_SQL, ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True)),
 )
-async def test_every_shelf_has_its_index_and_needs_no_sorting(store, sql, index):
+async def test_every_shelf_uses_an_index_and_needs_no_sorting(store, sql, index):
     values = {"destination": "crm", "last": 9, "due": 0, "id": 0, "page": 9}
     steps = [row[3] for row in await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)]
     assert faults(steps) == []

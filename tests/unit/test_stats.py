@@ -1,4 +1,4 @@
-"""What came in, per source, type and hour."""
+"""Counts of events per source, type and hour."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from relay.store.rows import HOUR
 @pytest.fixture
 def clock():
     clock = FakeClock()
-    clock.now -= clock.now % HOUR  # at the full hour
+    clock.now -= clock.now % HOUR  # a full hour
     return clock
 
 
@@ -75,7 +75,7 @@ async def test_an_event_that_could_not_be_stored_is_not_counted(store, clock):
         ({"until": HOUR}, ["shop.refund", "shop.order"]),
     ],
 )
-async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkeypatch, fields, types):
+async def test_the_latest_hour_comes_first_and_filters_apply(store, clock, monkeypatch, fields, types):
     monkeypatch.setattr(selection, "PAGE", 2)
     begun = clock.wall()
     for hour, type_ in ((0, "shop.order"), (0, "shop.refund"), (1, "shop.order"), (2, "till.paid")):
@@ -85,12 +85,12 @@ async def test_the_latest_hour_comes_first_and_filters_hold(store, clock, monkey
     assert [stat.type for stat in await read(store, **fields | times)] == types
 
 
-async def test_what_is_not_counted_by_is_refused(store):
+async def test_filters_other_than_source_type_and_time_are_refused(store):
     with pytest.raises(RelayError, match="counts exist per source, type and hour only"):
         await read(store, subject="a")
 
 
-async def test_reading_a_page_of_counts_scans_nothing(store):
+async def test_a_page_of_counts_scans_no_table(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
     plan = await rows(store, f"EXPLAIN QUERY PLAN {selection.STATS_SQL}", values)
     [step] = [row[3] for row in plan]
