@@ -41,7 +41,7 @@ from relay.process.state_dir import StateDir
 from relay.process.systemd import Inherited, Notifier
 from relay.process.watchdog import Watchdog
 from relay.reload import SWEEP, Reloads
-from relay.routing.router import router_of
+from relay.routing.router import Router
 from relay.state import State
 from relay.store.opening import DISK_RESERVE, make_store
 from relay.workers.watch import Rulebook
@@ -86,7 +86,7 @@ class App:
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
         self.metrics = Metrics(listener=self.listener)
-        self.router, self.rulebook = router_of(config.destinations), Rulebook.of_config(config)
+        self.router, self.rulebook = Router.of(config.destinations), Rulebook.of_config(config)
         self.store = make_store(
             config.storage.url,
             config.state_dir,

@@ -17,8 +17,7 @@ from relay.ingest.sender_address import SenderAddress
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
-from relay.routing.filters import Router
-from relay.routing.router import router_of
+from relay.routing.router import Router
 from relay.store import Store
 from relay.store.retention_policy import Policy
 from relay.workers.watch import Rulebook, Watch
@@ -93,7 +92,7 @@ class State:
         return Draft(
             setup=setup,
             mounts=mounts,
-            router=router_of(config.destinations),
+            router=Router.of(config.destinations),
             rules=Rulebook.of_config(config),
             policy=Policy.of_config(config),
             lanes=await self.engine.plan(config.destinations),

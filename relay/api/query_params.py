@@ -16,7 +16,8 @@ from relay.base.clock import Clock, moment
 from relay.config.problems import guess
 from relay.errors import RelayError
 from relay.model import AttemptResult, DeliveryState, Selection, WorkerStatus
-from relay.routing.filters import Patterns, compile_where
+from relay.routing.conditions import compile_conditions
+from relay.routing.subscription import Patterns
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 
@@ -51,7 +52,7 @@ def _pattern(text: str, _now: int) -> str:
 
 def _where(value: Any, _now: int) -> Any:
     conditions = msgspec.json.decode(value) if isinstance(value, str) else value
-    compile_where(conditions)
+    compile_conditions(conditions)
     return conditions
 
 
@@ -72,7 +73,7 @@ Type = Annotated[str, _about('Full event type, or a pattern such as "adorn.*".',
 Since = Annotated[str, _about('At this time or later: an age such as "2h", or RFC 3339.', read=_time)]
 Until = Annotated[str, _about('Before this time: an age such as "2h", or RFC 3339.', read=_time)]
 Destination = Annotated[str, _about("Name of the destination.")]
-Where = Annotated[
+Conditions = Annotated[
     dict[str, Any] | list[dict[str, Any]],
     _about(
         "Conditions on the event, like `where` of a destination.",
@@ -99,7 +100,7 @@ class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
     state: (
         Annotated[DeliveryState, _about("State of the delivery.", hint="omit it for every state")] | None
     ) = None
-    where: Where | None = None
+    where: Conditions | None = None
 
     def selection(self, clock: Clock, *, everything: bool = False) -> Selection:
         """Return the selection that the store takes; an empty filter is allowed only with `everything`.

@@ -14,7 +14,7 @@ from relay.api.views import Time, unknown
 from relay.base.clock import rfc3339
 from relay.errors import RelayError
 from relay.model import DeliveryState, News, Outcome, StoredEvent
-from relay.routing.filters import Patterns
+from relay.routing.subscription import Patterns
 from relay.store import OPERATOR_EVENTS
 
 ROOM = 1000

@@ -17,7 +17,7 @@ from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
 from relay.incoming import Incoming
 from relay.ingest.event import make_event
 from relay.model import StoredEvent
-from relay.routing.router import explained, router_of
+from relay.routing.router import Router, explained
 from relay.source import Reply
 
 
@@ -41,7 +41,7 @@ def judge(config: Path | None, name: str, wish: Wish) -> dict[str, Any]:
     return {
         "id": None,
         "type": event.type,
-        "destinations": explained(router_of(setup.destinations), event, setup.destinations),
+        "destinations": explained(Router.of(setup.destinations), event, setup.destinations),
     }
 
 

@@ -12,8 +12,8 @@ import click
 from relay.api.query_params import STATES
 from relay.base.clock import SystemClock, moment
 from relay.base.units import parse_rate
-from relay.routing.conditions import compile_where
-from relay.routing.filters import Patterns
+from relay.routing.conditions import compile_conditions
+from relay.routing.subscription import Patterns
 
 FILE = click.Path(path_type=Path, readable=False)
 """A path; click's own check would answer one that may not be read as a wrong use, in its own words."""
@@ -99,7 +99,7 @@ def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
     if not table:
         return None
     try:
-        compile_where(table)
+        compile_conditions(table)
     except ValueError as error:
         raise _wrong(str(error)) from None
     return table

@@ -7,9 +7,9 @@ from relay.config import validators
 from relay.config.binding import WRONG, Binder
 from relay.config.problems import KeyPath, guess, shown
 from relay.config.schema import Config, DestinationConfig, Plugins
-from relay.routing.conditions import compile_where
+from relay.routing.conditions import compile_conditions
 from relay.routing.envelope import Path as EnvelopePath
-from relay.routing.filters import OPERATOR_EVENTS, Patterns
+from relay.routing.subscription import OPERATOR_TYPES, Patterns
 
 
 def bind_tables(binder: Binder) -> Config:
@@ -95,7 +95,7 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
         binder.report((*path, "events"), str(error))
     try:
         if destination.where is not None:
-            compile_where(destination.where)
+            compile_conditions(destination.where)
     except ValueError as error:
         binder.report((*path, "where"), str(error))
     for field in ("order_by", "latest_by"):
@@ -109,7 +109,7 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
     sources = tables if isinstance(tables, dict) else {}
     for index, pattern in enumerate(destination.events):
         source, dot, _ = pattern.removeprefix("!").partition(".")
-        known = source in sources or f"{source}." == OPERATOR_EVENTS
+        known = source in sources or f"{source}." == OPERATOR_TYPES
         if dot and not known and not set(source) & set("*?["):
             binder.warn(
                 (*path, "events", index), f"no source is called {shown(source)}{guess(source, sources)}"

@@ -18,7 +18,7 @@ from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
 from relay.model import Chosen, Named, Owed, Selection, StoredEvent
-from relay.routing.filters import Router
+from relay.routing.router import Router
 from relay.store import Span, Store
 
 log = logging.getLogger("relay.replay")
@@ -85,7 +85,7 @@ class Repeater:
         if to == ROUTES or (to is None and not destinations):
             return self._router.route(event)
         names = destinations if to is None else (to,)
-        return [owed for name in names if (owed := self._router.owed_to(name, event)) is not None]
+        return [owed for name in names if (owed := self._router.resolve(name, event)) is not None]
 
 
 def portion(chosen: Sequence[Chosen], start: int, may: Callable[[], bool] = lambda: True) -> Sequence[Chosen]:

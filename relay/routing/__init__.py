@@ -1,1 +1,1 @@
-"""Decides which destinations get an event, and on which terms."""
+"""Routing: which destinations get an event."""

@@ -1,14 +1,14 @@
-"""`where` of a destination: conditions over the envelope, compiled once, able to say why they fail.
+"""Conditions over the envelope, as in a destination's `where`: compiled once, able to explain a mismatch.
 
-A table holds when all its conditions hold; of a list of tables one is enough. A condition is a path
-(`relay.routing.envelope.Path`) and either a literal or a table of operators that must all hold:
+A table matches if all its conditions hold; a list of tables matches if one of its tables does. A condition is
+a path (`relay.routing.envelope.Path`) and either a literal or a table of operators that must all hold:
 
     "data.sale_made" = true
     "data.total" = { gte = 100, lt = 500 }
     "subject" = { not = { prefix = "test-" } }
 
-Values compare as JSON has them: 1 is 1.0, `true` is not 1, "1" is no number, null is absent. What is
-absent meets no condition but `exists = false` and `not`.
+Values compare as JSON values: 1 equals 1.0, `true` does not equal 1, "1" is not a number, null is absent. An
+absent value meets only `exists = false` and `not`.
 """
 
 import json
@@ -30,41 +30,41 @@ _SHOWN = 120  # characters of a value in an explanation
 
 
 class Condition(msgspec.Struct, frozen=True):
-    """One thing that a value must be."""
+    """One condition on one value."""
 
     path: Path
-    expected: str  # in words, for explanations
+    expected: str  # as text, for explanations
     test: Test
 
 
-class Miss(msgspec.Struct, frozen=True, kw_only=True):
-    """One condition that did not hold, and on which value."""
+class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One condition that does not hold, with the value."""
 
     path: str
     expected: str
-    found: str  # JSON, cut when it is long; a few words for lists and objects; "absent"
+    found: str  # shortened JSON; for lists and objects their length; or "absent"
 
     def __str__(self) -> str:
         return f"{self.path} is {self.found}, expected {self.expected}"
 
 
-class Where(msgspec.Struct, frozen=True):
-    """Alternatives of which one must hold, each a row of conditions that must all hold."""
+class Conditions(msgspec.Struct, frozen=True):
+    """Alternatives, one of which must match; an alternative matches if all its conditions hold."""
 
     alternatives: tuple[tuple[Condition, ...], ...]
 
     def matches(self, view: EnvelopeView) -> bool:
-        """Say whether the event may pass."""
+        """Return whether the conditions match an event."""
         return any(
             all(condition.test(view.find(condition.path)) for condition in conditions)
             for conditions in self.alternatives
         )
 
-    def misses(self, view: EnvelopeView) -> tuple[tuple[Miss, ...], ...]:
-        """Return what did not hold, per alternative; one without a miss lets the event pass."""
+    def misses(self, view: EnvelopeView) -> tuple[tuple[Mismatch, ...], ...]:
+        """Return the conditions of each alternative that do not hold."""
         return tuple(
             tuple(
-                Miss(path=condition.path.text, expected=condition.expected, found=_show(value))
+                Mismatch(path=condition.path.text, expected=condition.expected, found=_show(value))
                 for condition in conditions
                 if not condition.test(value := view.find(condition.path))
             )
@@ -72,18 +72,18 @@ class Where(msgspec.Struct, frozen=True):
         )
 
 
-def compile_where(value: Any) -> Where:
-    """Compile `where` as TOML gives it: a table, or a list of tables.
+def compile_conditions(value: Any) -> Conditions:
+    """Compile conditions as TOML gives them: a table, or a list of tables.
 
     Raises:
-        ValueError: one sentence on the first thing that is wrong, with the condition's path.
+        ValueError: the first mistake, with the condition's path.
     """
     tables = value if isinstance(value, list) else [value]
     if not tables or not all(isinstance(table, dict) for table in tables):
         raise ValueError("expected a table of conditions, or a list of such tables")
     if not all(tables):
-        raise ValueError("a table without conditions lets everything pass; leave it out")
-    return Where(tuple(tuple(_conditions(table)) for table in tables))
+        raise ValueError("a table without conditions matches every event; remove it")
+    return Conditions(tuple(tuple(_conditions(table)) for table in tables))
 
 
 def _conditions(table: Mapping[str, Any]) -> list[Condition]:
@@ -107,10 +107,10 @@ def _tests(value: Any) -> list[tuple[str, Test]]:
 
 def _operation(name: str, operand: Any) -> tuple[str, Test]:
     if name not in _OPERATORS:
-        known = f'there are {", ".join(_OPERATORS)}; a nested field is one quoted path such as "data.total"'
+        known = f'use {", ".join(_OPERATORS)}; for a nested field quote the whole path, as in "data.total"'
         near = get_close_matches(name, _OPERATORS, 1)
         hint = f'did you mean "{near[0]}"?' if near else known
-        raise ValueError(f'unknown operator "{name}", {hint}')
+        raise ValueError(f'unknown operator "{name}"; {hint}')
     try:
         return _OPERATORS[name](operand)
     except ValueError as error:
@@ -118,7 +118,7 @@ def _operation(name: str, operand: Any) -> tuple[str, Test]:
 
 
 def _literal(value: Any) -> str:
-    """Return a literal as JSON, or raise ValueError when JSON has no such value."""
+    """Return a literal as JSON; raise ValueError if JSON cannot express it."""
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if not isinstance(value, bool | int | float | str) or _is_nan(value):
@@ -154,7 +154,7 @@ def _in(operand: Any) -> tuple[str, Test]:
 def _text(words: str, make: Callable[[str], Callable[[str], Any]]) -> Callable[[Any], tuple[str, Test]]:
     def compile_(operand: Any) -> tuple[str, Test]:
         if not isinstance(operand, str):
-            raise ValueError("expected text")  # noqa: TRY004 - wrong in config.toml, not in a call
+            raise ValueError("expected text")  # noqa: TRY004 - a mistake in config.toml, not in a call
         fits = make(operand)
         return f"{words} {_literal(operand)}", lambda value: type(value) is str and bool(fits(value))
 
@@ -173,7 +173,7 @@ def _order(symbol: str, compare: Callable[[Any, Any], bool]) -> Callable[[Any], 
 
 def _exists(operand: Any) -> tuple[str, Test]:
     if not isinstance(operand, bool):
-        raise ValueError("expected true or false")  # noqa: TRY004 - wrong in config.toml, not in a call
+        raise ValueError("expected true or false")  # noqa: TRY004 - a mistake in config.toml, not in a call
     return ("any value" if operand else "absent"), lambda value: (value is not ABSENT) is operand
 
 

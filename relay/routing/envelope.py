@@ -1,4 +1,4 @@
-"""An event as filters see it: the envelope of the standard format, read only as far as someone asks."""
+"""The envelope of an event as conditions read it, decoded only where a path asks for it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from relay.base.json_text import read
 from relay.model import StoredEvent
 
 TEXTS = ("id", "type", "timestamp", "source", "subject")
-"""The envelope's fields that are plain text and end a path."""
+"""The envelope's text fields; a path ends there."""
 
 TREES = ("data", "context")
-"""The envelope's fields that hold any JSON value, into which a path may lead."""
+"""The envelope's fields with a JSON value; a path may lead into it."""
 
 _SEGMENT = re.compile(r""""(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^."']+)""")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -24,7 +24,7 @@ _decode = msgspec.json.Decoder().decode
 
 @final
 class _Absent:
-    """What a path finds where there is nothing; equal to no JSON value."""
+    """The value of a path that leads nowhere; not equal to any JSON value."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -34,46 +34,47 @@ ABSENT: Final = _Absent()
 
 
 class Path(msgspec.Struct, frozen=True):
-    """Where to look in an envelope, as in `data.items.0.sku` or `data."a.b".c`.
+    """The place of a value in an envelope, such as `data.items.0.sku` or `data."a.b".c`.
 
-    Segments are separated by dots; one in quotes may hold dots itself. Digits without quotes are the
-    index of a list, counted from 0, and in an object a key like any other.
+    Dots separate segments; a quoted segment may contain dots. Digits without quotes are an index into a list,
+    from 0, and an ordinary key of an object.
     """
 
     text: str
     head: str  # one of TEXTS or TREES
-    steps: tuple[tuple[str, int | None], ...]  # key, and the index that it would be in a list
+    steps: tuple[tuple[str, int | None], ...]  # the key, and the list index if it is one
 
     @classmethod
     def parse(cls, text: str) -> "Path":
-        """Read a path.
+        """Parse a path.
 
         Raises:
-            ValueError: it is malformed, or leads nowhere in an envelope.
+            ValueError: it is malformed, or does not begin with a field of the envelope.
         """
         steps: list[tuple[str, int | None]] = []
         end = -1
         while end < len(text):
             match = _SEGMENT.match(text, end + 1)
             if match is None or text[match.end() : match.end() + 1] not in ("", "."):
-                raise ValueError(f'"{text}" is no path such as "data.items.0.sku" or "data.\'a.b\'.c"')
+                raise ValueError(f'"{text}" is not a path such as "data.items.0.sku" or "data.\'a.b\'.c"')
             bare, end = match["bare"], match.end()
             steps.append(
                 (match[match.lastgroup or ""], int(bare) if bare and _INDEX.fullmatch(bare) else None)
             )
         head = steps.pop(0)[0]
         if head in TEXTS and steps:
-            raise ValueError(f'"{text}": {head} is text, nothing lies within it')
+            raise ValueError(f'"{text}": {head} is text and has no fields')
         if head not in (*TEXTS, *TREES):
             fields = (*TEXTS, *TREES)
             near = get_close_matches(head, fields, 1)
-            meant = near[0] + text[len(head) :] if near else f"data.{text}"
-            raise ValueError(f'"{text}": a path starts with {", ".join(fields)}; did you mean "{meant}"?')
+            suggestion = near[0] + text[len(head) :] if near else f"data.{text}"
+            known = ", ".join(fields)
+            raise ValueError(f'"{text}": a path starts with {known}; did you mean "{suggestion}"?')
         return cls(text, head, tuple(steps))
 
 
 class EnvelopeView:
-    """One event, shared by the filters of all its destinations: each part is decoded at most once."""
+    """One event for the conditions of all destinations: each part is decoded at most once."""
 
     __slots__ = ("_parts", "event")
 
@@ -82,7 +83,7 @@ class EnvelopeView:
         self._parts: dict[str, Any] = {}
 
     def find(self, path: Path) -> Any:
-        """Return the JSON value at a path; ABSENT where there is none or it is null."""
+        """Return the JSON value at a path; ABSENT if there is no value or it is null."""
         value = self._part(path.head)
         for key, index in path.steps:
             if type(value) is dict:
@@ -111,13 +112,13 @@ _READ: Mapping[str, Callable[[StoredEvent], Any]] = {
 
 
 def _value(raw: bytes) -> Any:
-    """Decode JSON; ABSENT when it cannot be, for one sender's oddity must not fail the others' events."""
+    """Decode JSON; return ABSENT if that fails, so that odd data of one event fails no other event."""
     try:
         return _decode(raw)
     except RecursionError:
         return ABSENT
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # The rest of a document is none the worse for one value that msgspec refuses.
+        # msgspec refuses the whole document for one value; the slower reader keeps the rest.
         try:
             return read(raw)
         except (ValueError, RecursionError):

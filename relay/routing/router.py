@@ -1,27 +1,109 @@
-"""Which way events go by `[destinations]`: what each asks for, and on which terms."""
+"""The router: finds the destinations of an event by the subscriptions in `[destinations]`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
-from relay.model import StoredEvent
-from relay.routing.filters import Router, Subscription
-from relay.routing.subscription import Terms
+from relay.model import Owed, StoredEvent
+from relay.routing.envelope import EnvelopeView
+from relay.routing.subscription import Explanation, Subscription, SubscriptionOptions
 
-HOUR = 3600.0
+MAX_ROUTES = 4096
+"""Types that a router remembers: senders choose types, so their number needs a bound."""
+
+_HOUR = 3600.0
 
 
-def router_of(destinations: Mapping[str, DestinationConfig]) -> Router:
-    """Compile what destinations ask for."""
-    subscriptions = {name: Subscription.of(each.events, each.where) for name, each in destinations.items()}
-    return Router(subscriptions, {name: _terms(each) for name, each in destinations.items()})
+class Router:
+    """Returns the destinations of an event with their options; tries the patterns once per type."""
+
+    __slots__ = ("_options", "_routes", "_subscriptions")
+
+    def __init__(
+        self,
+        subscriptions: Mapping[str, Subscription],
+        options: Mapping[str, SubscriptionOptions] | None = None,
+    ) -> None:
+        """Take the subscription of each destination, and the options of those that have any."""
+        self._subscriptions = dict(subscriptions)
+        self._options = {name: SubscriptionOptions(Owed(name)) for name in subscriptions}
+        self._options |= dict(options or {})
+        # Per type: whether the result depends on the event itself, and the destinations it may go to.
+        self._routes: dict[str, tuple[bool, tuple[Owed, ...]]] = {}
+
+    @classmethod
+    def of(cls, destinations: Mapping[str, DestinationConfig]) -> "Router":
+        """Compile the subscriptions of these destinations.
+
+        Raises:
+            ValueError: a pattern, a condition or a path is invalid.
+        """
+        return cls(
+            {name: Subscription.of(each.events, each.where) for name, each in destinations.items()},
+            {
+                name: SubscriptionOptions.of(
+                    each.name,
+                    order_by=each.order_by,
+                    latest_by=each.latest_by,
+                    ttl=each.ttl,
+                    max_pending=each.max_pending,
+                    on_dead=each.on_dead,
+                )
+                for name, each in destinations.items()
+            },
+        )
+
+    def route(self, event: StoredEvent) -> tuple[Owed, ...]:
+        """Return the destinations that get the event, in the order of the config."""
+        depends, candidates = self._routes.get(event.type) or self._by_type(event.type)
+        if not depends:
+            return candidates
+        view, found = EnvelopeView(event), []
+        for candidate in candidates:
+            where = self._subscriptions[candidate.destination].where
+            if where is None or where.matches(view):
+                found.append(self._options[candidate.destination].resolve(view))
+        return tuple(found)
+
+    def adopt(self, other: "Router") -> None:
+        """Take over another router's subscriptions in one step; everyone who holds this router follows."""
+        self._subscriptions = other._subscriptions  # noqa: SLF001 - the same class
+        self._options = other._options  # noqa: SLF001 - the same class
+        self._routes = {}
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """The destinations in the order of the config."""
+        return tuple(self._subscriptions)
+
+    def resolve(self, destination: str, event: StoredEvent) -> Owed | None:
+        """Return a destination's options for an event, subscribed or not; None: it is not in the config."""
+        options = self._options.get(destination)
+        return None if options is None else options.resolve(EnvelopeView(event))
+
+    def explain(self, event: StoredEvent) -> Mapping[str, Explanation]:
+        """Return for each destination why it gets the event or not."""
+        view = EnvelopeView(event)
+        return {name: each.explain(view) for name, each in self._subscriptions.items()}
+
+    def _by_type(self, full_type: str) -> tuple[bool, tuple[Owed, ...]]:
+        """Try the patterns of all subscriptions and remember the result."""
+        names = [name for name, each in self._subscriptions.items() if each.patterns.matches(full_type)]
+        depends = any(
+            self._subscriptions[name].where is not None or self._options[name].depend_on_event
+            for name in names
+        )
+        if len(self._routes) >= MAX_ROUTES:
+            self._routes.clear()
+        route = self._routes[full_type] = (depends, tuple(self._options[name].fixed for name in names))
+        return route
 
 
 def explained(
     router: Router, event: StoredEvent, destinations: Mapping[str, DestinationConfig]
 ) -> list[dict[str, Any]]:
-    """Say of every destination whether an event goes there, or which condition fails on which value."""
+    """Return for each destination whether it gets an event, or which condition fails on which value."""
     return [
         {
             "name": name,
@@ -35,24 +117,13 @@ def explained(
 
 
 def retries(destination: DestinationConfig) -> str:
-    """Say which answers are retried, and for how long."""
+    """Return which responses are retried, and for how long."""
     schedule, final = destination.retry.schedule, sorted(set(destination.final_statuses))
     seconds = sum(schedule)
-    within = f"about {seconds / HOUR:.0f} hours" if seconds > 2 * HOUR else render_duration(seconds)
-    parts = ["nothing is retried: it has no schedule"]
+    within = f"about {seconds / _HOUR:.0f} hours" if seconds > 2 * _HOUR else render_duration(seconds)
+    parts = ["no retries: the retry schedule is empty"]
     if schedule:
-        parts = [f"any answer but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
+        parts = [f"any response but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
     if final:
         parts.append(f"{' and '.join(map(str, final))} end the delivery at once")
     return "; ".join((*parts, "410 disables the destination"))
-
-
-def _terms(destination: DestinationConfig) -> Terms:
-    return Terms.of(
-        destination.name,
-        order_by=destination.order_by,
-        latest_by=destination.latest_by,
-        ttl=destination.ttl,
-        max_pending=destination.max_pending,
-        on_dead=destination.on_dead,
-    )

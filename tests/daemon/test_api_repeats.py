@@ -234,7 +234,7 @@ async def test_an_event_is_explained(tmp_path, receiver):
     assert {one["name"]: (one["matches"], one["lines"]) for one in said["destinations"]} == {
         "crm": (True, ['yes: "*" matches']),
         "picky": (False, ['no: subject is "s", expected "vip"']),
-        "other": (False, ["no: no pattern names this type"]),
+        "other": (False, ["no: no pattern matches this type"]),
     }
 
 

@@ -10,7 +10,7 @@ from wire import request
 
 from relay.cli.api_client import Daemon
 from relay.cli.options import conditions
-from relay.routing.conditions import compile_where
+from relay.routing.conditions import compile_conditions
 from relay.store.queries import page as page_budget
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
@@ -106,7 +106,7 @@ def test_conditions_are_typed_as_they_read(texts, table):
     literal = {key: each if isinstance(each, dict) else {"in": [each]} for key, each in (table or {}).items()}
     assert conditions(texts) == (literal or None)
     if literal:
-        assert compile_where(literal)
+        assert compile_conditions(literal)
 
 
 @pytest.mark.parametrize(

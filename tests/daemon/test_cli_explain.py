@@ -30,7 +30,7 @@ def config(tmp_path):
     return write_config(tmp_path, SOURCES, ROUTES)
 
 
-USUAL = "any answer but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination"
+USUAL = "any response but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination"
 
 
 def explain(config, *args, code=0, stdin=None):
@@ -42,7 +42,7 @@ def test_a_body_is_judged_as_its_source_reads_it_without_a_relay(config):
     assert said.rows == [
         ["sales", "no: data.total is 99, expected >= 100"],
         ["all", 'yes: "*" matches'],
-        ["vip", 'no: "!*.made" takes it away'],
+        ["vip", 'no: "!*.made" excludes it'],
     ]
 
 
@@ -75,7 +75,7 @@ retry = { schedule = ["1m", "1h"] }
     usual, strict = (line for line in said.err.splitlines() if "retried" in line)
     assert usual == f"all: {USUAL}"
     assert strict == (
-        "strict: any answer but a 2xx is retried: 3 attempts in 1h1m;"
+        "strict: any response but a 2xx is retried: 3 attempts in 1h1m;"
         " 400 and 413 end the delivery at once; 410 disables the destination"
     )
 

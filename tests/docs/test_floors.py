@@ -14,7 +14,7 @@ FLOORS = (
     (
         "config.problems", "config.secrets", "keys", "signing", "routing.envelope",
         "routing.conditions", "routing.subscription",
-        "routing.filters", "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
+        "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",
     ),
     ("ingest.implementation", "incoming", "source", "hookspecs", "store", "api.query_params", "api.views"),

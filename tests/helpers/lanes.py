@@ -12,7 +12,7 @@ from relay.config.schema import DestinationConfig, RetryConfig
 from relay.config.secrets import Secret
 from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import Metrics
-from relay.routing.router import router_of
+from relay.routing.router import Router
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CLOCK = SystemClock()
@@ -82,7 +82,7 @@ def destination(name, url, **fields):
 
 def route(destinations: Iterable[DestinationConfig]):
     """Route events as the daemon does, on each destination's terms."""
-    return router_of({config.name: config for config in destinations}).route
+    return Router.of({config.name: config for config in destinations}).route
 
 
 @asynccontextmanager

@@ -65,7 +65,7 @@ def test_data_need_not_be_an_object():
 
 @pytest.mark.parametrize("text", ["", ".", "data.", ".data", "data..a", 'data."a', 'data."a"b', 'data.a"b"'])
 def test_a_malformed_path_is_refused_with_an_example(text):
-    with pytest.raises(ValueError, match="is no path such as"):
+    with pytest.raises(ValueError, match="is not a path such as"):
         Path.parse(text)
 
 
@@ -75,7 +75,7 @@ def test_a_malformed_path_is_refused_with_an_example(text):
         ("sale_made", 'did you mean "data.sale_made"?'),
         ("dta.sale_made", 'did you mean "data.sale_made"?'),
         ("contxt.store_id", 'did you mean "context.store_id"?'),
-        ("subject.id", "subject is text, nothing lies within it"),
+        ("subject.id", "subject is text and has no fields"),
     ],
 )
 def test_a_path_that_leads_nowhere_says_what_may_have_been_meant(text, words):

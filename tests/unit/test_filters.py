@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from stores import make_event
 
 import relay.routing.envelope
-import relay.routing.filters
+import relay.routing.router
 from relay.model import Owed
-from relay.routing.conditions import Miss
+from relay.routing.conditions import Mismatch
 from relay.routing.envelope import EnvelopeView
-from relay.routing.filters import Explanation, Patterns, Router, Subscription
-from relay.routing.subscription import Terms
+from relay.routing.router import Router
+from relay.routing.subscription import Explanation, Patterns, Subscription, SubscriptionOptions
 
 
 def event(type_="adorn.attire.sold", data=b'{"total":45000.00}', subject="s-1"):
@@ -58,7 +58,7 @@ def test_patterns_are_those_of_a_shell_and_the_relays_own_events_must_be_named(p
     [
         (("",), "a pattern is empty"),
         (("*", "!"), "a pattern is empty"),
-        (("!adorn.*",), '"!adorn.*" takes away from nothing'),
+        (("!adorn.*",), '"!adorn.*" excludes, but no pattern includes'),
     ],
 )
 def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
@@ -90,12 +90,12 @@ def test_patterns_mean_what_fnmatchcase_means(wanted, unwanted, full_type):
         (
             Subscription.of(("moddy.*",)),
             Explanation(matches=False, reason="no_pattern"),
-            ("no: no pattern names this type",),
+            ("no: no pattern matches this type",),
         ),
         (
             Subscription.of(("*", "!*.sold")),
             Explanation(matches=False, reason="taken_away", pattern="!*.sold"),
-            ('no: "!*.sold" takes it away',),
+            ('no: "!*.sold" excludes it',),
         ),
         (
             Subscription.of(("*",), {"data.total": {"gte": 45000}}),
@@ -108,7 +108,7 @@ def test_patterns_mean_what_fnmatchcase_means(wanted, unwanted, full_type):
                 matches=False,
                 reason="where",
                 pattern="*",
-                misses=((Miss(path="data.total", expected="> 45000", found="45000.0"),),),
+                misses=((Mismatch(path="data.total", expected="> 45000", found="45000.0"),),),
             ),
             ("no: data.total is 45000.0, expected > 45000",),
         ),
@@ -119,10 +119,10 @@ def test_patterns_mean_what_fnmatchcase_means(wanted, unwanted, full_type):
                 reason="where",
                 pattern="*",
                 misses=(
-                    (Miss(path="data.total", expected="1", found="45000.0"),),
+                    (Mismatch(path="data.total", expected="1", found="45000.0"),),
                     (
-                        Miss(path="subject", expected='"s-2"', found='"s-1"'),
-                        Miss(path="data.x", expected="true", found="absent"),
+                        Mismatch(path="subject", expected='"s-2"', found='"s-1"'),
+                        Mismatch(path="data.x", expected="true", found="absent"),
                     ),
                 ),
             ),
@@ -173,11 +173,11 @@ def test_an_event_goes_to_every_destination_that_wants_it_in_the_configs_order()
 
 
 def test_an_operator_may_send_an_event_where_it_would_not_go_on_that_ones_terms():
-    terms = {"big": Terms.of("big", order_by="subject", ttl=1.0)}
+    terms = {"big": SubscriptionOptions.of("big", order_by="subject", ttl=1.0)}
     router = Router({"big": Subscription.of(("moddy.*",), {"data.total": 1})}, terms)
     assert router.route(event()) == ()
-    assert router.owed_to("big", event()) == Owed("big", order_key="s-1", ttl=1_000_000)
-    assert router.owed_to("gone", event()) is None
+    assert router.resolve("big", event()) == Owed("big", order_key="s-1", ttl=1_000_000)
+    assert router.resolve("gone", event()) is None
     assert router.destinations == ("big",)
 
 
@@ -193,11 +193,11 @@ def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
 
 
 def test_senders_that_invent_types_do_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(relay.routing.filters, "_PLANS", 8)
+    monkeypatch.setattr(relay.routing.router, "MAX_ROUTES", 8)
     router = Router({"all": Subscription.of(("*",))})
     for number in range(50):
         assert router.route(event(f"moddy.{number}")) == (Owed("all"),)
-        assert len(router._plans) <= 8
+        assert len(router._routes) <= 8
 
 
 patterns = st.lists(

@@ -15,7 +15,7 @@ from relay.api.views import list_items
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Attempt, Outcome, Owed, Selection
-from relay.routing.filters import Patterns
+from relay.routing.subscription import Patterns
 from relay.store import Acceptance, event_times
 from relay.store.queries import page as pages
 from relay.store.queries import plan

@@ -475,7 +475,7 @@ def test_warnings_come_from_plugins_and_from_destinations_and_stop_nothing(setup
         (
             "[destinations.crm]\nurl = 'http://x'\nevents = ['!a']\nformat = 'standart'\nwhere = 5",
             [
-                '3: destinations.crm.events: "!a" takes away from nothing',
+                '3: destinations.crm.events: "!a" excludes, but no pattern includes',
                 '4: destinations.crm.format: no format is called "standart", did you mean "standard"?',
                 "5: destinations.crm.where: expected a table of conditions",
             ],

@@ -13,8 +13,8 @@ from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.jobs import replay as replay_module
 from relay.jobs.replay import ROUTES, ReplayRequest, Replays, portion
 from relay.model import Attempt, Chosen, Outcome, Selection
-from relay.routing.filters import Router, Subscription
-from relay.routing.subscription import Terms
+from relay.routing.router import Router
+from relay.routing.subscription import Subscription, SubscriptionOptions
 
 FAST = Rate(1_000_000, 1)
 ALL = Selection(since=0)
@@ -33,7 +33,7 @@ class Shop:
         subscriptions = {
             name: Subscription.of(("shop.*",), where) for name, (where, _) in destinations.items()
         }
-        terms = {name: Terms.of(name, **fields) for name, (_, fields) in destinations.items()}
+        terms = {name: SubscriptionOptions.of(name, **fields) for name, (_, fields) in destinations.items()}
         self.router = Router(subscriptions, terms)
         hooks(self.store).route = self.router.route
         hooks(self.store).listener = lambda news: self.fresh.extend(news.deliveries)

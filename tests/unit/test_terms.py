@@ -8,8 +8,8 @@ from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome
-from relay.routing.filters import Router, Subscription
-from relay.routing.subscription import Terms
+from relay.routing.router import Router
+from relay.routing.subscription import Subscription, SubscriptionOptions
 from relay.store import Cancelled
 
 
@@ -36,7 +36,7 @@ async def store(tmp_path, clock):
 def owe(store, *destinations):
     """Route everything but operator events to destinations given as (name, terms)."""
     subscriptions = {name: Subscription.of(("shop.*",)) for name, _ in destinations}
-    terms = {name: Terms.of(name, **fields) for name, fields in destinations}
+    terms = {name: SubscriptionOptions.of(name, **fields) for name, fields in destinations}
     hooks(store).route = Router(subscriptions, terms).route
 
 
@@ -229,4 +229,4 @@ async def test_a_delivery_that_is_just_being_ended_cannot_begin(store, clock):
 @pytest.mark.parametrize("path", ["subjects", "data..x", ""])
 def test_a_malformed_path_is_refused(path):
     with pytest.raises(ValueError, match="path"):
-        Terms.of("crm", order_by=path)
+        SubscriptionOptions.of("crm", order_by=path)

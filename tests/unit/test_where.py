@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import make_event
 
-from relay.routing.conditions import Miss, compile_where
+from relay.routing.conditions import Mismatch, compile_conditions
 from relay.routing.envelope import EnvelopeView
 
 
@@ -25,7 +25,7 @@ def view(data=b"{}", context=b"{}", subject=None):
 
 def where(toml):
     """Compile what stands to the right of `where =` in config.toml."""
-    return compile_where(tomllib.loads(f"where = {toml}")["where"])
+    return compile_conditions(tomllib.loads(f"where = {toml}")["where"])
 
 
 def holds(condition, value):
@@ -114,10 +114,10 @@ def test_what_failed_is_told_per_alternative_and_condition():
     either = where('[{ "data.sold" = true, "data.total" = { gte = 100, lt = 500 } }, { "subject" = "s-1" }]')
     assert either.misses(view({"sold": False, "total": 500}, subject="s-2")) == (
         (
-            Miss(path="data.sold", expected="true", found="false"),
-            Miss(path="data.total", expected="< 500", found="500"),
+            Mismatch(path="data.sold", expected="true", found="false"),
+            Mismatch(path="data.total", expected="< 500", found="500"),
         ),
-        (Miss(path="subject", expected='"s-1"', found='"s-2"'),),
+        (Mismatch(path="subject", expected='"s-1"', found='"s-2"'),),
     )
     assert either.misses(view({"sold": False}, subject="s-1"))[1] == ()
 
@@ -152,17 +152,17 @@ def test_a_miss_reads_as_one_line_that_can_be_stored(condition, value, line):
         ("true", "expected a table of conditions, or a list of such tables"),
         ("[]", "expected a table of conditions, or a list of such tables"),
         ("[1]", "expected a table of conditions, or a list of such tables"),
-        ("{}", "a table without conditions lets everything pass; leave it out"),
+        ("{}", "a table without conditions matches every event; remove it"),
         ('[{ "data.v" = 1 }, {}]', "a table without conditions"),
         ('{ "sale_made" = true }', 'did you mean "data.sale_made"?'),
         ('{ "data.v" = {} }', "data.v: expected a value or a table of in, prefix"),
-        ('{ "data.v" = { prefx = "a" } }', 'data.v: unknown operator "prefx", did you mean "prefix"?'),
+        ('{ "data.v" = { prefx = "a" } }', 'data.v: unknown operator "prefx"; did you mean "prefix"?'),
         (
             '{ "data.v" = { ">" = 1 } }',
-            'data.v: unknown operator ">", there are in, prefix, suffix, glob, gte',
+            'data.v: unknown operator ">"; use in, prefix, suffix, glob, gte',
         ),
-        ("{ data.sale_made = true }", 'data: unknown operator "sale_made", there are in, prefix'),
-        ("{ data.sale_made = true }", 'a nested field is one quoted path such as "data.total"'),
+        ("{ data.sale_made = true }", 'data: unknown operator "sale_made"; use in, prefix'),
+        ("{ data.sale_made = true }", 'for a nested field quote the whole path, as in "data.total"'),
         ('{ "data.v" = { in = "a" } }', "data.v: in: expected a list of values"),
         ('{ "data.v" = { in = [] } }', "data.v: in: expected a list of values"),
         ('{ "data.v" = { in = [{ prefix = "a" }] } }', "data.v: in: expected text, a number, true, false"),
@@ -174,7 +174,7 @@ def test_a_miss_reads_as_one_line_that_can_be_stored(condition, value, line):
         ('{ "data.v" = { exists = "yes" } }', "data.v: exists: expected true or false"),
         (
             '{ "data.v" = { not = { gtee = 1 } } }',
-            'data.v: not: unknown operator "gtee", did you mean "gte"?',
+            'data.v: not: unknown operator "gtee"; did you mean "gte"?',
         ),
         ('{ "data.v" = nan }', "data.v: expected text, a number, true, false or a list of these"),
         ('{ "data.v" = 2023-11-14 }', "data.v: expected text, a number, true, false or a list of these"),
@@ -189,7 +189,7 @@ def test_a_mistake_is_told_in_one_sentence_with_its_path(toml, words):
 def test_a_date_of_toml_is_no_json_value_wherever_it_stands():
     for value in (datetime(2023, 11, 14, tzinfo=UTC), [datetime(2023, 11, 14, tzinfo=UTC)]):
         with pytest.raises(ValueError, match="expected text"):
-            compile_where({"timestamp": value})
+            compile_conditions({"timestamp": value})
 
 
 scalars = (
@@ -216,18 +216,18 @@ objects = st.fixed_dictionaries({}, optional={"a": st.none() | literals, "b": li
 
 @given(value=wheres, data=objects, subject=st.none() | st.text(max_size=3))
 def test_what_failed_agrees_with_whether_it_passes(value, data, subject):
-    compiled, shown = compile_where(value), view(data, subject=subject)
+    compiled, shown = compile_conditions(value), view(data, subject=subject)
     assert compiled.matches(shown) is any(not misses for misses in compiled.misses(shown))
 
 
 @given(table=tables, data=objects)
 def test_a_list_of_one_table_means_the_table(table, data):
-    assert compile_where(table).matches(view(data)) is compile_where([table]).matches(view(data))
+    assert compile_conditions(table).matches(view(data)) is compile_conditions([table]).matches(view(data))
 
 
 @given(literal=literals, data=objects)
 def test_not_turns_every_literal_round(literal, data):
-    plain, turned = compile_where({"data.a": literal}), compile_where({"data.a": {"not": literal}})
+    plain, turned = compile_conditions({"data.a": literal}), compile_conditions({"data.a": {"not": literal}})
     assert plain.matches(view(data)) is not turned.matches(view(data))
 
 
@@ -235,7 +235,7 @@ def test_not_turns_every_literal_round(literal, data):
 def test_a_literal_meets_what_json_calls_equal(left, right):
     """The oracle: two JSON texts in one canonical spelling, in which whole floats are integers."""
     equal = json.dumps(canonical(left)) == json.dumps(canonical(right))
-    assert compile_where({"data.a": left}).matches(view({"a": right})) is equal
+    assert compile_conditions({"data.a": left}).matches(view({"a": right})) is equal
 
 
 def canonical(value):

@@ -11,9 +11,9 @@ import aiosqlite
 import msgspec
 
 from relay.model import Selection
-from relay.routing.conditions import Where, compile_where
+from relay.routing.conditions import Conditions, compile_conditions
 from relay.routing.envelope import EnvelopeView
-from relay.routing.filters import Patterns
+from relay.routing.subscription import Patterns
 from relay.store import OPERATOR_EVENTS
 from relay.store.queries.page import portions
 from relay.store.rows import load_events, marks
@@ -117,7 +117,7 @@ class Filter:
             latest: only the latest delivery of an event to each destination matches.
             operator_events: the relay's own events match as well.
         """
-        self._where: Where | None = None if wanted.where is None else compile_where(wanted.where)
+        self._where: Conditions | None = None if wanted.where is None else compile_conditions(wanted.where)
         self._patterns = Patterns((wanted.type,)) if wanted.type is not None and types is None else None
         of_event, self._values = _conditions(wanted, _OF_EVENT, types)
         if not operator_events:
@@ -184,7 +184,7 @@ def _and(conditions: Iterable[str]) -> str:
 
 
 async def _fulfilling(
-    reader: aiosqlite.Connection, where: Where, sizes: Iterable[tuple[int, int]]
+    reader: aiosqlite.Connection, where: Conditions, sizes: Iterable[tuple[int, int]]
 ) -> frozenset[int]:
     """Return the row ids of the events that fulfil conditions, from row ids and sizes of bodies."""
     found: set[int] = set()

@@ -12,7 +12,7 @@ import aiosqlite
 import msgspec
 
 from relay.model import Selection
-from relay.routing.filters import Patterns
+from relay.routing.subscription import Patterns
 from relay.store.rows import marks
 
 PROBED = 2000

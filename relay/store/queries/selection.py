@@ -14,7 +14,7 @@ import msgspec
 
 from relay.errors import RelayError, UnknownError
 from relay.model import Chosen, Named, Selection, Stat
-from relay.routing.filters import Patterns
+from relay.routing.subscription import Patterns
 from relay.store import OPERATOR_EVENTS, Span, event_times
 from relay.store.queries.filters import Filter, Match
 from relay.store.queries.page import TOP
