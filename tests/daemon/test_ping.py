@@ -40,7 +40,7 @@ async def post(relay, name="crm"):
     return await exchange(relay.addresses.socket, request("POST", f"/api/destinations/{name}/test", b""))
 
 
-async def test_a_ping_is_signed_says_what_it_is_and_is_kept_nowhere(tmp_path):
+async def test_a_ping_is_signed_names_its_purpose_and_is_not_stored(tmp_path):
     async with (
         Receiver(Secret(SECRET)) as receiver,
         running(write_config(tmp_path, destination("crm", receiver.url))) as relay,
@@ -57,7 +57,7 @@ async def test_a_ping_is_signed_says_what_it_is_and_is_kept_nowhere(tmp_path):
         assert relay.counted("relay_delivery_attempts_total", destination="crm", result="ok") == 0
 
 
-async def test_people_read_it_line_by_line(crm):
+async def test_the_output_for_people_has_one_fact_per_line(crm):
     relay, _ = crm
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm")
     rows = dict(said.rows)
@@ -78,7 +78,7 @@ async def test_a_destination_that_is_held_can_be_tested_and_stays_held(crm, verb
     assert relay.app.engine.lanes["crm"].held == held
 
 
-async def test_neither_an_open_circuit_nor_its_failures_notice_a_ping(tmp_path):
+async def test_a_ping_does_not_change_the_circuit(tmp_path):
     async with Recorder() as recorder:
         more = 'circuit = { failures = 1, probe = "1h", max_probe = "1h" }'
         async with running(write_config(tmp_path, SOURCES, destination("crm", recorder.url, more))) as relay:
@@ -100,7 +100,7 @@ async def test_neither_an_open_circuit_nor_its_failures_notice_a_ping(tmp_path):
             assert attempt["status"] == 500
 
 
-async def test_a_410_disables_nothing_and_says_that_it_would(crm):
+async def test_a_410_disables_nothing_and_says_that_a_delivery_would(crm):
     relay, recorder = crm
     recorder.answers.append((410, {}))
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
@@ -109,7 +109,7 @@ async def test_a_410_disables_nothing_and_says_that_it_would(crm):
     assert relay.app.engine.lanes["crm"].held is None
 
 
-async def test_a_private_address_is_not_dialled_and_the_key_to_set_is_named(tmp_path):
+async def test_a_private_address_is_not_dialled_and_the_hint_names_the_key(tmp_path):
     async with Recorder() as recorder:
         config = write_config(tmp_path, destination("crm", recorder.url).replace("allow_private = true", ""))
         async with running(config) as relay:
@@ -128,7 +128,7 @@ async def test_the_relay_does_not_ping_itself(tmp_path):
     assert said.err == "the relay never sends to itself: correct its `url`\n"
 
 
-async def test_tls_has_a_time_of_its_own_and_every_ping_a_connection_of_its_own(tmp_path, certificates):
+async def test_tls_is_timed_and_every_ping_has_a_new_connection(tmp_path, certificates):
     async with receivers.answers(tls=certificates.server("good"), body=b"a" * 2000) as receiver:
         more = f'ca_file = "{certificates.ca}"'
         async with running(write_config(tmp_path, destination("crm", receiver.url, more))) as relay:
@@ -164,7 +164,7 @@ async def test_one_at_a_time(crm):
     assert (await post(relay)).json["ok"]
 
 
-async def test_a_destination_that_outlasts_the_patience_of_commands_is_not_waited_for(crm, monkeypatch):
+async def test_a_ping_ends_before_the_timeout_of_commands(crm, monkeypatch):
     monkeypatch.setattr(ping, "MAX_SECONDS", 0.05)
     relay, recorder = crm
     recorder.open.clear()
@@ -173,7 +173,7 @@ async def test_a_destination_that_outlasts_the_patience_of_commands_is_not_waite
     assert said["error"] == "no response within 50ms, the longest time that a test waits"
 
 
-async def test_a_reload_meanwhile_lets_the_ping_end_as_it_began(crm, tmp_path):
+async def test_a_reload_during_a_ping_does_not_change_it(crm, tmp_path):
     relay, recorder = crm
     recorder.open.clear()
     pinging = asyncio.create_task(post(relay))
@@ -222,7 +222,7 @@ async def test_an_unknown_one_is_404(crm):
          "nothing was sent", "correct its `url`"),
     ],
 )  # fmt: skip
-def test_what_an_answer_would_mean_is_said_in_words(answer, meaning, verdict, hint):
+def test_the_meaning_of_a_response_is_explained(answer, meaning, verdict, hint):
     config = DestinationConfig(name="crm", url="http://crm.example")
     said = explain(config, HttpResult(**answer), Verdict(**{"kind": "retry", **meaning}))
     assert verdict in said[0]

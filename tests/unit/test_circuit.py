@@ -45,7 +45,7 @@ def opened(**config):
 
 
 @pytest.mark.parametrize("result", sorted(FAILURE_RESULTS))
-def test_ten_of_the_same_trouble_in_a_row_open_it_and_nine_do_not(result):
+def test_ten_failures_of_one_kind_in_a_row_open_the_circuit_and_nine_do_not(result):
     destination = Destination()
     assert destination.ends(*[result] * 9) is None
     assert (destination.limit, destination.circuit.is_open) == (8, False)
@@ -53,19 +53,19 @@ def test_ten_of_the_same_trouble_in_a_row_open_it_and_nine_do_not(result):
     assert (destination.limit, destination.circuit.is_open) == (0, True)
 
 
-def test_different_troubles_add_up():
+def test_different_failures_add_up():
     assert Destination().ends(*sorted(FAILURE_RESULTS), "dns", "5xx", "429") == "opened"
 
 
 @pytest.mark.parametrize("result", LIFE)
-def test_any_other_answer_proves_life_and_the_count_begins_anew(result):
+def test_any_other_response_resets_the_count(result):
     destination = Destination()
     assert destination.ends(*["5xx"] * 9, result, *["5xx"] * 9) is None
     assert destination.ends("5xx") == "opened"
 
 
 @pytest.mark.parametrize("result", sorted(NEUTRAL_RESULTS))
-def test_what_never_went_out_says_nothing_either_way(result):
+def test_an_attempt_that_sent_nothing_changes_nothing(result):
     destination = Destination()
     assert destination.ends(*["connect", result] * 9) is None
     assert destination.ends(result) is None
@@ -74,7 +74,7 @@ def test_what_never_went_out_says_nothing_either_way(result):
     assert destination.circuit.is_open
 
 
-def test_how_many_in_a_row_is_configured():
+def test_the_number_of_failures_is_configurable():
     assert Destination(failures=1).ends("dns") == "opened"
     assert Destination(failures=3).ends("dns", "dns") is None
 
@@ -86,7 +86,7 @@ def test_one_probe_is_allowed_after_the_wait_and_not_before():
     assert destination.after(3600).limit == 1
 
 
-def test_failed_probes_double_the_wait_up_to_the_most():
+def test_failed_probes_double_the_wait_up_to_the_maximum():
     destination, waits = opened(), []
     for _ in range(7):
         waits.append(destination.probe_in)
@@ -95,7 +95,7 @@ def test_failed_probes_double_the_wait_up_to_the_most():
 
 
 @pytest.mark.parametrize("result", LIFE)
-def test_a_probe_that_is_answered_closes_it_and_the_next_opening_waits_from_the_start(result):
+def test_a_successful_probe_closes_the_circuit_and_resets_the_wait(result):
     destination = opened()
     destination.after(30).ends("timeout")
     assert destination.after(60).ends(result) == "recovered"
@@ -114,7 +114,7 @@ def test_a_probe_that_is_answered_closes_it_and_the_next_opening_waits_from_the_
         (20, [1, *[2] * 2, *[4] * 4, *[8] * 8, *[16] * 16, 20, 20]),
     ],
 )
-def test_after_recovery_each_full_round_of_answers_allows_twice_as_many(concurrency, allowed):
+def test_after_recovery_each_full_round_of_responses_doubles_the_limit(concurrency, allowed):
     destination = opened(concurrency=concurrency)
     destination.after(30).ends("ok")
     seen = []
@@ -125,21 +125,21 @@ def test_after_recovery_each_full_round_of_answers_allows_twice_as_many(concurre
 
 
 @pytest.mark.parametrize("answers", range(7))
-def test_trouble_while_ramping_up_opens_it_again_at_once(answers):
+def test_a_failure_while_ramping_up_opens_the_circuit_at_once(answers):
     destination = opened(concurrency=8)
     destination.after(30).ends("ok", *["ok"] * answers)
     assert destination.ends("5xx") == "opened"
     assert (destination.limit, destination.probe_in) == (0, 30)
 
 
-def test_once_it_has_ramped_up_it_takes_ten_in_a_row_again():
+def test_after_the_ramp_ten_failures_in_a_row_are_needed_again():
     destination = opened(concurrency=8)
     destination.after(30).ends("ok", *["ok"] * 7)
     assert destination.ends(*["5xx"] * 9) is None
     assert destination.ends("5xx") == "opened"
 
 
-def test_late_failures_of_attempts_begun_before_the_opening_neither_prolong_it_nor_count_as_probes():
+def test_late_failures_of_attempts_from_before_the_opening_are_not_failed_probes():
     destination = opened()
     for seconds in (1, 29, 60):  # before the probe is due, and long after
         assert destination.after(seconds).circuit.record("timeout", destination.now, 0) is None
@@ -147,19 +147,19 @@ def test_late_failures_of_attempts_begun_before_the_opening_neither_prolong_it_n
     assert destination.limit == 1
 
 
-def test_late_failures_of_attempts_begun_before_the_opening_do_not_stop_a_recovery():
+def test_late_failures_of_attempts_from_before_the_opening_do_not_stop_a_recovery():
     destination = opened()
     destination.after(30).ends("ok")
     assert destination.circuit.record("timeout", destination.now, 0) is None
     assert destination.limit == 1
 
 
-def test_a_late_answer_of_an_attempt_begun_before_the_opening_proves_life():
+def test_a_late_success_of_an_attempt_from_before_the_opening_closes_the_circuit():
     destination = opened()
     assert destination.after(1).circuit.record("ok", destination.now, 0) == "recovered"
 
 
-def test_an_operator_may_have_the_probe_made_now():
+def test_an_operator_can_make_the_probe_due_now():
     destination = opened()
     destination.after(30).ends("timeout")
     destination.circuit.probe_by(destination.now)
@@ -168,7 +168,7 @@ def test_an_operator_may_have_the_probe_made_now():
     assert destination.probe_in == 60
 
 
-def test_another_config_is_probed_at_once_and_waits_by_its_own_rules():
+def test_a_new_config_is_probed_at_once_and_sets_the_waits():
     destination = Destination(failures=3, probe=30, max_probe=300)
     destination.ends("5xx", "5xx", "5xx")
     destination.after(30).ends("5xx")
@@ -178,7 +178,7 @@ def test_another_config_is_probed_at_once_and_waits_by_its_own_rules():
     assert destination.probe_in == 10
 
 
-def test_another_config_forgets_failures_and_takes_the_number_at_once_from_it():
+def test_a_new_config_forgets_failures_and_sets_the_concurrency():
     destination = Destination(failures=3)
     destination.ends("5xx", "5xx")
     destination.circuit.reconfigure(CircuitConfig(failures=3), 4, destination.now)
@@ -187,7 +187,7 @@ def test_another_config_forgets_failures_and_takes_the_number_at_once_from_it():
 
 
 @pytest.mark.parametrize(("concurrency", "limit"), [(8, 2), (2, 2), (1, 1)])
-def test_another_config_goes_on_ramping_up_within_its_concurrency(concurrency, limit):
+def test_a_new_config_continues_the_ramp_within_its_concurrency(concurrency, limit):
     destination = Destination(concurrency=8)
     destination.ends(*["5xx"] * 10)
     destination.after(30).ends("ok", "ok")
@@ -196,7 +196,7 @@ def test_another_config_goes_on_ramping_up_within_its_concurrency(concurrency, l
     assert destination.limit == limit
 
 
-def test_asking_for_a_probe_opens_nothing_and_puts_nothing_off():
+def test_probe_by_neither_opens_the_circuit_nor_delays_a_probe():
     destination = Destination()
     destination.circuit.probe_by(destination.now)
     assert destination.limit == 8
@@ -210,7 +210,9 @@ def test_asking_for_a_probe_opens_nothing_and_puts_nothing_off():
     concurrency=st.integers(1, 64),
     failures=st.integers(1, 12),
 )
-def test_whatever_comes_it_allows_between_none_and_all_and_always_probes_again(steps, concurrency, failures):
+def test_after_any_sequence_of_results_the_limit_is_in_range_and_a_probe_follows(
+    steps, concurrency, failures
+):
     destination = Destination(concurrency, failures=failures)
     for result, seconds, late in steps:
         circuit = destination.after(seconds).circuit

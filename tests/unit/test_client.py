@@ -29,7 +29,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("make", "result", "status", "error"), ENDS, ids=name)
-async def test_a_receiver_that_stalls_is_left_at_the_total_timeout(client_for, make, result, status, error):
+async def test_a_stalling_receiver_ends_at_the_total_timeout(client_for, make, result, status, error):
     async with make() as receiver, Stopwatch() as watch:
         client, started = client_for(SHORT), time.perf_counter()
         answer = await send(client, receiver.url)
@@ -41,7 +41,7 @@ async def test_a_receiver_that_stalls_is_left_at_the_total_timeout(client_for, m
         assert SHORT * 900 < answer.duration_ms <= lasted * 1000
 
 
-async def test_an_upload_that_nobody_reads_is_left_at_the_total_timeout(client_for):
+async def test_an_upload_that_the_receiver_does_not_read_ends_at_the_total_timeout(client_for):
     client = client_for(SHORT)
     async with receivers.never_reads() as receiver, Stopwatch() as lasted:
         answer = await send(client, receiver.url, body=bytes(32 * 2**20))
@@ -49,7 +49,7 @@ async def test_an_upload_that_nobody_reads_is_left_at_the_total_timeout(client_f
         assert lasted.seconds < SHORT + GRACE
 
 
-async def test_a_connect_that_hangs_is_left_at_the_connect_timeout(client_for, certificates):
+async def test_a_hanging_connect_ends_at_the_connect_timeout(client_for, certificates):
     client = client_for(AMPLE, connect_timeout=SHORT, ca_file=certificates.ca)
     async with receivers.never_reads(scheme="https") as receiver, Stopwatch() as lasted:
         answer = await send(client, receiver.url)  # which takes TCP, and never answers TLS
@@ -96,7 +96,7 @@ async def test_a_receiver_that_sends_too_much_costs_neither_time_nor_memory(
 
 
 @pytest.mark.parametrize("nonsense", receivers.NONSENSE)
-async def test_an_answer_that_is_none_is_a_protocol_failure(client_for, nonsense):
+async def test_bytes_that_are_no_response_are_a_protocol_failure(client_for, nonsense):
     async with receivers.says(answer=receivers.NONSENSE[nonsense]) as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.result == "protocol"
@@ -106,7 +106,7 @@ async def test_an_answer_that_is_none_is_a_protocol_failure(client_for, nonsense
 
 
 @pytest.mark.parametrize("broken", receivers.BROKEN_BODIES)
-async def test_a_yes_stays_a_yes_when_the_body_then_breaks(client_for, broken):
+async def test_a_2xx_stays_a_success_when_the_body_breaks_off(client_for, broken):
     async with receivers.breaks_its_body(answer=receivers.BROKEN_BODIES[broken]) as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.result, answer.status, answer.truncated) == ("ok", 200, True)
@@ -122,7 +122,7 @@ async def test_a_yes_stays_a_yes_when_the_body_then_breaks(client_for, broken):
     ],
 )
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-async def test_a_new_connection_that_dies_is_a_failure_and_not_tried_again(
+async def test_a_new_connection_that_dies_is_a_failure_without_a_second_try(
     client_for, make, result, error, method
 ):
     async with make() as receiver:
@@ -132,20 +132,20 @@ async def test_a_new_connection_that_dies_is_a_failure_and_not_tried_again(
         assert receiver.connections == 1
 
 
-async def test_a_connection_closed_before_the_request_is_a_failure_and_not_tried_again(client_for):
+async def test_a_connection_closed_before_the_request_is_a_failure_without_a_second_try(client_for):
     async with receivers.closes_at_once() as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.result in ("connect", "protocol")  # whether the write or the read notices first
         assert receiver.connections == 1
 
 
-async def test_a_yes_before_a_reset_stays_a_yes(client_for):
+async def test_a_2xx_before_a_reset_stays_a_success(client_for):
     async with receivers.resets_in_body() as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.result, answer.status, answer.body, answer.truncated) == ("ok", 200, b"begun", True)
 
 
-async def test_a_port_that_nobody_listens_on_is_a_connect_failure(client_for):
+async def test_a_closed_port_is_a_connect_failure(client_for):
     answer = await send(client_for(), f"http://127.0.0.1:{receivers.unused_port()}/")
     assert (answer.result, answer.status) == ("connect", None)
     assert answer.error.endswith("Connection refused")

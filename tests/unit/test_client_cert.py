@@ -83,7 +83,7 @@ def demanding(certificates):
         ({"cert": "client.pem", "key": "locked.pem"}, Secret(PASSWORD)),
     ],
 )
-async def test_a_receiver_that_demands_a_certificate_is_shown_it(
+async def test_a_receiver_that_demands_a_client_certificate_gets_it(
     certificates, demanding, files, names, password
 ):
     shown = ClientCert(**{key: files / name for key, name in names.items()}, password=password)
@@ -97,14 +97,14 @@ async def test_a_receiver_that_demands_a_certificate_is_shown_it(
         assert (answer.result, answer.body) == ("ok", b"relay.example")
 
 
-async def test_a_receiver_that_demands_none_is_reached_all_the_same(client_for, certificates, files):
+async def test_a_receiver_that_demands_no_client_certificate_is_reached_too(client_for, certificates, files):
     shown = ClientCert(cert=files / "both.pem")
     async with receivers.shows_certificates(tls=certificates.server("good")) as receiver:
         answer = await send(client_for(ca_file=certificates.ca, client_cert=shown), receiver.url)
         assert (answer.result, answer.body) == ("ok", b"nobody")
 
 
-async def test_a_client_certificate_leaves_the_systems_authorities_in_charge(
+async def test_a_client_certificate_does_not_replace_the_systems_cas(
     client_for, certificates, demanding, files, monkeypatch
 ):
     shown = ClientCert(cert=files / "both.pem")
@@ -133,9 +133,7 @@ async def test_without_a_certificate_the_receivers_alert_is_the_reason(
     assert answer.error.endswith(reason)
 
 
-async def test_a_certificate_of_an_authority_that_the_receiver_does_not_know_is_a_tls_failure(
-    client_for, certificates, demanding
-):
+async def test_a_client_certificate_of_an_unknown_ca_is_a_tls_failure(client_for, certificates, demanding):
     shown = ClientCert(cert=certificates.path("self_signed"), key=certificates.key)
     with Demanding(demanding) as receiver:
         answer = await send(client_for(ca_file=certificates.ca, client_cert=shown), receiver.url)
@@ -170,7 +168,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("table", "problem"), UNUSABLE)
-def test_a_certificate_that_is_no_use_is_a_problem_that_names_the_file(files, table, problem):
+def test_an_unusable_client_certificate_is_a_problem_that_names_the_file(files, table, problem):
     path = files / "config.toml"
     url = "https://receiver.example/hook"
     path.write_text(f'development = true\n[destinations.crm]\nurl = "{url}"\nclient_cert = {{ {table} }}\n')
@@ -182,7 +180,7 @@ def test_a_certificate_that_is_no_use_is_a_problem_that_names_the_file(files, ta
     assert "hush" not in told
 
 
-def test_a_certificate_that_became_useless_after_the_check_stops_the_start_with_its_name(files):
+def test_a_client_certificate_that_became_unusable_after_the_check_stops_the_start(files):
     async def build():
         HttpClient(DestinationConfig(name="crm", url="", client_cert=ClientCert(cert=files / "empty.pem")))
 

@@ -15,7 +15,7 @@ from relay.delivery.http.result import one_line
 pytestmark = pytest.mark.usefixtures("silence")
 
 
-async def test_a_request_has_our_headers_and_no_automatic_ones(client_for):
+async def test_a_request_has_only_our_headers(client_for):
     async with receivers.answers() as receiver:
         await send(client_for(), receiver.url + "?a=b%2Fc", body=b'{"a":1}', **{"webhook-id": "evt_1"})
         (request,) = receiver.requests
@@ -41,7 +41,7 @@ async def test_a_request_has_our_headers_and_no_automatic_ones(client_for):
         ("/a#fragment", "/a"),
     ],
 )
-async def test_a_url_goes_out_as_it_is_written(client_for, written, sent):
+async def test_a_url_is_sent_as_written(client_for, written, sent):
     async with receivers.answers() as receiver:
         await send(client_for(), receiver.url.removesuffix("/hook") + written)
         assert receiver.requests[0].line == f"POST {sent} HTTP/1.1"
@@ -53,7 +53,7 @@ async def test_a_user_and_password_in_the_url_become_basic_authentication(client
         assert receiver.requests[0].headers["authorization"] == "Basic dXNlcjpwQHNz"
 
 
-async def test_the_method_and_the_user_agent_can_be_others(client_for):
+async def test_the_method_and_the_user_agent_are_configurable(client_for):
     async with receivers.answers() as receiver:
         await send(client_for(method="PUT"), receiver.url, **{"User-Agent": "custom"})
         assert receiver.requests[0].line.startswith("PUT ")
@@ -105,7 +105,7 @@ async def test_a_header_with_a_line_break_is_refused_before_anything_is_sent(cli
         ("599 \x1b[31mred", "5xx", "HTTP 599 ?[31mred"),
     ],
 )
-async def test_a_status_has_its_class_and_its_line(client_for, status, result, error):
+async def test_a_status_has_its_label_and_its_error_line(client_for, status, result, error):
     async with receivers.answers(status=status) as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.result, answer.status, answer.error) == (result, int(status[:3]), error)
@@ -115,7 +115,7 @@ async def test_a_status_has_its_class_and_its_line(client_for, status, result, e
 @pytest.mark.parametrize(
     "place", ["http://169.254.169.254/latest", "//127.0.0.1/", "/elsewhere", "\x80:nonsense"]
 )
-async def test_a_redirect_is_a_failure_that_names_the_place_and_goes_nowhere(client_for, status, place):
+async def test_a_redirect_is_a_failure_that_names_the_target_and_is_not_followed(client_for, status, place):
     async with receivers.answers(status=f"{status} Elsewhere", location=place) as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.result, answer.status) == ("3xx", status)
@@ -137,13 +137,13 @@ async def test_a_redirect_is_a_failure_that_names_the_place_and_goes_nowhere(cli
         ("1\t2", None),
     ],
 )
-async def test_a_retry_after_is_handed_on_where_it_is_plain_text(client_for, value, kept):
+async def test_a_retry_after_of_plain_text_is_returned(client_for, value, kept):
     async with receivers.answers(status="503 Busy", retry_after=value) as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.headers.get("retry-after") == kept
 
 
-async def test_only_the_headers_that_steer_are_kept(client_for):
+async def test_only_headers_that_influence_deliveries_are_returned(client_for):
     async with receivers.answers(status="503 Busy", webhook_delivery="disable", x_other="1") as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.headers == {"webhook-delivery": "disable"}
@@ -152,7 +152,7 @@ async def test_only_the_headers_that_steer_are_kept(client_for):
 @pytest.mark.parametrize(
     "size", [0, 1, KEEP_LIMIT - 1, KEEP_LIMIT, KEEP_LIMIT + 1, READ_LIMIT, READ_LIMIT + 1, 2**20]
 )
-async def test_the_beginning_of_a_body_is_kept_and_marked_when_there_was_more(client_for, size):
+async def test_the_first_bytes_of_a_body_are_kept_and_a_longer_body_is_marked(client_for, size):
     body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     async with receivers.answers(body=body) as receiver:
         client = client_for()
@@ -162,7 +162,7 @@ async def test_the_beginning_of_a_body_is_kept_and_marked_when_there_was_more(cl
             assert answer.truncated == (size > KEEP_LIMIT)
 
 
-async def test_a_packed_body_is_kept_packed(client_for):
+async def test_a_compressed_body_stays_compressed(client_for):
     packed = gzip.compress(b"hello" * 10, mtime=0)
     async with receivers.answers(body=packed, content_encoding="gzip") as receiver:
         assert (await send(client_for(), receiver.url)).body == packed
@@ -172,7 +172,7 @@ async def test_a_packed_body_is_kept_packed(client_for):
     ("make", "body"),
     [(receivers.answers_in_chunks, b"in chunks"), (receivers.answers_until_close, b"until close")],
 )
-async def test_a_body_may_come_in_any_framing(client_for, make, body):
+async def test_a_body_may_have_any_framing(client_for, make, body):
     async with make() as receiver:
         client = client_for()
         for _ in range(2):
@@ -180,7 +180,7 @@ async def test_a_body_may_come_in_any_framing(client_for, make, body):
             assert (answer.result, answer.body, answer.truncated) == ("ok", body, False)
 
 
-async def test_an_answer_may_be_announced_first(client_for):
+async def test_a_1xx_may_precede_the_response(client_for):
     early = head("100 Continue") + head("103 Early Hints", link="</a>")
     async with receivers.says(answer=early + head("201 Created", content_length=2) + b"ok") as receiver:
         answer = await send(client_for(), receiver.url)

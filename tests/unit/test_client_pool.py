@@ -26,7 +26,7 @@ async def test_a_kept_connection_that_dies_is_replaced_within_the_attempt(client
         assert len(receiver.requests) == 5
 
 
-async def test_a_pool_full_of_dead_connections_fails_nobody(client_for):
+async def test_a_pool_full_of_dead_connections_fails_no_request(client_for):
     async with receivers.closes_kept_alive() as receiver:
         client = client_for()
         for _ in range(2):
@@ -49,7 +49,7 @@ async def test_a_dead_connection_is_replaced_once_only(client_for):
         assert receiver.connections == 2
 
 
-async def test_an_answer_that_had_begun_is_not_asked_for_again(client_for):
+async def test_a_response_that_has_begun_is_not_requested_again(client_for):
     async with receivers.breaks_off_kept_alive() as receiver:
         client = client_for()
         assert (await send(client, receiver.url)).result == "ok"
@@ -70,7 +70,7 @@ async def test_the_replacement_shares_the_total_timeout(client_for):
 
 
 @pytest.mark.parametrize("make", [receivers.answers_before_reading, receivers.says_more_than_its_length])
-async def test_a_connection_in_doubt_is_not_used_again(client_for, make):
+async def test_a_connection_in_an_unclear_state_is_not_reused(client_for, make):
     async with make() as receiver:
         client = client_for()
         first, second = [await send(client, receiver.url, body=bytes(4 * 2**20)) for _ in range(2)]
@@ -78,7 +78,7 @@ async def test_a_connection_in_doubt_is_not_used_again(client_for, make):
         assert receiver.connections == 2
 
 
-async def test_a_cancelled_send_hangs_up_and_leaves_nothing_behind(client_for):
+async def test_a_cancelled_send_closes_its_connection(client_for):
     async with receivers.hang() as receiver:
         client = client_for()
         sending = asyncio.create_task(send(client, receiver.url))
@@ -91,7 +91,7 @@ async def test_a_cancelled_send_hangs_up_and_leaves_nothing_behind(client_for):
         assert not client._pooled._acquired
 
 
-async def test_hanging_receivers_delay_no_other(client_for):
+async def test_hanging_receivers_do_not_delay_others(client_for):
     async with receivers.hang() as hanging, receivers.answers() as healthy:
         waiting = [asyncio.create_task(send(client_for(), hanging.url)) for _ in range(20)]
         async with asyncio.timeout(0.8 * AMPLE):

@@ -14,7 +14,7 @@ from relay.errors import RelayError
 pytestmark = pytest.mark.usefixtures("silence")
 
 
-async def test_a_receiver_whose_authority_is_in_the_ca_file_is_trusted(client_for, certificates):
+async def test_a_receiver_with_a_ca_from_the_ca_file_is_trusted(client_for, certificates):
     async with receivers.answers(tls=certificates.server("good"), body=b"safe") as receiver:
         client = client_for(ca_file=certificates.ca)
         for _ in range(2):
@@ -44,7 +44,7 @@ async def test_a_bad_certificate_is_a_tls_failure_with_its_reason(
         assert receiver.requests == []
 
 
-async def test_an_authority_that_nobody_trusts_is_a_tls_failure(client_for, certificates):
+async def test_an_unknown_ca_is_a_tls_failure(client_for, certificates):
     async with receivers.answers(tls=certificates.server("good")) as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.result == "tls"
@@ -65,7 +65,7 @@ async def test_a_port_without_tls_is_a_tls_failure(client_for, make, reason):
         assert reason in answer.error
 
 
-def test_a_ca_file_that_cannot_be_used_stops_the_start_with_its_name(tmp_path):
+def test_an_unusable_ca_file_stops_the_start_and_is_named(tmp_path):
     empty = tmp_path / "empty.pem"
     empty.write_text("no certificate")
 
@@ -77,7 +77,7 @@ def test_a_ca_file_that_cannot_be_used_stops_the_start_with_its_name(tmp_path):
             asyncio.run(build(path))
 
 
-async def test_a_connection_is_dropped_at_once_when_tls_would_wait_for_a_polite_end(client_for, certificates):
+async def test_a_tls_connection_is_aborted_without_an_orderly_close(client_for, certificates):
     async with receivers.never_reads(tls=certificates.server("good")) as receiver:
         client, sockets = client_for(SHORT, ca_file=certificates.ca), []
         connector = client._pooled
@@ -87,7 +87,7 @@ async def test_a_connection_is_dropped_at_once_when_tls_would_wait_for_a_polite_
         assert [sock.fileno() for sock in sockets] == [-1]
 
 
-async def test_a_flood_over_tls_is_cut_off_as_well(client_for, certificates):
+async def test_a_flood_over_tls_is_cut_off(client_for, certificates):
     async with receivers.huge_body(tls=certificates.server("good")) as receiver:
         answer = await send(client_for(ca_file=certificates.ca), receiver.url)
         assert (answer.result, answer.truncated, len(answer.body)) == ("ok", True, KEEP_LIMIT)

@@ -49,12 +49,12 @@ DATA = b"""{"total": 45000.00, "big": 1180591620717411303424, "none": null, "sol
         ("data.none.x", ABSENT),
     ],
 )
-def test_a_path_leads_to_a_value_or_to_nothing(path, value):
+def test_a_path_finds_a_value_or_absent(path, value):
     shown = view(DATA, b'{"store_id":"st_9"}', subject="s-1")
     assert shown.find(Path.parse(path)) == value
 
 
-def test_a_subject_that_is_not_there_is_absent():
+def test_a_missing_subject_is_absent():
     assert view().find(Path.parse("subject")) is ABSENT
 
 
@@ -78,7 +78,7 @@ def test_a_malformed_path_is_refused_with_an_example(text):
         ("subject.id", "subject is text and has no fields"),
     ],
 )
-def test_a_path_that_leads_nowhere_says_what_may_have_been_meant(text, words):
+def test_an_impossible_path_comes_with_a_suggestion(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Path.parse(text)
 
@@ -92,7 +92,7 @@ def test_every_key_can_be_reached_in_quotes(keys):
     assert view(json.dumps(value).encode()).find(Path.parse(path)) == 42
 
 
-def test_each_part_is_decoded_once_and_only_when_asked(monkeypatch):
+def test_each_part_is_decoded_once_and_only_on_demand(monkeypatch):
     decoded = []
 
     def decode(raw):
@@ -119,5 +119,5 @@ def test_a_value_that_the_fast_decoder_refuses_leaves_its_neighbours_readable(od
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"\xff", b'"\xff"', b"[" * 100_000, b"[1e400," + b"[" * 100_000, b'{"a":' * 100_000]
 )
-def test_what_cannot_be_decoded_at_all_is_absent(raw):
+def test_a_document_that_cannot_be_decoded_is_absent(raw):
     assert view(raw).find(Path.parse("data")) is ABSENT

@@ -49,7 +49,7 @@ def event(type_="adorn.attire.sold", data=b'{"total":45000.00}', subject="s-1"):
         ((), "moddy.member_joined", False),
     ],
 )
-def test_patterns_are_those_of_a_shell_and_the_relays_own_events_must_be_named(patterns, full_type, matches):
+def test_patterns_are_shell_patterns_and_operator_events_need_their_prefix(patterns, full_type, matches):
     assert Patterns(patterns).matches(full_type) is matches
 
 
@@ -61,7 +61,7 @@ def test_patterns_are_those_of_a_shell_and_the_relays_own_events_must_be_named(p
         (("!adorn.*",), '"!adorn.*" excludes, but no pattern includes'),
     ],
 )
-def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
+def test_useless_patterns_are_refused(patterns, words):
     with pytest.raises(ValueError, match=words.replace("*", r"\*")):
         Patterns(patterns)
 
@@ -71,7 +71,7 @@ def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
     unwanted=st.lists(st.text("ab.*?[]", min_size=1, max_size=5), max_size=2),
     full_type=st.text("ab.", min_size=1, max_size=6),
 )
-def test_patterns_mean_what_fnmatchcase_means(wanted, unwanted, full_type):
+def test_patterns_match_like_fnmatchcase(wanted, unwanted, full_type):
     expected = any(fnmatchcase(full_type, each) for each in wanted) and not any(
         fnmatchcase(full_type, each) for each in unwanted
     )
@@ -151,12 +151,12 @@ def test_an_explanation_is_data_for_json():
     }
 
 
-def test_a_subscription_that_is_wrong_is_refused():
+def test_an_invalid_subscription_is_refused():
     with pytest.raises(ValueError, match="unknown operator"):
         Subscription.of(("*",), {"data.total": {"gte_": 1}})
 
 
-def test_an_event_goes_to_every_destination_that_wants_it_in_the_configs_order():
+def test_an_event_goes_to_all_subscribed_destinations_in_the_order_of_the_config():
     router = Router(
         {
             "crm": Subscription.of(("adorn.*",)),
@@ -172,7 +172,7 @@ def test_an_event_goes_to_every_destination_that_wants_it_in_the_configs_order()
         assert router.route(event("relay.delivery.dead")) == ()
 
 
-def test_an_operator_may_send_an_event_where_it_would_not_go_on_that_ones_terms():
+def test_an_operator_can_send_an_event_to_an_unsubscribed_destination_by_its_options():
     terms = {"big": SubscriptionOptions.of("big", order_by="subject", ttl=1.0)}
     router = Router({"big": Subscription.of(("moddy.*",), {"data.total": 1})}, terms)
     assert router.route(event()) == ()
@@ -181,7 +181,7 @@ def test_an_operator_may_send_an_event_where_it_would_not_go_on_that_ones_terms(
     assert router.destinations == ("big",)
 
 
-def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
+def test_data_is_decoded_only_if_a_condition_needs_it(monkeypatch):
     decoded = []
     monkeypatch.setattr(relay.routing.envelope, "_decode", decoded.append)
     asks = Subscription.of(("adorn.*",), {"data.total": 1})
@@ -192,7 +192,7 @@ def test_nothing_is_decoded_where_nobody_asks(monkeypatch):
     assert decoded == [b'{"total":45000.00}']
 
 
-def test_senders_that_invent_types_do_not_fill_the_memory(monkeypatch):
+def test_many_different_types_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(relay.routing.router, "MAX_ROUTES", 8)
     router = Router({"all": Subscription.of(("*",))})
     for number in range(50):

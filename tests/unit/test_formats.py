@@ -40,7 +40,7 @@ def units(text):
     return len(text.encode("utf-16-le")) // 2
 
 
-def test_standard_splices_the_senders_bytes_into_the_envelope():
+def test_standard_inserts_the_senders_bytes_into_the_envelope():
     assert FORMATS["standard"].render(event()) == (
         b'{"id":"evt_018bcfe5-6800-7000-8000-000000000001","type":"moddy.member_joined",'
         b'"timestamp":"2023-11-14T22:13:20.123Z","source":"moddy","subject":"80351110224678912",'
@@ -48,12 +48,12 @@ def test_standard_splices_the_senders_bytes_into_the_envelope():
     )
 
 
-def test_standard_says_null_where_there_is_no_subject():
+def test_standard_has_null_for_a_missing_subject():
     assert b'"subject":null,"data":' in FORMATS["standard"].render(event(subject=None))
 
 
 @given(value=values, context=values, type_=texts, subject=st.none() | texts)
-def test_standard_is_json_that_says_what_the_event_says(value, context, type_, subject):
+def test_standard_is_json_with_the_values_of_the_event(value, context, type_, subject):
     body = FORMATS["standard"].render(
         event(
             type=type_,
@@ -73,14 +73,14 @@ def test_standard_is_json_that_says_what_the_event_says(value, context, type_, s
     }
 
 
-def test_raw_is_the_request_as_it_came():
+def test_raw_is_the_request_body():
     assert FORMATS["raw"].render(event()) == b"as it \x00 came"
     assert FORMATS["raw"].content_type_of(event()) == "text/plain; charset=latin-1"
     assert FORMATS["raw"].content_type_of(event(content_type="")) == "application/octet-stream"
 
 
 @pytest.mark.parametrize("odd", ["text/\ud83d", "a/b\r\nx: y", "caf\xe9/x", "a\x00", "x" * 10_000])
-def test_raw_replaces_a_content_type_that_cannot_be_sent_on(odd):
+def test_raw_replaces_a_content_type_that_cannot_be_forwarded(odd):
     assert FORMATS["raw"].content_type_of(event(content_type=odd)) == "application/octet-stream"
 
 
@@ -93,7 +93,7 @@ def test_raw_replaces_a_content_type_that_cannot_be_sent_on(odd):
         ("discord", "application/json"),
     ],
 )
-def test_every_other_format_has_a_content_type_of_its_own(name, content_type):
+def test_every_other_format_has_a_fixed_content_type(name, content_type):
     assert FORMATS[name].content_type_of(event()) == content_type
 
 
@@ -118,7 +118,7 @@ def test_cloudevents_are_structured_json_of_version_1_0():
 
 
 @pytest.mark.parametrize("subject", [None, ""])
-def test_cloudevents_leave_out_a_subject_that_is_not_there(subject):
+def test_cloudevents_leave_out_a_missing_subject(subject):
     assert "subject" not in json.loads(FORMATS["cloudevents"].render(event(subject=subject)))
 
 
@@ -128,20 +128,20 @@ def test_a_cloudevents_source_is_a_uri_reference():
     )
 
 
-def test_slack_reads_as_one_line_and_the_data_in_a_fence():
+def test_slack_gets_one_line_and_the_data_in_a_code_block():
     assert json.loads(FORMATS["slack"].render(event(data=b'{"n":1}')))["text"] == (
         "`moddy.member_joined` about `80351110224678912` at 2023-11-14T22:13:20.123Z "
         '(`evt_018bcfe5-6800-7000-8000-000000000001`)\n```\n{"n":1}\n```'
     )
 
 
-def test_slack_reads_no_mention_or_link_of_a_senders_making():
+def test_slack_gets_no_mention_or_link_of_a_sender():
     text = json.loads(FORMATS["slack"].render(event(subject="<!channel>", data=b'"<@U1> & co"')))["text"]
     assert "about `&lt;!channel&gt;` at" in text
     assert '"&lt;@U1&gt; &amp; co"' in text
 
 
-def test_discord_gets_content_and_may_mention_nobody():
+def test_discord_gets_content_without_mentions():
     assert json.loads(FORMATS["discord"].render(event(subject=None, data=b'"@everyone"'))) == {
         "content": "`moddy.member_joined` at 2023-11-14T22:13:20.123Z "
         '(`evt_018bcfe5-6800-7000-8000-000000000001`)\n```\n"@everyone"\n```',

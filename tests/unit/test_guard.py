@@ -77,7 +77,7 @@ def test_both_ends_of_every_special_block_are_refused_by_default(block, kind):
 
 
 @pytest.mark.parametrize(("block", "kind"), SPECIAL, ids=str)
-def test_allow_private_permits_a_special_block_unless_it_can_be_no_receiver(block, kind):
+def test_allow_private_permits_special_blocks_that_can_be_receivers(block, kind):
     address = str(block[block.num_addresses * 2 // 3])  # an end may hold a block of another kind
     assert (refused(address, PORT, allow_private=True) is None) == (kind not in NEVER)
 
@@ -86,7 +86,7 @@ def test_allow_private_permits_a_special_block_unless_it_can_be_no_receiver(bloc
     "address",
     ["0.0.0.0", "::", "224.0.0.1", "239.255.255.250", "255.255.255.255", "ff02::1", "ff0e::1"],
 )
-def test_multicast_unspecified_and_broadcast_are_refused_whatever_is_permitted(address):
+def test_multicast_unspecified_and_broadcast_are_always_refused(address):
     assert refused(address, PORT, allow_private=True) is not None
 
 
@@ -96,7 +96,7 @@ def test_a_cloud_metadata_service_is_refused_by_default(address):
 
 
 @pytest.mark.parametrize("address", ["4000::1", "e000::1", "1::1", "200::1"])
-def test_ipv6_that_nobody_was_given_is_refused(address):
+def test_unallocated_ipv6_is_refused(address):
     assert "reserved" in refused(address, PORT, allow_private=False)
 
 
@@ -106,23 +106,23 @@ def test_a_zone_does_not_hide_a_link_local_address(address):
 
 
 @pytest.mark.parametrize("address", ["", "receiver.example", "127.1", "0x7f000001", "2130706433", "[::1]"])
-def test_what_is_no_ip_address_is_refused(address):
+def test_text_that_is_not_an_ip_address_is_refused(address):
     assert "not an IP address" in refused(address, PORT, allow_private=True)
 
 
 @pytest.mark.parametrize(("block", "kind"), V4_BLOCKS, ids=str)
-def test_a_special_ipv4_address_stays_refused_inside_every_ipv6_wrapping(block, kind):
+def test_a_special_ipv4_address_is_refused_inside_every_ipv6_form(block, kind):
     for address in wrapped(str(block[-1])):
         assert refused(address, PORT, allow_private=False) is not None
 
 
 @pytest.mark.parametrize("address", wrapped("224.0.0.1"))
-def test_the_address_inside_a_wrapping_is_judged_even_when_the_wrapping_is_permitted(address):
+def test_the_inner_address_is_checked_even_if_the_outer_one_is_permitted(address):
     assert "224.0.0.1" in refused(address, PORT, allow_private=True)
 
 
 @pytest.mark.parametrize("address", wrapped("10.1.2.3"))
-def test_a_wrapped_private_address_is_permitted_with_allow_private(address):
+def test_allow_private_permits_a_private_address_inside_ipv6(address):
     assert refused(address, PORT, allow_private=True) is None
 
 
@@ -134,7 +134,7 @@ def test_the_relays_own_listener_is_refused_however_it_is_bound(bound_to, addres
     assert refused(address, PORT + 1, allow_private=True, own=[(bound_to, PORT)]) is None
 
 
-def test_a_wildcard_listener_leaves_the_same_port_of_other_machines_alone():
+def test_a_wildcard_listener_does_not_block_the_same_port_of_other_machines():
     assert refused("192.0.2.7", PORT, allow_private=True, own=[("0.0.0.0", PORT), ("::", PORT)]) is None
     assert refused("127.0.0.2", PORT, allow_private=True, own=[("127.0.0.1", PORT)]) is None
 
@@ -185,7 +185,7 @@ async def test_a_name_with_a_refused_and_a_good_address_reaches_the_good_one_alo
         assert (good.connections, own.connections) == (1, 0)
 
 
-async def test_a_name_that_is_bound_anew_between_look_ups_is_judged_anew():
+async def test_a_name_that_moves_between_look_ups_is_checked_again():
     async with receivers.answers(connection="close") as receiver:
         names = Names(["127.0.0.1"], ["127.0.0.3"])
         url = f"http://receiver.example:{receiver.port}/"

@@ -37,7 +37,7 @@ async def unaccounted(store):
     return {name: counts.unaccounted for name, counts in (await store.ledger.audit()).items()}
 
 
-async def test_a_destination_that_does_not_change_keeps_lane_circuit_and_bucket(store, receiver):
+async def test_an_unchanged_destination_keeps_lane_circuit_and_bucket(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, concurrency=1, circuit=LASTING, rate_limit=Rate(100, 1))
     async with engine_for(store, crm) as engine:
@@ -51,7 +51,7 @@ async def test_a_destination_that_does_not_change_keeps_lane_circuit_and_bucket(
         assert lane.held == "circuit open"
 
 
-async def test_a_changed_url_is_gone_to_at_once_while_an_attempt_hangs_at_the_old_one(store, receiver, other):
+async def test_a_changed_url_is_used_at_once_while_an_attempt_hangs_at_the_old_one(store, receiver, other):
     receiver.gate.clear()
     crm = destination("crm", receiver.url, concurrency=2)
     async with engine_for(store, crm) as engine:
@@ -69,7 +69,7 @@ async def test_a_changed_url_is_gone_to_at_once_while_an_attempt_hangs_at_the_ol
 
 
 @pytest.mark.parametrize("answer", [(410, {}), (500, {"webhook-delivery": "disable"})])
-async def test_a_former_url_that_wants_to_be_left_alone_disables_nothing(store, receiver, other, answer):
+async def test_a_410_of_the_former_url_disables_nothing(store, receiver, other, answer):
     receiver.gate.clear()
     receiver.usual = answer
     crm = destination("crm", receiver.url)
@@ -84,7 +84,7 @@ async def test_a_former_url_that_wants_to_be_left_alone_disables_nothing(store, 
     assert (await store.queries.destination_states()).get("crm") is None
 
 
-async def test_what_fails_at_the_former_url_is_retried_at_the_new_one(store, receiver, other):
+async def test_an_attempt_that_fails_at_the_former_url_is_retried_at_the_new_one(store, receiver, other):
     receiver.gate.clear()
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url)
@@ -98,7 +98,7 @@ async def test_what_fails_at_the_former_url_is_retried_at_the_new_one(store, rec
     assert (row["state"], row["attempts"]) == ("delivered", 2)
 
 
-async def test_a_failed_probe_of_the_former_url_spends_nothing_and_is_due_at_once(store, receiver, other):
+async def test_a_failed_probe_of_the_former_url_does_not_count_and_is_due_at_once(store, receiver, other):
     receiver.usual = (500, {})
     probing = CircuitConfig(failures=1, probe=0.05, max_probe=0.05)
     crm = destination("crm", receiver.url, circuit=probing, retry=LATER)
@@ -116,9 +116,7 @@ async def test_a_failed_probe_of_the_former_url_spends_nothing_and_is_due_at_onc
         assert first not in other.ids
 
 
-async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_it_ramps_up(
-    store, receiver, other
-):
+async def test_a_changed_dead_destination_is_probed_at_once_and_ramps_up(store, receiver, other):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, circuit=LASTING, retry=LATER, concurrency=4)
     async with engine_for(store, crm) as engine:
@@ -134,7 +132,7 @@ async def test_a_change_of_a_dead_destination_is_tried_at_once_and_on_recovery_i
     assert (await store.queries.destination_states())["crm"].failing_since is None
 
 
-async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, receiver, other):
+async def test_the_time_of_failing_restarts_with_a_change(store, receiver, other):
     receiver.usual = other.usual = (500, {})
     crm = destination("crm", receiver.url, retry=LATER)
     async with engine_for(store, crm) as engine:
@@ -149,7 +147,7 @@ async def test_how_long_it_has_been_failing_counts_from_the_change_on(store, rec
     assert (await store.queries.destination_states())["crm"].failing_since > moment
 
 
-async def test_a_destination_that_has_left_shows_no_open_circuit(store, receiver):
+async def test_a_removed_destination_shows_no_open_circuit(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, circuit=LASTING, retry=LATER)
     async with engine_for(store, crm) as engine:
@@ -163,7 +161,7 @@ async def test_a_destination_that_has_left_shows_no_open_circuit(store, receiver
         assert engine.lanes == {}
 
 
-async def test_a_refused_address_that_the_change_permits_is_dialled_at_once(store, receiver):
+async def test_a_refused_address_is_dialled_at_once_when_a_change_permits_it(store, receiver):
     crm = destination("crm", receiver.url, allow_private=False)
     async with engine_for(store, crm) as engine:
         await send(store)
@@ -173,7 +171,7 @@ async def test_a_refused_address_that_the_change_permits_is_dialled_at_once(stor
         await until(lambda: receiver.ids == [fresh])  # the refused one waits for its own time
 
 
-async def test_a_new_secret_signs_what_comes_after_it(store, receiver):
+async def test_a_new_secret_signs_later_attempts(store, receiver):
     crm = destination("crm", receiver.url)
     async with engine_for(store, crm) as engine:
         await send(store)
@@ -219,7 +217,7 @@ async def test_a_pause_survives_a_change(store, receiver, other):
     assert (len(receiver.ids), len(other.ids)) == (0, 1)
 
 
-async def test_a_new_destination_owes_nothing_of_the_past(store, receiver, other):
+async def test_a_new_destination_gets_no_past_events(store, receiver, other):
     crm = destination("crm", receiver.url)
     async with engine_for(store, crm) as engine:
         await send_many(store, 3)
@@ -230,7 +228,7 @@ async def test_a_new_destination_owes_nothing_of_the_past(store, receiver, other
     assert other.ids == [fresh]
 
 
-async def test_a_removed_destination_keeps_what_it_is_owed_and_gets_it_when_it_returns(
+async def test_a_removed_destination_keeps_its_deliveries_and_gets_them_when_it_returns(
     store, receiver, other
 ):
     other.usual = (500, {})
@@ -256,9 +254,7 @@ async def test_a_removed_destination_keeps_what_it_is_owed_and_gets_it_when_it_r
     assert await unaccounted(store) == {"crm": 0, "gone": 0}
 
 
-async def test_an_attempt_at_a_removed_destination_ends_and_is_not_made_twice_when_it_returns(
-    store, receiver, other
-):
+async def test_an_attempt_at_a_removed_destination_is_not_repeated_when_it_returns(store, receiver, other):
     other.gate.clear()
     crm, gone = destination("crm", receiver.url), destination("gone", other.url)
     async with engine_for(store, crm, gone) as engine:
@@ -274,7 +270,7 @@ async def test_an_attempt_at_a_removed_destination_ends_and_is_not_made_twice_wh
     assert other.ids == [event]
 
 
-async def test_what_fails_at_a_removed_destination_is_taken_up_by_the_one_that_returns(
+async def test_an_attempt_that_fails_at_a_removed_destination_is_retried_when_it_returns(
     store, receiver, other
 ):
     other.gate.clear()
@@ -292,9 +288,7 @@ async def test_what_fails_at_a_removed_destination_is_taken_up_by_the_one_that_r
     assert await store.queries.destination_states() == {}
 
 
-async def test_a_stop_ends_lanes_that_have_left_and_senders_that_were_replaced(
-    store, receiver, other, caplog
-):
+async def test_a_stop_ends_removed_lanes_and_replaced_runners(store, receiver, other, caplog):
     for each in (receiver, other):
         each.gate.clear()
     crm, gone = destination("crm", receiver.url), destination("gone", other.url)
@@ -309,7 +303,7 @@ async def test_a_stop_ends_lanes_that_have_left_and_senders_that_were_replaced(
     assert sorted(line.partition(":")[0] for line in cut_off) == ["crm", "gone"]
 
 
-async def test_renewed_certificates_get_a_new_client_and_leave_the_rest_alone(store, receiver, certificates):
+async def test_renewed_certificates_get_a_new_client_and_change_nothing_else(store, receiver, certificates):
     crm = destination("crm", receiver.url, ca_file=certificates.ca)
     async with engine_for(store, crm) as engine:
         lane = engine.lanes["crm"]
@@ -320,7 +314,7 @@ async def test_renewed_certificates_get_a_new_client_and_leave_the_rest_alone(st
         assert (lane.health.circuit, lane.held) == (circuit, "resting")
 
 
-async def test_a_plan_that_fails_leaves_nothing_open_and_nothing_changed(store, receiver, tmp_path):
+async def test_a_failed_plan_leaves_nothing_open_and_changes_nothing(store, receiver, tmp_path):
     broken = tmp_path / "ca.pem"
     broken.write_text("no certificate")
     crm = destination("crm", receiver.url)

@@ -54,7 +54,7 @@ def types(rows):
 # --- the circuit --------------------------------------------------------------------------------------
 
 
-async def test_an_open_circuit_holds_deliveries_and_they_spend_nothing(store, receiver):
+async def test_an_open_circuit_holds_deliveries_without_counting_attempts(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, concurrency=1, circuit=LASTING, retry=OFTEN)
     async with engine_for(store, crm) as engine:
@@ -67,9 +67,7 @@ async def test_an_open_circuit_holds_deliveries_and_they_spend_nothing(store, re
     assert len(receiver.requests) == 3
 
 
-async def test_probes_come_one_at_a_time_and_late_and_a_failed_one_is_recorded_but_spends_nothing(
-    store, receiver
-):
+async def test_probes_are_single_and_spaced_and_a_failed_one_is_recorded_but_not_counted(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
     async with engine_for(store, crm):
@@ -114,7 +112,7 @@ async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, recei
         receiver.gate.set()
 
 
-async def test_after_recovery_the_receiver_is_asked_one_two_four_and_eight_at_a_time(store):
+async def test_after_recovery_one_two_four_and_eight_attempts_are_in_flight(store):
     async with Stepped().serve() as receiver:
         receiver.usual = (500, {})
         crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=8, timeout=30.0)
@@ -137,7 +135,7 @@ async def test_after_recovery_the_receiver_is_asked_one_two_four_and_eight_at_a_
     assert receiver.most_busy == 8
 
 
-async def test_a_probe_that_is_answered_with_a_refusal_proves_life_and_spends_its_attempt(store, receiver):
+async def test_a_probe_with_a_4xx_closes_the_circuit_and_counts_as_an_attempt(store, receiver):
     receiver.answers = [(500, {})] * 3
     receiver.usual = (404, {})
     crm = destination(
@@ -151,7 +149,7 @@ async def test_a_probe_that_is_answered_with_a_refusal_proves_life_and_spends_it
     assert len(receiver.requests) == 4
 
 
-async def test_a_last_attempt_that_is_a_failed_probe_kills_nothing(store, receiver):
+async def test_a_failed_probe_as_the_last_attempt_does_not_end_the_delivery(store, receiver):
     receiver.answers = [(500, {})] * 5
     crm = destination(
         "crm", receiver.url, circuit=QUICK, concurrency=1, retry=RetryConfig(schedule=(0.01,) * 3)
@@ -162,7 +160,7 @@ async def test_a_last_attempt_that_is_a_failed_probe_kills_nothing(store, receiv
     assert (row["state"], row["attempts"], len(receiver.requests)) == ("delivered", 4, 6)
 
 
-async def test_a_refused_address_holds_everything_and_opens_no_circuit(store, receiver):
+async def test_a_refused_address_holds_deliveries_and_opens_no_circuit(store, receiver):
     crm = destination("crm", receiver.url, allow_private=False, circuit=CircuitConfig(failures=1))
     async with engine_for(store, crm) as engine:
         await send_many(store, 20)
@@ -180,7 +178,7 @@ async def test_a_refused_address_holds_everything_and_opens_no_circuit(store, re
 # --- disabled -----------------------------------------------------------------------------------------
 
 
-async def test_nothing_but_failures_for_long_enough_disables_and_holds_and_loses_nothing(store, receiver):
+async def test_failures_for_disable_after_disable_the_destination_and_lose_nothing(store, receiver):
     receiver.usual = (500, {})
     crm = destination(
         "crm", receiver.url, disable_after=0.3, circuit=NEVER_OPENS,
@@ -195,7 +193,7 @@ async def test_nothing_but_failures_for_long_enough_disables_and_holds_and_loses
         assert (await store.ledger.audit())["crm"].pending == 4
 
 
-async def test_a_success_in_between_counts_as_life(store, receiver):
+async def test_a_success_in_between_restarts_disable_after(store, receiver):
     crm = destination("crm", receiver.url, disable_after=0.2, retry=RetryConfig(schedule=(0.1,)))
     receiver.answers = [(500, {}), (200, {}), (500, {}), (200, {}), (500, {}), (200, {}), (500, {})]
     async with engine_for(store, crm) as engine:
@@ -206,7 +204,7 @@ async def test_a_success_in_between_counts_as_life(store, receiver):
     assert receiver.times[-1] - receiver.times[0] > 0.3 * SECOND
 
 
-async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver):
+async def test_the_time_of_failing_survives_a_restart(tmp_path, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, disable_after=0.3, retry=RetryConfig(schedule=(0.4, 0.1, 0.1)))
     store = make_store(tmp_path / "relay.db", CLOCK)
@@ -233,7 +231,7 @@ async def test_nothing_but_failures_goes_on_across_a_restart(tmp_path, receiver)
     assert len(receiver.requests) == 2
 
 
-async def test_enabling_probes_at_once_releases_what_is_held_and_counts_failures_anew(store, receiver):
+async def test_enabling_probes_at_once_releases_deliveries_and_forgets_failures(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, disable_after=0.1, circuit=QUICK, retry=OFTEN, concurrency=1)
     async with engine_for(store, crm) as engine:
@@ -260,7 +258,7 @@ async def test_enabling_probes_at_once_releases_what_is_held_and_counts_failures
     ],
     ids=["paused", "disabled"],
 )
-async def test_what_is_held_by_an_operator_spends_nothing_and_goes_out_when_let_go(store, receiver, state):
+async def test_deliveries_held_by_an_operator_count_no_attempt_and_are_sent_on_resume(store, receiver, state):
     async with engine_for(store, destination("crm", receiver.url)) as engine:
         lane = engine.lanes["crm"]
         await lane.set_state(state)
@@ -276,7 +274,7 @@ async def test_what_is_held_by_an_operator_spends_nothing_and_goes_out_when_let_
 # --- telling ------------------------------------------------------------------------------------------
 
 
-async def test_each_change_is_told_to_a_destination_that_subscribes_to_it_by_name(store, receiver, ops):
+async def test_each_change_is_an_event_for_destinations_that_subscribe_by_name(store, receiver, ops):
     receiver.answers = [(500, {})] * 3 + [(200, {}), (400, {"webhook-delivery": "abort-message"}), (410, {})]
     crm = destination("crm", receiver.url, concurrency=1, circuit=QUICK, retry=OFTEN)
     watch = destination("watch", ops.url, events=("relay.*",), concurrency=1)
@@ -300,7 +298,7 @@ async def test_each_change_is_told_to_a_destination_that_subscribes_to_it_by_nam
     assert (opened["destination"], opened["url"]) == ("crm", receiver.url)
 
 
-async def test_star_takes_no_operator_events(store, receiver):
+async def test_star_does_not_match_operator_events(store, receiver):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
     async with engine_for(store, destination("crm", receiver.url)):
         sent = await send(store)
@@ -310,7 +308,7 @@ async def test_star_takes_no_operator_events(store, receiver):
     assert receiver.ids == [sent]
 
 
-async def test_deliveries_of_operator_events_never_raise_any(store, receiver, ops):
+async def test_deliveries_of_operator_events_raise_no_operator_events(store, receiver, ops):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
     ops.answers = [(500, {})] * 4 + [(410, {})]
     watch = destination(
@@ -324,7 +322,7 @@ async def test_deliveries_of_operator_events_never_raise_any(store, receiver, op
         assert len(ops.requests) == 5
 
 
-async def test_an_operator_event_that_dies_raises_no_other(store, receiver, ops):
+async def test_a_dead_delivery_of_an_operator_event_raises_no_other(store, receiver, ops):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
     ops.usual = (500, {})
     watch = destination("watch", ops.url, events=("relay.*",), retry=RetryConfig(schedule=(0.01,)))

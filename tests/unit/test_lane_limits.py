@@ -43,7 +43,7 @@ class HangsOnRetries(Receiver):
 # --- rate ---------------------------------------------------------------------------------------------
 
 
-async def test_a_rate_limit_spends_no_attempt_and_waits_exactly_as_long_as_it_must(store, receiver, turns):
+async def test_a_rate_limit_counts_no_attempt_and_waits_no_longer_than_needed(store, receiver, turns):
     crm = destination("crm", receiver.url, rate_limit=Rate(50, 1))
     async with engine_for(store, crm):
         began = CLOCK.steady()
@@ -72,7 +72,7 @@ async def test_a_rate_limit_holds_across_bursts_of_retries(store, receiver):
 # --- shares -------------------------------------------------------------------------------------------
 
 
-async def test_hundreds_of_retries_that_hang_leave_a_quarter_of_the_slots_to_first_attempts(store):
+async def test_hundreds_of_hanging_retries_leave_a_quarter_of_the_slots_to_first_attempts(store):
     async with HangsOnRetries().serve() as receiver:
         crm = destination(
             "crm", receiver.url, concurrency=8, circuit=NEVER_OPENS, timeout=30.0,
@@ -116,7 +116,7 @@ async def test_within_a_rate_limit_first_attempts_and_retries_take_turns(store, 
     assert receiver.ids.index(refused, 1) < 160  # about the 120th; behind all others without turns
 
 
-async def test_what_is_old_leaves_before_what_is_new(store, monkeypatch):
+async def test_older_deliveries_are_sent_first(store, monkeypatch):
     monkeypatch.setattr("relay.delivery.lane.WINDOW_SIZE", 4)
     accepted, sending = [], []
 
@@ -145,7 +145,7 @@ async def test_what_is_old_leaves_before_what_is_new(store, monkeypatch):
 # --- the cap ------------------------------------------------------------------------------------------
 
 
-async def test_behind_a_cap_full_of_hanging_sends_every_lane_moves(store, receiver, monkeypatch):
+async def test_every_lane_progresses_while_all_shared_slots_hang(store, receiver, monkeypatch):
     monkeypatch.setattr("relay.delivery.dispatcher.Slots", partial(Slots, 4))
     async with Receiver().serve() as stuck:
         stuck.gate.clear()
@@ -163,7 +163,7 @@ async def test_behind_a_cap_full_of_hanging_sends_every_lane_moves(store, receiv
 # --- no read, no busy loop ----------------------------------------------------------------------------
 
 
-async def test_a_fresh_event_reaches_an_idle_lane_without_a_read_of_the_database(store, receiver):
+async def test_a_fresh_event_reaches_an_idle_lane_without_a_database_read(store, receiver):
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url)) as engine:
         await until(lambda: not engine.lanes["crm"]._tasks)  # it has looked into the store
@@ -196,7 +196,7 @@ async def slots_taken(lane, receiver):
 
 
 @pytest.mark.parametrize("hold", [paused, open_circuit, rate_limited, slots_taken])
-async def test_due_work_that_must_wait_costs_nothing(store, receiver, turns, hold):
+async def test_a_lane_with_waiting_deliveries_is_idle(store, receiver, turns, hold):
     rate = Rate(1, 3600) if hold is rate_limited else None
     in_flight = 8 if hold is slots_taken else 0
     circuit = CircuitConfig(failures=3)
@@ -224,7 +224,7 @@ async def test_an_idle_lane_does_not_turn(store, receiver, turns):
         assert turns == []
 
 
-async def test_a_delivery_that_escaped_its_end_is_sent_after_all(store, receiver, monkeypatch):
+async def test_a_delivery_whose_end_failed_is_sent(store, receiver, monkeypatch):
     begin, refused = store.deliveries.begin_attempt, []
 
     def refuse_once(delivery_id):

@@ -63,7 +63,7 @@ async def test_each_key_arrives_strictly_in_order_and_once_whatever_fails(store)
     assert len(receiver.requests) > KEYS * EACH
 
 
-async def test_the_death_of_one_lets_the_next_of_its_key_go(store, receiver):
+async def test_after_a_dead_delivery_the_next_of_its_key_is_sent(store, receiver):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
     async with engine_for(store, destination("crm", receiver.url, order_by="subject")):
         sent = [await send(store) for _ in range(3)]
@@ -86,7 +86,7 @@ async def test_order_survives_a_restart(store, receiver):
         assert [id_ for id_ in receiver.ids if id_ in sent[key::2]] == sent[key::2]
 
 
-async def test_what_expires_while_it_waits_for_a_slot_is_not_sent(store, receiver):
+async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(store, receiver):
     receiver.gate.clear()
     crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
     async with engine_for(store, crm) as engine:
@@ -106,7 +106,7 @@ async def test_what_expires_while_it_waits_for_a_slot_is_not_sent(store, receive
     assert await store.queries.find("attempts", delivery_id=rows[1]["id"]) == []
 
 
-async def test_what_expires_while_it_is_held_is_not_sent_when_it_is_let_go(store, receiver):
+async def test_a_delivery_that_expires_while_held_is_not_sent_on_resume(store, receiver):
     receiver.answers = [(503, {"Retry-After": "1"})]
     crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
     async with engine_for(store, crm) as engine:

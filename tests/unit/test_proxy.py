@@ -60,7 +60,7 @@ async def test_an_https_destination_is_reached_through_one_tunnel(client_for, ce
         assert (proxy.connections, receiver.connections) == (1, 1)
 
 
-async def test_an_http_destination_is_reached_by_handing_on_the_request(client_for):
+async def test_an_http_destination_is_reached_by_a_full_request_to_the_proxy(client_for):
     async with receivers.answers(body=b"hello") as receiver, receivers.forwards() as proxy:
         client = client_for(proxy=at(proxy, "relay:hush@"))
         for _ in range(2):
@@ -76,7 +76,7 @@ async def test_an_http_destination_is_reached_by_handing_on_the_request(client_f
         assert proxy.connections == 1
 
 
-async def test_without_credentials_the_proxy_is_told_none(client_for):
+async def test_without_credentials_the_proxy_gets_none(client_for):
     async with receivers.answers() as receiver, receivers.forwards() as proxy:
         assert (await send(client_for(proxy=at(proxy)), receiver.url)).result == "ok"
         assert "proxy-authorization" not in proxy.requests[0].headers
@@ -89,7 +89,7 @@ async def test_credentials_are_percent_decoded_and_written_in_utf_8(client_for):
         assert base64.b64decode(told).decode() == "üser:p@:ss"
 
 
-async def test_a_client_certificate_is_shown_inside_the_tunnel(client_for, certificates):
+async def test_a_client_certificate_is_sent_inside_the_tunnel(client_for, certificates):
     shown = ClientCert(cert=certificates.path("client"), key=certificates.key)
     tls = certificates.server("good", demanding=True)
     async with receivers.shows_certificates(tls=tls) as receiver, receivers.forwards() as proxy:
@@ -119,9 +119,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("status", REFUSALS)
-async def test_a_tunnel_that_is_refused_is_a_connect_failure_and_no_answer_of_the_destination(
-    client_for, status
-):
+async def test_a_refused_tunnel_is_a_connect_failure_and_no_response_of_the_destination(client_for, status):
     async with receivers.answers(status=status, retry_after=60) as proxy:
         answer = await send(client_for(proxy=at(proxy)), "https://receiver.example/")
         assert (answer.result, answer.status, answer.headers) == ("connect", None, {})
@@ -133,7 +131,7 @@ async def test_a_tunnel_that_is_refused_is_a_connect_failure_and_no_answer_of_th
 @pytest.mark.parametrize(
     ("status", "result"), [("407 Proxy Authentication Required", "4xx"), ("502 Bad Gateway", "5xx")]
 )
-async def test_for_an_http_destination_a_proxys_own_answer_looks_like_the_destinations(
+async def test_for_an_http_destination_the_proxys_response_counts_as_the_destinations(
     client_for, status, result
 ):
     async with receivers.answers(status=status) as proxy:
@@ -145,7 +143,7 @@ STALLS = [receivers.hang, receivers.never_reads, receivers.hang_in_head, receive
 
 
 @pytest.mark.parametrize("make", STALLS)
-async def test_a_proxy_that_stalls_before_the_tunnel_is_left_at_the_connect_timeout(client_for, make):
+async def test_a_proxy_that_stalls_before_the_tunnel_ends_at_the_connect_timeout(client_for, make):
     async with make() as proxy, Stopwatch() as lasted:
         client = client_for(AMPLE, connect_timeout=SHORT, proxy=at(proxy))
         answer = await send(client, "https://receiver.example/")
@@ -156,7 +154,7 @@ async def test_a_proxy_that_stalls_before_the_tunnel_is_left_at_the_connect_time
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("make", STALLS)
-async def test_a_proxy_that_stalls_is_left_at_the_total_timeout(client_for, make, scheme):
+async def test_a_stalling_proxy_ends_at_the_total_timeout(client_for, make, scheme):
     async with make() as proxy, Stopwatch() as lasted:
         client = client_for(SHORT, proxy=at(proxy))
         answer = await send(client, f"{scheme}://receiver.example/")
@@ -178,7 +176,7 @@ GIBBERISH = [
 
 
 @pytest.mark.parametrize(("make", "result", "reason"), GIBBERISH)
-async def test_a_proxy_that_talks_gibberish_is_a_typed_failure(client_for, make, result, reason):
+async def test_a_malformed_response_of_a_proxy_is_a_labelled_failure(client_for, make, result, reason):
     async with make() as proxy:
         answer = await send(client_for(proxy=at(proxy)), "https://receiver.example/")
         assert (answer.result, answer.status) == (result, None)
@@ -186,7 +184,7 @@ async def test_a_proxy_that_talks_gibberish_is_a_typed_failure(client_for, make,
         assert reason in answer.error
 
 
-async def test_a_proxy_that_is_not_there_is_a_connect_failure(client_for):
+async def test_a_closed_proxy_port_is_a_connect_failure(client_for):
     port = receivers.unused_port()
     for url in ("https://receiver.example/", "http://receiver.example/"):
         answer = await send(client_for(proxy=Secret(f"http://127.0.0.1:{port}")), url)
@@ -194,7 +192,7 @@ async def test_a_proxy_that_is_not_there_is_a_connect_failure(client_for):
         assert "Connection refused" in answer.error
 
 
-async def test_a_proxy_whose_name_leads_nowhere_is_a_dns_failure():
+async def test_a_proxy_name_without_an_address_is_a_dns_failure():
     answer = await through(
         Secret("http://proxy.example:3128"), "https://receiver.example/", resolver=Nowhere()
     )
@@ -209,7 +207,7 @@ async def test_a_kept_alive_connection_that_the_proxy_has_closed_costs_no_attemp
             assert (await send(client, "http://receiver.example/")).result == "ok"
 
 
-async def test_credentials_stay_out_of_every_error(client_for):
+async def test_no_error_contains_the_credentials(client_for):
     async with receivers.closes_unanswered() as proxy:
         client = client_for(proxy=at(proxy, "relay:hush@"))
         for url in ("https://receiver.example/", "http://receiver.example/", "http://[/"):
@@ -221,7 +219,7 @@ async def test_credentials_stay_out_of_every_error(client_for):
 # --- what is judged -----------------------------------------------------------------------------------
 
 
-async def test_the_proxys_own_address_is_judged_like_any_other():
+async def test_the_proxys_address_is_checked():
     async with receivers.forwards() as proxy:
         answer = await through(at(proxy), "https://receiver.example/")
         assert answer.result == "blocked"
@@ -229,7 +227,7 @@ async def test_the_proxys_own_address_is_judged_like_any_other():
         assert proxy.connections == 0
 
 
-async def test_the_relay_itself_is_no_proxy():
+async def test_the_relay_is_refused_as_a_proxy():
     async with receivers.forwards() as proxy:
         own = [("127.0.0.1", proxy.port)]
         answer = await through(at(proxy), "https://receiver.example/", allow_private=True, own=own)
@@ -260,14 +258,14 @@ ADDRESSES = [
 
 @pytest.mark.parametrize(("host", "reason"), ADDRESSES)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_a_target_that_is_spelt_as_a_special_address_is_never_asked_for(scheme, host, reason):
+async def test_a_target_with_a_special_address_is_never_requested(scheme, host, reason):
     answer = await through(Secret("http://proxy.example:3128"), f"{scheme}://{host}:9/", resolver=Nowhere())
     assert answer.result == "blocked"
     assert answer.error == f"through the proxy proxy.example:3128: not dialled: {reason}"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1"])
-async def test_the_relays_own_listener_is_never_asked_for(host):
+async def test_the_relays_own_listener_is_never_requested(host):
     async with receivers.answers() as relay, receivers.forwards() as proxy:
         url, own = f"http://{host}:{relay.port}/", [("127.0.0.1", relay.port)]
         answer = await through(at(proxy), url, allow_private=True, own=own)
@@ -277,17 +275,17 @@ async def test_the_relays_own_listener_is_never_asked_for(host):
 @pytest.mark.parametrize(
     "host", ["8.8.8.8", "134744072", "2606:4700::1111", "receiver.example", "10.example", "", "1.2.3.4.5"]
 )
-def test_an_ordinary_address_and_any_name_may_be_asked_for(host):
+def test_an_ordinary_address_and_any_name_may_be_requested(host):
     assert refused_target(host, 443, allow_private=False) is None
 
 
-async def test_with_allow_private_a_private_target_may_be_asked_for(client_for):
+async def test_with_allow_private_a_private_target_may_be_requested(client_for):
     async with receivers.answers(status="502 Bad Gateway") as proxy:
         answer = await send(client_for(proxy=at(proxy)), "http://10.1.2.3/")
         assert (answer.status, proxy.connections) == (502, 1)
 
 
-def test_a_proxy_may_be_a_secret_and_never_prints(tmp_path):
+def test_a_proxy_may_be_a_secret_and_is_never_printed(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text('[destinations.crm]\nurl = "https://crm.example/"\nproxy = { env = "PROXY" }\n')
     crm = load(path, {"PROXY": "http://relay:hush@proxy.example:3128"}).config.destinations["crm"]

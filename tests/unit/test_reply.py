@@ -52,7 +52,7 @@ def segmentations(data):
 
 
 @pytest.mark.parametrize("name", SLOPPY)
-def test_an_answer_is_the_same_however_it_is_cut(name):
+def test_segmentation_does_not_change_the_response(name):
     data = SLOPPY[name][0]
     whole = read([data])
     assert whole[0] == status_of(name)
@@ -62,7 +62,7 @@ def test_an_answer_is_the_same_however_it_is_cut(name):
 
 @pytest.mark.parametrize("name", SLOPPY)
 @pytest.mark.parametrize("cut", ["whole", "status line", "head", "lines"])
-async def test_a_status_line_that_was_heard_decides(client_for, name, cut):
+async def test_a_complete_status_line_decides(client_for, name, cut):
     data, status = SLOPPY[name][0], status_of(name)
     at = {"whole": len(data), "status line": data.find(b"\n") + 1, "head": data.find(b"\n\r\n") + 3}.get(cut)
     pieces = data.splitlines(keepends=True) if at is None else [data[:at], data[at:]]
@@ -75,7 +75,7 @@ async def test_a_status_line_that_was_heard_decides(client_for, name, cut):
         assert len(receiver.requests) == 1
 
 
-async def test_a_refusal_steers_also_with_a_broken_head(client_for):
+async def test_the_headers_of_a_refusal_count_even_if_the_head_is_broken(client_for):
     broken = b"HTTP/1.1 503 Wait\r\nnonsense\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: x\r\n\r\n"
     async with receivers.says(answer=broken) as receiver:
         answer = await send(client_for(), receiver.url)
@@ -83,7 +83,7 @@ async def test_a_refusal_steers_also_with_a_broken_head(client_for):
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "200 OK"])
-async def test_what_comes_late_behind_an_answer_fails_no_later_attempt(client_for, status):
+async def test_late_bytes_after_a_response_fail_no_later_attempt(client_for, status):
     async with receivers.says_more_later(status=status) as receiver:
         client = client_for()
         answers = [await send(client, receiver.url) for _ in range(20)]
@@ -91,9 +91,7 @@ async def test_what_comes_late_behind_an_answer_fails_no_later_attempt(client_fo
         assert len(receiver.requests) <= 21  # the first one that met the rest of its predecessor
 
 
-async def test_after_a_connection_carried_more_than_announced_none_is_kept_for_a_while(
-    client_for, monkeypatch
-):
+async def test_after_excess_bytes_no_connection_is_kept_for_a_while(client_for, monkeypatch):
     monkeypatch.setattr("relay.delivery.http.http_client.DISTRUST", 0.3)
     async with receivers.says_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
         client = client_for()
@@ -129,21 +127,21 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_connection_is_kept_only_where_nothing_is_in_doubt(name):
+def test_a_connection_is_kept_only_after_a_clean_response(name):
     data, keeps = KEPT[name]
     for pieces in ([data], *segmentations(data)):
         assert read(pieces, ends=False)[-3] == keeps, pieces
 
 
 @pytest.mark.parametrize("count", [INTERIM_LIMIT, INTERIM_LIMIT + 1])
-def test_announcements_before_the_answer_have_a_limit(count):
+def test_responses_of_class_1xx_have_a_limit(count):
     data = head("102 Processing") * count + head(content_length=0)
     whole = read([data])
     assert whole[0] == (200 if count == INTERIM_LIMIT else None)
     assert read([data[at : at + 7] for at in range(0, len(data), 7)]) == whole
 
 
-def test_a_body_is_kept_and_read_up_to_its_limits():
+def test_a_body_is_read_and_kept_up_to_its_limits():
     for size, whole in ((KEEP_LIMIT, True), (KEEP_LIMIT + 1, False), (READ_LIMIT, False)):
         reply = ResponseParser()
         reply.feed(head(content_length=size) + bytes(size))
@@ -175,7 +173,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 @pytest.mark.parametrize("size", [1000, 2**18])
-def test_whatever_never_ends_is_left_after_some_bytes(name, size):
+def test_an_endless_response_is_cut_off(name, size):
     start, more, status = ENDLESS[name]
     reply = ResponseParser()
     reply.feed(start)

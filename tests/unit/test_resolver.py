@@ -44,12 +44,12 @@ async def test_a_name_without_an_address_is_a_dns_failure(client_for, monkeypatc
     )
 
 
-async def test_a_name_that_is_looked_up_in_vain_ends_at_the_connect_timeout(client_for, dead_dns):
+async def test_a_hanging_look_up_ends_at_the_connect_timeout(client_for, dead_dns):
     answer = await send(client_for(connect_timeout=SHORT), "http://dead.example/")
     assert (answer.result, answer.error) == ("dns", "the name was not resolved within 200ms")
 
 
-async def test_dead_names_hold_up_neither_other_destinations_nor_other_threads(client_for, dead_dns):
+async def test_dead_names_delay_neither_other_destinations_nor_other_threads(client_for, dead_dns):
     dead = [asyncio.create_task(send(client_for(), f"http://dead{number}.example/")) for number in range(40)]
     async with receivers.answers() as receiver:
         async with asyncio.timeout(0.8 * AMPLE):
@@ -65,7 +65,7 @@ async def test_dead_names_hold_up_neither_other_destinations_nor_other_threads(c
     await asyncio.wait(dead)
 
 
-async def test_a_name_that_cannot_be_encoded_is_no_more_than_a_failed_look_up():
+async def test_a_name_that_cannot_be_encoded_is_a_failed_look_up():
     with pytest.raises(OSError, match="not a host name"):
         await resolver_module.Resolver().resolve("x" * 64 + ".example")
 
@@ -80,7 +80,7 @@ async def test_a_link_local_address_keeps_its_zone(monkeypatch):
 @pytest.mark.parametrize(
     "url", ["ftp://receiver.example/", "http://127.1/", "http:///", "nothing", "http://[::1/"]
 )
-async def test_a_url_that_cannot_be_dialled_is_blocked_and_stays_out_of_the_error(client_for, url):
+async def test_a_url_that_cannot_be_dialled_is_blocked_and_not_in_the_error(client_for, url):
     answer = await send(client_for(), url.replace("//", "//user:hunter2@", 1))
     assert answer.result == "blocked"
     assert "hunter2" not in answer.error
@@ -129,7 +129,7 @@ async def test_a_name_that_moves_is_followed_under_steady_traffic(client_for, mo
         assert len(old.requests) == before
 
 
-async def test_a_connection_is_used_for_its_whole_age(client_for, moving):
+async def test_a_connection_is_reused_until_its_maximum_age(client_for, moving):
     async with receivers.answers() as receiver:
         client, moving.to = client_for(), receiver
         for _ in range(50):
@@ -137,7 +137,7 @@ async def test_a_connection_is_used_for_its_whole_age(client_for, moving):
         assert (receiver.connections, moving.look_ups) == (1, 1)
 
 
-async def test_a_ping_looks_its_name_up_anew(client_for, moving):
+async def test_a_ping_resolves_its_name_again(client_for, moving):
     async with receivers.answers() as old, receivers.answers() as new:
         client = client_for()
         for moving.to in (old, new):
@@ -145,7 +145,7 @@ async def test_a_ping_looks_its_name_up_anew(client_for, moving):
             assert (answer.result, len(moving.to.requests)) == ("ok", 1)
 
 
-async def test_a_name_whose_address_refuses_is_looked_up_again_at_the_next_attempt(client_for, moving):
+async def test_a_name_whose_address_refuses_is_resolved_again_at_the_next_attempt(client_for, moving):
     async with receivers.answers() as new:
         async with receivers.answers() as old:
             client, moving.to = client_for(), old
@@ -154,7 +154,7 @@ async def test_a_name_whose_address_refuses_is_looked_up_again_at_the_next_attem
         assert (await send(client, URL)).result == "ok"
 
 
-async def test_a_reload_looks_the_names_of_unchanged_destinations_up_again(store, moving):
+async def test_a_reload_resolves_the_names_of_unchanged_destinations_again(store, moving):
     async with receivers.answers() as old, receivers.answers() as new:
         moving.to = old
         config = destination("crm", URL)
@@ -173,7 +173,7 @@ async def test_a_reload_looks_the_names_of_unchanged_destinations_up_again(store
         assert (len(old.requests), len(new.requests)) == (2, 1)
 
 
-async def test_a_reload_leaves_an_attempt_under_way_alone(store, moving):
+async def test_a_reload_does_not_touch_an_attempt_in_flight(store, moving):
     async with receivers.hang() as old, receivers.answers() as new, asyncio.timeout(AMPLE):
         moving.to = old
         config = destination("crm", URL, timeout=0.5)

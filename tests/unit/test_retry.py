@@ -57,7 +57,7 @@ def test_the_default_schedule_is_eleven_attempts_over_three_days():
         (99, None, 0.0, None),
     ],
 )
-def test_a_delay_is_the_schedules_or_a_capped_hint_and_some_jitter(done, hint, rand, delay):
+def test_a_delay_is_the_scheduled_one_or_a_capped_hint_plus_jitter(done, hint, rand, delay):
     got = DEFAULT.next_delay(done, hint, rand)
     assert got == (None if delay is None else pytest.approx(delay))
 
@@ -137,12 +137,12 @@ def test_a_hint_neither_shortens_a_delay_nor_lengthens_it_beyond_its_cap(policy,
         ("Tue, 14 Nov 2023 22:14:20 GMT".replace("4", "٤"), None),
     ],
 )
-def test_retry_after_takes_whole_seconds_or_any_of_the_three_http_dates(value, seconds):
+def test_retry_after_accepts_whole_seconds_and_the_three_http_dates(value, seconds):
     assert parse_retry_after(value, NOW) == seconds
 
 
 @given(st.text())
-def test_no_retry_after_of_any_text_raises_or_is_negative(value):
+def test_no_text_in_retry_after_raises_or_gives_a_negative_wait(value):
     seconds = parse_retry_after(value, NOW)
     assert seconds is None or seconds >= 0
 
@@ -160,7 +160,7 @@ def test_every_date_the_standard_library_writes_is_read_back(at):
         (100, "protocol"), (101, "protocol"), (600, "protocol"), (999, "protocol"), (0, "protocol"),
     ],
 )  # fmt: skip
-def test_every_status_has_one_of_the_closed_labels(status, name):
+def test_every_status_has_a_label(status, name):
     assert of_status(status) == name
 
 
@@ -234,12 +234,12 @@ HELD = Verdict(kind="hold", reason="blocked")
         (None, "blocked", {}, HELD),
     ],
 )  # fmt: skip
-def test_what_an_answer_means_is_one_closed_table(status, result, headers, meaning):
+def test_the_table_of_verdicts_is_complete(status, result, headers, meaning):
     assert judge(status, result, headers) == meaning
 
 
 @given(status=st.integers(0, 999), headers=st.dictionaries(st.text(), st.text()))
-def test_only_a_2xx_is_a_success_and_only_a_410_is_gone_whatever_else_is_answered(status, headers):
+def test_only_a_2xx_is_a_success_and_only_a_410_is_gone(status, headers):
     meaning = judge(status, headers=headers)
     assert (meaning.kind == "ok") == (200 <= status <= 299)
     assert (meaning.reason == "gone") == (status == 410)

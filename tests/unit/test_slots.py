@@ -30,7 +30,7 @@ class Waiter:
         self.slots.give(self.active)
 
 
-def test_every_lane_has_two_slots_of_its_own_beside_the_cap():
+def test_every_lane_has_two_slots_beside_the_shared_ones():
     slots = Slots(shared=3)
     greedy, modest = Waiter(slots, 10), Waiter(slots, 10)
     greedy.fill()
@@ -38,7 +38,7 @@ def test_every_lane_has_two_slots_of_its_own_beside_the_cap():
     assert (greedy.active, modest.active) == (5, 2)
 
 
-def test_who_was_refused_is_told_when_a_slot_is_free():
+def test_a_refused_lane_gets_its_turn_when_a_slot_is_free():
     slots = Slots(shared=1)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
@@ -49,7 +49,7 @@ def test_who_was_refused_is_told_when_a_slot_is_free():
     assert (second.active, second.told) == (3, 1)
 
 
-def test_who_was_refused_often_is_told_once():
+def test_a_lane_refused_often_gets_one_turn():
     slots = Slots(shared=1)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
@@ -60,7 +60,7 @@ def test_who_was_refused_often_is_told_once():
     assert second.told == 1
 
 
-def test_the_own_slots_free_nothing_for_others():
+def test_own_slots_free_no_shared_slot():
     slots = Slots(shared=0)
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
@@ -69,7 +69,7 @@ def test_the_own_slots_free_nothing_for_others():
     assert (second.active, second.told) == (2, 0)
 
 
-def test_a_slot_that_one_waiter_has_no_use_for_any_more_is_the_next_ones():
+def test_a_slot_that_one_waiter_does_not_take_goes_to_the_next():
     slots = Slots(shared=1)
     holder, paused, waiting = Waiter(slots, 3), Waiter(slots, 3), Waiter(slots, 3)
     for waiter in (holder, paused, waiting):
@@ -79,7 +79,7 @@ def test_a_slot_that_one_waiter_has_no_use_for_any_more_is_the_next_ones():
     assert (paused.active, waiting.active) == (2, 3)
 
 
-def test_waiters_are_served_in_the_order_of_their_coming():
+def test_waiters_are_served_in_order_of_arrival():
     slots = Slots(shared=1)
     lanes = [Waiter(slots, 3) for _ in range(4)]
     for lane in lanes:
@@ -97,7 +97,7 @@ def test_waiters_are_served_in_the_order_of_their_coming():
     wants=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     ends=st.lists(st.integers(0, 5), max_size=60),
 )
-def test_the_cap_is_never_passed_and_never_left_unused(cap, wants, ends):
+def test_shared_slots_are_never_exceeded_and_never_left_unused(cap, wants, ends):
     slots = Slots(cap)
     lanes = [Waiter(slots, want) for want in wants]
     for lane in lanes:

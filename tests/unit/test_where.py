@@ -67,12 +67,12 @@ def holds(condition, value):
         ("{ not = { in = ['a'] }, exists = true }", ['"b"', "1"], ['"a"', "null"]),
     ],
 )
-def test_conditions_compare_as_json_does(condition, met_by, not_met_by):
+def test_conditions_compare_json_values(condition, met_by, not_met_by):
     assert [value for value in met_by if not holds(condition, value)] == []
     assert [value for value in not_met_by if holds(condition, value)] == []
 
 
-def test_what_is_absent_meets_only_its_absence_and_negations():
+def test_an_absent_value_meets_only_exists_false_and_not():
     absent = view({"other": 1})
     for condition in (
         "true",
@@ -88,14 +88,14 @@ def test_what_is_absent_meets_only_its_absence_and_negations():
         assert where(f'{{ "data.v" = {condition} }}').matches(absent)
 
 
-def test_a_table_holds_when_all_its_conditions_do():
+def test_a_table_matches_if_all_its_conditions_hold():
     both = where('{ "data.sold" = true, "context.store_id" = "st_9" }')
     assert both.matches(view({"sold": True}, b'{"store_id":"st_9"}'))
     assert not both.matches(view({"sold": False}, b'{"store_id":"st_9"}'))
     assert not both.matches(view({"sold": True}, b'{"store_id":"st_8"}'))
 
 
-def test_of_a_list_of_tables_one_is_enough():
+def test_a_list_matches_if_one_of_its_tables_does():
     either = where(
         '[{ "data.sold" = true }, { "subject" = { prefix = "vip-" }, "data.total" = { gte = 5 } }]'
     )
@@ -110,7 +110,7 @@ def test_timestamps_compare_as_text():
     assert not where('{ "timestamp" = { gte = "2023-11-15" } }').matches(view())
 
 
-def test_what_failed_is_told_per_alternative_and_condition():
+def test_misses_are_listed_per_alternative_and_condition():
     either = where('[{ "data.sold" = true, "data.total" = { gte = 100, lt = 500 } }, { "subject" = "s-1" }]')
     assert either.misses(view({"sold": False, "total": 500}, subject="s-2")) == (
         (
@@ -139,7 +139,7 @@ def test_what_failed_is_told_per_alternative_and_condition():
         ("1", f'"{"x" * 500}"', f'data.v is "{"x" * 118}…, expected 1'),
     ],
 )
-def test_a_miss_reads_as_one_line_that_can_be_stored(condition, value, line):
+def test_a_mismatch_is_one_line_that_can_be_stored(condition, value, line):
     shown = view(b'{"v":' + value.encode() + b"}")
     ((miss,),) = where(f'{{ "data.v" = {condition} }}').misses(shown)
     assert str(miss) == line
@@ -180,13 +180,13 @@ def test_a_miss_reads_as_one_line_that_can_be_stored(condition, value, line):
         ('{ "data.v" = 2023-11-14 }', "data.v: expected text, a number, true, false or a list of these"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence_with_its_path(toml, words):
+def test_a_mistake_is_one_sentence_with_its_path(toml, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         where(toml)
     assert "\n" not in str(caught.value)
 
 
-def test_a_date_of_toml_is_no_json_value_wherever_it_stands():
+def test_a_toml_date_is_refused_everywhere():
     for value in (datetime(2023, 11, 14, tzinfo=UTC), [datetime(2023, 11, 14, tzinfo=UTC)]):
         with pytest.raises(ValueError, match="expected text"):
             compile_conditions({"timestamp": value})
@@ -215,24 +215,24 @@ objects = st.fixed_dictionaries({}, optional={"a": st.none() | literals, "b": li
 
 
 @given(value=wheres, data=objects, subject=st.none() | st.text(max_size=3))
-def test_what_failed_agrees_with_whether_it_passes(value, data, subject):
+def test_misses_agree_with_matches(value, data, subject):
     compiled, shown = compile_conditions(value), view(data, subject=subject)
     assert compiled.matches(shown) is any(not misses for misses in compiled.misses(shown))
 
 
 @given(table=tables, data=objects)
-def test_a_list_of_one_table_means_the_table(table, data):
+def test_a_list_of_one_table_equals_the_table(table, data):
     assert compile_conditions(table).matches(view(data)) is compile_conditions([table]).matches(view(data))
 
 
 @given(literal=literals, data=objects)
-def test_not_turns_every_literal_round(literal, data):
+def test_not_negates_every_literal(literal, data):
     plain, turned = compile_conditions({"data.a": literal}), compile_conditions({"data.a": {"not": literal}})
     assert plain.matches(view(data)) is not turned.matches(view(data))
 
 
 @given(left=literals, right=literals)
-def test_a_literal_meets_what_json_calls_equal(left, right):
+def test_a_literal_matches_equal_json_values(left, right):
     """The oracle: two JSON texts in one canonical spelling, in which whole floats are integers."""
     equal = json.dumps(canonical(left)) == json.dumps(canonical(right))
     assert compile_conditions({"data.a": left}).matches(view({"a": right})) is equal
