@@ -1,4 +1,4 @@
-"""What a destination receives: an event rendered as the body of a request."""
+"""Formats: how an event is rendered as the body of a delivery."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,47 +10,47 @@ from relay.base.clock import rfc3339
 from relay.model import EMPTY, StoredEvent
 
 SLACK_LIMIT = 4000
-"""Characters of `text`; Slack splits longer messages, which breaks the fence around the data."""
+"""Characters of `text`. Slack splits longer messages, which breaks the code block with the data."""
 
 DISCORD_LIMIT = 2000
-"""Characters of `content`; Discord answers 400 beyond it."""
+"""Characters of `content`. Discord answers longer messages with 400."""
 
-_CONTENT_TYPE_LIMIT = 1000  # characters of a sender's own that are sent on
-_HEADLINE_LIMIT = 200  # characters of a subject in a headline: senders choose its length
+_CONTENT_TYPE_LIMIT = 1000  # characters of a sender's content type that the relay forwards
+_HEADLINE_LIMIT = 200  # characters of a subject in a headline
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to write an event down. Rendering is pure: once per event and format is enough."""
+    """A format. `render` must be pure: the relay renders an event once for all its destinations."""
 
     name: str  # `format = …` of a destination
-    content_type: str | None  # None: the sender's own
+    content_type: str | None  # None: the sender's content type
     render: Callable[[StoredEvent], bytes]
 
     def content_type_of(self, event: StoredEvent) -> str:
-        """Return the `content-type` that goes with the rendered event."""
+        """Return the `content-type` header of a delivery of the event."""
         if self.content_type is not None:
             return self.content_type
-        own = event.content_type  # the sender wrote it: what cannot be sent on must not keep the event back
-        is_fit = len(own) <= _CONTENT_TYPE_LIMIT and own.isascii() and own.isprintable()
-        return own if own and is_fit else "application/octet-stream"
+        own = event.content_type  # from the sender: a bad value must not prevent the delivery
+        is_valid = len(own) <= _CONTENT_TYPE_LIMIT and own.isascii() and own.isprintable()
+        return own if own and is_valid else "application/octet-stream"
 
 
 class _Standard(msgspec.Struct):
-    """The envelope of Standard Webhooks; the fields' order is the order on the wire."""
+    """The envelope of Standard Webhooks; its fields are sent in this order."""
 
     id: str
     type: str
     timestamp: str
     source: str
     subject: str | None
-    data: msgspec.Raw  # spliced byte for byte: big integers, 45000.00 and escapes survive
+    data: msgspec.Raw  # inserted byte for byte: big integers, 45000.00 and escapes stay as they are
     context: msgspec.Raw
 
 
 class _CloudEvent(msgspec.Struct, omit_defaults=True):
-    """CloudEvents 1.0, structured JSON. `context` is left out: extension attributes hold no objects."""
+    """CloudEvents 1.0 as structured JSON. It has no `context`: extension attributes cannot be objects."""
 
     specversion: str
     id: str
@@ -100,12 +100,12 @@ def _slack(event: StoredEvent) -> bytes:
 
 
 def _discord(event: StoredEvent) -> bytes:
-    nobody: dict[str, list[str]] = {"parse": []}  # whatever a sender writes, no @everyone rings
-    return _encode({"content": _message(event, DISCORD_LIMIT, str), "allowed_mentions": nobody})
+    no_mentions: dict[str, list[str]] = {"parse": []}  # a sender's @everyone must notify no one
+    return _encode({"content": _message(event, DISCORD_LIMIT, str), "allowed_mentions": no_mentions})
 
 
 def _message(event: StoredEvent, limit: int, escape: Callable[[str], str]) -> str:
-    """Write a headline and, unless there are none, the data in a fence, in at most `limit` characters."""
+    """Return a headline and the data, if any, in a code block: at most `limit` characters."""
     about = f" about {_code(event.subject)}" if event.subject else ""
     headline = escape(
         f"{_code(event.type)}{about} at {rfc3339(event.received_at)} ({_code(event.public_id)})"
@@ -114,16 +114,16 @@ def _message(event: StoredEvent, limit: int, escape: Callable[[str], str]) -> st
         return headline
     opening, closing, more = "\n```\n", "\n```", "…"
     room = limit - _length(headline + opening + closing + more)
-    # A character is at most four bytes, so this much never fits whole: megabytes cost no more than that.
+    # A character has at most four bytes, so these bytes exceed the limit; the rest need not be decoded.
     data = event.data[: 4 * limit].decode("utf-8", "ignore").replace("```", "'''")
     text = escape(data)
     if _length(text) > room:
-        text = re.sub(r"&[a-z]*\Z", "", _cut(text, room)) + more  # no half of an &amp;
+        text = re.sub(r"&[a-z]*\Z", "", _cut(text, room)) + more  # removes an incomplete &amp;
     return headline + opening + text + closing
 
 
 def _code(text: str) -> str:
-    """Put a sender's text on one line between backticks, where it can neither format nor mention."""
+    """Return a sender's text as one line of code, which can contain neither formatting nor mentions."""
     line = " ".join(text.split()).replace("`", "'")
     return f"`{line if len(line) <= _HEADLINE_LIMIT else line[: _HEADLINE_LIMIT - 1] + '…'}`"
 
@@ -133,7 +133,7 @@ def _escape_slack(text: str) -> str:
 
 
 def _length(text: str) -> int:
-    """Count as both services may: a character beyond the basic plane is two UTF-16 units."""
+    """Return the number of UTF-16 units: both services may count a character beyond the BMP as two."""
     return len(text.encode("utf-16-le")) // 2
 
 

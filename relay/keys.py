@@ -1,12 +1,12 @@
-"""The keys of Standard Webhooks as they are written (its specification, "Signature scheme").
+"""The text forms of Standard Webhooks keys (specification, "Signature scheme").
 
-| written | is | signatures |
+| text | key | signatures |
 |---|---|---|
-| `whsec_…`, or bare base64 | a secret that both sides have | `v1`, HMAC-SHA256 |
+| `whsec_…`, or bare base64 | a secret that both sides share | `v1`, HMAC-SHA256 |
 | `whsk_…` | the private key of an ed25519 pair | `v1a` |
-| `whpk_…` | its public key, all that a receiver needs | `v1a`, to verify |
+| `whpk_…` | its public key, enough for a receiver | `v1a`, to verify |
 
-Ed25519 is the library `cryptography`'s, which is imported when the first such key is met.
+Ed25519 needs the library `cryptography`, which is imported with the first such key.
 """
 
 import binascii
@@ -25,7 +25,7 @@ _MISSING = 'ed25519 keys need the library cryptography: pip install "hookferry[e
 
 
 def is_asymmetric(secret: Secret) -> bool:
-    """Say whether a key is one of an ed25519 pair."""
+    """Return whether a key belongs to an ed25519 pair."""
     return secret.reveal().startswith((PRIVATE, PUBLIC))
 
 
@@ -33,7 +33,7 @@ def shared_key(secret: Secret) -> bytes:
     """Return the key in `whsec_<base64>` or bare base64, padded or not.
 
     Raises:
-        ValueError: it is no base64 of 24 to 64 bytes; the message does not hold it.
+        ValueError: it is not base64 of 24 to 64 bytes; the message does not contain it.
     """
     key = _decoded(secret, SHARED)
     if len(key) not in _SHARED_BYTES:
@@ -44,15 +44,15 @@ def shared_key(secret: Secret) -> bytes:
 def private_key(secret: Secret) -> "Ed25519PrivateKey":
     """Return the key in `whsk_<base64>`, padded or not.
 
-    The specification says no more than "base64 encoded"; the reference server (Svix) writes 64 bytes, the
-    private key and behind it the public one. Other tools write the private key alone.
+    The specification only says "base64 encoded". The reference server (Svix) writes 64 bytes, the private key
+    and then the public one; other tools write only the private key.
 
     Raises:
-        ValueError: it is no such key, its halves do not belong together, or `cryptography` is missing;
-            the message does not hold it.
+        ValueError: it is not a private key, its halves do not match, or `cryptography` is missing; the
+            message does not contain the key.
     """
     if secret.reveal().startswith(PUBLIC):
-        raise ValueError("a whpk_ key is for the receiver, to verify; sign with the whsk_ key of its pair")
+        raise ValueError("a whpk_ key only verifies, at the receiver; to sign, use the whsk_ key of its pair")
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415 - an extra
     except ImportError:
@@ -67,10 +67,10 @@ def private_key(secret: Secret) -> "Ed25519PrivateKey":
 
 
 def public_key(secret: Secret) -> "Ed25519PublicKey":
-    """Return the key in `whpk_<base64>`, padded or not, or the public one of a `whsk_…`.
+    """Return the key in `whpk_<base64>`, padded or not, or the public key of a `whsk_…`.
 
     Raises:
-        ValueError: it is no such key, or `cryptography` is missing.
+        ValueError: it is neither of them, or `cryptography` is missing.
     """
     if secret.reveal().startswith(PRIVATE):
         return private_key(secret).public_key()
@@ -85,7 +85,7 @@ def public_key(secret: Secret) -> "Ed25519PublicKey":
 
 
 def has_signed(key: "Ed25519PublicKey", signature: bytes, text: bytes) -> bool:
-    """Say whether a signature of a text is that of a key's owner."""
+    """Return whether a signature of a text was made with the private key of this public key."""
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra; the key came from it
 
     try:
@@ -96,7 +96,7 @@ def has_signed(key: "Ed25519PublicKey", signature: bytes, text: bytes) -> bool:
 
 
 def _decoded(secret: Secret, prefix: str) -> bytes:
-    """Return what stands in base64 behind a prefix, nothing where it is none."""
+    """Return the bytes of the base64 text after a prefix; no bytes if it is not base64."""
     text = secret.reveal().removeprefix(prefix).rstrip("=")
     try:
         return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)

@@ -1,7 +1,8 @@
-"""Standard Webhooks signatures, over bytes (https://www.standardwebhooks.com, "Signature scheme").
+"""Standard Webhooks signatures (https://www.standardwebhooks.com, "Signature scheme").
 
-The signed text is `<webhook-id>.<webhook-timestamp>.<body>`; a signature is, in base64, its HMAC-SHA256
-behind `v1,`, or its ed25519 signature behind `v1a,`. Several stand in one header, spaces between them.
+The signed text is `<webhook-id>.<webhook-timestamp>.<body>`. A signature is `v1,` and the base64 of its
+HMAC-SHA256, or `v1a,` and the base64 of its ed25519 signature. A header may contain several, separated by
+spaces.
 """
 
 import binascii
@@ -15,14 +16,14 @@ from relay.config.secrets import Secret
 from relay.keys import has_signed, is_asymmetric, private_key, public_key, shared_key
 
 TOLERANCE = 300
-"""Seconds that a timestamp may be off, in either direction, as the reference libraries have it."""
+"""Seconds that a timestamp may differ from now, in both directions, as in the reference libraries."""
 
 _TIMESTAMP = re.compile(r"[0-9]{1,12}", re.ASCII)
 _HMAC, _ED25519 = "v1,", "v1a,"
 
 
 class SignatureError(Exception):
-    """A request that is not signed as it should be; `problem` says what to look at."""
+    """The signature of a request is invalid; `problem` is the part that is wrong."""
 
     def __init__(self, problem: Literal["headers", "timestamp", "signature"], message: str) -> None:
         super().__init__(message)
@@ -30,7 +31,7 @@ class SignatureError(Exception):
 
 
 class Signer:
-    """Signs with every current secret, of either kind, so that rotating one means adding the next."""
+    """Signs with every configured secret of both kinds; to rotate a secret, add the next one."""
 
     __slots__ = ("_signatures",)
 
@@ -38,14 +39,14 @@ class Signer:
         """Decode the secrets.
 
         Raises:
-            ValueError: one of them is no key to sign with; the message does not hold it.
+            ValueError: one of them cannot sign; the message does not contain it.
         """
-        self._signatures = tuple(map(_signature_by, secrets))
+        self._signatures = tuple(map(_signature_of, secrets))
 
     def headers(self, webhook_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-        """Return the headers of one attempt, made at `timestamp` (seconds since the epoch).
+        """Return the headers of an attempt that begins at `timestamp` (seconds since the epoch).
 
-        Without secrets there is no `webhook-signature`.
+        Without secrets, `webhook-signature` is missing.
         """
         headers = {"webhook-id": webhook_id, "webhook-timestamp": str(timestamp)}
         if self._signatures:
@@ -61,13 +62,13 @@ def verify(
     now: int,
     tolerance: int = TOLERANCE,
 ) -> None:
-    """Check a signed request at `now` (seconds since the epoch), in constant time per signature.
+    """Verify a signed request at `now` (seconds since the epoch), in constant time per signature.
 
-    A secret is `whsec_…`, or for ed25519 the sender's `whpk_…` (its `whsk_…` will do as well).
+    A secret is `whsec_…`, or for ed25519 the sender's `whpk_…` (or its `whsk_…`).
 
     Raises:
-        SignatureError: a header is missing, the timestamp is off, or no signature fits.
-        ValueError: one of the secrets is no key.
+        SignatureError: a header is missing, the timestamp is out of range, or no signature fits.
+        ValueError: one of the secrets is not a key.
     """
     given = {name.lower(): value for name, value in headers.items()}
     missing = [
@@ -77,27 +78,29 @@ def verify(
         raise SignatureError("headers", f"missing {', '.join(missing)}")
     webhook_id, timestamp = given["webhook-id"], given["webhook-timestamp"]
     if not _TIMESTAMP.fullmatch(timestamp):
-        raise SignatureError("timestamp", "webhook-timestamp is not in whole seconds since 1970")
+        raise SignatureError("timestamp", "webhook-timestamp is not a whole number of seconds since 1970")
     late = now - int(timestamp)
     if abs(late) > tolerance:
         raise SignatureError(
-            "timestamp", f"signed {abs(late)} s {'ago' if late > 0 else 'ahead'}, allowed are {tolerance} s"
+            "timestamp", f"signed {abs(late)} s {'ago' if late > 0 else 'ahead'}, the limit is {tolerance} s"
         )
-    # Header values may hold any surrogate: surrogatepass encodes each of them, and no two alike.
+    # Header values may contain any surrogate; surrogatepass encodes each one differently.
     head = f"{webhook_id}.{timestamp}.".encode("utf-8", "surrogatepass")
     candidates = [text.encode("utf-8", "surrogatepass") for text in given["webhook-signature"].split(" ")]
-    fits = False
+    matches = False
     for secret in secrets:
-        fits |= (_fits_pair if is_asymmetric(secret) else _fits_shared)(secret, candidates, head, body)
-    if not fits:
-        raise SignatureError("signature", "no signature fits: another secret, or the body was changed")
+        matches |= (_matches_pair if is_asymmetric(secret) else _matches_shared)(
+            secret, candidates, head, body
+        )
+    if not matches:
+        raise SignatureError("signature", "no signature fits: the secret differs, or the body was changed")
 
 
-def _signature_by(secret: Secret) -> Callable[[bytes, bytes], str]:
-    """Return what signs head and body with a secret."""
+def _signature_of(secret: Secret) -> Callable[[bytes, bytes], str]:
+    """Return a function that signs head and body with a secret."""
     if is_asymmetric(secret):
         return partial(_sign_by_pair, private_key(secret).sign)
-    # A keyed state is copied per signature: a fifth faster than hmac.digest, which keys it again.
+    # Copying a keyed state for each signature is a fifth faster than hmac.digest, which keys it again.
     return partial(_sign, hmac.new(shared_key(secret), digestmod="sha256"))
 
 
@@ -112,14 +115,14 @@ def _sign_by_pair(sign: Callable[[bytes], bytes], head: bytes, body: bytes) -> s
     return _ED25519 + binascii.b2a_base64(sign(head + body), newline=False).decode()
 
 
-def _fits_shared(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
-    expected, fits = _signature_by(secret)(head, body).encode(), False
+def _matches_shared(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
+    expected, matches = _signature_of(secret)(head, body).encode(), False
     for candidate in candidates:
-        fits |= hmac.compare_digest(expected, candidate)
-    return fits
+        matches |= hmac.compare_digest(expected, candidate)
+    return matches
 
 
-def _fits_pair(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
+def _matches_pair(secret: Secret, candidates: list[bytes], head: bytes, body: bytes) -> bool:
     key, version = public_key(secret), _ED25519.encode()
     for candidate in candidates:
         if candidate.startswith(version):
