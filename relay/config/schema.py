@@ -318,7 +318,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
             "[conditions](#conditions) on the event: a table whose conditions must all hold, or a "
             "list of tables of which one must hold"
         ),
-    ] = None  # relay.routing.filters reads it
+    ] = None  # relay.routing.conditions compiles it
     secrets: Annotated[
         tuple[Annotated[Secret, _check(validators.signing_secret)], ...],
         _help(

@@ -38,7 +38,7 @@ async def test_three_failures_and_a_recovery_leave_one_id_and_four_attempts(stor
     assert [attempt["result"] for attempt in reversed(attempts)] == ["5xx", "5xx", "4xx", "ok"]
 
 
-async def test_a_schedule_that_is_exhausted_ends_dead(store, receiver):
+async def test_a_delivery_with_an_exhausted_schedule_is_dead(store, receiver):
     receiver.answers = [(500, {})] * 3
     config = destination("crm", receiver.url, retry=RetryConfig(schedule=(0.01, 0.01)))
     async with engine_for(store, config):
@@ -52,7 +52,7 @@ def odd(render):
     return {**FORMATS, "odd": Format(name="odd", content_type="text/x-odd", render=render)}
 
 
-async def test_a_plugin_s_format_is_sent_and_signed_as_it_was_written(store, receiver):
+async def test_the_output_of_a_plugin_s_format_is_sent_and_signed(store, receiver):
     formats = odd(lambda event: event.type.upper().encode())
     config = destination("crm", receiver.url, format="odd")
     async with engine_for(store, config, formats=formats):
@@ -70,7 +70,9 @@ async def test_a_plugin_s_format_is_sent_and_signed_as_it_was_written(store, rec
         (lambda event: event.type, "the format odd failed: TypeError: expected bytes, got str"),
     ],
 )
-async def test_a_format_that_fails_spends_attempts_and_ends_dead(store, receiver, caplog, render, error):
+async def test_a_failing_format_uses_attempts_up_and_the_delivery_is_dead(
+    store, receiver, caplog, render, error
+):
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, format="odd", retry=retry)
     async with engine_for(store, config, destination("ok", receiver.url), formats=odd(render)) as engine:
@@ -88,7 +90,7 @@ async def test_a_format_that_fails_spends_attempts_and_ends_dead(store, receiver
     assert len([record for record in caplog.records if record.exc_info]) == 1  # one traceback for all three
 
 
-async def test_a_probe_that_cannot_be_written_makes_way_for_another(store, receiver):
+async def test_a_probe_that_cannot_be_rendered_makes_way_for_another(store, receiver):
     """Else it would be tried again and again, at once: nothing was asked, so the circuit did not move."""
     written = []
 
@@ -125,9 +127,7 @@ async def test_a_receiver_may_abort_a_message(store, receiver):
 @pytest.mark.parametrize(
     ("answer", "reason"), [((410, {}), "gone"), ((500, {"webhook-delivery": "disable"}), "asked")]
 )
-async def test_a_receiver_that_is_gone_is_disabled_and_its_deliveries_are_held(
-    store, receiver, answer, reason
-):
+async def test_a_gone_receiver_is_disabled_and_its_deliveries_are_held(store, receiver, answer, reason):
     receiver.answers = [answer]
     async with engine_for(store, destination("crm", receiver.url)) as engine:
         first = await send(store)
@@ -154,7 +154,7 @@ async def test_retry_after_on_503_rests_the_whole_destination(store, receiver):
     assert len(receiver.requests) == 3
 
 
-async def test_a_hanging_destination_delays_no_other(store, receiver):
+async def test_a_hanging_destination_does_not_delay_others(store, receiver):
     async with Receiver().serve() as stuck:
         stuck.gate.clear()
         configs = destination("stuck", stuck.url, concurrency=2), destination("crm", receiver.url)
@@ -168,7 +168,7 @@ async def test_a_hanging_destination_delays_no_other(store, receiver):
             await ended(store, 40)
 
 
-async def test_no_more_than_concurrency_at_once(store, receiver):
+async def test_concurrency_limits_attempts_in_flight(store, receiver):
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url, concurrency=3)):
         for _ in range(10):
@@ -191,7 +191,7 @@ async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store,
     assert sorted(arrived) == sorted(ids)
 
 
-async def test_bodies_beyond_the_memory_budget_are_read_back_when_a_slot_frees(store, receiver):
+async def test_bodies_beyond_the_memory_budget_are_read_again_when_a_slot_is_free(store, receiver):
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url, concurrency=1), body_bytes=0) as engine:
         for number in range(5):
@@ -214,7 +214,7 @@ async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receive
     assert other.requests == []
 
 
-async def test_our_own_listener_is_never_dialled_and_no_attempt_is_burnt(store, receiver):
+async def test_the_relays_own_listener_is_never_dialled_and_no_attempt_counts(store, receiver):
     port = int(receiver.url.split(":")[2].split("/")[0])
     async with engine_for(store, destination("crm", receiver.url), own=[("127.0.0.1", port)]) as engine:
         await send(store)
@@ -225,7 +225,7 @@ async def test_our_own_listener_is_never_dialled_and_no_attempt_is_burnt(store, 
     assert receiver.requests == []
 
 
-async def test_what_is_in_flight_at_the_end_is_finished_and_recorded(store, receiver):
+async def test_a_stop_finishes_and_records_attempts_in_flight(store, receiver):
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url)):
         await send(store)
@@ -246,7 +246,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
     assert len(receiver.requests) == 1
 
 
-async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
+async def test_a_restart_sends_pending_deliveries(store, receiver):
     hooks(store).route = route([destination("crm", receiver.url)])
     sent = await send(store)
     store.deliveries.release([1])
@@ -255,7 +255,7 @@ async def test_a_restart_goes_on_with_what_was_pending(store, receiver):
     assert receiver.requests[0][0]["webhook-id"] == sent
 
 
-async def test_the_books_balance_after_every_kind_of_end(store, receiver):
+async def test_the_ledger_balances_after_every_kind_of_end(store, receiver):
     receiver.answers = [(200, {}), (400, {"webhook-delivery": "abort-message"}), (500, {})]
     async with engine_for(store, destination("crm", receiver.url, concurrency=1)):
         for _ in range(3):
@@ -287,7 +287,7 @@ UNMADE = {
 
 
 @pytest.mark.parametrize("why", UNMADE)
-async def test_a_request_that_cannot_be_made_spends_attempts_and_blocks_no_key(store, receiver, why):
+async def test_a_request_that_cannot_be_built_uses_attempts_up_and_blocks_no_key(store, receiver, why):
     formats, error = UNMADE[why]
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, format="odd", order_by="subject", retry=retry)
@@ -333,9 +333,7 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
         assert "a mistake of ours" in rows[0]["last_error"]
 
 
-async def test_deliveries_that_cannot_be_read_ahead_are_read_when_they_have_a_slot(
-    store, receiver, monkeypatch
-):
+async def test_deliveries_that_cannot_be_read_ahead_are_read_in_their_slot(store, receiver, monkeypatch):
     """They are held already: if the failed read let them go, nobody would ever try them again."""
     receiver.answers = [(500, {})]
     load, failures = store.events.load, []

@@ -64,7 +64,7 @@ async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
     assert await due(store) == [3]
 
 
-async def test_any_end_of_the_head_releases_its_key(store, clock):
+async def test_any_end_of_the_first_delivery_releases_its_key(store, clock):
     owe(store, ("crm", {"order_by": "subject", "ttl": 60}))
     for _ in range(3):
         await store.events.append(accept(clock))
@@ -75,7 +75,7 @@ async def test_any_end_of_the_head_releases_its_key(store, clock):
     assert await due(store) == [3]
 
 
-async def test_a_head_that_waits_for_its_retry_holds_its_key(store, clock):
+async def test_a_first_delivery_that_waits_for_its_retry_blocks_its_key(store, clock):
     owe(store, ("crm", {"order_by": "subject"}))
     for _ in range(2):
         await store.events.append(accept(clock))
@@ -102,14 +102,14 @@ async def test_order_holds_within_one_batch_and_across_batches(store, clock):
         assert mine == sorted(mine)
 
 
-async def test_an_event_without_the_value_waits_for_nobody(store, clock):
+async def test_an_event_without_the_value_does_not_wait(store, clock):
     owe(store, ("crm", {"order_by": "data.k"}))
     for _ in range(2):
         await store.events.append(accept(clock))
     assert [d.id for d in store.fresh] == [1, 2]
 
 
-async def test_what_is_past_its_time_to_live_expires_held_or_not(store, clock):
+async def test_a_delivery_past_its_ttl_expires_held_or_not(store, clock):
     owe(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
     store.deliveries.release([1])
@@ -122,7 +122,7 @@ async def test_what_is_past_its_time_to_live_expires_held_or_not(store, clock):
     assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
-async def test_what_is_being_sent_is_not_expired_under_way(store, clock):
+async def test_a_delivery_in_flight_does_not_expire(store, clock):
     owe(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(1)
@@ -142,7 +142,7 @@ async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
     ]  # fmt: skip
 
 
-async def test_of_one_batch_only_the_newest_of_a_key_goes_out(store, clock):
+async def test_of_one_batch_only_the_newest_of_a_key_is_sent(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
     await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(5)))
     rows = await states(store)
@@ -151,7 +151,7 @@ async def test_of_one_batch_only_the_newest_of_a_key_goes_out(store, clock):
     assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
-async def test_what_is_being_sent_is_never_superseded(store, clock):
+async def test_a_delivery_in_flight_is_never_superseded(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(1)
@@ -159,7 +159,7 @@ async def test_what_is_being_sent_is_never_superseded(store, clock):
     assert await states(store) == [("pending", None)] * 2
 
 
-async def test_beyond_max_pending_a_delivery_is_dead_at_birth_and_counted(store, clock):
+async def test_beyond_max_pending_a_new_delivery_is_dead_and_counted(store, clock):
     owe(store, ("crm", {"max_pending": 2}))
     await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(4)))
     assert await states(store) == [("pending", None)] * 2 + [("dead", "backlog_full")] * 2
@@ -183,7 +183,7 @@ async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path
         await again.close()
 
 
-async def test_a_dead_delivery_hands_its_event_over_and_is_told_of(store, clock):
+async def test_a_dead_delivery_hands_its_event_over_and_raises_an_event(store, clock):
     types = []
     hooks(store).listener = lambda news: (
         types.extend(e.type for e in news.events),
@@ -196,7 +196,7 @@ async def test_a_dead_delivery_hands_its_event_over_and_is_told_of(store, clock)
     assert [(d.destination, d.event_id) for d in store.fresh] == [("crm", 1), ("spare", 1)]
 
 
-async def test_a_dead_delivery_of_an_operator_event_is_not_told_of(store, clock):
+async def test_a_dead_delivery_of_an_operator_event_raises_no_event(store, clock):
     hooks(store).route = Router({"ops": Subscription.of(("relay.*", "shop.*"))}).route
     await store.events.append(accept(clock))
     await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
@@ -214,7 +214,7 @@ async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(store, clock):
     assert await states(store) == [("delivered", None)]
 
 
-async def test_a_delivery_that_is_just_being_ended_cannot_begin(store, clock):
+async def test_a_delivery_that_a_transaction_is_ending_cannot_begin(store, clock):
     owe(store, ("crm", {}))
     await store.events.append(accept(clock))
     cancelling = asyncio.ensure_future(store.deliveries.cancel([1]))
