@@ -6,7 +6,7 @@ OUT = dist
 demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
 
-# Rewrite help pages and the tables of commands, metrics and keys. Read the difference before you commit it.
+# Rewrite help pages and the tables of commands, endpoints, metrics and keys. Read the difference before you commit it.
 docs: export PYTHONPATH = tests/helpers
 docs:
 	.venv/bin/python tests/docs/test_docs_cli.py

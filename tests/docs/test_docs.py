@@ -1,6 +1,6 @@
 """The pages against the code: commands, links, endpoints, metrics, checks, alerts, conditions.
 
-`python tests/docs/test_docs.py` rewrites the table of metrics in docs/operating.md from their help texts.
+`make docs` rewrites the table of metrics, and the effects of endpoints from the OpenAPI document.
 """
 
 import re
@@ -14,6 +14,7 @@ import pytest
 from commands import parse
 
 import relay
+from relay.api.app import describe
 from relay.api.query_params import LISTS, filters_of
 from relay.app import App
 from relay.cli import COMMANDS
@@ -169,6 +170,24 @@ def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
     assert len(documented) == len(set(documented))
 
 
+ENDPOINT = re.compile(r"^\| `([A-Z]+ /\S*)` \| (.*?) \| (.*) \|$", re.MULTILINE)
+
+
+def effects():
+    """Return the first sentence of every endpoint in the OpenAPI document, by method and path."""
+    return {
+        f"{method.upper()} {path}": operation["summary"].removesuffix(".")
+        for path, item in describe()["paths"].items()
+        for method, operation in item.items()
+        if "summary" in operation
+    }
+
+
+def test_the_pages_say_of_every_endpoint_what_the_openapi_document_says():
+    rows = {name: effect for name, effect, _ in ENDPOINT.findall(OPERATING + API)}
+    assert rows == effects()
+
+
 METRIC = re.compile(r"^\| `(relay_\w+)` \| ([\w, ]*) \| (.*) \|$", re.MULTILINE)
 
 
@@ -194,7 +213,7 @@ def test_the_page_for_operators_has_every_metric_with_its_labels_and_help():
 
 def test_every_filter_of_a_list_is_on_the_page_of_the_api():
     for kind in LISTS.keys() - {"selection"}:
-        [row] = re.findall(rf"^\| `GET /api/{kind}` \|(.*)\|$", API, re.MULTILINE)
+        [row] = re.findall(rf"^\| `GET /api/{kind}` \| [^|]* \|(.*)\|$", API, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == {each.name for each in filters_of(kind)}
     section = API.partition("| field of a filter |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
@@ -226,10 +245,20 @@ def test_the_page_of_configuration_has_every_operator_of_a_condition():
 
 
 def rewrite():
-    """Write the table of the metrics into the page for operators."""
+    """Write metrics and effects of endpoints into the pages; a new endpoint goes to the end of its table."""
     rows = list(METRIC.finditer(OPERATING))
     table = "\n".join(f"| `{name}` | {labels} | {text} |" for name, labels, text in rows_of_metrics())
-    (DOCS / "operating.md").write_text(OPERATING[: rows[0].start()] + table + OPERATING[rows[-1].end() :])
+    operating = OPERATING[: rows[0].start()] + table + OPERATING[rows[-1].end() :]
+    texts = effects()
+
+    def row(old):
+        return f"| `{old[1]}` | {texts.pop(old[1], old[2])} | {old[3]} |"
+
+    (DOCS / "operating.md").write_text(ENDPOINT.sub(row, operating))
+    api = ENDPOINT.sub(row, API)
+    end = list(ENDPOINT.finditer(api))[-1].end()
+    new = "".join(f"\n| `{name}` | {text} |  |" for name, text in texts.items())
+    (DOCS / "api.md").write_text(api[:end] + new + api[end:])
 
 
 if __name__ == "__main__":
