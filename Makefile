@@ -9,7 +9,7 @@ demo test:
 # Rewrite help pages and the tables of commands, endpoints, metrics and keys. Read the difference before you commit it.
 docs: export PYTHONPATH = tests/helpers
 docs:
-	.venv/bin/python tests/docs/test_docs_cli.py
+	.venv/bin/python -m tests.golden
 	.venv/bin/python tests/docs/test_docs.py
 	.venv/bin/python tests/docs/test_config_reference.py
 

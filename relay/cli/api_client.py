@@ -1,9 +1,8 @@
-"""The running relay, as commands reach it: its admin API over the unix socket, or by URL and token.
+"""Client of the daemon's admin API: over its unix socket, or by URL and token.
 
-Plain `http.client`: a command must start fast, and aiohttp alone takes longer to import than it to answer.
+It uses `http.client`, because a command must start fast: the import of aiohttp takes longer than a request.
 """
 
-import functools
 import http.client
 import json
 import os
@@ -20,8 +19,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
-from relay.cli.exit_codes import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
-from relay.cli.options import FILE, config_option
+from relay.cli.main import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
 from relay.cli.output import show_progress
 from relay.config.binding import Binder
 from relay.config.document import read
@@ -35,10 +33,10 @@ STREAM = "text/event-stream"
 
 
 class Stream:
-    """What happens at the relay, one thing after the other, until it ends the stream or cannot be heard.
+    """Server-sent events of the daemon, until it closes the stream or the connection breaks.
 
-    The relay says something every 15 s: a connection that is silent for longer than any answer may take
-    is a lost one.
+    The daemon writes at least every 15 s. A connection that is silent for `TIMEOUT` is lost.
+    Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
 
     def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
@@ -53,7 +51,7 @@ class Stream:
         self._connection.close()
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield each event's name and what it says."""
+        """Yield the name and the decoded data of each event."""
         name, data = "", ""
         while line := self._line():
             field, _, value = line.rstrip("\n").partition(": ")
@@ -67,7 +65,7 @@ class Stream:
                     name, data = "", ""
 
     def _line(self) -> str:
-        """Return the next line with its end; `""`: there is none."""
+        """Return the next line with its newline, `""` at the end of the stream."""
         try:
             line = self._response.readline()
         except (OSError, http.client.HTTPException):
@@ -77,10 +75,10 @@ class Stream:
 
 VARIABLE = "RELAY_SOCKET"
 RUNTIME = Path("/run/relay")
-"""Where the socket is with `RuntimeDirectory=relay`; a shell does not have the unit's environment."""
+"""Folder of the socket with `RuntimeDirectory=relay`; a shell does not have the unit's environment."""
 
-SECONDS = 60.0
-"""How long an answer may take to begin."""
+TIMEOUT = 60.0
+"""Seconds until a response must start."""
 
 _CODES: Mapping[int, int] = {
     HTTPStatus.UNAUTHORIZED: NOT_ALLOWED,
@@ -90,50 +88,50 @@ _CODES: Mapping[int, int] = {
 
 
 class _Place(Protocol):
-    """Where a relay listens."""
+    """An address of the daemon."""
 
     name: str
     headers: Mapping[str, str]
 
     def connect(self) -> http.client.HTTPConnection:
-        """Return a connection, not open yet."""
+        """Return a connection that is not open yet."""
         ...
 
     def silent(self) -> str:
-        """Return what to try when nobody answers there."""
+        """Return the hint for a daemon that does not answer."""
         ...
 
     def denied(self) -> str:
-        """Return what to try when this user may not connect there."""
+        """Return the hint for a user without permission to connect."""
         ...
 
 
 class Daemon:
-    """Asks the running relay; every path starts below `/api/` and is given segment by segment.
+    """The admin API. A path is below `/api/`, one argument per segment.
 
-    All verbs raise `CommandError` where the relay cannot be reached, does not allow it, or says no.
+    Every method raises `CommandError` if the daemon cannot be reached or responds with an error.
     """
 
     def __init__(self, place: _Place) -> None:
         self._place = place
 
     def get(self, *path: str, **query: object) -> Any:
-        """Return what is there; a query's value None leaves it out.
+        """Send GET and return the response; a query parameter of None is left out.
 
         `daemon.get("destinations", name)`, `daemon.get("deliveries", state="dead", limit=50)`.
         """
         return self._ask("GET", path, _query(query))
 
     def post(self, *path: str, body: object = None) -> Any:
-        """Have something done and return what came of it; `body` is anything that JSON can say."""
+        """Send POST with a JSON body and return the response."""
         return self._ask("POST", path, body=body)
 
     def delete(self, *path: str) -> Any:
-        """Remove something and return what came of it."""
+        """Send DELETE and return the response."""
         return self._ask("DELETE", path)
 
     def read(self, *path: str) -> bytes:
-        """Return what is there as it came, byte for byte."""
+        """Send GET and return the response body as bytes."""
         status, content = self._exchange("GET", path)
         if status != HTTPStatus.OK:
             self._refused(status, self._decode(content))
@@ -142,14 +140,14 @@ class Daemon:
     def lines(
         self, method: str, *path: str, body: object = None, **query: object
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield the lines of JSON of an answer as they come; closing the iterator hangs up."""
+        """Yield the decoded JSON lines of a response as they arrive; close the iterator to disconnect."""
         for line in self.stream(method, *path, body=body, **query):
             yield self._decode(line)
 
     def stream(
         self, method: str, *path: str, body: object = None, **query: object
     ) -> Generator[bytes, None, None]:
-        """Yield the lines of an answer as they come; closing the iterator hangs up."""
+        """Yield the lines of a response as they arrive; close the iterator to disconnect."""
         with self._failing(), closing(self._place.connect()) as connection:
             self._send(connection, method, path, _query(query), body)
             response = connection.getresponse()
@@ -158,7 +156,7 @@ class Daemon:
             yield from response
 
     def follow(self, *path: str, **query: object) -> Stream:
-        """Hear what happens there; it has begun when this returns, and ends as said at `Stream`."""
+        """Open a stream of server-sent events; it is open when this returns."""
         with self._failing(), ExitStack() as ending:
             connection = ending.enter_context(closing(self._place.connect()))
             self._send(connection, "GET", path, _query(query), None)
@@ -169,14 +167,14 @@ class Daemon:
             return self._refused(response.status, self._decode(response.read()))
 
     def send(self, *path: str, chunks: Iterable[bytes], **query: object) -> Any:
-        """Send a body piece by piece and return what came of it; an early answer ends the sending."""
+        """Send a chunked POST and return the response; an early response ends the upload."""
         with self._failing(), closing(self._place.connect()) as connection:
             connection.putrequest("POST", _target(path, _query(query)))
             headers = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
             for name, value in {**headers, **self._place.headers}.items():
                 connection.putheader(name, value)
             connection.endheaders()
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has answered and said why, one hopes
+            with suppress(BrokenPipeError, ConnectionResetError):  # the response usually says why
                 for chunk in chunks:
                     if _has_answered(connection):
                         break
@@ -218,24 +216,26 @@ class Daemon:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Say in words why nobody could be asked."""
+        """Turn a failed connection into an error with a hint."""
         try:
             yield
         except PermissionError:
             raise CommandError(
-                f"may not use {self._place.name}", hint=self._place.denied(), code=NOT_ALLOWED
+                f"cannot connect to {self._place.name}: permission denied",
+                hint=self._place.denied(),
+                code=NOT_ALLOWED,
             ) from None
         except TimeoutError:
-            raise self._unreachable(f"{self._place.name} does not answer") from None
+            raise self._unreachable(f"no answer from {self._place.name} within {TIMEOUT:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise self._unreachable(f"no relay answers at {self._place.name}: {why}") from None
+            raise self._unreachable(f"cannot connect to the daemon at {self._place.name}: {why}") from None
 
     def _decode(self, content: bytes) -> Any:
         try:
             return json.loads(content)
         except ValueError:
-            raise self._unreachable(f"what answers at {self._place.name} is no relay") from None
+            raise self._unreachable(f"{self._place.name} is not a hookferry admin API") from None
 
     def _unreachable(self, message: str) -> CommandError:
         return CommandError(message, hint=self._place.silent(), code=UNREACHABLE)
@@ -243,31 +243,31 @@ class Daemon:
     def _refused(self, status: int, answer: Any) -> Never:
         error = answer.get("error") if isinstance(answer, dict) else None
         if not isinstance(error, dict):
-            raise self._unreachable(f"what answers at {self._place.name} is no relay (HTTP {status})")
+            raise self._unreachable(f"{self._place.name} is not a hookferry admin API (HTTP {status})")
         message, hint = str(error.get("message") or f"HTTP {status}"), str(error.get("hint") or "")
         raise CommandError(message, hint=hint, code=_CODES.get(status, FAILED))
 
 
 def _target(path: tuple[str, ...], query: str) -> str:
     if "" in path:
-        raise click.UsageError("an argument is empty: is a variable of the shell not set?")
+        raise click.UsageError("an argument is empty; check the shell variables in the command")
     return "/".join(["/api", *(quote(segment, safe="") for segment in path)]) + query
 
 
 def _has_answered(connection: http.client.HTTPConnection) -> bool:
-    """Whether something can be read; over TLS that may be anything, so it says nothing there."""
+    """Return whether a response has started; always False over TLS, where other records arrive as well."""
     if isinstance(connection.sock, ssl.SSLSocket):
         return False
     return bool(select.select([connection.sock], [], [], 0)[0])
 
 
 def _query(query: Mapping[str, object]) -> str:
-    told = {name: value for name, value in query.items() if value is not None}
-    return f"?{urlencode(told)}" if told else ""
+    given = {name: value for name, value in query.items() if value is not None}
+    return f"?{urlencode(given)}" if given else ""
 
 
 class _Socket:
-    """A unix socket on this machine; its permissions are the access control."""
+    """The unix socket; its file permissions control access."""
 
     headers: Mapping[str, str] = {}
 
@@ -280,20 +280,22 @@ class _Socket:
 
     def silent(self) -> str:
         if _service_at(self.path) is not None:
-            return "start it with `systemctl start relay`; `systemctl status relay` says why it does not run"
-        return f"start one with `relay serve`, or name its socket with --socket or {VARIABLE}"
+            return (
+                "start it with `systemctl start relay`; `systemctl status relay` shows why it is not running"
+            )
+        return f"start it with `relay serve`, or name its socket with --socket or {VARIABLE}"
 
     def denied(self) -> str:
         service = _service_at(self.path)
         if service is None:
-            return "run the command as root, or as a member of the group that the socket belongs to"
+            return "run the command as root, or as a member of the group that owns the socket"
         group = service.group
         return f"run the command as root, or as a member of the group {group}: `adduser NAME {group}`"
 
 
 class _SocketConnection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("relay", timeout=SECONDS)
+        super().__init__("relay", timeout=TIMEOUT)
         self._path = path
 
     def connect(self) -> None:
@@ -303,7 +305,7 @@ class _SocketConnection(http.client.HTTPConnection):
 
 
 class _Url:
-    """An admin listener somewhere, which wants one of `[admin] tokens`."""
+    """An admin listener; it requires one of `[admin] tokens`."""
 
     def __init__(self, url: str, token: str) -> None:
         self.name = url
@@ -321,70 +323,48 @@ class _Url:
         host, port = self._address
         if self._secure:
             context = ssl.create_default_context()
-            return http.client.HTTPSConnection(host, port, timeout=SECONDS, context=context)
-        return http.client.HTTPConnection(host, port, timeout=SECONDS)
+            return http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
+        return http.client.HTTPConnection(host, port, timeout=TIMEOUT)
 
     def silent(self) -> str:
-        return "see `[admin] listen` in its config.toml; it is reached from its own machine by default"
+        return "check `[admin] listen` in its config.toml; by default it accepts local connections only"
 
     def denied(self) -> str:
-        return "a firewall of this machine forbids the connection"
+        return "a firewall on this machine blocks the connection"
 
 
-def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say which relay is meant, and that one as its argument `daemon`."""
+def daemon_at(
+    config: Path | None, socket_file: Path | None, url: str | None, token_file: Path | None
+) -> Daemon:
+    """Return the client for the daemon that a command's options name.
 
-    @config_option
-    @click.option(
-        "--socket",
-        "socket_file",
-        type=FILE,
-        envvar=VARIABLE,
-        show_envvar=True,
-        help="The relay's unix socket; else the configuration's.",
-    )
-    @click.option("--url", help='A relay elsewhere: its admin listener, such as "http://127.0.0.1:8081".')
-    @click.option(
-        "--token-file",
-        type=FILE,
-        help="With --url: the file that one of its `[admin] tokens` stands in.",
-    )
-    @functools.wraps(command)
-    def wrapped(
-        *args: Any,
-        config: Path | None,
-        socket_file: Path | None,
-        url: str | None,
-        token_file: Path | None,
-        **options: Any,
-    ) -> Any:
-        place: _Place
-        if url is not None:
-            if token_file is None:
-                raise click.UsageError("--url needs --token-file")
-            place = _Url(url, _token(token_file))
-        elif token_file is not None:
-            raise click.UsageError("--token-file goes with --url")
-        else:
-            place = _Socket(socket_file or _socket_of(config))
-        return command(*args, daemon=Daemon(place), **options)
-
-    return wrapped
+    Raises:
+        UsageError: the options contradict each other.
+    """
+    if url is not None:
+        if token_file is None:
+            raise click.UsageError("--url needs --token-file")
+        return Daemon(_Url(url, _token(token_file)))
+    if token_file is not None:
+        raise click.UsageError("--token-file needs --url")
+    return Daemon(_Socket(socket_file or _socket_of(config)))
 
 
 def _token(file: Path) -> str:
     try:
         return file.read_text().strip()
     except PermissionError as error:
-        hint = "it must be readable for who runs the command"
-        raise CommandError(f"{file} cannot be read: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
+        hint = "make the file readable for this user"
+        raise CommandError(f"cannot read {file}: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise CommandError(f"{file} cannot be read: {why}", hint="write the token into it") from None
+        raise CommandError(
+            f"cannot read {file}: {why}", hint="write the admin token into this file"
+        ) from None
 
 
 def _socket_of(given: Path | None) -> Path:
-    """Return the socket of the configuration; what is wrong with it otherwise does not matter here."""
+    """Return the socket of the configuration; problems elsewhere in the file do not matter."""
     file = look_for_config(given)
     if file is None and is_there(RUNTIME / Admin().socket):
         return RUNTIME / Admin().socket
@@ -397,67 +377,69 @@ def _socket_of(given: Path | None) -> Path:
 
 
 def _socket_of_service(service: Service) -> Path:
-    """Return the socket that the service's daemon has, also where this user may not read its config."""
+    """Return the socket of the installed service, even if this user cannot read its configuration."""
     environ = {**service.directories, **os.environ}
     try:
         config = bind_tables(Binder(read(service.config), environ, lenient=True))
-    except ConfigError:  # the daemon that holds its sockets until the config is mended has the default, too
+    except ConfigError:  # a daemon that waits for a valid configuration uses the default socket
         config = Config(path=service.config, state_dir=Path(environ.get("STATE_DIRECTORY", RUNTIME)))
     return socket_path(config, environ)
 
 
 def _service_at(socket_file: Path) -> Service | None:
-    """Return the installed service if this is its socket."""
+    """Return the installed service if the socket belongs to it."""
     service = installed()
     return service if service is not None and _socket_of_service(service) == socket_file else None
 
 
-AGAIN = 0.5
-"""Seconds between tries to reach a relay that was there before."""
+RETRY_EVERY = 0.5
+"""Seconds between attempts to reconnect to a daemon that restarts."""
 
 
-def live(
-    daemon: Daemon, what: str, away: Callable[[], None], back: Callable[[], None], **query: object
+def follow_stream(
+    daemon: Daemon, name: str, lost: Callable[[], None], restored: Callable[[], None], **query: object
 ) -> Generator[tuple[str, Any], None, None]:
-    """Yield what a stream says; `away` is called whenever it has ended, `back` when it goes on.
+    """Yield the events of a stream; reconnect after the daemon restarts.
+
+    `lost` is called when the stream ends, `restored` after it is open again.
 
     Raises:
-        CommandError: the relay was not there to begin with, or does not allow it.
+        CommandError: the first connection fails, or the daemon does not allow the stream.
     """
-    stream = daemon.follow(what, **query)
+    stream = daemon.follow(name, **query)
     while True:
         with stream:
             yield from stream
-        away()
-        stream = _again(daemon, what, query)
-        back()
+        lost()
+        stream = _reconnected(daemon, name, query)
+        restored()
 
 
-def _again(daemon: Daemon, what: str, query: dict[str, object]) -> Stream:
+def _reconnected(daemon: Daemon, name: str, query: dict[str, object]) -> Stream:
     while True:
         try:
-            return daemon.follow(what, **query)
+            return daemon.follow(name, **query)
         except CommandError as error:
-            # One that starts or stops, or has no room for the moment, will have it later.
+            # A daemon that starts, stops or has its maximum of followers accepts the stream later.
             if error.code not in (UNREACHABLE, FAILED):
                 raise
-        time.sleep(AGAIN)
+        time.sleep(RETRY_EVERY)
 
 
-def work(
+def run_operation(
     daemon: Daemon,
     *path: str,
     method: str = "POST",
     body: object = None,
-    tell: Callable[[Mapping[str, Any]], str],
+    describe: Callable[[Mapping[str, Any]], str],
     stopped: str,
 ) -> Any:
-    """Have the relay do long work, show how far it is, and return what came of it.
+    """Run a long operation in the daemon, show its progress, and return its result.
 
-    Ctrl-C hangs up, which ends the work; `stopped` says what that means.
+    Ctrl-C disconnects, which stops the operation; `stopped` says what remains of it.
 
     Raises:
-        CommandError: it failed, was interrupted, or the relay went away.
+        CommandError: the operation failed or was interrupted, or the daemon stopped.
     """
     try:
         with closing(daemon.lines(method, *path, body=body)) as lines:
@@ -466,9 +448,12 @@ def work(
                     return line["result"]
                 if "error" in line:
                     raise CommandError(line["error"]["message"], hint=line["error"]["hint"], code=FAILED)
-                show_progress(tell(line["progress"]))
+                show_progress(describe(line["progress"]))
     except KeyboardInterrupt:
         raise CommandError(f"interrupted: {stopped}", code=INTERRUPTED) from None
     finally:
         show_progress("")
-    raise CommandError("the relay ended before it was through", hint="see its log; run the command again")
+    raise CommandError(
+        "the daemon stopped before the operation finished",
+        hint="check its log, then run the command again",
+    )

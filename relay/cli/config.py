@@ -1,4 +1,4 @@
-"""`relay check-config` and `relay config`."""
+"""`relay check-config` and `relay config`, and the configuration as other commands load it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,106 +8,17 @@ from pathlib import Path
 import click
 import msgspec
 
-from relay.cli.exit_codes import NOT_ALLOWED, CommandError, code_of
-from relay.cli.main import Group
-from relay.cli.options import FILE, config_option, json_option
+from relay.cli.main import NOT_ALLOWED, NOTHING, CommandError, Group, code_of
+from relay.cli.options import FILE, config_option, env_file_option, json_option
 from relay.cli.output import count, print_json
-from relay.cli.starter_config import START
 from relay.config.effective import as_toml, effective
 from relay.config.installed_service import Given, read_env_file, service_of
 from relay.config.paths import find_config
-from relay.config.problems import ConfigError, Problem, UnreadableError
-from relay.config.schema import Config
+from relay.config.problems import ConfigError, Problem, UnreadableError, guess
+from relay.config.schema import Config, SourceConfig
 from relay.plugin_loading.loader import Setup, discover, load
 
-env_file_option = click.option(
-    "--env-file",
-    "env_files",
-    type=FILE,
-    multiple=True,
-    help="Take environment variables from this file; else from those of the installed service.",
-)
-
-
-def given_of(path: Path, env_files: Sequence[Path]) -> Given:
-    """Return the environment and the credentials that the daemon has with this configuration.
-
-    They are those of the installed service if it runs with this file, else those of this process.
-
-    Raises:
-        CommandError: an environment file cannot be read.
-    """
-    named: dict[str, str] = {}
-    for file in env_files:
-        named |= _read(file)
-    service = service_of(path)
-    if service is not None:
-        return service.given(os.environ, named if env_files else None)
-    given = Given(environ={**os.environ, **named})
-    return Given(environ=given.environ, place=str(env_files[0])) if env_files else given
-
-
-def load_for_service(path: Path, env_files: Sequence[Path]) -> Setup:
-    """Load a configuration with every secret, its files judged as the user of the service would.
-
-    Raises:
-        ConfigError: it has problems.
-    """
-    given, service = given_of(path, env_files), service_of(path)
-    discover(())  # installed and bundled plugins: the service's user need not be able to read this program
-    try:
-        with service.as_user() if service else nullcontext():
-            return load(path, given)
-    except UnreadableError as error:
-        if service is None or os.geteuid() != 0:
-            raise
-        hint = f"{service.name} runs as {service.user}: chgrp {service.group} {path} && chmod 640 {path}"
-        raise ConfigError(error.problems, hint=hint) from None
-    except ConfigError as error:
-        raise _denied(error.problems, given) or error from None
-
-
-def load_without_secrets(path: Path, env_files: Sequence[Path]) -> tuple[Setup, Given]:
-    """Load a configuration; secrets that cannot be had are `Absent`, and listed in `Setup.absent`.
-
-    Raises:
-        ConfigError: it has other problems.
-    """
-    given = given_of(path, env_files)
-    return load(path, given, lenient=True), given
-
-
-def demand(setup: Setup, given: Given, *keys: str) -> None:
-    """Demand that no secret is absent below these keys, such as "sources.adorn".
-
-    Raises:
-        ConfigError: one is.
-    """
-    missing = [
-        problem for problem in setup.absent if problem.key.startswith(tuple(f"{key}." for key in keys))
-    ]
-    if missing:
-        raise _denied(missing, given) or ConfigError(missing)
-
-
-def _denied(problems: Sequence[Problem], given: Given) -> UnreadableError | None:
-    """Blame files that this user may not read, where there are any."""
-    if not given.unreadable:
-        return None
-    hint = f"this user may not read {', '.join(given.unreadable)}: run the command as root"
-    return UnreadableError(problems, hint=hint)
-
-
-def _read(file: Path) -> Mapping[str, str]:
-    try:
-        return read_env_file(file)
-    except PermissionError as error:
-        hint = "run the command as root"
-        raise CommandError(f"{file} cannot be read: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
-    except OSError as error:
-        raise CommandError(
-            f"{file} cannot be read: {error.strerror}", hint="name another --env-file"
-        ) from None
+STARTER = Path(__file__).with_name("templates") / "config.toml"
 
 
 @click.command("check-config")
@@ -124,14 +35,13 @@ def check(
     env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Tell every problem of config.toml at once.
+    """Report every problem in config.toml.
 
     Example: relay check-config /etc/relay/config.toml
 
-    Checks FILE, or else the configuration that `relay serve` would take, together with its plugins
-    and secrets. For the configuration of the installed service, environment files and credentials are
-    those of its unit, and root checks files as the service's user would. Warnings do not change the
-    exit code.
+    Checks FILE, by default the configuration that `relay serve` uses, with its plugins and secrets. For
+    the configuration of the installed service, environment files and credentials come from its unit, and
+    root checks files as the service's user. Warnings do not change the exit code.
     """
     if file is not None and config is not None:
         raise click.UsageError("give either FILE or -c, not both")
@@ -139,12 +49,12 @@ def check(
     try:
         loaded = load_for_service(path, env_files).config
     except ConfigError as error:
-        _tell_problems(path, error, as_json=as_json)
+        _print_problems(path, error, as_json=as_json)
         ctx.exit(code_of(error))
-    _tell_success(path, loaded, as_json=as_json)
+    _print_success(path, loaded, as_json=as_json)
 
 
-def _tell_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:
+def _print_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:
     if as_json:
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
         print_json({"ok": False, "problems": problems, "warnings": []})
@@ -156,7 +66,7 @@ def _tell_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:
     )
 
 
-def _tell_success(path: Path, config: Config, *, as_json: bool) -> None:
+def _print_success(path: Path, config: Config, *, as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, "problems": [], "warnings": list(config.warnings)})
         return
@@ -168,7 +78,7 @@ def _tell_success(path: Path, config: Config, *, as_json: bool) -> None:
 
 @click.group("config", cls=Group)
 def config_() -> None:
-    """What the configuration comes to, and a first one."""
+    """Show the effective configuration or create a starter file."""
 
 
 @config_.command()
@@ -176,11 +86,11 @@ def config_() -> None:
 @env_file_option
 @json_option
 def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool) -> None:
-    """Show what the configuration comes to, every default included.
+    """Show the effective configuration, with every default.
 
     Example: relay config show -c /etc/relay/config.toml
 
-    Secrets are shown as <secret> and do not have to be readable; paths are those that the relay uses.
+    Secrets print as <secret>; they need not be readable. Paths are the resolved ones.
     """
     setup, _ = load_without_secrets(find_config(config), env_files)
     tables = effective(setup.config)
@@ -193,18 +103,109 @@ def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool) -> 
 @config_.command()
 @click.argument("file", type=FILE, default=Path("config.toml"))
 def init(file: Path) -> None:
-    """Write a config.toml for production to start from.
+    """Create a starter config.toml for production.
 
     Example: relay config init /etc/relay/config.toml
 
-    FILE must not be there yet.
+    An existing FILE is not overwritten.
     """
     try:
         with file.open("x") as new:
-            new.write(START)
+            new.write(STARTER.read_text())
     except FileExistsError:
-        hint = f"`relay check-config {file}` checks it; name another file"
-        raise CommandError(f"{file} is there already", hint=hint) from None
+        hint = f"name another file, or check this one: `relay check-config {file}`"
+        raise CommandError(f"{file} already exists", hint=hint) from None
     except OSError as error:
-        raise CommandError(f"{file} cannot be written: {error.strerror}", hint="name another file") from None
+        raise CommandError(f"cannot write {file}: {error.strerror}", hint="name another file") from None
     click.echo(f"{file}: written; set its secrets, then run `relay check-config {file}`")
+
+
+def given_of(path: Path, env_files: Sequence[Path]) -> Given:
+    """Return the environment and the credentials that the daemon has with this configuration.
+
+    They come from the installed service if it uses this file, else from this process.
+
+    Raises:
+        CommandError: an environment file cannot be read.
+    """
+    named: dict[str, str] = {}
+    for file in env_files:
+        named |= _read(file)
+    service = service_of(path)
+    if service is not None:
+        return service.given(os.environ, named if env_files else None)
+    given = Given(environ={**os.environ, **named})
+    return Given(environ=given.environ, place=str(env_files[0])) if env_files else given
+
+
+def load_for_service(path: Path, env_files: Sequence[Path]) -> Setup:
+    """Load a configuration with every secret, with the permissions of the service's user.
+
+    Raises:
+        ConfigError: it has problems.
+    """
+    given, service = given_of(path, env_files), service_of(path)
+    discover(())  # now, because the service's user may be unable to read this program
+    try:
+        with service.as_user() if service else nullcontext():
+            return load(path, given)
+    except UnreadableError as error:
+        if service is None or os.geteuid() != 0:
+            raise
+        hint = f"{service.name} runs as {service.user}: chgrp {service.group} {path} && chmod 640 {path}"
+        raise ConfigError(error.problems, hint=hint) from None
+    except ConfigError as error:
+        raise _unreadable(error.problems, given) or error from None
+
+
+def load_without_secrets(path: Path, env_files: Sequence[Path]) -> tuple[Setup, Given]:
+    """Load a configuration; a missing secret becomes `Absent` and is listed in `Setup.absent`.
+
+    Raises:
+        ConfigError: it has other problems.
+    """
+    given = given_of(path, env_files)
+    return load(path, given, lenient=True), given
+
+
+def demand(setup: Setup, given: Given, *keys: str) -> None:
+    """Check that no secret is missing below these keys, such as "sources.adorn".
+
+    Raises:
+        ConfigError: a secret is missing.
+    """
+    missing = [
+        problem for problem in setup.absent if problem.key.startswith(tuple(f"{key}." for key in keys))
+    ]
+    if missing:
+        raise _unreadable(missing, given) or ConfigError(missing)
+
+
+def source_named(name: str, sources: Mapping[str, SourceConfig]) -> SourceConfig:
+    """Return a source of the configuration.
+
+    Raises:
+        CommandError: the source does not exist.
+    """
+    if name not in sources:
+        hint = f"sources: {', '.join(sources)}" if sources else "config.toml has no sources"
+        raise CommandError(f'unknown source "{name}"{guess(name, sources)}', hint=hint, code=NOTHING)
+    return sources[name]
+
+
+def _unreadable(problems: Sequence[Problem], given: Given) -> UnreadableError | None:
+    """Return an error that names the files which this user cannot read, None without such files."""
+    if not given.unreadable:
+        return None
+    hint = f"this user cannot read {', '.join(given.unreadable)}: run the command as root"
+    return UnreadableError(problems, hint=hint)
+
+
+def _read(file: Path) -> Mapping[str, str]:
+    try:
+        return read_env_file(file)
+    except PermissionError as error:
+        hint = "run the command as root"
+        raise CommandError(f"cannot read {file}: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}", hint="name another --env-file") from None

@@ -1,25 +1,32 @@
 """`relay deliveries`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.exit_codes import BATCH, CommandError
-from relay.cli.main import Group
-from relay.cli.offline import Offline, reader_options
+from relay.cli.api_client import Daemon
+from relay.cli.endpoint import daemon_options, endpoint, reader_options
+from relay.cli.main import BATCH, CommandError, Group
+from relay.cli.offline import Offline
 from relay.cli.options import SELECTION, filter_options, json_option, page_options, rate_option
-from relay.cli.output import count, print_fields, print_json, print_page, print_table
-from relay.cli.selection import confirm, count_of, dry_run_option, follow, gather, wish_of, yes_option
+from relay.cli.output import cell, count, print_fields, print_json, print_page, print_table
+from relay.cli.selection import (
+    confirm,
+    count_selected,
+    dry_run_option,
+    follow_replay,
+    gather,
+    selected,
+    yes_option,
+)
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
-_TRIES = ("started_at", "duration_ms", "result", "status", "error")
+_ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
 
 
 @click.group(cls=Group)
 def deliveries() -> None:
-    """What is owed to destinations, and what became of it."""
+    """List, inspect, retry and cancel deliveries."""
 
 
 @deliveries.command("list")
@@ -31,32 +38,26 @@ def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, event: str | 
 
     Example: relay deliveries list --destination crm --state dead
 
-    Filtered by what their events are, they are in the order of those.
+    With a filter on events, the order is that of the events.
     """
     page = gather(daemon, "deliveries", event_id=event, **query)
     print_page(page, COLUMNS, as_json=as_json, quiet=quiet)
 
 
 @deliveries.command()
-@click.argument("delivery")
-@json_option
-@reader_options
-def show(daemon: Daemon | Offline, delivery: str, *, as_json: bool) -> None:
-    """Show one delivery and every HTTP try of it.
+@endpoint("GET deliveries/{delivery}", offline=True)
+def show(answer: Any, **_: str) -> None:
+    """Show a delivery and its attempts.
 
     Example: relay deliveries show 01a201eb
 
-    DELIVERY is an id, with or without dlv_, shortened while unique.
+    DELIVERY is an id, with or without dlv_; any unique prefix works.
     """
-    answer = daemon.get("deliveries", delivery)
-    if as_json:
-        print_json(answer)
-        return
     print_fields(answer)
     if answer["tries"]:
         click.echo()
-        rows = [["" if each[name] is None else each[name] for name in _TRIES] for each in answer["tries"]]
-        print_table([name.replace("_", " ") for name in _TRIES], rows)
+        rows = [[cell(each[name]) for name in _ATTEMPT] for each in answer["tries"]]
+        print_table([name.replace("_", " ") for name in _ATTEMPT], rows)
 
 
 @deliveries.command()
@@ -77,30 +78,34 @@ def retry(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Give ended deliveries another life; make pending ones due now.
+    """Send ended deliveries again; send pending ones now.
 
     Example: relay deliveries retry --destination crm --state dead
 
-    Takes either deliveries by their ids or a filter, which must say in which state.
+    Select deliveries either by id or by a filter; a filter needs --state.
     """
-    wish = _wish(ids, filters)
+    body = selected("deliveries", ids, filters, key="ids", example="--destination crm")
     if rate is not None:
-        wish["rate"] = rate
-    number = _count(daemon, "retry", wish, dry_run=dry_run, as_json=as_json)
+        body["rate"] = rate
+    number = count_selected(
+        daemon, "deliveries", "retry",
+        body=body, kind="deliveries", nothing=_nothing(ids), dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip
     if not number:
         return
     if not ids:
         confirm(f"Retry {count(number, 'delivery')}?", yes=yes)
-    answer = daemon.post("deliveries", "retry", body=wish)
+    answer = daemon.post("deliveries", "retry", body=body)
     if "ended_at" in answer:
-        follow(daemon, answer, as_json=as_json)
+        follow_replay(daemon, answer, as_json=as_json)
         return
     if as_json:
         print_json(answer)
     else:
-        click.echo(f"{count(answer['created'], 'delivery')} owed anew, {answer['hurried']} made due now")
+        click.echo(f"{count(answer['created'], 'delivery')} created, {answer['hurried']} pending due now")
     if answer["skipped"]:
-        raise CommandError(f"skipped {answer['skipped']}: pending already, or just being sent", code=BATCH)
+        hint = "they are already pending, or an attempt is in flight"
+        raise CommandError(f"skipped {count(answer['skipped'], 'delivery')}", hint=hint, code=BATCH)
 
 
 @deliveries.command()
@@ -113,37 +118,31 @@ def retry(
 def cancel(
     daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: Any
 ) -> None:
-    """End pending deliveries.
+    """Cancel pending deliveries.
 
     Example: relay deliveries cancel --destination crm --since 1h
 
-    Takes either deliveries by their ids or a filter. One that is just being sent ends by its outcome.
+    Select deliveries either by id or by a filter. An attempt in flight is not interrupted; its result
+    decides how the delivery ends.
     """
-    wish = _wish(ids, filters)
-    number = _count(daemon, "cancel", wish, dry_run=dry_run, as_json=as_json)
+    body = selected("deliveries", ids, filters, key="ids", example="--destination crm")
+    number = count_selected(
+        daemon, "deliveries", "cancel",
+        body=body, kind="deliveries", nothing=_nothing(ids), dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip
     if not number:
         return
     if not ids:
         confirm(f"Cancel {count(number, 'delivery')}?", yes=yes)
-    answer = daemon.post("deliveries", "cancel", body=wish)
+    answer = daemon.post("deliveries", "cancel", body=body)
     if as_json:
         print_json(answer)
     else:
-        click.echo(
-            f"{count(answer['cancelled'], 'delivery')} cancelled, {answer['in_flight']} just being sent"
-        )
-    missed = len(set(ids)) - answer["cancelled"] - answer["in_flight"]
-    if missed > 0:
-        raise CommandError(f"{count(missed, 'delivery')} had ended already", code=BATCH)
+        click.echo(f"{count(answer['cancelled'], 'delivery')} cancelled, {answer['in_flight']} in flight")
+    ended = len(set(ids)) - answer["cancelled"] - answer["in_flight"]
+    if ended > 0:
+        raise CommandError(f"{count(ended, 'delivery')} had already ended", code=BATCH)
 
 
-def _wish(ids: tuple[str, ...], filters: Mapping[str, Any]) -> dict[str, Any]:
-    return wish_of("deliveries", ids, filters, key="ids", example="--destination crm")
-
-
-def _count(daemon: Daemon, verb: str, wish: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
-    nothing = f"nothing to {verb}: none is meant by that, or all ended"
-    return count_of(
-        daemon, "deliveries", verb,
-        wish=wish, kind="deliveries", nothing=nothing, dry_run=dry_run, as_json=as_json,
-    )  # fmt: skip
+def _nothing(ids: tuple[str, ...]) -> str:
+    return "these deliveries have already ended" if ids else "no delivery matches this filter"

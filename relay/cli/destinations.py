@@ -4,142 +4,146 @@ from typing import Any
 
 import click
 
-from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.exit_codes import FAILED
+from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
-from relay.cli.offline import Offline, reader_options
-from relay.cli.options import json_option, quiet_option
-from relay.cli.output import print_fields, print_json, print_page
+from relay.cli.options import quiet_option
+from relay.cli.output import print_fields, print_page
 
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
 
-
-@click.group(cls=Group)
-def destinations() -> None:
-    """Who receives, what is owed, and stopping and going on."""
-
-
-@destinations.command("list")
-@quiet_option
-@json_option
-@reader_options
-def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool) -> None:
-    """List destinations, with why one is held and its books.
-
-    Example: relay destinations list
-    """
-    print_page(daemon.get("destinations"), COLUMNS, as_json=as_json, quiet=quiet, key="name")
-
-
-@destinations.command()
-@click.argument("name")
-@json_option
-@reader_options
-def show(daemon: Daemon | Offline, name: str, *, as_json: bool) -> None:
-    """Show what a destination is owed, since when, and why it does not move.
-
-    Example: relay destinations show crm
-    """
-    answer = daemon.get("destinations", name)
-    if as_json:
-        print_json(answer)
-        return
-    shown = {
-        f"{which}_{field}": one[field] for which in _WHICH if (one := answer[which]) for field in _FIELDS
-    }
-    print_fields({**{field: value for field, value in answer.items() if field not in _WHICH}, **shown})
-    retried = answer["held"] is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
-    _advise(name, "retried" if retried else answer["held"])
-
-
-_WHICH = ("oldest", "latest")
+_DELIVERIES = ("oldest", "latest")
 _FIELDS = (
     "id", "type", "state", "created_at", "attempts", "last_status", "last_error", "next_attempt_at"
 )  # fmt: skip
+_STEPS = ("dns", "connect", "tls", "first_byte")
 _ADVICE = {
-    "paused": "`relay destinations resume {name}` goes on",
-    "not_in_config": "put it back into config.toml and `relay reload`, or end them:"
+    "paused": "resume it with `relay destinations resume {name}`",
+    "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
     " `relay deliveries cancel --destination {name}`",
-    "circuit open": "it does not answer; it is probed, and gets everything once it is back",
-    "resting": "it asked for a pause, or its address is refused; it goes on by itself, and"
-    " `relay destinations test {name}` asks it now",
-    "out of file descriptors": "this machine has no descriptor left for it; raise LimitNOFILE of the service",
-    "out of memory": "this machine has no memory left for it; it goes on by itself",
-    "retried": "what failed is tried again by the schedule;"
-    " `relay deliveries retry --destination {name} --state pending` has it tried now",
+    "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up",
+    "resting": "the destination asked for a pause, or its address is refused; deliveries continue after it;"
+    " to test the destination now, run `relay destinations test {name}`",
+    "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
+    "out of memory": "this machine has no free memory; deliveries continue when memory is free",
+    "retried": "failed deliveries are retried on schedule; to retry them now, run"
+    " `relay deliveries retry --destination {name} --state pending`",
     **{
-        f"disabled: {reason}": "`relay destinations enable {name}` sends what it is owed"
+        f"disabled: {reason}": "enable it with `relay destinations enable {name}`; it then gets its backlog"
         for reason in ("gone", "asked", "failing", "operator")
     },
 }
 
 
-def _advise(name: str, held: str | None) -> None:
-    """Say what can be done about it."""
-    if held in _ADVICE:
-        click.echo(_ADVICE[held].format(name=name), err=True)
+@click.group(cls=Group)
+def destinations() -> None:
+    """List, inspect, pause and resume destinations."""
+
+
+@destinations.command("list")
+@quiet_option
+@endpoint("GET destinations", offline=True)
+def list_(answer: Any, *, quiet: bool) -> None:
+    """List destinations with their delivery counts; `held` says why a destination gets nothing.
+
+    Example: relay destinations list
+    """
+    print_page(answer, COLUMNS, quiet=quiet, key="name")
 
 
 @destinations.command()
-@click.argument("name")
-@json_option
-@daemon_options
-@click.pass_context
-def test(ctx: click.Context, daemon: Daemon, name: str, *, as_json: bool) -> None:
-    """Send a destination one signed ping, and show its answer and what it took.
+@endpoint("GET destinations/{name}", offline=True)
+def show(answer: Any, *, name: str) -> None:
+    """Show a destination's backlog, its oldest delivery, and why deliveries wait.
+
+    Example: relay destinations show crm
+    """
+    deliveries = {
+        f"{which}_{field}": found[field]
+        for which in _DELIVERIES
+        if (found := answer[which])
+        for field in _FIELDS
+    }
+    print_fields({**{key: value for key, value in answer.items() if key not in _DELIVERIES}, **deliveries})
+    retried = answer["held"] is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
+    _print_advice(name, "retried" if retried else answer["held"])
+
+
+@destinations.command()
+@endpoint("POST destinations/{name}/test", succeeded=lambda answer: answer["ok"])
+def test(answer: Any, *, name: str) -> None:
+    """Send a destination one signed ping, and show its response and timing.
 
     Example: relay destinations test crm
 
-    The request, of type relay.ping, goes the way of a delivery: address guard, TLS, proxy, format,
-    signatures. It is sent also while deliveries are held. It is no event and spends no attempt, and what
-    comes of it changes nothing. The exit code is 1 unless the answer is a 2xx.
+    The request has the type relay.ping and passes through every step of a delivery: address guard, TLS,
+    proxy, format, signatures. The relay sends it even while deliveries are held. It creates no event,
+    spends no attempt and does not change the destination's state. The exit code is 1 unless the response
+    is a 2xx.
     """
-    answer = daemon.post("destinations", name, "test")
-    if as_json:
-        print_json(answer)
-    else:
-        _tell(answer)
-    if not answer["ok"]:
-        ctx.exit(FAILED)
-
-
-def _tell(answer: dict[str, Any]) -> None:
-    took = answer["timing_ms"]
-    steps = [f"{step.replace('_', ' ')} {took[step]} ms" for step in _STEPS if took[step] is not None]
-    duration = f"{answer['duration_ms']} ms" + (f" ({', '.join(steps)})" if steps else "")
+    _ = name
+    timing = answer["timing_ms"]
+    steps = [f"{step.replace('_', ' ')} {timing[step]} ms" for step in _STEPS if timing[step] is not None]
     print_fields(
         {
-            **{name: answer[name] for name in ("destination", "id", "status", "error")},
-            "duration": duration,
-            "signatures": answer["signatures"] or "none: it has no `secrets`",
+            **{field: answer[field] for field in ("destination", "id", "status", "error")},
+            "duration": f"{answer['duration_ms']} ms" + (f" ({', '.join(steps)})" if steps else ""),
+            "signatures": answer["signatures"] or "unsigned: the destination has no `secrets`",
             "answer": answer["answer"] + ("…" if answer["truncated"] else ""),
             "held": answer["held"],
-            "verdict": answer["verdict"],
+            "result": answer["verdict"],
         }
     )
     if answer["hint"]:
         click.echo(answer["hint"], err=True)
 
 
-_STEPS = ("dns", "connect", "tls", "first_byte")
+@destinations.command()
+@endpoint("POST destinations/{name}/pause")
+def pause(answer: Any, *, name: str) -> None:
+    """Hold a destination's deliveries until it is resumed.
+
+    Example: relay destinations pause crm
+    """
+    _print_state(answer, name)
 
 
-def _steering(verb: str, summary: str) -> None:
-    @destinations.command(verb, help=f"{summary}\n\nExample: relay destinations {verb} crm")
-    @click.argument("name")
-    @json_option
-    @daemon_options
-    def steer(daemon: Daemon, name: str, *, as_json: bool) -> None:
-        answer: dict[str, Any] = daemon.post("destinations", name, verb)
-        if as_json:
-            print_json(answer)
-        else:
-            click.echo(f"{name}: {answer['held'] or 'open'}")
-            if verb in ("resume", "enable"):
-                _advise(name, answer["held"])
+@destinations.command()
+@endpoint("POST destinations/{name}/resume")
+def resume(answer: Any, *, name: str) -> None:
+    """Deliver to a paused destination again.
+
+    Example: relay destinations resume crm
+    """
+    _print_state(answer, name)
+    _print_advice(name, answer["held"])
 
 
-_steering("pause", "Hold what a destination is owed, until it is resumed.")
-_steering("resume", "Go on sending to a paused destination.")
-_steering("disable", "Hold what a destination is owed, as after a 410.")
-_steering("enable", "Go on sending to a disabled destination, also after a 410.")
+@destinations.command()
+@endpoint("POST destinations/{name}/disable")
+def disable(answer: Any, *, name: str) -> None:
+    """Disable a destination and hold its deliveries, as after a 410.
+
+    Example: relay destinations disable crm
+    """
+    _print_state(answer, name)
+
+
+@destinations.command()
+@endpoint("POST destinations/{name}/enable")
+def enable(answer: Any, *, name: str) -> None:
+    """Deliver to a disabled destination again, also after a 410.
+
+    Example: relay destinations enable crm
+    """
+    _print_state(answer, name)
+    _print_advice(name, answer["held"])
+
+
+def _print_state(answer: Any, name: str) -> None:
+    click.echo(f"{name}: {answer['held'] or 'open'}")
+
+
+def _print_advice(name: str, held: str | None) -> None:
+    """Print what ends a hold."""
+    if held in _ADVICE:
+        click.echo(_ADVICE[held].format(name=name), err=True)

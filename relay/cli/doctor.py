@@ -6,9 +6,10 @@ from typing import Any
 import click
 import msgspec
 
-from relay.cli.api_client import Daemon, work
-from relay.cli.exit_codes import CommandError
-from relay.cli.offline import Offline, reader_options
+from relay.cli.api_client import Daemon, run_operation
+from relay.cli.endpoint import reader_options
+from relay.cli.main import CommandError
+from relay.cli.offline import Offline
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
 from relay.model import Check
@@ -18,43 +19,44 @@ from relay.model import Check
 @json_option
 @reader_options
 def doctor(daemon: Daemon | Offline, *, as_json: bool) -> None:
-    """Look for everything that could be wrong, and say what to do.
+    """Check database, disk, clock, backlog, jobs and backups.
 
     Example: relay doctor
 
-    Only reads. Checks every page of the database, which takes a while with a large one, the books,
-    bodies, the disk and the clock; deliveries that wait or are dead, jobs and backups that fail; files
-    that anybody may write to; and whether config.toml is what the relay goes by. Says for each problem
-    which command comes next. The exit code is 1 if anything is wrong.
+    Read-only. Checks every page of the database (slow for a large file), the ledger, bodies, disk space,
+    the clock, pending and dead deliveries, failed jobs and backups, file permissions, and whether the
+    daemon uses the current config.toml. For each problem it prints the command that helps. The exit code
+    is 1 if a check fails.
     """
     if isinstance(daemon, Offline):
-        tell(map(msgspec.structs.asdict, daemon.examine()), as_json=as_json)
+        print_checks(map(msgspec.structs.asdict, daemon.examine()), as_json=as_json)
         return
-    found = work(
-        daemon, "doctor", method="GET", tell=lambda _: "looking at every page", stopped="nothing was changed"
-    )
-    tell(found["checks"], as_json=as_json)
+    found = run_operation(
+        daemon, "doctor", method="GET",
+        describe=lambda _: "checking every page", stopped="nothing was changed",
+    )  # fmt: skip
+    print_checks(found["checks"], as_json=as_json)
 
 
-def tell(checks: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print checks.
+def print_checks(checks: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the results of checks.
 
     Raises:
-        CommandError: something is wrong.
+        CommandError: a check failed.
     """
     checks = list(checks)
-    wrong = [check for check in checks if not check["ok"]]
+    failed = [check for check in checks if not check["ok"]]
     if as_json:
-        print_json({"ok": not wrong, "checks": checks})
+        print_json({"ok": not failed, "checks": checks})
     else:
-        rows = [(check["name"], "ok" if check["ok"] else "WRONG", check["detail"]) for check in checks]
-        print_table(("check", "", "found"), rows)
-    if wrong:
-        todo = "\n  ".join(f"{check['name']}: {check['hint']}" for check in wrong)
-        raise CommandError(f"{count(len(wrong), 'check')} found something", hint=todo)
+        rows = [(check["name"], "ok" if check["ok"] else "FAILED", check["detail"]) for check in checks]
+        print_table(("check", "result", "detail"), rows)
+    if failed:
+        hint = "\n  ".join(f"{check['name']}: {check['hint']}" for check in failed)
+        raise CommandError(f"{count(len(failed), 'check')} failed", hint=hint)
 
 
 def named(checks: Iterable[Check], names: Iterable[str]) -> list[dict[str, Any]]:
-    """Choose some checks by their names."""
+    """Return the checks that have one of these names."""
     wanted = set(names)
     return [msgspec.structs.asdict(check) for check in checks if check.name in wanted]

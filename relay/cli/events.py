@@ -8,30 +8,43 @@ from typing import Any, BinaryIO
 
 import click
 
-from relay.cli.api_client import Daemon, daemon_options, work
-from relay.cli.exit_codes import BATCH, INTERRUPTED, CommandError
-from relay.cli.main import Group
-from relay.cli.offline import Offline, reader_options
+from relay.cli.api_client import Daemon, run_operation
+from relay.cli.endpoint import daemon_options, endpoint, reader_options
+from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group
+from relay.cli.offline import Offline
 from relay.cli.options import SELECTION, filter_options, json_option, page_options, rate_option
-from relay.cli.output import Meter, count, print_fields, print_json, print_page, print_table, show_progress
+from relay.cli.output import (
+    Meter,
+    cell,
+    count,
+    print_fields,
+    print_json,
+    print_page,
+    print_table,
+    show_progress,
+)
 from relay.cli.selection import (
     as_query,
     confirm,
-    count_of,
+    count_selected,
     dry_run_option,
-    follow,
+    follow_replay,
     gather,
-    wish_of,
+    selected,
     yes_option,
 )
 
 COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
 
+PROGRESS_EVERY = 100  # lines between two updates of the progress line
+CHUNK = 256 * 1024  # bytes that an import sends at once
+NOTHING_MATCHES = "no event matches"
+
 
 @click.group(cls=Group)
 def events() -> None:
-    """What came in: looking at it, sending it once more, moving and deleting it."""
+    """List, inspect, replay, export, import and delete events."""
 
 
 @events.command("list")
@@ -43,30 +56,24 @@ def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any)
 
     Example: relay events list --source adorn --since 2h --where data.sale_made=true
 
-    By destination and state: of the deliveries of an event to a destination the latest counts.
+    --destination and --state look at the latest delivery of an event to each destination.
     """
     print_page(gather(daemon, "events", **query), COLUMNS, as_json=as_json, quiet=quiet)
 
 
 @events.command()
-@click.argument("event")
-@json_option
-@reader_options
-def show(daemon: Daemon | Offline, event: str, *, as_json: bool) -> None:
-    """Show one event and what became of it.
+@endpoint("GET events/{event}", offline=True)
+def show(answer: Any, **_: str) -> None:
+    """Show an event and its deliveries.
 
     Example: relay events show 01a201eb
 
-    EVENT is an id, with or without evt_, shortened while unique.
+    EVENT is an id, with or without evt_; any unique prefix works.
     """
-    answer = daemon.get("events", event)
-    if as_json:
-        print_json(answer)
-        return
     print_fields({name: value for name, value in answer.items() if name != "owed"})
     if answer["owed"]:
         click.echo()
-        rows = [["" if each[name] is None else each[name] for name in _DELIVERIES] for each in answer["owed"]]
+        rows = [[cell(each[name]) for name in _DELIVERIES] for each in answer["owed"]]
         print_table([name.replace("_", " ") for name in _DELIVERIES], rows)
 
 
@@ -75,11 +82,11 @@ def show(daemon: Daemon | Offline, event: str, *, as_json: bool) -> None:
 @json_option
 @daemon_options
 def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
-    """Write an event's body as it came, byte for byte.
+    """Print an event's body, byte for byte.
 
     Example: relay events body 01a201eb > body.json
 
-    With --json, as a JSON string; bytes that are no UTF-8 are replaced.
+    --json prints the body as a JSON string; invalid UTF-8 is replaced.
     """
     content = daemon.read("events", event, "body")
     if as_json:
@@ -91,7 +98,7 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 @events.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
 @filter_options(*SELECTION)
-@click.option("--to", help='The destination; "*": wherever today\'s routes lead.')
+@click.option("--to", help='Destination; "*" selects destinations by the current routes.')
 @rate_option
 @dry_run_option
 @yes_option
@@ -108,35 +115,31 @@ def replay(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Send stored events once more, as new deliveries.
+    """Send stored events again, as new deliveries.
 
     Example: relay events replay --source adorn --since 2h --to crm
 
-    Takes either events by their ids or a filter, never both. Ctrl-C ends it; what it has owed by then
-    stays owed.
+    Select events either by id or by a filter. Ctrl-C cancels the replay; deliveries that it has already
+    created stay.
     """
-    wish = wish_of("events", ids, filters, key="events", example="--since 2h")
-    wish |= {name: value for name, value in (("to", to), ("rate", rate)) if value is not None}
-    number = count_of(
+    request = selected("events", ids, filters, key="events", example="--since 2h")
+    request |= {name: value for name, value in (("to", to), ("rate", rate)) if value is not None}
+    number = count_selected(
         daemon, "replays",
-        wish=wish, kind="events", nothing="no event is meant by that", dry_run=dry_run, as_json=as_json,
+        body=request, kind="events", nothing=NOTHING_MATCHES, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
     if not number:
         return
     if not ids:
         confirm(f"Replay {count(number, 'event')}{f' to {to}' if to else ''}?", yes=yes)
-    follow(daemon, daemon.post("replays", body=wish), as_json=as_json)
-
-
-LOOK_EVERY = 100  # lines between two looks at the clock
-CHUNK = 256 * 1024
+    follow_replay(daemon, daemon.post("replays", body=request), as_json=as_json)
 
 
 @events.command()
 @filter_options(*SELECTION)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file; else to stdout.")
-@click.option("--deliveries", is_flag=True, help="Tell what became of each event as well.")
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file.  [default: stdout]")
+@click.option("--deliveries", is_flag=True, help="Include the deliveries and attempts of each event.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @json_option
 @reader_options
 def export(
@@ -148,48 +151,46 @@ def export(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Write events as lines of JSON, bodies included, the oldest first.
+    """Export events as JSON lines with their bodies, oldest first.
 
     Example: relay events export --source adorn --since 2d -o adorn.jsonl
 
-    `relay events import` reads them again. A file gets its name when it is complete. With --json and
-    -o, what was written is said in JSON; the lines themselves always are.
+    `relay events import` reads the file. The file appears under its name only when it is complete.
+    --json needs -o and prints a summary as JSON.
     """
     if output is None and as_json:
-        raise click.UsageError("the lines are JSON anyway; --json goes with -o FILE")
-    wanted = as_query(filters)
-    number = daemon.get("export", dry_run=1, **wanted)["count"]
-    lines = daemon.stream("GET", "export", deliveries=int(deliveries), **wanted)
+        raise click.UsageError("--json needs -o FILE; the exported lines are JSON already")
+    query = as_query(filters)
+    number = daemon.get("export", dry_run=1, **query)["count"]
+    lines = daemon.stream("GET", "export", deliveries=int(deliveries), **query)
     with closing(lines), _written(output, force=force) as file:
         written = _copy(lines, file, Meter(number, "event"))
     if output is not None:
-        told = {"events": written, "file": str(output)}
-        print_json(told) if as_json else click.echo(f"{output}: {count(written, 'event')}")
+        summary = {"events": written, "file": str(output)}
+        print_json(summary) if as_json else click.echo(f"{output}: {count(written, 'event')}")
 
 
 @events.command("import")
 @click.argument("file", type=click.File("rb"))
-@click.option("--deliver", is_flag=True, help="Owe what is new by today's routes; else it is only kept.")
+@click.option("--deliver", is_flag=True, help="Create deliveries of new events by the current routes.")
 @json_option
 @daemon_options
 def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> None:
-    """Take in the events of an export; those that are there already count once.
+    """Import the events of an export; existing events are skipped.
 
     Example: relay events import adorn.jsonl
 
-    FILE may be - for the standard input. A line that is no event ends it; what came before is in, and
-    the same file may be imported again once it is mended.
+    FILE - is standard input. An invalid line stops the import; the events before it are imported. Correct
+    the line and import the same file again.
     """
     try:
         done = daemon.send("import", chunks=_chunks(file), deliver=int(deliver))
     except KeyboardInterrupt:
-        raise CommandError(
-            "interrupted: what was sent by then is in; import the file again", code=INTERRUPTED
-        ) from None
+        hint = "the events that were sent are imported; to continue, import the file again"
+        raise CommandError("interrupted", hint=hint, code=INTERRUPTED) from None
     finally:
         show_progress("")
-    told = f"{count(done['lines'], 'event')} read, {done['new']} of them new"
-    print_json(done) if as_json else click.echo(told)
+    print_json(done) if as_json else click.echo(f"{count(done['lines'], 'event')} read, {done['new']} new")
 
 
 @events.command()
@@ -202,34 +203,34 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
 def delete(
     daemon: Daemon, ids: tuple[str, ...], *, dry_run: bool, yes: bool, as_json: bool, **filters: Any
 ) -> None:
-    """Delete events whatever their age; what is still owed of them is cancelled.
+    """Delete events of any age and cancel their pending deliveries.
 
     Example: relay events delete --subject sess_42
 
-    Takes either events by their ids or a filter. Counts per hour stay. `relay db compact` afterwards
-    leaves nothing of them in the file.
+    Select events either by id or by a filter. The counts of `relay stats` stay. Run `relay db compact`
+    afterwards to erase the data from the file.
     """
-    wish = wish_of("events", ids, filters, key="events", example="--subject sess_42")
-    number = count_of(
+    request = selected("events", ids, filters, key="events", example="--subject sess_42")
+    number = count_selected(
         daemon, "events", "delete",
-        wish=wish, kind="events", nothing="no event is meant by that", dry_run=dry_run, as_json=as_json,
+        body=request, kind="events", nothing=NOTHING_MATCHES, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
     if not number:
         return
-    confirm(f"Delete {count(number, 'event')} for good?", yes=yes)
+    confirm(f"Delete {count(number, 'event')} permanently?", yes=yes)
     meter = Meter(number, "event")
-    done = work(
-        daemon, "events", "delete", body=wish,
-        tell=lambda at: meter.text(at["deleted"]), stopped="what was deleted by then is gone",
+    done = run_operation(
+        daemon, "events", "delete", body=request,
+        describe=lambda at: meter.text(at["deleted"]), stopped="the events deleted so far are gone",
     )  # fmt: skip
     if as_json:
         print_json(done)
     else:
-        owed = f", {count(done['cancelled'], 'delivery')} cancelled" if done["cancelled"] else ""
-        click.echo(f"{count(done['deleted'], 'event')} deleted{owed}")
+        cancelled = f", {count(done['cancelled'], 'delivery')} cancelled" if done["cancelled"] else ""
+        click.echo(f"{count(done['deleted'], 'event')} deleted{cancelled}")
     if left := done["count"] - done["deleted"]:
-        hint = "run the command again"
-        raise CommandError(f"{count(left, 'event')} stay: just being sent", hint=hint, code=BATCH)
+        message = f"{count(left, 'event')} not deleted: a delivery is in flight"
+        raise CommandError(message, hint="run the command again", code=BATCH)
 
 
 def _copy(lines: Iterator[bytes], file: BinaryIO, meter: Meter) -> int:
@@ -238,7 +239,7 @@ def _copy(lines: Iterator[bytes], file: BinaryIO, meter: Meter) -> int:
         for line in lines:
             file.write(line)
             written += 1
-            if written % LOOK_EVERY == 0:
+            if written % PROGRESS_EVERY == 0:
                 show_progress(meter.text(written))
         file.flush()
     finally:
@@ -248,12 +249,12 @@ def _copy(lines: Iterator[bytes], file: BinaryIO, meter: Meter) -> int:
 
 @contextmanager
 def _written(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
-    """Give a file that gets its name when everything is in it; bodies are nobody else's business."""
+    """Yield the output file; it gets its name when it is complete. Only its owner may read it."""
     if path is None:
         yield sys.stdout.buffer
         return
     if path.exists() and not force:
-        raise CommandError(f"{path} is there already", hint="name another file, or say --force")
+        raise CommandError(f"{path} already exists", hint="name another file, or add --force to overwrite it")
     part = path.with_name(f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)
@@ -262,7 +263,7 @@ def _written(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
             yield file
         part.replace(path)
     except OSError as error:
-        raise CommandError(f"{path} cannot be written: {error.strerror}", hint="name another file") from None
+        raise CommandError(f"cannot write {path}: {error.strerror}", hint="name another file") from None
     except KeyboardInterrupt:
         raise CommandError(f"interrupted: {path} was not written", code=INTERRUPTED) from None
     finally:

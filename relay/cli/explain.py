@@ -1,23 +1,36 @@
 """`relay explain`."""
 
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.options import json_option
+from relay.cli.api_client import Daemon
+from relay.cli.endpoint import daemon_options
+from relay.cli.main import FAILED, NOTHING, CommandError
+from relay.cli.options import json_option, read_data
 from relay.cli.output import print_json, print_table
+from relay.config.paths import find_config
+from relay.config.schema import SourceConfig
+from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
+
+if TYPE_CHECKING:
+    from relay.incoming import Incoming
+    from relay.model import StoredEvent
 
 
 @click.command()
 @click.argument("event", required=False)
-@click.option("--source", help="Judge a body that this source's sender would post; no relay need run.")
 @click.option(
-    "--data", help="With --source: the body: @FILE, or @- or - for the standard input; else a sample."
+    "--source", help="Explain a request to this source instead of a stored event; no daemon needed."
 )
+@click.option("--data", help="With --source: body, @FILE or - for standard input.  [default: a sample]")
 @click.option(
-    "--type", "type_", help="With --source: sent like this sample, one of `relay send SOURCE --list`."
+    "--type", "type_", help="With --source: base the request on this sample of `relay send SOURCE --list`."
 )
-@click.option("--path", help="With --source: to this path, where the source has several.")
-@click.option("--header", "headers", multiple=True, help='With --source: with this header, "NAME: VALUE".')
+@click.option("--path", help="With --source: path of the request, for a source with several paths.")
+@click.option("--header", "headers", multiple=True, help='With --source: add a header, "NAME: VALUE".')
 @json_option
 @daemon_options
 @click.pass_context
@@ -33,25 +46,29 @@ def explain(
     headers: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Say of every destination whether an event goes there.
+    """Show which destinations an event goes to, and why.
 
     Example: relay explain --source adorn --data @body.json
 
-    Where it does not, the condition that fails is named, and the value on which; where it does, which
-    answers are retried. EVENT is the id of a
-    stored event, shortened while unique: the running relay judges it by what holds now. With --source,
-    a body is judged by config.toml, as the source's plugin reads it; its token is not asked for, and
-    nothing is sent or stored.
+    If an event does not go to a destination, the output has the condition that failed and the value. If it
+    does, the output has the responses that are retried. EVENT is the id of a stored event (any unique
+    prefix works); the daemon evaluates its current routes. With --source, this command evaluates
+    config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
     """
     if (event is None) == (source is None):
-        raise click.UsageError("name a stored EVENT, or a --source whose sender would post --data @FILE")
+        raise click.UsageError("give either the id of a stored EVENT or --source")
     if source is not None:
-        # Plugins load only here: judging a stored event must start fast without them.
-        from relay.cli.offline_explain import Wish, judge  # noqa: PLC0415 - see above
-
-        answer = judge(ctx.params["config"], source, Wish(data, type_, path, headers))
+        body = None if data is None else read_data(data)
+        answer = _explained(
+            ctx.params["config"],
+            source,
+            body=body,
+            type_=type_,
+            path=path,
+            headers=dict(map(_header, headers)),
+        )
     elif data is not None or type_ is not None or path is not None or headers:
-        raise click.UsageError("--data, --type, --path and --header go with --source")
+        raise click.UsageError("--data, --type, --path and --header need --source")
     else:
         answer = daemon.get("events", str(event), "explain")
     if as_json:
@@ -62,3 +79,107 @@ def explain(
     for each in answer["destinations"]:
         if each["retries"] is not None:
             click.echo(f"{each['name']}: {each['retries']}", err=True)
+
+
+def _explained(
+    config: Path | None,
+    name: str,
+    *,
+    body: bytes | None,
+    type_: str | None,
+    path: str | None,
+    headers: dict[str, str],
+) -> dict[str, Any]:
+    """Return the explanation of a request that was not sent, in the format of the API; `id` is None."""
+    # Imported here, because a stored event needs neither plugins nor routes and must be explained fast.
+    from relay.cli.config import load_without_secrets, source_named  # noqa: PLC0415 - see above
+    from relay.routing.router import Router, explained  # noqa: PLC0415 - see above
+
+    setup = load_without_secrets(find_config(config), ())[0].config
+    source = source_named(name, setup.sources)
+    event = _event(source, _request(source, body=body, type_=type_, path=path, headers=headers))
+    return {
+        "id": None,
+        "type": event.type,
+        "destinations": explained(Router.of(setup.destinations), event, setup.destinations),
+    }
+
+
+def _request(
+    source: SourceConfig, *, body: bytes | None, type_: str | None, path: str | None, headers: dict[str, str]
+) -> "Incoming":
+    """Return the request that the options describe; its path is below the source's prefix."""
+    from multidict import CIMultiDict  # noqa: PLC0415 - see `_explained`
+
+    from relay.cli.send import choose, fits, samples_of  # noqa: PLC0415 - see `_explained`
+    from relay.incoming import Incoming  # noqa: PLC0415 - see `_explained`
+
+    samples = samples_of(source)
+    if type_ is not None or (samples and path is None):
+        sample = choose(samples, source.name, type_)
+    else:
+        route = _path(source, path)
+        methods = sorted(method for method, other, _ in source.settings.routes() if fits(other, route))
+        method = "POST" if "POST" in methods or not methods else methods[0]
+        sample = Incoming.of(method, route, {"Content-Type": "application/json"})
+    given = CIMultiDict(sample.headers)
+    given.update(headers)
+    return Incoming.of(
+        sample.method,
+        sample.path if path is None else _path(source, path),
+        given,
+        sample.body if body is None else body,
+    )
+
+
+def _path(source: SourceConfig, given: str | None) -> str:
+    """Return the given path, or the source's only path, below the source's prefix."""
+    if given is not None:
+        return given.partition("?")[0].removeprefix(source.prefix)
+    paths: list[str] = sorted({path for _, path, _ in source.settings.routes()})
+    if len(paths) != 1 or "{" in paths[0]:
+        routes = ", ".join(source.prefix + path for path in paths)
+        raise click.UsageError(f"source {source.name} has several paths; choose one with --path: {routes}")
+    return paths[0]
+
+
+def _event(source: SourceConfig, incoming: "Incoming") -> "StoredEvent":
+    """Return the event that the source's handler creates from a request."""
+    from relay.diagnosis.handling import handle, match_of  # noqa: PLC0415 - see `_explained`
+    from relay.ingest.event import make_event  # noqa: PLC0415 - see `_explained`
+    from relay.source import Reply  # noqa: PLC0415 - see `_explained`
+
+    line = f"{incoming.method} {source.prefix}{incoming.path}"
+    try:
+        accepted = handle(match_of(source, source.prefix + incoming.path, incoming.method), incoming)
+        if not isinstance(accepted, Reply) and accepted.event is not None:
+            return make_event(source.name, accepted.event, incoming, time.time_ns() // 1000)
+    except Refusal as refusal:
+        raise CommandError(
+            f"{line} would be refused with {refusal.status}: {_reason(refusal)}",
+            hint=_advice(source, refusal),
+            code=FAILED,
+        ) from refusal
+    hint = "the relay creates events of workers itself; explain a stored one: relay explain EVENT"
+    raise CommandError(f"{line} creates no event", hint=hint, code=NOTHING)
+
+
+def _reason(refusal: Refusal) -> str:
+    cause = refusal.__cause__
+    if isinstance(refusal, PluginFailed) and cause is not None:
+        return f"the plugin failed: {type(cause).__name__}: {cause}"
+    return refusal.detail
+
+
+def _advice(source: SourceConfig, refusal: Refusal) -> str:
+    if isinstance(refusal, NotFound | MethodNotAllowed):
+        routes = sorted(f"{method} {source.prefix}{path}" for method, path, _ in source.settings.routes())
+        return f"the source's routes: {', '.join(routes)}"
+    return f"`relay send {source.name} --list` lists valid samples"
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise click.BadParameter('expected "NAME: VALUE"', param_hint="--header")
+    return name.strip(), value.strip()

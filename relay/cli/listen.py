@@ -1,4 +1,4 @@
-"""`relay listen`: a receiver of one's own, to see what a destination would be sent."""
+"""`relay listen`: a local receiver that shows what a destination gets."""
 
 import base64
 import threading
@@ -10,7 +10,7 @@ from typing import ClassVar
 import click
 
 from relay.base.text import printable
-from relay.cli.exit_codes import CommandError
+from relay.cli.main import CommandError
 from relay.cli.options import json_option
 from relay.cli.output import print_json
 from relay.config.secrets import Secret
@@ -21,30 +21,36 @@ LARGEST = 16 * 2**20
 
 @click.command()
 @click.argument("port", type=click.IntRange(0, 65_535), default=9000)
-@click.option("--secret", "secrets", multiple=True, help="Verify signatures with it; whsec_… or whpk_….")
 @click.option(
-    "--status", type=click.IntRange(200, 599), default=204, show_default=True, help="Answer with it."
+    "--secret",
+    "secrets",
+    multiple=True,
+    help="Secret that verifies signatures, whsec_… or whpk_…. Repeatable.",
+)
+@click.option(
+    "--status", type=click.IntRange(200, 599), default=204, show_default=True, help="Status of the responses."
 )
 @json_option
 def listen(port: int, *, secrets: tuple[str, ...], status: int, as_json: bool) -> None:
-    """Receive webhooks on this machine, verify their signatures and print them.
+    """Run a local receiver that verifies signatures and prints requests.
 
     Example: relay listen 9000 --secret whsec_…
 
-    Goes on until Ctrl-C. A wrong signature is answered with 401. PORT 0 takes any free one. What --json
-    prints of a request, `relay verify` reads.
+    Runs until Ctrl-C. An invalid signature gets a 401. PORT 0 selects a free port. `relay verify` reads
+    the output of --json.
     """
     try:
         verify(tuple(map(Secret, secrets)), _PROBE, b"", int(_PROBE["webhook-timestamp"]))
     except SignatureError:
-        pass  # the secrets can be used, that is all that was asked
+        pass  # the secrets are valid; the probe's signature is not meant to be
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--secret") from None
     try:
         server = Receiver(port, tuple(map(Secret, secrets)), status, as_json=as_json)
     except OSError as error:
         raise CommandError(
-            f"cannot listen on port {port}: {error.strerror}", hint="name another one: relay listen 0"
+            f"cannot listen on port {port}: {error.strerror}",
+            hint="choose another port: relay listen 0 selects a free one",
         ) from None
     with server:
         click.echo(f"listening on http://127.0.0.1:{server.server_port}", err=True)

@@ -1,5 +1,6 @@
-"""A group of commands that imports one only when it is asked for, and knows what a misspelt one means."""
+"""The `relay` command: its commands, each imported when it runs, and how every command ends."""
 
+import difflib
 import importlib
 import os
 import platform
@@ -11,19 +12,42 @@ from contextlib import suppress
 from typing import Any, Never
 
 import click
+from click.shell_completion import get_completion_class
 
 import relay
 from relay.base.text import printable
-from relay.cli.exit_codes import FAILED, INTERRUPTED, NOT_ALLOWED, code_of
-from relay.config.problems import guess
+from relay.config.problems import UnreadableError, guess
 from relay.errors import RelayError
+
+FAILED = 1  # the operation failed, or a check found problems
+UNREACHABLE = 3  # the daemon does not answer
+NOTHING = 4  # nothing found
+NOT_ALLOWED = 5
+BATCH = 6  # part of a batch failed
+CONFIG = 78  # `relay serve`: config.toml is invalid, so a restart does not help (EX_CONFIG)
+INTERRUPTED = 130  # Ctrl-C, the code that shells use
+
+
+class CommandError(RelayError):
+    """A command failed; `code` is its exit code."""
+
+    def __init__(self, message: str, *, hint: str = "", code: int = FAILED) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+def code_of(error: RelayError) -> int:
+    """Return the exit code for an error."""
+    if isinstance(error, CommandError):
+        return error.code
+    return NOT_ALLOWED if isinstance(error, UnreadableError) else FAILED
 
 
 class Group(click.Group):
-    """A group whose commands may live in modules that are not imported yet."""
+    """A group of commands. A lazy command's module is imported only when that command runs."""
 
     def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> None:
-        """Take `lazy`: names of commands, each with its "module:attribute" and its line in `--help`."""
+        """Take `lazy`: command names, each with its "module:attribute" and its line in `--help`."""
         super().__init__(*args, **options)
         self.lazy = dict(lazy or {})
 
@@ -35,7 +59,7 @@ class Group(click.Group):
         standalone_mode: bool = True,  # noqa: FBT001, FBT002 - click's own signature
         **extra: Any,
     ) -> Any:
-        """See `click.Group.main`; an error that no command expected ends in one line and an exit code."""
+        """Run the command line; an unexpected error ends in one line and an exit code."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         _open_standard_streams()
@@ -45,11 +69,11 @@ class Group(click.Group):
             sys.exit(_last_net(error))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """See `click.Group.list_commands`."""
+        """Return the names of all commands, sorted."""
         return sorted({*super().list_commands(ctx), *self.lazy})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command, importing its module if need be."""
+        """Return a command; imports its module if necessary."""
         if cmd_name in self.lazy:
             module, _, attribute = self.lazy[cmd_name][0].partition(":")
             command: click.Command = getattr(importlib.import_module(module), attribute)
@@ -59,14 +83,14 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Say which command a misspelt one may mean."""
+        """Find a command by its name; suggest one for a misspelt name."""
         names = self.list_commands(ctx)
         if args[0] not in names and not args[0].startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f'there is no command "{args[0]}"{guess(args[0], names)}')
+            ctx.fail(f'unknown command "{args[0]}"{guess(args[0], names)}')
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing any."""
+        """Write the list of commands without an import."""
         _ = ctx
         rows = [(name, summary) for name, (_, summary) in self.lazy.items()]
         rows += [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
@@ -74,7 +98,7 @@ class Group(click.Group):
             formatter.write_dl(sorted(rows))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what the operator has to know is told in words, never as a traceback."""
+        """Run a command; print an expected error as a message and a hint, without a traceback."""
         try:
             return super().invoke(ctx)
         except RelayError as error:
@@ -83,13 +107,85 @@ class Group(click.Group):
             _leave(ctx, "interrupted", INTERRUPTED)
 
 
+class OneOf(click.Choice[str]):
+    """One of a fixed set of words; suggests one for a misspelt word."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the chosen word."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            folded = {str(word).casefold(): str(word) for word in self.choices}
+            near = difflib.get_close_matches(str(value).casefold(), folded, n=1)
+            suggestion = f' Did you mean "{folded[near[0]]}"?' if near else ""
+            raise click.BadParameter(f"{error.message}{suggestion}", ctx, param) from None
+
+
+COMMANDS = {
+    "check-config": ("relay.cli.config:check", "Report every problem in config.toml."),
+    "config": ("relay.cli.config:config_", "Show the effective configuration or create a starter file."),
+    "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
+    "reload": ("relay.cli.reload:reload", "Reload config.toml in the running daemon."),
+    "events": ("relay.cli.events:events", "List, inspect, replay, export, import and delete events."),
+    "deliveries": ("relay.cli.deliveries:deliveries", "List, inspect, retry and cancel deliveries."),
+    "destinations": (
+        "relay.cli.destinations:destinations",
+        "List, inspect, pause and resume destinations.",
+    ),
+    "sources": ("relay.cli.sources:sources", "List, inspect, pause and resume sources."),
+    "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
+    "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
+    "jobs": ("relay.cli.jobs:jobs", "List periodic jobs and run them."),
+    "status": ("relay.cli.status:status", "Show the state of the daemon on one screen."),
+    "top": ("relay.cli.top:top", "Live dashboard, refreshed every second."),
+    "tail": ("relay.cli.tail:tail", "Follow events and attempts as they happen."),
+    "explain": ("relay.cli.explain:explain", "Show which destinations an event goes to, and why."),
+    "verify": (
+        "relay.cli.verify:verify",
+        "Diagnose a token or signature that does not match: secret, encoding, bytes or clock.",
+    ),
+    "send": ("relay.cli.send:send", "Send a sample event through the public listener."),
+    "listen": (
+        "relay.cli.listen:listen",
+        "Run a local receiver that verifies signatures and prints requests.",
+    ),
+    "doctor": ("relay.cli.doctor:doctor", "Check database, disk, clock, backlog, jobs and backups."),
+    "db": ("relay.cli.db:db", "Inspect, back up, check and compact the database."),
+    "completion": ("relay.cli.main:completion", "Print a shell completion script."),
+    "plugins": ("relay.cli.plugins:plugins", "List plugins and create a new one."),
+}
+"""Every command: its place, and its line in `relay --help`, which imports none of them."""
+
+
+@click.group(cls=Group, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(relay.__version__, message="hookferry %(version)s")
+def main() -> None:
+    """Receive webhooks, store them, and deliver them to your destinations."""
+
+
+@click.command()
+@click.argument("shell", type=OneOf(("bash", "zsh", "fish")))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print a shell completion script.
+
+    \b
+    Example: eval "$(relay completion bash)"
+    """  # noqa: D301 - click's mark for a paragraph that is not wrapped
+    kind = get_completion_class(shell)
+    assert kind is not None  # noqa: S101 - click has these three
+    program = ctx.find_root().info_name or "relay"
+    variable = f"_{program.upper()}_COMPLETE"
+    click.echo(kind(ctx.find_root().command, {}, program, variable).source())
+
+
 def _leave(ctx: click.Context, message: str, code: int) -> Never:
     click.echo(message, err=True)
     ctx.exit(code)
 
 
 def _open_standard_streams() -> None:
-    """Give a process that was started with closed streams (`>&-`) streams that lead nowhere."""
+    """Open /dev/null for each standard stream that the caller closed (`>&-`)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process
@@ -104,7 +200,7 @@ def _last_net(error: Exception) -> int:
         click.echo(printable(line).encode("ascii", "backslashreplace").decode(), err=True)
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):  # the interpreter would try again at its end, and print another traceback
+    except (OSError, ValueError):  # the interpreter flushes again at exit, and would print a second traceback
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
@@ -113,7 +209,7 @@ def _last_net(error: Exception) -> int:
 def _details(error: Exception) -> str:
     """Write the traceback to a file that only this user can read, and return its path.
 
-    Without the arguments of the command: they may hold a secret.
+    The file does not have the command's arguments: they may hold a secret.
     """
     about = f"hookferry {relay.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n"
     try:

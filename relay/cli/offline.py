@@ -1,19 +1,15 @@
-"""Lists straight from the database file, for when no relay runs: `--offline`."""
+"""Read-only access to the database file for `--offline`; no daemon needed."""
 
 import asyncio
-import functools
 import os
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from relay.api.query_params import filter_of
 from relay.base.clock import SECOND, SystemClock
-from relay.cli.api_client import daemon_options
-from relay.cli.exit_codes import NOT_ALLOWED, NOTHING, CommandError
+from relay.cli.main import NOT_ALLOWED, NOTHING, CommandError
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import directories_of, installed
@@ -30,26 +26,26 @@ if TYPE_CHECKING:
 
 
 class Offline:
-    """Answers what `Daemon` would of what is stored, counts and exports too, reading the file only."""
+    """Reads the database file; has the same reading methods as `Daemon`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._file = readable(database_of(config))
 
     def measure(self) -> dict[str, Any]:
-        """Say what the file holds and takes, and its backups; raises `StorageError`."""
-        from relay.jobs.backups import described, made_in  # noqa: PLC0415 - as below
-        from relay.store.measure import measure  # noqa: PLC0415 - as below
+        """Return the contents and size of the database, and its backups; raises `StorageError`."""
+        from relay.jobs.backups import described, made_in  # noqa: PLC0415 - see `_read`
+        from relay.store.measure import measure  # noqa: PLC0415 - see `_read`
 
         return described(
             measure(self._file, Stop()), made_in(state_of(self._config) / self._config.backup.dir)
         )
 
     def examine(self) -> list[Check]:
-        """Look for everything that could be wrong with it."""
-        from relay import doctor  # noqa: PLC0415 - as below
-        from relay.jobs import backups  # noqa: PLC0415 - as below
-        from relay.store.doctor import Examined, database, examine  # noqa: PLC0415 - as below
+        """Run every check that needs no daemon."""
+        from relay import doctor  # noqa: PLC0415 - see `_read`
+        from relay.jobs import backups  # noqa: PLC0415 - see `_read`
+        from relay.store.doctor import Examined, database, examine  # noqa: PLC0415 - see `_read`
 
         config, now = self._config, SystemClock().wall()
         examined = Examined(
@@ -60,14 +56,14 @@ class Offline:
         )
         made = backups.made_in(state_of(config) / config.backup.dir)
         found = [database(self._file, config.path), *examine(examined, Stop())]
-        with suppress(StorageError):  # the checks above say what is the matter with the file
-            # Nothing is tried any more while no relay runs, so whatever failed last is a finding at once.
-            found.append(doctor.held(asyncio.run(self._owing()), now, patience=0))
+        with suppress(StorageError):  # the checks above report an unreadable file
+            # No daemon retries now, so a failed last attempt is a problem at once.
+            found.append(doctor.held(asyncio.run(self._backlogs()), now, patience=0))
         found.append(backups.examine(made, config.backup.every, now // SECOND))
         return [*found, doctor.writable(config, state_of(config))]
 
-    async def _owing(self) -> list["doctor.Owing"]:
-        from relay import doctor  # noqa: PLC0415 - as below
+    async def _backlogs(self) -> list["doctor.Owing"]:
+        from relay import doctor  # noqa: PLC0415 - see `_read`
 
         async with open_for_reading(self._file) as reads:
             books, states = await reads.ledger.totals(), await reads.queries.destination_states()
@@ -83,11 +79,11 @@ class Offline:
         ]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
-        """Return a page of a list, or one of its things.
+        """Return a page of a list, or one item of it.
 
         Raises:
-            CommandError: there is no such thing.
-            RelayError: the file cannot be read, or the question is wrong.
+            CommandError: the item does not exist.
+            RelayError: the file cannot be read, or a filter is invalid.
         """
         try:
             return asyncio.run(self._read(kind, given, **query))
@@ -97,7 +93,7 @@ class Offline:
     def stream(
         self, _method: str, _kind: str, *, deliveries: int, **query: Any
     ) -> Generator[bytes, None, None]:
-        """Yield the lines of an export."""
+        """Yield the lines of an export, a JSON object each."""
         with asyncio.Runner() as runner:
             lines = self._export(query, deliveries=bool(deliveries))
             try:
@@ -117,7 +113,7 @@ class Offline:
                 yield line
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
-        # The store loads only here: every other command must start fast without it.
+        # Imported here, because commands that talk to the daemon must start fast without the store.
         from relay.api.views import (  # noqa: PLC0415 - see above
             list_destinations,
             list_items,
@@ -161,46 +157,27 @@ def _selection(query: dict[str, Any], *others: str) -> Selection:
     return filter_of(filters).selection(SystemClock(), everything=True)
 
 
-def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command that only reads the options of `daemon_options`, and `--offline`."""
-    online = daemon_options(command)
-
-    @click.option(
-        "--offline", is_flag=True, help="Read the configuration's database file; no relay need run."
-    )
-    @functools.wraps(online)
-    def wrapped(*args: Any, offline: bool, config: Path | None, url: str | None, **options: Any) -> Any:
-        if not offline:
-            return online(*args, config=config, url=url, **options)
-        if url is not None:
-            raise click.UsageError("--offline reads a file of this machine; leave out --url")
-        del options["socket_file"], options["token_file"]
-        return command(*args, daemon=Offline(tables_of(config)), **options)
-
-    return wrapped
-
-
 STATE = Path("/var/lib/relay")
-"""Where the database is with `StateDirectory=relay`; a shell does not have the unit's environment."""
+"""Folder of the database with `StateDirectory=relay`; a shell does not have the unit's environment."""
 
 
 def tables_of(given: Path | None) -> Config:
-    """Read the configuration, but for what plugins have a say in.
+    """Return the configuration without the settings that plugins define.
 
     Raises:
-        ConfigError: there is none, or it has problems.
+        ConfigError: the file is missing or has problems.
     """
     path = find_config(given)
     return bind_tables(Binder(read(path), directories_of(path), lenient=True))
 
 
 def database_of(config: Config) -> Path:
-    """Return where the database is."""
+    """Return the path of the database file."""
     return state_of(config) / _file_of(config)
 
 
 def state_of(config: Config) -> Path:
-    """Return the state folder: the one that has the database in it."""
+    """Return the state folder, which contains the database."""
     name = _file_of(config)
     return STATE if not is_there(config.state_dir / name) and is_there(STATE / name) else config.state_dir
 
@@ -210,14 +187,14 @@ def _file_of(config: Config) -> str:
 
 
 def readable(path: Path) -> Path:
-    """Return a database's file, unless this user may not read it.
+    """Return the path of a database file, after a check that this user can read it.
 
     Raises:
-        CommandError: he may not.
+        CommandError: permission denied.
     """
     if is_there(path) and not os.access(path, os.R_OK):
         service = installed()
-        user = service.user if service else "the user that the relay runs as"
+        user = service.user if service else "the daemon's user"
         hint = f"run the command as root, or as {user}"
-        raise CommandError(f"may not read {path}", hint=hint, code=NOT_ALLOWED)
+        raise CommandError(f"cannot read {path}: permission denied", hint=hint, code=NOT_ALLOWED)
     return path

@@ -1,8 +1,8 @@
-"""Options that several commands have."""
+"""Options and filters that several commands share."""
 
-import difflib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,34 @@ import click
 from relay.api.query_params import STATES
 from relay.base.clock import SystemClock, moment
 from relay.base.units import parse_rate
+from relay.cli.main import OneOf
 from relay.routing.conditions import compile_conditions
 from relay.routing.subscription import Patterns
 
 FILE = click.Path(path_type=Path, readable=False)
-"""A path; click's own check would answer one that may not be read as a wrong use, in its own words."""
+"""A path. Commands report an unreadable file themselves, because click would exit with 2."""
 
 config_option = click.option(
     "-c",
     "--config",
     type=FILE,
-    help="The configuration; else $RELAY_CONFIG, ./config.toml or /etc/relay/config.toml.",
+    help="Configuration file.  [default: $RELAY_CONFIG, ./config.toml or /etc/relay/config.toml]",
 )
-
+env_file_option = click.option(
+    "--env-file",
+    "env_files",
+    type=FILE,
+    multiple=True,
+    help="Read environment variables from this file.  [default: the files of the installed service]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
 
 
-def understood(reader: Callable[[str], object]) -> Callable[..., str | None]:
-    """Return a callback that has an option's text read beforehand, and gives it on as it is.
+def checked(reader: Callable[[str], object]) -> Callable[..., str | None]:
+    """Return a callback that validates an option's text with `reader`, and returns the text unchanged.
 
-    The relay reads it again; but what nobody understands is a wrong use, whether one runs or not.
+    The daemon validates it too. This check makes an invalid value a usage error even without a daemon.
     """
 
     def check(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
@@ -46,22 +54,59 @@ def understood(reader: Callable[[str], object]) -> Callable[..., str | None]:
 
 
 rate_option = click.option(
-    "--rate", callback=understood(parse_rate), help='Events at most, such as "20/s".  [default: 100/s]'
+    "--rate", callback=checked(parse_rate), help='Maximum rate, such as "20/s".  [default: 100/s]'
+)
+
+_FILTERS: Mapping[str, tuple[Any, str]] = {
+    "source": (str, "Name of the source."),
+    "type": (str, 'Full event type, or a pattern such as "adorn.*".'),
+    "subject": (str, "Exact subject of the event."),
+    "destination": (str, "Name of the destination."),
+    "state": (OneOf(STATES), "State of the delivery."),
+    "since": (str, 'Received at this time or later: an age such as "2h", or RFC 3339.'),
+    "until": (str, 'Received before this time: an age such as "2h", or RFC 3339.'),
+    "status": (OneOf(("ONLINE", "OFFLINE", "MAINTENANCE")), "Status of the worker."),
+    "version": (str, "Version of the worker."),
+    "environment": (str, "Environment of the worker."),
+    "event": (str, "Id of the event; any unique prefix works."),
+}
+_READERS: Mapping[str, Callable[[str], object]] = {
+    "type": lambda text: Patterns((text,)),
+    "since": lambda text: moment(text, SystemClock().wall()),
+    "until": lambda text: moment(text, SystemClock().wall()),
+}
+SELECTION = ("source", "type", "subject", "since", "until", "destination", "state", "where")
+"""Filters that select events, or deliveries by their events."""
+
+_WHERE = (
+    'Condition on the event, such as "data.sale_made=true". Operators: = != < <= > >=, ~ (pattern);'
+    " a path alone tests that the value exists. Repeatable."
 )
 
 
-class OneOf(click.Choice[str]):
-    """One of some words; says which one a misspelt one may mean."""
+def filter_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds filters to a command."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See `click.Choice.convert`."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            folded = {str(word).casefold(): str(word) for word in self.choices}
-            near = difflib.get_close_matches(str(value).casefold(), folded, n=1)
-            meant = f' Did you mean "{folded[near[0]]}"?' if near else ""
-            raise click.BadParameter(f"{error.message}{meant}", ctx, param) from None
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            if name == "where":
+                command = click.option("--where", multiple=True, callback=_where, help=_WHERE)(command)
+                continue
+            type_, text = _FILTERS[name]
+            reader = checked(_READERS[name]) if name in _READERS else None
+            command = click.option(f"--{name}", type=type_, callback=reader, help=text)(command)
+        return command
+
+    return give
+
+
+def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every list to a command."""
+    command = quiet_option(json_option(command))
+    command = click.option("--cursor", help="Show the page after this cursor.")(command)
+    return click.option(
+        "--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="Maximum number of rows."
+    )(command)
 
 
 _CONDITION = re.compile(
@@ -70,11 +115,15 @@ _CONDITION = re.compile(
 _ORDERS = {">=": "gte", ">": "gt", "<=": "lte", "<": "lt"}
 
 
+def _where(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, Any] | None:
+    return conditions(texts)
+
+
 def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
-    """Return a table of conditions that must all hold; None: there are none.
+    """Return the API's table of conditions for `--where` options; all must hold. None without an option.
 
     Raises:
-        BadParameter: one of them is none, contradicts another, or looks where nothing can be.
+        BadParameter: a condition is malformed, contradicts another one, or has an unknown path.
 
     >>> conditions(["data.sale_made=true", "data.total>=100", "data.total<500", "subject~s-*", "data.note"])
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -87,13 +136,13 @@ def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
     for text in texts:
         match = _CONDITION.fullmatch(text)
         if match is None:
-            raise _wrong(f'"{text}" is no condition')
+            raise _invalid(f'invalid condition "{text}"')
         tests = table.setdefault(match["path"].strip(), {})
         name, operand = _test(match["operator"], (match["value"] or "").strip())
         if name == "not" and name in tests:
             tests[name]["in"] += operand["in"]
         elif name in tests:
-            raise _wrong(f'"{text}" contradicts another condition, or says it again')
+            raise _invalid(f'"{text}" contradicts or repeats another condition')
         else:
             tests[name] = operand
     if not table:
@@ -101,7 +150,7 @@ def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
     try:
         compile_conditions(table)
     except ValueError as error:
-        raise _wrong(str(error)) from None
+        raise _invalid(str(error)) from None
     return table
 
 
@@ -125,63 +174,33 @@ def _value(text: str) -> Any:
         return text
 
 
-def _wrong(why: str) -> click.BadParameter:
-    examples = "data.sale_made=true, data.total>=100, type!=adorn.a, subject~s-*, or data.note alone"
-    return click.BadParameter(f"{why}; for example {examples}", param_hint="--where")
+def _invalid(why: str) -> click.BadParameter:
+    examples = "data.sale_made=true, data.total>=100, type!=adorn.a, subject~s-*, data.note"
+    return click.BadParameter(f"{why}; examples: {examples}", param_hint="--where")
 
 
-_FILTERS: Mapping[str, tuple[Any, str]] = {
-    "source": (str, "Of this source."),
-    "type": (str, 'Of this full type, or of such as match a pattern: "adorn.*".'),
-    "subject": (str, "About this subject."),
-    "destination": (str, "Of deliveries to this destination."),
-    "state": (OneOf(STATES), "Of deliveries in this state."),
-    "since": (str, 'Received since then: "2h" ago, or RFC 3339.'),
-    "until": (str, "Received before then, likewise."),
-    "status": (OneOf(("ONLINE", "OFFLINE", "MAINTENANCE")), "Of this status."),
-    "version": (str, "Of this version."),
-    "environment": (str, "Of this environment."),
-    "event": (str, "Of this event; its id may be shortened while unique."),
-}
-_READERS: Mapping[str, Callable[[str], object]] = {
-    "type": lambda text: Patterns((text,)),
-    "since": lambda text: moment(text, SystemClock().wall()),
-    "until": lambda text: moment(text, SystemClock().wall()),
-}
-SELECTION = ("source", "type", "subject", "since", "until", "destination", "state", "where")
-"""What chooses events, or deliveries by what their events are."""
+def read_data(data: str, option: str = "--data") -> bytes:
+    """Return the content that an option names: `@FILE`, or `@-` or `-` for standard input.
 
-_WHERE = (
-    'Holding this: "data.sale_made=true", also != < <= > >=, ~ for patterns, or a path alone; repeatable.'
-)
-
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
+    Raises:
+        BadParameter: the value has another form, or the file cannot be read.
+    """
+    name = data.removeprefix("@")
+    if name == "-":
+        return sys.stdin.buffer.read()
+    if name == data:
+        file = "body.json" if set(data) & set("{[\n") else data  # the value looks like a body
+        raise click.BadParameter(f"expected @FILE or -, as in {option} @{file}", param_hint=option)
+    return read_file(Path(name), option)
 
 
-def filter_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command filters, which mean the same everywhere."""
+def read_file(file: Path, option: str) -> bytes:
+    """Return the content of a file that an option names.
 
-    def give(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(names):
-            if name == "where":
-                command = click.option("--where", multiple=True, callback=_where, help=_WHERE)(command)
-                continue
-            type_, text = _FILTERS[name]
-            reader = understood(_READERS[name]) if name in _READERS else None
-            command = click.option(f"--{name}", type=type_, callback=reader, help=text)(command)
-        return command
-
-    return give
-
-
-def _where(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, Any] | None:
-    return conditions(texts)
-
-
-def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a list what every list has."""
-    command = quiet_option(json_option(command))
-    command = click.option("--cursor", help="Go on where the page before ended.")(command)
-    return click.option(
-        "--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="Rows at most."
-    )(command)
+    Raises:
+        BadParameter: the file cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {file}: {error.strerror}", param_hint=option) from None

@@ -1,4 +1,4 @@
-"""How commands print: tables for people, tab-separated lines for pipes, JSON for programs."""
+"""Output of commands: tables on a terminal, tab-separated rows in a pipe, JSON; progress on stderr."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ _STATES: Mapping[str, Colour] = {
 
 
 def colour_of(heading: str, cell: str) -> Colour | None:
-    """Return the colour of a cell that says how something is; most cells do not.
+    """Return the colour of a cell that shows a state, None for any other cell.
 
     >>> colour_of("state", "dead"), colour_of("held", "paused"), colour_of("result", "ok")
     ('red', 'yellow', 'green')
@@ -37,12 +37,12 @@ def colour_of(heading: str, cell: str) -> Colour | None:
 
 
 def say(text: str) -> None:
-    """Print a line that may be painted; click would take the colour away again where it is piped."""
+    """Print a line that may contain colour; click would strip the colour in a pipe."""
     click.echo(text, color=True)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print aligned columns under headings on a terminal; when piped, the bare rows, tab-separated."""
+    """Print aligned columns with headings on a terminal; in a pipe, only the rows, tab-separated."""
     cells = [[printable(" ".join(str(cell).split())) for cell in row] for row in rows]
     colour = wants_colour(sys.stdout)
     if not sys.stdout.isatty():
@@ -54,7 +54,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 
 
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]], *, colour: bool) -> list[str]:
-    """Return a table for a terminal, the headings first."""
+    """Return the lines of a table for a terminal; the headings are the first line."""
     cells = [[heading.upper() for heading in headings], *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -73,12 +73,12 @@ def _painted(headings: Sequence[str], cells: Sequence[str], shown: Sequence[str]
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON that people can read as well."""
+    """Print a value as indented JSON."""
     click.echo(to_json(value, indent=2))
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    r"""Write a value as JSON in UTF-8; what UTF-8 cannot hold stays an escape.
+    r"""Return a value as JSON in UTF-8; a lone surrogate stays an escape.
 
     >>> to_json(["é", "\ud83d"])
     '["é", "\\ud83d"]'
@@ -87,7 +87,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Write a number of things.
+    """Return a number with its noun, singular or plural.
 
     >>> count(1, "source"), count(1204, "event"), count(2, "delivery")
     ('1 source', '1 204 events', '2 deliveries')
@@ -97,13 +97,13 @@ def count(number: int, noun: str) -> str:
 
 
 def show_progress(text: str) -> None:
-    """Write over the line of progress; "" clears it for what is said next."""
+    """Replace the progress line on a terminal; "" clears it."""
     if sys.stderr.isatty():
         click.echo(f"\r{text}\033[K", err=True, nl=False)
 
 
 def pace(per_second: float, seconds_left: float | None) -> str:
-    """Say how fast it goes, and how long it still takes.
+    """Return the rate and the remaining time.
 
     >>> pace(20.0, 3.2), pace(7.25, None)
     ('20/s, 3s left', '7.25/s')
@@ -113,7 +113,7 @@ def pace(per_second: float, seconds_left: float | None) -> str:
 
 
 class Meter:
-    """Tells the pace of something that was counted beforehand."""
+    """Progress of an operation whose total is known: count, rate and remaining time."""
 
     def __init__(self, total: int, noun: str) -> None:
         self._total = total
@@ -121,7 +121,7 @@ class Meter:
         self._began = time.monotonic()
 
     def text(self, done: int) -> str:
-        """Say how far it is, how fast, and how long it still takes."""
+        """Return the progress line after `done` of the total."""
         seconds = time.monotonic() - self._began
         rate = done / seconds if seconds > 0 else 0.0
         left = max(0, self._total - done) / rate if rate else None
@@ -130,9 +130,9 @@ class Meter:
 
 
 def print_page(
-    answer: Mapping[str, Any], columns: Sequence[str], *, as_json: bool, quiet: bool, key: str = "id"
+    answer: Mapping[str, Any], columns: Sequence[str], *, quiet: bool, as_json: bool = False, key: str = "id"
 ) -> None:
-    """Print a page of a list; where there is more, people are told how to see it."""
+    """Print a page of a list; on a terminal, also the option that shows the next page."""
     items = answer["items"]
     if as_json:
         print_json(answer)
@@ -144,11 +144,11 @@ def print_page(
             [name.replace("_", " ") for name in columns], [[cell(item[c]) for c in columns] for item in items]
         )
     if answer["next_cursor"] is not None and not as_json and sys.stderr.isatty():
-        click.echo(f"there is more: add --cursor {answer['next_cursor']}", err=True)
+        click.echo(f"more rows: add --cursor {answer['next_cursor']}", err=True)
 
 
 def print_fields(item: Mapping[str, Any]) -> None:
-    """Print one thing, a line per field; what it contains is printed by whoever knows it."""
+    """Print the fields of one item, a line each; the caller prints the tables that it contains."""
     fields = {name: value for name, value in item.items() if not _is_table(value)}
     width = max(map(len, fields)) if sys.stdout.isatty() else 0
     for name, value in fields.items():
@@ -157,7 +157,7 @@ def print_fields(item: Mapping[str, Any]) -> None:
 
 
 def cell(value: object) -> str:
-    """Write a value of the API for people.
+    """Return a value of the API as text.
 
     >>> cell(None), cell(True), cell(["a", "b"]), cell({"dead": 2})
     ('', 'yes', 'a, b', '2 dead')

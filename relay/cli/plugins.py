@@ -9,11 +9,9 @@ from pathlib import Path
 
 import click
 
-from relay.cli.exit_codes import CommandError
-from relay.cli.main import Group
+from relay.cli.main import CommandError, Group
 from relay.cli.options import config_option, json_option, quiet_option
 from relay.cli.output import print_json, print_page
-from relay.cli.templates import PLUGIN, TABLE, TEST, filled
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import directories_of
@@ -22,13 +20,14 @@ from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import discover
 
+COLUMNS = ("name", "offer", "door", "version", "file")
+TEMPLATES = Path(__file__).with_name("templates")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+
 
 @click.group(cls=Group)
 def plugins() -> None:
-    """What plugins are there, where they come from, and a new one."""
-
-
-COLUMNS = ("name", "offer", "door", "version", "file")
+    """List plugins and create a new one."""
 
 
 @plugins.command("list")
@@ -36,11 +35,12 @@ COLUMNS = ("name", "offer", "door", "version", "file")
 @quiet_option
 @json_option
 def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """List what plugins offer: kinds of source, formats, jobs, and the hooks that they are told by.
+    """List plugins: kinds of source, formats, jobs and hooks.
 
     Example: relay plugins list -c /etc/relay/config.toml
 
-    Reads `[plugins] dirs` of the configuration; without one, there are the installed and the bundled plugins.
+    The list has the bundled plugins, the installed ones, and those in `[plugins] dirs` of the
+    configuration.
     """
     path = look_for_config(config)
     offers, problems = discover(_dirs(path))
@@ -52,25 +52,25 @@ def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
 
 @plugins.command()
 @click.argument("name")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Write it there.")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the new files.")
 @config_option
 @json_option
 def new(name: str, *, folder: Path | None, config: Path | None, as_json: bool) -> None:
-    """Write a plugin that works, a source called NAME, and its passing test.
+    """Create a working source plugin NAME and its test.
 
     Example: relay plugins new parcels
 
-    They go into the first of `[plugins] dirs`, which is plugins.d beside the configuration unless it
-    says otherwise. What is there already is not touched.
+    The default folder is the first of `[plugins] dirs`, else plugins.d beside the configuration. Existing
+    files are not overwritten.
     """
     path = look_for_config(config)
     dirs = _dirs(path)
     _check(name, dirs)
     place = folder or (dirs[0] if dirs else Path("plugins.d"))
     plugin, test = place / f"{name}.py", place / f"test_{name}.py"
-    _write({plugin: filled(PLUGIN, name), test: filled(TEST, name)})
+    _write({plugin: filled("plugin.py", name), test: filled("test_plugin.py", name)})
     known = {known.resolve() for known in dirs} or {Path("plugins.d").resolve()}
-    table = filled(TABLE, name)
+    table = filled("source.toml", name)
     if place.resolve() not in known:
         table = f"[plugins]\ndirs = {_listed((*dirs, place))}\n\n{table}"
     if as_json:
@@ -78,10 +78,14 @@ def new(name: str, *, folder: Path | None, config: Path | None, as_json: bool) -
         return
     click.echo(f"{plugin}: written\n{test}: written, run it with `python -m pytest {test}`")
     click.echo(f"\nAdd to {path or 'config.toml'}:\n\n{table}")
-    click.echo(f"Then `relay check-config`; and once the relay is started again, `relay send {name}`.")
+    click.echo(f"Then run `relay check-config`, restart the daemon, and run `relay send {name}`.")
 
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+def filled(file: str, name: str) -> str:
+    """Return a template of `templates/`, filled in for a kind of source such as `parcels`."""
+    template = (TEMPLATES / f"{file}.template").read_text()
+    class_ = "".join(word.capitalize() for word in name.split("_"))
+    return template.replace("@name@", name).replace("@NAME@", name.upper()).replace("@Class@", class_)
 
 
 def _dirs(path: Path | None) -> Sequence[Path]:
@@ -89,29 +93,29 @@ def _dirs(path: Path | None) -> Sequence[Path]:
 
 
 def _check(name: str, dirs: Sequence[Path]) -> None:
-    """Demand that a kind, a module and a class may be called so, and none is yet."""
+    """Check that a kind of source, a module and a class can have this name, and that it is free."""
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or name.startswith("test_"):
         hint = f"for example `relay plugins new {_suggested(name)}`"
         raise click.UsageError(
-            f'"{name}" cannot be the name of a module: a-z first, then a-z, 0-9, _; {hint}'
+            f'"{name}" is not a valid module name: expected a-z first, then a-z, 0-9 or _; {hint}'
         )
     offers, _ = discover(dirs)
     if (rival := offers.kinds.get(name)) is not None:
-        hint = "choose another name, or look at that one: `relay plugins list`"
-        raise CommandError(f'there is a source of the kind "{name}" already: {rival.file}', hint=hint)
+        hint = "choose another name; `relay plugins list` lists the kinds of source"
+        raise CommandError(f'a source of the kind "{name}" already exists: {rival.file}', hint=hint)
     if importlib.util.find_spec(name) is not None:
-        hint = "its test could not import it; choose another name"
+        hint = "choose another name; the plugin's test could not import this one"
         raise CommandError(f'"{name}" is a module of Python or of an installed package', hint=hint)
 
 
 def _suggested(name: str) -> str:
-    """Make a name that will do of one that will not."""
+    """Return a valid name similar to an invalid one."""
     words = re.sub(r"[^a-z0-9]+", "_", name.lower().removeprefix("test_")).strip("_0123456789")
     return words if _NAME.fullmatch(words) and not keyword.iskeyword(words) else "parcels"
 
 
 def _write(files: dict[Path, str]) -> None:
-    """Write all of the files, or none."""
+    """Write all files, or none."""
     written: list[Path] = []
     try:
         for file, content in files.items():
@@ -124,10 +128,10 @@ def _write(files: dict[Path, str]) -> None:
             file.unlink(missing_ok=True)
         if isinstance(error, FileExistsError) and error.filename in set(map(str, files)):
             hint = "choose another name, or another folder with --dir"
-            raise CommandError(f"{error.filename} is there already", hint=hint) from None
+            raise CommandError(f"{error.filename} already exists", hint=hint) from None
         where = error.filename or next(iter(files))
         raise CommandError(
-            f"{where} cannot be written: {error.strerror}", hint="say where: --dir DIR"
+            f"cannot write {where}: {error.strerror}", hint="choose another folder with --dir DIR"
         ) from None
 
 

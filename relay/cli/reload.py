@@ -1,28 +1,23 @@
 """`relay reload`."""
 
+from typing import Any
+
 import click
 
-from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.options import json_option
-from relay.cli.output import print_json
+from relay.cli.endpoint import endpoint
 
 
 @click.command()
-@json_option
-@daemon_options
-def reload(daemon: Daemon, *, as_json: bool) -> None:
-    """Have the running relay go by its changed config.toml.
+@endpoint("POST reload")
+def reload(answer: Any) -> None:
+    """Reload config.toml in the running daemon.
 
     Example: relay reload && relay destinations list
 
-    All of it, or nothing: a file with problems changes nothing, and neither does a change that only a
-    restart can take in. Then the exit code is 1.
+    The reload applies the whole file or nothing. A file with problems changes nothing, and neither does
+    a change that needs a restart; the exit code is then 1.
     """
-    done = daemon.post("reload")
-    if as_json:
-        print_json(done)
-        return
-    told = [f"{what} {name}" for what in ("added", "changed", "removed") for name in done[what]]
-    click.echo(f"reloaded {done['path']}: {', '.join(told) or 'no changes'}")
-    for warning in done["warnings"]:
+    changes = [f"{kind} {name}" for kind in ("added", "changed", "removed") for name in answer[kind]]
+    click.echo(f"reloaded {answer['path']}: {', '.join(changes) or 'no changes'}")
+    for warning in answer["warnings"]:
         click.echo(f"warning: {warning}", err=True)

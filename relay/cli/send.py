@@ -1,6 +1,7 @@
-"""`relay send`: a documented request through the front door, as the sender itself would."""
+"""`relay send`: a source's documented request, sent to the public listener."""
 
 import http.client
+from collections.abc import Mapping
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
@@ -10,29 +11,34 @@ from urllib.parse import urlsplit
 import click
 
 from relay.base.units import render_duration
-from relay.cli.config import demand, env_file_option, load_without_secrets
-from relay.cli.exit_codes import FAILED, UNREACHABLE, CommandError
-from relay.cli.options import config_option, json_option
+from relay.cli.config import demand, load_without_secrets, source_named
+from relay.cli.main import FAILED, NOTHING, UNREACHABLE, CommandError
+from relay.cli.options import config_option, env_file_option, json_option, read_data
 from relay.cli.output import print_json, print_page
-from relay.cli.samples import choose, read_data, samples_of, source_named
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import Given, Service, service_of
 from relay.config.paths import find_config
+from relay.config.problems import guess
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secret
 from relay.config.tokens import tokens_of
+from relay.incoming import Incoming
+from relay.source import Accepted
 
-SECONDS = 60.0
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is listened on, not bound here
+TIMEOUT = 60.0  # seconds
+COLUMNS = ("type", "method", "path")
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - a listen address, not bound here
 
 
 @click.command()
 @click.argument("source")
 @click.argument("type_", metavar="[TYPE]", required=False)
-@click.option("--data", help="Another body: @FILE, or @- or - for the standard input.")
+@click.option("--data", help="Send this body instead: @FILE, or - for standard input.")
 @click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")
-@click.option("--to", help='Where it listens, such as "http://127.0.0.1:8080"; else `[server] listen`.')
+@click.option(
+    "--to", help='URL of the listener, such as "http://127.0.0.1:8080".  [default: `[server] listen`]'
+)
 @config_option
 @env_file_option
 @json_option
@@ -47,12 +53,12 @@ def send(
     env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Send a sample event through the front door.
+    """Send a sample event through the public listener.
 
     Example: relay send adorn image.shared
 
-    It carries the secret that the configuration has. TYPE is one of those that --list names;
-    without it, the first is sent.
+    The request carries the source's configured secret. TYPE is one of the samples that --list prints; the
+    default is the first one.
     """
     path = find_config(config)
     loaded, given = load_without_secrets(path, env_files)
@@ -61,8 +67,8 @@ def send(
     samples = samples_of(configured)
     if list_:
         rows = [(name, sample.method, configured.prefix + sample.path) for name, sample in samples.items()]
-        items = [dict(zip(_HEADINGS, row, strict=True)) for row in rows]
-        print_page({"items": items, "next_cursor": None}, _HEADINGS, as_json=as_json, quiet=False)
+        items = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        print_page({"items": items, "next_cursor": None}, COLUMNS, as_json=as_json, quiet=False)
         return
     sample = choose(samples, source, type_)
     headers = dict(sample.headers)
@@ -70,17 +76,56 @@ def send(
     if (token := _token(path, configured, given)) is not None:
         headers["Authorization"] = f"Bearer {token.reveal()}"
     body = sample.body if data is None else read_data(data)
-    url = to or _front_door(setup.server.listen)
-    where = configured.prefix + sample.path
+    url = to or _listener(setup.server.listen)
+    target = configured.prefix + sample.path
     service = None if to else service_of(path)
-    _exchange(url, where, sample.method, headers, body, as_json=as_json, service=service)
+    _exchange(url, target, sample.method, headers, body, as_json=as_json, service=service)
     if sample in (samples.get("register"), samples.get("heartbeat")) and "unregister" in samples:
         silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
         click.echo(f"the sample worker is reported {silence}", err=True)
-        click.echo(f"  end it with `relay send {source} unregister`", err=True)
+        click.echo(f"  remove it with `relay send {source} unregister`", err=True)
 
 
-_HEADINGS = ("type", "method", "path")
+def samples_of(source: SourceConfig) -> dict[str, Incoming]:
+    """Return the documented requests of a source by event type; their paths are below its prefix."""
+    return {_type_of(source, sample): sample for sample in source.settings.samples()}
+
+
+def choose(samples: Mapping[str, Incoming], source: str, type_: str | None) -> Incoming:
+    """Return the sample of a type, the first one without a type.
+
+    Raises:
+        CommandError: the sample does not exist.
+    """
+    if not samples:
+        raise CommandError(f'the plugin of source "{source}" has no samples', code=NOTHING)
+    if type_ is None:
+        return next(iter(samples.values()))
+    if type_ not in samples:
+        hint = f"samples: {', '.join(samples)}"
+        raise CommandError(f'unknown sample "{type_}"{guess(type_, samples)}', hint=hint, code=NOTHING)
+    return samples[type_]
+
+
+def fits(template: str, path: str) -> bool:
+    """Return whether a path matches the template of a route."""
+    ours, theirs = template.split("/"), path.split("/")
+    return len(ours) == len(theirs) and all(
+        one.startswith("{") or one == other for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _type_of(source: SourceConfig, sample: Incoming) -> str:
+    """Return the event type of a sample, or the worker operation if it creates no event."""
+    for method, template, handler in source.settings.routes():
+        if method == sample.method and fits(template, sample.path):
+            accepted = getattr(source.settings, handler)(sample)
+            if isinstance(accepted, Accepted):
+                if accepted.event is not None:
+                    return accepted.event.type
+                if accepted.worker is not None:
+                    return accepted.worker.__class__.__name__.lower()
+    return f"{sample.method} {sample.path}"
 
 
 def _token(path: Path, source: SourceConfig, given: Given) -> Secret | None:
@@ -89,10 +134,11 @@ def _token(path: Path, source: SourceConfig, given: Given) -> Secret | None:
     return None if first is None else first.secret
 
 
-def _front_door(listen: str) -> str:
+def _listener(listen: str) -> str:
+    """Return the URL of the public listener for a client on this machine."""
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
-    host = _ANYWHERE.get(host, host)
+    host = _LOOPBACK.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -109,14 +155,14 @@ def _exchange(
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
-        with closing(kind(parts.hostname or "", parts.port, timeout=SECONDS)) as connection:
+        with closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT)) as connection:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             status, text = response.status, response.read().decode("utf-8", "replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        start = "start one with `relay serve`" if service is None else "start it with `systemctl start relay`"
-        hint = f"{start}, or say where it listens with --to URL"
-        raise CommandError(f"no relay answers at {url}: {error}", hint=hint, code=UNREACHABLE) from None
+        start = "`relay serve`" if service is None else "`systemctl start relay`"
+        hint = f"start the daemon with {start}, or name its listener with --to URL"
+        raise CommandError(f"cannot connect to {url}: {error}", hint=hint, code=UNREACHABLE) from None
     print_json({"status": status, "body": text}) if as_json else click.echo(f"{status}\t{text}")
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-        raise CommandError(f"{method} {path} was answered with {status}", code=FAILED)
+        raise CommandError(f"{method} {path} returned {status}", code=FAILED)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from relay.cli.exit_codes import CONFIG, CommandError, code_of
+from relay.cli.main import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
 from relay.config.binding import Binder
 from relay.config.document import read
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_option
-@click.option("--demo", is_flag=True, help="Show everything once: temporary state, a receiver of its own.")
+@click.option("--demo", is_flag=True, help="Run a demo with temporary state and a local receiver.")
 @click.option(
-    "--exit", "leave", is_flag=True, help="With --demo: end after the samples; 1 if one is missing."
+    "--exit", "leave", is_flag=True, help="With --demo: exit after the samples, with 1 if one did not arrive."
 )
 @click.option(
     "--force",
     is_flag=True,
-    help="Serve although the installed service has a database for this configuration.",
+    help="Serve even if the installed service has a database for this configuration.",
 )
 @click.pass_context
 def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, force: bool) -> None:
@@ -44,13 +44,13 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
 
     Example: relay serve -c /etc/relay/config.toml
 
-    Starts only with a configuration that `relay check-config` finds no problem in; else the exit code
-    is 78, or with sockets from systemd it answers 503 on them until `relay reload` finds no problem.
-    Where the relay is installed as a service, start that one: `systemctl start relay`.
+    An invalid configuration ends the command with 78. With sockets from systemd, the daemon answers 503
+    instead, until `relay reload` finds a valid configuration. If the relay is installed as a service,
+    start the service: `systemctl start relay`.
     """
     if leave and not demo:
-        raise click.UsageError("--exit goes with --demo")
-    # aiohttp and the rest load only here: every other command must start fast without them.
+        raise click.UsageError("--exit needs --demo")
+    # Imported here, because every other command must start fast without aiohttp.
     if demo:
         from relay.demo.life import run_demo  # noqa: PLC0415 - see above
 
@@ -75,45 +75,45 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         standby = Standby(path, error, lambda: _load_again(path), os.environ)
         held = _run(standby.run)
         if held is None:
-            return  # it was asked to end
+            return  # SIGTERM or Ctrl-C
         setup = held
     log = setup.config.log
     configure(log.level, log.format, under_systemd=under_systemd())
     try:
         _run(lambda: run_app(setup))
     except RelayError as error:
-        if not is_read(sys.stderr):  # to wait for a reader would keep systemd from starting it anew
+        if not is_read(sys.stderr):  # a wait for a reader would keep systemd from a restart
             ctx.exit(code_of(error))
         raise
 
 
 def _load_again(path: Path) -> "Setup":
-    """Load a configuration that could not be used, with the environment files of the service as they are now.
+    """Load a configuration again, with the current environment files of the service.
 
     Raises:
-        ConfigError: it still cannot be used.
+        ConfigError: it still has problems.
     """
     from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
 
     service = service_of(path)
     fresh = service.given(os.environ).environ if service else {}
     setup = load(path, {**os.environ, **fresh})
-    os.environ.update(fresh)  # later reloads read it as well
+    os.environ.update(fresh)  # for later reloads
     return setup
 
 
 def _refuse_second(path: Path) -> None:
-    """Refuse to serve the installed service's configuration with another database, or as another user.
+    """Refuse to serve the installed service's configuration with another database or as another user.
 
     Raises:
-        CommandError: the service has a database for this configuration, and this process is not the service.
+        CommandError: this process is not the service, and the service has a database for this configuration.
     """
     service = service_of(path)
     if service is None:
         return
     try:
         config = bind_tables(Binder(read(path), os.environ, lenient=True))
-    except ConfigError:  # loading it tells
+    except ConfigError:  # `load` reports it
         return
     ours = database_path(config)
     there = service.directories.get("STATE_DIRECTORY", "").partition(":")[0]
@@ -129,10 +129,10 @@ def _refuse_second(path: Path) -> None:
     if os.path.realpath(theirs) != os.path.realpath(ours):
         what = f"{service.name} serves {path} with the database {theirs}; this relay would use {ours}"
     elif not service.runs_as(os.geteuid()):
-        what = f"{service.name} has the database {theirs}, and {service.user} could not use it after this"
+        what = f"{service.name} owns the database {theirs}; {service.user} could not use it after this run"
     else:
         return
-    hint = "start the service: `systemctl start relay`; or serve beside it all the same: --force"
+    hint = "start the service with `systemctl start relay`, or add --force to serve anyway"
     raise CommandError(what, hint=hint)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from relay.cli.api_client import Daemon
-from relay.cli.offline import Offline, reader_options
+from relay.cli.endpoint import reader_options
+from relay.cli.offline import Offline
 from relay.cli.options import filter_options, page_options
 from relay.cli.output import print_page
 
@@ -17,11 +18,11 @@ COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
 @page_options
 @reader_options
 def stats(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
-    """Count what came in per hour, source and type, also of events that are gone.
+    """Count received events per hour, source and type.
 
     Example: relay stats --source adorn --since 7d
 
-    The latest hour comes first; the one in which --since falls counts in full. TYPE may be a pattern.
-    With -q, only the types.
+    The counts include deleted events. The latest hour comes first. The hour that contains --since counts
+    in full. -q prints only the types.
     """
     print_page(daemon.get("stats", **query), COLUMNS, as_json=as_json, quiet=quiet, key="type")

@@ -7,8 +7,9 @@ import click
 
 from relay.base.text import paint, wants_colour
 from relay.base.units import render_duration
-from relay.cli.api_client import Daemon, daemon_options
-from relay.cli.exit_codes import FAILED
+from relay.cli.api_client import Daemon
+from relay.cli.endpoint import daemon_options
+from relay.cli.main import FAILED
 from relay.cli.options import json_option
 from relay.cli.output import cell, count, print_json, print_table, say
 
@@ -20,22 +21,22 @@ _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 @daemon_options
 @click.pass_context
 def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
-    """Show on one screen how the relay is.
+    """Show the state of the daemon on one screen.
 
     Example: relay status
 
-    The exit code is 1 while the relay is not ready, and the reasons are said.
+    While the daemon is not ready, the output has the reasons and the exit code is 1.
     """
-    answer = _gather(daemon)
+    answer = _gathered(daemon)
     if as_json:
         print_json(answer)
     else:
-        _tell(answer)
+        _print(answer)
     if not answer["ready"]:
         ctx.exit(FAILED)
 
 
-def _gather(daemon: Daemon) -> dict[str, Any]:
+def _gathered(daemon: Daemon) -> dict[str, Any]:
     answer = {
         **daemon.get("status"),
         "sources": daemon.get("sources")["items"],
@@ -51,14 +52,14 @@ def _gather(daemon: Daemon) -> dict[str, Any]:
             return {**answer, "workers": states}
 
 
-def _tell(answer: dict[str, Any]) -> None:
+def _print(answer: dict[str, Any]) -> None:
     ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
     if wants_colour(sys.stdout):
         ready = paint(ready, "green" if answer["ready"] else "red")
     say(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
     paused = [source["name"] for source in answer["sources"] if source["paused"]]
     click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
-    click.echo(f"workers: {cell(answer['workers']) or 'none'}")
+    click.echo(f"workers: {cell(answer['workers']) or '0'}")
     backlog = sum(each["pending"] for each in answer["destinations"])
     click.echo(f"backlog: {count(backlog, 'delivery')}")
     rows = [[cell(each[name]) for name in _DESTINATION] for each in answer["destinations"]]

@@ -11,8 +11,9 @@ import click
 from relay.base.clock import SECOND, rfc3339
 from relay.base.text import Colour, paint, printable, wants_colour
 from relay.base.units import render_duration
-from relay.cli.api_client import Daemon, daemon_options, live
-from relay.cli.exit_codes import INTERRUPTED, CommandError
+from relay.cli.api_client import Daemon, follow_stream
+from relay.cli.endpoint import daemon_options
+from relay.cli.main import INTERRUPTED, CommandError
 from relay.cli.options import filter_options, json_option
 from relay.cli.output import cell, colour_of, count, say, to_json
 
@@ -20,14 +21,16 @@ COLUMNS = (
     "what", "type", "source", "subject", "size", "destination", "attempt", "result", "status", "duration_ms",
     "state", "next_attempt_at", "error", "event_id", "delivery_id",
 )  # fmt: skip
-"""Of a piped line, after the time; what an item does not have stays empty."""
+"""Columns of a piped line after the time. A column that an item does not have is empty."""
+
+MAX_COUNTED = 500
+"""Maximum number of missed events that one list request can count."""
 
 
 @click.command()
-@filter_options("source", "destination")
-@click.option("--type", help='Of this full type, or a pattern such as "adorn.image.*".')
-@click.option("--failed", is_flag=True, help="Only attempts that failed.")
-@click.option("--limit", type=click.IntRange(min=1), help="End after so many.")
+@filter_options("source", "destination", "type")
+@click.option("--failed", is_flag=True, help="Only failed attempts.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many items.")
 @json_option
 @daemon_options
 @click.pass_context
@@ -45,19 +48,19 @@ def tail(
 
     Example: relay tail --source adorn --failed
 
-    Goes on until Ctrl-C, and over restarts of the relay: then it says on stderr what it missed. When
-    piped, a line is tab-separated; with --json, an object.
+    Runs until Ctrl-C and reconnects after a restart of the daemon; stderr then has the number of missed
+    events. A pipe gets tab-separated lines; --json prints one object per line.
     """
     only_attempts = failed or filters["destination"] is not None
-    missed = Missed(daemon, source=filters["source"], pattern=filters["type"], events=not only_attempts)
+    gap = Gap(daemon, source=filters["source"], pattern=filters["type"], events=not only_attempts)
     query = {**filters, "failed": 1 if failed else None}
     left = limit
     try:
-        with closing(live(daemon, "tail", missed.away, missed.back, **query)) as told:
-            for what, item in told:
+        with closing(follow_stream(daemon, "tail", gap.start, gap.end, **query)) as items:
+            for what, item in items:
                 _show(what, item, as_json=as_json)
                 if what == "event":
-                    missed.latest = item["received_at"]
+                    gap.latest = item["received_at"]
                 if left is not None and what != "lost":
                     left -= 1
                     if not left:
@@ -71,17 +74,18 @@ def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
         click.echo(to_json({"what": what, **item}))
         return
     if what == "lost":
-        click.echo(f"lost {count(item['count'], 'item')}: they came faster than they were taken", err=True)
+        click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
         return
     colour = _colour(what, item) if wants_colour(sys.stdout) else None
     say(paint(_for_people(what, item) if sys.stdout.isatty() else _for_programs(what, item), colour))
 
 
 def _for_programs(what: str, item: dict[str, Any]) -> str:
-    told = {**item, "what": what}
+    values = {**item, "what": what}
     if what == "event":
-        told["event_id"] = item["id"]
-    cells = [item["received_at" if what == "event" else "started_at"], *(cell(told.get(c)) for c in COLUMNS)]
+        values["event_id"] = item["id"]
+    time_ = item["received_at" if what == "event" else "started_at"]
+    cells = [time_, *(cell(values.get(name)) for name in COLUMNS)]
     return "\t".join(printable(" ".join(text.split())) for text in cells)
 
 
@@ -92,65 +96,63 @@ def _for_people(what: str, item: dict[str, Any]) -> str:
     result = item["result"] if item["status"] is None else f"{item['status']}"
     then = item["state"]
     if item["next_attempt_at"] is not None:
-        then = f"again at {item['next_attempt_at']}"
+        then = f"next attempt at {item['next_attempt_at']}"
     elif item["reason"] is not None:
         then = f"{then}: {item['reason']}"
     error = f" ({item['error']})" if item["error"] else ""
     return printable(
-        f"{item['started_at']}  {item['type'] or 'an event that is gone'} to {item['destination']},"
+        f"{item['started_at']}  {item['type'] or 'a deleted event'} to {item['destination']},"
         f" attempt {item['attempt']}: {result} after {item['duration_ms']:.0f} ms{error}, {then}"
         f"  {item['delivery_id']}"
     )
 
 
 def _colour(what: str, item: dict[str, Any]) -> Colour | None:
-    """Paint an attempt by what it came to: a failed one that will be made again is a warning."""
+    """Return the colour of an attempt: yellow if it is retried, else the colour of the delivery's state."""
     if what == "event":
         return None
     return "yellow" if item["state"] == "pending" else colour_of("state", item["state"])
 
 
-MOST = 500
-"""Events that one look into the list can count."""
-
-
-class Missed:
-    """Says on stderr when the relay has gone, when it is back, and what came in meanwhile."""
+class Gap:
+    """Reports on stderr when the daemon stops and returns, and how many events it received in between."""
 
     def __init__(self, daemon: Daemon, *, source: str | None, pattern: str | None, events: bool) -> None:
-        """Take which events would have been heard; not `events`: none, as only attempts are followed."""
-        self.latest = ""  # when the latest event that was heard came in, as the API says it
+        """Take the filters of the followed events; `events` is False if only attempts are followed."""
+        self.latest = ""  # `received_at` of the latest event that was shown
         self._daemon = daemon
         self._source = source
         self._pattern = pattern
         self._events = events
         self._since = 0
 
-    def away(self) -> None:
-        """Note that nothing is heard any more."""
+    def start(self) -> None:
+        """Report that the daemon stopped."""
         self._since = time.time_ns() // 1000
-        click.echo("the relay has gone; waiting for it to come back, Ctrl-C ends", err=True)
+        click.echo("the daemon stopped; waiting for it to restart (Ctrl-C to quit)", err=True)
 
-    def back(self) -> None:
-        """Tell what was missed."""
+    def end(self) -> None:
+        """Report that the daemon is back, and the missed events."""
         seconds = (time.time_ns() // 1000 - self._since) / SECOND
-        click.echo(f"it is back after {render_duration(max(1, round(seconds)))}; {self._told()}", err=True)
+        away = render_duration(max(1, round(seconds)))
+        click.echo(f"reconnected after {away}; {self._missed()}", err=True)
 
-    def _told(self) -> str:
+    def _missed(self) -> str:
         since = rfc3339(self._since)
         if not self._events:
-            return f"attempts made since {since} were missed: relay deliveries list"
-        how = f"relay events list --since {since}" + (f" --source {self._source}" if self._source else "")
+            return f"attempts since {since} were missed: relay deliveries list"
+        command = f"relay events list --since {since}" + (f" --source {self._source}" if self._source else "")
         try:
             number = self._count(since)
-        except CommandError:  # it has gone again
-            return f"what came in meanwhile: {how}"
+        except CommandError:  # the daemon stopped again
+            return f"list the missed events: {command}"
         if not number:
-            return "no event came in meanwhile"
-        return f"missed {f'{MOST} events or more' if number == MOST else count(number, 'event')}: {how}"
+            return "no event was missed"
+        missed = f"{MAX_COUNTED} or more events" if number == MAX_COUNTED else count(number, "event")
+        return f"missed {missed}: {command}"
 
     def _count(self, since: str) -> int:
-        page: dict[str, Any] = self._daemon.get("events", source=self._source, since=since, limit=MOST)
+        page: dict[str, Any] = self._daemon.get("events", source=self._source, since=since, limit=MAX_COUNTED)
         return sum(
             each["received_at"] > self.latest
             and (self._pattern is None or fnmatchcase(each["type"], self._pattern))

@@ -10,11 +10,10 @@ import click
 import msgspec
 
 from relay.base.clock import SECOND, moment
-from relay.cli.config import demand, env_file_option, load_without_secrets
-from relay.cli.exit_codes import FAILED, NOTHING, CommandError
-from relay.cli.options import config_option, json_option
+from relay.cli.config import demand, load_without_secrets, source_named
+from relay.cli.main import FAILED, NOTHING, CommandError
+from relay.cli.options import config_option, env_file_option, json_option, read_data, read_file
 from relay.cli.output import print_json
-from relay.cli.samples import read_data, read_file, source_named
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.paths import find_config
@@ -28,13 +27,15 @@ from relay.diagnosis.finding import Finding, Report
 
 
 @click.command()
-@click.option("--source", help="A request that this source was sent: is its token right, and all else?")
-@click.option("--destination", help="A delivery that this destination received: does it verify?")
+@click.option("--source", help="Verify a request to this source.")
+@click.option("--destination", help="Verify a delivery to this destination.")
 @click.option(
-    "--request", "request_", required=True, metavar="FILE", help="The request; - for the standard input."
+    "--request", "request_", required=True, metavar="FILE", help="Captured request; - for standard input."
 )
-@click.option("--data", help="Its body, where that was kept apart: @FILE, or @- or - for the standard input.")
-@click.option("--at", help='With --destination: when it was received, else now; "2h" ago, or RFC 3339.')
+@click.option("--data", help="Body in a separate file: @FILE, or - for standard input.")
+@click.option(
+    "--at", help='With --destination: time of receipt, an age such as "2h" or RFC 3339.  [default: now]'
+)
 @config_option
 @env_file_option
 @json_option
@@ -51,18 +52,18 @@ def verify(
     env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Tell why a request's token or signature does not match: which of secret, encoding, bytes, clock.
+    """Diagnose a token or signature that does not match: secret, encoding, bytes or clock.
 
     Example: relay verify --destination crm --request captured.http
 
-    FILE holds a request as it was on the wire, what `curl -v` prints, or JSON with method, path, headers
-    and body. Judged by config.toml, its secrets and its plugins; no relay need run. No secret is ever
-    printed. The exit code is 0 when all is well with the request, else 1.
+    FILE contains a raw HTTP request, the output of `curl -v`, or JSON with method, path, headers and body.
+    The command uses config.toml, its secrets and its plugins; it needs no daemon and never prints a secret.
+    The exit code is 0 if the request is valid, else 1.
     """
     if (source is None) == (destination is None):
-        raise click.UsageError("say whose request it is: --source or --destination")
+        raise click.UsageError("give either --source or --destination")
     if at is not None and destination is None:
-        raise click.UsageError("--at goes with --destination")
+        raise click.UsageError("--at needs --destination")
     captured = _captured(request_, data)
     path = find_config(config)
     loaded, given = load_without_secrets(path, env_files)
@@ -75,21 +76,22 @@ def verify(
     else:
         name = str(destination)
         if name not in setup.destinations:
-            hint = f"there are {', '.join(setup.destinations) or 'none'}"
-            wrong = f'no destination "{name}"{guess(name, setup.destinations)}'
+            known = ", ".join(setup.destinations)
+            hint = f"destinations: {known}" if known else "config.toml has no destinations"
+            wrong = f'unknown destination "{name}"{guess(name, setup.destinations)}'
             raise CommandError(wrong, hint=hint, code=NOTHING)
         demand(loaded, given, f"destinations.{name}")
-        report = signature.diagnose(captured, name, _with_secrets(setup.destinations), _moment(at))
+        report = signature.diagnose(captured, name, _without_absent(setup.destinations), _seconds(at))
     if as_json:
         print_json({"source": source, "destination": destination, **_item(captured, report)})
     else:
-        _tell(captured, report)
+        _print(captured, report)
     if not report.ok:
         ctx.exit(FAILED)
 
 
-def _with_secrets(destinations: Mapping[str, DestinationConfig]) -> dict[str, DestinationConfig]:
-    """Leave out the secrets that cannot be had, all of other destinations."""
+def _without_absent(destinations: Mapping[str, DestinationConfig]) -> dict[str, DestinationConfig]:
+    """Return the destinations without their missing secrets, which only other destinations can have."""
     return {
         name: msgspec.structs.replace(
             each, secrets=tuple(secret for secret in each.secrets if not isinstance(secret, Absent))
@@ -100,15 +102,16 @@ def _with_secrets(destinations: Mapping[str, DestinationConfig]) -> dict[str, De
 
 def _captured(name: str, data: str | None) -> Captured:
     if name == "-" and data in ("-", "@-"):
-        raise click.UsageError("--request and --data cannot both be the standard input")
+        raise click.UsageError("--request and --data cannot both read standard input")
     content = sys.stdin.buffer.read() if name == "-" else read_file(Path(name), "--request")
     try:
         return read_captured(content, None if data is None else read_data(data))
     except ValueError as error:
-        raise CommandError(f"{'the standard input' if name == '-' else name}: {error}") from None
+        raise CommandError(f"{'standard input' if name == '-' else name}: {error}") from None
 
 
-def _moment(at: str | None) -> int:
+def _seconds(at: str | None) -> int:
+    """Return a time in seconds since the epoch."""
     now = time.time_ns() // 1000
     try:
         return (now if at is None else moment(at, now)) // SECOND
@@ -129,23 +132,23 @@ def _item(captured: Captured, report: Report) -> dict[str, Any]:
     }
 
 
-def _tell(captured: Captured, report: Report) -> None:
+def _print(captured: Captured, report: Report) -> None:
     for note in captured.notes:
         click.echo(f"note: {note}", err=True)
     for finding in report.findings:
-        click.echo(_written(finding))
+        click.echo(_line(finding))
     if report.fits is not None:
         which = f", signature {report.signature}" if report.signature else ""
         click.echo(f"{'verifies' if report.ok else 'fits'}: {report.fits}{which}")
     elif report.ok:
-        click.echo("verifies: it asks for no token")
+        click.echo("verifies: the source needs no token")
     if report.type is not None:
         about = f" about {report.subject}" if report.subject else ""
         click.echo(f"would be: {report.type}{about}")
 
 
-def _written(finding: Finding) -> str:
-    """Write a finding in two lines for people, and in one, tab-separated, for a pipe."""
+def _line(finding: Finding) -> str:
+    """Return a finding as two lines for a terminal, or one tab-separated line for a pipe."""
     cause, where, what, do = _texts(finding)
     if sys.stdout.isatty():
         return f"{cause}: {where}: {what}\n  {do}"
@@ -160,5 +163,5 @@ def _texts(finding: Finding) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Keep what a request holds from steering the terminal, or from being no text at all."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """Escape control characters and lone surrogates of a captured request."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

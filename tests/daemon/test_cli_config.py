@@ -122,9 +122,9 @@ def test_two_files_are_a_usage_error(relay):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["chek-config"], 'there is no command "chek-config", did you mean "check-config"?'),
-        (["plugins", "lst"], 'there is no command "lst", did you mean "list"?'),
-        (["xyz"], 'there is no command "xyz"'),
+        (["chek-config"], 'unknown command "chek-config", did you mean "check-config"?'),
+        (["plugins", "lst"], 'unknown command "lst", did you mean "list"?'),
+        (["xyz"], 'unknown command "xyz"'),
         (["--nope"], "--nope"),
     ],
 )

@@ -13,7 +13,7 @@ from support import until
 from wire import request
 
 from relay.cli import api_client as client
-from relay.cli.api_client import daemon_options
+from relay.cli.endpoint import daemon_options
 from relay.cli.main import Group
 
 TOKEN = "an-admin-token"
@@ -150,9 +150,9 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
     [
         (["tail", "adron", "--socket", "{socket}"], 4, 'unknown source "adron"'),
         (["nothing", "--socket", "{socket}"], 4, "Not Found"),
-        (["status", "--socket", "{socket}"], 3, "is no relay (HTTP 200)"),
+        (["status", "--socket", "{socket}"], 3, "is not a hookferry admin API (HTTP 200)"),
         (["tail", "--url", "{url}", "--token-file", "{folder}/wrong"], 5, "missing or unknown token"),
-        (["tail", "--socket", "{folder}/absent"], 3, "no relay answers at"),
+        (["tail", "--socket", "{folder}/absent"], 3, "cannot connect to the daemon at"),
     ],
 )
 async def test_a_stream_that_cannot_be_followed_is_said_as_everywhere(ran, args, code, says):
@@ -185,7 +185,9 @@ def test_what_the_kernel_does_not_permit_is_5(tmp_path, monkeypatch):
     monkeypatch.setattr(client._SocketConnection, "connect", forbid)
     result = run("get", "status", "--socket", tmp_path / "s")
     assert result.exit_code == 5
-    assert result.stderr.startswith(f"may not use {tmp_path}/s\n  run the command as root, or as a member")
+    assert result.stderr.startswith(
+        f"cannot connect to {tmp_path}/s: permission denied\n  run the command as root, or as a member"
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,9 +200,9 @@ def test_where_no_relay_listens_is_3_and_what_to_type(tmp_path, file, says):
     result = run("get", "status", "--socket", tmp_path / file)
     assert result.exit_code == 3
     message, hint = result.stderr.splitlines()
-    assert message.startswith(f"no relay answers at {tmp_path / file}: ")
+    assert message.startswith(f"cannot connect to the daemon at {tmp_path / file}: ")
     assert says in message
-    assert hint == "  start one with `relay serve`, or name its socket with --socket or RELAY_SOCKET"
+    assert hint == "  start it with `relay serve`, or name its socket with --socket or RELAY_SOCKET"
 
 
 def test_a_url_where_nobody_listens_is_3(tmp_path):
@@ -210,21 +212,23 @@ def test_a_url_where_nobody_listens_is_3(tmp_path):
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         result = run("get", "status", "--url", url, "--token-file", tmp_path / "token")
     assert result.exit_code == 3
-    assert result.stderr.startswith(f"no relay answers at {url}: Connection refused\n  see `[admin] listen`")
+    assert result.stderr.startswith(
+        f"cannot connect to the daemon at {url}: Connection refused\n  check `[admin] listen`"
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<ht>", "what answers at {} is no relay"),
-        (b"HTTP/1.1 599 No\r\nContent-Length: 2\r\n\r\n[]", "what answers at {} is no relay (HTTP 599)"),
-        (b"SSH-2.0-OpenSSH\r\n", "no relay answers at {}: SSH-2.0-OpenSSH"),
-        (b"", "no relay answers at {}: SenderAddress end closed connection without response"),
-        (None, "{} does not answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<ht>", "{} is not a hookferry admin API"),
+        (b"HTTP/1.1 599 No\r\nContent-Length: 2\r\n\r\n[]", "{} is not a hookferry admin API (HTTP 599)"),
+        (b"SSH-2.0-OpenSSH\r\n", "cannot connect to the daemon at {}: SSH-2.0-OpenSSH"),
+        (b"", "cannot connect to the daemon at {}: Remote end closed connection without response"),
+        (None, "no answer from {} within 0.05 s"),
     ],
 )
 def test_something_else_that_listens_there_is_3(tmp_path, monkeypatch, answer, says):
-    monkeypatch.setattr(client, "SECONDS", 0.05 if answer is None else 5.0)
+    monkeypatch.setattr(client, "TIMEOUT", 0.05 if answer is None else 5.0)
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -251,11 +255,11 @@ def test_something_else_that_listens_there_is_3(tmp_path, monkeypatch, answer, s
     ("args", "code", "says"),
     [
         (["--url", "http://127.0.0.1:1"], 2, "--url needs --token-file"),
-        (["--token-file", "x"], 2, "--token-file goes with --url"),
+        (["--token-file", "x"], 2, "--token-file needs --url"),
         (["--url", "127.0.0.1:8081", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
         (["--url", "http://h:nine", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
         (["--url", "http://h/api", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
-        (["--url", "http://h:1", "--token-file", "absent"], 1, "absent cannot be read: No such file"),
+        (["--url", "http://h:1", "--token-file", "absent"], 1, "cannot read absent: No such file"),
         ([], 1, "there is no configuration"),
         (["-c", "absent.toml"], 1, "absent.toml: cannot be read"),
     ],

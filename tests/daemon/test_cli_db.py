@@ -83,20 +83,20 @@ async def test_a_damaged_file_is_found_out_and_named(relay, config, tmp_path):
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE events SET body = CAST(replace(body, 's-1', 's-9') AS BLOB)")
     said = await offline_run(config, "db", "check", file, code=1)
-    assert ["bodies", "WRONG"] in [row[:2] for row in said.rows]
-    assert said.err.startswith("1 check found something\n  bodies: stop the relay, keep the file")
+    assert ["bodies", "FAILED"] in [row[:2] for row in said.rows]
+    assert said.err.startswith("1 check failed\n  bodies: stop the relay, keep the file")
     file.write_bytes(b"SQLite format 3\0" + b"?" * 4096)
-    assert "WRONG" in (await offline_run(config, "db", "check", file, code=1)).out
+    assert "FAILED" in (await offline_run(config, "db", "check", file, code=1)).out
 
 
 async def test_what_is_no_backup_or_no_database_says_so(config, tmp_path):
     said = await offline_run(config, "db", "check", code=1)
-    assert "there is no database" in said.err
+    assert "no database at" in said.err
     said = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
-    assert "there is no database" in said.err
+    assert "no database at" in said.err
     said = await offline_run(config, "db", "status", "--offline", code=1)
     assert "it is created when the relay first runs" in said.err
-    assert "--force goes with FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
+    assert "--force needs FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
 
 
 async def test_room_is_given_back(relay, commands):
@@ -106,7 +106,7 @@ async def test_room_is_given_back(relay, commands):
     done = (await commands("db", "compact", "--json")).json
     assert done["after"] < done["before"]
     assert done["whole"] is True
-    assert (await commands("db", "compact")).out.endswith(" now\n")
+    assert (await commands("db", "compact")).out.endswith(" after\n")
 
 
 async def test_the_database_is_found_where_the_unit_puts_it(relay, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ async def test_the_doctor_sees_that_the_file_is_not_what_the_relay_goes_by(comma
     config.write_text(config.read_text().replace(*change))
     said = await commands("doctor", code=1)
     [row] = [row for row in said.rows if row[0] == "config"]
-    assert row[1] == "WRONG"
+    assert row[1] == "FAILED"
     assert found[0] in row[2]
     assert found[1] in said.err
 
@@ -171,8 +171,8 @@ def test_ctrl_c_stops_what_goes_on_in_a_thread(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(db, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(db, "PROGRESS_EVERY", 0.01)
     with pytest.raises(Exception, match="interrupted: nothing was changed") as raised:
-        db._apart(look, interrupted, "nothing was changed")
+        db._in_thread(look, interrupted, "nothing was changed")
     assert raised.value.code == 130
     assert begun[0].is_set()

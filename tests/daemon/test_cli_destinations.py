@@ -66,7 +66,7 @@ async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(comm
     await commands("destinations", "disable", "crm")
     said = await commands("destinations", "resume", "crm")
     assert said.out == "crm: disabled: operator\n"
-    assert said.err == "`relay destinations enable crm` sends what it is owed\n"
+    assert said.err == "enable it with `relay destinations enable crm`; it then gets its backlog\n"
 
 
 async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
@@ -95,11 +95,15 @@ async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("more", "held", "says"),
     [
-        ('url = "http://127.0.0.1:1"', "resting", "`relay destinations test other` asks it now"),
+        (
+            'url = "http://127.0.0.1:1"',
+            "resting",
+            "to test the destination now, run `relay destinations test other`",
+        ),
         (
             'url = "http://127.0.0.1:1"\nallow_private = true',
             "",
-            "`relay deliveries retry --destination other --state pending` has it tried now",
+            "to retry them now, run `relay deliveries retry --destination other --state pending`",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_search_that_is_ended_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(Daemon, "get", get)
     said = run("events", "list", "--socket", "none", code=130)
-    assert said.err == "ended after 1 events; go on with the same command and --cursor 7\n"
+    assert said.err == "interrupted after 1 event\n  to continue, add --cursor 7\n"
 
 
 async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, events):
@@ -180,7 +180,7 @@ async def test_what_there_is_not_is_4(commands, events, command):
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
 def test_an_empty_argument_is_a_wrong_use(command):
-    assert "is a variable of the shell not set?" in run(*command, "", "--socket", "none", code=2).err
+    assert "check the shell variables in the command" in run(*command, "", "--socket", "none", code=2).err
 
 
 async def test_events_are_replayed_by_their_ids_without_asking(commands, events, relay, recorder):
@@ -202,9 +202,9 @@ async def test_events_are_replayed_by_a_filter_once_somebody_said_yes(commands, 
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        ([], 2, "name events by their ids, or by a filter"),
-        (["0190", "--since", "2h"], 2, "name events by their ids, or by a filter"),
-        (["--source", "moddy"], 4, "no event is meant by that\n  `relay events list`"),
+        ([], 2, "select events either by id or by a filter"),
+        (["0190", "--since", "2h"], 2, "select events either by id or by a filter"),
+        (["--source", "moddy"], 4, "no event matches\n  `relay events list`"),
         (["--since", "yesterday"], 2, """'--since': expected "2h\""""),
         (["--source", "adorn", "--rate", "fast"], 2, "'--rate': expected a rate"),
     ],
@@ -217,7 +217,7 @@ async def test_a_replay_that_skips_something_is_6(commands, events, relay):
     await commands("destinations", "pause", "crm")
     await commands("events", "replay", events[0])
     said = await commands("events", "replay", events[0], code=6)
-    assert said.err == "skipped 1 event: owed to nobody, or pending already\n"
+    assert said.err == "skipped 1 event\n  they match no destination, or their delivery is already pending\n"
 
 
 async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events):
@@ -233,7 +233,7 @@ async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events
 
 async def test_an_ended_delivery_is_retried(commands, events, recorder):
     [delivery] = (await commands("deliveries", "list", "--event", events[0], "-q")).out.split()
-    assert (await commands("deliveries", "retry", delivery)).out == "1 delivery owed anew, 0 made due now\n"
+    assert (await commands("deliveries", "retry", delivery)).out == "1 delivery created, 0 pending due now\n"
     await until(lambda: recorder.ids.count(events[0]) == 2)
 
 
@@ -266,12 +266,15 @@ async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, e
     ended = (await commands("deliveries", "list", "--state", "delivered", "-q")).out.split()
     said = await commands("deliveries", "cancel", pending[0], ended[0], code=6)
     assert (said.out, said.err) == (
-        "1 delivery cancelled, 0 just being sent\n",
-        "1 delivery had ended already\n",
+        "1 delivery cancelled, 0 in flight\n",
+        "1 delivery had already ended\n",
     )
     said = await commands("deliveries", "cancel", "--destination", "crm", "--yes", "--json")
     assert said.json == {"cancelled": 1, "in_flight": 0}
-    assert "nothing to cancel" in (await commands("deliveries", "cancel", "--destination", "crm", code=4)).err
+    assert (
+        "no delivery matches this filter"
+        in (await commands("deliveries", "cancel", "--destination", "crm", code=4)).err
+    )
 
 
 async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
@@ -307,9 +310,9 @@ def test_without_a_file_offline_says_so(tmp_path):
     said = run("events", "list", "--offline", "-c", config, code=1)
     assert said.err.startswith(f"there is no database {tmp_path / 'state' / 'relay.db'}\n")
     said = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
-    assert "leave out --url" in said.err
+    assert "cannot be used with --url" in said.err
 
 
 def test_a_relay_that_does_not_run_is_3(tmp_path):
     for command in (["events", "list"], ["deliveries", "retry", "0190"], ["events", "replay", "0190"]):
-        assert "start one with `relay serve`" in run(*command, "--socket", tmp_path / "none", code=3).err
+        assert "start it with `relay serve`" in run(*command, "--socket", tmp_path / "none", code=3).err

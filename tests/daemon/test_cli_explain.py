@@ -120,18 +120,18 @@ async def test_it_says_what_the_running_relay_says_of_the_stored_event(tmp_path)
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        ([], 2, "name a stored EVENT, or a --source"),
-        (["evt_1", "--source", "shop"], 2, "name a stored EVENT, or a --source"),
-        (["evt_1", "--data", "-"], 2, "--data, --type, --path and --header go with --source"),
-        (["--source", "shpo"], 4, 'no source "shpo", did you mean "shop"?'),
-        (["--source", "shop", "--type", "image.share"], 4, 'no sample "image.share", did you mean'),
+        ([], 2, "give either the id of a stored EVENT or --source"),
+        (["evt_1", "--source", "shop"], 2, "give either the id of a stored EVENT or --source"),
+        (["evt_1", "--data", "-"], 2, "--data, --type, --path and --header need --source"),
+        (["--source", "shpo"], 4, 'unknown source "shpo", did you mean "shop"?'),
+        (["--source", "shop", "--type", "image.share"], 4, 'unknown sample "image.share", did you mean'),
         (["--source", "shop", "--data", "body.json"], 2, "expected @FILE or -, as in --data @body.json"),
-        (["--source", "shop", "--data", "@absent"], 2, "absent cannot be read: No such file"),
+        (["--source", "shop", "--data", "@absent"], 2, "cannot read absent: No such file"),
         (["--source", "shop", "--header", "x-event-type"], 2, 'expected "NAME: VALUE"'),
         (["--source", "shop", "--path", "/v2"], 1, "POST /acme/v2 would be refused with 404: No such path"),
-        (["--source", "shop", "--path", "/v2"], 1, "there are POST /acme/v1/events"),
-        (["--source", "whatsapp", "--type", "register"], 4, "makes no event by itself"),
-        (["--source", "moddy", "--path", "/internal/health"], 4, "GET /internal/health makes no event"),
+        (["--source", "shop", "--path", "/v2"], 1, "the source's routes: POST /acme/v1/events"),
+        (["--source", "whatsapp", "--type", "register"], 4, "creates no event"),
+        (["--source", "moddy", "--path", "/internal/health"], 4, "GET /internal/health creates no event"),
     ],
 )
 def test_wrong_uses_say_what_to_type(config, args, code, says):
@@ -177,7 +177,7 @@ def relay_sources():
         (["--path", "/odd/nothing"], 1, "the plugin failed: TypeError: a handler returned NoneType"),
         (["--path", "/odd/raises"], 1, "the plugin failed: RuntimeError: broken"),
         (["--path", "/odd/data"], 1, "the plugin failed: TypeError"),
-        ([], 2, "say which way it would be posted: --path; there are /odd/{what}"),
+        ([], 2, "choose one with --path: /odd/{what}"),
         (["--type", "x"], 4, 'the plugin of source "odd" has no samples'),
     ],
 )

@@ -7,9 +7,9 @@ import click
 import pytest
 
 from relay.cli import selection
-from relay.cli.exit_codes import CommandError
+from relay.cli.main import CommandError
 from relay.cli.output import print_table
-from relay.cli.selection import confirm, follow
+from relay.cli.selection import confirm, follow_replay
 
 RUNNING = {
     "id": "rpl_1", "state": "running", "count": 1204, "done": 400, "created": 400, "skipped": 0,
@@ -42,13 +42,13 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(selection, "EVERY", 0)
+    monkeypatch.setattr(selection, "POLL_EVERY", 0)
 
 
 def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
-    follow(
+    follow_replay(
         Scripted({"done": 1204, "created": 1204, "ended_at": "now", "state": "done"}), RUNNING, as_json=False
     )
     assert "400 of 1 204 events, 100/s, 8s left" in screen.getvalue()
@@ -58,21 +58,21 @@ def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
 
 def test_ctrl_c_cancels_and_says_how_to_go_on(capsys):
     with pytest.raises(CommandError) as said:
-        follow(Scripted({}, KeyboardInterrupt()), RUNNING, as_json=False)
+        follow_replay(Scripted({}, KeyboardInterrupt()), RUNNING, as_json=False)
     assert said.value.code == 130
-    assert said.value.message.startswith("cancelled after 500 of 1 204 events; go on with the same command")
-    assert said.value.message.endswith("--since 2026-01-31T12:00:00.000Z")
+    assert said.value.message.startswith("cancelled after 500 of 1 204 events")
+    assert said.value.hint.endswith("--since 2026-01-31T12:00:00.000Z")
 
 
 def test_a_replay_that_failed_is_1_with_where_to_go_on():
     with pytest.raises(CommandError) as said:
-        follow(
+        follow_replay(
             Scripted({"ended_at": "now", "state": "failed", "error": "the disk is full"}),
             RUNNING,
             as_json=True,
         )
-    assert (said.value.code, said.value.message) == (1, "the replay ended early: the disk is full")
-    assert said.value.hint == "go on with --since 2026-01-31T12:00:00.000Z"
+    assert (said.value.code, said.value.message) == (1, "the replay stopped early: the disk is full")
+    assert said.value.hint == "to continue, run the same command with --since 2026-01-31T12:00:00.000Z"
 
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n"])

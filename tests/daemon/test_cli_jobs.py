@@ -4,8 +4,8 @@ import pytest
 from daemons import SOURCES, running, write_config
 
 from relay.cli import api_client, output
-from relay.cli.api_client import work
-from relay.cli.exit_codes import CommandError
+from relay.cli.api_client import run_operation
+from relay.cli.main import CommandError
 from relay.cli.output import Meter
 
 
@@ -37,7 +37,7 @@ async def test_a_job_that_fails_is_1(relay, commands):
     relay.app.jobs.add("shop.fail", 3600, fail)
     said = await commands("jobs", "run", "shop.fail", code=1)
     assert said.out.startswith("shop.fail: KeyError: 'nothing' in ")
-    assert said.err == "the job shop.fail failed\n  the relay's log has the traceback\n"
+    assert said.err == "job shop.fail failed\n  the daemon's log has the traceback\n"
 
 
 async def test_a_job_there_is_not_is_4(commands):
@@ -59,7 +59,9 @@ class Scripted:
 
 
 def told(*lines):
-    return work(Scripted(*lines), "backup", tell=lambda at: f"{at['bytes']} bytes", stopped="nothing is left")
+    return run_operation(
+        Scripted(*lines), "backup", describe=lambda at: f"{at['bytes']} bytes", stopped="nothing is left"
+    )
 
 
 def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
@@ -76,7 +78,7 @@ def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
     [
         ({"error": {"message": "the disk is full", "hint": "make room"}}, 1, "the disk is full\n  make room"),
         (KeyboardInterrupt(), 130, "interrupted: nothing is left"),
-        ({"progress": {"bytes": 2}}, 1, "the relay ended before it was through\n  see its log"),
+        ({"progress": {"bytes": 2}}, 1, "the daemon stopped before the operation finished\n  check its log"),
     ],
 )
 def test_what_does_not_come_to_its_end_says_why(last, code, says):

@@ -12,9 +12,10 @@ import pytest
 from commands import run
 from daemons import running, write_config
 
-from relay.cli.templates import PLUGIN, TEST
+from relay.cli.plugins import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
+PLUGIN, TEST = ((TEMPLATES / f"{name}.py.template").read_text() for name in ("plugin", "test_plugin"))
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(config, there):
     folder.mkdir()
     (folder / there).write_text("_ = 'mine'\n")
     said = run("plugins", "new", "parcels", "-c", config, code=1)
-    assert said.err.startswith(f"{folder / there} is there already\n  choose another name")
+    assert said.err.startswith(f"{folder / there} already exists\n  choose another name")
     assert [file.name for file in folder.iterdir()] == [there]
     assert (folder / there).read_text() == "_ = 'mine'\n"
 
@@ -98,10 +99,10 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(config, there):
     [
         ("My-Parcels", 2, "for example `relay plugins new my_parcels`"),
         ("1", 2, "for example `relay plugins new parcels`"),
-        ("class", 2, "cannot be the name of a module"),
+        ("class", 2, "is not a valid module name"),
         ("test_parcels", 2, "for example `relay plugins new parcels`"),
-        ("../parcels", 2, "cannot be the name of a module"),
-        ("adorn", 1, 'there is a source of the kind "adorn" already'),
+        ("../parcels", 2, "is not a valid module name"),
+        ("adorn", 1, 'a source of the kind "adorn" already exists'),
         ("json", 1, '"json" is a module of Python or of an installed package'),
         ("relay", 1, '"relay" is a module of Python'),
     ],
@@ -114,8 +115,8 @@ def test_a_name_that_cannot_be_is_refused(config, name, code, says):
 def test_a_place_that_cannot_be_written_is_said(config):
     (config.parent / "file").write_text("")
     said = run("plugins", "new", "parcels", "-c", config, "--dir", "file", code=1)
-    assert said.err.startswith("file")
-    assert "say where: --dir DIR" in said.err
+    assert said.err.startswith("cannot write file")
+    assert "choose another folder with --dir DIR" in said.err
 
 
 def test_what_is_written_is_about_as_long_as_the_example_and_well_formed(tmp_path):

@@ -73,19 +73,19 @@ async def test_another_body_can_be_sent(config, tmp_path):
         assert said.json["status"] == 200
         said = await asyncio.to_thread(run, *wish, "--data", "-", stdin='{"event_type": "z"', code=1)
         assert said.json["status"] == 400
-        assert "was answered with 400" in said.err
+        assert "returned 400" in said.err
         assert [row["subject"] for row in await relay.rows()] == ["mine"]
 
 
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["adron"], 4, 'no source "adron", did you mean "adorn"?'),
-        (["adorn", "image.share"], 4, 'no sample "image.share", did you mean "image.shared"?'),
+        (["adron"], 4, 'unknown source "adron", did you mean "adorn"?'),
+        (["adorn", "image.share"], 4, 'unknown sample "image.share", did you mean "image.shared"?'),
         (["adorn", "--data", "body.json"], 2, "expected @FILE or -, as in --data @body.json"),
         (["adorn", "--data", '{"event_type": "x"}'], 2, "expected @FILE or -, as in --data @body.json"),
-        (["adorn", "--data", "@absent"], 2, "absent cannot be read: No such file"),
-        (["adorn"], 3, "start one with `relay serve`, or say where it listens with --to URL"),
+        (["adorn", "--data", "@absent"], 2, "cannot read absent: No such file"),
+        (["adorn"], 3, "start the daemon with `relay serve`, or name its listener with --to URL"),
     ],
 )
 def test_wrong_uses_of_send_say_what_to_type(config, args, code, says):
@@ -174,4 +174,6 @@ def test_a_secret_that_is_none_and_a_port_that_is_taken_are_said():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         said = run("listen", taken.getsockname()[1], code=1)
-    assert said.err.endswith("Address already in use\n  name another one: relay listen 0\n")
+    assert said.err.endswith(
+        "Address already in use\n  choose another port: relay listen 0 selects a free one\n"
+    )

@@ -99,7 +99,7 @@ async def test_what_was_lost_is_told(relay, monkeypatch):
     for _ in range(3):
         follower.put(b'event: event\ndata: {"id":"evt","source":"a","type":"a.b","subject":null,'
                      b'"received_at":"2026-01-31T12:00:00.000Z","size":1}\n\n')  # fmt: skip
-    assert (await command).err == "lost 2 items: they came faster than they were taken\n"
+    assert (await command).err == "dropped 2 items: the output is slower than the events\n"
 
 
 async def test_on_a_terminal_a_line_is_a_sentence_in_the_colour_of_what_happened(relay, recorder):
@@ -114,7 +114,7 @@ async def test_on_a_terminal_a_line_is_a_sentence_in_the_colour_of_what_happened
     assert "\x1b" not in first
     assert failed.startswith("\x1b[33m")
     assert f"{TYPE} to crm, attempt 1: 500 after " in failed
-    assert ", again at 20" in failed
+    assert ", next attempt at 20" in failed
     assert dead.startswith("\x1b[31m")
     assert ", dead: aborted" in dead
 
@@ -143,7 +143,7 @@ async def store(daemon, session):
 
 async def test_it_goes_on_after_a_restart_and_says_what_it_missed(config, monkeypatch):
     socket = config.parent / "state" / "relay.sock"
-    slowly = "from relay.cli import api_client, main; api_client.AGAIN = 5; main()"
+    slowly = "from relay.cli import api_client, main; api_client.RETRY_EVERY = 5; main()"
     async with Daemon(config) as daemon:
         process = await asyncio.create_subprocess_exec(
             RELAY[0], "-c", slowly, "tail", "--source", "adorn", "--type", "adorn.*", "--json", "--socket",
@@ -160,12 +160,12 @@ async def test_it_goes_on_after_a_restart_and_says_what_it_missed(config, monkey
             first = await until_heard(daemon, heard)
             assert first
             assert await daemon.stop() == 0
-            assert b"the relay has gone; waiting" in await process.stderr.readline()
+            assert b"the daemon stopped; waiting" in await process.stderr.readline()
     async with Daemon(config) as daemon:
         missed_ = [await store(daemon, f"m{number}") for number in range(2)]
         async with asyncio.timeout(20):
             said = (await process.stderr.readline()).decode()
-            assert "it is back after " in said
+            assert "reconnected after " in said
             assert "missed 2 events: relay events list --since 2" in said
             assert said.rstrip().endswith("--source adorn")
             assert await until_heard(daemon, heard) not in missed_
@@ -203,19 +203,19 @@ def event(type_, at):
 @pytest.mark.parametrize(
     ("answers", "settings", "says"),
     [
-        (Answers(), {}, "no event came in meanwhile"),
+        (Answers(), {}, "no event was missed"),
         (Answers(event("a.b", "2"), event("a.b", "1")), {}, "missed 1 event: relay events list --since "),
         (Answers(event("a.b", "2"), event("a.c", "2")), {"pattern": "a.[c]"}, "missed 1 event: "),
-        (Answers(*[event("a.b", "2")] * 500), {}, "missed 500 events or more: "),
-        (Answers(error=tail.CommandError("gone")), {}, "what came in meanwhile: relay events list"),
+        (Answers(*[event("a.b", "2")] * 500), {}, "missed 500 or more events: "),
+        (Answers(error=tail.CommandError("gone")), {}, "list the missed events: relay events list"),
         (Answers(), {"events": False}, "were missed: relay deliveries list"),
     ],
 )
 def test_what_was_missed_is_counted_from_the_list(capsys, answers, settings, says):
-    told = tail.Missed(answers, **{"source": None, "pattern": None, "events": True, **settings})
+    told = tail.Gap(answers, **{"source": None, "pattern": None, "events": True, **settings})
     told.latest = "1"
-    told.away()
-    told.back()
+    told.start()
+    told.end()
     said = capsys.readouterr()
     assert said.out == ""
     assert says in said.err.splitlines()[1]

@@ -103,7 +103,7 @@ async def test_the_screen_says_that_the_relay_has_gone_and_goes_on_when_it_is_ba
     async with Daemon(config) as daemon, Terminal("top", "--socket", socket) as terminal:
         await terminal.shows("ready")
         assert await daemon.stop() == 0
-        await terminal.shows("the relay has gone; waiting for it to come back")
+        await terminal.shows("the daemon stopped; waiting for it to restart")
         drawn = terminal.out.count("per second")
         async with Daemon(config):
             await until(lambda: terminal.out.count("per second") > drawn + 1, 20)
@@ -127,7 +127,7 @@ def test_what_is_not_ready_says_why_and_what_was_not_committed_is_none(monkeypat
     drawn = lines(told(ready=False, reasons=["draining"]))
     assert drawn[0] == "hookferry 1, up 1m, not ready: draining"
     assert drawn[1].startswith("backlog: 1 204 deliveries; per second: 12.5 events, 0 attempts")
-    assert drawn[2] == "workers: 2 ONLINE; commit: none; loop lag: 0.5 ms"
+    assert drawn[2] == "workers: 2 ONLINE; commit: -; loop lag: 0.5 ms"
 
 
 def test_a_painted_line_is_cut_by_what_is_seen():

@@ -42,7 +42,7 @@ async def test_a_worker_is_shown_with_what_it_was_told(commands):
     assert (await commands("workers", "show", "whatsapp", "w1", "--json")).json["id"] == "w1"
 
 
-@pytest.mark.parametrize(("more", "says"), [("{", "no JSON"), ("[]", "expected an object")])
+@pytest.mark.parametrize(("more", "says"), [("{", "invalid JSON"), ("[]", "expected an object")])
 async def test_a_command_that_is_no_object_is_2(commands, more, says):
     assert says in (await commands("workers", "command", "whatsapp", "w1", "restart", more, code=2)).err
 

@@ -16,7 +16,7 @@ from daemons import SOURCES, destination, running, write_config
 from machines import NOBODY, ROOT, SHARED
 
 from relay.cli import main
-from relay.cli.options import OneOf
+from relay.cli.main import OneOf
 
 TOKEN = "an-admin-token"
 
@@ -59,8 +59,10 @@ def says_what_to_do(text):
 def test_where_no_relay_runs_it_is_3_and_how_to_start_one(path, filled, tmp_path):
     code, text = run(filled(path, "--socket", tmp_path / "absent.sock"))
     assert (code, says_what_to_do(text)) == (3, True), text
-    assert text.startswith(f"no relay answers at {tmp_path}/absent.sock: No such file or directory\n")
-    assert "start one with `relay serve`" in text
+    assert text.startswith(
+        f"cannot connect to the daemon at {tmp_path}/absent.sock: No such file or directory\n"
+    )
+    assert "start it with `relay serve`" in text
 
 
 FORBIDDEN = """
@@ -120,7 +122,8 @@ def test_who_may_not_use_the_socket_is_told_so_with_5(filled, open_folder):
         for words, (code, text) in as_nobody(commands, open_folder):
             assert (code, says_what_to_do(text)) == (5, True), (words, code, text)
             assert text.startswith(
-                f"may not use {door}\n  run the command as root, or as a member of the group"
+                f"cannot connect to {door}: permission denied\n"
+                "  run the command as root, or as a member of the group"
             )
 
 
@@ -202,7 +205,7 @@ WORDS = [path for path in LEAVES if len(path[-1]) > 3 and (*path[:-1], misspelt(
 def test_a_misspelt_command_is_2_and_says_which_is_meant(path):
     code, text = run([*path[:-1], misspelt(path[-1])])
     assert code == 2
-    assert f'there is no command "{misspelt(path[-1])}", did you mean "' in text
+    assert f'unknown command "{misspelt(path[-1])}", did you mean "' in text
 
 
 OPTIONS = [

@@ -119,7 +119,7 @@ async def test_exit_belongs_to_the_demo(tmp_path):
     async with demo(tmp_path, "serve", "--exit") as process:
         output = (await process.communicate())[0].decode()
         assert process.returncode == 2
-    assert "--exit goes with --demo" in output
+    assert "--exit needs --demo" in output
 
 
 def test_every_sample_of_every_source_has_its_place_in_the_story(tmp_path):

@@ -134,7 +134,7 @@ async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_
         )  # fmt: skip
         said, _ = await done.communicate()
     assert done.returncode == 1
-    assert b"open\tWRONG" in said
+    assert b"open\tFAILED" in said
     assert b"Traceback" not in said
     assert b"unexpected error" not in said
 

@@ -127,7 +127,7 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
     assert shown["state_dir"] == "/var/lib/relay"
     silent = root.attempt("relay", "status")
     assert silent.returncode == 3
-    assert silent.stderr.startswith("no relay answers at /run/relay/relay.sock: ")
+    assert silent.stderr.startswith("cannot connect to the daemon at /run/relay/relay.sock: ")
     assert "`systemctl start relay`" in silent.stderr
     async with root.serve(SECRET="secret") as daemon:
         sent = request(

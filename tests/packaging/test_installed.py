@@ -382,14 +382,14 @@ def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
     for arguments in (("-c", machine.config), ("--socket", "/run/hookferry-test-run/relay.sock")):
         said = run("status", *arguments, code=3)
         assert said.err.splitlines() == [
-            "no relay answers at /run/hookferry-test-run/relay.sock: No such file or directory",
+            "cannot connect to the daemon at /run/hookferry-test-run/relay.sock: No such file or directory",
             "  start it with `systemctl start relay`; `systemctl status relay` says why it does not run",
         ]
     said = run("send", "adorn", "-c", machine.config, code=3)
-    assert "start it with `systemctl start relay`, or say where it listens with --to URL" in said.err
+    assert "start it with `systemctl start relay`, or name its listener with --to URL" in said.err
     own = machine.write("own.toml", machine.config.read_text())
     for command in (("status",), ("send", "adorn")):
-        assert "start one with `relay serve`" in run(*command, "-c", own, code=3).err
+        assert "start it with `relay serve`" in run(*command, "-c", own, code=3).err
 
 
 def test_without_a_config_the_service_s_is_meant(machine, monkeypatch):

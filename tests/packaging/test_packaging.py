@@ -69,7 +69,9 @@ def test_the_wheel_holds_every_module_and_claims_no_name_but_relay(wheel):
         licences = [name for name in file.namelist() if name.endswith("licenses/LICENSE")]
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "relay").rglob("*.py")}
     sources = {f"relay/sources/{path.name}" for path in (ROOT / "plugins").glob("*.py")}
-    assert held == modules | sources | {"relay/py.typed"}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relay" / "cli" / "templates").iterdir()}
+    assert templates
+    assert held == modules | sources | templates | {"relay/py.typed"}
     assert len(licences) == 1
 
 

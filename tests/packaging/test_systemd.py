@@ -20,7 +20,8 @@ from wire import exchange, request
 
 from relay import app as app_module
 from relay.app import App
-from relay.cli import COMMANDS, exit_codes
+from relay.cli import COMMANDS
+from relay.cli.main import CONFIG
 from relay.config.schema import Server
 from relay.delivery import dispatcher
 from relay.errors import RelayError
@@ -437,7 +438,7 @@ def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
 
 def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
     told = settings(UNITS / "relay.service")
-    assert told["RestartPreventExitStatus"] == str(exit_codes.CONFIG)
+    assert told["RestartPreventExitStatus"] == str(CONFIG)
     assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
     assert [
         name for name in told if name.startswith("ExecStartPre")

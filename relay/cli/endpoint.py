@@ -1,0 +1,117 @@
+"""Options that name the daemon or the database file, and commands that send one request."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay.cli.api_client import VARIABLE, Daemon, daemon_at
+from relay.cli.main import FAILED
+from relay.cli.offline import Offline, tables_of
+from relay.cli.options import FILE, config_option, json_option
+from relay.cli.output import print_json
+
+_PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
+
+
+def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name a daemon; the command gets a client as its argument `daemon`."""
+
+    @config_option
+    @click.option(
+        "--socket",
+        "socket_file",
+        type=FILE,
+        envvar=VARIABLE,
+        show_envvar=True,
+        help="Unix socket of the daemon.  [default: from the configuration]",
+    )
+    @click.option("--url", help='Admin URL of a remote daemon, such as "http://127.0.0.1:8081".')
+    @click.option("--token-file", type=FILE, help="With --url: file that contains an admin token.")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        config: Path | None,
+        socket_file: Path | None,
+        url: str | None,
+        token_file: Path | None,
+        **options: Any,
+    ) -> Any:
+        return command(*args, daemon=daemon_at(config, socket_file, url, token_file), **options)
+
+    return wrapped
+
+
+def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `daemon_options` and `--offline`; `daemon` may then be an `Offline`."""
+    online = daemon_options(command)
+
+    @click.option("--offline", is_flag=True, help="Read the database file; no daemon needed.")
+    @functools.wraps(online)
+    def wrapped(*args: Any, offline: bool, config: Path | None, url: str | None, **options: Any) -> Any:
+        if not offline:
+            return online(*args, config=config, url=url, **options)
+        if url is not None:
+            raise click.UsageError("--offline reads a local file and cannot be used with --url")
+        del options["socket_file"], options["token_file"]
+        return command(*args, daemon=Offline(tables_of(config)), **options)
+
+    return wrapped
+
+
+def endpoint(
+    route: str,
+    *,
+    offline: bool = False,
+    body: Callable[..., object] | None = None,
+    succeeded: Callable[[Any], bool] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator for a command that sends one request.
+
+    Args:
+        route: method and path below `/api/`, such as "POST sources/{name}/pause". Each placeholder becomes
+            an argument of the command. A test compares the route with the OpenAPI document.
+        offline: add `--offline`, for a GET that `Offline` can answer.
+        body: returns the JSON body from the command's arguments and options.
+        succeeded: tells from the response whether the exit code is 0 or 1.
+
+    The decorated function prints the response for people. It gets the response and the command's arguments.
+    With `--json` the response itself is printed instead.
+    """
+    method, _, path = route.partition(" ")
+    names = _PLACEHOLDER.findall(path)
+
+    def decorate(show: Callable[..., None]) -> Callable[..., None]:
+        own = show.__dict__.pop("__click_params__", [])
+
+        @functools.wraps(show)
+        def command(*, daemon: Daemon | Offline, as_json: bool, **arguments: Any) -> None:
+            segments = [part.format_map(arguments) for part in path.split("/")]
+            if method == "GET" or isinstance(daemon, Offline):
+                answer = daemon.get(*segments)
+            else:
+                answer = daemon.post(*segments, body=body(**arguments) if body else None)
+            if as_json:
+                print_json(answer)
+            else:
+                show(answer, **arguments)
+            if succeeded is not None and not succeeded(answer):
+                click.get_current_context().exit(FAILED)
+
+        wrapped = json_option((reader_options if offline else daemon_options)(command))
+        wrapped.__dict__["__click_params__"] += own  # help lists the command's own options first
+        for name in reversed(names):
+            wrapped = click.argument(name)(wrapped)
+        wrapped.__dict__["route"] = route
+        return wrapped
+
+    return decorate
+
+
+def route_of(command: click.Command) -> str | None:
+    """Return the route that a command declares, None if it declares none."""
+    route: str | None = getattr(command.callback, "route", None)
+    return route
