@@ -1,4 +1,4 @@
-"""How keys are written, and the signatures of ed25519 pairs."""
+"""The text forms of keys, and the signatures of ed25519 pairs."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""`relay destinations test`: one ping through the real client, which nothing remembers."""
+"""`relay destinations test`: one ping through the real client; nothing is stored."""
 
 import asyncio
 import json

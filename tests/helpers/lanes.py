@@ -1,4 +1,4 @@
-"""Lanes at work, for a test: the real store and client, receivers on loopback that record and obey."""
+"""Lanes for a test, with the real store and client, and receivers on loopback that the test controls."""
 
 import asyncio
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ CLOCK = SystemClock()
 
 
 class Receiver:
-    """Records what arrives and answers as the test says."""
+    """Records requests and responds as the test says."""
 
     def __init__(self):
         self.requests = []
-        self.times = []  # steady clock, of each arrival
+        self.times = []  # of each request, on the steady clock
         self.answers = []  # (status, headers) for the next ones, then `usual`
         self.usual = (200, {})
         self.gate = asyncio.Event()  # cleared: requests wait
@@ -32,15 +32,15 @@ class Receiver:
 
     @property
     def ids(self):
-        """The ids of the events that arrived, in order, repetitions included."""
+        """The ids of the events that arrived, in order, with repetitions."""
         return [headers["webhook-id"] for headers, _ in self.requests]
 
     def answer(self, request_headers, body):
-        """Choose an answer: (status, headers)."""
+        """Return the next response: (status, headers)."""
         return self.answers.pop(0) if self.answers else self.usual
 
     async def wait(self):
-        """Wait with the answer for what the test is about."""
+        """Delay the response until the test allows it."""
         await self.gate.wait()
 
     async def handle(self, request):
@@ -71,7 +71,7 @@ class Receiver:
 
 
 def destination(name, url, **fields):
-    """Configure a destination that is signed for, retries within moments and is patient for 2 s."""
+    """Return a destination with a secret, quick retries and a timeout of 2 s."""
     defaults = {
         "retry": RetryConfig(schedule=(0.02, 0.02, 0.02, 0.02)),
         "allow_private": True,
@@ -81,7 +81,7 @@ def destination(name, url, **fields):
 
 
 def route(destinations: Iterable[DestinationConfig]):
-    """Route events as the daemon does, on each destination's terms."""
+    """Return the daemon's route function for these destinations."""
     return Router.of({config.name: config for config in destinations}).route
 
 
@@ -106,18 +106,18 @@ async def send(store, body=b'{"n":1}', subject="s", type_="shop.order"):
 
 
 async def send_many(store, count, body=b'{"n":1}', subject="s"):
-    """Store so many events at once, and return their public ids in the order of acceptance."""
+    """Store `count` events at once and return their public ids in the order of acceptance."""
     return await asyncio.gather(*(send(store, body, subject) for _ in range(count)))
 
 
 async def ended(store, count=1, destination=None):
-    """Wait until that many deliveries have ended, and return them oldest first."""
+    """Wait until `count` deliveries have ended, and return them, oldest first."""
 
     async def look():
         rows = await store.queries.find("deliveries", limit=1000, destination=destination)
         return [row for row in reversed(rows) if row["state"] != "pending"]
 
     async with asyncio.timeout(30):
-        while len(rows := await look()) < count:  # noqa: ASYNC110 - the store has no event to await
+        while len(rows := await look()) < count:  # noqa: ASYNC110 - the store offers nothing to await
             await asyncio.sleep(0.01)
     return rows

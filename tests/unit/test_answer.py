@@ -1,4 +1,4 @@
-"""The closed words for what came of an attempt."""
+"""The result labels of attempts, and the texts of errors."""
 
 from relay.delivery.http.result import of_failure, of_status, one_line
 from relay.model import RESULTS

@@ -1,4 +1,4 @@
-"""The circuit as a value: what opens it, how it probes, how it recovers."""
+"""The circuit breaker as a state machine: opening, probing, recovering."""
 
 import pytest
 from hypothesis import given
@@ -14,14 +14,14 @@ LIFE = sorted(set(RESULTS) - FAILURE_RESULTS - NEUTRAL_RESULTS)
 
 
 class Destination:
-    """A circuit with a clock, fed with results of attempts."""
+    """A circuit breaker with a clock, fed with results of attempts."""
 
     def __init__(self, concurrency=8, **config):
         self.circuit = CircuitBreaker(CircuitConfig(**config), concurrency)
         self.now = NOW
 
     def ends(self, *results):
-        """End attempts that began just before, and return what the last one changed."""
+        """Record attempts that began just now, and return the change by the last one."""
         changes = [self.circuit.record(result, self.now, self.circuit.openings) for result in results]
         return changes[-1]
 

@@ -1,4 +1,4 @@
-"""The client against the zoo: typed results, ended in time, flat memory, a silent log."""
+"""The client and misbehaving receivers: labelled results, in time, with flat memory and a silent log."""
 
 import time
 import tracemalloc
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.usefixtures("silence")
 
 
 def name(value):
-    """Name a case by its receiver alone."""
+    """Return the name of a case: that of its receiver."""
     return getattr(value, "__name__", "")
 
 
 ENDS = [
-    # what the receiver is like, the result, the status, a part of the error
+    # receiver, result, status, part of the error
     (receivers.hang, "timeout", None, "no response within 200ms"),
     (receivers.never_reads, "timeout", None, "no response within"),
     (receivers.hang_in_head, "timeout", None, "no response within"),
@@ -52,13 +52,13 @@ async def test_an_upload_that_the_receiver_does_not_read_ends_at_the_total_timeo
 async def test_a_hanging_connect_ends_at_the_connect_timeout(client_for, certificates):
     client = client_for(AMPLE, connect_timeout=SHORT, ca_file=certificates.ca)
     async with receivers.never_reads(scheme="https") as receiver, Stopwatch() as lasted:
-        answer = await send(client, receiver.url)  # which takes TCP, and never answers TLS
+        answer = await send(client, receiver.url)  # it accepts TCP and never responds to TLS
         assert (answer.result, answer.error) == ("timeout", "no connection to 127.0.0.1 within 200ms")
         assert lasted.seconds < SHORT + GRACE
 
 
 TOO_MUCH = [
-    # what the receiver is like, the result, the status, a part of the error
+    # receiver, result, status, part of the error
     (receivers.endless_headers, "ok", 200, "the response is too large"),
     (receivers.informational_flood, "protocol", None, "the response is too large"),
     (receivers.many_headers, "ok", 200, "the response is too large"),
@@ -78,7 +78,7 @@ async def test_a_receiver_that_sends_too_much_costs_neither_time_nor_memory(
 ):
     async with make() as receiver:
         client = client_for()
-        await send(client, receiver.url)  # what is loaded and cached at first use is not counted
+        await send(client, receiver.url)  # fills caches, so that they are not counted
         before_sent = receiver.sent
         tracemalloc.start()
         try:
@@ -92,7 +92,7 @@ async def test_a_receiver_that_sends_too_much_costs_neither_time_nor_memory(
         assert len(answer.body) <= KEEP_LIMIT
         assert peak - before < 2**20
         assert answer.duration_ms < 2000
-        assert receiver.sent - before_sent < 30 * 2**20  # socket buffers of loopback, for the most part
+        assert receiver.sent - before_sent < 30 * 2**20  # mostly socket buffers of loopback
 
 
 @pytest.mark.parametrize("nonsense", receivers.NONSENSE)
@@ -135,7 +135,10 @@ async def test_a_new_connection_that_dies_is_a_failure_without_a_second_try(
 async def test_a_connection_closed_before_the_request_is_a_failure_without_a_second_try(client_for):
     async with receivers.closes_at_once() as receiver:
         answer = await send(client_for(), receiver.url)
-        assert answer.result in ("connect", "protocol")  # whether the write or the read notices first
+        assert answer.result in (
+            "connect",
+            "protocol",
+        )  # depends on whether the write or the read fails first
         assert receiver.connections == 1
 
 

@@ -1,4 +1,4 @@
-"""Receivers that demand a certificate of their clients, and what must be said of one that is no use."""
+"""Receivers that demand a client certificate, and the errors of unusable ones."""
 
 import asyncio
 import shutil
@@ -26,7 +26,7 @@ PASSWORD = "open sesame"
 
 @pytest.fixture(scope="module")
 def files(certificates, tmp_path_factory):
-    """A folder of certificates and keys, usable and not."""
+    """A folder of certificates and keys, usable and unusable."""
     folder = tmp_path_factory.mktemp("files")
     shutil.copy(certificates.path("client"), folder / "client.pem")
     shutil.copy(certificates.key, folder / "key.pem")
@@ -43,7 +43,7 @@ def files(certificates, tmp_path_factory):
 
 
 class Demanding:
-    """A blocking TLS server: unlike asyncio's, it tells clients in an alert why it lets them down."""
+    """A blocking TLS server: unlike asyncio's, it sends an alert with the reason of a refusal."""
 
     def __init__(self, context):
         self._context = context
@@ -65,13 +65,13 @@ class Demanding:
         with pytest.raises(ssl.SSLError):
             tls.do_handshake()
         with socket.socket(fileno=tls.detach()) as raw:
-            while raw.recv(65_536):  # what is unread at a close would turn the alert into a reset
+            while raw.recv(65_536):  # unread bytes at a close would turn the alert into a reset
                 pass
 
 
 @pytest.fixture
 def demanding(certificates):
-    """What a receiver listens with that lets in whom our authority knows."""
+    """The TLS context of a receiver that accepts clients with a certificate of our CA."""
     return certificates.server("good", demanding=True)
 
 
@@ -110,7 +110,9 @@ async def test_a_client_certificate_does_not_replace_the_systems_cas(
     shown = ClientCert(cert=files / "both.pem")
     async with receivers.shows_certificates(tls=demanding) as receiver:
         stranger = await send(client_for(client_cert=shown), receiver.url)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))  # where OpenSSL has the system's
+        monkeypatch.setenv(
+            "SSL_CERT_FILE", str(certificates.ca)
+        )  # the file that OpenSSL uses as the system's CAs
         known = await send(client_for(client_cert=shown), receiver.url)
         assert (stranger.result, known.result) == ("tls", "ok")
         assert "certificate of 127.0.0.1 not accepted" in stranger.error

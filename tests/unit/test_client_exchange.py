@@ -1,4 +1,4 @@
-"""What goes out to a receiver, to the byte, and what is made of its answer."""
+"""The bytes of a request, and the result of a response."""
 
 import gzip
 import hashlib
@@ -70,7 +70,10 @@ async def test_a_body_of_any_size_arrives_whole(client_for, size):
 
 async def test_cookies_are_forgotten(client_for):
     async with receivers.answers(set_cookie="session=1; Path=/") as receiver:
-        client, url = client_for(), f"http://localhost:{receiver.port}/"  # an address would have none anyway
+        client, url = (
+            client_for(),
+            f"http://localhost:{receiver.port}/",
+        )  # aiohttp keeps no cookies for an IP address
         await send(client, url)
         await send(client, url)
         assert "cookie" not in receiver.requests[1].headers

@@ -1,4 +1,4 @@
-"""Kept-alive connections, and how connections end."""
+"""Kept connections, and how connections end."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Whose certificates are trusted, and what is said of the others."""
+"""Trusted certificates, and the errors of the others."""
 
 import asyncio
 

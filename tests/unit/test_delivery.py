@@ -1,4 +1,4 @@
-"""Lanes at work: the real store, the real client, receivers on loopback."""
+"""Lanes with the real store, the real client, and receivers on loopback."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def test_a_delivery_with_an_exhausted_schedule_is_dead(store, receiver):
 
 
 def odd(render):
-    """Return all formats, and one of a plugin's."""
+    """Return all formats and one of a plugin."""
     return {**FORMATS, "odd": Format(name="odd", content_type="text/x-odd", render=render)}
 
 
@@ -91,7 +91,7 @@ async def test_a_failing_format_uses_attempts_up_and_the_delivery_is_dead(
 
 
 async def test_a_probe_that_cannot_be_rendered_makes_way_for_another(store, receiver):
-    """Else it would be tried again and again, at once: nothing was asked, so the circuit did not move."""
+    """Otherwise it would repeat at once for ever: nothing is sent, so the circuit does not change."""
     written = []
 
     def render(event):
@@ -265,16 +265,16 @@ async def test_the_ledger_balances_after_every_kind_of_end(store, receiver):
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (3, 2, 1, 0)
 
 
-# --- what fails on our side ---------------------------------------------------------------------------
+# --- errors of the relay and of plugins ---------------------------------------------------------------
 
 
 def leave(_event):
-    """Do as a plugin might that calls a program's main function."""
+    """Exit, as a plugin may that calls a program's main function."""
     raise SystemExit(3)
 
 
 def written_with(content_type):
-    """Return all formats, and one that sends events as they are with this content type."""
+    """Return all formats and one that sends request bodies with this content type."""
     return {**FORMATS, "odd": Format(name="odd", content_type=content_type, render=lambda event: event.body)}
 
 
@@ -304,7 +304,7 @@ async def test_a_request_that_cannot_be_built_uses_attempts_up_and_blocks_no_key
 
 @pytest.mark.parametrize("where", ["client", "load", "standing"])
 async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, monkeypatch, where):
-    """Wherever it comes from: else its delivery would stay pending for ever, and block its key."""
+    """Otherwise the delivery would stay pending for ever and block its key."""
 
     def fail(*_, **__):
         raise ValueError("a mistake of ours")
@@ -334,7 +334,7 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
 
 
 async def test_deliveries_that_cannot_be_read_ahead_are_read_in_their_slot(store, receiver, monkeypatch):
-    """They are held already: if the failed read let them go, nobody would ever try them again."""
+    """They are claimed already: if the failed read dropped them, no lane would send them."""
     receiver.answers = [(500, {})]
     load, failures = store.events.load, []
 

@@ -165,7 +165,7 @@ def test_an_event_goes_to_all_subscribed_destinations_in_the_order_of_the_config
             "all": Subscription.of(("*",)),
         }
     )
-    for _ in range(2):  # planned, then remembered
+    for _ in range(2):  # computed, then cached
         assert router.route(event()) == (Owed("crm"), Owed("big"), Owed("all"))
         assert router.route(event(data=b'{"total":1}')) == (Owed("crm"), Owed("all"))
         assert router.route(event("moddy.x", data=b"{}")) == (Owed("bot"), Owed("all"))

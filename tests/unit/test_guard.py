@@ -1,4 +1,4 @@
-"""The address guard: what may be dialled, judged as a table and through real look-ups and connects."""
+"""Protection against SSRF: the table of addresses, and real look-ups and connects."""
 
 from ipaddress import IPv4Network, ip_address
 
@@ -18,7 +18,7 @@ V4_BLOCKS = [(block, kind) for block, kind in SPECIAL if isinstance(block, IPv4N
 
 
 class Names(AbstractResolver):
-    """A resolver that gives each look-up the next of its answers, the last one for ever."""
+    """A resolver that returns the next of its results for each look-up, then always the last one."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -37,7 +37,7 @@ class Names(AbstractResolver):
 
 
 def wrapped(v4: str) -> list[str]:
-    """Return every IPv6 address that leads to this IPv4 one."""
+    """Return every IPv6 address that contains this IPv4 address."""
     number = int(ip_address(v4))
     return [
         str(ip_address(address))
@@ -53,7 +53,7 @@ def wrapped(v4: str) -> list[str]:
 
 
 async def dial(resolver=None, *, url="http://receiver.example:9000/", allow_private=False, own=()):
-    """Send through a client of its own and return the answer."""
+    """Send through a new client and return the result."""
     destination = DestinationConfig(name="guarded", url=url, allow_private=allow_private, timeout=5.0)
     client = HttpClient(destination, own=own, resolver=resolver)
     try:
@@ -73,12 +73,12 @@ def test_both_ends_of_every_special_block_are_refused_by_default(block, kind):
     assert all(reasons)
     assert any(
         reason.endswith(f" is a {kind} address") for reason in reasons
-    )  # a narrower block may hold one
+    )  # a narrower block may contain it
 
 
 @pytest.mark.parametrize(("block", "kind"), SPECIAL, ids=str)
 def test_allow_private_permits_special_blocks_that_can_be_receivers(block, kind):
-    address = str(block[block.num_addresses * 2 // 3])  # an end may hold a block of another kind
+    address = str(block[block.num_addresses * 2 // 3])  # an end may belong to a narrower block
     assert (refused(address, PORT, allow_private=True) is None) == (kind not in NEVER)
 
 

@@ -1,4 +1,4 @@
-"""Lanes while the config changes: what is new, changed, gone and back; what is under way ends as it began."""
+"""Lanes and config changes: new, changed, removed and returning destinations; attempts in flight."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ async def other():
 
 
 async def change(engine, store, *destinations):
-    """Go by other destinations, as a reload does."""
+    """Apply other destinations, as a reload does."""
     plan = await engine.plan({config.name: config for config in destinations})
     hooks(store).route = route(destinations)
     engine.adopt(plan)
@@ -168,7 +168,7 @@ async def test_a_refused_address_is_dialled_at_once_when_a_change_permits_it(sto
         await until(lambda: engine.lanes["crm"].held == "resting")
         await change(engine, store, msgspec.structs.replace(crm, allow_private=True))
         fresh = await send(store)
-        await until(lambda: receiver.ids == [fresh])  # the refused one waits for its own time
+        await until(lambda: receiver.ids == [fresh])  # the refused one waits for its own retry
 
 
 async def test_a_new_secret_signs_later_attempts(store, receiver):

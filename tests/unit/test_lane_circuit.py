@@ -1,4 +1,4 @@
-"""Destinations that fail for long: the circuit at work, being disabled, being let go on, telling of it."""
+"""Failing destinations: circuit breaker, disabling, enabling, operator events."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ OFTEN = RetryConfig(schedule=(0.01,) * 30)
 
 
 class Stepped(Receiver):
-    """Answers as many requests as it is allowed to, and lets the others wait."""
+    """Responds to as many requests as the test allows; the others wait."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ async def ops():
 
 
 async def spent(store):
-    """Return the attempts that deliveries have spent, and those on record."""
+    """Return the attempts that deliveries have counted, and those recorded."""
     rows = await store.queries.find("deliveries", limit=1000)
     return sum(row["attempts"] for row in rows), len(await store.queries.find("attempts", limit=1000))
 
@@ -240,7 +240,10 @@ async def test_enabling_probes_at_once_releases_deliveries_and_forgets_failures(
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         before = await spent(store)
         lane.health.circuit.open_until += 3600 * SECOND
-        receiver.answers, receiver.usual = [(500, {})], (200, {})  # a failure right after changes nothing
+        receiver.answers, receiver.usual = (
+            [(500, {})],
+            (200, {}),
+        )  # a failure right afterwards changes nothing
         await lane.set_state(
             msgspec.structs.replace(lane.health.state, disabled_at=None, disabled_reason=None)
         )
@@ -271,7 +274,7 @@ async def test_deliveries_held_by_an_operator_count_no_attempt_and_are_sent_on_r
     assert sorted(receiver.ids) == sorted(sent)
 
 
-# --- telling ------------------------------------------------------------------------------------------
+# --- operator events ----------------------------------------------------------------------------------
 
 
 async def test_each_change_is_an_event_for_destinations_that_subscribe_by_name(store, receiver, ops):

@@ -1,4 +1,4 @@
-"""What a lane may do at once, and in which order it does it: rate, slots, shares, the cap, the window."""
+"""The limits and the order of a lane: rate limit, slots, shares, shared slots, windows."""
 
 import asyncio
 from functools import partial
@@ -19,7 +19,7 @@ NEVER_OPENS = CircuitConfig(failures=1_000_000)
 
 @pytest.fixture
 def turns(monkeypatch):
-    """Count how often lanes look for something to do."""
+    """Count the turns of lanes."""
     counted = []
     turn = Lane.turn
     monkeypatch.setattr(Lane, "turn", lambda lane: (counted.append(lane.name), turn(lane))[1])
@@ -27,7 +27,7 @@ def turns(monkeypatch):
 
 
 class HangsOnRetries(Receiver):
-    """Fails every first attempt of what it is to refuse, and hangs at each one after it."""
+    """Fails the first attempt of each delivery that it must refuse, and hangs at the later ones."""
 
     def answer(self, request_headers, body):
         if b"refuse" not in body:
@@ -51,7 +51,7 @@ async def test_a_rate_limit_counts_no_attempt_and_waits_no_longer_than_needed(st
         rows = await ended(store, 65)
     assert {(row["state"], row["attempts"]) for row in rows} == {("delivered", 1)}
     late = [(at - began) / SECOND for at in receiver.times[50:]]
-    due = [number / 50 for number in range(1, 16)]  # beyond the burst of a second's worth
+    due = [number / 50 for number in range(1, 16)]  # after the burst of one second
     assert all(at >= least for at, least in zip(late, due, strict=True))
     assert late[-1] < due[-1] + 0.5
     assert len(turns) < 65 * 5  # an offer, an attempt's end, a timer; a busy loop would be thousands
@@ -122,7 +122,7 @@ async def test_older_deliveries_are_sent_first(store, monkeypatch):
 
     class Busy(Receiver):
         def answer(self, request_headers, body):
-            if len(self.ids) <= 40:  # for each event that arrives another one is born
+            if len(self.ids) <= 40:  # each event that arrives causes another one
                 sending.append(asyncio.create_task(accept()))
             return 200, {}
 
@@ -142,7 +142,7 @@ async def test_older_deliveries_are_sent_first(store, monkeypatch):
     assert sorted(receiver.ids) == sorted(accepted)
 
 
-# --- the cap ------------------------------------------------------------------------------------------
+# --- shared slots -------------------------------------------------------------------------------------
 
 
 async def test_every_lane_progresses_while_all_shared_slots_hang(store, receiver, monkeypatch):
@@ -166,7 +166,7 @@ async def test_every_lane_progresses_while_all_shared_slots_hang(store, receiver
 async def test_a_fresh_event_reaches_an_idle_lane_without_a_database_read(store, receiver):
     receiver.gate.clear()
     async with engine_for(store, destination("crm", receiver.url)) as engine:
-        await until(lambda: not engine.lanes["crm"]._tasks)  # it has looked into the store
+        await until(lambda: not engine.lanes["crm"]._tasks)  # it has queried the store
         statements = []
         for connection in (store.database.connection, store.database.reader):
             await connection.set_trace_callback(statements.append)
@@ -230,7 +230,7 @@ async def test_a_delivery_whose_end_failed_is_sent(store, receiver, monkeypatch)
     def refuse_once(delivery_id):
         if refused:
             return begin(delivery_id)
-        refused.append(delivery_id)  # a transaction is just ending it, and will fail
+        refused.append(delivery_id)  # a transaction is ending it, and will fail
         return False
 
     monkeypatch.setattr(store.deliveries, "begin_attempt", refuse_once)

@@ -1,4 +1,4 @@
-"""Order and freshness, end to end: receivers that fail at random see each key in line, and nothing stale."""
+"""Order and expiry, end to end: randomly failing receivers get each key in order and nothing expired."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ EACH = 15
 
 
 class Flaky(Receiver):
-    """Takes its time, fails about every third request, and keeps what it took, by subject."""
+    """Is slow, fails about every third request, and keeps accepted bodies by subject."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Flaky(Receiver):
             self._open[subject] -= 1
 
     async def wait(self):
-        await asyncio.sleep(0.002)  # what this receiver is like
+        await asyncio.sleep(0.002)  # a slow receiver
 
     def answer(self, request_headers, body):
         if self.rand.random() < 0.3:

@@ -1,4 +1,4 @@
-"""Destinations behind an HTTP proxy: what goes through it, what it may do to us, what is judged."""
+"""Destinations behind an HTTP proxy: requests, misbehaving proxies, checked addresses."""
 
 import base64
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("silence")
 
 
 def at(proxy, user=""):
-    """Return the setting that leads through a proxy."""
+    """Return the value of `proxy` for a proxy."""
     return Secret(f"http://{user}127.0.0.1:{proxy.port}")
 
 
 class Nowhere:
-    """A resolver that knows no name."""
+    """A resolver that fails for every name."""
 
     async def resolve(self, host, port=0, family=0):
         raise OSError("no such name")
@@ -33,7 +33,7 @@ class Nowhere:
 
 
 async def through(proxy, url, *, allow_private=False, own=(), resolver=None):
-    """Send through a client of its own."""
+    """Send through a new client."""
     destination = DestinationConfig(name="behind", url=url, allow_private=allow_private, proxy=proxy)
     client = HttpClient(destination, own=own, resolver=resolver)
     try:
@@ -171,7 +171,7 @@ GIBBERISH = [
     (receivers.endless_headers, "protocol", ""),
     (receivers.informational_flood, "protocol", "the response is too large"),
     (receivers.resets, "connect", "the connection broke: Connection reset by peer"),
-    (receivers.huge_body, "tls", ""),  # 200, and then what is no TLS
+    (receivers.huge_body, "tls", ""),  # 200, then bytes that are not TLS
 ]
 
 
@@ -216,7 +216,7 @@ async def test_no_error_contains_the_credentials(client_for):
             assert "hush" not in answer.error
 
 
-# --- what is judged -----------------------------------------------------------------------------------
+# --- checked addresses --------------------------------------------------------------------------------
 
 
 async def test_the_proxys_address_is_checked():

@@ -1,4 +1,4 @@
-"""What is made of sloppy answers, however they are cut into segments."""
+"""The response parser and sloppy responses, cut into segments in many ways."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ MOST_CUTS = 300
 
 
 def read(pieces, *, ends=True):
-    """Return everything that is known of an answer that comes in these pieces, and whether it ended."""
+    """Parse a response in these pieces; return its attributes."""
     reply = ResponseParser()
     for piece in pieces:
         reply.feed(piece)
@@ -37,7 +37,7 @@ def read(pieces, *, ends=True):
 
 
 def cuts(data):
-    """Return places to cut at: all of them, or those at both ends and some between."""
+    """Return offsets to cut at: all of them, or those at both ends and some between."""
     if len(data) <= MOST_CUTS:
         return range(1, len(data))
     step = len(data) // MOST_CUTS
@@ -45,7 +45,7 @@ def cuts(data):
 
 
 def segmentations(data):
-    """Cut an answer in two at every place, into single bytes, and behind each of its lines."""
+    """Cut a response in two at every offset, into single bytes, and after each line."""
     yield from ((data[:at], data[at:]) for at in cuts(data))
     yield [data[at : at + 1] for at in range(len(data))]
     yield data.splitlines(keepends=True)
@@ -88,7 +88,7 @@ async def test_late_bytes_after_a_response_fail_no_later_attempt(client_for, sta
         client = client_for()
         answers = [await send(client, receiver.url) for _ in range(20)]
         assert {answer.result for answer in answers} == {"ok"}
-        assert len(receiver.requests) <= 21  # the first one that met the rest of its predecessor
+        assert len(receiver.requests) <= 21  # the first one reads the rest of its predecessor
 
 
 async def test_after_excess_bytes_no_connection_is_kept_for_a_while(client_for, monkeypatch):
@@ -96,7 +96,7 @@ async def test_after_excess_bytes_no_connection_is_kept_for_a_while(client_for, 
     async with receivers.says_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
         client = client_for()
         await send(client, sloppy.url)
-        await asyncio.sleep(0.05)  # for what comes later
+        await asyncio.sleep(0.05)  # for the late bytes
         await send(client, tidy.url)
         await send(client, tidy.url)
         assert tidy.connections == 2

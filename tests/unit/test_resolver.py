@@ -1,4 +1,4 @@
-"""Names without addresses, and look-ups that never end."""
+"""Names without addresses, hanging look-ups, names that move."""
 
 import asyncio
 import socket
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("silence")
 
 @pytest.fixture
 def dead_dns(monkeypatch):
-    """Let every look-up of a name but `localhost` hang until the end of the test."""
+    """Let every look-up hang until the end of the test, except that of `localhost`."""
     released, real = threading.Event(), socket.getaddrinfo
 
     def hang(host, *args, **kwargs):
@@ -59,7 +59,7 @@ async def test_dead_names_delay_neither_other_destinations_nor_other_threads(cli
     assert not any(task.done() for task in dead)
     held = [thread for thread in threading.enumerate() if thread.name.startswith("dns dead")]
     assert len(held) == 40
-    assert all(thread.daemon for thread in held)  # else they would hold the exit of the process
+    assert all(thread.daemon for thread in held)  # otherwise they would block the exit of the process
     for task in dead:
         task.cancel()
     await asyncio.wait(dead)
@@ -92,7 +92,7 @@ URL = "http://moves.example/hook"
 
 
 class Moving:
-    """A name that leads where the test says; the port moves with it, as all receivers are on one machine."""
+    """A name that the test moves; the port moves too, because all receivers are on one machine."""
 
     def __init__(self):
         self.to = None
@@ -122,7 +122,7 @@ async def test_a_name_that_moves_is_followed_under_steady_traffic(client_for, mo
         moving.to = new
         while not new.requests:
             assert (await send(client, URL)).result == "ok"
-            await asyncio.sleep(0.005)  # steady, and never idle for long
+            await asyncio.sleep(0.005)  # steady traffic, never idle for long
         before = len(old.requests)
         assert old.connections <= 3
         assert (await send(client, URL)).result == "ok"

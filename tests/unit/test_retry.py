@@ -45,7 +45,7 @@ def test_the_default_schedule_is_eleven_attempts_over_three_days():
     [
         (1, None, 0.0, 5.0),
         (1, None, 0.5, 5.25),
-        (0, None, 0.0, 5.0),  # a failed probe spent nothing
+        (0, None, 0.0, 5.0),  # a failed probe is not counted
         (1, 0.0, 0.0, 5.0),
         (1, 3.0, 0.0, 5.0),  # the schedule is longer
         (1, 60.0, 0.0, 60.0),
@@ -182,7 +182,7 @@ FINAL = Verdict(kind="abort", reason="final_status")
     ],
 )
 def test_a_destination_s_final_statuses_end_a_delivery(status, result, headers, meaning):
-    final = (200, 302, 400, 410, 503)  # the two that mean something else keep their meaning
+    final = (200, 302, 400, 410, 503)  # 2xx and 410 keep their meaning
     assert (
         verdict_of(status, result, headers, now=NOW, max_retry_after=3600.0, final_statuses=final) == meaning
     )

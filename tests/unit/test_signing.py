@@ -49,7 +49,7 @@ def test_without_secrets_there_is_an_id_and_a_time_but_no_signature():
 
 @given(key=keys, webhook_id=ids, at=st.integers(0, 4_000_000_000), body=st.text(st.characters(codec="utf-8")))
 def test_signatures_are_those_of_the_reference_library(key, webhook_id, at, body):
-    """The library reads bodies as text, so the oracle covers UTF-8; the next test covers other bytes."""
+    """The library reads bodies as text, so this covers UTF-8; the next test covers other bytes."""
     oracle = standardwebhooks.Webhook(key)
     secret = Secret(base64.b64encode(key).decode())
     ours = Signer((secret,)).headers(webhook_id, at, body.encode())["webhook-signature"]

@@ -1,4 +1,4 @@
-"""The cap over all lanes, as a value."""
+"""The slots that all lanes share."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from relay.delivery.limits import OWN_SLOTS, Slots
 
 
 class Waiter:
-    """A lane as the slots see it: it wants so many at once, and takes all it can when told."""
+    """A lane as the slots see it: it wants a number of slots and takes all it can on its turn."""
 
     def __init__(self, slots, wants):
         self.slots = slots

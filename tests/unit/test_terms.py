@@ -1,4 +1,4 @@
-"""Order, freshness, backlog and stand-ins: what a destination is owed and when, in the real store."""
+"""Subscription options in the real store: order, expiry, backlog limit, dead-letter destination."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ async def store(tmp_path, clock):
 
 
 def owe(store, *destinations):
-    """Route everything but operator events to destinations given as (name, terms)."""
+    """Route everything except operator events to destinations given as (name, options)."""
     subscriptions = {name: Subscription.of(("shop.*",)) for name, _ in destinations}
     terms = {name: SubscriptionOptions.of(name, **fields) for name, fields in destinations}
     hooks(store).route = Router(subscriptions, terms).route

@@ -24,12 +24,12 @@ def view(data=b"{}", context=b"{}", subject=None):
 
 
 def where(toml):
-    """Compile what stands to the right of `where =` in config.toml."""
+    """Compile the TOML value of `where =`."""
     return compile_conditions(tomllib.loads(f"where = {toml}")["where"])
 
 
 def holds(condition, value):
-    """Judge one value by the TOML of one condition."""
+    """Return whether one value meets one condition, given as TOML."""
     return where(f'{{ "data.v" = {condition} }}').matches(view(b'{"v":' + value.encode() + b"}"))
 
 
@@ -233,7 +233,7 @@ def test_not_negates_every_literal(literal, data):
 
 @given(left=literals, right=literals)
 def test_a_literal_matches_equal_json_values(left, right):
-    """The oracle: two JSON texts in one canonical spelling, in which whole floats are integers."""
+    """Compare two JSON texts in one canonical form, in which whole floats are integers."""
     equal = json.dumps(canonical(left)) == json.dumps(canonical(right))
     assert compile_conditions({"data.a": left}).matches(view({"a": right})) is equal
 
