@@ -108,14 +108,14 @@ class App:
             clock=clock,
             metrics=self.metrics,
         )
-        self.ingest, self.engine = self.state.ingest, self.state.engine
+        self.ingest, self.dispatcher = self.state.ingest, self.state.dispatcher
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
         self.backups = Backups(self.store, clock, lambda: self.config)
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.metrics.weigh(self.store.files)
         for kind in setup.kinds.values():
             self.metrics.plugins.labels(kind.name, kind.version).set(1)
-        self.ledger_check = LedgerCheck(self.store, self.engine, self.metrics, clock)
+        self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
         self.lag = Lag(self.metrics)
         self.jobs = Jobs(clock, self.metrics)
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
@@ -184,7 +184,7 @@ class App:
             life.callback(self.jobs.stop)
             own = [address(sock) for sock in (public, admin) if sock is not None]
             await self.state.start(own)
-            life.push_async_callback(self._stop_engine)
+            life.push_async_callback(self._stop_dispatcher)
             life.push_async_callback(self.replays.stop)
             life.push_async_callback(self.reloads.close)
 
@@ -319,8 +319,8 @@ class App:
             with suppress(StorageError, TimeoutError):
                 await asyncio.wait_for(self.store.workers.sweep(at=0), max(1.0, self._time_left()))
 
-    async def _stop_engine(self) -> None:
-        await self.engine.stop(self._time_left())
+    async def _stop_dispatcher(self) -> None:
+        await self.dispatcher.stop(self._time_left())
 
     async def _stop_observers(self) -> None:
         await self.observers.stop(self._time_left())
@@ -343,7 +343,7 @@ class App:
 
     def _listen(self, news: News) -> None:
         """Pass committed changes on: to lanes first; plugins get them from a queue."""
-        self.engine.listen(news)
+        self.dispatcher.listen(news)
         for source, status in news.turned:
             self.metrics.transitions.labels(source, status).inc()
         self.observers.listen(news)
@@ -361,16 +361,15 @@ class App:
         found = []
         if self.store.busy > WRITER_PATIENCE:
             found.append("the store's writer is stuck")
-        return found + [
-            f"due deliveries to {name} are not picked up" for name in self.stuck_lanes.find(self.engine.lanes)
-        ]
+        stuck = self.stuck_lanes.find(self.dispatcher.lanes)
+        return found + [f"due deliveries to {name} are not picked up" for name in stuck]
 
     def _summary(self) -> str:
         if self.health.phase == "draining":
             return "draining"
         if reasons := self.health.reasons():
             return f"not ready: {'; '.join(reasons)}"
-        return f"serving {len(self.ingest.mounts)} sources and {len(self.engine.lanes)} destinations"
+        return f"serving {len(self.ingest.mounts)} sources and {len(self.dispatcher.lanes)} destinations"
 
     async def _expire(self) -> None:
         """Expire deliveries that exceed their `ttl`, in short transactions."""

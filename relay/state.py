@@ -59,13 +59,13 @@ class State:
             sender_address=_sender_address_of(config),
             patience=_patience_of(config),
         )
-        self.engine = Dispatcher(
+        self.dispatcher = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
         )
         self.router = router
         self.rulebook = rulebook
         self.watch = Watch(store, clock, rulebook.shortest_interval)
-        self.upkeep = Upkeep(store, self.engine, Policy.of_config(config))
+        self.upkeep = Upkeep(store, self.dispatcher, Policy.of_config(config))
         self._count(config)
 
     @property
@@ -77,7 +77,7 @@ class State:
         """Restore stored pauses and start the lanes; see `Dispatcher.start` for `own`."""
         for name in await self._store.queries.paused_sources() & self.ingest.mounts.keys():
             self.ingest.mounts[name].paused = True
-        await self.engine.start(tuple(own))
+        await self.dispatcher.start(tuple(own))
 
     async def prepare(self, setup: Setup) -> Draft:
         """Prepare another configuration beside the current one.
@@ -95,7 +95,7 @@ class State:
             router=Router.of(config.destinations),
             rules=Rulebook.of_config(config),
             policy=Policy.of_config(config),
-            lanes=await self.engine.plan(config.destinations),
+            lanes=await self.dispatcher.plan(config.destinations),
         )
 
     def adopt(self, draft: Draft) -> None:
@@ -109,7 +109,7 @@ class State:
             self.watch.go_by(draft.rules.shortest_interval)
         self.upkeep.policy = draft.policy
         self.router.adopt(draft.router)
-        self.engine.adopt(draft.lanes)
+        self.dispatcher.adopt(draft.lanes)
 
     def _count(self, config: Config) -> None:
         """Create the metrics of every source and destination, exported as 0 from the start."""

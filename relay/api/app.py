@@ -115,7 +115,7 @@ class DaemonApi:
             reasons=reasons,
             uptime_seconds=(self._context.clock.steady() - self._began) // 1_000_000,
             sources=sorted(self._context.ingest.mounts),
-            destinations=sorted(self._context.engine.lanes),
+            destinations=sorted(self._context.dispatcher.lanes),
         )
 
     @endpoint("POST", "/api/reload", "reload", "Reload config.toml, all of it or nothing.", returns=Reloaded)

@@ -36,6 +36,6 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         return self.state.ingest
 
     @property
-    def engine(self) -> Dispatcher:
+    def dispatcher(self) -> Dispatcher:
         """Sends deliveries."""
-        return self.state.engine
+        return self.state.dispatcher

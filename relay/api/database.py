@@ -56,7 +56,7 @@ class DatabaseApi:
         self._state = context.state
         self._backups = context.backups
         self._reloads = context.reloads
-        self._engine = context.engine
+        self._dispatcher = context.dispatcher
         self._jobs = context.jobs
         self._health = context.health
         self._clock = context.clock
@@ -124,7 +124,7 @@ class DatabaseApi:
                 pending=pending.get(name, 0),
                 failing_since=lane.health.state.failing_since,
             )
-            for name, lane in self._engine.lanes.items()
+            for name, lane in self._dispatcher.lanes.items()
         ]
 
 

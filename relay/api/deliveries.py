@@ -44,7 +44,7 @@ class DeliveriesApi:
 
     def __init__(self, context: Context) -> None:
         self._store = context.store
-        self._engine = context.engine
+        self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._replays = context.replays
 
@@ -79,7 +79,7 @@ class DeliveriesApi:
             cursor=filters.pop("cursor"),
             filters=filters,
             now=self._clock.wall(),
-            destinations=self._engine.lanes.keys(),
+            destinations=self._dispatcher.lanes.keys(),
         )
 
     @endpoint(

@@ -60,7 +60,7 @@ class DestinationsApi:
 
     def __init__(self, context: Context) -> None:
         self._store = context.store
-        self._engine = context.engine
+        self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._pings = Pings(context.clock)
 
@@ -69,7 +69,7 @@ class DestinationsApi:
         returns=Page[DestinationView],
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> dict[str, Any]:
-        totals, lanes = await self._store.ledger.totals(), self._engine.lanes
+        totals, lanes = await self._store.ledger.totals(), self._dispatcher.lanes
         items = [{**_destination(lane), **counted(totals.get(lane.name))} for lane in lanes.values()]
         items += [
             {**self._absent(name), **counted(counts)}
@@ -84,7 +84,7 @@ class DestinationsApi:
     )  # fmt: skip
     async def _show(self, request: web.Request) -> dict[str, Any]:
         totals, name = await self._store.ledger.totals(), request.match_info["name"]
-        if name not in self._engine.lanes and name in totals:
+        if name not in self._dispatcher.lanes and name in totals:
             shown = self._absent(name)
         else:
             lane = self._lane(request)
@@ -119,13 +119,13 @@ class DestinationsApi:
         return await self._pings.send(self._lane(request))
 
     def _absent(self, name: str) -> dict[str, Any]:
-        return {"name": name, "held": ABSENT, "in_flight": self._engine.in_flight(name)}
+        return {"name": name, "held": ABSENT, "in_flight": self._dispatcher.in_flight(name)}
 
     def _lane(self, request: web.Request) -> Lane:
         name = request.match_info["name"]
-        if name not in self._engine.lanes:
-            raise unknown("destination", name, self._engine.lanes)
-        return self._engine.lanes[name]
+        if name not in self._dispatcher.lanes:
+            raise unknown("destination", name, self._dispatcher.lanes)
+        return self._dispatcher.lanes[name]
 
 
 def _destination(lane: Lane) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class EventsApi:
 
     def __init__(self, context: Context) -> None:
         self._store = context.store
-        self._engine = context.engine
+        self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._state = context.state
 
@@ -99,7 +99,7 @@ class EventsApi:
             cursor=filters.pop("cursor"),
             filters=filters,
             now=self._clock.wall(),
-            destinations=self._engine.lanes.keys(),
+            destinations=self._dispatcher.lanes.keys(),
         )
 
     @endpoint(

@@ -88,7 +88,7 @@ class TailApi:
 
     def __init__(self, context: Context) -> None:
         self._ingest = context.ingest
-        self._engine = context.engine
+        self._dispatcher = context.dispatcher
         self._followers: Followers[Wanted] = Followers(ROOM)
 
     def listen(self, news: News) -> None:
@@ -124,8 +124,8 @@ class TailApi:
         source, destination = query.source, query.destination
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_EVENTS:
             raise unknown("source", source, self._ingest.mounts)
-        if destination is not None and destination not in self._engine.lanes:
-            raise unknown("destination", destination, self._engine.lanes)
+        if destination is not None and destination not in self._dispatcher.lanes:
+            raise unknown("destination", destination, self._dispatcher.lanes)
         return Wanted(
             source=source,
             destination=destination,

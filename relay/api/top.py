@@ -137,12 +137,12 @@ class TopApi:
 
     def _snapshot(self, before: _Reading, now: _Reading) -> dict[str, Any]:
         context, pending = self._context, self._context.store.ledger.pending()
-        lanes, reasons = context.engine.lanes, context.health.reasons()
+        lanes, reasons = context.dispatcher.lanes, context.health.reasons()
         rates = _Rates(before, now)
         destinations = [_destination(lane, pending.get(name, 0)) for name, lane in lanes.items()]
         destinations += [
             {"name": name, "held": ABSENT, "circuit": "closed", "pending": number,
-             "in_flight": context.engine.in_flight(name)}
+             "in_flight": context.dispatcher.in_flight(name)}
             for name, number in pending.items() if name not in lanes
         ]  # fmt: skip
         return {

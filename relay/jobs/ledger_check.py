@@ -13,9 +13,9 @@ log = logging.getLogger("relay")
 class LedgerCheck:
     """Compares the ledger with the table of deliveries, and sets the gauges that need a query."""
 
-    def __init__(self, store: Store, engine: Dispatcher, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher, metrics: Metrics, clock: Clock) -> None:
         self._store = store
-        self._engine = engine
+        self._dispatcher = dispatcher
         self._metrics = metrics
         self._clock = clock
 
@@ -23,14 +23,14 @@ class LedgerCheck:
         """Check once. Includes destinations that are no longer in the config; their deliveries are held."""
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
-        for name in self._engine.lanes.keys() | counts.keys():
-            lane, owed, waiting = self._engine.lanes.get(name), counts.get(name), backlog.get(name)
+        for name in self._dispatcher.lanes.keys() | counts.keys():
+            lane, owed, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if owed is None else owed.unaccounted
             self._metrics.unaccounted.labels(name).set(unaccounted)
             if unaccounted:
                 log.error("%s: %d deliveries are unaccounted for", name, unaccounted)
             pending = 0 if owed is None else owed.pending
-            in_flight = min(self._engine.in_flight(name), pending)
+            in_flight = min(self._dispatcher.in_flight(name), pending)
             rest = pending - in_flight
             held = rest if lane is None or lane.held is not None else 0
             due = 0 if held or waiting is None else min(rest, max(0, waiting.due - in_flight))

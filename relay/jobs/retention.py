@@ -16,10 +16,10 @@ class Upkeep:
 
     every = 60.0  # seconds between passes
 
-    def __init__(self, store: Store, engine: Dispatcher, policy: Policy) -> None:
+    def __init__(self, store: Store, dispatcher: Dispatcher, policy: Policy) -> None:
         self.policy = policy
         self._store = store
-        self._engine = engine
+        self._dispatcher = dispatcher
 
     async def run(self) -> None:
         """Make one pass, bounded in time; the next pass continues."""
@@ -43,9 +43,9 @@ class Upkeep:
 
     async def _held_destinations(self) -> set[str]:
         """Return the destinations whose deliveries are held, including those no longer in the config."""
-        found = {name for name, lane in self._engine.lanes.items() if _is_holding(lane)}
+        found = {name for name, lane in self._dispatcher.lanes.items() if _is_holding(lane)}
         for name, counts in (await self._store.ledger.audit()).items():
-            if counts.pending and name not in self._engine.lanes:
+            if counts.pending and name not in self._dispatcher.lanes:
                 found.add(name)
         return found
 

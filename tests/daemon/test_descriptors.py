@@ -12,7 +12,7 @@ import pytest
 import receivers
 from client import send
 from daemons import SOURCES, Daemon, adorn, write_config
-from lanes import CLOCK, destination, ended, engine_for
+from lanes import CLOCK, destination, dispatcher_for, ended
 from lanes import send as send_event
 from support import until
 from torture.descriptors import EVENTS, torture
@@ -113,7 +113,7 @@ async def test_without_a_descriptor_no_address_passes_for_another_machine_s(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     port = int(receiver.url.rpartition(":")[2].partition("/")[0])
-    async with engine_for(store, destination("crm", receiver.url), own=[("0.0.0.0", port)]) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url), own=[("0.0.0.0", port)]) as dispatcher:
         monkeypatch.setattr(
             guard_module,
             "socket",
@@ -122,9 +122,9 @@ async def test_without_a_descriptor_no_address_passes_for_another_machine_s(
             ),
         )
         await send_event(store)
-        await until(lambda: engine.lanes["crm"].held == "out of file descriptors")
+        await until(lambda: dispatcher.lanes["crm"].held == "out of file descriptors")
         monkeypatch.undo()
-        await until(lambda: engine.lanes["crm"].held == "resting")
+        await until(lambda: dispatcher.lanes["crm"].held == "resting")
         assert "is the relay itself" in caplog.text
     assert receiver.requests == []
 
@@ -171,11 +171,11 @@ async def test_a_lane_says_what_is_lacking_and_goes_on_by_itself(
     store, receiver, no_sockets, monkeypatch, caplog
 ):
     configs = [destination(name, receiver.url) for name in ("crm", "erp")]
-    async with engine_for(store, *configs) as engine:
+    async with dispatcher_for(store, *configs) as dispatcher:
         no_sockets(errno.EMFILE)
         sent = [await send_event(store) for _ in range(20)]
-        await until(lambda: {lane.held for lane in engine.lanes.values()} == {"out of file descriptors"})
-        ping = await Pings(CLOCK).send(engine.lanes["crm"])
+        await until(lambda: {lane.held for lane in dispatcher.lanes.values()} == {"out of file descriptors"})
+        ping = await Pings(CLOCK).send(dispatcher.lanes["crm"])
         monkeypatch.undo()
         rows = await ended(store, 40)
     assert {(row["state"], row["attempts"]) for row in rows} == {("delivered", 1)}

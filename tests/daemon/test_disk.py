@@ -282,7 +282,7 @@ async def test_nothing_writable_holds_the_lanes_starves_no_watchdog_and_heals(
         await until(lambda: recorder.busy == 2)
         await fill_up(relay, disk)
         recorder.open.set()
-        lane = relay.app.engine.lanes["crm"]
+        lane = relay.app.dispatcher.lanes["crm"]
         await until(lambda: lane.held == "waiting for storage")
         begun = len(recorder.ids)
         [told] = (await relay.operator("GET", "/api/destinations"))["items"]

@@ -61,7 +61,7 @@ async def test_an_open_circuit_and_what_it_keeps_waiting_are_found(tmp_path):
     async with running(config) as relay:
         for _ in range(3):
             await relay.exchange(post())
-        await until(lambda: relay.app.engine.lanes["crm"].held == "circuit open")
+        await until(lambda: relay.app.dispatcher.lanes["crm"].held == "circuit open")
         online, offline = await examined(relay, config)
         assert online["held"]["detail"] == "crm: 3 pending (circuit open)"
         assert online["held"]["hint"] == "relay destinations test crm"

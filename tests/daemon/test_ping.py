@@ -75,14 +75,14 @@ async def test_a_destination_that_is_held_can_be_tested_and_stays_held(crm, verb
     said = await commands("destinations", "test", "crm")
     assert ["held", held] in said.rows
     assert len(recorder.ids) == 1
-    assert relay.app.engine.lanes["crm"].held == held
+    assert relay.app.dispatcher.lanes["crm"].held == held
 
 
 async def test_a_ping_does_not_change_the_circuit(tmp_path):
     async with Recorder() as recorder:
         more = 'circuit = { failures = 1, probe = "1h", max_probe = "1h" }'
         async with running(write_config(tmp_path, SOURCES, destination("crm", recorder.url, more))) as relay:
-            lane = relay.app.engine.lanes["crm"]
+            lane = relay.app.dispatcher.lanes["crm"]
             recorder.answers.append((500, {}))
             commands = Commands(relay.addresses.socket)
             await commands("destinations", "test", "crm", code=1)
@@ -106,7 +106,7 @@ async def test_a_410_disables_nothing_and_says_that_a_delivery_would(crm):
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
     assert ["status", "410"] in said.rows
     assert "verdict\twould disable the destination and be held: 410 Gone" in said.out
-    assert relay.app.engine.lanes["crm"].held is None
+    assert relay.app.dispatcher.lanes["crm"].held is None
 
 
 async def test_a_private_address_is_not_dialled_and_the_hint_names_the_key(tmp_path):

@@ -288,13 +288,13 @@ async def test_a_paused_source_stays_paused_over_reloads_restarts_and_its_own_ab
 
 async def test_a_pause_while_a_reload_is_being_prepared_is_kept(tmp_path, monkeypatch):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        plan = relay.app.engine.plan
+        plan = relay.app.dispatcher.plan
 
         async def pause_meanwhile(destinations):
             await relay.operator("POST", "/api/sources/adorn/pause")
             return await plan(destinations)
 
-        monkeypatch.setattr(relay.app.engine, "plan", pause_meanwhile)
+        monkeypatch.setattr(relay.app.dispatcher, "plan", pause_meanwhile)
         await reload(relay)
         assert (await relay.exchange(request("POST", ADORN, adorn()))).status == 503
 
@@ -350,7 +350,7 @@ async def test_what_cannot_be_made_is_refused_whole(tmp_path, crm, monkeypatch):
         async def fail(_destinations):
             raise OSError("too many open files")
 
-        monkeypatch.setattr(relay.app.engine, "plan", fail)
+        monkeypatch.setattr(relay.app.dispatcher, "plan", fail)
         assert (await ask(relay)).status == 500
         assert relay.counted("relay_config_last_reload_successful") == 0
         assert (await relay.operator("GET", "/api/status"))["destinations"] == []

@@ -86,17 +86,17 @@ def route(destinations: Iterable[DestinationConfig]):
 
 
 @asynccontextmanager
-async def engine_for(store, *destinations, own=(), **options):
-    """Run an engine for these destinations; events are owed by their `events` and terms."""
+async def dispatcher_for(store, *destinations, own=(), **options):
+    """Run a dispatcher for these destinations; events are owed by their `events` and terms."""
     hooks(store).route = route(destinations)
     configs = {config.name: config for config in destinations}
-    engine = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
-    hooks(store).listener = engine.listen
-    await engine.start(own)
+    dispatcher = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
+    hooks(store).listener = dispatcher.listen
+    await dispatcher.start(own)
     try:
-        yield engine
+        yield dispatcher
     finally:
-        await engine.stop(2.0)
+        await dispatcher.stop(2.0)
 
 
 async def send(store, body=b'{"n":1}', subject="s", type_="shop.order"):

@@ -267,7 +267,7 @@ async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path,
                 return await claim(*args, **named)
 
             monkeypatch.setattr(relay.app.store.deliveries, "claim", stall)
-            relay.app.engine.lanes["crm"].wake()
+            relay.app.dispatcher.lanes["crm"].wake()
             wanted = "not ready: due deliveries to crm are not picked up"
             await until(lambda: wanted in manager.heard("STATUS"))
             fed = len(manager.heard("WATCHDOG"))
@@ -283,7 +283,7 @@ async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, m
     async with running(config) as relay:
         for number in range(12):
             await relay.exchange(request("POST", "/v1/events", adorn(f"s{number}")))
-        await until(lambda: relay.app.engine.lanes["crm"].held)
+        await until(lambda: relay.app.dispatcher.lanes["crm"].held)
         fed = len(manager.heard("WATCHDOG"))
         await until(lambda: len(manager.heard("WATCHDOG")) > fed + 8)
         assert relay.app._stuck() == []

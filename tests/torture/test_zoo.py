@@ -1,11 +1,11 @@
-"""Dozens of misbehaving receivers as destinations of one engine, beside a healthy one."""
+"""Dozens of misbehaving receivers as destinations of one dispatcher, beside a healthy one."""
 
 import asyncio
 import tracemalloc
 from collections import defaultdict
 
 import pytest
-from lanes import destination, engine_for, send
+from lanes import destination, dispatcher_for, send
 from zoo import zoo
 
 from relay.config.schema import RetryConfig
@@ -46,12 +46,12 @@ def cage(name, animal):
     )  # fmt: skip
 
 
-async def settled(store, engine):
+async def settled(store, dispatcher):
     """Wait until every destination has got all it is owed or is held, and return the books."""
     async with asyncio.timeout(20):
         while True:
             counts = await store.ledger.audit()
-            lanes = engine.lanes.values()
+            lanes = dispatcher.lanes.values()
             if all(not lane.in_flight and (lane.held or not counts[lane.name].pending) for lane in lanes):
                 return counts
             await asyncio.sleep(0.02)  # the store has no event to await
@@ -74,18 +74,18 @@ async def test_in_a_zoo_every_attempt_ends_in_time_and_typed_and_the_healthy_one
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     crm = destination("crm", receiver.url, events=("shop.order",))
     cages = [cage(name, animal) for name, animal in animals.items()]
-    async with engine_for(store, crm, *cages) as engine:
+    async with dispatcher_for(store, crm, *cages) as dispatcher:
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
             for _ in range(EVENTS):
                 await send(store, type_="shop.feed")
             sent = [await send(store) for _ in range(HEALTHY)]
-            counts = await settled(store, engine)
+            counts = await settled(store, dispatcher)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        held = {name for name, lane in engine.lanes.items() if lane.held}
+        held = {name for name, lane in dispatcher.lanes.items() if lane.held}
     assert sorted(receiver.ids) == sorted(sent)
     assert peak - before < MOST_MEMORY
     made = await attempts(store)

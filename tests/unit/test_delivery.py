@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from lanes import CLOCK, SECRET, Receiver, destination, ended, engine_for, route, send
+from lanes import CLOCK, SECRET, Receiver, destination, dispatcher_for, ended, route, send
 from stores import hooks
 from support import until
 
@@ -18,7 +18,7 @@ from relay.signing import verify
 
 
 async def test_an_event_arrives_signed_and_once(store, receiver):
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         [row] = await ended(store)
     [(headers, body)] = receiver.requests
@@ -29,7 +29,7 @@ async def test_an_event_arrives_signed_and_once(store, receiver):
 
 async def test_three_failures_and_a_recovery_leave_one_id_and_four_attempts(store, receiver):
     receiver.answers = [(500, {}), (503, {}), (404, {})]
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         [row] = await ended(store)
     assert [headers["webhook-id"] for headers, _ in receiver.requests] == [sent] * 4
@@ -41,7 +41,7 @@ async def test_three_failures_and_a_recovery_leave_one_id_and_four_attempts(stor
 async def test_a_delivery_with_an_exhausted_schedule_is_dead(store, receiver):
     receiver.answers = [(500, {})] * 3
     config = destination("crm", receiver.url, retry=RetryConfig(schedule=(0.01, 0.01)))
-    async with engine_for(store, config):
+    async with dispatcher_for(store, config):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], row["reason"], row["attempts"]) == ("dead", "exhausted", 3)
@@ -55,7 +55,7 @@ def odd(render):
 async def test_the_output_of_a_plugin_s_format_is_sent_and_signed(store, receiver):
     formats = odd(lambda event: event.type.upper().encode())
     config = destination("crm", receiver.url, format="odd")
-    async with engine_for(store, config, formats=formats):
+    async with dispatcher_for(store, config, formats=formats):
         await send(store)
         await ended(store)
     [(headers, body)] = receiver.requests
@@ -75,10 +75,12 @@ async def test_a_failing_format_uses_attempts_up_and_the_delivery_is_dead(
 ):
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, format="odd", retry=retry)
-    async with engine_for(store, config, destination("ok", receiver.url), formats=odd(render)) as engine:
+    async with dispatcher_for(
+        store, config, destination("ok", receiver.url), formats=odd(render)
+    ) as dispatcher:
         await send(store)
         rows = await ended(store, 2)
-        assert engine.lanes["crm"].health.circuit.is_open is False
+        assert dispatcher.lanes["crm"].health.circuit.is_open is False
     by_name = {row["destination"]: row for row in rows}
     assert by_name["ok"]["state"] == "delivered"
     dead = by_name["crm"]
@@ -107,9 +109,9 @@ async def test_a_probe_that_cannot_be_rendered_makes_way_for_another(store, rece
         retry=RetryConfig(schedule=(0.1, 5.0)),
     )
     receiver.answers = [(500, {})]
-    async with engine_for(store, config, formats=odd(render)) as engine:
+    async with dispatcher_for(store, config, formats=odd(render)) as dispatcher:
         await send(store)
-        await until(lambda: engine.lanes["crm"].health.circuit.is_open)
+        await until(lambda: dispatcher.lanes["crm"].health.circuit.is_open)
         await send(store, subject="poison")
         [row] = await ended(store)
         assert row["state"] == "delivered"
@@ -118,7 +120,7 @@ async def test_a_probe_that_cannot_be_rendered_makes_way_for_another(store, rece
 
 async def test_a_receiver_may_abort_a_message(store, receiver):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], row["reason"], row["attempts"]) == ("dead", "aborted", 1)
@@ -129,9 +131,9 @@ async def test_a_receiver_may_abort_a_message(store, receiver):
 )
 async def test_a_gone_receiver_is_disabled_and_its_deliveries_are_held(store, receiver, answer, reason):
     receiver.answers = [answer]
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
         first = await send(store)
-        lane = engine.lanes["crm"]
+        lane = dispatcher.lanes["crm"]
         await until(lambda: lane.health.state.disabled_reason == reason)
         second = await send(store)
         assert (await store.ledger.audit())["crm"].pending == 2
@@ -144,9 +146,9 @@ async def test_a_gone_receiver_is_disabled_and_its_deliveries_are_held(store, re
 
 async def test_retry_after_on_503_rests_the_whole_destination(store, receiver):
     receiver.answers = [(503, {"Retry-After": "1"})]
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
         await send(store)
-        await until(lambda: engine.lanes["crm"].held == "resting")
+        await until(lambda: dispatcher.lanes["crm"].held == "resting")
         began = asyncio.get_running_loop().time()
         await send(store)
         await ended(store, 2)
@@ -158,7 +160,7 @@ async def test_a_hanging_destination_does_not_delay_others(store, receiver):
     async with Receiver().serve() as stuck:
         stuck.gate.clear()
         configs = destination("stuck", stuck.url, concurrency=2), destination("crm", receiver.url)
-        async with engine_for(store, *configs):
+        async with dispatcher_for(store, *configs):
             for _ in range(20):
                 await send(store)
             rows = await ended(store, 20)
@@ -170,7 +172,7 @@ async def test_a_hanging_destination_does_not_delay_others(store, receiver):
 
 async def test_concurrency_limits_attempts_in_flight(store, receiver):
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url, concurrency=3)):
+    async with dispatcher_for(store, destination("crm", receiver.url, concurrency=3)):
         for _ in range(10):
             await send(store)
         await until(lambda: receiver.busy == 3)
@@ -182,9 +184,9 @@ async def test_concurrency_limits_attempts_in_flight(store, receiver):
 async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store, receiver, monkeypatch):
     monkeypatch.setattr("relay.delivery.lane.WINDOW_SIZE", 8)
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url, concurrency=2)) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url, concurrency=2)) as dispatcher:
         ids = [await send(store) for _ in range(60)]
-        assert len(engine.lanes["crm"]._first.deliveries) <= 8
+        assert len(dispatcher.lanes["crm"]._first.deliveries) <= 8
         receiver.gate.set()
         await ended(store, 60)
     arrived = [headers["webhook-id"] for headers, _ in receiver.requests]
@@ -193,10 +195,12 @@ async def test_a_backlog_larger_than_the_window_is_drained_from_the_store(store,
 
 async def test_bodies_beyond_the_memory_budget_are_read_again_when_a_slot_is_free(store, receiver):
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url, concurrency=1), body_bytes=0) as engine:
+    async with dispatcher_for(
+        store, destination("crm", receiver.url, concurrency=1), body_bytes=0
+    ) as dispatcher:
         for number in range(5):
             await send(store, b'{"n":%d}' % number)
-        assert all(delivery.event is None for delivery in engine.lanes["crm"]._first.deliveries)
+        assert all(delivery.event is None for delivery in dispatcher.lanes["crm"]._first.deliveries)
         receiver.gate.set()
         await ended(store, 5)
     assert sorted(json.loads(body)["data"]["n"] for _, body in receiver.requests) == [0, 1, 2, 3, 4]
@@ -208,7 +212,7 @@ async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receive
         await send(store)
         await store.database.connection.execute("UPDATE events SET body = x'7b7d'")
         store.deliveries.release([1])
-        async with engine_for(store, destination("crm", other.url)):
+        async with dispatcher_for(store, destination("crm", other.url)):
             [row] = await ended(store)
     assert (row["state"], row["reason"]) == ("dead", "corrupt")
     assert other.requests == []
@@ -216,10 +220,12 @@ async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receive
 
 async def test_the_relays_own_listener_is_never_dialled_and_no_attempt_counts(store, receiver):
     port = int(receiver.url.split(":")[2].split("/")[0])
-    async with engine_for(store, destination("crm", receiver.url), own=[("127.0.0.1", port)]) as engine:
+    async with dispatcher_for(
+        store, destination("crm", receiver.url), own=[("127.0.0.1", port)]
+    ) as dispatcher:
         await send(store)
-        await until(lambda: engine.lanes["crm"].held == "resting")
-        await until(lambda: engine.lanes["crm"].in_flight == 0)
+        await until(lambda: dispatcher.lanes["crm"].held == "resting")
+        await until(lambda: dispatcher.lanes["crm"].in_flight == 0)
     [row] = await store.queries.find("deliveries")
     assert (row["state"], row["attempts"]) == ("pending", 0)
     assert receiver.requests == []
@@ -227,7 +233,7 @@ async def test_the_relays_own_listener_is_never_dialled_and_no_attempt_counts(st
 
 async def test_a_stop_finishes_and_records_attempts_in_flight(store, receiver):
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         await send(store)
         await until(lambda: receiver.busy == 1)
         asyncio.get_running_loop().call_later(0.05, receiver.gate.set)
@@ -236,8 +242,8 @@ async def test_a_stop_finishes_and_records_attempts_in_flight(store, receiver):
 
 
 async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver):
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         await lane.set_state(DestinationState(name="crm", paused=True))
         await send(store)
         assert (await store.ledger.audit())["crm"].pending == 1
@@ -250,14 +256,14 @@ async def test_a_restart_sends_pending_deliveries(store, receiver):
     hooks(store).route = route([destination("crm", receiver.url)])
     sent = await send(store)
     store.deliveries.release([1])
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         await ended(store)
     assert receiver.requests[0][0]["webhook-id"] == sent
 
 
 async def test_the_ledger_balances_after_every_kind_of_end(store, receiver):
     receiver.answers = [(200, {}), (400, {"webhook-delivery": "abort-message"}), (500, {})]
-    async with engine_for(store, destination("crm", receiver.url, concurrency=1)):
+    async with dispatcher_for(store, destination("crm", receiver.url, concurrency=1)):
         for _ in range(3):
             await send(store)
         await ended(store, 3)
@@ -291,11 +297,11 @@ async def test_a_request_that_cannot_be_built_uses_attempts_up_and_blocks_no_key
     formats, error = UNMADE[why]
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, format="odd", order_by="subject", retry=retry)
-    async with engine_for(store, config, formats=formats) as engine:
+    async with dispatcher_for(store, config, formats=formats) as dispatcher:
         await send(store)
         await send(store)
         rows = await ended(store, 2)
-        assert not engine.lanes["crm"].health.circuit.is_open
+        assert not dispatcher.lanes["crm"].health.circuit.is_open
     assert [(row["state"], row["reason"], row["attempts"]) for row in rows] == [("dead", "exhausted", 3)] * 2
     assert error in rows[0]["last_error"]
     attempts = await store.queries.find("attempts", delivery_id=rows[0]["id"])
@@ -315,13 +321,13 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, order_by="subject", retry=retry)
     receiver.usual = (200 if where == "standing" else 500, {})
-    async with engine_for(store, config, body_bytes=0) as engine:
+    async with dispatcher_for(store, config, body_bytes=0) as dispatcher:
         if where == "client":
             monkeypatch.setattr(HttpClient, "send", fail_later)
         elif where == "load":
             monkeypatch.setattr(store.events, "load", fail_later)
         else:
-            monkeypatch.setattr(engine.lanes["crm"].health, "succeed", fail_later)
+            monkeypatch.setattr(dispatcher.lanes["crm"].health, "succeed", fail_later)
         await send(store)
         await send(store)
         rows = await ended(store, 2)
@@ -345,7 +351,7 @@ async def test_deliveries_that_cannot_be_read_ahead_are_read_in_their_slot(store
         return await load(event_ids)
 
     monkeypatch.setattr(store.events, "load", fail_once)
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         await ended(store)
     assert failures

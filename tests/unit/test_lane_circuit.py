@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
 from stores import make_store
 from support import until
 
@@ -57,11 +57,11 @@ def types(rows):
 async def test_an_open_circuit_holds_deliveries_without_counting_attempts(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, concurrency=1, circuit=LASTING, retry=OFTEN)
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         await send_many(store, 5)
-        await until(lambda: engine.lanes["crm"].held == "circuit open")
+        await until(lambda: dispatcher.lanes["crm"].held == "circuit open")
         await send_many(store, 5)
-        await until(lambda: not engine.lanes["crm"]._tasks)
+        await until(lambda: not dispatcher.lanes["crm"]._tasks)
         assert (await store.ledger.audit())["crm"].pending == 10
         assert await spent(store) == (3, 3)
     assert len(receiver.requests) == 3
@@ -70,7 +70,7 @@ async def test_an_open_circuit_holds_deliveries_without_counting_attempts(store,
 async def test_probes_are_single_and_spaced_and_a_failed_one_is_recorded_but_not_counted(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         await send_many(store, 50)
         await until(lambda: len(receiver.requests) == 3 + 4)
         pauses = [(b - a) / SECOND for a, b in zip(receiver.times[2:], receiver.times[3:], strict=False)]
@@ -84,8 +84,8 @@ async def test_probes_are_single_and_spaced_and_a_failed_one_is_recorded_but_not
 async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(store, receiver, monkeypatch):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
-    async with engine_for(store, crm) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         await send(store)
         await until(lambda: lane.held == "circuit open" and not lane._tasks)
         due = lane.health.circuit.open_until
@@ -101,9 +101,11 @@ async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(s
 
 async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, receiver):
     receiver.usual = (500, {})
-    async with engine_for(store, destination("crm", receiver.url, circuit=QUICK, retry=OFTEN)) as engine:
+    async with dispatcher_for(
+        store, destination("crm", receiver.url, circuit=QUICK, retry=OFTEN)
+    ) as dispatcher:
         await send_many(store, 200)
-        lane = engine.lanes["crm"]
+        lane = dispatcher.lanes["crm"]
         await until(lambda: lane.held == "circuit open" and not lane._tasks)
         receiver.gate.clear()
         await until(lambda: lane.in_flight == 1 and len(lane._tasks) == 1)
@@ -116,8 +118,8 @@ async def test_after_recovery_one_two_four_and_eight_attempts_are_in_flight(stor
     async with Stepped().serve() as receiver:
         receiver.usual = (500, {})
         crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=8, timeout=30.0)
-        async with engine_for(store, crm) as engine:
-            lane = engine.lanes["crm"]
+        async with dispatcher_for(store, crm) as dispatcher:
+            lane = dispatcher.lanes["crm"]
             await send_many(store, 100)
             await until(lambda: lane.held == "circuit open" and lane.in_flight == 0)
             receiver.usual = (200, {})
@@ -141,10 +143,10 @@ async def test_a_probe_with_a_4xx_closes_the_circuit_and_counts_as_an_attempt(st
     crm = destination(
         "crm", receiver.url, circuit=QUICK, concurrency=1, retry=RetryConfig(schedule=(0.01,) * 3)
     )
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         await send(store)
         [row] = await ended(store)
-        assert engine.lanes["crm"].held is None
+        assert dispatcher.lanes["crm"].held is None
     assert (row["state"], row["reason"], row["attempts"]) == ("dead", "exhausted", 4)
     assert len(receiver.requests) == 4
 
@@ -154,7 +156,7 @@ async def test_a_failed_probe_as_the_last_attempt_does_not_end_the_delivery(stor
     crm = destination(
         "crm", receiver.url, circuit=QUICK, concurrency=1, retry=RetryConfig(schedule=(0.01,) * 3)
     )
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], row["attempts"], len(receiver.requests)) == ("delivered", 4, 6)
@@ -162,9 +164,9 @@ async def test_a_failed_probe_as_the_last_attempt_does_not_end_the_delivery(stor
 
 async def test_a_refused_address_holds_deliveries_and_opens_no_circuit(store, receiver):
     crm = destination("crm", receiver.url, allow_private=False, circuit=CircuitConfig(failures=1))
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         await send_many(store, 20)
-        lane = engine.lanes["crm"]
+        lane = dispatcher.lanes["crm"]
         await until(lambda: lane.held == "resting" and not lane._tasks)
         assert not lane.health.circuit.is_open
         attempts, recorded = await spent(store)
@@ -184,9 +186,9 @@ async def test_failures_for_disable_after_disable_the_destination_and_lose_nothi
         "crm", receiver.url, disable_after=0.3, circuit=NEVER_OPENS,
         retry=RetryConfig(schedule=(0.02,) * 100),
     )  # fmt: skip
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         await send_many(store, 3)
-        lane = engine.lanes["crm"]
+        lane = dispatcher.lanes["crm"]
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         assert 0.3 < (receiver.times[-1] - receiver.times[0]) / SECOND < 5.0
         await send(store)
@@ -196,11 +198,11 @@ async def test_failures_for_disable_after_disable_the_destination_and_lose_nothi
 async def test_a_success_in_between_restarts_disable_after(store, receiver):
     crm = destination("crm", receiver.url, disable_after=0.2, retry=RetryConfig(schedule=(0.1,)))
     receiver.answers = [(500, {}), (200, {}), (500, {}), (200, {}), (500, {}), (200, {}), (500, {})]
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         for number in range(4):
             await send(store)
             await ended(store, number + 1)
-        assert engine.lanes["crm"].health.state == DestinationState(name="crm")
+        assert dispatcher.lanes["crm"].health.state == DestinationState(name="crm")
     assert receiver.times[-1] - receiver.times[0] > 0.3 * SECOND
 
 
@@ -209,23 +211,23 @@ async def test_the_time_of_failing_survives_a_restart(tmp_path, receiver):
     crm = destination("crm", receiver.url, disable_after=0.3, retry=RetryConfig(schedule=(0.4, 0.1, 0.1)))
     store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         await send(store)
         await until(lambda: receiver.requests)
-        await until(lambda: engine.lanes["crm"].in_flight == 0)
+        await until(lambda: dispatcher.lanes["crm"].in_flight == 0)
     await store.close()
     store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
-    async with engine_for(store, crm) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         assert lane.health.state.failing_since is not None
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         assert await spent(store) == (2, 2)
     await store.close()
     store = make_store(tmp_path / "relay.db", CLOCK)
     await store.open()
-    async with engine_for(store, crm) as engine:
-        assert engine.lanes["crm"].held == "disabled: failing"
+    async with dispatcher_for(store, crm) as dispatcher:
+        assert dispatcher.lanes["crm"].held == "disabled: failing"
         assert (await store.ledger.audit())["crm"].pending == 1
     await store.close()
     assert len(receiver.requests) == 2
@@ -234,8 +236,8 @@ async def test_the_time_of_failing_survives_a_restart(tmp_path, receiver):
 async def test_enabling_probes_at_once_releases_deliveries_and_forgets_failures(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, disable_after=0.1, circuit=QUICK, retry=OFTEN, concurrency=1)
-    async with engine_for(store, crm) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         await send_many(store, 5)
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         before = await spent(store)
@@ -262,8 +264,8 @@ async def test_enabling_probes_at_once_releases_deliveries_and_forgets_failures(
     ids=["paused", "disabled"],
 )
 async def test_deliveries_held_by_an_operator_count_no_attempt_and_are_sent_on_resume(store, receiver, state):
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         await lane.set_state(state)
         sent = await send_many(store, 300)
         assert await spent(store) == (0, 0)
@@ -281,7 +283,7 @@ async def test_each_change_is_an_event_for_destinations_that_subscribe_by_name(s
     receiver.answers = [(500, {})] * 3 + [(200, {}), (400, {"webhook-delivery": "abort-message"}), (410, {})]
     crm = destination("crm", receiver.url, concurrency=1, circuit=QUICK, retry=OFTEN)
     watch = destination("watch", ops.url, events=("relay.*",), concurrency=1)
-    async with engine_for(store, crm, watch):
+    async with dispatcher_for(store, crm, watch):
         for count in (1, 2):
             await send(store)
             await ended(store, count, "crm")
@@ -303,7 +305,7 @@ async def test_each_change_is_an_event_for_destinations_that_subscribe_by_name(s
 
 async def test_star_does_not_match_operator_events(store, receiver):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         sent = await send(store)
         await ended(store)
         assert "relay.delivery.dead" in types(await store.queries.find("events"))
@@ -317,10 +319,10 @@ async def test_deliveries_of_operator_events_raise_no_operator_events(store, rec
     watch = destination(
         "watch", ops.url, events=("relay.*",), circuit=QUICK, retry=RetryConfig(schedule=(0.01,) * 6)
     )
-    async with engine_for(store, destination("crm", receiver.url), watch) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url), watch) as dispatcher:
         await send(store)
-        await until(lambda: engine.lanes["watch"].held == "disabled: gone")  # after its circuit had opened
-        await until(lambda: not engine.lanes["watch"]._tasks)
+        await until(lambda: dispatcher.lanes["watch"].held == "disabled: gone")  # after the circuit
+        await until(lambda: not dispatcher.lanes["watch"]._tasks)
         assert types(await store.queries.find("events")) == ["shop.order", "relay.delivery.dead"]
         assert len(ops.requests) == 5
 
@@ -329,7 +331,7 @@ async def test_a_dead_delivery_of_an_operator_event_raises_no_other(store, recei
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
     ops.usual = (500, {})
     watch = destination("watch", ops.url, events=("relay.*",), retry=RetryConfig(schedule=(0.01,)))
-    async with engine_for(store, destination("crm", receiver.url), watch):
+    async with dispatcher_for(store, destination("crm", receiver.url), watch):
         await send(store)
         [row] = await ended(store, 1, "watch")
         assert (row["state"], row["reason"]) == ("dead", "exhausted")

@@ -4,7 +4,7 @@ import asyncio
 from functools import partial
 
 import pytest
-from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
 from support import until
 
 from relay.base.clock import SECOND
@@ -45,7 +45,7 @@ class HangsOnRetries(Receiver):
 
 async def test_a_rate_limit_counts_no_attempt_and_waits_no_longer_than_needed(store, receiver, turns):
     crm = destination("crm", receiver.url, rate_limit=Rate(50, 1))
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         began = CLOCK.steady()
         await send_many(store, 65)
         rows = await ended(store, 65)
@@ -60,7 +60,7 @@ async def test_a_rate_limit_counts_no_attempt_and_waits_no_longer_than_needed(st
 async def test_a_rate_limit_holds_across_bursts_of_retries(store, receiver):
     receiver.usual = (500, {})
     crm = destination("crm", receiver.url, rate_limit=Rate(100, 1), circuit=NEVER_OPENS)
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         began = CLOCK.steady()
         await send_many(store, 30)
         rows = await ended(store, 30)
@@ -79,7 +79,7 @@ async def test_hundreds_of_hanging_retries_leave_a_quarter_of_the_slots_to_first
             retry=RetryConfig(schedule=(0.01,)),
         )  # fmt: skip
         receiver.gate.clear()
-        async with engine_for(store, crm):
+        async with dispatcher_for(store, crm):
             await send_many(store, 200, b'{"refuse":true}')
             await until(lambda: len(receiver.ids) >= 200 + 6)
             fresh = await send_many(store, 100)
@@ -93,12 +93,12 @@ async def test_hundreds_of_hanging_retries_leave_a_quarter_of_the_slots_to_first
 async def test_with_one_slot_first_attempts_and_retries_take_turns(store, receiver):
     receiver.answers = [(500, {})]
     crm = destination("crm", receiver.url, concurrency=1, retry=RetryConfig(schedule=(0.2,)))
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         refused = await send(store)
         await until(lambda: receiver.requests)
         receiver.gate.clear()
         await send_many(store, 60)
-        await until(lambda: len(engine.lanes["crm"]._retry.deliveries) == 1)  # due, and waiting for the slot
+        await until(lambda: len(dispatcher.lanes["crm"]._retry.deliveries) == 1)  # due
         assert len(receiver.ids) == 2
         receiver.gate.set()
         await ended(store, 61)
@@ -108,7 +108,7 @@ async def test_with_one_slot_first_attempts_and_retries_take_turns(store, receiv
 async def test_within_a_rate_limit_first_attempts_and_retries_take_turns(store, receiver):
     receiver.answers = [(500, {})]
     crm = destination("crm", receiver.url, rate_limit=Rate(100, 1), retry=RetryConfig(schedule=(0.2,)))
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         refused = await send(store)
         await until(lambda: receiver.requests)
         await send_many(store, 180)
@@ -131,7 +131,7 @@ async def test_older_deliveries_are_sent_first(store, monkeypatch):
 
     async with Busy().serve() as receiver:
         receiver.gate.clear()
-        async with engine_for(store, destination("crm", receiver.url, concurrency=1)):
+        async with dispatcher_for(store, destination("crm", receiver.url, concurrency=1)):
             for _ in range(30):
                 await accept()
             receiver.gate.set()
@@ -150,13 +150,13 @@ async def test_every_lane_progresses_while_all_shared_slots_hang(store, receiver
     async with Receiver().serve() as stuck:
         stuck.gate.clear()
         hanging = [destination(f"stuck{n}", stuck.url, concurrency=8, timeout=30.0) for n in range(3)]
-        async with engine_for(store, *hanging, destination("crm", receiver.url)) as engine:
+        async with dispatcher_for(store, *hanging, destination("crm", receiver.url)) as dispatcher:
             await send_many(store, 30)
             await ended(store, 30, "crm")
             assert stuck.busy == 3 * 2 + 4
             stuck.gate.set()
             await ended(store, 4 * 30)
-            assert engine.lanes["crm"].in_flight == 0
+            assert dispatcher.lanes["crm"].in_flight == 0
     assert stuck.most_busy == 10
 
 
@@ -165,8 +165,8 @@ async def test_every_lane_progresses_while_all_shared_slots_hang(store, receiver
 
 async def test_a_fresh_event_reaches_an_idle_lane_without_a_database_read(store, receiver):
     receiver.gate.clear()
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
-        await until(lambda: not engine.lanes["crm"]._tasks)  # it has queried the store
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        await until(lambda: not dispatcher.lanes["crm"]._tasks)  # it has queried the store
         statements = []
         for connection in (store.database.connection, store.database.reader):
             await connection.set_trace_callback(statements.append)
@@ -201,8 +201,8 @@ async def test_a_lane_with_waiting_deliveries_is_idle(store, receiver, turns, ho
     in_flight = 8 if hold is slots_taken else 0
     circuit = CircuitConfig(failures=3)
     crm = destination("crm", receiver.url, circuit=circuit, timeout=30.0, rate_limit=rate)
-    async with engine_for(store, crm) as engine:
-        lane = engine.lanes["crm"]
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
         await hold(lane, receiver)
         await send_many(store, 200)
         await until(lambda: lane.in_flight == len(lane._tasks) == in_flight)
@@ -215,10 +215,10 @@ async def test_a_lane_with_waiting_deliveries_is_idle(store, receiver, turns, ho
 
 
 async def test_an_idle_lane_does_not_turn(store, receiver, turns):
-    async with engine_for(store, destination("crm", receiver.url)) as engine:
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
         await send(store)
         await ended(store)
-        await until(lambda: not engine.lanes["crm"]._tasks)
+        await until(lambda: not dispatcher.lanes["crm"]._tasks)
         turns.clear()
         await asyncio.sleep(0.2)  # the window that is measured
         assert turns == []
@@ -234,7 +234,7 @@ async def test_a_delivery_whose_end_failed_is_sent(store, receiver, monkeypatch)
         return False
 
     monkeypatch.setattr(store.deliveries, "begin_attempt", refuse_once)
-    async with engine_for(store, destination("crm", receiver.url)):
+    async with dispatcher_for(store, destination("crm", receiver.url)):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], len(receiver.requests), len(refused)) == ("delivered", 1, 1)

@@ -5,7 +5,7 @@ import json
 import random
 from collections import defaultdict
 
-from lanes import CLOCK, Receiver, destination, ended, engine_for, send, send_many
+from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
 from support import until
 
 from relay.base.clock import SECOND
@@ -51,7 +51,7 @@ async def test_each_key_arrives_strictly_in_order_and_once_whatever_fails(store)
             "crm", receiver.url, order_by="subject", concurrency=8,
             circuit=CircuitConfig(failures=1_000_000), retry=RetryConfig(schedule=(0.01,) * 30),
         )  # fmt: skip
-        async with engine_for(store, crm):
+        async with dispatcher_for(store, crm):
             for number in range(EACH):
                 body = b'{"n":%d}' % number
                 await asyncio.gather(*(send(store, body, f"key {key}") for key in range(KEYS)))
@@ -65,7 +65,7 @@ async def test_each_key_arrives_strictly_in_order_and_once_whatever_fails(store)
 
 async def test_after_a_dead_delivery_the_next_of_its_key_is_sent(store, receiver):
     receiver.answers = [(400, {"webhook-delivery": "abort-message"})]
-    async with engine_for(store, destination("crm", receiver.url, order_by="subject")):
+    async with dispatcher_for(store, destination("crm", receiver.url, order_by="subject")):
         sent = [await send(store) for _ in range(3)]
         rows = await ended(store, 3)
     assert [row["state"] for row in rows] == ["dead", "delivered", "delivered"]
@@ -75,11 +75,11 @@ async def test_after_a_dead_delivery_the_next_of_its_key_is_sent(store, receiver
 async def test_order_survives_a_restart(store, receiver):
     receiver.gate.clear()
     crm = destination("crm", receiver.url, order_by="subject")
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         sent = [await send(store, subject=f"key {n % 2}") for n in range(20)]
         await until(lambda: receiver.busy == 2)
         receiver.gate.set()
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         await ended(store, 20)
     assert sorted(receiver.ids) == sorted(sent)
     for key in (0, 1):
@@ -89,10 +89,10 @@ async def test_order_survives_a_restart(store, receiver):
 async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(store, receiver):
     receiver.gate.clear()
     crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
         await send_many(store, 10)
-        assert len(engine.lanes["crm"]._first.deliveries) == 10
+        assert len(dispatcher.lanes["crm"]._first.deliveries) == 10
         stored = CLOCK.steady()
         await until(lambda: CLOCK.steady() > stored + 0.1 * SECOND)
         receiver.gate.set()
@@ -109,9 +109,9 @@ async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(sto
 async def test_a_delivery_that_expires_while_held_is_not_sent_on_resume(store, receiver):
     receiver.answers = [(503, {"Retry-After": "1"})]
     crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
-    async with engine_for(store, crm) as engine:
+    async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
-        await until(lambda: engine.lanes["crm"].held == "resting")
+        await until(lambda: dispatcher.lanes["crm"].held == "resting")
         await send_many(store, 5)
         rows = await ended(store, 6)
     assert {(row["state"], row["reason"]) for row in rows} == {("expired", "ttl")}
@@ -123,11 +123,11 @@ async def test_a_final_status_ends_a_delivery_at_once_and_frees_its_key(store, r
     receiver.answers = [(400, {}), (200, {})]
     crm = destination("crm", receiver.url, order_by="subject", final_statuses=(400,), on_dead="spare")
     spare = destination("spare", receiver.url, events=())
-    async with engine_for(store, crm, spare) as engine:
+    async with dispatcher_for(store, crm, spare) as dispatcher:
         first, second = await send(store), await send(store)
         await ended(store, 2, destination="crm")
         [spared] = await ended(store, 1, destination="spare")
-        assert not engine.lanes["crm"].health.circuit.is_open
+        assert not dispatcher.lanes["crm"].health.circuit.is_open
     dead, delivered = await ended(store, 2, destination="crm")
     assert (dead["state"], dead["reason"], dead["attempts"]) == ("dead", "final_status", 1)
     assert delivered["state"] == spared["state"] == "delivered"
@@ -140,7 +140,7 @@ async def test_a_probe_with_a_final_status_ends_its_delivery(store, receiver):
         "crm", receiver.url, concurrency=1, final_statuses=(503,),
         circuit=CircuitConfig(failures=1, probe=0.05, max_probe=0.05),
     )  # fmt: skip
-    async with engine_for(store, crm):
+    async with dispatcher_for(store, crm):
         await send(store)
         [row] = await ended(store)
     assert (row["state"], row["reason"], row["attempts"]) == ("dead", "final_status", 2)

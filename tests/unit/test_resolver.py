@@ -7,7 +7,7 @@ import threading
 import pytest
 import receivers
 from client import AMPLE, SHORT, send
-from lanes import destination, ended, engine_for
+from lanes import destination, dispatcher_for, ended
 from lanes import send as send_event
 
 from relay.delivery.http import resolver as resolver_module
@@ -158,16 +158,16 @@ async def test_a_reload_resolves_the_names_of_unchanged_destinations_again(store
     async with receivers.answers() as old, receivers.answers() as new:
         moving.to = old
         config = destination("crm", URL)
-        async with engine_for(store, config) as engine:
-            lane = engine.lanes["crm"]
+        async with dispatcher_for(store, config) as dispatcher:
+            lane = dispatcher.lanes["crm"]
             await send_event(store)
             await ended(store, 1)
             moving.to = new
             await send_event(store)
             await ended(store, 2)
             assert (len(old.requests), old.connections) == (2, 1)
-            engine.adopt(await engine.plan({"crm": config}))
-            assert engine.lanes["crm"] is lane
+            dispatcher.adopt(await dispatcher.plan({"crm": config}))
+            assert dispatcher.lanes["crm"] is lane
             await send_event(store)
             await ended(store, 3)
         assert (len(old.requests), len(new.requests)) == (2, 1)
@@ -177,11 +177,11 @@ async def test_a_reload_does_not_touch_an_attempt_in_flight(store, moving):
     async with receivers.hang() as old, receivers.answers() as new, asyncio.timeout(AMPLE):
         moving.to = old
         config = destination("crm", URL, timeout=0.5)
-        async with engine_for(store, config) as engine:
+        async with dispatcher_for(store, config) as dispatcher:
             await send_event(store)
             await old.until(requests=1)
             moving.to = new
-            engine.adopt(await engine.plan({"crm": config}))
+            dispatcher.adopt(await dispatcher.plan({"crm": config}))
             [row] = await ended(store)
         attempts = await store.queries.find("attempts", delivery_id=row["id"])
         assert [attempt["result"] for attempt in reversed(attempts)] == ["timeout", "ok"]

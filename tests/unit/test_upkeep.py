@@ -35,16 +35,16 @@ async def store(tmp_path, clock):
 
 
 @pytest.fixture
-async def engine(store, clock):
+async def dispatcher(store, clock):
     """Lanes of which one is paused and one waits for an answer to its probe."""
-    engine = Dispatcher(DESTINATIONS, store=store, clock=clock, metrics=Metrics({}, DESTINATIONS))
-    await engine.start()
-    await engine.lanes["paused"].set_state(DestinationState(name="paused", paused=True))
-    circuit = engine.lanes["dead"].health.circuit
+    dispatcher = Dispatcher(DESTINATIONS, store=store, clock=clock, metrics=Metrics({}, DESTINATIONS))
+    await dispatcher.start()
+    await dispatcher.lanes["paused"].set_state(DestinationState(name="paused", paused=True))
+    circuit = dispatcher.lanes["dead"].health.circuit
     while not circuit.is_open:
         circuit.record("connect", clock.steady(), circuit.openings)
-    yield engine
-    await engine.stop(0)
+    yield dispatcher
+    await dispatcher.stop(0)
 
 
 async def send(store, clock, *names):
@@ -52,13 +52,13 @@ async def send(store, clock, *names):
     await store.events.append(accept(clock, subject=None))
 
 
-async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, engine, clock, caplog):
+async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, dispatcher, clock, caplog):
     for _ in range(2):
         await send(store, clock, "paused", "dead", "well", "not in the config")
-    upkeep = Upkeep(store, engine, Policy(Retention()))
+    upkeep = Upkeep(store, dispatcher, Policy(Retention()))
     await upkeep.run()
     clock.advance(30 * DAY)
-    assert engine.lanes["dead"].held is None  # its probe is due
+    assert dispatcher.lanes["dead"].held is None  # its probe is due
     caplog.clear()
     await upkeep.run()
     found = {(row["destination"], row["state"]) for row in await store.queries.find("deliveries")}
@@ -69,10 +69,10 @@ async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store
     ]
 
 
-async def test_what_went_is_told_when_there_is_any(store, engine, clock, caplog):
+async def test_what_went_is_told_when_there_is_any(store, dispatcher, clock, caplog):
     caplog.set_level(logging.INFO, "relay.upkeep")
     await send(store, clock)
-    upkeep = Upkeep(store, engine, Policy(Retention()))
+    upkeep = Upkeep(store, dispatcher, Policy(Retention()))
     await upkeep.run()
     assert caplog.messages == []
     clock.advance(14 * DAY)
