@@ -1,4 +1,4 @@
-"""How long operators wait for lists of a store that has grown: every list, filter and place in it."""
+"""Time of every list of a large store: each filter, and pages at the beginning and near the end."""
 
 import asyncio
 import itertools
@@ -23,10 +23,10 @@ from relay.store.database import Database
 from relay.store.read_only import Reading, read_only
 
 TARGET = 0.050
-"""Seconds that a page may take."""
+"""Seconds for one page."""
 
-TRIES = 3  # of which the median counts
-SHOWN = 5  # of the longest, with their plans
+RUNS = 3  # of each query; the median counts
+SHOWN = 5  # slowest queries that are printed with their plans
 
 OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "events": {
@@ -54,39 +54,39 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "until": ("2h", "13d"),
     },
 }
-"""Values of each filter: of many rows, of few, of the oldest, of none."""
+"""Values of each filter that match many rows, few rows, the oldest rows or no row."""
 
 WHERE = ('{"data.sale": true}', '{"data.total": {"gte": 99}, "data.sale": true}', '{"data.n": -1}')
 
 
 class Traced:
-    """A connection that remembers what it was asked."""
+    """A connection that remembers its statements."""
 
     def __init__(self, connection: aiosqlite.Connection) -> None:
         self._connection = connection
-        self.asked: list[tuple[str, Any]] = []
+        self.statements: list[tuple[str, Any]] = []
 
     async def execute_fetchall(self, sql: str, values: Any = ()) -> Any:
-        self.asked.append((sql, values))
+        self.statements.append((sql, values))
         return await self._connection.execute_fetchall(sql, values)
 
     def execute(self, sql: str, values: Any = ()) -> Any:
-        self.asked.append((sql, values))
+        self.statements.append((sql, values))
         return self._connection.execute(sql, values)
 
     async def plans(self) -> dict[str, list[str]]:
-        """Explain each statement that was asked, and forget them."""
-        asked, self.asked = self.asked, []
+        """Return the query plan of each remembered statement, and forget the statements."""
+        statements, self.statements = self.statements, []
         return {
             re.sub(r"\?(, \?)+", "…", " ".join(sql.split())): [
                 row[3] for row in await self._connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
             ]
-            for sql, values in asked
+            for sql, values in statements
         }
 
 
-class Asking(Reading):
-    """What is measured, on a connection that is watched."""
+class TracedStore(Reading):
+    """Stored data on a connection that remembers its statements."""
 
     def __init__(self, traced: Traced) -> None:
         database = Database.reading(Path(), traced)  # type: ignore[arg-type]  # has what a part uses
@@ -100,14 +100,14 @@ class Asking(Reading):
 
 
 @asynccontextmanager
-async def asking(path: Path) -> AsyncIterator[Asking]:
-    """Open a store as the API reads it."""
+async def open_traced(path: Path) -> AsyncIterator[TracedStore]:
+    """Open a database file for reading."""
     async with aiosqlite.connect(read_only(path), uri=True) as connection:
-        yield Asking(Traced(connection))
+        yield TracedStore(Traced(connection))
 
 
-def questions(kind: str) -> Iterator[dict[str, str]]:
-    """Return the filters of a list: none, each pair of values of two, and each set of three and more."""
+def filter_sets(kind: str) -> Iterator[dict[str, str]]:
+    """Yield no filter, each value, each pair of values, and each set of three or more filters."""
     options = OPTIONS[kind]
     yield {}
     for name, values in options.items():
@@ -122,7 +122,7 @@ def questions(kind: str) -> Iterator[dict[str, str]]:
 
 
 def faults(plan: Sequence[str]) -> list[str]:
-    """Return the steps of a plan that read all of something that grows with the events, or sort it."""
+    """Return the steps of a plan that scan or sort something that grows with the events."""
     few = ("CONSTANT ROW", "event_times", "ledger", "found", "(subquery", "asked")
     return [
         step
@@ -132,7 +132,7 @@ def faults(plan: Sequence[str]) -> list[str]:
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """What one question came to."""
+    """Measurement of one query."""
 
     seconds: float
     what: str
@@ -141,22 +141,22 @@ class Figure(msgspec.Struct, frozen=True):
     plans: dict[str, list[str]]
 
 
-async def measure(store: Asking, kind: str, cursor: str | None, filters: Mapping[str, str]) -> Figure:
-    """Ask some times."""
+async def measure(store: TracedStore, kind: str, cursor: str | None, filters: Mapping[str, str]) -> Figure:
+    """Run a query some times."""
     taken = []
-    for _ in range(TRIES):
-        store.traced.asked.clear()
+    for _ in range(RUNS):
+        store.traced.statements.clear()
         began = time.perf_counter()
         page = await store.list(kind, cursor, filters)
         taken.append(time.perf_counter() - began)
-    told = " ".join(f"{name}={value}" for name, value in filters.items()) or "all"
-    what = f"{kind}: {told}{'' if cursor is None else ', deep'}"
+    described = " ".join(f"{name}={value}" for name, value in filters.items()) or "all"
+    what = f"{kind}: {described}{'' if cursor is None else ', deep'}"
     plans = await store.traced.plans()
     return Figure(statistics.median(taken), what, len(page["items"]), page["next_cursor"] is not None, plans)
 
 
-async def pages(store: Asking, kind: str, filters: Mapping[str, str]) -> tuple[int, int, float]:
-    """Follow a list to its end or for 50 rows; return pages, rows and seconds."""
+async def pages(store: TracedStore, kind: str, filters: Mapping[str, str]) -> tuple[int, int, float]:
+    """Read a list to its end or for 50 rows; return the numbers of pages and rows, and the seconds."""
     began, count, rows, cursor = time.perf_counter(), 0, 0, None
     while True:
         page = await store.list(kind, cursor, filters)
@@ -171,29 +171,29 @@ def deep(kind: str, events: int) -> str:
 
 
 async def run(path: Path, events: int) -> bool:
-    """Measure it all; return whether every page met the target."""
+    """Measure every list; return whether all pages met the target."""
     figures: list[Figure] = []
-    async with asking(path) as store:
+    async with open_traced(path) as store:
         for kind in OPTIONS:
             found = [
                 await measure(store, kind, cursor, filters)
-                for filters in questions(kind)
+                for filters in filter_sets(kind)
                 for cursor in (None, deep(kind, events))
             ]
             _say(kind, found)
             figures += found
         wrong = {sql: plan for each in figures for sql, plan in each.plans.items() if faults(plan)}
         for sql, plan in wrong.items():
-            print(f"  reads or sorts all of something: {sql}\n    {plan}")
+            print(f"  scans or sorts a table: {sql}\n    {plan}")
         inside: list[Figure] = []
         for where, kind in itertools.product(WHERE, ("events", "deliveries")):
             inside.append(await measure(store, kind, None, {"where": where}))
             _say(f"{kind} where {where}", inside[-1:])
-        print("to the end of the rarest, or 50 rows:")
+        print("to the end of the list, or 50 rows:")
         unfinished = [each for each in figures if each.more and not each.rows and "deep" not in each.what]
         for each in unfinished[:SHOWN]:
-            kind, _, told = each.what.partition(": ")
-            filters = dict(part.split("=", 1) for part in told.split())
+            kind, _, described = each.what.partition(": ")
+            filters = dict(part.split("=", 1) for part in described.split())
             count, rows, seconds = await pages(store, kind, filters)
             print(f"  {each.what}: {count} pages, {rows} rows, {seconds:.2f} s")
         await _others(store)
@@ -204,12 +204,10 @@ def _say(what: str, figures: list[Figure]) -> None:
     ordered = sorted(figures, key=lambda each: -each.seconds)
     over = sum(each.seconds > TARGET for each in figures)
     middle = statistics.median(each.seconds for each in figures)
-    print(
-        f"{what}: {len(figures)} questions, median {middle * 1e3:.1f} ms, most {ordered[0].seconds * 1e3:.1f}"
-        f" ms, {over} over {TARGET * 1e3:.0f} ms, {sum(each.more and each.rows < 50 for each in figures)}"
-        " pages ended by their bound",
-        flush=True,
-    )
+    cut = sum(each.more and each.rows < 50 for each in figures)
+    times = f"median {middle * 1e3:.1f} ms, maximum {ordered[0].seconds * 1e3:.1f} ms"
+    print(f"{what}: {len(figures)} queries, {times}, {over} over {TARGET * 1e3:.0f} ms,", end=" ")
+    print(f"{cut} pages cut by their budget", flush=True)
     for each in ordered[: SHOWN if len(figures) > 1 else 0]:
         print(f"  {each.seconds * 1e3:6.1f} ms  {each.what}: {each.rows} rows")
         for sql, plan in each.plans.items():
@@ -218,8 +216,8 @@ def _say(what: str, figures: list[Figure]) -> None:
                 print(f"               {step}")
 
 
-async def _others(store: Asking) -> None:
-    """Measure what else operators ask for."""
+async def _others(store: TracedStore) -> None:
+    """Measure other queries of operators."""
     [(event, delivery)] = await store.traced.execute_fetchall(
         "SELECT (SELECT public_id FROM events ORDER BY id LIMIT 1),"
         " (SELECT public_id FROM deliveries ORDER BY id LIMIT 1)"
@@ -231,7 +229,7 @@ async def _others(store: Asking) -> None:
     for what, ask in {
         "an event by a short id": lambda: show_event(store, event[:-1]),
         "a delivery by a short id": lambda: show_delivery(store, delivery[:-1]),
-        "books of all destinations (the list)": store.ledger.totals,
+        "ledger totals of all destinations": store.ledger.totals,
         "counted pending deliveries (every 15 s)": store.ledger.audit,
         "backlog (every 15 s)": lambda: store.ledger.backlog(END),
         "latest of a destination": lambda: store.queries.find("deliveries", destination="late", limit=1),
@@ -239,7 +237,7 @@ async def _others(store: Asking) -> None:
         "stats of 14 days": stats,
     }.items():
         taken = []
-        for _ in range(TRIES):
+        for _ in range(RUNS):
             began = time.perf_counter()
             await ask()
             taken.append(time.perf_counter() - began)
@@ -247,10 +245,14 @@ async def _others(store: Asking) -> None:
 
 
 @click.command()
-@click.option("--events", default=1_000_000, show_default=True, help="Events of the store that is made.")
-@click.option("--file", type=click.Path(path_type=Path), help="Keep it there; one that is there is used.")
+@click.option("--events", default=1_000_000, show_default=True, help="Events to store.")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    help="Database file: kept after the run, and used again if it exists.",
+)
 def main(events: int, file: Path | None) -> None:
-    """Fill a store, and measure."""
+    """Fill a store and measure its lists."""
     with TemporaryDirectory(prefix="bench-") as name:
         path = file or Path(name) / "relay.db"
         if not path.exists():

@@ -9,7 +9,7 @@ from stores import rows as read_rows
 from support import FakeClock
 
 from bench.filling import END, fill
-from bench.lists import OPTIONS, asking, deep, faults, questions
+from bench.lists import OPTIONS, deep, faults, filter_sets, open_traced
 from relay.api.query_params import filters_of
 from relay.api.views import list_items
 from relay.base.clock import SECOND
@@ -95,9 +95,9 @@ async def whole(store, kind, filters, limit=50, most=2000):
 
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
 async def test_every_query_returns_all_matching_rows_in_order(file, kind):
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         found = await rows(store)
-        for filters in questions(kind):
+        for filters in filter_sets(kind):
             assert await whole(store, kind, filters, limit=500) == expected(kind, filters, found), filters
 
 
@@ -107,9 +107,9 @@ async def test_pages_that_reach_their_budget_return_the_same_rows(file, kind, mo
         monkeypatch.setattr(pages, name, value)
     for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
         monkeypatch.setattr(plan, name, value)
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         found = await rows(store)
-        for filters in itertools.islice(questions(kind), 0, None, 7):
+        for filters in itertools.islice(filter_sets(kind), 0, None, 7):
             assert await whole(store, kind, filters, limit=37) == expected(kind, filters, found), filters
 
 
@@ -119,8 +119,8 @@ async def test_no_query_scans_or_sorts_a_table(file, kind, few, monkeypatch):
     """`few`: a plan may sort a short list of rows in memory."""
     if not few:
         monkeypatch.setattr(plan, "MOST_LISTED", 1)
-    async with asking(file) as store:
-        for filters, cursor in itertools.product(questions(kind), (None, deep(kind, EVENTS))):
+    async with open_traced(file) as store:
+        for filters, cursor in itertools.product(filter_sets(kind), (None, deep(kind, EVENTS))):
             await store.list(kind, cursor, filters)
         plans = await store.traced.plans()
     assert {sql: faults(plan) for sql, plan in plans.items() if faults(plan)} == {}
@@ -137,7 +137,7 @@ def test_faults_finds_a_scan_and_a_sort():
 async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypatch):
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 500)
     wanted = {"where": '{"data.n": 4}'}
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         first = await store.list("events", None, wanted)
         assert first == {"items": [], "next_cursor": str(EVENTS - 499)}
         assert len(await whole(store, "events", wanted)) == 1
@@ -146,13 +146,13 @@ async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypa
 
 async def test_a_page_ends_when_its_time_is_used_up(file, monkeypatch):
     monkeypatch.setattr(pages, "SECONDS", 0.0)
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         first = await store.list("events", None, {"where": '{"data.n": 4}'})
     assert (first["items"], first["next_cursor"]) == ([], str(EVENTS - 49))
 
 
 async def test_where_works_together_with_other_filters(file):
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         found = await whole(store, "events", {"where": '{"data.total": {"lt": 2}}', "source": "adorn"})
         assert found
         page = await store.list("events", None, {"where": '{"source": "adorn", "data.total": 1}'})
@@ -237,7 +237,7 @@ async def end_all(store):
 async def test_attempts_are_sorted_by_their_start_with_every_plan(file, monkeypatch, most):
     monkeypatch.setattr(plan, "MOST_LISTED", most)
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 400)
-    async with asking(file) as store:
+    async with open_traced(file) as store:
         told = await store.traced.execute_fetchall(
             "SELECT a.started_at, a.id, d.destination, a.result FROM attempts AS a"
             " JOIN deliveries AS d ON d.id = a.delivery_id ORDER BY 1 DESC, 2 DESC"
