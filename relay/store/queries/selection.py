@@ -5,8 +5,9 @@ next to nothing among ten million events delays neither other readers nor checkp
 """
 
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import aiosqlite
@@ -88,15 +89,18 @@ async def select(
     while reached is not None:
         ids, reached = await plan.take(reader, end, reached + 1, PAGE, newest_first=False)
         matches = await matching.matches(reader, ids) if ids else []
-        matches.sort(key=lambda match: (match.event_id, match.row))
-        yield tuple(map(_chosen, groupby(matches, key=lambda match: match.event_id)))
+        if not deliveries:
+            matches.sort(key=attrgetter("event_id"))
+            yield tuple(Chosen(match.event_id, match.size, match.received_at) for match in matches)
+            continue
+        matches.sort(key=attrgetter("event_id", "row"))
+        yield tuple(_chosen(list(of_event)) for _, of_event in groupby(matches, attrgetter("event_id")))
 
 
-def _chosen(group: tuple[int, Iterable[Match]]) -> Chosen:
+def _chosen(matches: Sequence[Match]) -> Chosen:
     """Return an event with the destinations of its matching deliveries."""
-    event_id, matches = group[0], list(group[1])
     destinations = tuple(match.destination for match in matches if match.destination is not None)
-    return Chosen(event_id, matches[0].size, matches[0].received_at, destinations)
+    return Chosen(matches[0].event_id, matches[0].size, matches[0].received_at, destinations)
 
 
 async def pending(reader: aiosqlite.Connection, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
