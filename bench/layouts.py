@@ -1,7 +1,7 @@
 """Compare two SQLite layouts: deliveries in one table, or a small queue table beside insert-only tables.
 
 One table (today): a row of `deliveries` changes when its delivery is retried and when it ends.
-Queue table: `pending_deliveries` holds pending deliveries only; `deliveries`, `ends` and `attempts` are
+Queue table: `pending_deliveries` claims pending deliveries only; `deliveries`, `ends` and `attempts` are
 insert-only. Ending a delivery deletes its queue row and inserts a row into `ends`.
 
 Both files hold the same data. One table runs the store's own statements; the queue table runs prototypes that
@@ -30,8 +30,7 @@ from relay.config.schema import WorkerRules
 from relay.model import Attempt, Delivery, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, commit, event_times, prune
 from relay.store.batch import Batch, Sequences
-from relay.store.claim import claim
-from relay.store.claims import Holds
+from relay.store.claims import Claims, claim
 from relay.store.connection import migrate, open_reader, open_writer
 from relay.store.dedupe import Key, Keys, identity
 from relay.store.mark import GIVEN_SQL
@@ -43,10 +42,8 @@ from relay.store.queries.plan import Path as IndexPath
 from relay.store.roster import Roster
 from relay.store.rows import ATTEMPT_COLUMNS, EVENT_COLUMNS, attempt_row, delivery_of, event_row
 from relay.store.schema import MIGRATIONS
-from relay.store.statements import fetch, insert
-from relay.store.statements import run as run_rows
-from relay.store.transaction import Transaction
-from relay.store.wishes import as_wished
+from relay.store.transaction import Transaction, WriterConnection
+from relay.store.transitions import apply_cancellations
 
 GROUP = 64
 """Events in one commit, and outcomes in one commit."""
@@ -237,8 +234,8 @@ class OneTable:
         self.path = path
         self.rows = rows  # events, and pending deliveries, that the file is filled with
         self.sequences = Sequences(rows, rows * 2)
-        self.holds = Holds()
-        self.connection: aiosqlite.Connection
+        self.claims = Claims()
+        self.connection: WriterConnection
         self.reader: aiosqlite.Connection
         self._opened: list[aiosqlite.Connection] = []
 
@@ -264,12 +261,12 @@ class OneTable:
 
     async def write(self, batch: Batch, transaction: Transaction) -> None:
         """Write a batch."""
-        await commit.write(batch, transaction, self.holds)
+        await commit.write(batch, transaction, self.claims)
 
     async def claim(self) -> Sequence[Delivery]:
         """Return pending deliveries, oldest due time first."""
         now = CLOCK.steady()
-        return (await claim(self.connection, self.holds, "erp", CLAIMED, retries=False, now=now)).deliveries
+        return (await claim(self.connection, self.claims, "erp", CLAIMED, retries=False, now=now)).deliveries
 
     @contextmanager
     def statements(self) -> Iterator[None]:
@@ -324,10 +321,10 @@ class QueueTable(OneTable):
         """Do what `commit.write` does, with its loops over keys and deaths, which find nothing here."""
         batch.bear_all()
         if batch.outcomes:
-            batch.outcomes = as_wished(batch.outcomes, self.holds)
+            batch.outcomes = apply_cancellations(batch.outcomes, self.claims)
             await _settle(batch, transaction)
         if batch.events:
-            insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in batch.events])
+            transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in batch.events])
             event_times.note(transaction, batch.events)
         batch.tallies.write(transaction)
         if batch.deliveries:
@@ -336,8 +333,7 @@ class QueueTable(OneTable):
         batch.fleet.write(transaction)
         if ledger := [(name, *counts.values()) for name, counts in commit.sums(batch).items()]:
             adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in commit.BOOKS)
-            insert(
-                transaction,
+            transaction.insert(
                 "ledger",
                 f"destination, {', '.join(commit.BOOKS)}",
                 ledger,
@@ -355,10 +351,10 @@ class QueueTable(OneTable):
              ORDER BY next_attempt_at, id
              LIMIT ?
             """,
-            ("erp", CLOCK.steady(), CLAIMED + self.holds.of("erp")),
+            ("erp", CLOCK.steady(), CLAIMED + self.claims.of("erp")),
         )
-        claimed = tuple(delivery_of(tuple(row)) for row in rows if row[0] not in self.holds)[:CLAIMED]
-        self.holds.add(claimed)
+        claimed = tuple(delivery_of(tuple(row)) for row in rows if row[0] not in self.claims)[:CLAIMED]
+        self.claims.add(claimed)
         return claimed
 
     @contextmanager
@@ -404,19 +400,18 @@ def _write_deliveries(batch: Batch, transaction: Transaction) -> None:
         if not behind:
             batch.due.append(delivery)
     columns = "id, public_id, event_id, destination, created_at, replay_of"
-    insert(transaction, "deliveries", columns, rows)
+    transaction.insert("deliveries", columns, rows)
     columns = (
         "id, public_id, event_id, destination, created_at, size, replay_of, next_attempt_at, order_key,"
         " latest_key, expires_at, on_dead"
     )
-    insert(transaction, "pending_deliveries", columns, queued)
+    transaction.insert("pending_deliveries", columns, queued)
 
 
 async def _settle(batch: Batch, transaction: Transaction) -> None:
     """Move deliveries from the queue to `ends`, if they are still pending. All outcomes here end one."""
     ended = {outcome.delivery.id: outcome for outcome in batch.outcomes}
-    found = await fetch(
-        transaction,
+    found = await transaction.fetch_rows(
         """
         WITH asked (id) AS (VALUES {values})
         DELETE FROM pending_deliveries WHERE id IN (SELECT id FROM asked) RETURNING id
@@ -439,13 +434,13 @@ async def _settle(batch: Batch, transaction: Transaction) -> None:
                 attempt.error if attempt is not None else outcome.reason,
             )
         )  # fmt: skip
-    insert(transaction, "ends", columns, rows)
+    transaction.insert("ends", columns, rows)
     attempts = [
         attempt_row(outcome.delivery.id, outcome.attempt)
         for outcome in batch.outcomes
         if outcome.attempt is not None
     ]
-    insert(transaction, "attempts", ATTEMPT_COLUMNS, attempts)
+    transaction.insert("attempts", ATTEMPT_COLUMNS, attempts)
     dead = [o for o in batch.outcomes if o.state == "dead" and o.delivery.id in batch.settled]
     freed = [o for o in batch.outcomes if o.state != "pending" and o.delivery.order_key is not None]
     if dead or freed:
@@ -530,7 +525,7 @@ async def backlog(layout: OneTable) -> tuple[float, float]:
         claimed = await layout.claim()
         claiming.append((time.process_time() - began) * 1e6)
         settling.append(await settle(layout, claimed))
-        layout.holds.release(each.id for each in claimed)
+        layout.claims.release(each.id for each in claimed)
     return statistics.median(claiming), statistics.median(settling)
 
 
@@ -564,9 +559,9 @@ async def delete(layout: OneTable, after: int, count: int) -> tuple[float, int]:
         victims = [(row[0], 2**62) for row in rows if row[5] is None]
         transaction = Transaction(layout.connection)
         transaction.run(GIVEN_SQL)
-        going = await fetch(transaction, layout.going, victims)
+        going = await transaction.fetch_rows(layout.going, victims)
         for sql in layout.gone:
-            run_rows(transaction, sql, going)
+            transaction.run_rows(sql, going)
         await transaction.commit()
         if len(going) != len(rows):
             raise RuntimeError(f"{layout.name}: {len(going)} of {len(rows)} events were deleted")

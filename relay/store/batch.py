@@ -27,7 +27,6 @@ from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
 from relay.store.roster import Roster
-from relay.store.statements import insert
 from relay.store.transaction import Transaction
 from relay.workers.rules import Now
 
@@ -92,7 +91,7 @@ class Tallies:
         if self._found:
             rows = [key + counts for key, counts in self._found.items()]
             then = f"ON CONFLICT (hour, source, type) DO UPDATE SET {STATS_ADDING}"
-            insert(transaction, "stats", STATS_COLUMNS, rows, then=then)
+            transaction.insert("stats", STATS_COLUMNS, rows, then=then)
 
 
 class Batch:

@@ -1,71 +1,114 @@
-"""Which pending deliveries some lane holds, and which are in flight: in memory, gone at a crash."""
+"""Claims: which pending deliveries a lane has, and which are in flight. In memory; a crash releases all."""
 
 from collections import Counter
 from collections.abc import Iterable
 
-from relay.model import Delivery
+import aiosqlite
+
+from relay.model import Claim, Delivery
+from relay.store.rows import CLAIM_COLUMNS, delivery_of
 
 
-class Holds:
-    """Sets of delivery ids; all changes happen in single steps of the loop."""
+class Claims:
+    """Sets of delivery ids; every change is one step of the event loop."""
 
     def __init__(self) -> None:
         self._destinations: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
-        self._flying: set[int] = set()
-        self._doomed: set[int] = set()  # being ended without an attempt by the transaction at work
-        self.unwanted: set[int] = set()  # in flight, and cancelled unless that delivers them
+        self._in_flight: set[int] = set()
+        self._ending: set[int] = set()  # the current transaction ends them without an attempt
+        self.cancelled: set[int] = set()  # in flight; cancelled unless the attempt succeeds
 
     def __contains__(self, delivery_id: int) -> bool:
         return delivery_id in self._destinations
 
     def of(self, destination: str) -> int:
-        """Return how many of a destination's deliveries are held."""
+        """Return how many of a destination's deliveries are claimed."""
         return self._counts[destination]
 
     def add(self, deliveries: Iterable[Delivery]) -> None:
-        """Hold these."""
+        """Claim deliveries."""
         for delivery in deliveries:
             self._destinations[delivery.id] = delivery.destination
             self._counts[delivery.destination] += 1
 
     def begin(self, delivery_id: int) -> bool:
-        """Mark one as being sent; False: it is just being ended, do not send it."""
-        if delivery_id in self._doomed:
+        """Mark a delivery as in flight; False: the current transaction ends it, do not send it."""
+        if delivery_id in self._ending:
             return False
-        self._flying.add(delivery_id)
+        self._in_flight.add(delivery_id)
         return True
 
-    def doom(self, delivery_id: int) -> bool:
-        """Mark one as being ended; False: it is being sent, its outcome decides."""
-        if delivery_id in self._flying:
+    def end(self, delivery_id: int) -> bool:
+        """Mark a delivery as ending; False: it is in flight, and its outcome decides."""
+        if delivery_id in self._in_flight:
             return False
-        self._doomed.add(delivery_id)
+        self._ending.add(delivery_id)
         return True
 
-    def spare(self) -> None:
-        """Take all marks of `doom` back: the transaction is over, one way or the other."""
-        self._doomed.clear()
+    def clear_ending(self) -> None:
+        """Drop the marks of `end`: the transaction is committed or rolled back."""
+        self._ending.clear()
 
-    def unwant(self, delivery_ids: Iterable[int]) -> list[int]:
-        """Mark those in flight as cancelled once their outcome is known; return the others."""
-        late = []
+    def cancel(self, delivery_ids: Iterable[int]) -> list[int]:
+        """Cancel deliveries in flight once their outcome is known; returns those not in flight."""
+        landed = []
         for delivery_id in delivery_ids:
-            if delivery_id in self._flying:
-                self.unwanted.add(delivery_id)
+            if delivery_id in self._in_flight:
+                self.cancelled.add(delivery_id)
             else:
-                late.append(delivery_id)
-        return late
+                landed.append(delivery_id)
+        return landed
 
     def release(self, delivery_ids: Iterable[int]) -> list[int]:
-        """Let go of these, ignoring those that nobody holds; return the unwanted ones among them."""
-        unwanted = []
+        """Release deliveries, claimed or not; returns the cancelled ones among them."""
+        cancelled = []
         for delivery_id in delivery_ids:
-            self._flying.discard(delivery_id)
-            if delivery_id in self.unwanted:
-                self.unwanted.remove(delivery_id)
-                unwanted.append(delivery_id)
+            self._in_flight.discard(delivery_id)
+            if delivery_id in self.cancelled:
+                self.cancelled.remove(delivery_id)
+                cancelled.append(delivery_id)
             destination = self._destinations.pop(delivery_id, None)
             if destination is not None:
                 self._counts[destination] -= 1
-        return unwanted
+        return cancelled
+
+
+# The condition is written out as the partial indexes have it, or SQLite would not use them.
+_FIRST = "d.state = 'pending' AND d.attempts = 0"
+_RETRY = "d.state = 'pending' AND d.attempts > 0"
+
+
+async def claim(
+    connection: aiosqlite.Connection,
+    claims: Claims,
+    destination: str,
+    limit: int,
+    *,
+    retries: bool,
+    now: int,
+) -> Claim:
+    """Claim due deliveries; see `relay.store.Deliveries.claim`."""
+    share = _RETRY if retries else _FIRST
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - constants of ours
+        (destination, now, limit + claims.of(destination)),
+    )
+    claimed = tuple(delivery_of(tuple(row)) for row in rows if row[0] not in claims)[:limit]
+    claims.add(claimed)
+    if len(claimed) == limit:
+        return Claim(claimed, now)
+    later = await connection.execute_fetchall(
+        f"""
+        SELECT min(d.next_attempt_at) FROM deliveries AS d
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
+        """,  # noqa: S608 - constants of ours
+        (destination, now),
+    )
+    return Claim(claimed, next(iter(later))[0])

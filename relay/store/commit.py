@@ -8,21 +8,17 @@ from collections.abc import Sequence
 from relay.model import Born, Delivery, Outcome, Owed
 from relay.store import OPERATOR_EVENTS, event_times
 from relay.store.batch import Batch
-from relay.store.claims import Holds
-from relay.store.held import expire_held
+from relay.store.claims import Claims
 from relay.store.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
-    Row,
     attempt_row,
     delivery_row,
     event_row,
 )
-from relay.store.statements import fetch, insert, run
-from relay.store.transaction import Transaction
-from relay.store.transitions import cancel, end, expire, free
-from relay.store.wishes import as_wished, hurry, repeat
+from relay.store.transaction import Row, Transaction
+from relay.store.transitions import apply_cancellations, cancel, end, expire, expire_held, free, hurry, repeat
 
 REPEATED_SQL = """
     WITH asked (public_id, requests) AS (VALUES {values})
@@ -38,10 +34,10 @@ KNOWN_SQL = (
 BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
 
 
-async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
+async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """Write everything, inside the transaction that the caller began."""
     batch.bear_all()
-    await _write_ends(batch, transaction, holds)
+    await _write_ends(batch, transaction, claims)
     if batch.hurrying:
         await hurry(batch, transaction)
     if batch.repeating:
@@ -50,19 +46,18 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         await _restore(batch, transaction)
     _write_events(batch, transaction)
     if batch.deliveries:
-        await _write_deliveries(batch, transaction, holds)
+        await _write_deliveries(batch, transaction, claims)
     batch.keys.write(transaction)
     batch.fleet.write(transaction)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
         states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
-        insert(transaction, "destinations", columns, states, verb="REPLACE")
+        transaction.insert("destinations", columns, states, verb="REPLACE")
     if batch.pauses:
-        insert(transaction, "sources", "name, paused", batch.pauses, verb="REPLACE")
+        transaction.insert("sources", "name, paused", batch.pauses, verb="REPLACE")
     if ledger := _books(batch):
         adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
-        insert(
-            transaction,
+        transaction.insert(
             "ledger",
             f"destination, {', '.join(BOOKS)}",
             ledger,
@@ -72,7 +67,7 @@ async def write(batch: Batch, transaction: Transaction, holds: Holds) -> None:
 
 async def _restore(batch: Batch, transaction: Transaction) -> None:
     """Take in the events of an export that are not stored yet."""
-    rows = await fetch(transaction, KNOWN_SQL, [(each.event.public_id,) for each in batch.restoring])
+    rows = await transaction.fetch_rows(KNOWN_SQL, [(each.event.public_id,) for each in batch.restoring])
     known = {public_id for (public_id,) in rows}
     for each in batch.restoring:
         each.done = each.event.public_id not in known
@@ -83,30 +78,29 @@ async def _restore(batch: Batch, transaction: Transaction) -> None:
 
 def _write_events(batch: Batch, transaction: Transaction) -> None:
     if events := batch.events + batch.restored:
-        insert(transaction, "events", EVENT_COLUMNS, [event_row(event) for event in events])
+        transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in events])
         event_times.note(transaction, events)
     if batch.repetitions:
-        run(transaction, REPEATED_SQL, list(batch.repetitions.items()))
+        transaction.run_rows(REPEATED_SQL, list(batch.repetitions.items()))
     batch.tallies.write(transaction)
 
 
-async def _write_ends(batch: Batch, transaction: Transaction, holds: Holds) -> None:
+async def _write_ends(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     if batch.outcomes:
-        batch.outcomes = as_wished(batch.outcomes, holds)
+        batch.outcomes = apply_cancellations(batch.outcomes, claims)
         await _write_outcomes(batch, transaction)
         _follow_deaths(batch)
     if batch.expiring:
-        await expire(batch, transaction, holds)
+        await expire(batch, transaction, claims)
     if batch.look is not None:
-        await expire_held(batch, transaction, holds, batch.look)
+        await expire_held(batch, transaction, claims, batch.look)
     if batch.cancelling:
-        await cancel(batch, transaction, holds)
+        await cancel(batch, transaction, claims)
 
 
 async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
     """Move deliveries on where they are still pending (compare-and-set), and keep every attempt."""
-    moved = await fetch(
-        transaction,
+    moved = await transaction.fetch_rows(
         """
         WITH moves (id, state, reason, attempts, next_attempt_at, finished_at, last_status, last_error)
             AS (VALUES {values})
@@ -127,7 +121,7 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         if outcome.attempt is not None
     ]
     if attempts:
-        insert(transaction, "attempts", ATTEMPT_COLUMNS, attempts)
+        transaction.insert("attempts", ATTEMPT_COLUMNS, attempts)
     freed = [
         (outcome.delivery.destination, outcome.delivery.order_key)
         for outcome in batch.outcomes
@@ -182,12 +176,12 @@ def _death(outcome: Outcome) -> Born:
     )
 
 
-async def _write_deliveries(batch: Batch, transaction: Transaction, holds: Holds) -> None:
+async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """Insert the new ones: some supersede older ones, some wait behind one of their key."""
     ordered = [d for d in batch.deliveries if d.order_key is not None]
     latest = [d for d in batch.deliveries if d.latest_key is not None]
     if latest:
-        await _supersede(batch, transaction, holds, latest)
+        await _supersede(batch, transaction, claims, latest)
     busy: set[tuple[str, str | None]] = await _busy_keys(transaction, ordered) if ordered else set()
     rows = []
     for delivery in batch.deliveries:
@@ -200,14 +194,13 @@ async def _write_deliveries(batch: Batch, transaction: Transaction, holds: Holds
         rows.append(delivery_row(delivery, "pending", None, None if behind else batch.steady, None))
         if not behind:
             batch.due.append(delivery)
-    insert(transaction, "deliveries", DELIVERY_COLUMNS, rows)
+    transaction.insert("deliveries", DELIVERY_COLUMNS, rows)
 
 
 async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -> set[tuple[str, str | None]]:
     """Return the (destination, order key) pairs of these that have an earlier pending delivery."""
     keys = list({(d.destination, d.order_key) for d in deliveries})
-    rows = await fetch(
-        transaction,
+    rows = await transaction.fetch_rows(
         """
         WITH asked (destination, order_key) AS (VALUES {values})
         SELECT destination, order_key FROM asked
@@ -221,15 +214,14 @@ async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -
 
 
 async def _supersede(
-    batch: Batch, transaction: Transaction, holds: Holds, deliveries: Sequence[Delivery]
+    batch: Batch, transaction: Transaction, claims: Claims, deliveries: Sequence[Delivery]
 ) -> None:
     """Expire what a newer event of the same key makes pointless, in the store and in this batch.
 
     The event counts, not the delivery: an old one that is replayed does not supersede a newer one.
     """
     born = [d for d in deliveries if d.id not in batch.stillborn]
-    pending = await fetch(
-        transaction,
+    pending = await transaction.fetch_rows(
         """
         WITH asked (destination, latest_key) AS (VALUES {values})
         SELECT d.id, d.destination, d.order_key, d.latest_key, d.event_id
@@ -247,7 +239,7 @@ async def _supersede(
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
             batch.stillborn[d.id] = ("expired", "superseded")
     older = [row for row in pending if newest[row[1], row[3]] > (row[4], row[0])]
-    await end(batch, transaction, holds, older, ("expired", "superseded"))
+    await end(batch, transaction, claims, older, ("expired", "superseded"))
 
 
 def _books(batch: Batch) -> list[Row]:

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import aiosqlite
 from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store.schema import MIGRATIONS
-from relay.store.transaction import Database
+from relay.store.transaction import WriterConnection
 
 OLDEST = (3, 37, 0)
 """STRICT tables; RETURNING and UPDATE … FROM are older."""
@@ -57,16 +58,18 @@ def has_wal_reset_bug() -> bool:
     return version < (3, 51, 3) and not fixed
 
 
-async def open_writer(path: Path, *, full: bool) -> aiosqlite.Connection:
+async def open_writer(path: Path, *, full: bool) -> WriterConnection:
     """Open the one writing connection; creates the file with mode 0600.
 
     Raises:
         StorageError: the file cannot be opened or is no database.
     """
     _create(path)
-    connection = await aiosqlite.connect(
-        path, isolation_level=None, cached_statements=512, factory=Database, timeout=LOCK_PATIENCE
+    open_file = partial(
+        sqlite3.connect, path, isolation_level=None, cached_statements=512, timeout=LOCK_PATIENCE
     )
+    connection = WriterConnection(open_file, iter_chunk_size=64)
+    await connection
     try:
         fresh = await _scalar(connection, "PRAGMA page_count") == 0
         await _check_owner(connection, path)

@@ -6,6 +6,7 @@ from typing import Never, cast
 import aiosqlite
 
 from relay.errors import StorageUnavailableError
+from relay.store.transaction import WriterConnection
 from relay.store.writer import Writer
 
 
@@ -22,7 +23,7 @@ class _Closed:
 class Database:
     """What the parts of the store share. `writer` is used for changes, `reader` and `counter` for reads."""
 
-    connection: aiosqlite.Connection  # the writer's own; nothing else writes
+    connection: WriterConnection  # the writer's own; nothing else writes
     reader: aiosqlite.Connection
     counter: aiosqlite.Connection  # for long counts, so that no list waits for them
     writer: Writer
@@ -41,5 +42,6 @@ class Database:
     def be_closed(self, why: str) -> None:
         """Have every use of a connection raise `StorageUnavailableError` with a reason."""
         closed = _Closed(why)
-        self.connection = self.reader = self.counter = cast("aiosqlite.Connection", closed)
+        self.connection = cast("WriterConnection", closed)
+        self.reader = self.counter = cast("aiosqlite.Connection", closed)
         self.writer = cast("Writer", closed)

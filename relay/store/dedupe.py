@@ -10,9 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from relay.model import StoredEvent
-from relay.store.rows import Row
-from relay.store.statements import fetch, insert
-from relay.store.transaction import Transaction
+from relay.store.transaction import Row, Transaction
 
 SIZE = 20
 """Bytes of an identity. A database of version 2 kept none: the 32 bytes of the body's digest stand for it."""
@@ -50,7 +48,7 @@ class Keys:
     async def look_up(self, transaction: Transaction, keys: Iterable[Key], now: int) -> None:
         """Read what is known of some keys; `now` is steady."""
         asked = [(key.source, key.text, key.identity, key.body, now) for key in keys]
-        for source, text, identity, first, is_used in await fetch(transaction, KNOWN_SQL, asked):
+        for source, text, identity, first, is_used in await transaction.fetch_rows(KNOWN_SQL, asked):
             if first is not None:
                 self._first[source, text, identity] = first
             if is_used:
@@ -74,7 +72,7 @@ class Keys:
         """Write the new ones, inside the transaction."""
         if self._new:
             columns = "source, key, identity, event_id, expires_at"
-            insert(transaction, "dedupe", columns, self._new, verb="REPLACE")
+            transaction.insert("dedupe", columns, self._new, verb="REPLACE")
 
 
 def identity(event: StoredEvent, path: str) -> bytes:

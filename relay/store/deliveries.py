@@ -10,8 +10,7 @@ from relay.base.clock import Clock
 from relay.model import Born, Claim, DestinationState, Outcome, Owed, StoredEvent
 from relay.store import OPERATOR_EVENTS, Cancelled
 from relay.store.batch import Batch, Look, Repeat
-from relay.store.claim import claim
-from relay.store.claims import Holds
+from relay.store.claims import Claims, claim
 from relay.store.database import Database
 from relay.store.writer import Job
 
@@ -21,9 +20,9 @@ log = logging.getLogger("relay.store")
 class SqliteDeliveries:
     """`relay.store.Deliveries` over SQLite."""
 
-    def __init__(self, database: Database, holds: Holds, clock: Clock) -> None:
+    def __init__(self, database: Database, claims: Claims, clock: Clock) -> None:
         self._database = database
-        self._holds = holds
+        self._claims = claims
         self._clock = clock
 
     async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
@@ -31,17 +30,17 @@ class SqliteDeliveries:
 
         async def look(connection: aiosqlite.Connection) -> Claim:
             now = self._clock.steady()
-            return await claim(connection, self._holds, destination, limit, retries=retries, now=now)
+            return await claim(connection, self._claims, destination, limit, retries=retries, now=now)
 
         return await self._database.writer.errand(look)
 
     def begin_attempt(self, delivery_id: int) -> bool:
         """See `Deliveries.begin_attempt`."""
-        return self._holds.begin(delivery_id)
+        return self._claims.begin(delivery_id)
 
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Deliveries.release`."""
-        self.cancel_later(self._holds.release(delivery_ids))
+        self.cancel_later(self._claims.release(delivery_ids))
 
     async def settle(self, outcome: Outcome) -> bool:
         """See `Deliveries.settle`."""

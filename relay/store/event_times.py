@@ -11,7 +11,6 @@ import aiosqlite
 
 from relay.model import StoredEvent
 from relay.store import Span
-from relay.store.statements import insert
 from relay.store.transaction import Transaction
 
 SHIFT = 10
@@ -34,7 +33,7 @@ def note(transaction: Transaction, events: Iterable[StoredEvent]) -> None:
         first, last = found.get(block, (at, at))
         found[block] = (min(first, at), max(last, at))
     rows = [(block, *times) for block, times in found.items()]
-    insert(transaction, "event_times", "block, first, last", rows, then=_WIDEN)
+    transaction.insert("event_times", "block, first, last", rows, then=_WIDEN)
 
 
 async def span(reader: aiosqlite.Connection, since: int | None, until: int | None) -> Span | None:

@@ -21,7 +21,6 @@ from relay.model import (
 from relay.store.roster import Roster, WorkerKey
 from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
 from relay.store.rows import measurement_row as measurement
-from relay.store.statements import insert
 from relay.store.transaction import Transaction
 from relay.workers import rules
 from relay.workers.rules import Now
@@ -313,13 +312,13 @@ class Fleet:
         """Write it all, inside the batch's transaction."""
         workers = {**self.seen, **self.workers}
         if rows := [worker_row(w) for key, w in workers.items() if key not in self.forgotten]:
-            insert(transaction, "workers", WORKER_COLUMNS, rows, verb="REPLACE")
+            transaction.insert("workers", WORKER_COLUMNS, rows, verb="REPLACE")
         if self.measured:
             rows = [measurement(worker, self._now.wall) for worker in self.measured.values()]
-            insert(transaction, "worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
+            transaction.insert("worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
         if self.commands:
             rows = [command_row(command) for command in self.commands.values()]
-            insert(transaction, "worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
+            transaction.insert("worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
         for key in self.forgotten:
             transaction.run("DELETE FROM workers WHERE source = ? AND id = ?", key)
 

@@ -24,8 +24,7 @@ from relay.store.mark import GIVEN_SQL
 from relay.store.queries.page import portions
 from relay.store.queries.plan import EVENT_PATHS, types_between
 from relay.store.retention_policy import Policy
-from relay.store.statements import fetch, run
-from relay.store.transaction import Transaction
+from relay.store.transaction import Transaction, WriterConnection
 from relay.store.writer import Writer
 
 T = TypeVar("T")
@@ -114,16 +113,16 @@ class Victim(msgspec.Struct, frozen=True):
     dead: int  # wall clock: a delivery that died later keeps the event
 
 
-async def delete_events(victims: Sequence[Victim], connection: aiosqlite.Connection) -> int:
+async def delete_events(victims: Sequence[Victim], connection: WriterConnection) -> int:
     """Delete, in one transaction, those events that may still be deleted; returns how many.
 
     Their deliveries and attempts go with them.
     """
     transaction = Transaction(connection)
     transaction.run(GIVEN_SQL)
-    going = await fetch(transaction, GOING_SQL, [(victim.id, victim.dead) for victim in victims])
+    going = await transaction.fetch_rows(GOING_SQL, [(victim.id, victim.dead) for victim in victims])
     for sql in GONE_SQL:
-        run(transaction, sql, going)
+        transaction.run_rows(sql, going)
     await transaction.commit()
     return len(going)
 
@@ -237,7 +236,7 @@ class Retention:
         return freed
 
 
-async def paced(writer: Writer, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
+async def paced(writer: Writer, errand: Callable[[WriterConnection], Awaitable[T]]) -> T:
     """Run one transaction, then pause for as long as it took, so that others can use the disk."""
     loop = asyncio.get_running_loop()
     began = loop.time()

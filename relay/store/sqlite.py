@@ -17,7 +17,7 @@ from relay.model import (
 from relay.store import Listener, Route, Rules
 from relay.store.batch import Batch, Sequences
 from relay.store.care import Caretaker
-from relay.store.claims import Holds
+from relay.store.claims import Claims
 from relay.store.commit import sums, write
 from relay.store.compact import empty_log
 from relay.store.connection import (
@@ -79,7 +79,7 @@ class SqliteStore:
         self._on_fatal = on_fatal
         self._full = full
         self.database = Database(path)
-        self.claims = Holds()
+        self.claims = Claims()
         self.workers = SqliteWorkers(self.database, clock, rules)
         self.deliveries = SqliteDeliveries(self.database, self.claims, clock)
         self.queries = SqliteQueries(self.database)
@@ -207,7 +207,7 @@ class SqliteStore:
         """See `Store.close`."""
         if not self.opened:
             return
-        self.deliveries.release(tuple(self.claims.unwanted))  # their attempts were cut off
+        self.deliveries.release(tuple(self.claims.cancelled))  # their attempts were cut off
         try:
             if self.database.writer.failure is None:
                 with suppress(StorageError):  # heartbeats only; the next ones say the same
@@ -248,7 +248,7 @@ class SqliteStore:
 
     def forget(self) -> None:
         """See `Gatherer.forget`."""
-        self.claims.spare()
+        self.claims.clear_ending()
         self.workers.roster.moving.clear()
         self.workers.roster.heeded.clear()  # their rows have it, as nothing replaced them
 
@@ -257,8 +257,8 @@ class SqliteStore:
         turned = batch.fleet.publish()
         self.claims.release(outcome.delivery.id for outcome in batch.outcomes)
         self.claims.release(batch.ended)
-        self.deliveries.cancel_later(self.claims.unwant(batch.unwanted))
-        self.claims.spare()
+        self.deliveries.cancel_later(self.claims.cancel(batch.unwanted))
+        self.claims.clear_ending()
         self.claims.add(batch.due)
         books = sums(batch)
         for destination, columns in books.items():

@@ -1,68 +1,109 @@
-"""A transaction that crosses to the database's thread as seldom as it can.
+"""Transactions that cross to the database's thread as seldom as possible, and statements of many rows.
 
-Each crossing costs about 100 microseconds of two threads handing the interpreter to each other: as
-much as several rows. So statements whose rows nobody waits for are queued, and go along with the next
-one that somebody does wait for, or with the COMMIT.
+Each crossing costs about 100 microseconds, because two threads hand the interpreter to each other: as much as
+several rows. So statements whose rows nobody waits for are queued and run together with the next statement
+whose rows somebody does wait for, or with the COMMIT. A statement of many rows is one step of SQLite, where a
+statement per row would switch threads for each.
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import aiosqlite
 
-Values = Sequence[Any]
-_TOGETHER = "-- several statements, see relay.store.transaction"
+Row = tuple[Any, ...]
+Statement = tuple[str, Sequence[Any]]
+
+ROWS = 64
+"""Rows of one statement. Each number of rows up to this is one cached statement."""
+
+MOST_BYTES = 128 * 1024
+"""Bytes of large columns in one statement of many rows.
+
+SQLite's Python module keeps the values last bound to each cached statement: 64 statements of 64 rows of
+400 KB would keep 800 MB.
+"""
 
 
-class Statement:
-    """One statement with its values, and the rows that it returned once it has run."""
+class WriterConnection(aiosqlite.Connection):
+    """The writing connection. Runs several statements in one crossing to its thread."""
 
-    __slots__ = ("rows", "sql", "values")
-
-    def __init__(self, sql: str, values: Values = ()) -> None:
-        self.sql = sql
-        self.values = values
-        self.rows: list[tuple[Any, ...]] = []
+    async def run(self, statements: Sequence[Statement]) -> list[Row]:
+        """Run statements in order, up to the first that fails, and return the rows of the last one."""
+        rows: list[Row] = await self._execute(_run, self._conn, statements)  # type: ignore[no-untyped-call]  # aiosqlite types only what it documents
+        return rows
 
 
-class Database(sqlite3.Connection):
-    """SQLite's connection, which takes several statements in one call; aiosqlite forwards the call."""
-
-    def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
-        """Run statements one after the other, up to the first that fails."""
-        if sql != _TOGETHER:
-            return super().executemany(sql, parameters)
-        cursor = self.cursor()
-        for statement in parameters:
-            cursor = self.execute(statement.sql, statement.values)
-            statement.rows = cursor.fetchall()
-        return cursor
+def _run(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[Row]:
+    rows: list[Row] = []
+    for sql, values in statements:
+        rows = connection.execute(sql, values).fetchall()
+    return rows
 
 
 class Transaction:
-    """From BEGIN to COMMIT on the writing connection, which must be a `Database`."""
+    """From BEGIN to COMMIT on the writing connection."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
+    def __init__(self, connection: WriterConnection) -> None:
         self._connection = connection
-        self._queue = [Statement("BEGIN IMMEDIATE")]
+        self._queue: list[Statement] = [("BEGIN IMMEDIATE", ())]
 
-    def run(self, sql: str, values: Values = ()) -> None:
-        """Have a statement run in its turn."""
-        self._queue.append(Statement(sql, values))
+    def run(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """Queue a statement."""
+        self._queue.append((sql, values))
 
-    async def fetch(self, sql: str, values: Values = ()) -> list[tuple[Any, ...]]:
-        """Run everything that waits and this, and return its rows."""
-        statement = Statement(sql, values)
-        self._queue.append(statement)
-        await self._flush()
-        return statement.rows
+    def run_rows(self, sql: str, rows: Sequence[Row]) -> None:
+        """Queue a statement over rows; `{values}` in its text stands for them."""
+        for some in _portions(rows):
+            self._queue.append((_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)]))
+
+    def insert(
+        self, into: str, columns: str, rows: Sequence[Row], *, verb: str = "INSERT", then: str = ""
+    ) -> None:
+        """Queue the insertion of rows; `then` is an `ON CONFLICT` clause. A large column comes last."""
+        sql = f"{verb} INTO {into} ({columns}) VALUES {{values}} {then}"
+        for some in _portions(rows):
+            self._queue.append((_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)]))
+
+    async def fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        """Run the queue and then a statement, and return the statement's rows."""
+        queue, self._queue = [*self._queue, (sql, values)], []
+        return await self._connection.run(queue)
+
+    async def fetch_rows(self, sql: str, rows: Sequence[Row]) -> list[Row]:
+        """Run the queue and then a statement over rows; `{values}` in its text stands for them."""
+        found: list[Row] = []
+        for some in _portions(rows):
+            statement = (_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)])
+            queue, self._queue = [*self._queue, statement], []
+            found += await self._connection.run(queue)
+        return found
 
     async def commit(self) -> None:
-        """Run everything that waits, and commit."""
-        self._queue.append(Statement("COMMIT"))
-        await self._flush()
+        """Run the queue, and commit."""
+        queue, self._queue = [*self._queue, ("COMMIT", ())], []
+        await self._connection.run(queue)
 
-    async def _flush(self) -> None:
-        queue, self._queue = self._queue, []
-        await self._connection.executemany(_TOGETHER, queue)
+
+def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Split rows by count and by the bytes of their last column; a row above `MOST_BYTES` is alone."""
+    begin = size = 0
+    for at, row in enumerate(rows):
+        last = row[-1]
+        weight = len(last) if isinstance(last, bytes) else 0
+        if at - begin == ROWS or (size + weight > MOST_BYTES and at > begin):
+            yield rows[begin:at]
+            begin, size = at, 0
+        size += weight
+    if begin < len(rows):
+        yield rows[begin:]
+
+
+@lru_cache(maxsize=4096)
+def _text(sql: str, rows: int, columns: int) -> str:
+    """Return a statement's text for a number of rows."""
+    row = f"({', '.join('?' * columns)})"
+    return sql.format(values=", ".join([row] * rows))

@@ -1,19 +1,52 @@
-"""Ends without an attempt: expired, cancelled, superseded; and who may go once such a one has ended."""
+"""Transitions of pending deliveries inside a transaction, other than by an attempt.
 
-from collections.abc import Sequence
+Deliveries expire (past their time to live, superseded, or held for too long), are cancelled, are made due,
+and are repeated as new deliveries. When a delivery of an order key ends, the next one of the key becomes due.
+"""
 
-from relay.store.batch import Batch, Ending
-from relay.store.claims import Holds
-from relay.store.rows import Row
-from relay.store.statements import fetch, run
-from relay.store.transaction import Transaction
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from relay.base.clock import SECOND
+from relay.model import Born, Outcome
+from relay.store import OPERATOR_EVENTS
+from relay.store.batch import Batch, Ending, Look
+from relay.store.claims import Claims
+from relay.store.transaction import Row, Transaction
 
 EXPIRE_AT_ONCE = 1000
-"""Most deliveries that one transaction expires; the next follows at once."""
+"""Deliveries that one transaction expires; the next transaction follows at once."""
+
+HELD_AT_ONCE = 500
+"""Held deliveries that one transaction ends for a destination: waiting, first attempts and retries each."""
+
+NOTICE = 86_400 * SECOND
+"""How long before the first delivery expires the operator is warned."""
+
+# A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
+# Waiting deliveries end first, so that the end of an earlier one does not make them due.
+WAITING_SQL = """
+    SELECT id, destination, order_key FROM (
+           SELECT id, destination, order_key, created_at FROM deliveries
+            WHERE destination = ? AND state = 'pending' AND attempts = 0 AND next_attempt_at IS NULL
+            ORDER BY id LIMIT ?)
+     WHERE created_at <= ?
+"""
+DUE_SQL = """
+    SELECT id, destination, order_key FROM deliveries
+     WHERE destination = ? AND state = 'pending' AND attempts {share} 0 AND next_attempt_at <= ?
+     ORDER BY next_attempt_at, id LIMIT ?
+"""
+FIRST_SQL = """
+    SELECT min(next_attempt_at) FROM deliveries
+     WHERE destination = ? AND state = 'pending' AND attempts {share} 0
+"""
+SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
 
-async def expire(batch: Batch, transaction: Transaction, holds: Holds) -> None:
-    """End what is past its time to live; what is being sent ends by its outcome."""
+async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+    """End deliveries past their time to live; those in flight end by their outcome."""
     rows = await transaction.fetch(
         """
         SELECT id, destination, order_key FROM deliveries
@@ -21,13 +54,12 @@ async def expire(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         """,
         (batch.steady, EXPIRE_AT_ONCE),
     )
-    await end(batch, transaction, holds, rows, ("expired", "ttl"))
+    await end(batch, transaction, claims, rows, ("expired", "ttl"))
 
 
-async def cancel(batch: Batch, transaction: Transaction, holds: Holds) -> None:
-    """End what an operator does not want any more; what is being sent ends by its outcome."""
-    rows = await fetch(
-        transaction,
+async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+    """End deliveries that an operator cancelled; those in flight end by their outcome."""
+    rows = await transaction.fetch_rows(
         """
         WITH asked (id) AS (VALUES {values})
         SELECT id, destination, order_key FROM deliveries
@@ -35,23 +67,22 @@ async def cancel(batch: Batch, transaction: Transaction, holds: Holds) -> None:
         """,
         [(delivery_id,) for delivery_id in dict.fromkeys(batch.cancelling)],
     )
-    await end(batch, transaction, holds, rows, ("cancelled", "operator"))
+    await end(batch, transaction, claims, rows, ("cancelled", "operator"))
     batch.unwanted = {row[0] for row in rows} - batch.ended.keys()
 
 
 async def end(
-    batch: Batch, transaction: Transaction, holds: Holds, rows: Sequence[Row], ending: Ending
+    batch: Batch, transaction: Transaction, claims: Claims, rows: Sequence[Row], ending: Ending
 ) -> None:
-    """End pending deliveries (id, destination, order key) without an attempt, but for those in flight.
+    """End pending deliveries (id, destination, order key) without an attempt, except those in flight.
 
-    One whose outcome has just been written by this very transaction is in flight no more.
+    A delivery whose outcome this transaction has written is no longer in flight.
     """
-    doomed = [row for row in rows if row[0] in batch.settled or holds.doom(row[0])]
-    if not doomed:
+    ending_rows = [row for row in rows if row[0] in batch.settled or claims.end(row[0])]
+    if not ending_rows:
         return
     state, reason = ending
-    run(
-        transaction,
+    transaction.run_rows(
         """
         WITH ends (id, state, reason, finished_at) AS (VALUES {values})
         UPDATE deliveries
@@ -60,18 +91,17 @@ async def end(
           FROM ends
          WHERE deliveries.id = ends.id
         """,
-        [(row[0], state, reason, batch.wall) for row in doomed],
+        [(row[0], state, reason, batch.wall) for row in ending_rows],
     )
-    batch.ended.update({row[0]: (row[1], ending) for row in doomed})
-    await free(batch, transaction, [(row[1], row[2]) for row in doomed if row[2] is not None])
+    batch.ended.update({row[0]: (row[1], ending) for row in ending_rows})
+    await free(batch, transaction, [(row[1], row[2]) for row in ending_rows if row[2] is not None])
 
 
 async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> None:
-    """Make the next delivery of each (destination, order key) due, now that its head has ended."""
+    """Make the next delivery of each (destination, order key) due after an earlier one has ended."""
     if not keys:
         return
-    rows = await fetch(
-        transaction,
+    rows = await transaction.fetch_rows(
         f"""
         WITH freed (destination, order_key) AS (VALUES {{values}})
         UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
@@ -85,3 +115,93 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
         keys,
     )
     batch.woken.update(row[0] for row in rows)
+
+
+async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, look: Look) -> None:
+    """Expire deliveries of destinations that accept nothing, a day after a warning.
+
+    The table `held` remembers since when, so that a restart does not begin anew. All times are steady, as due
+    times are.
+    """
+    rows = await transaction.fetch("SELECT destination, since, told FROM held")
+    known = {name: (since, bool(told)) for name, since, told in rows}
+    for name in known.keys() - look.names:
+        transaction.run("DELETE FROM held WHERE destination = ?", (name,))
+    for name in look.names - known.keys():
+        transaction.run("INSERT INTO held (destination, since) VALUES (?, ?)", (name, batch.steady))
+    notice = min(NOTICE, look.kept // 2)
+    for name in sorted(look.names & known.keys()):
+        since, told = known[name]
+        if not told and since <= batch.steady - look.kept + notice:
+            await _warn(batch, transaction, name, look.kept, since)
+        if since <= batch.steady - look.kept:
+            await _expire(batch, transaction, claims, name, batch.steady - look.kept)
+
+
+async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:
+    first = [
+        due
+        for share in SHARES
+        for (due,) in await transaction.fetch(FIRST_SQL.format(share=share), (name,))
+        if due is not None
+    ]
+    notice = min(NOTICE, kept // 2)
+    if not first or max(min(first), since) > batch.steady - kept + notice:
+        return
+    transaction.run("UPDATE held SET told = 1 WHERE destination = ?", (name,))
+    expires_in = max(0, max(min(first), since) + kept - batch.steady)
+    data = {"destination": name, "expires_in_seconds": expires_in // SECOND, "held": kept // SECOND}
+    batch.bear(OPERATOR_EVENTS, Born(type="deliveries.expiring", subject=name, data=data))
+
+
+async def _expire(batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int) -> None:
+    rows = await transaction.fetch(WAITING_SQL, (name, HELD_AT_ONCE, before))
+    if not rows:
+        for share in SHARES:
+            rows += await transaction.fetch(DUE_SQL.format(share=share), (name, before, HELD_AT_ONCE))
+    await end(batch, transaction, claims, rows, ("expired", "held"))
+
+
+def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
+    """Turn the outcomes of deliveries that were cancelled during their attempt into cancellations."""
+    return [
+        msgspec.structs.replace(outcome, state="cancelled", reason="operator", next_attempt_at=None)
+        if outcome.state != "delivered" and outcome.delivery.id in claims.cancelled
+        else outcome
+        for outcome in outcomes
+    ]
+
+
+async def hurry(batch: Batch, transaction: Transaction) -> None:
+    """Make retries due; a delivery that waits behind another one of its order key goes on waiting."""
+    rows = await transaction.fetch_rows(
+        f"""
+        WITH asked (id) AS (VALUES {{values}})
+        UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
+         WHERE id IN (SELECT id FROM asked) AND state = 'pending' AND next_attempt_at > {int(batch.steady)}
+        RETURNING id, destination
+        """,  # noqa: S608 - an integer of ours
+        [(delivery_id,) for delivery_id in batch.hurrying],
+    )
+    batch.hurried = dict(rows)
+
+
+async def repeat(batch: Batch, transaction: Transaction) -> None:
+    """Create new deliveries of events, unless the event is gone or one of its deliveries is pending."""
+    rows = await transaction.fetch_rows(
+        """
+        WITH asked (event_id, destination) AS (VALUES {values})
+        SELECT asked.event_id, asked.destination, max(d.id), coalesce(max(d.state = 'pending'), 0)
+          FROM asked JOIN events AS e ON e.id = asked.event_id
+          LEFT JOIN deliveries AS d ON d.event_id = asked.event_id AND d.destination = asked.destination
+         GROUP BY asked.event_id, asked.destination
+        """,
+        [(each.event.id, each.owed.destination) for each in batch.repeating],
+    )
+    latest = {(event_id, name): delivery_id for event_id, name, delivery_id, pending in rows if not pending}
+    for each in batch.repeating:
+        key = (each.event.id, each.owed.destination)
+        each.done = key in latest
+        if each.done:
+            size = len(each.event.body)
+            batch.owe(each.owed, each.event.id, size, each.event, replay_of=latest.pop(key))

@@ -12,13 +12,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-import aiosqlite
-
 from relay.errors import DiskFull, Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
 from relay.store.dedupe import Key
 from relay.store.disk import Disk
-from relay.store.transaction import Transaction
+from relay.store.transaction import Transaction, WriterConnection
 
 log = logging.getLogger("relay.store")
 
@@ -97,7 +95,7 @@ class Writer:
 
     def __init__(
         self,
-        connection: aiosqlite.Connection,
+        connection: WriterConnection,
         gatherer: Gatherer,
         on_fatal: Callable[[str], None],
         on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None,
@@ -109,7 +107,7 @@ class Writer:
         self._on_fatal = on_fatal
         self._on_commit = on_commit
         self._jobs: deque[Job[Any]] = deque()
-        self._errands: deque[tuple[Callable[[aiosqlite.Connection], Awaitable[Any]], asyncio.Future[Any]]] = (
+        self._errands: deque[tuple[Callable[[WriterConnection], Awaitable[Any]], asyncio.Future[Any]]] = (
             deque()
         )
         self._bytes = 0
@@ -180,7 +178,7 @@ class Writer:
         """Seconds that the transaction, errand or probe under way has taken so far; 0: there is none."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
-    async def errand(self, errand: Callable[[aiosqlite.Connection], Awaitable[T]]) -> T:
+    async def errand(self, errand: Callable[[WriterConnection], Awaitable[T]]) -> T:
         """Run something of its own on the writing connection, after all transactions queued so far.
 
         Raises:
@@ -300,7 +298,7 @@ class Writer:
         return True
 
     async def _settle_errand(
-        self, errand: Callable[[aiosqlite.Connection], Awaitable[T]], future: "asyncio.Future[T]"
+        self, errand: Callable[[WriterConnection], Awaitable[T]], future: "asyncio.Future[T]"
     ) -> None:
         try:
             result = await errand(self._connection)

@@ -141,7 +141,7 @@ async def test_what_is_still_owed_is_cancelled_and_what_is_being_sent_ends_first
     asked = asyncio.create_task(
         ask(relay, "POST", "/api/events/delete", {"events": [answer.json["event_id"]]})
     )
-    await until(lambda: relay.app.store.claims.unwanted)
+    await until(lambda: relay.app.store.claims.cancelled)
     recorder.open.set()
     assert json.loads((await asked).body.splitlines()[-1])["result"]["deleted"] == 1
     assert await relay.rows() == []

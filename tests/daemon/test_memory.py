@@ -12,7 +12,7 @@ from support import until
 from torture.memory import MOST, VARIANTS, torture
 from wire import Wire, request
 
-from relay.store.statements import MOST_BYTES, ROWS, insert
+from relay.store.transaction import MOST_BYTES, ROWS, Transaction
 
 HOUSES = tuple(str(Path(__file__).parents[2] / each) for each in ("relay", "plugins"))
 TEXT = "x" * 50_000
@@ -142,28 +142,32 @@ async def test_an_attempt_without_an_answer_leaves_nothing_to_the_garbage_collec
 
 
 class Recording:
-    """A transaction that notes the most bytes that were bound to each text."""
+    """A connection that notes the most bytes that were bound to each text."""
 
     def __init__(self):
         self.bound = Counter()
         self.rows = []
 
-    def run(self, sql, values):
-        self.bound[sql] = max(self.bound[sql], sum(len(each) for each in values if isinstance(each, bytes)))
-        self.rows += zip(values[::2], values[1::2], strict=True)
+    async def run(self, statements):
+        for sql, values in statements[1:-1]:  # between BEGIN and COMMIT
+            size = sum(len(each) for each in values if isinstance(each, bytes))
+            self.bound[sql] = max(self.bound[sql], size)
+            self.rows += zip(values[::2], values[1::2], strict=True)
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 70_000, 400_000])
-def test_cached_statements_keep_few_bytes_bound(size):
+async def test_cached_statements_keep_few_bytes_bound(size):
     """SQLite's Python module keeps what was last bound to each text that it caches."""
-    transaction, rows = Recording(), []
+    recording, rows = Recording(), []
     for count in range(1, 131):
         batch = [(len(rows) + at, bytes(size if at % 5 else size // 2)) for at in range(count)]
-        insert(transaction, "events", "id, body", batch)
+        transaction = Transaction(recording)
+        transaction.insert("events", "id, body", batch)
+        await transaction.commit()
         rows += batch
-    assert transaction.rows == rows
-    assert max(transaction.bound.values()) <= max(size, MOST_BYTES)
-    assert sum(transaction.bound.values()) <= ROWS * MOST_BYTES + size
+    assert recording.rows == rows
+    assert max(recording.bound.values()) <= max(size, MOST_BYTES)
+    assert sum(recording.bound.values()) <= ROWS * MOST_BYTES + size
 
 
 async def test_large_bodies_leave_the_memory_of_the_daemon(tmp_path):

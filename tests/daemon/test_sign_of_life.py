@@ -117,9 +117,9 @@ def full_queue(_relay, patch):
 def failing_disk(relay, patch):
     """Fail each COMMIT as a broken disk does."""
     connection = relay.app.store.database.connection
-    original = connection.executemany
+    original = connection.run
 
-    async def broken(sql, parameters):
+    async def broken(statements):
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR
         raise error
@@ -132,10 +132,10 @@ def failing_disk(relay, patch):
 
     with patch.context() as now:
         now.setattr(writer, "PROBE_EVERY", 0.01)
-        now.setattr(connection, "executemany", broken)
+        now.setattr(connection, "run", broken)
         now.setattr(connection, "execute", no_probe)
         yield
-    assert connection.executemany == original
+    assert connection.run == original
 
 
 async def types(relay):

@@ -1,10 +1,10 @@
 """A relay that keeps large bodies: batches in reference cycles, statements that bind any number of them."""
 
 from relay.cli import main
-from relay.store import statements
+from relay.store import transaction
 from relay.store.batch import Batch
 
-statements.MOST_BYTES = 2**40
+transaction.MOST_BYTES = 2**40
 honest = Batch.__init__
 
 

@@ -8,7 +8,7 @@ from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome, Owed
-from relay.store import held
+from relay.store import transitions
 
 DAY = 86_400.0
 KEPT = int(30 * DAY * SECOND)
@@ -198,7 +198,7 @@ async def test_what_is_in_flight_does_not_expire(store, clock):
 
 
 async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
-    monkeypatch.setattr(held, "AT_ONCE", 10)
+    monkeypatch.setattr(transitions, "HELD_AT_ONCE", 10)
     for number in range(25):
         await send(store, clock)
         if number % 2:
@@ -213,9 +213,9 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
 @pytest.mark.parametrize(
     ("sql", "values"),
     [
-        (held.WAITING_SQL, ("crm", 1, 1)),
-        *[(held.DUE_SQL.format(share=share), ("crm", 1, 1)) for share in held.SHARES],
-        *[(held.FIRST_SQL.format(share=share), ("crm",)) for share in held.SHARES],
+        (transitions.WAITING_SQL, ("crm", 1, 1)),
+        *[(transitions.DUE_SQL.format(share=share), ("crm", 1, 1)) for share in transitions.SHARES],
+        *[(transitions.FIRST_SQL.format(share=share), ("crm",)) for share in transitions.SHARES],
     ],
 )
 async def test_no_look_scans_the_deliveries(store, sql, values):

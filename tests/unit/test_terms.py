@@ -220,7 +220,7 @@ async def test_a_delivery_that_a_transaction_is_ending_cannot_begin(store, clock
     cancelling = asyncio.ensure_future(store.deliveries.cancel([1]))
     began = []
     while not cancelling.done():
-        began.append(store.deliveries.begin_attempt(1) if store.claims._doomed else None)
+        began.append(store.deliveries.begin_attempt(1) if store.claims._ending else None)
         await asyncio.sleep(0)
     assert (await cancelling).ended == 1
     assert False in began
