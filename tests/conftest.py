@@ -14,10 +14,11 @@ import pytest
 from certificates import Certificates
 from client import AMPLE
 from commands import Commands
-from daemons import Recorder
+from daemons import SOURCES, Recorder, destination, running, write_config
 from lanes import CLOCK, Receiver
 from machines import fetch
 from stores import make_store
+from support import FakeClock
 
 from relay.config.schema import DestinationConfig
 from relay.delivery.http.http_client import HttpClient
@@ -118,6 +119,25 @@ async def recorder():
     """A receiver that keeps what arrives."""
     async with Recorder() as recorder:
         yield recorder
+
+
+@pytest.fixture
+def clock():
+    """A clock that the test sets."""
+    return FakeClock()
+
+
+@pytest.fixture
+def config(tmp_path, recorder):
+    """A configuration with one source of each kind and one destination, the recorder."""
+    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+
+
+@pytest.fixture
+async def relay(config):
+    """A relay in this process, with the module's or the shared configuration."""
+    async with running(config) as relay:
+        yield relay
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 import click
 import pytest
 from click.testing import CliRunner
-from daemons import SOURCES, adorn, destination, running, write_config
+from daemons import SOURCES, adorn, destination, write_config
 from support import until
 from wire import request
 
@@ -65,12 +65,6 @@ def config(tmp_path):
     file = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
     file.write_text(file.read_text().replace("[admin]", f'[admin]\ntokens = ["{TOKEN}"]'))
     return file
-
-
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
 
 
 @pytest.fixture

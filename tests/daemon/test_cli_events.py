@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from commands import Commands, run
-from daemons import SOURCES, adorn, destination, running, write_config
+from daemons import SOURCES, adorn, running, write_config
 from support import until
 from wire import request
 
@@ -15,17 +15,6 @@ from relay.store.queries import page as page_budget
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 OTHER = adorn("s-2")
-
-
-@pytest.fixture
-def config(tmp_path, recorder):
-    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
-
-
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
 
 
 def finished(relay, outcome="delivered"):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from commands import RELAY, Commands, Terminal, run
-from daemons import SOURCES, Daemon, adorn, destination, running, write_config
+from daemons import Daemon, adorn
 from support import until
 from wire import exchange, request
 
@@ -14,17 +14,6 @@ from relay.cli import tail
 from relay.cli.tail import COLUMNS
 
 TYPE = "adorn.session.started"
-
-
-@pytest.fixture
-def config(tmp_path, recorder):
-    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
-
-
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
 
 
 async def send(relay, session="s-1"):

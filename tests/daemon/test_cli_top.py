@@ -5,22 +5,11 @@ import re
 
 import pytest
 from commands import Commands, Terminal, run
-from daemons import SOURCES, Daemon, adorn, destination, running, write_config
+from daemons import Daemon, adorn
 from support import until
 from wire import request
 
 from relay.cli.top import clip, lines
-
-
-@pytest.fixture
-def config(tmp_path, recorder):
-    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
-
-
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
 
 
 def told(sources=1, destinations=1, **more):

@@ -6,22 +6,11 @@ import json
 
 import pytest
 from commands import run
-from daemons import SOURCES, adorn, destination, running, write_config
+from daemons import adorn
 from support import until
 from wire import request
 
 from relay.cli import events as events_command
-
-
-@pytest.fixture
-def config(tmp_path, recorder):
-    return write_config(tmp_path, SOURCES, destination("crm", recorder.url))
-
-
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
 
 
 async def post(relay, *sessions):

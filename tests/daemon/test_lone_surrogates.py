@@ -74,12 +74,6 @@ def config(tmp_path, receivers):
     )
 
 
-@pytest.fixture
-async def relay(config):
-    async with running(config) as relay:
-        yield relay
-
-
 DATA = rb'{"name": %b, "tags": [%b, {%b: "\uDE00 \ud83d\ude00 \\ud83d"}], "price": 45000.00}' % (
     BOB,
     BOB,

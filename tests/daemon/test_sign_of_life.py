@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 from daemons import SOURCES, running, write_config
-from support import FakeClock, until
+from support import until
 from wire import Wire, exchange, request
 
 from relay.base.clock import SECOND
@@ -66,11 +66,6 @@ LEAVING = [
     delete(), delete(base="/api"), farewell(), farewell(base="/api"), farewell(method="POST"),
     request("DELETE", "/api/v1/workers/w1", b"{}", **TOKEN),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

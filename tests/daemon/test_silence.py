@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 from daemons import SOURCES, Daemon, running, write_config
 from stores import make_store
-from support import FakeClock, SteppedClock, until
+from support import SteppedClock, until
 from wire import Wire, exchange, request
 
 from relay.errors import StorageUnavailableError
@@ -53,11 +53,6 @@ async def beating(url, workers, every):
 
 
 # --- the watch by itself ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 from daemons import SOURCES, running, write_config
-from support import FakeClock, until
+from support import until
 from wire import Wire, exchange, request
 
 from relay.errors import StorageUnavailableError
@@ -15,11 +15,6 @@ from relay.model import Heartbeat
 from relay.store import Acceptance
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -8,16 +8,11 @@ import stat
 
 import pytest
 from stores import end, ids, opened, rows, send
-from support import FakeClock, until
+from support import until
 
 from relay.errors import StorageError
 from relay.store import backup, read_only
 from relay.store.backup import back_up
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

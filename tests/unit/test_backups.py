@@ -5,7 +5,6 @@ import logging
 import pytest
 from machines import small_disk
 from stores import opened, send
-from support import FakeClock
 
 from relay.config.schema import BackupConfig, Config, Storage
 from relay.errors import StorageError
@@ -15,11 +14,6 @@ from relay.metrics import Metrics
 from relay.store import backup
 
 DAY = 86_400.0
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -2,15 +2,9 @@
 
 import pytest
 from stores import opened, rows, send
-from support import FakeClock
 
 from relay.model import Compacted
 from relay.store import prune
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

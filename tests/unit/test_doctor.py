@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from stores import end, hooks, opened, send
-from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Owed, Register, Unregister
@@ -19,11 +18,6 @@ NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",
     "stuck", "dead", "bodies", "clock", "room", "destinations", "sources", "workers",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -2,15 +2,9 @@
 
 import pytest
 from stores import count_rows, end, ids, opened, rows, send
-from support import FakeClock
 
 from relay.model import Expunged, Outcome, Selection
 from relay.store import events
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 from stores import accept, hooks, make_store
 from stores import rows as read_rows
-from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome, Owed
@@ -12,11 +11,6 @@ from relay.store import transitions
 
 DAY = 86_400.0
 KEPT = int(30 * DAY * SECOND)
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 def make(path, clock):

@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 from stores import make_event, opened, send
 from stores import rows as read_rows
-from support import FakeClock
 
 from bench.filling import END, fill
 from bench.lists import OPTIONS, deep, faults, filter_sets, open_traced
@@ -23,11 +22,6 @@ from relay.store.queries.filters import FILTERS
 
 EVENTS = 1200
 """Events of the filled store: enough for several pages, and few enough for hundreds of queries."""
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 from stores import accept, hooks, make_store
 from stores import rows as read_rows
-from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
@@ -18,11 +17,6 @@ from relay.store.retention_policy import Policy
 
 DAY = 86_400.0
 POLICY = Policy(Retention())
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

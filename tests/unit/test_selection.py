@@ -3,7 +3,6 @@
 import pytest
 from stores import KINDS, accept, hooks, make_store
 from stores import rows as read_rows
-from support import FakeClock
 
 from bench.lists import Traced, faults
 from relay.base.clock import SECOND
@@ -11,11 +10,6 @@ from relay.errors import RelayError, UnknownError
 from relay.model import Attempt, Outcome, Owed, Selection
 from relay.store import Span
 from relay.store.queries import selection
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture(params=KINDS)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from stores import KINDS, hooks, make_event, make_store
 from stores import rows as read_rows
-from support import FakeClock, until
+from support import until
 
 from relay.base.clock import SECOND
 from relay.errors import Overloaded, StorageError, StorageUnavailableError
@@ -26,11 +26,6 @@ from relay.model import (
 )
 from relay.store import Acceptance, sqlite
 from relay.store.schema import MIGRATIONS
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture(params=KINDS)

@@ -3,7 +3,6 @@
 import msgspec
 import pytest
 from stores import hooks, opened
-from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.config.schema import WorkerRules
@@ -96,11 +95,6 @@ SHARED = [
 
 def test_loopback_and_private_endpoints_identify_nobody():
     assert [endpoint for endpoint in TELLING + SHARED if identifies(endpoint)] == TELLING
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -4,18 +4,12 @@ import asyncio
 
 import pytest
 from stores import accept, hooks, make_store
-from support import FakeClock
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome
 from relay.routing.router import Router
 from relay.routing.subscription import Subscription, SubscriptionOptions
 from relay.store import Cancelled
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 from stores import accept, hooks, make_store
-from support import FakeClock
 
 from relay.config.schema import DestinationConfig, Retention
 from relay.delivery.dispatcher import Dispatcher
@@ -17,11 +16,6 @@ DAY = 86_400.0
 DESTINATIONS = {
     name: DestinationConfig(name=name, url="http://127.0.0.1:9/") for name in ("paused", "dead", "well")
 }
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture

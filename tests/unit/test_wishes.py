@@ -4,17 +4,12 @@ import asyncio
 
 import pytest
 from stores import KINDS, accept, hooks, make_store
-from support import FakeClock, until
+from support import until
 
 from relay.base.clock import SECOND
 from relay.errors import StorageUnavailableError
 from relay.model import Attempt, Outcome, Owed
 from relay.store import Cancelled
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
 
 
 @pytest.fixture(params=KINDS)
