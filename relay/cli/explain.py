@@ -145,7 +145,7 @@ def _path(source: SourceConfig, given: str | None) -> str:
 
 def _event(source: SourceConfig, incoming: "Incoming") -> "StoredEvent":
     """Return the event that the source's handler creates from a request."""
-    from relay.diagnosis.handling import handle, match_of  # noqa: PLC0415 - see `_explained`
+    from relay.diagnosis.source_request import handle, match_of  # noqa: PLC0415 - see `_explained`
     from relay.ingest.event import make_event  # noqa: PLC0415 - see `_explained`
     from relay.source import Reply  # noqa: PLC0415 - see `_explained`
 

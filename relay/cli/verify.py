@@ -21,9 +21,8 @@ from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Absent
 from relay.config.tokens import all_tokens
-from relay.diagnosis import incoming, signature
-from relay.diagnosis.captured import Captured, read_captured
-from relay.diagnosis.finding import Finding, Report
+from relay.diagnosis import signature, source_request
+from relay.diagnosis.captured import Captured, Finding, Report, read_captured
 
 
 @click.command()
@@ -72,7 +71,7 @@ def verify(
         source_named(source, setup.sources)
         demand(loaded, given, f"sources.{source}")
         tokens = all_tokens(Binder(read(path), given, lenient=True), setup)
-        report = incoming.diagnose(captured, source, setup.sources, tokens)
+        report = source_request.diagnose(captured, source, setup.sources, tokens)
     else:
         name = str(destination)
         if name not in setup.destinations:

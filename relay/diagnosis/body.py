@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from relay.base.json_text import decode
-from relay.diagnosis.finding import Finding
+from relay.diagnosis.captured import Finding
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _FORM = "application/x-www-form-urlencoded"

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, unquote
 
 from relay.config.secrets import digest
 from relay.config.tokens import Token
-from relay.diagnosis.finding import Finding
+from relay.diagnosis.captured import Finding
 from relay.diagnosis.token_variants import is_placeholder, likeness
 from relay.errors import Forbidden, Unauthenticated
 from relay.incoming import Incoming

@@ -105,7 +105,7 @@ async def test_a_410_disables_nothing_and_says_that_a_delivery_would(crm):
     recorder.answers.append((410, {}))
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
     assert ["status", "410"] in said.rows
-    assert "verdict\twould disable the destination and be held: 410 Gone" in said.out
+    assert "result\twould disable the destination and be held: 410 Gone" in said.out
     assert relay.app.dispatcher.lanes["crm"].held is None
 
 

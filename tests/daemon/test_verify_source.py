@@ -17,7 +17,7 @@ from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.tokens import all_tokens
 from relay.diagnosis.captured import read_captured
-from relay.diagnosis.incoming import diagnose
+from relay.diagnosis.source_request import diagnose
 from relay.plugin_loading.loader import load
 
 TOKEN = "Ab+c/long-token=1"
@@ -90,7 +90,9 @@ def test_what_is_right_says_which_token_it_is_and_what_would_come_of_it(config):
 def test_a_source_without_tokens_asks_for_none(tmp_path):
     config = write_config(tmp_path, SOURCES)
     text = request(path="/v1/events", body='{"event_type": "a.b", "session_id": "s"}')
-    assert verify(config, text, source="adorn", code=0).out.startswith("verifies: it asks for no token\n")
+    assert verify(config, text, source="adorn", code=0).out.startswith(
+        "verifies: the source needs no token\n"
+    )
 
 
 B64 = base64.b64encode(TOKEN.encode()).decode()
@@ -339,13 +341,13 @@ def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
     ("args", "code", "says"),
     [
         ([], 2, "Missing option '--request'"),
-        (["--request", "-"], 2, "say whose request it is: --source or --destination"),
+        (["--request", "-"], 2, "give either --source or --destination"),
         (["--request", "-", "--source", "a", "--destination", "b"], 2, "--source or --destination"),
         (["--request", "-", "--source", "moddy", "--at", "2h"], 2, "--at needs --destination"),
         (["--request", "-", "--source", "modi"], 4, 'no source "modi", did you mean "moddy"?'),
         (["--request", "-", "--destination", "crn"], 4, 'unknown destination "crn", did you mean "crm"?'),
         (["--request", "-", "--destination", "crm", "--at", "noon"], 2, 'expected "2h"'),
-        (["--request", "absent", "--source", "moddy"], 2, "absent cannot be read: No such file"),
+        (["--request", "absent", "--source", "moddy"], 2, "cannot read absent: No such file"),
         (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both be the standard input"),
     ],
 )  # fmt: skip

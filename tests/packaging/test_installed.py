@@ -223,7 +223,7 @@ def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
         run("check-config", config, "--env-file", file)
         run("config", "show", "-c", config, "--env-file", file)
     said = run("check-config", other, "--env-file", machine.folder / "absent", code=1)
-    assert said.err.splitlines()[0] == f"{machine.folder}/absent cannot be read: No such file or directory"
+    assert said.err.splitlines()[0] == f"cannot read {machine.folder}/absent: No such file or directory"
 
 
 def test_an_environment_file_that_the_unit_needs_and_is_missing_is_a_problem(machine):

@@ -1,6 +1,9 @@
 """Why a source does not take a request: every step of the front door, each looked at by itself."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from multidict import CIMultiDictProxy
@@ -9,17 +12,139 @@ from relay.base.units import render_size
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Credential, Secrets
 from relay.config.tokens import Token
-from relay.diagnosis import paths
 from relay.diagnosis.body import explain_malformed, is_twice_encoded
-from relay.diagnosis.captured import Captured
-from relay.diagnosis.finding import Finding, Report
-from relay.diagnosis.handling import handle
+from relay.diagnosis.captured import Captured, Finding, Report
 from relay.diagnosis.tokens import explain_bearer, token_of
-from relay.errors import Forbidden, Invalid, Malformed, PluginFailed, Refusal, Unauthenticated
+from relay.errors import (
+    Forbidden,
+    Invalid,
+    Malformed,
+    MethodNotAllowed,
+    NotFound,
+    PluginFailed,
+    Refusal,
+    Unauthenticated,
+)
 from relay.incoming import Incoming
 from relay.ingest.event import make_event
-from relay.ingest.routes import Match
-from relay.source import Accepted
+from relay.ingest.routes import Match, Routes, mounts_of
+from relay.source import Accepted, Reply
+
+WHERE = "request line"
+
+
+def find_route(
+    sources: Mapping[str, SourceConfig], name: str, path: str, method: str
+) -> tuple[Match | None, str, list[Finding]]:
+    """Find a source's route for a path as on the wire.
+
+    Returns:
+        The route, or the one that was probably meant, or None; the path below the source's prefix by
+        which it was found; and what is wrong with the path.
+    """
+    source = sources[name]
+    try:
+        match = Routes(mounts_of(sources)).find(path, method)
+    except (NotFound, Malformed) as error:
+        return _meant(source, path, method, error)
+    if match.mount.name == name:
+        return match, path.removeprefix(source.prefix), []
+    do = f"post to {_listed(source)}, or verify it with `--source {match.mount.name}`"
+    finding = _finding(f'the path is that of source "{match.mount.name}"', do)
+    return None, path, [finding]
+
+
+def wrong_method(method: str, match: Match) -> Finding | None:
+    """Say that a path has other methods."""
+    if method in match.handlers:
+        return None
+    allowed = " or ".join(sorted(match.handlers))
+    redirect = "; a redirect turns POST into GET" if method == "GET" else ""
+    return _finding(f"{method} is not taken here", f"have the sender use {allowed}{redirect}")
+
+
+def _meant(
+    source: SourceConfig, path: str, method: str, error: Exception
+) -> tuple[Match | None, str, list[Finding]]:
+    if isinstance(error, Malformed):
+        return None, path, [_finding(error.message, "have the sender percent-encode it as UTF-8")]
+    for other, what, do in _others(source, path):
+        try:
+            match = match_of(source, other, method)
+        except (NotFound, Malformed):
+            continue
+        return match, other.removeprefix(source.prefix), [_finding(what, do)]
+    full = [f"{source.prefix}{route}" for _, route, _ in source.settings.routes()]
+    near = difflib.get_close_matches(path, full, n=1)
+    meant = f'; did you mean "{near[0]}"?' if near else ""
+    what = f"the source has no such path{meant}"
+    return None, path.removeprefix(source.prefix), [_finding(what, f"post to {_listed(source)}")]
+
+
+def _others(source: SourceConfig, path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield paths that may have been meant, with what is wrong then and what to do."""
+    yield (
+        f"{source.prefix}{path}",
+        f"the source's prefix is missing: {source.prefix}",
+        f"have the sender post to {source.prefix}{path}",
+    )
+    yield path.rstrip("/"), "a slash is too much at its end", "have the sender leave it out"
+    yield re.sub("//+", "/", path), "two slashes follow each other", "have the sender write one"
+    yield path.lower(), "it has capital letters", "have the sender write it in small ones"
+    if source.prefix and path.startswith(source.prefix * 2):
+        yield (
+            path.removeprefix(source.prefix),
+            "the source's prefix stands there twice",
+            "have the proxy, or the sender, add it once",
+        )
+    for _, route, _ in source.settings.routes():
+        if path.endswith(f"{source.prefix}{route}"):
+            before = path.removesuffix(f"{source.prefix}{route}")
+            wanted = f'prefix = "{before}{source.prefix}"'
+            yield (
+                f"{source.prefix}{route}",
+                f'"{before}" stands before the source\'s path',
+                f"have the proxy take it away, or set `{wanted}` in [sources.{source.name}]",
+            )
+
+
+def _listed(source: SourceConfig) -> str:
+    return ", ".join(sorted({f"{source.prefix}{route}" for _, route, _ in source.settings.routes()}))
+
+
+def _finding(what: str, do: str) -> Finding:
+    return Finding(cause="route", where=WHERE, what=what, do=do)
+
+
+def match_of(source: SourceConfig, path: str, method: str) -> Match:
+    """Find the route of a path as on the wire, the source's prefix included.
+
+    Raises:
+        NotFound: the source has no such path.
+        Malformed: the path is not percent-encoded UTF-8.
+    """
+    return Routes(mounts_of({source.name: source})).find(path, method)
+
+
+def handle(match: Match, incoming: Incoming) -> Accepted | Reply:
+    """Have the handler of a route read a request, whose path is below the source's prefix.
+
+    Raises:
+        Refusal: the source's own; MethodNotAllowed; PluginFailed with what the plugin raised as its cause.
+    """
+    handler = match.handlers.get(incoming.method)
+    if handler is None:
+        raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
+    asked = msgspec.structs.replace(incoming, params=match.params)
+    try:
+        answer: Any = handler(asked)
+    except Refusal:
+        raise
+    except BaseException as error:
+        raise PluginFailed from error
+    if not isinstance(answer, Accepted | Reply):
+        raise PluginFailed from TypeError(f"a handler returned {type(answer).__name__}")
+    return answer
 
 
 class _Watched(Incoming, frozen=True, kw_only=True, gc=False):
@@ -46,8 +171,8 @@ def diagnose(
     """
     source = sources[name]
     path, query = _split(captured.target or _only_path(source))
-    match, inner, findings = (None, "", []) if not path else paths.find(sources, name, path, captured.method)
-    if match is not None and (wrong := paths.wrong_method(captured.method, match)):
+    match, inner, findings = (None, "", []) if not path else find_route(sources, name, path, captured.method)
+    if match is not None and (wrong := wrong_method(captured.method, match)):
         findings.append(wrong)
     incoming = _Watched(
         method=captured.method,
