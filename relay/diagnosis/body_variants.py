@@ -1,4 +1,4 @@
-"""What frameworks, proxies and people do to the bytes of a body after it was signed, undone one by one."""
+"""Variants of a body: changes that frameworks, proxies and people make after signing, undone one by one."""
 
 import codecs
 import json
@@ -6,27 +6,27 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 
-_LARGEST = 16 * 2**20  # bytes that a compressed body may come to
-_RAW = "verify the raw body, as it came in, before anything parses it"
-_LINES = "let nothing rewrite line ends: read and log the body as bytes"
-_END = "hand on exactly the bytes that came; `echo`, editors and templates change the last newline"
+_LARGEST = 16 * 2**20  # bytes of a decompressed body
+_RAW = "verify the raw body before anything parses it"
+_LINES = "keep line ends unchanged: read and log the body as bytes"
+_END = "pass on exactly the received bytes; `echo`, editors and templates change the last newline"
 
 
-def rewrites(body: bytes) -> Iterator[tuple[str, str, bytes]]:
-    """Yield bodies that this one may have been, each with what was done to it since and what to do."""
-    yield "a newline was added at its end", _END, body.rstrip(b"\r\n")
+def body_variants(body: bytes) -> Iterator[tuple[str, str, bytes]]:
+    """Yield possible original bodies, each with the change since signing and the advice."""
+    yield "a newline was added at the end", _END, body.rstrip(b"\r\n")
     for end in (b"\n", b"\r\n"):
-        yield "the newline at its end was taken away", _END, body + end
-    yield "white space around it was taken away or added", _END, body.strip()
-    yield "its line ends were changed from CRLF to LF", _LINES, body.replace(b"\n", b"\r\n")
-    yield "its line ends were changed from LF to CRLF", _LINES, body.replace(b"\r\n", b"\n")
-    yield "a byte order mark was put before it", _END, body.removeprefix(codecs.BOM_UTF8)
+        yield "the newline at the end was removed", _END, body + end
+    yield "white space around the body was removed or added", _END, body.strip()
+    yield "line ends were changed from CRLF to LF", _LINES, body.replace(b"\n", b"\r\n")
+    yield "line ends were changed from LF to CRLF", _LINES, body.replace(b"\r\n", b"\n")
+    yield "a byte order mark was added", _END, body.removeprefix(codecs.BOM_UTF8)
     for how, other in _unpacked(body):
-        yield f"it was compressed ({how}) after it was signed", "verify it unpacked", other
+        yield f"the body was compressed ({how}) after signing", "verify the decompressed body", other
     for other in _recoded(body):
-        yield "it was read in one character set and written in another", _RAW, other
+        yield "the body was decoded and encoded in different character sets", _RAW, other
     for other in _rewritten(body):
-        yield "it was parsed and written again: the meaning is the same, the bytes were changed", _RAW, other
+        yield "the body was parsed and written again: same content, different bytes", _RAW, other
 
 
 def _unpacked(body: bytes) -> Iterator[tuple[str, bytes]]:
@@ -46,7 +46,7 @@ def _recoded(body: bytes) -> Iterator[bytes]:
 
 
 def _rewritten(body: bytes) -> Iterator[bytes]:
-    """Yield the forms that the usual writers of JSON have; numbers and the order of keys stay."""
+    """Yield the body as common JSON writers format it; numbers and the order of keys stay."""
     try:
         text = body.decode()
         value = json.loads(text)
@@ -96,12 +96,12 @@ def _php(token: str) -> str:
 
 def _go(token: str) -> str:
     plain = _plain(token)
-    for sign in "<>&":
-        plain = plain.replace(sign, f"\\u{ord(sign):04x}")
+    for char in "<>&":
+        plain = plain.replace(char, f"\\u{ord(char):04x}")
     return plain
 
 
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
-_GZIP = 31  # window bits that mean gzip
+_GZIP = 31  # window bits for gzip
 _STYLES: tuple[Callable[[str], str], ...] = (str, _plain, _ascii, _php, _go)
-"""How strings are escaped: as they are, by JavaScript and others, by Python, by PHP, by Go."""
+"""Styles of escaping strings: unchanged, JavaScript and others, Python, PHP, Go."""

@@ -1,4 +1,4 @@
-"""A request that somebody wrote down: as it was on the wire, as `curl -v` prints it, or as JSON."""
+"""A captured request and its findings. Formats: raw HTTP, the output of `curl -v`, JSON."""
 
 import base64
 import binascii
@@ -9,31 +9,31 @@ import msgspec
 from multidict import CIMultiDict
 
 Cause = Literal["secret", "encoding", "bytes", "clock", "scope", "headers", "route", "body", "plugin"]
-"""Where to look: `secret` another one, `encoding` the right one written otherwise, `bytes` a body that is not
-what was sent or signed, `clock`, `scope` a token that may not; and what has nothing to do with secrets."""
+"""Area of a problem. `secret`: another secret; `encoding`: another form of the right one; `bytes`: a changed
+body; `scope`: a token without the permission."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that keeps a request from being taken. None of its texts ever holds a secret."""
+    """One reason why a request is not accepted. Its texts never contain a secret."""
 
     cause: Cause
     where: str  # a header, the body, or a key of config.toml
     what: str
-    do: str  # what to change next
+    do: str  # the advice
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of looking at one request."""
+    """The diagnosis of one request."""
 
     findings: tuple[Finding, ...]
-    fits: str | None = None  # the key of config.toml that verifies it; None: none does, or none is needed
-    signature: int | None = None  # of several in the request, the first that fits, counted from 1
-    type: str | None = None  # full type of the event that it would become
+    fits: str | None = None  # the key of config.toml that verifies the request, None without one
+    signature: int | None = None  # position of the matching one of several signatures, from 1
+    type: str | None = None  # full type of the event that it creates
     subject: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether the request is valid."""
         return not self.findings
 
 
@@ -43,7 +43,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _LONE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r\n]*)?\r?\n")
 _BOM = b"\xef\xbb\xbf"
-_AUTO = "{auto}"  # stands for the body's own length
+_AUTO = "{auto}"  # placeholder for the length of the body
 _EXPECTED = (
     'expected a request: "POST /path HTTP/1.1", headers, an empty line and the body;'
     " what `curl -v` prints; or JSON with method, path, headers and body"
@@ -51,18 +51,18 @@ _EXPECTED = (
 
 
 class Captured(msgspec.Struct, kw_only=True):
-    """A request as it was written down, and what writing it down did to it."""
+    """A captured request, and the changes made by capturing it."""
 
     method: str
-    target: str  # as in the request line; "": not known
+    target: str  # from the request line; "" if unknown
     headers: CIMultiDict[str]
     body: bytes = b""
     findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()  # what is worth knowing, and no fault
+    notes: tuple[str, ...] = ()  # remarks that are not problems
 
 
 class _Json(msgspec.Struct):
-    """A request as JSON. `relay listen --json` prints such."""
+    """A request as JSON, the format of `relay listen --json`."""
 
     method: str = "POST"
     path: str = ""
@@ -72,10 +72,10 @@ class _Json(msgspec.Struct):
 
 
 def read_captured(content: bytes, body: bytes | None = None) -> Captured:
-    """Read a request; `body`, where it was kept apart, is taken in place of what the file has.
+    """Return a captured request; `body` replaces the body in the file.
 
     Raises:
-        ValueError: it is none; a sentence.
+        ValueError: the content is not a request; the message is a sentence.
     """
     content = content.removeprefix(_BOM).lstrip(b"\r\n")
     if content.startswith(b"{"):
@@ -94,7 +94,7 @@ def read_captured(content: bytes, body: bytes | None = None) -> Captured:
 
 
 def _sent(content: bytes) -> list[bytes]:
-    """Return the lines that `curl -v` marks as sent, up to the end of the first head."""
+    """Return the sent lines in the output of `curl -v`, up to the end of the first head."""
     lines = [line for line in content.split(b"\n") if line.startswith(b">")]
     ends = [at for at, line in enumerate(lines) if at and not line[1:].strip()]
     return lines[: ends[0]] if ends else lines
@@ -106,9 +106,9 @@ def _from_json(content: bytes) -> Captured:
         text = (given.body or "").encode()
         body = text if given.body_base64 is None else base64.b64decode(given.body_base64, validate=True)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{error}; the body is text, as it was sent, or body_base64") from None
+        raise ValueError(f"{error}; give the body as text, or as body_base64") from None
     except (msgspec.DecodeError, UnicodeError, binascii.Error) as error:
-        raise ValueError(f"no JSON of a request: {error}") from None
+        raise ValueError(f"invalid JSON: {error}") from None
     headers: CIMultiDict[str] = CIMultiDict()
     for name, value in given.headers.items():
         for one in [value] if isinstance(value, str) else value:
@@ -129,15 +129,15 @@ def _from_http(content: bytes) -> Captured:
     headers: CIMultiDict[str] = CIMultiDict()
     for number, line in enumerate(fields, 1):
         field = _FIELD.fullmatch(line)
-        if field is None:  # it may be a part of a secret, so it is not repeated
-            raise ValueError(f"header {number} is none, it has no name; {_EXPECTED}")
+        if field is None:  # the line may contain a part of a secret, so it is not printed
+            raise ValueError(f"header {number} has no name; {_EXPECTED}")
         headers.add(_named(_text(field[1])), _text(field[2]))
     method, target = ("POST", "") if start is None else (_text(start[1]).upper(), _text(start[2]))
     return Captured(method=method, target=target, headers=headers, body=body, notes=notes)
 
 
 def _unfolded(lines: list[bytes]) -> tuple[list[bytes], tuple[str, ...]]:
-    """Put headers together that a mail program, or a sender of long ago, has broken into lines."""
+    """Join folded headers: a line that begins with a space continues the previous one."""
     fields: list[bytes] = []
     for line in lines:
         if line[:1] in (b" ", b"\t") and fields:
@@ -145,7 +145,7 @@ def _unfolded(lines: list[bytes]) -> tuple[list[bytes], tuple[str, ...]]:
         else:
             fields.append(line)
     broken = len(fields) < len(lines)
-    return fields, ("lines that begin with a space were joined to the header before",) if broken else ()
+    return fields, ("lines that begin with a space were joined to the previous header",) if broken else ()
 
 
 def _text(raw: bytes) -> str:
@@ -153,14 +153,14 @@ def _text(raw: bytes) -> str:
 
 
 def _named(name: str) -> str:
-    """Return a header's name as on the wire, also where a web framework made a variable of it."""
+    """Return a header's name on the wire for a framework's variable such as HTTP_X_TOKEN."""
     return name[5:].replace("_", "-") if name.startswith("HTTP_") else name
 
 
 def _measure(captured: Captured, *, trim: bool) -> None:
-    """Undo what tools do to a body while they save it, as far as its length tells.
+    """Undo changes that tools make when they save a body, guided by its length.
 
-    `trim`: the body stands at the end of a file, whose last newline need not be the sender's.
+    `trim`: the body is the end of a file, whose last newline may not be the sender's.
     """
     if "chunked" in captured.headers.get("Transfer-Encoding", "").lower():
         if (joined := _joined(captured.body)) is not None:
@@ -173,7 +173,7 @@ def _measure(captured: Captured, *, trim: bool) -> None:
     if not length:
         return
     if not (length.isascii() and length.isdigit()):
-        captured.findings += (_wrong_length(f"Content-Length is no number: {length[:20]!r}"),)
+        captured.findings += (_wrong_length(f"invalid Content-Length: {length[:20]!r}"),)
         return
     _fit(captured, int(length), trim=trim)
 
@@ -189,29 +189,27 @@ def _fit(captured: Captured, length: int, *, trim: bool) -> None:
     for change, other in restored.items():
         if len(other) == length:
             captured.body = other
-            note = (
-                f"saving it changed the body's line ends from {change}; by Content-Length they were put back"
-            )
+            note = f"saving changed line ends from {change}; they were restored, as Content-Length says"
             captured.notes += (note,)
             return
     if len(body) > length:
         if body[length:].strip() or not trim:
-            captured.notes += (f"only the {length} bytes that Content-Length names were looked at",)
+            captured.notes += (f"only the first {length} bytes were used, as in Content-Length",)
         captured.body = body[:length]
         return
-    lost = "; a newline at its end may have been lost when it was saved" if length - len(body) == 1 else ""
-    captured.findings += (
-        _wrong_length(f"cut short: {len(body)} bytes of the {length} that Content-Length names{lost}"),
-    )
+    lost = "; a newline at the end may have been lost on saving" if length - len(body) == 1 else ""
+    captured.findings += (_wrong_length(f"truncated: {len(body)} of {length} bytes (Content-Length){lost}"),)
 
 
 def _wrong_length(what: str) -> Finding:
-    do = "capture the whole body, or give it with --data @FILE; if that is all that was sent, mend the sender"
+    do = (
+        "capture the whole body, or give it with --data @FILE; if the sender sent no more, correct the sender"
+    )
     return Finding(cause="bytes", where="body", what=what, do=do)
 
 
 def _joined(body: bytes) -> bytes | None:
-    """Put chunks together (RFC 9112 §7.1); None: these are none, as some tools have put them together."""
+    """Return the joined chunks (RFC 9112 §7.1), None if a tool has joined them already."""
     parts: list[Any] = []
     at = 0
     while match := _CHUNK.match(body, at):

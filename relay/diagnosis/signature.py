@@ -1,8 +1,7 @@
-"""Why a captured delivery does not verify: which of secret, encoding, bytes and clock is another one.
+"""Why a captured delivery does not verify: secret, encoding, bytes or clock.
 
-A signature is tried against everything that may have been meant: the destination's secrets and others',
-keys read wrongly, the body before somebody rewrote it, ids and times that were mixed up. What fits with
-the fewest deviations is what happened.
+The signature is compared with many combinations: the secrets of this and of other destinations, misread keys,
+variants of the body, mixed-up ids and timestamps. The match with the fewest deviations is the diagnosis.
 """
 
 import base64
@@ -18,7 +17,7 @@ from relay.base.json_text import decode
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
-from relay.diagnosis.body_variants import rewrites
+from relay.diagnosis.body_variants import body_variants
 from relay.diagnosis.captured import Captured, Finding, Report
 from relay.keys import SHARED, has_signed, is_asymmetric, public_key, shared_key
 from relay.signing import TOLERANCE
@@ -29,25 +28,25 @@ _LOOSE = re.compile(r"(?:(v[0-9]+[a-z]?|sha256)\s*[,=:]\s*)?([A-Za-z0-9+/_-]{8,}
 _LABEL = re.compile(r"(v[0-9]+[a-z]?), ")
 _SPACE = re.compile(r"(?<!,) (?!v[0-9])")
 _LENGTHS = {32: "v1", 64: "v1a"}  # bytes of HMAC-SHA256 and of ed25519
-_WRITTEN = 'take it as it came: "v1," and base64; several with one space between them'
+_WRITTEN = 'verify the unchanged header: "v1," and base64, with one space between signatures'
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One signature, decoded in one of the ways that it can be."""
+    """One possible reading of a signature."""
 
-    number: int  # of the signatures in the header, from 1
-    version: str  # as it is labelled; "": not at all
+    number: int  # position in the header, from 1
+    version: str  # its label; "" without a label
     signature: bytes
-    finding: Finding | None = None  # what is wrong with how it is written
+    finding: Finding | None = None  # the deviation from the specified format
 
     @property
     def ed25519(self) -> bool:
-        """Whether it has the length of one."""
+        """Whether the length is that of an ed25519 signature."""
         return _LENGTHS.get(len(self.signature)) == "v1a"
 
 
 def candidates_of(text: str) -> tuple[tuple[Candidate, ...], tuple[Finding, ...]]:
-    """Return every signature in every way that it may be meant, and what makes it none at all."""
+    """Return every possible reading of every signature, and findings if there is none."""
     entries = text.split(" ")
     decoded: list[Candidate] = []
     for number, entry in enumerate(entries, 1):
@@ -63,18 +62,18 @@ def candidates_of(text: str) -> tuple[tuple[Candidate, ...], tuple[Finding, ...]
         return found, ()
     if decoded:
         return (), (_cut(decoded[0]),)
-    what = "there is no whole signature in it"
+    what = "no complete signature"
     return (), (Finding(cause="encoding", where=WHERE, what=what, do=_WRITTEN),)
 
 
 def _loosely(text: str) -> Iterator[Candidate]:
-    """Yield what other ways of writing signatures give."""
+    """Yield the readings of signatures in other formats."""
     joined = _LABEL.sub(r"\1,", text.strip("\"'"))
-    spaced = _SPACE.sub("+", joined)  # what is a space here was a plus, unless a label follows
-    lost = "it has spaces where + was, as web forms read it" if spaced != joined else ""
+    spaced = _SPACE.sub("+", joined)  # a space was a plus, unless a label follows
+    lost = "the signature has spaces instead of +, like a decoded web form" if spaced != joined else ""
     for number, match in enumerate(_LOOSE.finditer(spaced), 1):
         for how, signature in _readings(match[2]).items():
-            what = f"it is {how}" if how else lost or "it is not written as specified"
+            what = f"the signature is {how}" if how else lost or "the signature has an invalid format"
             finding = Finding(cause="encoding", where=WHERE, what=what, do=_WRITTEN)
             yield Candidate(number=number, version=match[1] or "", signature=signature, finding=finding)
 
@@ -83,25 +82,25 @@ def _mislabelled(version: str, length: int) -> Finding | None:
     meant = _LENGTHS.get(length, version)
     if meant == version:
         return None
-    what = f"it is labelled {version}, and has the {length} bytes of {meant}"
-    return Finding(cause="encoding", where=WHERE, what=what, do=f"label it {meant}")
+    what = f"the label is {version}, but the signature has the {length} bytes of {meant}"
+    return Finding(cause="encoding", where=WHERE, what=what, do=f"use the label {meant}")
 
 
 def _cut(candidate: Candidate) -> Finding:
-    what = f"it has {len(candidate.signature)} bytes; v1 has 32, v1a has 64"
-    do = "was it cut off, in a log or a database? " + _WRITTEN
+    what = f"the signature has {len(candidate.signature)} bytes; v1 has 32, v1a has 64"
+    do = "check whether a log or a database truncated it; " + _WRITTEN
     return Finding(cause="bytes", where=WHERE, what=what, do=do)
 
 
 def _readings(text: str) -> dict[str, bytes]:
-    """Decode a text in every way that gives the length of a signature."""
+    """Return every decoding of a text that has the length of a signature."""
     found = {}
     if re.fullmatch(r"(?:[0-9A-Fa-f]{2})+", text):
-        found["in hexadecimal, not base64"] = bytes.fromhex(text)
+        found["hexadecimal, not base64"] = bytes.fromhex(text)
     standard = text.translate(str.maketrans("-_", "+/")).rstrip("=")
     if (decoded := _base64(standard + "=" * (-len(standard) % 4))) is not None:
         urlsafe = set(text) & set("-_")
-        found["in the URL-safe alphabet of base64" if urlsafe else ""] = decoded
+        found["in URL-safe base64" if urlsafe else ""] = decoded
     return {how: signature for how, signature in found.items() if len(signature) in _LENGTHS}
 
 
@@ -117,17 +116,17 @@ ID, TIMESTAMP, SIGNATURE = NAMES = ("webhook-id", "webhook-timestamp", "webhook-
 _SECONDS = re.compile(r"[0-9]{1,12}", re.ASCII)
 _MILLIS = re.compile(r"[0-9]{13}", re.ASCII)
 _MICROS = re.compile(r"[0-9]{16}", re.ASCII)
-_MOST_DEVIATIONS = 2  # at once: each more makes a large body take seconds more
-_SPECIFIED = "webhook-id, webhook-timestamp and the raw body, with dots between them, are what is signed"
+_MOST_DEVIATIONS = 2  # at once; one more costs seconds for a large body
+_SPECIFIED = "webhook-id, webhook-timestamp and the raw body, joined by dots"
 
 
 class _Key(msgspec.Struct, frozen=True):
-    """A key that may have been used."""
+    """A key that may have signed."""
 
     secret: Secret
-    name: str  # its key of config.toml
-    finding: Finding | None = None  # what would be wrong then
-    raw: bytes = b""  # in place of what the secret says
+    name: str  # its key in config.toml
+    finding: Finding | None = None  # the deviation if this key signed
+    raw: bytes = b""  # replaces the secret's own bytes
 
     def signs(self, candidate: Candidate, text: bytes) -> bool:
         if is_asymmetric(self.secret):
@@ -136,8 +135,8 @@ class _Key(msgspec.Struct, frozen=True):
         return hmac.compare_digest(hmac.digest(key, text, "sha256"), candidate.signature)
 
 
-class _Try(msgspec.Struct, frozen=True):
-    """A text that may have been signed, or a part of it."""
+class _Part(msgspec.Struct, frozen=True):
+    """A part of a text that may have been signed."""
 
     content: bytes
     finding: Finding | None = None
@@ -146,20 +145,20 @@ class _Try(msgspec.Struct, frozen=True):
 def diagnose(
     captured: Captured, name: str, destinations: Mapping[str, DestinationConfig], now: int
 ) -> Report:
-    """Verify a captured delivery, and say what is another one where it does not.
+    """Verify a captured delivery, and diagnose a signature that does not match.
 
     Args:
-        captured: the request as the receiver got it.
+        captured: the request that the receiver got.
         name: the destination.
-        destinations: all of the configuration.
-        now: when it was received, seconds since the epoch.
+        destinations: every destination of the configuration.
+        now: time of receipt, seconds since the epoch.
     """
     secrets = destinations[name].secrets
     given = {header: _given(captured, header) for header in NAMES}
     findings = [*captured.findings]
     if not secrets:
-        what = "it has none, so what it is sent carries no signature"
-        do = 'make one with `echo "whsec_$(openssl rand -base64 32)"`, set it, and give it to the receiver'
+        what = "no secret is configured, so deliveries carry no signature"
+        do = 'create one with `echo "whsec_$(openssl rand -base64 32)"`, add it, and give it to the receiver'
         findings.append(Finding(cause="secret", where=f"destinations.{name}.secrets", what=what, do=do))
     findings += _missing(captured)
     findings += _late(given[TIMESTAMP], now)
@@ -170,8 +169,8 @@ def diagnose(
     if not candidates:
         return Report(findings=tuple(findings))
     keys, heads = list(_keys(name, destinations)), list(_heads(given, captured.body))
-    report = _compare(candidates, keys=keys, heads=heads, bodies=[_Try(captured.body)])
-    if report is None:  # only then is it worth rewriting the body, which takes a second per megabyte
+    report = _compare(candidates, keys=keys, heads=heads, bodies=[_Part(captured.body)])
+    if report is None:  # variants of the body cost a second per megabyte, so they come last
         report = _compare(candidates, keys=keys, heads=heads, bodies=list(_bodies(captured.body)))
     if report is None:
         return Report(findings=(*findings, _nothing(name, secrets, candidates)))
@@ -179,13 +178,13 @@ def diagnose(
 
 
 def _given(captured: Captured, header: str) -> str:
-    """Return what the request has of a header, whatever that is called there."""
+    """Return the value of a header, also of a renamed one."""
     name = header if header in captured.headers else _alias(captured, header)
     return " ".join(captured.headers.getall(name, [])).strip()
 
 
 def _alias(captured: Captured, header: str) -> str:
-    """Find a header that was renamed on its way."""
+    """Return the name of a header that a proxy or framework renamed, `""` without one."""
     ending = f"-{header.partition('-')[2]}"
     names = (name for name in captured.headers if name.lower().endswith(ending))
     return next((name for name in names if "hook" in name.lower() or "svix" in name.lower()), "")
@@ -195,8 +194,8 @@ def _missing(captured: Captured) -> Iterator[Finding]:
     for header in NAMES:
         if not captured.headers.get(header, "").strip():
             alias = _alias(captured, header)
-            what = f"it is missing; there is {alias}" if alias else "it is missing"
-            do = "let the proxy or framework before the receiver pass `webhook-…` headers on"
+            what = f"missing; the request has {alias}" if alias else "missing"
+            do = "let the proxy or framework in front of the receiver pass the `webhook-…` headers"
             yield Finding(cause="headers", where=f"header {header}", what=what, do=do)
 
 
@@ -207,26 +206,26 @@ def _late(timestamp: str, now: int) -> Iterator[Finding]:
     if not _SECONDS.fullmatch(timestamp):
         units = {_MILLIS: "milliseconds", _MICROS: "microseconds"}
         unit = next((unit for form, unit in units.items() if form.fullmatch(timestamp)), "")
-        what = f"it is in {unit}, not seconds" if unit else "it is no number of seconds since 1970"
-        do = "take it as it came: seconds since 1970, as text"
+        what = f"the value is in {unit}, not seconds" if unit else "not a number of seconds since 1970"
+        do = "verify the unchanged header: seconds since 1970, as text"
         yield Finding(cause="clock", where=where, what=what, do=do)
         return
     late = now - int(timestamp)
     if abs(late) > TOLERANCE:
         way = "before" if late > 0 else "after"
-        what = f"signed {render_duration(abs(late))} {way} it was received; receivers allow"
+        what = f"signed {render_duration(abs(late))} {way} receipt; receivers allow"
         what += f" {render_duration(TOLERANCE)}"
         do = (
-            "say with --at when it was received, if that was not now; else a queue before the receiver holds"
-            " it, or its clock is slow or fast: `timedatectl` shows whether it is synchronised"
+            "for an earlier receipt, give its time with --at; otherwise a queue delays deliveries, or the"
+            " receiver's clock is wrong: `timedatectl` shows whether it is synchronised"
         )
         yield Finding(cause="clock", where=where, what=what, do=do)
 
 
 def _compare(
-    candidates: Sequence[Candidate], *, keys: Sequence[_Key], heads: Sequence[_Try], bodies: Sequence[_Try]
+    candidates: Sequence[Candidate], *, keys: Sequence[_Key], heads: Sequence[_Part], bodies: Sequence[_Part]
 ) -> Report | None:
-    """Try all that may have been meant, the fewest deviations first; None: nothing fits."""
+    """Return the report of the match with the fewest deviations, None without a match."""
     ways = [way for way in product(keys, heads, bodies) if _deviations(way) <= _MOST_DEVIATIONS]
     for key, head, body in sorted(ways, key=_deviations):
         for candidate in candidates:
@@ -241,84 +240,86 @@ def _compare(
     return None
 
 
-def _deviations(way: tuple[_Key, _Try, _Try]) -> int:
+def _deviations(way: tuple[_Key, _Part, _Part]) -> int:
     return sum(part.finding is not None for part in way)
 
 
 def _keys(name: str, destinations: Mapping[str, DestinationConfig]) -> Iterator[_Key]:
-    """Yield the destination's secrets, these read wrongly, and those of the others."""
+    """Yield the destination's secrets, misread forms of them, and the secrets of other destinations."""
     for index, secret in enumerate(destinations[name].secrets):
         key = f"destinations.{name}.secrets[{index}]"
         yield _Key(secret, key)
         if not is_asymmetric(secret):
             text = secret.reveal()
             for words, raw in ((f"{SHARED} included", text), ("as text", text.removeprefix(SHARED))):
-                what = f"it was taken as the key {words}: it is base64, and the key is what that decodes to"
-                do = "decode the base64 behind whsec_, or use a library of standardwebhooks.com"
+                what = f"the secret was used as the key {words}; the key is the decoded base64"
+                do = "decode the base64 after whsec_, or use a library of standardwebhooks.com"
                 wrong = Finding(cause="encoding", where=key, what=what, do=do)
                 yield _Key(secret, key, wrong, raw.encode())
     for other, destination in destinations.items():
         for index, secret in enumerate(destination.secrets if other != name else ()):
             key = f"destinations.{other}.secrets[{index}]"
-            what = f'it is signed with {key}, a secret of destination "{other}"'
-            do = f"does the receiver of {other} have the same URL? Give this one a secret of {name}"
+            what = f'signed with {key}, a secret of destination "{other}"'
+            do = f"check whether both destinations have the same URL; give this receiver a secret of {name}"
             finding = Finding(cause="secret", where=f"destinations.{name}.secrets", what=what, do=do)
             yield _Key(secret, key, finding)
 
 
-def _heads(given: Mapping[str, str], body: bytes) -> Iterator[_Try]:
-    """Yield what may stand before the body in the signed text."""
+def _heads(given: Mapping[str, str], body: bytes) -> Iterator[_Part]:
+    """Yield possible texts before the body in the signed text."""
     id_, timestamp = given[ID], given[TIMESTAMP]
-    yield _Try(_head(id_, timestamp))
+    yield _Part(_head(id_, timestamp))
     inner = _id_in(body)
     if inner and inner != id_:
-        what = f"{ID} is not the id in the body, with which it is signed"
-        do = "pass the header of this very request on; logs and queues must keep the two together"
-        yield _Try(_head(inner, timestamp), _headers(ID, what, do) if id_ else None)
+        what = f"{ID} differs from the id in the body; the signature covers the id in the body"
+        do = "pass on the header of this request; logs and queues must keep header and body together"
+        yield _Part(_head(inner, timestamp), _headers(ID, what, do) if id_ else None)
     for length, unit in ((13, "milliseconds"), (16, "microseconds")):
         if timestamp.isascii() and timestamp.isdigit() and len(timestamp) == length:
-            what, do = f"it is signed in seconds, and stands here in {unit}", "take it as it came"
-            yield _Try(_head(id_, timestamp[:10]), _headers(TIMESTAMP, what, do))
+            what, do = (
+                f"the signed value is in seconds, the header is in {unit}",
+                "verify the unchanged header",
+            )
+            yield _Part(_head(id_, timestamp[:10]), _headers(TIMESTAMP, what, do))
     mixed = {
         "id and timestamp are swapped": _head(timestamp, id_),
-        "the id is left out": f"{timestamp}.".encode("utf-8", "surrogatepass"),
-        "the timestamp is left out": f"{id_}.".encode("utf-8", "surrogatepass"),
-        "the body alone is signed": b"",
-        "the dots are left out": f"{id_}{timestamp}".encode("utf-8", "surrogatepass"),
+        "the id is missing": f"{timestamp}.".encode("utf-8", "surrogatepass"),
+        "the timestamp is missing": f"{id_}.".encode("utf-8", "surrogatepass"),
+        "id and timestamp are missing": b"",
+        "the dots are missing": f"{id_}{timestamp}".encode("utf-8", "surrogatepass"),
     }
     for what, head in mixed.items():
-        yield _Try(head, _headers(SIGNATURE, f"in what it signs {what}", f"sign as specified: {_SPECIFIED}"))
+        yield _Part(head, _headers(SIGNATURE, f"in the signed text, {what}", f"sign {_SPECIFIED}"))
 
 
-def _bodies(body: bytes) -> Iterator[_Try]:
+def _bodies(body: bytes) -> Iterator[_Part]:
     seen = {body}
-    for what, do, other in rewrites(body):
+    for what, do, other in body_variants(body):
         if other not in seen:
             seen.add(other)
-            yield _Try(other, Finding(cause="bytes", where="body", what=what, do=do))
+            yield _Part(other, Finding(cause="bytes", where="body", what=what, do=do))
     if body:
-        what = "nothing was signed: the body was empty, or read already, when the signature was made"
-        do = "sign the body's bytes; a stream can be read only once"
-        yield _Try(b"", Finding(cause="bytes", where="body", what=what, do=do))
+        what = "an empty body was signed; the body was missing or had already been read"
+        do = "sign the bytes of the body; a stream can be read only once"
+        yield _Part(b"", Finding(cause="bytes", where="body", what=what, do=do))
 
 
 def _nothing(name: str, secrets: Sequence[Secret], candidates: Sequence[Candidate]) -> Finding:
-    """Say that no secret of the configuration fits, whatever was done to the bytes."""
+    """Return the finding for a signature that no secret of the configuration matches."""
     where = f"header {SIGNATURE}"
     pairs = [secret for secret in secrets if is_asymmetric(secret)]
     if candidates and not pairs and all(candidate.version == "v1a" for candidate in candidates):
-        what = "it is an ed25519 signature (v1a) alone, and the destination has no such key"
-        do = "set the whsk_ key that signs it, or have the sender sign with a whsec_ secret as well"
+        what = "the only signature is ed25519 (v1a), but the destination has no ed25519 key"
+        do = "set the whsk_ key that signs, or have the sender sign with a whsec_ secret too"
         return Finding(cause="secret", where=where, what=what, do=do)
     if candidates and len(pairs) == len(secrets) and all(each.version == "v1" for each in candidates):
-        what = "it is an HMAC signature (v1) alone, and the destination has ed25519 keys only"
-        do = "set the whsec_ secret that signs it, or have the sender sign with the whsk_ key"
+        what = "the only signature is HMAC (v1), but the destination has only ed25519 keys"
+        do = "set the whsec_ secret that signs, or have the sender sign with the whsk_ key"
         return Finding(cause="secret", where=where, what=what, do=do)
-    own = "the secret" if len(secrets) == 1 else f"one of the {len(secrets)} secrets"
-    what = f'neither {own} of destination "{name}" nor another destination\'s fits'
+    what = f'no secret of destination "{name}" or of another destination matches'
     do = (
-        "it was made with a secret that config.toml has not, perhaps a former one: put that back beside the"
-        " new one until all receivers have it; or the body was changed beyond recognition: capture it raw"
+        "the signing secret is not in config.toml; keep a former secret beside the new one until every"
+        " receiver has the new one; or the body was changed in an unknown way: capture it raw"
     )
     return Finding(cause="secret", where=where, what=what, do=do)
 
@@ -332,7 +333,7 @@ def _headers(header: str, what: str, do: str) -> Finding:
 
 
 def _id_in(body: bytes) -> str:
-    """Return the id that the standard format has in its body."""
+    """Return the id in a body of the standard format, `""` for other bodies."""
     try:
         return decode(_identified, body).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

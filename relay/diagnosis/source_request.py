@@ -1,4 +1,4 @@
-"""Why a source does not take a request: every step of the front door, each looked at by itself."""
+"""Why a source refuses a request: path, method, size, token and body, each checked alone."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from relay.config.secrets import Credential, Secrets
 from relay.config.tokens import Token
 from relay.diagnosis.body import explain_malformed, is_twice_encoded
 from relay.diagnosis.captured import Captured, Finding, Report
-from relay.diagnosis.tokens import explain_bearer, token_of
+from relay.diagnosis.tokens import explain_token, token_of
 from relay.errors import (
     Forbidden,
     Invalid,
@@ -36,39 +36,39 @@ WHERE = "request line"
 def find_route(
     sources: Mapping[str, SourceConfig], name: str, path: str, method: str
 ) -> tuple[Match | None, str, list[Finding]]:
-    """Find a source's route for a path as on the wire.
+    """Return the route of a source for a path.
 
     Returns:
-        The route, or the one that was probably meant, or None; the path below the source's prefix by
-        which it was found; and what is wrong with the path.
+        The route of the path or of a similar path, or None; the path of that route below the source's
+        prefix; and the findings about the path.
     """
     source = sources[name]
     try:
         match = Routes(mounts_of(sources)).find(path, method)
     except (NotFound, Malformed) as error:
-        return _meant(source, path, method, error)
+        return _similar(source, path, method, error)
     if match.mount.name == name:
         return match, path.removeprefix(source.prefix), []
-    do = f"post to {_listed(source)}, or verify it with `--source {match.mount.name}`"
-    finding = _finding(f'the path is that of source "{match.mount.name}"', do)
+    do = f"post to {_listed(source)}, or verify with `--source {match.mount.name}`"
+    finding = _finding(f'the path belongs to source "{match.mount.name}"', do)
     return None, path, [finding]
 
 
 def wrong_method(method: str, match: Match) -> Finding | None:
-    """Say that a path has other methods."""
+    """Return a finding if the path does not allow the method."""
     if method in match.handlers:
         return None
     allowed = " or ".join(sorted(match.handlers))
     redirect = "; a redirect turns POST into GET" if method == "GET" else ""
-    return _finding(f"{method} is not taken here", f"have the sender use {allowed}{redirect}")
+    return _finding(f"{method} is not allowed on this path", f"have the sender use {allowed}{redirect}")
 
 
-def _meant(
+def _similar(
     source: SourceConfig, path: str, method: str, error: Exception
 ) -> tuple[Match | None, str, list[Finding]]:
     if isinstance(error, Malformed):
         return None, path, [_finding(error.message, "have the sender percent-encode it as UTF-8")]
-    for other, what, do in _others(source, path):
+    for other, what, do in _corrections(source, path):
         try:
             match = match_of(source, other, method)
         except (NotFound, Malformed):
@@ -76,26 +76,26 @@ def _meant(
         return match, other.removeprefix(source.prefix), [_finding(what, do)]
     full = [f"{source.prefix}{route}" for _, route, _ in source.settings.routes()]
     near = difflib.get_close_matches(path, full, n=1)
-    meant = f'; did you mean "{near[0]}"?' if near else ""
-    what = f"the source has no such path{meant}"
+    suggestion = f', did you mean "{near[0]}"?' if near else ""
+    what = f"unknown path{suggestion}"
     return None, path.removeprefix(source.prefix), [_finding(what, f"post to {_listed(source)}")]
 
 
-def _others(source: SourceConfig, path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield paths that may have been meant, with what is wrong then and what to do."""
+def _corrections(source: SourceConfig, path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield corrected paths, each with the problem and the advice."""
     yield (
         f"{source.prefix}{path}",
         f"the source's prefix is missing: {source.prefix}",
         f"have the sender post to {source.prefix}{path}",
     )
-    yield path.rstrip("/"), "a slash is too much at its end", "have the sender leave it out"
-    yield re.sub("//+", "/", path), "two slashes follow each other", "have the sender write one"
-    yield path.lower(), "it has capital letters", "have the sender write it in small ones"
+    yield path.rstrip("/"), "the path has an extra slash at the end", "have the sender remove the slash"
+    yield re.sub("//+", "/", path), "the path has a double slash", "have the sender write one slash"
+    yield path.lower(), "the path has capital letters", "have the sender write the path in lower case"
     if source.prefix and path.startswith(source.prefix * 2):
         yield (
             path.removeprefix(source.prefix),
-            "the source's prefix stands there twice",
-            "have the proxy, or the sender, add it once",
+            "the path has the source's prefix twice",
+            "have the proxy or the sender add it once",
         )
     for _, route, _ in source.settings.routes():
         if path.endswith(f"{source.prefix}{route}"):
@@ -103,8 +103,8 @@ def _others(source: SourceConfig, path: str) -> Iterator[tuple[str, str, str]]:
             wanted = f'prefix = "{before}{source.prefix}"'
             yield (
                 f"{source.prefix}{route}",
-                f'"{before}" stands before the source\'s path',
-                f"have the proxy take it away, or set `{wanted}` in [sources.{source.name}]",
+                f'"{before}" precedes the source\'s path',
+                f"have the proxy remove it, or set `{wanted}` in [sources.{source.name}]",
             )
 
 
@@ -117,7 +117,7 @@ def _finding(what: str, do: str) -> Finding:
 
 
 def match_of(source: SourceConfig, path: str, method: str) -> Match:
-    """Find the route of a path as on the wire, the source's prefix included.
+    """Return the route of a path; the path includes the source's prefix.
 
     Raises:
         NotFound: the source has no such path.
@@ -127,17 +127,17 @@ def match_of(source: SourceConfig, path: str, method: str) -> Match:
 
 
 def handle(match: Match, incoming: Incoming) -> Accepted | Reply:
-    """Have the handler of a route read a request, whose path is below the source's prefix.
+    """Return the result of a route's handler for a request; the request's path is below the source's prefix.
 
     Raises:
-        Refusal: the source's own; MethodNotAllowed; PluginFailed with what the plugin raised as its cause.
+        Refusal: the source's own, MethodNotAllowed, or PluginFailed, whose cause is the plugin's exception.
     """
     handler = match.handlers.get(incoming.method)
     if handler is None:
         raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
-    asked = msgspec.structs.replace(incoming, params=match.params)
+    request = msgspec.structs.replace(incoming, params=match.params)
     try:
-        answer: Any = handler(asked)
+        answer: Any = handler(request)
     except Refusal:
         raise
     except BaseException as error:
@@ -148,25 +148,25 @@ def handle(match: Match, incoming: Incoming) -> Accepted | Reply:
 
 
 class _Watched(Incoming, frozen=True, kw_only=True, gc=False):
-    """A request that remembers which tokens its bearer was looked for among."""
+    """A request that records which tokens the source compares with its bearer token."""
 
-    asked: list[Secrets] = msgspec.field(default_factory=list)
+    compared: list[Secrets] = msgspec.field(default_factory=list)
 
     def bearer(self, tokens: Secrets) -> Credential:
-        """See `Incoming.bearer`."""
-        self.asked.append(tokens)
+        """Record the tokens; see `Incoming.bearer`."""
+        self.compared.append(tokens)
         return super().bearer(tokens)
 
 
 def diagnose(
     captured: Captured, name: str, sources: Mapping[str, SourceConfig], tokens: Sequence[Token]
 ) -> Report:
-    """Judge a request as the source would, and say of every refusal where it comes from.
+    """Return the report on a request to a source.
 
     Args:
-        captured: the request, its path as on the wire.
-        name: the source that it is meant for.
-        sources: all of the configuration.
+        captured: the request; its path includes the source's prefix.
+        name: the source.
+        sources: every source of the configuration.
         tokens: every secret of the configuration.
     """
     source = sources[name]
@@ -193,13 +193,13 @@ def diagnose(
 
 
 def _only_path(source: SourceConfig) -> str:
-    """Return where a request without a request line was posted to, as far as there is no choice."""
+    """Return the source's only POST path, `""` if it has several; for a request without a request line."""
     posted = [path for method, path, _ in source.settings.routes() if method == "POST"]
     return f"{source.prefix}{posted[0]}" if len(posted) == 1 and "{" not in posted[0] else ""
 
 
 def _split(target: str) -> tuple[str, str]:
-    """Return path and query of a request line, also of one that names a whole URL."""
+    """Return path and query of a request target, also of a whole URL."""
     if "://" in target and not target.startswith("/"):
         target = "/" + target.partition("://")[2].partition("/")[2]
     path, _, query = target.partition("?")
@@ -213,11 +213,11 @@ def _is_compressed(captured: Captured) -> bool:
 def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
     findings = []
     if _is_compressed(captured):
-        what = "the body is compressed, which the relay never takes"
-        do = "have the sender, or the proxy before, send it as it is"
+        what = "the body is compressed; the relay does not accept compressed bodies"
+        do = "have the sender, or the proxy in front, send it uncompressed"
         findings.append(Finding(cause="encoding", where="header Content-Encoding", what=what, do=do))
     if len(captured.body) > source.max_body:
-        what = f"{len(captured.body)} bytes, of {render_size(source.max_body)} at most"
+        what = f"{len(captured.body)} bytes exceed the maximum of {render_size(source.max_body)}"
         do = f"raise `max_body` in [sources.{source.name}], or have the sender post less"
         findings.append(Finding(cause="body", where="body", what=what, do=do))
     return findings
@@ -226,31 +226,38 @@ def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
 def _verify(
     source: SourceConfig, incoming: _Watched, tokens: Sequence[Token]
 ) -> tuple[str | None, list[Finding]]:
-    """Ask the source who sends; of a bearer token that it refuses, find out why."""
+    """Return the key of the matching token, and the findings about a refused request."""
     try:
         source.settings.verify(incoming)
     except (Unauthenticated, Forbidden) as refusal:
         findings = [
-            Finding(cause="plugin", where=f'plugin "{source.plugin}"', what=line, do="see what it documents")
+            Finding(
+                cause="plugin",
+                where=f'plugin "{source.plugin}"',
+                what=line,
+                do="see the documentation of the plugin",
+            )
             for line in source.settings.diagnose(incoming)
         ]
-        if incoming.asked:
-            own, others = _sorted(source, incoming.asked[-1], tokens)
-            return None, [explain_bearer(refusal, incoming, own, others), *findings]
+        if incoming.compared:
+            own, others = _divided(source, incoming.compared[-1], tokens)
+            return None, [explain_token(refusal, incoming, own, others), *findings]
         return None, findings or [_refused(source, refusal)]
     except Refusal as refusal:
         return None, [_refused(source, refusal)]
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
         return None, [_failed(source, error)]
     used = [token for token in tokens if token.kind == "source" and token.owner == source.name]
-    token = token_of(incoming, used) if incoming.asked else None
+    token = token_of(incoming, used) if incoming.compared else None
     return None if token is None else token.key, []
 
 
-def _sorted(source: SourceConfig, asked: Secrets, tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:
-    """Tell the tokens that the source has looked among from all others."""
+def _divided(
+    source: SourceConfig, compared: Secrets, tokens: Sequence[Token]
+) -> tuple[list[Token], list[Token]]:
+    """Return the tokens that the source compared, and all others."""
     fields = [
-        field for field in source.settings.__struct_fields__ if getattr(source.settings, field) == asked
+        field for field in source.settings.__struct_fields__ if getattr(source.settings, field) == compared
     ]
     own = [
         token
@@ -261,7 +268,7 @@ def _sorted(source: SourceConfig, asked: Secrets, tokens: Sequence[Token]) -> tu
 
 
 def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report) -> Report:
-    """Have the source read the body."""
+    """Return the report with the type of the event, or with a finding about the body."""
     finding: Finding
     try:
         accepted = handle(match, incoming)
@@ -271,8 +278,8 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
     except Malformed:
         finding = explain_malformed(incoming.body, incoming.header("Content-Type"))
     except Invalid as refusal:
-        twice = "; it is JSON that was encoded twice" if is_twice_encoded(incoming.body) else ""
-        what, do = f"{refusal.detail}{twice}", f"`relay send {source.name} --list` names samples to compare"
+        twice = "; the body is JSON that was encoded twice" if is_twice_encoded(incoming.body) else ""
+        what, do = f"{refusal.detail}{twice}", f"`relay send {source.name} --list` lists valid samples"
         finding = Finding(cause="body", where="body", what=what, do=do)
     except PluginFailed as refusal:
         finding = _failed(source, refusal.__cause__ or refusal)
@@ -284,12 +291,12 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
 
 
 def _refused(source: SourceConfig, refusal: Refusal) -> Finding:
-    what = f"it refuses with {refusal.status}: {refusal.detail}"
+    what = f"refuses with {refusal.status}: {refusal.detail}"
     return Finding(
-        cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="see what it asks of its sender"
+        cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="see the documentation of the plugin"
     )
 
 
 def _failed(source: SourceConfig, error: BaseException) -> Finding:
-    what = f"it failed: {type(error).__name__}: {error}"
-    return Finding(cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="mend the plugin")
+    what = f"failed: {type(error).__name__}: {error}"
+    return Finding(cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="correct the plugin")

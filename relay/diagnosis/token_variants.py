@@ -1,4 +1,4 @@
-"""How one token can be another written otherwise: what copying, quoting and encoding do to them."""
+"""Variants of a token: changes by copying, quoting and encoding."""
 
 import base64
 import binascii
@@ -21,20 +21,20 @@ _PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"bearer[ :=]+", re.IGNORECASE)
-_ALIKE = 0.85  # of SequenceMatcher's ratio: one character of eight may differ
-_LEAST = 8  # characters; shorter ones are alike by chance
+_ALIKE = 0.85  # minimum of SequenceMatcher's ratio: one of eight characters may differ
+_LEAST = 8  # characters; shorter tokens are similar by chance
 
 
-class Likeness(msgspec.Struct, frozen=True):
-    """What makes two tokens differ, and whose is written otherwise: the sender's, else config.toml's."""
+class Variant(msgspec.Struct, frozen=True):
+    """The difference between two tokens; `sent` tells whether the request has the changed one."""
 
     cause: Cause
-    what: str  # goes on from "the token …"
+    what: str  # continues "the token …"
     sent: bool = True
 
 
 def is_placeholder(text: str) -> bool:
-    """Say whether something stands there that nobody filled in.
+    """Return whether a text is a placeholder that nobody replaced.
 
     >>> is_placeholder("${TOKEN}"), is_placeholder("undefined"), is_placeholder("s3cret")
     (True, True, False)
@@ -42,38 +42,38 @@ def is_placeholder(text: str) -> bool:
     return _PLACEHOLDER.fullmatch(text) is not None
 
 
-def likeness(given: str, known: str) -> Likeness | None:
-    """Say how a presented token is a configured one after all; None: it is quite another."""
+def variant_of(given: str, known: str) -> Variant | None:
+    """Return how a sent token differs from a configured one, None for an unrelated token."""
     for what, cause, undo in _WAYS:
         if undo(given) == known:
-            return Likeness(cause, what)
+            return Variant(cause, what)
         if undo(known) == given:
-            return Likeness(cause, what, sent=False)
+            return Variant(cause, what, sent=False)
     for what, form in _FORMS:
         if form(given) == form(known):
-            return Likeness("encoding", what)
+            return Variant("encoding", what)
     if _latin(given) == known:
-        return Likeness("encoding", "is written in Latin-1, not UTF-8")
+        return Variant("encoding", "is encoded in Latin-1, not UTF-8")
     if given == _hashed(known) or known == _hashed(given):
-        return Likeness("encoding", "is a sha256 digest, not the token itself", sent=given == _hashed(known))
+        return Variant("encoding", "is a sha256 digest, not the token itself", sent=given == _hashed(known))
     return _cut(given, known) or _near(given, known)
 
 
-def _cut(given: str, known: str) -> Likeness | None:
+def _cut(given: str, known: str) -> Variant | None:
     if min(len(given), len(known)) < _LEAST:
         return None
     if known.startswith(given):
-        return Likeness("bytes", f"is cut off: {len(given)} of its {len(known)} characters")
+        return Variant("bytes", f"is truncated: {len(given)} of {len(known)} characters")
     if known.endswith(given):
-        return Likeness("bytes", f"has lost its beginning: {len(given)} of its {len(known)} characters")
+        return Variant("bytes", f"lacks its beginning: {len(given)} of {len(known)} characters")
     if given.startswith(known):
-        return Likeness("bytes", f"goes on after its {len(known)} characters, to {len(given)}")
+        return Variant("bytes", f"has {len(given) - len(known)} extra characters at the end")
     if given.endswith(known):
-        return Likeness("bytes", f"has {len(given) - len(known)} characters before it")
+        return Variant("bytes", f"has {len(given) - len(known)} extra characters at the beginning")
     return None
 
 
-def _near(given: str, known: str) -> Likeness | None:
+def _near(given: str, known: str) -> Variant | None:
     if min(len(given), len(known)) < _LEAST:
         return None
     matcher = SequenceMatcher(None, given, known, autojunk=False)
@@ -83,13 +83,13 @@ def _near(given: str, known: str) -> Likeness | None:
         (at for at, pair in enumerate(zip(given, known, strict=False), 1) if pair[0] != pair[1]),
         min(len(given), len(known)) + 1,
     )
-    return Likeness(
-        "bytes", f"differs at character {at}; it has {len(given)}, the configured one {len(known)}"
+    return Variant(
+        "bytes", f"differs at character {at}; its length is {len(given)}, the configured one has {len(known)}"
     )
 
 
 def _latin(text: str) -> str | None:
-    """Read as Latin-1 what was no UTF-8."""
+    """Return a text that is not UTF-8, decoded as Latin-1."""
     raw = text.encode("utf-8", "surrogateescape")
     return None if raw.isascii() else raw.decode("latin-1")
 
@@ -131,19 +131,19 @@ def _hashed(text: str) -> str:
 
 _WAYS: tuple[tuple[str, Cause, Callable[[str], str | None]], ...] = (
     ("begins with a byte order mark", "encoding", lambda text: text.strip("\ufeff")),
-    ("stands in quotes", "encoding", _unquoted),
-    ("has white space or invisible characters in it", "encoding", _squeezed),
+    ("is in quotes", "encoding", _unquoted),
+    ("contains white space or invisible characters", "encoding", _squeezed),
     ("ends with the two characters \\n, not a newline", "encoding", _unescaped),
-    ('has the word "Bearer" before it once more', "encoding", lambda text: _BEARER.sub("", text, 1)),
+    ('has a second "Bearer" before it', "encoding", lambda text: _BEARER.sub("", text, 1)),
     ("is percent-encoded, as in a URL", "encoding", unquote),
-    ("has spaces for its +, as web forms read it", "encoding", lambda text: text.replace(" ", "+")),
-    ("is base64 of what is meant", "encoding", _unbase64),
-    ("is in hexadecimal", "encoding", _unhex),
+    ("has spaces instead of +, like a decoded web form", "encoding", lambda text: text.replace(" ", "+")),
+    ("is base64 of the expected value", "encoding", _unbase64),
+    ("is hexadecimal", "encoding", _unhex),
 )
-"""What may have been done to a token, what that is a matter of, and how to undo it."""
+"""Changes of a token, their cause, and how to undo each."""
 
 _FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("has capital and small letters changed", str.casefold),
-    ("is in the other alphabet of base64, or padded otherwise", _standard),
+    ("differs in upper and lower case", str.casefold),
+    ("uses the other base64 alphabet or padding", _standard),
 )
-"""What cannot be undone, and how two look alike in spite of it."""
+"""Changes that cannot be undone, and a form in which both tokens are equal."""

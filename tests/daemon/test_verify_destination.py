@@ -109,14 +109,16 @@ def test_ed25519_signatures_verify_and_are_told_from_those_of_secrets(config):
     assert (
         verify(config, capture(headers), name="pair", code=0).json["fits"] == "destinations.pair.secrets[0]"
     )
-    assert "ed25519 signature (v1a) alone" in only(verify(config, capture(signed(BODY, STRANGER))))["what"]
     assert (
-        "HMAC signature (v1) alone"
+        "the only signature is ed25519 (v1a)" in only(verify(config, capture(signed(BODY, STRANGER))))["what"]
+    )
+    assert (
+        "the only signature is HMAC (v1)"
         in only(verify(config, capture(signed(BODY, FORMER)), name="pair"))["what"]
     )
     relabelled = {**headers, "webhook-signature": headers["webhook-signature"].replace("v1a", "v1")}
     assert only(verify(config, capture(relabelled), name="pair"))["what"] == (
-        "it is labelled v1, and has the 64 bytes of v1a"
+        "the label is v1, but the signature has the 64 bytes of v1a"
     )
 
 
@@ -127,7 +129,8 @@ def test_another_destination_s_secret_is_named(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("crm", "neither one of the 2 secrets"), ("audit", "neither the secret")]
+    ("name", "says"),
+    [("crm", 'no secret of destination "crm"'), ("audit", 'no secret of destination "audit"')],
 )
 def test_a_secret_that_the_configuration_has_not_is_said_so(config, name, says):
     finding = only(verify(config, capture(signed(BODY, FORMER)), name=name))
@@ -163,15 +166,15 @@ REWRITTEN = [
     ("parsed and written again", BODY, json.dumps(BODY.decode()).encode()),
     ("a newline was added", BODY, BODY + b"\n"),
     ("a newline was added", BODY, BODY + b"\r\n"),
-    ("newline at its end was taken away", BODY + b"\n", BODY),
+    ("newline at the end was removed", BODY + b"\n", BODY),
     ("from CRLF to LF", b"a\r\nb", b"a\nb"),
     ("from LF to CRLF", b"a\nb", b"a\r\nb"),
     ("byte order mark", BODY, b"\xef\xbb\xbf" + BODY),
-    ("white space around it", BODY, b" " + BODY + b"\t"),
-    ("read in one character set", BODY, BODY.decode().encode("latin-1")),
-    ("read in one character set", BODY, BODY.decode("latin-1").encode()),
+    ("white space around the body was removed or added", BODY, b" " + BODY + b"\t"),
+    ("encoded in different character sets", BODY, BODY.decode().encode("latin-1")),
+    ("encoded in different character sets", BODY, BODY.decode("latin-1").encode()),
     ("compressed (gzip)", BODY, gzip.compress(BODY)),
-    ("nothing was signed", b"", BODY),
+    ("an empty body was signed", b"", BODY),
 ]
 
 
@@ -183,11 +186,11 @@ def test_a_body_that_was_changed_is_found_and_how(config, says, sent, got):
 
 
 HEADS = [
-    ("the id is left out", f"{NOW}.".encode()),
-    ("the timestamp is left out", f"{ID}.".encode()),
+    ("the id is missing", f"{NOW}.".encode()),
+    ("the timestamp is missing", f"{ID}.".encode()),
     ("id and timestamp are swapped", f"{NOW}.{ID}.".encode()),
-    ("the body alone is signed", b""),
-    ("the dots are left out", f"{ID}{NOW}".encode()),
+    ("id and timestamp are missing", b""),
+    ("the dots are missing", f"{ID}{NOW}".encode()),
 ]
 
 
@@ -199,7 +202,10 @@ def test_another_text_that_was_signed_is_found(config, says, head):
 
 def test_an_id_that_belongs_to_another_event_is_found(config):
     finding = only(verify(config, capture({**signed(), "webhook-id": "evt_other"})))
-    assert finding["what"] == "webhook-id is not the id in the body, with which it is signed"
+    assert (
+        finding["what"]
+        == "webhook-id differs from the id in the body; the signature covers the id in the body"
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +223,7 @@ def test_a_header_that_is_missing_or_renamed_is_found(config, missing, instead):
         headers[instead] = value
     finding = only(verify(config, capture(headers)))
     assert (finding["cause"], finding["where"]) == ("headers", f"header {missing}")
-    assert finding["what"] == ("it is missing" + (f"; there is {instead}" if instead else ""))
+    assert finding["what"] == ("missing" + (f"; the request has {instead}" if instead else ""))
 
 
 SIGNATURE = signed()["webhook-signature"]
@@ -227,16 +233,20 @@ RAW = base64.b64decode(SIGNATURE.removeprefix("v1,"))
 @pytest.mark.parametrize(
     ("written", "cause", "says"),
     [
-        (SIGNATURE.removeprefix("v1,"), "encoding", "not written as specified"),
-        (f"v1={SIGNATURE.removeprefix('v1,')}", "encoding", "not written as specified"),
-        (f'"{SIGNATURE}"', "encoding", "not written as specified"),
-        (f"{SIGNATURE}, v1,{'A' * 43}=", "encoding", "not written as specified"),
-        (SIGNATURE.rstrip("="), "encoding", "not written as specified"),
-        (f"sha256={RAW.hex()}", "encoding", "in hexadecimal, not base64"),
-        (f"v1,{RAW.hex()}", "encoding", "in hexadecimal, not base64"),
-        (SIGNATURE.replace("v1,", "v1a,"), "encoding", "labelled v1a, and has the 32 bytes of v1"),
-        (SIGNATURE[:23], "bytes", "it has 15 bytes; v1 has 32, v1a has 64"),
-        ("v1,", "encoding", "there is no whole signature in it"),
+        (SIGNATURE.removeprefix("v1,"), "encoding", "the signature has an invalid format"),
+        (f"v1={SIGNATURE.removeprefix('v1,')}", "encoding", "the signature has an invalid format"),
+        (f'"{SIGNATURE}"', "encoding", "the signature has an invalid format"),
+        (f"{SIGNATURE}, v1,{'A' * 43}=", "encoding", "the signature has an invalid format"),
+        (SIGNATURE.rstrip("="), "encoding", "the signature has an invalid format"),
+        (f"sha256={RAW.hex()}", "encoding", "hexadecimal, not base64"),
+        (f"v1,{RAW.hex()}", "encoding", "hexadecimal, not base64"),
+        (
+            SIGNATURE.replace("v1,", "v1a,"),
+            "encoding",
+            "the label is v1a, but the signature has the 32 bytes of v1",
+        ),
+        (SIGNATURE[:23], "bytes", "the signature has 15 bytes; v1 has 32, v1a has 64"),
+        ("v1,", "encoding", "no complete signature"),
     ],
 )
 def test_a_signature_that_is_written_otherwise_is_found(config, written, cause, says):
@@ -256,7 +266,7 @@ def _signed_with(sign):
 
 @pytest.mark.parametrize(
     ("sign", "become", "says"),
-    [("+", " ", "spaces where + was"), ("/", "_", "URL-safe"), ("+", "-", "URL-safe")],
+    [("+", " ", "spaces instead of +"), ("/", "_", "URL-safe"), ("+", "-", "URL-safe")],
 )
 def test_signs_that_urls_change_are_found(config, sign, become, says):
     headers = _signed_with(sign)
@@ -267,8 +277,8 @@ def test_signs_that_urls_change_are_found(config, sign, become, says):
 @pytest.mark.parametrize(
     ("at", "says"),
     [
-        ("2023-11-14T22:20:00Z", "signed 6m40s before it was received; receivers allow 5m"),
-        ("2023-11-14T22:00:00Z", "signed 13m20s after it was received; receivers allow 5m"),
+        ("2023-11-14T22:20:00Z", "signed 6m40s before receipt; receivers allow 5m"),
+        ("2023-11-14T22:00:00Z", "signed 13m20s after receipt; receivers allow 5m"),
     ],
 )
 def test_a_clock_that_is_off_is_found_and_by_how_much(config, at, says):
@@ -286,9 +296,9 @@ def test_without_at_it_was_received_now(config):
 @pytest.mark.parametrize(
     ("written", "says"),
     [
-        (f"{NOW}000", "it is in milliseconds, not seconds"),
-        (f"{NOW}000000", "it is in microseconds, not seconds"),
-        ("2023-11-14T22:13:20Z", "it is no number of seconds since 1970"),
+        (f"{NOW}000", "the value is in milliseconds, not seconds"),
+        (f"{NOW}000000", "the value is in microseconds, not seconds"),
+        ("2023-11-14T22:13:20Z", "not a number of seconds since 1970"),
     ],
 )
 def test_a_timestamp_that_is_written_otherwise_is_found(config, written, says):

@@ -97,35 +97,39 @@ def test_a_source_without_tokens_asks_for_none(tmp_path):
 
 B64 = base64.b64encode(TOKEN.encode()).decode()
 TOKENS = [
-    (f'"{TOKEN}"', "encoding", "stands in quotes"),
-    (f"“{TOKEN}”", "encoding", "stands in quotes"),
+    (f'"{TOKEN}"', "encoding", "is in quotes"),
+    (f"“{TOKEN}”", "encoding", "is in quotes"),
     (f"{TOKEN}\\n", "encoding", "ends with the two characters \\n"),
     (f"\ufeff{TOKEN}", "encoding", "byte order mark"),
     (f"{TOKEN[:5]}\u200b{TOKEN[5:]}", "encoding", "invisible characters"),
     (f"{TOKEN[:5]} {TOKEN[5:]}", "encoding", "white space"),
-    (f"Bearer {TOKEN}", "encoding", '"Bearer" before it once more'),
-    (TOKEN.lower(), "encoding", "capital and small letters"),
+    (f"Bearer {TOKEN}", "encoding", 'has a second "Bearer" before it'),
+    (TOKEN.lower(), "encoding", "differs in upper and lower case"),
     (quote(TOKEN, safe=""), "encoding", "percent-encoded"),
-    (TOKEN.replace("+", " "), "encoding", "spaces for its +"),
-    (B64, "encoding", "base64 of what is meant"),
-    (B64.rstrip("="), "encoding", "base64 of what is meant"),
-    (TOKEN.replace("+", "-").replace("/", "_"), "encoding", "other alphabet of base64"),
+    (TOKEN.replace("+", " "), "encoding", "has spaces instead of +"),
+    (B64, "encoding", "base64 of the expected value"),
+    (B64.rstrip("="), "encoding", "base64 of the expected value"),
+    (TOKEN.replace("+", "-").replace("/", "_"), "encoding", "uses the other base64 alphabet"),
     (TOKEN.encode().hex(), "encoding", "hexadecimal"),
     (hashlib.sha256(TOKEN.encode()).hexdigest(), "encoding", "sha256 digest"),
-    (TOKEN[:12], "bytes", "cut off: 12 of its 17 characters"),
-    (TOKEN[4:], "bytes", "lost its beginning: 13 of its 17 characters"),
-    (TOKEN + "xyz", "bytes", "goes on after its 17 characters, to 20"),
-    ("xyz" + TOKEN, "bytes", "3 characters before it"),
-    (TOKEN.replace("long", "1ong"), "bytes", "differs at character 6; it has 17, the configured one 17"),
+    (TOKEN[:12], "bytes", "is truncated: 12 of 17 characters"),
+    (TOKEN[4:], "bytes", "lacks its beginning: 13 of 17 characters"),
+    (TOKEN + "xyz", "bytes", "has 3 extra characters at the end"),
+    ("xyz" + TOKEN, "bytes", "3 extra characters at the beginning"),
+    (
+        TOKEN.replace("long", "1ong"),
+        "bytes",
+        "differs at character 6; its length is 17, the configured one has 17",
+    ),
     (OTHER, "secret", 'a token of source "shop", sources.shop.tokens[0]'),
-    (f"{OTHER}x", "secret", 'a token of source "shop", sources.shop.tokens[0]; and it goes on after'),
-    (ADMIN, "secret", "a token of the admin API, admin.tokens[0]"),
+    (f"{OTHER}x", "secret", 'a token of source "shop", sources.shop.tokens[0]; the token has 1 extra'),
+    (ADMIN, "secret", "an admin token, admin.tokens[0]"),
     (SIGNING, "secret", 'a signing secret of destination "crm", destinations.crm.secrets[0]'),
     ("${MODDY_TOKEN}", "secret", "a placeholder"),
     ("your-token-here", "secret", "a placeholder"),
     ("undefined", "secret", "a placeholder"),
-    ("q", "secret", "no token of this source, nor like one: it has 1 characters; those, 12 or 17"),
-    ("pässword-of-theirs", "secret", "not all of them ASCII"),
+    ("q", "secret", "unknown token of 1 characters; the tokens of this source have 12 or 17"),
+    ("pässword-of-theirs", "secret", "not all ASCII"),
 ]
 
 
@@ -139,22 +143,22 @@ def test_what_is_wrong_with_a_token_is_found_and_no_secret_is_printed(config, se
 
 
 HEADERS = [
-    ([], "there is none"),
-    ([f"X-Api-Key: {TOKEN}"], "there is none; the token stands in X-Api-Key"),
-    ([f"Proxy-Authorization: Bearer {TOKEN}"], "there is none; the token stands in Proxy-Authorization"),
-    ([f"Cookie: token={TOKEN}"], "there is none; the token stands in Cookie"),
-    ([f"Authorization: {TOKEN}"], "the token stands there alone"),
-    ([f"Authorization: Token {TOKEN}"], 'its scheme is "Token", not Bearer'),
-    (["Authorization: Bearer"], "no token stands behind Bearer"),
-    ([f"Authorization: Bearer: {TOKEN}"], '":" stands behind Bearer'),
-    ([f"Authorization: Bearer={TOKEN}"], '"=" stands behind Bearer'),
+    ([], "missing"),
+    ([f"X-Api-Key: {TOKEN}"], "missing; the token is in X-Api-Key"),
+    ([f"Proxy-Authorization: Bearer {TOKEN}"], "missing; the token is in Proxy-Authorization"),
+    ([f"Cookie: token={TOKEN}"], "missing; the token is in Cookie"),
+    ([f"Authorization: {TOKEN}"], "the token is sent without Bearer"),
+    ([f"Authorization: Token {TOKEN}"], 'the scheme is "Token", not Bearer'),
+    (["Authorization: Bearer"], "no token after Bearer"),
+    ([f"Authorization: Bearer: {TOKEN}"], '":" after Bearer'),
+    ([f"Authorization: Bearer={TOKEN}"], '"=" after Bearer'),
     (
         [f"Authorization: Basic {base64.b64encode(f'user:{TOKEN}'.encode()).decode()}"],
-        "as a password, by the scheme Basic",
+        "as a password, with the scheme Basic",
     ),
-    (["Authorization: Basic ?"], 'its scheme is "Basic", not Bearer'),
-    (["Authorization: secretword and-more"], "its scheme is another one, or none, not Bearer"),
-    ([f"Authorization: Bearer {TOKEN}", f"Authorization: Bearer {TOKEN}"], "it comes 2 times"),
+    (["Authorization: Basic ?"], 'the scheme is "Basic", not Bearer'),
+    (["Authorization: secretword and-more"], "the scheme is unknown, not Bearer"),
+    ([f"Authorization: Bearer {TOKEN}", f"Authorization: Bearer {TOKEN}"], "sent 2 times"),
 ]
 
 
@@ -169,7 +173,7 @@ def test_what_is_wrong_with_the_header_is_found(config, headers, says):
 
 def test_a_token_in_the_query_is_found(config):
     said = verify(config, request(path=f"/internal/event/notify?token={quote(TOKEN, safe='')}"), "--json")
-    assert findings(said) == [("headers", 'there is none; the token stands in the query, as "token"')]
+    assert findings(said) == [("headers", 'missing; the token is in the query, as "token"')]
     assert "long-token" not in said.out
 
 
@@ -177,9 +181,9 @@ def test_a_token_in_the_query_is_found(config):
     ("stored", "says"),
     [
         (b"\xef\xbb\xbfplain-token", "begins with a byte order mark"),
-        (b'"plain-token"', "stands in quotes"),
-        (base64.b64encode(b"plain-token"), "is base64 of what is meant"),
-        (b"plain-token-and", "is cut off: 11 of its 15 characters"),
+        (b'"plain-token"', "is in quotes"),
+        (base64.b64encode(b"plain-token"), "is base64 of the expected value"),
+        (b"plain-token-and", "is truncated: 11 of 15 characters"),
     ],
 )
 def test_a_secret_s_file_that_is_wrong_is_named(tmp_path, stored, says):
@@ -208,21 +212,21 @@ def test_a_known_token_that_may_not_is_told_apart(config):
     [finding] = said.json["findings"]
     assert (finding["cause"], finding["where"]) == ("scope", "sources.compozy.tokens[0]")
     assert (
-        '"reader" is known, but: The token lacks the permission events:write; it may events:read'
+        '"reader" is known, but: The token lacks the permission events:write; its scopes: events:read'
         in (finding["what"])
     )
 
 
 PATHS = [
     ("/api/woocommerce-plugin/events", "the source's prefix is missing: /acme"),
-    ("/acme/api/woocommerce-plugin/events/", "a slash is too much at its end"),
-    ("/acme//api/woocommerce-plugin/events", "two slashes follow each other"),
-    ("/acme/api/WooCommerce-Plugin/events", "it has capital letters"),
-    ("/acme/acme/api/woocommerce-plugin/events", "the source's prefix stands there twice"),
-    ("/relay/acme/api/woocommerce-plugin/events", '"/relay" stands before the source\'s path'),
+    ("/acme/api/woocommerce-plugin/events/", "the path has an extra slash at the end"),
+    ("/acme//api/woocommerce-plugin/events", "the path has a double slash"),
+    ("/acme/api/WooCommerce-Plugin/events", "the path has capital letters"),
+    ("/acme/acme/api/woocommerce-plugin/events", "the path has the source's prefix twice"),
+    ("/relay/acme/api/woocommerce-plugin/events", '"/relay" precedes the source\'s path'),
     ("/acme/api/woocommerce-plugin/event", 'did you mean "/acme/api/woocommerce-plugin/events"?'),
-    ("/internal/event/notify", 'the path is that of source "moddy"'),
-    ("/elsewhere", "the source has no such path"),
+    ("/internal/event/notify", 'the path belongs to source "moddy"'),
+    ("/elsewhere", "unknown path"),
 ]
 
 
@@ -251,21 +255,21 @@ def test_a_request_without_its_line_goes_by_the_source_s_only_path(config):
 @pytest.mark.parametrize(
     ("change", "cause", "says"),
     [
-        ({"method": "GET"}, "route", "GET is not taken here"),
+        ({"method": "GET"}, "route", "GET is not allowed on this path"),
         ({"headers": ["Content-Encoding: gzip"]}, "encoding", "compressed"),
-        ({"headers": ["Content-Length: 500"]}, "bytes", "cut short: 51 bytes of the 500"),
-        ({"body": ""}, "body", "it is empty"),
-        ({"body": "\ufeff{}"}, "body", "it begins with a byte order mark"),
+        ({"headers": ["Content-Length: 500"]}, "bytes", "truncated: 51 of 500 bytes"),
+        ({"body": ""}, "body", "the body is empty"),
+        ({"body": "\ufeff{}"}, "body", "the body begins with a byte order mark"),
         ({"body": "event_type=a", "headers": ["Content-Type: application/x-www-form-urlencoded"]}, "body",
-         "it is a web form"),
+         "the body is a web form"),
         ({"body": "<a/>"}, "body", "XML"),
         ({"body": "{'event_type': 'a'}"}, "body", "single quotes"),
-        ({"body": '{"a": NaN}'}, "body", "NaN and Infinity are no JSON"),
-        ({"body": '{"a": 1,}'}, "body", "it is no JSON: trailing comma in object (byte 8)"),
-        ({"body": '{"metadata": ' + "[" * 20_000}, "body", "it is nested too deeply"),
+        ({"body": '{"a": NaN}'}, "body", "JSON has no NaN and no Infinity"),
+        ({"body": '{"a": 1,}'}, "body", "invalid JSON: trailing comma in object (byte 8)"),
+        ({"body": '{"metadata": ' + "[" * 20_000}, "body", "the JSON is nested too deeply"),
         ({"body": '"{\\"event_type\\": \\"a\\"}"'}, "body", "JSON that was encoded twice"),
         ({"body": '{"event_type": "member_joined"}'}, "body", "discord_id: field is required"),
-        ({"body": '{"x": "%s"}' % ("y" * 2**21)}, "body", "of 2 MiB at most"),
+        ({"body": '{"x": "%s"}' % ("y" * 2**21)}, "body", "exceed the maximum of 2 MiB"),
     ],
 )  # fmt: skip
 def test_what_is_no_matter_of_secrets_is_found_as_well(config, change, cause, says):
@@ -323,9 +327,9 @@ def relay_sources():
     ("headers", "says"),
     [
         ([], "X-Signature is missing"),
-        (["X-Signature: 00"], "it refuses with 401: the signature is wrong"),
-        (["X-Signature: malformed"], "it refuses with 400: no signature at all"),
-        (["X-Signature: raise"], "it failed: RuntimeError: out of order"),
+        (["X-Signature: 00"], "refuses with 401: the signature is wrong"),
+        (["X-Signature: malformed"], "refuses with 400: no signature at all"),
+        (["X-Signature: raise"], "failed: RuntimeError: out of order"),
     ],
 )
 def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
@@ -344,11 +348,11 @@ def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
         (["--request", "-"], 2, "give either --source or --destination"),
         (["--request", "-", "--source", "a", "--destination", "b"], 2, "--source or --destination"),
         (["--request", "-", "--source", "moddy", "--at", "2h"], 2, "--at needs --destination"),
-        (["--request", "-", "--source", "modi"], 4, 'no source "modi", did you mean "moddy"?'),
+        (["--request", "-", "--source", "modi"], 4, 'unknown source "modi", did you mean "moddy"?'),
         (["--request", "-", "--destination", "crn"], 4, 'unknown destination "crn", did you mean "crm"?'),
         (["--request", "-", "--destination", "crm", "--at", "noon"], 2, 'expected "2h"'),
         (["--request", "absent", "--source", "moddy"], 2, "cannot read absent: No such file"),
-        (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both be the standard input"),
+        (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both read standard input"),
     ],
 )  # fmt: skip
 def test_wrong_uses_say_what_to_type(config, args, code, says):
@@ -357,7 +361,7 @@ def test_wrong_uses_say_what_to_type(config, args, code, says):
 
 def test_what_is_no_request_is_1_and_says_what_is_expected(config):
     said = verify(config, "hello")
-    assert said.err.startswith('the standard input: expected a request: "POST /path HTTP/1.1"')
+    assert said.err.startswith('standard input: expected a request: "POST /path HTTP/1.1"')
 
 
 def test_what_is_no_text_in_a_request_is_printed_all_the_same(config, tmp_path):
@@ -377,6 +381,6 @@ def test_on_a_terminal_a_finding_is_a_sentence_and_below_it_what_to_do(config, t
     first, second, third = os.read(ours, 65_536).decode().splitlines()
     os.close(ours)
     assert done.returncode == 1
-    assert first == "headers: header Authorization: there is none"
+    assert first == "headers: header Authorization: missing"
     assert second.startswith("  have the sender send `Authorization: Bearer TOKEN`")
     assert third == "would be: moddy.member_joined about 42"

@@ -56,12 +56,12 @@ def test_line_ends_that_saving_changed_are_put_back():
 def test_what_stands_behind_the_body_is_left_out_and_said():
     captured = read(RAW + b"POST /next HTTP/1.1\r\n\r\n")
     assert captured.body == BODY
-    assert captured.notes == ("only the 14 bytes that Content-Length names were looked at",)
+    assert captured.notes == ("only the first 14 bytes were used, as in Content-Length",)
 
 
 @pytest.mark.parametrize(
     ("body", "says"),
-    [(BODY[:-4], "10 bytes of the 14"), (BODY[:-1], "a newline at its end may have been lost")],
+    [(BODY[:-4], "truncated: 10 of 14 bytes"), (BODY[:-1], "a newline at the end may have been lost")],
 )
 def test_a_body_that_was_cut_short_is_a_finding(body, says):
     [finding] = read(RAW.replace(BODY, body)).findings
@@ -71,7 +71,7 @@ def test_a_body_that_was_cut_short_is_a_finding(body, says):
 
 def test_a_length_that_is_no_number_is_a_finding_and_the_samples_auto_is_none():
     [finding] = read(RAW.replace(b"14", b"many")).findings
-    assert finding.what == "Content-Length is no number: 'many'"
+    assert finding.what == "invalid Content-Length: 'many'"
     assert read(RAW.replace(b"14", b"{auto}") + b"\n").body == BODY
 
 
@@ -106,7 +106,7 @@ def test_what_curl_prints_is_read_with_the_body_that_was_kept_apart(content):
     assert (captured.body, captured.findings) == (BODY, ())
     assert captured.notes == ("`curl -v` prints no body",)
     [finding] = read(content).findings
-    assert "0 bytes of the 14" in finding.what
+    assert "truncated: 0 of 14 bytes" in finding.what
     assert "--data @FILE" in finding.do
 
 
@@ -121,10 +121,10 @@ def test_headers_alone_are_a_request_whose_path_is_not_known():
     [
         (b"", "expected a request"),
         (b"hello\n\nbody", "expected a request"),
-        (b"POST / HTTP/1.1\nA: b\ns3cret\n\n", "header 2 is none, it has no name; expected a request"),
-        (b"{", "no JSON of a request"),
-        (b'{"body": {"a": 1}}', "the body is text, as it was sent, or body_base64"),
-        (b'{"body_base64": "?"}', "no JSON of a request"),
+        (b"POST / HTTP/1.1\nA: b\ns3cret\n\n", "header 2 has no name; expected a request"),
+        (b"{", "invalid JSON: "),
+        (b'{"body": {"a": 1}}', "give the body as text, or as body_base64"),
+        (b'{"body_base64": "?"}', "invalid JSON: "),
     ],
 )
 def test_what_is_no_request_is_said_so(content, says):
@@ -137,7 +137,7 @@ def test_what_is_no_request_is_said_so(content, says):
 def test_a_header_that_was_broken_into_lines_is_joined_and_that_is_said():
     captured = read(b"POST / HTTP/1.1\r\nAuthorization: Bearer abc\r\n  def\r\nHost: a\r\n\r\n")
     assert captured.headers["Authorization"] == "Bearer abcdef"
-    assert captured.notes == ("lines that begin with a space were joined to the header before",)
+    assert captured.notes == ("lines that begin with a space were joined to the previous header",)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda raw: RAW[:60] + raw))
