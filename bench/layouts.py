@@ -25,7 +25,7 @@ import click
 
 from bench.loop import run
 from relay.base.clock import SystemClock
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.config.schema import WorkerRules
 from relay.model import Attempt, Delivery, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, commit, event_times, prune
@@ -472,7 +472,7 @@ def acceptances(count: int) -> list[tuple[Acceptance, Key]]:
     made = []
     for _ in range(count):
         at = CLOCK.wall()
-        name = event_id(at)
+        name = new_id(EVENT, at)
         event = StoredEvent(
             id=0, public_id=name, source="shop", type="shop.t1", subject=name[-6:], received_at=at, data=BODY,
             context=b"{}", body=BODY, content_type="application/json", sha256=DIGEST,

@@ -29,7 +29,6 @@ from relay.jobs.ledger_check import LedgerCheck
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
-from relay.model import News
 from relay.plugin_loading.loader import Setup
 from relay.plugin_loading.observers import Observers
 from relay.process.descriptors import connection_cap, log_sparingly, raise_limit
@@ -43,6 +42,7 @@ from relay.process.watchdog import Watchdog
 from relay.reload import SWEEP, Reloads
 from relay.routing.router import Router
 from relay.state import State
+from relay.store import Listener
 from relay.store.opening import DISK_RESERVE, make_store
 from relay.workers.watch import Rulebook
 
@@ -87,13 +87,15 @@ class App:
         self.listener, _ = implementation_of(config.server.implementation)
         self.metrics = Metrics(listener=self.listener)
         self.router, self.rulebook = Router.of(config.destinations), Rulebook.of_config(config)
+        self.listeners: list[Listener] = []  # called after each commit, lanes first
         self.store = make_store(
             config.storage.url,
             config.state_dir,
             clock,
             route=self.router.route,
             rules=self.rulebook.of,
-            listener=self._listen,
+            listeners=self.listeners,
+            on_status_change=self.metrics.count_status_change,
             on_commit=self.metrics.count_commit,
             on_fatal=_die,
             durability=config.storage.durability,
@@ -112,6 +114,9 @@ class App:
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
         self.backups = Backups(self.store, clock, lambda: self.config)
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
+        self.listeners.append(self.dispatcher.listen)
+        if setup.observers:
+            self.listeners.append(self.observers.listen)
         self.metrics.weigh(self.store.files)
         for kind in setup.kinds.values():
             self.metrics.plugins.labels(kind.name, kind.version).set(1)
@@ -132,6 +137,7 @@ class App:
                 reloads=self.reloads,
                 jobs=self.jobs,
                 backups=self.backups,
+                listeners=self.listeners,
             )
         )
         self.health.watch(self._trouble)
@@ -340,14 +346,6 @@ class App:
         jobs.add("books", BOOKS_EVERY, self.ledger_check.check)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
-
-    def _listen(self, news: News) -> None:
-        """Pass committed changes on: to lanes first; plugins get them from a queue."""
-        self.dispatcher.listen(news)
-        for source, status in news.turned:
-            self.metrics.transitions.labels(source, status).inc()
-        self.observers.listen(news)
-        self.api.listen(news)
 
     def _trouble(self) -> str | None:
         """Return why senders are refused at the moment; None: they are not."""

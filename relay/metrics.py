@@ -205,6 +205,10 @@ class Metrics:
         self.commit_seconds.observe(seconds)
         self.commit_events.observe(jobs)
 
+    def count_status_change(self, source: str, status: WorkerStatus) -> None:
+        """Count a worker's change to a status."""
+        self.transitions.labels(source, status).inc()
+
     def weigh(self, files: Mapping[str, Path]) -> None:
         """Have each scrape read the sizes of the store's files, by label."""
         for label, path in files.items():

@@ -143,7 +143,6 @@ class News(msgspec.Struct, frozen=True):
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: number created, and ended per state
     outcomes: Sequence[Outcome] = ()  # recorded attempts, with the new states of their deliveries
     hurried: Collection[str] = ()  # destinations whose retries an operator made due now
-    turned: Sequence[tuple[str, WorkerStatus]] = ()  # source and new status of workers whose status changed
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):

@@ -25,7 +25,6 @@ from relay.api.top import TopApi
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
 from relay.config.secrets import Secret
-from relay.model import News
 from relay.reload import Reloaded
 
 
@@ -158,10 +157,6 @@ class Api:
         self._clock = context.clock
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
-
-    def listen(self, news: News) -> None:
-        """Tell followers what one commit stored (see `relay.store.Listener`)."""
-        self._tail.listen(news)
 
     def hang_up(self) -> None:
         """End all streams. The listeners could not close otherwise, because they wait for their requests."""

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, refuse
 from relay.base.clock import Clock
-from relay.base.ids import given_id, request_id
+from relay.base.ids import REQUEST, given_id, new_id
 from relay.config.secrets import Secret
 from relay.process.logs import fields
 
@@ -39,7 +39,7 @@ def name_requests(clock: Clock) -> Any:
 
     @web.middleware
     async def name(request: web.Request, handler: Any) -> web.StreamResponse:
-        request[REQUEST_ID] = given_id(request.headers.get(HEADER)) or request_id(clock.wall())
+        request[REQUEST_ID] = given_id(request.headers.get(HEADER)) or new_id(REQUEST, clock.wall())
         return await handler(request)  # type: ignore[no-any-return]
 
     return name

@@ -13,7 +13,7 @@ from relay.metrics import Metrics
 from relay.process.health import Health
 from relay.reload import Reloads
 from relay.state import State
-from relay.store import Store
+from relay.store import Listener, Store
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +29,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     reloads: Reloads
     jobs: Jobs
     backups: Backups
+    listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 
     @property
     def ingest(self) -> Ingest:

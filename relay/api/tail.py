@@ -90,11 +90,10 @@ class TailApi:
         self._ingest = context.ingest
         self._dispatcher = context.dispatcher
         self._followers: Followers[Wanted] = Followers(ROOM)
+        self._listeners = context.listeners
 
-    def listen(self, news: News) -> None:
-        """Send what one commit stored (see `relay.store.Listener`); does nothing without followers."""
-        if not self._followers:
-            return
+    def _listen(self, news: News) -> None:
+        """Send the events and attempts of one commit to the followers; called only while there are any."""
         for outcome in news.outcomes:  # first, because they may have created some of the events
             item = None
             for follower in self._followers:
@@ -118,7 +117,14 @@ class TailApi:
         query=TailQuery, returns=TailEvent | TailAttempt | LostView, content=EVENT_STREAM,
     )  # fmt: skip
     async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
-        return await stream(request, self._followers, self._wanted(query))
+        wanted = self._wanted(query)
+        if self._listen not in self._listeners:
+            self._listeners.append(self._listen)
+        try:
+            return await stream(request, self._followers, wanted)
+        finally:
+            if not self._followers:
+                self._listeners.remove(self._listen)
 
     def _wanted(self, query: TailQuery) -> Wanted:
         source, destination = query.source, query.destination

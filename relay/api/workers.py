@@ -11,7 +11,7 @@ from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import MOST_ROWS, WorkersQuery
 from relay.api.views import Time
 from relay.base.clock import SECOND, rfc3339
-from relay.base.ids import command_id
+from relay.base.ids import COMMAND, new_id
 from relay.base.units import parse_duration
 from relay.errors import RelayError, UnknownError
 from relay.model import Command, Worker, WorkerStatus
@@ -221,7 +221,7 @@ class WorkersApi:
         except ValueError as error:
             raise RelayError(f'"ttl": {error}') from None
         command = Command(
-            public_id=command_id(self._clock.wall()),
+            public_id=new_id(COMMAND, self._clock.wall()),
             source=worker.source,
             worker_id=worker.id,
             body=body.command,

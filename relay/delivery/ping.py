@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from relay.base.clock import Clock
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
 from relay.delivery.http.result import HttpResult, Timing
@@ -84,7 +84,7 @@ def _event(destination: str, now: int) -> StoredEvent:
     body = msgspec.json.encode({"destination": destination, "message": MESSAGE})
     return StoredEvent(
         id=0,
-        public_id=event_id(now),
+        public_id=new_id(EVENT, now),
         source=TYPE.partition(".")[0],
         type=TYPE,
         subject=destination,

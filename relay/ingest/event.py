@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.base.json_text import check, encode, escape
 from relay.errors import PluginFailed, Refusal
 from relay.incoming import Incoming
@@ -47,7 +47,7 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
         raise PluginFailed from error
     return StoredEvent(
         id=0,
-        public_id=event_id(now),
+        public_id=new_id(EVENT, now),
         source=source,
         type=f"{source}.{type_}",
         subject=subject,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import msgspec
 
 from relay.base.clock import SECOND, Clock
-from relay.base.ids import given_id, request_id
+from relay.base.ids import REQUEST, given_id, new_id
 from relay.base.text import printable
 from relay.errors import (
     REASONS,
@@ -219,7 +219,7 @@ class Ingest:
         given = headers.get("X-Request-Id")
         traced = None if given is None else given_id(given)
         if verbose and traced is None:
-            traced = request_id(self._clock.wall())  # log lines of the event's attempts carry it, too
+            traced = new_id(REQUEST, self._clock.wall())  # log lines of the event's attempts carry it, too
         # The reply is rendered before the append: a plugin that fails at it costs a 500 with nothing stored.
         # It leaves after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
@@ -462,7 +462,7 @@ class Ingest:
         )
 
     def _request_id(self, incoming: Incoming) -> str:
-        return given_id(incoming.headers.get("X-Request-Id")) or request_id(self._clock.wall())
+        return given_id(incoming.headers.get("X-Request-Id")) or new_id(REQUEST, self._clock.wall())
 
     def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
         """Count and log a refused request, and render the source's answer."""

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from relay.base.clock import SECOND, Clock, rfc3339
-from relay.base.ids import replay_id
+from relay.base.ids import REPLAY, new_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
@@ -110,7 +110,7 @@ class Replay:
     """One replay and its progress."""
 
     def __init__(self, request: ReplayRequest, total: int, repeater: Repeater, clock: Clock) -> None:
-        self.id = replay_id(clock.wall())
+        self.id = new_id(REPLAY, clock.wall())
         self.request = request
         self.total = total  # events, counted before the start
         self.done = 0  # events processed

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from relay.base.clock import SECOND, Clock
-from relay.base.ids import delivery_id, event_id
+from relay.base.ids import DELIVERY, EVENT, new_id
 from relay.base.json_text import encode
 from relay.config.schema import WorkerRules
 from relay.errors import KeyConflict
@@ -187,7 +187,7 @@ class Batch:
         self._sequences.delivery += 1
         delivery = Delivery(
             id=self._sequences.delivery,
-            public_id=delivery_id(self.wall),
+            public_id=new_id(DELIVERY, self.wall),
             event_id=event_id,
             destination=owed.destination,
             attempts=0,
@@ -251,7 +251,7 @@ class Batch:
         self._add(
             StoredEvent(
                 id=0,
-                public_id=event_id(self.wall),
+                public_id=new_id(EVENT, self.wall),
                 source=source,
                 type=f"{source}.{born.type}",
                 subject=born.subject,

@@ -3,7 +3,7 @@
 The engine's modules are imported when a store is made, because most commands run without one.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 from relay.base.clock import Clock
 from relay.config.schema import WorkerRules
 from relay.errors import RelayError
-from relay.model import News, StoredEvent
+from relay.model import StoredEvent, WorkerStatus
 from relay.store import Listener, Route, Rules, Store, StoredData
 
 DISK_RESERVE = 2 * 2**20
@@ -28,10 +28,6 @@ def default_rules(_source: str, _worker_id: str) -> WorkerRules:
     return WorkerRules()
 
 
-def ignore_news(_news: News) -> None:
-    """Ignore what a commit changed."""
-
-
 def make_store(
     url: str,
     folder: Path,
@@ -39,7 +35,8 @@ def make_store(
     *,
     route: Route = no_route,
     rules: Rules = default_rules,
-    listener: Listener = ignore_news,
+    listeners: Sequence[Listener] = (),
+    on_status_change: Callable[[str, WorkerStatus], None] = lambda _source, _status: None,
     on_commit: Callable[[float, int], None] = lambda _seconds, _requests: None,
     on_fatal: Callable[[str], None] = lambda _why: None,
     durability: Literal["full", "normal"] = "full",
@@ -54,7 +51,9 @@ def make_store(
         clock: of every time that the store writes or compares.
         route: returns the deliveries of a new event.
         rules: returns the rules of a worker.
-        listener: called after each commit with its changes; must not raise or block.
+        listeners: called after each commit with its changes; must not raise or block. Read at every commit,
+            so listeners may join and leave a list.
+        on_status_change: called with source and new status of a worker, after the commit.
         on_commit: called after each commit with its duration in seconds and its number of requests.
         on_fatal: called with a reason when the process must stop at once.
         durability: `normal` may lose the last commits at a power failure, never at a crash of the process.
@@ -73,7 +72,8 @@ def make_store(
         clock,
         route=route,
         rules=rules,
-        listener=listener,
+        listeners=listeners,
+        on_status_change=on_status_change,
         on_commit=on_commit,
         on_fatal=on_fatal,
         full=durability == "full",

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from relay.base.clock import Clock
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     News,
+    WorkerStatus,
 )
 from relay.store import Listener, Route, Rules
 from relay.store.batch import Batch, Sequences
@@ -61,7 +62,8 @@ class SqliteStore:
         *,
         route: Route,
         rules: Rules,
-        listener: Listener,
+        listeners: Sequence[Listener],
+        on_status_change: Callable[[str, WorkerStatus], None],
         on_commit: Callable[[float, int], None],
         on_fatal: Callable[[str], None],
         full: bool,
@@ -74,7 +76,8 @@ class SqliteStore:
         self._clock = clock
         self._route = route
         self._rules = rules
-        self._listener = listener
+        self._listeners = listeners
+        self._on_status_change = on_status_change
         self._on_commit = on_commit
         self._on_fatal = on_fatal
         self._full = full
@@ -265,12 +268,15 @@ class SqliteStore:
             self.ledger.pending_counts[destination] += 2 * columns["created"] - sum(columns.values())
         outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
         hurried = frozenset(batch.hurried.values())
-        if books or batch.events or batch.woken or outcomes or hurried or turned:
-            due, ended = batch.due, batch.ended
-            try:
-                self._listener(News(batch.events, due, batch.woken, ended, books, outcomes, hurried, turned))
-            except Exception:  # it is durable all the same, and its senders must hear so
-                log.exception("what was committed could not be handed on; lanes will find it in the store")
+        for source, status in turned:
+            self._on_status_change(source, status)
+        if books or batch.events or batch.woken or outcomes or hurried:
+            news = News(batch.events, batch.due, batch.woken, batch.ended, books, outcomes, hurried)
+            for listen in self._listeners:
+                try:
+                    listen(news)
+                except Exception:  # the commit is durable, and its senders must get their replies
+                    log.exception("a listener failed after a commit; lanes find the deliveries in the store")
 
     def _heed(self, error: Exception) -> None:
         """Have the writer hear of what a reader met, in its thread."""

@@ -11,7 +11,7 @@ from support import until
 from wire import Wire, request
 
 from relay import errors
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.model import Receipt
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -183,7 +183,7 @@ async def test_an_answer_before_the_commit_would_be_noticed(relay: Relay, monkey
 
 
 async def test_an_answer_that_differs_by_its_receipt_is_rendered_anew(relay: Relay, monkeypatch):
-    first = event_id(0)
+    first = new_id(EVENT, 0)
 
     async def append(_acceptance):
         return Receipt(event_id=first, duplicate=True)

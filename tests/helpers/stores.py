@@ -5,7 +5,7 @@ import os
 import weakref
 from contextlib import asynccontextmanager
 
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.model import Attempt, Outcome, Owed, StoredEvent
 from relay.store import Acceptance, opening
 
@@ -21,7 +21,7 @@ class Hooks:
     def __init__(self):
         self.route = opening.no_route
         self.rules = opening.default_rules
-        self.listener = opening.ignore_news
+        self.listener = lambda _news: None
 
     def call_route(self, event):
         return self.route(event)
@@ -42,7 +42,7 @@ def make_store(path, clock, *, kind=KINDS[0], on_fatal=lambda _why: None, **opti
         clock,
         route=called.call_route,
         rules=called.call_rules,
-        listener=called.call_listener,
+        listeners=[called.call_listener],
         on_fatal=on_fatal,
         **options,
     )
@@ -89,7 +89,7 @@ def make_event(clock=None, body=b'{"n": 1}', **fields):
     """Build an event; without a clock, one with a fixed id and moment."""
     public_id, now = "evt_018bcfe5-6800-7000-8000-000000000001", 1_700_000_000_123_456
     if clock is not None:
-        public_id, now = event_id(clock.wall()), clock.wall()
+        public_id, now = new_id(EVENT, clock.wall()), clock.wall()
     full_type = fields.get("type", "shop.order")
     return StoredEvent(
         **{

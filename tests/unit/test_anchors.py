@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from relay.base.clock import SECOND
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.base.units import parse_duration, parse_rate, parse_size
 from relay.config import binding, validators
 from relay.errors import RelayError
@@ -65,7 +65,7 @@ def test_no_pattern_of_the_relay_ends_in_a_dollar():
 
 def line(**changed):
     event = {
-        "id": event_id(SECOND),
+        "id": new_id(EVENT, SECOND),
         "source": "shop",
         "type": "shop.a",
         "received_at": "2026-01-01T00:00:00Z",

@@ -8,7 +8,7 @@ import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 from samples import ROOT, Sample, like, read_samples, sources
 
-from relay.base.ids import event_id
+from relay.base.ids import EVENT, new_id
 from relay.base.json_text import read
 from relay.config.schema import SourceConfig, WorkerRules
 from relay.errors import MethodNotAllowed, Refusal, TooLarge, UnsupportedEncoding
@@ -71,7 +71,7 @@ def replay(incoming: Incoming) -> tuple[Reply, Event | None, WorkerChange | None
         return reply, None, None
     if isinstance(accepted, Reply):
         return accepted, None, None
-    receipt = Receipt(event_id=event_id(NOW) if accepted.event else "")
+    receipt = Receipt(event_id=new_id(EVENT, NOW) if accepted.event else "")
     reply = accepted.reply(receipt) if callable(accepted.reply) else accepted.reply
     return reply if isinstance(reply, Reply) else Reply(body=reply), accepted.event, accepted.worker
 
