@@ -75,7 +75,7 @@ async def test_a_stop_cuts_off_what_takes_longer_than_the_grace_and_keeps_it(tmp
         await send(daemon)
         await until(lambda: recorder.busy == 1)
         assert await daemon.stop() == 0
-    assert "1 attempts cut off" in daemon.said
+    assert "cancelled 1 attempts" in daemon.said
     assert rows(config, "SELECT state, attempts FROM deliveries") == [("pending", 0)]
 
 
