@@ -8,6 +8,9 @@ import msgspec
 EMPTY = msgspec.Raw(b"{}")
 """Stands for a map that is absent, `null`, or PHP's empty `[]`."""
 
+OPERATOR_SOURCE = "relay"
+"""Source of the relay's own events. Their deliveries never raise others, so nothing loops."""
+
 DeliveryState = Literal["pending", "delivered", "dead", "expired", "cancelled"]
 AttemptResult = Literal[
     "ok", "3xx", "4xx", "429", "5xx", "timeout", "connect", "tls", "dns", "blocked", "protocol", "format",

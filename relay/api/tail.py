@@ -13,9 +13,8 @@ from relay.api.stream import Followers, LostView, frame, stream
 from relay.api.views import Time, unknown
 from relay.base.clock import rfc3339
 from relay.errors import RelayError
-from relay.model import DeliveryState, News, Outcome, StoredEvent
+from relay.model import OPERATOR_SOURCE, DeliveryState, News, Outcome, StoredEvent
 from relay.routing.subscription import Patterns
-from relay.store import OPERATOR_EVENTS
 
 ROOM = 1000
 """Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
@@ -128,7 +127,7 @@ class TailApi:
 
     def _wanted(self, query: TailQuery) -> Wanted:
         source, destination = query.source, query.destination
-        if source is not None and source not in self._ingest.mounts and source != OPERATOR_EVENTS:
+        if source is not None and source not in self._ingest.mounts and source != OPERATOR_SOURCE:
             raise unknown("source", source, self._ingest.mounts)
         if destination is not None and destination not in self._dispatcher.lanes:
             raise unknown("destination", destination, self._dispatcher.lanes)

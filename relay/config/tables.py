@@ -7,9 +7,10 @@ from relay.config import validators
 from relay.config.binding import WRONG, Binder
 from relay.config.problems import KeyPath, guess, shown
 from relay.config.schema import Config, DestinationConfig, Plugins
+from relay.model import OPERATOR_SOURCE
 from relay.routing.conditions import compile_conditions
 from relay.routing.envelope import Path as EnvelopePath
-from relay.routing.subscription import OPERATOR_TYPES, Patterns
+from relay.routing.subscription import Patterns
 
 
 def bind_tables(binder: Binder) -> Config:
@@ -109,7 +110,7 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
     sources = tables if isinstance(tables, dict) else {}
     for index, pattern in enumerate(destination.events):
         source, dot, _ = pattern.removeprefix("!").partition(".")
-        known = source in sources or f"{source}." == OPERATOR_TYPES
+        known = source in sources or source == OPERATOR_SOURCE
         if dot and not known and not set(source) & set("*?["):
             binder.warn(
                 (*path, "events", index), f"no source is called {shown(source)}{guess(source, sources)}"

@@ -9,9 +9,9 @@ from relay.config.schema import DestinationConfig
 from relay.delivery.circuit_breaker import Change, CircuitBreaker
 from relay.errors import StorageError
 from relay.metrics import Metrics
-from relay.model import Born, DestinationState, StoredEvent
+from relay.model import OPERATOR_SOURCE, Born, DestinationState, StoredEvent
 from relay.process.logs import fields
-from relay.store import OPERATOR_EVENTS, Store
+from relay.store import Store
 
 log = logging.getLogger("relay.delivery")
 
@@ -130,7 +130,7 @@ class DestinationHealth:
         if disable is not None and self.state.disabled_at is None:
             name = self._config.name
             log.error(
-                "%s: disabled (%s); its deliveries are held and none is lost",
+                "%s: disabled (%s); its deliveries are held until an operator enables it",
                 name,
                 disable,
                 extra=fields(destination=name, held=f"disabled: {disable}"),
@@ -162,7 +162,7 @@ class DestinationHealth:
 
     def _operator_event(self, type_: str, cause: StoredEvent, reason: str) -> Born | None:
         """Return an operator event; None if the cause is a delivery of one, because that would loop."""
-        if cause.source == OPERATOR_EVENTS:
+        if cause.source == OPERATOR_SOURCE:
             return None
         name = self._config.name
         url = self._config.url.partition("?")[0]  # a query may hold a secret

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import Owed
+from relay.model import OPERATOR_SOURCE, Owed
 from relay.routing.conditions import Conditions, Mismatch, compile_conditions
 from relay.routing.envelope import ABSENT, EnvelopeView, Path
 
-OPERATOR_TYPES = "relay."
+_OPERATOR_PREFIX = f"{OPERATOR_SOURCE}."
 """Prefix of the types of the relay's own events; only a pattern with the same prefix matches them."""
 
 _KEY_LENGTH = 200  # characters; for a longer value the key is its digest, because senders choose it
@@ -74,9 +74,9 @@ class Patterns:
         for text, pattern in self._excluded:
             if pattern.match(full_type):
                 return Explanation(matches=False, reason="taken_away", pattern=text)
-        is_operator_type = full_type.startswith(OPERATOR_TYPES)
+        is_operator_type = full_type.startswith(_OPERATOR_PREFIX)
         for text, pattern in self._included:
-            if pattern.match(full_type) and (not is_operator_type or text.startswith(OPERATOR_TYPES)):
+            if pattern.match(full_type) and (not is_operator_type or text.startswith(_OPERATOR_PREFIX)):
                 return Explanation(matches=True, reason="matched", pattern=text)
         return Explanation(matches=False, reason="no_pattern")
 

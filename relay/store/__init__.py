@@ -57,9 +57,6 @@ Listener = Callable[[News], None]
 New deliveries are already claimed for their lanes and carry their events; a lane without room releases them.
 """
 
-OPERATOR_EVENTS = "relay"
-"""Source of the relay's own events. Their deliveries never raise further events, so nothing loops."""
-
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
 """Microseconds for which an idempotency key names its first event."""
 

@@ -5,8 +5,8 @@ Ends come first, because they free what new deliveries may have to wait for.
 
 from collections.abc import Sequence
 
-from relay.model import Born, Delivery, Outcome, Owed
-from relay.store import OPERATOR_EVENTS, event_times
+from relay.model import OPERATOR_SOURCE, Born, Delivery, Outcome, Owed
+from relay.store import event_times
 from relay.store.batch import Batch
 from relay.store.claims import Claims
 from relay.store.rows import (
@@ -153,8 +153,8 @@ def _follow_deaths(batch: Batch) -> None:
             continue
         if delivery.on_dead is not None:
             batch.owe(Owed(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
-        if delivery.event is None or delivery.event.source != OPERATOR_EVENTS:
-            batch.bear(OPERATOR_EVENTS, _death(outcome))
+        if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
+            batch.bear(OPERATOR_SOURCE, _death(outcome))
 
 
 def _death(outcome: Outcome) -> Born:

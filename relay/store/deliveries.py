@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 import aiosqlite
 
 from relay.base.clock import Clock
-from relay.model import Born, Claim, DestinationState, Outcome, Owed, StoredEvent
-from relay.store import OPERATOR_EVENTS, Cancelled
+from relay.model import OPERATOR_SOURCE, Born, Claim, DestinationState, Outcome, Owed, StoredEvent
+from relay.store import Cancelled
 from relay.store.batch import Batch, Look, Repeat
 from relay.store.claims import Claims, claim
 from relay.store.database import Database
@@ -122,7 +122,7 @@ class SqliteDeliveries:
         def apply_(batch: Batch) -> None:
             batch.states.append(state)
             if tell is not None:
-                batch.bear(OPERATOR_EVENTS, tell)
+                batch.bear(OPERATOR_SOURCE, tell)
 
         await self._database.writer.submit(Job(apply_))
 

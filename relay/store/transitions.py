@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import Born, Outcome
-from relay.store import OPERATOR_EVENTS
+from relay.model import OPERATOR_SOURCE, Born, Outcome
 from relay.store.batch import Batch, Ending, Look
 from relay.store.claims import Claims
 from relay.store.transaction import Row, Transaction
@@ -151,7 +150,7 @@ async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, si
     transaction.run("UPDATE held SET told = 1 WHERE destination = ?", (name,))
     expires_in = max(0, max(min(first), since) + kept - batch.steady)
     data = {"destination": name, "expires_in_seconds": expires_in // SECOND, "held": kept // SECOND}
-    batch.bear(OPERATOR_EVENTS, Born(type="deliveries.expiring", subject=name, data=data))
+    batch.bear(OPERATOR_SOURCE, Born(type="deliveries.expiring", subject=name, data=data))
 
 
 async def _expire(batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import aiosqlite
 import msgspec
 
-from relay.model import Selection
+from relay.model import OPERATOR_SOURCE, Selection
 from relay.routing.conditions import Conditions, compile_conditions
 from relay.routing.envelope import EnvelopeView
 from relay.routing.subscription import Patterns
-from relay.store import OPERATOR_EVENTS
 from relay.store.queries.page import portions
 from relay.store.rows import load_events, marks
 
@@ -121,7 +120,7 @@ class Filter:
         self._patterns = Patterns((wanted.type,)) if wanted.type is not None and types is None else None
         of_event, self._values = _conditions(wanted, _OF_EVENT, types)
         if not operator_events:
-            of_event.append(f"+e.source <> '{OPERATOR_EVENTS}'")
+            of_event.append(f"+e.source <> '{OPERATOR_SOURCE}'")
         of_delivery, values = _conditions(wanted, _OF_DELIVERY)
         self._values += values
         if not deliveries:

@@ -14,9 +14,9 @@ import aiosqlite
 import msgspec
 
 from relay.errors import RelayError, UnknownError
-from relay.model import Chosen, Named, Selection, Stat
+from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
 from relay.routing.subscription import Patterns
-from relay.store import OPERATOR_EVENTS, Span, event_times
+from relay.store import Span, event_times
 from relay.store.queries.filters import Filter, Match
 from relay.store.queries.page import TOP
 from relay.store.queries.plan import DESTINATIONS_SQL, cheapest, plans_of_events, types_matching
@@ -178,7 +178,7 @@ async def stats(
         yield tuple(
             stat
             for stat in found
-            if (named or stat.source != OPERATOR_EVENTS)
+            if (named or stat.source != OPERATOR_SOURCE)
             and selection.source in (None, stat.source)
             and (selection.until is None or stat.hour < selection.until)
             and (patterns is None or patterns.matches(stat.type))
