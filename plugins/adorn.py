@@ -27,35 +27,35 @@ from relay.source import (
 )
 
 PATH = "/v1/events"
-_NONE = msgspec.Raw(b"null")
+_NULL = msgspec.Raw(b"null")
 
 
 class Envelope(msgspec.Struct):
-    """What all of its events share; who and where may be numbers, `null` or missing."""
+    """The fields of every event. Ids of store, seller and device may be numbers, `null` or missing."""
 
     event_type: str
     session_id: str
-    store_id: msgspec.Raw = _NONE
-    seller_id: msgspec.Raw = _NONE
-    device_id: msgspec.Raw = _NONE
+    store_id: msgspec.Raw = _NULL
+    seller_id: msgspec.Raw = _NULL
+    device_id: msgspec.Raw = _NULL
     payload: msgspec.Raw = EMPTY
 
 
 class Adorn(Source, kind="adorn", owns=("/v1",)):
-    """Adorn Studio: `POST /v1/events`. Without tokens it is open, as its own clients need it."""
+    """Adorn Studio: `POST /v1/events`. Without tokens it is open, because its clients send none."""
 
     tokens: Secrets = Secrets()
 
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand one of the tokens, if there are any."""
+        """Require one of the tokens, if any is configured."""
         if self.tokens:
             incoming.bearer(self.tokens)
 
     @route("POST", PATH)
     def event(self, incoming: Incoming) -> Accepted:
-        """Take an event of any type; only the envelope's type counts, a payload may hold its own."""
+        """Accept an event of any type. The envelope's type counts; a payload may contain another one."""
         envelope = incoming.decode(Envelope)
         if not envelope.session_id:
             raise Invalid(field="session_id", issue="expected a non-empty string")
@@ -72,7 +72,7 @@ class Adorn(Source, kind="adorn", owns=("/v1",)):
         )
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
-        """Answer `{"status": "error", "message": …}`; a wrong field is "Invalid" and its name."""
+        """Answer `{"status": "error", "message": …}`; for a wrong field, the message is "Invalid <field>"."""
         _ = incoming
         message = f"Invalid {refusal.field}" if refusal.field else refusal.detail
         return Reply(status=refusal.status, body={"status": "error", "message": message})
@@ -91,7 +91,7 @@ def _reply(receipt: Receipt) -> dict[str, str]:
 
 
 def _context(envelope: Envelope) -> dict[str, msgspec.Raw]:
-    """Keep who and where as they came; what was not said is left out."""
+    """Return the ids of store, seller and device unchanged, without those that are missing."""
     said = {
         "store_id": envelope.store_id,
         "seller_id": envelope.seller_id,
@@ -103,7 +103,7 @@ def _context(envelope: Envelope) -> dict[str, msgspec.Raw]:
 
 
 def _text(value: bytes) -> str:
-    """Return what counts of an id's length: a string's own characters, else all that was written."""
+    """Return the text whose length is checked: a string's characters, else the JSON text."""
     return str(read_json(value)) if value[:1] == b'"' else value.decode()
 
 

@@ -57,7 +57,7 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
     schemas: dict[str, Path] = msgspec.field(default_factory=dict)  # JSON Schemas of payloads, by event name
 
     def __post_init__(self) -> None:
-        """Read the schemas now: a broken one stops the start, not a request."""
+        """Read the schemas now, so that a broken schema stops the start instead of a request."""
         _ = self.validators
 
     @cached_property
@@ -68,13 +68,13 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand a token that may write events."""
+        """Require a token with the scope to write events."""
         if not incoming.bearer(self.tokens).allows(SCOPE):
             raise Forbidden(f"The token lacks the permission {SCOPE}")
 
     @route("POST", PATH)
     def send(self, incoming: Incoming) -> Accepted:
-        """Take an event of any name; where a schema is set for it, the payload must satisfy it."""
+        """Accept an event of any name; the payload must satisfy the schema of that name, if one is set."""
         body = incoming.decode(Request)
         if not body.name:
             raise Invalid(field="name", issue="field is required")
@@ -116,9 +116,9 @@ def _reply(receipt: Receipt) -> Reply:
 
 
 def _compile(path: Path) -> "Validator":
-    """Read one JSON Schema (the draft its `$schema` names, else 2020-12); it may refer to itself alone."""
+    """Read a JSON Schema (draft of its `$schema`, else 2020-12); it may contain references to itself only."""
     try:
-        from jsonschema import SchemaError, validators  # noqa: PLC0415 - an extra, for those who use it
+        from jsonschema import SchemaError, validators  # noqa: PLC0415 - an optional extra
         from referencing import Registry, Resource  # noqa: PLC0415 - comes with jsonschema
         from referencing.exceptions import Unresolvable  # noqa: PLC0415 - likewise
         from referencing.jsonschema import DRAFT202012  # noqa: PLC0415 - likewise
@@ -129,7 +129,7 @@ def _compile(path: Path) -> "Validator":
         kind = validators.validator_for(schema, default=validators.Draft202012Validator)
         kind.check_schema(schema)
         resource = Resource.from_contents(schema, default_specification=DRAFT202012)
-        registry: Registry[Any] = Registry()  # an empty one: nothing is fetched from the network
+        registry: Registry[Any] = Registry()  # empty: nothing is fetched from the network
         _follow(resource, registry.resolver_with_root(resource))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
@@ -144,7 +144,7 @@ def _compile(path: Path) -> "Validator":
 
 
 def _follow(resource: "Resource[Any]", resolver: Any) -> None:
-    """Look up every reference once, so that a dangling one shows at start."""
+    """Resolve every reference once, so that a dangling reference fails at start."""
     if isinstance(resource.contents, dict) and "$ref" in resource.contents:
         resolver.lookup(resource.contents["$ref"])
     for part in resource.subresources():

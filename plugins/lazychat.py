@@ -49,12 +49,12 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand one of the tokens."""
+        """Require one of the tokens."""
         incoming.bearer(self.tokens)
 
     @route("POST", PATH)
     def event(self, incoming: Incoming) -> Accepted:
-        """Take an event; its type may stand in the header alone, its shop may be unknown."""
+        """Accept an event. Its type may be in the header only, and its shop may be unknown."""
         body = incoming.decode(Notification)
         type_ = body.event_type or incoming.header("X-Event-Type")
         if not type_:
@@ -70,7 +70,7 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
         )
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
-        """Answer `{"success": false, "error": …}`, and a known shop's probe with 200 in passing trouble.
+        """Answer `{"success": false, "error": …}`, but 200 to a known shop's probe in temporary trouble.
 
         On any other status the plugin deletes its token and logs the shop out.
         """
@@ -99,7 +99,7 @@ class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
 
 
 def _context(incoming: Incoming, body: Notification) -> dict[str, object]:
-    """Only `X-Event-Timestamp` is absolute: the times inside the body are naive and site-local."""
+    """Return the context. Only `X-Event-Timestamp` is absolute: times in the body have no time zone."""
     context: dict[str, object] = {"site_info": as_value(body.site_info)}
     if version := incoming.header("X-Plugin-Version"):
         context["plugin_version"] = version

@@ -34,7 +34,7 @@ Kind = Literal["member_joined", "member_left", "role_updated", "command_used", "
 
 
 class Notification(msgspec.Struct):
-    """The body of an event. Discord ids exceed 2^53, so an integer is a client's mistake."""
+    """The body of an event. Discord ids exceed 2^53, so an integer is a mistake of the client."""
 
     event_type: Kind
     discord_id: str
@@ -49,7 +49,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand one of the tokens, for the health check too: the bot checks its secret by it."""
+        """Require one of the tokens, also for the health check: the bot tests its secret with it."""
         incoming.bearer(self.tokens)
 
     @route("POST", PATH)
@@ -68,7 +68,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
 
     @route("GET", HEALTH)
     def health(self, incoming: Incoming) -> Reply:
-        """Answer the bot's start-up check, whose secret `verify` has accepted."""
+        """Answer the bot's health check at its start."""
         _ = incoming
         return Reply(
             body={
@@ -80,7 +80,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
         )
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
-        """Answer as the bot's own backend does: `error` for who, `detail` for what."""
+        """Answer as the bot's backend does: `error` about the sender, `detail` about the request."""
         _ = incoming
         status = refusal.status
         body: dict[str, object] = {"detail": refusal.message}
@@ -103,7 +103,7 @@ class Moddy(Source, kind="moddy", owns=("/internal",)):
 
 
 def _metadata(raw: msgspec.Raw) -> msgspec.Raw:
-    """Take a map or `null`; unlike PHP clients, this one never means a map by a list."""
+    """Return a map, or an empty one for `null`. A list is an error: only PHP clients send `[]` for a map."""
     if bytes(raw)[:1] == b"[":
         raise Invalid(field="metadata", issue="expected an object")
     return as_map(raw, "metadata")
@@ -116,7 +116,7 @@ _TYPES = {
     "discord_id": ("string_type", "Input should be a valid string"),
     "metadata": ("dict_type", "Input should be a valid dictionary"),
 }
-"""What pydantic says of each field (its names for these errors are stable)."""
+"""Pydantic's error type and message for each field."""
 
 
 def _explain(refusal: Invalid) -> dict[str, object]:

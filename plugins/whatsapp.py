@@ -42,11 +42,11 @@ from relay.source import (
 
 _NULL = msgspec.Raw(b"null")
 _BELOW_A_WORKER = ("/events", "/sessions/recovery-status", "/sessions-preserved", "/sessions/assigned")
-_LARGEST = 2**63 - 1  # what a row can hold
+_LARGEST = 2**63 - 1  # the largest integer of a database row
 _MOST_COUNTS = 32  # kinds of session status in one heartbeat; eight are known
-_LONGEST_TEXT = 1024  # characters of an endpoint or a description; of other texts LONGEST_ID
+_LONGEST_TEXT = 1024  # characters of an endpoint or a description; other texts: LONGEST_ID
 _STATUSES: dict[str, WorkerStatus] = {status: status for status in get_args(WorkerStatus)}
-_TOLD = {
+_STATUS_BY_NAME = {
     **dict.fromkeys(
         ("qr", "qr_code", "qr_ready", "qr_required", "qr_generated", "qr_updated"), "qr_required"
     ),
@@ -57,16 +57,16 @@ _TOLD = {
     **dict.fromkeys(("deleted", "removed", "destroyed", "terminated"), "deleted"),
     **{name: name for name in ("created", "initializing", "connecting", "authenticated", "reconnecting")},
 }
-"""What an event's name, less its `session_`, says of the session's status."""
+"""Session status by the event's name without `session_`."""
 
-_FINER = {
+_MORE_PRECISE = {
     "created": ("initializing", "qr_required", "connecting", "connected"),
     "disconnected": ("logged_out", "reconnecting", "error"),
 }
-"""Statuses that say the same as a name, and more: there the body's own status counts."""
+"""Statuses that are more precise than the event's name: if the body has one of them, it counts."""
 
 _OF_SESSIONS = ("session", "status", "state", "connection")
-"""Words in the names of events whose status is the session's."""
+"""Words in the names of events that carry a session's status."""
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -81,7 +81,7 @@ def served(method: str, path: str) -> Callable[[H], H]:
 
 
 class Registration(msgspec.Struct, rename="camel"):
-    """The body of a registration; only the id has to be right."""
+    """The body of a registration; only the id must be valid."""
 
     worker_id: str
     endpoint: Any = None
@@ -92,14 +92,14 @@ class Registration(msgspec.Struct, rename="camel"):
     status: Any = None
 
 
-class Farewell(msgspec.Struct, rename="camel"):
+class Unregistration(msgspec.Struct, rename="camel"):
     """The body of `DELETE workers/unregister`."""
 
     worker_id: str
 
 
 class Notice(msgspec.Struct, rename="camel"):
-    """The body of a session or message event: an envelope where it has `event`, else flat."""
+    """The body of a session or message event: an envelope if it has `event`, else flat."""
 
     event: str | None = None
     session_id: str | None = None
@@ -116,20 +116,20 @@ class WhatsApp(
     kind="whatsapp",
     owns=("/api/v1/workers", "/api/v1/webhooks", "/api/workers", "/api/webhooks"),
 ):
-    """WhatsApp workers of every generation; the id in the path, decoded, says which one."""
+    """WhatsApp workers of every generation; the percent-decoded id in the path identifies the worker."""
 
     tokens: Secrets
-    conflict: Literal["accept", "reject"] = "accept"  # "reject": 409 to a new id on a live one's endpoint
-    recover_sessions: bool = False  # have workers restore their sessions after a restart
+    conflict: Literal["accept", "reject"] = "accept"  # "reject": 409 to a new id at a live worker's endpoint
+    recover_sessions: bool = False  # ask workers to restore their sessions after a restart
 
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
-        """Demand one of the tokens."""
+        """Require one of the tokens."""
         incoming.bearer(self.tokens)
 
     def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
-        """Take any call to a worker's heartbeat for a heartbeat, whatever its body is."""
+        """Treat each request to a worker's heartbeat path as a heartbeat, whatever its body is."""
         _, _, place = incoming.path.partition("/workers/")
         if place.endswith("/heartbeat"):
             return Heartbeat(worker_id=check_id(incoming.params["worker"]))
@@ -147,7 +147,7 @@ class WhatsApp(
         body = incoming.decode(Registration, loose=True)
         worker_id = check_id(body.worker_id, "workerId")
         if worker_id in (".", ".."):
-            # Clients and proxies take them out of a path, even percent-encoded: no heartbeat would arrive.
+            # Clients and proxies remove these from a path, even percent-encoded: no heartbeat would arrive.
             raise Invalid(field="workerId", issue="no heartbeat can be sent for it")
         change = Register(
             worker_id=worker_id,
@@ -176,7 +176,7 @@ class WhatsApp(
 
     @served("PUT", "/workers/{worker:path}/heartbeat")
     def heartbeat(self, incoming: Incoming) -> Accepted:
-        """Take a sign of life, also from a worker that never registered."""
+        """Accept a heartbeat, also from a worker that has never registered."""
         worker_id = check_id(incoming.params["worker"], "workerId")
 
         def reply(receipt: Receipt) -> dict[str, Any]:
@@ -188,17 +188,17 @@ class WhatsApp(
     @served("DELETE", "/workers/unregister")
     @served("POST", "/workers/unregister")
     def unregister(self, incoming: Incoming) -> Accepted:
-        """Take leave of the worker that the body names."""
-        return _farewell(incoming.decode(Farewell, loose=True).worker_id)
+        """Unregister the worker that the body names."""
+        return _unregister(incoming.decode(Unregistration, loose=True).worker_id)
 
     @served("DELETE", "/workers/{worker:path}")
     def delete(self, incoming: Incoming) -> Accepted:
-        """Take leave of the worker that the path names."""
-        return _farewell(incoming.params["worker"])
+        """Unregister the worker that the path names."""
+        return _unregister(incoming.params["worker"])
 
     @served("POST", "/workers/{worker:path}/events")
     def event(self, incoming: Incoming) -> Accepted:
-        """Take an event of a worker; unlike the webhooks it must have an envelope."""
+        """Accept an event of a worker; unlike the webhooks, it must have an envelope."""
         reply = {"success": True, "message": "Event received"}
         notice = incoming.decode(Notice)
         return _accept(incoming, notice, reply, of_session=_is_of_session(notice.event or ""))
@@ -206,7 +206,7 @@ class WhatsApp(
     @served("POST", "/webhooks/session-status")
     @served("POST", "/webhooks/session-status/{session}")
     def session_status(self, incoming: Incoming) -> Accepted:
-        """Take a change of a session; a flat one gets its type from its status."""
+        """Accept a change of a session; a flat body gets its type from its status."""
         notice = incoming.decode(Notice)
         status = notice.status.strip().lower() if isinstance(notice.status, str) else ""
         if not notice.event and not status:
@@ -216,23 +216,23 @@ class WhatsApp(
 
     @served("POST", "/webhooks/message-status")
     def message_status(self, incoming: Incoming) -> Accepted:
-        """Take what became of a message."""
+        """Accept the status of a message."""
         reply = {"success": True, "message": "Message status updated"}
         return _accept(incoming, incoming.decode(Notice), reply, flat="message_status")
 
     @served("POST", "/workers/{worker:path}/sessions/recovery-status")
     def recovery_status(self, incoming: Incoming) -> Accepted:
-        """Take how the recovery of a worker's sessions went."""
+        """Accept the result of a worker's session recovery."""
         return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.recovery_status")
 
     @served("POST", "/workers/{worker:path}/sessions-preserved")
     def sessions_preserved(self, incoming: Incoming) -> Accepted:
-        """Take note of the sessions that a worker kept at its shutdown."""
+        """Accept the list of sessions that a worker kept at its shutdown."""
         return _accept(incoming, incoming.decode(Notice), _received(incoming), flat="session.preserved")
 
     @served("GET", "/workers/{worker:path}/sessions/assigned")
     def assigned(self, incoming: Incoming) -> Accepted:
-        """Answer with the sessions that the worker reported last, or that it is to restore."""
+        """Answer with the sessions that the worker reported last or must restore."""
         worker_id = check_id(incoming.params["worker"], "workerId")
 
         def reply(receipt: Receipt) -> dict[str, Any]:
@@ -258,8 +258,8 @@ class WhatsApp(
         )
 
 
-def _farewell(worker_id: str) -> Accepted:
-    """Answer 200 for an unknown worker too: it is gone, which is what was asked for."""
+def _unregister(worker_id: str) -> Accepted:
+    """Unregister a worker; an unknown worker gets 200 too, because the result is the same."""
     change = Unregister(worker_id=check_id(worker_id, "workerId"))
     return Accepted(worker=change, reply={"success": True, "message": "Worker unregistered successfully"})
 
@@ -271,7 +271,7 @@ def _received(incoming: Incoming) -> dict[str, Any]:
 def _accept(
     incoming: Incoming, notice: Notice, reply: dict[str, Any], *, flat: str = "", of_session: bool = False
 ) -> Accepted:
-    """Make an event of an envelope, or of a flat body with the type `flat`."""
+    """Return an event from an envelope, or from a flat body with the type `flat`."""
     if not notice.event and not flat:
         raise Invalid(field="event", issue="field is required")
     worker_id = incoming.params.get("worker") or notice.worker_id
@@ -289,47 +289,48 @@ def _accept(
         data=as_value(notice.data) if notice.event else msgspec.Raw(incoming.body.strip()),
         context=context,
     )
-    seen = _seen(notice, worker_id, session_id) if of_session else None
+    seen = _session_in(notice, worker_id, session_id) if of_session else None
     return Accepted(event=event, worker=seen, reply=reply)
 
 
-def _seen(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
-    """Read what a session's event says of the session itself; a message's status is another matter.
+def _session_in(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
+    """Return the session in a session's event, None if the event has none.
 
-    The name of an event decides (`connected`, `session_qr_ready`): a status beside it may be the one
-    before. A name that tells none (`session_status`) leaves it to the status.
+    The event's name decides (`connected`, `session_qr_ready`), because a status beside it may be the previous
+    one. If the name contains no status (`session_status`), the status field decides.
     """
-    said = _map(notice.data) if notice.event else {}
-    status = _text(said.get("status")) or _text(notice.status)
-    if (named := _named(notice.event or "")) and status.lower() not in (named, *_FINER.get(named, ())):
+    data = _map(notice.data) if notice.event else {}
+    status = _text(data.get("status")) or _text(notice.status)
+    named = _status_in_name(notice.event or "")
+    if named and status.lower() not in (named, *_MORE_PRECISE.get(named, ())):
         status = named
     if not session_id or not status or (notice.event or "").startswith("message"):
         return None
     session = Session(
         id=session_id,
         status=status,
-        phone=_text(said.get("phoneNumber")) or _text(notice.phone_number) or None,
-        name=_text(said.get("displayName")) or _text(notice.display_name) or None,
+        phone=_text(data.get("phoneNumber")) or _text(notice.phone_number) or None,
+        name=_text(data.get("displayName")) or _text(notice.display_name) or None,
         last_activity=_stamp(notice.timestamp),
     )
     return SessionSeen(session=session, worker_id=worker_id or "", at=_at(notice.timestamp))
 
 
 def _is_of_session(event: str) -> bool:
-    """Say by its name whether an event tells of a session: a message or a contact has a status of its own."""
+    """Return whether an event is about a session, by its name: messages and contacts have other statuses."""
     name = event.lower()
     about = "message" not in name and any(word in name for word in _OF_SESSIONS)
-    return about or bool(_named(event))
+    return about or bool(_status_in_name(event))
 
 
-def _named(event: str) -> str:
-    """Return the status that an event's name tells, `""`: none."""
+def _status_in_name(event: str) -> str:
+    """Return the session status in an event's name, `""` if the name has none."""
     name = event.strip().lower().replace("-", "_").replace(".", "_").replace(":", "_")
-    return _TOLD.get(name.removeprefix("session_"), "")
+    return _STATUS_BY_NAME.get(name.removeprefix("session_"), "")
 
 
 def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
-    """Decode what should be an object; a notification is tried once, so nothing here may refuse it."""
+    """Decode an object, `{}` for anything else: a notification is sent once, so it must not be refused."""
     try:
         value = read_json(bytes(raw))
     except (ValueError, RecursionError):
@@ -338,48 +339,48 @@ def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
 
 
 def _at(raw: msgspec.Raw) -> str | float | None:
-    """Return a timestamp that is text or a number."""
+    """Return a timestamp that is text or a number, None for anything else."""
     text = bytes(raw)
     try:
         value = None if text[:1] in (b"{", b"[") else read_json(text)
     except ValueError:
         return None
-    return value if type(value) in (str, int, float) else None  # no bool
+    return value if type(value) in (str, int, float) else None  # not a bool
 
 
 def _stamp(raw: msgspec.Raw) -> str | None:
-    """Return a timestamp that is text."""
+    """Return a timestamp that is text, None for anything else."""
     return _text(_at(raw)) or None
 
 
 def _heartbeat(worker_id: str, body: Mapping[str, Any]) -> Heartbeat:
-    """Read a heartbeat of any generation: gauges flat or under `metrics`, sessions counted or listed."""
+    """Return a heartbeat of any generation: gauges flat or in `metrics`, sessions as counts or as a list."""
     metrics = body.get("metrics")
-    said = {**metrics, **body} if isinstance(metrics, dict) else body
-    counts, sessions = _sessions(said.get("sessions"))
+    data = {**metrics, **body} if isinstance(metrics, dict) else body
+    counts, sessions = _sessions(data.get("sessions"))
     return Heartbeat(
         worker_id=worker_id,
-        status=_status(said.get("status")),
-        version=_text(said.get("version")) or None,
-        environment=_text(said.get("environment")) or None,
-        cpu=_number(said.get("cpuUsage")),
-        memory=_number(said.get("memoryUsage")),
-        uptime=_number(said.get("uptime")),
-        message_count=_whole(said.get("messageCount")),
+        status=_status(data.get("status")),
+        version=_text(data.get("version")) or None,
+        environment=_text(data.get("environment")) or None,
+        cpu=_number(data.get("cpuUsage")),
+        memory=_number(data.get("memoryUsage")),
+        uptime=_number(data.get("uptime")),
+        message_count=_whole(data.get("messageCount")),
         counts=counts,
         sessions=sessions,
     )
 
 
 def _sessions(value: Any) -> tuple[dict[str, int] | None, tuple[Session, ...] | None]:
-    """Return what a worker counts, and its sessions where it lists them."""
+    """Return a worker's session counts, and its sessions if it lists them."""
     if isinstance(value, dict):
         counts = {
             name: count
             for name, number in value.items()
             if len(name) <= LONGEST_ID and (count := _whole(number)) is not None
         }
-        counts.pop("maxSessions", None)  # a limit, no count
+        counts.pop("maxSessions", None)  # a limit, not a count
         return dict(list(counts.items())[:_MOST_COUNTS]), None
     if isinstance(value, list):
         read = [_session(item) for item in value if isinstance(item, dict)]
@@ -415,7 +416,7 @@ def _assigned(receipt: Receipt) -> list[dict[str, str | None]]:
 
 
 def _text(value: Any, longest: int = LONGEST_ID) -> str:
-    """Return a text; one that is too long says nothing, as what is no text."""
+    """Return a text, `""` for other values and for a text that is too long."""
     return value if isinstance(value, str) and len(value) <= longest else ""
 
 
@@ -424,13 +425,13 @@ def _status(value: Any) -> WorkerStatus | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else None  # no bool
+    return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else None  # not a bool
 
 
 def _whole(value: Any) -> int | None:
     if type(value) is float and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 <= value <= _LARGEST else None  # no bool
+    return value if type(value) is int and 0 <= value <= _LARGEST else None  # not a bool
 
 
 _SAMPLE_ID = "hookferry-sample-worker"

@@ -1,4 +1,4 @@
-"""One request as a source sees it: bytes and a few headers, no framework object."""
+"""One request as a source gets it: bytes and headers, without objects of a web framework."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,23 +15,23 @@ T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
 
 LARGE = 4096
-"""Bytes of a body beyond which its parts are remembered, because to parse them again would take long."""
+"""Bytes; the parts of a larger body are remembered, because parsing them again would take long."""
 
 
 class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One request, read.
+    """One request.
 
     Header values may hold surrogates (bytes that were no UTF-8): never store or log them raw;
     `header` gives a clean one.
     """
 
     method: str
-    path: str  # as on the wire, percent-encoded, below the source's prefix, without the query
-    headers: CIMultiDictProxy[str]  # names in any case
-    body: bytes = b""  # empty while only the head has been read
-    params: Mapping[str, str] = {}  # the route's placeholders, percent-decoded
+    path: str  # percent-encoded as sent, without the source's prefix and the query
+    headers: CIMultiDictProxy[str]  # names are case-insensitive
+    body: bytes = b""  # empty until the body has been read
+    params: Mapping[str, str] = {}  # values of the route's placeholders, percent-decoded
     query: str = ""  # raw query string; never logged
-    parts: tuple[msgspec.Raw, ...] = ()  # of a large decoded body: fields that are known to be one JSON value
+    parts: tuple[msgspec.Raw, ...] = ()  # fields of a large decoded body that are known to be valid JSON
 
     @classmethod
     def of(
@@ -42,7 +42,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         body: bytes = b"",
         **params: str,
     ) -> "Incoming":
-        """Build one from plain values (tests)."""
+        """Return a request from plain values, for tests and samples."""
         return cls(
             method=method,
             path=path,
@@ -52,7 +52,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         )
 
     def header(self, name: str) -> str:
-        """Return a header's value trimmed and storable; `""` when it is absent or holds surrogates."""
+        """Return a header's trimmed value; `""` if it is absent or contains surrogates."""
         value = self.headers.get(name, "").strip()
         return value if value.isascii() or _storable(value) else ""
 
@@ -69,7 +69,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         if decoder is None:
             decoder = _decoders[type_] = msgspec.json.Decoder(type_)
         try:
-            self.body.decode()  # msgspec does not look inside Raw and unknown fields
+            self.body.decode()  # msgspec does not check Raw and unknown fields
             try:
                 value = decoder.decode(self.body)
             except msgspec.DecodeError:
@@ -79,7 +79,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
                 with suppress(ValueError, RecursionError):
                     return decode(decoder, salvage(self.body))  # type: ignore[return-value]
             if isinstance(error, msgspec.ValidationError):
-                field, issue = _blame(str(error))
+                field, issue = _field_and_issue(str(error))
                 raise Invalid(field=field, issue=issue) from None
             raise Malformed from None
         if len(self.body) > LARGE and isinstance(value, msgspec.Struct):
@@ -117,7 +117,7 @@ def _storable(value: str) -> bool:
     return True
 
 
-def _blame(message: str) -> tuple[str, str]:
+def _field_and_issue(message: str) -> tuple[str, str]:
     """Split msgspec's "Expected `str`, got `int` - at `$.discord_id`" into field and issue."""
     issue, _, where = message.partition(" - at ")
     field = where.strip("`").removeprefix("$").removeprefix(".")

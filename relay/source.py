@@ -56,17 +56,17 @@ VERSION = __version__
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """What a handler read out of a request."""
+    """An event, as a source's handler read it from a request."""
 
-    type: str  # 1 to 200 printable characters; the source's name is put before it
+    type: str  # 1 to 200 printable characters, without the source's name
     subject: str | None = None  # at most 256 characters
     data: Any = EMPTY  # msgspec.Raw keeps the sender's own bytes; anything else is encoded
     context: Any = EMPTY
-    key: str | None = None  # the same request with it is a duplicate for 7 days, within the source
+    key: str | None = None  # idempotency key: the same request with it is a duplicate for 7 days, per source
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer: a status and a value rendered as JSON (`bytes` go out as they are)."""
+    """A reply: a status and a value that is rendered as JSON (`bytes` are sent unchanged)."""
 
     status: int = 200
     body: Any = None
@@ -74,12 +74,12 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that is fine: what to make durable, and how to answer once it is."""
+    """An accepted request: what to store, and the reply to send after that."""
 
-    reply: Any  # a Reply, a value for a 200, or a function of the Receipt giving either
-    event: Event | None = None  # None: a heartbeat, a question
-    worker: WorkerChange | None = None  # applied in the event's own transaction
-    asks: str | None = None  # a worker id: its row comes back in the receipt
+    reply: Any  # a Reply, a value for a 200, or a function that takes the Receipt and returns either
+    event: Event | None = None  # None: a heartbeat or a query
+    worker: WorkerChange | None = None  # applied in the event's transaction
+    asks: str | None = None  # id of a worker whose row the receipt must contain
 
 
 _LONGEST_TYPE = 200
@@ -90,7 +90,7 @@ H = TypeVar("H", bound=Handler)
 
 
 def route(method: str, path: str) -> Callable[[H], H]:
-    """Mark a method as the handler of a path; `{name}` stands for one segment, found in `params`.
+    """Mark a method as the handler of a path; `{name}` matches one segment, whose value is in `params`.
 
     Literal segments win over placeholders. One method may carry several routes. `{name:path}` stands for
     one segment, and for several where no other route fits: for senders that do not encode a `/`.
@@ -107,7 +107,7 @@ def route(method: str, path: str) -> Callable[[H], H]:
 
 
 class _SourceMeta(msgspec.StructMeta):
-    """Lets a source say `class Moddy(Source, kind="moddy", owns=("/internal",))`."""
+    """Allows `class Moddy(Source, kind="moddy", owns=("/internal",))`."""
 
     def __new__(
         mcls,
@@ -136,8 +136,8 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     kind: ClassVar[str] = ""
     owns: ClassVar[tuple[str, ...]] = ()
     verify_reads_body: ClassVar[bool] = True
-    """Whether `verify` looks at the body. False: it is called before the body is read, with an empty body.
-    The relay then refuses strangers before they take memory, and keeps memory for senders it has verified."""
+    """Whether `verify` needs the body. False: it is called before the body is read, with an empty body.
+    The relay then refuses strangers before they use memory, and reserves memory for verified senders."""
 
     @classmethod
     def routes(cls) -> tuple[tuple[str, str, str], ...]:
@@ -149,7 +149,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return tuple(found)
 
     def verify(self, incoming: Incoming) -> None:
-        """Check who sends.
+        """Check the sender.
 
         The body is there as well, unless `verify_reads_body` is False: set that where the head is enough.
 
@@ -159,7 +159,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         """
 
     def is_open(self) -> bool:
-        """Return whether everybody who can reach the source can send: none of its settings is a secret.
+        """Return whether everybody who can reach the source can send, because no setting is a secret.
 
         Any web page can make its visitors' browsers send to such a source. So a request with an `Origin`
         header is refused with 403, unless that origin is in `cors_origins`. A source that checks senders
@@ -168,7 +168,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return not holds_secret(self)
 
     def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
-        """Return what a refused request says of its worker: that it lives, or leaves.
+        """Return the worker change in a refused request: that the worker lives or leaves.
 
         The relay calls this for verified requests on known routes: when it, or the handler, refuses one, and
         before it applies the source's `rate_limit`, which then counts per worker. `incoming.body` may be
@@ -185,7 +185,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return Reply(status=refusal.status, body={"error": error})
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
-        """Say for `relay verify` why `verify` refuses a request, beyond what a bearer token tells.
+        """Return reasons for `relay verify` why `verify` refuses a request, in addition to its bearer token.
 
         Asked only then. A source that checks signatures says here which secret, encoding or bytes would
         fit, and never a secret itself.
@@ -194,16 +194,16 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return ()
 
     def warnings(self) -> tuple[str, ...]:
-        """Say at start what the operator should know about these settings."""
+        """Return warnings about the settings for the operator; they are logged at start."""
         return ()
 
     def samples(self) -> tuple[Incoming, ...]:
-        """Return documented requests, without credentials: what `--demo` sends."""
+        """Return documented requests without credentials; `--demo` and `relay send` send them."""
         return ()
 
 
 def as_value(raw: msgspec.Raw) -> msgspec.Raw:
-    """Return a JSON value as it came; absent, `null` and PHP's empty `[]` become `{}`."""
+    """Return a JSON value unchanged; absent, `null` and PHP's empty `[]` become `{}`."""
     text = bytes(raw)
     if not text or text == b"null" or (text[:1] == b"[" and not text[1:-1].strip()):
         return EMPTY
@@ -211,10 +211,10 @@ def as_value(raw: msgspec.Raw) -> msgspec.Raw:
 
 
 def as_map(raw: msgspec.Raw, field: str = "") -> msgspec.Raw:
-    """Return a JSON map as it came; absent, `null` and PHP's empty `[]` become `{}`.
+    """Return a JSON map unchanged; absent, `null` and PHP's empty `[]` become `{}`.
 
     Raises:
-        Invalid: it is some other JSON value; blames `field`.
+        Invalid: it is some other JSON value; names `field`.
     """
     value = as_value(raw)
     if bytes(value)[:1] != b"{":
@@ -226,7 +226,7 @@ def as_json(text: str | bytes, field: str = "") -> msgspec.Raw:
     """Return a text that holds JSON, such as a field of a form, as a value for `data` or `context`.
 
     Raises:
-        Invalid: it is not exactly one JSON value; blames `field`.
+        Invalid: it is not exactly one JSON value; names `field`.
     """
     try:
         encoded = text.encode() if isinstance(text, str) else text
@@ -237,10 +237,10 @@ def as_json(text: str | bytes, field: str = "") -> msgspec.Raw:
 
 
 def check_type(type_: str, field: str = "") -> None:
-    """Demand that an event's type, as on the wire, is 1 to 200 printable characters.
+    """Check that an event's type, as sent, has 1 to 200 printable characters.
 
     Raises:
-        Invalid: it is not; blames `field`.
+        Invalid: it has not; names `field`.
     """
     if not type_ or len(type_) > _LONGEST_TYPE or not type_.isprintable():
         issue = f"expected 1 to {_LONGEST_TYPE} printable characters"
@@ -248,10 +248,10 @@ def check_type(type_: str, field: str = "") -> None:
 
 
 def check_length(text: str, field: str = "") -> str:
-    """Return a text that is stored beside the body, such as a subject, if it is at most 256 characters.
+    """Return a text that is stored beside the body, such as a subject, if it has at most 256 characters.
 
     Raises:
-        Invalid: it is longer; blames `field`.
+        Invalid: it is longer; names `field`.
     """
     if len(text) > LONGEST_ID:
         raise Invalid(field=field, issue=f"expected at most {LONGEST_ID} characters")
@@ -259,10 +259,10 @@ def check_length(text: str, field: str = "") -> str:
 
 
 def check_id(id_: str, field: str = "") -> str:
-    """Return an id if it is 1 to 256 characters of any Unicode but control characters and surrogates.
+    """Return an id if it has 1 to 256 Unicode characters without control characters and surrogates.
 
     Raises:
-        Invalid: it is not; blames `field`.
+        Invalid: it has not; names `field`.
     """
     fits = 0 < len(id_) <= LONGEST_ID
     if not fits or not (id_.isprintable() or _clean(id_)):

@@ -1,4 +1,4 @@
-"""Why a verified request cannot be taken in at the moment, if so."""
+"""Admission of verified requests: drain, disk, paused sources and rate limits."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, MutableMapping
@@ -19,14 +19,14 @@ from relay.source import Source
 K = TypeVar("K", bound=Hashable)
 
 WORKERS = 10
-"""The limit of all workers of one token together, as a multiple of the source's `rate_limit`."""
+"""Rate limit of all workers of one token together, as a multiple of the source's `rate_limit`."""
 
 MOST_BUCKETS = 16_384
-"""Workers whose rate is kept. Senders choose ids, so beyond this the longest silent worker is forgotten."""
+"""Rate buckets of workers. Senders choose worker ids, so the bucket that is unused for longest goes first."""
 
 
 class Admission:
-    """Open, unless the daemon drains, the disk is full, the source paused or the token too busy."""
+    """Decides whether the relay takes a request now."""
 
     def __init__(self, clock: Clock) -> None:
         self.draining = False
@@ -37,7 +37,7 @@ class Admission:
         self._workers: OrderedDict[tuple[str, Rate, bytes, str], TokenBucket] = OrderedDict()
 
     def check(self, mount: Mount, incoming: Incoming, *, late: bool) -> None:
-        """Let a request pass whose sender has been verified; `late`: it began when we were draining.
+        """Check a request of a verified sender; `late`: it began while the daemon was draining.
 
         Raises:
             Draining: the daemon is stopping.
@@ -55,7 +55,7 @@ class Admission:
             self._limit(mount, incoming)
 
     def keep(self, mounts: Mapping[str, Mount]) -> None:
-        """Forget the buckets of sources that are gone or have another rate now; the others go on."""
+        """Drop the buckets of removed sources and of changed rates; keep the others."""
         rates = {(name, mount.config.rate_limit) for name, mount in mounts.items()}
         self._buckets = {key: bucket for key, bucket in self._buckets.items() if key[:2] in rates}
         self._fleets = {key: bucket for key, bucket in self._fleets.items() if key[:2] in rates}
@@ -64,9 +64,9 @@ class Admission:
 
     def _limit(self, mount: Mount, incoming: Incoming) -> None:
         rate = mount.config.rate_limit
-        assert rate is not None  # noqa: S101 - asked only where there is one
+        assert rate is not None  # noqa: S101 - the caller has checked it
         now = self._clock.steady()
-        # Only verified tokens get here, so there are as many buckets as tokens, and one without any.
+        # Only verified tokens get here: one bucket per configured token, and one for sources without tokens.
         key = (mount.name, rate, _token(mount, incoming))
         change = worker_change_of(mount.source, incoming)
         if change is not None and change.worker_id:
@@ -77,7 +77,7 @@ class Admission:
             raise RateLimited(retry_after=max(1, round(wait + 0.5)))
 
     def _wait_of_worker(self, key: tuple[str, Rate, bytes, str], now: int) -> float:
-        """Count a call of a worker, and return the seconds to wait.
+        """Count a worker's request and return the seconds that it must wait.
 
         A storm of one worker uses up that worker's rate only; invented ids use up the rate of their token.
         """
@@ -92,7 +92,7 @@ class Admission:
 
 
 def worker_change_of(source: Source, incoming: Incoming) -> WorkerChange | None:
-    """Return what a request says of its worker, even if it is refused; see `Source.sign_of_life`."""
+    """Return the worker change in a request that may be refused; see `Source.sign_of_life`."""
     with suppress(Refusal):
         return ask(source.sign_of_life, incoming)  # type: ignore[no-any-return]
     return None
@@ -106,6 +106,6 @@ def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: in
 
 
 def _token(mount: Mount, incoming: Incoming) -> bytes:
-    """Return the digest of the configured token that was sent, however it was spelt."""
+    """Return the digest of the request's configured token, `b""` if the source has none."""
     tokens = getattr(mount.source, "tokens", None)
     return incoming.bearer(tokens).digest if isinstance(tokens, Secrets) and tokens else b""

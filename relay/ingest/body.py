@@ -9,16 +9,16 @@ import msgspec
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
 from relay.ingest.request import ChunkingError, Request
 
-STANDSTILL = 0.1  # seconds by which a timer is late where the process or its event loop stood still
+STANDSTILL = 0.1  # seconds; a timer that is later means that the process or its loop stood still
 SMALL = 16 * 2**10  # bytes up to which a body counts as small
 
 T = TypeVar("T")
 
 
 class _Pool:
-    """What bodies of one kind may take of the budget, and who has how much of it.
+    """The share of the budget for bodies of one kind, and how much of it each address uses.
 
-    A sender that has nothing else in it may always fill it alone, or a large body would never fit.
+    A body that is alone in its pool may fill it. Otherwise a large body would never fit.
     """
 
     __slots__ = ("_limit", "_peers", "_strangers", "_used", "_used_by_strangers")
@@ -31,15 +31,15 @@ class _Pool:
         self._peers: dict[tuple[str, bool], int] = {}  # bytes by address, and whether verified
 
     def resize(self, limit: int, strangers: int) -> None:
-        """Have other limits from now on."""
+        """Change the limits."""
         self._limit = limit
         self._strangers = strangers
 
     def take(self, size: int, peer: tuple[str, bool], has: int) -> None:
-        """Reserve bytes for a body that `has` some already.
+        """Reserve `size` more bytes for a body that already `has` some.
 
         Raises:
-            Overloaded: others have what is missing.
+            Overloaded: other bodies use the missing bytes.
         """
         used, used_by_strangers, used_by_peer = self._used, self._used_by_strangers, self._peers.get(peer, 0)
         is_known = peer[1]
@@ -68,11 +68,11 @@ class _Pool:
 
 
 class Budget:
-    """Bytes of bodies being read or waiting for their commit, over all connections.
+    """Bytes of bodies that are being read or wait for their commit, over all connections.
 
-    Large bodies leave an eighth of it to small ones. Senders whose token has been verified before the body
-    was read share it with nobody else beyond half of it. One address, as trusted proxies forward it, has at
-    most half of what all senders of its kind may have.
+    Large bodies leave an eighth of it to small ones. Senders that are not verified before their body is read
+    have at most half of it, and small bodies of theirs an eighth. One address, as trusted proxies forward
+    it, has at most half of the share of its kind.
     """
 
     __slots__ = ("large", "limit", "small", "used")
@@ -84,33 +84,33 @@ class Budget:
         self.large = _Pool(limit - limit // 8, limit // 2)
 
     def resize(self, limit: int) -> None:
-        """Have another limit from now on; what is held stays."""
+        """Change the limit; reserved bytes stay reserved."""
         self.limit = limit
         self.small.resize(limit, limit // 8)
         self.large.resize(limit - limit // 8, limit // 2)
 
     def hold(self, who: Callable[[], tuple[str, bool]]) -> "Hold":
-        """Return what one body holds of it; `who` tells the sender's address, and whether it is verified."""
+        """Return one body's reservation; `who` returns its sender's address and whether it is verified."""
         return Hold(self, who)
 
 
 class Hold:
-    """What one body holds of the budget."""
+    """One body's reservation in the budget."""
 
     __slots__ = ("_budget", "_peer", "_pool", "_who", "size")
 
     def __init__(self, budget: Budget, who: Callable[[], tuple[str, bool]]) -> None:
         self._budget = budget
         self._who = who
-        self._peer: tuple[str, bool] | None = None  # asked only where it takes time: it costs an event
+        self._peer: tuple[str, bool] | None = None  # found when needed, because finding it costs CPU
         self._pool: _Pool | None = None
         self.size = 0
 
     def take(self, size: int) -> None:
-        """Reserve bytes for what comes of the body.
+        """Reserve `size` more bytes.
 
         Raises:
-            Overloaded: there are not that many left for this sender.
+            Overloaded: the budget has fewer bytes left for this sender.
         """
         budget, total = self._budget, self.size + size
         if budget.used + size > budget.limit:
@@ -129,7 +129,7 @@ class Hold:
         budget.used += size
 
     def release(self) -> None:
-        """Return all of it."""
+        """Return all reserved bytes."""
         self._budget.used -= self.size
         if self._pool is not None and self._peer is not None:
             self._pool.give(self.size, self._peer)
@@ -140,14 +140,14 @@ class Hold:
 class Patience(msgspec.Struct, frozen=True):
     """How long a body may take to arrive."""
 
-    seconds: float  # for the first byte, and for all where `rate` is 0
-    rate: int = 0  # bytes that have arrived and are worth one more second
+    seconds: float  # for the whole body, plus what `rate` adds
+    rate: int = 0  # bytes; each such amount that has arrived adds one second; 0: nothing is added
 
 
 def read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
-    """Return a small body that came with its head, as almost all do; None: `read_body` has to read it.
+    """Return a small body that arrived with its head, as almost all do; None if `read_body` must read it.
 
-    Its length is taken from the budget, and the caller's to give back. Nothing else is asked of it.
+    Its length is added to `budget.used`, and the caller must subtract it again.
 
     Raises:
         UnsupportedEncoding, TooLarge, Overloaded: as `read_body`.
@@ -167,14 +167,14 @@ def read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
 
 
 async def read_body(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
-    """Read the body; the caller releases `hold` once it is done with it, whatever comes of this.
+    """Read the body. The caller must release `hold` afterwards, also after an error.
 
     Raises:
-        UnsupportedEncoding: it is compressed; inflating hostile bodies froze peers for seconds.
-        TooLarge: by its Content-Length, or while it arrives.
-        BodyTimeout: it did not arrive in time.
-        Malformed: it was cut short or badly framed.
-        Overloaded: the budget has nothing left for it.
+        UnsupportedEncoding: the body is compressed; inflating hostile bodies would block the event loop.
+        TooLarge: the body is larger than `limit`, by its Content-Length or while it arrives.
+        BodyTimeout: the body did not arrive in time.
+        Malformed: the body was cut short or is badly framed.
+        Overloaded: the budget has no bytes left for it.
     """
     encoding = request.headers.get("Content-Encoding")
     if encoding is not None and encoding.strip().lower() not in ("", "identity"):
@@ -196,7 +196,7 @@ async def read_body(request: Request, limit: int, patience: Patience, hold: Hold
 
 async def _read_slowly(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
     content = request.content
-    body = bytearray()  # a list would cost fifty bytes for a piece of one
+    body = bytearray()  # a list would need 50 bytes for each piece of one byte
 
     async def read() -> None:
         nonlocal body
@@ -216,7 +216,7 @@ async def _read_slowly(request: Request, limit: int, patience: Patience, hold: H
     except (TooLarge, Overloaded):
         raise
     except Exception as error:
-        error.__traceback__ = None  # the content keeps the error: a cycle by way of this frame and its chunks
+        error.__traceback__ = None  # the content keeps the error; its traceback would make a cycle
         is_wasteful = isinstance(error, ChunkingError)
         raise Malformed("The chunks are too small" if is_wasteful else "The body was cut short") from error
     return bytes(body)
@@ -228,16 +228,15 @@ async def in_time(
     unread: Callable[[], bool],
     earned: Callable[[], float] = lambda: 0.0,
 ) -> T:
-    """Return what `read` gives within `seconds`, and what it has `earned` of them meanwhile.
+    """Return the result of `read`, which has `seconds` plus what it has `earned` meanwhile.
 
-    After a standstill of the process (SIGSTOP, a suspended machine), uvloop rings timers before it reads what
-    has come meanwhile. So a deadline that rings late moves, and one that finds bytes `unread` once lets them
-    be read first.
-
-    `read` is cancelled and called again where the deadline moves.
+    After a standstill of the process (SIGSTOP, a suspended machine), uvloop runs timers before it reads the
+    bytes that have arrived meanwhile. So a deadline whose timer is late moves, and a deadline that finds
+    `unread` bytes gives them one chance to be read. When the deadline moves, `read` is cancelled and called
+    again.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: `read` took longer.
     """
     loop = asyncio.get_running_loop()
     began, has_waited = loop.time(), False

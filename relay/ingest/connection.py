@@ -17,14 +17,14 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 from relay.base.eager import begin
 from relay.ingest.body import in_time
-from relay.ingest.replies import Response, farewell
+from relay.ingest.replies import Response, closing_response
 from relay.ingest.request import ChunkingError, Request, VersionError, has_unread
 
 log = logging.getLogger("relay.http")
 
 KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
 FIRST_HEAD = 10.0  # seconds for the first request's head
-LINGERING = 1.0  # seconds to swallow the rest of a refused body
+LINGERING = 1.0  # seconds to read away the rest of a refused body
 MOST_KEPT = 512
 """Open connections beyond which every answer closes its connection.
 
@@ -33,23 +33,22 @@ idle connections. That exceeds the cap: other senders' heartbeats would be refus
 """
 
 _FAILED = b'{"error":{"code":"internal_error","message":"Internal server error"}}'
-SLICE = 2**14  # bytes that the parser is given at once where they may be several requests
-CHUNKS = 2**12  # bytes of a chunked body likewise: a microsecond for each chunk of one byte, which takes six
-TURN = 0.001  # seconds that one turn of the loop may spend on parsing one sender's chunks
-WASTE = 2**18  # bytes by which the framing of a chunked body may outweigh the body itself
-READ_AHEAD = 2**18  # bytes: with twice as many of a body unread, no more are taken from the socket
+SLICE = 2**14  # bytes that the parser gets at once if they may be several requests
+CHUNKS = 2**12  # bytes of a chunked body that it gets at once; a chunk of one byte takes six bytes and 1 µs
+TURN = 0.001  # seconds that one turn of the loop may spend on one sender's chunks
+WASTE = 2**18  # bytes by which the framing of a chunked body may exceed the body itself
+READ_AHEAD = 2**18  # bytes; with twice as many unread bytes of a body, the socket is not read
 YIELDING = (0.001, 0.001, 0.002, 0.004)
-"""Seconds, one after the other, for which a request that did not wait its turn lets events be committed."""
+"""Pauses in seconds in which a request that was sent before the last answer lets events be committed."""
 
-_HEARD_EVERY = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds between looks; the last one repeats
-
+_HEARD_EVERY = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds between checks; the last one repeats
 
 Parsed = tuple[Sequence[tuple[RawRequestMessage, StreamReader]], bool, bytes]
-"""Of a parser: new requests with their bodies; the rest is for upgrades, and the relay takes none."""
+"""New requests with their bodies. The other two values are about upgrades, which the relay never accepts."""
 
 
 class Parser(Protocol):
-    """What turns a connection's bytes into requests and their bodies."""
+    """Turns a connection's bytes into requests and their bodies."""
 
     def feed_data(self, data: bytes, /) -> Parsed:
         """Parse bytes; return at most one new request with its body.
@@ -60,11 +59,11 @@ class Parser(Protocol):
         ...
 
     def message_consumed(self) -> None:
-        """Parse the next request: the last one is answered."""
+        """Allow the parser to parse the next request, because the last one is answered."""
         ...
 
     def pause_reading(self) -> None:
-        """Stop within the present body until it has been read."""
+        """Stop in the present body until it has been read."""
         ...
 
 
@@ -96,23 +95,37 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One connection, closed if it never says what it wants.
+    """One sender's connection; it is closed when it is idle for too long.
 
-    Requests are answered one at a time, in their order. The parser stops after each; what a sender has sent
-    behind it without waiting (RFC 9112, 9.3.2) stays unparsed until the answer is written, and while there
-    is any, nothing more is taken from the socket. A turn of the loop begins one request at most, and parses
-    chunks for a millisecond at most: senders of very many requests or chunks hold up nobody else.
+    Requests are answered one at a time, in their order. The parser stops after each request. Bytes that a
+    sender pipelines behind it (RFC 9112, 9.3.2) stay unparsed until the answer is written, and until then
+    the socket is not read. A turn of the loop begins at most one request and parses chunks for at most a
+    millisecond, so that a sender of very many requests or chunks delays no other.
 
     A sender may close its own side after its last request and wait for the answers (RFC 9112, 9.6). Until an
-    answer is written, this looks the same as a sender that is gone; afterwards, the one acknowledges the
-    answer and the other resets the connection.
+    answer is written, this looks the same as a sender that has disconnected. Afterwards, a waiting sender
+    acknowledges the answer, and the system of a disconnected one resets the connection.
     """
 
     __slots__ = (
-        "_behind", "_is_catching_up", "_is_ending", "_is_full", "_is_half_closed", "_is_leaving", "_is_over",
-        "_is_resting", "_is_turned_away", "_loop", "_owner", "_parser", "_patience", "_request",
-        "_silent_since", "_task",
-        "_transport", "_unread",
+        "_idle_since",
+        "_is_catching_up",
+        "_is_ending",
+        "_is_full",
+        "_is_half_closed",
+        "_is_leaving",
+        "_is_over",
+        "_is_turned_away",
+        "_is_waiting",
+        "_loop",
+        "_owner",
+        "_parser",
+        "_patience",
+        "_request",
+        "_task",
+        "_transport",
+        "_unparsed",
+        "_unread",
     )  # fmt: skip
 
     def __init__(self, owner: Owner) -> None:
@@ -122,40 +135,40 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._request: Request | None = None  # under way
         self._task: asyncio.Task[object] | None = None
-        self._behind = bytearray()  # waits to be parsed; while there is any, nothing is read
-        self._is_catching_up = False  # what is begun was sent before the last answer
-        self._is_resting = False  # parsing goes on in the next turn of the loop
-        self._is_full = False  # nothing is read because a body has to be read first
+        self._unparsed = bytearray()  # received and not parsed; until it is empty, the socket is not read
+        self._is_catching_up = False  # the requests that begin now were sent before the last answer
+        self._is_waiting = False  # parsing goes on in a later turn of the loop
+        self._is_full = False  # the socket is not read, because a body must be read first
         self._is_over = False  # nothing is parsed any more
-        self._is_half_closed = False  # the sender sends nothing more, but may wait for answers
-        self._is_ending = False  # our own side is closed once everything is written
-        self._is_leaving = False  # nothing is begun any more
-        self._is_turned_away = False  # answered before anything was asked
+        self._is_half_closed = False  # the sender has closed its side, and may wait for answers
+        self._is_ending = False  # the relay's side is closed once everything is written
+        self._is_leaving = False  # no request begins any more
+        self._is_turned_away = False  # answered with 503 before its first request
         self._unread: asyncio.Future[None] | None = None  # while the sender does not read its answers
         self._patience = FIRST_HEAD
-        self._silent_since = 0.0
+        self._idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Note the connection. TCP_NODELAY every loop has set; TCP's own keep-alive would take two hours."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
-        self._silent_since = self._loop.time()
+        """Register the connection. Every event loop sets TCP_NODELAY; TCP keep-alive would take two hours."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports have no base class
+        self._idle_since = self._loop.time()
         self._owner.connection_made(self, self._transport)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Let the request under way go on: what has come whole will be stored."""
-        self._behind.clear()
-        self._transport = self._parser = None  # which knows us: the cycle would wait for the collector
+        """End the connection. A request that has arrived whole goes on, and its event is stored."""
+        self._unparsed.clear()
+        self._transport = self._parser = None  # breaks a reference cycle
         self._is_over = True
         if self._request is not None and not self._request.content.is_eof():
-            self._request.content.set_exception(ConnectionResetError("the sender hung up"))
+            self._request.content.set_exception(ConnectionResetError("the sender disconnected"))
         self.resume_writing()
         if self._task is None:
             self._owner.connection_lost(self)
 
     def eof_received(self) -> bool:
-        """Keep the connection open while the sender may wait for an answer; say whether to do so."""
+        """Return whether the connection stays open, because the sender may wait for an answer."""
         request = self._request
-        if self._is_over or (request is None and not self._is_resting):
+        if self._is_over or (request is None and not self._is_waiting):
             return False
         self._is_half_closed = True
         if request is not None:
@@ -164,64 +177,64 @@ class Connection(asyncio.Protocol):
         return True
 
     def _cut_short(self) -> None:
-        """End a body whose rest can no longer come."""
+        """Fail a body whose rest can no longer arrive."""
         request = self._request
         if request is None or request.content.is_eof():
             return
-        if not (self._is_full or self._behind or self._is_resting):
+        if not (self._is_full or self._unparsed or self._is_waiting):
             self._is_over = True
             request.content.set_exception(ConnectionResetError("the sender closed within a body"))
 
     # --- reading --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the request before has not been answered yet; read away what comes after the end."""
+        """Parse bytes, or keep them until the present request is answered; ignore them after the end."""
         if self._is_over:
             return
         request = self._request
         if (
-            not self._behind
-            and (request is None or not request.content.is_eof())  # as `_may_parse`, which is a call more
+            not self._unparsed
+            and (request is None or not request.content.is_eof())  # as `_may_parse`, without its call
             and (len(data) <= SLICE or len(data) <= self._missing)
         ):
             self._parse(data, at_once=True)
         else:
-            self._behind += data
-            self._go_on(at_once=True)
+            self._unparsed += data
+            self._parse_more(at_once=True)
 
     @property
     def _may_parse(self) -> bool:
-        """Whether no request has to be answered first."""
+        """Whether no request must be answered first."""
         return self._request is None or not self._request.content.is_eof()
 
     @property
     def _missing(self) -> int:
-        """Bytes of the present body that are still to come; 0 where nobody knows."""
+        """Bytes of the present body that have not arrived; 0 if unknown."""
         request = self._request
         if request is None or request.is_chunked:
             return 0
         return request.content_length - request.content.total_bytes
 
-    def _go_on(self, *, at_once: bool = False) -> None:
-        """Parse what waits, until a request has to be answered first or this turn has had its share."""
-        if not self._is_resting:
+    def _parse_more(self, *, at_once: bool = False) -> None:
+        """Parse kept bytes until a request must be answered first, or for `TURN` seconds."""
+        if not self._is_waiting:
             until = self._loop.time() + TURN
-            while (
-                self._behind and self._may_parse and not (self._is_over or self._is_full or self._is_resting)
-            ):
+            while self._unparsed and self._may_parse:
+                if self._is_over or self._is_full or self._is_waiting:
+                    break
                 is_chunked = self._request is not None and self._request.is_chunked
                 size = CHUNKS if is_chunked else max(SLICE, self._missing)
-                data = bytes(self._behind[:size])
-                del self._behind[:size]
-                self._parse(data, at_once=at_once and not self._behind)
-                if self._behind and time.monotonic() > until:
-                    self._is_resting = True
-                    self._loop.call_soon(self._go_on_rested)
+                data = bytes(self._unparsed[:size])
+                del self._unparsed[:size]
+                self._parse(data, at_once=at_once and not self._unparsed)
+                if self._unparsed and time.monotonic() > until:
+                    self._is_waiting = True
+                    self._loop.call_soon(self._parse_later)
         self._read_or_not()
 
-    def _go_on_rested(self) -> None:
-        self._is_resting = False
-        self._go_on()
+    def _parse_later(self) -> None:
+        self._is_waiting = False
+        self._parse_more()
         if self._is_half_closed:
             self._cut_short()
 
@@ -230,7 +243,7 @@ class Connection(asyncio.Protocol):
         if parser is None or self._is_over:
             return
         try:
-            messages, *_ = parser.feed_data(data)  # the rest is for upgrades, of which none is taken
+            messages, *_ = parser.feed_data(data)
         except HttpProcessingError as error:
             self._refuse(error)
             return
@@ -253,7 +266,7 @@ class Connection(asyncio.Protocol):
                 self._refuse(ChunkingError(message="the chunks are too small"))
 
     def _refuse(self, error: Exception) -> None:
-        """Answer what is no HTTP; nothing that comes after can be understood."""
+        """Answer bytes that are not HTTP with 400; nothing after them can be parsed."""
         self._is_over = True
         if self._is_turned_away:
             return
@@ -261,38 +274,38 @@ class Connection(asyncio.Protocol):
             self._request.content.set_exception(error)
             return
         transport = cast("asyncio.Transport", self._transport)
-        # Below the parser's first line stand the sender's own bytes, which may hold a token.
+        # The parser's later lines quote the sender's bytes, which may contain a token.
         problem = (str(getattr(error, "message", "")).splitlines() or [""])[0].rstrip(": ")
         self._owner.unroutable("malformed", transport, problem or type(error).__name__)
-        transport.write(farewell(400, "bad_request", "Bad request"))
-        self._hang_up()
+        transport.write(closing_response(400, "bad_request", "Bad request"))
+        self._close()
 
     @property
     def connected(self) -> bool:
-        """Whether more of a body can come; asked by `StreamReader`."""
+        """Whether more of a body can arrive; read by `StreamReader`."""
         return self._transport is not None
 
     def pause_reading(self) -> None:
-        """Take no more for now: as much of a body has come as may wait; told by `StreamReader`."""
+        """Stop reading the socket: enough of a body waits to be read. Called by `StreamReader`."""
         self._is_full = True
         if self._parser is not None:
             self._parser.pause_reading()
         self._read_or_not()
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's
-        """Go on with a body that has been read; told by `StreamReader`."""
+        """Read the socket again, because the body has been read. Called by `StreamReader`."""
         was_full, self._is_full = self._is_full, False
         if resume_parser and self._request is not None and not self._request.content.is_eof():
-            self._parse(b"")  # also if it is not full: told so at the end of a chunk, the parser pauses later
+            self._parse(b"")  # also if not full: a parser that is paused at a chunk's end pauses later
             if self._is_half_closed:
                 self._cut_short()
-        if was_full:  # a parser that has come to a body's end tells so, and goes on by itself
-            self._go_on() if resume_parser else self._read_or_not()
+        if was_full:  # at a body's end (no `resume_parser`), the parser goes on by itself
+            self._parse_more() if resume_parser else self._read_or_not()
 
     def _read_or_not(self) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._behind or self._is_full:
+        if self._unparsed or self._is_full:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -316,8 +329,8 @@ class Connection(asyncio.Protocol):
     async def _let_events_go_first(self) -> None:
         """Wait a moment while events are being committed.
 
-        A sender of very many cheap requests would else keep the interpreter from the database's thread, which
-        waits up to 5 ms for it at each of the two dozen steps of a transaction.
+        Otherwise a sender of very many cheap requests would keep the interpreter lock from the database
+        thread, which waits up to 5 ms for it at each of the two dozen steps of a transaction.
         """
         for seconds in YIELDING:
             if not self._owner.is_committing():
@@ -337,10 +350,10 @@ class Connection(asyncio.Protocol):
                 if owner.is_leaving or len(owner.connections) > MOST_KEPT:
                     response.force_close()
                 answer = response.encode(request)
-            except (Exception, SystemExit):  # a plugin's; out of a task, the latter would end the loop
+            except (Exception, SystemExit):  # a plugin may raise both; a SystemExit would end the loop
                 log.exception("a request could not be answered")
                 if response is not None and response.on_heard is not None:
-                    response.on_heard(False)  # noqa: FBT003 - it takes nothing else
+                    response.on_heard(False)  # noqa: FBT003 - its only argument
                 response = Response(500, _FAILED)
                 response.force_close()
                 answer = response.encode(request)
@@ -349,7 +362,7 @@ class Connection(asyncio.Protocol):
                 if not owner.under_way:
                     owner.idle.set()
             if await self._write(answer, response, request):
-                is_whole = request.content.is_eof() or await self._swallow(request.content)
+                is_whole = request.content.is_eof() or await self._discard_body(request.content)
                 goes_on = is_whole and response.keeps(request) and not (self._is_over or self._is_leaving)
         except Exception:
             log.exception("a connection failed")
@@ -360,11 +373,11 @@ class Connection(asyncio.Protocol):
             elif goes_on:
                 self._next()
             else:
-                self._hang_up()
+                self._close()
         return goes_on
 
     async def _write(self, answer: bytes, response: Response, request: Request) -> bool:
-        """Write an answer, and wait until it can be sent; return whether the sender was there for it."""
+        """Write an answer and wait until it is sent; return whether the sender was still connected."""
         was_there, transport = False, self._transport
         try:
             if transport is not None and not transport.is_closing():
@@ -378,10 +391,10 @@ class Connection(asyncio.Protocol):
         return was_there
 
     async def _is_heard(self) -> bool:
-        """Return whether a sender that has closed its own side takes what was written to it.
+        """Return whether a sender that has closed its own side receives the answer.
 
-        A sender that neither acknowledges nor resets for a second counts as one that does: to take its next
-        request for a repetition could lose an event.
+        A sender that neither acknowledges nor resets for a second counts as one that receives it. Otherwise
+        its next request could count as a repetition, and an event could be lost.
         """
         loop, began, looks = self._loop, self._loop.time(), 0
         while self._transport is not None and not self._transport.is_closing():
@@ -394,10 +407,10 @@ class Connection(asyncio.Protocol):
             looks += 1
         return False
 
-    async def _swallow(self, content: StreamReader) -> bool:
-        """Read what still comes of a refused body, for a moment; say whether that was all.
+    async def _discard_body(self, content: StreamReader) -> bool:
+        """Read away the rest of a refused body for a moment; return whether that was all.
 
-        Also before a close: with the body unread, it would take the answer back.
+        This also precedes a close: closing with unread bytes resets the connection, and the answer is lost.
         """
 
         async def read() -> None:
@@ -411,47 +424,47 @@ class Connection(asyncio.Protocol):
         return True
 
     def _next(self) -> None:
-        """Go on with what has come behind an answered request."""
-        self._silent_since = self._loop.time()
+        """Begin the next request if it has arrived behind the answered one."""
+        self._idle_since = self._loop.time()
         cast("Parser", self._parser).message_consumed()
         self._is_catching_up = True
-        self._parse(b"")  # what the parser has already
-        if self._behind:
-            self._go_on()
+        self._parse(b"")  # bytes that the parser has
+        if self._unparsed:
+            self._parse_more()
         self._is_catching_up = False
-        if self._is_half_closed and self._request is None and not self._is_resting:
-            self._hang_up()
+        if self._is_half_closed and self._request is None and not self._is_waiting:
+            self._close()
         elif self._is_half_closed:
             self._cut_short()
 
     def pause_writing(self) -> None:
-        """Note since when no answer is read."""
+        """Note that the sender does not read its answers, and since when."""
         self._unread = self._loop.create_future()
-        self._silent_since = self._loop.time()
+        self._idle_since = self._loop.time()
 
     def resume_writing(self) -> None:
-        """Let an answer that waits to be read be the past."""
-        if self._unread is not None and not self._unread.done():  # it is cancelled with who waited for it
+        """Note that the sender reads its answers again."""
+        if self._unread is not None and not self._unread.done():  # done: its waiting task was cancelled
             self._unread.set_result(None)
         self._unread = None
         if self._is_ending:
-            self._loop.call_soon(self._end)  # not yet: asyncio's transport is about to look at its buffer
+            self._loop.call_soon(self._end)  # later: asyncio's transport still needs its buffer
 
     # --- ending ---------------------------------------------------------------------------------------
 
-    def _hang_up(self) -> None:
-        """Close once everything is written, or say that and wait a moment for the sender to do so.
+    def _close(self) -> None:
+        """Close the connection once everything is written.
 
-        What it still sends is read away: a close with anything unread would reset the connection, and take
-        the answer back.
+        If the sender may still send, only the relay's side is closed, and its bytes are read away for a
+        moment: a close with unread bytes would reset the connection, and the answer would be lost.
         """
         transport = cast("asyncio.Transport", self._transport)
-        if transport.is_closing() or self._is_half_closed or not (self._is_over or self._behind):
+        if transport.is_closing() or self._is_half_closed or not (self._is_over or self._unparsed):
             transport.close()
             return
         self._is_over, self._is_full = True, False
-        self._behind.clear()
-        self._patience, self._silent_since = LINGERING, self._loop.time()
+        self._unparsed.clear()
+        self._patience, self._idle_since = LINGERING, self._loop.time()
         self._is_ending = True
         transport.set_write_buffer_limits(high=0)  # `resume_writing` says when everything is written
         if self._unread is None:
@@ -459,17 +472,17 @@ class Connection(asyncio.Protocol):
         self._read_or_not()
 
     def turn_away(self, answer: bytes) -> None:
-        """Answer at once, before anything was asked, and hear for a moment what it is."""
+        """Answer before any request, and parse for a moment to learn what the sender asks."""
         cast("asyncio.Transport", self._transport).write(answer)
-        self._is_over = self._is_turned_away = True  # so that it lingers
-        self._hang_up()
+        self._is_over = self._is_turned_away = True  # so that `_close` lingers
+        self._close()
         self._is_over = False
 
     def _end(self) -> None:
-        """Close our own side, with nothing left to write.
+        """Close the relay's side, after everything is written.
 
-        asyncio's transports close it by themselves once everything is written, and log a traceback where the
-        sender has reset the connection meanwhile.
+        asyncio's transports could do so themselves, but log a traceback if the sender has reset the
+        connection meanwhile.
         """
         if self._transport is None or self._transport.is_closing():
             return
@@ -480,38 +493,41 @@ class Connection(asyncio.Protocol):
 
     @property
     def has_unread(self) -> bool:
-        """Whether the sender has sent something that has not been taken from the socket yet."""
+        """Whether the socket holds bytes that have not been read."""
         return self._transport is not None and has_unread(self._transport)
 
     @property
-    def silent_since(self) -> float | None:
-        """When the last request was answered, or the connection made (loop time); None: one is under way."""
-        return self._silent_since if self._request is None else None
+    def idle_since(self) -> float | None:
+        """Loop time of the last answer or the connection's start; None while a request is under way."""
+        return self._idle_since if self._request is None else None
 
-    def cut_off(self) -> None:
-        """End it at once, without waiting for anything that is written to be read."""
+    def abort(self) -> None:
+        """Abort the connection, without waiting until the sender has read its answers."""
         if self._transport is not None:
             self._transport.abort()
 
-    def close_if_silent(self, now: float) -> None:
-        """Cut it off if for too long nothing was asked, or an answer not read to its end.
+    def close_if_idle(self, now: float) -> None:
+        """Abort the connection if for too long no request arrived, or the sender did not read an answer.
 
-        `now` is as in `loop.time()`. Closing would wait for what is written to be read. What has come is
-        read first, once: after a standstill, uvloop rings timers before it reads.
+        A close would wait until the sender has read its answers. Bytes in the socket are read first, once:
+        after a standstill, uvloop runs timers before it reads.
+
+        Args:
+            now: loop time.
         """
         waits = self._task is None or self._unread is not None
-        if waits and self._transport is not None and now - self._silent_since >= self._patience:
+        if waits and self._transport is not None and now - self._idle_since >= self._patience:
             if self._task is None and self._patience and self.has_unread:
                 self._patience = 0.0  # until a request begins
             else:
                 self._transport.abort()
 
-    def forgive(self, seconds: float) -> None:
-        """Do not count these as silence: the relay itself stood still."""
-        self._silent_since += seconds
+    def add_standstill(self, seconds: float) -> None:
+        """Do not count these seconds as silence, because the relay itself stood still."""
+        self._idle_since += seconds
 
     async def shutdown(self, seconds: float) -> None:
-        """Hang up, after at most so many seconds for the request under way, whose body may still come."""
+        """Close the connection, after at most `seconds` for the request under way and its body."""
         self._is_leaving = True
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
@@ -522,12 +538,12 @@ class Connection(asyncio.Protocol):
             return
         if self._unread is None:
             self._transport.close()
-        else:  # its answer has been told lost
+        else:  # its answer counts as lost
             self._transport.abort()
 
 
 def _heard(sock: socket.socket) -> bool | None:
-    """Return whether the other end has acknowledged all bytes, or reset the connection; None: neither yet."""
+    """Return True if the sender has acknowledged all bytes, False if it has reset, None if neither."""
     try:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return False

@@ -1,4 +1,4 @@
-"""What is kept of a request: its event, as the store takes it."""
+"""The stored event of a request."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
 def make_event(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
-    """Return what a source's handler read out of a request, to be stored under the source's name.
+    """Return the event to store, from what a source's handler read out of a request.
 
     Args:
         source: the source's name in config.toml.
@@ -29,7 +29,7 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
         now: the wall clock, microseconds.
 
     Raises:
-        Invalid: the type is none, or the subject or content type is longer than 256 characters.
+        Invalid: the type is invalid, or the subject or content type is longer than 256 characters.
         PluginFailed: `data` or `context` is not exactly one JSON value.
     """
     body, trace = incoming.body, incoming.header("traceparent")
@@ -62,10 +62,10 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
 
 
 def _json(value: object, incoming: Incoming) -> bytes:
-    """Return the text of a value, which is spliced into the envelope as it is.
+    """Return the JSON text of a value, which becomes part of the envelope unchanged.
 
     Raises:
-        ValueError: it is not exactly one JSON value.
+        ValueError: the value is not exactly one JSON value.
     """
     if value is EMPTY:
         return _EMPTY
@@ -77,7 +77,7 @@ def _json(value: object, incoming: Incoming) -> bytes:
 
 
 def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
-    """Check a `Raw`, unless it is a part of the body as `Incoming.decode` found it."""
+    """Check a `Raw` value, unless `Incoming.decode` has checked it as a part of the body."""
     for part in incoming.parts:
         if part is raw:
             return
@@ -85,7 +85,7 @@ def _check(raw: msgspec.Raw, incoming: Incoming) -> None:
 
 
 def _check_inside(value: object, incoming: Incoming) -> None:
-    """Check every `Raw` within a value: the encoder writes them as they are."""
+    """Check every `Raw` inside a value, because the encoder writes them unchanged."""
     inner: Iterable[object]
     if isinstance(value, dict):
         inner = value.values()
@@ -97,7 +97,7 @@ def _check_inside(value: object, incoming: Incoming) -> None:
         inner = (getattr(value, field.name) for field in dataclasses.fields(value))
     elif isinstance(value, Enum):
         inner = (value.value,)
-    else:  # by attrs, or without parts
+    else:  # an attrs class, or a value without parts
         inner = [getattr(value, field.name) for field in getattr(value, "__attrs_attrs__", ())]
     for each in inner:
         if isinstance(each, msgspec.Raw):

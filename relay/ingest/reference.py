@@ -60,9 +60,9 @@ class ReferenceConnection(Connection):
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `Connection.connection_lost`; a request that has come whole is answered all the same."""
-        if self._is_resting and not self._is_over:
+        if self._is_waiting and not self._is_over:
             self._gone = self._transport
-            self._held += self._behind
+            self._held += self._unparsed
         super().connection_lost(error)
         if self._task is None and self._gone is None:
             self._end_aiohttp()
@@ -78,7 +78,7 @@ class ReferenceConnection(Connection):
         """Hand bytes to aiohttp's server; a request begins when that calls the handler."""
         request = self._request
         data, self._held = self._held + data, b""
-        if self._is_resting or self._aiohttp is None:
+        if self._is_waiting or self._aiohttp is None:
             self._held = data
             return _NOTHING
         is_head = is_chunked = False
@@ -95,8 +95,8 @@ class ReferenceConnection(Connection):
             size = len(data)
         self._is_feeding = False
         if is_head:
-            self._is_resting, self._is_late = True, self._is_catching_up
-            self._silent_since = self._loop.time()
+            self._is_waiting, self._is_late = True, self._is_catching_up
+            self._idle_since = self._loop.time()
         self._held = data[size:]
         if request is None or not request.content.is_eof():
             self._raise_failure()
@@ -124,7 +124,7 @@ class ReferenceConnection(Connection):
             if not hasattr(message, "exc") and content.is_eof():
                 return  # the error is behind a whole request
             if isinstance(error := getattr(message, "exc", None), HttpProcessingError):
-                self._is_resting = False
+                self._is_waiting = False
                 raise error
 
     def message_consumed(self) -> None:
@@ -143,13 +143,13 @@ class ReferenceConnection(Connection):
         if self._is_half_closed:
             self._cut_short()
         if was_full and not self._is_feeding:
-            self._go_on()
+            self._parse_more()
         else:
             self._read_or_not()
 
     def refuse(self, error: BaseException | None) -> None:
         """Answer what aiohttp's server found to be no HTTP, unless that is done."""
-        self._is_resting = False
+        self._is_waiting = False
         if not self._is_over and self._transport is not None:
             self._refuse(error if isinstance(error, Exception) else VersionError())
 
@@ -176,7 +176,7 @@ class ReferenceConnection(Connection):
 
     async def _take(self, head: RawRequestMessage, content: StreamReader) -> bool:
         """Answer a request; return whether the connection goes on."""
-        self._is_resting = False
+        self._is_waiting = False
         transport, self._gone = self._transport or self._gone, None
         if transport is None or self._is_leaving or (self._is_over and self._transport is not None):
             return False
@@ -192,7 +192,7 @@ class ReferenceConnection(Connection):
         self._request, self._task = request, asyncio.current_task()
         if self._transport is not None:
             self._parse(b"")
-            self._go_on_rested()
+            self._parse_later()
         elif not content.is_eof():
             self.feed_data(b"")
             if not content.is_eof():

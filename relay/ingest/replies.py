@@ -1,4 +1,4 @@
-"""From a source's reply, or a refusal, to the bytes of an answer. Always JSON, never a redirect."""
+"""Replies: rendering a source's reply or a refusal as an HTTP response. Always JSON, never a redirect."""
 
 import re
 import time
@@ -21,7 +21,7 @@ from relay.source import Accepted, Reply
 _JSON = "application/json"
 _CLOSE = "Connection: close\r\n"
 _EMPTY = (204, 304)  # statuses without a body
-_rendered = (0, "")  # the second that was rendered last, and its text
+_rendered = (0, "")  # the last rendered second, and its text
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
@@ -35,7 +35,7 @@ BROWSER_HEADERS = (
     "x-request-id",
     "traceparent",
 )
-"""Request headers that a page at a listed origin may set."""
+"""Request headers that a web page of a listed origin may set."""
 
 _LEAST, _MOST = 200, 599  # statuses of a final answer; 1xx announce another one (RFC 9110, 15.2)
 _REFUSING = range(400, _MOST + 1)
@@ -47,24 +47,24 @@ OnHeard = Callable[[bool], None]
 
 
 class Response:
-    """JSON on its way out, in the bytes that a `web.Response` would write, but for the header `Server`.
+    """A JSON response. Its bytes are those of a `web.Response`, without the `Server` header.
 
-    Senders need not know which versions of Python and aiohttp answer them.
+    That header would tell strangers the versions of Python and aiohttp.
     """
 
     __slots__ = ("_headers", "_is_last", "body", "event_id", "on_heard", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
-        self.status = int(status)  # a plugin's mistake shows here, before anything is stored
+        self.status = int(status)  # fails on a plugin's mistake, before anything is stored
         self.body = body
-        self.event_id = ""  # of the event that it acknowledges
+        self.event_id = ""  # of the acknowledged event
         self.on_heard: OnHeard | None = None
         self._is_last = False
         self._headers: CIMultiDict[str] | None = None
 
     @property
     def headers(self) -> CIMultiDict[str]:
-        """Headers beside those that every answer has; most have none."""
+        """Headers in addition to those of every response; most responses have none."""
         if self._headers is None:
             self._headers = CIMultiDict()
         return self._headers
@@ -74,11 +74,11 @@ class Response:
         self._is_last = True
 
     def keeps(self, request: Request) -> bool:
-        """Say whether the connection goes on after this."""
+        """Return whether the connection stays open after this response."""
         return request.is_kept and not self._is_last
 
     def encode(self, request: Request) -> bytes:
-        """Render head and body for the request that this answers."""
+        """Return the bytes of the response to a request."""
         if self._headers or self.status in _EMPTY or not request.is_1_1:
             return self._encode_uncommon(request)
         head = (
@@ -94,14 +94,14 @@ class Response:
         fields.setdefault("Content-Type", _JSON)
         if has_body:
             fields["Content-Length"] = str(len(self.body))
-        if goes_on != request.is_1_1:  # else it is what the version implies
+        if goes_on != request.is_1_1:  # otherwise the version implies it
             fields["Connection"] = "keep-alive" if goes_on else "close"
         head = _head("1.1" if request.is_1_1 else "1.0", self.status, fields)
         return head + self.body if has_body and request.method != "HEAD" else head
 
 
-def farewell(status: int, code: str, message: str, **headers: str) -> bytes:
-    """Render the last answer of a connection, to what cannot be called a request."""
+def closing_response(status: int, code: str, message: str, **headers: str) -> bytes:
+    """Return the bytes of a response to something that is not a request; the connection ends after it."""
     body = msgspec.json.encode({"error": {"code": code, "message": message}})
     fields = {"Content-Type": _JSON, "Content-Length": str(len(body)), "Connection": "close", **headers}
     return _head("1.1", status, CIMultiDict(fields)) + body
@@ -114,7 +114,7 @@ def _head(version: str, status: int, fields: CIMultiDict[str]) -> bytes:
 
 
 def _date() -> str:
-    """Return the time for a `Date` header; rendered once a second."""
+    """Return the value of the `Date` header; it is rendered once a second."""
     global _rendered  # noqa: PLW0603 - the cache
     now = int(time.time())
     if _rendered[0] != now:
@@ -123,10 +123,10 @@ def _date() -> str:
 
 
 def render(reply: Reply) -> Response:
-    """Turn a reply into a response; `bytes` go out as they are.
+    """Render a reply; a body of `bytes` is sent unchanged.
 
     Raises:
-        ValueError: its status or a header cannot be sent.
+        ValueError: the status or a header cannot be sent.
     """
     if not _LEAST <= reply.status <= _MOST:
         raise ValueError(f"a reply's status must be from {_LEAST} to {_MOST}, got {reply.status}")
@@ -142,10 +142,10 @@ def render(reply: Reply) -> Response:
 
 
 def answer(accepted: Accepted, receipt: Receipt) -> Response:
-    """Render the reply of an accepted request for one receipt.
+    """Render the reply to an accepted request for one receipt.
 
     Raises:
-        PluginFailed: the reply cannot be made; nothing may be stored then.
+        PluginFailed: the reply cannot be rendered, so nothing may be stored.
     """
     reply = accepted.reply
     try:
@@ -157,14 +157,14 @@ def answer(accepted: Accepted, receipt: Receipt) -> Response:
             try:
                 reply = _encode(reply)
             except UnicodeEncodeError:
-                reply = encode(reply)  # which shows lone surrogates
+                reply = encode(reply)  # shows lone surrogates as escapes
         return Response(200, reply)
     except BaseException as error:
         raise PluginFailed from error
 
 
 def answer_again(accepted: Accepted, receipt: Receipt, ready: Response) -> Response:
-    """Render the reply anew for what the store said; nothing that fails here may become an error."""
+    """Render the reply again for the store's receipt; `ready` if that fails, because the event is stored."""
     if not callable(accepted.reply):
         return ready
     try:
@@ -174,24 +174,24 @@ def answer_again(accepted: Accepted, receipt: Receipt, ready: Response) -> Respo
 
 
 def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
-    """Render a refusal in the source's own envelope; whatever its plugin raises comes through."""
+    """Render a refusal in the source's own envelope; passes on every exception of the plugin."""
     return _annotate(render(mount.source.refuse(refusal, incoming)), refusal)
 
 
 def plain(refusal: Refusal) -> Response:
-    """Render a refusal where no source can."""
+    """Render a refusal in the relay's own envelope."""
     error = {"code": refusal.code, "message": refusal.message}
-    status = refusal.status if refusal.status in _REFUSING else PluginFailed.status  # a plugin chose another
+    status = refusal.status if refusal.status in _REFUSING else PluginFailed.status  # a plugin's own class
     return _annotate(render(Reply(status=status, body={"error": error})), refusal)
 
 
 def health() -> Response:
-    """Answer `GET /health`, which no source owns; who asks may be anybody, so it tells no version."""
+    """Answer `GET /health`, which no source owns. Strangers may ask, so it names no version."""
     return render(Reply(body={"status": "ok"}))
 
 
 def preflight(handlers: Mapping[str, Any]) -> Response:
-    """Answer a browser's CORS preflight; `allow_origin` adds what only a listed origin may have."""
+    """Answer a browser's CORS preflight; `allow_origin` adds the headers for listed origins."""
     response = Response(204, b"")
     response.headers.update(
         {
@@ -204,13 +204,13 @@ def preflight(handlers: Mapping[str, Any]) -> Response:
 
 
 def check_origin(mount: Mount, incoming: Incoming) -> None:
-    """Refuse what a web page that is not in `cors_origins` has a browser send to a source without secrets.
+    """Refuse requests of web pages that are not in `cors_origins` to a source without secrets.
 
-    Browsers send simple requests without a preflight (Fetch, 2.2.2: text/plain, no headers of the page's own)
-    and only keep the answer from it. Where a source demands a token, `Authorization` forces a preflight.
+    Browsers send simple requests without a preflight (Fetch, 2.2.2: text/plain, no custom headers) and only
+    hide the response from the page. If a source demands a token, `Authorization` forces a preflight.
 
     Raises:
-        Forbidden: the origin is not listed; `null` and several headers are not either.
+        Forbidden: the origin is not listed, is `null`, or there are several `Origin` headers.
     """
     if mount.is_open and "Origin" in incoming.headers:
         origins = incoming.headers.getall("Origin")
@@ -219,7 +219,7 @@ def check_origin(mount: Mount, incoming: Incoming) -> None:
 
 
 def allow_origin(origins: tuple[str, ...], origin: str | None, response: Response) -> None:
-    """Let a configured origin's page read the answer.
+    """Let a web page of a listed origin read the response.
 
     `navigator.sendBeacon` sends in the credentials mode "include", for which browsers demand the second
     header and no `*`. The relay reads no cookies.
@@ -235,10 +235,10 @@ def _is_listed(origins: tuple[str, ...], origin: str) -> bool:
 
 
 def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
-    """Call a source's method; what is no refusal is the plugin's failure, and shows in its envelope.
+    """Call a source's method.
 
     Raises:
-        Refusal: the source's own, or PluginFailed.
+        Refusal: the source's own, or PluginFailed for every other exception.
     """
     try:
         return plugin(incoming)

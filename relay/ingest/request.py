@@ -1,4 +1,4 @@
-"""One request: its head as aiohttp's parser gave it, its body as it comes, and whether its sender waits."""
+"""One request: its parsed head, its body as a stream, and the state of its sender."""
 
 import asyncio
 import fcntl
@@ -11,18 +11,18 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class ChunkingError(HttpProcessingError):
-    """A body comes in chunks that are mostly framing: parsing them costs far more than sending them."""
+    """The chunks of a body are mostly framing: parsing them costs far more CPU than sending them."""
 
 
 class VersionError(HttpProcessingError):
-    """A request in another version of HTTP than 1.0 and 1.1, or without a target."""
+    """The request has no target, or another version than HTTP/1.0 and HTTP/1.1."""
 
 
 class Request:
-    """One request; a `web.Request` can do more, and costs an event half of what the relay itself does.
+    """One request. A `web.Request` does more, and costs half as much CPU as all that the relay does.
 
-    What follows a chunked body or an offer to upgrade on the same connection is not to be trusted: the parser
-    takes a trailer for a header of the next request, and loses what comes behind an offer. So these are last.
+    A request with a chunked body or an offer to upgrade is the last of its connection: the parser takes a
+    trailer for a header of the next request, and loses the bytes behind an offer.
     """
 
     __slots__ = (
@@ -34,60 +34,57 @@ class Request:
         self.method = head.method
         self.headers = head.headers
         self.content = content
-        self.is_kept = not (head.should_close or head.chunked or head.upgrade)  # the connection, afterwards
-        self.is_1_1 = head.version == HttpVersion11  # not 1.0
+        self.is_kept = not (
+            head.should_close or head.chunked or head.upgrade
+        )  # whether the connection stays open
+        self.is_1_1 = head.version == HttpVersion11  # else HTTP/1.0
         self.is_chunked = head.chunked
-        self.wire_bytes = 0  # of a chunked body with its framing, so far
-        self.is_half_closed = False  # the sender sends nothing more: it waits for the answer, or is gone
+        self.wire_bytes = 0  # received bytes of a chunked body, with its framing
+        self.is_half_closed = False  # the sender waits for the answer, or has disconnected
         self._address: str | None = None
         self._head = head
         self._transport = transport
 
     @property
     def target(self) -> str:
-        """Path and query as on the wire; a whole URL, as sent to proxies, must be taken (RFC 9112, 3.2.2)."""
+        """Path and query as on the wire, also of a whole URL, as proxies get it (RFC 9112, 3.2.2)."""
         target = self._head.path
         return target if target.startswith("/") else self._head.url.raw_path_qs
 
     @property
     def content_length(self) -> int:
-        """Bytes of the body, as announced; 0 where they are not."""
-        return int(self.headers.get("Content-Length", 0))  # the parser has seen that it is a number
+        """Announced bytes of the body; 0 without an announcement."""
+        return int(self.headers.get("Content-Length", 0))  # the parser has checked that it is a number
 
     @property
     def remote(self) -> str | None:
-        """The address that sent it: a sender's, or a proxy's."""
+        """The address of the other end: a sender's or a proxy's."""
         return self._address or address_of(self._transport)
 
     def remember_address(self) -> None:
-        """Keep the address for when the sender has hung up; asking for it would cost each event time."""
+        """Keep the address in case the sender disconnects; looking it up for every event would cost CPU."""
         self._address = address_of(self._transport)
 
     @property
-    def is_gone(self) -> bool:
-        """Whether the sender has hung up for certain."""
-        return self._transport.is_closing()
-
-    @property
     def may_be_gone(self) -> bool:
-        """Whether the sender has closed its side at least: what becomes of the answer tells the rest."""
+        """Whether the sender has closed its side, and so either waits for the answer or has disconnected."""
         return self.is_half_closed or self._transport.is_closing()
 
     @property
     def has_unread(self) -> bool:
-        """Whether the sender has sent something that has not been taken from the socket yet."""
+        """Whether the socket holds bytes that have not been read."""
         return has_unread(self._transport)
 
     def ask_for_body(self) -> None:
-        """Tell a sender who waits to be asked for its body that it may come (RFC 9110, 10.1.1)."""
+        """Send 100 Continue to a sender that waits for it (RFC 9110, 10.1.1)."""
         self._transport.write(CONTINUE)
 
 
 def address_of(transport: asyncio.Transport) -> str | None:
-    """Return the address at the other end; None: it has none (unix sockets), or it is not known any more."""
+    """Return the address of the other end; None for a unix socket, or if it is no longer known."""
     try:
         peer = transport.get_extra_info("peername")
-    except (OSError, ValueError):  # uvloop asks the socket each time, which may be closed
+    except (OSError, ValueError):  # uvloop asks the socket, which may be closed
         return None
     return str(peer[0]) if isinstance(peer, tuple) else None
 

@@ -1,4 +1,4 @@
-"""Which source, and which of its handlers, a path belongs to."""
+"""Routes: from a path to its source and the source's handlers."""
 
 import difflib
 import re
@@ -17,31 +17,31 @@ from relay.source import Accepted, Reply, Source
 SPANNING = ":path}"
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
 
-LONGEST_COMPARED = 200  # characters of an unknown path
+LONGEST_COMPARED = 200  # characters of an unknown path that are compared with known paths
 
 Handle = Callable[[Incoming], Accepted | Reply]
 
 
 class Mount(msgspec.Struct, kw_only=True, eq=False):
-    """One configured source, ready to be asked."""
+    """One configured source with its state at run time."""
 
     name: str
     source: Source
     config: SourceConfig
     paused: bool = False
-    is_open: bool = False  # asked once; see `Source.is_open`
+    is_open: bool = False  # see `Source.is_open`
 
     def __post_init__(self) -> None:
         self.is_open = self.source.is_open()
 
 
 def mounts_of(sources: Mapping[str, SourceConfig]) -> tuple[Mount, ...]:
-    """Return the configured sources, to be mounted."""
+    """Return a mount for each configured source."""
     return tuple(Mount(name=name, source=each.settings, config=each) for name, each in sources.items())
 
 
 class Match(msgspec.Struct, frozen=True):
-    """A path that exists: its handlers by method, and what stood for the placeholders."""
+    """An existing path: its handlers by method, and the values of its placeholders."""
 
     mount: Mount
     handlers: Mapping[str, Handle]
@@ -49,7 +49,7 @@ class Match(msgspec.Struct, frozen=True):
 
 
 class _Shape:
-    """Templates of one length with placeholders in the same places: one look-up finds the one that fits."""
+    """Templates of one length with placeholders in the same places; one look-up finds the template."""
 
     def __init__(self, segments: list[str]) -> None:
         self.places = _places(segments)
@@ -57,22 +57,22 @@ class _Shape:
         self.matches: dict[str | tuple[str, ...], tuple[Match, tuple[str, ...]]] = {}  # with names of params
 
     def add(self, segments: list[str], match: Match) -> None:
-        """Take in a template; the first of two equal ones stays."""
+        """Add a template; the first of two equal templates wins."""
         names = tuple(_name(segments[place]) for place in self.places)
         self.matches.setdefault(self.literals(segments), (match, names))
 
 
 class _Span(msgspec.Struct, frozen=True):
-    """A template with a `{name:path}`, tried only where nothing else fits."""
+    """A template with a `{name:path}`; it is tried only if no other template fits."""
 
     pattern: re.Pattern[str]
-    literals: int  # characters; of two that fit, the one with more wins
+    literals: int  # characters; of two fitting templates, the one with more wins
     names: tuple[str, ...]
     match: Match
 
 
 class Routes:
-    """All paths of all sources; literal paths are one look-up."""
+    """All paths of all sources; a literal path takes one look-up."""
 
     def __init__(self, mounts: tuple[Mount, ...]) -> None:
         self._literal: dict[str, Match] = {}
@@ -83,7 +83,7 @@ class Routes:
         for mount in mounts:
             self._mount(mount)
         self._owners.sort(key=lambda owner: len(owner[0]), reverse=True)
-        for shapes in self._shapes.values():  # the more literal segments, the earlier
+        for shapes in self._shapes.values():  # more literal segments first
             shapes.sort(key=lambda shape: len(shape.places))
         self._spans.sort(key=lambda span: span.literals, reverse=True)
 
@@ -142,7 +142,7 @@ class Routes:
         raise NotFound
 
     def nearest(self, path: str) -> str | None:
-        """Return the known path most like an unknown one: without extra slashes, or with similar spelling."""
+        """Return the known path that is most similar to an unknown one, if any."""
         tidy = re.sub("/{2,}", "/", path[:LONGEST_COMPARED]).rstrip("/")
         with suppress(Refusal):
             self.find(tidy)
@@ -150,7 +150,7 @@ class Routes:
         return next(iter(difflib.get_close_matches(tidy, self._paths, 1)), None)
 
     def owner(self, path: str) -> Mount | None:
-        """Return the source whose envelope errors on this path take: the longest owned prefix wins."""
+        """Return the source that renders errors on this path; the longest owned prefix wins."""
         for prefix, mount in self._owners:
             if path == prefix or path.startswith(f"{prefix}/"):
                 return mount

@@ -12,7 +12,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 ForwardedHeader = Literal["X-Forwarded-For", "Forwarded"]
 
 MOST_HOPS = 32
-"""Entries of a chain that are looked at, from the nearest on; real chains have two or three."""
+"""Entries of a chain that are read, from the nearest one on; real chains have two or three."""
 
 _PORT = re.compile(r"\[(?P<v6>[^\]]+)\](?::\d{1,5})?|(?P<v4>[0-9.]+):\d{1,5}", re.ASCII)
 _PAIR = re.compile(
@@ -22,7 +22,7 @@ _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 class SenderAddress:
-    """Finds senders' addresses in one header, which only trusted proxies are believed about.
+    """Finds senders' addresses in one header, if the request comes from a trusted proxy.
 
     Args:
         trusted: addresses and networks of proxies; an IPv4 one also stands for its IPv4-mapped form.
@@ -34,7 +34,7 @@ class SenderAddress:
         self._header = header
 
     def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> str:
-        """Return the sender's address: the nearest one in the chain that is no trusted proxy.
+        """Return the sender's address: the nearest one in the chain that is not a trusted proxy.
 
         All lines of the header make one chain (RFC 9110, 5.3), in which each proxy adds its peer at the end.
         Whoever is not trusted may have written anything further left. An entry that is no address ends the
@@ -56,7 +56,7 @@ class SenderAddress:
         return str(sender)
 
     def _hops(self, headers: CIMultiDictProxy[str]) -> Iterator[str]:
-        """Yield the chain from the nearest hop on."""
+        """Yield the chain, nearest hop first."""
         entries = ",".join(headers.getall(self._header, ())).rsplit(",", MOST_HOPS)[-MOST_HOPS:]
         hops = (entry.strip() for entry in reversed(entries))
         if self._header == "Forwarded":
@@ -68,7 +68,7 @@ class SenderAddress:
 
 
 def _named(element: str) -> str:
-    """Return what one element of RFC 7239 names as `for`, `""` where it is malformed or names nothing.
+    """Return the `for` value of one element (RFC 7239), `""` if the element is malformed or has none.
 
     The caller splits at every comma. No address holds one, and a quote that a sender never closed cannot hide
     the elements of the proxies behind it.
@@ -85,7 +85,7 @@ def _named(element: str) -> str:
 
 
 def _address(text: str) -> Address | None:
-    """Read an address, with or without a port; an IPv4-mapped one is the IPv4 address that it stands for."""
+    """Parse an address, with or without a port; an IPv4-mapped address becomes the IPv4 address."""
     if with_port := _PORT.fullmatch(text):
         text = with_port["v6"] or with_port["v4"]
     try:

@@ -1,4 +1,4 @@
-"""What listens for senders, hardened for the open internet: caps, deadlines, and never a word of HTML."""
+"""The public listener: accepts connections, caps their number, and closes idle ones."""
 
 import asyncio
 import heapq
@@ -10,22 +10,22 @@ from relay.ingest.body import STANDSTILL
 from relay.ingest.connection import Connection, Owner
 from relay.ingest.implementation import Implementation
 from relay.ingest.reference import ReferenceConnection
-from relay.ingest.replies import Response, farewell
+from relay.ingest.replies import Response, closing_response
 from relay.ingest.request import Request, address_of
 from relay.process.sockets import ACCEPTS, BACKLOG, SETTLE
 
 MAX_CONNECTIONS = 4096
 YIELDING = 64
-"""Silent connections that one look at all of them finds, oldest first, to make room for new ones."""
+"""Idle connections that one search finds, longest idle first, to make room for new ones."""
 
 TURNED_AWAY = 64
-"""Connections beyond the cap that may be heard at once, for a second each."""
+"""Connections beyond the cap whose requests are read at a time, for a second each."""
 
-SWEEP_EVERY = 1.0  # seconds between looks for silent connections: so much later than said they are closed
+SWEEP_EVERY = 1.0  # seconds between checks for idle connections, which may be closed as much later
 
 
 class Server:
-    """The connections of one listener."""
+    """One listener and its connections."""
 
     def __init__(
         self,
@@ -42,24 +42,24 @@ class Server:
         self.is_committing = is_committing
         self._connect = _connection_class(implementation)
         self.handle = handle
-        self._unroutable = unroutable  # told the reason, the sender's address and the problem
-        self._overhear = overhear  # told what was asked on connections that were turned away
+        self._unroutable = unroutable  # gets the reason, the sender's address and the problem
+        self._overhear = overhear  # gets the requests of connections that were turned away
         self._turned_away: set[Connection] = set()
         self._listener: asyncio.Server | None = None
         self.under_way = 0
         self.idle = asyncio.Event()
         self.is_leaving = False
-        self._yielding: list[Connection] = []  # silent ones at the last look, the oldest at the end
+        self._idlest: list[Connection] = []  # idle at the last search, longest idle at the end
         self._sweep: asyncio.TimerHandle | None = None  # while there are connections
 
     async def listen(self, sock: socket.socket) -> None:
-        """Begin to serve on a bound socket."""
+        """Start serving on a bound socket."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: self._connect(self), sock=sock, backlog=ACCEPTS)
         sock.listen(BACKLOG)
 
     def connection_made(self, connection: Connection, transport: asyncio.Transport) -> None:
-        """Count a connection in; at the cap the oldest silent one makes room, or this one is sent away."""
+        """Register a connection. At the cap, the longest idle one makes room, or this one gets 503."""
         is_full = len(self.connections) >= self.max_connections
         if is_full and self._make_room():
             is_full = False
@@ -71,9 +71,9 @@ class Server:
             self._look_again()
 
     def _turn_away(self, connection: Connection, transport: asyncio.Transport) -> None:
-        """Answer a connection beyond the cap; hear some of them for a moment, as workers may be there."""
+        """Answer a connection beyond the cap; read the requests of some, because workers may send them."""
         self.unroutable("too_many", transport, f"{len(self.connections)} connections are open")
-        answer = farewell(503, "overload", "Too many connections", **{"Retry-After": "1"})
+        answer = closing_response(503, "overload", "Too many connections", **{"Retry-After": "1"})
         if len(self._turned_away) < TURNED_AWAY:
             self._turned_away.add(connection)
             connection.turn_away(answer)
@@ -82,56 +82,56 @@ class Server:
             transport.close()
 
     def overhear(self, request: Request) -> None:
-        """Hand on what was asked on a connection that was turned away."""
+        """See `Owner.overhear`."""
         self._overhear(request)
 
     def unroutable(self, reason: str, transport: asyncio.Transport, problem: str) -> None:
-        """Count a sender that is sent away before any source could be asked."""
+        """See `Owner.unroutable`."""
         self._unroutable(reason, address_of(transport), problem)
 
     def connection_lost(self, connection: Connection) -> None:
-        """Count a connection out."""
+        """See `Owner.connection_lost`."""
         self.connections.discard(connection)
         self._turned_away.discard(connection)
 
     def _make_room(self) -> bool:
-        """Cut off the connection that has been silent for longest; False: every one is being answered."""
+        """Abort the longest idle connection; return False if no connection is idle."""
         for look in (False, True):
             if look:
-                silent = [each for each in self.connections if each.silent_since is not None]
-                self._yielding = heapq.nsmallest(YIELDING, silent, key=lambda each: each.silent_since or 0.0)
-                self._yielding.reverse()
-            while self._yielding:
-                connection = self._yielding.pop()
-                is_silent = connection.silent_since is not None and not connection.has_unread
+                silent = [each for each in self.connections if each.idle_since is not None]
+                self._idlest = heapq.nsmallest(YIELDING, silent, key=lambda each: each.idle_since or 0.0)
+                self._idlest.reverse()
+            while self._idlest:
+                connection = self._idlest.pop()
+                is_silent = connection.idle_since is not None and not connection.has_unread
                 if connection in self.connections and is_silent:
-                    self.connections.discard(connection)  # at once: its end is told in a later turn
-                    connection.cut_off()
+                    self.connections.discard(connection)  # at once: `connection_lost` comes in a later turn
+                    connection.abort()
                     return True
         return False
 
     def _look_again(self) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + SWEEP_EVERY
-        self._sweep = loop.call_at(due, self._close_silent, due)
+        self._sweep = loop.call_at(due, self._close_idle, due)
 
-    def _close_silent(self, due: float) -> None:
+    def _close_idle(self, due: float) -> None:
         self._sweep, now = None, asyncio.get_running_loop().time()
         late = now - due
         for connection in (*self.connections, *self._turned_away):
             if late >= STANDSTILL:
-                connection.forgive(late)
-            connection.close_if_silent(now)
+                connection.add_standstill(late)
+            connection.close_if_idle(now)
         if self.connections or self._turned_away:
             self._look_again()
 
     def leave(self) -> None:
-        """Let every answer from now on close its connection: kept ones move on to our successor."""
+        """Close each connection with its next answer, so that senders move on to the next process."""
         self.is_leaving = True
 
     async def stop_listening(self) -> None:
-        """Stop accepting connections, and let the requests that are on their way arrive."""
-        await asyncio.sleep(0)  # one turn of the loop accepts what has connected: closing would reset it
+        """Stop accepting connections, after requests on their way have arrived."""
+        await asyncio.sleep(0)  # one turn of the loop accepts waiting connections; closing would reset them
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(SETTLE)
@@ -144,11 +144,11 @@ class Server:
                 await asyncio.wait_for(self.idle.wait(), seconds)
 
     async def close(self, *, grace: float) -> None:
-        """Hang up on everybody, after at most `grace` seconds for the requests under way."""
+        """Close every connection, after at most `grace` seconds for requests under way."""
         if self._listener is not None:
             self._listener.close()
         for connection in tuple(self._turned_away):
-            connection.cut_off()
+            connection.abort()
         await asyncio.gather(*(connection.shutdown(grace) for connection in self.connections))
 
 

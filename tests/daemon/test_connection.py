@@ -397,13 +397,13 @@ async def test_what_comes_behind_a_request_is_not_taken_from_the_socket_while_it
         await site.asked.wait()
         (connection,) = site.server.connections
         sending = asyncio.create_task(wire.send(b"".join(request("GET", f"/{n}") for n in range(1, 200_000))))
-        await until(lambda: connection._behind)
+        await until(lambda: connection._unparsed)
         assert not (await asyncio.wait([sending], timeout=0.2))[0]
-        assert len(connection._behind) <= 2 * READ_AHEAD
+        assert len(connection._unparsed) <= 2 * READ_AHEAD
         site.open.set()
         for number in range(1000):
             assert (await wire.answer()).body == f"/{number}".encode()
-            assert len(connection._behind) <= 2 * READ_AHEAD
+            assert len(connection._unparsed) <= 2 * READ_AHEAD
         sending.cancel()
         wire.writer.transport.abort()  # a close would send the rest first
 
@@ -482,7 +482,7 @@ async def test_chunks_are_parsed_a_slice_in_a_turn_and_others_come_in_between(si
         (connection,) = site.server.connections
         counting = asyncio.create_task(count())
         connection.data_received(TINY * 10_000)  # as one piece from the socket
-        assert len(connection._behind) >= len(TINY) * 10_000 - 2 * CHUNKS
+        assert len(connection._unparsed) >= len(TINY) * 10_000 - 2 * CHUNKS
         connection.data_received(b"0\r\n\r\n")
         before = len(turns)
         assert (await wire.answer()).body == b"/"
@@ -938,7 +938,7 @@ async def test_a_sender_that_is_gone_before_the_last_answer_leaves_no_traceback(
         await site.asked.wait()
         (connection,) = site.server.connections
         await wire.send(request("GET", "/more"))
-        await until(lambda connection=connection: connection._behind)
+        await until(lambda connection=connection: connection._unparsed)
         if ending == "reset":
             reset(wire)
         await wire.hang_up()
