@@ -18,7 +18,11 @@ from relay.api.app import describe
 from relay.api.query_params import LISTS, filters_of
 from relay.app import App
 from relay.cli import COMMANDS
+from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
+from relay.delivery.http.result import HttpResult
+from relay.delivery.ping import explain
+from relay.delivery.retry import verdict_of
 from relay.demo.setting import write_config
 from relay.errors import UNROUTABLE
 from relay.metrics import Metrics, declared
@@ -168,6 +172,18 @@ def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
     documented = re.findall(r"^\| `([A-Z]+) (/\S*)` \|", OPERATING + API, re.MULTILINE)
     assert set(documented) == {(method, path) for method, path in routes if method != "HEAD"}
     assert len(documented) == len(set(documented))
+
+
+def test_the_test_of_a_destination_on_the_page_has_the_words_of_the_program():
+    meaning = verdict_of(410, "4xx", {}, now=0, max_retry_after=1.0)
+    result, hint = explain(
+        DestinationConfig(name="crm", url="https://crm.example"),
+        HttpResult(result="4xx", status=410),
+        meaning,
+    )
+    section = API.partition("## Testing a destination")[2]
+    [example] = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    assert example.splitlines()[-2:] == [f"result       {result}", hint]
 
 
 ENDPOINT = re.compile(r"^\| `([A-Z]+ /\S*)` \| (.*?) \| (.*) \|$", re.MULTILINE)
