@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import run
 from daemons import Daemon, adorn
-from machines import NOBODY, needs_other_users
+from machines import NOBODY, needs_other_users, needs_root
 from wire import exchange, request
 
 from relay.config import installed_service as module
@@ -323,6 +323,7 @@ def test_root_only_files_that_systemd_reads_for_the_service_are_no_problem(machi
     run("check-config", machine.config)
 
 
+@needs_root
 @pytest.mark.parametrize("setting", ["ProtectHome=yes", "PrivateTmp=true", "ProtectHome=tmpfs"])
 def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(machine, setting):
     folder = "/root" if "Home" in setting else "/var/tmp"
@@ -460,6 +461,7 @@ async def test_no_second_relay_is_started_where_the_service_has_a_database(machi
     assert (machine.folder / "relay.db").exists()
 
 
+@needs_root
 async def test_the_service_itself_and_a_first_relay_are_not_refused(machine, state):
     machine.config.write_text(SERVED)
     said = await served(serve(machine))  # there is no database yet

@@ -88,13 +88,13 @@ async def test_order_survives_a_restart(store, receiver):
 
 async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(store, receiver):
     receiver.gate.clear()
-    crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
+    crm = destination("crm", receiver.url, concurrency=1, ttl=0.5)
     async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
         await send_many(store, 10)
         assert len(dispatcher.lanes["crm"]._first.deliveries) == 10
         stored = CLOCK.steady()
-        await until(lambda: CLOCK.steady() > stored + 0.1 * SECOND)
+        await until(lambda: CLOCK.steady() > stored + 0.5 * SECOND)
         receiver.gate.set()
         rows = await ended(store, 11)
     assert [(row["state"], row["reason"]) for row in rows] == [

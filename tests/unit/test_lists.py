@@ -129,7 +129,8 @@ def test_faults_finds_a_scan_and_a_sort():
 
 
 async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypatch):
-    monkeypatch.setattr(pages, "MOST_CANDIDATES", 500)
+    for name, value in {"MOST_CANDIDATES": 500, "SECONDS": 60.0}.items():
+        monkeypatch.setattr(pages, name, value)
     wanted = {"where": '{"data.n": 4}'}
     async with open_traced(file) as store:
         first = await store.list("events", None, wanted)

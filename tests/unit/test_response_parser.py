@@ -1,12 +1,13 @@
 """The response parser and sloppy responses, cut into segments in many ways."""
 
-import asyncio
+import time
 
 import pytest
 import receivers
 from client import send
 from receivers import head
 from sloppy import OK, SLOPPY, status_of
+from support import until
 
 from relay.delivery.http.response import (
     HEAD_LIMIT,
@@ -92,15 +93,15 @@ async def test_late_bytes_after_a_response_fail_no_later_attempt(client_for, sta
 
 
 async def test_after_excess_bytes_no_connection_is_kept_for_a_while(client_for, monkeypatch):
-    monkeypatch.setattr("relay.delivery.http.http_client.DISTRUST", 0.3)
+    monkeypatch.setattr("relay.delivery.http.http_client.DISTRUST", 1.0)
     async with receivers.says_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
         client = client_for()
         await send(client, sloppy.url)
-        await asyncio.sleep(0.05)  # for the late bytes
+        await until(lambda: client._distrusted_until)  # the late bytes are noticed
         await send(client, tidy.url)
         await send(client, tidy.url)
         assert tidy.connections == 2
-        await asyncio.sleep(0.3)
+        await until(lambda: time.perf_counter() >= client._distrusted_until)
         await send(client, tidy.url)
         await send(client, tidy.url)
         assert tidy.connections == 3
