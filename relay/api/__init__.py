@@ -1,1 +1,1 @@
-"""The admin side: health, metrics and the JSON API, on a loopback listener and a unix socket."""
+"""The admin API: health, metrics and JSON endpoints, on a loopback listener and a unix socket."""

@@ -1,4 +1,4 @@
-"""Who changed what: a line in the log for every change that operators make, whatever the level."""
+"""The log of changes over the admin API, which no log level turns off."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ async def relay(tmp_path):
 
 @pytest.fixture
 def lines(caplog):
-    logging.getLogger("relay").setLevel(logging.WARNING)  # as [log] level has it
+    logging.getLogger("relay").setLevel(logging.WARNING)  # as `[log] level` does
     yield lambda: [record.getMessage() for record in caplog.records if record.name == "relay.audit"]
     logging.getLogger("relay").setLevel(logging.NOTSET)
 
@@ -33,12 +33,12 @@ def asked(method, path, body=None, **headers):
     return request(method, path, b"" if body is None else json.dumps(body).encode(), **headers)
 
 
-async def test_a_change_by_the_socket_names_its_process_and_user(relay, lines):
+async def test_a_change_over_the_socket_logs_process_and_user(relay, lines):
     await relay.operator("POST", "/api/destinations/crm/pause")
     assert lines() == [f"{ME}: POST /api/destinations/crm/pause: 200"]
 
 
-async def test_a_change_by_the_listener_names_the_token_by_its_place_and_the_address(relay, lines):
+async def test_a_change_over_the_listener_logs_token_number_and_address(relay, lines):
     headers = {"authorization": f"Bearer {TOKENS[1]}", "host": "127.0.0.1"}
     answer = await exchange(
         relay.addresses.admin, asked("POST", "/api/sources/moddy/pause?token=secret", {}, **headers)
@@ -47,15 +47,17 @@ async def test_a_change_by_the_listener_names_the_token_by_its_place_and_the_add
     assert lines() == ["token 2, 127.0.0.1: POST /api/sources/moddy/pause: 200"]
 
 
-async def test_what_is_asked_for_in_the_body_is_told_and_what_came_of_it(relay, lines):
-    wish = {"filter": {"destination": "crm", "state": "dead"}}
-    answer = await exchange(relay.addresses.socket, asked("POST", "/api/replays", {**wish, "to": "nowhere"}))
+async def test_the_body_and_the_status_of_a_change_are_logged(relay, lines):
+    fields = {"filter": {"destination": "crm", "state": "dead"}}
+    answer = await exchange(
+        relay.addresses.socket, asked("POST", "/api/replays", {**fields, "to": "nowhere"})
+    )
     assert answer.status == 404
-    told = json.dumps({**wish, "to": "nowhere"}, separators=(",", ":"))
-    assert lines() == [f"{ME}: POST /api/replays {told}: 404"]
+    body = json.dumps({**fields, "to": "nowhere"}, separators=(",", ":"))
+    assert lines() == [f"{ME}: POST /api/replays {body}: 404"]
 
 
-async def test_a_worker_s_command_may_hold_a_secret_and_is_not_told(relay, lines):
+async def test_a_command_for_a_worker_is_not_logged_because_it_may_contain_a_secret(relay, lines):
     path = "/api/v1/workers/register"
     body = json.dumps({"workerId": "w1", "endpoint": "http://w1"}).encode()
     headers = {"authorization": "Bearer worker-secret-token-12345"}
@@ -73,12 +75,12 @@ async def test_a_worker_s_command_may_hold_a_secret_and_is_not_told(relay, lines
         ("POST", "/api/deliveries/retry", {"filter": {"state": "dead"}, "dry_run": True}),
     ],
 )
-async def test_what_changes_nothing_is_not_told(relay, lines, method, path, body):
+async def test_requests_that_change_nothing_are_not_logged(relay, lines, method, path, body):
     assert (await exchange(relay.addresses.socket, asked(method, path, body))).status == 200
     assert lines() == []
 
 
-async def test_who_may_not_change_anything_did_not(relay, lines):
+async def test_a_refused_caller_changes_nothing_and_is_not_logged(relay, lines):
     headers = {"authorization": "Bearer guessed", "host": "localhost"}
     answer = await exchange(
         relay.addresses.admin, asked("POST", "/api/destinations/crm/pause", {}, **headers)

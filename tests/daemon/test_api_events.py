@@ -1,4 +1,4 @@
-"""One event, one delivery, one destination over the admin API, with what belongs to it."""
+"""Lists and single events, deliveries, destinations and sources over the admin API."""
 
 from urllib.parse import quote
 
@@ -34,7 +34,7 @@ async def event(relay, recorder):
     return answer.json["event_id"]
 
 
-async def test_an_event_comes_with_its_deliveries_and_their_states(relay, event):
+async def test_an_event_is_shown_with_its_deliveries(relay, event):
     for short in (event, event.removeprefix("evt_"), event[:-4]):
         shown = await relay.operator("GET", f"/api/events/{short}")
         assert shown["id"] == event
@@ -43,14 +43,14 @@ async def test_an_event_comes_with_its_deliveries_and_their_states(relay, event)
         assert [each["destination"] for each in shown["owed"]] == ["crm"]
 
 
-async def test_a_body_is_the_sender_s_own_bytes_and_no_page_of_ours(relay, event):
+async def test_a_body_is_a_download_of_the_exact_bytes(relay, event):
     answer = await exchange(relay.addresses.socket, request("GET", f"/api/events/{event}/body"))
     assert answer.body == BODY
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.headers["content-disposition"] == "attachment"
 
 
-async def test_a_delivery_comes_with_its_tries(relay, event):
+async def test_a_delivery_is_shown_with_its_attempts(relay, event):
     [delivery] = (await relay.operator("GET", f"/api/events/{event}"))["owed"]
     shown = await relay.operator("GET", f"/api/deliveries/{delivery['id'][:-3]}")
     assert shown["state"] == "delivered"
@@ -58,14 +58,14 @@ async def test_a_delivery_comes_with_its_tries(relay, event):
 
 
 @pytest.mark.parametrize("path", ["/api/events/0190", "/api/events/0190/body", "/api/deliveries/0190"])
-async def test_what_there_is_not_is_404(relay, path):
+async def test_an_unknown_id_gets_404(relay, path):
     answer = await exchange(relay.addresses.socket, request("GET", path))
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("kind", ["events", "deliveries", "attempts"])
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=", "cursor=-1", "colour=red"])
-async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, query):
+async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
     answer = await exchange(relay.addresses.socket, request("GET", f"/api/{kind}?{query}"))
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
     assert query.partition("=")[0] in answer.json["error"]["message"]
@@ -96,14 +96,14 @@ async def test_a_list_says_what_is_wrong_with_a_question(relay, event, kind, que
     ],
 )
 @pytest.mark.usefixtures("event")
-async def test_a_filter_that_can_mean_nothing_is_an_error_and_no_empty_list(relay, path, status, says, hint):
+async def test_an_invalid_filter_is_an_error_instead_of_an_empty_list(relay, path, status, says, hint):
     answer = await exchange(relay.addresses.socket, request("GET", f"/api/{quote(path, safe='?=&/')}"))
     assert (answer.status, answer.json["error"]["message"]) == (status, mentioning(says))
     assert hint in answer.json["error"]["hint"]
 
 
 class mentioning(str):  # noqa: N801 - reads as a word where it stands
-    """Equal to any text that has it."""
+    """Equals any text that contains it."""
 
     __slots__ = ()
 
@@ -133,7 +133,7 @@ async def test_events_and_deliveries_have_the_same_filters(relay, event, kind, q
     assert (len(page["items"]), page["next_cursor"]) == (found, None)
 
 
-async def test_attempts_are_found_by_what_they_came_to(relay, event):
+async def test_attempts_are_filtered_by_result(relay, event):
     for query, found in (
         ("result=ok", 1),
         ("result=5xx", 0),
@@ -143,7 +143,7 @@ async def test_attempts_are_found_by_what_they_came_to(relay, event):
         assert len((await relay.operator("GET", f"/api/attempts?{query}"))["items"]) == found, query
 
 
-async def test_an_event_of_a_list_has_exactly_this(relay, event):
+async def test_an_event_in_a_list_has_exactly_these_fields(relay, event):
     [shown] = (await relay.operator("GET", f"/api/events?id={event[:-2]}"))["items"]
     assert shown == {
         "id": event,
@@ -157,7 +157,7 @@ async def test_an_event_of_a_list_has_exactly_this(relay, event):
     }
 
 
-async def test_a_destination_says_what_it_is_owed_and_why_it_does_not_move(relay, event):
+async def test_a_destination_is_shown_with_its_backlog_and_why_it_is_held(relay, event):
     shown = await relay.operator("GET", "/api/destinations/crm")
     assert (shown["created"], shown["pending"], shown["held"], shown["held_until"]) == (1, 0, None, None)
     assert shown["events"] == ["*"]
@@ -171,7 +171,7 @@ async def test_a_destination_says_what_it_is_owed_and_why_it_does_not_move(relay
     assert answer.status == 404
 
 
-async def test_sources_are_listed_with_what_is_paused(relay):
+async def test_sources_are_listed_with_their_pause(relay):
     await relay.operator("POST", "/api/sources/moddy/pause")
     items = (await relay.operator("GET", "/api/sources"))["items"]
     assert {each["name"]: each["paused"] for each in items} == {
@@ -180,7 +180,7 @@ async def test_sources_are_listed_with_what_is_paused(relay):
     assert items[0] == {"name": "adorn", "plugin": "adorn", "prefix": "", "paused": False}
 
 
-async def test_a_source_comes_with_its_settings_and_its_latest_event(relay, event):
+async def test_a_source_is_shown_with_its_settings_and_its_latest_event(relay, event):
     shown = await relay.operator("GET", "/api/sources/adorn")
     assert shown["latest"]["id"] == event
     shown = await relay.operator("GET", "/api/sources/compozy")
@@ -192,7 +192,7 @@ async def test_a_source_comes_with_its_settings_and_its_latest_event(relay, even
     assert answer.json["error"]["message"] == 'unknown source "adorm", did you mean "adorn"?'
 
 
-def test_an_answer_that_is_no_text_is_shown_all_the_same():
+def test_a_binary_response_body_is_shown_as_text():
     shown = view_of({"row": 3, "started_at": 0, "answer": b"\xff!", "truncated": 1})
     assert shown == {"started_at": "1970-01-01T00:00:00.000Z", "answer": "\ufffd!", "truncated": True}
 
@@ -200,7 +200,7 @@ def test_an_answer_that_is_no_text_is_shown_all_the_same():
 FAR = ["9999999999d", "9" * 400 + "d", "36501d"]
 
 
-async def test_a_time_farther_away_than_a_century_is_no_question_and_no_wish(relay, event):
+async def test_a_time_more_than_a_century_away_is_invalid(relay, event):
     asked = [
         request("GET", f"/api/{what}?{name}={text}")
         for what in ("events", "deliveries", "attempts", "stats")
@@ -217,7 +217,7 @@ async def test_a_time_farther_away_than_a_century_is_no_question_and_no_wish(rel
         assert "100 years" in answer.json["error"]["message"]
 
 
-async def test_every_date_that_there_is_can_be_asked_for(relay, event):
+async def test_every_date_is_a_valid_filter(relay, event):
     for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00%2B23:59"):
         for name in ("since", "until"):
             answer = await exchange(relay.addresses.socket, request("GET", f"/api/events?{name}={time}"))

@@ -1,4 +1,4 @@
-"""Long work over the admin API: lines of progress, an end, and what becomes of it when nobody listens."""
+"""Long work over the admin API: lines of progress, results, errors and disconnects."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ PATH = "/api/jobs/slow/run"
 
 
 class Work:
-    """A job under the test's hand."""
+    """A job that the test controls."""
 
     def __init__(self):
         self.begun = asyncio.Event()
@@ -49,7 +49,7 @@ def work(relay, monkeypatch):
 
 @pytest.fixture
 async def lines(relay, work):
-    """Begin it, and read line by line."""
+    """Start the job and read its lines."""
     async with Wire(*await asyncio.open_unix_connection(relay.addresses.socket)) as wire:
         await wire.send(request("POST", PATH))
         head = await wire.reader.readuntil(b"\r\n\r\n")
@@ -64,7 +64,7 @@ async def lines(relay, work):
         yield line
 
 
-async def test_lines_come_until_the_work_is_done(work, lines):
+async def test_progress_is_sent_until_the_work_is_done(work, lines):
     assert await lines() == {"progress": {}}
     work.go_on.set()
     while "progress" in (last := await lines()):
@@ -72,14 +72,14 @@ async def test_lines_come_until_the_work_is_done(work, lines):
     assert (last["result"]["name"], last["result"]["runs"], last["result"]["error"]) == ("slow", 1, None)
 
 
-async def test_what_is_done_at_once_is_one_line(relay, work):
+async def test_fast_work_is_answered_with_one_line(relay, work):
     work.go_on.set()
     answer = await exchange(relay.addresses.socket, request("POST", PATH))
     assert (answer.status, answer.headers["content-type"].partition(";")[0]) == (200, responses.LINES)
     assert json.loads(answer.body)["result"]["runs"] == 1
 
 
-async def test_whoever_hangs_up_ends_the_work(relay, work, lines):
+async def test_a_disconnect_cancels_the_work(relay, work, lines):
     await lines()
     await lines.wire.hang_up()
     await until(lambda: work.cancelled)
@@ -87,7 +87,7 @@ async def test_whoever_hangs_up_ends_the_work(relay, work, lines):
     await until(lambda: slow.error == "it was cancelled")
 
 
-async def test_what_fails_later_ends_with_an_error(relay, work, lines, monkeypatch):
+async def test_a_late_failure_is_the_last_line(relay, work, lines, monkeypatch):
     async def fail(_name):
         raise RelayError("it broke", hint="mend it")
 
@@ -104,13 +104,13 @@ async def test_what_fails_later_ends_with_an_error(relay, work, lines, monkeypat
     assert json.loads(last) == {"error": {"code": "bad_request", "message": "it broke", "hint": "mend it"}}
 
 
-async def test_what_fails_at_once_is_an_ordinary_error(relay):
+async def test_an_immediate_failure_is_an_ordinary_error(relay):
     answer = await exchange(relay.addresses.socket, request("POST", "/api/jobs/swep/run"))
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
     assert answer.json["error"]["message"] == "no job 'swep', did you mean \"sweep\"?"
 
 
-async def test_a_bug_is_an_error_in_json_with_its_traceback_in_the_log(relay, work, monkeypatch, caplog):
+async def test_a_bug_is_answered_with_500_and_its_traceback_logged(relay, work, monkeypatch, caplog):
     async def run(_name):
         raise ZeroDivisionError
 
@@ -121,7 +121,7 @@ async def test_a_bug_is_an_error_in_json_with_its_traceback_in_the_log(relay, wo
     assert record.exc_info[0] is ZeroDivisionError
 
 
-async def test_a_bug_after_the_first_line_breaks_the_answer_off(relay, work, lines, monkeypatch, caplog):
+async def test_a_bug_after_the_first_line_cuts_the_response_off(relay, work, lines, monkeypatch, caplog):
     def fail(_name):
         raise ZeroDivisionError
 
@@ -140,7 +140,7 @@ async def test_a_bug_after_the_first_line_breaks_the_answer_off(relay, work, lin
     )
 
 
-async def test_a_stop_of_the_relay_ends_it_too(tmp_path, monkeypatch):
+async def test_a_stop_of_the_daemon_cancels_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(responses, "EVERY", 0.01)
     work = Work()
     async with running(write_config(tmp_path, SOURCES)) as relay:

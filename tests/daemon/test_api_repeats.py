@@ -1,4 +1,4 @@
-"""Replays, retries by hand and cancelling as operators do them: over the unix socket of a running relay."""
+"""Replays, retries and cancellations over the unix socket of a running daemon."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ async def deliveries(relay, **filters):
     ]
 
 
-async def test_a_receiver_sees_the_same_webhook_id_again(relay, receiver):
+async def test_a_replay_keeps_the_webhook_id(relay, receiver):
     event_id = await send(relay)
     await until(lambda: finished(relay, "delivered") == 1)
     replay = await accepted(relay, "/api/replays", events=[event_id])
@@ -71,7 +71,7 @@ async def test_a_receiver_sees_the_same_webhook_id_again(relay, receiver):
     assert (first["replay_of"], second["replay_of"]) == (None, first["id"])
 
 
-async def test_a_filter_is_counted_beforehand_and_then_replayed(relay, receiver):
+async def test_a_filter_is_counted_and_replayed(relay, receiver):
     sent = [await send(relay, session) for session in ("a", "b", "a")]
     await until(lambda: finished(relay, "delivered") == 3)
     wish = {"filter": {"subject": "a", "since": "1h", "type": "adorn.*"}, "to": "crm", "rate": "50/s"}
@@ -86,7 +86,7 @@ async def test_a_filter_is_counted_beforehand_and_then_replayed(relay, receiver)
     assert [one["id"] for one in listed] == [replay["id"]]
 
 
-async def test_a_filter_looks_into_payloads(relay, receiver):
+async def test_a_filter_matches_payloads(relay, receiver):
     sent = []
     for total in (1, 7, 9):
         body = adorn("s", payload={"total": total})
@@ -107,7 +107,7 @@ async def test_a_filter_looks_into_payloads(relay, receiver):
     assert left["event_id"] == sent[1]
 
 
-async def test_a_replay_that_is_cancelled_says_how_far_it_came(relay, receiver):
+async def test_a_cancelled_replay_reports_its_progress(relay, receiver):
     for number in range(3):
         await send(relay, f"{number}")
     await until(lambda: finished(relay, "delivered") == 3)
@@ -120,7 +120,7 @@ async def test_a_replay_that_is_cancelled_says_how_far_it_came(relay, receiver):
     assert event["subject"] == "0"
 
 
-async def test_a_fresh_event_overtakes_a_replay(relay, receiver):
+async def test_a_new_event_overtakes_a_replay(relay, receiver):
     sent = [await send(relay, f"{number}") for number in range(30)]
     await until(lambda: finished(relay, "delivered") == 30)
     replay = await accepted(relay, "/api/replays", filter={"source": "adorn"}, rate="20/s")
@@ -130,7 +130,7 @@ async def test_a_fresh_event_overtakes_a_replay(relay, receiver):
     assert (await relay.operator("GET", f"/api/replays/{replay['id']}"))["state"] == "running"
 
 
-async def test_what_a_replay_owed_stays_owed_over_a_restart(tmp_path, receiver):
+async def test_deliveries_of_a_replay_survive_a_restart(tmp_path, receiver):
     config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
     async with running(config) as relay:
         event_id = await send(relay)
@@ -146,7 +146,7 @@ async def test_what_a_replay_owed_stays_owed_over_a_restart(tmp_path, receiver):
     assert receiver.ids == [event_id] * 2
 
 
-async def test_dead_deliveries_are_retried_where_they_died(relay, receiver):
+async def test_dead_deliveries_are_retried_at_their_destination(relay, receiver):
     receiver.answers.extend([(500, {"webhook-delivery": "abort-message"})] * 3)
     for number in range(3):
         await send(relay, f"{number}")
@@ -175,7 +175,7 @@ async def waiting(tmp_path, receiver):
 
 
 @pytest.mark.parametrize("by", ["ids", "filter"])
-async def test_a_pending_one_is_tried_now(waiting, receiver, by):
+async def test_a_pending_delivery_is_retried_now(waiting, receiver, by):
     [delivery] = await waiting.rows("deliveries")
     wish = {"ids": [delivery["id"][4:]]} if by == "ids" else {"filter": {"state": "pending"}}
     assert await accepted(waiting, "/api/deliveries/retry", dry_run=True, **wish) == {"count": 1}
@@ -187,7 +187,7 @@ async def test_a_pending_one_is_tried_now(waiting, receiver, by):
 
 
 @pytest.mark.parametrize("by", ["ids", "filter"])
-async def test_a_pending_one_is_cancelled(waiting, by):
+async def test_a_pending_delivery_is_cancelled(waiting, by):
     [delivery] = await waiting.rows("deliveries")
     wish = {"ids": [delivery["id"]]} if by == "ids" else {"filter": {"destination": "crm", "source": "adorn"}}
     assert await accepted(waiting, "/api/deliveries/cancel", dry_run=True, **wish) == {"count": 1}
@@ -198,7 +198,7 @@ async def test_a_pending_one_is_cancelled(waiting, by):
 
 
 @pytest.mark.parametrize(("status", "state"), [(200, "delivered"), (500, "cancelled")])
-async def test_one_that_is_being_sent_ends_by_its_outcome(relay, receiver, status, state):
+async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(relay, receiver, status, state):
     receiver.open.clear()
     receiver.answers.append((status, {}))
     await send(relay)
@@ -211,7 +211,7 @@ async def test_one_that_is_being_sent_ends_by_its_outcome(relay, receiver, statu
     assert len(receiver.ids) == 1
 
 
-async def test_a_lane_forgets_what_is_cancelled_in_its_window(relay, receiver):
+async def test_a_lane_drops_cancelled_deliveries_from_its_window(relay, receiver):
     receiver.open.clear()
     for number in range(20):
         await send(relay, f"{number}")
@@ -268,14 +268,14 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
         (CANCEL, {"ids": "all"}, 400, "Expected `array | null`, got `str`"),
     ],
 )
-async def test_what_cannot_be_done_is_refused_in_words(relay, path, body, status, message):
+async def test_an_invalid_request_gets_an_error_message(relay, path, body, status, message):
     found, said = await ask(relay, "POST", path, body)
     assert found == status, said
     assert message in said["error"]["message"]
     assert said["error"]["code"] == ("bad_request" if status == 400 else "not_found")
 
 
-async def test_an_unknown_replay_is_said_to_have_ended_with_the_relay(relay):
+async def test_an_unknown_replay_may_have_ended_with_a_restart(relay):
     for method in ("GET", "DELETE"):
         status, said = await ask(relay, method, "/api/replays/rpl_0")
         assert (status, said["error"]["code"]) == (404, "not_found")
@@ -287,12 +287,12 @@ async def test_an_unknown_replay_is_said_to_have_ended_with_the_relay(relay):
     [b"{", b'{"filter":{"subject":"\xff"}}', b'{"filter":{"where":{"a":' + b"[" * 5000],
     ids=["cut short", "no UTF-8", "too deep"],
 )
-async def test_a_body_that_is_no_json_is_refused(relay, body):
+async def test_an_invalid_json_body_is_refused(relay, body):
     answer = await exchange(relay.addresses.socket, request("POST", REPLAYS, body))
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
 
 
-async def test_while_the_store_cannot_write_the_operator_hears_so(relay, monkeypatch):
+async def test_a_failing_store_is_answered_with_503(relay, monkeypatch):
     event_id = await send(relay)
     await until(lambda: finished(relay, "delivered") == 1)
     [delivery] = await relay.rows("deliveries")

@@ -1,4 +1,4 @@
-"""What operators follow: events and attempts as they happen, and a snapshot a second."""
+"""The streams of the admin API: `tail` and `top`."""
 
 import asyncio
 import json
@@ -45,17 +45,17 @@ async def refused(relay, path):
     return answer.status, answer.json["error"]
 
 
-async def test_an_event_and_its_attempts_are_told_as_they_happen(relay, recorder):
+async def test_an_event_and_its_attempts_are_streamed(relay, recorder):
     recorder.answers.append((500, {}))
     async with follow(relay, "/api/tail") as reader:
         assert reader.response.headers["Content-Type"].startswith("text/event-stream")
         assert reader.response.headers["Cache-Control"] == "no-store"
         assert reader.comments == [": hookferry"]
         event = await send(relay)
-        name, told = await reader.next()
+        name, item = await reader.next()
         [row] = (await relay.operator("GET", "/api/events"))["items"]
-        del row["duplicate"], row["deliveries"]  # of which nothing is known yet
-        assert (name, told) == ("event", row)
+        del row["duplicate"], row["deliveries"]  # an event has neither when it is stored
+        assert (name, item) == ("event", row)
         assert reader.ids == [event]
         name, failed = await reader.next()
         [delivery] = (await relay.operator("GET", "/api/deliveries"))["items"]
@@ -77,7 +77,7 @@ async def test_an_event_and_its_attempts_are_told_as_they_happen(relay, recorder
         assert delivered["next_attempt_at"] is None
 
 
-async def test_the_stored_event_is_there_when_its_item_comes(relay):
+async def test_an_event_is_readable_when_it_is_streamed(relay):
     async with follow(relay, "/api/tail") as reader:
         for number in range(5):
             event = await send(relay, f"s{number}")
@@ -98,7 +98,7 @@ async def test_the_stored_event_is_there_when_its_item_comes(relay):
         ("type=moddy.member_joined&destination=crm", {("crm", "ok")}),
     ],
 )
-async def test_a_filter_leaves_the_rest_out(relay, recorder, query, expected):
+async def test_a_filter_limits_the_stream(relay, recorder, query, expected):
     async with follow(relay, f"/api/tail?{query}") as reader, follow(relay, "/api/tail") as all_:
         recorder.answers.append((500, {}))
         await send(relay)
@@ -108,11 +108,11 @@ async def test_a_filter_leaves_the_rest_out(relay, recorder, query, expected):
         for _ in range(3):
             await all_.next()
         relay.app.api.hang_up()
-        told = {
+        item = {
             (item["destination"], item["result"]) if name == "attempt" else (name, item["type"])
             for name, item in await reader.rest()
         }
-    assert told == expected
+    assert item == expected
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ async def test_a_filter_leaves_the_rest_out(relay, recorder, query, expected):
         ("/api/top?source=adorn", 400, 'unknown parameter "source"'),
     ],
 )
-async def test_what_cannot_be_followed_is_said(relay, path, status, message):
+async def test_an_invalid_query_of_a_stream_is_refused(relay, path, status, message):
     got, error = await refused(relay, path)
     assert got == status
     assert message.replace("'", "").partition(",")[0] in error["message"].replace("'", "")
 
 
-async def test_on_the_listener_it_takes_a_token(relay):
+async def test_a_stream_on_the_listener_needs_a_token(relay):
     answer = await exchange(relay.addresses.admin, request("GET", "/api/tail", host="localhost"))
     assert answer.status == 401
     async with await Wire.open(relay.addresses.admin) as wire:
@@ -140,7 +140,7 @@ async def test_on_the_listener_it_takes_a_token(relay):
         assert b"text/event-stream" in await wire.reader.readuntil(b"\r\n\r\n")
 
 
-async def test_a_follower_too_many_is_refused_with_a_hint(relay):
+async def test_too_many_followers_are_refused(relay):
     wires = [await Wire.open(relay.addresses.socket) for _ in range(MOST)]
     for wire in wires:
         await wire.send(request("GET", "/api/tail"))
@@ -155,13 +155,13 @@ async def test_a_follower_too_many_is_refused_with_a_hint(relay):
         pass
 
 
-async def test_who_goes_is_noticed_though_nothing_happens(relay):
+async def test_a_disconnect_is_noticed_on_an_idle_stream(relay):
     async with follow(relay, "/api/tail"):
         assert len(relay.app.api._tail._followers) == 1
     await until(lambda: not relay.app.api._tail._followers)
 
 
-async def test_silence_is_filled_with_comments(relay, monkeypatch):
+async def test_an_idle_stream_sends_comments(relay, monkeypatch):
     monkeypatch.setattr(stream, "HEARTBEAT", 0.05)
     monkeypatch.setattr(stream, "LOOK", 0.01)
     async with follow(relay, "/api/tail") as reader:
@@ -169,7 +169,7 @@ async def test_silence_is_filled_with_comments(relay, monkeypatch):
         assert await reader.response.content.readline() == b": still here\n"
 
 
-async def test_a_follower_that_takes_nothing_holds_up_nobody_and_is_told_its_loss(relay, monkeypatch):
+async def test_a_stalled_follower_delays_nobody_and_gets_the_number_of_lost_items(relay, monkeypatch):
     monkeypatch.setattr(relay.app.api._tail._followers, "_room", 3)
     async with await Wire.open(relay.addresses.socket) as slow:
         slow.writer.transport.pause_reading()
@@ -179,7 +179,7 @@ async def test_a_follower_that_takes_nothing_holds_up_nobody_and_is_told_its_los
         async with follow(relay, "/api/tail?source=adorn") as quick:
             subject = "x" * 256
             sent = []
-            while follower._lost < 5:  # what the kernel takes in differs from machine to machine
+            while follower._lost < 5:  # the kernel's buffer differs between machines
                 sent.append(await send(relay, subject))
                 while (await quick.next())[0] != "event":
                     pass
@@ -192,7 +192,7 @@ async def test_a_follower_that_takes_nothing_holds_up_nobody_and_is_told_its_los
                 text = text[-100:] + await slow.reader.read(2**16)
 
 
-def test_what_waits_for_a_follower_is_bounded_by_items_and_bytes():
+def test_the_buffer_of_a_follower_is_bounded_in_items_and_bytes():
     followers = Followers(room=3)
     with followers.joined(None, lambda: None) as follower:
         for number in range(5):
@@ -202,11 +202,11 @@ def test_what_waits_for_a_follower_is_bounded_by_items_and_bytes():
         follower.put(b"a" * MOST_BYTES)
         follower.put(b"b")
         assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
-        follower.put(b"c" * (MOST_BYTES + 1))  # larger than all: told all the same
+        follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, and sent nevertheless
         assert len(follower.take()) == MOST_BYTES + 1
 
 
-async def test_a_stop_ends_streams_at_once_even_one_that_takes_nothing(tmp_path, recorder):
+async def test_a_stop_ends_all_streams_at_once(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     config.write_text(config.read_text().replace('shutdown_grace = "5s"', 'shutdown_grace = "60s"'))
     socket = tmp_path / "state" / "relay.sock"
@@ -216,23 +216,23 @@ async def test_a_stop_ends_streams_at_once_even_one_that_takes_nothing(tmp_path,
         async with following(socket, "/api/tail?failed=1") as quiet, following(socket, "/api/top") as screen:
             streams = [asyncio.create_task(reader.rest(120)) for reader in (quiet, screen)]
             async with await Wire.open(daemon.url) as wire:
-                for _ in range(1500):  # beyond what kernel and server hold for one that does not read
+                for _ in range(1500):  # more than kernel and server buffer for a stalled client
                     await wire.send(request("POST", "/v1/events", adorn("x" * 256)))
                     assert (await wire.answer()).status == 200
             assert await daemon.stop(30) == 0  # half the grace
-            told, seen = await asyncio.gather(*streams)  # they have their proper end
-            assert told == []
+            item, seen = await asyncio.gather(*streams)  # each has a regular end
+            assert item == []
             assert {name for name, _ in seen} <= {"top"}
 
 
-async def test_a_stream_that_is_asked_for_while_the_relay_stops_is_refused(relay):
+async def test_a_stream_requested_during_a_stop_is_refused(relay):
     relay.app.api.hang_up()
     for path in ("/api/tail", "/api/top"):
         status, error = await refused(relay, path)
         assert (status, error["code"]) == (503, "draining")
 
 
-async def test_nothing_is_made_when_nobody_follows(relay, monkeypatch):
+async def test_no_item_is_built_without_followers(relay, monkeypatch):
     made = []
     monkeypatch.setattr("relay.api.tail.frame", lambda *args: made.append(args) or b"x")
     monkeypatch.setattr("relay.api.top.frame", lambda *args: made.append(args) or b"x")
@@ -244,7 +244,7 @@ async def test_nothing_is_made_when_nobody_follows(relay, monkeypatch):
     assert relay.app.api._top._ticking is None
 
 
-async def test_a_snapshot_shows_how_it_goes(relay, recorder, monkeypatch):
+async def test_a_snapshot_has_rates_and_states(relay, recorder, monkeypatch):
     monkeypatch.setattr(top, "EVERY", 0.2)
     recorder.open.clear()
     async with follow(relay, "/api/top") as reader:
@@ -256,37 +256,37 @@ async def test_a_snapshot_shows_how_it_goes(relay, recorder, monkeypatch):
         )
         events = 0.0
         while True:
-            name, told = await reader.next()
+            name, item = await reader.next()
             assert name == "top"
-            events += told["events_per_second"]
-            [crm, erp] = told["destinations"]
+            events += item["events_per_second"]
+            [crm, erp] = item["destinations"]
             if events and crm["in_flight"] == 3:
                 break
-        [source] = [each for each in told["sources"] if each["name"] == "adorn"]
+        [source] = [each for each in item["sources"] if each["name"] == "adorn"]
         assert source["paused"] is False
         assert (crm["name"], crm["held"], crm["circuit"], crm["pending"]) == ("crm", None, "closed", 3)
         assert (erp["name"], erp["pending"]) == ("erp", 0)
-        assert told["ready"] is True
-        assert told["backlog"] == 3
+        assert item["ready"] is True
+        assert item["backlog"] == 3
         recorder.open.set()
         delivered = 0.0
         while not delivered:
-            _, told = await reader.next()
-            delivered = told["delivered_per_second"]
-            assert told["destinations"][0]["delivered_per_second"] == delivered
-            assert told["failed_per_second"] == 0
-        assert told["commit_ms"] > 0
-        assert told["loop_lag_ms"] >= 0
+            _, item = await reader.next()
+            delivered = item["delivered_per_second"]
+            assert item["destinations"][0]["delivered_per_second"] == delivered
+            assert item["failed_per_second"] == 0
+        assert item["commit_ms"] > 0
+        assert item["loop_lag_ms"] >= 0
     await until(relay.app.api._top._ticking.done)
 
 
-async def test_a_snapshot_has_what_is_held(relay, recorder, monkeypatch):
+async def test_a_snapshot_has_held_and_removed_destinations(relay, recorder, monkeypatch):
     monkeypatch.setattr(top, "EVERY", 0.05)
     await relay.operator("POST", "/api/destinations/crm/pause")
     await relay.operator("POST", "/api/sources/moddy/pause")
     await send(relay)
     async with follow(relay, "/api/top") as reader:
-        _, told = await reader.next()
-    assert told["destinations"][0]["held"] == "paused"
-    assert told["destinations"][0]["pending"] == 1
-    assert [each["name"] for each in told["sources"] if each["paused"]] == ["moddy"]
+        _, item = await reader.next()
+    assert item["destinations"][0]["held"] == "paused"
+    assert item["destinations"][0]["pending"] == 1
+    assert [each["name"] for each in item["sources"] if each["paused"]] == ["moddy"]

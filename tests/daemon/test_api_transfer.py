@@ -1,4 +1,4 @@
-"""Many events over the admin API: out as lines, in again, and gone; and what came in, counted."""
+"""Exports, imports, deletions and counts of events over the admin API."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ def finished(relay, outcome="delivered"):
 
 @pytest.fixture
 async def events(relay):
-    """Three delivered events, about two subjects."""
+    """Three delivered events with two subjects."""
     found = []
     for session in ("s-1", "s-2", "s-1"):
         answer = await relay.exchange(
@@ -45,7 +45,7 @@ def lines_of(answer):
     return [json.loads(line) for line in answer.body.splitlines()]
 
 
-async def test_an_export_has_a_line_per_event_the_oldest_first(relay, events):
+async def test_an_export_has_one_line_per_event_oldest_first(relay, events):
     answer = await ask(relay, "GET", "/api/export")
     assert answer.headers["content-type"] == "application/x-ndjson"
     lines = lines_of(answer)
@@ -54,7 +54,7 @@ async def test_an_export_has_a_line_per_event_the_oldest_first(relay, events):
     assert json.loads(lines[0]["body"])["payload"] == {"n": 0}
 
 
-async def test_an_export_goes_by_a_filter_tells_of_deliveries_and_can_be_counted(relay, events):
+async def test_an_export_can_be_filtered_counted_and_include_deliveries(relay, events):
     lines = lines_of(await ask(relay, "GET", "/api/export?subject=s-1&deliveries=1"))
     assert [line["id"] for line in lines] == [events[0], events[2]]
     assert [each["state"] for each in lines[0]["deliveries"]] == ["delivered"]
@@ -70,14 +70,14 @@ async def test_an_export_goes_by_a_filter_tells_of_deliveries_and_can_be_counted
         ("state=alive", '"state": expected pending, delivered, dead, expired or cancelled, got "alive"'),
     ],
 )
-async def test_an_export_says_what_is_wrong_with_its_question(relay, query, says):
+async def test_an_invalid_query_of_an_export_gets_400(relay, query, says):
     answer = await ask(relay, "GET", f"/api/export?{query}")
     assert answer.status == 400
     assert answer.json["error"]["message"].startswith(says)
     assert answer.json["error"]["hint"] or "since" in query
 
 
-async def test_what_was_exported_and_deleted_comes_back_by_an_import_once(relay, events):
+async def test_deleted_events_are_imported_once(relay, events):
     exported = (await ask(relay, "GET", "/api/export")).body
     await ask(relay, "POST", "/api/events/delete", {"events": events})
     assert await relay.rows() == []
@@ -89,7 +89,7 @@ async def test_what_was_exported_and_deleted_comes_back_by_an_import_once(relay,
     assert finished(relay) == 3
 
 
-async def test_an_import_owes_what_is_new_if_it_is_asked_to(relay, events, recorder):
+async def test_an_import_can_deliver_new_events(relay, events, recorder):
     exported = (await ask(relay, "GET", "/api/export?subject=s-2")).body
     await ask(relay, "POST", "/api/events/delete", {"events": [events[1]]})
     await exchange(relay.addresses.socket, request("POST", "/api/import?deliver=1", exported))
@@ -97,7 +97,7 @@ async def test_an_import_owes_what_is_new_if_it_is_asked_to(relay, events, recor
     assert recorder.ids.count(events[1]) == 2
 
 
-async def test_a_line_that_is_no_event_is_named_and_what_came_before_is_in(relay, events):
+async def test_an_invalid_line_is_named_and_earlier_lines_are_imported(relay, events):
     exported = (await ask(relay, "GET", "/api/export")).body
     await ask(relay, "POST", "/api/events/delete", {"events": events})
     first, *_ = exported.splitlines(keepends=True)
@@ -107,7 +107,7 @@ async def test_a_line_that_is_no_event_is_named_and_what_came_before_is_in(relay
     assert [row["id"] for row in await relay.rows()] == events[:1]
 
 
-async def test_an_import_may_come_in_any_pieces(relay, events):
+async def test_an_import_may_be_split_into_any_chunks(relay, events):
     exported = (await ask(relay, "GET", "/api/export")).body
     await ask(relay, "POST", "/api/events/delete", {"events": events})
     head = request("POST", "/api/import", transfer_encoding="chunked", content_type="application/x-ndjson")
@@ -117,7 +117,7 @@ async def test_an_import_may_come_in_any_pieces(relay, events):
     assert answer.json == {"lines": 3, "new": 3}
 
 
-async def test_an_import_that_breaks_off_is_no_traceback(relay, events, caplog):
+async def test_an_interrupted_import_logs_no_traceback(relay, events, caplog):
     async with Wire(*await asyncio.open_unix_connection(relay.addresses.socket)) as wire:
         head = request("POST", "/api/import", transfer_encoding="chunked")
         await wire.send(head + b"2\r\n\n\n\r\n")
@@ -125,7 +125,7 @@ async def test_an_import_that_breaks_off_is_no_traceback(relay, events, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_events_are_deleted_by_a_filter_after_counting(relay, events):
+async def test_events_are_counted_and_deleted_by_a_filter(relay, events):
     wish = {"filter": {"subject": "s-1"}}
     assert (await ask(relay, "POST", "/api/events/delete", {**wish, "dry_run": True})).json == {"count": 2}
     assert len(await relay.rows()) == 3
@@ -134,7 +134,7 @@ async def test_events_are_deleted_by_a_filter_after_counting(relay, events):
     assert [row["id"] for row in await relay.rows()] == [events[1]]
 
 
-async def test_what_is_still_owed_is_cancelled_and_what_is_being_sent_ends_first(relay, recorder):
+async def test_a_deletion_cancels_pending_deliveries_and_waits_for_those_in_flight(relay, recorder):
     recorder.open.clear()
     answer = await relay.exchange(request("POST", "/v1/events", adorn()))
     await until(lambda: recorder.busy)
@@ -148,7 +148,7 @@ async def test_what_is_still_owed_is_cancelled_and_what_is_being_sent_ends_first
     assert finished(relay) == 1
 
 
-async def test_an_event_that_is_being_sent_all_the_time_stays_and_is_counted(relay, recorder, monkeypatch):
+async def test_an_event_in_flight_too_long_is_not_deleted(relay, recorder, monkeypatch):
     monkeypatch.setattr(Deletion, "PATIENCE", 0)
     recorder.open.clear()
     answer = await relay.exchange(request("POST", "/v1/events", adorn()))
@@ -162,13 +162,13 @@ async def test_an_event_that_is_being_sent_all_the_time_stays_and_is_counted(rel
 @pytest.mark.parametrize(
     "body", [{}, {"events": ["evt_0"], "filter": {"source": "adorn"}}, {"filter": {}}, {"ids": []}, []]
 )
-async def test_a_deletion_that_names_nothing_or_too_much_is_400(relay, body):
+async def test_a_deletion_needs_either_ids_or_a_filter(relay, body):
     answer = await ask(relay, "POST", "/api/events/delete", body)
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
     assert answer.json["error"]["hint"]
 
 
-async def test_counts_outlive_the_events_and_go_on_page_by_page(relay, events):
+async def test_counts_outlive_events_and_are_paged(relay, events):
     await relay.exchange(request("POST", "/v1/events", adorn("s-3", event_type="image.shared")))
     await ask(relay, "POST", "/api/events/delete", {"filter": {"source": "adorn"}})
     found, cursor = [], ""
@@ -191,7 +191,7 @@ async def test_counts_outlive_the_events_and_go_on_page_by_page(relay, events):
         ("limit=0", '"limit": expected a whole number of 1 or more, got "0"'),
     ],
 )
-async def test_counts_say_what_is_wrong_with_a_question(relay, query, says):
+async def test_an_invalid_query_of_counts_gets_400(relay, query, says):
     answer = await ask(relay, "GET", f"/api/stats?{query}")
     assert (answer.status, answer.json["error"]["message"]) == (400, says)
     assert answer.json["error"]["hint"]

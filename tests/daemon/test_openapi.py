@@ -1,4 +1,4 @@
-"""The description of the admin API is held against its routes, its questions and its real answers."""
+"""The OpenAPI document is compared with routes, parameters, bodies and real answers."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ OPERATIONS = {
 }
 
 STREAMS = {("GET", "/api/tail"), ("GET", "/api/top")}
-"""What has no end that could be waited for, and a test of its own."""
+"""Streams do not end, so another test covers them."""
 
 NAMES = {"event": "/TailEvent", "attempt": "/TailAttempt", "lost": "/Lost", "top": "/Top"}
 """The schema of each server-sent event."""
@@ -40,7 +40,7 @@ async def relay(tmp_path, recorder):
 
 
 def checks(schema, value):
-    """Say what is wrong with a value, if anything."""
+    """Return every way in which a value violates a schema."""
     whole = {"$ref": schema["$ref"]} if "$ref" in schema else schema
     validator = Draft202012Validator({**whole, "components": COMPONENTS})
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
@@ -51,24 +51,24 @@ def query_of(operation):
 
 
 def template(path):
-    """Find the path of the document that a real one is meant by."""
+    """Return the path of the document that a real path matches."""
     path = path.partition("?")[0]
     found = [each for each in DOCUMENT["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]+", each), path)]
     return min(found, key=lambda each: each.count("{"))
 
 
-async def test_it_has_every_route_and_no_other(relay):
+async def test_the_document_has_exactly_the_routes(relay):
     routes = {(each.method, each.resource.canonical) for each in relay.app.api.socket_app().router.routes()}
     assert OPERATIONS.keys() == {route for route in routes if route[0] != "HEAD"}
 
 
-async def test_the_relay_itself_hands_it_out(relay):
+async def test_the_daemon_serves_the_document(relay):
     answer = await exchange(relay.addresses.socket, request("GET", "/api/openapi.json"))
     assert answer.json == DOCUMENT
     assert DOCUMENT["info"]["version"] == package.__version__
 
 
-def test_every_reference_leads_somewhere_and_nothing_is_left_over():
+def test_every_reference_resolves_and_every_component_is_used():
     used = set(re.findall(r'"#/components/(\w+/\w+)"', json.dumps(DOCUMENT)))
     there = {
         f"{kind}/{name}"
@@ -78,7 +78,7 @@ def test_every_reference_leads_somewhere_and_nothing_is_left_over():
     assert used == there
 
 
-def test_every_schema_is_one_and_every_operation_has_a_name_and_a_sentence_of_its_own():
+def test_every_schema_is_valid_and_every_operation_has_a_unique_name_and_summary():
     for schema in COMPONENTS["schemas"].values():
         Draft202012Validator.check_schema(schema)
     for key in ("operationId", "summary"):
@@ -87,13 +87,13 @@ def test_every_schema_is_one_and_every_operation_has_a_name_and_a_sentence_of_it
     assert all(operation["summary"].endswith(".") for operation in OPERATIONS.values())
 
 
-def test_every_part_of_a_path_is_described():
+def test_every_path_parameter_is_described():
     for (_, path), operation in OPERATIONS.items():
-        told = {each["name"] for each in operation.get("parameters", ()) if each.get("in") == "path"}
-        assert told == set(re.findall(r"{(\w+)}", path)), path
+        described = {each["name"] for each in operation.get("parameters", ()) if each.get("in") == "path"}
+        assert described == set(re.findall(r"{(\w+)}", path)), path
 
 
-def test_every_list_has_the_filters_that_it_takes():
+def test_every_list_has_its_filters():
     for kind in ("events", "deliveries", "attempts", "workers", "stats"):
         fields = set(query_params.LISTS[kind].__struct_fields__)
         assert fields > {"limit", "cursor"}
@@ -113,14 +113,14 @@ def test_every_list_has_the_filters_that_it_takes():
         ("/api/events/delete", events.DeletionBody),
     ],
 )
-def test_every_body_has_the_fields_that_are_read(path, body):
+def test_every_body_has_its_fields(path, body):
     [content] = OPERATIONS["POST", path]["requestBody"]["content"].values()
     schema = COMPONENTS["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
     assert set(schema["properties"]) == set(body.__struct_fields__)
 
 
 class Asking:
-    """Asks, and holds question and answer to the document."""
+    """Sends requests and compares request and answer with the document."""
 
     def __init__(self, relay):
         self.relay = relay
@@ -145,7 +145,7 @@ class Asking:
             described = COMPONENTS["responses"]["Error"]
         kind = answer.headers["content-type"].partition(";")[0]
         if kind == "application/json" and kind not in described["content"]:
-            [content] = described["content"].values()  # one line is a document, too
+            [content] = described["content"].values()  # one line of JSON is a JSON document
         else:
             content = described["content"][kind]
         values = {
@@ -161,7 +161,7 @@ class Asking:
 
 
 async def populate(relay, recorder):
-    """Let there be something of everything: deliveries in several states, a worker with sessions."""
+    """Create an event, deliveries in several states and a worker with sessions."""
     recorder.answers.extend([(500, {}), (200, {})])
     id_ = (await relay.exchange(request("POST", "/v1/events", adorn("s-1")))).json["event_id"]
     done = "relay_deliveries_finished_total"
@@ -183,7 +183,7 @@ async def populate(relay, recorder):
     return id_
 
 
-async def test_every_answer_is_as_it_is_described(relay, recorder):
+async def test_every_answer_matches_its_schema(relay, recorder):
     ask, worker = Asking(relay), "/api/workers/whatsapp/w1"
     id_ = await populate(relay, recorder)
     for path in ("/health", "/ready", "/metrics", "/api/openapi.json", "/api/status", "/api/config"):
@@ -232,7 +232,7 @@ async def test_every_answer_is_as_it_is_described(relay, recorder):
     assert ask.asked == OPERATIONS.keys() - STREAMS
 
 
-async def test_every_item_of_a_stream_is_as_it_is_described(relay, recorder, monkeypatch):
+async def test_every_item_of_a_stream_matches_its_schema(relay, recorder, monkeypatch):
     monkeypatch.setattr(top, "EVERY", 0.05)
     socket, seen = relay.addresses.socket, set()
     async with following(socket, "/api/tail") as tailed, following(socket, "/api/top") as topped:
@@ -264,13 +264,13 @@ async def test_every_item_of_a_stream_is_as_it_is_described(relay, recorder, mon
         ("DELETE", "/api/replays/none", None),
     ],
 )
-async def test_every_error_is_as_it_is_described(relay, method, path, body):
+async def test_every_error_matches_its_schema(relay, method, path, body):
     answer = await Asking(relay)(method, path, body)
     assert answer.status >= 400
     assert answer.json["error"]["hint"]
 
 
-async def test_the_problems_of_a_config_are_as_they_are_described(relay, tmp_path):
+async def test_the_problems_of_a_config_match_their_schema(relay, tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(file.read_text() + "\n[retention]\nevnts = 3\n")
     answer = await Asking(relay)("POST", "/api/reload", status=400)

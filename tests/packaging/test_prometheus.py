@@ -1,4 +1,4 @@
-"""What Prometheus scrapes, and the alerts and the dashboard that ship for it."""
+"""The metrics, and the alerts and the dashboard for Prometheus and Grafana."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def promtool(*arguments, cwd=SHIPPED, given=""):
 
 
 def expressions():
-    """Return every expression that ships, named after where it is."""
+    """Return every shipped expression by the alert or panel that has it."""
     alerts = dict(re.findall(r"- alert: (\w+)\n +expr: (.+)", ALERTS))
     panels = json.loads((SHIPPED / "dashboard.json").read_text())["panels"]
     shown = {
@@ -54,7 +54,7 @@ async def scrape(relay, accept="text/plain"):
 
 
 @needs_promtool
-async def test_promtool_finds_no_fault_in_a_scrape(tmp_path):
+async def test_promtool_accepts_a_scrape(tmp_path):
     async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
         text = await scrape(relay)
     checked = promtool("check", "metrics", given=text)
@@ -72,19 +72,19 @@ async def test_promtool_finds_no_fault_in_a_scrape(tmp_path):
     ],
     ids=" ".join,
 )
-def test_promtool_finds_no_fault_in_what_ships(arguments):
+def test_promtool_accepts_the_shipped_files(arguments):
     checked = promtool(*arguments)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @needs_promtool
-def test_an_alert_that_fires_too_late_is_noticed(tmp_path):
+def test_an_alert_that_fires_late_is_detected(tmp_path):
     shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
     (tmp_path / "alerts.yml").write_text(ALERTS.replace("for: 1m", "for: 9m"))
     assert promtool("test", "rules", "alerts_test.yml", cwd=tmp_path).returncode != 0
 
 
-def test_every_alert_is_tested_and_ends_in_a_command_to_type():
+def test_every_alert_is_tested_and_ends_with_a_command():
     names = re.findall(r"- alert: (\w+)", ALERTS)
     tested = re.findall(r"^  - name: (\w+)", (SHIPPED / "alerts_test.yml").read_text(), re.MULTILINE)
     assert tested == names
@@ -95,7 +95,7 @@ def test_every_alert_is_tested_and_ends_in_a_command_to_type():
     assert ours <= set(COMMANDS)
 
 
-async def test_every_expression_names_metrics_that_are_exported(tmp_path):
+async def test_every_expression_uses_exported_metrics(tmp_path):
     async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
         text = await scrape(relay)
     exported = {"up", *re.findall(r"^(\w+)[{ ]", text, re.MULTILINE)}
@@ -107,7 +107,7 @@ async def test_every_expression_names_metrics_that_are_exported(tmp_path):
     assert {where: names - exported for where, names in named.items() if names - exported} == {}
 
 
-async def test_a_scrape_is_what_prometheus_client_renders_in_one_go(aiohttp_client):
+async def test_a_scrape_equals_the_output_of_prometheus_client(aiohttp_client):
     metrics = Metrics(["moddy"], [f"d{number}" for number in range(50)])
     metrics.latency.labels("d7").observe(0.2, {"event_id": "evt_7"})
     metrics.received.labels("moddy").inc(3)
@@ -130,7 +130,7 @@ async def test_a_scrape_is_what_prometheus_client_renders_in_one_go(aiohttp_clie
     assert (await answer.text()).splitlines()[2:] == ['relay_events_received_total{source="moddy"} 3.0']
 
 
-async def test_others_have_their_turns_during_a_scrape():
+async def test_other_tasks_run_during_a_scrape():
     metrics = Metrics([], [f"d{number}" for number in range(50)])
     samples = [len(family.samples) for family in metrics.registry.collect()]
     turns = 0
@@ -147,11 +147,11 @@ async def test_others_have_their_turns_during_a_scrape():
     assert turns >= sum(samples) // (STRETCH + max(samples)) > 1
 
 
-async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
+async def test_a_scrape_reads_no_table(tmp_path, monkeypatch):
     asked, connect = [], sqlite3.connect
 
     def watched(*action):
-        if action[0] != sqlite3.SQLITE_PRAGMA:  # a checkpoint, when nothing has been written for a while
+        if action[0] != sqlite3.SQLITE_PRAGMA:  # of a checkpoint, which follows a quiet second
             asked.append(action)
         return sqlite3.SQLITE_OK
 
@@ -162,7 +162,7 @@ async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
     async with running(write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x"))) as relay:
         await relay.operator("POST", "/api/destinations/crm/pause")
         await relay.exchange(request("POST", "/v1/events", adorn()))
-        relay.app.jobs.stop()  # they may
+        relay.app.jobs.stop()  # jobs may read tables
         monkeypatch.setattr(sqlite3, "connect", connecting)
         store = relay.app.store
         for connection in (store.database.connection, store.database.reader, store.database.counter):
@@ -174,7 +174,7 @@ async def test_a_scrape_touches_no_table(tmp_path, monkeypatch):
         assert any("deliveries" in action for action in asked)
 
 
-async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):
+async def test_a_latency_has_an_exemplar_with_its_event(tmp_path):
     async with Recorder() as receiver:
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
         async with running(config) as relay:
@@ -190,7 +190,7 @@ async def test_a_latency_has_its_event_as_an_exemplar(tmp_path):
     assert text.endswith("# EOF\n")
 
 
-async def test_pending_deliveries_are_told_apart_by_what_they_wait_for(tmp_path):
+async def test_pending_deliveries_are_counted_by_state(tmp_path):
     async with Recorder() as receiver:
         receiver.answers.append((500, {}))
         config = write_config(
