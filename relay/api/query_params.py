@@ -109,7 +109,7 @@ class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
             RelayError: a value is invalid, or the filter is empty.
         """
         given = {name: getattr(self, name) for name in Selection.__struct_fields__}
-        fields = read_filters(given, clock.wall())
+        fields = read_filters("selection", given, clock.wall())
         if not fields and not everything:
             hint = 'since = "2000-01-01T00:00:00Z" selects everything'
             raise RelayError("the filter is empty", hint=f"set at least one of {FIELDS}; {hint}")
@@ -274,7 +274,9 @@ def without_none(type_: Any) -> Any:
     return type_
 
 
-_ALL: Mapping[str, ListFilter] = {each.name: each for kind in LISTS.values() for each in _described(kind)}
+_FILTERS: Mapping[str, Mapping[str, ListFilter]] = {
+    kind: {each.name: each for each in filters_of(kind)} for kind in LISTS
+}
 
 
 def read_query(query: Mapping[str, str], kind: type[Q]) -> Q:
@@ -307,30 +309,34 @@ def read_field(name: str, reader: Callable[[Any], Any], value: Any, hint: str = 
     """Return the value of a field.
 
     Raises:
-        RelayError: `reader` rejects it; its hint is `hint`, or that of the filter with this name.
+        RelayError: `reader` rejects it.
     """
     try:
         return reader(value)
     except (ValueError, RecursionError) as error:
-        hint = hint or (_ALL[name].hint if name in _ALL else "")
         raise RelayError(f'"{name}": {error}', hint=hint) from None
 
 
-def read_filters(filters: Mapping[str, Any], now: int) -> dict[str, Any]:
-    """Return the filters that are set, as the store takes them; ages count from `now`, the wall clock.
+def read_filters(kind: str, filters: Mapping[str, Any], now: int) -> dict[str, Any]:
+    """Return the filters that are set, as the store takes them.
+
+    Args:
+        kind: the list, one of `LISTS`.
+        filters: values by name, None if not set.
+        now: wall clock, which ages count from.
 
     Raises:
-        RelayError: a value is invalid.
+        RelayError: a filter is unknown or has an invalid value.
     """
+    known = _FILTERS[kind]
+    if unknown := filters.keys() - known.keys():
+        name = min(unknown)
+        raise RelayError(f'unknown filter "{name}"{guess(name, known)}', hint=f"filters: {', '.join(known)}")
     return {
-        name: read_field(name, partial(_read, name, now=now), value)
+        name: read_field(name, partial(known[name].read, now=now), value, known[name].hint)
         for name, value in filters.items()
         if value is not None
     }
-
-
-def _read(name: str, value: Any, now: int) -> Any:
-    return _ALL[name].read(value, now) if name in _ALL else value
 
 
 def filter_of(query: Mapping[str, Any]) -> Filter:

@@ -165,7 +165,7 @@ async def list_items(
     Raises:
         RelayError: a filter is unknown or has an invalid value.
     """
-    wanted = read_filters(filters, now)
+    wanted = read_filters(kind, filters, now)
     name = wanted.get("destination")
     if name is not None and name not in destinations:
         counts = await reads.ledger.totals()
