@@ -41,10 +41,6 @@ def _flag(text: str) -> bool:
     return text.lower() in _TRUE
 
 
-def _time(text: str, now: int) -> int:
-    return moment(text, now)
-
-
 def _pattern(text: str, _now: int) -> str:
     Patterns((text,))
     return text
@@ -70,8 +66,10 @@ def _about(text: str, **extra: Any) -> msgspec.Meta:
 
 Source = Annotated[str, _about("Name of the source.")]
 Type = Annotated[str, _about('Full event type, or a pattern such as "adorn.*".', read=_pattern)]
-Since = Annotated[str, _about('At this time or later: an age such as "2h", or RFC 3339.', read=_time)]
-Until = Annotated[str, _about('Before this time: an age such as "2h", or RFC 3339.', read=_time)]
+Since = Annotated[
+    str, _about('Received at this time or later: an age such as "2h", or RFC 3339.', read=moment)
+]
+Until = Annotated[str, _about('Received before this time: an age such as "2h", or RFC 3339.', read=moment)]
 Destination = Annotated[str, _about("Name of the destination.")]
 Conditions = Annotated[
     dict[str, Any] | list[dict[str, Any]],
@@ -150,8 +148,16 @@ class AttemptsQuery(msgspec.Struct, kw_only=True):
     delivery_id: DeliveryId | None = None
     destination: Destination | None = None
     result: Annotated[AttemptResult, _about("Result of the attempt.")] | None = None
-    since: Since | None = None
-    until: Until | None = None
+    since: (
+        Annotated[
+            str, _about('Started at this time or later: an age such as "2h", or RFC 3339.', read=moment)
+        ]
+        | None
+    ) = None
+    until: (
+        Annotated[str, _about('Started before this time: an age such as "2h", or RFC 3339.', read=moment)]
+        | None
+    ) = None
     limit: Limit = 50
     cursor: Cursor | None = None
 

@@ -8,7 +8,7 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
 from relay.cli.offline import Offline
-from relay.cli.options import SELECTION, filter_options, json_option, page_options, rate_option
+from relay.cli.options import filter_options, json_option, page_options, rate_option
 from relay.cli.output import cell, count, print_fields, print_json, print_page, print_table
 from relay.cli.selection import (
     confirm,
@@ -30,17 +30,17 @@ def deliveries() -> None:
 
 
 @deliveries.command("list")
-@filter_options("event", *SELECTION)
+@filter_options("deliveries")
 @page_options
 @reader_options
-def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, event: str | None, **query: Any) -> None:
+def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
     """List deliveries, newest first.
 
     Example: relay deliveries list --destination crm --state dead
 
     With a filter on events, the order is that of the events.
     """
-    page = gather(daemon, "deliveries", event_id=event, **query)
+    page = gather(daemon, "deliveries", **query)
     print_page(page, COLUMNS, as_json=as_json, quiet=quiet)
 
 
@@ -62,7 +62,7 @@ def show(answer: Any, **_: str) -> None:
 
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
-@filter_options(*SELECTION)
+@filter_options("selection")
 @rate_option
 @dry_run_option
 @yes_option
@@ -110,7 +110,7 @@ def retry(
 
 @deliveries.command()
 @click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
-@filter_options(*SELECTION)
+@filter_options("selection")
 @dry_run_option
 @yes_option
 @json_option

@@ -12,7 +12,7 @@ from relay.cli.api_client import Daemon, run_operation
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group
 from relay.cli.offline import Offline
-from relay.cli.options import SELECTION, filter_options, json_option, page_options, rate_option
+from relay.cli.options import filter_options, json_option, page_options, rate_option
 from relay.cli.output import (
     Meter,
     cell,
@@ -48,7 +48,7 @@ def events() -> None:
 
 
 @events.command("list")
-@filter_options(*SELECTION)
+@filter_options("events")
 @page_options
 @reader_options
 def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
@@ -97,7 +97,7 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 
 @events.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
-@filter_options(*SELECTION)
+@filter_options("selection")
 @click.option("--to", help='Destination; "*" selects destinations by the current routes.')
 @rate_option
 @dry_run_option
@@ -136,7 +136,7 @@ def replay(
 
 
 @events.command()
-@filter_options(*SELECTION)
+@filter_options("selection")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file.  [default: stdout]")
 @click.option("--deliveries", is_flag=True, help="Include the deliveries and attempts of each event.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
@@ -195,7 +195,7 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
 
 @events.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
-@filter_options(*SELECTION)
+@filter_options("selection")
 @dry_run_option
 @yes_option
 @json_option

@@ -3,18 +3,18 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from relay.api.query_params import STATES
-from relay.base.clock import SystemClock, moment
+from relay.api.query_params import ListFilter, filters_of
+from relay.base.clock import SystemClock
 from relay.base.units import parse_rate
 from relay.cli.main import OneOf
 from relay.routing.conditions import compile_conditions
-from relay.routing.subscription import Patterns
 
 FILE = click.Path(path_type=Path, readable=False)
 """A path. Commands report an unreadable file themselves, because click would exit with 2."""
@@ -57,47 +57,32 @@ rate_option = click.option(
     "--rate", callback=checked(parse_rate), help='Maximum rate, such as "20/s".  [default: 100/s]'
 )
 
-_FILTERS: Mapping[str, tuple[Any, str]] = {
-    "source": (str, "Name of the source."),
-    "type": (str, 'Full event type, or a pattern such as "adorn.*".'),
-    "subject": (str, "Exact subject of the event."),
-    "destination": (str, "Name of the destination."),
-    "state": (OneOf(STATES), "State of the delivery."),
-    "since": (str, 'Received at this time or later: an age such as "2h", or RFC 3339.'),
-    "until": (str, 'Received before this time: an age such as "2h", or RFC 3339.'),
-    "status": (OneOf(("ONLINE", "OFFLINE", "MAINTENANCE")), "Status of the worker."),
-    "version": (str, "Version of the worker."),
-    "environment": (str, "Environment of the worker."),
-    "event": (str, "Id of the event; any unique prefix works."),
-}
-_READERS: Mapping[str, Callable[[str], object]] = {
-    "type": lambda text: Patterns((text,)),
-    "since": lambda text: moment(text, SystemClock().wall()),
-    "until": lambda text: moment(text, SystemClock().wall()),
-}
-SELECTION = ("source", "type", "subject", "since", "until", "destination", "state", "where")
-"""Filters that select events, or deliveries by their events."""
-
 _WHERE = (
     'Condition on the event, such as "data.sale_made=true". Operators: = != < <= > >=, ~ (pattern);'
     " a path alone tests that the value exists. Repeatable."
 )
 
 
-def filter_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds filters to a command."""
+def filter_options(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds the filters of a list (`relay.api.query_params`) to a command."""
 
     def give(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(names):
-            if name == "where":
+        for each in reversed(filters_of(kind)):
+            if each.name == "where":
                 command = click.option("--where", multiple=True, callback=_where, help=_WHERE)(command)
-                continue
-            type_, text = _FILTERS[name]
-            reader = checked(_READERS[name]) if name in _READERS else None
-            command = click.option(f"--{name}", type=type_, callback=reader, help=text)(command)
+            elif each.option is not None:
+                type_ = OneOf(each.choices) if each.choices else str
+                reader = None if each.reader is None else checked(partial(_read, each))
+                command = click.option(
+                    f"--{each.option}", each.name, type=type_, callback=reader, help=each.help
+                )(command)
         return command
 
     return give
+
+
+def _read(filter_: ListFilter, text: str) -> object:
+    return filter_.read(text, SystemClock().wall())
 
 
 def page_options(command: Callable[..., Any]) -> Callable[..., Any]:

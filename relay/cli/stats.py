@@ -14,7 +14,7 @@ COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
 
 
 @click.command()
-@filter_options("source", "type", "since", "until")
+@filter_options("stats")
 @page_options
 @reader_options
 def stats(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:

@@ -28,7 +28,7 @@ MAX_COUNTED = 500
 
 
 @click.command()
-@filter_options("source", "destination", "type")
+@filter_options("tail")
 @click.option("--failed", is_flag=True, help="Only failed attempts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many items.")
 @json_option

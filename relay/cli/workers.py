@@ -26,7 +26,7 @@ def workers() -> None:
 
 
 @workers.command("list")
-@filter_options("source", "status", "version", "environment")
+@filter_options("workers")
 @page_options
 @daemon_options
 def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
