@@ -30,7 +30,7 @@ FORKS = """
 import gc, json, os, sys, tempfile
 import relay.app, relay.cli.config, relay.cli.send, relay.diagnosis.source_request
 import relay.demo.life, relay.api.views
-import relay.store.doctor, relay.store.reading
+import relay.store.doctor, relay.store.opening
 from relay.cli import main
 from relay.config import paths
 "a".encode("idna")  # what a user who may not read this Python would look for in vain
