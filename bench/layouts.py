@@ -226,9 +226,9 @@ class OneTable:
     """Today's layout, and the store's own statements."""
 
     name = "one table"
-    victims = prune.PAGE_SQL.format(candidates=OLDEST)
-    going = prune.GOING_SQL
-    gone: Sequence[str] = prune.GONE_SQL
+    candidates = prune.PAGE_SQL.format(candidates=OLDEST)
+    going = prune.DELETABLE_SQL
+    gone: Sequence[str] = prune.DELETE_SQL
 
     def __init__(self, path: Path, rows: int) -> None:
         self.path = path
@@ -278,7 +278,7 @@ class QueueTable(OneTable):
     """The layout with a queue table, and prototypes of its statements."""
 
     name = "queue table"
-    victims = f"""
+    candidates = f"""
         SELECT e.id, e.source, e.type, e.received_at,
                1 + e.size / 4096 + count(d.id) + 2 * coalesce(sum(x.attempts), 0),
                max(CASE WHEN d.id IS NOT NULL AND x.state IS NULL THEN 9223372036854775807
@@ -300,7 +300,7 @@ class QueueTable(OneTable):
         DELETE FROM ends WHERE delivery_id IN (
                SELECT id FROM deliveries WHERE event_id IN (SELECT id FROM gone))
         """,
-        *prune.GONE_SQL,
+        *prune.DELETE_SQL,
     )
 
     def __init__(self, path: Path, rows: int, other: Path) -> None:
@@ -553,13 +553,13 @@ async def delete(layout: OneTable, after: int, count: int) -> tuple[float, int]:
     began, gone = time.process_time(), 0
     while gone < count:
         values = (layout.sequences.event + 1, after + 1, DELETED)
-        rows = list(await layout.reader.execute_fetchall(layout.victims, values))
+        rows = list(await layout.reader.execute_fetchall(layout.candidates, values))
         if not rows:
             break
-        victims = [(row[0], 2**62) for row in rows if row[5] is None]
+        candidates = [(row[0], 2**62) for row in rows if row[5] is None]
         transaction = Transaction(layout.connection)
         transaction.run(GIVEN_SQL)
-        going = await transaction.fetch_rows(layout.going, victims)
+        going = await transaction.fetch_rows(layout.going, candidates)
         for sql in layout.gone:
             transaction.run_rows(sql, going)
         await transaction.commit()

@@ -11,7 +11,7 @@ from relay.store.database import Database
 from relay.store.dedupe import Key, identity
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.export import read_line
-from relay.store.prune import Victim, delete_events, deletions, paced
+from relay.store.prune import Candidate, delete_events, deletions, paced
 from relay.store.queries import SqliteQueries
 from relay.store.rows import load_events, marks
 from relay.store.workers import SqliteWorkers
@@ -28,7 +28,7 @@ EXPUNGE_EVENTS = 500
 
 _ANY_DEATH = 2**63 - 1  # a dead delivery does not keep an event that an operator deletes
 
-OWED_SQL = "SELECT id FROM deliveries WHERE event_id IN ({marks}) AND state = 'pending'"
+PENDING_SQL = "SELECT id FROM deliveries WHERE event_id IN ({marks}) AND state = 'pending'"
 COST_SQL = """
     SELECT e.id, 1 + e.size / 4096 + count(d.id) + 2 * coalesce(sum(d.attempts), 0)
       FROM events AS e LEFT JOIN deliveries AS d ON d.event_id = e.id
@@ -122,12 +122,12 @@ class SqliteEvents:
         reader, writer = self._database.reader, self._database.writer
         for at in range(0, len(event_ids), EXPUNGE_EVENTS):
             some = event_ids[at : at + EXPUNGE_EVENTS]
-            pending = await reader.execute_fetchall(OWED_SQL.format(marks=marks(some)), some)
+            pending = await reader.execute_fetchall(PENDING_SQL.format(marks=marks(some)), some)
             if ids := [id_ for (id_,) in pending]:
                 cancelled += (await self._deliveries.cancel(ids)).ended
             costs = await reader.execute_fetchall(COST_SQL.format(marks=marks(some)), some)
-            victims = [Victim(id_, cost, _ANY_DEATH) for id_, cost in costs]
-            for portion in deletions(victims):
+            candidates = [Candidate(id_, cost, _ANY_DEATH) for id_, cost in costs]
+            for portion in deletions(candidates):
                 gone += await paced(writer, partial(delete_events, portion))
             there = f"SELECT id FROM events WHERE id IN ({marks(some)})"  # noqa: S608 - marks only
             left += [id_ for (id_,) in await reader.execute_fetchall(there, some)]

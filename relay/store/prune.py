@@ -61,16 +61,19 @@ LAST_SQL = """
     SELECT coalesce((SELECT id - 1 FROM events WHERE received_at > ? ORDER BY received_at LIMIT 1),
                     (SELECT max(id) FROM events), 0)
 """
-GOING_SQL = """
-    WITH asked (id, dead) AS (VALUES {values})
-    SELECT asked.id FROM asked JOIN events AS e ON e.id = asked.id
+DELETABLE_SQL = """
+    WITH candidate (id, dead) AS (VALUES {values})
+    SELECT candidate.id FROM candidate JOIN events AS e ON e.id = candidate.id
      WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d
-                        WHERE d.event_id = asked.id
-                          AND (d.state = 'pending' OR (d.state = 'dead' AND d.finished_at > asked.dead)))
+                        WHERE d.event_id = candidate.id
+                          AND (d.state = 'pending' OR (d.state = 'dead' AND d.finished_at > candidate.dead)))
 """
-GONE_SQL = (
-    "WITH gone (id) AS (VALUES {values}) DELETE FROM deliveries WHERE event_id IN (SELECT id FROM gone)",
-    "WITH gone (id) AS (VALUES {values}) DELETE FROM events WHERE id IN (SELECT id FROM gone)",
+DELETE_SQL = (
+    """
+    WITH deletable (id) AS (VALUES {values})
+    DELETE FROM deliveries WHERE event_id IN (SELECT id FROM deletable)
+    """,
+    "WITH deletable (id) AS (VALUES {values}) DELETE FROM events WHERE id IN (SELECT id FROM deletable)",
 )
 ROWS_SQL = {
     "attempts": (
@@ -105,7 +108,7 @@ class Group(msgspec.Struct, frozen=True):
     kept: int  # microseconds
 
 
-class Victim(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True):
     """An event that may be deleted."""
 
     id: int
@@ -113,23 +116,25 @@ class Victim(msgspec.Struct, frozen=True):
     dead: int  # wall clock: a delivery that died later keeps the event
 
 
-async def delete_events(victims: Sequence[Victim], connection: WriterConnection) -> int:
+async def delete_events(candidates: Sequence[Candidate], connection: WriterConnection) -> int:
     """Delete, in one transaction, those events that may still be deleted; returns how many.
 
     Their deliveries and attempts go with them.
     """
     transaction = Transaction(connection)
     transaction.run(GIVEN_SQL)
-    going = await transaction.fetch_rows(GOING_SQL, [(victim.id, victim.dead) for victim in victims])
-    for sql in GONE_SQL:
-        transaction.run_rows(sql, going)
+    deletable = await transaction.fetch_rows(
+        DELETABLE_SQL, [(candidate.id, candidate.dead) for candidate in candidates]
+    )
+    for sql in DELETE_SQL:
+        transaction.run_rows(sql, deletable)
     await transaction.commit()
-    return len(going)
+    return len(deletable)
 
 
-def deletions(victims: Iterable[Victim], most: int = COST) -> Iterator[list[Victim]]:
+def deletions(candidates: Iterable[Candidate], most: int = COST) -> Iterator[list[Candidate]]:
     """Cut events into portions that one transaction deletes each."""
-    return portions(victims, most, lambda victim: victim.cost)
+    return portions(candidates, most, lambda candidate: candidate.cost)
 
 
 class Retention:
@@ -150,39 +155,39 @@ class Retention:
         if steady - self._round >= ROUND:
             self._cursors.clear()
             self._round = steady
-        gone: Counter[str] = Counter()
+        deleted: Counter[str] = Counter()
         for group in await self._groups(policy):
-            async for victims, more in self._victims(group, policy, now):
-                gone["events"] += await self._delete(victims)
+            async for candidates, more in self._deletable(group, policy, now):
+                deleted["events"] += await self._delete(candidates)
                 if more and loop.time() > deadline:
-                    return _pruned(gone, done=False)
+                    return _pruned(deleted, done=False)
         before = {"attempts": now - policy.attempts, "keys": steady, "stats": now - policy.stats}
         for name, moment in before.items():
             more = True
             while more:
                 count, more = await paced(self._database.writer, partial(_delete_rows, name, moment))
-                gone[name] += count
+                deleted[name] += count
                 if more and loop.time() > deadline:
-                    return _pruned(gone, done=False)
-        if gone["events"]:
+                    return _pruned(deleted, done=False)
+        if deleted["events"]:
             await paced(self._database.writer, _forget_times)
-        gone["pages"] = await self._give_back(deadline)
-        return _pruned(gone, done=True)
+        deleted["pages"] = await self._return_pages(deadline)
+        return _pruned(deleted, done=True)
 
-    async def _delete(self, victims: Sequence[Victim]) -> int:
+    async def _delete(self, candidates: Sequence[Candidate]) -> int:
         """Delete events; on a full disk in small transactions, the cheapest first."""
-        gone = 0
-        scarce = bool(victims) and self._disk.scarce
+        deleted = 0
+        scarce = bool(candidates) and self._disk.scarce
         if scarce:
-            victims = sorted(victims, key=lambda victim: victim.cost)
-        for some in deletions(victims, SCARCE_COST if scarce else COST):
+            candidates = sorted(candidates, key=lambda candidate: candidate.cost)
+        for some in deletions(candidates, SCARCE_COST if scarce else COST):
             try:
-                gone += await paced(self._database.writer, partial(delete_events, some))
+                deleted += await paced(self._database.writer, partial(delete_events, some))
             except StorageUnavailableError:
                 if not scarce or self._database.writer.failure is not None:
                     raise
                 self._round = 0  # the next pass deletes the large ones, in the space that the others left
-        return gone
+        return deleted
 
     async def _groups(self, policy: Policy) -> list[Group]:
         groups = []
@@ -197,9 +202,9 @@ class Retention:
         groups += [Group("source", source, keep.events) for source, keep in policy.sources.items()]
         return [*groups, Group("all", "", policy.default.events)]
 
-    async def _victims(
+    async def _deletable(
         self, group: Group, policy: Policy, now: int
-    ) -> AsyncIterator[tuple[list[Victim], bool]]:
+    ) -> AsyncIterator[tuple[list[Candidate], bool]]:
         """Read a group's deletable events in pages that may be empty, and whether more pages follow."""
         [(last,)] = await self._database.reader.execute_fetchall(LAST_SQL, (now - group.kept,))
         sql = PAGE_SQL.format(candidates=EVENT_PATHS[group.kind].sql(newest_first=False))
@@ -207,19 +212,19 @@ class Retention:
         while True:
             start = self._cursors.get(group, 0) + 1
             rows = list(await self._database.reader.execute_fetchall(sql, (*name, last + 1, start, PAGE)))
-            victims = []
+            candidates = []
             for id_, source, full_type, received_at, cost, needed in rows:
                 keep = policy.of(source, full_type)
                 dead = now - keep.dead
                 if received_at <= now - keep.events and (needed is None or needed <= dead):
-                    victims.append(Victim(id_, cost, dead))
-            yield victims, len(rows) == PAGE
+                    candidates.append(Candidate(id_, cost, dead))
+            yield candidates, len(rows) == PAGE
             if rows:
                 self._cursors[group] = rows[-1][0]
             if len(rows) < PAGE:
                 return
 
-    async def _give_back(self, deadline: float) -> int:
+    async def _return_pages(self, deadline: float) -> int:
         """Return free pages to the disk, some at a time; returns how many.
 
         On a full disk all of them, because senders are refused until there is room again.
@@ -245,8 +250,8 @@ async def paced(writer: Writer, errand: Callable[[WriterConnection], Awaitable[T
     return result
 
 
-def _pruned(gone: Counter[str], *, done: bool) -> Pruned:
-    counts = {name: gone[name] for name in ("events", *ROWS_SQL, "pages")}
+def _pruned(deleted: Counter[str], *, done: bool) -> Pruned:
+    counts = {name: deleted[name] for name in ("events", *ROWS_SQL, "pages")}
     return msgspec.convert({**counts, "done": done}, Pruned)
 
 
@@ -258,7 +263,7 @@ async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection)
 
 
 async def _forget_times(connection: aiosqlite.Connection) -> None:
-    """Delete the rows of `event_times` whose events are gone; at most one per 1,024 deleted events."""
+    """Delete the rows of `event_times` whose events are deleted; at most one per 1,024 deleted events."""
     await connection.execute(FORGET_SQL)
 
 

@@ -102,7 +102,7 @@ async def test_counts_and_idempotency_keys_outlive_deleted_events(store, clock):
     assert await ids(store) == []
 
 
-@pytest.mark.parametrize("sql", [events.OWED_SQL, events.COST_SQL])
+@pytest.mark.parametrize("sql", [events.PENDING_SQL, events.COST_SQL])
 async def test_deletions_scan_no_table(store, sql):
     plan = await rows(store, f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2))
     steps = [row[3] for row in plan]

@@ -115,10 +115,10 @@ async def test_a_dead_delivery_does_not_extend_the_retention_of_a_type(store, cl
 async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock):
     number = await send(store, clock)
     clock.advance(15 * DAY)
-    victim = prune.Victim(number, 1, clock.wall() - 30 * 86_400 * SECOND)
+    candidate = prune.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
     [loaded] = (await store.events.load([number])).values()
     assert await store.deliveries.repeat([(loaded, Owed("crm"))]) == (True,)
-    assert await store.database.writer.errand(partial(prune.delete_events, [victim])) == 0
+    assert await store.database.writer.errand(partial(prune.delete_events, [candidate])) == 0
     assert await left(store) == [number]
 
 
@@ -207,8 +207,10 @@ async def test_many_events_are_deleted_in_small_transactions_between_those_of_se
 
 
 def test_each_page_of_a_body_costs_as_much_as_a_row():
-    victims = [prune.Victim(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])]
-    assert [[each.id for each in some] for some in prune.deletions(victims)] == [[0], [1, 2, 3], [4], [5]]
+    candidates = [
+        prune.Candidate(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])
+    ]
+    assert [[each.id for each in some] for some in prune.deletions(candidates)] == [[0], [1, 2, 3], [4], [5]]
 
 
 async def test_a_pass_ends_in_time_and_the_next_one_continues(store, clock):
@@ -292,8 +294,8 @@ STATEMENTS = {
     "type": (page_sql("type"), ("a", 9, 1, 9)),
     "types": (plan.TYPES_SQL, {"first": "a.", "end": "a/", "most": 9}),
     "last": (prune.LAST_SQL, (1,)),
-    "going": (prune.GOING_SQL.format(values="(?, ?)"), (1, 1)),
-    **{f"gone {number}": (sql.format(values="(?)"), (1,)) for number, sql in enumerate(prune.GONE_SQL)},
+    "deletable": (prune.DELETABLE_SQL.format(values="(?, ?)"), (1, 1)),
+    **{f"delete {number}": (sql.format(values="(?)"), (1,)) for number, sql in enumerate(prune.DELETE_SQL)},
     **{name: (sql, (1, 1)) for name, (sql, _) in prune.ROWS_SQL.items()},
 }
 
@@ -302,7 +304,7 @@ STATEMENTS = {
 async def test_no_statement_of_retention_scans_a_table(store, name):
     sql, values = STATEMENTS[name]
     plan = await store.database.connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)
-    allowed = r"SCAN (asked|gone|found|c|\d+ CONSTANT ROWS?|\(subquery-\d+\)|CONSTANT ROW)\b.*"
+    allowed = r"SCAN (candidate|deletable|found|c|\d+ CONSTANT ROWS?|\(subquery-\d+\)|CONSTANT ROW)\b.*"
     steps = [row[3] for row in plan]
     assert any("SEARCH" in step for step in steps)
     wrong = [step for step in steps if step.startswith("SCAN") and not re.fullmatch(allowed, step)]
