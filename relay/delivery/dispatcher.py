@@ -129,26 +129,6 @@ class Dispatcher:
 
     def listen(self, news: News) -> None:
         """Hand the fresh deliveries of a commit to their lanes, in memory (see `relay.store.Listener`)."""
-        if news.books:
-            self._count(news)
-        for delivery in news.deliveries:
-            lane = self.lanes.get(delivery.destination)
-            if lane is None:
-                self._store.deliveries.release((delivery.id,))
-            else:
-                lane.offer(delivery)
-        for name in news.woken:
-            if (lane := self.lanes.get(name)) is not None:
-                lane.wake()
-        for name in news.hurried:
-            if (lane := self.lanes.get(name)) is not None:
-                lane.wake(retries=True)
-        if news.dropped:
-            for lane in self.lanes.values():
-                lane.drop(news.dropped)
-
-    def _count(self, news: News) -> None:
-        """Count the deliveries that a commit created and ended."""
         ended_badly = False
         for name, columns in news.books.items():
             if columns["created"]:
@@ -159,6 +139,24 @@ class Dispatcher:
             ended_badly = ended_badly or columns["dead"] > 0 or columns["expired"] > 0
         if ended_badly:
             self._log_unattempted(news)
+        for delivery in news.deliveries:
+            lane = self.lanes.get(delivery.destination)
+            if lane is None:
+                self._store.deliveries.release((delivery.id,))
+            else:
+                lane.offer(delivery)
+        if news.woken or news.hurried or news.dropped:
+            self._wake(news)
+
+    def _wake(self, news: News) -> None:
+        """Drop deliveries that ended without an attempt; wake lanes whose waiting deliveries are due."""
+        for name, lane in self.lanes.items():
+            if news.dropped:
+                lane.drop(news.dropped)
+            if name in news.woken:
+                lane.wake()
+            if name in news.hurried:
+                lane.wake(retries=True)
 
     async def stop(self, seconds: float) -> None:
         """Wait up to `seconds` for attempts in flight, record them, and end."""

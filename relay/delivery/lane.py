@@ -157,7 +157,7 @@ class Lane:
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery that is held for this lane, or release it to the store for later."""
         window, now = self._first, self._clock.steady()
-        limit = self._limit(now)
+        limit = 0 if self._stopping or self._store.failure is not None else self.health.limit(now)
         if limit and window.due > now and len(window.deliveries) < WINDOW_SIZE:
             if not window.deliveries and self._may_begin(now, limit):
                 self._begin(window, delivery)
@@ -187,7 +187,7 @@ class Lane:
             return
         # Read the clock once: what is not due yet must not have become due when the timer is set.
         now = self._clock.steady()
-        limit = self._limit(now)
+        limit = 0 if self._store.failure is not None else self.health.limit(now)
         if limit:
             while (self._first.deliveries or self._retry.deliveries) and (
                 (window := self._next()) is not None and self._may_begin(now, limit)
@@ -274,12 +274,6 @@ class Lane:
         return None if rate is None else RateLimit(rate, self._clock.steady())
 
     # --- slots ---
-
-    def _limit(self, now: int) -> int:
-        """Return how many attempts may be in flight at once; 0: deliveries are held."""
-        if self._stopping or self._store.failure is not None:
-            return 0
-        return self.health.limit(now)
 
     def _next(self) -> Window | None:
         """Return the window whose turn it is: the one with fewer attempts in flight, within its share.
