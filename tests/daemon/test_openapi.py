@@ -14,6 +14,7 @@ import relay as package
 from relay.api import deliveries, events, query_params, replays, top
 from relay.api.app import describe
 from relay.api.stream import frame
+from relay.store.queries.filters import FILTERS
 
 DOCUMENT = describe()
 COMPONENTS = DOCUMENT["components"]
@@ -91,6 +92,11 @@ def test_every_path_parameter_is_described():
     for (_, path), operation in OPERATIONS.items():
         described = {each["name"] for each in operation.get("parameters", ()) if each.get("in") == "path"}
         assert described == set(re.findall(r"{(\w+)}", path)), path
+
+
+def test_every_list_has_the_filters_of_the_store():
+    for kind in ("events", "deliveries", "attempts"):
+        assert {each.name for each in query_params.filters_of(kind)} == set(FILTERS[kind]), kind
 
 
 def test_every_list_has_its_filters():
