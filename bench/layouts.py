@@ -40,7 +40,14 @@ from relay.store.queries import plan
 from relay.store.queries.page import Cursor
 from relay.store.queries.plan import Path as IndexPath
 from relay.store.roster import Roster
-from relay.store.rows import ATTEMPT_COLUMNS, EVENT_COLUMNS, attempt_row, delivery_of, event_row
+from relay.store.rows import (
+    ATTEMPT_COLUMNS,
+    EVENT_COLUMNS,
+    STATS_COLUMNS,
+    attempt_row,
+    delivery_of,
+    event_row,
+)
 from relay.store.schema import MIGRATIONS
 from relay.store.transaction import Transaction, WriterConnection
 from relay.store.transitions import apply_cancellations
@@ -325,20 +332,19 @@ class QueueTable(OneTable):
             await _settle(batch, transaction)
         if batch.events:
             transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in batch.events])
-            event_times.note(transaction, batch.events)
-        batch.tallies.write(transaction)
+            block = batch.events[0].id >> event_times.SHIFT
+            rows = [(block, batch.events[0].received_at, batch.events[-1].received_at)]
+            transaction.insert("event_times", "block, first, last", rows, then=event_times.WIDEN)
+        if counted := [(*key, *counts) for key, counts in batch.stats.items()]:
+            transaction.insert("stats", STATS_COLUMNS, counted, then=commit.ADD_TO_STATS)
         if batch.deliveries:
             _write_deliveries(batch, transaction)
-        batch.keys.write(transaction)
-        batch.fleet.write(transaction)
-        if ledger := [(name, *counts.values()) for name, counts in commit.sums(batch).items()]:
-            adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in commit.BOOKS)
-            transaction.insert(
-                "ledger",
-                f"destination, {', '.join(commit.BOOKS)}",
-                ledger,
-                then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
-            )
+        if batch.keys is not None:
+            batch.keys.write(transaction)
+        batch.ledger = commit.count_transitions(batch)
+        if ledger := [(name, *counts.values()) for name, counts in batch.ledger.items()]:
+            columns = f"destination, {', '.join(commit.LEDGER)}"
+            transaction.insert("ledger", columns, ledger, then=commit.ADD_TO_LEDGER)
 
     async def claim(self) -> Sequence[Delivery]:
         """As the store does it, but without a look-up of each event."""

@@ -1,4 +1,4 @@
-"""Everything that one transaction will write, gathered in memory first."""
+"""The changes of one transaction, collected in memory before they are written."""
 
 import hashlib
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from relay.base.clock import SECOND, Clock
+from relay.base.clock import Clock
 from relay.base.ids import DELIVERY, EVENT, new_id
 from relay.base.json_text import encode
 from relay.config.schema import WorkerRules
@@ -27,21 +27,15 @@ from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.fleet import Fleet
 from relay.store.roster import Roster
-from relay.store.transaction import Transaction
+from relay.store.rows import HOUR
 from relay.workers.rules import Now
 
-HOUR = 3600 * SECOND
-STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
-STATS_ADDING = ", ".join(
-    f"{column} = {column} + excluded.{column}" for column in ("events", "duplicates", "bytes")
-)
-
 Ending = tuple[DeliveryState, str]
-"""An end and its reason."""
+"""The state in which a delivery ends, and the reason."""
 
 
 class Sequences:
-    """The next row ids, counted in memory: known before the insert, without asking the database."""
+    """Counters of row ids in memory, so that an id is known before its row is inserted."""
 
     def __init__(self, event: int, delivery: int) -> None:
         self.event = event
@@ -49,53 +43,30 @@ class Sequences:
 
 
 class Repeat(msgspec.Struct):
-    """An event to be owed once more."""
+    """A new delivery of a stored event, as an operator requests it."""
 
     event: StoredEvent
     owed: Owed
-    done: bool = False  # known once it is written
+    done: bool = False  # set by the write
 
 
 class Restored(msgspec.Struct):
-    """An event of an export, to be taken in."""
+    """An event of an export."""
 
     event: StoredEvent
-    owe: bool  # by today's routes
-    done: bool = False  # known once it is written; False: it was there
+    owe: bool  # create deliveries by the current routes
+    done: bool = False  # set by the write; False: the event was stored already
 
 
 class Look(msgspec.Struct, frozen=True):
-    """What a look at the destinations found."""
+    """Which destinations accept nothing now, and for how long their deliveries are kept."""
 
-    names: frozenset[str]  # that take nothing at the moment
-    kept: int  # microseconds until what is due there expires
-
-
-class Tallies:
-    """What one transaction adds: a row per source, type and hour, however many events it has."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[int, str, str], tuple[int, int, int]] = {}
-
-    def add(self, event: StoredEvent, *, duplicate: bool = False) -> None:
-        """Count an event, or a request that repeated one."""
-        key = (event.received_at - event.received_at % HOUR, event.source, event.type)
-        events, duplicates, size = self._found.get(key, (0, 0, 0))
-        if duplicate:
-            self._found[key] = (events, duplicates + 1, size)
-        else:
-            self._found[key] = (events + 1, duplicates, size + len(event.body))
-
-    def write(self, transaction: Transaction) -> None:
-        """Write it, inside the transaction."""
-        if self._found:
-            rows = [key + counts for key, counts in self._found.items()]
-            then = f"ON CONFLICT (hour, source, type) DO UPDATE SET {STATS_ADDING}"
-            transaction.insert("stats", STATS_COLUMNS, rows, then=then)
+    names: frozenset[str]
+    kept: int  # microseconds
 
 
 class Batch:
-    """One transaction in the making."""
+    """Collects the changes of one transaction."""
 
     def __init__(
         self,
@@ -105,7 +76,7 @@ class Batch:
         route: Route,
         roster: Roster,
         rules: Callable[[str, str], WorkerRules],
-        keys: Keys,
+        keys: Keys | None,
         pending: Counter[str],
     ) -> None:
         self.steady = clock.steady()
@@ -114,12 +85,14 @@ class Batch:
         self._route = route
         self._pending = pending  # by destination, before this batch
         self._added: Counter[str] = Counter()
-        self.keys = keys
+        self.keys = keys  # None: no request of the batch has a key
         self.events: list[StoredEvent] = []
-        self.tallies = Tallies()
+        self.stats: dict[tuple[int, str, str], tuple[int, int, int]] = {}  # see `count`
         self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
         self.deliveries: list[Delivery] = []
-        self.fleet = Fleet(roster, Now(wall=self.wall, steady=self.steady), rules)
+        self._roster = roster
+        self._rules = rules
+        self.worker_changes: Fleet | None = None
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
@@ -130,7 +103,8 @@ class Batch:
         self.hurrying: list[int] = []  # deliveries that an operator makes due
         self.repeating: list[Repeat] = []  # in the order of their events
         self.restoring: list[Restored] = []
-        # Known once it is written:
+        # Set by the write:
+        self.ledger: dict[str, dict[str, int]] = {}  # changes of the ledger, by destination and column
         self.restored: list[StoredEvent] = []
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries to go out now
@@ -139,22 +113,44 @@ class Batch:
         self.hurried: dict[int, str] = {}  # deliveries that were made due, with destination
         self.unwanted: set[int] = set()  # cancelled ones that are being sent: their outcome comes first
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether the batch has changes that an operator or a periodic job requests."""
+        return bool(
+            self.expiring
+            or self.look
+            or self.cancelling
+            or self.hurrying
+            or self.repeating
+            or self.restoring
+            or self.states
+            or self.pauses
+        )
+
+    @property
+    def fleet(self) -> Fleet:
+        """The changes to workers."""
+        if self.worker_changes is None:
+            now = Now(wall=self.wall, steady=self.steady)
+            self.worker_changes = Fleet(self._roster, now, self._rules)
+        return self.worker_changes
+
     def accept(self, acceptance: Acceptance, key: Key | None) -> Receipt:
-        """Take in one request; `key` is its idempotency key.
+        """Add a request; `key` is its idempotency key.
 
         Raises:
-            Conflict: the worker change contradicts the registry; nothing was taken in.
-            KeyConflict: another request has had the key, and the acceptance rejects that; likewise.
+            Conflict: the worker change contradicts the registry; nothing was added.
+            KeyConflict: another request has used the key, and the acceptance rejects that; nothing was added.
         """
         event = acceptance.event
         first, conflicts = acceptance.repeats, False
-        if first is None and key is not None:
+        if first is None and key is not None and self.keys is not None:
             first = self.keys.first(key)
             conflicts = first is None and self.keys.is_used(key)
             if conflicts and acceptance.rejects_conflict:
                 raise KeyConflict
         if event is not None and first is not None:
-            self.tallies.add(event, duplicate=True)
+            self.count(event, is_duplicate=True)
             self.repetitions[first] += 1
             return Receipt(event_id=first, duplicate=True)
         worker: Worker | None = None
@@ -167,9 +163,9 @@ class Batch:
         if event is None:
             commands = tuple({"id": command.public_id, **command.body} for command in sent)
             return Receipt(worker=worker, commands=commands, sent=sent)
-        if key is not None:
+        if key is not None and self.keys is not None:
             self.keys.add(key, event.public_id, self.steady + DEDUPE_FOR)
-        self._add(event, acceptance.request_id)
+        self._add(event, request_id=acceptance.request_id)
         return Receipt(event_id=event.public_id, key_conflict=conflicts, worker=worker)
 
     def owe(
@@ -210,43 +206,56 @@ class Batch:
                 return
         self._added[owed.destination] += 1
 
-    def _add(self, event: StoredEvent, request_id: str | None = None) -> None:
-        event = self._numbered(event)
-        self.events.append(event)
-        self.tallies.add(event)
-        self._owe_all(event, request_id)
+    def count(self, event: StoredEvent, *, is_duplicate: bool = False) -> None:
+        """Count an accepted event, or a request that repeated one, for its hour, source and type."""
+        key = (event.received_at - event.received_at % HOUR, event.source, event.type)
+        events, duplicates, size = self.stats.get(key, (0, 0, 0))
+        if is_duplicate:
+            self.stats[key] = (events, duplicates + 1, size)
+        else:
+            self.stats[key] = (events + 1, duplicates, size + len(event.body))
 
-    def _numbered(self, event: StoredEvent) -> StoredEvent:
-        """Return the event with the next row id."""
+    def _add(
+        self,
+        event: StoredEvent,
+        *,
+        request_id: str | None = None,
+        is_restored: bool = False,
+        is_routed: bool = True,
+    ) -> None:
+        """Add an event under the next row id, and a delivery for each destination that subscribes to it.
+
+        A restored event is not news and was counted when it was accepted.
+        """
         self._sequences.event += 1
-        return msgspec.structs.replace(event, id=self._sequences.event)
-
-    def _owe_all(self, event: StoredEvent, request_id: str | None = None) -> None:
-        """Add a delivery for each destination that subscribes to the event."""
-        subscribed = self._route(event)
-        rendered: dict[str, bytes] | None = {} if len(subscribed) > 1 else None
-        for owed in subscribed:
-            self.owe(owed, event.id, len(event.body), event, rendered=rendered, request_id=request_id)
+        event = msgspec.structs.replace(event, id=self._sequences.event)
+        if is_restored:
+            self.restored.append(event)
+        else:
+            self.events.append(event)
+            self.count(event)
+        if is_routed:
+            subscribed = self._route(event)
+            rendered: dict[str, bytes] | None = {} if len(subscribed) > 1 else None
+            for owed in subscribed:
+                self.owe(owed, event.id, len(event.body), event, rendered=rendered, request_id=request_id)
 
     def put_back(self, restored: Restored) -> None:
-        """Take in an event that was accepted once: it is news to nobody, and counted already."""
-        event = self._numbered(restored.event)
-        self.restored.append(event)
-        if restored.owe:
-            self._owe_all(event)
+        """Add an event of an export."""
+        self._add(restored.event, is_restored=True, is_routed=restored.owe)
 
     def bear_all(self) -> None:
-        """Take in what happened to workers.
+        """Add the events about workers that the worker changes made.
 
-        `fleet` does not call back: with a reference to its batch, both would stay in memory, with all bodies,
-        until the collector of cycles runs.
+        The worker changes have no reference to their batch: in a reference cycle, both would stay in memory
+        with all bodies until the garbage collector runs.
         """
         born, self.fleet.born = self.fleet.born, []
         for source, each in born:
             self.bear(source, each)
 
     def bear(self, source: str, born: Born) -> None:
-        """Take in an event that the relay itself gives birth to, routed like any other."""
+        """Add an event that the relay itself raises; it is routed like any other."""
         body = encode(born.data)
         self._add(
             StoredEvent(

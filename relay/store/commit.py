@@ -1,24 +1,35 @@
-"""Writing a batch: the statements of one transaction, in the order that makes them right together.
+"""Commits batches: their statements in the order that makes them right together, and what follows a commit.
 
-Ends come first, because they free what new deliveries may have to wait for.
+Deliveries end first, because a new delivery may have to wait for an earlier one of its order key.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from relay.model import OPERATOR_SOURCE, Born, Delivery, Outcome, Owed
-from relay.store import event_times
-from relay.store.batch import Batch
+from relay.base.clock import Clock
+from relay.model import OPERATOR_SOURCE, Born, Delivery, News, Outcome, Owed, WorkerStatus
+from relay.store import Listener, Route, Rules, event_times
+from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims
+from relay.store.dedupe import Keys
+from relay.store.deliveries import SqliteDeliveries
+from relay.store.ledger import SqliteLedger
 from relay.store.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
+    STATS_COLUMNS,
     attempt_row,
     delivery_row,
     event_row,
 )
-from relay.store.transaction import Row, Transaction
+from relay.store.transaction import Transaction
 from relay.store.transitions import apply_cancellations, cancel, end, expire, expire_held, free, hurry, repeat
+from relay.store.workers import SqliteWorkers
+from relay.store.writer import Job
+
+log = logging.getLogger("relay.store")
 
 REPEATED_SQL = """
     WITH asked (public_id, requests) AS (VALUES {values})
@@ -31,42 +42,66 @@ KNOWN_SQL = (
     "WITH asked (id) AS (VALUES {values}) SELECT asked.id FROM asked JOIN events ON public_id = asked.id"
 )
 
-BOOKS = ("created", "delivered", "dead", "expired", "cancelled")
+LEDGER = ("created", "delivered", "dead", "expired", "cancelled")
+"""Columns of the ledger."""
+
+
+def _adding(*columns: str) -> str:
+    return ", ".join(f"{column} = {column} + excluded.{column}" for column in columns)
+
+
+ADD_TO_LEDGER = f"ON CONFLICT (destination) DO UPDATE SET {_adding(*LEDGER)}"
+ADD_TO_STATS = f"ON CONFLICT (hour, source, type) DO UPDATE SET {_adding('events', 'duplicates', 'bytes')}"
 
 
 async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Write everything, inside the transaction that the caller began."""
-    batch.bear_all()
-    await _write_ends(batch, transaction, claims)
+    """Write a batch inside the transaction that the caller began."""
+    if batch.worker_changes is not None:
+        batch.bear_all()
+    if batch.outcomes:
+        if claims.cancelled:
+            batch.outcomes = apply_cancellations(batch.outcomes, claims)
+        await _write_outcomes(batch, transaction)
+    if batch.is_requested:
+        await _write_requested(batch, transaction, claims)
+    if batch.stats or batch.events or batch.restored:
+        _write_events(batch, transaction)
+    if batch.deliveries:
+        await _write_deliveries(batch, transaction, claims)
+    if batch.keys is not None:
+        batch.keys.write(transaction)
+    if batch.worker_changes is not None:
+        batch.worker_changes.write(transaction)
+    batch.ledger = count_transitions(batch)
+    if batch.ledger:
+        totals = [(name, *columns.values()) for name, columns in batch.ledger.items()]
+        transaction.insert("ledger", f"destination, {', '.join(LEDGER)}", totals, then=ADD_TO_LEDGER)
+
+
+async def _write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+    """Write what operators and periodic jobs request."""
+    if batch.expiring:
+        await expire(batch, transaction, claims)
+    if batch.look is not None:
+        await expire_held(batch, transaction, claims, batch.look)
+    if batch.cancelling:
+        await cancel(batch, transaction, claims)
     if batch.hurrying:
         await hurry(batch, transaction)
     if batch.repeating:
         await repeat(batch, transaction)
     if batch.restoring:
         await _restore(batch, transaction)
-    _write_events(batch, transaction)
-    if batch.deliveries:
-        await _write_deliveries(batch, transaction, claims)
-    batch.keys.write(transaction)
-    batch.fleet.write(transaction)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
         states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
         transaction.insert("destinations", columns, states, verb="REPLACE")
     if batch.pauses:
         transaction.insert("sources", "name, paused", batch.pauses, verb="REPLACE")
-    if ledger := _books(batch):
-        adding = ", ".join(f"{column} = {column} + excluded.{column}" for column in BOOKS)
-        transaction.insert(
-            "ledger",
-            f"destination, {', '.join(BOOKS)}",
-            ledger,
-            then=f"ON CONFLICT (destination) DO UPDATE SET {adding}",
-        )
 
 
 async def _restore(batch: Batch, transaction: Transaction) -> None:
-    """Take in the events of an export that are not stored yet."""
+    """Add the events of an export that are not stored yet."""
     rows = await transaction.fetch_rows(KNOWN_SQL, [(each.event.public_id,) for each in batch.restoring])
     known = {public_id for (public_id,) in rows}
     for each in batch.restoring:
@@ -77,30 +112,27 @@ async def _restore(batch: Batch, transaction: Transaction) -> None:
 
 
 def _write_events(batch: Batch, transaction: Transaction) -> None:
-    if events := batch.events + batch.restored:
-        transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in events])
-        event_times.note(transaction, events)
+    if batch.stats:
+        counted = [(*key, *counts) for key, counts in batch.stats.items()]
+        transaction.insert("stats", STATS_COLUMNS, counted, then=ADD_TO_STATS)
     if batch.repetitions:
         transaction.run_rows(REPEATED_SQL, list(batch.repetitions.items()))
-    batch.tallies.write(transaction)
-
-
-async def _write_ends(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    if batch.outcomes:
-        batch.outcomes = apply_cancellations(batch.outcomes, claims)
-        await _write_outcomes(batch, transaction)
-        _follow_deaths(batch)
-    if batch.expiring:
-        await expire(batch, transaction, claims)
-    if batch.look is not None:
-        await expire_held(batch, transaction, claims, batch.look)
-    if batch.cancelling:
-        await cancel(batch, transaction, claims)
+    events = batch.events + batch.restored
+    if not events:
+        return
+    transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in events])
+    times: dict[int, tuple[int, int]] = {}
+    for event in events:
+        block, at = event.id >> event_times.SHIFT, event.received_at
+        first, last = times.get(block, (at, at))
+        times[block] = (min(first, at), max(last, at))
+    rows = [(block, *between) for block, between in times.items()]
+    transaction.insert("event_times", "block, first, last", rows, then=event_times.WIDEN)
 
 
 async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
-    """Move deliveries on where they are still pending (compare-and-set), and keep every attempt."""
-    moved = await transaction.fetch_rows(
+    """Write every attempt, and the new state of each delivery that is still pending (compare-and-set)."""
+    settled = await transaction.fetch_rows(
         """
         WITH moves (id, state, reason, attempts, next_attempt_at, finished_at, last_status, last_error)
             AS (VALUES {values})
@@ -112,9 +144,21 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
          WHERE deliveries.id = moves.id AND deliveries.state = 'pending'
         RETURNING deliveries.id
         """,
-        [_move(outcome, batch.wall) for outcome in batch.outcomes],
+        [
+            (
+                outcome.delivery.id,
+                outcome.state,
+                outcome.reason,
+                outcome.delivery.attempts + outcome.counts,
+                outcome.next_attempt_at if outcome.state == "pending" else None,
+                None if outcome.state == "pending" else batch.wall,
+                outcome.attempt.status if outcome.attempt is not None else None,
+                outcome.attempt.error if outcome.attempt is not None else outcome.reason,
+            )
+            for outcome in batch.outcomes
+        ],
     )
-    batch.settled = frozenset(row[0] for row in moved)
+    batch.settled = frozenset(id_ for (id_,) in settled)
     attempts = [
         attempt_row(outcome.delivery.id, outcome.attempt)
         for outcome in batch.outcomes
@@ -127,30 +171,17 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         for outcome in batch.outcomes
         if outcome.state != "pending" and outcome.delivery.order_key is not None
     ]
-    await free(batch, transaction, freed)
+    if freed:
+        await free(batch, transaction, freed)
+    dead = [each for each in batch.outcomes if each.state == "dead" and each.delivery.id in batch.settled]
+    if dead:
+        _follow_deaths(batch, dead)
 
 
-def _move(outcome: Outcome, now: int) -> Row:
-    ended = outcome.state != "pending"
-    attempt = outcome.attempt
-    return (
-        outcome.delivery.id,
-        outcome.state,
-        outcome.reason,
-        outcome.delivery.attempts + outcome.counts,
-        None if ended else outcome.next_attempt_at,
-        now if ended else None,
-        attempt.status if attempt is not None else None,
-        attempt.error if attempt is not None else outcome.reason,
-    )
-
-
-def _follow_deaths(batch: Batch) -> None:
-    """A delivery that died is told of, and its event handed to the destination that stands in."""
-    for outcome in batch.outcomes:
+def _follow_deaths(batch: Batch, dead: Sequence[Outcome]) -> None:
+    """Raise an operator event for each dead delivery, and hand its event to the `on_dead` destination."""
+    for outcome in dead:
         delivery = outcome.delivery
-        if outcome.state != "dead" or delivery.id not in batch.settled:
-            continue
         if delivery.on_dead is not None:
             batch.owe(Owed(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
         if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
@@ -177,7 +208,7 @@ def _death(outcome: Outcome) -> Born:
 
 
 async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Insert the new ones: some supersede older ones, some wait behind one of their key."""
+    """Insert new deliveries. Some supersede older ones, some wait behind an earlier one of their key."""
     ordered = [d for d in batch.deliveries if d.order_key is not None]
     latest = [d for d in batch.deliveries if d.latest_key is not None]
     if latest:
@@ -242,25 +273,105 @@ async def _supersede(
     await end(batch, transaction, claims, older, ("expired", "superseded"))
 
 
-def _books(batch: Batch) -> list[Row]:
-    """What this transaction adds to the ledger, a row per destination."""
-    return [(name, *columns.values()) for name, columns in sums(batch).items()]
-
-
-def sums(batch: Batch) -> dict[str, dict[str, int]]:
-    """Count, per destination, what a written batch created and ended."""
+def count_transitions(batch: Batch) -> dict[str, dict[str, int]]:
+    """Count, per destination, the deliveries that a written batch created and ended."""
+    changes = [(delivery.destination, "created") for delivery in batch.deliveries]
+    changes += [
+        (each.destination, batch.stillborn[each.id][0])
+        for each in batch.deliveries
+        if each.id in batch.stillborn
+    ]
+    changes += [
+        (outcome.delivery.destination, outcome.state)
+        for outcome in batch.outcomes
+        if outcome.state != "pending" and outcome.delivery.id in batch.settled
+    ]
+    changes += [(destination, state) for destination, (state, _) in batch.ended.values()]
     found: dict[str, dict[str, int]] = {}
-
-    def add(destination: str, column: str) -> None:
-        found.setdefault(destination, dict.fromkeys(BOOKS, 0))[column] += 1
-
-    for delivery in batch.deliveries:
-        add(delivery.destination, "created")
-        if delivery.id in batch.stillborn:
-            add(delivery.destination, batch.stillborn[delivery.id][0])
-    for outcome in batch.outcomes:
-        if outcome.state != "pending" and outcome.delivery.id in batch.settled:
-            add(outcome.delivery.destination, outcome.state)
-    for destination, (state, _) in batch.ended.values():
-        add(destination, state)
+    for destination, column in changes:
+        if destination not in found:
+            found[destination] = dict.fromkeys(LEDGER, 0)
+        found[destination][column] += 1
     return found
+
+
+class Committer:
+    """Makes batches, writes them, and takes them into memory: what the writer calls around each commit."""
+
+    sequences: Sequences  # set when the database is opened
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        claims: Claims,
+        deliveries: SqliteDeliveries,
+        workers: SqliteWorkers,
+        ledger: SqliteLedger,
+        route: Route,
+        rules: Rules,
+        listeners: Sequence[Listener],
+        on_status_change: Callable[[str, WorkerStatus], None],
+    ) -> None:
+        self._clock = clock
+        self._claims = claims
+        self._deliveries = deliveries
+        self._workers = workers
+        self._ledger = ledger
+        self._route = route
+        self._rules = rules
+        self._listeners = listeners
+        self._on_status_change = on_status_change
+
+    async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
+        """Return an empty batch that knows the idempotency keys of the jobs."""
+        keys = None
+        if asked := [job.key for job in jobs if job.key is not None]:
+            keys = Keys()
+            await keys.look_up(transaction, asked, self._clock.steady())
+        return Batch(
+            clock=self._clock,
+            sequences=self.sequences,
+            route=self._route,
+            roster=self._workers.roster,
+            rules=self._rules,
+            keys=keys,
+            pending=self._ledger.pending_counts,
+        )
+
+    async def write(self, transaction: Transaction, batch: Batch) -> None:
+        """Write a batch inside its transaction."""
+        await write(batch, transaction, self._claims)
+
+    def forget(self) -> None:
+        """Drop the marks of a transaction that was rolled back."""
+        self._claims.clear_ending()
+        self._workers.roster.moving.clear()
+        self._workers.roster.heeded.clear()  # their rows have it, as nothing replaced them
+
+    def publish(self, batch: Batch) -> None:
+        """Take a committed batch into memory and call the listeners, in one step of the event loop.
+
+        No claim can come between.
+        """
+        if batch.worker_changes is not None:
+            for source, status in batch.worker_changes.publish():
+                self._on_status_change(source, status)
+        if batch.outcomes:
+            self._claims.release(outcome.delivery.id for outcome in batch.outcomes)
+        if batch.ended or batch.unwanted:
+            self._claims.release(batch.ended)
+            self._deliveries.cancel_later(self._claims.cancel(batch.unwanted))
+            self._claims.clear_ending()
+        self._claims.add(batch.due)
+        for destination, columns in batch.ledger.items():
+            self._ledger.pending_counts[destination] += 2 * columns["created"] - sum(columns.values())
+        outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
+        hurried = frozenset(batch.hurried.values())
+        if batch.ledger or batch.events or batch.woken or outcomes or hurried:
+            news = News(batch.events, batch.due, batch.woken, batch.ended, batch.ledger, outcomes, hurried)
+            for listen in self._listeners:
+                try:
+                    listen(news)
+                except Exception:  # the commit is durable, and its senders must get their replies
+                    log.exception("a listener failed after a commit; lanes find the deliveries in the store")

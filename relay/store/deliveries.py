@@ -23,6 +23,7 @@ class SqliteDeliveries:
     def __init__(self, database: Database, claims: Claims, clock: Clock) -> None:
         self._database = database
         self._claims = claims
+        self.begin_attempt = claims.begin  # see `Deliveries.begin_attempt`
         self._clock = clock
 
     async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
@@ -34,22 +35,17 @@ class SqliteDeliveries:
 
         return await self._database.writer.errand(look)
 
-    def begin_attempt(self, delivery_id: int) -> bool:
-        """See `Deliveries.begin_attempt`."""
-        return self._claims.begin(delivery_id)
-
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Deliveries.release`."""
-        self.cancel_later(self._claims.release(delivery_ids))
+        if cancelled := self._claims.release(delivery_ids):
+            self.cancel_later(cancelled)
 
     async def settle(self, outcome: Outcome) -> bool:
         """See `Deliveries.settle`."""
-
-        def apply_(batch: Batch) -> bool:
-            batch.outcomes.append(outcome)
-            return True
-
-        job = Job(apply_, answer=lambda batch, _: outcome.delivery.id in batch.settled)
+        job = Job[bool](
+            lambda batch: batch.outcomes.append(outcome),
+            answer=lambda batch, _: outcome.delivery.id in batch.settled,
+        )
         return await self._database.writer.submit(job)
 
     async def expire(self) -> int:
@@ -89,9 +85,10 @@ class SqliteDeliveries:
 
     def cancel_later(self, delivery_ids: Sequence[int]) -> None:
         """Cancel deliveries that were in flight and came back without an outcome."""
-        if delivery_ids:
-            job = Job(lambda batch: batch.cancelling.extend(delivery_ids))
-            self._database.writer.submit(job).add_done_callback(_report_failure)
+        if not delivery_ids:
+            return
+        job = Job[None](lambda batch: batch.cancelling.extend(delivery_ids))
+        self._database.writer.submit(job).add_done_callback(_report_failure)
 
     async def hurry(self, delivery_ids: Sequence[int]) -> int:
         """See `Deliveries.hurry`."""

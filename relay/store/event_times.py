@@ -5,13 +5,9 @@ follow that order, except where a clock was set back or an import stored old eve
 first and the last row id of a range of times. The blocks do: their range may be too wide, never too narrow.
 """
 
-from collections.abc import Iterable
-
 import aiosqlite
 
-from relay.model import StoredEvent
 from relay.store import Span
-from relay.store.transaction import Transaction
 
 SHIFT = 10
 """A block is 2**10 row ids. The 10,000 blocks of ten million events are read in a millisecond."""
@@ -20,20 +16,9 @@ FIRST_SQL = "SELECT block FROM event_times WHERE last >= ? AND first < ? ORDER B
 LAST_SQL = "SELECT block FROM event_times WHERE last >= ? AND first < ? ORDER BY block DESC LIMIT 1"
 FORGET_SQL = "DELETE FROM event_times WHERE block < (SELECT min(id) FROM events) >> 10"
 
-_WIDEN = (
+WIDEN = (
     "ON CONFLICT (block) DO UPDATE SET first = min(first, excluded.first), last = max(last, excluded.last)"
 )
-
-
-def note(transaction: Transaction, events: Iterable[StoredEvent]) -> None:
-    """Write the times of new events, in their transaction."""
-    found: dict[int, tuple[int, int]] = {}
-    for event in events:
-        block, at = event.id >> SHIFT, event.received_at
-        first, last = found.get(block, (at, at))
-        found[block] = (min(first, at), max(last, at))
-    rows = [(block, *times) for block, times in found.items()]
-    transaction.insert("event_times", "block, first, last", rows, then=_WIDEN)
 
 
 async def span(reader: aiosqlite.Connection, since: int | None, until: int | None) -> Span | None:

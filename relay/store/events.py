@@ -54,13 +54,13 @@ class SqliteEvents:
 
     async def append(self, acceptance: Acceptance) -> Receipt:
         """See `Events.append`."""
-        if (receipt := self._workers.beat(acceptance)) is not None:
+        if acceptance.change is not None and (receipt := self._workers.beat(acceptance)) is not None:
             return receipt
         event, key = acceptance.event, None
         if event is not None and acceptance.key:
             request = identity(event, acceptance.path)
             key = Key(acceptance.source, acceptance.key, request, event.sha256)
-        job = Job(
+        job = Job[Receipt](
             lambda batch: batch.accept(acceptance, key),
             size=len(event.body) if event is not None else 0,
             key=key,

@@ -4,22 +4,20 @@ import asyncio
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from relay.base.clock import Clock
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
-    News,
     WorkerStatus,
 )
 from relay.store import Listener, Route, Rules
-from relay.store.batch import Batch, Sequences
+from relay.store.batch import Sequences
 from relay.store.care import Caretaker
 from relay.store.claims import Claims
-from relay.store.commit import sums, write
+from relay.store.commit import Committer
 from relay.store.compact import empty_log
 from relay.store.connection import (
     check_companions,
@@ -33,7 +31,6 @@ from relay.store.connection import (
     unreadable,
 )
 from relay.store.database import Database
-from relay.store.dedupe import Keys
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.disk import Disk
 from relay.store.events import SqliteEvents
@@ -43,11 +40,10 @@ from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.queries import SqliteQueries
 from relay.store.roster import load_roster
-from relay.store.transaction import Transaction
 from relay.store.upkeep import SqliteUpkeep
 from relay.store.wal import log_of
 from relay.store.workers import SqliteWorkers
-from relay.store.writer import TRANSIENT, Job, Writer
+from relay.store.writer import TRANSIENT, Writer
 
 log = logging.getLogger("relay.store")
 
@@ -74,10 +70,7 @@ class SqliteStore:
         self.files = {"main": path, "wal": log_of(path)}
         self.disk = disk
         self._clock = clock
-        self._route = route
         self._rules = rules
-        self._listeners = listeners
-        self._on_status_change = on_status_change
         self._on_commit = on_commit
         self._on_fatal = on_fatal
         self._full = full
@@ -90,6 +83,17 @@ class SqliteStore:
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
+        )
+        self._committer = Committer(
+            clock=clock,
+            claims=self.claims,
+            deliveries=self.deliveries,
+            workers=self.workers,
+            ledger=self.ledger,
+            route=route,
+            rules=rules,
+            listeners=listeners,
+            on_status_change=on_status_change,
         )
         self._watched = Files(path)
         self._before: list[str] | None = None  # what was seen of the files before they were opened
@@ -164,7 +168,7 @@ class SqliteStore:
             with suppress(sqlite3.Error):  # the disk is full
                 # SQLite would write on in the middle of what it dropped, and the rest look like a loss again.
                 await empty_log(self.database.connection)
-            self._sequences = Sequences(highest.events, highest.deliveries)
+            self._committer.sequences = Sequences(highest.events, highest.deliveries)
             self.ledger.pending_counts = Counter(
                 {
                     row[0]: row[1]
@@ -192,7 +196,7 @@ class SqliteStore:
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
         self.database.writer = Writer(
-            self.database.connection, self, self._on_fatal, self._on_commit, self.disk
+            self.database.connection, self._committer, self._on_fatal, self._on_commit, self.disk
         )
         self.database.writer.start()
         self._caretaker = Caretaker(
@@ -227,56 +231,6 @@ class SqliteStore:
             await self.database.reader.close()
             await self.database.connection.close()
             self._watched.close()
-
-    # --- the writer's side ---
-
-    async def begin(self, transaction: Transaction, jobs: Iterable[Job[Any]]) -> Batch:
-        """See `Gatherer.begin`: look the batch's keys up and start gathering."""
-        keys = Keys()
-        if asked := [job.key for job in jobs if job.key is not None]:
-            await keys.look_up(transaction, asked, self._clock.steady())
-        return Batch(
-            clock=self._clock,
-            sequences=self._sequences,
-            route=self._route,
-            roster=self.workers.roster,
-            rules=self._rules,
-            keys=keys,
-            pending=self.ledger.pending_counts,
-        )
-
-    async def write(self, transaction: Transaction, batch: Batch) -> None:
-        """See `Gatherer.write`."""
-        await write(batch, transaction, self.claims)
-
-    def forget(self) -> None:
-        """See `Gatherer.forget`."""
-        self.claims.clear_ending()
-        self.workers.roster.moving.clear()
-        self.workers.roster.heeded.clear()  # their rows have it, as nothing replaced them
-
-    def publish(self, batch: Batch) -> None:
-        """See `Gatherer.publish`: in one step of the loop, so that no claim can come between."""
-        turned = batch.fleet.publish()
-        self.claims.release(outcome.delivery.id for outcome in batch.outcomes)
-        self.claims.release(batch.ended)
-        self.deliveries.cancel_later(self.claims.cancel(batch.unwanted))
-        self.claims.clear_ending()
-        self.claims.add(batch.due)
-        books = sums(batch)
-        for destination, columns in books.items():
-            self.ledger.pending_counts[destination] += 2 * columns["created"] - sum(columns.values())
-        outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
-        hurried = frozenset(batch.hurried.values())
-        for source, status in turned:
-            self._on_status_change(source, status)
-        if books or batch.events or batch.woken or outcomes or hurried:
-            news = News(batch.events, batch.due, batch.woken, batch.ended, books, outcomes, hurried)
-            for listen in self._listeners:
-                try:
-                    listen(news)
-                except Exception:  # the commit is durable, and its senders must get their replies
-                    log.exception("a listener failed after a commit; lanes find the deliveries in the store")
 
     def _heed(self, error: Exception) -> None:
         """Have the writer hear of what a reader met, in its thread."""

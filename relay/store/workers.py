@@ -89,7 +89,7 @@ class SqliteWorkers:
             await self._database.writer.submit(Job(lambda batch: batch.fleet.hold()))
         marked: list[Worker] = []
         while True:
-            some = await self._database.writer.submit(
+            some: list[Worker] = await self._database.writer.submit(
                 Job(lambda batch: batch.fleet.sweep(moment, ROWS_AT_ONCE))
             )
             marked += some

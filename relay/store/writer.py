@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from relay.errors import DiskFull, Overloaded, Refusal, StorageError, StorageUnavailableError
@@ -44,7 +44,7 @@ class Job(Generic[T]):
 
     def __init__(
         self,
-        apply: Callable[[Batch], T],
+        apply: Callable[[Batch], Any],
         *,
         answer: Callable[[Batch, T], T] | None = None,
         size: int = 0,
@@ -73,7 +73,7 @@ class Job(Generic[T]):
 class Gatherer(Protocol):
     """What the writer needs from the store."""
 
-    async def begin(self, transaction: Transaction, jobs: Iterable[Job[Any]]) -> Batch:
+    async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Start gathering, inside the transaction."""
         ...
 
@@ -98,8 +98,8 @@ class Writer:
         connection: WriterConnection,
         gatherer: Gatherer,
         on_fatal: Callable[[str], None],
-        on_commit: Callable[[float, int], None] = lambda _seconds, _jobs: None,
-        disk: Disk | None = None,
+        on_commit: Callable[[float, int], None],
+        disk: Disk,
     ) -> None:
         self._connection = connection
         self._disk = disk
@@ -158,7 +158,7 @@ class Writer:
             # A body that is larger than all that may wait comes in where nothing else waits.
             if len(self._jobs) >= MAX_JOBS or (self._bytes and self._bytes + job.size > MAX_BYTES):
                 raise Overloaded
-            if not self.has_room(job.size):
+            if not self._disk.admits(job.size, self._bytes + self._writing):
                 raise DiskFull
             job.bounded = True
         elif self.failure is not None:
@@ -171,7 +171,7 @@ class Writer:
 
     def has_room(self, size: int) -> bool:
         """Say whether so many bytes more leave the disk's floor free, and count them in if so."""
-        return self._disk is None or self._disk.admits(size, self._bytes + self._writing)
+        return self._disk.admits(size, self._bytes + self._writing)
 
     @property
     def busy(self) -> float:
@@ -211,7 +211,6 @@ class Writer:
             while self._jobs and self.failure is None:
                 await self._commit(self._take())
                 self._writing = 0
-                await self._checkpoint()
                 self._busy_since = time.monotonic()
                 if errands:
                     break
@@ -220,7 +219,6 @@ class Writer:
                     self._errands.append((errand, future))
                     continue
                 await self._settle_errand(errand, future)
-                await self._checkpoint()
                 self._busy_since = time.monotonic()
             if self.failure is not None:
                 await self._recover()
@@ -256,6 +254,8 @@ class Writer:
         self._gatherer.publish(batch)
         for job in served:
             job.succeed(batch)
+        if self._disk.near or self._disk.missing:
+            await self._checkpoint()
 
     async def _undo(self, jobs: list[Job[Any]], error: Exception) -> None:
         if self._connection.in_transaction:
@@ -317,10 +317,12 @@ class Writer:
         else:
             if not future.done():
                 future.set_result(result)
+        if self._disk.near or self._disk.missing:
+            await self._checkpoint()
 
     def _throw_off(self, code: int) -> bool:
         """Make room on a full disk by its ballast; False: the disk is not full, or the ballast is gone."""
-        if self._disk is None or code & 0xFF not in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+        if code & 0xFF not in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             return False
         if not self._disk.throw_off():
             return False
@@ -328,8 +330,8 @@ class Writer:
         return True
 
     async def _checkpoint(self) -> None:
-        """Near the disk's floor, move the log into the file: then the free space tells what is left."""
-        if self._disk is None or not (self._disk.near or self._disk.missing) or self.failure is not None:
+        """Near the disk's floor, move the log into the file, so that the free space says what is left."""
+        if self.failure is not None:
             return
         await self._restart_log()
         self._disk.look(self._bytes)
