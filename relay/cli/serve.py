@@ -52,7 +52,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         raise click.UsageError("--exit needs --demo")
     # Imported here, because every other command must start fast without aiohttp.
     if demo:
-        from relay.demo.life import run_demo  # noqa: PLC0415 - see above
+        from relay.demo.run import run_demo  # noqa: PLC0415 - see above
 
         ctx.exit(_run(lambda: run_demo(leave=leave)))
     from relay.app import serve as run_app  # noqa: PLC0415 - see above

@@ -29,7 +29,7 @@ SECRET = '[sources.moddy]\nplugin = "moddy"\ntokens = [{ env = "NOT_SET_ANYWHERE
 FORKS = """
 import gc, json, os, sys, tempfile
 import relay.app, relay.cli.config, relay.cli.send, relay.diagnosis.source_request
-import relay.demo.life, relay.api.views
+import relay.demo.run, relay.api.views
 import relay.store.doctor, relay.store.opening
 from relay.cli import main
 from relay.config import paths
