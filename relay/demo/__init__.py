@@ -1,1 +1,1 @@
-"""`relay serve --demo`: the way of an event, shown once from end to end."""
+"""`relay serve --demo`: every bundled source once, end to end; and the receiver of `relay listen`."""

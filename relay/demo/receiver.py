@@ -1,75 +1,104 @@
-"""The demo's own receiver: checks every signature, and hands on what arrived."""
+"""A local HTTP receiver that verifies signatures. `relay listen` and the demo use it."""
 
-import asyncio
 import time
-from datetime import UTC, datetime
-from typing import Self
+from collections.abc import Callable, Sequence
+from email.message import Message
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import msgspec
-from aiohttp import web
 
-from relay.base.json_text import decode
 from relay.config.secrets import Secret
-from relay.process.sockets import bind, listen, url
 from relay.signing import SignatureError, verify
 
-LARGEST = 8 * 2**20  # bytes: the sources' 2 MiB, wrapped in an envelope
+MAX_BODY = 16 * 2**20  # bytes
 
 
-class Envelope(msgspec.Struct):
-    """What the receiver reads of the standard format."""
+class Received(msgspec.Struct, frozen=True, kw_only=True):
+    """One request."""
 
-    type: str
-    timestamp: datetime  # when the relay received it
-    subject: str | None = None
-
-
-_envelope = msgspec.json.Decoder(Envelope)
-
-
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """One delivery, as the receiver saw it."""
-
-    type: str  # full type
-    subject: str | None
-    milliseconds: float  # from the relay's receipt
-    problem: str | None  # what is wrong with the signature; None: it is valid
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+    verified: bool  # False without a secret
+    problem: str | None = None  # why the signature is invalid
 
 
-class Receiver:
-    """Listens on a free loopback port while entered; says 204, or 401 to what is not signed well."""
+class Receiver(ThreadingHTTPServer):
+    """Listens on loopback. Responds with one status, or 401 to an invalid signature."""
 
-    def __init__(self, secret: Secret) -> None:
-        self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
-        self.url = ""  # known once entered
-        self._secret = secret
+    daemon_threads = True
 
-    async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=LARGEST)
-        app.router.add_post("/", self._receive)
-        sock = bind("127.0.0.1:0", "the receiver's port")
-        self.url = url(sock)
-        self._runner = await listen(app, sock, grace=1.0)
-        return self
+    def __init__(
+        self,
+        secrets: Sequence[Secret],
+        receive: Callable[[Received], None],
+        *,
+        port: int = 0,
+        status: int = HTTPStatus.NO_CONTENT,
+    ) -> None:
+        """Take `receive`, which is called in a thread for each request, before the response.
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
+        Raises:
+            OSError: the port is in use.
+        """
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.secrets = tuple(secrets)
+        self.receive = receive
+        self.status = status
 
-    async def _receive(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        problem = None
-        try:
-            verify((self._secret,), request.headers, body, int(time.time()))
-        except SignatureError as error:
-            problem = str(error)
-        envelope = decode(_envelope, body)
-        waited = datetime.now(UTC) - envelope.timestamp
-        self.arrivals.put_nowait(
-            Arrival(
-                type=envelope.type,
-                subject=envelope.subject,
-                milliseconds=waited.total_seconds() * 1000,
+    @property
+    def url(self) -> str:
+        """Return the URL that deliveries go to."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+    protocol_version = "HTTP/1.1"
+    timeout: ClassVar[float] = 60.0
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY:
+            self.close_connection = True
+            self._respond(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE if length.isdigit() else HTTPStatus.LENGTH_REQUIRED
+            )
+            return
+        body = self.rfile.read(int(length))
+        problem = self._problem(body)
+        self.server.receive(
+            Received(
+                method=self.command,
+                path=self.path,
+                headers=self.headers,
+                body=body,
+                verified=bool(self.server.secrets),
                 problem=problem,
             )
         )
-        return web.Response(status=401 if problem else 204)
+        self._respond(self.server.status if problem is None else HTTPStatus.UNAUTHORIZED)
+
+    do_PUT = do_POST  # noqa: N815 - the name that http.server looks for
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: `receive` reports each request."""
+
+    def _problem(self, body: bytes) -> str | None:
+        """Return why the signature is invalid, None for a valid one or without secrets."""
+        if not self.server.secrets:
+            return None
+        try:
+            verify(self.server.secrets, dict(self.headers), body, int(time.time()))
+        except SignatureError as error:
+            return str(error)
+        return None
+
+    def _respond(self, status: int) -> None:
+        self.send_response(status)
+        if status != HTTPStatus.NO_CONTENT:
+            self.send_header("Content-Length", "0")
+        self.end_headers()

@@ -1,4 +1,4 @@
-"""The demo's life: temporary state, a receiver, the daemon itself, the story, and nothing left behind."""
+"""`relay serve --demo`: temporary state, a receiver, the daemon and the story; nothing is left behind."""
 
 import asyncio
 import base64
@@ -14,23 +14,25 @@ from tempfile import TemporaryDirectory
 import aiohttp
 
 from relay.app import Addresses, App
+from relay.config.schema import Server
 from relay.config.secrets import Secret
-from relay.demo.narrator import Narrator
-from relay.demo.receiver import Receiver
-from relay.demo.setting import choose_listen, write_config
-from relay.demo.story import Story
+from relay.demo.story import OFFLINE_AFTER, TOKEN, DemoReceiver, Narrator, Story
+from relay.errors import RelayError
 from relay.keys import SHARED
 from relay.plugin_loading.loader import load
 from relay.process.logs import configure
+from relay.process.sockets import bind
+
+_TEMPLATE = Path(__file__).with_name("config.toml.template")
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def run_demo(*, leave: bool) -> int:
-    """Show everything once, then keep serving until Ctrl-C, or with `leave` end after the samples.
+    """Send every sample once, then serve until Ctrl-C, or exit at once with `leave`.
 
     Returns:
-        The exit code: 1 if, with `leave`, something did not arrive or the demo was interrupted.
+        The exit code: with `leave`, 1 if a sample did not arrive or the demo was interrupted.
 
     Raises:
         RelayError: the daemon could not start.
@@ -48,7 +50,7 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
     secret = Secret(SHARED + base64.b64encode(secrets.token_bytes(32)).decode())
     with TemporaryDirectory(prefix="hookferry-demo-") as name:
         folder = Path(name)
-        async with Receiver(secret) as receiver:
+        async with DemoReceiver(secret) as receiver:
             file = write_config(
                 folder,
                 listen=choose_listen(leave=leave),
@@ -61,7 +63,7 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
             async with _running(App(setup)) as at, aiohttp.ClientSession() as session:
                 narrator.open(relay=at.public, admin=at.admin or "", receiver=receiver.url, folder=folder)
                 story = Story(session, narrator, receiver.arrivals, config, at.public)
-                problems = await story.tell()
+                problems = await story.run()
                 narrator.conclude(story.delivered, problems)
                 if not leave:
                     narrator.invite(at.public)
@@ -71,7 +73,7 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
 
 @asynccontextmanager
 async def _running(app: App) -> AsyncIterator[Addresses]:
-    """Run the daemon beside us, from being ready to the end of its drain."""
+    """Run the daemon in this process; yield its addresses when it is ready, and drain it at the end."""
     ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
     life = asyncio.create_task(app.run(ready.set_result))
     try:
@@ -81,3 +83,31 @@ async def _running(app: App) -> AsyncIterator[Addresses]:
     finally:
         app.stopping.set()
         await life
+
+
+def write_config(folder: Path, *, listen: str, receiver: str, secret: Secret) -> Path:
+    """Write the demo's config.toml, readable only by its owner, and return its path."""
+    file = folder / "config.toml"
+    file.touch(mode=0o600)
+    file.write_text(
+        _TEMPLATE.read_text().format(
+            listen=listen,
+            offline_after=OFFLINE_AFTER,
+            token=TOKEN,
+            receiver=receiver,
+            secret=secret.reveal(),
+        )
+    )
+    return file
+
+
+def choose_listen(preferred: str = Server().listen, *, leave: bool = False) -> str:
+    """Return the default address, or a free port if it is in use or `leave` is set."""
+    free = "127.0.0.1:0"
+    if leave:
+        return free
+    try:
+        bind(preferred, "[server] listen").close()
+    except RelayError:
+        return free
+    return preferred

@@ -1,14 +1,26 @@
-"""What the demo plays: one documented request after the other, through the front door, until it arrives."""
+"""The demo's story: one sample after the other, from the public listener to the receiver."""
 
 import asyncio
+import io
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
+from typing import Self, TextIO
 
 import aiohttp
+import msgspec
 
+from relay import __version__
+from relay.base.json_text import decode
 from relay.config.schema import Config
-from relay.demo.narrator import Narrator
-from relay.demo.receiver import Arrival
-from relay.demo.setting import OFFLINE_AFTER, TOKEN
+from relay.config.secrets import Secret
+from relay.demo.receiver import Received, Receiver
 from relay.incoming import Incoming
+
+TOKEN = "dev-token"  # noqa: S105 - opens only the demo, on loopback
+OFFLINE_AFTER = 2
+"""Seconds of silence after which the demo's worker is offline."""
 
 PATIENCE = 10.0
 """Seconds that an event may take to arrive."""
@@ -25,13 +37,129 @@ SAMPLES: dict[str, tuple[str | None, ...]] = {
         "whatsapp.worker.unregistered",
     ),
 }
-"""What each of a source's samples arrives as; None: a heartbeat, which is no event."""
+"""Event type of each of a source's samples; None: a heartbeat, which creates no event."""
 
 OFFLINE = "whatsapp.worker.offline"
 
+_BOLD, _DIM, _GREEN, _RED = "1", "2", "32", "31"
+_WIDTH = 96  # characters of a detail; the rest is cut off
+
+
+class _Envelope(msgspec.Struct):
+    """The fields of the standard format that the demo shows."""
+
+    type: str
+    timestamp: datetime  # when the relay received the event
+    subject: str | None = None
+
+
+_envelope = msgspec.json.Decoder(_Envelope)
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """One delivery, as the receiver got it."""
+
+    type: str  # full type
+    subject: str | None
+    milliseconds: float  # since the relay received the event
+    problem: str | None  # why the signature is invalid, None for a valid one
+
+
+class DemoReceiver:
+    """Runs a `Receiver` in a thread while entered, and queues what arrives."""
+
+    def __init__(self, secret: Secret) -> None:
+        self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        self._secret = secret
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._server = Receiver((self._secret,), self._receive)
+        self.url = self._server.url
+        self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._server.shutdown)
+        self._thread.join()
+        self._server.server_close()
+
+    def _receive(self, received: Received) -> None:
+        envelope = decode(_envelope, received.body)
+        waited = datetime.now(UTC) - envelope.timestamp
+        arrival = Arrival(
+            type=envelope.type,
+            subject=envelope.subject,
+            milliseconds=waited.total_seconds() * 1000,
+            problem=received.problem,
+        )
+        self._loop.call_soon_threadsafe(self.arrivals.put_nowait, arrival)
+
+
+class Narrator:
+    """Prints the demo's lines; with colour only on a terminal."""
+
+    def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not show every event type
+        self._stream = stream
+        plain = "NO_COLOR" in environ or environ.get("TERM") == "dumb" or not stream.isatty()
+        self._colour = "FORCE_COLOR" in environ or not plain
+
+    def open(self, *, relay: str, admin: str, receiver: str, folder: Path) -> None:
+        """Print the addresses and the folder of the demo."""
+        self._line(self._paint(_BOLD, f"hookferry {__version__}") + " demo")
+        self._line()
+        self._line(f"  relay     {relay}")
+        self._line(f"  metrics   {admin}/metrics")
+        self._line(f"  receiver  {receiver}, verifies every signature")
+        self._line(f"  state     {folder}, deleted at the end")
+        self._line()
+
+    def step(self, source: str, what: str, detail: str) -> None:
+        """Print one step; `source` is empty except in a source's first step."""
+        self._print(source, what, detail if len(detail) <= _WIDTH else f"{detail[: _WIDTH - 3]}...")
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Print a delivery and whether its signature is valid."""
+        about = f"{arrival.type} ({arrival.subject})" if arrival.subject else arrival.type
+        if arrival.problem:
+            self._print("", "refused", f"{about}, {self._paint(_RED, arrival.problem)}")
+        else:
+            valid = self._paint(_GREEN, "signature valid")
+            self._print("", "delivered", f"{about}, {valid}, {arrival.milliseconds:.0f} ms")
+
+    def conclude(self, delivered: int, problems: Sequence[str]) -> None:
+        """Print the result."""
+        self._line()
+        for problem in problems:
+            self._line(self._paint(_RED, problem))
+        if not problems:
+            self._line(self._paint(_GREEN, f"{delivered} events delivered, every signature valid."))
+
+    def invite(self, relay: str) -> None:
+        """Print a request to paste."""
+        self._line("Send an event yourself; its delivery is shown here. Ctrl-C ends the demo.")
+        self._line()
+        self._line(
+            f"curl -i {relay}/api/v1/events -H 'Authorization: Bearer {TOKEN}' "
+            """-H 'Content-Type: application/json' -d '{"name":"hello.world","payload":{"from":"curl"}}'"""
+        )
+        self._line()
+
+    def _print(self, source: str, what: str, detail: str) -> None:
+        self._line(f"{self._paint(_BOLD, f'{source:<10}')}{self._paint(_DIM, f'{what:<11}')}{detail}")
+
+    def _paint(self, colour: str, text: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._colour else text
+
+    def _line(self, text: str = "") -> None:
+        print(text, file=self._stream, flush=True)
+
 
 class Story:
-    """Sends samples and waits for each to arrive, telling every step."""
+    """Sends each sample, waits for its delivery, and prints every step."""
 
     def __init__(
         self,
@@ -41,15 +169,15 @@ class Story:
         config: Config,
         relay: str,
     ) -> None:
-        self.delivered = 0  # arrivals with a valid signature
+        self.delivered = 0  # deliveries with a valid signature
         self._session = session
         self._narrator = narrator
         self._arrivals = arrivals
         self._config = config
         self._relay = relay  # URL
 
-    async def tell(self) -> list[str]:
-        """Play everything once; return what went wrong, a sentence each."""
+    async def run(self) -> list[str]:
+        """Send every sample once; return the problems, a sentence each."""
         *steps, farewell = [
             (source, sample, type_)
             for source, types in SAMPLES.items()
@@ -62,7 +190,7 @@ class Story:
         return [problem for problem in problems if problem]
 
     async def watch(self) -> None:
-        """Show what arrives, for ever."""
+        """Print deliveries until cancelled."""
         while True:
             self._show(await self._arrivals.get())
 
@@ -76,10 +204,10 @@ class Story:
             ) as response:
                 answer = await response.text()
         except aiohttp.ClientError as error:
-            return f"{source}: {sample.path} could not be sent: {error}"
+            return f"{source}: cannot send {sample.path}: {error}"
         self._narrator.step("", "answered", f"{response.status} {answer}")
         if not response.ok:
-            return f"{source}: {sample.path} was answered with {response.status}"
+            return f"{source}: {sample.path} returned {response.status}"
         return await self._expect(type_) if type_ else ""
 
     async def _expect(self, type_: str) -> str:

@@ -17,10 +17,8 @@ import aiohttp
 import pytest
 
 from relay.config.secrets import Secret
-from relay.demo.narrator import Narrator
-from relay.demo.receiver import Arrival, Receiver
-from relay.demo.setting import choose_listen, write_config
-from relay.demo.story import OFFLINE, SAMPLES
+from relay.demo.run import choose_listen, write_config
+from relay.demo.story import OFFLINE, SAMPLES, Arrival, DemoReceiver, Narrator
 from relay.plugin_loading.loader import load
 from relay.signing import Signer
 
@@ -140,14 +138,14 @@ def test_the_usual_port_is_taken_when_it_is_free_and_any_other_when_not():
 async def test_the_receiver_tells_a_valid_signature_from_a_forged_one():
     body = b'{"type": "moddy.member_left", "timestamp": "2024-01-20T15:30:00.000Z", "subject": "1"}'
     other = Secret("whsec_" + "B" * 32)
-    async with Receiver(SECRET) as receiver, aiohttp.ClientSession() as session:
+    async with DemoReceiver(SECRET) as receiver, aiohttp.ClientSession() as session:
         now = int(time.time())
         answers = []
         for secret in (SECRET, other):
             headers = Signer((secret,)).headers("evt_1", now, body)
             async with session.post(receiver.url, data=body, headers=headers) as response:
                 answers.append(response.status)
-        arrivals = [receiver.arrivals.get_nowait() for _ in answers]
+        arrivals = [await receiver.arrivals.get() for _ in answers]
     assert urlsplit(receiver.url).hostname == "127.0.0.1"
     assert answers == [204, 401]
     assert [arrival.problem is None for arrival in arrivals] == [True, False]

@@ -17,7 +17,7 @@ from relay.delivery import ping
 from relay.delivery.http.result import HttpResult
 from relay.delivery.ping import explain
 from relay.delivery.retry import Verdict
-from relay.demo.receiver import Receiver
+from relay.demo.story import DemoReceiver
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOTHING = {"events": [], "deliveries": [], "attempts": []}
@@ -42,7 +42,7 @@ async def post(relay, name="crm"):
 
 async def test_a_ping_is_signed_names_its_purpose_and_is_not_stored(tmp_path):
     async with (
-        Receiver(Secret(SECRET)) as receiver,
+        DemoReceiver(Secret(SECRET)) as receiver,
         running(write_config(tmp_path, destination("crm", receiver.url))) as relay,
     ):
         said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json")).json

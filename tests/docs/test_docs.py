@@ -23,7 +23,7 @@ from relay.config.secrets import Secret
 from relay.delivery.http.result import HttpResult
 from relay.delivery.ping import explain
 from relay.delivery.retry import verdict_of
-from relay.demo.setting import write_config
+from relay.demo.run import write_config
 from relay.errors import UNROUTABLE
 from relay.metrics import Metrics, declared
 from relay.plugin_loading.loader import load

@@ -15,7 +15,7 @@ from relay import errors, source
 from relay.app import App
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secret
-from relay.demo.receiver import Receiver
+from relay.demo.story import DemoReceiver
 from relay.errors import Refusal, Unavailable
 from relay.plugin_loading.loader import load
 
@@ -59,7 +59,7 @@ async def running(folder, receiver):
 
 async def test_the_example_in_plugins_d_accepts_events_and_refuses_in_its_own_envelope(tmp_path):
     async with (
-        Receiver(SECRET) as receiver,
+        DemoReceiver(SECRET) as receiver,
         running(tmp_path, receiver.url) as url,
         aiohttp.ClientSession(headers={"Authorization": "Bearer dev-token"}) as session,
     ):
