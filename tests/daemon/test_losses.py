@@ -231,7 +231,7 @@ async def test_a_stop_waits_for_no_copy_of_a_deleted_file_that_is_damaged_as_wel
                 file.write(b"\xff" * 64)
         database.unlink()
         assert await daemon.stop() == 0
-    assert "stopped; the database has no sound copy" in daemon.said
+    assert "stopped; the database has no intact copy" in daemon.said
     assert not rescues_of(database)
 
 

@@ -43,7 +43,7 @@ def test_a_second_daemon_is_refused_whatever_became_of_the_lock_file(held, happe
     held.release()
     again = StateDir(held.path)
     again.take()
-    again.deliveries.release()
+    again.release()
 
 
 def test_the_refusal_names_the_process_that_has_it(held):

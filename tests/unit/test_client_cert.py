@@ -115,7 +115,7 @@ async def test_a_client_certificate_does_not_replace_the_systems_cas(
         )  # the file that OpenSSL uses as the system's CAs
         known = await send(client_for(client_cert=shown), receiver.url)
         assert (stranger.result, known.result) == ("tls", "ok")
-        assert "certificate of 127.0.0.1 not accepted" in stranger.error
+        assert "certificate of 127.0.0.1 is not trusted" in stranger.error
 
 
 @pytest.mark.parametrize(

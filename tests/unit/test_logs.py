@@ -201,7 +201,7 @@ def test_the_page_for_operators_has_every_field_and_no_other():
             if not isinstance(node, ast.Call):
                 continue
             match node.func:
-                case ast.Name(id="fields" | "ids"):
+                case ast.Name(id="fields" | "delivery_fields"):
                     keywords |= {keyword.arg for keyword in node.keywords}
                 case ast.Attribute(value=ast.Attribute(attr="_log"), attr="info" | "warning" | "error"):
                     keywords |= {keyword.arg for keyword in node.keywords}
