@@ -152,7 +152,7 @@ def test_id_and_time_are_signed_as_well(changes):
 
 
 def test_a_public_key_does_not_sign():
-    with pytest.raises(ValueError, match="for the receiver"):
+    with pytest.raises(ValueError, match="only verifies, at the receiver"):
         Signer((PUBLIC,))
 
 
