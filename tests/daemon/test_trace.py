@@ -25,6 +25,6 @@ def test_an_event_runs_through_few_files_and_functions():
     assert counted is not None, total
     assert int(counted[1]) == len(files) <= FILES, done.stdout
     assert int(counted[2]) == sum(int(line.split()[1]) for line in files) <= FUNCTIONS, done.stdout
-    assert {"relay/app.py", "plugins/moddy.py"} <= {
+    assert {"relay/delivery/dispatcher.py", "plugins/moddy.py"} <= {
         line.split()[0] for line in files
     }  # the trace sees every part
