@@ -12,6 +12,7 @@ from relay.api.views import (
     DestinationShown,
     DestinationSteered,
     DestinationView,
+    about,
     backlog_of,
     counted,
     times_of,
@@ -20,10 +21,6 @@ from relay.api.views import (
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
 from relay.model import AttemptResult, DestinationState
-
-
-def _about(text: str) -> msgspec.Meta:
-    return msgspec.Meta(description=text)
 
 
 class TimingView(msgspec.Struct):
@@ -39,19 +36,19 @@ class PingView(msgspec.Struct):
     """The result of a test request."""
 
     destination: str
-    id: Annotated[str, _about("Its webhook-id.")]
+    id: Annotated[str, about("Its webhook-id.")]
     type: Literal["relay.ping"]
-    ok: Annotated[bool, _about("Whether the response was a 2xx.")]
-    result: Annotated[AttemptResult, _about("As in the metrics of attempts.")]
-    status: Annotated[int | None, _about("null: no response.")]
+    ok: Annotated[bool, about("Whether the response was a 2xx.")]
+    result: Annotated[AttemptResult, about("As in the metrics of attempts.")]
+    status: Annotated[int | None, about("null: no response.")]
     error: str | None
-    verdict: Annotated[str, _about("What this response would mean for a delivery.")]
-    hint: Annotated[str, _about("What to do about it.")]
-    held: Annotated[str | None, _about("Why no deliveries are sent; null: they are sent.")]
+    verdict: Annotated[str, about("What this response would mean for a delivery.")]
+    hint: Annotated[str, about("What to do about it.")]
+    held: Annotated[str | None, about("Why no deliveries are sent; null: they are sent.")]
     signatures: int
     duration_ms: float
     timing_ms: TimingView
-    answer: Annotated[str, _about("The first KiB of the response body.")]
+    answer: Annotated[str, about("The first KiB of the response body.")]
     truncated: bool
 
 

@@ -26,7 +26,8 @@ _CURSOR = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of counts: hou
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
 
 
-def _about(text: str) -> msgspec.Meta:
+def about(text: str) -> msgspec.Meta:
+    """Return a description for the OpenAPI document."""
     return msgspec.Meta(description=text)
 
 
@@ -37,32 +38,32 @@ Time = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 class EventView(msgspec.Struct):
     """An event in a list."""
 
-    id: Annotated[str, _about("evt_ and a UUIDv7.")]
+    id: Annotated[str, about("evt_ and a UUIDv7.")]
     source: str
-    type: Annotated[str, _about("Full type: the source's name, a dot, and the sender's type.")]
+    type: Annotated[str, about("Full type: the source's name, a dot, and the sender's type.")]
     subject: str | None
     received_at: Time
-    size: Annotated[int, _about("Bytes of the body.")]
-    duplicate: Annotated[bool, _about("Whether later requests repeated this event.")]
-    deliveries: Annotated[dict[str, int], _about("Number of deliveries by state.")]
+    size: Annotated[int, about("Bytes of the body.")]
+    duplicate: Annotated[bool, about("Whether later requests repeated this event.")]
+    deliveries: Annotated[dict[str, int], about("Number of deliveries by state.")]
 
 
 class DeliveryView(msgspec.Struct):
     """A delivery in a list."""
 
-    id: Annotated[str, _about("dlv_ and a UUIDv7.")]
+    id: Annotated[str, about("dlv_ and a UUIDv7.")]
     event_id: str
     type: str
     destination: str
     state: DeliveryState
-    reason: Annotated[str | None, _about("Why the delivery ended, unless delivered.")]
-    attempts: Annotated[int, _about("Attempts that count against the schedule.")]
+    reason: Annotated[str | None, about("Why the delivery ended, unless delivered.")]
+    attempts: Annotated[int, about("Attempts that count against the schedule.")]
     next_attempt_at: Time | None
     last_status: int | None
     last_error: str | None
     created_at: Time
     finished_at: Time | None
-    replay_of: Annotated[str | None, _about("Id of the delivery that this one repeats.")]
+    replay_of: Annotated[str | None, about("Id of the delivery that this one repeats.")]
 
 
 class AttemptView(msgspec.Struct):
@@ -75,7 +76,7 @@ class AttemptView(msgspec.Struct):
     status: int | None
     error: str | None
     truncated: bool
-    answer: Annotated[str, _about("The first 16 KiB of the response body.")]
+    answer: Annotated[str, about("The first 16 KiB of the response body.")]
 
 
 class EventShown(EventView):
@@ -105,7 +106,7 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
     """Whether a destination is held."""
 
     name: str
-    held: Annotated[str | None, _about("Why no deliveries are sent; null: they are sent.")]
+    held: Annotated[str | None, about("Why no deliveries are sent; null: they are sent.")]
     in_flight: int
 
 
@@ -127,9 +128,9 @@ class DestinationShown(DestinationView, kw_only=True):
     failing_since: Time | msgspec.UnsetType | None = msgspec.UNSET
     disabled_at: Time | msgspec.UnsetType | None = msgspec.UNSET
     held_until: Time | msgspec.UnsetType | None = msgspec.UNSET
-    due: Annotated[int, _about("Pending deliveries that are due.")]
-    oldest: Annotated[DeliveryView | None, _about("The oldest pending delivery.")]
-    latest: Annotated[DeliveryView | None, _about("The latest delivery.")]
+    due: Annotated[int, about("Pending deliveries that are due.")]
+    oldest: Annotated[DeliveryView | None, about("The oldest pending delivery.")]
+    latest: Annotated[DeliveryView | None, about("The latest delivery.")]
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
