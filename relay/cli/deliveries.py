@@ -38,7 +38,7 @@ def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any)
 
     Example: relay deliveries list --destination crm --state dead
 
-    With a filter on events, the order is that of the events.
+    With a filter on events, deliveries are in the order of their events.
     """
     page = gather(daemon, "deliveries", **query)
     print_page(page, COLUMNS, as_json=as_json, quiet=quiet)

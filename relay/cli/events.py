@@ -180,8 +180,8 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
 
     Example: relay events import adorn.jsonl
 
-    FILE - is standard input. An invalid line stops the import; the events before it are imported. Correct
-    the line and import the same file again.
+    Use - as FILE for standard input. An invalid line stops the import; the events before it are imported.
+    Correct the line and import the same file again.
     """
     try:
         done = daemon.send("import", chunks=_chunks(file), deliver=int(deliver))

@@ -130,9 +130,18 @@ class Meter:
 
 
 def print_page(
-    answer: Mapping[str, Any], columns: Sequence[str], *, quiet: bool, as_json: bool = False, key: str = "id"
+    answer: Mapping[str, Any],
+    columns: Sequence[str],
+    *,
+    quiet: bool,
+    as_json: bool = False,
+    key: str = "id",
+    headings: Sequence[str] = (),
 ) -> None:
-    """Print a page of a list; on a terminal, also the option that shows the next page."""
+    """Print a page of a list; on a terminal, also the option that shows the next page.
+
+    `headings` default to the names of the columns.
+    """
     items = answer["items"]
     if as_json:
         print_json(answer)
@@ -141,7 +150,8 @@ def print_page(
             click.echo(item[key])
     else:
         print_table(
-            [name.replace("_", " ") for name in columns], [[cell(item[c]) for c in columns] for item in items]
+            headings or [name.replace("_", " ") for name in columns],
+            [[cell(item[name]) for name in columns] for item in items],
         )
     if answer["next_cursor"] is not None and not as_json and sys.stderr.isatty():
         click.echo(f"more rows: add --cursor {answer['next_cursor']}", err=True)

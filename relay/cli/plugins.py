@@ -21,6 +21,7 @@ from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import discover
 
 COLUMNS = ("name", "offer", "door", "version", "file")
+HEADINGS = ("name", "kind", "origin", "version", "file")
 TEMPLATES = Path(__file__).with_name("templates")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
@@ -45,7 +46,8 @@ def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
     path = look_for_config(config)
     offers, problems = discover(_dirs(path))
     found = [offering.shown() for offering in offers.listed()]
-    print_page({"items": found, "next_cursor": None}, COLUMNS, as_json=as_json, quiet=quiet, key="name")
+    page = {"items": found, "next_cursor": None}
+    print_page(page, COLUMNS, as_json=as_json, quiet=quiet, key="name", headings=HEADINGS)
     if problems:
         raise ConfigError(problems)
 
