@@ -295,11 +295,11 @@ class QueueTable(OneTable):
          GROUP BY c.id ORDER BY c.id
     """
     going = """
-        WITH asked (id, dead) AS (VALUES {values})
-        SELECT asked.id FROM asked JOIN events AS e ON e.id = asked.id
+        WITH candidate (id, dead) AS (VALUES {values})
+        SELECT candidate.id FROM candidate JOIN events AS e ON e.id = candidate.id
          WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d LEFT JOIN ends AS x ON x.delivery_id = d.id
-                            WHERE d.event_id = asked.id
-                              AND (x.state IS NULL OR (x.state = 'dead' AND x.finished_at > asked.dead)))
+                            WHERE d.event_id = candidate.id
+                              AND (x.state IS NULL OR (x.state = 'dead' AND x.finished_at > candidate.dead)))
     """
     gone = (
         """
@@ -419,8 +419,8 @@ async def _settle(batch: Batch, transaction: Transaction) -> None:
     ended = {outcome.delivery.id: outcome for outcome in batch.outcomes}
     found = await transaction.fetch_rows(
         """
-        WITH asked (id) AS (VALUES {values})
-        DELETE FROM pending_deliveries WHERE id IN (SELECT id FROM asked) RETURNING id
+        WITH candidate (id) AS (VALUES {values})
+        DELETE FROM pending_deliveries WHERE id IN (SELECT id FROM candidate) RETURNING id
         """,
         [(id_,) for id_ in ended],
     )
@@ -453,7 +453,7 @@ async def _settle(batch: Batch, transaction: Transaction) -> None:
         raise NotImplementedError
 
 
-# --- what is measured ---
+# --- measurements ---
 
 
 async def begin(layout: OneTable, transaction: Transaction, keys: Sequence[Key], fan_out: int) -> Batch:

@@ -31,10 +31,10 @@ async def test_an_event_is_deleted_with_its_deliveries_and_attempts(store, clock
 async def test_pending_deliveries_are_cancelled_first_and_lanes_are_told(store, clock):
     event = await send(store, clock)
     await end(store, event, "dead", "erp")
-    owed = [delivery.id for delivery in store.fresh if delivery.destination == "crm"]
+    pending = [delivery.id for delivery in store.fresh if delivery.destination == "crm"]
     store.news.clear()
     assert await store.events.expunge([event.id]) == Expunged(events=1, cancelled=1, left=())
-    assert [list(news.dropped) for news in store.news] == [owed]
+    assert [list(news.dropped) for news in store.news] == [pending]
     counts = await store.ledger.audit()
     assert (counts["crm"].created, counts["crm"].cancelled) == (1, 1)
     assert (counts["erp"].created, counts["erp"].dead) == (1, 1)

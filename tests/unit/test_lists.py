@@ -233,15 +233,15 @@ async def test_attempts_are_sorted_by_their_start_with_every_plan(file, monkeypa
     monkeypatch.setattr(plan, "MOST_LISTED", most)
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 400)
     async with open_traced(file) as store:
-        told = await store.traced.execute_fetchall(
+        stored = await store.traced.execute_fetchall(
             "SELECT a.started_at, a.id, d.destination, a.result FROM attempts AS a"
             " JOIN deliveries AS d ON d.id = a.delivery_id ORDER BY 1 DESC, 2 DESC"
         )
         since = END - 10 * 86400 * SECOND
         for to, result, after in itertools.product((None, "late", "crm"), (None, "5xx"), (None, since)):
-            meant = [
+            expected_ids = [
                 row[1]
-                for row in told
+                for row in stored
                 if to in (None, row[2]) and result in (None, row[3]) and (after is None or row[0] >= after)
             ]
             found, cursor, more = [], None, True
@@ -252,7 +252,7 @@ async def test_attempts_are_sorted_by_their_start_with_every_plan(file, monkeypa
                 found += [row["row"] for row in page.rows]
                 cursor = page.cursor
                 more = cursor is not None
-            assert found == meant, (to, result, after)
+            assert found == expected_ids, (to, result, after)
 
 
 async def test_a_page_may_end_within_the_deliveries_of_an_event(store, clock):
@@ -277,9 +277,9 @@ async def test_a_repeated_event_is_listed_as_duplicate(store, clock):
     receipt = await store.events.append(Acceptance(source="shop", event=again, repeats=other.public_id))
     assert (receipt.event_id, receipt.duplicate) == (other.public_id, True)
     await send(store, clock, key="other")
-    told = {row["id"]: row["duplicate"] for row in await store.queries.find("events")}
-    assert Counter(told.values()) == {0: 1, 1: 2}
-    assert told[first.public_id] == told[other.public_id] == 1
+    stored = {row["id"]: row["duplicate"] for row in await store.queries.find("events")}
+    assert Counter(stored.values()) == {0: 1, 1: 2}
+    assert stored[first.public_id] == stored[other.public_id] == 1
     requests = await read_rows(store, "SELECT requests FROM repetitions ORDER BY event_id")
     assert [row[0] for row in requests] == [1, 2]
 

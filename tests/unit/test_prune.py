@@ -28,8 +28,8 @@ async def store(tmp_path, clock, monkeypatch):
     hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
     yield store
-    for name, books in (await store.ledger.audit()).items():
-        assert books.unaccounted == 0, name
+    for name, counts in (await store.ledger.audit()).items():
+        assert counts.unaccounted == 0, name
     assert not await read_rows(store, "PRAGMA foreign_key_check")
     await store.close()
 
@@ -228,21 +228,21 @@ async def test_kept_events_are_not_read_again_until_the_next_round(store, clock,
     for _ in range(10):
         await send(store, clock, "pending")
     clock.advance(15 * DAY)
-    asked = []
+    candidates_read = []
     read = store.database.reader.execute_fetchall
 
     async def watched(sql, values=()):
         found = list(await read(sql, values))
-        asked.extend(found if "e.received_at" in sql else [])
+        candidates_read.extend(found if "e.received_at" in sql else [])
         return found
 
     monkeypatch.setattr(store.database.reader, "execute_fetchall", watched)
     for _ in range(3):
         await store.upkeep.prune(POLICY)
-    assert len(asked) == 10
+    assert len(candidates_read) == 10
     clock.advance(3600)
     await store.upkeep.prune(POLICY)
-    assert len(asked) == 20
+    assert len(candidates_read) == 20
 
 
 async def test_ended_commands_are_deleted_some_at_a_time(store, clock, monkeypatch):

@@ -58,7 +58,7 @@ EVENT_PATHS = {
     "state": Path("deliveries", _LOST, "event_id"),
     "destination and state": Path("deliveries", f"destination = ? AND {_LOST}", "event_id"),
 }
-"""Paths to row ids of events, by the filters whose values they take. Each has its index."""
+"""Paths to row ids of events by filters, whose values they take. Each has its index."""
 
 DELIVERY_PATHS = {
     "all": Path("deliveries"),
@@ -66,7 +66,7 @@ DELIVERY_PATHS = {
     "destination": Path("deliveries", "destination = ? AND id > 0"),  # the index says so too
     "destination and state": Path("deliveries", f"destination = ? AND {_LOST}"),
 }
-"""Paths to row ids of deliveries, likewise."""
+"""Paths to row ids of deliveries by filters. Each has its index."""
 
 SHORT = {
     "first": "SELECT id FROM deliveries WHERE destination = ? AND state = 'pending' AND attempts = 0 LIMIT ?",
