@@ -1,4 +1,4 @@
-"""Certificates for receivers, good and bad, made on the spot."""
+"""Valid and invalid certificates for receivers and clients."""
 
 import ipaddress
 import ssl
@@ -15,13 +15,13 @@ HERE = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.
 
 
 class Certificates:
-    """A small authority of our own: `good`, `expired`, `wrong_name`, `client`; and one `self_signed`."""
+    """A CA with the certificates `good`, `expired`, `wrong_name`, `client`; and one that is `self_signed`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.ca = folder / "ca.pem"
-        self.key = folder / "key.pem"  # of all of them
+        self.key = folder / "key.pem"  # the key of all certificates
         self.key.write_bytes(self.private(serialization.NoEncryption()))
         self._make("ca", issuer="ca", is_authority=True)
         self._make("self_signed", HERE, issuer="self_signed")
@@ -31,7 +31,7 @@ class Certificates:
         self._make("client", [x509.DNSName("relay.example")])
 
     def server(self, name: str, *, demanding: bool = False) -> ssl.SSLContext:
-        """Return what a receiver with that certificate listens with; `demanding` one of its clients."""
+        """Return a TLS context for a receiver; with `demanding`, clients must show a certificate."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(self.path(name), self.key)
         if demanding:
@@ -40,11 +40,11 @@ class Certificates:
         return context
 
     def path(self, name: str) -> Path:
-        """Return where a certificate is."""
+        """Return the path of a certificate."""
         return self._folder / f"{name}.pem"
 
     def private(self, encryption: serialization.KeySerializationEncryption) -> bytes:
-        """Return the key as PEM, locked or not."""
+        """Return the key as PEM, encrypted or not."""
         return private_pem(self._key, encryption)
 
     def _make(self, name, names=(), *, issuer="ca", ends=DAY, is_authority=False) -> None:
@@ -67,7 +67,7 @@ class Certificates:
 
 
 def private_pem(key, encryption: serialization.KeySerializationEncryption | None = None) -> bytes:
-    """Return a private key as PEM, locked or not."""
+    """Return a private key as PEM, encrypted or not."""
     encryption = encryption or serialization.NoEncryption()
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 

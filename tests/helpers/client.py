@@ -1,11 +1,11 @@
-"""Attempts at a receiver by the outgoing client, and how long they take."""
+"""Timeouts and requests for tests of the outgoing client."""
 
 import asyncio
 import time
 from contextlib import suppress
 
-SHORT = 0.2  # seconds, for what only a timeout ends
-AMPLE = 10.0  # seconds, for what must end by itself
+SHORT = 0.2  # seconds; for tests that wait for a timeout
+AMPLE = 10.0  # seconds; for tests that must not reach a timeout
 GRACE = 0.2  # seconds that an attempt may last beyond its timeout
 
 
@@ -14,7 +14,7 @@ async def send(client, url, body=b"{}", **headers):
 
 
 class Stopwatch:
-    """Measures how long its block takes, without the time in which other processes have the CPU."""
+    """Measures the time of its block, without time in which other processes had the CPU."""
 
     TICK = 0.005  # seconds
 
@@ -31,7 +31,7 @@ class Stopwatch:
 
     @property
     def seconds(self):
-        """The time since the start."""
+        """Seconds since the start of the block."""
         return self._taken + self._since()
 
     async def _tick(self):
@@ -44,6 +44,6 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def _since(self):
-        """Return the time since the last tick: at most a tick, and what this process computed itself."""
+        """Return the time since the last tick: at most one tick plus this process's own CPU time."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return min(wall, self.TICK + cpu)

@@ -21,14 +21,14 @@ from relay.cli import main
 
 @dataclass(frozen=True)
 class Said:
-    """What a command printed."""
+    """The output of a command."""
 
     out: str
     err: str
 
     @property
     def rows(self):
-        """The cells of what was printed, line by line."""
+        """The cells of each printed line."""
         return [line.split("\t") for line in self.out.splitlines()]
 
     @property
@@ -48,14 +48,14 @@ def parse(words):
 
 
 def run(*args, code=0, stdin=None):
-    """Run a command that ends with this exit code."""
+    """Run a command, check its exit code, and return its output."""
     result = CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
     assert result.exit_code == code, (result.output, result.exception)
     return Said(result.stdout, result.stderr)
 
 
 class Commands:
-    """Runs commands in a thread, as they block, so that the relay of this process can answer them."""
+    """Runs commands in a thread, so that the relay in this process can respond to them."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -68,7 +68,7 @@ class Commands:
 
 
 def tree(command=main, *path):
-    """Walk every command with the words that call it, groups included."""
+    """Yield all commands and groups with the words that call them."""
     yield path, command
     if isinstance(command, click.Group):
         context = click.Context(command)
@@ -78,18 +78,18 @@ def tree(command=main, *path):
 
 EVERY = dict(tree())
 LEAVES = {path: command for path, command in EVERY.items() if not isinstance(command, click.Group)}
-"""The commands that do something, by the words that call them."""
+"""All commands that are not groups, by the words that call them."""
 
 ARGUMENTS = {
     ("explain",): ["01a201eb"],
     ("events", "import"): ["{file}"],
     ("workers", "command"): ["crn", "crn", "crn"],
 }
-"""Where filling in what a command demands is not enough."""
+"""Arguments of commands for which placeholders are not enough."""
 
 
 def arguments_of(path):
-    """Return arguments with which a command comes as far as asking the relay."""
+    """Return arguments with which a command sends a request to the relay."""
     if path in ARGUMENTS:
         return ARGUMENTS[path]
     demanded = [
@@ -107,7 +107,7 @@ _UNSET = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "RELAY_SOCKET")
 
 
 class Terminal:
-    """A running `relay …` with stdout on a terminal, and stderr beside it."""
+    """A running `relay` command with stdout on a pseudo-terminal and stderr on a pipe."""
 
     def __init__(self, *args, rows=24, columns=200, **environment) -> None:
         self._args = [str(arg) for arg in args]
@@ -142,11 +142,11 @@ class Terminal:
         os.close(self._ours)
 
     async def shows(self, text, seconds=30.0):
-        """Wait until it has been drawn."""
+        """Wait until the terminal has shown the text."""
         await until(lambda: text in self.out, seconds)
 
     async def says(self, text, seconds=30.0):
-        """Wait until it stands on stderr."""
+        """Wait until stderr contains the text."""
         await until(lambda: text in self.err, seconds)
 
     async def interrupt(self):
@@ -155,7 +155,7 @@ class Terminal:
         return await self.exit()
 
     async def exit(self):
-        """Wait for the end and return the exit code."""
+        """Wait until the command ends, and return its exit code."""
         async with asyncio.timeout(30):
             await self._over.wait()
             await self._listening
@@ -164,7 +164,7 @@ class Terminal:
     def _read(self) -> None:
         try:
             data = os.read(self._ours, 2**16)
-        except OSError:  # Linux says so when nobody has the other side open any more
+        except OSError:  # on Linux: the other side is closed
             data = b""
         self.out += data.decode()
         if not data:

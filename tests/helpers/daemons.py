@@ -1,4 +1,4 @@
-"""The whole relay for a test: in this process (`running`), or as the daemon that ships (`Daemon`)."""
+"""A relay for a test: in this process (`running`), or as a `relay serve` process (`Daemon`)."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from relay.plugin_loading.loader import load
 from relay.process import sockets
 
 SERVE = (sys.executable, "-c", "from relay.cli import main; main()", "serve")
-"""The `relay serve` command, whatever is on PATH."""
+"""The `relay serve` command of this checkout; it does not depend on PATH."""
 
 HEAD = """\
 development = true
@@ -65,11 +65,11 @@ tokens = ["dev-token"]
 plugin = "whatsapp"
 tokens = ["worker-secret-token-12345"]
 """
-"""One source of each kind, named after it, with the tokens that the samples use."""
+"""One source of each kind, named after its kind, with the tokens of the samples."""
 
 
 def destination(name: str, url: str, more: str = "") -> str:
-    """Render a destination that retries within moments."""
+    """Render a destination that retries after 0.1 s."""
     return f"""\
 [destinations.{name}]
 url = "{url}"
@@ -82,12 +82,12 @@ retry = {{ schedule = ["0.1s", "0.1s", "0.1s", "0.1s"] }}
 
 
 def adorn(session: str = "s", **more: Any) -> bytes:
-    """Render the body of an event that needs no token; its subject is the session."""
+    """Render an event for the source `adorn`, which needs no token; the session is its subject."""
     return json.dumps({"event_type": "session.started", "session_id": session, **more}).encode()
 
 
 def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
-    """Write a config.toml of `HEAD` and these parts; port 0: any free one."""
+    """Write a config.toml of `HEAD` and these parts; with port 0, the kernel chooses a free port."""
     path = folder / "config.toml"
     text = "\n".join([HEAD.format(port=port), *parts])
     if listeners.current != "fast":
@@ -101,7 +101,7 @@ def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Relay:
-    """A running App."""
+    """A running relay in this process."""
 
     app: App
     addresses: Addresses
@@ -121,7 +121,7 @@ class Relay:
         return self.app.metrics.registry.get_sample_value(metric, labels) or 0.0
 
     async def rows(self, kind: str = "events", **filters: Any) -> list[dict[str, Any]]:
-        """Return what is stored, oldest first."""
+        """Return all matching rows of a list, oldest first."""
         found: list[dict[str, Any]] = []
         before = None
         while page := await self.app.store.queries.find(kind, limit=500, before=before, **filters):
@@ -130,14 +130,14 @@ class Relay:
         return found[::-1]
 
     async def event(self, public_id: str) -> StoredEvent:
-        """Return one event, whole."""
+        """Return one event with its body."""
         [row] = await self.rows(id=public_id)
         return (await self.app.store.events.load([row["row"]]))[row["row"]]
 
 
 @asynccontextmanager
 async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = None) -> AsyncIterator[Relay]:
-    """Run the relay in this process until the test is through with it."""
+    """Run the relay in this process; stop it at the end of the block."""
     app = App(load(config), clock)
     ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
     life = asyncio.create_task(app.run(ready.set_result))
@@ -152,15 +152,15 @@ async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = No
             await life
 
 
-# --- as the daemon that ships -------------------------------------------------------------------------
+# --- as a process -------------------------------------------------------------------------------------
 
 
 class Daemon:
-    """A process of `relay serve`; leaving the context ends it, however the test went."""
+    """A `relay serve` process, which the end of the block kills if it still runs."""
 
     def __init__(self, config: Path, command: Sequence[str] = SERVE) -> None:
         self.config = config
-        self.lines: deque[str] = deque(maxlen=1000)  # of its log
+        self.lines: deque[str] = deque(maxlen=1000)  # the last lines of its log
         self.logged = 0  # bytes
         self.url = ""
         self._command = command
@@ -178,7 +178,7 @@ class Daemon:
         await self.end()
 
     async def start(self) -> None:
-        """Start the process without waiting for anything."""
+        """Start the process and return at once."""
         environment = {name: value for name, value in os.environ.items() if name != "RUNTIME_DIRECTORY"}
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -193,12 +193,12 @@ class Daemon:
         self._reader = asyncio.create_task(self._read())
 
     async def ready(self, seconds: float = 30.0) -> None:
-        """Wait until it says where it listens."""
+        """Wait until its log names the address of the public listener."""
         async with asyncio.timeout(seconds):
             self.url = await asyncio.shield(self._listening)
 
     async def exit(self, seconds: float = 30.0) -> int:
-        """Wait for its end and return its exit code."""
+        """Wait until the process ends, and return its exit code."""
         async with asyncio.timeout(seconds):
             await self._reader
             return await self.process.wait()
@@ -210,23 +210,23 @@ class Daemon:
         return answer.json
 
     async def stop(self, seconds: float = 30.0) -> int:
-        """Ask it to end, as systemd does, and return its exit code."""
+        """Send SIGTERM, as systemd does, and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return await self.exit(seconds)
 
     async def end(self) -> None:
-        """Kill it if it still lives."""
+        """Kill the process if it still runs."""
         if self.process.returncode is None:
             self.process.kill()
         await self.exit()
 
     @property
     def said(self) -> str:
-        """What it wrote to stderr."""
+        """The last lines that the process wrote to stderr."""
         return "\n".join(self.lines)
 
     def resident(self) -> int:
-        """Return its resident memory in bytes."""
+        """Return the resident memory of the process in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         assert found is not None
@@ -242,14 +242,14 @@ class Daemon:
                 self._listening.set_result(found[1])
         if not self._listening.done():
             self._listening.set_exception(AssertionError(f"it never listened:\n{self.said}"))
-            self._listening.exception()  # seen: nobody has to wait for it
+            self._listening.exception()  # marks the exception as retrieved
 
 
 # --- the service manager ------------------------------------------------------------------------------
 
 
 class Manager:
-    """The other end of a notify socket."""
+    """The systemd side of a notify socket: it reads what a daemon sends."""
 
     def __init__(self, address):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -260,7 +260,7 @@ class Manager:
         self._reader.start()
 
     def heard(self, key):
-        """Return every value of a key so far, in order."""
+        """Return all values of a key that have arrived so far, in order."""
         self._flush()
         return [message[key] for message in self.told if key in message]
 
@@ -271,7 +271,7 @@ class Manager:
         self.socket.close()
 
     def _flush(self):
-        """Wait until everything sent so far is read."""
+        """Wait until all datagrams sent so far have been read."""
         done = threading.Event()
         self._flushes.append(done)
         self._tell("FLUSH")
@@ -289,11 +289,11 @@ class Manager:
                 self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
 
 
-# --- the other side -----------------------------------------------------------------------------------
+# --- a receiver ---------------------------------------------------------------------------------------
 
 
 class Recorder:
-    """A receiver that keeps what arrives, answering as the test says."""
+    """A receiver that records deliveries and sends the responses that the test sets."""
 
     def __init__(self) -> None:
         self.arrived: list[tuple[str, dict[str, Any]]] = []  # (webhook-id, envelope)
@@ -318,11 +318,11 @@ class Recorder:
 
     @property
     def ids(self) -> list[str]:
-        """The ids of the events that arrived, in order, repetitions included."""
+        """The ids of the events that arrived, in order, with repetitions."""
         return [id_ for id_, _ in self.arrived]
 
     def note(self, event_id: str, body: bytes) -> None:
-        """Keep an arrival."""
+        """Record a delivery."""
         self.arrived.append((event_id, json.loads(body)))
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:

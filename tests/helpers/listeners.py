@@ -12,6 +12,6 @@ WIRE = {
 """Modules of tests that speak HTTP to the public listener: each test runs with both implementations."""
 
 FAST_ONLY = "test_the_fast_listener_"
-"""The names of tests about what the fast listener alone does inside begin with this."""
+"""Prefix of the names of tests that concern the fast listener only."""
 
 current: Implementation = "fast"  # what `daemons.write_config` configures

@@ -1,4 +1,4 @@
-"""The machine that tests run on: what it has and lacks, and parts that are made for a test: disks, and roots.
+"""The machine that tests run on: what it lacks, and small disks and roots that are made for a test.
 
 A root is made from the Debian packages of this machine that a test names, and nothing else of it. It takes a
 second and no network. dpkg, systemd's own tools and a Python work in it as on any Debian; only what needs a
@@ -21,7 +21,7 @@ from daemons import Daemon
 ROOT = os.geteuid() == 0
 NOBODY = 65_534  # the uid that owns nothing
 SHARED = all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents)
-"""Whether other users may enter the checkout: without root's rights, the program is still read there."""
+"""Whether other users may enter the checkout, where a process without root's rights reads the program."""
 
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
 needs_other_users = pytest.mark.skipif(
@@ -30,7 +30,7 @@ needs_other_users = pytest.mark.skipif(
 
 
 def needs(*programs):
-    """Skip a test on a machine without these programs."""
+    """Skip the test on a machine that lacks one of these programs."""
     missing = [name for name in programs if shutil.which(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}, not installed here")
 
@@ -39,7 +39,7 @@ def needs(*programs):
 
 
 class SmallDisk:
-    """A mounted file system, and a file on it that takes room from everybody else."""
+    """A mounted file system with a file that can fill it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,25 +47,25 @@ class SmallDisk:
 
     @property
     def free(self) -> int:
-        """Bytes that may still be written."""
+        """Free bytes."""
         status = os.statvfs(self.path)
         return status.f_bavail * status.f_frsize
 
     def fill(self, leaving: int = 0) -> None:
-        """Take all room but so many bytes."""
+        """Fill the disk; leave this number of bytes free."""
         with self._filler.open("ab", buffering=0) as file, suppress(OSError):
             while (size := self.free - leaving) > 0:
                 if not file.write(b"\0" * min(size, 2**20)):
                     break
 
     def clear(self) -> None:
-        """Give the room back."""
+        """Free the space again."""
         self._filler.unlink(missing_ok=True)
 
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
-    """Mount a file system of so many bytes; skips the test where nobody may mount one."""
+    """Mount a file system of `size` bytes; skip the test if that is not permitted."""
     path.mkdir(mode=0o700, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
@@ -84,13 +84,13 @@ STATUS = Path("/var/lib/dpkg/status")
 BULK = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/i18n/")
 FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "config.toml", "pyproject.toml")
 DEBIAN = ("apt", "passwd", "python3-venv", "systemd")
-"""What the machine of docs/install.md has, besides what every Debian has."""
+"""The packages that docs/install.md requires, besides the essential ones."""
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Root:
-    """A root of its own, in which commands run by chroot(2)."""
+    """A root directory in which commands run with chroot(8)."""
 
     def __init__(self, path, *packages):
         if not STATUS.exists():
@@ -102,13 +102,13 @@ class Root:
         self._copy()
 
     def run(self, *command, cwd="/", user=None, **environment):
-        """Run a command in there and return what it printed."""
+        """Run a command in the root, which must succeed, and return its output."""
         done = self.attempt(*command, cwd=cwd, user=user, **environment)
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
 
     def attempt(self, *command, cwd="/", user=None, **environment):
-        """Run a command in there, however it ends."""
+        """Run a command in the root and return the finished process."""
         whose = () if user is None else (f"--userspec={user}:{user}",)
         return subprocess.run(
             ["chroot", *whose, self.path, "env", f"--chdir={cwd}", *command],
@@ -120,7 +120,7 @@ class Root:
         )
 
     def serve(self, **environment):
-        """Return the daemon in there, with what the unit gives it: its user, its directories and secrets."""
+        """Return a daemon in the root with the user, directories and secrets that the unit gives it."""
         for folder, mode in (("var/lib/relay", 0o700), ("run/relay", 0o750)):
             (self.path / folder).mkdir(exist_ok=True, parents=True)
             (self.path / folder).chmod(mode)
@@ -131,21 +131,21 @@ class Root:
         return Daemon(Path("/etc/relay/config.toml"), (*command, "/opt/relay/bin/relay", "serve"))
 
     def add(self, path, text, mode=0o644):
-        """Put a file there."""
+        """Write a file in the root."""
         file = self.path / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
         file.chmod(mode)
 
     def copy(self, path):
-        """Return a root like this one at another path."""
+        """Copy this root to another path."""
         subprocess.run(["cp", "-a", self.path, path], check=True)
         other = object.__new__(type(self))
         other.path, other._packages = path, self._packages
         return other
 
     def remove(self):
-        """Delete it: pytest would keep hundreds of megabytes of it for days."""
+        """Delete the root; pytest would keep hundreds of megabytes for days."""
         shutil.rmtree(self.path)
 
     def _copy(self):
@@ -171,7 +171,7 @@ class Root:
         self._pretend_configured()
 
     def _pretend_configured(self):
-        """Do what matters of what the packages' own scripts did."""
+        """Do the necessary part of the packages' own scripts."""
         base = self.path / "usr/share/base-passwd"
         for name in ("passwd", "group"):
             shutil.copy(base / f"{name}.master", self.path / "etc" / name)
@@ -199,7 +199,7 @@ class Root:
 
 
 def fetch(folder):
-    """Fetch the wheels that an installation by Debian's Python needs, and return the folder of them."""
+    """Fetch the wheels that an installation with Debian's Python needs, and return their folder."""
     python = "/usr/bin/python3"
     has_venv = (
         Path(python).exists()
@@ -215,17 +215,17 @@ def fetch(folder):
     wanted = [f"{checkout}[fast,ed25519,schemas]", "setuptools>=77"]
     run([folder / "tools/bin/pip", "wheel", "-q", "-w", folder / "wheels", *wanted])
     for ours in (folder / "wheels").glob("hookferry-*"):
-        ours.unlink()  # what is tested builds it
+        ours.unlink()  # the tests build it themselves
     return folder / "wheels"
 
 
 def offline(folder):
-    """Return what has pip find everything in a folder."""
+    """Return the environment with which pip uses only the wheels of a folder."""
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
 def copy_checkout(folder):
-    """Copy what is installed from, so that nothing is left behind in the checkout."""
+    """Copy the files that an installation reads; a build leaves files in the copy, not in the checkout."""
     folder.mkdir(parents=True)
     for name in ("relay", "plugins", "systemd", "docs", "packaging", ".ci"):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -235,7 +235,7 @@ def copy_checkout(folder):
 
 
 def _closure(wanted):
-    """Return the stanzas of these packages, of all essential ones and of what they depend on, by name."""
+    """Return the dpkg stanzas of these packages, of essential ones and of their dependencies, by name."""
     stanzas, provided = {}, {}
     for stanza in STATUS.read_text().strip().split("\n\n"):
         fields = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", stanza, re.MULTILINE))
@@ -263,6 +263,6 @@ def _closure(wanted):
 
 
 def _names(field):
-    """Return the alternatives of each relation of a field."""
+    """Return the alternative packages of each relation in a field."""
     relations = [relation for relation in field.split(",") if relation.strip()]
     return [[re.split(r"[\s:(]", each.strip())[0] for each in relation.split("|")] for relation in relations]

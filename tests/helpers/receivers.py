@@ -4,7 +4,7 @@
         answer = await client.send(receiver.url, {}, b"{}")
     assert receiver.requests == [...]
 
-Nothing here speaks HTTP through a library: what the habits send is visible to the byte.
+No HTTP library is involved: the code of a habit shows each byte that it sends.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ BLOCK = b"x" * 65_536
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came."""
+    """One received request."""
 
     line: str
     headers: dict[str, str]  # lower-case names
@@ -33,7 +33,7 @@ class Request:
 
 
 class Peer:
-    """One connection, as a habit sees it."""
+    """One connection of a habit."""
 
     def __init__(self, receiver, reader, writer):
         self.receiver = receiver
@@ -41,7 +41,7 @@ class Peer:
         self.writer: asyncio.StreamWriter = writer
 
     async def request(self) -> Request:
-        """Read and remember one request; a client that hangs up ends the habit."""
+        """Read and record one request; if the client hangs up, the habit ends."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *fields = head.rstrip("\r\n").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in fields)}
@@ -52,29 +52,29 @@ class Peer:
         return request
 
     async def send(self, data: bytes) -> None:
-        """Write, as fast as the client reads."""
+        """Send data, no faster than the client reads."""
         self.writer.write(data)
         await self.writer.drain()
         self.receiver.sent += len(data)
 
     async def gone(self) -> None:
-        """Wait until the client has hung up."""
+        """Wait until the client hangs up."""
         while await self.reader.read(65_536):
             pass
 
     async def drip(self, data: bytes, pause: float = 0.02) -> None:
-        """Send one byte at a time, for ever."""
+        """Send one byte at a time without end."""
         for at in range(2**30):
             await self.send(data[at % len(data) :][:1])
             await asyncio.sleep(pause)
 
     async def flood(self, block: bytes = BLOCK, total: int = 10 * 2**30) -> None:
-        """Send 10 GB of the same, or until the client hangs up."""
+        """Send the same block until `total` bytes are sent or the client hangs up."""
         for _ in range(total // len(block)):
             await self.send(block)
 
     def reset(self) -> None:
-        """Break the connection with RST."""
+        """Reset the connection (RST)."""
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
@@ -85,7 +85,7 @@ Habit = Callable[[Peer], Awaitable[None]]
 
 @dataclass
 class Receiver:
-    """A server with one habit; closes every connection when left, and raises what a habit raised."""
+    """A server with one habit; at the end, it closes all connections and raises a habit's exception."""
 
     habit: Habit
     tls: ssl.SSLContext | None = None
@@ -97,7 +97,7 @@ class Receiver:
     sent: int = 0  # bytes
     requests: list[Request] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)  # a request has come
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # a connection's habit has come to its end
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the habit of a connection has ended
 
     async def __aenter__(self) -> Self:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -119,7 +119,7 @@ class Receiver:
                 raise outcome
 
     async def until(self, requests: int) -> None:
-        """Wait until so many requests have come."""
+        """Wait until this number of requests has arrived."""
         while len(self.requests) < requests:
             self.asked.clear()
             await self.asked.wait()
@@ -140,7 +140,7 @@ class Receiver:
 
 
 def receiver(habit: Callable[..., Awaitable[None]]) -> Callable[..., Receiver]:
-    """Turn a habit into what makes receivers that have it; keywords go to the habit."""
+    """Turn a habit into a factory of receivers with that habit; it passes keywords on to the habit."""
 
     @functools.wraps(habit)
     def make(*, tls: ssl.SSLContext | None = None, scheme: str = "", host: str = "127.0.0.1", **options):
@@ -150,7 +150,7 @@ def receiver(habit: Callable[..., Awaitable[None]]) -> Callable[..., Receiver]:
 
 
 def head(status: str = "200 OK", **headers: object) -> bytes:
-    """Render an answer's head: `head("204 No Content", retry_after=3)`."""
+    """Render the head of a response: `head("204 No Content", retry_after=3)`."""
     lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
     return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode("latin-1", "surrogateescape")
 
@@ -160,7 +160,7 @@ def head(status: str = "200 OK", **headers: object) -> bytes:
 
 @receiver
 async def answers(peer, status="200 OK", body=b"", **headers):
-    """Answer every request alike, and keep the connection."""
+    """Send the same response to each request, and keep the connection open."""
     while True:
         await peer.request()
         length = {} if status.startswith("204") else {"content_length": len(body)}
@@ -176,7 +176,7 @@ async def answers_until_close(peer, body=b"until close"):
 
 @receiver
 async def answers_in_chunks(peer, chunks=(b"in ", b"chunks")):
-    """Use chunked encoding, as it is meant."""
+    """Send a correct chunked body."""
     while True:
         await peer.request()
         body = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in (*chunks, b""))
@@ -185,7 +185,7 @@ async def answers_in_chunks(peer, chunks=(b"in ", b"chunks")):
 
 @receiver
 async def shows_certificates(peer):
-    """Answer with the name in the certificate that the client has shown."""
+    """Respond with the name in the client's certificate."""
     shown = peer.writer.get_extra_info("peercert") or {}
     name = shown.get("subjectAltName", ((None, "nobody"),))[0][1].encode()
     while True:
@@ -198,7 +198,7 @@ async def shows_certificates(peer):
 
 @receiver
 async def hang(peer):
-    """Take the request and never answer."""
+    """Read the request and never respond."""
     await peer.request()
     await peer.gone()
 
@@ -220,7 +220,7 @@ async def hang_in_head(peer):
 
 @receiver
 async def hang_in_body(peer, status="200 OK"):
-    """Say yes, begin the body, stop."""
+    """Send a 200 and the beginning of the body, then stop."""
     await peer.request()
     await peer.send(head(status, content_length=100) + b"begun")
     await peer.gone()
@@ -228,7 +228,7 @@ async def hang_in_body(peer, status="200 OK"):
 
 @receiver
 async def drip_head(peer):
-    """Send a head one byte at a time: no pause is long enough to notice."""
+    """Send a head one byte at a time; a timeout between bytes would never fire."""
     await peer.request()
     await peer.drip(head(x_slow="y" * 80)[:-2])
 
@@ -243,7 +243,7 @@ async def drip_body(peer, status="500 Internal Server Error"):
 
 @receiver
 async def informational_flood(peer):
-    """Announce for ever that the answer is about to come."""
+    """Send 103 responses without end."""
     await peer.request()
     await peer.flood(head("103 Early Hints") * 64)
 
@@ -253,7 +253,7 @@ async def informational_flood(peer):
 
 @receiver
 async def endless_headers(peer):
-    """Send headers for ever."""
+    """Send headers without end."""
     await peer.request()
     await peer.send(b"HTTP/1.1 200 OK\r\n")
     await peer.flood(b"X-More: yes\r\n" * 4000)
@@ -261,7 +261,7 @@ async def endless_headers(peer):
 
 @receiver
 async def many_headers(peer, count=100_000):
-    """Send a complete answer with 100,000 headers."""
+    """Send a complete response with 100,000 headers."""
     await peer.request()
     await peer.send(head(content_length=0)[:-2])
     await peer.flood(b"X-More: yes\r\n" * 1000, total=count * 13)
@@ -295,7 +295,7 @@ async def huge_body(peer, status="200 OK"):
 
 @receiver
 async def endless_chunks(peer):
-    """Send chunks for ever."""
+    """Send chunks without end."""
     await peer.request()
     await peer.send(head(transfer_encoding="chunked"))
     await peer.flood(b"10000\r\n" + BLOCK + b"\r\n")
@@ -303,7 +303,7 @@ async def endless_chunks(peer):
 
 @receiver
 async def endless_chunk_extension(peer):
-    """Put 10 GB where a chunk's size may carry remarks."""
+    """Send a chunk extension of 10 GB."""
     await peer.request()
     await peer.send(head(transfer_encoding="chunked") + b"1;")
     await peer.flood()
@@ -311,7 +311,7 @@ async def endless_chunk_extension(peer):
 
 @receiver
 async def endless_trailers(peer):
-    """End the body, then send headers for ever."""
+    """End the body, then send trailers without end."""
     await peer.request()
     await peer.send(head(transfer_encoding="chunked") + b"2\r\nok\r\n0\r\n")
     await peer.flood(b"X-More: yes\r\n" * 4000)
@@ -337,14 +337,14 @@ def _bomb(size: int) -> bytes:
 
 @receiver
 async def says(peer, answer=b""):
-    """Send these very bytes to every request, then close."""
+    """Send exactly these bytes, then close."""
     await peer.request()
     await peer.send(answer)
 
 
 @receiver
 async def says_in_pieces(peer, pieces=(), pause=0.005):
-    """Send these very pieces to every request, each in a segment of its own, then close."""
+    """Send each piece in a separate segment, then close."""
     await peer.request()
     for piece in pieces:
         await peer.send(piece)
@@ -353,12 +353,12 @@ async def says_in_pieces(peer, pieces=(), pause=0.005):
 
 @receiver
 async def says_more_later(peer, status="204 No Content", extra=b"ok", pause=0.01):
-    """Answer every request, keep the connection, and send more than was announced a moment later."""
+    """Respond, keep the connection open, and send excess bytes a moment later."""
     while True:
         await peer.request()
         length = {} if status.startswith("204") else {"content_length": 0}
         await peer.send(head(status, **length))
-        await asyncio.sleep(pause)  # this is what it is about
+        await asyncio.sleep(pause)  # the excess bytes must come later
         await peer.send(extra)
 
 
@@ -371,7 +371,7 @@ NONSENSE = {
     "switching protocols": head("101 Switching Protocols", upgrade="websocket", connection="upgrade"),
     "status 999": head("999 Beyond", content_length=0),
 }
-"""Answers that are none, by what is wrong with them."""
+"""Bytes that are not an HTTP response, by their fault."""
 
 BROKEN_BODIES = {
     "a chunk size that is no number": head(transfer_encoding="chunked") + b"zz\r\nok\r\n0\r\n\r\n",
@@ -380,7 +380,7 @@ BROKEN_BODIES = {
     "an enormous chunk size": head(transfer_encoding="chunked") + b"f" * 40 + b"\r\nok",
     "less than its length": head(content_length=10) + b"ok",
 }
-"""Answers that say yes and then break their body."""
+"""Responses with status 200 and a broken body, by their fault."""
 
 
 # --- connections --------------------------------------------------------------------------------------
@@ -388,11 +388,11 @@ BROKEN_BODIES = {
 
 @receiver
 async def breaks_its_body(peer, answer):
-    """Let the head arrive before the broken body follows."""
+    """Send the head, wait, and send the broken body."""
     await peer.request()
     start, end, rest = answer.partition(b"\r\n\r\n")
     await peer.send(start + end)
-    await asyncio.sleep(0.02)  # what this habit is about
+    await asyncio.sleep(0.02)  # the head must arrive first
     await peer.send(rest)
 
 
@@ -403,13 +403,13 @@ async def closes_at_once(peer):
 
 @receiver
 async def closes_unanswered(peer):
-    """Take the request and close."""
+    """Read the request and close."""
     await peer.request()
 
 
 @receiver
 async def answers_once(peer):
-    """Answer the very first request, and close every further connection and request unanswered."""
+    """Respond to the first request only; close further connections and requests without a response."""
     await peer.request()
     if len(peer.receiver.requests) == 1:
         await peer.send(head(content_length=0))
@@ -418,30 +418,30 @@ async def answers_once(peer):
 
 @receiver
 async def speaks_first(peer, greeting=b"220 mail.example ESMTP\r\n"):
-    """Greet before any request, as a mail server does."""
+    """Send a greeting before any request, as a mail server does."""
     await peer.send(greeting)
     await peer.gone()
 
 
 @receiver
 async def resets(peer):
-    """Take the request and break the connection."""
+    """Read the request and reset the connection."""
     await peer.request()
     peer.reset()
 
 
 @receiver
 async def resets_in_body(peer, status="200 OK"):
-    """Say yes, begin the body, break the connection once the beginning has been read."""
+    """Send a 200 and the beginning of the body; reset the connection after the client has read them."""
     await peer.request()
     await peer.send(head(status, content_length=100) + b"begun")
-    await asyncio.sleep(0.02)  # RST may overtake what was sent; this habit is about what arrived
+    await asyncio.sleep(0.02)  # an RST may overtake the bytes before it
     peer.reset()
 
 
 @receiver
 async def closes_kept_alive(peer):
-    """Answer one request, promise to keep the connection, close it at the next."""
+    """Respond with keep-alive, then close the connection at the next request."""
     await peer.request()
     await peer.send(head(content_length=0))
     await peer.reader.read(1)
@@ -449,7 +449,7 @@ async def closes_kept_alive(peer):
 
 @receiver
 async def resets_kept_alive(peer):
-    """Answer one request, promise to keep the connection, break it at the next."""
+    """Respond with keep-alive, then reset the connection at the next request."""
     await peer.request()
     await peer.send(head(content_length=0))
     await peer.reader.read(1)
@@ -458,7 +458,7 @@ async def resets_kept_alive(peer):
 
 @receiver
 async def breaks_off_kept_alive(peer, beginning=b"HTTP/1.1 200 O"):
-    """Answer one request, begin to answer the next, close."""
+    """Respond to one request, begin the response to the next one, and close."""
     await peer.request()
     await peer.send(head(content_length=0))
     await peer.request()
@@ -467,7 +467,7 @@ async def breaks_off_kept_alive(peer, beginning=b"HTTP/1.1 200 O"):
 
 @receiver
 async def answers_before_reading(peer, status="413 Payload Too Large"):
-    """Judge by the head alone, and leave the body unread."""
+    """Respond after the head of the request, without reading the body."""
     await peer.reader.readuntil(b"\r\n\r\n")
     peer.writer.transport.pause_reading()
     await peer.send(head(status, content_length=0))
@@ -476,14 +476,14 @@ async def answers_before_reading(peer, status="413 Payload Too Large"):
 
 @receiver
 async def says_more_than_its_length(peer):
-    """Send a second, unasked answer behind the first: it must not answer the next request."""
+    """Send a second response behind the first; the client must not take it for the next request."""
     await peer.request()
     await peer.send(head(content_length=2) + b"ok" + head("500 Unasked", content_length=0))
     await peer.gone()
 
 
 def unused_port() -> int:
-    """Return a loopback port that nobody listens on."""
+    """Return a loopback port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -496,7 +496,7 @@ _HOP_BY_HOP = {"proxy-authorization", "connection"}
 
 @receiver
 async def forwards(peer):
-    """Open tunnels, and hand on whole requests over connections of their own."""
+    """Behave as a correct proxy: open tunnels, and forward each request on a new connection."""
     while True:
         request = await peer.request()
         method, target, _ = request.line.split(" ")

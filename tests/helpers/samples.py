@@ -1,4 +1,4 @@
-"""The recorded samples: what each sender sends, byte for byte, and what must come of it.
+"""The recorded samples: requests of each sender, byte for byte, with the expected response and effect.
 
 `samples/<kind>/<case>/request.http` is one HTTP/1.1 request. Lines of its head may end with LF, the
 file's last newline is not part of the body, `{fill:N}` stands for N letters and `Content-Length:
@@ -76,7 +76,7 @@ def sources() -> dict[str, Source]:
 
 
 def read_samples() -> list[Sample]:
-    """Read every case, in the order of its path."""
+    """Read all cases, sorted by path."""
     return [read_sample(folder) for folder in sorted(ROOT.glob("*/*"))]
 
 
@@ -90,7 +90,7 @@ def read_sample(folder: Path) -> Sample:
 
 
 def like(actual: Any, expected: Any) -> bool:
-    """Compare JSON values; a placeholder fits any id of its kind."""
+    """Compare JSON values; a placeholder matches any id of its kind."""
     if isinstance(expected, dict) and isinstance(actual, dict):
         return actual.keys() == expected.keys() and all(like(actual[k], expected[k]) for k in expected)
     if expected in _PLACEHOLDERS if isinstance(expected, str) else False:

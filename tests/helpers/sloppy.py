@@ -1,4 +1,4 @@
-"""Answers as sloppy receivers give them, and which of them say yes.
+"""Responses of sloppy receivers, and the status that curl and Go read in them.
 
 The second and third column are what curl 7.88.1 (`%{http_code}`) and Go 1.26.8 (`StatusCode`) made of
 them, each sent in one piece before the connection was closed; 0: an error without a status.
@@ -6,7 +6,7 @@ them, each sent in one piece before the connection was closed; 0: an error witho
 
 from receivers import head
 
-FINAL = 200  # below are announcements, which are no answer
+FINAL = 200  # a lower status announces a response
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -129,11 +129,11 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
 }
 
 LENIENT = {"an empty line before it": 200, "a tab before the status": 200, "a blank before it": 200}
-"""Where the relay hears a status, although neither of the two does."""
+"""Responses in which the relay reads a status, but neither curl nor Go does."""
 
 
 def status_of(name: str) -> int | None:
-    """Return the status that the relay is to hear: the one that curl or Go hears; None: no answer."""
+    """Return the status that the relay must read: that of curl or Go; None: no response."""
     _, curl, go = SLOPPY[name]
     status = LENIENT.get(name, max(curl, go))
     return status if status >= FINAL else None

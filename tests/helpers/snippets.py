@@ -1,4 +1,4 @@
-"""The code on docs/receiving.md, in every language that this machine has: put into files, built, run.
+"""The code on docs/receiving.md, written to files, built and run in each language that is installed here.
 
 A driver (tests/drivers) reads {name: [secrets, headers, body in base64, now]} on stdin, calls the snippet's
 `verify` with each, and prints {name: [webhook-id, null]} or {name: [null, why not]}.
@@ -25,8 +25,8 @@ OTHER = "whsec_" + base64.b64encode(b"another key of 32 bytes, for it.").decode(
 
 
 def section(heading: str) -> str:
-    """Return what is below a heading, up to the next one of any level."""
-    hidden = re.sub(  # the # of comments in code, which look like headings
+    """Return the text between a heading and the next one."""
+    hidden = re.sub(  # hides the # of comments in code, which look like headings
         r"^```.*?^```", lambda block: block[0].replace("#", "\0"), PAGE, flags=re.MULTILINE | re.DOTALL
     )
     pattern = rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)"
@@ -35,7 +35,7 @@ def section(heading: str) -> str:
 
 
 def blocks(heading: str, fence: str) -> list[str]:
-    """Return the code of one kind below a heading."""
+    """Return the code blocks of one language below a heading."""
     return re.findall(rf"^```{fence}\n(.*?)^```", section(heading), re.MULTILINE | re.DOTALL)
 
 
@@ -43,14 +43,14 @@ def blocks(heading: str, fence: str) -> list[str]:
 class Language:
     """How the snippets of one language are put into files and run."""
 
-    needs: str  # the command that must be there
+    needs: str  # the required command
     files: dict[str, str]
     driver: tuple[str, ...]
     receiver: tuple[str, ...]
     build: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Put the snippets and the driver into a folder, and build them."""
+        """Write the snippets and the driver to a folder, and build them."""
         for name, text in self.files.items():
             (folder / name).write_text(text)
         [suffix] = {Path(name).suffix for name in self.files}
@@ -101,11 +101,11 @@ LANGUAGES = {
     ),
 }
 HERE = [name for name, language in LANGUAGES.items() if shutil.which(language.needs)]
-"""What can be run on this machine."""
+"""The languages that are installed on this machine."""
 
 
 def run(command: tuple[str, ...], folder: Path, stdin: str = "", **environ: str) -> str:
-    """Run a command that must succeed, and return what it prints."""
+    """Run a command, which must succeed, and return its output."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -120,7 +120,7 @@ def run(command: tuple[str, ...], folder: Path, stdin: str = "", **environ: str)
 
 
 def judge(language: Language, folder: Path, cases: dict[str, tuple[Any, ...]]) -> dict[str, list[str | None]]:
-    """Put (secrets, headers, body, now) by name to a `verify`; gives [webhook-id, problem] by name."""
+    """Pass cases (secrets, headers, body, now) to `verify`; return [webhook-id, problem] by case."""
     questions = {
         name: (secrets, headers, base64.b64encode(body).decode(), now)
         for name, (secrets, headers, body, now) in cases.items()
@@ -131,7 +131,7 @@ def judge(language: Language, folder: Path, cases: dict[str, tuple[Any, ...]]) -
 
 @contextmanager
 def receiver(language: Language, folder: Path) -> Iterator[str]:
-    """Run the receiver in a folder that `write` has filled; gives its URL."""
+    """Run the receiver in a folder that `write` has filled; yield its URL."""
     environ = {**os.environ, "WEBHOOK_SECRETS": f"{OTHER} {SECRET}", "PORT": "0"}
     process = subprocess.Popen(
         language.receiver,
@@ -155,7 +155,7 @@ def receiver(language: Language, folder: Path) -> Iterator[str]:
 
 
 def inbox(folder: Path) -> dict[str, bytes]:
-    """Return what waits in a receiver's inbox, by id; nothing is left of what has been handled."""
+    """Return the bodies of unhandled events of a receiver, by id."""
     if (folder / "inbox.db").exists():
         with sqlite3.connect(folder / "inbox.db") as db:
             rows = dict(db.execute("SELECT id, body FROM inbox WHERE NOT done"))
@@ -166,7 +166,7 @@ def inbox(folder: Path) -> dict[str, bytes]:
 
 
 def handle_inbox(folder: Path) -> None:
-    """Mark everything as handled, as the page's workers do."""
+    """Mark all events as handled, as the workers on the page do."""
     if (folder / "inbox.db").exists():
         with sqlite3.connect(folder / "inbox.db") as db:
             db.execute("UPDATE inbox SET done = 1, body = NULL")
@@ -177,7 +177,7 @@ def handle_inbox(folder: Path) -> None:
 
 
 def empty_inbox(folder: Path) -> None:
-    """Forget everything that a receiver has kept; it must not be running."""
+    """Delete all events of a receiver, which must not run."""
     (folder / "inbox.db").unlink(missing_ok=True)
     if (folder / "inbox").is_file():
         (folder / "inbox").unlink()
@@ -185,7 +185,7 @@ def empty_inbox(folder: Path) -> None:
 
 
 def break_inbox(folder: Path) -> None:
-    """Make a running receiver unable to keep anything."""
+    """Make a running receiver unable to store events."""
     if (folder / "inbox.db").exists():
         with sqlite3.connect(folder / "inbox.db") as db:
             db.execute("DROP TABLE inbox")

@@ -1,4 +1,4 @@
-"""A store whose events are owed to two destinations, and what tests of its upkeep do with it."""
+"""Stores for tests, and builders of events, acceptances and outcomes."""
 
 import hashlib
 import os
@@ -67,7 +67,7 @@ async def change_rows(store, sql, values=()):
 
 @asynccontextmanager
 async def opened(path, clock):
-    """Open a store; at the end its books must balance and no row may point to one that is gone."""
+    """Open a store with two destinations; at the end, check its ledger and its foreign keys."""
     store = make_store(path, clock)
     hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
     store.fresh, store.news = [], []
@@ -86,7 +86,7 @@ async def opened(path, clock):
 
 
 def make_event(clock=None, body=b'{"n": 1}', **fields):
-    """Build an event; without a clock, one with a fixed id and moment."""
+    """Build an event; without a clock, its id and time are fixed."""
     public_id, now = "evt_018bcfe5-6800-7000-8000-000000000001", 1_700_000_000_123_456
     if clock is not None:
         public_id, now = new_id(EVENT, clock.wall()), clock.wall()
@@ -110,13 +110,13 @@ def make_event(clock=None, body=b'{"n": 1}', **fields):
 
 
 def accept(clock, body=b'{"n": 1}', *, key=None, change=None, **fields):
-    """Build what a store appends for one event."""
+    """Build the acceptance of one event."""
     event = make_event(clock, body, **fields)
     return Acceptance(source=event.source, event=event, key=key, change=change)
 
 
 async def send(store, clock, *, key=None, **fields):
-    """Append one event; return it as it was stored."""
+    """Append one event and return the stored event."""
     accepted = accept(clock, key=key, **fields)
     await store.events.append(accepted)
     event = accepted.event
@@ -125,7 +125,7 @@ async def send(store, clock, *, key=None, **fields):
 
 
 async def end(store, event, state="delivered", destination=None):
-    """End an event's deliveries, or the one to a destination."""
+    """End the deliveries of an event, or only the one to `destination`."""
     for delivery in store.fresh:
         if delivery.event_id == event.id and destination in (None, delivery.destination):
             attempt = Attempt(started_at=event.received_at, duration_ms=1.0, result="ok", status=200)

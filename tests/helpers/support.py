@@ -1,4 +1,4 @@
-"""What many tests lean on: a clock under their hand, and waiting for a thing itself."""
+"""Clocks that a test sets, and waiting for a condition."""
 
 import asyncio
 from datetime import datetime, timedelta
@@ -10,7 +10,7 @@ from relay.jobs import scheduler as scheduler_module
 
 
 class FakeClock:
-    """Both scales under the test's hand."""
+    """A clock that only the test moves; wall and steady time are equal."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000 * SECOND
@@ -26,7 +26,7 @@ class FakeClock:
 
 
 class SteppedClock(SystemClock):
-    """The machine's clocks, the wall's put forward or back by the test; APScheduler reads it, too."""
+    """The machine's clocks, with a wall time that the test can shift; APScheduler reads it, too."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -47,9 +47,9 @@ class SteppedClock(SystemClock):
 
 
 async def until(condition, seconds=30.0):
-    """Wait until `condition()` is true, and fail when it is not within `seconds`."""
+    """Wait until `condition()` is true and return its value; fail after `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not (result := condition()):
-        assert asyncio.get_running_loop().time() < deadline, "it did not come true in time"
+        assert asyncio.get_running_loop().time() < deadline, "the condition was not true in time"
         await asyncio.sleep(0.005)
     return result

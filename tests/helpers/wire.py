@@ -1,4 +1,4 @@
-"""HTTP/1.1 by hand: what a test sends is visible to the byte, and what comes back is read strictly."""
+"""HTTP/1.1 by hand: a test sends exact bytes and reads responses strictly; and server-sent events."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ CONTINUE = 100
 
 @dataclass(frozen=True)
 class Answer:
-    """One response."""
+    """A response."""
 
     status: int
     headers: dict[str, str]  # lower-case names
@@ -52,13 +52,13 @@ class Wire:
         await self.hang_up()
 
     async def send(self, data: bytes) -> None:
-        """Write as fast as the server reads; one that stopped listening may still answer."""
+        """Send data, no faster than the server reads; a server that closed its side may still respond."""
         with contextlib.suppress(ConnectionError):
             self.writer.write(data)
             await self.writer.drain()
 
     async def answer(self, *, bodiless: bool = False) -> Answer:
-        """Read one response; every one of them says how long it is."""
+        """Read one response, whose head must give its length."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *fields = head.rstrip("\r\n").split("\r\n")
         version, status, *_ = line.split(" ", 2)
@@ -74,29 +74,29 @@ class Wire:
         return Answer(int(status), headers, body)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Read a chunked body piece by piece."""
+        """Read a chunked body."""
         while size := int(await self.reader.readuntil(b"\r\n"), 16):
             yield (await self.reader.readexactly(size + 2))[:-2]
         await self.reader.readexactly(2)
 
     async def closed(self) -> bool:
-        """Wait until the server has closed; False if it says something instead."""
+        """Wait until the server closes the connection; return False if it sends bytes instead."""
         try:
             return not await self.reader.read(1)
         except ConnectionError:
             return True
 
     async def hang_up(self) -> None:
-        """Close, whatever is still to come."""
+        """Close at once, even if bytes are still to come."""
         self.writer.close()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
 
 
 async def exchange(url: str | Path, raw: bytes, *, bodiless: bool = False) -> Answer:
-    """Send one request on a connection of its own and return the answer."""
+    """Send one request on a new connection and return the response."""
     async with asyncio.timeout(30), await Wire.open(url) as wire:
-        sending = asyncio.create_task(wire.send(raw))  # the answer may come before the body is through
+        sending = asyncio.create_task(wire.send(raw))  # the response may come before the end of the body
         try:
             while (answer := await wire.answer(bodiless=bodiless)).status == CONTINUE:
                 pass
@@ -120,7 +120,7 @@ def request(method: str, path: str, body: bytes | None = None, **headers: str) -
 
 
 class Reader:
-    """One stream that is being followed."""
+    """A reader of one stream."""
 
     def __init__(self, response) -> None:
         self.response = response
@@ -128,7 +128,7 @@ class Reader:
         self.ids = []
 
     async def next(self, seconds=30.0):
-        """Return the next event's name and data; None at the end."""
+        """Return the name and data of the next event, or None at the end of the stream."""
         name = data = None
         async with asyncio.timeout(seconds):
             async for raw in self.response.content:
@@ -147,7 +147,7 @@ class Reader:
         return None
 
     async def rest(self, seconds=30.0):
-        """Return all that comes until the end."""
+        """Return all further events."""
         found = []
         while (item := await self.next(seconds)) is not None:
             found.append(item)
@@ -156,7 +156,7 @@ class Reader:
 
 @asynccontextmanager
 async def following(socket, path):
-    """Follow a stream of the relay behind a unix socket; its head and first comment have come."""
+    """Open a stream on a unix socket, and wait for its head and first comment."""
     session = ClientSession(connector=UnixConnector(str(socket)), timeout=ClientTimeout(total=None))
     async with session, session.get(f"http://relay{path}") as response:
         assert response.status == 200, await response.text()

@@ -1,4 +1,4 @@
-"""Every way of misbehaving at once: one server per animal, with the result that an attempt at it has.
+"""All receivers that misbehave, at once: one server per animal, with the results that attempts may have.
 
 `python tests/helpers/zoo.py` keeps them all until the process is ended, and prints where they live.
 """
@@ -17,12 +17,12 @@ from certificates import Certificates
 from receivers import Receiver
 
 Habitat = tuple[Callable[[], Receiver], AbstractSet[str]]
-"""Makes a receiver, and what attempts at it end as."""
+"""A factory of receivers, and the possible results of an attempt."""
 
 OK = {"ok"}
 TIMEOUT = {"timeout"}
 PROTOCOL = {"protocol"}
-ENDED = {"connect", "protocol"}  # whether the write or the read notices first
+ENDED = {"connect", "protocol"}  # depends on whether the write or the read notices first
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Animal:
     """One receiver that misbehaves."""
 
     url: str
-    results: AbstractSet[str]  # what an attempt at it may end as
+    results: AbstractSet[str]  # possible results of an attempt
     guarded: bool = False  # whether the address guard is on
 
 
@@ -41,7 +41,10 @@ HABITS: dict[str, Habitat] = {
     "hangs in its head": (receivers.hang_in_head, TIMEOUT),
     "hangs in its body": (receivers.hang_in_body, OK),
     "hangs in the body of a failure": (partial(receivers.hang_in_body, status="502 Bad Gateway"), {"5xx"}),
-    "drips its head": (receivers.drip_head, OK | TIMEOUT),  # whether its status line is there by then
+    "drips its head": (
+        receivers.drip_head,
+        OK | TIMEOUT,
+    ),  # depends on how much of its status line has arrived
     "drips its body": (receivers.drip_body, {"5xx"}),
     "takes TCP and never TLS": (partial(receivers.never_reads, scheme="https"), TIMEOUT),
     # too much
@@ -93,17 +96,22 @@ HABITS: dict[str, Habitat] = {
 
 
 def habitats(certificates: Certificates) -> dict[str, Habitat]:
-    """Return the receivers that need certificates."""
+    """Return the receivers with certificates."""
     return {
         f"a certificate that is {name}": (partial(receivers.answers, tls=certificates.server(name)), {"tls"})
-        for name in ("good", "expired", "self_signed", "wrong_name")  # nobody trusts the good one either
+        for name in (
+            "good",
+            "expired",
+            "self_signed",
+            "wrong_name",
+        )  # no CA file: the good one is not trusted either
     }
 
 
 @asynccontextmanager
 async def zoo(folder: Path) -> AsyncIterator[dict[str, Animal]]:
-    """Open the zoo: every animal by its name."""
-    receivers._bomb(100 * 2**20)  # packed before anybody waits for it
+    """Start all receivers and return them by name."""
+    receivers._bomb(100 * 2**20)  # takes long: done before any test waits for it
     async with AsyncExitStack() as stack:
         animals = {
             "nobody listens": Animal(f"http://127.0.0.1:{receivers.unused_port()}/", {"connect"}),
@@ -117,7 +125,7 @@ async def zoo(folder: Path) -> AsyncIterator[dict[str, Animal]]:
 
 
 async def main() -> None:
-    """Keep the zoo open; the last line is what benchmarks wait for."""
+    """Keep the receivers running; benchmarks wait for the last line."""
     with TemporaryDirectory() as folder:
         async with zoo(Path(folder)) as animals:
             for animal in animals.values():

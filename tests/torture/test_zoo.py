@@ -48,7 +48,7 @@ def cage(name, animal):
 
 async def settled(store, dispatcher):
     """Wait until every destination has got all it is owed or is held, and return the books."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             counts = await store.ledger.audit()
             lanes = dispatcher.lanes.values()
@@ -89,10 +89,11 @@ async def test_in_a_zoo_every_attempt_ends_in_time_and_typed_and_the_healthy_one
     assert sorted(receiver.ids) == sorted(sent)
     assert peak - before < MOST_MEMORY
     made = await attempts(store)
+    late = sum(sorted(lags)[-5:])  # one attempt can meet several
     for name, animal in animals.items():
         assert {result for result, _ in made[name]} <= animal.results, name
         longest = max(seconds for _, seconds in made[name])
-        assert longest < TIMEOUT + GRACE + max(lags), name
+        assert longest < TIMEOUT + GRACE + late, name
         assert counts[name].created == EVENTS
         assert counts[name].unaccounted == 0
     assert held == {"is gone", "asks for centuries", "a private address", "loopback in IPv6"}
