@@ -17,7 +17,8 @@ async def relay(tmp_path):
         config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
         async with running(config) as relay:
             await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
-            await until(lambda: recorder.ids)
+            done = {"destination": "crm", "outcome": "delivered"}
+            await until(lambda: relay.counted("relay_deliveries_finished_total", **done))
             yield relay
 
 
