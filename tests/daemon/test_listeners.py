@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import sys
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -142,6 +143,7 @@ async def pair(tmp_path_factory):
                 )
                 config.write_text(config.read_text().replace("[server]", '[server]\nbody_timeout = "2s"'))
                 relays.append(running(config))
+            patch.setattr(listeners, "current", "fast")
             async with relays[0] as fast, relays[1] as reference:
                 assert (fast.app.listener, reference.app.listener) == listeners.IMPLEMENTATIONS
                 yield fast, reference
@@ -271,10 +273,26 @@ async def test_an_untested_aiohttp_gets_the_reference_listener_and_a_warning(aio
     assert implementation_of("aiohttp", aiohttp) == ("aiohttp", "")
 
 
+WITHOUT_PARSER = """
+import sys
+import aiohttp.http, aiohttp.web  # which needs the parser itself
+del aiohttp.http.HttpRequestParser
+import relay.app
+from relay.ingest.server import Server
+Server(None, implementation="aiohttp")
+assert "relay.ingest.fast" not in sys.modules
+"""
+
+
+async def test_the_reference_listener_needs_nothing_of_the_fast_one():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", WITHOUT_PARSER)
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
 async def test_with_an_untested_aiohttp_the_daemon_starts_with_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(implementation, "TESTED", ("3.13", "3.13.1"))
     config = write_config(tmp_path, SOURCES)
-    [warning] = [each for each in load(config).config.warnings if "aiohttp" in each]
+    [warning] = [each for each in load(config).config.warnings if "not tested with aiohttp" in each]
     async with running(config) as relay:
         assert relay.app.listener == "aiohttp"
         assert (await relay.exchange(POST)).status == 200
