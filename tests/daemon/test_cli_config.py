@@ -47,7 +47,7 @@ def test_a_good_config_is_one_line_and_its_warnings(relay, here):
     assert destination.startswith("warning: config.toml:3: destinations.crm: unsigned")
 
 
-def test_every_problem_is_a_line_on_stderr_and_then_what_to_do(relay, here):
+def test_every_problem_is_a_line_on_stderr_followed_by_a_hint(relay, here):
     (here / "config.toml").write_text(BAD)
     result = relay("check-config")
     assert result.exit_code == 1
@@ -59,7 +59,7 @@ def test_every_problem_is_a_line_on_stderr_and_then_what_to_do(relay, here):
     ]
 
 
-def test_problems_come_as_json(relay, here):
+def test_problems_print_as_json(relay, here):
     (here / "config.toml").write_text(BAD)
     result = relay("check-config", "--json")
     assert result.exit_code == 1
@@ -73,7 +73,7 @@ def test_problems_come_as_json(relay, here):
     }
 
 
-def test_a_good_config_comes_as_json_with_its_warnings(relay, here):
+def test_a_good_config_prints_as_json_with_its_warnings(relay, here):
     (here / "config.toml").write_text(GOOD)
     result = relay("check-config", "--json")
     assert result.exit_code == 0
@@ -96,20 +96,20 @@ def test_the_config_is_found_by_argument_option_variable_and_place(relay, here, 
     assert relay("check-config", *args, **environ).stdout.startswith(f"{file}: ok")
 
 
-def test_the_last_place_is_the_system_s(relay, here):
+def test_the_last_default_is_the_system_s_configuration(relay, here):
     (here / "etc").mkdir()
     (here / "etc" / "config.toml").write_text(GOOD)
     assert relay("check-config").stdout.startswith(f"{here}/etc/config.toml: ok")
 
 
-def test_without_a_config_it_says_how_to_name_one(relay):
+def test_a_missing_config_has_a_hint_how_to_name_one(relay):
     result = relay("check-config")
     assert result.exit_code == 1
     assert "neither config.toml nor " in result.stderr
     assert "-c FILE or RELAY_CONFIG=FILE" in result.stderr
 
 
-def test_a_file_that_is_not_there_is_a_problem(relay):
+def test_a_missing_file_is_a_problem(relay):
     result = relay("check-config", "no.toml")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[0] == "no.toml: cannot be read: No such file or directory"
@@ -149,7 +149,7 @@ def test_help_lists_each_command_with_the_first_line_of_its_own_help(relay):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["check-config", "{config}"], ["plugins", "list"]])
-def test_what_serves_requests_is_not_imported_for_it(here, args):
+def test_check_config_does_not_import_the_server(here, args):
     (here / "config.toml").write_text(GOOD)
     args = [arg.format(config=here / "config.toml") for arg in args]
     program = (
@@ -180,7 +180,7 @@ def test_plugins_are_an_aligned_table_on_a_terminal(here):
     assert {line.index("bundled") for line in lines[1:]} == {lines[0].index("DOOR")}
 
 
-def test_all_that_plugins_of_the_config_s_folders_offer_is_listed(relay, here):
+def test_plugins_of_the_configured_folders_are_listed(relay, here):
     (here / "config.toml").write_text("[plugins]\ndirs = ['mine']\n[server]\nlisten = 1\n")
     (here / "mine").mkdir()
     (here / "mine" / "shop.py").write_text(
@@ -221,7 +221,7 @@ def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_what_goes_wrong_in_a_command_is_told_without_a_traceback(error, code, says):
+def test_an_error_in_a_command_has_no_traceback(error, code, says):
     @click.group(cls=type(main))
     def group():
         pass
@@ -235,5 +235,5 @@ def test_what_goes_wrong_in_a_command_is_told_without_a_traceback(error, code, s
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 events"), (1, "1 event"), (1204, "1 204 events")])
-def test_numbers_of_things_read_well(number, text):
+def test_counts_have_the_right_plural(number, text):
     assert count(number, "event") == text

@@ -149,30 +149,30 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
         (["tail", "--socket", "{folder}/absent"], 3, "cannot connect to the daemon at"),
     ],
 )
-async def test_a_stream_that_cannot_be_followed_is_said_as_everywhere(ran, args, code, says):
+async def test_a_refused_stream_has_the_usual_error(ran, args, code, says):
     result = await ran(*args, command="follow")
     assert result.exit_code == code
     assert says in result.stderr.splitlines()[0]
 
 
-async def test_changes_are_made(ran):
+async def test_post_and_delete_return_the_response(ran):
     result = await ran("post", "destinations", "crm", "pause", "--socket", "{socket}")
     assert json.loads(result.stdout)["held"] == "paused"
 
 
-async def test_what_is_not_there_is_4_with_the_relay_s_own_hint(ran):
+async def test_a_404_exits_with_4_and_the_daemon_s_hint(ran):
     result = await ran("delete", "replays", "rpl_none", "--socket", "{socket}")
     assert result.exit_code == 4
     assert result.stderr.startswith("unknown replay 'rpl_none'\n  a restart ends all replays")
 
 
-async def test_a_token_that_is_unknown_is_5(ran):
+async def test_an_unknown_token_exits_with_5(ran):
     result = await ran("get", "status", "--url", "{url}", "--token-file", "{folder}/wrong")
     assert (result.exit_code, result.stderr.splitlines()[0]) == (5, "missing or unknown token")
     assert "guessed" not in result.output
 
 
-def test_what_the_kernel_does_not_permit_is_5(tmp_path, monkeypatch):
+def test_a_connection_without_permission_exits_with_5(tmp_path, monkeypatch):
     def forbid(_self):
         raise PermissionError(13, "Permission denied")
 
@@ -188,7 +188,7 @@ def test_what_the_kernel_does_not_permit_is_5(tmp_path, monkeypatch):
     ("file", "says"),
     [("absent", "No such file or directory"), ("stale", "Connection refused"), ("x" * 200, "too long")],
 )
-def test_where_no_relay_listens_is_3_and_what_to_type(tmp_path, file, says):
+def test_a_missing_socket_exits_with_3_and_a_hint(tmp_path, file, says):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "stale"))
     result = run("get", "status", "--socket", tmp_path / file)
@@ -199,7 +199,7 @@ def test_where_no_relay_listens_is_3_and_what_to_type(tmp_path, file, says):
     assert hint == "  start it with `relay serve`, or name its socket with --socket or RELAY_SOCKET"
 
 
-def test_a_url_where_nobody_listens_is_3(tmp_path):
+def test_a_refused_connection_exits_with_3(tmp_path):
     (tmp_path / "token").write_text("t")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -221,7 +221,7 @@ def test_a_url_where_nobody_listens_is_3(tmp_path):
         (None, "no answer from {} within 0.05 s"),
     ],
 )
-def test_something_else_that_listens_there_is_3(tmp_path, monkeypatch, answer, says):
+def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answer, says):
     monkeypatch.setattr(client, "TIMEOUT", 0.05 if answer is None else 5.0)
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -258,7 +258,7 @@ def test_something_else_that_listens_there_is_3(tmp_path, monkeypatch, answer, s
         (["-c", "absent.toml"], 1, "absent.toml: cannot be read"),
     ],
 )
-def test_wrong_uses_say_what_is_wrong(tmp_path, args, code, says):
+def test_wrong_usage_has_an_error_message(tmp_path, args, code, says):
     (tmp_path / "token").write_text("t")
     result = run("get", "status", *[arg.format(token=tmp_path / "token") for arg in args])
     assert result.exit_code == code

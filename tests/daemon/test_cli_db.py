@@ -36,7 +36,7 @@ async def stopped(relay):
     await until(lambda: not relay.addresses.socket.exists())
 
 
-async def test_the_status_tells_what_there_is_and_what_it_takes(relay, commands, config):
+async def test_db_status_shows_contents_and_sizes(relay, commands, config):
     answer = (await commands("db", "status", "--json")).json
     assert (answer["events"], answer["pending"], answer["backups"]) == (2, 2, [])
     assert answer["path"] == str(relay.app.store.path)
@@ -50,7 +50,7 @@ async def test_the_status_tells_what_there_is_and_what_it_takes(relay, commands,
     assert (answer["events"], answer["pending"]) == (2, 2)
 
 
-async def test_a_backup_is_made_by_the_relay_in_its_folder(relay, commands, config):
+async def test_the_daemon_backs_up_to_its_folder(relay, commands, config):
     done = (await commands("db", "backup", "--json")).json
     assert done["events"] == 2
     assert done["path"].startswith(str(relay.app.state_dir.path / "backups" / "relay-"))
@@ -62,7 +62,7 @@ async def test_a_backup_is_made_by_the_relay_in_its_folder(relay, commands, conf
     assert there["backups"] == [made]
 
 
-async def test_a_backup_is_made_by_the_command_where_one_likes(relay, config, tmp_path):
+async def test_the_command_backs_up_to_any_file(relay, config, tmp_path):
     file = tmp_path / "copy.db"
     said = await offline_run(config, "db", "backup", file)
     assert said.out.startswith(f"{file}: 2 events, ")
@@ -77,7 +77,7 @@ async def test_a_backup_is_made_by_the_command_where_one_likes(relay, config, tm
     assert checked["ok"] is True
 
 
-async def test_a_damaged_file_is_found_out_and_named(relay, config, tmp_path):
+async def test_a_damaged_file_fails_its_check(relay, config, tmp_path):
     file = tmp_path / "copy.db"
     await offline_run(config, "db", "backup", file)
     with sqlite3.connect(file) as connection:
@@ -89,7 +89,7 @@ async def test_a_damaged_file_is_found_out_and_named(relay, config, tmp_path):
     assert "FAILED" in (await offline_run(config, "db", "check", file, code=1)).out
 
 
-async def test_what_is_no_backup_or_no_database_says_so(config, tmp_path):
+async def test_a_missing_database_is_an_error(config, tmp_path):
     said = await offline_run(config, "db", "check", code=1)
     assert "no database at" in said.err
     said = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
@@ -99,7 +99,7 @@ async def test_what_is_no_backup_or_no_database_says_so(config, tmp_path):
     assert "--force needs FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
 
 
-async def test_room_is_given_back(relay, commands):
+async def test_compact_reports_the_size_before_and_after(relay, commands):
     for _ in range(20):
         await relay.exchange(request("POST", "/v1/events", adorn("big", payload={"text": "x" * 50_000})))
     await commands("events", "delete", "--subject", "big", "--yes")
@@ -117,7 +117,7 @@ async def test_the_database_is_found_where_the_unit_puts_it(relay, tmp_path, mon
     assert (await offline_run(other, "db", "status", "--offline", "--json")).json["events"] == 2
 
 
-async def test_the_doctor_finds_nothing_in_a_relay_that_is_well(relay, commands, config):
+async def test_the_doctor_passes_for_a_healthy_relay(relay, commands, config):
     await commands("deliveries", "cancel", "--destination", "crm", "--yes")
     said = await commands("doctor")
     assert {row[1] for row in said.rows} == {"ok"}
@@ -140,7 +140,7 @@ PORT = 'listen = "127.0.0.1:{}"\nshutdown'
         (("development", "develpment"), ('did you mean "development"', "correct it before")),
     ],
 )
-async def test_the_doctor_sees_that_the_file_is_not_what_the_relay_goes_by(commands, config, change, found):
+async def test_the_doctor_reports_a_changed_configuration(commands, config, change, found):
     config.write_text(config.read_text().replace(*change))
     said = await commands("doctor", code=1)
     [row] = [row for row in said.rows if row[0] == "config"]
@@ -149,7 +149,7 @@ async def test_the_doctor_sees_that_the_file_is_not_what_the_relay_goes_by(comma
     assert found[1] in said.err
 
 
-async def test_what_the_relay_goes_by_is_told_with_every_default_and_no_secret(relay):
+async def test_the_effective_configuration_has_every_default_and_no_secret(relay):
     answer = await exchange(relay.addresses.socket, request("GET", "/api/config"))
     assert answer.json["config"]["retention"]["events"] == "14d"
     assert answer.json["config"]["destinations"]["crm"]["secrets"] == ["<secret>"]
@@ -161,7 +161,7 @@ async def test_what_the_relay_goes_by_is_told_with_every_default_and_no_secret(r
     assert {each["name"] for each in listed["items"]} >= {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
 
 
-def test_ctrl_c_stops_what_goes_on_in_a_thread(monkeypatch):
+def test_ctrl_c_stops_an_operation_in_a_thread(monkeypatch):
     begun = []
 
     def look(stop):

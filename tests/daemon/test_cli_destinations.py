@@ -22,7 +22,7 @@ async def relay(tmp_path):
             yield relay
 
 
-async def test_destinations_are_listed_with_their_books(commands):
+async def test_destinations_are_listed_with_their_counts(commands):
     [[name, held, pending, *_]] = (await commands("destinations", "list")).rows
     assert (name, held, pending.isdigit()) == ("crm", "", True)
     assert (await commands("destinations", "list", "-q")).out == "crm\n"
@@ -34,7 +34,7 @@ async def test_destinations_are_listed_with_their_books(commands):
     ("stop", "go_on", "held"),
     [("pause", "resume", "paused"), ("disable", "enable", "disabled: operator")],
 )
-async def test_a_destination_is_stopped_and_goes_on(commands, stop, go_on, held):
+async def test_a_destination_is_paused_and_resumed(commands, stop, go_on, held):
     assert (await commands("destinations", stop, "crm")).out == f"crm: {held}\n"
     said = await commands("destinations", "show", "crm")
     assert ["held", held] in said.rows
@@ -44,13 +44,13 @@ async def test_a_destination_is_stopped_and_goes_on(commands, stop, go_on, held)
     assert (await commands("destinations", "show", "crm")).err == ""
 
 
-async def test_what_something_is_called_comes_before_what_is_told_of_it(commands):
+async def test_the_name_is_the_first_field(commands):
     for words in (["destinations", "show", "crm"], ["sources", "show", "adorn"]):
         assert (await commands(*words)).rows[0] == ["name", words[-1]]
     assert list((await commands("destinations", "list", "--json")).json["items"][0])[:2] == ["name", "held"]
 
 
-async def test_it_is_said_what_is_owed_since_when_and_why_it_does_not_move(commands, relay):
+async def test_show_has_the_backlog_its_age_and_the_reason(commands, relay):
     shown = (await commands("destinations", "show", "crm", "--json")).json
     assert (shown["due"], shown["oldest"]) == (0, None)
     await commands("destinations", "pause", "crm")
@@ -62,7 +62,7 @@ async def test_it_is_said_what_is_owed_since_when_and_why_it_does_not_move(comma
     assert ["oldest_state", "pending"] in rows
 
 
-async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(commands):
+async def test_resume_of_a_destination_that_stays_held_has_a_hint(commands):
     await commands("destinations", "pause", "crm")
     await commands("destinations", "disable", "crm")
     said = await commands("destinations", "resume", "crm")
@@ -70,7 +70,7 @@ async def test_who_goes_on_with_one_that_stays_held_is_told_what_else_to_do(comm
     assert said.err == "enable it with `relay destinations enable crm`; it then gets its backlog\n"
 
 
-async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
+async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:1"), GONE)
     async with running(config) as relay:
         commands = Commands(relay.addresses.socket)
@@ -108,7 +108,7 @@ async def test_what_a_stopped_relay_owes_can_be_read_from_its_file(tmp_path):
         ),
     ],
 )
-async def test_the_error_that_keeps_a_delivery_is_shown_with_what_to_do(tmp_path, more, held, says):
+async def test_the_error_of_a_waiting_delivery_is_shown_with_a_hint(tmp_path, more, held, says):
     other = f'[destinations.other]\nevents = ["*"]\n{more}'
     async with running(write_config(tmp_path, SOURCES, other)) as relay:
         await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
@@ -142,6 +142,6 @@ async def test_a_source_is_shown_with_its_latest_event(commands):
 
 @pytest.mark.parametrize("noun", ["destinations", "sources"])
 @pytest.mark.parametrize("verb", ["show", "pause"])
-async def test_an_unknown_name_is_4_and_says_which_there_are(commands, noun, verb):
+async def test_an_unknown_name_exits_with_4_and_lists_the_names(commands, noun, verb):
     said = await commands(noun, verb, "crn", code=4)
     assert "known: " in said.err

@@ -67,14 +67,14 @@ async def test_lists_are_filtered(commands, events, args, found):
     ],
 )
 @pytest.mark.parametrize("noun", ["events", "deliveries"])
-async def test_lists_look_into_what_events_hold(commands, events, noun, args, found):
+async def test_lists_are_filtered_by_the_content_of_events(commands, events, noun, args, found):
     shown = (await commands(noun, "list", *args, "--json")).json["items"]
     subjects = dict(zip(events, ["s-1", "s-2"], strict=True))
     assert [subjects[each.get("event_id", each["id"])] for each in shown] == found
 
 
 @pytest.mark.parametrize("text", ["=1", "", "'data", "data.a!", "total=1", "data..a"])
-def test_what_is_no_condition_is_a_usage_error_with_examples(text):
+def test_an_invalid_condition_is_a_usage_error_with_examples(text):
     said = run("events", "list", "--where", text, "--socket", "none", code=2)
     assert "data.sale_made=true" in said.err
 
@@ -91,7 +91,7 @@ def test_what_is_no_condition_is_a_usage_error_with_examples(text):
         ([], None),
     ],
 )
-def test_conditions_are_typed_as_they_read(texts, table):
+def test_conditions_are_parsed(texts, table):
     literal = {key: each if isinstance(each, dict) else {"in": [each]} for key, each in (table or {}).items()}
     assert conditions(texts) == (literal or None)
     if literal:
@@ -108,7 +108,7 @@ def test_conditions_are_typed_as_they_read(texts, table):
         ["workers", "command", "whatsapp", "w-1", "restart", "--ttl", "soon"],
     ],
 )
-def test_a_value_that_nobody_understands_is_a_wrong_use_whether_a_relay_runs_or_not(args):
+def test_an_invalid_value_is_a_usage_error_even_without_a_daemon(args):
     assert f"Invalid value for '{args[-2]}'" in run(*args, "--socket", "none", code=2).err
 
 
@@ -117,7 +117,7 @@ def test_a_condition_that_contradicts_another_is_refused():
     assert "contradicts" in said.err
 
 
-async def test_a_list_is_followed_to_what_is_rare(commands, events, monkeypatch):
+async def test_a_list_follows_short_pages_to_rare_rows(commands, events, monkeypatch):
     monkeypatch.setattr(page_budget, "MOST_CANDIDATES", 1)
     page = (await commands("events", "list", "--where", "subject=s-1", "--json")).json
     assert ([each["id"] for each in page["items"]], page["next_cursor"]) == ([events[0]], None)
@@ -126,7 +126,7 @@ async def test_a_list_is_followed_to_what_is_rare(commands, events, monkeypatch)
     assert page["next_cursor"] is not None
 
 
-def test_a_search_that_is_ended_says_how_to_go_on(monkeypatch):
+def test_an_interrupted_search_prints_the_cursor(monkeypatch):
     pages = iter([{"items": [{"id": "a"}], "next_cursor": "7"}])
 
     def get(self, *path, **query):
@@ -156,19 +156,19 @@ async def test_an_event_is_shown_with_its_deliveries(commands, events):
     assert (await commands("events", "show", events[0], "--json")).json["subject"] == "s-1"
 
 
-async def test_a_body_comes_byte_for_byte(commands, events):
+async def test_a_body_prints_byte_for_byte(commands, events):
     assert (await commands("events", "body", events[0])).out.encode() == BODY
     assert (await commands("events", "body", events[0], "--json")).json == {"body": BODY.decode()}
 
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
-async def test_what_there_is_not_is_4(commands, events, command):
+async def test_an_unknown_id_exits_with_4(commands, events, command):
     said = await commands(*command, "0190", code=4)
     assert said.err.endswith("'0190'\n  the list of them shows what there is\n")
 
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
-def test_an_empty_argument_is_a_wrong_use(command):
+def test_an_empty_argument_is_a_usage_error(command):
     assert "check the shell variables in the command" in run(*command, "", "--socket", "none", code=2).err
 
 
@@ -178,7 +178,7 @@ async def test_events_are_replayed_by_their_ids_without_asking(commands, events,
     await until(lambda: recorder.ids.count(events[0]) == 2)
 
 
-async def test_events_are_replayed_by_a_filter_once_somebody_said_yes(commands, events, recorder):
+async def test_a_replay_by_a_filter_needs_confirmation(commands, events, recorder):
     wish = ("events", "replay", "--source", "adorn", "--since", "1h", "--to", "crm")
     assert (await commands(*wish, "--dry-run")).out == "2 events\n"
     refused = await commands(*wish, code=2)
@@ -198,18 +198,18 @@ async def test_events_are_replayed_by_a_filter_once_somebody_said_yes(commands, 
         (["--source", "adorn", "--rate", "fast"], 2, "'--rate': expected a rate"),
     ],
 )
-async def test_a_wrong_replay_says_what_is_wrong(commands, events, args, code, says):
+async def test_an_invalid_replay_has_an_error_message(commands, events, args, code, says):
     assert says in (await commands("events", "replay", *args, code=code)).err
 
 
-async def test_a_replay_that_skips_something_is_6(commands, events, relay):
+async def test_a_replay_that_skips_events_exits_with_6(commands, events, relay):
     await commands("destinations", "pause", "crm")
     await commands("events", "replay", events[0])
     said = await commands("events", "replay", events[0], code=6)
     assert said.err == "skipped 1 event\n  they match no destination, or their delivery is already pending\n"
 
 
-async def test_deliveries_are_listed_and_shown_with_their_tries(commands, events):
+async def test_deliveries_are_listed_and_shown_with_their_attempts(commands, events):
     rows = (await commands("deliveries", "list", "--state", "delivered")).rows
     assert [row[3:7] for row in rows] == [["crm", "delivered", "1", "200"]] * 2
     [[delivery, *_]] = (await commands("deliveries", "list", "--event", events[0])).rows
@@ -233,7 +233,7 @@ async def test_deliveries_are_retried_by_a_filter(commands, events, recorder):
     await until(lambda: len(recorder.ids) == 4)
 
 
-async def test_what_a_retry_or_a_cancelling_means_is_only_counted_when_asked(commands, events, relay):
+async def test_dry_run_of_retry_and_cancel_only_counts(commands, events, relay):
     retry, cancel = (
         ("deliveries", verb, "--destination", "crm", "--dry-run") for verb in ("retry", "cancel")
     )
@@ -248,7 +248,7 @@ async def test_what_a_retry_or_a_cancelling_means_is_only_counted_when_asked(com
     assert len(await relay.rows("deliveries")) == 3
 
 
-async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, events, relay):
+async def test_pending_deliveries_are_cancelled_and_ended_ones_exit_with_6(commands, events, relay):
     await commands("destinations", "pause", "crm")
     await commands("events", "replay", *events)
     pending = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
@@ -266,7 +266,7 @@ async def test_pending_deliveries_are_cancelled_and_ended_ones_are_6(commands, e
     )
 
 
-async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
+async def test_the_file_of_a_stopped_relay_is_read(config, recorder):
     async with running(config) as relay:
         event = (await relay.exchange(request("POST", "/v1/events", BODY))).json["event_id"]
         await until(lambda: finished(relay) == 1)
@@ -289,12 +289,12 @@ async def test_a_stopped_relay_s_file_can_be_read(config, recorder):
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
 
 
-async def test_a_running_relay_s_file_can_be_read_beside_it(commands, events, config):
+async def test_the_file_of_a_running_relay_is_read(commands, events, config):
     said = await asyncio.to_thread(run, "events", "list", "-q", "--offline", "-c", config)
     assert said.out.split() == events[::-1]
 
 
-def test_without_a_file_offline_says_so(tmp_path):
+def test_offline_without_a_file_is_an_error(tmp_path):
     config = write_config(tmp_path, SOURCES)
     said = run("events", "list", "--offline", "-c", config, code=1)
     assert said.err.startswith(f"there is no database {tmp_path / 'state' / 'relay.db'}\n")
@@ -302,6 +302,6 @@ def test_without_a_file_offline_says_so(tmp_path):
     assert "cannot be used with --url" in said.err
 
 
-def test_a_relay_that_does_not_run_is_3(tmp_path):
+def test_a_stopped_daemon_exits_with_3(tmp_path):
     for command in (["events", "list"], ["deliveries", "retry", "0190"], ["events", "replay", "0190"]):
         assert "start it with `relay serve`" in run(*command, "--socket", tmp_path / "none", code=3).err

@@ -37,7 +37,7 @@ def explain(config, *args, code=0, stdin=None):
     return run("explain", *args, "-c", config, code=code, stdin=stdin)
 
 
-def test_a_body_is_judged_as_its_source_reads_it_without_a_relay(config):
+def test_a_body_is_explained_without_a_daemon(config):
     said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
     assert said.rows == [
         ["sales", "no: data.total is 99, expected >= 100"],
@@ -46,7 +46,7 @@ def test_a_body_is_judged_as_its_source_reads_it_without_a_relay(config):
     ]
 
 
-def test_a_body_comes_by_the_standard_input_and_the_answer_as_json(config):
+def test_a_body_from_standard_input_is_explained_as_json(config):
     said = explain(
         config, "--source", "shop", "--data", "-", "--json", stdin=BODY.replace(b"99", b"100")
     ).json
@@ -61,7 +61,7 @@ def test_a_body_comes_by_the_standard_input_and_the_answer_as_json(config):
     assert said["destinations"][2]["retries"] is None
 
 
-def test_it_says_what_is_retried_at_each_destination_that_an_event_goes_to(config):
+def test_the_explanation_has_the_retried_responses(config):
     config.write_text(
         config.read_text()
         + """
@@ -80,7 +80,7 @@ retry = { schedule = ["1m", "1h"] }
     )
 
 
-def test_without_a_body_a_sample_is_judged(config):
+def test_without_a_body_a_sample_is_explained(config):
     assert explain(config, "--source", "shop", "--json").json["type"] == "shop.image.shared"
     said = explain(config, "--source", "whatsapp", "--type", "qr_ready", "--json").json
     assert said["type"] == "whatsapp.qr_ready"
@@ -99,12 +99,12 @@ def test_a_path_may_name_the_prefix_or_not(config):
         assert explain(config, *args, stdin=BODY).json["type"] == "shop.sale.made"
 
 
-def test_a_header_counts_whatever_its_case(config):
+def test_header_names_ignore_case(config):
     args = ("--source", "lazychat", "--header", "x-event-type: order.created", "--data", "-", "--json")
     assert explain(config, *args, stdin=b"{}").json["type"] == "lazychat.order.created"
 
 
-async def test_it_says_what_the_running_relay_says_of_the_stored_event(tmp_path):
+async def test_the_running_daemon_gives_the_same_explanation(tmp_path):
     async with Recorder() as recorder:
         picky = destination("picky", recorder.url, 'where = { "subject" = "vip" }')
         config = write_config(tmp_path, SOURCES, destination("crm", recorder.url), picky)
@@ -134,7 +134,7 @@ async def test_it_says_what_the_running_relay_says_of_the_stored_event(tmp_path)
         (["--source", "moddy", "--path", "/internal/health"], 4, "GET /internal/health creates no event"),
     ],
 )
-def test_wrong_uses_say_what_to_type(config, args, code, says):
+def test_wrong_usage_has_a_hint(config, args, code, says):
     assert says in explain(config, *args, code=code).err
 
 
@@ -146,7 +146,7 @@ def test_wrong_uses_say_what_to_type(config, args, code, says):
         (b'{"event_type": "\\u0007", "session_id": "s"}', "event_type: expected 1 to 200 printable"),
     ],
 )
-def test_a_body_that_its_source_refuses_is_1_with_the_reason(config, body, says):
+def test_a_refused_body_exits_with_1_and_the_reason(config, body, says):
     said = explain(config, "--source", "shop", "--data", "-", code=1, stdin=body)
     assert says in said.err
     assert "`relay send shop --list`" in said.err
@@ -181,7 +181,7 @@ def relay_sources():
         (["--type", "x"], 4, 'the plugin of source "odd" has no samples'),
     ],
 )
-def test_a_plugin_s_own_fault_is_said_as_such(tmp_path, path, code, says):
+def test_an_error_in_a_plugin_is_reported_as_such(tmp_path, path, code, says):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "odd.py").write_text(BROKEN)
     config = write_config(tmp_path, '[sources.odd]\nplugin = "odd"\n')

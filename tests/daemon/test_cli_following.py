@@ -45,7 +45,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(selection, "POLL_EVERY", 0)
 
 
-def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
+def test_progress_has_count_rate_and_remaining_time(monkeypatch, capsys):
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
     follow_replay(
@@ -56,7 +56,7 @@ def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
     assert capsys.readouterr().out == "1 204 of 1 204 events: 1 204 deliveries\n"
 
 
-def test_ctrl_c_cancels_and_says_how_to_go_on(capsys):
+def test_ctrl_c_cancels_a_replay_and_prints_how_to_continue(capsys):
     with pytest.raises(CommandError) as said:
         follow_replay(Scripted({}, KeyboardInterrupt()), RUNNING, as_json=False)
     assert said.value.code == 130
@@ -64,7 +64,7 @@ def test_ctrl_c_cancels_and_says_how_to_go_on(capsys):
     assert said.value.hint.endswith("--since 2026-01-31T12:00:00.000Z")
 
 
-def test_a_replay_that_failed_is_1_with_where_to_go_on():
+def test_a_failed_replay_exits_with_1_and_prints_how_to_continue():
     with pytest.raises(CommandError) as said:
         follow_replay(
             Scripted({"ended_at": "now", "state": "failed", "error": "the disk is full"}),
@@ -86,12 +86,12 @@ def test_on_a_terminal_the_question_has_the_count(monkeypatch, capsys, answer):
     assert capsys.readouterr().out.startswith("Replay 1 204 events? [y/N]: ")
 
 
-def test_who_said_yes_is_not_asked(monkeypatch):
+def test_yes_skips_the_question(monkeypatch):
     monkeypatch.setattr("sys.stdin", itertools.repeat(None))
     confirm("Replay 1 204 events?", yes=True)
 
 
-def test_where_nobody_can_answer_yes_is_demanded(monkeypatch):
+def test_without_a_terminal_yes_is_required(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(click.UsageError, match="Add --yes"):
         confirm("Replay 1 204 events?", yes=False)

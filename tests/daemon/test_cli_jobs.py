@@ -15,7 +15,7 @@ async def relay(tmp_path):
         yield relay
 
 
-async def test_jobs_are_listed_with_what_they_came_to(relay, commands):
+async def test_jobs_are_listed_with_their_results(relay, commands):
     assert (await commands("jobs", "list", "-q")).out.split() == [
         "backup", "books", "disk", "expire", "flush", "forget", "retention", "sweep",
     ]  # fmt: skip
@@ -24,13 +24,13 @@ async def test_jobs_are_listed_with_what_they_came_to(relay, commands):
     assert retention[6].endswith("Z")
 
 
-async def test_a_job_is_run_and_its_end_is_told(commands):
+async def test_a_job_runs_and_its_result_prints(commands):
     said = await commands("jobs", "run", "retention")
     assert said.out.startswith("retention: done in ")
     assert (await commands("jobs", "run", "retention", "--json")).json["runs"] == 2
 
 
-async def test_a_job_that_fails_is_1(relay, commands):
+async def test_a_failed_job_exits_with_1(relay, commands):
     async def fail():
         raise KeyError("nothing")
 
@@ -40,7 +40,7 @@ async def test_a_job_that_fails_is_1(relay, commands):
     assert said.err == "job shop.fail failed\n  the daemon's log has the traceback\n"
 
 
-async def test_a_job_there_is_not_is_4(commands):
+async def test_an_unknown_job_exits_with_4(commands):
     said = await commands("jobs", "run", "swep", code=4)
     assert said.err.startswith("no job 'swep', did you mean \"sweep\"?\n  there are backup, ")
 
@@ -64,7 +64,7 @@ def told(*lines):
     )
 
 
-def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
+def test_progress_is_shown_and_cleared_at_the_end(monkeypatch):
     shown = []
     monkeypatch.setattr(api_client, "show_progress", shown.append)
     assert told({"progress": {"bytes": 1}}, {"progress": {"bytes": 2}}, {"result": {"bytes": 3}}) == {
@@ -81,14 +81,14 @@ def test_progress_is_shown_and_gone_at_the_end(monkeypatch):
         ({"progress": {"bytes": 2}}, 1, "the daemon stopped before the operation finished\n  check its log"),
     ],
 )
-def test_what_does_not_come_to_its_end_says_why(last, code, says):
+def test_an_operation_without_a_result_has_an_error(last, code, says):
     with pytest.raises(CommandError) as raised:
         told({"progress": {"bytes": 1}}, last)
     assert raised.value.code == code
     assert str(raised.value).startswith(says)
 
 
-def test_a_meter_tells_how_far_how_fast_and_how_long(monkeypatch):
+def test_a_meter_has_count_rate_and_remaining_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
     meter = Meter(1204, "event")

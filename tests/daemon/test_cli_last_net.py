@@ -163,7 +163,7 @@ def folder():
         yield folder
 
 
-def test_where_there_is_neither_a_configuration_nor_a_relay(outcomes, folder):
+def test_without_a_configuration_and_a_daemon(outcomes, folder):
     judge(outcomes(list(commands_of(None))))
 
 
@@ -183,7 +183,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_where_the_configuration_is_of_no_use(outcomes, folder, kind):
+def test_with_an_invalid_configuration(outcomes, folder, kind):
     config = folder / "config.toml"
     if CONFIGS[kind] is not None:
         config.write_bytes(CONFIGS[kind])
@@ -193,18 +193,18 @@ def test_where_the_configuration_is_of_no_use(outcomes, folder, kind):
     judge(outcomes(list(commands_of(str(config), offline=True))))
 
 
-def test_where_the_configuration_is_a_folder(outcomes, folder):
+def test_with_a_folder_as_configuration(outcomes, folder):
     judge(outcomes(list(commands_of(str(folder)))))
 
 
-def test_where_no_relay_runs(outcomes, folder):
+def test_without_a_daemon(outcomes, folder):
     (folder / "config.toml").write_text(GOOD)
     ended = [one for one in commands_of("config.toml") if one[0] != "serve"]
     judge(outcomes(ended))
 
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 1000, b"SQLite format 3\0" + b"\0" * 5000])
-def test_where_the_database_is_of_no_use(outcomes, folder, content):
+def test_with_an_invalid_database(outcomes, folder, content):
     (folder / "config.toml").write_text(GOOD)
     (folder / "state").mkdir(mode=0o777)
     (folder / "state" / "relay.db").write_bytes(content)
@@ -215,7 +215,7 @@ def test_where_the_database_is_of_no_use(outcomes, folder, content):
 
 @needs_other_users
 @pytest.mark.parametrize("shut", ["the file", "its folder", "what is around it"])
-def test_who_may_not_enter_or_read_is_told_so_with_5(outcomes, folder, shut):
+def test_missing_permissions_exit_with_5(outcomes, folder, shut):
     """As one who is not in the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
     etc = folder / "etc" / "relay"
     (etc / "state").mkdir(parents=True)
@@ -233,7 +233,7 @@ def test_who_may_not_enter_or_read_is_told_so_with_5(outcomes, folder, shut):
 
 @needs_other_users
 @pytest.mark.parametrize("named", [True, False])
-def test_a_current_folder_that_may_not_be_entered_is_no_matter(outcomes, folder, named):
+def test_an_unreadable_current_folder_is_no_problem(outcomes, folder, named):
     """As after `su` or `sudo -u relay` in /root."""
     (folder / "shut").mkdir(mode=0o700)
     config = folder / "config.toml"
@@ -247,7 +247,7 @@ def test_a_current_folder_that_may_not_be_entered_is_no_matter(outcomes, folder,
 
 
 @needs_other_users
-def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_one(outcomes, folder):
+def test_an_unreadable_plugin_folder_is_a_problem(outcomes, folder):
     (folder / "config.toml").write_text(f'{GOOD}[plugins]\ndirs = ["shut"]\n')
     (folder / "shut").mkdir(mode=0o700)
     commands = [[*command, "-c", "config.toml"] for command in (["check-config"], ["plugins", "list"])]
@@ -275,7 +275,7 @@ def test_a_folder_of_plugins_that_may_not_be_read_is_a_problem_and_not_an_empty_
     ],
     ids=lambda value: value if " " in value and "(" not in value else "",
 )
-def test_whatever_the_process_was_given(outcomes, folder, where, before):
+def test_with_unusual_streams_and_environments(outcomes, folder, where, before):
     (folder / "config.toml").write_text(GOOD)
     commands = [one for one in commands_of(str(folder / "config.toml")) if one[0] != "serve"]
     commands += [[*path, "--help"] for path in list(LEAVES)[::4]] + [
@@ -300,7 +300,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_whatever_answers_at_the_socket(outcomes, folder, kind):
+def test_with_any_response_at_the_socket(outcomes, folder, kind):
     door = folder / "relay.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(door))
@@ -366,7 +366,7 @@ def broken(monkeypatch):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_nobody_expected_is_one_line_with_where_its_details_are(
+def test_an_unexpected_error_is_one_line_with_the_file_of_its_details(
     broken, error, code, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -386,7 +386,7 @@ def test_what_nobody_expected_is_one_line_with_where_its_details_are(
     assert "hookferry" in text
 
 
-def test_where_no_file_can_be_written_there_is_still_one_line(broken, monkeypatch):
+def test_an_unexpected_error_is_one_line_even_without_a_file(broken, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     broken(KeyError("x"))
     result = CliRunner().invoke(main, ["status"])
@@ -396,7 +396,7 @@ def test_where_no_file_can_be_written_there_is_still_one_line(broken, monkeypatc
     )
 
 
-def test_the_details_do_not_hold_what_was_typed(broken, tmp_path, monkeypatch):
+def test_the_details_do_not_contain_the_arguments(broken, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     broken(KeyError("x"))
     CliRunner().invoke(main, ["listen", "--secret", "whsec_typed"])

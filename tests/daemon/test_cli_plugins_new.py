@@ -30,7 +30,7 @@ def add(config, table):
 
 
 @pytest.mark.parametrize("name", ["parcels", "my_shop2"])
-async def test_what_it_writes_works_from_its_test_to_a_request(config, name):
+async def test_the_new_plugin_passes_its_test_and_serves_requests(config, name):
     said = run("plugins", "new", name, "-c", config, "--json").json
     assert said["plugin"] == str(config.parent / "plugins.d" / f"{name}.py")
 
@@ -57,7 +57,7 @@ async def test_what_it_writes_works_from_its_test_to_a_request(config, name):
         assert (event["type"], event["subject"]) == (f"{name}.thing.happened", "42")
 
 
-def test_people_are_told_what_to_do_next(config):
+def test_the_output_has_the_next_steps(config):
     out = run("plugins", "new", "parcels", "-c", config).out
     assert f"{config.parent}/plugins.d/parcels.py: written\n" in out
     assert f"`python -m pytest {config.parent}/plugins.d/test_parcels.py`" in out
@@ -74,7 +74,7 @@ def test_another_folder_is_added_to_those_of_the_configuration(config):
     assert "ok (1 source" in run("check-config", config).out
 
 
-def test_without_a_configuration_it_goes_into_plugins_d(tmp_path, monkeypatch):
+def test_the_default_folder_is_plugins_d(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RELAY_CONFIG", raising=False)
     out = run("plugins", "new", "parcels").out
@@ -84,7 +84,7 @@ def test_without_a_configuration_it_goes_into_plugins_d(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("there", ["parcels.py", "test_parcels.py"])
-def test_nothing_is_overwritten_and_nothing_half_is_left(config, there):
+def test_existing_files_are_kept_and_no_partial_file_is_left(config, there):
     folder = config.parent / "plugins.d"
     folder.mkdir()
     (folder / there).write_text("_ = 'mine'\n")
@@ -107,19 +107,19 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(config, there):
         ("relay", 1, '"relay" is a module of Python'),
     ],
 )
-def test_a_name_that_cannot_be_is_refused(config, name, code, says):
+def test_an_invalid_name_is_refused(config, name, code, says):
     assert says in run("plugins", "new", name, "-c", config, code=code).err
     assert not (config.parent / "plugins.d").exists()
 
 
-def test_a_place_that_cannot_be_written_is_said(config):
+def test_a_folder_that_cannot_be_written_is_an_error(config):
     (config.parent / "file").write_text("")
     said = run("plugins", "new", "parcels", "-c", config, "--dir", "file", code=1)
     assert said.err.startswith("cannot write file")
     assert "choose another folder with --dir DIR" in said.err
 
 
-def test_what_is_written_is_about_as_long_as_the_example_and_well_formed(tmp_path):
+def test_the_templates_are_short_and_well_formed(tmp_path):
     full = [line for line in PLUGIN.splitlines() if line]
     assert len(full) <= 45
     for name, text in (("parcels.py", PLUGIN), ("test_parcels.py", TEST)):

@@ -37,7 +37,7 @@ def config(tmp_path):
         ("whatsapp", ["qr_ready", "register", "heartbeat", "unregister"]),
     ],
 )
-async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(config, source, types):
+async def test_every_sample_of_a_bundled_source_is_accepted(config, source, types):
     assert [row[0] for row in run("send", source, "--list", "-c", config).rows] == types
     page = run("send", source, "--list", "--json", "-c", config).json
     assert ([each["type"] for each in page["items"]], page["next_cursor"]) == (types, None)
@@ -50,7 +50,7 @@ async def test_every_sample_of_a_bundled_source_goes_through_the_front_door(conf
         assert await relay.rows(source=source)
 
 
-async def test_a_sample_that_registers_says_what_comes_of_it_and_how_to_end_it(config):
+async def test_a_sample_that_registers_a_worker_prints_how_to_remove_it(config):
     async with running(config) as relay:
         for type_, told in (
             ("register", True),
@@ -88,7 +88,7 @@ async def test_another_body_can_be_sent(config, tmp_path):
         (["adorn"], 3, "start the daemon with `relay serve`, or name its listener with --to URL"),
     ],
 )
-def test_wrong_uses_of_send_say_what_to_type(config, args, code, says):
+def test_wrong_usage_of_send_has_a_hint(config, args, code, says):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         config.write_text(config.read_text().replace(":0", f":{taken.getsockname()[1]}", 1))
@@ -124,7 +124,7 @@ def post(url, body, headers):
             return error.code
 
 
-def test_what_arrives_is_verified_printed_and_answered():
+def test_requests_are_verified_and_printed():
     signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), b'{"a": 1}')
     with listening("--secret", SECRET, "--status", "503") as (url, out):
         assert post(url, b'{"a": 1}', signed) == 503
@@ -135,7 +135,7 @@ def test_what_arrives_is_verified_printed_and_answered():
         assert "missing webhook-id" in out.readline()
 
 
-def test_what_arrives_steers_no_terminal():
+def test_control_characters_are_escaped():
     with listening() as (url, out):
         assert post(url, b"one\x1b[2J\n\ttwo", {"webhook-id": "evt\x9b2"}) == 204
         assert [out.readline(), out.readline()] == ["evt\\x9b2\tnot verified\tone\\x1b[2J\n", "\\ttwo\n"]
@@ -168,7 +168,7 @@ def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
     assert run("verify", *args).out == "verifies: destinations.crm.secrets[0]\n"
 
 
-def test_a_secret_that_is_none_and_a_port_that_is_taken_are_said():
+def test_an_invalid_secret_and_a_port_in_use_are_errors():
     assert "--secret" in run("listen", "0", "--secret", "s", code=2).err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -55,7 +55,7 @@ async def test_a_piped_line_has_its_columns_and_limit_ends_it(relay, recorder):
     assert "\x1b" not in said.out
 
 
-async def test_json_is_an_object_a_line(relay):
+async def test_json_is_one_object_per_line(relay):
     command = await tailed(relay, "--json", "--limit", "2")
     event = await send(relay)
     first, second = map(json.loads, (await command).out.splitlines())
@@ -71,17 +71,17 @@ async def test_filters_go_to_the_relay(relay, recorder):
     assert row[1 + COLUMNS.index("result")] == "5xx"
 
 
-async def test_what_cannot_be_followed_is_said_with_its_exit_code(relay):
+async def test_an_invalid_follow_has_its_exit_code(relay):
     said = await Commands(relay.addresses.socket)("tail", "--source", "adron", code=4)
     assert said.err.startswith('unknown source "adron"')
 
 
-def test_a_relay_that_never_was_there_is_3(tmp_path):
+def test_a_daemon_that_never_ran_exits_with_3(tmp_path):
     said = run("tail", "--socket", tmp_path / "none", code=3)
     assert "relay serve" in said.err
 
 
-async def test_what_was_lost_is_told(relay, monkeypatch):
+async def test_dropped_items_are_reported(relay, monkeypatch):
     monkeypatch.setattr(relay.app.api._tail._followers, "_room", 1)
     command = await tailed(relay, "--limit", "1")
     [follower] = relay.app.api._tail._followers
@@ -91,7 +91,7 @@ async def test_what_was_lost_is_told(relay, monkeypatch):
     assert (await command).err == "dropped 2 items: the output is slower than the events\n"
 
 
-async def test_on_a_terminal_a_line_is_a_sentence_in_the_colour_of_what_happened(relay, recorder):
+async def test_a_line_on_a_terminal_is_a_sentence_in_the_colour_of_its_state(relay, recorder):
     recorder.answers += [(500, {}), (503, {"webhook-delivery": "abort-message"})]
     async with Terminal("tail", "--limit", 3, "--socket", relay.addresses.socket) as terminal:
         await followed(relay)
@@ -109,7 +109,7 @@ async def test_on_a_terminal_a_line_is_a_sentence_in_the_colour_of_what_happened
 
 
 @pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-async def test_on_a_terminal_without_colour_there_is_none(relay, environ):
+async def test_no_color_turns_colours_off(relay, environ):
     async with Terminal("tail", "--limit", 2, "--socket", relay.addresses.socket, **environ) as terminal:
         await followed(relay)
         await send(relay)
@@ -130,7 +130,7 @@ async def store(daemon, session):
     return answer.json["event_id"]
 
 
-async def test_it_goes_on_after_a_restart_and_says_what_it_missed(config, monkeypatch):
+async def test_tail_reconnects_after_a_restart_and_reports_missed_events(config, monkeypatch):
     socket = config.parent / "state" / "relay.sock"
     slowly = "from relay.cli import api_client, main; api_client.RETRY_EVERY = 5; main()"
     async with Daemon(config) as daemon:
@@ -200,7 +200,7 @@ def event(type_, at):
         (Answers(), {"events": False}, "were missed: relay deliveries list"),
     ],
 )
-def test_what_was_missed_is_counted_from_the_list(capsys, answers, settings, says):
+def test_missed_events_are_counted_from_the_list(capsys, answers, settings, says):
     told = tail.Gap(answers, **{"source": None, "pattern": None, "events": True, **settings})
     told.latest = "1"
     told.start()

@@ -29,7 +29,7 @@ def told(sources=1, destinations=1, **more):
     }  # fmt: skip
 
 
-async def test_without_a_terminal_it_looks_once(relay):
+async def test_without_a_terminal_top_prints_one_snapshot(relay):
     await relay.operator("POST", "/api/destinations/crm/pause")
     await relay.exchange(request("POST", "/v1/events", adorn()))
     said = await Commands(relay.addresses.socket)("top")
@@ -44,7 +44,7 @@ async def test_once_as_json_is_the_snapshot(relay):
     assert said.json["destinations"][0]["name"] == "crm"
 
 
-async def test_json_is_a_snapshot_a_line_until_ctrl_c(relay):
+async def test_json_is_one_snapshot_per_line_until_ctrl_c(relay):
     async with Terminal("top", "--json", "--socket", relay.addresses.socket) as terminal:
         await until(lambda: terminal.out.count("\n") >= 2, 20)
         assert await terminal.interrupt() == 130
@@ -53,11 +53,11 @@ async def test_json_is_a_snapshot_a_line_until_ctrl_c(relay):
     assert terminal.err == ""
 
 
-def test_a_relay_that_never_was_there_is_3(tmp_path):
+def test_a_daemon_that_never_ran_exits_with_3(tmp_path):
     run("top", "--socket", tmp_path / "none", code=3)
 
 
-async def test_on_a_terminal_it_is_drawn_in_place_and_leaves_it_clean(relay):
+async def test_the_screen_is_redrawn_in_place_and_restored(relay):
     socket = relay.addresses.socket
     async with Terminal("top", "--socket", socket, rows=30, columns=60) as terminal:
         await until(lambda: terminal.out.count("\x1b[H") >= 2, 20)
@@ -72,7 +72,7 @@ async def test_on_a_terminal_it_is_drawn_in_place_and_leaves_it_clean(relay):
     await until(lambda: not relay.app.api._top._followers)
 
 
-async def test_a_kill_leaves_the_terminal_clean_too(relay):
+async def test_sigterm_restores_the_terminal(relay):
     async with Terminal("top", "--socket", relay.addresses.socket) as terminal:
         await terminal.shows("ready")
         terminal.process.terminate()
@@ -80,14 +80,14 @@ async def test_a_kill_leaves_the_terminal_clean_too(relay):
     assert terminal.out.endswith("\x1b[?25h\x1b[?1049l")
 
 
-async def test_a_dumb_terminal_gets_one_look_without_escapes(relay):
+async def test_a_dumb_terminal_gets_one_snapshot_without_escapes(relay):
     async with Terminal("top", "--socket", relay.addresses.socket, TERM="dumb") as terminal:
         assert await terminal.exit() == 0
     assert "crm" in terminal.out
     assert "\x1b" not in terminal.out
 
 
-async def test_the_screen_says_that_the_relay_has_gone_and_goes_on_when_it_is_back(config):
+async def test_the_screen_reports_a_stopped_daemon_and_continues_after_its_restart(config):
     socket = config.parent / "state" / "relay.sock"
     async with Daemon(config) as daemon, Terminal("top", "--socket", socket) as terminal:
         await terminal.shows("ready")
@@ -100,7 +100,7 @@ async def test_the_screen_says_that_the_relay_has_gone_and_goes_on_when_it_is_ba
 
 
 @pytest.mark.parametrize("rows", [8, 12, 24, 100])
-def test_as_many_rows_as_there_is_room_for(monkeypatch, rows):
+def test_the_tables_fit_the_screen(monkeypatch, rows):
     monkeypatch.setenv("NO_COLOR", "1")
     drawn = lines(told(sources=9, destinations=40), rows)
     assert len(drawn) <= rows or rows == 8
@@ -111,7 +111,7 @@ def test_as_many_rows_as_there_is_room_for(monkeypatch, rows):
         assert len([line for line in drawn if re.match(r"[sd]\d", line)]) == 49
 
 
-def test_what_is_not_ready_says_why_and_what_was_not_committed_is_none(monkeypatch):
+def test_a_daemon_that_is_not_ready_has_its_reasons(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     drawn = lines(told(ready=False, reasons=["draining"]))
     assert drawn[0] == "hookferry 1, up 1m, not ready: draining"
@@ -119,6 +119,6 @@ def test_what_is_not_ready_says_why_and_what_was_not_committed_is_none(monkeypat
     assert drawn[2] == "workers: 2 ONLINE; commit: -; loop lag: 0.5 ms"
 
 
-def test_a_painted_line_is_cut_by_what_is_seen():
+def test_a_coloured_line_is_cut_by_its_visible_width():
     assert clip("\x1b[31mdead\x1b[0m, and more", 2) == "\x1b[31mde\x1b[0m"
     assert clip("short", 80) == "short"

@@ -29,7 +29,7 @@ async def events(relay):
     return found
 
 
-async def test_an_export_goes_to_stdout_or_a_file_of_one_s_own(commands, events, tmp_path):
+async def test_an_export_goes_to_stdout_or_a_file(commands, events, tmp_path):
     piped = (await commands("events", "export", "--subject", "s-1")).out.splitlines()
     assert [json.loads(line)["id"] for line in piped] == [events[0], events[2]]
     file = tmp_path / "out.jsonl"
@@ -40,7 +40,7 @@ async def test_an_export_goes_to_stdout_or_a_file_of_one_s_own(commands, events,
     assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl"]
 
 
-async def test_an_export_replaces_a_file_only_when_told_to(commands, events, tmp_path):
+async def test_an_export_overwrites_a_file_only_with_force(commands, events, tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_text("mine")
     said = await commands("events", "export", "-o", file, code=1)
@@ -52,7 +52,7 @@ async def test_an_export_replaces_a_file_only_when_told_to(commands, events, tmp
     assert "cannot write" in said.err
 
 
-async def test_an_export_that_breaks_off_leaves_no_file(relay, commands, events, tmp_path, monkeypatch):
+async def test_an_interrupted_export_leaves_no_file(relay, commands, events, tmp_path, monkeypatch):
     def broken(_self, *_):
         raise KeyboardInterrupt
 
@@ -63,7 +63,7 @@ async def test_an_export_that_breaks_off_leaves_no_file(relay, commands, events,
     assert list(tmp_path.glob("out*")) == []
 
 
-async def test_events_are_deleted_and_come_back(relay, commands, events, tmp_path):
+async def test_deleted_events_can_be_imported_again(relay, commands, events, tmp_path):
     file = tmp_path / "out.jsonl"
     await commands("events", "export", "-o", file)
     assert (await commands("events", "delete", "--source", "adorn", "--dry-run")).out == "3 events\n"
@@ -77,7 +77,7 @@ async def test_events_are_deleted_and_come_back(relay, commands, events, tmp_pat
     assert [row["id"] for row in await relay.rows()] == events
 
 
-async def test_what_is_owed_is_cancelled_and_said(relay, commands, recorder):
+async def test_a_deletion_cancels_pending_deliveries(relay, commands, recorder):
     recorder.answers.append((503, {}))
     await commands("destinations", "pause", "crm")
     await post(relay, "s-1")
@@ -85,16 +85,14 @@ async def test_what_is_owed_is_cancelled_and_said(relay, commands, recorder):
     assert said.out == "1 event deleted, 1 delivery cancelled\n"
 
 
-async def test_what_cannot_be_deleted_says_why(commands, events):
+async def test_a_deletion_of_nothing_is_an_error(commands, events):
     assert "select events either by id or by a filter" in (await commands("events", "delete", code=2)).err
     said = await commands("events", "delete", "--subject", "nobody", "-y", code=4)
     assert said.err == "no event matches\n  `relay events list` lists events\n"
     await commands("events", "delete", "evt_00", "-y", code=4)
 
 
-async def test_an_import_that_is_refused_early_says_which_line(
-    relay, commands, events, tmp_path, monkeypatch
-):
+async def test_a_refused_import_names_the_line(relay, commands, events, tmp_path, monkeypatch):
     file = tmp_path / "long.jsonl"
     file.write_bytes(b"{}\n" * 2_000_000)
     monkeypatch.setattr(events_command, "CHUNK", 4096)
@@ -103,7 +101,7 @@ async def test_an_import_that_is_refused_early_says_which_line(
     assert "0 events before it are in; mend it and import the file again" in said.err
 
 
-async def test_an_import_comes_from_a_pipe_and_shows_how_far_it_is(relay, commands, events, monkeypatch):
+async def test_an_import_from_a_pipe_shows_its_progress(relay, commands, events, monkeypatch):
     lines = (await commands("events", "export")).out.encode()
     shown = []
     monkeypatch.setattr(events_command, "show_progress", shown.append)
@@ -114,7 +112,7 @@ async def test_an_import_comes_from_a_pipe_and_shows_how_far_it_is(relay, comman
     assert shown == ["0.0 MiB sent", ""]
 
 
-async def test_counts_are_listed_by_the_hour(commands, events):
+async def test_counts_are_listed_per_hour(commands, events):
     [row] = (await commands("stats", "--source", "adorn")).rows
     assert row[1:4] == ["adorn", "adorn.session.started", "3"]
     assert (await commands("stats", "-q", "--type", "adorn.*")).out == "adorn.session.started\n"
@@ -122,7 +120,7 @@ async def test_counts_are_listed_by_the_hour(commands, events):
     assert (await commands("stats", "--source", "moddy")).out == ""
 
 
-async def test_all_that_reads_works_on_the_file_alone(relay, config, commands, events):
+async def test_every_reading_command_works_offline(relay, config, commands, events):
     online = (await commands("events", "export", "--subject", "s-1")).out
     counts = (await commands("stats", "--json")).json
     relay.app.stopping.set()

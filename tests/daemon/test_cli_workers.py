@@ -33,7 +33,7 @@ async def test_workers_are_listed_by_filter_and_page(commands):
     assert (await commands("workers", "list", "--version", "9")).out == ""
 
 
-async def test_a_worker_is_shown_with_what_it_was_told(commands):
+async def test_a_worker_is_shown_with_its_commands(commands):
     said = await commands("workers", "command", "whatsapp", "w1", "restart", '{"reason": "update"}')
     assert said.out.endswith(": queued\n")
     rows = (await commands("workers", "show", "whatsapp", "w1")).rows
@@ -43,7 +43,7 @@ async def test_a_worker_is_shown_with_what_it_was_told(commands):
 
 
 @pytest.mark.parametrize(("more", "says"), [("{", "invalid JSON"), ("[]", "expected an object")])
-async def test_a_command_that_is_no_object_is_2(commands, more, says):
+async def test_a_command_that_is_not_an_object_exits_with_2(commands, more, says):
     assert says in (await commands("workers", "command", "whatsapp", "w1", "restart", more, code=2)).err
 
 
@@ -54,7 +54,7 @@ async def test_maintenance_begins_and_ends(commands):
     assert not answer["maintenance"]
 
 
-async def test_a_worker_is_forgotten_once_somebody_said_yes(commands):
+async def test_forget_needs_confirmation(commands):
     assert (
         "Forget 1 worker, w1? Add --yes"
         in (await commands("workers", "forget", "whatsapp", "w1", code=2)).err
@@ -76,13 +76,13 @@ async def test_the_status_is_one_screen(commands):
     assert (await commands("status", "--json")).json["workers"] == {"ONLINE": 2}
 
 
-async def test_a_relay_that_is_not_ready_is_1_with_the_reasons(commands, relay):
+async def test_a_daemon_that_is_not_ready_exits_with_1_and_the_reasons(commands, relay):
     relay.app.health.phase = "draining"
     said = await commands("status", code=1)
     assert "not ready: draining" in said.out
 
 
-async def test_an_event_is_explained_destination_by_destination(commands, relay):
+async def test_an_event_is_explained_per_destination(commands, relay):
     answer = await relay.exchange(request("POST", "/v1/events", adorn(payload={"n": 1})))
     event = answer.json["event_id"]
     [[name, why]] = (await commands("explain", event[:-2])).rows
@@ -93,5 +93,5 @@ async def test_an_event_is_explained_destination_by_destination(commands, relay)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_learns_to_complete(shell):
+def test_completion_prints_a_script_per_shell(shell):
     assert "_COMPLETE=" in run("completion", shell).out.replace("_COMPLETE ", "_COMPLETE=")

@@ -56,7 +56,7 @@ def says_what_to_do(text):
 
 
 @pytest.mark.parametrize("path", TALKING, ids=NAMES)
-def test_where_no_relay_runs_it_is_3_and_how_to_start_one(path, filled, tmp_path):
+def test_a_stopped_daemon_exits_with_3_and_a_hint(path, filled, tmp_path):
     code, text = run(filled(path, "--socket", tmp_path / "absent.sock"))
     assert (code, says_what_to_do(text)) == (3, True), text
     assert text.startswith(
@@ -108,7 +108,7 @@ def open_folder():
         yield Path(folder)
 
 
-def test_who_may_not_use_the_socket_is_told_so_with_5(filled, open_folder):
+def test_a_socket_without_permission_exits_with_5(filled, open_folder):
     door, events = open_folder / "relay.sock", open_folder / "events.jsonl"
     events.write_text("")
     commands = [
@@ -128,7 +128,7 @@ def test_who_may_not_use_the_socket_is_told_so_with_5(filled, open_folder):
 
 
 @pytest.mark.skipif(ROOT and not SHARED, reason="needs a checkout that other users may enter")
-def test_who_may_not_read_a_file_of_the_relay_is_told_so_with_5(open_folder):
+def test_a_file_without_permission_exits_with_5(open_folder):
     config, token, database = (open_folder / name for name in ("config.toml", "token", "relay.db"))
     readable = open_folder / "readable.toml"
     readable.write_text(f'state_dir = "{open_folder}"\n')
@@ -158,7 +158,7 @@ async def relay(tmp_path):
         yield relay
 
 
-async def test_a_token_that_is_not_the_relay_s_is_5_in_every_command(relay, filled, tmp_path):
+async def test_a_wrong_token_exits_with_5_in_every_command(relay, filled, tmp_path):
     (tmp_path / "guess").write_text("a-guess-of-mine")
     for path in TALKING:
         words = filled(path, "--url", relay.addresses.admin, "--token-file", tmp_path / "guess")
@@ -168,7 +168,7 @@ async def test_a_token_that_is_not_the_relay_s_is_5_in_every_command(relay, fill
         assert "a-guess-of-mine" not in text
 
 
-async def test_what_is_not_there_is_4_in_every_command_that_names_something(relay, filled):
+async def test_an_unknown_name_exits_with_4_in_every_command(relay, filled):
     for path in NAMING:
         code, text = await asyncio.to_thread(run, filled(path, "--socket", relay.addresses.socket))
         assert (code, says_what_to_do(text)) == (4, True), (path, code, text)
@@ -187,7 +187,7 @@ async def test_what_is_not_there_is_4_in_every_command_that_names_something(rela
     ],
     ids=" ".join,
 )
-async def test_a_name_that_is_misspelt_is_4_and_says_which_is_meant(relay, words):
+async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, words):
     code, text = await asyncio.to_thread(run, [*words, "--socket", str(relay.addresses.socket)])
     assert (code, says_what_to_do(text)) == (4, True), text
     assert "did you mean" in text
@@ -202,7 +202,7 @@ WORDS = [path for path in LEAVES if len(path[-1]) > 3 and (*path[:-1], misspelt(
 
 
 @pytest.mark.parametrize("path", WORDS, ids=" ".join)
-def test_a_misspelt_command_is_2_and_says_which_is_meant(path):
+def test_a_misspelt_command_exits_with_2_and_a_suggestion(path):
     code, text = run([*path[:-1], misspelt(path[-1])])
     assert code == 2
     assert f'unknown command "{misspelt(path[-1])}", did you mean "' in text
@@ -220,7 +220,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("path", "option"), OPTIONS, ids=lambda value: value if isinstance(value, str) else None
 )
-def test_a_misspelt_option_is_2_and_says_which_is_meant(path, option):
+def test_a_misspelt_option_exits_with_2_and_a_suggestion(path, option):
     code, text = run([*path, *arguments_of(path), misspelt(option)])
     assert code == 2
     assert "did you mean" in text.lower()
@@ -240,7 +240,7 @@ CHOICES = [
 @pytest.mark.parametrize(
     ("path", "parameter", "word"), CHOICES, ids=[f"{' '.join(path)} {word}" for path, _, word in CHOICES]
 )
-def test_a_misspelt_value_is_2_and_says_which_is_meant(path, parameter, word):
+def test_a_misspelt_value_exits_with_2_and_a_suggestion(path, parameter, word):
     assert isinstance(parameter.type, OneOf)
     wrong = misspelt(str(word)).lower()
     words = arguments_of(path)
@@ -268,7 +268,7 @@ def test_a_misspelt_value_is_2_and_says_which_is_meant(path, parameter, word):
 @pytest.mark.parametrize(
     "command", [["check-config"], ["config", "show", "-c"], ["serve", "-c"]], ids=" ".join
 )
-def test_a_misspelt_key_is_1_in_every_command_that_needs_the_whole_configuration(
+def test_a_misspelt_key_fails_every_command_that_needs_the_whole_configuration(
     tmp_path, command, wrong, says
 ):
     file = tmp_path / "config.toml"
@@ -280,7 +280,7 @@ def test_a_misspelt_key_is_1_in_every_command_that_needs_the_whole_configuration
 
 
 @pytest.mark.parametrize("path", TALKING, ids=NAMES)
-def test_a_configuration_that_is_not_there_is_1_and_how_to_name_one(path, filled, tmp_path, monkeypatch):
+def test_a_missing_configuration_exits_with_1_and_a_hint(path, filled, tmp_path, monkeypatch):
     monkeypatch.delenv("RELAY_SOCKET", raising=False)
     code, text = run(filled(path, "-c", tmp_path / "absent.toml"))
     assert (code, says_what_to_do(text)) == (1, True), text

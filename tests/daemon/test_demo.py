@@ -67,7 +67,7 @@ async def read_until(process, text):
     raise AssertionError(f"it ended before it said {text!r}:\n{''.join(lines)}")
 
 
-async def test_with_exit_it_ends_with_0_once_every_sample_has_arrived_signed(tmp_path):
+async def test_with_exit_the_demo_ends_with_0_after_every_sample_arrived(tmp_path):
     async with demo(tmp_path, "serve", "--demo", "--exit") as process:
         output = (await process.communicate())[0].decode()
         assert process.returncode == 0, output
@@ -79,7 +79,7 @@ async def test_with_exit_it_ends_with_0_once_every_sample_has_arrived_signed(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_with_exit_it_ends_with_1_and_says_what_did_not_arrive(tmp_path):
+async def test_with_exit_a_missing_sample_ends_the_demo_with_1(tmp_path):
     async with demo(tmp_path, code=LATE) as process:
         output = (await process.communicate())[0].decode()
         assert process.returncode == 1, output
@@ -87,7 +87,7 @@ async def test_with_exit_it_ends_with_1_and_says_what_did_not_arrive(tmp_path):
     assert "every signature valid." not in output
 
 
-async def test_it_keeps_serving_shows_what_is_pasted_and_leaves_nothing_behind_at_ctrl_c(tmp_path):
+async def test_the_demo_serves_until_ctrl_c_and_leaves_nothing_behind(tmp_path):
     async with demo(tmp_path, "serve", "--demo") as process:
         lines = await read_until(process, "curl -i")
         await post(shlex.split(lines[-1]))
@@ -113,20 +113,20 @@ async def post(curl):
         assert response.status == 202, await response.text()
 
 
-async def test_exit_belongs_to_the_demo(tmp_path):
+async def test_exit_needs_demo(tmp_path):
     async with demo(tmp_path, "serve", "--exit") as process:
         output = (await process.communicate())[0].decode()
         assert process.returncode == 2
     assert "--exit needs --demo" in output
 
 
-def test_every_sample_of_every_source_has_its_place_in_the_story(tmp_path):
+def test_the_story_has_every_sample_of_every_source(tmp_path):
     config = load(write_config(tmp_path, listen="127.0.0.1:0", receiver="http://127.0.0.1:9", secret=SECRET))
     samples = {name: len(source.settings.samples()) for name, source in config.config.sources.items()}
     assert samples == {name: len(types) for name, types in SAMPLES.items()}
 
 
-def test_the_usual_port_is_taken_when_it_is_free_and_any_other_when_not():
+def test_the_demo_uses_the_default_port_or_a_free_one():
     with socket.socket() as rival:
         rival.bind(("127.0.0.1", 0))
         usual = f"127.0.0.1:{rival.getsockname()[1]}"
@@ -163,7 +163,7 @@ async def test_the_receiver_tells_a_valid_signature_from_a_forged_one():
         (False, {"FORCE_COLOR": "1"}, True),
     ],
 )
-def test_colour_is_for_terminals_and_for_those_who_want_it(terminal, environ, coloured):
+def test_colour_is_for_terminals_and_force_color(terminal, environ, coloured):
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     Narrator(stream, environ).arrived(Arrival(type="a.b", subject=None, milliseconds=2.5, problem=None))
@@ -171,7 +171,7 @@ def test_colour_is_for_terminals_and_for_those_who_want_it(terminal, environ, co
     assert ("\x1b" in stream.getvalue()) is coloured
 
 
-def test_a_bad_signature_and_a_long_answer_are_told_in_one_line_each():
+def test_an_invalid_signature_and_a_long_answer_print_one_line_each():
     stream = io.StringIO()
     narrator = Narrator(stream, {})
     narrator.step("moddy", "answered", "x" * 500)

@@ -80,7 +80,7 @@ def only(said, secrets=(SECRET, SECOND, OTHERS, FORMER)):
     return finding
 
 
-async def test_what_the_relay_sends_verifies_as_a_receiver_captured_it(tmp_path):
+async def test_a_captured_delivery_of_the_relay_verifies(tmp_path):
     async with receivers.answers() as receiver:
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
         async with running(config) as relay:
@@ -94,7 +94,7 @@ async def test_what_the_relay_sends_verifies_as_a_receiver_captured_it(tmp_path)
     assert (said.json["ok"], said.json["fits"]) == (True, "destinations.crm.secrets[0]")
 
 
-def test_which_of_several_secrets_and_signatures_fits_is_said(config):
+def test_the_report_names_the_matching_secret_and_signature(config):
     said = verify(config, capture(signed(BODY, FORMER, SECOND)), code=0)
     assert (said.json["fits"], said.json["signature"]) == ("destinations.crm.secrets[1]", 2)
     plain = run(
@@ -104,7 +104,7 @@ def test_which_of_several_secrets_and_signatures_fits_is_said(config):
     assert plain.out == "verifies: destinations.crm.secrets[1], signature 2\n"
 
 
-def test_ed25519_signatures_verify_and_are_told_from_those_of_secrets(config):
+def test_ed25519_signatures_verify(config):
     headers = signed(BODY, PRIVATE)
     assert (
         verify(config, capture(headers), name="pair", code=0).json["fits"] == "destinations.pair.secrets[0]"
@@ -132,7 +132,7 @@ def test_another_destination_s_secret_is_named(config):
     ("name", "says"),
     [("crm", 'no secret of destination "crm"'), ("audit", 'no secret of destination "audit"')],
 )
-def test_a_secret_that_the_configuration_has_not_is_said_so(config, name, says):
+def test_an_unknown_secret_is_reported(config, name, says):
     finding = only(verify(config, capture(signed(BODY, FORMER)), name=name))
     assert (finding["cause"], says in finding["what"]) == ("secret", True)
 
@@ -179,7 +179,7 @@ REWRITTEN = [
 
 
 @pytest.mark.parametrize(("says", "sent", "got"), REWRITTEN)
-def test_a_body_that_was_changed_is_found_and_how(config, says, sent, got):
+def test_a_changed_body_is_reported_with_the_change(config, says, sent, got):
     finding = only(verify(config, capture(signed(sent), got)))
     assert (finding["cause"], finding["where"]) == ("bytes", "body")
     assert says in finding["what"], finding
@@ -195,7 +195,7 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("says", "head"), HEADS)
-def test_another_text_that_was_signed_is_found(config, says, head):
+def test_a_wrong_signed_text_is_reported(config, says, head):
     finding = only(verify(config, capture({**signed(), "webhook-signature": mac(head + BODY)})))
     assert (finding["cause"], says in finding["what"]) == ("headers", True)
 
@@ -249,7 +249,7 @@ RAW = base64.b64decode(SIGNATURE.removeprefix("v1,"))
         ("v1,", "encoding", "no complete signature"),
     ],
 )
-def test_a_signature_that_is_written_otherwise_is_found(config, written, cause, says):
+def test_a_signature_in_another_format_is_reported(config, written, cause, says):
     finding = only(verify(config, capture({**signed(), "webhook-signature": written})))
     assert (finding["cause"], finding["where"]) == (cause, "header webhook-signature")
     assert says in finding["what"], finding
@@ -268,7 +268,7 @@ def _signed_with(sign):
     ("sign", "become", "says"),
     [("+", " ", "spaces instead of +"), ("/", "_", "URL-safe"), ("+", "-", "URL-safe")],
 )
-def test_signs_that_urls_change_are_found(config, sign, become, says):
+def test_characters_changed_by_urls_are_reported(config, sign, become, says):
     headers = _signed_with(sign)
     headers["webhook-signature"] = headers["webhook-signature"].replace(sign, become)
     assert says in only(verify(config, capture(headers)))["what"]
@@ -281,14 +281,14 @@ def test_signs_that_urls_change_are_found(config, sign, become, says):
         ("2023-11-14T22:00:00Z", "signed 13m20s after receipt; receivers allow 5m"),
     ],
 )
-def test_a_clock_that_is_off_is_found_and_by_how_much(config, at, says):
+def test_a_wrong_clock_is_reported_with_the_difference(config, at, says):
     said = verify(config, capture(signed()), at=at)
     finding = only(said)
     assert (finding["cause"], finding["what"]) == ("clock", says)
     assert said.json["fits"] == "destinations.crm.secrets[0]"
 
 
-def test_without_at_it_was_received_now(config):
+def test_the_default_time_of_receipt_is_now(config):
     verify(config, capture(signed(at=int(time.time()))), at=None, code=0)
     assert only(verify(config, capture(signed()), at=None))["cause"] == "clock"
 
@@ -301,12 +301,12 @@ def test_without_at_it_was_received_now(config):
         ("2023-11-14T22:13:20Z", "not a number of seconds since 1970"),
     ],
 )
-def test_a_timestamp_that_is_written_otherwise_is_found(config, written, says):
+def test_a_timestamp_in_another_format_is_reported(config, written, says):
     said = verify(config, capture({**signed(), "webhook-timestamp": written}))
     assert says in [finding["what"] for finding in said.json["findings"]]
 
 
-def test_a_capture_that_is_cut_short_is_found(config):
+def test_a_truncated_capture_is_reported(config):
     captured = capture(signed())[:-20]
     causes = [(each["cause"], each["where"]) for each in verify(config, captured).json["findings"]]
     assert causes[0] == ("bytes", "body")
@@ -318,6 +318,6 @@ def test_a_destination_without_secrets_signs_nothing(config):
     assert (finding["cause"], finding["where"]) == ("secret", "destinations.open.secrets")
 
 
-def test_two_things_that_are_wrong_are_both_found(config):
+def test_two_problems_are_both_reported(config):
     said = verify(config, capture(signed(BODY, OTHERS), BODY + b"\n"), at="2023-11-14T23:00:00Z")
     assert [each["cause"] for each in said.json["findings"]] == ["clock", "secret", "bytes"]

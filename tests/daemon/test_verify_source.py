@@ -65,7 +65,7 @@ SAMPLES = read_samples()
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_it_takes_what_the_front_door_takes_and_nothing_else(tmp_path, sample):
+def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
     """The recorded samples are what the front door was tested with."""
     file = write_config(tmp_path, SOURCES)
     config = load(file).config
@@ -76,7 +76,7 @@ def test_it_takes_what_the_front_door_takes_and_nothing_else(tmp_path, sample):
         assert (report.type, report.subject) == (sample.expect.event.type, sample.expect.event.subject)
 
 
-def test_what_is_right_says_which_token_it_is_and_what_would_come_of_it(config):
+def test_a_valid_request_has_its_token_and_event_type(config):
     said = verify(config, request(f"Authorization: Bearer {TOKEN}"), code=0)
     assert said.out == "verifies: sources.moddy.tokens[0]\nwould be: moddy.member_joined about 42\n"
     said = verify(config, request("authorization:bearer   second-token "), "--json", code=0).json
@@ -87,7 +87,7 @@ def test_what_is_right_says_which_token_it_is_and_what_would_come_of_it(config):
     }  # fmt: skip
 
 
-def test_a_source_without_tokens_asks_for_none(tmp_path):
+def test_a_source_without_tokens_needs_no_token(tmp_path):
     config = write_config(tmp_path, SOURCES)
     text = request(path="/v1/events", body='{"event_type": "a.b", "session_id": "s"}')
     assert verify(config, text, source="adorn", code=0).out.startswith(
@@ -134,7 +134,7 @@ TOKENS = [
 
 
 @pytest.mark.parametrize(("sent", "cause", "says"), TOKENS)
-def test_what_is_wrong_with_a_token_is_found_and_no_secret_is_printed(config, sent, cause, says):
+def test_a_wrong_token_is_diagnosed_without_printing_a_secret(config, sent, cause, says):
     said = verify(config, request(f"Authorization: Bearer {sent}"), "--json")
     [(found, what)] = findings(said)
     assert (found, says in what) == (cause, True), what
@@ -163,7 +163,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize(("headers", "says"), HEADERS)
-def test_what_is_wrong_with_the_header_is_found(config, headers, says):
+def test_a_wrong_header_is_diagnosed(config, headers, says):
     said = verify(config, request(*headers), "--json")
     [(cause, what)] = findings(said)
     assert (cause, says in what) == ("headers", True), what
@@ -186,7 +186,7 @@ def test_a_token_in_the_query_is_found(config):
         (b"plain-token-and", "is truncated: 11 of 15 characters"),
     ],
 )
-def test_a_secret_s_file_that_is_wrong_is_named(tmp_path, stored, says):
+def test_a_wrong_secret_file_is_named(tmp_path, stored, says):
     (tmp_path / "moddy.token").write_bytes(stored)
     config = write_config(
         tmp_path, '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "moddy.token" }]\n'
@@ -198,7 +198,7 @@ def test_a_secret_s_file_that_is_wrong_is_named(tmp_path, stored, says):
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n", b" \n"])
-def test_newlines_at_the_end_of_a_secret_s_file_do_no_harm(tmp_path, end):
+def test_newlines_at_the_end_of_a_secret_file_are_ignored(tmp_path, end):
     (tmp_path / "moddy.token").write_bytes(b"plain-token" + end)
     config = write_config(
         tmp_path, '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "moddy.token" }]\n'
@@ -206,7 +206,7 @@ def test_newlines_at_the_end_of_a_secret_s_file_do_no_harm(tmp_path, end):
     verify(config, request("Authorization: Bearer plain-token"), code=0)
 
 
-def test_a_known_token_that_may_not_is_told_apart(config):
+def test_a_known_token_without_the_permission_is_reported(config):
     text = request("Authorization: Bearer reading-only", path="/api/v1/events", body='{"name": "a"}')
     said = verify(config, text, "--json", source="compozy")
     [finding] = said.json["findings"]
@@ -231,7 +231,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("path", "says"), PATHS)
-def test_a_path_that_is_not_the_source_s_is_told_from_a_wrong_token(config, path, says):
+def test_a_wrong_path_is_reported_apart_from_the_token(config, path, says):
     text = request(f"Authorization: Bearer {OTHER}", path=path, body='{"event_type": "a"}')
     said = verify(config, text, "--json", source="shop")
     [(cause, what)] = findings(said)
@@ -272,7 +272,7 @@ def test_a_request_without_its_line_goes_by_the_source_s_only_path(config):
         ({"body": '{"x": "%s"}' % ("y" * 2**21)}, "body", "exceed the maximum of 2 MiB"),
     ],
 )  # fmt: skip
-def test_what_is_no_matter_of_secrets_is_found_as_well(config, change, cause, says):
+def test_problems_without_secrets_are_reported(config, change, cause, says):
     headers = [f"Authorization: Bearer {TOKEN}", *change.pop("headers", [])]
     said = verify(config, request(*headers, **change), "--json")
     assert any((found, says in what) == (cause, True) for found, what in findings(said)), said.out
@@ -355,11 +355,11 @@ def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
         (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both read standard input"),
     ],
 )  # fmt: skip
-def test_wrong_uses_say_what_to_type(config, args, code, says):
+def test_wrong_usage_has_a_hint(config, args, code, says):
     assert says in run("verify", *args, "-c", config, code=code, stdin="POST / HTTP/1.1\n\n").err
 
 
-def test_what_is_no_request_is_1_and_says_what_is_expected(config):
+def test_an_invalid_capture_exits_with_1_and_the_expected_format(config):
     said = verify(config, "hello")
     assert said.err.startswith('standard input: expected a request: "POST /path HTTP/1.1"')
 

@@ -63,13 +63,13 @@ def test_what_stands_behind_the_body_is_left_out_and_said():
     ("body", "says"),
     [(BODY[:-4], "truncated: 10 of 14 bytes"), (BODY[:-1], "a newline at the end may have been lost")],
 )
-def test_a_body_that_was_cut_short_is_a_finding(body, says):
+def test_a_truncated_body_is_a_finding(body, says):
     [finding] = read(RAW.replace(BODY, body)).findings
     assert (finding.cause, finding.where) == ("bytes", "body")
     assert says in finding.what
 
 
-def test_a_length_that_is_no_number_is_a_finding_and_the_samples_auto_is_none():
+def test_an_invalid_length_is_a_finding():
     [finding] = read(RAW.replace(b"14", b"many")).findings
     assert finding.what == "invalid Content-Length: 'many'"
     assert read(RAW.replace(b"14", b"{auto}") + b"\n").body == BODY
@@ -127,7 +127,7 @@ def test_headers_alone_are_a_request_whose_path_is_not_known():
         (b'{"body_base64": "?"}', "invalid JSON: "),
     ],
 )
-def test_what_is_no_request_is_said_so(content, says):
+def test_an_invalid_capture_is_an_error(content, says):
     with pytest.raises(ValueError, match=r".") as error:
         read(content)
     assert says in str(error.value)
