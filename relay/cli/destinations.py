@@ -21,7 +21,7 @@ _ADVICE = {
     "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
     " `relay deliveries cancel --destination {name}`",
     "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up",
-    "resting": "the destination asked for a pause, or its address is refused; deliveries continue after it;"
+    "resting": "the destination asked for a pause, or its address is refused; deliveries continue afterwards;"
     " to test the destination now, run `relay destinations test {name}`",
     "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
     "out of memory": "this machine has no free memory; deliveries continue when memory is free",

@@ -1,1 +1,1 @@
-"""What the configuration makes of a request, and why it does not take it: judged without a running relay."""
+"""`relay verify` and `relay explain`: why a source or a receiver refuses a request. Needs no daemon."""

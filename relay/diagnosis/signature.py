@@ -79,11 +79,11 @@ def _loosely(text: str) -> Iterator[Candidate]:
 
 
 def _mislabelled(version: str, length: int) -> Finding | None:
-    meant = _LENGTHS.get(length, version)
-    if meant == version:
+    expected = _LENGTHS.get(length, version)
+    if expected == version:
         return None
-    what = f"the label is {version}, but the signature has the {length} bytes of {meant}"
-    return Finding(cause="encoding", where=WHERE, what=what, do=f"use the label {meant}")
+    what = f"the label is {version}, but the signature has the {length} bytes of {expected}"
+    return Finding(cause="encoding", where=WHERE, what=what, do=f"use the label {expected}")
 
 
 def _cut(candidate: Candidate) -> Finding:
