@@ -1,4 +1,4 @@
-"""A copy of the database while it is in use, and proof that it is one."""
+"""Copies the database while it is in use, and checks the copy."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ LOOK_EVERY = 10_000  # steps of SQLite's machine between two looks at the room t
 
 
 def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, keep_free: int = 0) -> Backup:
-    """Copy a database to a file of mode 0600, and check the copy before it gets its name.
+    """Copy a database to a file of mode 0600; the copy gets its name after a check.
 
     `VACUUM INTO` reads one snapshot, however long it takes; senders do not notice. On the database's own
     disk, `keep_free` bytes stay free, also while senders write.
@@ -85,7 +85,7 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
 
 
 class _Guard:
-    """Ends a statement when nobody waits for it any more, or only what is to stay free is left."""
+    """Ends a statement when nobody waits for it, or when only the space that must stay free is left."""
 
     def __init__(self, folder: Path, stop: Stop, keep_free: int) -> None:
         self.short = False
@@ -99,7 +99,7 @@ class _Guard:
 
 
 def lacks(source: Path, folder: Path, stop: Stop, *, keep_free: int = 0) -> int:
-    """Return how many bytes of room a folder lacks for a copy of a database; 0: there is enough.
+    """Return how many bytes a folder lacks for a copy of a database; 0: there is enough room.
 
     `keep_free` bytes do not count as room if the folder is on the database's own disk.
 
@@ -111,7 +111,7 @@ def lacks(source: Path, folder: Path, stop: Stop, *, keep_free: int = 0) -> int:
 
 
 def _size(source: Path, stop: Stop) -> int:
-    """Return what a copy takes at most: also what is still in the log, and without what is free."""
+    """Return the size of a copy at most: with the log's pages, without the free ones."""
     try:
         with opened(source, stop) as connection:
             [(size,)] = connection.execute(SIZE_SQL).fetchall()
@@ -125,7 +125,7 @@ def _same_disk(source: Path, folder: Path) -> bool:
 
 
 def _verify(part: Path, stop: Stop, before: int) -> tuple[int, int]:
-    """Check a copy as if it had to be restored; return how many events and deliveries it has."""
+    """Check a copy; returns its number of events and of deliveries."""
     with opened(part, stop) as copy:
         [(verdict,)] = copy.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
@@ -146,7 +146,7 @@ def _last(connection: sqlite3.Connection) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder."""
+    """Fsync a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Looks after the database's files while they are open.
+"""Watches the database's files while they are open.
 
 Deleted files stay open, and writing to them goes on without an error. So every two seconds the files at the
 paths are compared with the open ones. When they differ, nothing is acknowledged any more, and all that was
@@ -38,17 +38,17 @@ IDLE = 1.0  # seconds without a transaction after which the log is emptied
 RESCUE_EVERY = 10.0  # seconds between tries to make a copy
 RESCUE_EVERY_STOPPING = 1.0  # likewise, when the relay only waits for it to end
 FOR_A_COPY = 2**63 - 1
-"""Free bytes below which the reserve is given up for a copy: always."""
+"""Free bytes below which the reserve is deleted for a copy: always."""
 
 
 def _tells_of_damage(error: StorageError) -> bool:
-    """Say whether a copy failed because of what was copied: SQLite found that, or the check of the copy."""
+    """Return whether a copy failed because the original is damaged."""
     cause = error.__cause__
     return cause is None or getattr(cause, "sqlite_errorcode", 0) & 0xFF in DAMAGED
 
 
 class Caretaker:
-    """Works between `start` and `stop`, beside the writer."""
+    """Runs between `start` and `stop`, beside the writer."""
 
     def __init__(
         self,
@@ -76,15 +76,15 @@ class Caretaker:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a copy of all that was committed."""
+        """Whether a copy of all committed data exists."""
         return bool(self._copies)
 
     def start(self) -> None:
-        """Begin."""
+        """Start."""
         self._once("caretaker", self._run)
 
     async def stop(self) -> None:
-        """End, after the writer; where nothing else has the data, a copy is made first."""
+        """End, after the writer. If no file has the data, make a copy first."""
         saving = self._tasks.pop("rescue", None)
         for task in self._tasks.values():
             task.cancel()
@@ -132,13 +132,13 @@ class Caretaker:
             await asyncio.sleep(TICK)
 
     def _once(self, name: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
-        """Begin work of a kind, unless it is under way: whatever hangs must not keep us from looking."""
+        """Start a kind of work unless it is running: work that hangs must not stop the watch."""
         task = self._tasks.get(name)
         if task is None or task.done():
             self._tasks[name] = asyncio.create_task(work(), name=f"store {name}")
 
     def _look(self) -> None:
-        """Compare the paths with what is open, and look into the file between two transactions."""
+        """Compare the paths with the open files, and read the file's head between two transactions."""
         moved = self._files.moved()
         if moved is not None and self._writer.broken is None:
             self._moved = True
@@ -164,14 +164,14 @@ class Caretaker:
         self._writer.halt(why)
 
     async def _save(self) -> None:
-        """Try to make a copy until there is one, or until it is not needed any more."""
+        """Try to make a copy until one exists or none is needed."""
         await self._writer.halted.wait()
         while not (self.saved or self._given_up) and self._writer.broken is not None:
             if not await self._rescue():
                 await asyncio.sleep(RESCUE_EVERY)
 
     async def _rescue(self) -> bool:
-        """Copy all that was committed to a file beside the database; return whether it is there."""
+        """Copy all committed data to a file beside the database; returns whether that worked."""
         try:
             done = await rescue(self._reader, self._path, self._clock.wall(), self._mark)
         except StorageError as error:
@@ -205,7 +205,7 @@ class Caretaker:
         )
 
     def _drop_copies(self) -> None:
-        """Delete the copies of a file that came back: it has all that is in them."""
+        """Delete the copies after the file came back, because it has all their data."""
         for copy in self._copies:
             with suppress(OSError):
                 copy.unlink()
@@ -213,7 +213,7 @@ class Caretaker:
         self._copies = []
 
     async def _note(self) -> None:
-        """Write the mark where the database has got further."""
+        """Write the mark if the database has grown."""
         try:
             [row] = await self._reader.execute_fetchall(HIGHEST_SQL)
             if (mark := mark_in(row)) != self._mark:
@@ -225,7 +225,7 @@ class Caretaker:
             log.log(level, "the high-water mark of %s could not be written: %s", self._path, error)
 
     def _written(self) -> tuple[int, int]:
-        """Return the log's size and when it was written; a transaction without changes leaves both."""
+        """Return the log's size and time of change; a transaction without changes changes neither."""
         try:
             status = log_of(self._path).stat()
         except OSError:
@@ -233,6 +233,6 @@ class Caretaker:
         return status.st_size, status.st_mtime_ns
 
     async def _checkpoint(self) -> None:
-        """Move the log into the file: what is in the log is lost behind the first damaged byte of it."""
+        """Move the log into the file, because SQLite drops everything behind a damaged byte of the log."""
         with suppress(StorageError, sqlite3.Error):  # the disk is full, or the relay stops
             await self._writer.errand(empty_log)

@@ -241,7 +241,7 @@ async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -
         """,
         keys,
     )
-    return {(row[0], row[1]) for row in rows}
+    return {(destination, order_key) for destination, order_key in rows}
 
 
 async def _supersede(
@@ -262,14 +262,18 @@ async def _supersede(
         list({(d.destination, d.latest_key) for d in born}),
     )
     ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in born]
-    ages += [((row[1], row[3]), (row[4], row[0])) for row in pending]
+    ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id in pending]
     newest: dict[tuple[str, str | None], tuple[int, int]] = {}
     for key, age in ages:
         newest[key] = max(age, newest.get(key, age))
     for d in born:
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
             batch.stillborn[d.id] = ("expired", "superseded")
-    older = [row for row in pending if newest[row[1], row[3]] > (row[4], row[0])]
+    older = [
+        (id_, name, order_key)
+        for id_, name, order_key, key, event_id in pending
+        if newest[name, key] > (event_id, id_)
+    ]
     await end(batch, transaction, claims, older, ("expired", "superseded"))
 
 

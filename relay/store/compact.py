@@ -1,4 +1,4 @@
-"""Giving all free room back to the disk."""
+"""Returns free space of the database to the disk."""
 
 import aiosqlite
 
@@ -9,7 +9,7 @@ SIZES_SQL = """
 
 
 async def empty_log(connection: aiosqlite.Connection) -> bool:
-    """Move the log into the file and empty it; a reader that is in the way is not waited for."""
+    """Move the log into the file and empty the log; returns False if a reader is in the way."""
     await connection.execute("PRAGMA busy_timeout = 0")
     try:
         [(busy, _, _)] = await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -1,4 +1,4 @@
-"""Opening SQLite the one way it is safe here: one connection writes, all others are read-only.
+"""Opens SQLite safely: one connection writes, all others only read.
 
 SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint (the
 WAL-reset bug; back-ported fixes in 3.44.6 and 3.50.7), so nothing but the writer ever does either.
@@ -22,23 +22,23 @@ from relay.store.schema import MIGRATIONS
 from relay.store.transaction import WriterConnection
 
 OLDEST = (3, 37, 0)
-"""STRICT tables; RETURNING and UPDATE … FROM are older."""
+"""The oldest SQLite with STRICT tables; RETURNING and UPDATE … FROM are older."""
 
 
 OURS_SQL = """
     SELECT count(*) = 0 OR max(name IN ('meta', 'events', 'deliveries'))
       FROM sqlite_master WHERE type = 'table'
 """
-"""Whether the tables of a database are the relay's; it may have none yet."""
+"""Returns whether a database has the relay's tables, or none yet."""
 
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
-"""Errors of the system that pass: a start waits for that."""
+"""System errors that may pass: a start waits for that."""
 
 LOCK_PATIENCE = 1.0  # seconds that opening waits for another program's lock
 
 
 def check_library() -> None:
-    """Refuse a SQLite that lacks what the statements need.
+    """Check that the linked SQLite is new enough.
 
     Raises:
         StorageError: the linked library is too old.
@@ -52,14 +52,14 @@ def check_library() -> None:
 
 
 def has_wal_reset_bug() -> bool:
-    """Say whether the linked SQLite has the bug that makes a second writer dangerous."""
+    """Return whether the linked SQLite has the bug that makes a second writer dangerous."""
     version = sqlite3.sqlite_version_info
     fixed = ((3, 44, 6) <= version < (3, 45, 0)) or ((3, 50, 7) <= version < (3, 51, 0))
     return version < (3, 51, 3) and not fixed
 
 
 async def open_writer(path: Path, *, full: bool) -> WriterConnection:
-    """Open the one writing connection; creates the file with mode 0600.
+    """Open the writing connection; creates the file with mode 0600.
 
     Raises:
         StorageError: the file cannot be opened or is no database.
@@ -96,7 +96,7 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
 
 
 def _create(path: Path) -> None:
-    """Create an empty file of mode 0600 if there is none.
+    """Create an empty file of mode 0600 if it is missing.
 
     Raises:
         StorageError: it cannot be there, or not be written.
@@ -119,7 +119,7 @@ def _create(path: Path) -> None:
 
 
 def check_companions(database: Path) -> None:
-    """See that SQLite can make its own files beside a database: at something else it would fail for ever.
+    """Check that SQLite can create its own files beside a database; it would fail at a folder or a pipe.
 
     Raises:
         StorageError: one of the names is taken by a directory, a pipe or the like.
@@ -139,11 +139,11 @@ async def _check_owner(connection: aiosqlite.Connection, path: Path) -> None:
 
 
 Heed = Callable[[Exception], object]
-"""Told of every error while reading; called in the connection's thread."""
+"""Called with every error while reading, in the connection's thread."""
 
 
 class _Reader(sqlite3.Connection):
-    """Tells of errors: damage that is met in reading concerns whoever writes as well."""
+    """Reports errors, because damage that a reader finds must stop the writer as well."""
 
     heed: Heed
 
@@ -179,7 +179,7 @@ class _Cursor(sqlite3.Cursor):
 
 
 async def open_reader(path: Path, heed: Heed = lambda _error: None) -> aiosqlite.Connection:
-    """Open a connection that can only read, and never checkpoints; `heed` is told of its errors."""
+    """Open a connection that only reads and never checkpoints; `heed` is called with its errors."""
 
     def make(*args: Any, **options: Any) -> _Reader:
         reader = _Reader(*args, **options)
@@ -199,7 +199,7 @@ async def open_reader(path: Path, heed: Heed = lambda _error: None) -> aiosqlite
 
 
 async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
-    """Bring the schema up to date, after a backup copy when there is data.
+    """Migrate the tables, after making a backup copy of existing data.
 
     Raises:
         StorageError: the file is of a newer version than this program knows.
@@ -218,7 +218,7 @@ async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
 
 
 async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -> None:
-    """Copy the database to a file that is for its owner only, from the first byte on.
+    """Copy the database to a file of mode 0600.
 
     Raises:
         StorageUnavailableError: there is no room for it at the moment.
@@ -242,7 +242,7 @@ async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -
 
 
 async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
-    """Look for damage, as is due after an unclean stop.
+    """Check the file for damage after an unclean stop.
 
     Raises:
         StorageError: SQLite found some; the file is left as it is.
@@ -261,7 +261,7 @@ async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
 
 
 def unreadable(path: Path, error: sqlite3.Error) -> StorageError:
-    """Return the error that says why a database cannot be gone by: it is damaged, or its disk fails."""
+    """Return the error that says why a database cannot be used: it is damaged, or its disk fails."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
         return damaged(path, str(error))
@@ -271,7 +271,7 @@ def unreadable(path: Path, error: sqlite3.Error) -> StorageError:
 
 
 def damaged(path: Path, what: str) -> StorageError:
-    """Return the error that says that a file is no sound database, and how to go on."""
+    """Return the error that a file is damaged, with the next steps."""
     return StorageError(
         f"{path} is damaged: {what}",
         hint=(

@@ -1,7 +1,7 @@
-"""Idempotency keys: which request has had one, and for how long a repetition of it is a duplicate.
+"""Idempotency keys: which request used a key, and for how long its repetition is a duplicate.
 
-A key alone does not make a duplicate. Clients that count from 1 after each start, or that use a constant,
-send different requests with one key; each of them is an event.
+A key alone does not make a duplicate. Some clients count from 1 after each start or use a constant, so they
+send different requests with one key. Each of these requests is an event.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from relay.model import StoredEvent
 from relay.store.transaction import Row, Transaction
 
 SIZE = 20
-"""Bytes of an identity. A database of version 2 kept none: the 32 bytes of the body's digest stand for it."""
+"""Bytes of an identity. Rows of version 2 have the body's digest (32 bytes) instead."""
 
 KNOWN_SQL = """
     WITH asked (source, key, identity, body, now) AS (VALUES {values})
@@ -38,7 +38,7 @@ class Key(msgspec.Struct, frozen=True):
 
 
 class Keys:
-    """The keys that a transaction knows of, and those that it adds."""
+    """The keys that a transaction has looked up, and the ones it adds."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str, bytes], str] = {}  # public id of the event of such a request
@@ -46,7 +46,7 @@ class Keys:
         self._new: list[Row] = []
 
     async def look_up(self, transaction: Transaction, keys: Iterable[Key], now: int) -> None:
-        """Read what is known of some keys; `now` is steady."""
+        """Look up keys; `now` is steady."""
         asked = [(key.source, key.text, key.identity, key.body, now) for key in keys]
         for source, text, identity, first, is_used in await transaction.fetch_rows(KNOWN_SQL, asked):
             if first is not None:
@@ -55,28 +55,28 @@ class Keys:
                 self._used.add((source, text))
 
     def first(self, key: Key) -> str | None:
-        """Return the public id of the event that this very request has become; None: it is new."""
+        """Return the public id of the event of the same request; None: the request is new."""
         return self._first.get((key.source, key.text, key.identity))
 
     def is_used(self, key: Key) -> bool:
-        """Say whether any request has had the key."""
+        """Return whether any request has used the key."""
         return (key.source, key.text) in self._used
 
     def add(self, key: Key, event_id: str, expires_at: int) -> None:
-        """Take in the key of a new event."""
+        """Add the key of a new event."""
         self._first[key.source, key.text, key.identity] = event_id
         self._used.add((key.source, key.text))
         self._new.append((key.source, key.text, key.identity, event_id, expires_at))
 
     def write(self, transaction: Transaction) -> None:
-        """Write the new ones, inside the transaction."""
+        """Write the new keys inside the transaction."""
         if self._new:
             columns = "source, key, identity, event_id, expires_at"
             transaction.insert("dedupe", columns, self._new, verb="REPLACE")
 
 
 def identity(event: StoredEvent, path: str) -> bytes:
-    """Return what tells requests with one key apart: path, body, and what the source read of the rest.
+    """Return a digest of a request: its path and body, and the fields that the source reads.
 
     The token has no part in it, as it may be rotated between two tries; nor has the context, which may hold
     the time of sending.

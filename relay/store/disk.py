@@ -1,4 +1,4 @@
-"""The disk under the database: its free space, the floor that senders may not go below, and a reserve.
+"""The database's disk: its free space, the floor that senders must leave free, and a reserve.
 
 A full disk also fails what would free space, because the log must grow before anything is deleted. So a
 ballast file is kept beside the database. It is deleted when the disk is full: outcomes of deliveries and
@@ -10,16 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 
 LEAST_BALLAST = 64 * 2**10
-"""A disk without room for this much has no ballast."""
+"""A disk without room for this many bytes has no ballast file."""
 
 FULL = 2**20
-"""A disk with more free space than this is not full, whatever SQLite says."""
+"""A disk with more free bytes is not full, whatever SQLite reports."""
 
 COPIES = 2
-"""What comes in is written to the log, and from there to the file."""
+"""Each byte is written to the log, and from there to the file."""
 
 OVERHEAD = 16 * 2**10
-"""Bytes that a request takes beside its body: rows, indexes and pages that are filled in part."""
+"""Bytes that a request takes beside its body: rows, indexes and partly filled pages."""
 
 NEAR = 32 * 2**20
 """With less than this above the floor, the log is moved into the file after each transaction.
@@ -29,7 +29,7 @@ Then the free space tells what is left, and the log starts anew in the room that
 
 
 class Disk:
-    """What may still be written beside a database; `ballast` is the size of the reserve, 0 for none."""
+    """Says how much senders may still write. `ballast` is the size of the reserve in bytes; 0: no reserve."""
 
     def __init__(self, database: Path, *, floor: int = 0, ballast: int = 0) -> None:
         self.floor = floor  # bytes that senders leave free
@@ -42,12 +42,12 @@ class Disk:
         self._left = 0  # bytes that may be promised before the next look
 
     def free(self) -> int:
-        """Return the free space that this user may still fill, also after the folder was moved."""
+        """Return the free bytes for this user, also after the folder was moved."""
         status = os.statvfs(self._folder if self._handle is None else self._handle)
         return status.f_bavail * status.f_frsize
 
     def look(self, promised: int = 0) -> int:
-        """Read the free space anew, and return it; `promised` bytes have yet to be written."""
+        """Read the free space and return it; `promised` bytes are still to be written."""
         free = self.free()
         self._left = free - self.floor - COPIES * promised
         self.near = self._left < NEAR
@@ -55,11 +55,11 @@ class Disk:
 
     @property
     def scarce(self) -> bool:
-        """Whether there is less room than there must be for senders; reads the free space anew."""
+        """Whether senders must be refused; reads the free space."""
         return self.missing > 0 or self.look() < self.floor
 
     def admits(self, size: int, promised: int) -> bool:
-        """Say whether a request of so many bytes leaves the floor free, and count it in if so."""
+        """Return whether a request of `size` bytes leaves the floor free; if so, reserve its space."""
         if self.missing:
             return False
         needed = COPIES * size + OVERHEAD
@@ -71,7 +71,7 @@ class Disk:
         return True
 
     def prepare(self) -> None:
-        """Write the ballast that is to be there, if there is room for it; blocks for some milliseconds."""
+        """Write the ballast file if it is missing and there is room; blocks for some milliseconds."""
         with suppress(OSError):  # without it, a full disk is only harder on retention
             if self._handle is None:
                 self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -79,13 +79,13 @@ class Disk:
                 self._write(min(self._size, (self.free() - self.floor) // 4))
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
     def throw_off(self, enough: int = FULL) -> bool:
-        """Delete the ballast if fewer bytes than `enough` are free; say whether there is more room now."""
+        """Delete the ballast file if fewer than `enough` bytes are free; returns whether that freed space."""
         if self.free() >= enough:
             return False
         try:
@@ -97,14 +97,14 @@ class Disk:
         return True
 
     def recover(self) -> None:
-        """Write the ballast again once there is room for it and as much again; blocks for a moment."""
+        """Write the ballast file again once there is room for twice its size; blocks for a moment."""
         if self.missing and self.free() >= 2 * self.missing:
             with suppress(OSError):
                 self._write(self.missing)
                 self.missing = 0
 
     def _write(self, size: int) -> None:
-        """Write bytes that no file system makes smaller; a file that could not be written is removed."""
+        """Write random bytes, which no file system compresses; removes the file on failure."""
         if size < LEAST_BALLAST and not self.missing:
             return
         handle = os.open(self.ballast, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)

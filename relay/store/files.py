@@ -1,4 +1,4 @@
-"""The open database's files: whether those at their paths are still the ones that are open.
+"""Compares the open database's files with the files at their paths.
 
 Deleted files stay open and take everything that is written, and nothing of it is there after a restart.
 """
@@ -29,7 +29,7 @@ class Files:
         self._size = 0  # bytes of the database at the latest look
 
     def open(self) -> None:
-        """Begin, once the connections are open and the log is there.
+        """Start watching, after the connections are open and the log exists.
 
         Raises:
             OSError: a file is not there any more.
@@ -41,13 +41,13 @@ class Files:
         self._known[log] = _identity(log.stat())
 
     def close(self) -> None:
-        """End."""
+        """Stop watching."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def moved(self) -> str | None:
-        """Say which path leads elsewhere by now; None: both lead to what is open."""
+        """Return which path names another file now; None: both name the open files."""
         for path, known in self._known.items():
             try:
                 status = path.stat()
@@ -60,7 +60,7 @@ class Files:
         return None
 
     def overwritten(self) -> str | None:
-        """Say whether something else wrote over the file; to be asked while no transaction is at work."""
+        """Return how another program overwrote the file; None: no. Call it between transactions."""
         assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
         try:
             head = os.pread(self._descriptor, _HEAD, 0)
@@ -75,7 +75,7 @@ class Files:
         return self.shortened() or self._log_cut_off()
 
     def shortened(self) -> str | None:
-        """Say whether something else cut the end off; ask often, as SQLite may soon write behind the gap.
+        """Return whether another program cut the file; None: no. Call it often, before SQLite writes there.
 
         SQLite itself shortens the file after moving the whole log into it: then its head tells its length.
         """
@@ -92,7 +92,7 @@ class Files:
         return f"{self.path} was cut off while it was in use"
 
     def _log_cut_off(self) -> str | None:
-        """Say whether the log lost its head: what is written behind it would be dropped at the next start."""
+        """Return whether the log lost its head; None: no. SQLite would drop such a log at the next start."""
         log = log_of(self.path)
         try:
             with open_plain(log) as file:  # SQLite has no locks on this one that closing it could release

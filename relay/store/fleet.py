@@ -1,4 +1,4 @@
-"""The workers' side of a batch: what they said, who is silent, what operators told them."""
+"""Changes to workers inside one transaction: their requests, silence, and operators' commands."""
 
 from collections.abc import Callable, Iterable
 
@@ -26,20 +26,20 @@ from relay.workers import rules
 from relay.workers.rules import Now
 
 MEASURE_EVERY = 60 * SECOND
-"""At most one row of `worker_metrics` per worker and minute, however often it beats."""
+"""A worker gets at most one row of `worker_metrics` in this time, however many heartbeats it sends."""
 
 MOST_WORKERS = 20_000
-"""Workers in the registry, over all sources: whoever has a token chooses ids."""
+"""Workers in the registry, over all sources. Anybody with a token can choose ids."""
 
 FORGET_AT_ONCE = 200
-"""Workers that make room together, so that not every new one at the cap has all rows looked at."""
+"""Workers forgotten together, so that not every new worker at the limit searches all rows."""
 
 COMMANDS_AT_ONCE = 20
-"""Commands that ride in one heartbeat's reply."""
+"""Commands in the reply to one heartbeat."""
 
 
 class Fleet:
-    """What one transaction changes about workers; `Roster` is what was true before it."""
+    """The changes of one transaction; `Roster` holds the rows before it."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class Fleet:
         self._grown = 0  # sessions
 
     def get(self, key: WorkerKey) -> Worker | None:
-        """Return a row as this transaction will leave it."""
+        """Return a row with the changes of this transaction."""
         return None if key in self.forgotten else self.workers.get(key) or self._roster.get(key)
 
     def change(self, source: str, change: WorkerChange) -> tuple[Worker | None, tuple[Command, ...]]:
-        """Take in what a worker said; return its row and the commands that ride in its reply.
+        """Apply a worker's request; returns the worker's row and the commands of the reply.
 
         Raises:
             Conflict: it contradicts the registry; nothing was taken in.
@@ -100,7 +100,7 @@ class Fleet:
         return step.worker, self._send(key)
 
     def _make_room(self) -> None:
-        """Forget workers for a new one at the cap: those that have left or been silent for longest.
+        """Forget the workers that left or fell silent first, if the registry is full.
 
         Raises:
             Overloaded: all of them are online.
@@ -118,18 +118,18 @@ class Fleet:
         self._new += 1
 
     def _fitting(self, before: Worker | None, worker: Worker) -> Worker:
-        """Return a row with as many of its sessions as fit beside those of this transaction."""
+        """Return a row without the sessions that exceed the limit of all sessions."""
         fitting = self._roster.fit(worker, self._grown)
         grown = len(fitting.sessions) - (0 if before is None else len(before.sessions))
         self._grown += max(grown, 0)
         return fitting
 
     def hold(self) -> None:
-        """Put off every deadline; in memory only, because a start puts them off as well."""
+        """Put off every deadline. In memory only, because a start puts them off as well."""
         self.holding = True
 
     def sweep(self, at: int, most: int) -> list[Worker]:
-        """Mark up to `most` workers as OFFLINE whose deadline had passed at a moment.
+        """Mark up to `most` workers as OFFLINE whose deadline had passed at `at` (steady).
 
         Workers whose unregister was refused are marked as having left.
         """
@@ -154,7 +154,7 @@ class Fleet:
         self._roster.moving.add(key)
 
     def asked(self, key: WorkerKey) -> Worker | None:
-        """Return a row without the sessions that it has yet to restore and another live worker lists."""
+        """Return a row without the sessions to restore that another live worker lists by now."""
         row = self.get(key)
         if row is None or not row.recovering:
             return row
@@ -168,7 +168,7 @@ class Fleet:
     def _recoverable(
         self, key: WorkerKey, row: Worker | None, endpoint: str
     ) -> tuple[tuple[Session, ...], WorkerKey | None]:
-        """Return the sessions that a worker is to restore, and whose they were.
+        """Return the sessions that a worker must restore, and the key of the worker that had them.
 
         Its own, or where it has none those of the worker that was heard last at its endpoint and is OFFLINE.
         """
@@ -186,7 +186,7 @@ class Fleet:
         return (), None
 
     def _is_listed_by_others(self, key: WorkerKey, session_id: str) -> bool:
-        """Say whether another live worker has a session."""
+        """Return whether another live worker has a session."""
         rows = [self.get(each) for each in self._reporters(key[0], session_id) if each != key]
         return any(
             _is_live(row) and any(session.id == session_id for session in row.sessions)
@@ -195,7 +195,7 @@ class Fleet:
         )
 
     def _with_session(self, source: str, session_id: str) -> WorkerKey | None:
-        """Return the key of the worker that last reported a session, be it in this very transaction."""
+        """Return the key of the worker that reported a session last, this transaction included."""
         return next(iter(self._reporters(source, session_id)), None)
 
     def _reporters(self, source: str, session_id: str) -> list[WorkerKey]:
@@ -210,7 +210,7 @@ class Fleet:
         return [*known] if moved is None else [moved, *known]
 
     def flush(self, keys: Iterable[WorkerKey]) -> None:
-        """Take in rows that heartbeats so far moved in memory only."""
+        """Write rows that heartbeats changed in memory only."""
         for key in keys:
             worker = self._roster.get(key)
             if worker is not None:
@@ -218,7 +218,7 @@ class Fleet:
                 self._measure(key, worker)
 
     def forget(self, keys: Iterable[WorkerKey]) -> int:
-        """Remove rows, with what is queued for them; return how many there were."""
+        """Remove workers and their queued commands; returns how many existed."""
         found = {key for key in keys if self._roster.get(key) is not None}
         self.forgotten |= found
         for key in found:
@@ -235,7 +235,7 @@ class Fleet:
         return self.forget(old)
 
     def maintain(self, key: WorkerKey, *, on: bool) -> Worker | None:
-        """Take in an operator's maintenance, or its end; None: there is no such worker."""
+        """Begin or end maintenance; None: the worker is unknown or has left."""
         worker = self.get(key)
         if worker is None or worker.unregistered_at is not None:
             return None
@@ -244,23 +244,23 @@ class Fleet:
         return after
 
     def queue(self, command: Command) -> None:
-        """Take in a command for a worker's next heartbeat."""
+        """Queue a command for a worker's next heartbeat."""
         self.commands[command.public_id] = command
 
     def cancel_command(self, key: WorkerKey, public_id: str) -> bool:
-        """Take in that a queued command is not wanted any more; False: it is not queued."""
+        """Cancel a queued command; False: it is not queued."""
         found = [c for c in self._roster.commands.get(key, ()) if c.public_id == public_id]
         self._expire(found, "cancelled")
         return bool(found)
 
     def requeue(self, commands: Iterable[Command]) -> None:
-        """Take back what was sent in a reply that could not be written."""
+        """Queue commands again whose reply could not be written."""
         for command in commands:
             again = msgspec.structs.replace(command, state="queued", sent_at=None)
             self.commands[command.public_id] = again
 
     def expire_commands(self) -> None:
-        """End commands that were not fetched in time."""
+        """End queued commands past their expiry."""
         late = [c for c in self._roster.queued() if c.expires_at <= self._now.steady]
         self._expire(late, "expired")
 
@@ -269,7 +269,7 @@ class Fleet:
             self.commands[command.public_id] = msgspec.structs.replace(command, state=state)
 
     def _send(self, key: WorkerKey) -> tuple[Command, ...]:
-        """Choose what rides in this heartbeat's reply, and mark it as sent."""
+        """Choose the commands of a heartbeat's reply and mark them as sent."""
         queued = [
             command
             for command in self._roster.commands.get(key, ())
@@ -289,7 +289,7 @@ class Fleet:
             self.measured[key] = worker
 
     def _take_over(self, source: str, change: Register) -> None:
-        """Give the former ids at the endpoint of a new id less time to be heard again, or reject the new id.
+        """Shorten the deadlines of earlier ids at a new id's endpoint, or reject the new id.
 
         Rejecting covers private addresses, because the operator asked for it, but never loopback.
         """
@@ -309,7 +309,7 @@ class Fleet:
             self._move(key, rules.former(worker, self._now, self._rules(*key)))
 
     def write(self, transaction: Transaction) -> None:
-        """Write it all, inside the batch's transaction."""
+        """Write all changes inside the batch's transaction."""
         workers = {**self.seen, **self.workers}
         if rows := [worker_row(w) for key, w in workers.items() if key not in self.forgotten]:
             transaction.insert("workers", WORKER_COLUMNS, rows, verb="REPLACE")
@@ -323,7 +323,7 @@ class Fleet:
             transaction.run("DELETE FROM workers WHERE source = ? AND id = ?", key)
 
     def publish(self) -> list[tuple[str, WorkerStatus]]:
-        """Take what is committed into the roster; return the source and status of each that turned."""
+        """Apply the committed changes to the roster; returns source and new status of each changed worker."""
         roster, turned = self._roster, []
         for key, worker in self.workers.items():
             if worker.unregistered_at is None and _standing(roster.get(key)) != worker.status:

@@ -1,4 +1,4 @@
-"""What got lost of a database between two starts: noticed at the start, kept for repair, and reported.
+"""Finds lost data at a start, keeps damaged files for repair, and reports the loss.
 
 A report beside the database says what is missing. `relay doctor` names it until somebody deletes it.
 """
@@ -27,7 +27,7 @@ def evidence_of(database: Path) -> list[Path]:
 
 
 def look_before(database: Path, wall: int) -> list[str]:
-    """Look at the files before SQLite opens them, which drops what it cannot read; say what it will drop.
+    """Check the files before SQLite opens them and drops unreadable pages; returns what it will drop.
 
     A damaged log is copied first: what SQLite drops can be salvaged from the copy alone.
 
@@ -69,7 +69,7 @@ def look_before(database: Path, wall: int) -> list[str]:
 
 
 def look_after(database: Path, wall: int, highest: Mark, before: list[str]) -> None:
-    """Compare an open database with its mark, and tell what is missing, along with what was seen before."""
+    """Compare an open database with its mark, and report the missing data and what `look_before` found."""
     found = list(before)
     if missing := highest.missing(read_mark(database)):
         found.append(f"the database is older than it was: {', '.join(missing)} are missing")

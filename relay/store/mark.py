@@ -21,7 +21,7 @@ GIVEN_SQL = """
      UNION ALL SELECT 'last delivery', coalesce(max(id), 0) FROM deliveries WHERE true
         ON CONFLICT (name) DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))
 """
-"""Goes before every deletion of events, in its transaction: their ids are not given out once more."""
+"""Runs before every deletion of events in its transaction, so that their ids are never used again."""
 
 HIGHEST_SQL = """
     SELECT max(coalesce((SELECT max(id) FROM events), 0),
@@ -33,14 +33,14 @@ HIGHEST_SQL = """
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """How far a database is, or was."""
+    """The progress of a database."""
 
     events: int = 0  # the highest row id that was ever given out
     deliveries: int = 0  # likewise
     ended: int = 0  # deliveries that have ended
 
     def missing(self, mark: "Mark") -> list[str]:
-        """Say what a database that is this far lacks of what a mark says."""
+        """Return what this database lacks of another mark."""
         found = []
         for what in ("events", "deliveries"):
             have, had = getattr(self, what), getattr(mark, what)
@@ -57,14 +57,14 @@ def mark_of(database: Path) -> Path:
 
 
 def read_mark(database: Path) -> Mark:
-    """Return a database's mark; one that is not there or cannot be read says nothing."""
+    """Return a database's mark, an empty one if it is missing or unreadable."""
     with suppress(OSError, msgspec.MsgspecError), open_plain(mark_of(database)) as file:
         return msgspec.json.decode(file.read(LONGEST), type=Mark)
     return Mark()
 
 
 def write_mark(database: Path, mark: Mark) -> None:
-    """Write it, in place.
+    """Write the mark in place.
 
     Raises:
         OSError: it cannot be written.
@@ -78,5 +78,5 @@ def write_mark(database: Path, mark: Mark) -> None:
 
 
 def mark_in(row: Any) -> Mark:
-    """Return what `HIGHEST_SQL` found."""
+    """Build a mark from the row of `HIGHEST_SQL`."""
     return Mark(*row)

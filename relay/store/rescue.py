@@ -1,4 +1,4 @@
-"""A copy of a database whose file is gone from its place: its open connections can still read all of it."""
+"""Copies a database whose file was removed: its open connections can still read everything."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def rescues_of(database: Path) -> list[Path]:
 
 
 def stamp(wall: int) -> str:
-    """Render a moment (wall clock) as names of files have it."""
+    """Format a wall-clock time for a file name."""
     return datetime.fromtimestamp(wall // SECOND, UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
@@ -74,7 +74,7 @@ def _lacks_room(error: Exception) -> bool:
 
 
 def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]:
-    """Check a copy and give it its name; return how many events and deliveries it has."""
+    """Check a copy and give it its name; returns its number of events and of deliveries."""
     with opened(part, stop) as copy:
         [(verdict,)] = copy.execute("PRAGMA quick_check(1)").fetchall()
         [row] = copy.execute(HIGHEST_SQL).fetchall()
@@ -90,7 +90,7 @@ def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]
 
 
 def restoring(copy: Path, database: Path) -> str:
-    """Return the shell command that puts a copy in the place of a database; a relay must not run."""
+    """Return the shell command that replaces a database by a copy, while no relay runs."""
     log = str(log_of(database))
     names = [log, f"{log.removesuffix('-wal')}-shm"]
     steps = [["rm", "-f", *names]]

@@ -1,4 +1,4 @@
-"""The registry's rows in memory: what every heartbeat is compared with, without a read."""
+"""The registry's rows in memory. Every heartbeat is compared with them, without a read."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,17 +15,17 @@ WorkerKey = tuple[str, str]
 """(source, worker id)."""
 
 MOST_SESSIONS = 100_000
-"""Sessions kept of all workers; beyond it they are counted, as each worker tells, and not kept."""
+"""Sessions kept of all workers together. Further ones are only counted, as each worker reports them."""
 
 MOST_FAREWELLS = 16_384
-"""Workers whose refused unregister is remembered while the store cannot be opened."""
+"""Workers whose refused unregister request is remembered while the store cannot be opened."""
 
 MOST_HEEDED = 8
 """Refused requests remembered per worker while its row is being written."""
 
 
 class Roster:
-    """All workers by key and by endpoint; changed after a commit, by quiet heartbeats, else by nothing."""
+    """All workers by key and by endpoint. Only commits and quiet heartbeats change them."""
 
     def __init__(
         self, workers: Iterable[Worker] = (), commands: Iterable[Command] = (), *, is_loaded: bool = True
@@ -55,7 +55,7 @@ class Roster:
         return iter(self._rows.values())
 
     def get(self, key: WorkerKey) -> Worker | None:
-        """Return one row."""
+        """Return a worker's row."""
         return self._rows.get(key)
 
     def at_endpoint(self, source: str, endpoint: str) -> tuple[WorkerKey, ...]:
@@ -63,12 +63,12 @@ class Roster:
         return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
 
     def reporters(self, source: str, session_id: str) -> tuple[WorkerKey, ...]:
-        """Return the keys of all workers whose rows have a session, the latest to report it first."""
+        """Return the keys of all workers with a session, the one that reported it last first."""
         last = self._sessions.get((source, session_id))
         return () if last is None else (last, *self._rivals.get((source, session_id), ()))
 
     def fit(self, worker: Worker, more: int = 0) -> Worker:
-        """Return a row with as many of its sessions as there is room for, if `more` come besides."""
+        """Return a row with as many of its sessions as there is room for beside `more` others."""
         former = self._rows.get((worker.source, worker.id))
         has = 0 if former is None else len(former.sessions)
         room = max(MOST_SESSIONS - self.sessions - more + has, 0)
@@ -95,7 +95,7 @@ class Roster:
     def heed(
         self, source: str, change: WorkerChange, now: Now, rules: Callable[[str, str], WorkerRules]
     ) -> WorkerStatus | None:
-        """Note what a refused request says of a known worker; return its status, None: it is not there."""
+        """Note what a refused request says about a known worker; returns its status, None: unknown."""
         key = (source, change.worker_id)
         row = self._rows.get(key)
         if row is None:
@@ -116,7 +116,7 @@ class Roster:
         return status
 
     def _keep_farewell(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
-        """Remember who left while the rows have not been read yet; a heartbeat may overlap it, no more."""
+        """Remember a worker that left before the rows were read; an overlapping heartbeat changes nothing."""
         if isinstance(change, Unregister):
             if len(self.farewells) < MOST_FAREWELLS:
                 self.farewells[key] = (change, now)
@@ -126,13 +126,13 @@ class Roster:
                 del self.farewells[key]
 
     def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
-        """Heed the farewells that came before the rows were read."""
+        """Apply the refused unregister requests that came before the rows were read."""
         for (source, _), (change, now) in before.farewells.items():
             self.heed(source, change, now, rules)
         self.farewells.clear()
 
     def heed_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
-        """Apply to the rows just written what refused requests said meanwhile."""
+        """Apply refused requests to rows that were being written meanwhile."""
         heeded, self.heeded = self.heeded, {}
         for key, noted in heeded.items():
             row = self._rows.get(key)
@@ -152,7 +152,7 @@ class Roster:
         return [command for commands in self.commands.values() for command in commands]
 
     def note(self, command: Command) -> None:
-        """Remember a command while it is queued, and no longer."""
+        """Keep a command while it is queued; drop it otherwise."""
         key = (command.source, command.worker_id)
         others = [each for each in self.commands.get(key, ()) if each.public_id != command.public_id]
         if command.state == "queued":
@@ -163,7 +163,7 @@ class Roster:
             self.commands.pop(key, None)
 
     def drop(self, key: WorkerKey) -> None:
-        """Forget a row."""
+        """Remove a row."""
         worker = self._rows.pop(key)
         self._count(worker, -1)
         self._leave(worker.endpoint, key)
@@ -229,4 +229,4 @@ async def load_roster(connection: aiosqlite.Connection) -> Roster:
     commands = await connection.execute_fetchall(
         f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants
     )
-    return Roster([worker_of(row[0]) for row in workers], [command_of(tuple(row)) for row in commands])
+    return Roster([worker_of(record) for (record,) in workers], [command_of(tuple(row)) for row in commands])

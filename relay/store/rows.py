@@ -37,7 +37,7 @@ _worker = msgspec.json.Decoder(Worker)
 
 
 def event_row(event: StoredEvent) -> Row:
-    """Flatten an event; its data is kept as a place in the body wherever it stands there."""
+    """Return an event's row; its data is stored as a position in the body where it is part of the body."""
     at = event.body.find(event.data)
     place = (at, len(event.data), None) if at >= 0 else (None, None, event.data)
     return (
@@ -49,11 +49,14 @@ def event_row(event: StoredEvent) -> Row:
 
 def event_of(row: Sequence[Any]) -> StoredEvent:
     """Build an event from a row of `EVENT_COLUMNS`."""
-    body, at = row[14], row[11]
+    (
+        id_, public_id, source, type_, subject, received_at, content_type, traceparent, sha256, _size,
+        context, data_at, data_size, data, body,
+    ) = row  # fmt: skip
     return StoredEvent(
-        id=row[0], public_id=row[1], source=row[2], type=row[3], subject=row[4], received_at=row[5],
-        content_type=row[6], traceparent=row[7], sha256=row[8], context=row[10],
-        data=row[13] if at is None else body[at : at + row[12]], body=body,
+        id=id_, public_id=public_id, source=source, type=type_, subject=subject, received_at=received_at,
+        content_type=content_type, traceparent=traceparent, sha256=sha256, context=context,
+        data=data if data_at is None else body[data_at : data_at + data_size], body=body,
     )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def delivery_row(
     next_attempt_at: int | None,
     ended: int | None,
 ) -> Row:
-    """Flatten a new delivery, which may have ended at its very birth."""
+    """Return a new delivery's row; it may have ended already."""
     return (
         delivery.id, delivery.public_id, delivery.event_id, delivery.destination, state, reason,
         delivery.created_at, next_attempt_at, ended, delivery.order_key, delivery.latest_key,
@@ -86,15 +89,19 @@ def delivery_row(
 
 def delivery_of(row: Sequence[Any]) -> Delivery:
     """Build a delivery, without its event, from a row of `CLAIM_COLUMNS`."""
+    (
+        id_, public_id, event_id, destination, attempts, created_at, size, order_key, latest_key,
+        expires_at, on_dead, replay_of,
+    ) = row  # fmt: skip
     return Delivery(
-        id=row[0], public_id=row[1], event_id=row[2], destination=row[3], attempts=row[4],
-        created_at=row[5], size=row[6], order_key=row[7], latest_key=row[8], expires_at=row[9],
-        on_dead=row[10], replay_of=row[11],
+        id=id_, public_id=public_id, event_id=event_id, destination=destination, attempts=attempts,
+        created_at=created_at, size=size, order_key=order_key, latest_key=latest_key,
+        expires_at=expires_at, on_dead=on_dead, replay_of=replay_of,
     )  # fmt: skip
 
 
 def attempt_row(delivery_id: int, attempt: Attempt) -> Row:
-    """Flatten an attempt."""
+    """Return an attempt's row."""
     return (
         delivery_id, attempt.started_at, attempt.duration_ms, attempt.result, attempt.status,
         attempt.error, attempt.truncated, attempt.answer,
@@ -102,7 +109,7 @@ def attempt_row(delivery_id: int, attempt: Attempt) -> Row:
 
 
 def worker_row(worker: Worker) -> Row:
-    """Flatten a registry row; what lists filter by stands in columns of its own."""
+    """Return a worker's row; fields that lists filter by have their own columns."""
     return (
         worker.source, worker.id, worker.status, worker.last_heartbeat, worker.deadline,
         encode(worker),
@@ -110,12 +117,12 @@ def worker_row(worker: Worker) -> Row:
 
 
 def worker_of(record: bytes) -> Worker:
-    """Build a registry row from its JSON record."""
+    """Build a worker from its JSON record."""
     return _worker.decode(record)
 
 
 def measurement_row(worker: Worker, at: int) -> Row:
-    """Flatten a worker's gauges at a moment."""
+    """Return a row of a worker's gauges."""
     return (
         worker.source, worker.id, at, worker.status, worker.cpu, worker.memory, worker.uptime,
         worker.message_count, encode(worker.counts),
@@ -123,7 +130,7 @@ def measurement_row(worker: Worker, at: int) -> Row:
 
 
 def command_row(command: Command) -> Row:
-    """Flatten a command."""
+    """Return a command's row."""
     return (
         command.public_id, command.source, command.worker_id, command.state, command.created_at,
         command.expires_at, command.sent_at, encode(command.body),
@@ -132,7 +139,8 @@ def command_row(command: Command) -> Row:
 
 def command_of(row: Sequence[Any]) -> Command:
     """Build a command from a row of `COMMAND_COLUMNS`."""
+    public_id, source, worker_id, state, created_at, expires_at, sent_at, body = row
     return Command(
-        public_id=row[0], source=row[1], worker_id=row[2], state=row[3], created_at=row[4],
-        expires_at=row[5], sent_at=row[6], body=msgspec.json.decode(row[7]),
+        public_id=public_id, source=source, worker_id=worker_id, state=state, created_at=created_at,
+        expires_at=expires_at, sent_at=sent_at, body=msgspec.json.decode(body),
     )  # fmt: skip

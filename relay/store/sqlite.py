@@ -35,7 +35,7 @@ from relay.store.deliveries import SqliteDeliveries
 from relay.store.disk import Disk
 from relay.store.events import SqliteEvents
 from relay.store.files import Files
-from relay.store.ledger import SqliteLedger
+from relay.store.ledger import TOTALS_SQL, SqliteLedger, counts_of
 from relay.store.losses import look_after, look_before
 from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.queries import SqliteQueries
@@ -169,14 +169,9 @@ class SqliteStore:
                 # SQLite would write on in the middle of what it dropped, and the rest look like a loss again.
                 await empty_log(self.database.connection)
             self._committer.sequences = Sequences(highest.events, highest.deliveries)
-            self.ledger.pending_counts = Counter(
-                {
-                    row[0]: row[1]
-                    for row in await self.database.connection.execute_fetchall(
-                        "SELECT destination, created - delivered - dead - expired - cancelled FROM ledger"
-                    )
-                }
-            )
+            rows = await self.database.connection.execute_fetchall(TOTALS_SQL)
+            totals = counts_of(rows)
+            self.ledger.pending_counts = Counter({name: each.pending for name, each in totals.items()})
             self.database.reader = await open_reader(self.path, self._heed)
             try:
                 # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
@@ -240,7 +235,7 @@ class SqliteStore:
         rows = await self.database.connection.execute_fetchall(
             "SELECT value FROM meta WHERE name = ?", (name,)
         )
-        return next((row[0] for row in rows), None)
+        return next((value for (value,) in rows), None)
 
     async def _set_meta(self, name: str, value: str) -> None:
         await self.database.connection.execute("REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))

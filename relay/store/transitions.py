@@ -5,6 +5,7 @@ and are repeated as new deliveries. When a delivery of an order key ends, the ne
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -44,6 +45,14 @@ FIRST_SQL = """
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
 
+class Pending(NamedTuple):
+    """The columns of a pending delivery that its end needs."""
+
+    id: int
+    destination: str
+    order_key: str | None
+
+
 async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """End deliveries past their time to live; those in flight end by their outcome."""
     rows = await transaction.fetch(
@@ -67,7 +76,7 @@ async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None
         [(delivery_id,) for delivery_id in dict.fromkeys(batch.cancelling)],
     )
     await end(batch, transaction, claims, rows, ("cancelled", "operator"))
-    batch.unwanted = {row[0] for row in rows} - batch.ended.keys()
+    batch.unwanted = {id_ for id_, _, _ in rows} - batch.ended.keys()
 
 
 async def end(
@@ -77,7 +86,8 @@ async def end(
 
     A delivery whose outcome this transaction has written is no longer in flight.
     """
-    ending_rows = [row for row in rows if row[0] in batch.settled or claims.end(row[0])]
+    candidates = [Pending(*row) for row in rows]
+    ending_rows = [each for each in candidates if each.id in batch.settled or claims.end(each.id)]
     if not ending_rows:
         return
     state, reason = ending
@@ -90,10 +100,11 @@ async def end(
           FROM ends
          WHERE deliveries.id = ends.id
         """,
-        [(row[0], state, reason, batch.wall) for row in ending_rows],
+        [(each.id, state, reason, batch.wall) for each in ending_rows],
     )
-    batch.ended.update({row[0]: (row[1], ending) for row in ending_rows})
-    await free(batch, transaction, [(row[1], row[2]) for row in ending_rows if row[2] is not None])
+    batch.ended.update({each.id: (each.destination, ending) for each in ending_rows})
+    freed = [(each.destination, each.order_key) for each in ending_rows if each.order_key is not None]
+    await free(batch, transaction, freed)
 
 
 async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> None:
@@ -113,7 +124,7 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
         """,  # noqa: S608 - an integer of ours
         keys,
     )
-    batch.woken.update(row[0] for row in rows)
+    batch.woken.update(destination for (destination,) in rows)
 
 
 async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, look: Look) -> None:

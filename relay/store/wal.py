@@ -1,4 +1,4 @@
-"""SQLite's write-ahead log as a file: how much of it SQLite takes in, and what it drops.
+"""Reads SQLite's write-ahead log: which frames SQLite recovers, and which it drops.
 
 SQLite reads the log up to the first frame whose checksum is wrong, and drops all later ones without a word:
 after a crash that is right for what was being written, and wrong for everything that was committed.
@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Log(msgspec.Struct, frozen=True):
-    """What a log holds."""
+    """The contents of a log."""
 
     valid: int = 0  # frames that SQLite takes in
     dropped: int = 0  # frames of the same generation behind the first broken one
@@ -28,7 +28,7 @@ class Log(msgspec.Struct, frozen=True):
 
     @property
     def damaged(self) -> bool:
-        """Whether committed transactions are dropped; a crash while writing leaves none behind it."""
+        """Whether SQLite will drop committed transactions; a crash alone does not cause that."""
         return self.commits > 0
 
 
@@ -39,7 +39,7 @@ def log_of(database: Path) -> Path:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a file for reading; nothing that stands in its place, such as a pipe, is waited for.
+    """Open a plain file for reading, without waiting at a pipe or device.
 
     Raises:
         OSError: it is not there, cannot be read, or is no plain file.

@@ -1,4 +1,4 @@
-"""The store's verbs about workers: heartbeats in memory, silence, and what operators and jobs wish."""
+"""The worker registry over SQLite: heartbeats in memory, silence, and changes by operators and jobs."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from relay.workers.rules import Now, apply
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 500
-"""Workers that one transaction marks or flushes: some milliseconds of the loop, however many there are."""
+"""Workers that one transaction marks or flushes, so that the event loop waits for some milliseconds only."""
 
 
 class SqliteWorkers:
@@ -31,7 +31,7 @@ class SqliteWorkers:
         self._queued: Counter[WorkerKey] = Counter()  # changes of a worker that wait to be written
 
     def beat(self, acceptance: Acceptance) -> Receipt | None:
-        """Take a heartbeat that moves only last-seen and gauges in memory; `flush` writes it.
+        """Apply a heartbeat in memory if it changes only the time and the gauges; `flush` writes it.
 
         Not while anything else about its worker is on its way to the disk: order is part of the rules.
         """
@@ -49,7 +49,7 @@ class SqliteWorkers:
         return Receipt(worker=step.worker)
 
     async def submit(self, source: str, change: WorkerChange, job: Job[Receipt]) -> Receipt:
-        """Write what a worker said; if that cannot be, note at least that it lives, or leaves."""
+        """Write a worker's request; if that fails, note at least that the worker is alive, or leaves."""
         key = (source, change.worker_id)
         self._queued[key] += 1
         try:

@@ -1,4 +1,4 @@
-"""Group commit: one task alone awaits the writing connection and commits whatever queued meanwhile.
+"""Group commit: one task owns the writing connection and commits all jobs that queued during the last commit.
 
 100 concurrent producers got 2,700 events/s with a commit each and 52,000 with the commits shared
 (measured on 2 cores), with the same promise: an answer leaves only after the COMMIT that holds it.
@@ -25,7 +25,7 @@ MAX_JOBS = 10_000
 MAX_BYTES = 32 * 2**20
 PROBE_EVERY = 1.0  # seconds between attempts while writes fail
 PROBE_SIZE = 64 * 2**10
-"""Bytes that such an attempt writes, as the outcomes of some deliveries with the receivers' answers do."""
+"""Bytes that such an attempt writes: about as many as some outcomes with their responses."""
 
 PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2)))"
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Job(Generic[T]):
-    """One caller's share of a transaction."""
+    """One caller's part of a transaction."""
 
     __slots__ = ("answer", "apply", "bounded", "future", "key", "result", "size")
 
@@ -50,43 +50,43 @@ class Job(Generic[T]):
         size: int = 0,
         key: Key | None = None,
     ) -> None:
-        self.apply = apply  # takes the caller's wish into the batch; pure, may refuse
+        self.apply = apply  # adds the caller's change to the batch; pure, may refuse
         self.answer = answer  # corrects the result once the statements have run
         self.size = size  # bytes waiting in the queue
-        self.key = key  # that the batch must know of before it begins
-        self.bounded = False  # whether it is a sender's: the reserve of a full disk is not for it
+        self.key = key  # idempotency key that the batch must look up first
+        self.bounded = False  # whether it is a sender's request: the reserve of a full disk is not for it
         self.result: T
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     def succeed(self, batch: Batch) -> None:
-        """Tell the caller, unless it is gone."""
+        """Give the caller its result, unless the caller is gone."""
         if not self.future.done():
             result = self.result
             self.future.set_result(self.answer(batch, result) if self.answer else result)
 
     def fail(self, error: Exception) -> None:
-        """Tell the caller, unless it is gone."""
+        """Raise an error in the caller, unless the caller is gone."""
         if not self.future.done():
             self.future.set_exception(error)
 
 
 class Gatherer(Protocol):
-    """What the writer needs from the store."""
+    """What the writer needs of the store; see `relay.store.commit.Committer`."""
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
-        """Start gathering, inside the transaction."""
+        """Return an empty batch."""
         ...
 
     async def write(self, transaction: Transaction, batch: Batch) -> None:
-        """Write what was gathered, inside the transaction."""
+        """Write the batch inside the transaction."""
         ...
 
     def publish(self, batch: Batch) -> None:
-        """Take a committed batch into memory and tell the listener."""
+        """Take a committed batch into memory and call the listeners."""
         ...
 
     def forget(self) -> None:
-        """Drop what was marked for a transaction that was rolled back."""
+        """Drop the marks of a transaction that was rolled back."""
         ...
 
 
@@ -116,36 +116,36 @@ class Writer:
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self.failure: str | None = None  # why writes fail at the moment; None: they work
-        self.broken: str | None = None  # why nothing is written until a restart or `resume`; a `failure`, too
+        self.broken: str | None = None  # why nothing is written until `resume` or a restart; also a `failure`
         self.halted = asyncio.Event()  # set while nothing is written because of that
         self.commits = 0
         self._busy_since: float | None = None  # time.monotonic() of the step under way; None: nothing to do
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the task."""
         self._task = asyncio.create_task(self._run(), name="store writer")
         self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        """Finish what is queued, then end."""
+        """Finish all queued jobs, then end."""
         self._stopping = True
         self._wake.set()
         if self._task is not None:
             await self._task
 
     def halt(self, why: str) -> None:
-        """Write nothing more after the transaction under way: what is written would be lost or do damage."""
+        """Stop writing after the current transaction, because later writes would be lost or do damage."""
         self.broken = self.failure = why
         self._wake.set()
 
     def resume(self) -> None:
-        """Write again."""
+        """Start writing again after `halt`."""
         self.broken = self.failure = None
         self.halted.clear()
         self._wake.set()
 
     def submit(self, job: Job[T], *, bounded: bool = False) -> "asyncio.Future[T]":
-        """Queue a job; the returned future is done once its transaction is, and failed while writes fail.
+        """Queue a job; the returned future is done after its transaction, and fails while writes fail.
 
         Raises:
             Overloaded: `bounded`, and the queue holds 10,000 jobs or 32 MiB.
@@ -170,16 +170,16 @@ class Writer:
         return job.future
 
     def has_room(self, size: int) -> bool:
-        """Say whether so many bytes more leave the disk's floor free, and count them in if so."""
+        """Return whether the disk has room for `size` more bytes above its floor; if so, reserve them."""
         return self._disk.admits(size, self._bytes + self._writing)
 
     @property
     def busy(self) -> float:
-        """Seconds that the transaction, errand or probe under way has taken so far; 0: there is none."""
+        """Seconds that the current transaction, errand or probe has taken so far; 0: none is running."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     async def errand(self, errand: Callable[[WriterConnection], Awaitable[T]]) -> T:
-        """Run something of its own on the writing connection, after all transactions queued so far.
+        """Run a function on the writing connection, after all transactions queued so far.
 
         Raises:
             StorageUnavailableError: writes fail at the moment.
@@ -192,7 +192,7 @@ class Writer:
         return await future
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        """A writer that ends by itself leaves everybody waiting: better to stop and start anew."""
+        """Stop the daemon if the task ends by itself: every caller would wait for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the writer failed", exc_info=error)
             self._on_fatal(f"the writer failed: {error}")
@@ -231,7 +231,7 @@ class Writer:
         return jobs
 
     async def _commit(self, jobs: list[Job[Any]]) -> None:
-        """One transaction; if one of its jobs is to blame, the others get another try without it."""
+        """Run one transaction. If a job makes it fail, run each job again in a transaction of its own."""
         served: list[Job[Any]] = []
         began = time.monotonic()
         try:
@@ -281,7 +281,7 @@ class Writer:
             jobs[0].fail(StorageError(f"could not be stored: {error}"))
 
     def _code(self, error: Exception) -> int:
-        """Return SQLite's code of an error, 0 where it is none of its; stops all where fsync failed."""
+        """Return SQLite's code of an error, 0 for other errors; stops the daemon if fsync failed."""
         code: int = getattr(error, "sqlite_errorcode", 0)
         if code == sqlite3.SQLITE_IOERR_FSYNC:
             # The kernel may have thrown the pages away: nothing in memory can be trusted any more.
@@ -289,7 +289,7 @@ class Writer:
         return code
 
     def heed(self, error: Exception) -> bool:
-        """Halt if an error says that the database is damaged; return whether it does."""
+        """Halt if an error means that the database is damaged; returns whether it does."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
             return False
         if self.broken is None:
@@ -321,7 +321,7 @@ class Writer:
             await self._checkpoint()
 
     def _throw_off(self, code: int) -> bool:
-        """Make room on a full disk by its ballast; False: the disk is not full, or the ballast is gone."""
+        """Delete the reserve file if the disk is full; False: the disk is not full, or the file is gone."""
         if code & 0xFF not in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             return False
         if not self._disk.throw_off():
@@ -337,7 +337,7 @@ class Writer:
         self._disk.look(self._bytes)
 
     async def _recover(self) -> None:
-        """Try one small transaction a second until one succeeds; what is asked meanwhile fails at once."""
+        """Try one small transaction a second until one succeeds; requests fail at once meanwhile."""
         if self.broken is None:
             log.error("writes fail, senders are refused with 503: %s", self.failure)
         while self.failure is not None:
@@ -369,14 +369,14 @@ class Writer:
                 log.info("writes work again")
 
     async def _restart_log(self) -> None:
-        """Move the log into the file, so that it starts anew in the room that it has."""
+        """Move the log into the file, so that the log starts again from its beginning."""
         try:
             await self._connection.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
         except sqlite3.Error as error:
             self._throw_off(self._code(error))
 
     def _turn_away(self, why: str) -> None:
-        """Fail everything that is queued: nobody waits for a disk without knowing it."""
+        """Fail every queued job, so that no caller waits for a failing disk."""
         while self._jobs:
             for job in self._take():
                 job.fail(StorageUnavailableError(f"writing failed: {why}"))
