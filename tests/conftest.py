@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -119,6 +120,13 @@ async def recorder():
     """A receiver that keeps what arrives."""
     async with Recorder() as recorder:
         yield recorder
+
+
+@pytest.fixture
+def tmp_path(request, tmp_path_factory):
+    """A folder with a short name, since the path of a unix socket has at most 107 bytes."""
+    name = re.sub(r"\W", "_", request.node.name.removeprefix("test_"))
+    return tmp_path_factory.mktemp(name[:12])
 
 
 @pytest.fixture

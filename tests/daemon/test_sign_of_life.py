@@ -619,14 +619,15 @@ async def test_what_is_heeded_while_a_worker_s_row_is_written_is_not_lost(relay,
     for worker in ("w1", "w2", "w3"):
         await relay.exchange(register(worker))
     begun, go = asyncio.Event(), asyncio.Event()
-    write = store.write
+    committer = store._committer
+    write = committer.write
 
     async def slow(transaction, batch):
         begun.set()
         await go.wait()
         await write(transaction, batch)
 
-    store.write = slow
+    committer.write = slow
     changes = [Heartbeat(worker_id=worker, version="2") for worker in ("w1", "w2", "w3")]
     waiting = [
         asyncio.ensure_future(store.events.append(Acceptance(source="whatsapp", change=change)))
@@ -638,7 +639,7 @@ async def test_what_is_heeded_while_a_worker_s_row_is_written_is_not_lost(relay,
     store.workers.note_refused("whatsapp", Unregister(worker_id="w2"))
     go.set()
     await asyncio.gather(*waiting)
-    store.write = write
+    committer.write = write
     clock.advance(80)
     found = {worker.id: worker.unregistered_at is None for worker in await sweep(relay)}
     assert found == {"w2": False, "w3": True}

@@ -384,10 +384,10 @@ def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
         said = run("status", *arguments, code=3)
         assert said.err.splitlines() == [
             "cannot connect to the daemon at /run/hookferry-test-run/relay.sock: No such file or directory",
-            "  start it with `systemctl start relay`; `systemctl status relay` says why it does not run",
+            "  start it with `systemctl start relay`; `systemctl status relay` shows why it is not running",
         ]
     said = run("send", "adorn", "-c", machine.config, code=3)
-    assert "start it with `systemctl start relay`, or name its listener with --to URL" in said.err
+    assert "start the daemon with `systemctl start relay`, or name its listener with --to URL" in said.err
     own = machine.write("own.toml", machine.config.read_text())
     for command in (("status",), ("send", "adorn")):
         assert "start it with `relay serve`" in run(*command, "-c", own, code=3).err
