@@ -371,7 +371,7 @@ def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
     )
     assert told.returncode == 5, told.stderr
     files = f"{machine.folder}/environment, {machine.folder}/lazy"
-    assert f"this user may not read {files}: run the command as root" in told.stderr
+    assert f"this user cannot read {files}: run the command as root" in told.stderr
     assert "the credential lazy cannot be read by this user" in told.stderr
 
 
@@ -389,8 +389,8 @@ def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
     said = run("send", "adorn", "-c", machine.config, code=3)
     assert "start the daemon with `systemctl start relay`, or name its listener with --to URL" in said.err
     own = machine.write("own.toml", machine.config.read_text())
-    for command in (("status",), ("send", "adorn")):
-        assert "start it with `relay serve`" in run(*command, "-c", own, code=3).err
+    for command, what in ((("status",), "it"), (("send", "adorn"), "the daemon")):
+        assert f"start {what} with `relay serve`" in run(*command, "-c", own, code=3).err
 
 
 def test_without_a_config_the_service_s_is_meant(machine, monkeypatch):
