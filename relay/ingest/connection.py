@@ -9,13 +9,13 @@ import logging
 import socket
 import termios
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, cast
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 
-from relay.base.eager import begin
 from relay.ingest.body import in_time
 from relay.ingest.replies import Response, closing_response
 from relay.ingest.request import ChunkingError, Request, VersionError, has_unread
@@ -551,3 +551,42 @@ def _heard(sock: socket.socket) -> bool | None:
     except (OSError, ValueError):
         return False
     return None if any(waiting) else True
+
+
+def begin(coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[None] | None:
+    """Run a coroutine until it first waits; return a task for the rest, None if there is no rest.
+
+    So a coroutine that never waits needs neither a task nor a turn of the loop, as with eager tasks of
+    Python 3.12. Until it first waits it runs in no task: it must not ask for the current task, as
+    `asyncio.timeout` does.
+    """
+    try:
+        awaited = coroutine.send(None)
+    except StopIteration:
+        return None
+    rest = _finish(coroutine, awaited)
+    rest.send(None)  # into its `try`: a task that is cancelled before its first turn throws there
+    return asyncio.get_running_loop().create_task(rest)
+
+
+async def _finish(coroutine: Coroutine[Any, Any, object], awaited: Any) -> None:
+    await _wait_for_rest(coroutine, awaited)
+
+
+@types.coroutine
+def _wait_for_rest(coroutine: Coroutine[Any, Any, object], awaited: Any) -> Generator[Any, None, None]:
+    """Wait in place of the coroutine until it ends."""
+    try:
+        try:
+            yield  # to `begin`
+        except BaseException as error:  # noqa: BLE001 - passed on, as a cancellation is
+            awaited = coroutine.throw(error)
+        while True:
+            try:
+                yield awaited
+            except BaseException as error:  # noqa: BLE001 - likewise
+                awaited = coroutine.throw(error)
+            else:
+                awaited = coroutine.send(None)
+    except StopIteration:
+        return

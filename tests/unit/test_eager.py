@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from relay.base.eager import begin
+from relay.ingest.connection import begin
 
 
 async def test_what_never_waits_is_over_at_once_and_needs_no_task():
