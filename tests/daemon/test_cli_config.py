@@ -176,8 +176,8 @@ def test_plugins_are_an_aligned_table_on_a_terminal(here):
     os.close(theirs)
     lines = os.read(ours, 65_536).decode().splitlines()
     os.close(ours)
-    assert lines[0].split() == ["NAME", "OFFER", "DOOR", "VERSION", "FILE"]
-    assert {line.index("bundled") for line in lines[1:]} == {lines[0].index("DOOR")}
+    assert lines[0].split() == ["NAME", "KIND", "ORIGIN", "VERSION", "FILE"]
+    assert {line.index("bundled") for line in lines[1:]} == {lines[0].index("ORIGIN")}
 
 
 def test_plugins_of_the_configured_folders_are_listed(relay, here):
