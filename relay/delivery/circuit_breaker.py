@@ -27,32 +27,32 @@ class CircuitBreaker:
     """
 
     __slots__ = (
-        "_concurrency",
-        "_failures",
         "_failures_to_open",
         "_max_probe_wait",
         "_probe_wait",
-        "_ramp",
         "_responses_to_double",
         "_wait",
+        "concurrency",
+        "failures",
         "open_until",
         "openings",
+        "ramp",
     )
 
     def __init__(self, config: CircuitConfig, concurrency: int) -> None:
-        self._failures = 0  # in a row
+        self.failures = 0  # in a row
         self._configure(config, concurrency)
-        self._ramp: int | None = None  # attempts allowed at once while recovering; None: not recovering
+        self.ramp: int | None = None  # attempts allowed at once while recovering; None: not recovering
         self._responses_to_double = 0  # responses until the ramp doubles
         self.open_until: int | None = None  # when the next probe is due; None: closed
         self.openings = 0  # times it has opened; each attempt remembers the number at its start
 
     def reconfigure(self, config: CircuitConfig, concurrency: int, now: int) -> None:
         """Apply another config, which may fix the destination: forget failures; probe now if open."""
-        self._failures = 0
+        self.failures = 0
         self._configure(config, concurrency)
-        if self._ramp is not None:
-            self._set_ramp(min(self._ramp, concurrency))
+        if self.ramp is not None:
+            self._set_ramp(min(self.ramp, concurrency))
         self.probe_by(now)
 
     @property
@@ -64,7 +64,7 @@ class CircuitBreaker:
         """Return how many attempts may be in flight at once."""
         if self.open_until is not None:
             return 0 if now < self.open_until else 1
-        return self._concurrency if self._ramp is None else self._ramp
+        return self.concurrency if self.ramp is None else self.ramp
 
     def record(self, result: str, now: int, openings: int) -> Change | None:
         """Record the result of an attempt and return the change of state, if any.
@@ -76,15 +76,15 @@ class CircuitBreaker:
         if result in FAILURE_RESULTS:
             # An attempt that began before the circuit opened is no failed probe.
             return self._fail(now) if openings == self.openings else None
-        self._failures = 0
+        self.failures = 0
         if self.open_until is not None:
             self.open_until, self._wait = None, self._probe_wait
             self._set_ramp(1)
             return "recovered"
-        if self._ramp is not None:
+        if self.ramp is not None:
             self._responses_to_double -= 1
             if self._responses_to_double == 0:
-                self._set_ramp(self._ramp * 2)
+                self._set_ramp(self.ramp * 2)
         return None
 
     def probe_by(self, time: int) -> None:
@@ -93,7 +93,7 @@ class CircuitBreaker:
             self.open_until, self._wait = min(self.open_until, time), self._probe_wait
 
     def _configure(self, config: CircuitConfig, concurrency: int) -> None:
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._failures_to_open = config.failures
         self._probe_wait = int(config.probe * SECOND)
         self._max_probe_wait = int(config.max_probe * SECOND)
@@ -102,17 +102,17 @@ class CircuitBreaker:
     def _set_ramp(self, ramp: int) -> None:
         """Allow `ramp` attempts at once until as many responses have arrived."""
         self._responses_to_double = ramp
-        self._ramp = ramp if ramp < self._concurrency or ramp == 1 else None
+        self.ramp = ramp if ramp < self.concurrency or ramp == 1 else None
 
     def _fail(self, now: int) -> Change | None:
         if self.open_until is not None:
             self._wait = min(self._wait * 2, self._max_probe_wait)
             self.open_until = now + self._wait
             return None
-        self._failures += 1
-        if self._failures < self._failures_to_open and self._ramp is None:
+        self.failures += 1
+        if self.failures < self._failures_to_open and self.ramp is None:
             return None
-        self._ramp = None
+        self.ramp = None
         self.openings += 1
         self.open_until = now + self._wait
         return "opened"

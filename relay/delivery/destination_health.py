@@ -45,7 +45,10 @@ class DestinationHealth:
         """Return how many attempts may be in flight at once (`now`: steady clock); 0: deliveries are held."""
         if self._stored_hold is not None or self.rest_until > now:
             return 0
-        return self.circuit.limit(now)
+        circuit = self.circuit
+        if circuit.open_until is None and circuit.ramp is None:  # the usual case, without a call
+            return circuit.concurrency
+        return circuit.limit(now)
 
     def held_at(self, now: int) -> str | None:
         """Return why deliveries are held at that moment (steady clock); None: they are not."""
@@ -112,7 +115,10 @@ class DestinationHealth:
         """Record a successful attempt; see `CircuitBreaker.record` for `openings`."""
         if self.state.failing_since is not None:
             await self.forget_failures()
-        change = self.circuit.record("ok", self._clock.steady(), openings)
+        circuit = self.circuit
+        if circuit.failures == 0 and circuit.ramp is None and circuit.open_until is None:
+            return  # a success changes nothing
+        change = circuit.record("ok", self._clock.steady(), openings)
         if change is not None:
             await self._report_circuit(change, event, "ok")
 
