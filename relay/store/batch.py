@@ -25,9 +25,9 @@ from relay.model import (
 )
 from relay.store import DEDUPE_FOR, Acceptance, Route
 from relay.store.dedupe import Key, Keys
-from relay.store.fleet import Fleet
 from relay.store.roster import Roster
 from relay.store.rows import HOUR
+from relay.store.worker_changes import SqliteWorkerChanges
 from relay.workers.rules import Now
 
 Ending = tuple[DeliveryState, str]
@@ -92,7 +92,7 @@ class Batch:
         self.deliveries: list[Delivery] = []
         self._roster = roster
         self._rules = rules
-        self.worker_changes: Fleet | None = None
+        self.worker_changes: SqliteWorkerChanges | None = None
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
@@ -128,11 +128,11 @@ class Batch:
         )
 
     @property
-    def fleet(self) -> Fleet:
+    def workers(self) -> SqliteWorkerChanges:
         """The changes to workers."""
         if self.worker_changes is None:
             now = Now(wall=self.wall, steady=self.steady)
-            self.worker_changes = Fleet(self._roster, now, self._rules)
+            self.worker_changes = SqliteWorkerChanges(self._roster, now, self._rules)
         return self.worker_changes
 
     def accept(self, acceptance: Acceptance, key: Key | None) -> Receipt:
@@ -156,10 +156,10 @@ class Batch:
         worker: Worker | None = None
         sent: tuple[Command, ...] = ()
         if acceptance.change is not None:
-            worker, sent = self.fleet.change(acceptance.source, acceptance.change)
+            worker, sent = self.workers.change(acceptance.source, acceptance.change)
             self.bear_all()
         elif acceptance.asks is not None:
-            worker = self.fleet.asked((acceptance.source, acceptance.asks))
+            worker = self.workers.asked((acceptance.source, acceptance.asks))
         if event is None:
             commands = tuple({"id": command.public_id, **command.body} for command in sent)
             return Receipt(worker=worker, commands=commands, sent=sent)
@@ -250,7 +250,7 @@ class Batch:
         The worker changes have no reference to their batch: in a reference cycle, both would stay in memory
         with all bodies until the garbage collector runs.
         """
-        born, self.fleet.born = self.fleet.born, []
+        born, self.workers.born = self.workers.born, []
         for source, each in born:
             self.bear(source, each)
 

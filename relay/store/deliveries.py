@@ -53,7 +53,7 @@ class SqliteDeliveries:
 
         def apply_(batch: Batch) -> int:
             batch.expiring = True
-            batch.fleet.expire_commands()
+            batch.workers.expire_commands()
             return 0
 
         return await self._database.writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))

@@ -86,11 +86,11 @@ class SqliteWorkers:
         # Fixed before it waits in the queue: heartbeats that queue behind it must not count as silence.
         moment = self._clock.steady() if at is None else at
         if hold:
-            await self._database.writer.submit(Job(lambda batch: batch.fleet.hold()))
+            await self._database.writer.submit(Job(lambda batch: batch.workers.hold()))
         marked: list[Worker] = []
         while True:
             some: list[Worker] = await self._database.writer.submit(
-                Job(lambda batch: batch.fleet.sweep(moment, ROWS_AT_ONCE))
+                Job(lambda batch: batch.workers.sweep(moment, ROWS_AT_ONCE))
             )
             marked += some
             if len(some) < ROWS_AT_ONCE:
@@ -98,7 +98,7 @@ class SqliteWorkers:
 
     async def change(self, request: Callable[[WorkerChanges], T]) -> T:
         """See `Workers.change`."""
-        return await self._database.writer.submit(Job(lambda batch: request(batch.fleet)))
+        return await self._database.writer.submit(Job(lambda batch: request(batch.workers)))
 
     def all(self) -> tuple[Worker, ...]:
         """See `Workers.all`."""
@@ -110,4 +110,4 @@ class SqliteWorkers:
 
 
 def _flush(keys: Sequence[WorkerKey], batch: Batch) -> None:
-    batch.fleet.flush(keys)
+    batch.workers.flush(keys)

@@ -25,7 +25,7 @@ from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.plugin_loading.loader import load
 from relay.process import logs
 from relay.process.logs import Sparing
-from relay.store import Acceptance, fleet, prune, roster
+from relay.store import Acceptance, prune, roster, worker_changes
 from relay.store.retention_policy import Policy
 
 DESIGN = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
@@ -198,8 +198,8 @@ async def test_retention_keeps_its_rules_however_many_types_a_sender_invents(tmp
 @pytest.fixture
 async def registry(tmp_path, monkeypatch):
     """A store on a fake clock, with room for 10 workers and 20 sessions."""
-    monkeypatch.setattr(fleet, "MOST_WORKERS", 10)
-    monkeypatch.setattr(fleet, "FORGET_AT_ONCE", 2)
+    monkeypatch.setattr(worker_changes, "MOST_WORKERS", 10)
+    monkeypatch.setattr(worker_changes, "FORGET_AT_ONCE", 2)
     monkeypatch.setattr(roster, "MOST_SESSIONS", 20)
     store = make_store(tmp_path / "relay.db", FakeClock())
     await store.open()

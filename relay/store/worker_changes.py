@@ -38,7 +38,7 @@ COMMANDS_AT_ONCE = 20
 """Commands in the reply to one heartbeat."""
 
 
-class Fleet:
+class SqliteWorkerChanges:
     """The changes of one transaction; `Roster` holds the rows before it."""
 
     def __init__(
