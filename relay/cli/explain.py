@@ -16,8 +16,8 @@ from relay.config.schema import SourceConfig
 from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
 
 if TYPE_CHECKING:
-    from relay.incoming import Incoming
     from relay.model import StoredEvent
+    from relay.source import Incoming
 
 
 @click.command()
@@ -112,7 +112,7 @@ def _request(
     from multidict import CIMultiDict  # noqa: PLC0415 - see `_explained`
 
     from relay.cli.send import choose, fits, samples_of  # noqa: PLC0415 - see `_explained`
-    from relay.incoming import Incoming  # noqa: PLC0415 - see `_explained`
+    from relay.source import Incoming  # noqa: PLC0415 - see `_explained`
 
     samples = samples_of(source)
     if type_ is not None or (samples and path is None):

@@ -23,8 +23,7 @@ from relay.config.problems import guess
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secret
 from relay.config.tokens import tokens_of
-from relay.incoming import Incoming
-from relay.source import Accepted
+from relay.source import Accepted, Incoming
 
 TIMEOUT = 60.0  # seconds
 COLUMNS = ("type", "method", "path")

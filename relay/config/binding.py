@@ -245,7 +245,7 @@ class Binder:
             token = _Token(secret=token)
         if isinstance(token.secret, Absent):
             return Credential(digest=os.urandom(32), name=token.name)  # which no token has
-        # Presented tokens are trimmed (relay.incoming), so one with spaces around it could never match.
+        # Presented tokens are trimmed (relay.source), so one with spaces around it could never match.
         return Credential(
             digest=digest(token.secret.reveal().strip().encode()),
             name=token.name,

@@ -16,7 +16,7 @@ from relay.base.json_text import decode
 from relay.config.schema import Config
 from relay.config.secrets import Secret
 from relay.demo.receiver import Received, Receiver
-from relay.incoming import Incoming
+from relay.source import Incoming
 
 TOKEN = "dev-token"  # noqa: S105 - opens only the demo, on loopback
 OFFLINE_AFTER = 2

@@ -25,10 +25,9 @@ from relay.errors import (
     Refusal,
     Unauthenticated,
 )
-from relay.incoming import Incoming
 from relay.ingest.event import make_event
 from relay.ingest.routes import Match, Routes, mounts_of
-from relay.source import Accepted, Reply
+from relay.source import Accepted, Incoming, Reply
 
 WHERE = "request line"
 

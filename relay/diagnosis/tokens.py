@@ -10,7 +10,7 @@ from relay.config.tokens import Token
 from relay.diagnosis.captured import Finding
 from relay.diagnosis.token_variants import is_placeholder, variant_of
 from relay.errors import Forbidden, Unauthenticated
-from relay.incoming import Incoming
+from relay.source import Incoming
 
 AUTHORIZATION = "header Authorization"
 _SCHEMES = ("apikey", "basic", "digest", "hmac", "jwt", "key", "negotiate", "oauth", "token")

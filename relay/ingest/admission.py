@@ -10,11 +10,10 @@ from relay.base.rate import TokenBucket
 from relay.base.units import Rate
 from relay.config.secrets import Secrets
 from relay.errors import DiskFull, Draining, Paused, RateLimited, Refusal
-from relay.incoming import Incoming
 from relay.ingest.replies import ask
 from relay.ingest.routes import Mount
 from relay.model import WorkerChange
-from relay.source import Source
+from relay.source import Incoming, Source
 
 K = TypeVar("K", bound=Hashable)
 

@@ -10,9 +10,8 @@ import msgspec
 from relay.base.ids import EVENT, new_id
 from relay.base.json_text import check, encode, escape
 from relay.errors import PluginFailed, Refusal
-from relay.incoming import Incoming
 from relay.model import EMPTY, StoredEvent
-from relay.source import Event, check_length, check_type
+from relay.source import Event, Incoming, check_length, check_type
 
 _PLAIN = (str, int, float, bytes, type(None))
 _EMPTY = bytes(EMPTY)

@@ -29,7 +29,6 @@ from relay.errors import (
     Unauthenticated,
     Unavailable,
 )
-from relay.incoming import Incoming
 from relay.ingest.admission import Admission, worker_change_of
 from relay.ingest.body import Budget, Hold, Patience, read_body, read_whole
 from relay.ingest.dedupe import UnheardReplies, fingerprint
@@ -60,7 +59,7 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.process.logs import Sparing, fields
-from relay.source import LONGEST_ID, Accepted, Event, Reply, Source, check_length
+from relay.source import LONGEST_ID, Accepted, Event, Incoming, Reply, Source, check_length
 from relay.store import Acceptance, Store
 from relay.workers.rules import ENVIRONMENTS, changes_a_path
 

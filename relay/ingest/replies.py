@@ -12,11 +12,10 @@ from multidict import CIMultiDict
 
 from relay.base.json_text import encode
 from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal
-from relay.incoming import Incoming
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
 from relay.model import Receipt
-from relay.source import Accepted, Reply
+from relay.source import Accepted, Incoming, Reply
 
 _JSON = "application/json"
 _CLOSE = "Connection: close\r\n"

@@ -11,8 +11,7 @@ import msgspec
 
 from relay.config.schema import SourceConfig
 from relay.errors import Malformed, NotFound, Refusal
-from relay.incoming import Incoming
-from relay.source import Accepted, Reply, Source
+from relay.source import Accepted, Incoming, Reply, Source
 
 SPANNING = ":path}"
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty

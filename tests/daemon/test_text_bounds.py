@@ -12,10 +12,9 @@ from wire import request
 
 from relay.api.views import view_of
 from relay.errors import Invalid
-from relay.incoming import Incoming
 from relay.ingest.event import make_event
 from relay.model import Owed
-from relay.source import LONGEST_ID, Event
+from relay.source import LONGEST_ID, Event, Incoming
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

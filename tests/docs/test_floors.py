@@ -17,7 +17,7 @@ FLOORS = (
         "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",
     ),
-    ("ingest.implementation", "incoming", "source", "hookspecs", "store", "api.query_params", "api.views"),
+    ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.views"),
     ("plugin_loading", "ingest", "delivery", "jobs.replay", "workers", "jobs", "state",
      "reload", "doctor", "diagnosis"),
     ("api",),

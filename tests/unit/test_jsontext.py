@@ -14,8 +14,8 @@ from support import FakeClock
 from relay.base import json_text
 from relay.base.clock import SECOND
 from relay.errors import Invalid, Malformed
-from relay.incoming import Incoming
 from relay.model import Worker
+from relay.source import Incoming
 from relay.store.export import read_line, write_line
 from relay.store.rows import worker_of, worker_row
 from relay.workers.rules import shown

@@ -11,10 +11,9 @@ import pytest
 
 from relay.base.clock import SECOND
 from relay.errors import Invalid, PluginFailed
-from relay.incoming import LARGE, Incoming
 from relay.ingest import event as record_module
 from relay.ingest.event import make_event
-from relay.source import Event, as_json
+from relay.source import LARGE, Event, Incoming, as_json
 
 NOW = 1_700_000_000 * SECOND
 VALUES = [

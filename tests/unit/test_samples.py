@@ -12,10 +12,9 @@ from relay.base.ids import EVENT, new_id
 from relay.base.json_text import read
 from relay.config.schema import SourceConfig, WorkerRules
 from relay.errors import MethodNotAllowed, Refusal, TooLarge, UnsupportedEncoding
-from relay.incoming import Incoming
 from relay.ingest.routes import Mount, Routes
 from relay.model import Receipt, SessionSeen, Unregister, WorkerChange
-from relay.source import Accepted, Event, Reply, check_type
+from relay.source import Accepted, Event, Incoming, Reply, check_type
 from relay.workers.rules import Now, apply
 
 SAMPLES = read_samples()

@@ -5,7 +5,7 @@ from samples import sources
 
 from relay.config.secrets import Secrets
 from relay.errors import Unauthenticated
-from relay.incoming import Incoming
+from relay.source import Incoming
 from relay.sources.adorn import PATH, Adorn
 
 BODY = b'{"event_type":"a","session_id":"s","store_id":18446744073709551616,"payload":{"price": 45000.00}}'

@@ -9,8 +9,8 @@ from samples import sources
 
 from relay.config.secrets import Secrets
 from relay.errors import Invalid, RateLimited
-from relay.incoming import Incoming
 from relay.model import Receipt
+from relay.source import Incoming
 from relay.sources.compozy import PATH, Compozy
 
 TOKENS = Secrets.of("test-token")

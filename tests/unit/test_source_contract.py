@@ -6,8 +6,7 @@ from samples import sources
 
 from relay import errors
 from relay.errors import Invalid, MethodNotAllowed, Refusal, Unauthenticated
-from relay.incoming import Incoming
-from relay.source import EMPTY, Accepted, Source, as_map, as_value, check_id, check_type, route
+from relay.source import EMPTY, Accepted, Incoming, Source, as_map, as_value, check_id, check_type, route
 
 REFUSALS = [
     cls

@@ -18,7 +18,7 @@ from relay.errors import (
     TooLarge,
     Unauthenticated,
 )
-from relay.incoming import Incoming
+from relay.source import Incoming
 from relay.sources.lazychat import PATH, PROBE
 
 SOURCE = sources()["lazychat"]

@@ -5,7 +5,7 @@ from samples import sources
 
 from relay import __version__
 from relay.errors import Draining, PluginFailed, Unauthenticated
-from relay.incoming import Incoming
+from relay.source import Incoming
 from relay.sources.moddy import HEALTH, PATH
 
 SOURCE = sources()["moddy"]

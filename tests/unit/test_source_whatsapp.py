@@ -6,9 +6,9 @@ from samples import sources
 
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secrets
-from relay.incoming import Incoming
 from relay.ingest.routes import Mount, Routes
 from relay.model import Receipt, Session, SessionSeen, Worker
+from relay.source import Incoming
 from relay.sources.whatsapp import WhatsApp
 
 SOURCE = sources()["whatsapp"]
