@@ -200,11 +200,6 @@ class Metrics:
         for status in STATUSES:
             self.workers.labels(source, status).set_function(partial(census, source, status))
 
-    def count_commit(self, seconds: float, jobs: int) -> None:
-        """Count a transaction."""
-        self.commit_seconds.observe(seconds)
-        self.commit_events.observe(jobs)
-
     def count_status_change(self, source: str, status: WorkerStatus) -> None:
         """Count a worker's change to a status."""
         self.transitions.labels(source, status).inc()

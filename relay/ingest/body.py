@@ -144,28 +144,6 @@ class Patience(msgspec.Struct, frozen=True):
     rate: int = 0  # bytes; each such amount that has arrived adds one second; 0: nothing is added
 
 
-def read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
-    """Return a small body that arrived with its head, as almost all do; None if `read_body` must read it.
-
-    Its length is added to `budget.used`, and the caller must subtract it again.
-
-    Raises:
-        UnsupportedEncoding, TooLarge, Overloaded: as `read_body`.
-    """
-    content, headers = request.content, request.headers
-    if "Content-Encoding" in headers or not content.is_eof() or content.total_bytes > SMALL:
-        return None
-    if content.exception() is not None:
-        return None
-    body: bytes = content.read_nowait()
-    if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
-        raise TooLarge
-    if budget.used + len(body) > budget.limit:
-        raise Overloaded
-    budget.used += len(body)
-    return body
-
-
 async def read_body(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
     """Read the body. The caller must release `hold` afterwards, also after an error.
 

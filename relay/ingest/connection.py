@@ -363,7 +363,8 @@ class Connection(asyncio.Protocol):
                     owner.idle.set()
             if await self._write(answer, response, request):
                 is_whole = request.content.is_eof() or await self._discard_body(request.content)
-                goes_on = is_whole and response.keeps(request) and not (self._is_over or self._is_leaving)
+                is_kept = request.is_kept and not response.is_last
+                goes_on = is_whole and is_kept and not (self._is_over or self._is_leaving)
         except Exception:
             log.exception("a connection failed")
         finally:  # cancelled, too

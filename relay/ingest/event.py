@@ -34,8 +34,11 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
     body, trace = incoming.body, incoming.header("traceparent")
     content_type = incoming.header("Content-Type") or "application/octet-stream"
     try:
-        type_ = escape(event.type)
-        subject = None if event.subject is None else escape(event.subject)
+        type_, subject = event.type, event.subject
+        if not type_.isascii():
+            type_ = escape(type_)
+        if subject is not None and not subject.isascii():
+            subject = escape(subject)
         check_type(type_)
         check_length(event.subject or "", "subject")
         check_length(content_type, "Content-Type")

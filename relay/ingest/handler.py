@@ -26,11 +26,12 @@ from relay.errors import (
     StorageDown,
     StorageError,
     StorageUnavailableError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
 from relay.ingest.admission import Admission, worker_change_of
-from relay.ingest.body import Budget, Hold, Patience, read_body, read_whole
+from relay.ingest.body import SMALL, Budget, Hold, Patience, read_body
 from relay.ingest.dedupe import UnheardReplies, fingerprint
 from relay.ingest.event import make_event
 from relay.ingest.replies import (
@@ -135,7 +136,7 @@ class Ingest:
         path, _, query = request.target.partition("?")
         call: _Call | None = None
         try:
-            match = self._routes.find(path, request.method)
+            match = self._routes.literal.get(path) or self._routes.find(path, request.method)
             mount = match.mount
             incoming = Incoming(
                 method=request.method,
@@ -183,7 +184,7 @@ class Ingest:
         if not source.verify_reads_body:
             ask(source.verify, incoming)  # so that a stranger's body takes no memory
         hold: Hold | None = None
-        body = read_whole(request, config.max_body, budget)
+        body = _read_whole(request, config.max_body, budget)
         try:
             if body is None:
                 hold = budget.hold(lambda: self._sender_of(request, source))
@@ -556,3 +557,25 @@ def type_of(incoming: Incoming) -> str | None:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
     return found[:LONGEST_SHOWN] if isinstance(found, str) and found else None
+
+
+def _read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
+    """Return a small body that arrived with its head, as almost all do; None if `read_body` must read it.
+
+    Its length is added to `budget.used`, and the caller must subtract it again.
+
+    Raises:
+        UnsupportedEncoding, TooLarge, Overloaded: as `read_body`.
+    """
+    content, headers = request.content, request.headers
+    if "Content-Encoding" in headers or not content.is_eof() or content.total_bytes > SMALL:
+        return None
+    if content.exception() is not None:
+        return None
+    body: bytes = content.read_nowait()
+    if len(body) > limit or (not body and request.content_length > limit):  # the parser skips 2**64 - 1
+        raise TooLarge
+    if budget.used + len(body) > budget.limit:
+        raise Overloaded
+    budget.used += len(body)
+    return body

@@ -51,14 +51,14 @@ class Response:
     That header would tell strangers the versions of Python and aiohttp.
     """
 
-    __slots__ = ("_headers", "_is_last", "body", "event_id", "on_heard", "status")
+    __slots__ = ("_headers", "body", "event_id", "is_last", "on_heard", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # fails on a plugin's mistake, before anything is stored
         self.body = body
         self.event_id = ""  # of the acknowledged event
         self.on_heard: OnHeard | None = None
-        self._is_last = False
+        self.is_last = False  # whether the connection closes after this response, whatever the request says
         self._headers: CIMultiDict[str] | None = None
 
     @property
@@ -70,25 +70,22 @@ class Response:
 
     def force_close(self) -> None:
         """Close the connection after this answer."""
-        self._is_last = True
-
-    def keeps(self, request: Request) -> bool:
-        """Return whether the connection stays open after this response."""
-        return request.is_kept and not self._is_last
+        self.is_last = True
 
     def encode(self, request: Request) -> bytes:
         """Return the bytes of the response to a request."""
         if self._headers or self.status in _EMPTY or not request.is_1_1:
             return self._encode_uncommon(request)
+        date = _rendered[1] if _rendered[0] == int(time.time()) else _date()
         head = (
             f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
-            f"Content-Length: {len(self.body)}\r\nDate: {_date()}\r\n"
-            f"{'' if self.keeps(request) else _CLOSE}\r\n"
+            f"Content-Length: {len(self.body)}\r\nDate: {date}\r\n"
+            f"{'' if request.is_kept and not self.is_last else _CLOSE}\r\n"
         )
         return head.encode() if request.method == "HEAD" else head.encode() + self.body
 
     def _encode_uncommon(self, request: Request) -> bytes:
-        has_body, goes_on = self.status not in _EMPTY, self.keeps(request)
+        has_body, goes_on = self.status not in _EMPTY, request.is_kept and not self.is_last
         fields = CIMultiDict(self.headers)
         fields.setdefault("Content-Type", _JSON)
         if has_body:

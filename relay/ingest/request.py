@@ -26,8 +26,8 @@ class Request:
     """
 
     __slots__ = (
-        "_address", "_head", "_transport", "content", "headers", "is_1_1", "is_chunked", "is_half_closed",
-        "is_kept", "method", "wire_bytes",
+        "_address", "_transport", "content", "headers", "is_1_1", "is_chunked", "is_half_closed",
+        "is_kept", "method", "target", "wire_bytes",
     )  # fmt: skip
 
     def __init__(self, head: RawRequestMessage, content: StreamReader, transport: asyncio.Transport) -> None:
@@ -41,15 +41,10 @@ class Request:
         self.is_chunked = head.chunked
         self.wire_bytes = 0  # received bytes of a chunked body, with its framing
         self.is_half_closed = False  # the sender waits for the answer, or has disconnected
+        # Path and query as on the wire, also of a whole URL, as proxies get it (RFC 9112, 3.2.2).
+        self.target = head.path if head.path.startswith("/") else head.url.raw_path_qs
         self._address: str | None = None
-        self._head = head
         self._transport = transport
-
-    @property
-    def target(self) -> str:
-        """Path and query as on the wire, also of a whole URL, as proxies get it (RFC 9112, 3.2.2)."""
-        target = self._head.path
-        return target if target.startswith("/") else self._head.url.raw_path_qs
 
     @property
     def content_length(self) -> int:

@@ -74,7 +74,7 @@ class Routes:
     """All paths of all sources; a literal path takes one look-up."""
 
     def __init__(self, mounts: tuple[Mount, ...]) -> None:
-        self._literal: dict[str, Match] = {}
+        self.literal: dict[str, Match] = {}  # paths without placeholders
         self._shapes: dict[int, list[_Shape]] = {}  # by number of segments
         self._spans: list[_Span] = []
         self._owners: list[tuple[str, Mount]] = []
@@ -101,7 +101,7 @@ class Routes:
                 if SPANNING in path:
                     self._spans.append(_span(segments, match))
             else:
-                self._literal[path] = match
+                self.literal[path] = match
 
     def _shape(self, segments: list[str]) -> _Shape:
         shapes = self._shapes.setdefault(len(segments), [])
@@ -121,7 +121,7 @@ class Routes:
             NotFound: no source has that path.
             Malformed: a segment is not percent-encoded UTF-8.
         """
-        match = self._literal.get(path)
+        match = self.literal.get(path)
         if match is not None:
             return match
         segments = path.split("/")

@@ -114,20 +114,6 @@ class Batch:
         self.unwanted: set[int] = set()  # cancelled ones that are being sent: their outcome comes first
 
     @property
-    def is_requested(self) -> bool:
-        """Whether the batch has changes that an operator or a periodic job requests."""
-        return bool(
-            self.expiring
-            or self.look
-            or self.cancelling
-            or self.hurrying
-            or self.repeating
-            or self.restoring
-            or self.states
-            or self.pauses
-        )
-
-    @property
     def workers(self) -> SqliteWorkerChanges:
         """The changes to workers."""
         if self.worker_changes is None:

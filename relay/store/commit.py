@@ -62,7 +62,16 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
         if claims.cancelled:
             batch.outcomes = apply_cancellations(batch.outcomes, claims)
         await _write_outcomes(batch, transaction)
-    if batch.is_requested:
+    if (  # an operator or a periodic job requests changes
+        batch.expiring
+        or batch.look
+        or batch.cancelling
+        or batch.hurrying
+        or batch.repeating
+        or batch.restoring
+        or batch.states
+        or batch.pauses
+    ):
         await _write_requested(batch, transaction, claims)
     if batch.stats or batch.events or batch.restored:
         _write_events(batch, transaction)

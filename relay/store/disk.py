@@ -39,7 +39,7 @@ class Disk:
         self._folder = database.parent
         self._handle: int | None = None  # descriptor of the folder
         self._size = ballast
-        self._left = 0  # bytes that may be promised before the next look
+        self.room = 0  # bytes that may be promised before the next look
 
     def free(self) -> int:
         """Return the free bytes for this user, also after the folder was moved."""
@@ -49,8 +49,8 @@ class Disk:
     def look(self, promised: int = 0) -> int:
         """Read the free space and return it; `promised` bytes are still to be written."""
         free = self.free()
-        self._left = free - self.floor - COPIES * promised
-        self.near = self._left < NEAR
+        self.room = free - self.floor - COPIES * promised
+        self.near = self.room < NEAR
         return free
 
     @property
@@ -63,11 +63,11 @@ class Disk:
         if self.missing:
             return False
         needed = COPIES * size + OVERHEAD
-        if needed > self._left:
+        if needed > self.room:
             self.look(promised)
-            if needed > self._left:
+            if needed > self.room:
                 return False
-        self._left -= needed
+        self.room -= needed
         return True
 
     def prepare(self) -> None:

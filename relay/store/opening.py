@@ -37,7 +37,8 @@ def make_store(
     rules: Rules = default_rules,
     listeners: Sequence[Listener] = (),
     on_status_change: Callable[[str, WorkerStatus], None] = lambda _source, _status: None,
-    on_commit: Callable[[float, int], None] = lambda _seconds, _requests: None,
+    observe_seconds: Callable[[float], None] = lambda _seconds: None,
+    observe_requests: Callable[[float], None] = lambda _requests: None,
     on_fatal: Callable[[str], None] = lambda _why: None,
     durability: Literal["full", "normal"] = "full",
     min_free: int = 0,
@@ -54,7 +55,8 @@ def make_store(
         listeners: called after each commit with its changes; must not raise or block. Read at every commit,
             so listeners may join and leave a list.
         on_status_change: called with source and new status of a worker, after the commit.
-        on_commit: called after each commit with its duration in seconds and its number of requests.
+        observe_seconds: called after each commit with its duration in seconds.
+        observe_requests: called after each commit with its number of requests.
         on_fatal: called with a reason when the process must stop at once.
         durability: `normal` may lose the last commits at a power failure, never at a crash of the process.
         min_free: bytes of the disk that senders cannot fill.
@@ -74,7 +76,8 @@ def make_store(
         rules=rules,
         listeners=listeners,
         on_status_change=on_status_change,
-        on_commit=on_commit,
+        observe_seconds=observe_seconds,
+        observe_requests=observe_requests,
         on_fatal=on_fatal,
         full=durability == "full",
         disk=Disk(path, floor=min_free, ballast=reserve),

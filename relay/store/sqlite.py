@@ -60,7 +60,8 @@ class SqliteStore:
         rules: Rules,
         listeners: Sequence[Listener],
         on_status_change: Callable[[str, WorkerStatus], None],
-        on_commit: Callable[[float, int], None],
+        observe_seconds: Callable[[float], None],
+        observe_requests: Callable[[float], None],
         on_fatal: Callable[[str], None],
         full: bool,
         disk: Disk,
@@ -71,7 +72,7 @@ class SqliteStore:
         self.disk = disk
         self._clock = clock
         self._rules = rules
-        self._on_commit = on_commit
+        self._observers = observe_seconds, observe_requests
         self._on_fatal = on_fatal
         self._full = full
         self.database = Database(path)
@@ -99,12 +100,9 @@ class SqliteStore:
         self._before: list[str] | None = None  # what was seen of the files before they were opened
         self.opened = False
         self._sound = False  # whether the file has been looked at after an unclean stop
-        self._unopened: str | None = None  # why the latest try to open it failed
-
-    @property
-    def failure(self) -> str | None:
-        """See `Store.failure`."""
-        return self.database.writer.failure if self.opened else self._unopened
+        self.failure: str | None = (
+            None  # see `Store.failure`; of the latest attempt to open, then of the writer
+        )
 
     @property
     def unsaved(self) -> bool:
@@ -151,8 +149,11 @@ class SqliteStore:
             self._be_closed(error.message)
             raise
 
+    def _set_failure(self, why: str | None) -> None:
+        self.failure = why
+
     def _be_closed(self, why: str) -> None:
-        self._unopened = why
+        self.failure = why
         self.database.be_closed(why)
 
     async def _open(self) -> None:
@@ -191,7 +192,12 @@ class SqliteStore:
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
         self.database.writer = Writer(
-            self.database.connection, self._committer, self._on_fatal, self._on_commit, self.disk
+            self.database.connection,
+            self._committer,
+            on_fatal=self._on_fatal,
+            on_failure=self._set_failure,
+            observers=self._observers,
+            disk=self.disk,
         )
         self.database.writer.start()
         self._caretaker = Caretaker(
@@ -203,7 +209,7 @@ class SqliteStore:
             clock=self._clock,
         )
         self._caretaker.start()
-        self.opened = True
+        self.opened, self.failure = True, None
 
     async def close(self) -> None:
         """See `Store.close`."""

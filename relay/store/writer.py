@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from relay.errors import DiskFull, Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
 from relay.store.dedupe import Key
-from relay.store.disk import Disk
+from relay.store.disk import COPIES, OVERHEAD, Disk
 from relay.store.transaction import Transaction, WriterConnection
 
 log = logging.getLogger("relay.store")
@@ -97,15 +97,18 @@ class Writer:
         self,
         connection: WriterConnection,
         gatherer: Gatherer,
+        *,
         on_fatal: Callable[[str], None],
-        on_commit: Callable[[float, int], None],
+        on_failure: Callable[[str | None], None],
+        observers: tuple[Callable[[float], None], Callable[[float], None]],
         disk: Disk,
     ) -> None:
         self._connection = connection
         self._disk = disk
         self._gatherer = gatherer
         self._on_fatal = on_fatal
-        self._on_commit = on_commit
+        self._on_failure = on_failure  # called when `failure` changes
+        self._observe_seconds, self._observe_requests = observers  # of each commit
         self._jobs: deque[Job[Any]] = deque()
         self._errands: deque[tuple[Callable[[WriterConnection], Awaitable[Any]], asyncio.Future[Any]]] = (
             deque()
@@ -135,14 +138,20 @@ class Writer:
 
     def halt(self, why: str) -> None:
         """Stop writing after the current transaction, because later writes would be lost or do damage."""
-        self.broken = self.failure = why
+        self.broken = why
+        self._set_failure(why)
         self._wake.set()
 
     def resume(self) -> None:
         """Start writing again after `halt`."""
-        self.broken = self.failure = None
+        self.broken = None
+        self._set_failure(None)
         self.halted.clear()
         self._wake.set()
+
+    def _set_failure(self, why: str | None) -> None:
+        self.failure = why
+        self._on_failure(why)
 
     def submit(self, job: Job[T], *, bounded: bool = False) -> "asyncio.Future[T]":
         """Queue a job; the returned future is done after its transaction, and fails while writes fail.
@@ -158,7 +167,10 @@ class Writer:
             # A body that is larger than all that may wait comes in where nothing else waits.
             if len(self._jobs) >= MAX_JOBS or (self._bytes and self._bytes + job.size > MAX_BYTES):
                 raise Overloaded
-            if not self._disk.admits(job.size, self._bytes + self._writing):
+            disk, needed = self._disk, COPIES * job.size + OVERHEAD
+            if disk.room >= needed and not disk.missing:  # the usual case, without a call
+                disk.room -= needed
+            elif not disk.admits(job.size, self._bytes + self._writing):
                 raise DiskFull
             job.bounded = True
         elif self.failure is not None:
@@ -250,7 +262,8 @@ class Writer:
             await self._undo(jobs, error)
             return
         self.commits += 1
-        self._on_commit(time.monotonic() - began, len(jobs))
+        self._observe_seconds(time.monotonic() - began)
+        self._observe_requests(len(jobs))
         self._gatherer.publish(batch)
         for job in served:
             job.succeed(batch)
@@ -269,7 +282,7 @@ class Writer:
             if others := [job for job in jobs if not (job.bounded or job.future.done())]:
                 await self._commit(others)
         elif code & 0xFF in TRANSIENT or self.heed(error):
-            self.failure = self.broken or f"{error}"
+            self._set_failure(self.broken or f"{error}")
             for job in jobs:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
         elif len(jobs) > 1:
@@ -360,12 +373,12 @@ class Writer:
                 await self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 code = self._code(error)
-                self.failure = f"{error}"
+                self._set_failure(f"{error}")
                 if self._connection.in_transaction:
                     await self._connection.execute("ROLLBACK")
                 self._throw_off(code)
             else:
-                self.failure = self.broken
+                self._set_failure(self.broken)
                 log.info("writes work again")
 
     async def _restart_log(self) -> None:

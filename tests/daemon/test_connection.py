@@ -380,7 +380,7 @@ async def test_a_failure_of_the_connection_itself_is_logged_and_closes_it(site, 
     def fail(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Response, "keeps", fail)
+    monkeypatch.setattr(Response, "encode", fail)
     caplog.set_level(logging.ERROR)
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/"))

@@ -81,9 +81,9 @@ async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):
 
 async def test_a_store_that_cannot_write_is_a_reason(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        relay.app.store.database.writer.failure = "disk I/O error"
+        relay.app.store.database.writer._set_failure("disk I/O error")
         assert (await ready(relay))[1]["reasons"] == ["the store cannot write: disk I/O error"]
-        relay.app.store.database.writer.failure = None
+        relay.app.store.database.writer._set_failure(None)
 
 
 async def test_order_by_of_the_config_holds_from_the_wire_to_the_receiver(tmp_path):

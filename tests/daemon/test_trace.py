@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES = 61
-FUNCTIONS = 204
+FILES = 30
+FUNCTIONS = 110
 
 
 def test_an_event_runs_through_few_files_and_functions():

@@ -626,9 +626,9 @@ async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(r
 async def test_a_heartbeat_that_cannot_be_stored_is_a_sign_of_life_all_the_same(relay, clock):
     await relay.exchange(beat())
     clock.advance(80)
-    relay.app.store.database.writer.failure = "the disk is full"
+    relay.app.store.database.writer._set_failure("the disk is full")
     assert (await relay.exchange(beat(version="2"))).status == 503
-    relay.app.store.database.writer.failure = None
+    relay.app.store.database.writer._set_failure(None)
     clock.advance(80)
     assert await relay.app.store.workers.sweep() == ()
     assert (await worker(relay))["version"] == ""
