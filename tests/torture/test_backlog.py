@@ -14,7 +14,7 @@ async def test_a_backlog_drains_by_a_ramp_in_order_with_nothing_lost_at_flat_mem
 
 
 async def test_a_destination_without_order_is_found_out(tmp_path):
-    toll = await torture(tmp_path, 400, variant="unordered")
+    toll = await torture(tmp_path, 2000, variant="unordered")
     assert toll.disordered
     assert not toll.fine
 
