@@ -27,7 +27,7 @@ from bench.loop import run
 from relay.base.clock import SystemClock
 from relay.base.ids import EVENT, new_id
 from relay.config.schema import WorkerRules
-from relay.model import Attempt, Delivery, Outcome, Owed, StoredEvent
+from relay.model import Attempt, Delivery, Outcome, StoredEvent, Target
 from relay.store import Acceptance, commit, event_times, prune
 from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims, claim
@@ -326,7 +326,7 @@ class QueueTable(OneTable):
 
     async def write(self, batch: Batch, transaction: Transaction) -> None:
         """Do what `commit.write` does, with its loops over keys and deaths, which find nothing here."""
-        batch.bear_all()
+        batch.add_all_generated()
         if batch.outcomes:
             batch.outcomes = apply_cancellations(batch.outcomes, self.claims)
             await _settle(batch, transaction)
@@ -391,7 +391,7 @@ def _write_deliveries(batch: Batch, transaction: Transaction) -> None:
                 delivery.created_at, delivery.replay_of,
             )
         )  # fmt: skip
-        if delivery.id in batch.stillborn:
+        if delivery.id in batch.ended_early:
             continue
         key = (delivery.destination, delivery.order_key)
         behind = delivery.order_key is not None and key in busy
@@ -461,7 +461,7 @@ async def begin(layout: OneTable, transaction: Transaction, keys: Sequence[Key],
     known = Keys()
     if keys:
         await known.look_up(transaction, keys, CLOCK.steady())
-    owed = tuple(Owed(f"new-{number}") for number in range(fan_out))
+    owed = tuple(Target(f"new-{number}") for number in range(fan_out))
     return Batch(
         clock=CLOCK,
         sequences=layout.sequences,

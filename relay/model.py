@@ -49,7 +49,7 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     event: StoredEvent | None = None  # None: loaded when a slot is free
     rendered: dict[str, bytes] | None = None  # request bodies by format; deliveries of one event share them
     request_id: str | None = None  # of the sender's request, for the log; not stored
-    order_key: str | None = None  # see `Owed`
+    order_key: str | None = None  # see `Target`
     latest_key: str | None = None
     expires_at: int | None = None  # steady clock
     on_dead: str | None = None
@@ -79,7 +79,7 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
     counts: bool = True  # False: the attempt is recorded but does not use up the retry schedule
 
 
-class Owed(msgspec.Struct, frozen=True):
+class Target(msgspec.Struct, frozen=True):
     """One destination of an event, with the options of its subscription."""
 
     destination: str
@@ -279,7 +279,7 @@ class Command(msgspec.Struct, kw_only=True, frozen=True):
     sent_at: int | None = None  # wall clock; workers do not confirm receipt
 
 
-class Born(msgspec.Struct, kw_only=True, frozen=True):
+class GeneratedEvent(msgspec.Struct, kw_only=True, frozen=True):
     """An event that the relay itself creates, inside a transaction."""
 
     type: str  # without the source's name

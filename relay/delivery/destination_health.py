@@ -9,7 +9,7 @@ from relay.config.schema import DestinationConfig
 from relay.delivery.circuit_breaker import Change, CircuitBreaker
 from relay.errors import StorageError
 from relay.metrics import Metrics
-from relay.model import OPERATOR_SOURCE, Born, DestinationState, StoredEvent
+from relay.model import OPERATOR_SOURCE, DestinationState, GeneratedEvent, StoredEvent
 from relay.process.logs import fields
 from relay.store import Store
 
@@ -83,7 +83,7 @@ class DestinationHealth:
         if self.state.failing_since is not None:
             await self._change_if_possible(msgspec.structs.replace(self.state, failing_since=None))
 
-    async def change(self, state: DestinationState, event: Born | None = None) -> None:
+    async def change(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """Apply a state in memory, then store it together with `event`.
 
         Raises:
@@ -157,7 +157,7 @@ class DestinationHealth:
         type_ = "circuit_opened" if change == "opened" else "recovered"
         await self._change_if_possible(self.state, self._operator_event(type_, event, reason))
 
-    async def _change_if_possible(self, state: DestinationState, event: Born | None = None) -> None:
+    async def _change_if_possible(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """Apply a state; while the store cannot be written, keep it in memory only."""
         try:
             await self.change(state, event)
@@ -166,13 +166,13 @@ class DestinationHealth:
             extra = fields(destination=name)
             log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
-    def _operator_event(self, type_: str, cause: StoredEvent, reason: str) -> Born | None:
+    def _operator_event(self, type_: str, cause: StoredEvent, reason: str) -> GeneratedEvent | None:
         """Return an operator event; None if the cause is a delivery of one, because that would loop."""
         if cause.source == OPERATOR_SOURCE:
             return None
         name = self._config.name
         url = self._config.url.partition("?")[0]  # a query may hold a secret
-        return Born(
+        return GeneratedEvent(
             type=f"destination.{type_}",
             subject=name,
             data={"destination": name, "url": url, "reason": reason},

@@ -24,12 +24,12 @@ class LedgerCheck:
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
         for name in self._dispatcher.lanes.keys() | counts.keys():
-            lane, owed, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
-            unaccounted = 0 if owed is None else owed.unaccounted
+            lane, ledger, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
+            unaccounted = 0 if ledger is None else ledger.unaccounted
             self._metrics.unaccounted.labels(name).set(unaccounted)
             if unaccounted:
                 log.error("%s: %d deliveries are unaccounted for", name, unaccounted)
-            pending = 0 if owed is None else owed.pending
+            pending = 0 if ledger is None else ledger.pending
             in_flight = min(self._dispatcher.in_flight(name), pending)
             rest = pending - in_flight
             held = rest if lane is None or lane.held is not None else 0

@@ -17,7 +17,7 @@ from relay.base.ids import REPLAY, new_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
-from relay.model import Chosen, Named, Owed, Selection, StoredEvent
+from relay.model import Chosen, Named, Selection, StoredEvent, Target
 from relay.routing.router import Router
 from relay.store import Span, Store
 
@@ -69,23 +69,23 @@ class Repeater:
         """
         events = await self._store.events.load([one.event_id for one in chosen])
         requested = [
-            (number, event, owed)
+            (number, event, target)
             for number, one in enumerate(chosen)
             if (event := events.get(one.event_id)) is not None and _is_whole(event)
-            for owed in self._owed(event, one.destinations, to)
+            for target in self._targets(event, one.destinations, to)
         ]
         created = [0] * len(chosen)
         if requested:
-            done = await self._store.deliveries.repeat([(event, owed) for _, event, owed in requested])
+            done = await self._store.deliveries.repeat([(event, target) for _, event, target in requested])
             for (number, _, _), is_new in zip(requested, done, strict=True):
                 created[number] += is_new
         return created
 
-    def _owed(self, event: StoredEvent, destinations: Sequence[str], to: str | None) -> Sequence[Owed]:
+    def _targets(self, event: StoredEvent, destinations: Sequence[str], to: str | None) -> Sequence[Target]:
         if to == ROUTES or (to is None and not destinations):
             return self._router.route(event)
         names = destinations if to is None else (to,)
-        return [owed for name in names if (owed := self._router.resolve(name, event)) is not None]
+        return [target for name in names if (target := self._router.resolve(name, event)) is not None]
 
 
 def portion(chosen: Sequence[Chosen], start: int, may: Callable[[], bool] = lambda: True) -> Sequence[Chosen]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
-from relay.model import Owed, StoredEvent
+from relay.model import StoredEvent, Target
 from relay.routing.envelope import EnvelopeView
 from relay.routing.subscription import Explanation, Subscription, SubscriptionOptions
 
@@ -27,10 +27,10 @@ class Router:
     ) -> None:
         """Take the subscription of each destination, and the options of those that have any."""
         self._subscriptions = dict(subscriptions)
-        self._options = {name: SubscriptionOptions(Owed(name)) for name in subscriptions}
+        self._options = {name: SubscriptionOptions(Target(name)) for name in subscriptions}
         self._options |= dict(options or {})
         # Per type: whether the result depends on the event itself, and the destinations it may go to.
-        self._routes: dict[str, tuple[bool, tuple[Owed, ...]]] = {}
+        self._routes: dict[str, tuple[bool, tuple[Target, ...]]] = {}
 
     @classmethod
     def of(cls, destinations: Mapping[str, DestinationConfig]) -> "Router":
@@ -54,7 +54,7 @@ class Router:
             },
         )
 
-    def route(self, event: StoredEvent) -> tuple[Owed, ...]:
+    def route(self, event: StoredEvent) -> tuple[Target, ...]:
         """Return the destinations that get the event, in the order of the config."""
         depends, candidates = self._routes.get(event.type) or self._by_type(event.type)
         if not depends:
@@ -77,7 +77,7 @@ class Router:
         """The destinations in the order of the config."""
         return tuple(self._subscriptions)
 
-    def resolve(self, destination: str, event: StoredEvent) -> Owed | None:
+    def resolve(self, destination: str, event: StoredEvent) -> Target | None:
         """Return a destination's options for an event, subscribed or not; None: it is not in the config."""
         options = self._options.get(destination)
         return None if options is None else options.resolve(EnvelopeView(event))
@@ -87,7 +87,7 @@ class Router:
         view = EnvelopeView(event)
         return {name: each.explain(view) for name, each in self._subscriptions.items()}
 
-    def _by_type(self, full_type: str) -> tuple[bool, tuple[Owed, ...]]:
+    def _by_type(self, full_type: str) -> tuple[bool, tuple[Target, ...]]:
         """Try the patterns of all subscriptions and remember the result."""
         names = [name for name, each in self._subscriptions.items() if each.patterns.matches(full_type)]
         depends = any(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, Owed
+from relay.model import OPERATOR_SOURCE, Target
 from relay.routing.conditions import Conditions, Mismatch, compile_conditions
 from relay.routing.envelope import ABSENT, EnvelopeView, Path
 
@@ -114,7 +114,7 @@ class Subscription(msgspec.Struct, frozen=True):
 class SubscriptionOptions(msgspec.Struct, frozen=True):
     """How one destination's deliveries are ordered, expired and limited."""
 
-    fixed: Owed  # the options that are the same for every event
+    fixed: Target  # the options that are the same for every event
     order_by: Path | None = None
     latest_by: Path | None = None
 
@@ -136,7 +136,7 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
         """
         micros = None if ttl is None else int(ttl * SECOND)
         return cls(
-            Owed(destination, ttl=micros, max_pending=max_pending, on_dead=on_dead),
+            Target(destination, ttl=micros, max_pending=max_pending, on_dead=on_dead),
             None if order_by is None else Path.parse(order_by),
             None if latest_by is None else Path.parse(latest_by),
         )
@@ -146,7 +146,7 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
         """Whether the options differ from event to event."""
         return self.order_by is not None or self.latest_by is not None
 
-    def resolve(self, view: EnvelopeView) -> Owed:
+    def resolve(self, view: EnvelopeView) -> Target:
         """Return the options for one event; an event without the value has no key."""
         if not self.depend_on_event:
             return self.fixed

@@ -18,7 +18,6 @@ from relay.errors import StorageError
 from relay.model import (
     Backlog,
     Backup,
-    Born,
     Check,
     Chosen,
     Claim,
@@ -27,17 +26,18 @@ from relay.model import (
     Counts,
     DestinationState,
     Expunged,
+    GeneratedEvent,
     Imported,
     Measured,
     Named,
     News,
     Outcome,
-    Owed,
     Pruned,
     Receipt,
     Selection,
     Stat,
     StoredEvent,
+    Target,
     Worker,
     WorkerChange,
     WorkerStatus,
@@ -45,7 +45,7 @@ from relay.model import (
 from relay.store.retention_policy import Policy
 
 T = TypeVar("T")
-Route = Callable[[StoredEvent], tuple[Owed, ...]]
+Route = Callable[[StoredEvent], tuple[Target, ...]]
 """Returns the deliveries that an event needs. Pure; called inside the event's transaction."""
 
 Rules = Callable[[str, str], WorkerRules]
@@ -202,14 +202,14 @@ class Deliveries(Protocol):
         """Make retries due now; returns how many were not due."""
         ...
 
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
+    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """Create new deliveries of loaded events in one transaction, in the given order.
 
         Returns for each whether it was created: not if the event is gone or a delivery is already pending.
         """
         ...
 
-    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
+    async def set_destination(self, state: DestinationState, tell: GeneratedEvent | None = None) -> None:
         """Remember a destination's state and raise an operator event about it in the same transaction."""
         ...
 

@@ -12,15 +12,15 @@ from relay.base.json_text import encode
 from relay.config.schema import WorkerRules
 from relay.errors import KeyConflict
 from relay.model import (
-    Born,
     Command,
     Delivery,
     DeliveryState,
     DestinationState,
+    GeneratedEvent,
     Outcome,
-    Owed,
     Receipt,
     StoredEvent,
+    Target,
     Worker,
 )
 from relay.store import DEDUPE_FOR, Acceptance, Route
@@ -46,7 +46,7 @@ class Repeat(msgspec.Struct):
     """A new delivery of a stored event, as an operator requests it."""
 
     event: StoredEvent
-    owed: Owed
+    target: Target
     done: bool = False  # set by the write
 
 
@@ -96,7 +96,7 @@ class Batch:
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
-        self.stillborn: dict[int, Ending] = {}  # new deliveries that ended at birth
+        self.ended_early: dict[int, Ending] = {}  # new deliveries that ended at birth
         self.expiring = False  # whether to end what is past its `expires_at`
         self.look: Look | None = None  # whether to end what is held for too long
         self.cancelling: list[int] = []  # deliveries that an operator cancels
@@ -143,7 +143,7 @@ class Batch:
         sent: tuple[Command, ...] = ()
         if acceptance.change is not None:
             worker, sent = self.workers.change(acceptance.source, acceptance.change)
-            self.bear_all()
+            self.add_all_generated()
         elif acceptance.asks is not None:
             worker = self.workers.asked((acceptance.source, acceptance.asks))
         if event is None:
@@ -154,9 +154,9 @@ class Batch:
         self._add(event, request_id=acceptance.request_id)
         return Receipt(event_id=event.public_id, key_conflict=conflicts, worker=worker)
 
-    def owe(
+    def add_delivery(
         self,
-        owed: Owed,
+        target: Target,
         event_id: int,
         size: int,
         event: StoredEvent | None,
@@ -171,26 +171,26 @@ class Batch:
             id=self._sequences.delivery,
             public_id=new_id(DELIVERY, self.wall),
             event_id=event_id,
-            destination=owed.destination,
+            destination=target.destination,
             attempts=0,
             created_at=self.wall,
             size=size,
             event=event,
             rendered=rendered,
             request_id=request_id,
-            order_key=owed.order_key,
-            latest_key=owed.latest_key,
-            expires_at=None if owed.ttl is None else self.steady + owed.ttl,
-            on_dead=owed.on_dead,
+            order_key=target.order_key,
+            latest_key=target.latest_key,
+            expires_at=None if target.ttl is None else self.steady + target.ttl,
+            on_dead=target.on_dead,
             replay_of=replay_of,
         )
         self.deliveries.append(delivery)
-        if owed.max_pending is not None:
-            waiting = self._pending[owed.destination] + self._added[owed.destination]
-            if waiting >= owed.max_pending:
-                self.stillborn[delivery.id] = ("dead", "backlog_full")
+        if target.max_pending is not None:
+            waiting = self._pending[target.destination] + self._added[target.destination]
+            if waiting >= target.max_pending:
+                self.ended_early[delivery.id] = ("dead", "backlog_full")
                 return
-        self._added[owed.destination] += 1
+        self._added[target.destination] += 1
 
     def count(self, event: StoredEvent, *, is_duplicate: bool = False) -> None:
         """Count an accepted event, or a request that repeated one, for its hour, source and type."""
@@ -223,33 +223,35 @@ class Batch:
         if is_routed:
             subscribed = self._route(event)
             rendered: dict[str, bytes] | None = {} if len(subscribed) > 1 else None
-            for owed in subscribed:
-                self.owe(owed, event.id, len(event.body), event, rendered=rendered, request_id=request_id)
+            for target in subscribed:
+                self.add_delivery(
+                    target, event.id, len(event.body), event, rendered=rendered, request_id=request_id
+                )
 
     def put_back(self, restored: Restored) -> None:
         """Add an event of an export."""
         self._add(restored.event, is_restored=True, is_routed=restored.owe)
 
-    def bear_all(self) -> None:
+    def add_all_generated(self) -> None:
         """Add the events about workers that the worker changes made.
 
         The worker changes have no reference to their batch: in a reference cycle, both would stay in memory
         with all bodies until the garbage collector runs.
         """
-        born, self.workers.born = self.workers.born, []
-        for source, each in born:
-            self.bear(source, each)
+        generated, self.workers.generated = self.workers.generated, []
+        for source, each in generated:
+            self.add_generated(source, each)
 
-    def bear(self, source: str, born: Born) -> None:
+    def add_generated(self, source: str, generated: GeneratedEvent) -> None:
         """Add an event that the relay itself raises; it is routed like any other."""
-        body = encode(born.data)
+        body = encode(generated.data)
         self._add(
             StoredEvent(
                 id=0,
                 public_id=new_id(EVENT, self.wall),
                 source=source,
-                type=f"{source}.{born.type}",
-                subject=born.subject,
+                type=f"{source}.{generated.type}",
+                subject=generated.subject,
                 received_at=self.wall,
                 data=body,
                 context=b"{}",

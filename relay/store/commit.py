@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from relay.base.clock import Clock
-from relay.model import OPERATOR_SOURCE, Born, Delivery, News, Outcome, Owed, WorkerStatus
+from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, News, Outcome, Target, WorkerStatus
 from relay.store import Listener, Route, Rules, event_times
 from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims
@@ -57,7 +57,7 @@ ADD_TO_STATS = f"ON CONFLICT (hour, source, type) DO UPDATE SET {_adding('events
 async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """Write a batch inside the transaction that the caller began."""
     if batch.worker_changes is not None:
-        batch.bear_all()
+        batch.add_all_generated()
     if batch.outcomes:
         if claims.cancelled:
             batch.outcomes = apply_cancellations(batch.outcomes, claims)
@@ -192,15 +192,15 @@ def _follow_deaths(batch: Batch, dead: Sequence[Outcome]) -> None:
     for outcome in dead:
         delivery = outcome.delivery
         if delivery.on_dead is not None:
-            batch.owe(Owed(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
+            batch.add_delivery(Target(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
         if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
-            batch.bear(OPERATOR_SOURCE, _death(outcome))
+            batch.add_generated(OPERATOR_SOURCE, _death(outcome))
 
 
-def _death(outcome: Outcome) -> Born:
+def _death(outcome: Outcome) -> GeneratedEvent:
     delivery, attempt = outcome.delivery, outcome.attempt
     event = delivery.event
-    return Born(
+    return GeneratedEvent(
         type="delivery.dead",
         subject=delivery.destination,
         data={
@@ -225,7 +225,7 @@ async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Clai
     busy: set[tuple[str, str | None]] = await _busy_keys(transaction, ordered) if ordered else set()
     rows = []
     for delivery in batch.deliveries:
-        if (ending := batch.stillborn.get(delivery.id)) is not None:
+        if (ending := batch.ended_early.get(delivery.id)) is not None:
             rows.append(delivery_row(delivery, ending[0], ending[1], None, batch.wall))
             continue
         key = (delivery.destination, delivery.order_key)
@@ -260,7 +260,7 @@ async def _supersede(
 
     The event counts, not the delivery: an old one that is replayed does not supersede a newer one.
     """
-    born = [d for d in deliveries if d.id not in batch.stillborn]
+    generated = [d for d in deliveries if d.id not in batch.ended_early]
     pending = await transaction.fetch_rows(
         """
         WITH asked (destination, latest_key) AS (VALUES {values})
@@ -268,16 +268,16 @@ async def _supersede(
           FROM asked JOIN deliveries AS d USING (destination, latest_key)
          WHERE d.state = 'pending'
         """,
-        list({(d.destination, d.latest_key) for d in born}),
+        list({(d.destination, d.latest_key) for d in generated}),
     )
-    ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in born]
+    ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in generated]
     ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id in pending]
     newest: dict[tuple[str, str | None], tuple[int, int]] = {}
     for key, age in ages:
         newest[key] = max(age, newest.get(key, age))
-    for d in born:
+    for d in generated:
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
-            batch.stillborn[d.id] = ("expired", "superseded")
+            batch.ended_early[d.id] = ("expired", "superseded")
     older = [
         (id_, name, order_key)
         for id_, name, order_key, key, event_id in pending
@@ -290,9 +290,9 @@ def count_transitions(batch: Batch) -> dict[str, dict[str, int]]:
     """Count, per destination, the deliveries that a written batch created and ended."""
     changes = [(delivery.destination, "created") for delivery in batch.deliveries]
     changes += [
-        (each.destination, batch.stillborn[each.id][0])
+        (each.destination, batch.ended_early[each.id][0])
         for each in batch.deliveries
-        if each.id in batch.stillborn
+        if each.id in batch.ended_early
     ]
     changes += [
         (outcome.delivery.destination, outcome.state)
@@ -360,7 +360,7 @@ class Committer:
         """Drop the marks of a transaction that was rolled back."""
         self._claims.clear_ending()
         self._workers.roster.moving.clear()
-        self._workers.roster.heeded.clear()  # their rows have it, as nothing replaced them
+        self._workers.roster.refused.clear()  # their rows have it, as nothing replaced them
 
     def publish(self, batch: Batch) -> None:
         """Take a committed batch into memory and call the listeners, in one step of the event loop.

@@ -138,52 +138,52 @@ async def _check_owner(connection: aiosqlite.Connection, path: Path) -> None:
         )
 
 
-Heed = Callable[[Exception], object]
+NoteError = Callable[[Exception], object]
 """Called with every error while reading, in the connection's thread."""
 
 
 class _Reader(sqlite3.Connection):
     """Reports errors, because damage that a reader finds must stop the writer as well."""
 
-    heed: Heed
+    note_error: NoteError
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         cursor = self.cursor(_Cursor)
-        cursor.heed = self.heed
+        cursor.note_error = self.note_error
         return cursor.execute(sql, parameters)
 
 
 class _Cursor(sqlite3.Cursor):
-    heed: Heed
+    note_error: NoteError
 
     def execute(self, sql: str, parameters: Any = (), /) -> "_Cursor":
-        with self._heeding():
+        with self._noting_errors():
             super().execute(sql, parameters)
         return self
 
     def fetchall(self) -> list[Any]:
-        with self._heeding():
+        with self._noting_errors():
             return super().fetchall()
 
     def fetchone(self) -> Any:
-        with self._heeding():
+        with self._noting_errors():
             return super().fetchone()
 
     @contextmanager
-    def _heeding(self) -> Iterator[None]:
+    def _noting_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            self.heed(error)
+            self.note_error(error)
             raise
 
 
-async def open_reader(path: Path, heed: Heed = lambda _error: None) -> aiosqlite.Connection:
-    """Open a connection that only reads and never checkpoints; `heed` is called with its errors."""
+async def open_reader(path: Path, note_error: NoteError = lambda _error: None) -> aiosqlite.Connection:
+    """Open a connection that only reads and never checkpoints; `note_error` is called with its errors."""
 
     def make(*args: Any, **options: Any) -> _Reader:
         reader = _Reader(*args, **options)
-        reader.heed = heed
+        reader.note_error = note_error
         return reader
 
     connection = await aiosqlite.connect(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import aiosqlite
 
 from relay.base.clock import Clock
-from relay.model import OPERATOR_SOURCE, Born, Claim, DestinationState, Outcome, Owed, StoredEvent
+from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
 from relay.store import Cancelled
 from relay.store.batch import Batch, Look, Repeat
 from relay.store.claims import Claims, claim
@@ -102,9 +102,9 @@ class SqliteDeliveries:
 
         return await self._database.writer.submit(Job(apply_, answer=answer))
 
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Owed]]) -> tuple[bool, ...]:
+    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """See `Deliveries.repeat`."""
-        repeats = [Repeat(event, owed) for event, owed in wishes]
+        repeats = [Repeat(event, target) for event, target in wishes]
 
         def apply_(batch: Batch) -> tuple[bool, ...]:
             batch.repeating += repeats
@@ -113,13 +113,13 @@ class SqliteDeliveries:
         job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in repeats))
         return await self._database.writer.submit(job)
 
-    async def set_destination(self, state: DestinationState, tell: Born | None = None) -> None:
+    async def set_destination(self, state: DestinationState, tell: GeneratedEvent | None = None) -> None:
         """See `Deliveries.set_destination`."""
 
         def apply_(batch: Batch) -> None:
             batch.states.append(state)
             if tell is not None:
-                batch.bear(OPERATOR_SOURCE, tell)
+                batch.add_generated(OPERATOR_SOURCE, tell)
 
         await self._database.writer.submit(Job(apply_))
 

@@ -9,7 +9,7 @@ import msgspec
 from relay.config.schema import WorkerRules
 from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
-from relay.workers.rules import TOMBSTONE, Now, heed, hold
+from relay.workers.rules import TOMBSTONE, Now, hold, note_refused
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
@@ -20,7 +20,7 @@ MOST_SESSIONS = 100_000
 MOST_FAREWELLS = 16_384
 """Workers whose refused unregister request is remembered while the store cannot be opened."""
 
-MOST_HEEDED = 8
+MOST_REFUSED = 8
 """Refused requests remembered per worker while its row is being written."""
 
 
@@ -39,7 +39,7 @@ class Roster:
         self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
         self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
         self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
-        self.heeded: dict[WorkerKey, list[tuple[WorkerChange, Now]]] = {}  # while `moving`: refused requests
+        self.refused: dict[WorkerKey, list[tuple[WorkerChange, Now]]] = {}  # while `moving`: refused requests
         self.farewells: dict[WorkerKey, tuple[Unregister, Now]] = {}  # refused, of workers that are not known
         self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
         self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
@@ -92,7 +92,7 @@ class Roster:
             self.sessions += len(worker.sessions) - len(before)
             self._index(key, before, worker.sessions)
 
-    def heed(
+    def note_refused(
         self, source: str, change: WorkerChange, now: Now, rules: Callable[[str, str], WorkerRules]
     ) -> WorkerStatus | None:
         """Note what a refused request says about a known worker; returns its status, None: unknown."""
@@ -103,16 +103,16 @@ class Roster:
                 self._keep_farewell(key, change, now)
             return None
         status = row.status if row.unregistered_at is None else None
-        if (after := heed(row, change, now, rules(*key))) is row:
+        if (after := note_refused(row, change, now, rules(*key))) is row:
             return status
         self.put(after)
         self.dirty.add(key)
         if key in self.moving:  # the row that is being written does not have it
-            noted = self.heeded.setdefault(key, [])
+            noted = self.refused.setdefault(key, [])
             if noted and type(noted[-1][0]) is type(change):
                 noted.pop()
             noted.append((change, now))
-            del noted[:-MOST_HEEDED]
+            del noted[:-MOST_REFUSED]
         return status
 
     def _keep_farewell(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
@@ -128,16 +128,16 @@ class Roster:
     def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
         """Apply the refused unregister requests that came before the rows were read."""
         for (source, _), (change, now) in before.farewells.items():
-            self.heed(source, change, now, rules)
+            self.note_refused(source, change, now, rules)
         self.farewells.clear()
 
-    def heed_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
+    def note_refused_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
         """Apply refused requests to rows that were being written meanwhile."""
-        heeded, self.heeded = self.heeded, {}
-        for key, noted in heeded.items():
+        refused, self.refused = self.refused, {}
+        for key, noted in refused.items():
             row = self._rows.get(key)
             for change, now in noted:
-                row = None if row is None else heed(row, change, now, rules(*key))
+                row = None if row is None else note_refused(row, change, now, rules(*key))
             if row is not None:
                 self.put(row)
                 self.dirty.add(key)

@@ -173,10 +173,10 @@ class SqliteStore:
             rows = await self.database.connection.execute_fetchall(TOTALS_SQL)
             totals = counts_of(rows)
             self.ledger.pending_counts = Counter({name: each.pending for name, each in totals.items()})
-            self.database.reader = await open_reader(self.path, self._heed)
+            self.database.reader = await open_reader(self.path, self._note_error)
             try:
                 # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
-                self.database.counter = await open_reader(self.path, self._heed)
+                self.database.counter = await open_reader(self.path, self._note_error)
                 try:
                     self._watched.open()
                 except OSError as error:
@@ -233,9 +233,9 @@ class SqliteStore:
             await self.database.connection.close()
             self._watched.close()
 
-    def _heed(self, error: Exception) -> None:
+    def _note_error(self, error: Exception) -> None:
         """Have the writer hear of what a reader met, in its thread."""
-        self._loop.call_soon_threadsafe(lambda: self.opened and self.database.writer.heed(error))
+        self._loop.call_soon_threadsafe(lambda: self.opened and self.database.writer.note_error(error))
 
     async def _meta(self, name: str) -> str | None:
         rows = await self.database.connection.execute_fetchall(

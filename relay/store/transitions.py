@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, Born, Outcome
+from relay.model import OPERATOR_SOURCE, GeneratedEvent, Outcome
 from relay.store.batch import Batch, Ending, Look
 from relay.store.claims import Claims
 from relay.store.transaction import Row, Transaction
@@ -161,7 +161,7 @@ async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, si
     transaction.run("UPDATE held SET told = 1 WHERE destination = ?", (name,))
     expires_in = max(0, max(min(first), since) + kept - batch.steady)
     data = {"destination": name, "expires_in_seconds": expires_in // SECOND, "held": kept // SECOND}
-    batch.bear(OPERATOR_SOURCE, Born(type="deliveries.expiring", subject=name, data=data))
+    batch.add_generated(OPERATOR_SOURCE, GeneratedEvent(type="deliveries.expiring", subject=name, data=data))
 
 
 async def _expire(batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int) -> None:
@@ -206,12 +206,12 @@ async def repeat(batch: Batch, transaction: Transaction) -> None:
           LEFT JOIN deliveries AS d ON d.event_id = asked.event_id AND d.destination = asked.destination
          GROUP BY asked.event_id, asked.destination
         """,
-        [(each.event.id, each.owed.destination) for each in batch.repeating],
+        [(each.event.id, each.target.destination) for each in batch.repeating],
     )
     latest = {(event_id, name): delivery_id for event_id, name, delivery_id, pending in rows if not pending}
     for each in batch.repeating:
-        key = (each.event.id, each.owed.destination)
+        key = (each.event.id, each.target.destination)
         each.done = key in latest
         if each.done:
             size = len(each.event.body)
-            batch.owe(each.owed, each.event.id, size, each.event, replay_of=latest.pop(key))
+            batch.add_delivery(each.target, each.event.id, size, each.event, replay_of=latest.pop(key))

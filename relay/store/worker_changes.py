@@ -8,8 +8,8 @@ from relay.base.clock import SECOND
 from relay.config.schema import WorkerRules
 from relay.errors import Conflict, Overloaded
 from relay.model import (
-    Born,
     Command,
+    GeneratedEvent,
     Heartbeat,
     Register,
     Session,
@@ -50,7 +50,7 @@ class SqliteWorkerChanges:
         self._roster = roster
         self._now = now
         self._rules = rules
-        self.born: list[tuple[str, Born]] = []  # source and event, not yet in the batch
+        self.generated: list[tuple[str, GeneratedEvent]] = []  # source and event, not yet in the batch
         self.workers: dict[WorkerKey, Worker] = {}
         self._sessions: dict[tuple[str, str], WorkerKey] = {}  # where this transaction moved them
         self._unread: list[WorkerKey] = []  # moved rows whose sessions are not in there yet
@@ -92,8 +92,8 @@ class SqliteWorkerChanges:
         if before is None:
             self._make_room()
         self._move(key, self._fitting(before, step.worker))
-        for born in step.born:
-            self.born.append((source, born))
+        for generated in step.generated:
+            self.generated.append((source, generated))
         if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
             return step.worker, ()
         self._measure(key, step.worker)
@@ -139,9 +139,9 @@ class SqliteWorkerChanges:
             key = (row.source, row.id)
             silence = rules.silent(self.workers.get(key, row), now)
             if silence is not None and key not in self.forgotten:
-                after, born = silence
+                after, generated = silence
                 self._move(key, after)
-                self.born.append((row.source, born))
+                self.generated.append((row.source, generated))
                 marked.append(after)
                 if len(marked) == most:
                     break
@@ -330,8 +330,8 @@ class SqliteWorkerChanges:
                 turned.append((worker.source, worker.status))
             roster.put(worker)
         roster.moving.clear()
-        if roster.heeded:
-            roster.heed_again(self._rules)
+        if roster.refused:
+            roster.note_refused_again(self._rules)
         if self.holding:
             roster.hold(self._now, self._rules)
         for key in self.measured:

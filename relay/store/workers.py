@@ -64,7 +64,7 @@ class SqliteWorkers:
 
     def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
         """See `Workers.note_refused`; `flush` writes it as soon as possible."""
-        return self.roster.heed(source, change, self._now(), self._rules)
+        return self.roster.note_refused(source, change, self._now(), self._rules)
 
     def _now(self) -> Now:
         return Now(wall=self._clock.wall(), steady=self._clock.steady())

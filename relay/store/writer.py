@@ -281,7 +281,7 @@ class Writer:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
             if others := [job for job in jobs if not (job.bounded or job.future.done())]:
                 await self._commit(others)
-        elif code & 0xFF in TRANSIENT or self.heed(error):
+        elif code & 0xFF in TRANSIENT or self.note_error(error):
             self._set_failure(self.broken or f"{error}")
             for job in jobs:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
@@ -301,7 +301,7 @@ class Writer:
             self._on_fatal(f"fsync failed: {error}")
         return code
 
-    def heed(self, error: Exception) -> bool:
+    def note_error(self, error: Exception) -> bool:
         """Halt if an error means that the database is damaged; returns whether it does."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
             return False
@@ -322,7 +322,7 @@ class Writer:
             if self._throw_off(code):
                 await self._settle_errand(errand, future)
                 return
-            passing = code & 0xFF in TRANSIENT or self.heed(error)
+            passing = code & 0xFF in TRANSIENT or self.note_error(error)
             if not future.done():
                 future.set_exception(
                     StorageUnavailableError(f"the store failed: {error}") if passing else error

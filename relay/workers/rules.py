@@ -29,7 +29,7 @@ import msgspec
 from relay.base.clock import SECOND, instant, rfc3339
 from relay.config.schema import WorkerRules
 from relay.model import (
-    Born,
+    GeneratedEvent,
     Heartbeat,
     Register,
     Session,
@@ -99,7 +99,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a change."""
 
     worker: Worker | None  # the new row; None: no row
-    born: tuple[Born, ...] = ()
+    generated: tuple[GeneratedEvent, ...] = ()
     quiet: bool = False  # only the time of the heartbeat and gauges changed: may be written later
 
 
@@ -121,21 +121,21 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     return _heartbeat(row, base, change, now, rules)
 
 
-def silent(row: Worker, now: Now) -> tuple[Worker, Born] | None:
+def silent(row: Worker, now: Now) -> tuple[Worker, GeneratedEvent] | None:
     """Apply the deadline of one row, and a refused unregister.
 
     Returns the new row and the event; None: no change.
     """
     if row.leaving is not None and row.unregistered_at is None:
         after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
-        return after, _born("unregistered", after, row.status, "requested")
+        return after, _generate("unregistered", after, row.status, "requested")
     if row.status != "ONLINE" or row.maintenance or now.steady <= row.deadline:
         return None
     after = msgspec.structs.replace(row, status="OFFLINE")
-    return after, _born("offline", after, row.status, "silent")
+    return after, _generate("offline", after, row.status, "silent")
 
 
-def heed(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Worker:
+def note_refused(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Worker:
     """Return a row after a request that the relay refused: its worker is alive, or is leaving.
 
     Creates no event, because nothing can be stored now; `silent` creates the event of a worker that left.
@@ -265,7 +265,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         leaving=None,
         **given,
     )
-    return Step(worker=after, born=_transition(row, after))
+    return Step(worker=after, generated=_transition(row, after))
 
 
 def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, rules: WorkerRules) -> Step:
@@ -295,11 +295,11 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         leaving=None,
         **reported,
     )
-    born = _transition(row, after)
+    generated = _transition(row, after)
     if restarted:
-        born += (_born("restarted", after, row.status if row else None, "uptime"),)
+        generated += (_generate("restarted", after, row.status if row else None, "uptime"),)
     quiet = row is not None and not restarted and _is_quiet(row, after)
-    return Step(worker=after, born=born, quiet=quiet)
+    return Step(worker=after, generated=generated, quiet=quiet)
 
 
 def _recovered(row: Worker, status: WorkerStatus, now: Now, rules: WorkerRules) -> tuple[WorkerStatus, int]:
@@ -420,7 +420,7 @@ def _unregister(row: Worker | None, now: Now) -> Step:
     if row is None or row.unregistered_at is not None:
         return Step(worker=row, quiet=True)
     after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=now.steady, leaving=None)
-    return Step(worker=after, born=(_born("unregistered", after, row.status, "requested"),))
+    return Step(worker=after, generated=(_generate("unregistered", after, row.status, "requested"),))
 
 
 def _has_just_left(row: Worker, now: Now) -> bool:
@@ -444,13 +444,13 @@ def _is_lost(row: Worker) -> bool:
     return row.status == "OFFLINE" or row.was_offline
 
 
-def _transition(before: Worker | None, after: Worker) -> tuple[Born, ...]:
+def _transition(before: Worker | None, after: Worker) -> tuple[GeneratedEvent, ...]:
     if before is None:
-        return (_born("registered", after, None, "new"),)
+        return (_generate("registered", after, None, "new"),)
     if after.status == "ONLINE" and _is_lost(before):
-        return (_born("online", after, before.status, "heard"),)
+        return (_generate("online", after, before.status, "heard"),)
     if after.status == "OFFLINE" and not _is_lost(before):
-        return (_born("offline", after, before.status, "reported"),)
+        return (_generate("offline", after, before.status, "reported"),)
     return ()
 
 
@@ -475,6 +475,6 @@ def _deadline(now: Now, rules: WorkerRules) -> int:
     return now.steady + int(rules.offline_after * SECOND)
 
 
-def _born(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> Born:
+def _generate(what: str, worker: Worker, previous: WorkerStatus | None, reason: str) -> GeneratedEvent:
     data = {"worker": shown(worker), "previous": previous, "reason": reason}
-    return Born(type=f"worker.{what}", subject=worker.id, data=data)
+    return GeneratedEvent(type=f"worker.{what}", subject=worker.id, data=data)

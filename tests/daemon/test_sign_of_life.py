@@ -20,7 +20,7 @@ from relay.ingest.server import Server
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker
 from relay.process.sockets import bind, url
 from relay.store import Acceptance, writer
-from relay.workers.rules import Now, apply, heed, silent
+from relay.workers.rules import Now, apply, note_refused, silent
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 BASES = ("/api/v1", "/api")
@@ -582,39 +582,39 @@ def at(seconds):
 def test_a_refused_call_moves_no_status(status):
     row = Worker(source="s", id="w", status=status, deadline=5)
     for change in (Heartbeat(worker_id="w", status="OFFLINE"), Register(worker_id="w")):
-        after = heed(row, change, at(100), RULES)
+        after = note_refused(row, change, at(100), RULES)
         assert (after.status, after.deadline, after.last_heartbeat) == (status, 190 * SECOND, 100 * SECOND)
-    assert heed(row, SessionSeen(worker_id="w", session=Session(id="s")), at(100), RULES) is row
+    assert note_refused(row, SessionSeen(worker_id="w", session=Session(id="s")), at(100), RULES) is row
 
 
-def test_an_unregistered_worker_heeds_nothing():
+def test_an_unregistered_worker_ignores_refused_requests():
     gone = Worker(source="s", id="w", unregistered_at=1)
     for change in (Heartbeat(worker_id="w"), Register(worker_id="w"), Unregister(worker_id="w")):
-        assert heed(gone, change, at(100), RULES) is gone
+        assert note_refused(gone, change, at(100), RULES) is gone
 
 
 @pytest.mark.parametrize("status", ["ONLINE", "OFFLINE", "MAINTENANCE"])
 def test_one_that_leaves_is_told_of_once(status):
-    row = heed(Worker(source="s", id="w", status=status), Unregister(worker_id="w"), at(5), RULES)
-    after, born = silent(row, at(0))
-    assert (born.type, after.unregistered_at, born.data["reason"]) == (
+    row = note_refused(Worker(source="s", id="w", status=status), Unregister(worker_id="w"), at(5), RULES)
+    after, generated = silent(row, at(0))
+    assert (generated.type, after.unregistered_at, generated.data["reason"]) == (
         "worker.unregistered",
         5 * SECOND,
         "requested",
     )
-    assert "leaving" not in born.data["worker"]
+    assert "leaving" not in generated.data["worker"]
     assert silent(after, at(1000)) is None
 
 
 def test_a_repeated_refused_unregister_and_an_accepted_one_are_one():
-    row = heed(ROW, Unregister(worker_id="w"), at(5), RULES)
-    row = heed(row, Unregister(worker_id="w"), at(6), RULES)
+    row = note_refused(ROW, Unregister(worker_id="w"), at(5), RULES)
+    row = note_refused(row, Unregister(worker_id="w"), at(6), RULES)
     step = apply(row, Unregister(worker_id="w"), "s", at(7), RULES)
-    assert [born.type for born in step.born] == ["worker.unregistered"]
+    assert [generated.type for generated in step.generated] == ["worker.unregistered"]
     assert silent(step.worker, at(1000)) is None
 
 
-async def test_what_is_heeded_while_a_worker_s_row_is_written_is_not_lost(relay, clock):
+async def test_a_refused_request_while_a_worker_s_row_is_written_is_not_lost(relay, clock):
     store = relay.app.store
     for worker in ("w1", "w2", "w3"):
         await relay.exchange(register(worker))

@@ -13,7 +13,7 @@ from wire import request
 from relay.api.views import view_of
 from relay.errors import Invalid
 from relay.ingest.event import make_event
-from relay.model import Owed
+from relay.model import Target
 from relay.source import LONGEST_ID, Event, Incoming
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -182,11 +182,11 @@ async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_
     """A database of before the bound, and an event that was replayed without end."""
     clock = FakeClock()
     async with opened(tmp_path / "relay.db", clock) as store:
-        hooks(store).route = lambda event: (Owed("crm"),)
+        hooks(store).route = lambda event: (Target("crm"),)
         event = await send(store, clock)
         await end(store, event, "delivered", "crm")
         for _ in range(50):
-            await store.deliveries.repeat([(event, Owed("erp"))])
+            await store.deliveries.repeat([(event, Target("erp"))])
             await end(store, event, "dead", "erp")
         long = "s" * 2_000_000
         await store.database.writer.errand(lambda it: it.execute("UPDATE events SET subject = ?", (long,)))

@@ -31,12 +31,12 @@ def setup(tmp_path, monkeypatch):
 
 
 def test_every_event_of_the_rules_is_on_the_page_and_no_other():
-    born = set(re.findall(r'_born\("(\w+)"', RULES))
-    assert born == set(re.findall(r"\| `worker\.(\w+)`", PAGE))
+    generated = set(re.findall(r'_generate\("(\w+)"', RULES))
+    assert generated == set(re.findall(r"\| `worker\.(\w+)`", PAGE))
 
 
 def test_every_reason_is_on_the_page_and_no_other():
-    given = set(re.findall(r'_born\("\w+", .*?, "(\w+)"\)', RULES))
+    given = set(re.findall(r'_generate\("\w+", .*?, "(\w+)"\)', RULES))
     [named] = re.findall(r"`reason` one of (.*?)\.", " ".join(PAGE.split()))
     assert given == set(re.findall(r"`(\w+)`", named))
 

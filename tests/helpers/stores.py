@@ -6,7 +6,7 @@ import weakref
 from contextlib import asynccontextmanager
 
 from relay.base.ids import EVENT, new_id
-from relay.model import Attempt, Outcome, Owed, StoredEvent
+from relay.model import Attempt, Outcome, StoredEvent, Target
 from relay.store import Acceptance, opening
 
 KINDS = tuple(os.environ.get("RELAY_TEST_STORES", "sqlite").split(","))
@@ -69,7 +69,7 @@ async def change_rows(store, sql, values=()):
 async def opened(path, clock):
     """Open a store with two destinations; at the end, check its ledger and its foreign keys."""
     store = make_store(path, clock)
-    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
+    hooks(store).route = lambda event: () if event.source == "relay" else (Target("crm"), Target("erp"))
     store.fresh, store.news = [], []
 
     def listen(news):

@@ -10,7 +10,7 @@ honest = Batch.__init__
 
 def keeping(self, **given):
     honest(self, **given)
-    self.me = self.bear
+    self.me = self.add_generated
 
 
 Batch.__init__ = keeping

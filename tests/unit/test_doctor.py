@@ -10,7 +10,7 @@ import pytest
 from stores import end, hooks, opened, send
 
 from relay.base.clock import SECOND
-from relay.model import Heartbeat, Owed, Register, Unregister
+from relay.model import Heartbeat, Register, Target, Unregister
 from relay.store import Acceptance, Stop, doctor
 from relay.store.doctor import Examined, examine
 
@@ -26,7 +26,7 @@ def path(tmp_path, clock):
 
     async def fill():
         async with opened(tmp_path / "relay.db", clock) as store:
-            owed = (Owed("crm", order_key="a"), Owed("erp"))
+            owed = (Target("crm", order_key="a"), Target("erp"))
             hooks(store).route = lambda event: () if event.source == "relay" else owed
             events = [await send(store, clock, body=b'{"n": %d}' % number) for number in range(9)]
             await end(store, events[0], "delivered", "erp")
@@ -207,7 +207,7 @@ async def test_dead_deliveries_are_found_until_they_are_repeated(tmp_path, clock
     async with opened(path, clock) as store:
         [event] = [row for row in await store.queries.find("events") if row["id"] == first.public_id]
         loaded = (await store.events.load([event["row"]]))[event["row"]]
-        await store.deliveries.repeat([(loaded, Owed("crm")), (loaded, Owed("erp"))])
+        await store.deliveries.repeat([(loaded, Target("crm")), (loaded, Target("erp"))])
     assert failed(path, clock)["dead"][0] == "dead deliveries: crm (1)"
 
 

@@ -8,7 +8,7 @@ from stores import count_rows, end, hooks, ids, make_event, opened, rows, send
 from support import FakeClock
 
 from relay.errors import RelayError
-from relay.model import Imported, Owed, Selection
+from relay.model import Imported, Selection, Target
 from relay.store import events, queries
 from relay.store.export import DELIVERIES_SQL, read_line, write_line
 
@@ -29,7 +29,7 @@ async def store(tmp_path, clock):
 @pytest.fixture
 async def other(tmp_path, clock):
     async with opened(tmp_path / "other.db", clock) as other:
-        hooks(other).route = lambda event: (Owed("archive"),)
+        hooks(other).route = lambda event: (Target("archive"),)
         yield other
 
 

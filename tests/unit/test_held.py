@@ -6,7 +6,7 @@ from stores import accept, hooks, make_store
 from stores import rows as read_rows
 
 from relay.base.clock import SECOND
-from relay.model import Attempt, Outcome, Owed
+from relay.model import Attempt, Outcome, Target
 from relay.store import transitions
 
 DAY = 86_400.0
@@ -16,7 +16,9 @@ KEPT = int(30 * DAY * SECOND)
 def make(path, clock):
     store = make_store(path, clock)
     hooks(store).route = lambda event: (
-        (Owed("ops"),) if event.source == "relay" else (Owed("crm", order_key=event.subject), Owed("erp"))
+        (Target("ops"),)
+        if event.source == "relay"
+        else (Target("crm", order_key=event.subject), Target("erp"))
     )
     store.fresh, store.news = [], []
 

@@ -13,7 +13,7 @@ from relay.api.query_params import filters_of
 from relay.api.views import list_items
 from relay.base.clock import SECOND
 from relay.errors import RelayError
-from relay.model import Attempt, Outcome, Owed, Selection
+from relay.model import Attempt, Outcome, Selection, Target
 from relay.routing.subscription import Patterns
 from relay.store import Acceptance, event_times
 from relay.store.queries import page as pages
@@ -204,7 +204,7 @@ async def test_the_latest_delivery_of_an_event_to_a_destination_counts(store, cl
     assert len(await store.queries.find("events", state="dead", destination="crm")) == 1
     assert await store.queries.find("events", state="dead", destination="erp") == []
     assert await store.deliveries.repeat(
-        [((await store.events.load([event.id]))[event.id], Owed("crm"))]
+        [((await store.events.load([event.id]))[event.id], Target("crm"))]
     ) == (True,)
     assert await store.queries.find("events", state="dead") == []
     assert [row["state"] for row in await store.queries.find("deliveries", state="dead")] == ["dead"]
@@ -213,7 +213,7 @@ async def test_the_latest_delivery_of_an_event_to_a_destination_counts(store, cl
 async def test_deliveries_are_sorted_by_their_ids_or_by_the_ids_of_filtered_events(store, clock):
     first, second = await send(store, clock), await send(store, clock)
     await end_all(store)
-    await store.deliveries.repeat([(first, Owed("crm"))])
+    await store.deliveries.repeat([(first, Target("crm"))])
     plain = [row["event_id"] for row in await store.queries.find("deliveries", destination="crm")]
     assert plain == [first.public_id, second.public_id, first.public_id]
     by_event = [

@@ -10,7 +10,7 @@ from stores import rows as read_rows
 
 from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
-from relay.model import Attempt, Command, Outcome, Owed
+from relay.model import Attempt, Command, Outcome, Target
 from relay.store import event_times, prune
 from relay.store.queries import plan
 from relay.store.retention_policy import Policy
@@ -23,7 +23,7 @@ POLICY = Policy(Retention())
 async def store(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
     store = make_store(tmp_path / "relay.db", clock, durability="normal")
-    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"),)
+    hooks(store).route = lambda event: () if event.source == "relay" else (Target("crm"),)
     store.fresh = []
     hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
@@ -117,7 +117,7 @@ async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock)
     clock.advance(15 * DAY)
     candidate = prune.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
     [loaded] = (await store.events.load([number])).values()
-    assert await store.deliveries.repeat([(loaded, Owed("crm"))]) == (True,)
+    assert await store.deliveries.repeat([(loaded, Target("crm"))]) == (True,)
     assert await store.database.writer.errand(partial(prune.delete_events, [candidate])) == 0
     assert await left(store) == [number]
 

@@ -40,7 +40,7 @@ def said(row: Worker | None, change: WorkerChange, seconds: float = 0) -> Step:
 
 def types(step: Step) -> list[str]:
     """List the events that a step gave birth to."""
-    return [born.type for born in step.born]
+    return [generated.type for generated in step.generated]
 
 
 REGISTER = Register(worker_id="w", endpoint="http://w:8001", version="1.0.0", max_sessions=50)
@@ -196,10 +196,10 @@ def test_only_an_online_worker_past_its_deadline_is_marked_offline(row, seconds,
 
 
 def test_silence_is_told_once_with_its_reason_and_what_was_before():
-    after, born = silent(ONLINE, at(91))
+    after, generated = silent(ONLINE, at(91))
     assert silent(after, at(200)) is None
-    assert (born.type, born.subject) == ("worker.offline", "w")
-    assert (born.data["previous"], born.data["reason"]) == ("ONLINE", "silent")
+    assert (generated.type, generated.subject) == ("worker.offline", "w")
+    assert (generated.data["previous"], generated.data["reason"]) == ("ONLINE", "silent")
 
 
 @pytest.mark.parametrize(
@@ -213,14 +213,18 @@ def test_silence_is_told_once_with_its_reason_and_what_was_before():
 )
 def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, reason):
     step = said(row, change)
-    [born] = step.born
-    assert (born.subject, born.data["previous"], born.data["reason"]) == ("w", previous, reason)
-    assert born.data["worker"]["status"] == step.worker.status
+    [generated] = step.generated
+    assert (generated.subject, generated.data["previous"], generated.data["reason"]) == (
+        "w",
+        previous,
+        reason,
+    )
+    assert generated.data["worker"]["status"] == step.worker.status
 
 
 def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
-    [born] = said(None, REGISTER).born
-    row = msgspec.json.decode(msgspec.json.encode(born.data))["worker"]
+    [generated] = said(None, REGISTER).generated
+    row = msgspec.json.decode(msgspec.json.encode(generated.data))["worker"]
     assert row.keys() == set(Worker.__struct_fields__) - set(INTERNAL)
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
 
@@ -337,7 +341,7 @@ def test_a_loopback_endpoint_names_no_place(endpoint, names):
 @pytest.mark.parametrize("row", [None, GONE])
 def test_a_session_of_an_unknown_worker_makes_no_worker(row):
     step = said(row, SessionSeen(session=Session(id="s1", status="connected")), 60)
-    assert (step.worker, step.born) == (row, ())
+    assert (step.worker, step.generated) == (row, ())
 
 
 def test_the_sessions_of_one_worker_have_an_end():

@@ -9,7 +9,7 @@ from stores import make_event
 
 import relay.routing.envelope
 import relay.routing.router
-from relay.model import Owed
+from relay.model import Target
 from relay.routing.conditions import Mismatch
 from relay.routing.envelope import EnvelopeView
 from relay.routing.router import Router
@@ -166,9 +166,9 @@ def test_an_event_goes_to_all_subscribed_destinations_in_the_order_of_the_config
         }
     )
     for _ in range(2):  # computed, then cached
-        assert router.route(event()) == (Owed("crm"), Owed("big"), Owed("all"))
-        assert router.route(event(data=b'{"total":1}')) == (Owed("crm"), Owed("all"))
-        assert router.route(event("moddy.x", data=b"{}")) == (Owed("bot"), Owed("all"))
+        assert router.route(event()) == (Target("crm"), Target("big"), Target("all"))
+        assert router.route(event(data=b'{"total":1}')) == (Target("crm"), Target("all"))
+        assert router.route(event("moddy.x", data=b"{}")) == (Target("bot"), Target("all"))
         assert router.route(event("relay.delivery.dead")) == ()
 
 
@@ -176,7 +176,7 @@ def test_an_operator_can_send_an_event_to_an_unsubscribed_destination_by_its_opt
     terms = {"big": SubscriptionOptions.of("big", order_by="subject", ttl=1.0)}
     router = Router({"big": Subscription.of(("moddy.*",), {"data.total": 1})}, terms)
     assert router.route(event()) == ()
-    assert router.resolve("big", event()) == Owed("big", order_key="s-1", ttl=1_000_000)
+    assert router.resolve("big", event()) == Target("big", order_key="s-1", ttl=1_000_000)
     assert router.resolve("gone", event()) is None
     assert router.destinations == ("big",)
 
@@ -196,7 +196,7 @@ def test_many_different_types_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(relay.routing.router, "MAX_ROUTES", 8)
     router = Router({"all": Subscription.of(("*",))})
     for number in range(50):
-        assert router.route(event(f"moddy.{number}")) == (Owed("all"),)
+        assert router.route(event(f"moddy.{number}")) == (Target("all"),)
         assert len(router._routes) <= 8
 
 

@@ -7,7 +7,7 @@ from stores import rows as read_rows
 from bench.lists import Traced, faults
 from relay.base.clock import SECOND
 from relay.errors import RelayError, UnknownError
-from relay.model import Attempt, Outcome, Owed, Selection
+from relay.model import Attempt, Outcome, Selection, Target
 from relay.store import Span
 from relay.store.queries import selection
 
@@ -15,7 +15,7 @@ from relay.store.queries import selection
 @pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
     store = make_store(tmp_path / "relay.db", clock, kind=request.param)
-    hooks(store).route = lambda event: () if event.source == "relay" else (Owed("crm"), Owed("erp"))
+    hooks(store).route = lambda event: () if event.source == "relay" else (Target("crm"), Target("erp"))
     store.fresh = []
     hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
     await store.open()
@@ -51,7 +51,7 @@ async def pending(store, **fields):
 
 
 def order_crm(event):
-    return (Owed("crm", order_key=event.subject), Owed("erp")) if event.source == "shop" else ()
+    return (Target("crm", order_key=event.subject), Target("erp")) if event.source == "shop" else ()
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ async def test_selected_events_have_the_destinations_of_their_matching_deliverie
 async def test_only_the_latest_delivery_to_a_destination_counts(store, shops):
     await end(store, 1, "dead", reason="exhausted")
     event = (await store.events.load([1]))[1]
-    assert await store.deliveries.repeat([(event, Owed("crm"))]) == (True,)
+    assert await store.deliveries.repeat([(event, Target("crm"))]) == (True,)
     assert await chosen(store, state="dead") == []
     await end(store, store.fresh[-1].id, "dead", reason="exhausted")
     assert await chosen(store, state="dead") == [(1, "crm")]
@@ -166,7 +166,7 @@ async def test_pending_deliveries_are_found_on_every_shelf(store, clock):
 
 @pytest.mark.parametrize("size", [1, 2])
 async def test_small_pages_contain_the_same_pending_deliveries(store, clock, monkeypatch, size):
-    hooks(store).route = lambda event: (Owed("crm", order_key=event.subject),)
+    hooks(store).route = lambda event: (Target("crm", order_key=event.subject),)
     for number in range(6):
         await send(store, clock, subject=f"{number // 2}")
     for number in (1, 3):

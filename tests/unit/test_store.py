@@ -18,10 +18,10 @@ from relay.model import (
     Attempt,
     Heartbeat,
     Outcome,
-    Owed,
     Register,
     Session,
     SessionSeen,
+    Target,
     Unregister,
 )
 from relay.store import Acceptance, sqlite
@@ -31,7 +31,7 @@ from relay.store.schema import MIGRATIONS
 @pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
     store = make_store(tmp_path / "relay.db", clock, kind=request.param)
-    hooks(store).route = lambda event: () if event.type.startswith("relay.") else (Owed("crm"),)
+    hooks(store).route = lambda event: () if event.type.startswith("relay.") else (Target("crm"),)
     await store.open()
     yield store
     await store.close()
@@ -186,7 +186,7 @@ async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock)
 async def test_everything_survives_a_reopening(tmp_path, clock):
     path = tmp_path / "relay.db"
     store = make_store(path, clock)
-    hooks(store).route = lambda _event: (Owed("crm"),)
+    hooks(store).route = lambda _event: (Target("crm"),)
     await store.open()
     receipt = await store.events.append(accept(clock, key="k", change=Register(worker_id="w1")))
     await store.close()

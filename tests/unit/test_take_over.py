@@ -9,7 +9,7 @@ from relay.config.schema import WorkerRules
 from relay.errors import Conflict
 from relay.model import Heartbeat, Register, Unregister
 from relay.store import Acceptance
-from relay.workers.rules import FORMER, Now, apply, former, heed, identifies, names_a_place
+from relay.workers.rules import FORMER, Now, apply, former, identifies, names_a_place, note_refused
 
 PUBLIC = "https://worker.example:8001"
 PATIENT = WorkerRules(offline_after=600.0)
@@ -25,7 +25,7 @@ def beaten(*moments, rules=PATIENT, refused=()):
     row = None
     for moment in moments:
         if moment in refused:
-            row = heed(row, BEAT, at(moment), rules)
+            row = note_refused(row, BEAT, at(moment), rules)
         else:
             row = apply(row, BEAT, "s", at(moment), rules).worker
     return row

@@ -9,7 +9,7 @@ from relay.config.schema import DestinationConfig, Retention
 from relay.delivery.dispatcher import Dispatcher
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
-from relay.model import DestinationState, Owed
+from relay.model import DestinationState, Target
 from relay.store.retention_policy import Policy
 
 DAY = 86_400.0
@@ -42,7 +42,7 @@ async def dispatcher(store, clock):
 
 
 async def send(store, clock, *names):
-    hooks(store).route = lambda event: () if event.source == "relay" else tuple(map(Owed, names))
+    hooks(store).route = lambda event: () if event.source == "relay" else tuple(map(Target, names))
     await store.events.append(accept(clock, subject=None))
 
 

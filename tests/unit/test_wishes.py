@@ -8,14 +8,14 @@ from support import until
 
 from relay.base.clock import SECOND
 from relay.errors import StorageUnavailableError
-from relay.model import Attempt, Outcome, Owed
+from relay.model import Attempt, Outcome, Target
 from relay.store import Cancelled
 
 
 @pytest.fixture(params=KINDS)
 async def store(request, tmp_path, clock):
     store = make_store(tmp_path / "relay.db", clock, kind=request.param)
-    owe(store, Owed("crm"))
+    owe(store, Target("crm"))
     store.fresh, store.news = [], []
 
     def listen(news):
@@ -58,7 +58,7 @@ async def books(store, name="crm"):
 
 async def again(store, event_id=1, *owed):
     event = (await store.events.load([event_id]))[event_id]
-    return await store.deliveries.repeat([(event, each) for each in owed or (Owed("crm"),)])
+    return await store.deliveries.repeat([(event, each) for each in owed or (Target("crm"),)])
 
 
 # --- cancel -------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ async def test_one_in_flight_is_cancelled_unless_its_attempt_delivers_it(store, 
 
 
 async def test_a_cancelled_death_is_neither_told_of_nor_handed_on(store, clock):
-    owe(store, Owed("crm", on_dead="spare"))
+    owe(store, Target("crm", on_dead="spare"))
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
     await store.deliveries.cancel([delivery.id])
@@ -169,7 +169,7 @@ async def test_a_retry_that_is_hurried_is_due_now_and_its_lane_is_told(store, cl
 
 
 async def test_what_waits_behind_another_one_cannot_be_hurried(store, clock):
-    owe(store, Owed("crm", order_key="a"))
+    owe(store, Target("crm", order_key="a"))
     await send(store, clock)
     await send(store, clock)
     assert await store.deliveries.hurry([1, 2]) == 0
@@ -195,7 +195,7 @@ async def test_a_repeated_event_is_a_new_delivery_of_the_latest_one(store, clock
 
 async def test_a_destination_that_never_had_the_event_gets_it_as_a_first_one(store, clock):
     await send(store, clock)
-    assert await again(store, 1, Owed("new"), Owed("crm")) == (True, False)
+    assert await again(store, 1, Target("new"), Target("crm")) == (True, False)
     assert (store.fresh[-1].destination, store.fresh[-1].replay_of) == ("new", None)
     assert await books(store, "new") == {"created": 1, "pending": 1}
 
@@ -204,7 +204,7 @@ async def test_what_is_pending_is_not_owed_twice(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     twice = await asyncio.gather(again(store), again(store))
     assert sorted(twice) == [(False,), (True,)]
-    assert await again(store, 1, Owed("crm"), Owed("crm")) == (False, False)
+    assert await again(store, 1, Target("crm"), Target("crm")) == (False, False)
     assert await books(store) == {"created": 2, "delivered": 1, "pending": 1}
 
 
@@ -215,7 +215,7 @@ async def test_an_event_that_is_gone_meanwhile_is_passed_over_and_the_others_are
     for table in ("attempts WHERE delivery_id", "deliveries WHERE event_id", "events WHERE id"):
         await store.database.connection.execute(f"DELETE FROM {table} = 1")
     try:
-        repeated = await store.deliveries.repeat([(events[1], Owed("crm")), (events[2], Owed("crm"))])
+        repeated = await store.deliveries.repeat([(events[1], Target("crm")), (events[2], Target("crm"))])
     finally:
         await store.database.connection.execute(
             "UPDATE ledger SET created = created - 1, delivered = delivered - 1"
@@ -226,7 +226,7 @@ async def test_an_event_that_is_gone_meanwhile_is_passed_over_and_the_others_are
 
 async def test_a_repeated_delivery_goes_out_on_the_terms_it_is_given(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
-    await again(store, 1, Owed("crm", order_key="k", ttl=60 * SECOND, on_dead="spare"))
+    await again(store, 1, Target("crm", order_key="k", ttl=60 * SECOND, on_dead="spare"))
     repeated = store.fresh[-1]
     assert (repeated.order_key, repeated.on_dead) == ("k", "spare")
     assert repeated.expires_at == clock.steady() + 60 * SECOND
@@ -236,7 +236,7 @@ async def test_repeated_ones_of_a_key_go_one_after_another(store, clock):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2, 3])
-    await store.deliveries.repeat([(events[number], Owed("crm", order_key="k")) for number in (1, 2, 3)])
+    await store.deliveries.repeat([(events[number], Target("crm", order_key="k")) for number in (1, 2, 3)])
     for number in (1, 2, 3):
         repeated = (
             store.fresh[-1]
@@ -251,7 +251,7 @@ async def test_repeated_ones_of_a_key_go_one_after_another(store, clock):
 async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     await send(store, clock)
-    assert await again(store, 1, Owed("crm", max_pending=1)) == (True,)
+    assert await again(store, 1, Target("crm", max_pending=1)) == (True,)
     assert await books(store) == {"created": 3, "delivered": 1, "dead": 1, "pending": 1}
 
 
@@ -259,8 +259,8 @@ async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(st
 async def test_the_newest_event_stays_whichever_is_repeated(store, clock, number, newest):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
-    await again(store, 2, Owed("crm", latest_key="k"))
-    await again(store, number, Owed("crm", latest_key="k"))
+    await again(store, 2, Target("crm", latest_key="k"))
+    await again(store, number, Target("crm", latest_key="k"))
     [pending] = await store.queries.find("deliveries", state="pending")
     [event] = await store.queries.find("events", id=pending["event_id"])
     assert event["row"] == newest
@@ -270,5 +270,5 @@ async def test_of_events_repeated_together_only_the_newest_of_a_key_goes_out(sto
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2, 3])
-    await store.deliveries.repeat([(events[number], Owed("crm", latest_key="k")) for number in (3, 1, 2)])
+    await store.deliveries.repeat([(events[number], Target("crm", latest_key="k")) for number in (3, 1, 2)])
     assert (await states(store))[3:] == [("pending", None)] + [("expired", "superseded")] * 2
