@@ -35,12 +35,12 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        told = [
+        changes = [
             f"{what} {', '.join(names)}"
             for what, names in (("added", self.added), ("changed", self.changed), ("removed", self.removed))
             if names
         ]
-        return f"{self.path}: {'; '.join(told) or 'no changes'}"
+        return f"{self.path}: {'; '.join(changes) or 'no changes'}"
 
 
 class Reloads:
@@ -131,8 +131,8 @@ class Reloads:
         if self._state.watch.interval != interval:
             self._jobs.change(SWEEP, self._state.watch.interval)
         if setup.config.log != before.log:
-            told = setup.config.log
-            configure(told.level, told.format, under_systemd=under_systemd())
+            wanted = setup.config.log
+            configure(wanted.level, wanted.format, under_systemd=under_systemd())
         done = _compare(before, setup.config)
         self._count(successful=True)
         log.info("reloaded %s", done)

@@ -1,4 +1,4 @@
-"""Which config.toml is meant, and where the relay that it describes is reached."""
+"""Finds config.toml, and the socket of the daemon that uses it."""
 
 import os
 from collections.abc import Mapping

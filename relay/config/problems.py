@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: one record per fault, all of them told at once."""
+"""The problems of a configuration: one record per fault, all reported at once."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""Backups in their time: so many are kept, and the latest stays until a newer one has been checked."""
+"""Periodic backups: `keep` are kept, and the latest stays until a newer one is verified."""
 
 import logging
 import sqlite3
@@ -37,14 +37,14 @@ def made_in(folder: Path) -> dict[Path, float]:
 
 def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
     """Return the measurements of a database and its backups, as the API shows them."""
-    told = msgspec.structs.asdict(measured)
+    described = msgspec.structs.asdict(measured)
     for name in ("oldest", "newest"):
-        told[name] = None if told[name] is None else rfc3339(told[name])
+        described[name] = None if described[name] is None else rfc3339(described[name])
     backups = [
         {"path": str(path), "bytes": path.stat().st_size, "made_at": rfc3339(int(moment * SECOND))}
         for path, moment in made.items()
     ]
-    return {**told, "sqlite": sqlite3.sqlite_version, "backups": backups}
+    return {**described, "sqlite": sqlite3.sqlite_version, "backups": backups}
 
 
 def oldest_first(made: Mapping[Path, float], now: float) -> list[Path]:

@@ -1,8 +1,8 @@
-"""Periodic work, by APScheduler: short, idempotent, one at a time, and late rather than dropped.
+"""Periodic jobs, run by APScheduler: short, idempotent, one run at a time, late rather than dropped.
 
-APScheduler goes by the machine's clock, which may step: back by an hour, and no job would run for an
-hour; ahead by a century, and its interval trigger would count every run that it missed. So a job's
-next run is so long after now, and when wall and steady clock part, all jobs run and count anew.
+APScheduler uses the machine's clock, which may step. After a step back by an hour, no job would run for an
+hour; after a step ahead by a century, its interval trigger would count every missed run. Therefore the next
+run is scheduled relative to now, and all jobs run at once when the wall and steady clocks diverge.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from relay.process.logs import in_one_line
 
 log = logging.getLogger("relay.jobs")
 
-LOOK_EVERY = 1.0  # seconds between looks at both clocks
+LOOK_EVERY = 1.0  # seconds between comparisons of the clocks
 STEP = 5 * SECOND
-"""Clocks that part by more than this have stepped; an NTP client slews away anything less."""
+"""A larger difference means that the wall clock stepped; an NTP client slews smaller ones."""
 
 Work = Callable[[], Awaitable[None]]
 
 
 class _Every(BaseTrigger):  # type: ignore[misc] # APScheduler 3 ships no types
-    """Fires so long after now, whenever the last time was."""
+    """Fires a fixed time from now, regardless of the last run."""
 
     def __init__(self, seconds: float) -> None:
         self._pause = timedelta(seconds=seconds)
@@ -40,27 +40,27 @@ class _Every(BaseTrigger):  # type: ignore[misc] # APScheduler 3 ships no types
 
 
 class Past(msgspec.Struct, kw_only=True):
-    """What is known of a job's runs since the relay started."""
+    """The history of a job's runs since the daemon started."""
 
     name: str
     every: float  # seconds from one run to the next
     running: bool = False
-    runs: int = 0  # that have ended
+    runs: int = 0  # ended runs
     failures: int = 0
     started_at: int | None = None  # the latest run; wall clock
     succeeded_at: int | None = None  # the latest that succeeded
-    seconds: float | None = None  # that the latest one took
-    error: str | None = None  # what it failed of
+    seconds: float | None = None  # duration of the latest run
+    error: str | None = None  # error of the latest run
 
 
 class _Job(msgspec.Struct, frozen=True):
     past: Past
     work: Work
-    one: asyncio.Lock  # held by its run: there is one at a time, whoever asked for it
+    one: asyncio.Lock  # held during a run, so that only one runs at a time
 
 
 class Jobs:
-    """The daemon's periodic jobs, each by its name."""
+    """The daemon's periodic jobs, by name."""
 
     def __init__(self, clock: Clock, metrics: Metrics | None = None) -> None:
         self._clock = clock
@@ -74,7 +74,7 @@ class Jobs:
         self._look: asyncio.TimerHandle | None = None
 
     def add(self, name: str, seconds: float, work: Work) -> None:
-        """Run `work` every so many seconds; what it raises is logged and the next run comes all the same."""
+        """Run `work` every `seconds`; an exception is logged and does not stop later runs."""
         self._metrics.add_job(name)
         job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, asyncio.Lock())
 
@@ -82,38 +82,38 @@ class Jobs:
             try:
                 await self._run(job)
             except asyncio.CancelledError:
-                if self._scheduler.running:  # else our own stop, which APScheduler would log as a failure
+                if self._scheduler.running:  # else the daemon stops, which is no failure
                     log.exception("job %s was cancelled", name)
 
         self._scheduler.add_job(run, _Every(seconds), id=name, name=name)
 
     def change(self, name: str, seconds: float) -> None:
-        """Run a job every so many seconds from now on."""
+        """Change the interval of a job."""
         self._jobs[name].past.every = seconds
         self._scheduler.reschedule_job(name, trigger=_Every(seconds))
 
     def all(self) -> list[Past]:
-        """Return what is known of every job, in the order of their names."""
+        """Return the history of every job, sorted by name."""
         return [self._jobs[name].past for name in sorted(self._jobs)]
 
     def next_run(self, name: str) -> datetime | None:
-        """Return when a job runs next; None: nobody knows, as the jobs do not run."""
+        """Return the time of a job's next run; None: the jobs are not running."""
         moment: datetime | None = getattr(self._scheduler.get_job(name), "next_run_time", None)
         return moment
 
     async def run(self, name: str) -> Past:
-        """Run a job now, or after the run under way, and return what came of it.
+        """Run a job now, or after its current run, and return its history.
 
         Raises:
-            UnknownError: there is no such job.
+            UnknownError: the job does not exist.
         """
         if name not in self._jobs:
             known = ", ".join(sorted(self._jobs))
-            raise UnknownError(f"no job {name!r}{guess(name, self._jobs)}", hint=f"there are {known}")
+            raise UnknownError(f"unknown job {name!r}{guess(name, self._jobs)}", hint=f"jobs: {known}")
         return await self._run(self._jobs[name])
 
     async def _run(self, job: _Job) -> Past:
-        """Run a job once, after the run under way; what its work raises is noted and logged."""
+        """Run a job once, after its current run; an exception is recorded and logged."""
         async with job.one:
             past, name, began = job.past, job.past.name, self._clock.steady()
             before = past.error
@@ -125,12 +125,12 @@ class Jobs:
                 self._metrics.job_success.labels(name).set(past.succeeded_at / SECOND)
             except RelayError as error:
                 said, past.error = before, in_one_line(error)
-                # While nothing can be written, jobs fail each second: the first time says it.
+                # While the storage fails, jobs fail every second: log only the first failure as error.
                 again = isinstance(error, StorageUnavailableError) and said == past.error
                 level = logging.DEBUG if again else logging.ERROR
                 log.log(level, "job %s failed: %s", name, past.error)
             except asyncio.CancelledError:
-                past.error = "it was cancelled"
+                past.error = "cancelled"
                 raise
             except GeneratorExit:  # the loop is gone, and the coroutine with it
                 raise
@@ -146,19 +146,19 @@ class Jobs:
             return msgspec.structs.replace(past)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the jobs."""
         self._scheduler.start()
         self._look_at_clocks()
 
     def stop(self) -> None:
-        """Begin no further run, and cancel those that are under way."""
+        """Start no further run, and cancel current ones."""
         if self._look is not None:
             self._look.cancel()
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
 
     def _look_at_clocks(self) -> None:
-        """Run every job when the machine's clock has stepped, and go on from there; timers do not step."""
+        """Run every job if the machine's clock has stepped. Timers of the event loop do not step."""
         apart = self._difference()
         if abs(apart - self._apart) > STEP:
             log.warning("the machine's clock stepped by %+d s", (apart - self._apart) // SECOND)

@@ -219,7 +219,7 @@ def _bind_source(
         others=own,
     )
     if kind is None:
-        if blame_kinds and isinstance(plugin, str):  # else a broken plugin may be the one that is meant
+        if blame_kinds and isinstance(plugin, str):  # else a broken plugin may provide this kind
             known = guess(plugin, kinds) or f"; there are: {', '.join(sorted(kinds))}"
             binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
         return None

@@ -229,7 +229,7 @@ async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -
         raise StorageUnavailableError(
             f"the copy that is made before the tables change takes {render_size(needed)},"
             f" {render_size(free)} is free in {path.parent}",
-            hint="make room on the disk; the relay goes on by itself",
+            hint="make room on the disk; the relay then continues by itself",
         )
     part = copy.with_name(f"{copy.name}.part")
     part.unlink(missing_ok=True)  # of a start that was cut short

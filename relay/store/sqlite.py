@@ -255,9 +255,9 @@ def _code(error: sqlite3.Error) -> int:
 
 def _hint(error: sqlite3.Error) -> str:
     hints = {
-        sqlite3.SQLITE_FULL: "make room on the disk; the relay goes on by itself",
+        sqlite3.SQLITE_FULL: "make room on the disk; the relay then continues by itself",
         sqlite3.SQLITE_BUSY: "find the program that keeps the file open: fuser -v relay.db",
         sqlite3.SQLITE_CANTOPEN: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
         sqlite3.SQLITE_READONLY: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
     }
-    return hints.get(_code(error), "see the disk's health; the relay goes on by itself")
+    return hints.get(_code(error), "see the disk's health; the relay then continues by itself")

@@ -327,11 +327,11 @@ def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
         if at < min(_as_of(row, session.id, former), now.wall):
             return Step(worker=row, quiet=True)
     if former is not None:
-        told = {
+        reported = {
             name: value for name in ("status", "phone", "name", "last_activity")
             if (value := getattr(session, name))
         }  # fmt: skip
-        session = msgspec.structs.replace(former, **told)
+        session = msgspec.structs.replace(former, **reported)
     elif len(known) >= MOST_SESSIONS:
         return Step(worker=row, quiet=True)
     known[session.id] = session

@@ -55,12 +55,12 @@ class Rulebook:
         rules = self._sources.get(source, self._default)
         for pattern, override in self._overrides.get(source, ()):
             if pattern.match(worker_id):
-                told = {
+                overrides = {
                     name: value
                     for name, value in msgspec.structs.asdict(override).items()
                     if value is not None
                 }
-                return msgspec.structs.replace(rules, **told)
+                return msgspec.structs.replace(rules, **overrides)
         return rules
 
 

@@ -84,7 +84,7 @@ async def test_a_disconnect_cancels_the_work(relay, work, lines):
     await lines.wire.hang_up()
     await until(lambda: work.cancelled)
     [slow] = [past for past in relay.app.jobs.all() if past.name == "slow"]
-    await until(lambda: slow.error == "it was cancelled")
+    await until(lambda: slow.error == "cancelled")
 
 
 async def test_a_late_failure_is_the_last_line(relay, work, lines, monkeypatch):
@@ -107,7 +107,7 @@ async def test_a_late_failure_is_the_last_line(relay, work, lines, monkeypatch):
 async def test_an_immediate_failure_is_an_ordinary_error(relay):
     answer = await exchange(relay.addresses.socket, request("POST", "/api/jobs/swep/run"))
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
-    assert answer.json["error"]["message"] == "no job 'swep', did you mean \"sweep\"?"
+    assert answer.json["error"]["message"] == "unknown job 'swep', did you mean \"sweep\"?"
 
 
 async def test_a_bug_is_answered_with_500_and_its_traceback_logged(relay, work, monkeypatch, caplog):

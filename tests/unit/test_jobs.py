@@ -193,7 +193,7 @@ async def test_a_run_whose_asker_leaves_is_cancelled_and_counted_as_failed(jobs)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    assert (jobs.all()[0].failures, jobs.all()[0].error) == (1, "it was cancelled")
+    assert (jobs.all()[0].failures, jobs.all()[0].error) == (1, "cancelled")
 
 
 async def test_a_job_there_is_not_is_named_with_those_there_are(jobs):
@@ -203,5 +203,5 @@ async def test_a_job_there_is_not_is_named_with_those_there_are(jobs):
     jobs.add("sweep", 3600, work)
     with pytest.raises(UnknownError) as raised:
         await jobs.run("swep")
-    assert raised.value.message == "no job 'swep', did you mean \"sweep\"?"
-    assert raised.value.hint == "there are sweep"
+    assert raised.value.message == "unknown job 'swep', did you mean \"sweep\"?"
+    assert raised.value.hint == "jobs: sweep"
