@@ -114,7 +114,7 @@ def general(table):
 
 def section(table):
     """Return the section of the page for a table."""
-    heading = rf"\[{re.escape(table)}\]" if table else "The top of the file"
+    heading = rf"\[{re.escape(table)}\]" if table else "Top-level keys"
     found = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
     assert found is not None, table
     return found[1]
