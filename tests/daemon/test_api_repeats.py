@@ -123,7 +123,7 @@ async def test_a_cancelled_replay_reports_its_progress(relay, receiver):
 async def test_a_new_event_overtakes_a_replay(relay, receiver):
     sent = [await send(relay, f"{number}") for number in range(30)]
     await until(lambda: finished(relay, "delivered") == 30)
-    replay = await accepted(relay, "/api/replays", filter={"source": "adorn"}, rate="20/s")
+    replay = await accepted(relay, "/api/replays", filter={"source": "adorn"}, rate="1/s")
     fresh = await send(relay, "fresh")
     await until(lambda: fresh in receiver.ids)
     assert len(receiver.ids) < 2 * len(sent)
