@@ -1,13 +1,12 @@
 """`relay deliveries`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
-from relay.cli.offline import Offline
 from relay.cli.options import filter_options, json_option, page_options, rate_option
 from relay.cli.output import cell, count, print_fields, print_json, print_page, print_table
 from relay.cli.selection import (
@@ -19,6 +18,9 @@ from relay.cli.selection import (
     selected,
     yes_option,
 )
+
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
 _ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
@@ -33,7 +35,7 @@ def deliveries() -> None:
 @filter_options("deliveries")
 @page_options
 @reader_options
-def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
+def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: Any) -> None:
     """List deliveries, newest first.
 
     Example: relay deliveries list --destination crm --state dead

@@ -1,7 +1,7 @@
 """`relay doctor`."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -9,16 +9,18 @@ import msgspec
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.endpoint import reader_options
 from relay.cli.main import CommandError
-from relay.cli.offline import Offline
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_table
 from relay.model import Check
+
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
 
 
 @click.command()
 @json_option
 @reader_options
-def doctor(daemon: Daemon | Offline, *, as_json: bool) -> None:
+def doctor(daemon: "Daemon | Offline", *, as_json: bool) -> None:
     """Check database, disk, clock, backlog, jobs and backups.
 
     Example: relay doctor
@@ -28,7 +30,7 @@ def doctor(daemon: Daemon | Offline, *, as_json: bool) -> None:
     daemon uses the current config.toml. For each problem it prints the command that helps. The exit code
     is 1 if a check fails.
     """
-    if isinstance(daemon, Offline):
+    if not isinstance(daemon, Daemon):
         print_checks(map(msgspec.structs.asdict, daemon.examine()), as_json=as_json)
         return
     found = run_operation(

@@ -4,15 +4,17 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relay.cli.api_client import VARIABLE, Daemon, daemon_at
 from relay.cli.main import FAILED
-from relay.cli.offline import Offline, tables_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import print_json
+
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
 
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 
@@ -56,6 +58,8 @@ def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
             return online(*args, config=config, url=url, **options)
         if url is not None:
             raise click.UsageError("--offline reads a local file and cannot be used with --url")
+        from relay.cli.offline import Offline, tables_of  # noqa: PLC0415 - other commands start faster
+
         del options["socket_file"], options["token_file"]
         return command(*args, daemon=Offline(tables_of(config)), **options)
 
@@ -88,12 +92,12 @@ def endpoint(
         own = show.__dict__.pop("__click_params__", [])
 
         @functools.wraps(show)
-        def command(*, daemon: Daemon | Offline, as_json: bool, **arguments: Any) -> None:
+        def command(*, daemon: "Daemon | Offline", as_json: bool, **arguments: Any) -> None:
             segments = [part.format_map(arguments) for part in path.split("/")]
-            if method == "GET" or isinstance(daemon, Offline):
-                answer = daemon.get(*segments)
-            else:
+            if method != "GET" and isinstance(daemon, Daemon):
                 answer = daemon.post(*segments, body=body(**arguments) if body else None)
+            else:
+                answer = daemon.get(*segments)
             if as_json:
                 print_json(answer)
             else:

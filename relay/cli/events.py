@@ -4,14 +4,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group
-from relay.cli.offline import Offline
 from relay.cli.options import filter_options, json_option, page_options, rate_option
 from relay.cli.output import (
     Meter,
@@ -34,6 +33,9 @@ from relay.cli.selection import (
     yes_option,
 )
 
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
+
 COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
 
@@ -51,7 +53,7 @@ def events() -> None:
 @filter_options("events")
 @page_options
 @reader_options
-def list_(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
+def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: Any) -> None:
     """List events, newest first.
 
     Example: relay events list --source adorn --since 2h --where data.sale_made=true
@@ -143,7 +145,7 @@ def replay(
 @json_option
 @reader_options
 def export(
-    daemon: Daemon | Offline,
+    daemon: "Daemon | Offline",
     *,
     output: Path | None,
     deliveries: bool,

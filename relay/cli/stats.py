@@ -1,14 +1,16 @@
 """`relay stats`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import reader_options
-from relay.cli.offline import Offline
 from relay.cli.options import filter_options, page_options
 from relay.cli.output import print_page
+
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
 
 COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
 
@@ -17,7 +19,7 @@ COLUMNS = ("hour", "source", "type", "events", "duplicates", "bytes")
 @filter_options("stats")
 @page_options
 @reader_options
-def stats(daemon: Daemon | Offline, *, as_json: bool, quiet: bool, **query: Any) -> None:
+def stats(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: Any) -> None:
     """Count received events per hour, source and type.
 
     Example: relay stats --source adorn --since 7d
