@@ -22,6 +22,7 @@ from stores import make_store
 from support import FakeClock
 
 from relay.config.schema import DestinationConfig
+from relay.config.secrets import Url
 from relay.delivery.http.http_client import HttpClient
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -107,7 +108,7 @@ async def client_for():
 
     def make(timeout=AMPLE, **settings):
         settings = {"connect_timeout": AMPLE, "allow_private": True, **settings}
-        clients.append(HttpClient(DestinationConfig(name="zoo", url="", timeout=timeout, **settings)))
+        clients.append(HttpClient(DestinationConfig(name="zoo", url=Url(""), timeout=timeout, **settings)))
         return clients[-1]
 
     yield make

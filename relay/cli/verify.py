@@ -19,7 +19,7 @@ from relay.config.document import read
 from relay.config.paths import find_config
 from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Absent
+from relay.config.secrets import Absent, Secret, Url
 from relay.config.tokens import all_tokens
 from relay.diagnosis import signature, source_request
 from relay.diagnosis.captured import Captured, Finding, Report, read_captured
@@ -67,6 +67,7 @@ def verify(
     path = find_config(config)
     loaded, given = load_without_secrets(path, env_files)
     setup = loaded.config
+    url = None
     if source is not None:
         source_named(source, setup.sources)
         demand(loaded, given, f"sources.{source}")
@@ -80,9 +81,10 @@ def verify(
             wrong = f'unknown destination "{name}"{guess(name, setup.destinations)}'
             raise CommandError(wrong, hint=hint, code=NOTHING)
         demand(loaded, given, f"destinations.{name}")
+        url = setup.destinations[name].url
         report = signature.diagnose(captured, name, _without_absent(setup.destinations), _seconds(at))
     if as_json:
-        print_json({"source": source, "destination": destination, **_item(captured, report)})
+        print_json({"source": source, "destination": destination, **_item(captured, report, url)})
     else:
         _print(captured, report)
     if not report.ok:
@@ -118,10 +120,13 @@ def _seconds(at: str | None) -> int:
         raise click.BadParameter(str(error), param_hint="--at") from None
 
 
-def _item(captured: Captured, report: Report) -> dict[str, Any]:
+def _item(captured: Captured, report: Report, url: Secret | None) -> dict[str, Any]:
+    target = captured.target.partition("?")[0]
+    if isinstance(url, Url):  # of the destination; it may be a secret
+        target = url.hide(target.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
     return {
         "ok": report.ok,
-        "request": _clean(f"{captured.method} {captured.target.partition('?')[0]}".rstrip()),
+        "request": _clean(f"{captured.method} {target}".rstrip()),
         "fits": report.fits,
         "signature": report.signature,
         "type": report.type,

@@ -20,7 +20,7 @@ from relay.base.units import Rate, parse_duration, parse_rate, parse_size
 from relay.config.document import Document
 from relay.config.installed_service import Given
 from relay.config.problems import KeyPath, Problem, dotted, guess, kind_of, shown
-from relay.config.secrets import Absent, Credential, Origin, Secret, Secrets, digest
+from relay.config.secrets import Absent, Credential, Origin, Secret, Secrets, Url, digest
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -181,6 +181,8 @@ class Binder:
             return self.origin.visible(self.origin.folder / result) if kind is Path else result
         if kind is Secret:
             return self.origin.secret(value)
+        if kind is Url:
+            return self.origin.url(value)
         if kind is Secrets:
             return self._secrets(value, path)
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):

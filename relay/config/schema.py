@@ -15,7 +15,7 @@ import msgspec
 from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 
 
 def _check(function: Callable[[Any], Any], **more: Any) -> msgspec.Meta:
@@ -304,7 +304,14 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[destinations.NAME]`: one outgoing webhook."""
 
     name: str
-    url: Annotated[str, _check(validators.url), _help("`http` or `https`, without user name and password")]
+    url: Annotated[
+        Url,
+        _check(validators.url),
+        _help(
+            "`http` or `https`, without user name and password; a string, or a secret, of which only scheme "
+            "and host are ever shown"
+        ),
+    ]
     events: Annotated[
         tuple[Annotated[str, _check(validators.pattern)], ...],
         _help(

@@ -2,10 +2,12 @@
 
 import hashlib
 import hmac
+import html
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -34,6 +36,62 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash((Secret, self._value))
+
+
+class Url(Secret):
+    """A URL that may be a secret. Then it prints as scheme and host, else as config.toml contains it."""
+
+    __slots__ = ("_parts", "_shown", "is_hidden")
+
+    def __init__(self, value: str, *, is_hidden: bool = False) -> None:
+        super().__init__(value)
+        self.is_hidden = is_hidden
+        self._shown, self._parts = _hidden(value) if is_hidden else (value, ())
+
+    def __repr__(self) -> str:
+        return self._shown
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        same_kind = isinstance(other, Url) and self.is_hidden == other.is_hidden
+        return same_kind and super().__eq__(other)
+
+    __hash__ = Secret.__hash__
+
+    def hide(self, text: bytes) -> bytes:
+        """Return a text without the secret parts of this URL, whole or cut off at the end of the text.
+
+        Receivers repeat the URL of a request in redirects and error pages.
+        """
+        for part in self._parts:
+            text = text.replace(part, b"<secret>")
+        for part in self._parts:
+            for length in range(min(len(part) - 1, len(text)), _SHORTEST - 1, -1):
+                if text.endswith(part[:length]):
+                    return text[:-length] + b"<secret>"
+        return text
+
+
+_SHORTEST = 6
+"""Characters from which on a segment of a secret URL's path, or a value of its query, counts as secret."""
+
+
+def _hidden(url: str) -> tuple[str, tuple[bytes, ...]]:
+    """Return a secret URL's scheme and host, and its parts that must not be printed, the longest first."""
+    try:
+        address = urlsplit(url)
+        host = address.hostname and address.netloc.rpartition("@")[2]
+    except ValueError:
+        host = None
+    if not host:
+        return "<secret>", ()
+    path, query = address.path, address.query
+    found = {path, query, f"{path}?{query}", *re.split(r"[/?&=;]", f"{path}?{query}")}
+    found |= {unquote(part) for part in found}
+    found |= {html.escape(part) for part in found}
+    parts = sorted((part for part in found if len(part) >= _SHORTEST), key=len, reverse=True)
+    return f"{address.scheme}://{host}", tuple(part.encode("utf-8", "surrogatepass") for part in parts)
 
 
 class Absent(Secret):
@@ -164,6 +222,13 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             if self.lenient:
                 return Absent(str(error))
             raise
+
+    def url(self, value: object) -> Secret:
+        """Return a URL that is plain text or a secret; raises and is lenient as `secret` is."""
+        if isinstance(value, str):
+            return Url(value)
+        found = self.secret(value)
+        return found if isinstance(found, Absent) else Url(found.reveal(), is_hidden=True)
 
     def visible(self, path: Path) -> Path:
         """Return a path that the daemon can see.

@@ -10,7 +10,7 @@ from yarl import URL
 
 from relay.base.units import render_size
 from relay.config.client_cert import ClientCert
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.signing import Signer
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
@@ -102,8 +102,9 @@ def storage(text: str) -> str:
     return text
 
 
-def url(text: str) -> str:
-    """Check the address of a destination; its text is never repeated, it may hold a password."""
+def url(value: Url) -> Url:
+    """Check the address of a destination; its text is never repeated, it may be a secret."""
+    text = value.reveal()
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
@@ -117,7 +118,7 @@ def url(text: str) -> str:
         raise ValueError("no user name or password in a URL; put an authorization header into `headers`")
     if any(character.isspace() or not character.isprintable() for character in text):
         raise ValueError("the URL holds spaces or control characters")
-    return text
+    return value
 
 
 def proxy(value: Secret) -> Secret:

@@ -40,6 +40,7 @@ class AttemptRunner:
         self._client = client
         self._clock = clock
         self._rand = rand
+        self._url = config.url.reveal()
         self._signer = Signer(config.secrets)
         self._format = format_
         self._log = Sparing(log, clock)
@@ -120,7 +121,7 @@ class AttemptRunner:
             }
             if event.traceparent is not None:
                 headers["traceparent"] = event.traceparent
-            return await self._client.send(self._config.url, headers, body, timing)
+            return await self._client.send(self._url, headers, body, timing)
         except OutOfResourcesError:
             raise
         except Exception as error:  # noqa: BLE001 - a plugin may return headers that cannot be sent

@@ -171,7 +171,7 @@ class DestinationHealth:
         if cause.source == OPERATOR_SOURCE:
             return None
         name = self._config.name
-        url = self._config.url.partition("?")[0]  # a query may hold a secret
+        url = str(self._config.url).partition("?")[0]  # a query may hold a secret
         return GeneratedEvent(
             type=f"destination.{type_}",
             subject=name,

@@ -74,7 +74,7 @@ class Pings:
             "held": held,
             "signatures": len(config.secrets),
             "duration_ms": round(response.duration_ms, 1),
-            "timing_ms": timing.steps(tls=config.url.startswith("https:")),
+            "timing_ms": timing.steps(tls=config.url.reveal().startswith("https:")),
             "answer": response.body[:SHOWN_BYTES].decode("utf-8", "replace"),
             "truncated": response.truncated or len(response.body) > SHOWN_BYTES,
         }

@@ -12,7 +12,7 @@ from support import until
 from wire import exchange, request
 
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery import ping
 from relay.delivery.http.result import HttpResult
 from relay.delivery.ping import explain
@@ -223,7 +223,7 @@ async def test_an_unknown_one_is_404(crm):
     ],
 )  # fmt: skip
 def test_the_meaning_of_a_response_is_explained(answer, meaning, verdict, hint):
-    config = DestinationConfig(name="crm", url="http://crm.example")
+    config = DestinationConfig(name="crm", url=Url("http://crm.example"))
     said = explain(config, HttpResult(**answer), Verdict(**{"kind": "retry", **meaning}))
     assert verdict in said[0]
     assert hint in said[1]

@@ -19,7 +19,7 @@ from relay.api.query_params import LISTS, filters_of
 from relay.app import App
 from relay.cli import COMMANDS
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.http.result import HttpResult
 from relay.delivery.ping import explain
 from relay.delivery.retry import verdict_of
@@ -177,7 +177,7 @@ def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
 def test_the_test_of_a_destination_on_the_page_has_the_words_of_the_program():
     meaning = verdict_of(410, "4xx", {}, now=0, max_retry_after=1.0)
     result, hint = explain(
-        DestinationConfig(name="crm", url="https://crm.example"),
+        DestinationConfig(name="crm", url=Url("https://crm.example")),
         HttpResult(result="4xx", status=410),
         meaning,
     )

@@ -31,7 +31,7 @@ from stores import make_event
 
 from relay.base.clock import SystemClock
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.http.http_client import HttpClient
 from relay.formats import FORMATS
 from relay.signing import SignatureError, Signer, verify
@@ -193,7 +193,7 @@ def event(data=b'{"name":"Zo\xc3\xab"}'):
 @asynccontextmanager
 async def sending(url, *secrets):
     """Send as the relay sends; yields a function from an event to the status of the response."""
-    client = HttpClient(DestinationConfig(name="mine", url=url, allow_private=True))
+    client = HttpClient(DestinationConfig(name="mine", url=Url(url), allow_private=True))
     signer = Signer(tuple(Secret(secret) for secret in secrets))
 
     async def send(event):

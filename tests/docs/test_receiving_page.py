@@ -14,7 +14,7 @@ from wire import request
 
 from relay.base.units import parse_duration
 from relay.config.schema import CircuitConfig, DestinationConfig, RetryConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.retry import verdict_of
 from relay.formats import FORMATS
 from relay.model import StoredEvent
@@ -127,7 +127,7 @@ def test_the_schedule_on_the_page_is_the_default():
 def test_the_other_numbers_on_the_page_are_the_defaults():
     answers = section("Responses").replace("\n", " ")
     slow = " ".join(section("Slow handlers").split())
-    circuit, mine = CircuitConfig(), DestinationConfig(name="", url="")
+    circuit, mine = CircuitConfig(), DestinationConfig(name="", url=Url(""))
     assert f"After {circuit.failures} consecutive failures" in answers
     probes = f"after {circuit.probe:.0f} s, then less and less often, at least every"
     assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers

@@ -9,7 +9,7 @@ from stores import accept, hooks
 
 from relay.base.clock import SystemClock
 from relay.config.schema import DestinationConfig, RetryConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import Metrics
 from relay.routing.router import Router
@@ -77,7 +77,7 @@ def destination(name, url, **fields):
         "allow_private": True,
         "timeout": 2.0,
     }
-    return DestinationConfig(name=name, url=url, secrets=(Secret(SECRET),), **{**defaults, **fields})
+    return DestinationConfig(name=name, url=Url(url), secrets=(Secret(SECRET),), **{**defaults, **fields})
 
 
 def route(destinations: Iterable[DestinationConfig]):

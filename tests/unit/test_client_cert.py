@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from relay.config.client_cert import ClientCert
 from relay.config.problems import ConfigError
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.http.http_client import HttpClient
 from relay.errors import RelayError
 from relay.plugin_loading.loader import load
@@ -88,7 +88,7 @@ async def test_a_receiver_that_demands_a_client_certificate_gets_it(
 ):
     shown = ClientCert(**{key: files / name for key, name in names.items()}, password=password)
     destination = DestinationConfig(
-        name="crm", url="", ca_file=certificates.ca, client_cert=shown, allow_private=True
+        name="crm", url=Url(""), ca_file=certificates.ca, client_cert=shown, allow_private=True
     )
     client = HttpClient(destination)
     async with receivers.shows_certificates(tls=demanding) as receiver:
@@ -184,7 +184,9 @@ def test_an_unusable_client_certificate_is_a_problem_that_names_the_file(files, 
 
 def test_a_client_certificate_that_became_unusable_after_the_check_stops_the_start(files):
     async def build():
-        HttpClient(DestinationConfig(name="crm", url="", client_cert=ClientCert(cert=files / "empty.pem")))
+        HttpClient(
+            DestinationConfig(name="crm", url=Url(""), client_cert=ClientCert(cert=files / "empty.pem"))
+        )
 
     with pytest.raises(RelayError, match=r"client_cert of crm: .*empty\.pem holds no certificate"):
         asyncio.run(build())

@@ -3,7 +3,7 @@
 import pytest
 
 from relay.config import validators
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 
 KEY = "bGlrZSBhIHNlY3JldCwgYnV0IGxvbmdlciB0aGFuIHRoYXQ="  # 35 bytes
 
@@ -18,9 +18,9 @@ GOOD = [
     (validators.network, "fd00::/8"),
     (validators.file_name, "my relay.sock"),
     (validators.storage, "sqlite:relay.db"),
-    (validators.url, "https://crm.example/hooks?x=1"),
-    (validators.url, "http://127.0.0.1:9000/hooks"),
-    (validators.url, "http://[::1]:9000"),
+    (validators.url, Url("https://crm.example/hooks?x=1")),
+    (validators.url, Url("http://127.0.0.1:9000/hooks")),
+    (validators.url, Url("http://[::1]:9000")),
     (validators.proxy, Secret("http://proxy.example:3128")),
     (validators.proxy, Secret("http://proxy.example")),
     (validators.proxy, Secret("http://relay:p%40ss@[::1]:3128/")),
@@ -71,16 +71,16 @@ BAD = [
     (validators.storage, "relay.db", "sqlite:"),
     (validators.storage, "sqlite:", "sqlite:"),
     (validators.storage, "postgresql://x", "sqlite:"),
-    (validators.url, "crm.example", "http://"),
-    (validators.url, "ftp://crm.example", "http://"),
-    (validators.url, "https://", "no host"),
-    (validators.url, "https:///hooks", "no host"),
-    (validators.url, "https://user:hush@crm.example", "no user name"),
-    (validators.url, "https://hush@crm.example", "no user name"),
-    (validators.url, "https://crm.example:99999", "cannot be read"),
-    (validators.url, "https://[::1/hooks", "cannot be read"),
-    (validators.url, "https://crm.example/a b", "spaces"),
-    (validators.url, "https://crm.example/a\nb", "spaces"),
+    (validators.url, Url("crm.example"), "http://"),
+    (validators.url, Url("ftp://crm.example"), "http://"),
+    (validators.url, Url("https://"), "no host"),
+    (validators.url, Url("https:///hooks"), "no host"),
+    (validators.url, Url("https://user:hush@crm.example"), "no user name"),
+    (validators.url, Url("https://hush@crm.example"), "no user name"),
+    (validators.url, Url("https://crm.example:99999"), "cannot be read"),
+    (validators.url, Url("https://[::1/hooks"), "cannot be read"),
+    (validators.url, Url("https://crm.example/a b"), "spaces"),
+    (validators.url, Url("https://crm.example/a\nb"), "spaces"),
     (validators.proxy, Secret(""), "HTTP proxy"),
     (validators.proxy, Secret("hush"), "HTTP proxy"),
     (validators.proxy, Secret("hush:3128"), "HTTP proxy"),

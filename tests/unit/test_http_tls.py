@@ -7,6 +7,7 @@ import receivers
 from client import SHORT, send
 
 from relay.config.schema import DestinationConfig
+from relay.config.secrets import Url
 from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.response import KEEP_LIMIT
 from relay.errors import RelayError
@@ -70,7 +71,7 @@ def test_an_unusable_ca_file_stops_the_start_and_is_named(tmp_path):
     empty.write_text("no certificate")
 
     async def build(path):
-        HttpClient(DestinationConfig(name="zoo", url="", ca_file=path))
+        HttpClient(DestinationConfig(name="zoo", url=Url(""), ca_file=path))
 
     for path in (empty, tmp_path / "absent.pem"):
         with pytest.raises(RelayError, match=path.name):

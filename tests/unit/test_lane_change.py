@@ -12,7 +12,7 @@ from support import until
 from relay.base.clock import SECOND
 from relay.base.units import Rate
 from relay.config.schema import CircuitConfig, RetryConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.errors import RelayError
 
 LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
@@ -57,7 +57,7 @@ async def test_a_changed_url_is_used_at_once_while_an_attempt_hangs_at_the_old_o
     async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
         await until(lambda: receiver.busy == 1)
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         second = await send(store)
         await until(lambda: other.ids == [second])
         receiver.gate.set()
@@ -76,7 +76,7 @@ async def test_a_410_of_the_former_url_disables_nothing(store, receiver, other, 
     async with dispatcher_for(store, crm) as dispatcher:
         event = await send(store)
         await until(lambda: receiver.busy == 1)
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         receiver.gate.set()
         [row] = await ended(store)
         assert dispatcher.lanes["crm"].held is None
@@ -91,7 +91,7 @@ async def test_an_attempt_that_fails_at_the_former_url_is_retried_at_the_new_one
     async with dispatcher_for(store, crm) as dispatcher:
         event = await send(store)
         await until(lambda: receiver.busy == 1)
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         receiver.gate.set()
         [row] = await ended(store)
     assert (receiver.ids, other.ids) == ([event], [event])
@@ -109,7 +109,7 @@ async def test_a_failed_probe_of_the_former_url_does_not_count_and_is_due_at_onc
         second = await send(store)
         await until(lambda: receiver.busy == 1)
         assert receiver.ids[-1] == second
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         receiver.gate.set()
         [row] = await ended(store)
         assert (row["event_id"], row["attempts"]) == (second, 1)
@@ -124,7 +124,7 @@ async def test_a_changed_dead_destination_is_probed_at_once_and_ramps_up(store, 
         await until(lambda: dispatcher.lanes["crm"].held == "circuit open")
         waiting = await send_many(store, 10)
         assert dispatcher.lanes["crm"].health.state.failing_since is not None
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         await ended(store, 10)
         assert sorted(other.ids) == sorted(waiting)
         assert dispatcher.lanes["crm"].health.state.failing_since is None
@@ -140,7 +140,7 @@ async def test_the_time_of_failing_restarts_with_a_change(store, receiver, other
         await until(lambda: dispatcher.lanes["crm"].health.state.failing_since is not None)
         await until(lambda: not dispatcher.lanes["crm"].in_flight)
         moment = CLOCK.steady()
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         await send(store)
         await until(lambda: len(other.ids) == 1)
         await until(lambda: not dispatcher.lanes["crm"].in_flight)
@@ -210,7 +210,7 @@ async def test_a_pause_survives_a_change(store, receiver, other):
         lane = dispatcher.lanes["crm"]
         await lane.set_state(msgspec.structs.replace(lane.health.state, paused=True))
         await send(store)
-        await change(dispatcher, store, msgspec.structs.replace(crm, url=other.url))
+        await change(dispatcher, store, msgspec.structs.replace(crm, url=Url(other.url)))
         assert dispatcher.lanes["crm"].held == "paused"
         await lane.set_state(msgspec.structs.replace(lane.health.state, paused=False))
         await ended(store)

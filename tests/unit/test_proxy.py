@@ -9,7 +9,7 @@ from client import AMPLE, GRACE, SHORT, Stopwatch, send
 from relay.config.client_cert import ClientCert
 from relay.config.problems import ConfigError
 from relay.config.schema import DestinationConfig
-from relay.config.secrets import Secret
+from relay.config.secrets import Secret, Url
 from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.ssrf import refused_target
 from relay.plugin_loading.loader import load
@@ -34,7 +34,7 @@ class Nowhere:
 
 async def through(proxy, url, *, allow_private=False, own=(), resolver=None):
     """Send through a new client."""
-    destination = DestinationConfig(name="behind", url=url, allow_private=allow_private, proxy=proxy)
+    destination = DestinationConfig(name="behind", url=Url(url), allow_private=allow_private, proxy=proxy)
     client = HttpClient(destination, own=own, resolver=resolver)
     try:
         return await client.send(url, {}, b"{}")

@@ -8,6 +8,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from client import Stopwatch
 
 from relay.config.schema import DestinationConfig
+from relay.config.secrets import Url
 from relay.delivery.http.http_client import HttpClient
 from relay.delivery.http.ssrf import NEVER, SPECIAL, refused
 
@@ -54,7 +55,7 @@ def wrapped(v4: str) -> list[str]:
 
 async def dial(resolver=None, *, url="http://receiver.example:9000/", allow_private=False, own=()):
     """Send through a new client and return the result."""
-    destination = DestinationConfig(name="guarded", url=url, allow_private=allow_private, timeout=5.0)
+    destination = DestinationConfig(name="guarded", url=Url(url), allow_private=allow_private, timeout=5.0)
     client = HttpClient(destination, own=own, resolver=resolver)
     try:
         return await client.send(url, {}, b"{}")
@@ -189,7 +190,7 @@ async def test_a_name_that_moves_between_look_ups_is_checked_again():
     async with receivers.answers(connection="close") as receiver:
         names = Names(["127.0.0.1"], ["127.0.0.3"])
         url = f"http://receiver.example:{receiver.port}/"
-        destination = DestinationConfig(name="rebound", url=url, allow_private=True, timeout=5.0)
+        destination = DestinationConfig(name="rebound", url=Url(url), allow_private=True, timeout=5.0)
         client = HttpClient(destination, own=[("127.0.0.3", receiver.port)], resolver=names)
         try:
             assert (await client.send(url, {}, b"{}")).result == "ok"

@@ -6,6 +6,7 @@ import pytest
 from stores import accept, hooks, make_store
 
 from relay.config.schema import DestinationConfig, Retention
+from relay.config.secrets import Url
 from relay.delivery.dispatcher import Dispatcher
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
@@ -14,7 +15,7 @@ from relay.store.retention_policy import Policy
 
 DAY = 86_400.0
 DESTINATIONS = {
-    name: DestinationConfig(name=name, url="http://127.0.0.1:9/") for name in ("paused", "dead", "well")
+    name: DestinationConfig(name=name, url=Url("http://127.0.0.1:9/")) for name in ("paused", "dead", "well")
 }
 
 

@@ -74,7 +74,8 @@ class HttpClient:
     Create it inside the running loop, and close it when no request is in flight.
 
     Args:
-        destination: uses its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy`.
+        destination: uses its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy`; results
+            contain no part of its URL if that is a secret.
         own: the relay's own listeners as (address, port); never dialled.
         resolver: replaces the system's resolver.
 
@@ -94,6 +95,7 @@ class HttpClient:
         self._connect_timeout = destination.connect_timeout
         self._allow_private = destination.allow_private
         self._own = tuple(own)
+        self._secret_url = destination.url if destination.url.is_hidden else None
         self._proxy = None
         if destination.proxy is not None:
             self._proxy = Proxy(destination.proxy, allow_private=self._allow_private, own=self._own)
@@ -148,7 +150,7 @@ class HttpClient:
                 status=status,
                 error=None if clean else self._error(response, failure),
                 headers={} if ok else _delivery_headers(response),
-                body=bytes(response.body),
+                body=self._without_url(bytes(response.body)),
                 truncated=not response.whole,
                 duration_ms=duration_ms,
             )
@@ -248,7 +250,17 @@ class HttpClient:
             result, text = of_failure(failure)
         if self._proxy is not None:
             text = f"through the proxy {self._proxy.name}: {text}"
-        return HttpResult(result=result, error=one_line(text), duration_ms=duration_ms)
+        return HttpResult(result=result, error=self._line(text), duration_ms=duration_ms)
+
+    def _without_url(self, text: bytes) -> bytes:
+        """Return a text without the secret parts of the destination's URL."""
+        return text if self._secret_url is None else self._secret_url.hide(text)
+
+    def _line(self, text: str) -> str:
+        """Return an error text as one line without the secret parts of the destination's URL."""
+        if self._secret_url is not None:
+            text = self._secret_url.hide(text.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
+        return one_line(text)
 
     def _error(self, response: ResponseParser, failure: Exception | None) -> str | None:
         """Return the error text of a response; None: there is nothing to report."""
@@ -263,7 +275,7 @@ class HttpClient:
         line = f"HTTP {status} {response.reason}".rstrip()
         if result == "3xx":
             line += f" to {response.headers.get('location', 'nowhere')}: redirects are never followed"
-        return one_line(line + trouble)
+        return self._line(line + trouble)
 
 
 def _lack(failure: Exception | None, request: _Request) -> int | None:
