@@ -1,6 +1,5 @@
 """The envelope of an event as conditions read it, decoded only where a path asks for it."""
 
-import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, Final, final
@@ -8,6 +7,7 @@ from typing import Any, Final, final
 import msgspec
 
 from relay.base.clock import rfc3339
+from relay.base.json_path import Steps, find, parse_path
 from relay.base.json_text import read
 from relay.model import StoredEvent
 
@@ -17,8 +17,6 @@ TEXTS = ("id", "type", "timestamp", "source", "subject")
 TREES = ("data", "context")
 """The envelope's fields with a JSON value; a path may lead into it."""
 
-_SEGMENT = re.compile(r""""(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^."']+)""")
-_INDEX = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _decode = msgspec.json.Decoder().decode
 
 
@@ -42,7 +40,7 @@ class Path(msgspec.Struct, frozen=True):
 
     text: str
     head: str  # one of TEXTS or TREES
-    steps: tuple[tuple[str, int | None], ...]  # the key, and the list index if it is one
+    steps: Steps  # within data or context
 
     @classmethod
     def parse(cls, text: str) -> "Path":
@@ -51,17 +49,10 @@ class Path(msgspec.Struct, frozen=True):
         Raises:
             ValueError: it is malformed, or does not begin with a field of the envelope.
         """
-        steps: list[tuple[str, int | None]] = []
-        end = -1
-        while end < len(text):
-            match = _SEGMENT.match(text, end + 1)
-            if match is None or text[match.end() : match.end() + 1] not in ("", "."):
-                raise ValueError(f'"{text}" is not a path such as "data.items.0.sku" or "data.\'a.b\'.c"')
-            bare, end = match["bare"], match.end()
-            steps.append(
-                (match[match.lastgroup or ""], int(bare) if bare and _INDEX.fullmatch(bare) else None)
-            )
-        head = steps.pop(0)[0]
+        try:
+            (head, _), *steps = parse_path(text)
+        except ValueError as error:
+            raise ValueError(f'{error} such as "data.items.0.sku" or "data.\'a.b\'.c"') from None
         if head in TEXTS and steps:
             raise ValueError(f'"{text}": {head} is text and has no fields')
         if head not in (*TEXTS, *TREES):
@@ -84,14 +75,7 @@ class EnvelopeView:
 
     def find(self, path: Path) -> Any:
         """Return the JSON value at a path; ABSENT if there is no value or it is null."""
-        value = self._part(path.head)
-        for key, index in path.steps:
-            if type(value) is dict:
-                value = value.get(key)
-            elif type(value) is list and index is not None and index < len(value):
-                value = value[index]
-            else:
-                return ABSENT
+        value = find(self._part(path.head), path.steps)
         return ABSENT if value is None else value
 
     def _part(self, head: str) -> Any:
