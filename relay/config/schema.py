@@ -244,10 +244,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     key_conflict: Annotated[
-        Literal["store", "reject"],
+        Literal["store", "reject", "duplicate"],
         _help(
             "a request whose [idempotency key](sources.md#idempotency-keys) was used for another "
-            'request: `"store"` it as a new event, or `"reject"` it with 422'
+            'request: `"store"` it as a new event, `"reject"` it with 422, or answer it as a `"duplicate"`'
         ),
     ] = "store"
     cors_origins: Annotated[

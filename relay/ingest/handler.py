@@ -232,6 +232,7 @@ class Ingest:
             event=stored,
             key=key,
             path=mount.config.prefix + incoming.path,
+            is_key_alone=mount.config.key_conflict == "duplicate",
             rejects_conflict=mount.config.key_conflict == "reject",
             change=accepted.worker,
             asks=accepted.asks,

@@ -68,6 +68,7 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     event: StoredEvent | None = None
     key: str | None = None  # idempotency key; the same request with it is a duplicate for `DEDUPE_FOR`
     path: str = ""  # path of the request without its query; part of the request's identity
+    is_key_alone: bool = False  # the key alone makes a duplicate, whatever else differs
     rejects_conflict: bool = False  # refuse a different request with the same key instead of storing it
     repeats: str | None = None  # public id of the event that the request is known to repeat: only counted
     change: WorkerChange | None = None

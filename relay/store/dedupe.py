@@ -1,7 +1,7 @@
 """Idempotency keys: which request used a key, and for how long its repetition is a duplicate.
 
-A key alone does not make a duplicate. Some clients count from 1 after each start or use a constant, so they
-send different requests with one key. Each of these requests is an event.
+A key alone does not make a duplicate, unless the source says so. Some clients count from 1 after each start
+or use a constant, so they send different requests with one key. Each of these requests is an event.
 """
 
 import hashlib
@@ -14,6 +14,9 @@ from relay.store.transaction import Row, Transaction
 
 SIZE = 20
 """Bytes of an identity. Rows of version 2 have the body's digest (32 bytes) instead."""
+
+KEY_ALONE = bytes(SIZE)
+"""The identity of every request to a source whose keys alone make a duplicate."""
 
 KNOWN_SQL = """
     WITH asked (source, key, identity, body, now) AS (VALUES {values})

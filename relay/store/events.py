@@ -8,7 +8,7 @@ from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
 from relay.store import Acceptance, Span
 from relay.store.batch import Batch, Restored
 from relay.store.database import Database
-from relay.store.dedupe import Key, identity
+from relay.store.dedupe import KEY_ALONE, Key, identity
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.export import read_line
 from relay.store.prune import Candidate, delete_events, deletions, paced
@@ -58,8 +58,10 @@ class SqliteEvents:
             return receipt
         event, key = acceptance.event, None
         if event is not None and acceptance.key:
-            request = identity(event, acceptance.path)
-            key = Key(acceptance.source, acceptance.key, request, event.sha256)
+            request, body = KEY_ALONE, KEY_ALONE
+            if not acceptance.is_key_alone:
+                request, body = identity(event, acceptance.path), event.sha256
+            key = Key(acceptance.source, acceptance.key, request, body)
         job = Job[Receipt](
             lambda batch: batch.accept(acceptance, key),
             size=len(event.body) if event is not None else 0,

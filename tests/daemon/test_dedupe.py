@@ -46,6 +46,10 @@ plugin = "keyed"
 plugin = "keyed"
 prefix = "/strict"
 key_conflict = "reject"
+[sources.alone]
+plugin = "keyed"
+prefix = "/alone"
+key_conflict = "duplicate"
 [sources.two]
 plugin = "compozy"
 prefix = "/two"
@@ -204,6 +208,16 @@ async def test_a_rejected_request_does_not_take_the_key(relay: Relay):
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_the_key_alone_decides_where_the_source_says_so(relay: Relay):
+    conflicts = relay.counted("relay_events_key_conflicts_total", source="alone")
+    first = await send(relay, "/alone/keyed/a", b'{"attempt": 1}', idempotency_key="k")
+    assert await send(relay, "/alone/keyed/a", b'{"attempt": 2}', idempotency_key="k") == first
+    assert await send(relay, "/alone/keyed/a", b'{"attempt": 1}', idempotency_key="other") != first
+    assert relay.counted("relay_events_duplicate_total", source="alone") == 1
+    assert relay.counted("relay_events_key_conflicts_total", source="alone") == conflicts
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_shop_whose_probe_is_refused_for_its_key_is_not_logged_out(tmp_path):
     def probe(number):
         return request(
@@ -288,6 +302,23 @@ async def test_a_conflict_ages_with_the_key(tmp_path):
     ]  # fmt: skip
     assert not any(receipt.duplicate for receipt in (other, third, again, late))
     await store.close()
+
+
+async def test_a_key_alone_makes_a_duplicate_where_the_source_says_so(tmp_path):
+    clock = FakeClock()
+    for expected in ([False, True, True], [True, True, True]):
+        store = make_store(tmp_path / "relay.db", clock)
+        await store.open()
+        sent = [keyed(clock, path="/a"), keyed(clock, path="/b"), keyed(clock, path="/a", body=b"[2]")]
+        for acceptance in sent:
+            acceptance.is_key_alone = True
+        receipts = [await store.events.append(acceptance) for acceptance in sent]
+        assert [receipt.duplicate for receipt in receipts] == expected
+        assert len({receipt.event_id for receipt in receipts}) == 1
+        other = keyed(clock, key="another", path="/a")
+        other.is_key_alone = True
+        assert (await store.events.append(other)).duplicate == expected[0]
+        await store.close()
 
 
 async def test_a_restart_remembers_which_request_had_a_key(tmp_path):
