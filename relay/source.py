@@ -13,6 +13,7 @@ from relay.base.json_text import check as check_json
 from relay.base.json_text import decode, salvage
 from relay.base.json_text import read as read_json
 from relay.base.units import Duration, Rate, Size
+from relay.config.problems import SettingError
 from relay.config.secrets import Credential, Secret, Secrets, holds_secret
 from relay.errors import (
     BodyTimeout,
@@ -47,9 +48,9 @@ __all__ = [
     "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
     "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
     "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
-    "Secrets", "Session", "SessionSeen", "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_length",
-    "check_type", "read_json", "route",
+    "Secrets", "Session", "SessionSeen", "SettingError", "Size", "Source", "TooLarge", "Unauthenticated",
+    "Unavailable", "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id",
+    "check_length", "check_type", "read_json", "route",
 ]  # fmt: skip
 
 

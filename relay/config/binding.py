@@ -2,8 +2,8 @@
 
 A field's type determines how its value is read: `Duration`, `Size` and `Rate` from strings with units, `Path`
 relative to the config file, `Secret` and `Secrets` from the places that `relay.config.secrets` knows,
-`Literal`, `tuple[X, ...]`, `dict[str, X]`, nested records, `X | None`, plain values. `msgspec.Meta` adds
-bounds.
+`Literal`, `tuple[X, ...]`, `dict[str, X]`, nested records, unions of forms (`str | tuple[str, ...]`),
+`X | None`, plain values. `msgspec.Meta` adds bounds.
 """
 
 import math
@@ -19,7 +19,7 @@ import msgspec
 from relay.base.units import Rate, parse_duration, parse_rate, parse_size
 from relay.config.document import Document
 from relay.config.installed_service import Given
-from relay.config.problems import KeyPath, Problem, dotted, guess, kind_of, shown
+from relay.config.problems import KeyPath, Problem, dotted, faults_of, guess, kind_of, shown
 from relay.config.secrets import Absent, Credential, Origin, Secret, Secrets, Url, digest
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -138,8 +138,9 @@ class Binder:
         """Return a value of a type, or `WRONG` after reporting why not; `base` completes a nested record."""
         try:
             result = self._convert(kind, value, path, base)
-        except ValueError as error:
-            self.report(path, str(error))
+        except (ValueError, ExceptionGroup) as error:
+            for key, text in faults_of(error):
+                self.report((*path, *key), text)
             return WRONG
         if isinstance(result, Absent):
             self.absent.append(
@@ -163,8 +164,8 @@ class Binder:
         result: Any
         if origin is Annotated:
             result = self._annotated(args[0], args[1:], value, path, base)
-        elif origin in (Union, types.UnionType) and len(args) == 2 and args[1] is types.NoneType:  # noqa: PLR2004 - X | None
-            result = self._convert(args[0], value, path, base)
+        elif origin in (Union, types.UnionType):
+            result = self._convert(_arm(args, value), value, path, base)
         elif origin is Literal:
             result = _one_of(args, value)
         elif origin is tuple and args[1:] == (...,):
@@ -253,6 +254,23 @@ class Binder:
             name=token.name,
             scopes=None if token.scopes is None else frozenset(token.scopes),
         )
+
+
+def _arm(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Return the type of a union that fits a value's form, a table, a list or neither; else the first one."""
+    arms = [kind for kind in kinds if kind is not types.NoneType]
+    form = type(value) if isinstance(value, dict | list) else None
+    return next((arm for arm in arms if _form(arm) is form), arms[0])
+
+
+def _form(kind: Any) -> type | None:
+    """Return how a type is written in TOML: dict, list, or None for a single value."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _form(get_args(kind)[0])
+    if origin is tuple or kind is Secrets:
+        return list
+    return dict if origin is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) else None
 
 
 def _one_of(choices: tuple[Any, ...], value: Any) -> Any:

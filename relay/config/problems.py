@@ -36,6 +36,26 @@ class ConfigError(RelayError):
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
 
+class SettingError(ValueError):
+    """A wrong setting; raised by a record of settings, it is reported at the line of the setting's key.
+
+    Several of them are raised together as an ExceptionGroup.
+    """
+
+    def __init__(self, problem: str, *key: str | int) -> None:
+        super().__init__(problem)
+        self.key = key  # the way from the record's table to the value
+
+
+def faults_of(error: Exception) -> tuple[tuple[KeyPath, str], ...]:
+    """Return the key, from the record's table, and the sentence of each fault in an error of a record."""
+    if isinstance(error, ExceptionGroup):
+        return tuple(fault for each in error.exceptions for fault in faults_of(each))
+    if isinstance(error, ValueError):
+        return ((error.key if isinstance(error, SettingError) else (), str(error)),)
+    return (((), f"{type(error).__name__}: {error}"),)
+
+
 class UnreadableError(ConfigError):
     """This user may not read the configuration."""
 

@@ -18,7 +18,7 @@ from relay.config import validators
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import Given
-from relay.config.problems import ConfigError, KeyPath, Problem, guess, shown
+from relay.config.problems import ConfigError, KeyPath, Problem, faults_of, guess, shown
 from relay.config.schema import Admin, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
@@ -237,8 +237,9 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
             binder.warn(path, warning)
     except Refusal as refusal:
         binder.report(path, refusal.detail)
-    except ValueError as error:
-        binder.report(path, str(error))
+    except (ValueError, ExceptionGroup) as error:
+        for key, text in faults_of(error):
+            binder.report((*path, *key), text)
     except BaseException as error:  # noqa: BLE001 - see above; at a reload a SystemExit would end the daemon
         binder.report(path, f'the plugin "{kind.name}" ({kind.file}) failed: {in_one_line(error)}')
     else:

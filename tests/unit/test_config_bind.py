@@ -9,7 +9,7 @@ import pytest
 from relay.base.units import Duration, Rate, Size
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.problems import ConfigError, Problem, dotted
+from relay.config.problems import ConfigError, Problem, SettingError, dotted
 from relay.config.secrets import Secret, Secrets
 
 
@@ -171,6 +171,62 @@ def test_a_record_that_refuses_its_values_is_a_problem_at_its_key(tmp_path):
         pair: Pair = msgspec.field(default_factory=Pair)
 
     assert problems(tmp_path, "\npair = { low = 10 }", Outer) == ["2: pair: low is above high"]
+
+
+def test_a_record_names_the_keys_of_several_faults(tmp_path):
+    class Faulty(msgspec.Struct, kw_only=True):
+        paths: tuple[str, ...] = ()
+        word: str = ""
+
+        def __post_init__(self):
+            faults = [SettingError("begins without a slash", "paths", 1), ValueError("too short")]
+            raise ExceptionGroup("faults", [*faults, KeyError("x")])
+
+    class Outer(msgspec.Struct, kw_only=True):
+        inner: Faulty | None = None
+
+    text = '[inner]\npaths = [\n"/a",\n"b"\n]'
+    assert problems(tmp_path, text, Outer) == [
+        "1: inner: KeyError: 'x'",
+        "1: inner: too short",
+        "4: inner.paths[1]: begins without a slash",
+    ]
+
+
+class Forms(msgspec.Struct, frozen=True, kw_only=True):
+    paths: str | tuple[str, ...] = ()
+    verify: Literal["none", "bearer"] | Inner | None = None
+    tables: str | dict[str, str] = ""
+    bounded: Annotated[str, msgspec.Meta(min_length=1)] | tuple[int, ...] = "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ('paths = "/a"', "paths", "/a"),
+        ('paths = ["/a", "/b"]', "paths", ("/a", "/b")),
+        ('verify = "bearer"', "verify", "bearer"),
+        ("verify = { depth = 2 }", "verify", Inner(depth=2)),
+        ('tables.a = "b"', "tables", {"a": "b"}),
+        ("bounded = [1]", "bounded", (1,)),
+    ],
+)
+def test_the_form_of_a_value_chooses_the_type_of_a_union(tmp_path, text, field, value):
+    assert getattr(bind(tmp_path, text, Forms), field) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("paths = 1", "1: paths: expected a string, got 1"),
+        ("paths = [1]", "1: paths[0]: expected a string, got 1"),
+        ('verify = "non"', '1: verify: expected "none" or "bearer", got "non"'),
+        ("verify = { deep = 1 }", '1: verify.deep: unknown key, did you mean "depth"?'),
+        ('bounded = ""', "1: bounded: must not be empty"),
+    ],
+)
+def test_a_wrong_value_of_a_union_is_a_problem_of_the_type_that_its_form_chooses(tmp_path, text, problem):
+    assert problems(tmp_path, text, Forms) == [problem]
 
 
 def test_given_values_complete_a_nested_record(tmp_path):

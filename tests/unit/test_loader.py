@@ -513,6 +513,25 @@ def test_a_plugin_that_refuses_its_settings_is_a_problem_of_its_table(told, plug
     assert problem.startswith(f"config.toml:2: sources.shop: {says}")
 
 
+def test_a_plugin_names_the_keys_of_several_wrong_settings(told, plugins):
+    (plugins / "shop.py").write_text(
+        HEAD
+        + "from relay.source import SettingError\n"
+        + "class Shop(Source, kind='shop'):\n"
+        + "    paths: tuple[str, ...] = ()\n"
+        + "    def __post_init__(self):\n"
+        + "        wrong = [SettingError(f'no slash: {path}', 'paths', at)"
+        + " for at, path in enumerate(self.paths)]\n"
+        + "        raise ExceptionGroup('wrong paths', wrong)\n"
+        + "@hookimpl\ndef relay_sources(): return [Shop]\n"
+    )
+    found = told("\n[sources.shop]\nplugin = 'shop'\npaths = ['a',\n'b']")
+    assert found == [
+        "config.toml:4: sources.shop.paths[0]: no slash: a",
+        "config.toml:5: sources.shop.paths[1]: no slash: b",
+    ]
+
+
 def test_a_prefix_lets_a_second_instance_of_a_plugin_in(setup):
     config = setup("[sources.a]\nplugin = 'adorn'\n[sources.b]\nplugin = 'adorn'\nprefix = '/b'").config
     assert set(config.sources) == {"a", "b"}
