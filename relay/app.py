@@ -54,7 +54,7 @@ FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
 RETENTION_EVERY = 10.0  # seconds between passes of retention while the disk is full
 OPEN_EVERY = 1.0  # seconds between tries to open a store that cannot be opened at the moment
-BOOKS_EVERY = 15.0
+LEDGER_EVERY = 15.0
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
 GC_THRESHOLDS = (20_000, 20, 100)
@@ -344,7 +344,7 @@ class App:
         jobs.add("retention", self.upkeep.every, self.upkeep.run)
         jobs.add("backup", self.backups.every, self.backups.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
-        jobs.add("books", BOOKS_EVERY, self.ledger_check.check)
+        jobs.add("ledger", LEDGER_EVERY, self.ledger_check.check)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
 

@@ -1,5 +1,8 @@
 """`relay jobs`, and long work as a terminal sees it."""
 
+import re
+from pathlib import Path
+
 import pytest
 from daemons import SOURCES, running, write_config
 
@@ -7,6 +10,8 @@ from relay.cli import api_client, output
 from relay.cli.api_client import run_operation
 from relay.cli.main import CommandError
 from relay.cli.output import Meter
+
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 
 
 @pytest.fixture
@@ -16,9 +21,11 @@ async def relay(tmp_path):
 
 
 async def test_jobs_are_listed_with_their_results(relay, commands):
-    assert (await commands("jobs", "list", "-q")).out.split() == [
-        "backup", "books", "disk", "expire", "flush", "forget", "retention", "sweep",
-    ]  # fmt: skip
+    names = (await commands("jobs", "list", "-q")).out.split()
+    assert names == ["backup", "disk", "expire", "flush", "forget", "ledger", "retention", "sweep"]
+    section = OPERATING.read_text().partition("## Jobs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+)[^|]* \|", section, re.MULTILINE)
+    assert rows == [(row[0], row[1]) for row in (await commands("jobs", "list")).rows]
     [retention] = [row for row in (await commands("jobs", "list")).rows if row[0] == "retention"]
     assert (retention[1], retention[4], retention[5]) == ("1m", "0", "0")
     assert retention[6].endswith("Z")

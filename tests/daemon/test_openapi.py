@@ -228,7 +228,7 @@ async def test_every_answer_matches_its_schema(relay, recorder):
     await ask("POST", "/api/deliveries/retry", {"filter": {"state": "delivered"}}, status=201)
     await ask("POST", "/api/deliveries/cancel", {"filter": {"source": "adorn"}})
 
-    for path in ("jobs/books/run", "db/backup", "db/compact"):
+    for path in ("jobs/ledger/run", "db/backup", "db/compact"):
         await ask("POST", f"/api/{path}")
     exported = (await ask("GET", "/api/export?deliveries=1")).body
     await ask("GET", "/api/export?dry_run=1")
