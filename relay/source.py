@@ -201,6 +201,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     asks: str | None = None  # id of a worker whose row the receipt must contain
 
 
+SPANNING = ":path}"
+"""The end of a placeholder that may stand for several segments, see `route`."""
+
 _LONGEST_TYPE = 200
 LONGEST_ID = 256
 
@@ -214,7 +217,7 @@ def route(method: str, path: str) -> Callable[[H], H]:
     Literal segments win over placeholders. One method may carry several routes. `{name:path}` stands for
     one segment, and for several where no other route fits: for senders that do not encode a `/`.
     """
-    if path.count(":path}") > 1:
+    if path.count(SPANNING) > 1:
         raise ValueError(f"{path}: a path may have one {{name:path}}")
 
     def mark(handler: H) -> H:
@@ -258,10 +261,16 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     """Whether `verify` needs the body. False: it is called before the body is read, with an empty body.
     The relay then refuses strangers before they use memory, and reserves memory for verified senders."""
 
-    @classmethod
-    def routes(cls) -> tuple[tuple[str, str, str], ...]:
-        """Return (method, path, name of the handler) for each `@route`, in no particular order."""
-        found = []
+    def owned(self) -> tuple[str, ...]:
+        """Return the path prefixes that this instance owns: `owns`, unless they depend on its settings."""
+        return self.owns
+
+    def routes(self) -> tuple[tuple[str, str, str], ...]:
+        """Return (method, path, name of the handler) for each `@route`, in no particular order.
+
+        A source whose paths depend on its settings overrides this.
+        """
+        cls, found = type(self), []
         for name in dir(cls):
             for method, path in getattr(getattr(cls, name), "__routes__", ()):
                 found.append((method, path, name))

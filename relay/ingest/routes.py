@@ -11,9 +11,8 @@ import msgspec
 
 from relay.config.schema import SourceConfig
 from relay.errors import Malformed, NotFound, Refusal
-from relay.source import Accepted, Incoming, Reply, Source
+from relay.source import SPANNING, Accepted, Incoming, Reply, Source
 
-SPANNING = ":path}"
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
 
 LONGEST_COMPARED = 200  # characters of an unknown path that are compared with known paths
@@ -88,7 +87,7 @@ class Routes:
 
     def _mount(self, mount: Mount) -> None:
         prefix = mount.config.prefix
-        self._owners += [(prefix + owned, mount) for owned in mount.source.owns]
+        self._owners += [(prefix + owned, mount) for owned in mount.source.owned()]
         paths: dict[str, dict[str, Handle]] = {}
         for method, path, name in mount.source.routes():
             paths.setdefault(prefix + path, {})[method] = getattr(mount.source, name)

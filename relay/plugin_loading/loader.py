@@ -5,7 +5,6 @@ A reload reads the file again with the plugins that are already loaded: plugin c
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
-from relay.source import Source
+from relay.source import SPANNING, Source
 
 _AT_START = {
     "server": ("listen", "implementation"),
@@ -36,8 +35,6 @@ _AT_START = {
     "plugins": ("dirs",),
 }
 """Keys, by table, that only a restart applies; `state_dir` is another."""
-
-_PLACEHOLDER = re.compile(r"\{[^}]*\}")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -248,18 +245,56 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
 
 
 def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
-    """Report two sources that want the same requests, or the errors below the same prefix."""
+    """Report two sources of which both want some requests, or the errors below the same prefix.
+
+    A placeholder matches every segment, so `/hooks/{shop}` of one source and `/hooks/github` of another want
+    the same requests. Within a source, the literal wins.
+    """
     claimed = {"GET /health": "the relay itself"}
+    by_method: dict[str, list[tuple[str, str]]] = {}  # paths with their owners
     for name, source in sources.items():
-        settings = source.settings
-        claims = [f"everything below {source.prefix}{prefix}" for prefix in settings.owns]
-        for method, route, _ in settings.routes():
-            claims.append(f"{method} {source.prefix}{_PLACEHOLDER.sub('{}', route)}")
-        for claim in claims:
-            rival = claimed.setdefault(claim, f'source "{name}"')
-            if rival != f'source "{name}"':
+        settings, owner = source.settings, f'source "{name}"'
+        routes = [(method, source.prefix + route) for method, route, _ in settings.routes()]
+        claims = [f"everything below {source.prefix}{prefix}" for prefix in settings.owned()]
+        claims += [f"{method} {route}" for method, route in routes]
+        rivals = [(claim, claimed.setdefault(claim, owner)) for claim in claims]
+        for method, route in routes:
+            rivals += [
+                (f"{method} {route}", f"{rival} ({path})")
+                for path, rival in by_method.get(method, ())
+                if ("{" in path or "{" in route) and _meet(path, route)
+            ]
+        for claim, rival in rivals:
+            if rival != owner:
                 binder.report(("sources", name), f"claims {claim}, as {rival} does; give it a `prefix`")
                 break
+        for method, route in routes:
+            by_method.setdefault(method, []).append((route, owner))
+
+
+def _meet(one: str, other: str) -> bool:
+    """Return whether some path matches both of two routes."""
+    ours, theirs = one.split("/"), other.split("/")
+    spans = [segments for segments in (ours, theirs) if any(part.endswith(SPANNING) for part in segments)]
+    if not spans:
+        return len(ours) == len(theirs) and all(map(_agree, ours, theirs))
+    if len(spans) == 1 and len(ours if spans[0] is theirs else theirs) < len(spans[0]):
+        return False
+    # A `{name:path}` stands for any number of segments, so only what is before and after it can differ.
+    before = min(_index(segments) for segments in spans)
+    after = min(len(segments) - 1 - _index(segments) for segments in spans)
+    return all(map(_agree, ours[:before], theirs[:before])) and all(
+        map(_agree, ours[len(ours) - after :], theirs[len(theirs) - after :])
+    )
+
+
+def _index(segments: list[str]) -> int:
+    """Return the position of the segment `{name:path}`."""
+    return next(at for at, part in enumerate(segments) if part.endswith(SPANNING))
+
+
+def _agree(one: str, other: str) -> bool:
+    return one == other or one.startswith("{") or other.startswith("{")
 
 
 def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]) -> None:

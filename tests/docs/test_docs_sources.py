@@ -33,12 +33,12 @@ def test_the_configuration_of_a_section_loads(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(set(SECTIONS) - {"whatsapp"}))
 def test_the_overview_names_every_route(kind):
-    for method, path, _ in type(sources()[kind]).routes():
+    for method, path, _ in sources()[kind].routes():
         assert f"`{method} {path}`" in PAGE
 
 
 def test_the_section_of_whatsapp_names_every_route_once_for_both_bases():
-    for _, path, _ in type(sources()["whatsapp"]).routes():
+    for _, path, _ in sources()["whatsapp"].routes():
         words = (
             re.sub(r"^/api(/v1)?/", "", path)
             .replace("{worker:path}", "{id}")

@@ -555,6 +555,53 @@ def test_two_claims_to_one_route_stop_the_start(told, plugins, route, claim):
     assert problem == f"config.toml:4: sources.s: claims {claim}, as {rival} does; give it a `prefix`"
 
 
+ROUTED = """
+class Routed(Source, kind="routed"):
+    path: str
+
+    def owned(self):
+        return ()
+
+    def routes(self):
+        return (("POST", self.path, "event"),)
+
+    def event(self, incoming):
+        pass
+
+@hookimpl
+def relay_sources(): return [Routed]
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ("/hooks/a", "/hooks/b", False),
+        ("/hooks/a", "/hooks/a", True),
+        ("/hooks/{shop}", "/hooks/github", True),
+        ("/hooks/github", "/hooks/{shop}", True),
+        ("/hooks/{shop}", "/hooks/{other}", True),
+        ("/hooks/{shop}", "/hooks", False),
+        ("/hooks/{shop}/paid", "/hooks/{shop}/sent", False),
+        ("/{any}/paid", "/hooks/{shop}", True),
+        ("/files/{name:path}", "/files/a/b", True),
+        ("/files/{name:path}", "/files", False),
+        ("/files/{name:path}/end", "/files/a/b/other", False),
+        ("/files/{name:path}/end", "/{any}/a/b/end", True),
+        ("/files/{name:path}/end", "/other/{name:path}", False),
+        ("/files/{name:path}/end", "/files/a/{name:path}", True),
+    ],
+)
+def test_two_sources_may_not_want_the_same_requests(told, plugins, one, other, meet):
+    (plugins / "routed.py").write_text(HEAD + ROUTED)
+    two = f"[sources.a]\nplugin = 'routed'\npath = '{one}'\n[sources.b]\nplugin = 'routed'\npath = '{other}'"
+    found = told(f"{two}\n[sources.c]")
+    rival = 'source "a"' if one == other and "{" not in one else f'source "a" ({one})'
+    problem = f"config.toml:4: sources.b: claims POST {other}, as {rival} does; give it a `prefix`"
+    assert (problem in found) is meet
+    assert len(found) == 1 + meet
+
+
 def test_while_a_plugin_is_broken_an_unknown_kind_is_not_blamed_as_well(told, plugins):
     (plugins / "shop.py").write_text("def f(:")
     (problem,) = told(SHOP)

@@ -91,7 +91,7 @@ def test_a_source_lists_each_route_of_each_handler():
         def ring(self, incoming: Incoming) -> Accepted:
             return Accepted(reply=incoming.params)
 
-    assert sorted(Bell.routes()) == [("POST", "/bell", "ring"), ("PUT", "/bell/{id}", "ring")]
+    assert sorted(Bell().routes()) == [("POST", "/bell", "ring"), ("PUT", "/bell/{id}", "ring")]
     assert (Bell.kind, Bell.owns) == ("bell", ("/bell",))
 
 
