@@ -169,14 +169,13 @@ def load_without_secrets(path: Path, env_files: Sequence[Path]) -> tuple[Setup, 
 
 
 def demand(setup: Setup, given: Given, *keys: str) -> None:
-    """Check that no secret is missing below these keys, such as "sources.adorn".
+    """Check that no secret is missing at or below these keys, such as "sources.adorn".
 
     Raises:
         ConfigError: a secret is missing.
     """
-    missing = [
-        problem for problem in setup.absent if problem.key.startswith(tuple(f"{key}." for key in keys))
-    ]
+    below = tuple(f"{key}{mark}" for key in keys for mark in ".[")
+    missing = [problem for problem in setup.absent if problem.key in keys or problem.key.startswith(below)]
     if missing:
         raise _unreadable(missing, given) or ConfigError(missing)
 

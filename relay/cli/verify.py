@@ -21,7 +21,7 @@ from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Absent, Secret, Url
 from relay.config.tokens import all_tokens
-from relay.diagnosis import signature, source_request
+from relay.diagnosis import delivery, source_request
 from relay.diagnosis.captured import Captured, Finding, Report, read_captured
 
 
@@ -80,9 +80,14 @@ def verify(
             hint = f"destinations: {known}" if known else "config.toml has no destinations"
             wrong = f'unknown destination "{name}"{guess(name, setup.destinations)}'
             raise CommandError(wrong, hint=hint, code=NOTHING)
-        demand(loaded, given, f"destinations.{name}")
-        url = setup.destinations[name].url
-        report = signature.diagnose(captured, name, _without_absent(setup.destinations), _seconds(at))
+        signatures, url = setup.destinations[name].signatures, setup.destinations[name].url
+        keys = [
+            "secrets",
+            "signatures",
+            *(["url"] if any("{url}" in each.signed for each in signatures) else []),
+        ]
+        demand(loaded, given, *(f"destinations.{name}.{key}" for key in keys))
+        report = delivery.diagnose(captured, name, _without_absent(setup.destinations), _seconds(at))
     if as_json:
         print_json({"source": source, "destination": destination, **_item(captured, report, url)})
     else:
@@ -95,10 +100,19 @@ def _without_absent(destinations: Mapping[str, DestinationConfig]) -> dict[str, 
     """Return the destinations without their missing secrets, which only other destinations can have."""
     return {
         name: msgspec.structs.replace(
-            each, secrets=tuple(secret for secret in each.secrets if not isinstance(secret, Absent))
+            each,
+            secrets=_present(each.secrets),
+            signatures=tuple(
+                msgspec.structs.replace(scheme, secrets=_present(scheme.secrets))
+                for scheme in each.signatures
+            ),
         )
         for name, each in destinations.items()
     }
+
+
+def _present(secrets: tuple[Secret, ...]) -> tuple[Secret, ...]:
+    return tuple(secret for secret in secrets if not isinstance(secret, Absent))
 
 
 def _captured(name: str, data: str | None) -> Captured:

@@ -227,9 +227,11 @@ class Binder:
         return WRONG if WRONG in items or WRONG in items.values() else items
 
     def _nested(self, kind: type[msgspec.Struct], value: Any, path: KeyPath, base: Any) -> Any:
+        given = msgspec.structs.asdict(base) if isinstance(base, kind) else None
+        if (expand := getattr(kind, "expand", None)) is not None:  # a record with a short form
+            value, given = expand(value)
         if not isinstance(value, dict):
             raise ValueError(f"expected a table, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
-        given = msgspec.structs.asdict(base) if isinstance(base, kind) else None
         record = self.struct(kind, value, path, given=given)
         return WRONG if record is None else record
 

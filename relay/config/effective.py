@@ -11,6 +11,7 @@ from relay.base.units import Rate, render_duration, render_rate
 from relay.config.problems import dotted
 from relay.config.schema import Config, SourceConfig
 from relay.config.secrets import Secret, Secrets
+from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
 _OURS = {"path", "warnings", "name", "settings"}  # fields that nobody writes
@@ -52,16 +53,16 @@ def _table(record: msgspec.Struct) -> dict[str, Any]:
 
 def _value(value: Any, unit: str | None) -> Any:
     shown: Any
-    if isinstance(value, Secret):
+    if isinstance(value, Secret | Path):
         shown = str(value)
     elif isinstance(value, Secrets):
         shown = ["<secret>"] * len(value)
     elif isinstance(value, Rate):
         shown = render_rate(value)
+    elif isinstance(value, SignatureConfig):
+        shown = _value(value.written(), unit)
     elif isinstance(value, msgspec.Struct):
         shown = _table(value)
-    elif isinstance(value, Path):
-        shown = str(value)
     elif isinstance(value, dict):
         shown = {key: _value(item, unit) for key, item in value.items()}
     elif isinstance(value, tuple | list):

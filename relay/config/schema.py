@@ -16,6 +16,7 @@ from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
 from relay.config.secrets import Secret, Url
+from relay.config.signatures import DEFAULT, SignatureConfig
 
 
 def _check(function: Callable[[Any], Any], **more: Any) -> msgspec.Meta:
@@ -327,12 +328,19 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None  # relay.routing.conditions compiles it
     secrets: Annotated[
-        tuple[Annotated[Secret, _check(validators.signing_secret)], ...],
+        tuple[Secret, ...],
         _help(
             "Standard Webhooks secrets, [`whsec_…` or `whsk_…`](#signing-keys); each of them signs. "
             "Without secrets, deliveries are unsigned and the relay warns"
         ),
-    ] = ()
+    ] = ()  # relay.config.tables checks them by `signatures`
+    signatures: Annotated[
+        tuple[SignatureConfig, ...],
+        _help(
+            "how deliveries are signed: names of [schemes](#signature-schemes) or tables, several of them "
+            "side by side"
+        ),
+    ] = DEFAULT
     format: Annotated[
         str,
         _help(

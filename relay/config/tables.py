@@ -5,12 +5,17 @@ from typing import Any
 
 from relay.config import validators
 from relay.config.binding import WRONG, Binder
-from relay.config.problems import KeyPath, guess, shown
+from relay.config.problems import KeyPath, dotted, guess, shown
 from relay.config.schema import Config, DestinationConfig, Plugins
+from relay.config.secrets import Absent
 from relay.model import OPERATOR_SOURCE
 from relay.routing.conditions import compile_conditions
 from relay.routing.envelope import Path as EnvelopePath
 from relay.routing.subscription import Patterns
+from relay.signing import check_key
+
+_OTHER_HEADERS = ("content-type", "user-agent", "traceparent")
+"""Headers that the relay sets and an operator's `headers` may replace, but no signature."""
 
 
 def bind_tables(binder: Binder) -> Config:
@@ -60,8 +65,9 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
         destination = binder.struct(DestinationConfig, table, path, given={"name": name}, hidden={"name"})
         if destination is not None:
             _check_choice(binder, destination, path)
+            _check_signatures(binder, destination, path)
             found[name] = destination
-        if not table.get("secrets"):
+        if not table.get("secrets") and not _has_own_keys(destination):
             binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
     for name in found:
         _check_stand_in(binder, found, name)
@@ -86,6 +92,60 @@ def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], 
             return
         way.append(stand_in)
         stand_in = destinations[stand_in].on_dead
+
+
+def _has_own_keys(destination: DestinationConfig | None) -> bool:
+    return destination is not None and any(each.secrets for each in destination.signatures)
+
+
+def _check_signatures(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
+    """Check that each scheme has keys that fit it, and headers that nothing else sets."""
+    users = dict.fromkeys(_OTHER_HEADERS, "the relay itself")
+    users |= {header.lower(): "`headers`" for header in destination.headers}
+    for index, scheme in enumerate(destination.signatures):
+        key: KeyPath = (*path, "signatures", index)
+        for wrong, why in scheme.problems():
+            binder.report((*key, wrong), why)
+        for field in ("header", "timestamp_header"):
+            if (header := getattr(scheme, field)) is None:
+                continue
+            try:
+                if not scheme.is_standard:
+                    validators.header_name(header)
+            except ValueError as error:
+                binder.report((*key, field), str(error))
+            if (user := users.get(header.lower())) is not None:
+                binder.report((*key, field), f"the header {header} is set by {user} already")
+            users[header.lower()] = f"signatures[{index}]"
+        _check_keys(binder, destination, index, path)
+
+
+def _check_keys(binder: Binder, destination: DestinationConfig, index: int, path: KeyPath) -> None:
+    """Check the keys of one scheme."""
+    scheme = destination.signatures[index]
+    entry: KeyPath = (*path, "signatures", index)
+    place: KeyPath = (*entry, "secrets") if scheme.secrets else (*path, "secrets")
+    keys = scheme.secrets or destination.secrets
+    for number, secret in enumerate(keys):
+        try:
+            if not isinstance(secret, Absent):
+                check_key(scheme, secret)
+        except ValueError as error:
+            own = scheme.is_standard or scheme.secrets
+            binder.report(
+                (*place, number),
+                f"{error}{'' if own else f'; or give {dotted(entry[2:])} its own `secrets`'}",
+            )
+    if scheme.is_standard:
+        return
+    if not keys:
+        binder.report(entry, "has nothing to sign with: give it, or the destination, `secrets`")
+    elif len(keys) > 1 and not scheme.separator:
+        binder.report(
+            entry,
+            f"the header {scheme.header} has room for one signature, but there are {len(keys)} secrets; "
+            "give this scheme one of its own in `secrets`",
+        )
 
 
 def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:

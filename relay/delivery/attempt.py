@@ -17,7 +17,7 @@ from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
 from relay.formats import Format
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
 from relay.process.logs import Sparing, fields
-from relay.signing import Signer
+from relay.signing import signer_of
 
 log = logging.getLogger("relay.delivery")
 
@@ -41,7 +41,7 @@ class AttemptRunner:
         self._clock = clock
         self._rand = rand
         self._url = config.url.reveal()
-        self._signer = Signer(config.secrets)
+        self._signer = signer_of(config.signatures, config.secrets, method=config.method, url=self._url)
         self._format = format_
         self._log = Sparing(log, clock)
         self._policy = RetryPolicy.of(config.retry)

@@ -72,7 +72,7 @@ class Pings:
             "verdict": meaning,
             "hint": hint,
             "held": held,
-            "signatures": len(config.secrets),
+            "signatures": sum(len(each.secrets or config.secrets) for each in config.signatures),
             "duration_ms": round(response.duration_ms, 1),
             "timing_ms": timing.steps(tls=config.url.reveal().startswith("https:")),
             "answer": response.body[:SHOWN_BYTES].decode("utf-8", "replace"),

@@ -10,7 +10,8 @@ from typing import ClassVar
 import msgspec
 
 from relay.config.secrets import Secret
-from relay.signing import SignatureError, verify
+from relay.config.signatures import SCHEMES
+from relay.signing import SignatureError, verifier_of
 
 MAX_BODY = 16 * 2**20  # bytes
 
@@ -38,14 +39,16 @@ class Receiver(ThreadingHTTPServer):
         *,
         port: int = 0,
         status: int = HTTPStatus.NO_CONTENT,
+        scheme: str = "standard",
     ) -> None:
         """Take `receive`, which is called in a thread for each request, before the response.
 
         Raises:
+            ValueError: one of the secrets is not a key of the signature scheme.
             OSError: the port is in use.
         """
+        self.verify = verifier_of(SCHEMES[scheme], tuple(secrets)) if secrets else None
         super().__init__(("127.0.0.1", port), _Handler)
-        self.secrets = tuple(secrets)
         self.receive = receive
         self.status = status
 
@@ -76,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
                 path=self.path,
                 headers=self.headers,
                 body=body,
-                verified=bool(self.server.secrets),
+                verified=self.server.verify is not None,
                 problem=problem,
             )
         )
@@ -89,10 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _problem(self, body: bytes) -> str | None:
         """Return why the signature is invalid, None for a valid one or without secrets."""
-        if not self.server.secrets:
+        if self.server.verify is None:
             return None
         try:
-            verify(self.server.secrets, dict(self.headers), body, int(time.time()))
+            self.server.verify(dict(self.headers), body, int(time.time()))
         except SignatureError as error:
             return str(error)
         return None

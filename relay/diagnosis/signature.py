@@ -1,4 +1,4 @@
-"""Why a captured delivery does not verify: secret, encoding, bytes or clock.
+"""Why a delivery with signatures of Standard Webhooks does not verify: secret, encoding, bytes or clock.
 
 The signature is compared with many combinations: the secrets of this and of other destinations, misread keys,
 variants of the body, mixed-up ids and timestamps. The match with the fewest deviations is the diagnosis.
@@ -20,7 +20,7 @@ from relay.config.secrets import Secret
 from relay.diagnosis.body_variants import body_variants
 from relay.diagnosis.captured import Captured, Finding, Report
 from relay.keys import SHARED, has_signed, is_asymmetric, public_key, shared_key
-from relay.signing import TOLERANCE
+from relay.signing import TOLERANCE, Signer
 
 WHERE = "header webhook-signature"
 _STRICT = re.compile(r"(v[0-9]+[a-z]*),([A-Za-z0-9+/]+={0,2})")
@@ -143,7 +143,11 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 def diagnose(
-    captured: Captured, name: str, destinations: Mapping[str, DestinationConfig], now: int
+    captured: Captured,
+    name: str,
+    destinations: Mapping[str, DestinationConfig],
+    now: int,
+    own: Mapping[str, Secret] | None = None,
 ) -> Report:
     """Verify a captured delivery, and diagnose a signature that does not match.
 
@@ -152,8 +156,11 @@ def diagnose(
         name: the destination.
         destinations: every destination of the configuration.
         now: time of receipt, seconds since the epoch.
+        own: the keys that sign, by their key in config.toml; if not given, the destination's `secrets`.
     """
-    secrets = destinations[name].secrets
+    if own is None:
+        own = keys_of(f"destinations.{name}", destinations[name].secrets)
+    secrets = tuple(own.values())
     given = {header: _given(captured, header) for header in NAMES}
     findings = [*captured.findings]
     if not secrets:
@@ -161,14 +168,14 @@ def diagnose(
         do = 'create one with `echo "whsec_$(openssl rand -base64 32)"`, add it, and give it to the receiver'
         findings.append(Finding(cause="secret", where=f"destinations.{name}.secrets", what=what, do=do))
     findings += _missing(captured)
-    findings += _late(given[TIMESTAMP], now)
+    findings += late(given[TIMESTAMP], now, f"header {TIMESTAMP}")
     if not secrets or not given[SIGNATURE]:
         return Report(findings=tuple(findings))
     candidates, malformed = candidates_of(given[SIGNATURE])
     findings += malformed
     if not candidates:
         return Report(findings=tuple(findings))
-    keys, heads = list(_keys(name, destinations)), list(_heads(given, captured.body))
+    keys, heads = list(_keys(own, name, destinations)), list(_heads(given, captured.body))
     report = _compare(candidates, keys=keys, heads=heads, bodies=[_Part(captured.body)])
     if report is None:  # variants of the body cost a second per megabyte, so they come last
         report = _compare(candidates, keys=keys, heads=heads, bodies=list(_bodies(captured.body)))
@@ -199,8 +206,13 @@ def _missing(captured: Captured) -> Iterator[Finding]:
             yield Finding(cause="headers", where=f"header {header}", what=what, do=do)
 
 
-def _late(timestamp: str, now: int) -> Iterator[Finding]:
-    where = f"header {TIMESTAMP}"
+def keys_of(place: str, secrets: Sequence[Secret]) -> dict[str, Secret]:
+    """Return secrets by their keys in config.toml."""
+    return {f"{place}.secrets[{index}]": secret for index, secret in enumerate(secrets)}
+
+
+def late(timestamp: str, now: int, where: str) -> Iterator[Finding]:
+    """Yield what is wrong with a time in seconds since 1970, as text; nothing if there is none."""
     if not timestamp:
         return
     if not _SECONDS.fullmatch(timestamp):
@@ -244,10 +256,11 @@ def _deviations(way: tuple[_Key, _Part, _Part]) -> int:
     return sum(part.finding is not None for part in way)
 
 
-def _keys(name: str, destinations: Mapping[str, DestinationConfig]) -> Iterator[_Key]:
-    """Yield the destination's secrets, misread forms of them, and the secrets of other destinations."""
-    for index, secret in enumerate(destinations[name].secrets):
-        key = f"destinations.{name}.secrets[{index}]"
+def _keys(
+    own: Mapping[str, Secret], name: str, destinations: Mapping[str, DestinationConfig]
+) -> Iterator[_Key]:
+    """Yield the secrets that sign, misread forms of them, and the secrets of other destinations."""
+    for key, secret in own.items():
         yield _Key(secret, key)
         if not is_asymmetric(secret):
             text = secret.reveal()
@@ -257,12 +270,22 @@ def _keys(name: str, destinations: Mapping[str, DestinationConfig]) -> Iterator[
                 wrong = Finding(cause="encoding", where=key, what=what, do=do)
                 yield _Key(secret, key, wrong, raw.encode())
     for other, destination in destinations.items():
-        for index, secret in enumerate(destination.secrets if other != name else ()):
-            key = f"destinations.{other}.secrets[{index}]"
+        for key, secret in keys_of(f"destinations.{other}", destination.secrets).items():
+            if other == name or not _is_standard(secret):
+                continue
             what = f'signed with {key}, a secret of destination "{other}"'
             do = f"check whether both destinations have the same URL; give this receiver a secret of {name}"
             finding = Finding(cause="secret", where=f"destinations.{name}.secrets", what=what, do=do)
             yield _Key(secret, key, finding)
+
+
+def _is_standard(secret: Secret) -> bool:
+    """Return whether a secret is a key of Standard Webhooks; destinations with other schemes have others."""
+    try:
+        Signer((secret,))
+    except ValueError:
+        return False
+    return True
 
 
 def _heads(given: Mapping[str, str], body: bytes) -> Iterator[_Part]:

@@ -17,7 +17,8 @@ from commands import run
 from daemons import SOURCES, destination, running, write_config
 
 from relay.config.secrets import Secret
-from relay.signing import Signer
+from relay.config.signatures import SCHEMES
+from relay.signing import Signer, signer_of
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -133,6 +134,17 @@ def test_requests_are_verified_and_printed():
         assert out.readline().startswith("evt_1\tsignature wrong: no signature fits")
         assert post(url, b"{}", {}) == 401
         assert "missing webhook-id" in out.readline()
+
+
+@pytest.mark.parametrize("scheme", ["github", "stripe", "svix"])
+def test_other_schemes_are_verified(scheme):
+    signer = signer_of((SCHEMES[scheme],), (Secret(SECRET),), method="POST", url="")
+    signed = signer.headers("evt_1", int(time.time()), b"{}")
+    with listening("--secret", SECRET, "--scheme", scheme) as (url, out):
+        assert post(url, b"{}", signed) == 204
+        assert out.readline() == "evt_1\tsignature ok\t{}\n"
+        assert post(url, b"{ }", signed) == 401
+        assert "signature wrong: no signature fits" in out.readline()
 
 
 def test_control_characters_are_escaped():

@@ -4,16 +4,19 @@ import base64
 import gzip
 import hmac
 import json
+import re
 import time
 
+import msgspec
 import pytest
 import receivers
 from commands import run
-from daemons import SOURCES, destination, running, write_config
+from daemons import SOURCES, adorn, destination, running, write_config
 from wire import request
 
 from relay.config.secrets import Secret
-from relay.signing import Signer
+from relay.config.signatures import SCHEMES
+from relay.signing import Signer, signer_of, verifier_of
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 SECOND = "whsec_aG9va2ZlcnJ5IGV4YW1wbGUga2V5LCAzMiBieXRlcy4="
@@ -321,3 +324,135 @@ def test_a_destination_without_secrets_signs_nothing(config):
 def test_two_problems_are_both_reported(config):
     said = verify(config, capture(signed(BODY, OTHERS), BODY + b"\n"), at="2023-11-14T23:00:00Z")
     assert [each["cause"] for each in said.json["findings"]] == ["clock", "secret", "bytes"]
+
+
+# --- other schemes ------------------------------------------------------------------------------------
+
+OLD = "the secret of a former sender"
+MOVING = f"""
+[destinations.moving]
+url = {{ env = "MOVING_URL", development = "https://moving.example/a-secret-path" }}
+secrets = ["{SECRET}"]
+signatures = ["standard", "svix", "stripe", {{ scheme = "github", secrets = ["{OLD}"] }}]
+[destinations.legacy]
+url = "https://legacy.example/hook"
+signatures = [{{ scheme = "github", secrets = ["of legacy"] }}]
+"""
+
+
+def moving(body=BODY, *, only=None, old=OLD, secret=SECRET, at=NOW):
+    schemes = [msgspec.structs.replace(SCHEMES["github"], secrets=(Secret(old),))]
+    schemes += [SCHEMES[name] for name in ("standard", "svix", "stripe")]
+    wanted = tuple(each for each in schemes if only in (None, each.scheme))
+    return signer_of(wanted, (Secret(secret),), method="POST", url="").headers(ID, at, body)
+
+
+@pytest.fixture
+def moved(tmp_path):
+    return write_config(tmp_path, CONFIG, MOVING)
+
+
+async def test_a_delivery_signed_side_by_side_verifies_by_every_scheme(tmp_path):
+    async with receivers.answers() as receiver:
+        more = f'signatures = ["standard", "svix", "stripe", {{ scheme = "github", secrets = ["{OLD}"] }}]'
+        config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, more))
+        async with running(config) as relay:
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await receiver.until(1)
+    [arrived] = receiver.requests
+    now = int(arrived.headers["webhook-timestamp"])
+    for name in ("standard", "svix", "stripe"):
+        verifier_of(SCHEMES[name], (Secret(SECRET),))(arrived.headers, arrived.body, now)
+    verifier_of(SCHEMES["github"], (Secret(OLD),))(arrived.headers, arrived.body, now)
+    said = verify(config, capture(arrived.headers, arrived.body), at=None, code=0)
+    shared = "destinations.crm.secrets[0]"
+    assert said.json["fits"] == f"{shared}, {shared}, {shared}, destinations.crm.signatures[3].secrets[0]"
+
+
+def test_a_scheme_alone_verifies_and_the_absent_ones_are_notes(moved):
+    said = verify(moved, capture(moving(only="github")), name="moving", code=0)
+    assert said.json["fits"] == "destinations.moving.signatures[3].secrets[0]"
+    assert said.json["notes"] == [
+        "the request has no header webhook-signature",
+        "the request has no header svix-signature",
+        "the request has no header Stripe-Signature",
+    ]
+    assert said.json["request"] == "POST /hook"
+
+
+def test_without_any_signature_each_header_is_missing(moved):
+    said = verify(moved, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="moving")
+    assert {each["where"] for each in said.json["findings"]} == {
+        "header webhook-signature",
+        "header svix-id",
+        "header svix-timestamp",
+        "header svix-signature",
+        "header Stripe-Signature",
+        "header X-Hub-Signature-256",
+    }
+
+
+GITHUB = {"X-Hub-Signature-256": "sha256=" + hmac.new(b"of legacy", BODY, "sha256").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "cause", "what"),
+    [
+        (GITHUB, BODY + b"\n", "bytes", "a newline was added at the end"),
+        ({"X-Hub-Signature-256": GITHUB["X-Hub-Signature-256"][7:]}, BODY, "encoding", "lacks 'sha256='"),
+        (
+            {"X-Hub-Signature-256": "sha256=ab"},
+            BODY,
+            "encoding",
+            "no signature of sha256 in hex after 'sha256='",
+        ),
+        (
+            {"X-Hub-Signature-256": "sha256=" + hmac.new(b"of legacy\n", BODY, "sha256").hexdigest()},
+            BODY,
+            "encoding",
+            "with a line break at its end",
+        ),
+        (
+            {"X-Hub-Signature-256": "sha256=" + hmac.new(OLD.encode(), BODY, "sha256").hexdigest()},
+            BODY,
+            "secret",
+            r"signed with destinations\.moving\.signatures\[3\]\.secrets\[0\]",
+        ),
+        (
+            {"X-Hub-Signature-256": "sha256=" + hmac.new(b"nobody's", BODY, "sha256").hexdigest()},
+            BODY,
+            "secret",
+            'no secret of destination "legacy" for github matches',
+        ),
+    ],
+)
+def test_each_fault_of_another_scheme_has_its_finding(moved, headers, body, cause, what):
+    said = verify(moved, capture(headers, body), name="legacy")
+    finding = only(said, (SECRET, OLD, "of legacy"))
+    assert finding["cause"] == cause
+    assert re.search(what, finding["what"])
+
+
+def test_stripe_s_time_and_key_are_diagnosed(moved):
+    late = verify(moved, capture(moving(only="stripe")), name="moving", at="2023-11-14T23:13:20Z")
+    assert (late.json["findings"][0]["cause"], late.json["findings"][0]["where"]) == (
+        "clock",
+        "header Stripe-Signature",
+    )
+    key = base64.b64decode(SECRET.removeprefix("whsec_"))
+    decoded = hmac.new(key, f"{NOW}.".encode() + BODY, "sha256").hexdigest()
+    said = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={decoded}"}), name="moving")
+    whats = [each["what"] for each in said.json["findings"] if each["where"].endswith("secrets[0]")]
+    assert whats == ["the secret was used as the key after base64 decoding"]
+    alone = hmac.new(SECRET.encode(), BODY, "sha256").hexdigest()
+    said = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={alone}"}), name="moving")
+    assert "the body alone was signed" in [each["what"] for each in said.json["findings"]]
+
+
+def test_a_secret_url_is_not_printed_and_not_needed(moved):
+    raw = capture(moving(only="github")).replace(b"/hook", b"/a-secret-path")
+    said = verify(moved, raw, name="moving", code=0)
+    assert said.json["request"] == "POST <secret>"
+    substitute = ', development = "https://moving.example/a-secret-path"'
+    moved.write_text(moved.read_text().replace(substitute, ""))
+    assert verify(moved, capture(moving(only="github")), name="moving", code=0).json["ok"]

@@ -28,6 +28,7 @@ from relay.config.schema import (
     Storage,
     WorkerRules,
 )
+from relay.config.signatures import SignatureConfig
 from relay.plugin_loading.loader import discover, load
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ TABLES = {
     "destinations.NAME.retry": RetryConfig,
     "destinations.NAME.circuit": CircuitConfig,
     "destinations.NAME.client_cert": ClientCert,
+    "[destinations.NAME.signatures]": SignatureConfig,
 }
 NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
 OWN_TABLES = {
@@ -92,12 +94,13 @@ def shown():
             if line != "]":
                 continue
             line, several = f"{several} # {remark}", ""
-        elif header := re.match(r"\[([a-z_.]+)\]", line):
+        elif header := re.match(r"\[(\[?[a-z_.]+\]?)\]", line):
             table = header[1]
-            tables[table] = {}
+            tables.setdefault(table, {})
         remark = line.removeprefix("# ")
         if setting := SETTING.fullmatch(line):
-            tables[table][setting["key"]] = Line(setting["value"], setting["comment"] or "")
+            line = Line(setting["value"], setting["comment"] or "")
+            tables[table].setdefault(setting["key"], line)
     return tables
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("relay", "errors", "base", "model", "process"),
     (
-        "config.problems", "config.secrets", "keys", "signing", "routing.envelope",
+        "config.problems", "config.secrets", "config.signatures", "keys", "signing", "routing.envelope",
         "routing.conditions", "routing.subscription",
         "formats", "config", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",

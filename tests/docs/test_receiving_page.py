@@ -15,10 +15,11 @@ from wire import request
 from relay.base.units import parse_duration
 from relay.config.schema import CircuitConfig, DestinationConfig, RetryConfig
 from relay.config.secrets import Secret, Url
+from relay.config.signatures import SCHEMES
 from relay.delivery.retry import verdict_of
 from relay.formats import FORMATS
 from relay.model import StoredEvent
-from relay.signing import verify
+from relay.signing import signer_of, verify
 
 EXAMPLE = StoredEvent(
     id=1,
@@ -45,6 +46,22 @@ def test_the_request_on_the_page_is_genuine():
     verify((Secret(SECRET),), fields, body.encode(), int(fields["webhook-timestamp"]))
     assert f"signed here with `{SECRET}`" in " ".join(PAGE.split())
     assert f"`now = {fields['webhook-timestamp']}`" in PAGE
+
+
+def test_the_other_signatures_on_the_page_are_genuine():
+    [request] = blocks("Request", "http")
+    [shown] = blocks("Other signatures", "http")
+    head, body = request.rstrip("\n").split("\n\n")
+    fields = dict(line.split(": ", 1) for line in head.splitlines()[1:])
+    [secret] = re.findall(r"with the secret `(.+?)`", " ".join(section("Other signatures").split()))
+    schemes = (SCHEMES["github"], SCHEMES["stripe"])
+    signer = signer_of(schemes, (Secret(secret),), method="POST", url="")
+    headers = signer.headers(fields["webhook-id"], int(fields["webhook-timestamp"]), body.encode())
+    assert dict(line.split(": ", 1) for line in shown.splitlines()) == {
+        name: value for name, value in headers.items() if not name.startswith("webhook-")
+    }
+    for name in SCHEMES:
+        assert SCHEMES[name].header in PAGE
 
 
 @pytest.mark.parametrize("size", [10, 3 * 2**19])
