@@ -68,7 +68,13 @@ def test_the_wheel_holds_every_module_and_claims_no_name_but_relay(wheel):
         held = {name for name in file.namelist() if ".dist-info/" not in name}
         licences = [name for name in file.namelist() if name.endswith("licenses/LICENSE")]
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "relay").rglob("*.py")}
-    sources = {f"relay/sources/{path.name}" for path in (ROOT / "plugins").glob("*.py")}
+    plugins = ROOT / "plugins"
+    sources = {
+        f"relay/sources/{path.relative_to(plugins)}"
+        for path in plugins.rglob("*")
+        if path.suffix in (".py", ".toml")
+    }
+    assert "relay/sources/presets/github.toml" in sources
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relay" / "cli" / "templates").iterdir()}
     templates.add("relay/demo/config.toml.template")
     assert held == modules | sources | templates | {"relay/py.typed"}
