@@ -294,11 +294,12 @@ class Receipt(msgspec.Struct, kw_only=True, frozen=True):
     """The result of storing a request; its effects are durable."""
 
     event_id: str = ""  # public id; a duplicate gets the first event's id; "": no event
-    duplicate: bool = False
+    duplicate: bool = False  # of several events: all of them
     key_conflict: bool = False  # a new event whose idempotency key belongs to another request
     worker: Worker | None = None  # the row after the change, or the requested row
     commands: tuple[Mapping[str, Any], ...] = ()  # queued for the worker; sent in this reply
     sent: tuple[Command, ...] = ()  # the same commands as stored records
+    each: tuple["Receipt", ...] = ()  # of a request with several events, in their order
 
 
 class Pruned(msgspec.Struct, kw_only=True, frozen=True):

@@ -1,7 +1,7 @@
 """The contract of a source: a frozen record of settings with methods that are pure functions of a request."""
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
@@ -65,6 +65,10 @@ LARGE = 4096
 """Bytes; the parts of a larger body are remembered, because parsing them again would take long."""
 
 
+def _unknown() -> str:
+    return "unknown"
+
+
 class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request.
 
@@ -79,6 +83,9 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     params: Mapping[str, str] = {}  # values of the route's placeholders, percent-decoded
     query: str = ""  # raw query string; never logged
     parts: tuple[msgspec.Raw, ...] = ()  # fields of a large decoded body that are known to be valid JSON
+    target: str = ""  # path and query as sent, with the source's prefix; "" of a sample
+    received_at: int = 0  # when the body had arrived, before that the head; microseconds UTC
+    find_remote: Callable[[], str] = _unknown  # behind `remote`, because finding it costs CPU
 
     @classmethod
     def of(
@@ -97,6 +104,11 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             body=body,
             params=params,
         )
+
+    @property
+    def remote(self) -> str:
+        """The sender's address, as trusted proxies report it; `"unknown"` for unix sockets and samples."""
+        return self.find_remote()
 
     def header(self, name: str) -> str:
         """Return a header's trimmed value; `""` if it is absent or contains surrogates."""
@@ -185,18 +197,24 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A reply: a status and a value that is rendered as JSON (`bytes` are sent unchanged)."""
+    """A reply: a status and a body.
+
+    A body of `bytes` is sent unchanged, `b""` without a content type. If `content_type` is set, a `str` is
+    sent as UTF-8 text. Every other value is rendered as JSON.
+    """
 
     status: int = 200
     body: Any = None
     headers: Mapping[str, str] = {}
+    content_type: str | None = None  # None: application/json
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """An accepted request: what to store, and the reply to send after that."""
 
     reply: Any  # a Reply, a value for a 200, or a function that takes the Receipt and returns either
-    event: Event | None = None  # None: a heartbeat or a query
+    event: Event | None = None  # None: a heartbeat, a query, or `events`
+    events: Sequence[Event] = ()  # several events of one request, stored together; then `event` is None
     worker: WorkerChange | None = None  # applied in the event's transaction
     asks: str | None = None  # id of a worker whose row the receipt must contain
 
@@ -275,6 +293,26 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
             for method, path in getattr(getattr(cls, name), "__routes__", ()):
                 found.append((method, path, name))
         return tuple(found)
+
+    def needs_body(self) -> bool:
+        """Return whether `verify` needs the body: `verify_reads_body`, unless it depends on the settings."""
+        return self.verify_reads_body
+
+    def screen(self, incoming: Incoming) -> None:
+        """Check the head of a request on a known route, before everything else, such as `incoming.remote`.
+
+        The relay calls it only where a source overrides it.
+
+        Raises:
+            Forbidden: this sender may not send at all.
+        """
+
+    def handshake(self, incoming: Incoming) -> Reply | None:
+        """Return the reply to a request that needs no verified sender, None for every other request.
+
+        Some senders test a URL before they share a secret, such as by a GET that wants a value back. The
+        relay calls this before `verify`, only where a source overrides it, with the body if `needs_body`.
+        """
 
     def verify(self, incoming: Incoming) -> None:
         """Check the sender.

@@ -8,12 +8,13 @@ only a request whose earlier sender disconnected counts as a repetition
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.model import Receipt, StoredEvent
+from relay.store import Acceptance
 
 REMEMBER = 60 * SECOND
 MOST = 10_000
@@ -38,6 +39,16 @@ def fingerprint(target: str, event: StoredEvent, key: str | None) -> Fingerprint
     if len(context) > LONG:
         context = hashlib.sha256(context).digest()
     return target, event.sha256, event.type, subject, context, key
+
+
+def fingerprint_all(target: str, body: bytes, acceptances: Sequence[Acceptance]) -> Fingerprint:
+    """Return what two requests with several events have in common if one repeats the other."""
+    digest = hashlib.sha256()
+    for each in acceptances:
+        event = each.event
+        if event is not None:
+            digest.update(repr((event.type, event.subject, event.context, each.key)).encode())
+    return target, hashlib.sha256(body).digest(), "", digest.digest(), b"", None
 
 
 def _digest(fingerprint: Fingerprint) -> bytes:

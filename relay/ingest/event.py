@@ -18,7 +18,9 @@ _EMPTY = bytes(EMPTY)
 TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
-def make_event(source: str, event: Event, incoming: Incoming, now: int) -> StoredEvent:
+def make_event(
+    source: str, event: Event, incoming: Incoming, now: int, *, is_item: bool = False
+) -> StoredEvent:
     """Return the event to store, from what a source's handler read out of a request.
 
     Args:
@@ -26,6 +28,7 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
         event: what the handler returned.
         incoming: the request, with its body.
         now: the wall clock, microseconds.
+        is_item: the request has several events, so each one's body is its `data`.
 
     Raises:
         Invalid: the type is invalid, or the subject or content type is longer than 256 characters.
@@ -43,6 +46,8 @@ def make_event(source: str, event: Event, incoming: Incoming, now: int) -> Store
         check_length(event.subject or "", "subject")
         check_length(content_type, "Content-Type")
         data, context = _json(event.data, incoming), _json(event.context, incoming)
+        if is_item:
+            body, content_type = data, "application/json"
     except Refusal:
         raise
     except BaseException as error:

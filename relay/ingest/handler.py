@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -32,7 +32,7 @@ from relay.errors import (
 )
 from relay.ingest.admission import Admission, worker_change_of
 from relay.ingest.body import SMALL, Budget, Hold, Patience, read_body
-from relay.ingest.dedupe import UnheardReplies, fingerprint
+from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
 from relay.ingest.replies import (
     OnHeard,
@@ -73,6 +73,8 @@ LONGEST_QUIET = 600.0  # longest pause in seconds between two log lines with the
 STORAGE_PAUSE = 1.0  # seconds between attempts to requeue commands while the storage is unavailable
 LONGEST_SHOWN = 64  # characters of a sender's text in the log
 LONGEST_KEY = 256  # characters of an idempotency key; a longer key is stored as its digest
+MOST_EVENTS = 5000  # of one request; its transaction delays the commits of others
+MOST_COPIES = 4  # all data and contexts of such a request, as a multiple of `max_body`
 LONGEST_READ = 64 * 1024  # bytes; a larger refused body is not searched for its type
 
 
@@ -144,6 +146,9 @@ class Ingest:
                 headers=request.headers,
                 params=match.params,
                 query=query,
+                target=request.target,
+                received_at=self._clock.wall(),
+                find_remote=lambda: self._sender_address.of(request.remote, request.headers),
             )
             call = _Call(request, began, match, incoming)
             response = await self._serve(call)
@@ -172,26 +177,27 @@ class Ingest:
         """Verify the sender, read the body, and let the source handle the request."""
         request, match, incoming = call.request, call.match, call.incoming
         mount, admission, budget = match.mount, self.admission, self._budget
-        source, config = mount.source, mount.config
+        config = mount.config
         handler = match.handlers.get(incoming.method)
         if handler is None:
-            if incoming.method == "OPTIONS" and config.cors_origins:
-                return preflight(match.handlers)
-            raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
-        if mount.is_open:
-            check_origin(mount, incoming)
+            return _answer_other_method(match, incoming)
+        if mount.is_screened:
+            _screen(mount, incoming)
         is_late = admission.draining  # a body that began to arrive before the drain may still end
-        if not source.verify_reads_body:
-            ask(source.verify, incoming)  # so that a stranger's body takes no memory
+        # Before the body, if the head is enough: a stranger's body takes no memory.
+        if not mount.needs_body and (response := _verify(mount, incoming)) is not None:
+            return response
         hold: Hold | None = None
         body = _read_whole(request, config.max_body, budget)
         try:
             if body is None:
-                hold = budget.hold(lambda: self._sender_of(request, source))
+                hold = budget.hold(lambda: self._sender_of(request, mount))
                 body = await read_body(request, config.max_body, self.patience, hold)
-            call.incoming = incoming = msgspec.structs.replace(incoming, body=body)
-            if source.verify_reads_body:
-                ask(source.verify, incoming)
+            call.incoming = incoming = msgspec.structs.replace(
+                incoming, body=body, received_at=self._clock.wall()
+            )
+            if mount.needs_body and (response := _verify(mount, incoming)) is not None:
+                return response
             if is_late or admission.disk_full or mount.paused or config.rate_limit is not None:
                 admission.check(mount, incoming, late=is_late)
             return await self._accept(call, handler)
@@ -206,16 +212,10 @@ class Ingest:
         incoming, mount = call.incoming, call.match.mount
         verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info` this is all that log lines cost an event
         accepted = ask(handler, incoming)
-        if isinstance(accepted, Reply):
-            response = answer(Accepted(reply=accepted), Receipt())
-            if verbose:
-                answered = Acceptance(source=mount.name, request_id=self._request_id(incoming))
-                self._log_accepted(call, answered, response)
-            return response
-        if not isinstance(accepted, Accepted):
-            raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
+        if not isinstance(accepted, Accepted) or accepted.events:
+            return await self._accept_other(call, accepted)
         event, headers = accepted.event, incoming.headers
-        stored = None if event is None else make_event(mount.name, event, incoming, self._clock.wall())
+        stored = None if event is None else make_event(mount.name, event, incoming, incoming.received_at)
         given = headers.get("X-Request-Id")
         traced = None if given is None else given_id(given)
         if verbose and traced is None:
@@ -253,10 +253,74 @@ class Ingest:
         response.on_heard = self._requeue_unheard(receipt.sent, on_heard) if receipt.sent else on_heard
         return response
 
+    async def _accept_other(self, call: _Call, accepted: object) -> Response:
+        """Return the reply to a request without an event, or store the events of a request with several."""
+        if isinstance(accepted, Accepted):
+            return await self._accept_all(call, accepted)
+        if not isinstance(accepted, Reply):
+            raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
+        response = answer(Accepted(reply=accepted), Receipt())
+        if log.isEnabledFor(logging.DEBUG):
+            request_id = self._request_id(call.incoming)
+            answered = Acceptance(source=call.match.mount.name, request_id=request_id)
+            self._log_accepted(call, answered, response)
+        return response
+
+    async def _accept_all(self, call: _Call, accepted: Accepted) -> Response:
+        """Store the events of one request in one transaction, and return the reply."""
+        incoming, mount, events = call.incoming, call.match.mount, accepted.events
+        if accepted.event is not None or accepted.worker is not None:
+            raise PluginFailed from TypeError("a handler returned `events` beside an event or a worker")
+        if len(events) > MOST_EVENTS:
+            raise TooLarge(f"More than {MOST_EVENTS:,} events in one request")
+        verbose = log.isEnabledFor(logging.DEBUG)
+        request_id = self._request_id(incoming) if verbose else given_id(incoming.headers.get("X-Request-Id"))
+        acceptances, size = [], 0
+        for event in events:
+            stored = make_event(mount.name, event, incoming, incoming.received_at, is_item=True)
+            size += len(stored.data) + len(stored.context)
+            if size > MOST_COPIES * mount.config.max_body:
+                raise TooLarge("The events of this request are larger together than the relay stores at once")
+            acceptance = Acceptance(
+                source=mount.name,
+                event=stored,
+                key=_key(event, None) if event.key else None,
+                path=mount.config.prefix + incoming.path,
+                is_key_alone=mount.config.key_conflict == "duplicate",
+                rejects_conflict=mount.config.key_conflict == "reject",
+                request_id=request_id,
+            )
+            acceptances.append(acceptance)
+        each = tuple([Receipt(event_id=a.event.public_id) for a in acceptances if a.event is not None])
+        expected = Receipt(event_id=each[0].event_id, each=each)
+        response = answer(accepted, expected)
+        receipt, on_heard = await self._append(acceptances[0], call.request, call.incoming, acceptances)
+        try:
+            receipts = receipt.each or [receipt] * len(acceptances)  # a repetition knows only the first id
+            for acceptance, own in zip(acceptances, receipts, strict=True):
+                self._count(mount, acceptance, own)
+                if verbose:
+                    self._log_accepted(call, acceptance, response, own)
+            if receipt != expected:
+                response = answer_again(accepted, receipt, response)
+            response.event_id = receipt.event_id
+        except BaseException:
+            if on_heard is not None:
+                on_heard(False)  # noqa: FBT003 - it takes nothing else
+            raise
+        response.on_heard = on_heard
+        return response
+
     async def _append(
-        self, acceptance: Acceptance, request: Request | None = None
+        self,
+        acceptance: Acceptance,
+        request: Request | None = None,
+        incoming: Incoming | None = None,
+        batch: Sequence[Acceptance] = (),
     ) -> tuple[Receipt, OnHeard | None]:
         """Store an acceptance, unless its event repeats a request whose sender disconnected too early.
+
+        A request with several events is its `batch` of acceptances, of which `acceptance` is the first.
 
         Returns:
             The receipt; and for an event a function that must be called once it is known whether the sender
@@ -268,12 +332,17 @@ class Ingest:
         first: Receipt | None = None
         entry = None
         if event is not None and request is not None:
-            mark = fingerprint(request.target, event, acceptance.key)
+            if incoming is None:
+                mark = fingerprint(request.target, event, acceptance.key)
+            else:
+                mark = fingerprint_all(request.target, incoming.body, batch)
             first = await replies.first(mark)
             entry = replies.begin(mark, lambda: request.may_be_gone)
         try:
             if first is None:
-                receipt = await self._store.events.append(acceptance)
+                receipt = await (
+                    self._store.events.append_all(batch) if batch else self._store.events.append(acceptance)
+                )
             else:
                 receipt = first
                 with suppress(Refusal, StorageError):  # only a count: the event that it repeats is durable
@@ -292,9 +361,9 @@ class Ingest:
             return receipt, None
         return receipt, lambda heard: replies.end(mark, entry, receipt, gone=not heard)
 
-    def _sender_of(self, request: Request, source: Source) -> tuple[str, bool]:
+    def _sender_of(self, request: Request, mount: Mount) -> tuple[str, bool]:
         """Return the sender's address, and whether the sender is verified before its body is read."""
-        is_known = not source.verify_reads_body and not source.is_open()
+        is_known = not mount.needs_body and not mount.is_open
         return self._sender_address.of(request.remote, request.headers), is_known
 
     # --- requests that no source answers ----------------------------------------------------------------
@@ -525,14 +594,45 @@ class _Counters:
         self.seconds = metrics.ingest.labels(source)
 
 
-def _key(event: Event, incoming: Incoming) -> str | None:
+def _answer_other_method(match: Match, incoming: Incoming) -> Response:
+    """Answer a browser's preflight.
+
+    Raises:
+        MethodNotAllowed: it is none, or the source has no `cors_origins`.
+    """
+    if incoming.method == "OPTIONS" and match.mount.config.cors_origins:
+        return preflight(match.handlers)
+    raise MethodNotAllowed(allow=tuple(sorted(match.handlers)))
+
+
+def _screen(mount: Mount, incoming: Incoming) -> None:
+    """Check the head of a request to a source that is open to everybody, or that checks heads itself."""
+    check_origin(mount, incoming)
+    ask(mount.source.screen, incoming)
+
+
+def _verify(mount: Mount, incoming: Incoming) -> Response | None:
+    """Check the sender; returns the response to a handshake, which needs no verified sender."""
+    if mount.has_handshake:
+        reply = ask(mount.source.handshake, incoming)
+        if isinstance(reply, Reply):
+            return answer(Accepted(reply=reply), Receipt())
+        if reply is not None:
+            raise PluginFailed from TypeError(f"a handshake returned {type(reply).__name__}")
+    ask(mount.source.verify, incoming)
+    return None
+
+
+def _key(event: Event, incoming: Incoming | None) -> str | None:
     """Return the idempotency key: the source handler's, else the `Idempotency-Key` or `webhook-id` header.
+
+    A header speaks of the whole request, so an event of several has a key of its own or none.
 
     Raises:
         PluginFailed: the handler's key is not text.
     """
     key = event.key
-    if not key:
+    if not key and incoming is not None:
         key = incoming.header("Idempotency-Key") or incoming.header("webhook-id")
     if not key:
         return None

@@ -51,11 +51,12 @@ class Response:
     That header would tell strangers the versions of Python and aiohttp.
     """
 
-    __slots__ = ("_headers", "body", "event_id", "is_last", "on_heard", "status")
+    __slots__ = ("_headers", "body", "content_type", "event_id", "is_last", "on_heard", "status")
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # fails on a plugin's mistake, before anything is stored
         self.body = body
+        self.content_type = _JSON  # "" of an empty body
         self.event_id = ""  # of the acknowledged event
         self.on_heard: OnHeard | None = None
         self.is_last = False  # whether the connection closes after this response, whatever the request says
@@ -74,11 +75,11 @@ class Response:
 
     def encode(self, request: Request) -> bytes:
         """Return the bytes of the response to a request."""
-        if self._headers or self.status in _EMPTY or not request.is_1_1:
+        if self._headers or not self.body or self.status in _EMPTY or not request.is_1_1:
             return self._encode_uncommon(request)
         date = _rendered[1] if _rendered[0] == int(time.time()) else _date()
         head = (
-            f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {_JSON}\r\n"
+            f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\nContent-Type: {self.content_type}\r\n"
             f"Content-Length: {len(self.body)}\r\nDate: {date}\r\n"
             f"{'' if request.is_kept and not self.is_last else _CLOSE}\r\n"
         )
@@ -87,7 +88,8 @@ class Response:
     def _encode_uncommon(self, request: Request) -> bytes:
         has_body, goes_on = self.status not in _EMPTY, request.is_kept and not self.is_last
         fields = CIMultiDict(self.headers)
-        fields.setdefault("Content-Type", _JSON)
+        if self.content_type:
+            fields.setdefault("Content-Type", self.content_type)
         if has_body:
             fields["Content-Length"] = str(len(self.body))
         if goes_on != request.is_1_1:  # otherwise the version implies it
@@ -119,15 +121,23 @@ def _date() -> str:
 
 
 def render(reply: Reply) -> Response:
-    """Render a reply; a body of `bytes` is sent unchanged.
+    """Render a reply.
 
     Raises:
-        ValueError: the status or a header cannot be sent.
+        ValueError: the status, the content type or a header cannot be sent.
     """
     if not _LEAST <= reply.status <= _MOST:
         raise ValueError(f"a reply's status must be from {_LEAST} to {_MOST}, got {reply.status}")
-    body = reply.body if isinstance(reply.body, bytes) else encode(reply.body)
-    response = Response(reply.status, body)
+    body, type_ = reply.body, reply.content_type
+    if isinstance(body, str) and type_ is not None:
+        body = body.encode()
+    response = Response(reply.status, body if isinstance(body, bytes) else encode(body))
+    if type_ is not None:
+        if _CONTROL.search(type_):
+            raise ValueError("the content type may have no line ends, and only what UTF-8 can say")
+        response.content_type = type_
+    elif body == b"":
+        response.content_type = ""
     for name, value in reply.headers.items():
         if not _NAME.fullmatch(name) or name.lower() in _OURS:
             raise ValueError(f"a reply may not have a header {name!r}")

@@ -28,9 +28,15 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     config: SourceConfig
     paused: bool = False
     is_open: bool = False  # see `Source.is_open`
+    needs_body: bool = True  # see `Source.needs_body`
+    is_screened: bool = True  # the head is checked before everything else
+    has_handshake: bool = True  # see `Source.handshake`
 
     def __post_init__(self) -> None:
-        self.is_open = self.source.is_open()
+        source = self.source
+        self.is_open, self.needs_body = source.is_open(), source.needs_body()
+        self.is_screened = self.is_open or type(source).screen is not Source.screen
+        self.has_handshake = type(source).handshake is not Source.handshake
 
 
 def mounts_of(sources: Mapping[str, SourceConfig]) -> tuple[Mount, ...]:

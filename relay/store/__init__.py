@@ -117,6 +117,14 @@ class Events(Protocol):
         """
         ...
 
+    async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
+        """Make the events of one request durable, all or none of them; raises as `append`.
+
+        Each event's own idempotency key decides whether it is a duplicate, which is not stored again. The
+        receipt names the first event and has the receipts of all in `each`.
+        """
+        ...
+
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """Read events with their bodies by row id; deleted events are missing from the result."""
         ...

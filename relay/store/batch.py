@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -153,6 +153,26 @@ class Batch:
             self.keys.add(key, event.public_id, self.steady + DEDUPE_FOR)
         self._add(event, request_id=acceptance.request_id)
         return Receipt(event_id=event.public_id, key_conflict=conflicts, worker=worker)
+
+    def accept_all(self, acceptances: Sequence[Acceptance], keys: Sequence[Key | None]) -> Receipt:
+        """Add the events of one request; `keys` has the idempotency key of each.
+
+        Raises:
+            KeyConflict: as `accept`, also if two events of the request have one key; nothing was added.
+        """
+        mine: dict[tuple[str, str], bytes] = {}  # identity of each key's request, in this request
+        for acceptance, key in zip(acceptances, keys, strict=True):
+            if key is None or self.keys is None or not acceptance.rejects_conflict:
+                continue
+            known = mine.setdefault((key.source, key.text), key.identity) == key.identity
+            if not known or (self.keys.first(key) is None and self.keys.is_used(key)):
+                raise KeyConflict
+        receipts = tuple(map(self.accept, acceptances, keys))
+        return Receipt(
+            event_id=receipts[0].event_id,
+            duplicate=all(receipt.duplicate for receipt in receipts),
+            each=receipts,
+        )
 
     def add_delivery(
         self,

@@ -339,7 +339,7 @@ class Committer:
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch that knows the idempotency keys of the jobs."""
         keys = None
-        if asked := [job.key for job in jobs if job.key is not None]:
+        if asked := [key for job in jobs for key in job.keys if key is not None]:
             keys = Keys()
             await keys.look_up(transaction, asked, self._clock.steady())
         return Batch(

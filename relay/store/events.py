@@ -56,19 +56,25 @@ class SqliteEvents:
         """See `Events.append`."""
         if acceptance.change is not None and (receipt := self._workers.beat(acceptance)) is not None:
             return receipt
-        event, key = acceptance.event, None
-        if event is not None and acceptance.key:
-            request, body = KEY_ALONE, KEY_ALONE
-            if not acceptance.is_key_alone:
-                request, body = identity(event, acceptance.path), event.sha256
-            key = Key(acceptance.source, acceptance.key, request, body)
+        event = acceptance.event
+        key = _key_of(acceptance) if acceptance.key else None
         job = Job[Receipt](
             lambda batch: batch.accept(acceptance, key),
             size=len(event.body) if event is not None else 0,
-            key=key,
+            keys=() if key is None else (key,),
         )
         if acceptance.change is not None:
             return await self._workers.submit(acceptance.source, acceptance.change, job)
+        return await self._database.writer.submit(job, bounded=True)
+
+    async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
+        """See `Events.append_all`."""
+        keys = [_key_of(each) for each in acceptances]
+        job = Job[Receipt](
+            lambda batch: batch.accept_all(acceptances, keys),
+            size=sum(len(each.event.body) for each in acceptances if each.event is not None),
+            keys=keys,
+        )
         return await self._database.writer.submit(job, bounded=True)
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
@@ -139,3 +145,13 @@ class SqliteEvents:
         """See `Events.expunge_selected`."""
         async for page in self._queries.select(selection, span):
             yield await self.expunge([chosen.event_id for chosen in page])
+
+
+def _key_of(acceptance: Acceptance) -> Key | None:
+    """Return the idempotency key of an event; None if it has none."""
+    event = acceptance.event
+    if event is None or not acceptance.key:
+        return None
+    if acceptance.is_key_alone:
+        return Key(acceptance.source, acceptance.key, KEY_ALONE, KEY_ALONE)
+    return Key(acceptance.source, acceptance.key, identity(event, acceptance.path), event.sha256)

@@ -40,7 +40,7 @@ T = TypeVar("T")
 class Job(Generic[T]):
     """One caller's part of a transaction."""
 
-    __slots__ = ("answer", "apply", "bounded", "future", "key", "result", "size")
+    __slots__ = ("answer", "apply", "bounded", "future", "keys", "result", "size")
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Job(Generic[T]):
         *,
         answer: Callable[[Batch, T], T] | None = None,
         size: int = 0,
-        key: Key | None = None,
+        keys: Sequence[Key | None] = (),
     ) -> None:
         self.apply = apply  # adds the caller's change to the batch; pure, may refuse
         self.answer = answer  # corrects the result once the statements have run
         self.size = size  # bytes waiting in the queue
-        self.key = key  # idempotency key that the batch must look up first
+        self.keys = keys  # idempotency keys that the batch must look up first
         self.bounded = False  # whether it is a sender's request: the reserve of a full disk is not for it
         self.result: T
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()

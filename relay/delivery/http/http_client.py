@@ -139,7 +139,7 @@ class HttpClient:
             failure = error.with_traceback(None)  # aiohttp's frames and this one hold it: a cycle
         duration_ms = (time.perf_counter() - started) * 1000
         response = request.parser
-        status = response.status
+        status, body = response.status, bytes(response.body)
         try:
             if status is None:
                 return self._failed(failure, request, duration_ms)
@@ -150,7 +150,7 @@ class HttpClient:
                 status=status,
                 error=None if clean else self._error(response, failure),
                 headers={} if ok else _delivery_headers(response),
-                body=self._without_url(bytes(response.body)),
+                body=body if self._secret_url is None else self._secret_url.hide(body),
                 truncated=not response.whole,
                 duration_ms=duration_ms,
             )
@@ -251,10 +251,6 @@ class HttpClient:
         if self._proxy is not None:
             text = f"through the proxy {self._proxy.name}: {text}"
         return HttpResult(result=result, error=self._line(text), duration_ms=duration_ms)
-
-    def _without_url(self, text: bytes) -> bytes:
-        """Return a text without the secret parts of the destination's URL."""
-        return text if self._secret_url is None else self._secret_url.hide(text)
 
     def _line(self, text: str) -> str:
         """Return an error text as one line without the secret parts of the destination's URL."""
