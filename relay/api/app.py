@@ -117,12 +117,18 @@ class DaemonApi:
             destinations=sorted(self._context.dispatcher.lanes),
         )
 
-    @endpoint("POST", "/api/reload", "reload", "Reload config.toml, all of it or nothing.", returns=Reloaded)
+    @endpoint(
+        "POST",
+        "/api/reload",
+        "reload",
+        "Reload config.toml: apply the whole file or nothing.",
+        returns=Reloaded,
+    )
     async def _reload(self, _request: web.Request) -> Reloaded:
         return await self._context.reloads.reload()
 
     @endpoint(
-        "GET", "/api/config", "showConfig", "Show the effective configuration, defaults included.",
+        "GET", "/api/config", "showConfig", "Show the effective configuration, including defaults.",
         returns=ConfigView,
     )  # fmt: skip
     async def _config(self, _request: web.Request) -> ConfigView:

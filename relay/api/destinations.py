@@ -43,8 +43,8 @@ class PingView(msgspec.Struct):
     status: Annotated[int | None, about("null: no response.")]
     error: str | None
     verdict: Annotated[str, about("What this response would mean for a delivery.")]
-    hint: Annotated[str, about("What to do about it.")]
-    held: Annotated[str | None, about("Why no deliveries are sent; null: they are sent.")]
+    hint: Annotated[str, about("What to do next. May be empty.")]
+    held: Annotated[str | None, about("Why the destination is held; null if it is not held.")]
     signatures: int
     duration_ms: float
     timing_ms: TimingView

@@ -60,7 +60,7 @@ class ErrorDetailView(msgspec.Struct):
 
 
 class ErrorView(msgspec.Struct):
-    """Answer to a request that failed."""
+    """The response to a failed request."""
 
     error: ErrorDetailView
 

@@ -31,7 +31,7 @@ class MatchView(msgspec.Struct):
     reason: Literal["matched", "no_pattern", "taken_away", "where"]
     lines: Annotated[
         tuple[str, ...],
-        msgspec.Meta(description="The reason in words, with the value that a failed condition saw."),
+        msgspec.Meta(description="The reason in words; for a failed condition, with the event's value."),
     ]
     retries: Annotated[
         str | None,
@@ -175,7 +175,7 @@ class EventsApi:
         )
 
     @endpoint(
-        "GET", "/api/stats", "listStats", "Count events per hour, source and type, deleted ones included.",
+        "GET", "/api/stats", "listStats", "Count events per hour, source and type, including deleted events.",
         query=StatsQuery, returns=Page[StatView],
     )  # fmt: skip
     async def _stats(self, _request: web.Request, query: StatsQuery) -> dict[str, Any]:

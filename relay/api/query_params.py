@@ -131,7 +131,7 @@ DeliveryId = Annotated[str, _about("Id of the delivery; any unique prefix works.
 class EventsQuery(Filter, kw_only=True):
     """`GET /api/events`."""
 
-    id: Annotated[str, _about("Id of the row; any unique prefix works.", option=None)] | None = None
+    id: Annotated[str, _about("Id; any unique prefix works.", option=None)] | None = None
     limit: Limit = 50
     cursor: Cursor | None = None
 

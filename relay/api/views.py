@@ -106,7 +106,7 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
     """Whether a destination is held."""
 
     name: str
-    held: Annotated[str | None, about("Why no deliveries are sent; null: they are sent.")]
+    held: Annotated[str | None, about("Why the destination is held; null if it is not held.")]
     in_flight: int
 
 

@@ -83,7 +83,7 @@ class WorkerView(msgspec.Struct):
 
 
 class WorkerShown(WorkerView):
-    """A worker with its latest measurements and commands."""
+    """A worker with its latest gauges and commands."""
 
     metrics: tuple[MeasurementView, ...]
     commands: tuple[CommandView, ...]
@@ -161,7 +161,7 @@ class WorkersApi:
         return {"items": [_worker(worker) for worker in page], "next_cursor": more}
 
     @endpoint(
-        "GET", _WORKER, "showWorker", "Show a worker with its sessions, measurements and commands.",
+        "GET", _WORKER, "showWorker", "Show a worker with its sessions, gauges and commands.",
         returns=WorkerShown,
     )  # fmt: skip
     async def _show(self, request: web.Request) -> dict[str, Any]:
@@ -204,7 +204,8 @@ class WorkersApi:
         return {"items": [_command(row) for row in rows], "next_cursor": None}
 
     @endpoint(
-        "POST", f"{_WORKER}/commands", "queueCommand", "Send a command in the reply to the next heartbeat.",
+        "POST", f"{_WORKER}/commands", "queueCommand",
+        "Send a worker a command in the response to its next heartbeat.",
         body=CommandBody, returns=QueuedView, status=201,
     )  # fmt: skip
     async def _queue(self, request: web.Request, body: CommandBody) -> QueuedView:

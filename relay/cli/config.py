@@ -39,9 +39,9 @@ def check(
 
     Example: relay check-config /etc/relay/config.toml
 
-    Checks FILE, by default the configuration that `relay serve` uses, with its plugins and secrets. For
-    the configuration of the installed service, environment files and credentials come from its unit, and
-    root checks files as the service's user. Warnings do not change the exit code.
+    Checks FILE, by default the configuration that `relay serve` uses, with its plugins and secrets. If the
+    installed service uses this configuration, environment files and credentials come from its unit; run
+    by root, the command checks files as the service's user. Warnings do not change the exit code.
     """
     if file is not None and config is not None:
         raise click.UsageError("give either FILE or -c, not both")
@@ -90,7 +90,7 @@ def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool) -> 
 
     Example: relay config show -c /etc/relay/config.toml
 
-    Secrets print as <secret>; they need not be readable. Paths are the resolved ones.
+    Secrets appear as <secret>, so the command works even if you may not read them. Paths are absolute.
     """
     setup, _ = load_without_secrets(find_config(config), env_files)
     tables = effective(setup.config)

@@ -63,8 +63,8 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
 
     Example: relay db backup /var/backups/relay.db
 
-    With FILE, this command writes the copy and needs no daemon. Without FILE, the daemon writes it to
-    `[backup] dir`, where it keeps the latest copies.
+    With FILE, this command itself writes the copy and needs no daemon. Without FILE, the daemon writes the
+    copy to `[backup] dir` and keeps the latest `[backup] keep` copies there.
     """
     if file is None:
         if force:

@@ -43,7 +43,7 @@ def destinations() -> None:
 @quiet_option
 @endpoint("GET destinations", offline=True)
 def list_(answer: Any, *, quiet: bool) -> None:
-    """List destinations with their delivery counts; `held` says why a destination gets nothing.
+    """List destinations with their delivery counts; `held` says why a destination gets no deliveries.
 
     Example: relay destinations list
     """
@@ -75,10 +75,10 @@ def test(answer: Any, *, name: str) -> None:
 
     Example: relay destinations test crm
 
-    The request has the type relay.ping and passes through every step of a delivery: address guard, TLS,
-    proxy, format, signatures. The relay sends it even while deliveries are held. It creates no event,
-    spends no attempt and does not change the destination's state. The exit code is 1 unless the response
-    is a 2xx.
+    The request has the type relay.ping and passes through every step of a delivery: address check, TLS,
+    proxy, format and signatures. The relay sends it even while deliveries are held. The ping creates no
+    event, does not count as an attempt and does not change the destination's state. The exit code is 1
+    unless the response is a 2xx.
     """
     _ = name
     timing = answer["timing_ms"]
@@ -100,7 +100,7 @@ def test(answer: Any, *, name: str) -> None:
 @destinations.command()
 @endpoint("POST destinations/{name}/pause")
 def pause(answer: Any, *, name: str) -> None:
-    """Hold a destination's deliveries until it is resumed.
+    """Pause a destination: hold its deliveries until you resume it.
 
     Example: relay destinations pause crm
     """
@@ -110,7 +110,7 @@ def pause(answer: Any, *, name: str) -> None:
 @destinations.command()
 @endpoint("POST destinations/{name}/resume")
 def resume(answer: Any, *, name: str) -> None:
-    """Deliver to a paused destination again.
+    """Resume deliveries to a paused destination.
 
     Example: relay destinations resume crm
     """
@@ -131,7 +131,7 @@ def disable(answer: Any, *, name: str) -> None:
 @destinations.command()
 @endpoint("POST destinations/{name}/enable")
 def enable(answer: Any, *, name: str) -> None:
-    """Deliver to a disabled destination again, also after a 410.
+    """Enable a disabled destination, also after a 410; its held deliveries go out.
 
     Example: relay destinations enable crm
     """
@@ -140,7 +140,7 @@ def enable(answer: Any, *, name: str) -> None:
 
 
 def _print_state(answer: Any, name: str) -> None:
-    click.echo(f"{name}: {answer['held'] or 'open'}")
+    click.echo(f"{name}: {answer['held'] or 'delivering'}")
 
 
 def _print_advice(name: str, held: str | None) -> None:

@@ -100,7 +100,7 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 @events.command()
 @click.argument("ids", metavar="[EVENT]...", nargs=-1)
 @filter_options("selection")
-@click.option("--to", help='Destination; "*" selects destinations by the current routes.')
+@click.option("--to", help='Destination, or "*" for every destination that matches the event now.')
 @rate_option
 @dry_run_option
 @yes_option
@@ -174,7 +174,7 @@ def export(
 
 @events.command("import")
 @click.argument("file", type=click.File("rb"))
-@click.option("--deliver", is_flag=True, help="Create deliveries of new events by the current routes.")
+@click.option("--deliver", is_flag=True, help="Deliver new events to the destinations that match them.")
 @json_option
 @daemon_options
 def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> None:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @click.option(
     "--source", help="Explain a request to this source instead of a stored event; no daemon needed."
 )
-@click.option("--data", help="With --source: body, @FILE or - for standard input.  [default: a sample]")
+@click.option(
+    "--data",
+    help="With --source: read the body from @FILE, or from standard input with -.  [default: a sample]",
+)
 @click.option(
     "--type", "type_", help="With --source: base the request on this sample of `relay send SOURCE --list`."
 )
@@ -50,10 +53,10 @@ def explain(
 
     Example: relay explain --source adorn --data @body.json
 
-    If an event does not go to a destination, the output has the condition that failed and the value. If it
-    does, the output has the responses that are retried. EVENT is the id of a stored event (any unique
-    prefix works); the daemon evaluates its current routes. With --source, this command evaluates
-    config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
+    For a destination that the event does not match, the output has the condition that failed and the event's
+    value; for one that it matches, which responses are retried. EVENT is the id of a stored event (any
+    unique prefix works); the daemon evaluates its running configuration. With --source, this command
+    evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
     """
     if (event is None) == (source is None):
         raise click.UsageError("give either the id of a stored EVENT or --source")

@@ -34,7 +34,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 @json_option
 @daemon_options
 def run(daemon: Daemon, name: str, *, as_json: bool) -> None:
-    """Run a job now and wait for its end.
+    """Run a job now and wait until it finishes.
 
     Example: relay jobs run retention
 

@@ -38,8 +38,8 @@ def listen(port: int, *, secrets: tuple[str, ...], scheme: str, status: int, as_
 
     Example: relay listen 9000 --secret whsec_…
 
-    Runs until Ctrl-C. An invalid signature gets a 401. PORT 0 selects a free port. `relay verify` reads
-    the output of --json.
+    Runs until Ctrl-C. PORT defaults to 9000; 0 selects a free port. A request with an invalid signature
+    gets a 401. `relay verify` reads the output of --json.
     """
     printing = threading.Lock()
 

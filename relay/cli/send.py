@@ -33,7 +33,7 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 @click.command()
 @click.argument("source")
 @click.argument("type_", metavar="[TYPE]", required=False)
-@click.option("--data", help="Send this body instead: @FILE, or - for standard input.")
+@click.option("--data", help="Send the body in @FILE instead, or standard input with -.")
 @click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")
 @click.option(
     "--to", help='URL of the listener, such as "http://127.0.0.1:8080".  [default: `[server] listen`]'

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 @config_option
 @click.option("--demo", is_flag=True, help="Run a demo with temporary state and a local receiver.")
 @click.option(
-    "--exit", "leave", is_flag=True, help="With --demo: exit after the samples, with 1 if one did not arrive."
+    "--exit",
+    "leave",
+    is_flag=True,
+    help="With --demo: exit after the samples; the exit code is 1 if a delivery is missing.",
 )
 @click.option(
     "--force",

@@ -55,7 +55,7 @@ def _flattened(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any
 @sources.command()
 @endpoint("POST sources/{name}/pause")
 def pause(answer: Any, *, name: str) -> None:
-    """Answer a source's senders with 503 and Retry-After, so that they retry later.
+    """Pause a source: answer its senders with 503 and Retry-After.
 
     Example: relay sources pause adorn
     """
@@ -65,7 +65,7 @@ def pause(answer: Any, *, name: str) -> None:
 @sources.command()
 @endpoint("POST sources/{name}/resume")
 def resume(answer: Any, *, name: str) -> None:
-    """Accept a paused source's events again.
+    """Resume a paused source: accept its events again.
 
     Example: relay sources resume adorn
     """
@@ -73,4 +73,4 @@ def resume(answer: Any, *, name: str) -> None:
 
 
 def _print_state(answer: Any, name: str) -> None:
-    click.echo(f"{name}: {'paused' if answer['paused'] else 'open'}")
+    click.echo(f"{name}: {'paused' if answer['paused'] else 'accepting events'}")

@@ -24,7 +24,7 @@ def stats(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
     Example: relay stats --source adorn --since 7d
 
-    The counts include deleted events. The latest hour comes first. The hour that contains --since counts
-    in full. -q prints only the types.
+    The counts include deleted events. The latest hour comes first. The hour that contains --since
+    is counted in full. -q prints only the types.
     """
     print_page(daemon.get("stats", **query), COLUMNS, as_json=as_json, quiet=quiet, key="type")

@@ -48,8 +48,8 @@ def tail(
 
     Example: relay tail --source adorn --failed
 
-    Runs until Ctrl-C and reconnects after a restart of the daemon; stderr then has the number of missed
-    events. A pipe gets tab-separated lines; --json prints one object per line.
+    Runs until Ctrl-C. After a restart of the daemon, it reconnects and prints the number of missed events
+    on stderr. In a pipe, the output is tab-separated lines; --json prints one object per line.
     """
     only_attempts = failed or filters["destination"] is not None
     gap = Gap(daemon, source=filters["source"], pattern=filters["type"], events=not only_attempts)

@@ -31,7 +31,7 @@ from relay.diagnosis.captured import Captured, Finding, Report, read_captured
 @click.option(
     "--request", "request_", required=True, metavar="FILE", help="Captured request; - for standard input."
 )
-@click.option("--data", help="Body in a separate file: @FILE, or - for standard input.")
+@click.option("--data", help="Read the body from @FILE, or from standard input with -.")
 @click.option(
     "--at", help='With --destination: time of receipt, an age such as "2h" or RFC 3339.  [default: now]'
 )
@@ -157,12 +157,12 @@ def _print(captured: Captured, report: Report) -> None:
         click.echo(_line(finding))
     if report.fits is not None:
         which = f", signature {report.signature}" if report.signature else ""
-        click.echo(f"{'verifies' if report.ok else 'fits'}: {report.fits}{which}")
+        click.echo(f"{'valid' if report.ok else 'matches'}: {report.fits}{which}")
     elif report.ok:
-        click.echo("verifies: the source needs no token")
+        click.echo("valid: the source needs no token")
     if report.type is not None:
-        about = f" about {report.subject}" if report.subject else ""
-        click.echo(f"would be: {report.type}{about}")
+        about = f", subject {report.subject}" if report.subject else ""
+        click.echo(f"event: {report.type}{about}")
 
 
 def _line(finding: Finding) -> str:

@@ -121,7 +121,7 @@ def explain(config: DestinationConfig, response: HttpResult, verdict: Verdict) -
     if verdict.pause:
         wait = render_duration(verdict.pause)
         return (
-            f"would be retried; the whole destination would rest for {wait}",
+            f"would be retried; the whole destination would pause for {wait}",
             "the response has a `Retry-After` header",
         )
     return "would be retried by the schedule", _hint_for_retry(config, response)
@@ -141,17 +141,17 @@ def _hint_for_retry(config: DestinationConfig, response: HttpResult) -> str:
     """Return where to look for the cause of a failure that would be retried."""
     if response.status in (401, 403):
         return (
-            "does the receiver know one of the destination's `secrets`? Check a captured request with"
-            f" `relay verify --destination {config.name} --request FILE`"
+            "check that the receiver knows one of the destination's `secrets`; diagnose a captured request"
+            f" with `relay verify --destination {config.name} --request FILE`"
         )
     if response.status in (404, 405):
-        return f"does its `url` point to the webhook endpoint, and does that accept {config.method}?"
+        return f"check that `url` is the webhook endpoint, and that it accepts {config.method}"
     return {
         "3xx": "redirects are never followed: set `url` to their target",
         "dns": "correct the name in `url`, or fix DNS on this machine",
-        "connect": "does the receiver listen there, and does a firewall let this machine connect?",
-        "timeout": "is the receiver up, and does it respond before it does its work? Else raise `timeout`",
-        "tls": "a private CA needs `ca_file`; does the certificate have the name in `url`?",
-        "protocol": "does its `url` point to an HTTP server, and is the scheme right?",
+        "connect": "check that the receiver listens on this address, and that no firewall blocks it",
+        "timeout": "check that the receiver is up and responds before it does its work, or raise `timeout`",
+        "tls": "check that the certificate has the name in `url`; for a private CA, set `ca_file`",
+        "protocol": "check that `url` points to an HTTP server and has the right scheme",
         "format": f"fix the plugin that provides the format {config.format}; the log has the traceback",
     }.get(response.result, "look for the cause in the receiver's log")

@@ -177,7 +177,7 @@ def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
         assert post(url, body, signed) == 204
         (tmp_path / "captured.json").write_text(until_closed(out))
     args = ("--destination", "crm", "--request", tmp_path / "captured.json", "-c", config)
-    assert run("verify", *args).out == "verifies: destinations.crm.secrets[0]\n"
+    assert run("verify", *args).out == "valid: destinations.crm.secrets[0]\n"
 
 
 def test_an_invalid_secret_and_a_port_in_use_are_errors():

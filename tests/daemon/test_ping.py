@@ -147,7 +147,7 @@ async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
         said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json", code=1)).json
     assert said["timing_ms"]["dns"] is not None
     assert [said["timing_ms"][step] for step in ("connect", "tls", "first_byte")] == [None] * 3
-    assert said["hint"] == "does the receiver listen there, and does a firewall let this machine connect?"
+    assert said["hint"] == "check that the receiver listens on this address, and that no firewall blocks it"
 
 
 async def test_one_at_a_time(crm):
@@ -204,9 +204,9 @@ async def test_an_unknown_one_is_404(crm):
     [
         ({"result": "3xx", "status": 301}, {}, "retried by the schedule", "are never followed"),
         ({"result": "4xx", "status": 401}, {}, "retried", "relay verify --destination crm --request"),
-        ({"result": "4xx", "status": 404}, {}, "retried", "does that accept POST?"),
+        ({"result": "4xx", "status": 404}, {}, "retried", "that it accepts POST"),
         ({"result": "4xx", "status": 418}, {}, "retried", "look for the cause in the receiver's log"),
-        ({"result": "5xx", "status": 503}, {"pause": 60.0}, "destination would rest for 1m", "Retry-After"),
+        ({"result": "5xx", "status": 503}, {"pause": 60.0}, "destination would pause for 1m", "Retry-After"),
         ({"result": "4xx", "status": 400}, {"kind": "abort"},
          "`webhook-delivery: abort-message`", "the receiver's log"),
         ({"result": "4xx", "status": 400}, {"kind": "abort", "reason": "final_status"},
@@ -216,7 +216,7 @@ async def test_an_unknown_one_is_404(crm):
         ({"result": "dns"}, {}, "retried", "DNS"),
         ({"result": "timeout"}, {}, "retried", "raise `timeout`"),
         ({"result": "tls"}, {}, "retried", "`ca_file`"),
-        ({"result": "protocol"}, {}, "retried", "is the scheme right"),
+        ({"result": "protocol"}, {}, "retried", "has the right scheme"),
         ({"result": "format"}, {}, "retried", "the format standard"),
         ({"result": "blocked", "error": "not dialled: 0.0.0.0 is a unspecified addres"}, {"kind": "hold"},
          "nothing was sent", "correct its `url`"),

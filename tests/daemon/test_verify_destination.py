@@ -104,7 +104,7 @@ def test_the_report_names_the_matching_secret_and_signature(config):
         "verify", "--destination", "crm", "--request", config.parent / "captured.http", "-c", config,
         "--at", "2023-11-14T22:13:21Z",
     )  # fmt: skip
-    assert plain.out == "verifies: destinations.crm.secrets[1], signature 2\n"
+    assert plain.out == "valid: destinations.crm.secrets[1], signature 2\n"
 
 
 def test_ed25519_signatures_verify(config):

@@ -78,7 +78,7 @@ def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
 
 def test_a_valid_request_has_its_token_and_event_type(config):
     said = verify(config, request(f"Authorization: Bearer {TOKEN}"), code=0)
-    assert said.out == "verifies: sources.moddy.tokens[0]\nwould be: moddy.member_joined about 42\n"
+    assert said.out == "valid: sources.moddy.tokens[0]\nevent: moddy.member_joined, subject 42\n"
     said = verify(config, request("authorization:bearer   second-token "), "--json", code=0).json
     assert said == {
         "source": "moddy", "destination": None, "ok": True, "request": "POST /internal/event/notify",
@@ -90,9 +90,7 @@ def test_a_valid_request_has_its_token_and_event_type(config):
 def test_a_source_without_tokens_needs_no_token(tmp_path):
     config = write_config(tmp_path, SOURCES)
     text = request(path="/v1/events", body='{"event_type": "a.b", "session_id": "s"}')
-    assert verify(config, text, source="adorn", code=0).out.startswith(
-        "verifies: the source needs no token\n"
-    )
+    assert verify(config, text, source="adorn", code=0).out.startswith("valid: the source needs no token\n")
 
 
 B64 = base64.b64encode(TOKEN.encode()).decode()
@@ -383,4 +381,4 @@ def test_on_a_terminal_a_finding_is_a_sentence_and_below_it_what_to_do(config, t
     assert done.returncode == 1
     assert first == "headers: header Authorization: missing"
     assert second.startswith("  have the sender send `Authorization: Bearer TOKEN`")
-    assert third == "would be: moddy.member_joined about 42"
+    assert third == "event: moddy.member_joined, subject 42"

@@ -266,7 +266,7 @@ def test_verify_needs_the_secrets_of_whose_request_it_is_alone(machine):
     destination = ("verify", "--destination", "crm", "--request", sent, "-c", machine.config)
     assert run(*destination, code=1).err.count("is not set") == 1
     machine.write("environment", f"MODDY=t\nCRM={WHSEC}\n")
-    assert "verifies: sources.moddy.tokens[0]" in run(*source).out
+    assert "valid: sources.moddy.tokens[0]" in run(*source).out
     assert "webhook-signature" in run(*destination, code=1).out
 
 

@@ -200,7 +200,7 @@ async def test_deliveries_are_found_by_shortened_ids(store, clock):
 @pytest.mark.parametrize(
     ("given", "error", "why"),
     [
-        ("evt_00000000", UnknownError, "no event 'evt_00000000'"),
+        ("evt_00000000", UnknownError, "unknown event 'evt_00000000'"),
         ("dlv_00000000", RelayError, "is not a valid event id"),
         ("", RelayError, "is not a valid event id"),
         ("evt_", RelayError, "is not a valid event id"),

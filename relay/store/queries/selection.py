@@ -152,7 +152,8 @@ async def _by_id(
         start = prefix + short
         rows = list(await reader.execute_fetchall(sql, (start, start + "~")))
         if not rows:
-            raise UnknownError(f"no {noun} {given!r}", hint="the list of them shows what there is")
+            plural = "events" if noun == "event" else "deliveries"
+            raise UnknownError(f"unknown {noun} {given!r}", hint=f"`relay {plural} list` lists {plural}")
         if len(rows) > 1:
             matches = ", ".join(public_id for public_id, *_ in rows)
             raise RelayError(
