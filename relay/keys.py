@@ -10,6 +10,8 @@ Ed25519 needs the library `cryptography`, which is imported with the first such 
 """
 
 import binascii
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.config.secrets import Secret
@@ -21,7 +23,7 @@ SHARED, PRIVATE, PUBLIC = "whsec_", "whsk_", "whpk_"
 
 _SHARED_BYTES = range(24, 65)  # the specification's bounds
 _BYTES = 32  # of an ed25519 key, either one (RFC 8032 §5.1.5)
-_MISSING = 'ed25519 keys need the library cryptography: pip install "hookferry[ed25519]"'
+_MISSING = 'this kind of key needs the library cryptography: pip install "hookferry[ed25519]"'
 
 
 def is_asymmetric(secret: Secret) -> bool:
@@ -93,6 +95,64 @@ def has_signed(key: "Ed25519PublicKey", signature: bytes, text: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def ed25519_verifier(text: str) -> Callable[[bytes, bytes], bool]:
+    """Return a function of signature and signed bytes that says whether they fit a public key.
+
+    Args:
+        text: the 32 bytes of the key (RFC 8032) as hex or base64, or a `whpk_…`.
+
+    Raises:
+        ValueError: it is not such a key, or `cryptography` is missing; the message does not contain it.
+    """
+    text = text.strip()
+    is_hex = len(text) == 2 * _BYTES and not text.startswith(PUBLIC)
+    try:
+        raw = bytes.fromhex(text) if is_hex else _decoded(Secret(text), PUBLIC)
+    except ValueError:
+        raw = b""
+    if len(raw) != _BYTES:
+        raise ValueError("expected an ed25519 public key: 32 bytes as hex or base64")
+    key = public_key(Secret(PUBLIC + binascii.b2a_base64(raw, newline=False).decode()))
+    return partial(has_signed, key)
+
+
+def ecdsa_verifier(text: str) -> Callable[[bytes, bytes], bool]:
+    """Return a function of signature and signed bytes that says whether they fit a public key.
+
+    Signatures are DER (RFC 3279, 2.2.3) over SHA-256.
+
+    Args:
+        text: a P-256 key: base64 of a DER SubjectPublicKeyInfo (RFC 5480), or PEM.
+
+    Raises:
+        ValueError: it is not such a key, or `cryptography` is missing; the message does not contain it.
+    """
+    try:
+        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415 - an extra
+        from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415 - an extra
+        from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise ValueError(_MISSING) from None
+    encoded = "".join(line for line in text.splitlines() if not line.startswith("-----"))
+    try:
+        key = serialization.load_der_public_key(_decoded(Secret(encoded.strip()), ""))
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    public = key if isinstance(key, ec.EllipticCurvePublicKey) else None
+    if public is None or not isinstance(public.curve, ec.SECP256R1):
+        raise ValueError("expected an ECDSA public key on P-256: base64 of DER, or PEM")
+    algorithm = ec.ECDSA(hashes.SHA256())
+
+    def fits(signature: bytes, message: bytes) -> bool:
+        try:
+            public.verify(signature, message, algorithm)
+        except InvalidSignature:
+            return False
+        return True
+
+    return fits
 
 
 def _decoded(secret: Secret, prefix: str) -> bytes:

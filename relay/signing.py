@@ -229,6 +229,13 @@ def encoded(signature: bytes, encoding: str) -> str:
     return binascii.b2a_base64(signature, newline=False).decode()
 
 
+def sign_standard_webhooks(
+    secrets: Sequence[Secret], webhook_id: str, timestamp: int, body: bytes
+) -> dict[str, str]:
+    """Return the headers that sign a request with each secret (seconds since 1970); raises as `Signer`."""
+    return Signer(tuple(secrets)).headers(webhook_id, timestamp, body)
+
+
 def verify(
     secrets: tuple[Secret, ...],
     headers: Mapping[str, str],

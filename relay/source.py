@@ -1,17 +1,26 @@
 """The contract of a source: a frozen record of settings with methods that are pure functions of a request."""
 
+import hmac
 import unicodedata
+from binascii import a2b_base64, a2b_hex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlencode
 
 import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from relay import __version__
+from relay.base.clock import instant, rfc3339
+from relay.base.forms import MULTIPART, multipart_fields, urlencoded_fields
+from relay.base.json_path import parse_path
 from relay.base.json_text import check as check_json
-from relay.base.json_text import decode, salvage
+from relay.base.json_text import decode as decode_json
 from relay.base.json_text import read as read_json
+from relay.base.json_text import salvage
+from relay.base.template import Placeholder, text_of
+from relay.base.template import parse as parse_template
 from relay.base.units import Duration, Rate, Size
 from relay.config.problems import SettingError
 from relay.config.secrets import Credential, Secret, Secrets, holds_secret
@@ -32,6 +41,7 @@ from relay.errors import (
     Unauthenticated,
     Unavailable,
 )
+from relay.keys import ecdsa_verifier, ed25519_verifier
 from relay.model import (
     EMPTY,
     Heartbeat,
@@ -43,14 +53,18 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
+from relay.signing import SignatureError, sign_standard_webhooks
+from relay.signing import verify as verify_standard_webhooks
 
 __all__ = [
-    "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event", "Forbidden",
-    "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed", "NotFound",
-    "Overloaded", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Secret",
-    "Secrets", "Session", "SessionSeen", "SettingError", "Size", "Source", "TooLarge", "Unauthenticated",
-    "Unavailable", "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id",
-    "check_length", "check_type", "read_json", "route",
+    "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event",
+    "Forbidden", "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed",
+    "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal",
+    "Register", "Reply", "Secret", "Secrets", "Session", "SessionSeen", "SettingError", "SignatureError",
+    "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable", "Unregister", "WorkerChange",
+    "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_length", "check_type",
+    "decode_json", "ecdsa_verifier", "ed25519_verifier", "instant", "parse_path", "parse_template",
+    "read_json", "rfc3339", "route", "sign_standard_webhooks", "text_of", "verify_standard_webhooks",
 ]  # fmt: skip
 
 
@@ -60,6 +74,9 @@ VERSION = __version__
 
 T = TypeVar("T")
 _decoders: dict[type, msgspec.json.Decoder[object]] = {}
+
+MOST_FIELDS = 1000
+"""Fields of a form or a query."""
 
 LARGE = 4096
 """Bytes; the parts of a larger body are remembered, because parsing them again would take long."""
@@ -83,8 +100,10 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     params: Mapping[str, str] = {}  # values of the route's placeholders, percent-decoded
     query: str = ""  # raw query string; never logged
     parts: tuple[msgspec.Raw, ...] = ()  # fields of a large decoded body that are known to be valid JSON
+    label: str = ""  # of a sample, for `relay send NAME --list`; without it, its event's type
     target: str = ""  # path and query as sent, with the source's prefix; "" of a sample
     received_at: int = 0  # when the body had arrived, before that the head; microseconds UTC
+    compressed: bytes | None = None  # the body as received, if it was compressed
     find_remote: Callable[[], str] = _unknown  # behind `remote`, because finding it costs CPU
 
     @classmethod
@@ -110,6 +129,11 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """The sender's address, as trusted proxies report it; `"unknown"` for unix sockets and samples."""
         return self.find_remote()
 
+    @property
+    def received(self) -> bytes:
+        """The body as received, which signatures cover; `body` is its content if it was compressed."""
+        return self.body if self.compressed is None else self.compressed
+
     def header(self, name: str) -> str:
         """Return a header's trimmed value; `""` if it is absent or contains surrogates."""
         value = self.headers.get(name, "").strip()
@@ -132,11 +156,11 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             try:
                 value = decoder.decode(self.body)
             except msgspec.DecodeError:
-                value = decode(decoder, self.body)
+                value = decode_json(decoder, self.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if loose:
                 with suppress(ValueError, RecursionError):
-                    return decode(decoder, salvage(self.body))  # type: ignore[return-value]
+                    return decode_json(decoder, salvage(self.body))  # type: ignore[return-value]
             if isinstance(error, msgspec.ValidationError):
                 field, issue = _field_and_issue(str(error))
                 raise Invalid(field=field, issue=issue) from None
@@ -146,6 +170,132 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             parts = tuple([field for field in fields if isinstance(field, msgspec.Raw)])
             msgspec.structs.force_setattr(self, "parts", parts)  # a cache: it changes no result
         return value  # type: ignore[return-value]
+
+    def query_fields(self, limit: int = MOST_FIELDS) -> list[tuple[str, str]]:
+        """Return names and values of the query, decoded, in their order.
+
+        Raises:
+            Invalid: it is not percent-encoded UTF-8, or has more than `limit` fields.
+        """
+        try:
+            return urlencoded_fields(self.query, limit)
+        except ValueError as error:
+            raise Invalid(field="query", issue=_issue(error)) from None
+
+    def form_fields(self, limit: int = MOST_FIELDS) -> list[tuple[str, str]]:
+        """Return names and values of a form in the body, decoded, in their order; without files.
+
+        The body is a multipart form if its content type says so, else URL-encoded.
+
+        Raises:
+            Malformed: it is not such a form, a value is not UTF-8, or there are more than `limit` fields.
+        """
+        content_type = self.header("Content-Type")
+        try:
+            if content_type.partition(";")[0].strip().lower() == MULTIPART:
+                return multipart_fields(self.body, content_type, limit)
+            return urlencoded_fields(self.body.decode(), limit)
+        except ValueError as error:
+            raise Malformed(f"The body is not a valid form: {_issue(error)}") from None
+
+    def with_headers(self, headers: Mapping[str, str]) -> "Incoming":
+        """Return the request with these headers set, for `sign`."""
+        changed = CIMultiDict(self.headers)
+        changed.update(headers)
+        return msgspec.structs.replace(self, headers=CIMultiDictProxy(changed))
+
+    def with_query(self, name: str, value: str) -> "Incoming":
+        """Return the request with one more query parameter, for `sign`."""
+        query = f"{self.query}&{urlencode({name: value})}".removeprefix("&")
+        target = f"{self.target.partition('?')[0]}?{query}"
+        return msgspec.structs.replace(self, query=query, target=target)
+
+    def hmac(
+        self,
+        secrets: Sequence[Secret],
+        header: str,
+        *,
+        algorithm: Literal["sha256", "sha1", "sha512"] = "sha256",
+        encoding: Literal["hex", "base64"] = "hex",
+        prefix: str = "",
+        signed: bytes | None = None,
+    ) -> None:
+        """Check an HMAC in a header, in constant time per secret; any of the secrets may fit.
+
+        Args:
+            secrets: their UTF-8 text is the key.
+            header: name of the header.
+            algorithm: hash function.
+            encoding: form of the HMAC in the header.
+            prefix: text before it, such as `sha256=`.
+            signed: the signed bytes; the body as received without it.
+
+        Raises:
+            Unauthenticated: the header is missing (`missing`) or in the wrong form (`scheme`), or no secret
+                fits (`unknown`).
+        """
+        values = self.headers.getall(header, [])
+        if not values:
+            raise Unauthenticated(f"Missing signature (header {header})", problem="missing")
+        text, digest = values[0].strip(), b""
+        if len(values) == 1 and text.startswith(prefix):
+            with suppress(ValueError):
+                given = text.removeprefix(prefix).encode("ascii")
+                digest = a2b_hex(given) if encoding == "hex" else a2b_base64(given, strict_mode=True)
+        if not digest:
+            raise Unauthenticated(f"The header {header} has the wrong form", problem="scheme")
+        message, fits = self.received if signed is None else signed, False
+        for secret in secrets:
+            fits |= hmac.compare_digest(hmac.digest(secret.reveal().encode(), message, algorithm), digest)
+        if not fits:
+            raise Unauthenticated("The signature does not fit")
+
+    def basic(self, passwords: Secrets, user: str) -> Credential:
+        """Return the credential of the request's basic authentication (RFC 7617).
+
+        Raises:
+            Unauthenticated: as `bearer`.
+        """
+        values = self.headers.getall("Authorization", [])
+        if not values:
+            raise Unauthenticated(problem="missing")
+        scheme, _, given = values[0].strip().partition(" ")
+        if len(values) > 1 or scheme.lower() != "basic":
+            raise Unauthenticated(problem="scheme")
+        try:
+            name, _, password = a2b_base64(given.strip().encode("ascii"), strict_mode=True).partition(b":")
+        except ValueError:
+            raise Unauthenticated("The credentials are not base64", problem="scheme") from None
+        credential = passwords.find(password)
+        if not hmac.compare_digest(name, user.encode()) or credential is None:
+            raise Unauthenticated("Wrong user name or password")
+        return credential
+
+    def api_key(self, keys: Secrets, header: str) -> Credential:
+        """Return the credential of a key in a header.
+
+        Raises:
+            Unauthenticated: as `bearer`.
+        """
+        values = self.headers.getall(header, [])
+        if not values:
+            raise Unauthenticated(f"Missing key (header {header})", problem="missing")
+        if len(values) > 1:
+            raise Unauthenticated(f"The header {header} was sent twice", problem="scheme")
+        credential = keys.find(values[0].strip().encode("utf-8", "surrogateescape"))
+        if credential is None:
+            raise Unauthenticated("Unknown key")
+        return credential
+
+    def check_time(self, sent: float, tolerance: float = 300.0) -> None:
+        """Check that a signed time (seconds since 1970) is at most `tolerance` seconds away.
+
+        Raises:
+            Unauthenticated: it is not.
+        """
+        late = self.received_at / 1_000_000 - sent
+        if not abs(late) <= tolerance:
+            raise Unauthenticated(f"The signature is too {'old' if late > 0 else 'far in the future'}")
 
     def bearer(self, tokens: Secrets) -> Credential:
         """Return the credential of the request's bearer token.
@@ -166,6 +316,10 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         if credential is None:
             raise Unauthenticated(problem="unknown")
         return credential
+
+
+def _issue(error: ValueError) -> str:
+    return "expected UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _storable(value: str) -> bool:
@@ -366,6 +520,13 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def samples(self) -> tuple[Incoming, ...]:
         """Return documented requests without credentials; `--demo` and `relay send` send them."""
         return ()
+
+    def sign(self, incoming: Incoming) -> Incoming:
+        """Return a sample with credentials, for `relay send`; `target` and `received_at` are set.
+
+        `relay send` adds a bearer token by itself if the source has the setting `tokens`.
+        """
+        return incoming
 
 
 def as_value(raw: msgspec.Raw) -> msgspec.Raw:

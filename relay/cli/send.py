@@ -1,6 +1,7 @@
 """`relay send`: a source's documented request, sent to the public listener."""
 
 import http.client
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from http import HTTPStatus
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import msgspec
 
 from relay.base.units import render_duration
 from relay.cli.config import demand, load_without_secrets, source_named
@@ -70,15 +72,19 @@ def send(
         print_page({"items": items, "next_cursor": None}, COLUMNS, as_json=as_json, quiet=False)
         return
     sample = choose(samples, source, type_)
-    headers = dict(sample.headers)
     demand(loaded, given, f"sources.{source}")
+    query = f"?{sample.query}" if sample.query else ""
+    request = msgspec.structs.replace(
+        sample,
+        body=sample.body if data is None else read_data(data),
+        target=configured.prefix + sample.path + query,
+        received_at=time.time_ns() // 1000,
+    )
     if (token := _token(path, configured, given)) is not None:
-        headers["Authorization"] = f"Bearer {token.reveal()}"
-    body = sample.body if data is None else read_data(data)
+        request = request.with_headers({"Authorization": f"Bearer {token.reveal()}"})
+    request = configured.settings.sign(request)
     url = to or _listener(setup.server.listen)
-    target = configured.prefix + sample.path
-    service = None if to else service_of(path)
-    _exchange(url, target, sample.method, headers, body, as_json=as_json, service=service)
+    _exchange(url, request, as_json=as_json, service=None if to else service_of(path))
     if sample in (samples.get("register"), samples.get("heartbeat")) and "unregister" in samples:
         silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
         click.echo(f"the sample worker is reported {silence}", err=True)
@@ -86,8 +92,8 @@ def send(
 
 
 def samples_of(source: SourceConfig) -> dict[str, Incoming]:
-    """Return the documented requests of a source by event type; their paths are below its prefix."""
-    return {_type_of(source, sample): sample for sample in source.settings.samples()}
+    """Return the documented requests of a source by label or event type; their paths are below its prefix."""
+    return {sample.label or _type_of(source, sample): sample for sample in source.settings.samples()}
 
 
 def choose(samples: Mapping[str, Incoming], source: str, type_: str | None) -> Incoming:
@@ -120,8 +126,8 @@ def _type_of(source: SourceConfig, sample: Incoming) -> str:
         if method == sample.method and fits(template, sample.path):
             accepted = getattr(source.settings, handler)(sample)
             if isinstance(accepted, Accepted):
-                if accepted.event is not None:
-                    return accepted.event.type
+                if (event := accepted.event or next(iter(accepted.events), None)) is not None:
+                    return event.type
                 if accepted.worker is not None:
                     return accepted.worker.__class__.__name__.lower()
     return f"{sample.method} {sample.path}"
@@ -143,10 +149,7 @@ def _listener(listen: str) -> str:
 
 def _exchange(
     url: str,
-    path: str,
-    method: str,
-    headers: dict[str, str],
-    body: bytes,
+    request: Incoming,
     *,
     as_json: bool,
     service: Service | None,
@@ -155,7 +158,7 @@ def _exchange(
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
         with closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT)) as connection:
-            connection.request(method, path, body, headers)
+            connection.request(request.method, request.target, request.body, dict(request.headers))
             response = connection.getresponse()
             status, text = response.status, response.read().decode("utf-8", "replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -164,4 +167,4 @@ def _exchange(
         raise CommandError(f"cannot connect to {url}: {error}", hint=hint, code=UNREACHABLE) from None
     print_json({"status": status, "body": text}) if as_json else click.echo(f"{status}\t{text}")
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-        raise CommandError(f"{method} {path} returned {status}", code=FAILED)
+        raise CommandError(f"{request.method} {request.target} returned {status}", code=FAILED)

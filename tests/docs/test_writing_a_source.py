@@ -18,9 +18,10 @@ from relay.config.secrets import Secret
 from relay.demo.story import DemoReceiver
 from relay.errors import Refusal, Unavailable
 from relay.plugin_loading.loader import load
+from relay.source import Incoming
 
 PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-source.md").read_text()
-EXAMPLE, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLE, TEST, SIGNED = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 SETTINGS, _ = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 SECRET = Secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 SCAN = {"scan_id": "s1", "parcel": "p7", "status": "delivered", "details": {"kg": 1.5}}
@@ -127,3 +128,26 @@ def test_the_keys_that_belong_to_every_source_are_on_the_page():
     [sentence] = re.findall(r"The keys ([^.]*) belong to", " ".join(PAGE.split()))
     common = {field.name for field in msgspec.structs.fields(SourceConfig)} - {"name", "settings"}
     assert set(re.findall(r"`(\w+)`", sentence)) == common
+
+
+def test_a_source_of_github_takes_fewer_than_40_lines_and_accepts_what_github_signs(tmp_path):
+    """The secret, the body and the signature are those of GitHub's page "Validating webhook deliveries"."""
+    assert len(SIGNED.splitlines()) < 40
+    (tmp_path / "plugins.d").mkdir()
+    (tmp_path / "plugins.d" / "github.py").write_text(SIGNED)
+    config = tmp_path / "config.toml"
+    settings = "[sources.github]\nplugin = 'my-github'\nsecrets = [\"It's a Secret to Everybody\"]\n"
+    config.write_text(f"development = true\n{settings}")
+    github = load(config, {}).config.sources["github"].settings
+    signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+    headers = {"X-Hub-Signature-256": signature, "X-GitHub-Event": "ping"}
+    github.verify(Incoming.of("POST", "/hooks/github", headers, b"Hello, World!"))
+    with pytest.raises(errors.Unauthenticated):
+        github.verify(Incoming.of("POST", "/hooks/github", headers, b"Hello, World"))
+    body = b'{"action":"opened","repository":{"full_name":"o/r"},"number":45000.00}'
+    headers = {"X-GitHub-Event": "issues", "X-GitHub-Delivery": "72d3162e"}
+    signed = github.sign(Incoming.of("POST", "/hooks/github", headers, body))
+    github.verify(signed)
+    event = github.receive(signed).event
+    assert (event.type, event.subject, event.key) == ("issues.opened", "o/r", "72d3162e")
+    assert bytes(event.data) == body
