@@ -13,7 +13,7 @@ from relay.base.clock import SECOND, moment
 from relay.cli.config import demand, load_without_secrets, source_named
 from relay.cli.main import FAILED, NOTHING, CommandError
 from relay.cli.options import config_option, env_file_option, json_option, read_data, read_file
-from relay.cli.output import print_json
+from relay.cli.output import count, print_json
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.paths import find_config
@@ -33,7 +33,8 @@ from relay.diagnosis.captured import Captured, Finding, Report, read_captured
 )
 @click.option("--data", help="Read the body from @FILE, or from standard input with -.")
 @click.option(
-    "--at", help='With --destination: time of receipt, an age such as "2h" or RFC 3339.  [default: now]'
+    "--at",
+    help='Time of receipt, an age such as "2h" or RFC 3339, for signatures with a time.  [default: now]',
 )
 @config_option
 @env_file_option
@@ -61,8 +62,6 @@ def verify(
     """
     if (source is None) == (destination is None):
         raise click.UsageError("give either --source or --destination")
-    if at is not None and destination is None:
-        raise click.UsageError("--at needs --destination")
     captured = _captured(request_, data)
     path = find_config(config)
     loaded, given = load_without_secrets(path, env_files)
@@ -72,7 +71,7 @@ def verify(
         source_named(source, setup.sources)
         demand(loaded, given, f"sources.{source}")
         tokens = all_tokens(Binder(read(path), given, lenient=True), setup)
-        report = source_request.diagnose(captured, source, setup.sources, tokens)
+        report = source_request.diagnose(captured, source, setup.sources, tokens, _seconds(at))
     else:
         name = str(destination)
         if name not in setup.destinations:
@@ -145,6 +144,7 @@ def _item(captured: Captured, report: Report, url: Secret | None) -> dict[str, A
         "signature": report.signature,
         "type": report.type,
         "subject": report.subject,
+        "more": report.more,
         "findings": [dict(zip(_HEADINGS, _texts(finding), strict=True)) for finding in report.findings],
         "notes": list(captured.notes),
     }
@@ -159,10 +159,11 @@ def _print(captured: Captured, report: Report) -> None:
         which = f", signature {report.signature}" if report.signature else ""
         click.echo(f"{'valid' if report.ok else 'matches'}: {report.fits}{which}")
     elif report.ok:
-        click.echo("valid: the source needs no token")
+        click.echo(f"valid: {report.because or 'the source needs no token'}")
     if report.type is not None:
         about = f", subject {report.subject}" if report.subject else ""
-        click.echo(f"event: {report.type}{about}")
+        more = f", and {count(report.more, 'more event')}" if report.more else ""
+        click.echo(f"event: {report.type}{about}{more}")
 
 
 def _line(finding: Finding) -> str:

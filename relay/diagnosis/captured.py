@@ -30,6 +30,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     signature: int | None = None  # position of the matching one of several signatures, from 1
     type: str | None = None  # full type of the event that it creates
     subject: str | None = None
+    more: int = 0  # further events of the same request
+    because: str = ""  # why the request is valid, if no single key says it
 
     @property
     def ok(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from multidict import CIMultiDictProxy
 
+from relay.base.clock import SECOND
 from relay.base.units import render_size
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Credential, Secrets
@@ -158,7 +159,11 @@ class _Watched(Incoming, frozen=True, kw_only=True, gc=False):
 
 
 def diagnose(
-    captured: Captured, name: str, sources: Mapping[str, SourceConfig], tokens: Sequence[Token]
+    captured: Captured,
+    name: str,
+    sources: Mapping[str, SourceConfig],
+    tokens: Sequence[Token],
+    at: int,
 ) -> Report:
     """Return the report on a request to a source.
 
@@ -167,6 +172,7 @@ def diagnose(
         name: the source.
         sources: every source of the configuration.
         tokens: every secret of the configuration.
+        at: time of receipt, in seconds since the epoch.
     """
     source = sources[name]
     path, query = _split(captured.target or _only_path(source))
@@ -180,12 +186,17 @@ def diagnose(
         body=captured.body,
         params={} if match is None else match.params,
         query=query,
+        target=f"{path}?{query}" if query else path,
+        received_at=at * SECOND,
     )
     findings += captured.findings
     findings += _size(source, captured)
+    if match is not None and not findings and (handshake := _handshake(source, incoming)) is not None:
+        return handshake
     fits, refused = _verify(source, incoming, tokens)
     findings += refused
-    report = Report(findings=tuple(findings), fits=fits)
+    because = "" if source.settings.is_open() else "the source accepts these credentials"
+    report = Report(findings=tuple(findings), fits=fits, because=because)
     if match is None or captured.method not in match.handlers or _is_compressed(captured):
         return report
     return _read(source, match, incoming, report)
@@ -220,6 +231,23 @@ def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
         do = f"raise `max_body` in [sources.{source.name}], or have the sender post less"
         findings.append(Finding(cause="body", where="body", what=what, do=do))
     return findings
+
+
+def _handshake(source: SourceConfig, incoming: Incoming) -> Report | None:
+    """Return the report on a request that the source answers without verifying its sender."""
+    try:
+        reply = source.settings.handshake(incoming)
+    except Refusal as refusal:
+        return Report(findings=(_refused(source, refusal),))
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+        return Report(findings=(_failed(source, error),))
+    if reply is None:
+        return None
+    return Report(findings=(), because=_without_event(reply))
+
+
+def _without_event(reply: Reply) -> str:
+    return f"the source answers with {reply.status} and creates no event"
 
 
 def _verify(
@@ -271,9 +299,13 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
     finding: Finding
     try:
         accepted = handle(match, incoming)
-        if not isinstance(accepted, Accepted) or accepted.event is None:
+        if isinstance(accepted, Reply):
+            return msgspec.structs.replace(report, because=_without_event(accepted))
+        events = accepted.events or ([] if accepted.event is None else [accepted.event])
+        is_item = bool(accepted.events)
+        stored = [make_event(source.name, each, incoming, 0, is_item=is_item) for each in events]
+        if not stored:
             return report
-        event = make_event(source.name, accepted.event, incoming, 0)
     except Malformed:
         finding = explain_malformed(incoming.body, incoming.header("Content-Type"))
     except Invalid as refusal:
@@ -285,7 +317,8 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
     except Refusal as refusal:
         finding = _refused(source, refusal)
     else:
-        return msgspec.structs.replace(report, type=event.type, subject=event.subject)
+        first, more = stored[0], len(stored) - 1
+        return msgspec.structs.replace(report, type=first.type, subject=first.subject, more=more)
     return msgspec.structs.replace(report, findings=(*report.findings, finding))
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import hmac
 import os
 import pty
 import subprocess
@@ -70,7 +71,7 @@ def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
     file = write_config(tmp_path, SOURCES)
     config = load(file).config
     tokens = all_tokens(Binder(read(file), os.environ), config)
-    report = diagnose(read_captured(sample.request), sample.kind, config.sources, tokens)
+    report = diagnose(read_captured(sample.request), sample.kind, config.sources, tokens, 0)
     assert report.ok is (200 <= sample.expect.status < 300), report
     if sample.expect.event is not None:
         assert (report.type, report.subject) == (sample.expect.event.type, sample.expect.event.subject)
@@ -83,7 +84,7 @@ def test_a_valid_request_has_its_token_and_event_type(config):
     assert said == {
         "source": "moddy", "destination": None, "ok": True, "request": "POST /internal/event/notify",
         "fits": "sources.moddy.tokens[1]", "signature": None, "type": "moddy.member_joined", "subject": "42",
-        "findings": [], "notes": [],
+        "more": 0, "findings": [], "notes": [],
     }  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def test_several_findings_are_all_told(config):
 SIGNED = """
 import hashlib, hmac
 from relay.hookspecs import hookimpl
-from relay.source import Accepted, Event, Incoming, Malformed, Secret, Source, Unauthenticated, route
+from relay.source import Accepted, Event, Incoming, Malformed, Reply, Secret, Source, Unauthenticated, route
 
 class Signed(Source, kind="signed", owns=("/signed",)):
     secret: Secret
@@ -307,13 +308,20 @@ class Signed(Source, kind="signed", owns=("/signed",)):
         mac = hmac.digest(self.secret.reveal().encode(), incoming.body, "sha256").hex()
         if incoming.header("X-Signature") != mac:
             raise Unauthenticated("the signature is wrong")
+        if incoming.received_at > 1_700_000_300_000_000:
+            raise Unauthenticated("the signature is too old")
+
+    def handshake(self, incoming: Incoming) -> Reply | None:
+        return Reply(status=202) if incoming.query == "challenge=1" else None
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
         return () if incoming.header("X-Signature") else ("X-Signature is missing",)
 
     @route("POST", "/signed")
     def take(self, incoming: Incoming) -> Accepted:
-        return Accepted(event=Event(type="a"), reply={})
+        if incoming.target == "/signed?no":
+            return Reply(status=204)
+        return Accepted(events=[Event(type=type_) for type_ in ("a", "b", "c")], reply={})
 
 @hookimpl
 def relay_sources():
@@ -340,12 +348,38 @@ def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
 
 
 @pytest.mark.parametrize(
+    ("path", "at", "says"),
+    [
+        (
+            "/signed",
+            "2023-11-14T22:15:00Z",
+            "the source accepts these credentials\nevent: signed.a, and 2 more events",
+        ),
+        ("/signed?no", "2023-11-14T22:15:00Z", "the source answers with 204 and creates no event"),
+        ("/signed?challenge=1", "2026-01-01T00:00:00Z", "the source answers with 202 and creates no event"),
+        ("/signed", "2023-11-14T22:30:00Z", "refuses with 401: the signature is too old"),
+    ],
+)
+def test_a_request_is_judged_as_of_its_receipt_with_its_events_and_handshakes(tmp_path, path, at, says):
+    (tmp_path / "plugins.d").mkdir()
+    (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
+    config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
+    mac = hmac.digest(b"s3cret-s3cret", BODY.encode(), "sha256").hex()
+    is_wrong = "refuses" in says
+    said = verify(
+        config, request(f"X-Signature: {mac}", path=path), "--at", at, source="signed", code=int(is_wrong)
+    )
+    assert says in said.out
+    if not is_wrong:
+        assert said.out == f"valid: {says}\n"
+
+
+@pytest.mark.parametrize(
     ("args", "code", "says"),
     [
         ([], 2, "Missing option '--request'"),
         (["--request", "-"], 2, "give either --source or --destination"),
         (["--request", "-", "--source", "a", "--destination", "b"], 2, "--source or --destination"),
-        (["--request", "-", "--source", "moddy", "--at", "2h"], 2, "--at needs --destination"),
         (["--request", "-", "--source", "modi"], 4, 'unknown source "modi", did you mean "moddy"?'),
         (["--request", "-", "--destination", "crn"], 4, 'unknown destination "crn", did you mean "crm"?'),
         (["--request", "-", "--destination", "crm", "--at", "noon"], 2, 'expected "2h"'),
