@@ -21,11 +21,12 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
     key: Annotated[
         Path | None,
         msgspec.Meta(
-            description="its private key; if it is not set, the key is in the file of the certificate"
+            description="the private key; if this key is not set, the private key is in the file of the "
+            "certificate"
         ),
     ] = None  # PEM; None: the key is in the file `cert`
     password: Annotated[
-        Secret | None, msgspec.Meta(description="a secret: the password of an encrypted key")
+        Secret | None, msgspec.Meta(description="a secret with the password of an encrypted private key")
     ] = None  # for an encrypted key
 
     def load_into(self, context: ssl.SSLContext) -> None:

@@ -45,32 +45,33 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         Size,
         msgspec.Meta(gt=0),
         _check(validators.body_size),
-        _help(
-            "largest body, at most 256 MiB. A larger one is answered with 413 in the sender's own envelope"
-        ),
+        _help("largest request body, at most 256 MiB; a larger body gets 413, in the sender's own envelope"),
     ] = 2 * 2**20
-    body_timeout: Annotated[
-        Interval, _help("how long a body may take to arrive; a slower one is answered with 408")
-    ] = 10.0
+    body_timeout: Annotated[Interval, _help("how long a body may take to arrive; a slower body gets 408")] = (
+        10.0
+    )
     min_body_rate: Annotated[
         Size,
         _help(
-            "each such amount that arrives in time gives the body one more second, so that a large "
-            'body can use a slow line; `"0 B"`: no extra time'
+            "each time this many bytes arrive within the time, the body gets one more second, so that a "
+            "large "
+            'body can arrive over a slow connection; `"0 B"`: no extra time'
         ),
     ] = 32 * 2**10
     trusted_proxies: Annotated[
         tuple[Annotated[str, _check(validators.network)], ...],
         _help(
-            "addresses or networks of proxies. Of their requests, the sender's address comes from "
-            "`forwarded_header`: the nearest entry that is not a trusted proxy"
+            "addresses or networks of proxies. For requests from these, the relay reads the sender's "
+            "address from "
+            "`forwarded_header`: the last entry that is not a trusted proxy"
         ),
     ] = ()
     forwarded_header: Annotated[
         Literal["X-Forwarded-For", "Forwarded"],
         _help(
-            'the header in which your proxies add an address, or `"Forwarded"` (RFC 7239). The relay '
-            "never reads the other one, because a proxy passes on what the sender wrote there"
+            'the header to which your proxies add the address: `"X-Forwarded-For"` or `"Forwarded"` (RFC '
+            "7239). "
+            "The relay never reads the other header, because proxies pass on what the sender wrote there"
         ),
     ] = "X-Forwarded-For"
     shutdown_grace: Annotated[
@@ -92,7 +93,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     ] = "relay.sock"
     tokens: Annotated[
         tuple[Secret, ...],
-        _help("secrets for the JSON API on the listener; without one, the API is on the socket only"),
+        _help("secrets for the JSON API on the listener; without tokens, only the socket has the API"),
     ] = ()
 
 
@@ -104,10 +105,14 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     ] = "sqlite:relay.db"
     durability: Annotated[
         Literal["full", "normal"],
-        _help('`"normal"` may lose the last moments in a power failure, never in a crash'),
+        _help(
+            '`"full"` syncs each commit to disk; `"normal"` may lose the latest events in a power '
+            "failure, never in a crash of the relay"
+        ),
     ] = "full"
     min_free_disk: Annotated[
-        Size, _help("a request that would leave less free space gets 503 until there is room again")
+        Size,
+        _help("a request that would leave less free space than this gets 503, until there is enough again"),
     ] = 64 * 2**20
 
 
@@ -115,16 +120,22 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """`[retention]`: how long what is no longer needed is kept."""
 
     events: Annotated[
-        Interval, _help("events with their deliveries, from their receipt; never while a delivery is pending")
+        Interval,
+        _help("events with their deliveries, from the time of receipt; never while a delivery is pending"),
     ] = 14 * 86_400.0
-    dead: Annotated[Interval, _help("events with a dead delivery, from its death")] = 30 * 86_400.0
+    dead: Annotated[Interval, _help("events with a dead delivery, from the time it became dead")] = (
+        30 * 86_400.0
+    )
     held: Annotated[
         Interval,
-        _help("deliveries expire when they were due for this long at a destination that accepted nothing"),
+        _help(
+            "a delivery expires if it has been due for this long and its destination accepted nothing "
+            "meanwhile"
+        ),
     ] = 30 * 86_400.0
     attempts: Annotated[Interval, _help("HTTP attempts with their responses")] = 14 * 86_400.0
     stats: Annotated[Interval, _help("counts of events per source, type and hour")] = 400 * 86_400.0
-    worker_metrics: Annotated[Interval, _help("gauges of workers, at most a row per worker and minute")] = (
+    worker_metrics: Annotated[Interval, _help("gauges of workers, at most one row per worker and minute")] = (
         7 * 86_400.0
     )
 
@@ -136,15 +147,16 @@ class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
     keep: Annotated[
         int,
         msgspec.Meta(ge=1),
-        _help("number of backups to keep; the oldest goes after a new one has passed its check"),
+        _help("number of backups to keep; the oldest is deleted after a new one has passed its check"),
     ] = 7
     dir: Annotated[
         str,
         msgspec.Meta(min_length=1),
         _check(validators.file_name),
         _help(
-            "folder, relative to `state_dir`. On the disk of the database, a backup does not survive "
-            "that disk"
+            "folder, relative to `state_dir`. Use another disk than the database's, so that backups "
+            "survive the "
+            "loss of that disk"
         ),
     ] = "backups"
 
@@ -164,7 +176,10 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
     ] = "info"
     format: Annotated[
         Literal["auto", "json", "text", "journald"],
-        _help("`json`, `text` or `journald`; `auto` chooses for a journal, a terminal or a pipe"),
+        _help(
+            "`json`, `text` or `journald`; `auto` is `journald` under systemd, `text` on a terminal, "
+            "else `json`"
+        ),
     ] = "auto"
 
 
@@ -193,27 +208,27 @@ class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     """`[workers]`, and `workers = {…}` of a source: when a silent worker is offline."""
 
-    offline_after: Annotated[Interval, _help("offline after this silence")] = 90.0
+    offline_after: Annotated[Interval, _help("a worker that was silent for this long is offline")] = 90.0
     check_every: Annotated[
         Interval,
-        _help("interval between checks; the shortest interval of all sources counts for all workers"),
+        _help("interval between checks; all workers are checked at the shortest interval of all sources"),
     ] = 10.0
-    startup_hold: Annotated[Duration, _help("workers have at least this time after a start of the relay")] = (
-        90.0
-    )
-    forget_after: Annotated[Interval, _help("an offline worker leaves the registry after this time")] = (
-        30 * 86_400.0
-    )
+    startup_hold: Annotated[
+        Duration, _help("after a start of the relay, workers have at least this long to send a heartbeat")
+    ] = 90.0
+    forget_after: Annotated[
+        Interval, _help("a worker that was offline for this long is removed from the registry")
+    ] = 30 * 86_400.0
     recover_after: Annotated[
         int,
         msgspec.Meta(ge=1),
-        _help("consecutive heartbeats in time before a silent worker is ONLINE again"),
+        _help("number of consecutive heartbeats, each in time, after which a silent worker is ONLINE again"),
     ] = 1
     ids: Annotated[
         dict[Annotated[str, _check(validators.pattern)], WorkerOverride],
         _help(
             'other values of these keys for ids that match a shell-style pattern: `{ "batch-*" = { '
-            'offline_after = "10m" } }`; the first match counts'
+            'offline_after = "10m" } }`; the first matching pattern is used'
         ),
     ] = {}
 
@@ -222,12 +237,12 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[sources.NAME]`: the keys that every source has; the plugin's own become `settings`."""
 
     name: str
-    plugin: Annotated[str, _help("the kind of source; `relay plugins list` lists them")]
+    plugin: Annotated[str, _help("the kind of source; `relay plugins list` lists all kinds")]
     prefix: Annotated[
         str,
         _check(validators.prefix),
         _help(
-            "a path such as `/acme` in front of the source's paths: for a second instance of the same kind"
+            "a path such as `/acme` that precedes the source's paths, for a second source of the same kind"
         ),
     ] = ""
     max_body: Annotated[
@@ -239,9 +254,11 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     rate_limit: Annotated[
         Rate | None,
         _help(
-            "requests per token; more are answered with 429. For heartbeats, registrations and "
-            "unregistrations it is the rate per token and worker, and all workers of a token together"
-            " may have ten times as many"
+            'requests per token, such as `"1000/m"`; further requests get 429. For heartbeats, '
+            "registrations and "
+            "unregistrations, the rate applies per token and worker, and to all workers of a token "
+            "together, "
+            "ten times the rate"
         ),
     ] = None
     key_conflict: Annotated[
@@ -266,9 +283,9 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
             "`types`, see below"
         ),
     ] = SourceRetention()
-    workers: Annotated[WorkerRules, _help("rules for its workers; missing keys come from `[workers]`")] = (
-        WorkerRules()
-    )
+    workers: Annotated[
+        WorkerRules, _help("rules for the source's workers; missing keys come from `[workers]`")
+    ] = WorkerRules()
     settings: Any = None  # the plugin's Source instance, bound by the loader
 
 
@@ -281,9 +298,9 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
     jitter: Annotated[
         float,
         msgspec.Meta(ge=0, le=1),
-        _help("each wait is longer by a random share of up to this, from 0 to 1"),
+        _help("lengthens each wait by a random share of up to this, from 0 to 1"),
     ] = 0.1
-    max_retry_after: Annotated[Duration, _help("longest `Retry-After` that the relay obeys")] = 3600.0
+    max_retry_after: Annotated[Duration, _help("longest wait that a `Retry-After` header can cause")] = 3600.0
 
 
 class CircuitConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,11 +310,12 @@ class CircuitConfig(msgspec.Struct, frozen=True, kw_only=True):
         int,
         msgspec.Meta(ge=1),
         _help(
-            "consecutive connection, TLS, DNS, timeout and protocol errors, 429 and 5xx that open the"
-            " circuit: then only a probe goes out"
+            "number of consecutive failures (connection, TLS, DNS, timeout and protocol errors, 429, "
+            "5xx) that "
+            "opens the circuit; the relay then sends only probes"
         ),
     ] = 10
-    probe: Annotated[Interval, _help("wait before the first probe; it doubles with each failed probe")] = 30.0
+    probe: Annotated[Interval, _help("wait before the first probe; doubles with each failed probe")] = 30.0
     max_probe: Annotated[Interval, _help("longest wait between probes")] = 300.0
 
 
@@ -309,15 +327,16 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         Url,
         _check(validators.url),
         _help(
-            "`http` or `https`, without user name and password; a string, or a secret, of which only scheme "
+            "`http` or `https`, without user name and password; a string, or a secret, of which only "
+            "scheme "
             "and host are ever shown"
         ),
     ]
     events: Annotated[
         tuple[Annotated[str, _check(validators.pattern)], ...],
         _help(
-            'shell-style patterns of event types; `"!adorn.attire.*"` excludes. `"*"` does not match '
-            'the relay\'s own events: name them, `"relay.*"`'
+            'shell-style patterns of event types; `"!adorn.attire.*"` excludes types. `"*"` does not match '
+            'the relay\'s own events; to get these, add `"relay.*"`'
         ),
     ] = ("*",)
     where: Annotated[
@@ -330,8 +349,8 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     secrets: Annotated[
         tuple[Secret, ...],
         _help(
-            "Standard Webhooks secrets, [`whsec_…` or `whsk_…`](#signing-keys); each of them signs. "
-            "Without secrets, deliveries are unsigned and the relay warns"
+            "Standard Webhooks secrets, [`whsec_…` or `whsk_…`](#signing-keys); each secret signs. "
+            "Without secrets, deliveries are unsigned and the relay logs a warning"
         ),
     ] = ()  # relay.config.tables checks them by `signatures`
     signatures: Annotated[
@@ -344,35 +363,43 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     format: Annotated[
         str,
         _help(
-            "form of the request body: `standard`, `raw`, `cloudevents`, `slack`, `discord`, or a "
+            "format of the request body: `standard`, `raw`, `cloudevents`, `slack`, `discord`, or a "
             "[plugin's](hooks.md)"
         ),
     ] = "standard"
-    method: Annotated[Literal["POST", "PUT"], _help('or `"PUT"`')] = "POST"
+    method: Annotated[Literal["POST", "PUT"], _help('HTTP method: `"POST"` or `"PUT"`')] = "POST"
     headers: Annotated[
         dict[
             Annotated[str, _check(validators.header_name)],
             Annotated[Secret, _check(validators.header_value, literal=True)],
         ],
         _help(
-            "headers of each request; a value may be a secret, and plain text is always permitted. "
-            "Not those that the relay sets itself: `webhook-*`, `host`, `connection`, "
-            "`content-length`, `transfer-encoding`"
+            "additional headers of each request; a value may be a secret, or plain text even without "
+            "`development`. The relay sets "
+            "`webhook-*`, `host`, `connection`, `content-length` and `transfer-encoding` itself, so they "
+            "are "
+            "refused here"
         ),
     ] = {}  # values may be secrets, so none of them prints
-    timeout: Annotated[Interval, _help("of a whole attempt")] = 15.0
-    connect_timeout: Annotated[Interval, _help("of its connection")] = 5.0
-    concurrency: Annotated[int, msgspec.Meta(ge=1), _help("attempts in flight; 1: one at a time")] = 8
+    timeout: Annotated[Interval, _help("timeout of a whole attempt")] = 15.0
+    connect_timeout: Annotated[Interval, _help("timeout for connecting, within `timeout`")] = 5.0
+    concurrency: Annotated[
+        int, msgspec.Meta(ge=1), _help("maximum number of attempts in flight; 1 sends one at a time")
+    ] = 8
     rate_limit: Annotated[
         Rate | None,
-        _help('attempts begun, such as `"50/s"`; a delivery above the rate waits and spends no attempt'),
+        _help(
+            'maximum rate of attempts, such as `"50/s"`; deliveries above the rate wait, which does '
+            "not count as an attempt"
+        ),
     ] = None
     max_pending: Annotated[
         int,
         msgspec.Meta(ge=1),
         _help(
-            "with more pending deliveries, a new one is dead at once, reason `backlog_full`; it can "
-            "be replayed"
+            "maximum number of pending deliveries; beyond it, a new delivery is dead at once, with the "
+            "reason "
+            "`backlog_full`, and can be replayed later"
         ),
     ] = 1_000_000
     order_by: Annotated[
@@ -388,12 +415,16 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     latest_by: Annotated[
         str | None,
         _help(
-            "a path: a newer event of the same type and value expires the older one, unless its "
-            "delivery is in flight"
+            'a path such as `"subject"`: a newer event with the same type and value expires the delivery '
+            "of the "
+            "older event, unless that is in flight"
         ),
     ] = None
     on_dead: Annotated[
-        str | None, _help("the destination that receives the events of dead deliveries; circles are refused")
+        str | None,
+        _help(
+            "the destination that receives the events of dead deliveries; a cycle is a configuration error"
+        ),
     ] = None
     final_statuses: Annotated[
         tuple[Annotated[int, _check(validators.final_status)], ...],
@@ -405,8 +436,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     disable_after: Annotated[
         Interval,
         _help(
-            "after this time with nothing but failures, the destination is disabled and its "
-            "deliveries are held"
+            "if every attempt fails for this long, the destination is disabled and its deliveries are held"
         ),
     ] = 5 * 86_400.0
     retry: RetryConfig = RetryConfig()
@@ -414,7 +444,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_private: Annotated[bool, _help("permits private, loopback and link-local addresses")] = False
     ca_file: Annotated[
         Annotated[Path, _check(validators.existing_file, reads=True)] | None,
-        _help("certificates to trust in place of the system's"),
+        _help("file with the CA certificates to trust instead of the system's"),
     ] = None
     client_cert: Annotated[ClientCert, _check(validators.client_cert, reads=True)] | None = None
     proxy: Annotated[
@@ -433,12 +463,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: Annotated[
         Path,
         _help(
-            "where the daemon writes. If it is not set, `$STATE_DIRECTORY` (systemd) counts, else the"
-            " folder of the config file"
+            "the folder that the daemon writes to. If the key is not set: `$STATE_DIRECTORY` (set by "
+            "systemd), "
+            "else the folder of the config file"
         ),
     ]  # absolute; where the daemon writes
     development: Annotated[
-        bool, _help("permits plain secrets and substitutes; never set it in production")
+        bool, _help("permits plain-text secrets and [substitutes](#secrets); never set it in production")
     ] = False
     server: Server = Server()
     admin: Admin = Admin()
