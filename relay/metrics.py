@@ -70,19 +70,19 @@ class Metrics:
 
     reloaded = _gauge(
         "relay_config_last_reload_successful",
-        "1 if the last reload of config.toml, or else the start, succeeded.",
+        "1 if config.toml was valid at the last reload or, without a reload, at the start.",
     )
     reloaded_at = _gauge(
         "relay_config_last_reload_success_timestamp_seconds", "Time at which config.toml was last loaded."
     )
-    received = _counter("relay_events_received", "Events stored from requests.", source=NAMES)
+    received = _counter("relay_events_received", "Events received from senders and stored.", source=NAMES)
     duplicates = _counter("relay_events_duplicate", "Requests that repeated a stored event.", source=NAMES)
     key_conflicts = _counter(
         "relay_events_key_conflicts",
         "Requests whose idempotency key was already used for a different request.",
         source=NAMES,
     )
-    bytes = _counter("relay_event_bytes", "Body bytes of stored events.", source=NAMES)
+    bytes = _counter("relay_event_bytes", "Bytes of the request bodies of stored events.", source=NAMES)
     rejected = _counter("relay_events_rejected", "Refused requests, by reason.", source=NAMES, reason=REASONS)
     unroutable = _counter(
         "relay_requests_unroutable", "Requests that match no route, by reason.", reason=UNROUTABLE
@@ -93,11 +93,11 @@ class Metrics:
         _FAST,
         source=NAMES,
     )
-    heartbeats = _counter("relay_heartbeats", "Heartbeats of workers.", source=NAMES)
+    heartbeats = _counter("relay_heartbeats", "Heartbeats received from workers.", source=NAMES)
     workers = _gauge("relay_workers", "Registered workers, by status.", source=NAMES, status=STATUSES)
     transitions = _counter(
         "relay_worker_transitions",
-        "Workers that changed to a status; registering counts.",
+        "Status changes of workers, by new status; a registration counts as a change.",
         source=NAMES,
         to=STATUSES,
     )
@@ -110,7 +110,7 @@ class Metrics:
     )
     attempts = _counter("relay_delivery_attempts", "Attempts, by result.", destination=NAMES, result=RESULTS)
     attempt_seconds = _histogram(
-        "relay_delivery_attempt_duration_seconds", "Duration of an attempt.", _FAST, destination=NAMES
+        "relay_delivery_attempt_duration_seconds", "Duration of a delivery attempt.", _FAST, destination=NAMES
     )
     latency = _histogram(
         "relay_delivery_latency_seconds",
@@ -120,14 +120,16 @@ class Metrics:
     )
     unaccounted = _gauge(
         "relay_deliveries_unaccounted",
-        "Pending deliveries by the ledger minus those counted in the table; always 0.",
+        "Pending deliveries in the ledger minus those in the table of deliveries; not 0 only after a bug.",
         destination=NAMES,
     )
     pending = _gauge(
         "relay_deliveries_pending", "Pending deliveries, by state.", destination=NAMES, state=PENDING_STATES
     )
     circuit = _gauge(
-        "relay_destination_circuit_open", "1 while the circuit breaker is open.", destination=NAMES
+        "relay_destination_circuit_open",
+        "1 while the circuit breaker of the destination is open.",
+        destination=NAMES,
     )
     disabled = _gauge("relay_destination_disabled", "1 while the destination is disabled.", destination=NAMES)
     oldest = _gauge(
@@ -141,13 +143,17 @@ class Metrics:
     job_runs = _counter("relay_job_runs", "Runs of jobs, by outcome.", job_name=NAMES, outcome=JOB_OUTCOMES)
     job_seconds = _histogram("relay_job_duration_seconds", "Duration of a job's run.", _SLOW, job_name=NAMES)
     plugins = _gauge("relay_plugin_info", "1 for each available kind of source.", plugin=NAMES, version=NAMES)
-    size = _gauge("relay_storage_size_bytes", "Size of the database's files.", file=NAMES)
-    commit_seconds = _histogram("relay_storage_commit_duration_seconds", "Duration of a transaction.", _FAST)
-    commit_events = _histogram(
-        "relay_storage_commit_events", "Requests and outcomes in one transaction.", _SHARED
+    size = _gauge("relay_storage_size_bytes", "Size of each file of the database.", file=NAMES)
+    commit_seconds = _histogram(
+        "relay_storage_commit_duration_seconds", "Duration of a database transaction.", _FAST
     )
-    lag = _gauge("relay_event_loop_lag_seconds", "Latest delay of the event loop.")
-    log_dropped = _counter("relay_log_lines_dropped", "Log lines dropped because their reader was too slow.")
+    commit_events = _histogram(
+        "relay_storage_commit_events", "Number of requests and delivery outcomes in one transaction.", _SHARED
+    )
+    lag = _gauge("relay_event_loop_lag_seconds", "Delay of the event loop at the latest measurement.")
+    log_dropped = _counter(
+        "relay_log_lines_dropped", "Log lines dropped because the reader of the log was too slow."
+    )
 
     def __init__(
         self, sources: Iterable[str] = (), destinations: Iterable[str] = (), *, listener: str = "fast"
@@ -161,7 +167,11 @@ class Metrics:
             "sqlite": sqlite3.sqlite_version,
             "listener": listener,
         }
-        Info("relay_build", "Versions of the running program.", registry=self.registry).info(build)
+        Info(
+            "relay_build",
+            "Version of the relay, of Python and of SQLite, and the listener in use.",
+            registry=self.registry,
+        ).info(build)
         for attribute, each in declared().items():
             made = each.kind(each.name, each.help, tuple(each.labels), registry=self.registry, **each.options)
             setattr(self, attribute, made)
