@@ -244,7 +244,7 @@ async def sweeps() -> None:
             print(f"sweeps over {WORKERS:,} workers")
             for _ in range(3):
                 await say("nobody is silent", store.workers.sweep)
-            await say("deadlines are put off, as after a start", lambda: store.workers.sweep(hold=True))
+            await say("deadlines are put off, as after a start", lambda: store.workers.sweep(extend=True))
             clock.now += 85 * SECOND
             for id_ in ids[WORKERS // 100 :]:
                 await store.events.append(

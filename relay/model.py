@@ -145,7 +145,7 @@ class News(msgspec.Struct, frozen=True):
     dropped: Collection[int] = ()  # deliveries that expired or were cancelled
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: number created, and ended per state
     outcomes: Sequence[Outcome] = ()  # recorded attempts, with the new states of their deliveries
-    hurried: Collection[str] = ()  # destinations whose retries an operator made due now
+    made_due: Collection[str] = ()  # destinations whose retries an operator made due now
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
@@ -248,13 +248,15 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     registered_at: int = 0  # wall clock
     last_heartbeat: int = 0  # wall clock, for display only
     deadline: int = 0  # steady clock; a worker that is silent beyond it is offline
-    heard: int = 0  # steady clock of the last heartbeat since the registration; 0: no heartbeat yet
+    last_beat: int = msgspec.field(
+        default=0, name="heard"
+    )  # steady: last heartbeat since the registration, or 0
     rhythm: int = 0  # usual interval of its heartbeats in microseconds; 0: not known yet
     unregistered_at: int | None = None  # steady clock; late heartbeats do not revive the worker
     leaving: int | None = None  # steady clock of a refused unregister; the next sweep applies it
     beats: int = 0  # heartbeats in time since the worker was offline, up to the required number
     restarts: int = 0  # number of times that its reported uptime decreased
-    was_offline: bool = False  # offline at the start of maintenance; `worker.recovered` is still due
+    was_offline: bool = False  # offline at the start of maintenance; `worker.online` is still due
     cpu: float | None = None
     memory: float | None = None
     uptime: float | None = None

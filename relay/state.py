@@ -106,7 +106,7 @@ class State:
         self.ingest.mount(draft.mounts, _sender_address_of(config), _patience_of(config))
         self.rulebook.adopt(draft.rules)
         if draft.rules.shortest_interval != self.watch.interval:
-            self.watch.go_by(draft.rules.shortest_interval)
+            self.watch.change_interval(draft.rules.shortest_interval)
         self.upkeep.policy = draft.policy
         self.router.adopt(draft.router)
         self.dispatcher.adopt(draft.lanes)

@@ -101,7 +101,7 @@ class DeliveriesApi:
         count = hurried = 0
         async for page in self._store.queries.pending(selection):
             count += len(page)
-            hurried += 0 if body.dry_run else await self._store.deliveries.hurry(page)
+            hurried += 0 if body.dry_run else await self._store.deliveries.make_due(page)
         if body.dry_run:
             return say(CountView(count))
         return say(Retried(created=0, hurried=hurried, skipped=max(0, count - hurried)))

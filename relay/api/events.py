@@ -151,7 +151,9 @@ class EventsApi:
         query=ImportQuery, body=LINES, returns=Imported,
     )  # fmt: skip
     async def _import(self, request: web.Request, query: ImportQuery) -> Imported:
-        steps = [done async for done in self._store.events.import_lines(_lines(request), owe=query.deliver)]
+        steps = [
+            done async for done in self._store.events.import_lines(_lines(request), deliver=query.deliver)
+        ]
         return steps[-1]
 
     @endpoint(

@@ -145,7 +145,7 @@ class Dispatcher:
                 self._store.deliveries.release((delivery.id,))
             else:
                 lane.offer(delivery)
-        if news.woken or news.hurried or news.dropped:
+        if news.woken or news.made_due or news.dropped:
             self._wake(news)
 
     def _wake(self, news: News) -> None:
@@ -155,7 +155,7 @@ class Dispatcher:
                 lane.drop(news.dropped)
             if name in news.woken:
                 lane.wake()
-            if name in news.hurried:
+            if name in news.made_due:
                 lane.wake(retries=True)
 
     async def stop(self, seconds: float) -> None:

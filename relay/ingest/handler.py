@@ -235,7 +235,7 @@ class Ingest:
             is_key_alone=mount.config.key_conflict == "duplicate",
             rejects_conflict=mount.config.key_conflict == "reject",
             change=accepted.worker,
-            asks=accepted.asks,
+            returns_worker=accepted.asks,
             request_id=traced,
         )
         receipt, on_heard = await self._append(acceptance, call.request)

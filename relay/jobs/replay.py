@@ -272,7 +272,7 @@ class Replays:
         """Create new deliveries for ended ones, and make pending ones due now."""
         pending = [one.id for one in named if one.state == "pending"]
         ended = [one.chosen for one in named if one.state != "pending"]
-        hurried = await self._store.deliveries.hurry(pending) if pending else 0
+        hurried = await self._store.deliveries.make_due(pending) if pending else 0
         created = at = 0
         while chosen := portion(ended, at):
             created += sum(await self._repeater.repeat(chosen, None))

@@ -1,8 +1,8 @@
-"""The store: everything the relay remembers. This module is the interface that the rest of the code uses.
+"""The interface of the store: everything that the relay remembers.
 
 A `Store` has parts: `events`, `deliveries`, `workers`, `queries`, `ledger` and `upkeep`. Callers share
 transactions, so SQLite (one writer, group commit) and a networked database (round trips) are fast for the
-same reason. When a method returns, its change is durable; when it raises, nothing of it was kept.
+same reason. A method that returns has made its change durable; a method that raises has changed nothing.
 Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.base.clock`).
 """
 
@@ -52,17 +52,17 @@ Rules = Callable[[str, str], WorkerRules]
 """Returns the rules of a worker by its source and id. Pure; called inside the worker's transaction."""
 
 Listener = Callable[[News], None]
-"""Called once after each commit, before any caller hears of it. Must not raise or block.
+"""Called once after each commit, before any caller gets its result. Must not raise or block.
 
-New deliveries are already claimed for their lanes and carry their events; a lane without room releases them.
+New deliveries are already claimed for their lanes, with their events; a lane without room releases them.
 """
 
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
-"""Microseconds for which an idempotency key names its first event."""
+"""Microseconds for which an idempotency key is remembered."""
 
 
 class Acceptance(msgspec.Struct, kw_only=True, gc=False):
-    """One accepted request: everything to make durable in one transaction."""
+    """One accepted request: everything that one transaction must make durable."""
 
     source: str
     event: StoredEvent | None = None
@@ -70,9 +70,9 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     path: str = ""  # path of the request without its query; part of the request's identity
     is_key_alone: bool = False  # the key alone makes a duplicate, whatever else differs
     rejects_conflict: bool = False  # refuse a different request with the same key instead of storing it
-    repeats: str | None = None  # public id of the event that the request is known to repeat: only counted
+    repeats: str | None = None  # public id of the event that this request repeats: it is only counted
     change: WorkerChange | None = None
-    asks: str | None = None  # id of a worker whose row the receipt must carry
+    returns_worker: str | None = None  # id of a worker whose row the receipt contains
     request_id: str | None = None  # for the log lines of the event's deliveries; not stored
 
 
@@ -98,11 +98,11 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class Stop(threading.Event):
-    """Set when nobody waits any longer for work on a database file."""
+    """Set when the caller no longer waits for work on the stored data; the work then stops."""
 
 
 class Events(Protocol):
-    """Accepted events: taking them in, reading them back, deleting them."""
+    """Accepted events: append, load, import and delete them."""
 
     async def append(self, acceptance: Acceptance) -> Receipt:
         """Make a request durable: its event, the event's deliveries and the worker change, or none of them.
@@ -130,37 +130,37 @@ class Events(Protocol):
         ...
 
     async def pause_source(self, name: str, *, paused: bool) -> None:
-        """Remember whether a source is paused."""
+        """Store whether a source is paused."""
         ...
 
-    def import_lines(self, lines: AsyncIterable[bytes], *, owe: bool = False) -> AsyncIterator[Imported]:
-        """Store the events of an export that are not stored yet; yields progress now and then.
+    def import_lines(self, lines: AsyncIterable[bytes], *, deliver: bool = False) -> AsyncIterator[Imported]:
+        """Store the events of an export that are not stored yet; yields the progress.
 
-        With `owe`, new events are delivered by the current routes. Deliveries in the export are ignored.
+        With `deliver`, new events are delivered by the current routes. Deliveries in the export are ignored.
 
         Raises:
             RelayError: a line is not an exported event; the events before it are stored.
         """
         ...
 
-    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
+    async def restore(self, events: Sequence[StoredEvent], *, deliver: bool = False) -> tuple[bool, ...]:
         """Store exported events in one transaction; returns for each whether it was new."""
         ...
 
     async def expunge(self, event_ids: Sequence[int]) -> Expunged:
         """Delete events of any age; their pending deliveries are cancelled first.
 
-        An event with a delivery in flight stays until that attempt ends: the caller asks again.
+        An event with a delivery in flight is not deleted; call again after the attempt.
         """
         ...
 
     def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
-        """Delete a selection's events in the same way, page by page; stops when the caller stops."""
+        """Delete a selection's events in the same way, page by page, while the caller iterates."""
         ...
 
 
 class Deliveries(Protocol):
-    """Pending deliveries: claiming them, recording attempts, ending and repeating them.
+    """Pending deliveries: claim, settle, expire, cancel and repeat them.
 
     Claims are in memory: one process owns the deliveries of a destination. A crash releases every claim.
     """
@@ -177,7 +177,7 @@ class Deliveries(Protocol):
         ...
 
     def release(self, delivery_ids: Iterable[int]) -> None:
-        """Give claimed deliveries back without an outcome."""
+        """Release the claims of deliveries without an outcome."""
         ...
 
     async def settle(self, outcome: Outcome) -> bool:
@@ -188,38 +188,39 @@ class Deliveries(Protocol):
         ...
 
     async def expire(self) -> int:
-        """End some deliveries past their time to live, claimed ones too; returns how many, 0: all are ended.
+        """Expire some deliveries past their time to live, also claimed ones, and overdue worker commands.
 
-        Worker commands past their expiry end with them.
+        Returns the number of deliveries; 0: none is left.
         """
         ...
 
     async def expire_held(self, names: Collection[str], kept: int) -> int:
-        """End some deliveries that were due for `kept` microseconds at a destination that accepts nothing.
+        """Expire some deliveries whose destination has accepted nothing for `kept` microseconds.
 
         `names` are the destinations that accept nothing now; the store remembers since when. A day before
         the first delivery expires, the operator event `relay.deliveries.expiring` is raised once. Returns
-        how many ended, 0: all are ended.
+        the number of expired deliveries; 0: none is left.
         """
         ...
 
     async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
-        """End pending deliveries for an operator; an attempt in flight ends first."""
+        """Cancel pending deliveries for an operator; for a delivery in flight, the outcome decides."""
         ...
 
-    async def hurry(self, delivery_ids: Sequence[int]) -> int:
-        """Make retries due now; returns how many were not due."""
+    async def make_due(self, delivery_ids: Sequence[int]) -> int:
+        """Make retries due now. Returns how many of them would have had to wait."""
         ...
 
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
+    async def repeat(self, requests: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """Create new deliveries of loaded events in one transaction, in the given order.
 
-        Returns for each whether it was created: not if the event is gone or a delivery is already pending.
+        Returns for each request whether a delivery was created. None is created if the event was deleted or
+        if one of its deliveries to the destination is pending.
         """
         ...
 
-    async def set_destination(self, state: DestinationState, tell: GeneratedEvent | None = None) -> None:
-        """Remember a destination's state and raise an operator event about it in the same transaction."""
+    async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
+        """Store a destination's state and, in the same transaction, an operator event about it."""
         ...
 
 
@@ -269,24 +270,24 @@ class Workers(Protocol):
     def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
         """Note that a known worker is alive, or wants to leave, although its request was refused.
 
-        Returns the worker's unchanged status; None: the worker is unknown or has left. Works in memory, also
-        while nothing can be written, and promises nothing. The next sweep that can be stored unregisters a
-        worker that wants to leave, unless the worker is heard again more than 10 s later.
+        Returns the worker's unchanged status; None: the worker is unknown or has left. Works in memory, so
+        also while nothing can be written, and a crash may lose it. The next sweep that can be stored
+        unregisters a worker that wants to leave, unless the worker sends a request more than 10 s later.
         """
         ...
 
-    async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
-        """Mark workers offline that were silent at a moment (steady; None: now); returns the marked workers.
+    async def sweep(self, *, extend: bool = False, at: int | None = None) -> tuple[Worker, ...]:
+        """Mark all workers offline whose deadline had passed at a time (steady; None: now); returns them.
 
-        Workers that left with a refused request are unregistered and returned as well. Each change is one
-        transaction with its event. With `hold`, every deadline is put off first, so that nobody is judged by
-        time for which the relay itself was stopped. Requests that came before the call count, however long
-        the disk takes to store them.
+        Workers that left with a refused request are unregistered and returned as well. Each change is in one
+        transaction with its event. With `extend`, every deadline is extended first, so that time for which
+        the relay itself was stopped counts against no worker. Requests that arrived before the call count,
+        even if the disk takes long to store them.
         """
         ...
 
     async def flush(self) -> None:
-        """Write the heartbeats that only changed memory; call it every two seconds."""
+        """Write the heartbeats that are only in memory so far; call it every two seconds."""
         ...
 
 
@@ -315,11 +316,11 @@ class Queries(Protocol):
         ...
 
     def select(self, selection: Selection, span: Span) -> AsyncIterator[tuple[Chosen, ...]]:
-        """Read a selection in order of row id, without bodies, in pages that may be empty."""
+        """Read a selection in the order of row ids, without bodies, in pages that may be empty."""
         ...
 
     def pending(self, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
-        """Read the row ids of a selection's pending deliveries in pages; an id may come twice."""
+        """Read the row ids of a selection's pending deliveries in pages; an id may occur twice."""
         ...
 
     async def name_events(self, ids: Sequence[str]) -> tuple[Chosen, ...]:
@@ -340,8 +341,8 @@ class Queries(Protocol):
     ) -> AsyncIterator[tuple[Stat, ...]]:
         """Read counts of accepted events, latest hour first, in pages that may be empty.
 
-        Counts outlive their events. The hour in which the selection begins counts in full. `after` is the
-        hour, source and type behind which to continue.
+        Counts are kept for longer than events. The hour in which the selection begins counts in full.
+        `after` is the hour, source and type of the last row that was already read.
 
         Raises:
             RelayError: the selection filters by more than source, type and time.
@@ -353,7 +354,7 @@ class Queries(Protocol):
         ...
 
     async def destination_states(self) -> dict[str, DestinationState]:
-        """Return the remembered state of each destination: paused, disabled and why."""
+        """Return the stored state of each destination: paused, disabled and why."""
         ...
 
     async def paused_sources(self) -> frozenset[str]:
@@ -398,22 +399,22 @@ class Upkeep(Protocol):
     """Retention, backups, checks and sizes."""
 
     async def check_disk(self) -> DiskSpace:
-        """Read the free space; restores the reserve once there is room for it."""
+        """Read the free space; writes the reserve file again if there is room for it."""
         ...
 
     async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:
         """Delete finished data that is older than a policy keeps it, in small transactions.
 
-        Starts nothing new after `seconds`; the next call continues there.
+        Begins no new step after `seconds`; the next call continues there.
         """
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:
-        """Delete some worker metrics older than `before` (wall); returns how many, 0 when none is left."""
+        """Delete some worker metrics older than `before` (wall); returns the number, 0: none is left."""
         ...
 
     async def prune_worker_commands(self, before: int) -> int:
-        """Delete some ended worker commands created before (wall); returns how many, 0 when none is left."""
+        """Delete some ended commands created before `before` (wall); returns the number, 0: none is left."""
         ...
 
     async def missing_space(self, folder: Path, *, keep_free: int = 0) -> int:
@@ -424,7 +425,7 @@ class Upkeep(Protocol):
         ...
 
     async def backup(self, target: Path, *, replace: bool = False, keep_free: int = 0) -> Backup:
-        """Copy everything to a file of mode 0600 while work goes on, and check the copy.
+        """Copy everything to a file of mode 0600 while the relay works, and check the copy.
 
         On the store's own disk, `keep_free` bytes stay free.
 
@@ -438,7 +439,7 @@ class Upkeep(Protocol):
         ...
 
     async def measure(self) -> Measured:
-        """Return what the store holds and how much space it takes.
+        """Return the number of stored events and deliveries, and the space that they take.
 
         Raises:
             StorageError: it cannot be read.
@@ -457,7 +458,7 @@ class Upkeep(Protocol):
 
 
 class StoredData(Protocol):
-    """What can be read of a store, open or not: the offline commands need no more."""
+    """Read-only access to stored data, whether or not a daemon has it open."""
 
     @property
     def queries(self) -> Queries:
@@ -471,9 +472,9 @@ class StoredData(Protocol):
 
 
 class Store(Protocol):
-    """Everything remembered. One daemon at a time owns it."""
+    """All stored data. One daemon at a time owns it."""
 
-    location: str  # where the data is, for people
+    location: str  # where the data is, for messages
     opened: bool
 
     @property
@@ -527,11 +528,11 @@ class Store(Protocol):
         ...
 
     def explain(self, error: Exception) -> StorageError | None:
-        """Return what to tell an operator about an error of the engine; None: another kind of error."""
+        """Return the error to show an operator for an exception of the engine; None: not one of these."""
         ...
 
     async def open(self) -> None:
-        """Take possession: migrate, check after an unclean stop, load the registry.
+        """Open the data: migrate it, check it after an unclean stop, load the worker registry.
 
         Raises:
             StorageUnavailableError: the disk is full or another program holds the file; try again later.
@@ -540,5 +541,5 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None:
-        """Finish queued work, mark the stop as clean and let go."""
+        """Finish queued work, record that the stop was clean, and close all files."""
         ...

@@ -54,12 +54,12 @@ class Restored(msgspec.Struct):
     """An event of an export."""
 
     event: StoredEvent
-    owe: bool  # create deliveries by the current routes
+    deliver: bool  # create deliveries by the current routes
     done: bool = False  # set by the write; False: the event was stored already
 
 
-class Look(msgspec.Struct, frozen=True):
-    """Which destinations accept nothing now, and for how long their deliveries are kept."""
+class HeldDestinations(msgspec.Struct, frozen=True):
+    """The destinations that accept nothing now, and how long their deliveries are kept."""
 
     names: frozenset[str]
     kept: int  # microseconds
@@ -96,22 +96,22 @@ class Batch:
         self.outcomes: list[Outcome] = []
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
-        self.ended_early: dict[int, Ending] = {}  # new deliveries that ended at birth
-        self.expiring = False  # whether to end what is past its `expires_at`
-        self.look: Look | None = None  # whether to end what is held for too long
-        self.cancelling: list[int] = []  # deliveries that an operator cancels
-        self.hurrying: list[int] = []  # deliveries that an operator makes due
-        self.repeating: list[Repeat] = []  # in the order of their events
-        self.restoring: list[Restored] = []
+        self.ended_early: dict[int, Ending] = {}  # new deliveries that end when they are created
+        self.expire_overdue = False  # whether to expire deliveries past their `expires_at`
+        self.held: HeldDestinations | None = None  # not None: expire deliveries that were held for too long
+        self.to_cancel: list[int] = []  # row ids of deliveries, on an operator's request
+        self.to_make_due: list[int] = []  # likewise
+        self.to_repeat: list[Repeat] = []  # in the order of their events
+        self.to_restore: list[Restored] = []
         # Set by the write:
         self.ledger: dict[str, dict[str, int]] = {}  # changes of the ledger, by destination and column
         self.restored: list[StoredEvent] = []
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
-        self.due: list[Delivery] = []  # new deliveries to go out now
+        self.due: list[Delivery] = []  # new deliveries that are due now
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
-        self.hurried: dict[int, str] = {}  # deliveries that were made due, with destination
-        self.unwanted: set[int] = set()  # cancelled ones that are being sent: their outcome comes first
+        self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
+        self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
 
     @property
     def workers(self) -> SqliteWorkerChanges:
@@ -144,8 +144,8 @@ class Batch:
         if acceptance.change is not None:
             worker, sent = self.workers.change(acceptance.source, acceptance.change)
             self.add_all_generated()
-        elif acceptance.asks is not None:
-            worker = self.workers.asked((acceptance.source, acceptance.asks))
+        elif acceptance.returns_worker is not None:
+            worker = self.workers.to_report((acceptance.source, acceptance.returns_worker))
         if event is None:
             commands = tuple({"id": command.public_id, **command.body} for command in sent)
             return Receipt(worker=worker, commands=commands, sent=sent)
@@ -185,7 +185,7 @@ class Batch:
         rendered: dict[str, bytes] | None = None,
         request_id: str | None = None,
     ) -> None:
-        """Add a delivery; it is dead at once where its destination has `max_pending` deliveries already."""
+        """Add a delivery; it is dead at once if its destination already has `max_pending` deliveries."""
         self._sequences.delivery += 1
         delivery = Delivery(
             id=self._sequences.delivery,
@@ -231,7 +231,7 @@ class Batch:
     ) -> None:
         """Add an event under the next row id, and a delivery for each destination that subscribes to it.
 
-        A restored event is not news and was counted when it was accepted.
+        A restored event is neither counted nor passed to listeners: that happened when it was accepted.
         """
         self._sequences.event += 1
         event = msgspec.structs.replace(event, id=self._sequences.event)
@@ -250,7 +250,7 @@ class Batch:
 
     def put_back(self, restored: Restored) -> None:
         """Add an event of an export."""
-        self._add(restored.event, is_restored=True, is_routed=restored.owe)
+        self._add(restored.event, is_restored=True, is_routed=restored.deliver)
 
     def add_all_generated(self) -> None:
         """Add the events about workers that the worker changes made.

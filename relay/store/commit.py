@@ -1,4 +1,4 @@
-"""Commits batches: their statements in the order that makes them right together, and what follows a commit.
+"""Commits batches: writes their statements in the necessary order, and applies them to memory afterwards.
 
 Deliveries end first, because a new delivery may have to wait for an earlier one of its order key.
 """
@@ -25,22 +25,32 @@ from relay.store.rows import (
     event_row,
 )
 from relay.store.transaction import Transaction
-from relay.store.transitions import apply_cancellations, cancel, end, expire, expire_held, free, hurry, repeat
+from relay.store.transitions import (
+    apply_cancellations,
+    cancel,
+    end,
+    expire,
+    expire_held,
+    free,
+    make_due,
+    repeat,
+)
 from relay.store.workers import SqliteWorkers
 from relay.store.writer import Job
 
 log = logging.getLogger("relay.store")
 
 REPEATED_SQL = """
-    WITH asked (public_id, requests) AS (VALUES {values})
+    WITH repeated (public_id, requests) AS (VALUES {values})
     INSERT INTO repetitions (event_id, requests)
-    SELECT e.id, asked.requests FROM asked JOIN events AS e USING (public_id) WHERE true
+    SELECT e.id, repeated.requests FROM repeated JOIN events AS e USING (public_id) WHERE true
         ON CONFLICT (event_id) DO UPDATE SET requests = requests + excluded.requests
 """
 
-KNOWN_SQL = (
-    "WITH asked (id) AS (VALUES {values}) SELECT asked.id FROM asked JOIN events ON public_id = asked.id"
-)
+KNOWN_SQL = """
+    WITH imported (id) AS (VALUES {values})
+    SELECT imported.id FROM imported JOIN events ON public_id = imported.id
+"""
 
 LEDGER = ("created", "delivered", "dead", "expired", "cancelled")
 """Columns of the ledger."""
@@ -63,12 +73,12 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
             batch.outcomes = apply_cancellations(batch.outcomes, claims)
         await _write_outcomes(batch, transaction)
     if (  # an operator or a periodic job requests changes
-        batch.expiring
-        or batch.look
-        or batch.cancelling
-        or batch.hurrying
-        or batch.repeating
-        or batch.restoring
+        batch.expire_overdue
+        or batch.held
+        or batch.to_cancel
+        or batch.to_make_due
+        or batch.to_repeat
+        or batch.to_restore
         or batch.states
         or batch.pauses
     ):
@@ -89,17 +99,17 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
 
 async def _write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """Write what operators and periodic jobs request."""
-    if batch.expiring:
+    if batch.expire_overdue:
         await expire(batch, transaction, claims)
-    if batch.look is not None:
-        await expire_held(batch, transaction, claims, batch.look)
-    if batch.cancelling:
+    if batch.held is not None:
+        await expire_held(batch, transaction, claims, batch.held)
+    if batch.to_cancel:
         await cancel(batch, transaction, claims)
-    if batch.hurrying:
-        await hurry(batch, transaction)
-    if batch.repeating:
+    if batch.to_make_due:
+        await make_due(batch, transaction)
+    if batch.to_repeat:
         await repeat(batch, transaction)
-    if batch.restoring:
+    if batch.to_restore:
         await _restore(batch, transaction)
     if batch.states:
         columns = "name, paused, failing_since, disabled_at, disabled_reason"
@@ -111,9 +121,9 @@ async def _write_requested(batch: Batch, transaction: Transaction, claims: Claim
 
 async def _restore(batch: Batch, transaction: Transaction) -> None:
     """Add the events of an export that are not stored yet."""
-    rows = await transaction.fetch_rows(KNOWN_SQL, [(each.event.public_id,) for each in batch.restoring])
+    rows = await transaction.fetch_rows(KNOWN_SQL, [(each.event.public_id,) for each in batch.to_restore])
     known = {public_id for (public_id,) in rows}
-    for each in batch.restoring:
+    for each in batch.to_restore:
         each.done = each.event.public_id not in known
         if each.done:
             known.add(each.event.public_id)
@@ -184,20 +194,20 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         await free(batch, transaction, freed)
     dead = [each for each in batch.outcomes if each.state == "dead" and each.delivery.id in batch.settled]
     if dead:
-        _follow_deaths(batch, dead)
+        _handle_dead(batch, dead)
 
 
-def _follow_deaths(batch: Batch, dead: Sequence[Outcome]) -> None:
-    """Raise an operator event for each dead delivery, and hand its event to the `on_dead` destination."""
+def _handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
+    """Raise an operator event for each dead delivery, and deliver its event to the `on_dead` destination."""
     for outcome in dead:
         delivery = outcome.delivery
         if delivery.on_dead is not None:
             batch.add_delivery(Target(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
         if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
-            batch.add_generated(OPERATOR_SOURCE, _death(outcome))
+            batch.add_generated(OPERATOR_SOURCE, _dead_event(outcome))
 
 
-def _death(outcome: Outcome) -> GeneratedEvent:
+def _dead_event(outcome: Outcome) -> GeneratedEvent:
     delivery, attempt = outcome.delivery, outcome.attempt
     event = delivery.event
     return GeneratedEvent(
@@ -217,7 +227,7 @@ def _death(outcome: Outcome) -> GeneratedEvent:
 
 
 async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Insert new deliveries. Some supersede older ones, some wait behind an earlier one of their key."""
+    """Insert new deliveries. Some supersede older ones, others wait behind an earlier one of their key."""
     ordered = [d for d in batch.deliveries if d.order_key is not None]
     latest = [d for d in batch.deliveries if d.latest_key is not None]
     if latest:
@@ -238,14 +248,14 @@ async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Clai
 
 
 async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -> set[tuple[str, str | None]]:
-    """Return the (destination, order key) pairs of these that have an earlier pending delivery."""
+    """Return those (destination, order key) pairs of deliveries that have an earlier pending delivery."""
     keys = list({(d.destination, d.order_key) for d in deliveries})
     rows = await transaction.fetch_rows(
         """
-        WITH asked (destination, order_key) AS (VALUES {values})
-        SELECT destination, order_key FROM asked
+        WITH wanted (destination, order_key) AS (VALUES {values})
+        SELECT destination, order_key FROM wanted
          WHERE EXISTS (SELECT 1 FROM deliveries AS d
-                        WHERE d.destination = asked.destination AND d.order_key = asked.order_key
+                        WHERE d.destination = wanted.destination AND d.order_key = wanted.order_key
                           AND d.state = 'pending')
         """,
         keys,
@@ -256,16 +266,16 @@ async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -
 async def _supersede(
     batch: Batch, transaction: Transaction, claims: Claims, deliveries: Sequence[Delivery]
 ) -> None:
-    """Expire what a newer event of the same key makes pointless, in the store and in this batch.
+    """Expire deliveries that a newer event of the same `latest_by` key supersedes, stored and in this batch.
 
-    The event counts, not the delivery: an old one that is replayed does not supersede a newer one.
+    Events are compared, not deliveries: a replay of an old event does not supersede a newer event.
     """
     generated = [d for d in deliveries if d.id not in batch.ended_early]
     pending = await transaction.fetch_rows(
         """
-        WITH asked (destination, latest_key) AS (VALUES {values})
+        WITH wanted (destination, latest_key) AS (VALUES {values})
         SELECT d.id, d.destination, d.order_key, d.latest_key, d.event_id
-          FROM asked JOIN deliveries AS d USING (destination, latest_key)
+          FROM wanted JOIN deliveries AS d USING (destination, latest_key)
          WHERE d.state = 'pending'
         """,
         list({(d.destination, d.latest_key) for d in generated}),
@@ -309,7 +319,7 @@ def count_transitions(batch: Batch) -> dict[str, dict[str, int]]:
 
 
 class Committer:
-    """Makes batches, writes them, and takes them into memory: what the writer calls around each commit."""
+    """Makes batches, writes them, and applies them to memory; the writer calls it around each commit."""
 
     sequences: Sequences  # set when the database is opened
 
@@ -339,9 +349,9 @@ class Committer:
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch that knows the idempotency keys of the jobs."""
         keys = None
-        if asked := [key for job in jobs for key in job.keys if key is not None]:
+        if used := [key for job in jobs for key in job.keys if key is not None]:
             keys = Keys()
-            await keys.look_up(transaction, asked, self._clock.steady())
+            await keys.look_up(transaction, used, self._clock.steady())
         return Batch(
             clock=self._clock,
             sequences=self.sequences,
@@ -359,32 +369,34 @@ class Committer:
     def forget(self) -> None:
         """Drop the marks of a transaction that was rolled back."""
         self._claims.clear_ending()
-        self._workers.roster.moving.clear()
-        self._workers.roster.refused.clear()  # their rows have it, as nothing replaced them
+        self._workers.roster.being_written.clear()
+        self._workers.roster.refused.clear()  # the rows in memory already contain them
 
     def publish(self, batch: Batch) -> None:
-        """Take a committed batch into memory and call the listeners, in one step of the event loop.
+        """Apply a committed batch to memory and call the listeners, in one step of the event loop.
 
-        No claim can come between.
+        So no claim can happen in between.
         """
         if batch.worker_changes is not None:
             for source, status in batch.worker_changes.publish():
                 self._on_status_change(source, status)
         if batch.outcomes:
             self._claims.release(outcome.delivery.id for outcome in batch.outcomes)
-        if batch.ended or batch.unwanted:
+        if batch.ended or batch.cancelled_in_flight:
             self._claims.release(batch.ended)
-            self._deliveries.cancel_later(self._claims.cancel(batch.unwanted))
+            self._deliveries.cancel_later(self._claims.cancel(batch.cancelled_in_flight))
             self._claims.clear_ending()
         self._claims.add(batch.due)
         for destination, columns in batch.ledger.items():
             self._ledger.pending_counts[destination] += 2 * columns["created"] - sum(columns.values())
         outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
-        hurried = frozenset(batch.hurried.values())
-        if batch.ledger or batch.events or batch.woken or outcomes or hurried:
-            news = News(batch.events, batch.due, batch.woken, batch.ended, batch.ledger, outcomes, hurried)
+        made_due = frozenset(batch.made_due.values())
+        if batch.ledger or batch.events or batch.woken or outcomes or made_due:
+            news = News(batch.events, batch.due, batch.woken, batch.ended, batch.ledger, outcomes, made_due)
             for listen in self._listeners:
                 try:
                     listen(news)
                 except Exception:  # the commit is durable, and its senders must get their replies
-                    log.exception("a listener failed after a commit; lanes find the deliveries in the store")
+                    log.exception(
+                        "a listener failed after a commit; lanes read the deliveries from the store"
+                    )

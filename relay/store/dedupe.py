@@ -1,6 +1,6 @@
-"""Idempotency keys: which request used a key, and for how long its repetition is a duplicate.
+"""Idempotency keys: which request used a key, and until when its repetition is a duplicate.
 
-A key alone does not make a duplicate, unless the source says so. Some clients count from 1 after each start
+The key alone does not make a duplicate, unless the source says so. Some clients count from 1 after each start
 or use a constant, so they send different requests with one key. Each of these requests is an event.
 """
 
@@ -19,15 +19,15 @@ KEY_ALONE = bytes(SIZE)
 """The identity of every request to a source whose keys alone make a duplicate."""
 
 KNOWN_SQL = """
-    WITH asked (source, key, identity, body, now) AS (VALUES {values})
-    SELECT asked.source, asked.key, asked.identity,
+    WITH request (source, key, identity, body, now) AS (VALUES {values})
+    SELECT request.source, request.key, request.identity,
            (SELECT event_id FROM dedupe AS d
-             WHERE d.source = asked.source AND d.key = asked.key
-               AND d.identity IN (asked.identity, asked.body) AND d.expires_at > asked.now
+             WHERE d.source = request.source AND d.key = request.key
+               AND d.identity IN (request.identity, request.body) AND d.expires_at > request.now
              ORDER BY d.expires_at LIMIT 1),
            EXISTS (SELECT 1 FROM dedupe AS d
-                    WHERE d.source = asked.source AND d.key = asked.key AND d.expires_at > asked.now)
-      FROM asked
+                    WHERE d.source = request.source AND d.key = request.key AND d.expires_at > request.now)
+      FROM request
 """
 
 
@@ -41,17 +41,19 @@ class Key(msgspec.Struct, frozen=True):
 
 
 class Keys:
-    """The keys that a transaction has looked up, and the ones it adds."""
+    """The keys that a transaction has looked up, and the keys that it adds."""
 
     def __init__(self) -> None:
-        self._first: dict[tuple[str, str, bytes], str] = {}  # public id of the event of such a request
-        self._used: set[tuple[str, str]] = set()  # by any request
+        self._first: dict[
+            tuple[str, str, bytes], str
+        ] = {}  # public id of the event, by source, key, identity
+        self._used: set[tuple[str, str]] = set()  # source and key, used by any request
         self._new: list[Row] = []
 
     async def look_up(self, transaction: Transaction, keys: Iterable[Key], now: int) -> None:
         """Look up keys; `now` is steady."""
-        asked = [(key.source, key.text, key.identity, key.body, now) for key in keys]
-        for source, text, identity, first, is_used in await transaction.fetch_rows(KNOWN_SQL, asked):
+        rows = [(key.source, key.text, key.identity, key.body, now) for key in keys]
+        for source, text, identity, first, is_used in await transaction.fetch_rows(KNOWN_SQL, rows):
             if first is not None:
                 self._first[source, text, identity] = first
             if is_used:
@@ -81,7 +83,7 @@ class Keys:
 def identity(event: StoredEvent, path: str) -> bytes:
     """Return a digest of a request: its path and body, and the fields that the source reads.
 
-    The token has no part in it, as it may be rotated between two tries; nor has the context, which may hold
+    It contains neither the token, which may be rotated between two tries, nor the context, which may contain
     the time of sending.
     """
     texts = (path, event.type, event.subject or "")

@@ -1,4 +1,4 @@
-"""Pending deliveries over SQLite: claiming them, recording attempts, ending and repeating them."""
+"""Pending deliveries over SQLite: claim, settle, expire, cancel and repeat them."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ import aiosqlite
 from relay.base.clock import Clock
 from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
 from relay.store import Cancelled
-from relay.store.batch import Batch, Look, Repeat
+from relay.store.batch import Batch, HeldDestinations, Repeat
 from relay.store.claims import Claims, claim
 from relay.store.database import Database
 from relay.store.writer import Job
@@ -52,7 +52,7 @@ class SqliteDeliveries:
         """See `Deliveries.expire`."""
 
         def apply_(batch: Batch) -> int:
-            batch.expiring = True
+            batch.expire_overdue = True
             batch.workers.expire_commands()
             return 0
 
@@ -62,7 +62,7 @@ class SqliteDeliveries:
         """See `Deliveries.expire_held`."""
 
         def apply_(batch: Batch) -> int:
-            batch.look = Look(frozenset(names), kept)
+            batch.held = HeldDestinations(frozenset(names), kept)
             return 0
 
         def answer(batch: Batch, _: int) -> int:
@@ -74,52 +74,53 @@ class SqliteDeliveries:
         """See `Deliveries.cancel`."""
 
         def apply_(batch: Batch) -> Cancelled:
-            batch.cancelling += delivery_ids
+            batch.to_cancel += delivery_ids
             return Cancelled()
 
         def answer(batch: Batch, _: Cancelled) -> Cancelled:
-            asked = frozenset(delivery_ids)
-            return Cancelled(ended=len(asked & batch.ended.keys()), in_flight=len(asked & batch.unwanted))
+            requested = frozenset(delivery_ids)
+            in_flight = len(requested & batch.cancelled_in_flight)
+            return Cancelled(ended=len(requested & batch.ended.keys()), in_flight=in_flight)
 
         return await self._database.writer.submit(Job(apply_, answer=answer))
 
     def cancel_later(self, delivery_ids: Sequence[int]) -> None:
-        """Cancel deliveries that were in flight and came back without an outcome."""
+        """Cancel deliveries whose attempt was cut off before it had an outcome."""
         if not delivery_ids:
             return
-        job = Job[None](lambda batch: batch.cancelling.extend(delivery_ids))
+        job = Job[None](lambda batch: batch.to_cancel.extend(delivery_ids))
         self._database.writer.submit(job).add_done_callback(_report_failure)
 
-    async def hurry(self, delivery_ids: Sequence[int]) -> int:
-        """See `Deliveries.hurry`."""
+    async def make_due(self, delivery_ids: Sequence[int]) -> int:
+        """See `Deliveries.make_due`."""
 
         def apply_(batch: Batch) -> int:
-            batch.hurrying += delivery_ids
+            batch.to_make_due += delivery_ids
             return 0
 
         def answer(batch: Batch, _: int) -> int:
-            return sum(delivery_id in batch.hurried for delivery_id in set(delivery_ids))
+            return sum(delivery_id in batch.made_due for delivery_id in set(delivery_ids))
 
         return await self._database.writer.submit(Job(apply_, answer=answer))
 
-    async def repeat(self, wishes: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
+    async def repeat(self, requests: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """See `Deliveries.repeat`."""
-        repeats = [Repeat(event, target) for event, target in wishes]
+        repeats = [Repeat(event, target) for event, target in requests]
 
         def apply_(batch: Batch) -> tuple[bool, ...]:
-            batch.repeating += repeats
+            batch.to_repeat += repeats
             return ()
 
         job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in repeats))
         return await self._database.writer.submit(job)
 
-    async def set_destination(self, state: DestinationState, tell: GeneratedEvent | None = None) -> None:
+    async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """See `Deliveries.set_destination`."""
 
         def apply_(batch: Batch) -> None:
             batch.states.append(state)
-            if tell is not None:
-                batch.add_generated(OPERATOR_SOURCE, tell)
+            if event is not None:
+                batch.add_generated(OPERATOR_SOURCE, event)
 
         await self._database.writer.submit(Job(apply_))
 
@@ -127,4 +128,4 @@ class SqliteDeliveries:
 def _report_failure(done: "asyncio.Future[None]") -> None:
     """Log that a cancellation failed, because no caller waits for it; the operator cancels again."""
     if not done.cancelled() and (error := done.exception()) is not None:
-        log.warning("a delivery that was to be cancelled stays pending: %s", error)
+        log.warning("a delivery could not be cancelled and is still pending: %s", error)

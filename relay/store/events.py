@@ -1,4 +1,4 @@
-"""Accepted events over SQLite: taking them in, reading them back, importing and deleting them."""
+"""Accepted events over SQLite: append, load, import and delete them."""
 
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ IMPORT_BYTES = 8 * 2**20
 EXPUNGE_EVENTS = 500
 """Events whose deliveries one transaction cancels."""
 
-_ANY_DEATH = 2**63 - 1  # a dead delivery does not keep an event that an operator deletes
+_DEAD_KEEP_NOTHING = 2**63 - 1  # `Candidate.dead`: dead deliveries do not keep an event that is expunged
 
 PENDING_SQL = "SELECT id FROM deliveries WHERE event_id IN ({marks}) AND state = 'pending'"
 COST_SQL = """
@@ -54,7 +54,10 @@ class SqliteEvents:
 
     async def append(self, acceptance: Acceptance) -> Receipt:
         """See `Events.append`."""
-        if acceptance.change is not None and (receipt := self._workers.beat(acceptance)) is not None:
+        if (
+            acceptance.change is not None
+            and (receipt := self._workers.apply_in_memory(acceptance)) is not None
+        ):
             return receipt
         event = acceptance.event
         key = _key_of(acceptance) if acceptance.key else None
@@ -85,23 +88,23 @@ class SqliteEvents:
         """See `Events.pause_source`."""
         await self._database.writer.submit(Job(lambda batch: batch.pauses.append((name, paused))))
 
-    async def restore(self, events: Sequence[StoredEvent], *, owe: bool = False) -> tuple[bool, ...]:
+    async def restore(self, events: Sequence[StoredEvent], *, deliver: bool = False) -> tuple[bool, ...]:
         """See `Events.restore`."""
         if not self._database.writer.has_room(sum(len(event.body) for event in events)):
             raise StorageUnavailableError(
                 "less than min_free_disk would be free", hint="make room on the disk, and import again"
             )
-        restoring = [Restored(event, owe) for event in events]
+        restoring = [Restored(event, deliver) for event in events]
 
         def apply_(batch: Batch) -> tuple[bool, ...]:
-            batch.restoring += restoring
+            batch.to_restore += restoring
             return ()
 
         job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in restoring))
         return await self._database.writer.submit(job)
 
     async def import_lines(
-        self, lines: AsyncIterable[bytes], *, owe: bool = False
+        self, lines: AsyncIterable[bytes], *, deliver: bool = False
     ) -> AsyncIterator[Imported]:
         """See `Events.import_lines`."""
         count, new, size = 0, 0, 0
@@ -110,23 +113,24 @@ class SqliteEvents:
             try:
                 event = read_line(line)
             except RelayError as error:
-                new += sum(await self.restore(waiting, owe=owe))
+                new += sum(await self.restore(waiting, deliver=deliver))
                 raise RelayError(
                     f"line {count + 1}: {error.message}",
-                    hint=f"{new} events before it are in; mend it and import the file again, they count once",
+                    hint=f"{new} new events before it are stored; correct the line and import the file again"
+                    " (stored events are skipped)",
                 ) from error
             count, size = count + 1, size + len(event.body)
             waiting.append(event)
             if len(waiting) >= IMPORT_EVENTS or size >= IMPORT_BYTES:
-                new += sum(await self.restore(waiting, owe=owe))
+                new += sum(await self.restore(waiting, deliver=deliver))
                 waiting, size = [], 0
                 yield Imported(lines=count, new=new)
-        new += sum(await self.restore(waiting, owe=owe))
+        new += sum(await self.restore(waiting, deliver=deliver))
         yield Imported(lines=count, new=new)
 
     async def expunge(self, event_ids: Sequence[int]) -> Expunged:
         """See `Events.expunge`."""
-        gone, cancelled, left = 0, 0, []
+        deleted, cancelled, left = 0, 0, []
         reader, writer = self._database.reader, self._database.writer
         for at in range(0, len(event_ids), EXPUNGE_EVENTS):
             some = event_ids[at : at + EXPUNGE_EVENTS]
@@ -134,12 +138,12 @@ class SqliteEvents:
             if ids := [id_ for (id_,) in pending]:
                 cancelled += (await self._deliveries.cancel(ids)).ended
             costs = await reader.execute_fetchall(COST_SQL.format(marks=marks(some)), some)
-            candidates = [Candidate(id_, cost, _ANY_DEATH) for id_, cost in costs]
+            candidates = [Candidate(id_, cost, _DEAD_KEEP_NOTHING) for id_, cost in costs]
             for portion in deletions(candidates):
-                gone += await paced(writer, partial(delete_events, portion))
-            there = f"SELECT id FROM events WHERE id IN ({marks(some)})"  # noqa: S608 - marks only
-            left += [id_ for (id_,) in await reader.execute_fetchall(there, some)]
-        return Expunged(events=gone, cancelled=cancelled, left=tuple(left))
+                deleted += await paced(writer, partial(delete_events, portion))
+            remaining = f"SELECT id FROM events WHERE id IN ({marks(some)})"  # noqa: S608 - marks only
+            left += [id_ for (id_,) in await reader.execute_fetchall(remaining, some)]
+        return Expunged(events=deleted, cancelled=cancelled, left=tuple(left))
 
     async def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
         """See `Events.expunge_selected`."""

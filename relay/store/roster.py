@@ -9,7 +9,7 @@ import msgspec
 from relay.config.schema import WorkerRules
 from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
 from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
-from relay.workers.rules import TOMBSTONE, Now, hold, note_refused
+from relay.workers.rules import TOMBSTONE, Now, extend_deadline, note_refused
 
 WorkerKey = tuple[str, str]
 """(source, worker id)."""
@@ -17,7 +17,7 @@ WorkerKey = tuple[str, str]
 MOST_SESSIONS = 100_000
 """Sessions kept of all workers together. Further ones are only counted, as each worker reports them."""
 
-MOST_FAREWELLS = 16_384
+MOST_UNREGISTERS = 16_384
 """Workers whose refused unregister request is remembered while the store cannot be opened."""
 
 MOST_REFUSED = 8
@@ -25,7 +25,7 @@ MOST_REFUSED = 8
 
 
 class Roster:
-    """All workers by key and by endpoint. Only commits and quiet heartbeats change them."""
+    """All workers by key and by endpoint. Only commits and heartbeats in memory change them."""
 
     def __init__(
         self, workers: Iterable[Worker] = (), commands: Iterable[Command] = (), *, is_loaded: bool = True
@@ -33,20 +33,26 @@ class Roster:
         self._is_loaded = is_loaded
         self._rows: dict[WorkerKey, Worker] = {}
         self._endpoints: dict[tuple[str, str], set[WorkerKey]] = {}
-        self._sessions: dict[tuple[str, str], WorkerKey] = {}  # who reported a session last
+        self._sessions: dict[tuple[str, str], WorkerKey] = {}  # the worker that reported a session last
         self._rivals: dict[tuple[str, str], list[WorkerKey]] = {}  # the other workers that report it
         self.sessions = 0  # in all rows
-        self.census: Counter[tuple[str, str]] = Counter()  # by source and status, without tombstones
-        self.moving: set[WorkerKey] = set()  # changed by the transaction that is being written
-        self.dirty: set[WorkerKey] = set()  # beaten in memory, not yet flushed
-        self.refused: dict[WorkerKey, list[tuple[WorkerChange, Now]]] = {}  # while `moving`: refused requests
-        self.farewells: dict[WorkerKey, tuple[Unregister, Now]] = {}  # refused, of workers that are not known
+        self.census: Counter[tuple[str, str]] = (
+            Counter()
+        )  # by source and status, without unregistered workers
+        self.being_written: set[WorkerKey] = set()  # changed by the transaction that is being written
+        self.dirty: set[WorkerKey] = set()  # changed in memory, not yet flushed
+        self.refused: dict[
+            WorkerKey, list[tuple[WorkerChange, Now]]
+        ] = {}  # while `being_written`: refused requests
+        self.refused_unregisters: dict[
+            WorkerKey, tuple[Unregister, Now]
+        ] = {}  # refused, of workers that are not known
         self.measured: dict[WorkerKey, int] = {}  # when a row of metrics was last written (steady)
         self.commands: dict[WorkerKey, list[Command]] = {}  # queued, oldest first
         for worker in workers:
             self.put(worker)
         for command in commands:
-            self.note(command)
+            self.keep_command(command)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,12 +69,12 @@ class Roster:
         return tuple(self._endpoints.get((source, endpoint), ())) if endpoint else ()
 
     def reporters(self, source: str, session_id: str) -> tuple[WorkerKey, ...]:
-        """Return the keys of all workers with a session, the one that reported it last first."""
+        """Return the keys of all workers with a session, beginning with the one that reported it last."""
         last = self._sessions.get((source, session_id))
         return () if last is None else (last, *self._rivals.get((source, session_id), ()))
 
-    def fit(self, worker: Worker, more: int = 0) -> Worker:
-        """Return a row with as many of its sessions as there is room for beside `more` others."""
+    def limit_sessions(self, worker: Worker, more: int = 0) -> Worker:
+        """Return a row without the sessions that exceed `MOST_SESSIONS` together with `more` new ones."""
         former = self._rows.get((worker.source, worker.id))
         has = 0 if former is None else len(former.sessions)
         room = max(MOST_SESSIONS - self.sessions - more + has, 0)
@@ -100,14 +106,14 @@ class Roster:
         row = self._rows.get(key)
         if row is None:
             if not self._is_loaded:
-                self._keep_farewell(key, change, now)
+                self._keep_unregister(key, change, now)
             return None
         status = row.status if row.unregistered_at is None else None
         if (after := note_refused(row, change, now, rules(*key))) is row:
             return status
         self.put(after)
         self.dirty.add(key)
-        if key in self.moving:  # the row that is being written does not have it
+        if key in self.being_written:  # the row that is being written does not contain this change
             noted = self.refused.setdefault(key, [])
             if noted and type(noted[-1][0]) is type(change):
                 noted.pop()
@@ -115,21 +121,24 @@ class Roster:
             del noted[:-MOST_REFUSED]
         return status
 
-    def _keep_farewell(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
-        """Remember a worker that left before the rows were read; an overlapping heartbeat changes nothing."""
+    def _keep_unregister(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
+        """Remember an unregister that came before the rows were read, until the worker sends something newer.
+
+        A heartbeat within `TOMBSTONE` of it may have been sent before it, and changes nothing.
+        """
         if isinstance(change, Unregister):
-            if len(self.farewells) < MOST_FAREWELLS:
-                self.farewells[key] = (change, now)
-        elif key in self.farewells:
-            _, then = self.farewells[key]
+            if len(self.refused_unregisters) < MOST_UNREGISTERS:
+                self.refused_unregisters[key] = (change, now)
+        elif key in self.refused_unregisters:
+            _, then = self.refused_unregisters[key]
             if isinstance(change, Register) or now.steady - then.steady >= TOMBSTONE:
-                del self.farewells[key]
+                del self.refused_unregisters[key]
 
     def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
         """Apply the refused unregister requests that came before the rows were read."""
-        for (source, _), (change, now) in before.farewells.items():
+        for (source, _), (change, now) in before.refused_unregisters.items():
             self.note_refused(source, change, now, rules)
-        self.farewells.clear()
+        self.refused_unregisters.clear()
 
     def note_refused_again(self, rules: Callable[[str, str], WorkerRules]) -> None:
         """Apply refused requests to rows that were being written meanwhile."""
@@ -142,17 +151,17 @@ class Roster:
                 self.put(row)
                 self.dirty.add(key)
 
-    def hold(self, now: Now, rules: Callable[[str, str], WorkerRules]) -> None:
-        """Put off every deadline."""
-        for key, worker in self._rows.items():  # no key is new, and nothing else of a row changes
-            self._rows[key] = hold(worker, now, rules(*key))
+    def extend_deadlines(self, now: Now, rules: Callable[[str, str], WorkerRules]) -> None:
+        """Extend every deadline."""
+        for key, worker in self._rows.items():  # no key is new, and only the deadlines change
+            self._rows[key] = extend_deadline(worker, now, rules(*key))
 
     def queued(self) -> list[Command]:
         """Return every command that waits for a heartbeat."""
         return [command for commands in self.commands.values() for command in commands]
 
-    def note(self, command: Command) -> None:
-        """Keep a command while it is queued; drop it otherwise."""
+    def keep_command(self, command: Command) -> None:
+        """Keep a command if it is queued; drop it otherwise."""
         key = (command.source, command.worker_id)
         others = [each for each in self.commands.get(key, ()) if each.public_id != command.public_id]
         if command.state == "queued":
@@ -188,7 +197,7 @@ class Roster:
     def _index(self, key: WorkerKey, before: Iterable[Session], after: Iterable[Session]) -> None:
         gone = {session.id: session for session in before}
         for session in after:
-            if gone.pop(session.id, None) is not session:  # told anew, not only kept
+            if gone.pop(session.id, None) is not session:  # the worker has just reported it
                 self._claim((key[0], session.id), key)
         for id_ in gone:
             self._give_up((key[0], id_), key)
@@ -224,7 +233,7 @@ class Roster:
 
 async def load_roster(connection: aiosqlite.Connection) -> Roster:
     """Read all workers, and the commands that wait for them."""
-    # The one that was heard last comes last: it has the sessions that several rows name.
+    # The worker with the latest heartbeat comes last: it gets the sessions that several rows contain.
     workers = await connection.execute_fetchall("SELECT record FROM workers ORDER BY last_heartbeat")
     commands = await connection.execute_fetchall(
         f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants

@@ -1,4 +1,4 @@
-"""Transitions of pending deliveries inside a transaction, other than by an attempt.
+"""Transitions of pending deliveries inside a transaction, except those after an attempt.
 
 Deliveries expire (past their time to live, superseded, or held for too long), are cancelled, are made due,
 and are repeated as new deliveries. When a delivery of an order key ends, the next one of the key becomes due.
@@ -11,7 +11,7 @@ import msgspec
 
 from relay.base.clock import SECOND
 from relay.model import OPERATOR_SOURCE, GeneratedEvent, Outcome
-from relay.store.batch import Batch, Ending, Look
+from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 from relay.store.transaction import Row, Transaction
 
@@ -22,7 +22,7 @@ HELD_AT_ONCE = 500
 """Held deliveries that one transaction ends for a destination: waiting, first attempts and retries each."""
 
 NOTICE = 86_400 * SECOND
-"""How long before the first delivery expires the operator is warned."""
+"""Microseconds between the warning to the operator and the first delivery that expires."""
 
 # A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
 # Waiting deliveries end first, so that the end of an earlier one does not make them due.
@@ -46,7 +46,7 @@ SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have t
 
 
 class Pending(NamedTuple):
-    """The columns of a pending delivery that its end needs."""
+    """The columns of a pending delivery that are needed to end it."""
 
     id: int
     destination: str
@@ -54,7 +54,7 @@ class Pending(NamedTuple):
 
 
 async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """End deliveries past their time to live; those in flight end by their outcome."""
+    """Expire deliveries past their time to live; for those in flight, the outcome decides."""
     rows = await transaction.fetch(
         """
         SELECT id, destination, order_key FROM deliveries
@@ -66,17 +66,17 @@ async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None
 
 
 async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """End deliveries that an operator cancelled; those in flight end by their outcome."""
+    """Cancel deliveries for an operator; for those in flight, the outcome decides."""
     rows = await transaction.fetch_rows(
         """
-        WITH asked (id) AS (VALUES {values})
+        WITH chosen (id) AS (VALUES {values})
         SELECT id, destination, order_key FROM deliveries
-         WHERE id IN (SELECT id FROM asked) AND state = 'pending'
+         WHERE id IN (SELECT id FROM chosen) AND state = 'pending'
         """,
-        [(delivery_id,) for delivery_id in dict.fromkeys(batch.cancelling)],
+        [(delivery_id,) for delivery_id in dict.fromkeys(batch.to_cancel)],
     )
     await end(batch, transaction, claims, rows, ("cancelled", "operator"))
-    batch.unwanted = {id_ for id_, _, _ in rows} - batch.ended.keys()
+    batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
 
 
 async def end(
@@ -127,25 +127,25 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
     batch.woken.update(destination for (destination,) in rows)
 
 
-async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, look: Look) -> None:
+async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations) -> None:
     """Expire deliveries of destinations that accept nothing, a day after a warning.
 
-    The table `held` remembers since when, so that a restart does not begin anew. All times are steady, as due
-    times are.
+    The table `held` has the time since when they accept nothing, so a restart does not extend it. All times
+    are steady, like due times. The column `told` is set after the warning.
     """
     rows = await transaction.fetch("SELECT destination, since, told FROM held")
-    known = {name: (since, bool(told)) for name, since, told in rows}
-    for name in known.keys() - look.names:
+    known = {name: (since, bool(warned)) for name, since, warned in rows}
+    for name in known.keys() - held.names:
         transaction.run("DELETE FROM held WHERE destination = ?", (name,))
-    for name in look.names - known.keys():
+    for name in held.names - known.keys():
         transaction.run("INSERT INTO held (destination, since) VALUES (?, ?)", (name, batch.steady))
-    notice = min(NOTICE, look.kept // 2)
-    for name in sorted(look.names & known.keys()):
-        since, told = known[name]
-        if not told and since <= batch.steady - look.kept + notice:
-            await _warn(batch, transaction, name, look.kept, since)
-        if since <= batch.steady - look.kept:
-            await _expire(batch, transaction, claims, name, batch.steady - look.kept)
+    notice = min(NOTICE, held.kept // 2)
+    for name in sorted(held.names & known.keys()):
+        since, warned = known[name]
+        if not warned and since <= batch.steady - held.kept + notice:
+            await _warn(batch, transaction, name, held.kept, since)
+        if since <= batch.steady - held.kept:
+            await _expire(batch, transaction, claims, name, batch.steady - held.kept)
 
 
 async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:
@@ -182,34 +182,34 @@ def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Out
     ]
 
 
-async def hurry(batch: Batch, transaction: Transaction) -> None:
-    """Make retries due; a delivery that waits behind another one of its order key goes on waiting."""
+async def make_due(batch: Batch, transaction: Transaction) -> None:
+    """Make retries due; a delivery that waits behind another one of its order key keeps waiting."""
     rows = await transaction.fetch_rows(
         f"""
-        WITH asked (id) AS (VALUES {{values}})
+        WITH chosen (id) AS (VALUES {{values}})
         UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
-         WHERE id IN (SELECT id FROM asked) AND state = 'pending' AND next_attempt_at > {int(batch.steady)}
+         WHERE id IN (SELECT id FROM chosen) AND state = 'pending' AND next_attempt_at > {int(batch.steady)}
         RETURNING id, destination
         """,  # noqa: S608 - an integer of ours
-        [(delivery_id,) for delivery_id in batch.hurrying],
+        [(delivery_id,) for delivery_id in batch.to_make_due],
     )
-    batch.hurried = dict(rows)
+    batch.made_due = dict(rows)
 
 
 async def repeat(batch: Batch, transaction: Transaction) -> None:
     """Create new deliveries of events, unless the event is gone or one of its deliveries is pending."""
     rows = await transaction.fetch_rows(
         """
-        WITH asked (event_id, destination) AS (VALUES {values})
-        SELECT asked.event_id, asked.destination, max(d.id), coalesce(max(d.state = 'pending'), 0)
-          FROM asked JOIN events AS e ON e.id = asked.event_id
-          LEFT JOIN deliveries AS d ON d.event_id = asked.event_id AND d.destination = asked.destination
-         GROUP BY asked.event_id, asked.destination
+        WITH chosen (event_id, destination) AS (VALUES {values})
+        SELECT chosen.event_id, chosen.destination, max(d.id), coalesce(max(d.state = 'pending'), 0)
+          FROM chosen JOIN events AS e ON e.id = chosen.event_id
+          LEFT JOIN deliveries AS d ON d.event_id = chosen.event_id AND d.destination = chosen.destination
+         GROUP BY chosen.event_id, chosen.destination
         """,
-        [(each.event.id, each.target.destination) for each in batch.repeating],
+        [(each.event.id, each.target.destination) for each in batch.to_repeat],
     )
     latest = {(event_id, name): delivery_id for event_id, name, delivery_id, pending in rows if not pending}
-    for each in batch.repeating:
+    for each in batch.to_repeat:
         key = (each.event.id, each.target.destination)
         each.done = key in latest
         if each.done:

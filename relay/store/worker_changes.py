@@ -1,4 +1,4 @@
-"""Changes to workers inside one transaction: their requests, silence, and operators' commands."""
+"""Changes to workers inside one transaction: by their requests, by deadlines, and by operators."""
 
 from collections.abc import Callable, Iterable
 
@@ -32,7 +32,7 @@ MOST_WORKERS = 20_000
 """Workers in the registry, over all sources. Anybody with a token can choose ids."""
 
 FORGET_AT_ONCE = 200
-"""Workers forgotten together, so that not every new worker at the limit searches all rows."""
+"""Workers forgotten together, because the search for them reads all rows."""
 
 COMMANDS_AT_ONCE = 20
 """Commands in the reply to one heartbeat."""
@@ -52,15 +52,17 @@ class SqliteWorkerChanges:
         self._rules = rules
         self.generated: list[tuple[str, GeneratedEvent]] = []  # source and event, not yet in the batch
         self.workers: dict[WorkerKey, Worker] = {}
-        self._sessions: dict[tuple[str, str], WorkerKey] = {}  # where this transaction moved them
-        self._unread: list[WorkerKey] = []  # moved rows whose sessions are not in there yet
-        self.seen: dict[WorkerKey, Worker] = {}  # rows to be written as they are in memory
-        self.holding = False
+        self._sessions: dict[
+            tuple[str, str], WorkerKey
+        ] = {}  # the worker to which this transaction gave them
+        self._unread: list[WorkerKey] = []  # changed rows whose sessions are not in `_sessions` yet
+        self.seen: dict[WorkerKey, Worker] = {}  # rows to write as they are in memory
+        self.extends_deadlines = False
         self.forgotten: set[WorkerKey] = set()
         self.measured: dict[WorkerKey, Worker] = {}
-        self.commands: dict[str, Command] = {}  # new, or of another state than before
-        self._new = 0  # workers
-        self._grown = 0  # sessions
+        self.commands: dict[str, Command] = {}  # new ones, and those whose state changed
+        self._new = 0  # workers added by this transaction
+        self._grown = 0  # sessions added by this transaction
 
     def get(self, key: WorkerKey) -> Worker | None:
         """Return a row with the changes of this transaction."""
@@ -70,16 +72,16 @@ class SqliteWorkerChanges:
         """Apply a worker's request; returns the worker's row and the commands of the reply.
 
         Raises:
-            Conflict: it contradicts the registry; nothing was taken in.
-            Overloaded: it is new, and there is no room for it; likewise.
+            Conflict: it contradicts the registry; nothing was changed.
+            Overloaded: the worker is new and the registry is full; nothing was changed.
         """
         key = (source, change.worker_id)
         if isinstance(change, SessionSeen) and not change.worker_id:
             key = self._with_session(source, change.session.id) or key
         before = self.get(key)
-        heir: WorkerKey | None = None
+        owner: WorkerKey | None = None  # of the sessions that the worker must restore
         if isinstance(change, Register) and change.recover:
-            sessions, heir = self._recoverable(key, before, change.endpoint)
+            sessions, owner = self._recoverable(key, before, change.endpoint)
             change = msgspec.structs.replace(change, sessions=sessions)
         step = rules.apply(before, change, source, self._now, self._rules(*key))
         if step.worker is None:
@@ -87,11 +89,11 @@ class SqliteWorkerChanges:
         is_new = before is None or before.unregistered_at is not None
         if is_new and isinstance(change, Register):
             self._take_over(source, change)
-        if heir is not None and heir != key and (former := self.get(heir)) is not None:
-            self._move(heir, msgspec.structs.replace(former, sessions=()))
+        if owner is not None and owner != key and (former := self.get(owner)) is not None:
+            self._set(owner, msgspec.structs.replace(former, sessions=()))
         if before is None:
             self._make_room()
-        self._move(key, self._fitting(before, step.worker))
+        self._set(key, self._limit_sessions(before, step.worker))
         for generated in step.generated:
             self.generated.append((source, generated))
         if not isinstance(change, Heartbeat) or step.worker.unregistered_at is not None:
@@ -100,7 +102,7 @@ class SqliteWorkerChanges:
         return step.worker, self._send(key)
 
     def _make_room(self) -> None:
-        """Forget the workers that left or fell silent first, if the registry is full.
+        """If the registry is full, forget those workers that have been unregistered or offline for longest.
 
         Raises:
             Overloaded: all of them are online.
@@ -117,16 +119,16 @@ class SqliteWorkerChanges:
             self.forget(old[:FORGET_AT_ONCE])
         self._new += 1
 
-    def _fitting(self, before: Worker | None, worker: Worker) -> Worker:
+    def _limit_sessions(self, before: Worker | None, worker: Worker) -> Worker:
         """Return a row without the sessions that exceed the limit of all sessions."""
-        fitting = self._roster.fit(worker, self._grown)
+        fitting = self._roster.limit_sessions(worker, self._grown)
         grown = len(fitting.sessions) - (0 if before is None else len(before.sessions))
         self._grown += max(grown, 0)
         return fitting
 
-    def hold(self) -> None:
-        """Put off every deadline. In memory only, because a start puts them off as well."""
-        self.holding = True
+    def extend_deadlines(self) -> None:
+        """Extend every deadline, in memory only, because a start extends them as well."""
+        self.extends_deadlines = True
 
     def sweep(self, at: int, most: int) -> list[Worker]:
         """Mark up to `most` workers as OFFLINE whose deadline had passed at `at` (steady).
@@ -140,21 +142,21 @@ class SqliteWorkerChanges:
             silence = rules.silent(self.workers.get(key, row), now)
             if silence is not None and key not in self.forgotten:
                 after, generated = silence
-                self._move(key, after)
+                self._set(key, after)
                 self.generated.append((row.source, generated))
                 marked.append(after)
                 if len(marked) == most:
                     break
         return marked
 
-    def _move(self, key: WorkerKey, worker: Worker) -> None:
+    def _set(self, key: WorkerKey, worker: Worker) -> None:
         self.forgotten.discard(key)
         self.workers[key] = worker
         self._unread.append(key)
-        self._roster.moving.add(key)
+        self._roster.being_written.add(key)
 
-    def asked(self, key: WorkerKey) -> Worker | None:
-        """Return a row without the sessions to restore that another live worker lists by now."""
+    def to_report(self, key: WorkerKey) -> Worker | None:
+        """Return a row without the sessions to restore that another live worker lists now."""
         row = self.get(key)
         if row is None or not row.recovering:
             return row
@@ -170,10 +172,11 @@ class SqliteWorkerChanges:
     ) -> tuple[tuple[Session, ...], WorkerKey | None]:
         """Return the sessions that a worker must restore, and the key of the worker that had them.
 
-        Its own, or where it has none those of the worker that was heard last at its endpoint and is OFFLINE.
+        They are its own. If it has none, they are those of the OFFLINE worker at the same endpoint with the
+        latest heartbeat.
         """
         rows = [row] if row is not None else []
-        if rules.names_a_place(endpoint):
+        if rules.names_one_machine(endpoint):
             neighbours = [
                 self.get(each) for each in self._roster.at_endpoint(key[0], endpoint) if each != key
             ]
@@ -199,7 +202,7 @@ class SqliteWorkerChanges:
         return next(iter(self._reporters(source, session_id)), None)
 
     def _reporters(self, source: str, session_id: str) -> list[WorkerKey]:
-        """Return the keys of the workers that have or had a session, the latest to report it first."""
+        """Return the keys of the workers that have or had a session, the latest reporter first."""
         for key in self._unread:
             former, worker = self._roster.get(key), self.workers[key]
             if former is None or former.sessions != worker.sessions:
@@ -240,7 +243,7 @@ class SqliteWorkerChanges:
         if worker is None or worker.unregistered_at is not None:
             return None
         after = rules.maintain(worker, self._now, self._rules(*key), on=on)
-        self._move(key, after)
+        self._set(key, after)
         return after
 
     def queue(self, command: Command) -> None:
@@ -291,9 +294,9 @@ class SqliteWorkerChanges:
     def _take_over(self, source: str, change: Register) -> None:
         """Shorten the deadlines of earlier ids at a new id's endpoint, or reject the new id.
 
-        Rejecting covers private addresses, because the operator asked for it, but never loopback.
+        Private addresses are rejected as well, because the operator asked for it; loopback addresses never.
         """
-        if not rules.names_a_place(change.endpoint):
+        if not rules.names_one_machine(change.endpoint):
             return
         neighbours = [
             worker
@@ -302,11 +305,11 @@ class SqliteWorkerChanges:
         ]
         if neighbours and change.reject_conflict:
             raise Conflict(f"{neighbours[0].id} is registered at {change.endpoint}")
-        if not rules.identifies(change.endpoint):
+        if not rules.identifies_worker(change.endpoint):
             return
         for worker in neighbours:
             key = (source, worker.id)
-            self._move(key, rules.former(worker, self._now, self._rules(*key)))
+            self._set(key, rules.former(worker, self._now, self._rules(*key)))
 
     def write(self, transaction: Transaction) -> None:
         """Write all changes inside the batch's transaction."""
@@ -324,28 +327,28 @@ class SqliteWorkerChanges:
 
     def publish(self) -> list[tuple[str, WorkerStatus]]:
         """Apply the committed changes to the roster; returns source and new status of each changed worker."""
-        roster, turned = self._roster, []
+        roster, changed = self._roster, []
         for key, worker in self.workers.items():
-            if worker.unregistered_at is None and _standing(roster.get(key)) != worker.status:
-                turned.append((worker.source, worker.status))
+            if worker.unregistered_at is None and _status_of(roster.get(key)) != worker.status:
+                changed.append((worker.source, worker.status))
             roster.put(worker)
-        roster.moving.clear()
+        roster.being_written.clear()
         if roster.refused:
             roster.note_refused_again(self._rules)
-        if self.holding:
-            roster.hold(self._now, self._rules)
+        if self.extends_deadlines:
+            roster.extend_deadlines(self._now, self._rules)
         for key in self.measured:
             roster.measured[key] = self._now.steady
         for command in self.commands.values():
-            roster.note(command)
+            roster.keep_command(command)
         for key in self.forgotten:
             roster.drop(key)
-        return turned
+        return changed
 
 
 def _is_live(worker: Worker) -> bool:
     return worker.status != "OFFLINE" and worker.unregistered_at is None
 
 
-def _standing(worker: Worker | None) -> WorkerStatus | None:
+def _status_of(worker: Worker | None) -> WorkerStatus | None:
     return None if worker is None or worker.unregistered_at is not None else worker.status

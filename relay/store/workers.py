@@ -1,4 +1,4 @@
-"""The worker registry over SQLite: heartbeats in memory, silence, and changes by operators and jobs."""
+"""The worker registry over SQLite: heartbeats in memory, deadlines, and changes by operators and jobs."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,26 +30,27 @@ class SqliteWorkers:
         self.roster = Roster(is_loaded=False)
         self._queued: Counter[WorkerKey] = Counter()  # changes of a worker that wait to be written
 
-    def beat(self, acceptance: Acceptance) -> Receipt | None:
+    def apply_in_memory(self, acceptance: Acceptance) -> Receipt | None:
         """Apply a heartbeat in memory if it changes only the time and the gauges; `flush` writes it.
 
-        Not while anything else about its worker is on its way to the disk: order is part of the rules.
+        None: it must be written. That is so as well while another change of its worker is being written,
+        because the rules depend on the order of the changes.
         """
         change = acceptance.change
         if acceptance.event is not None or not isinstance(change, Heartbeat):
             return None
         key = (acceptance.source, change.worker_id)
-        if key in self.roster.commands or key in self.roster.moving or key in self._queued:
+        if key in self.roster.commands or key in self.roster.being_written or key in self._queued:
             return None
         step = apply(self.roster.get(key), change, key[0], self._now(), self._rules(*key))
         if not step.quiet or step.worker is None:
             return None
-        self.roster.put(self.roster.fit(step.worker) if step.worker.sessions else step.worker)
+        self.roster.put(self.roster.limit_sessions(step.worker) if step.worker.sessions else step.worker)
         self.roster.dirty.add(key)
         return Receipt(worker=step.worker)
 
     async def submit(self, source: str, change: WorkerChange, job: Job[Receipt]) -> Receipt:
-        """Write a worker's request; if that fails, note at least that the worker is alive, or leaves."""
+        """Write a worker's request; if that fails, at least note that the worker is alive or leaves."""
         key = (source, change.worker_id)
         self._queued[key] += 1
         try:
@@ -63,7 +64,7 @@ class SqliteWorkers:
                 del self._queued[key]
 
     def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
-        """See `Workers.note_refused`; `flush` writes it as soon as possible."""
+        """See `Workers.note_refused`; `flush` writes it."""
         return self.roster.note_refused(source, change, self._now(), self._rules)
 
     def _now(self) -> Now:
@@ -81,12 +82,12 @@ class SqliteWorkers:
                 raise
             del dirty[-ROWS_AT_ONCE:]
 
-    async def sweep(self, *, hold: bool = False, at: int | None = None) -> tuple[Worker, ...]:
+    async def sweep(self, *, extend: bool = False, at: int | None = None) -> tuple[Worker, ...]:
         """See `Workers.sweep`."""
-        # Fixed before it waits in the queue: heartbeats that queue behind it must not count as silence.
+        # Fixed before the sweep waits in the queue: workers whose heartbeats queue behind it are not silent.
         moment = self._clock.steady() if at is None else at
-        if hold:
-            await self._database.writer.submit(Job(lambda batch: batch.workers.hold()))
+        if extend:
+            await self._database.writer.submit(Job(lambda batch: batch.workers.extend_deadlines()))
         marked: list[Worker] = []
         while True:
             some: list[Worker] = await self._database.writer.submit(

@@ -2,15 +2,17 @@
 
 | input                                           | effect                                              |
 |-------------------------------------------------|-----------------------------------------------------|
-| new id, by register or heartbeat                | `worker.registered`                                 |
+| register or heartbeat with a new id             | `worker.registered`                                 |
 | register again while ONLINE                     | no event; the row is updated                        |
-| OFFLINE, then heartbeat or register             | `worker.online`                                     |
-| silent beyond its deadline                      | `worker.offline`, reason `silent`                   |
-| reports OFFLINE                                 | `worker.offline`, reason `reported`                 |
-| reports MAINTENANCE                             | no deadline until it reports ONLINE                 |
-| DELETE; again; or a heartbeat within 10 s of it | `worker.unregistered`; nothing; nothing             |
+| heartbeat or register while OFFLINE             | `worker.online`                                     |
+| no request before the deadline                  | `worker.offline`, reason `silent`                   |
+| heartbeat or register with status OFFLINE       | `worker.offline`, reason `reported`                 |
+| heartbeat or register with status MAINTENANCE   | no deadline until it reports ONLINE                 |
+| DELETE                                          | `worker.unregistered`                               |
+| a second DELETE, or a heartbeat within 10 s     | nothing                                             |
 | any of these, refused by the relay              | the worker is alive; a DELETE is stored later       |
-| a new id on an old endpoint, if that identifies | `worker.registered`; short deadline for the old id  |
+| a new id at the endpoint of another worker      | `worker.registered`; short deadline for the old id, |
+|                                                 | unless many workers may share such an endpoint      |
 | decreased uptime                                | `worker.restarted`                                  |
 | operator maintenance                            | overrides reports; no deadline                      |
 
@@ -58,10 +60,10 @@ ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
 """Documented environments; others occur and are stored (docs/contracts/whatsapp.md#registration)."""
 
 TOMBSTONE = 10 * SECOND
-"""Time after an unregistration during which heartbeats are ignored (docs/contracts/whatsapp.md#heartbeat)."""
+"""Time after an unregistration in which heartbeats are ignored (docs/contracts/whatsapp.md#heartbeat)."""
 
 FORMER = 35 * SECOND
-"""The shortest deadline of the old id at a reused endpoint: one heartbeat (30 s) and its timeout (5 s)."""
+"""The shortest deadline of the old id at a reused endpoint: interval (30 s) and request timeout (5 s)."""
 
 _SHARED = re.compile(r"(.*\.)?(localhost(\.localdomain)?|docker\.internal)\.?|127[.0-9]*")
 _PRIVATE = tuple(
@@ -73,7 +75,7 @@ _PRIVATE = tuple(
 )  # fmt: skip
 
 RESTARTED = 5.0
-"""Seconds by which an uptime must decrease to mean a restart: workers round, and use two clocks."""
+"""Seconds by which an uptime must decrease to count as a restart: workers round it, and use two clocks."""
 
 MOST_SESSIONS = 1000
 """Maximum sessions per worker; each adds a few dozen bytes to every event about the worker."""
@@ -82,7 +84,7 @@ MOST_DELETED = 32
 """Deleted sessions kept per worker, so that a late event does not revive them."""
 
 OVERLAP = 10 * SECOND
-"""Maximum age difference between a session's event and an older session list that arrives after it."""
+"""Microseconds by which a session list that arrives after a session's event may be older than the event."""
 
 
 _CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|\Z)|^/|//|/\Z")
@@ -100,7 +102,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: Worker | None  # the new row; None: no row
     generated: tuple[GeneratedEvent, ...] = ()
-    quiet: bool = False  # only the time of the heartbeat and gauges changed: may be written later
+    quiet: bool = False  # only the heartbeat's time and gauges changed, so the row may be written later
 
 
 def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules: WorkerRules) -> Step:
@@ -108,7 +110,7 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     if isinstance(change, Unregister):
         return _unregister(row, now)
     if isinstance(change, SessionSeen):
-        return _see(row, change, now)
+        return _update_session(row, change, now)
     base = row or Worker(source=source, id=change.worker_id, registered_at=now.wall)
     has_left = row is not None and (row.unregistered_at is not None or row.leaving is not None)
     if has_left and row is not None and isinstance(change, Heartbeat) and _has_just_left(row, now):
@@ -122,9 +124,9 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, GeneratedEvent] | None:
-    """Apply the deadline of one row, and a refused unregister.
+    """Return the new row and the event of a worker past its deadline, or of one whose unregister was refused.
 
-    Returns the new row and the event; None: no change.
+    None: nothing changes.
     """
     if row.leaving is not None and row.unregistered_at is None:
         after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
@@ -152,12 +154,12 @@ def note_refused(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules
         leaving=None,
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
-        heard=now.steady if is_beat else 0,
+        last_beat=now.steady if is_beat else 0,
         rhythm=_rhythm(row, now, rules) if is_beat else row.rhythm,
     )
 
 
-def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
+def extend_deadline(row: Worker, now: Now, rules: WorkerRules) -> Worker:
     """Extend the deadline of an ONLINE row after a start or suspension, when no heartbeat could arrive."""
     if row.status != "ONLINE":
         return row
@@ -166,7 +168,7 @@ def hold(row: Worker, now: Now, rules: WorkerRules) -> Worker:
 
 
 def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
-    """Start or end an operator's maintenance of a worker; its deadline starts anew."""
+    """Start or end an operator's maintenance of a worker; both give it a new deadline."""
     if on == row.maintenance:
         return row
     status: WorkerStatus = "MAINTENANCE" if on else "OFFLINE" if row.was_offline else "ONLINE"
@@ -182,18 +184,18 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
 def former(row: Worker, now: Now, rules: WorkerRules | None = None) -> Worker:
     """Shorten the deadline of an id whose endpoint a new id uses; its next heartbeat restores it.
 
-    The deadline is 7/6 of its usual interval: 35 s for an interval of 30 s.
+    The new deadline is 7/6 of the id's usual interval: 35 s for an interval of 30 s.
     """
     usual = row.rhythm or _assumed_rhythm(rules or WorkerRules())
     return msgspec.structs.replace(row, deadline=min(row.deadline, now.steady + max(FORMER, usual * 7 // 6)))
 
 
-def identifies(endpoint: str) -> bool:
-    """Return whether two ids at one endpoint are probably the same worker.
+def identifies_worker(endpoint: str) -> bool:
+    """Return whether two ids at this endpoint are probably the same worker.
 
-    Not at loopback or private addresses: in containers, many workers use the same or the default one.
+    False for loopback and private addresses: in containers, many workers use the same or the default one.
     """
-    if not names_a_place(endpoint):
+    if not names_one_machine(endpoint):
         return False
     try:
         address = ip_address(_host(endpoint).partition("%")[0])
@@ -203,8 +205,8 @@ def identifies(endpoint: str) -> bool:
     return not any(mapped in network for network in _PRIVATE)
 
 
-def names_a_place(endpoint: str) -> bool:
-    """Return whether an endpoint names one machine; loopback names another machine for each worker."""
+def names_one_machine(endpoint: str) -> bool:
+    """Return whether an endpoint names one machine; a loopback address means each worker's own machine."""
     host = _host(endpoint)
     try:
         address = ip_address(host.partition("%")[0])
@@ -235,7 +237,7 @@ def changes_a_path(worker_id: str) -> str:
 
 
 def shown(row: Worker) -> dict[str, Any]:
-    """Return a row as events and the API show it: JSON without the internal fields, RFC 3339 times."""
+    """Return a row as events and the API show it: without the internal fields, and with RFC 3339 times."""
     item: dict[str, Any] = msgspec.to_builtins(row)
     for name in INTERNAL:
         del item[name]
@@ -261,7 +263,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
-        heard=0,
+        last_beat=0,
         leaving=None,
         **given,
     )
@@ -270,7 +272,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
 
 def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, rules: WorkerRules) -> Step:
     reported: dict[str, Any] = {}
-    for name in _SAID:
+    for name in _REPORTED:
         if (value := getattr(change, name)) is not None:
             reported[name] = value
     if change.sessions is not None:
@@ -290,7 +292,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
         deadline=_deadline(now, rules),
-        heard=now.steady,
+        last_beat=now.steady,
         rhythm=_rhythm(base, now, rules),
         leaving=None,
         **reported,
@@ -303,7 +305,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
 
 
 def _recovered(row: Worker, status: WorkerStatus, now: Now, rules: WorkerRules) -> tuple[WorkerStatus, int]:
-    """Return status and count of heartbeats: OFFLINE until `recover_after` heartbeats came in time."""
+    """Return the status and the number of heartbeats while OFFLINE; ONLINE after `recover_after` of them."""
     if row.status != "OFFLINE" or status != "ONLINE" or not row.last_heartbeat:
         return status, 0
     beats = row.beats + 1 if now.steady <= row.deadline else 1
@@ -314,7 +316,7 @@ def _went_back(before: float | None, after: float | None) -> bool:
     return before is not None and after is not None and after < before - RESTARTED
 
 
-def _see(row: Worker | None, change: SessionSeen, now: Now) -> Step:
+def _update_session(row: Worker | None, change: SessionSeen, now: Now) -> Step:
     """Update a worker's sessions between heartbeats; an event older than the session's state is ignored."""
     if row is None or row.unregistered_at is not None:
         return Step(worker=row, quiet=True)
@@ -392,7 +394,7 @@ def _still_recovering(
     return (listed + kept)[:MOST_SESSIONS], pending
 
 
-_SAID = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")
+_REPORTED = ("version", "environment", "cpu", "memory", "uptime", "message_count", "counts")
 
 
 def _is_quiet(before: Worker, after: Worker) -> bool:
@@ -412,7 +414,7 @@ def _is_quiet(before: Worker, after: Worker) -> bool:
 
 
 def _durable_fields(sessions: tuple[Session, ...]) -> list[tuple[str | None, ...]]:
-    """Return the session fields that must not be lost: all but the last activity."""
+    """Return the session fields that must not be lost: all except the last activity."""
     return [(session.id, session.status, session.phone, session.name) for session in sessions]
 
 
@@ -460,9 +462,9 @@ def _rhythm(row: Worker, now: Now, rules: WorkerRules) -> int:
     A longer interval counts at once, a shorter one by an eighth, so that an extra heartbeat changes little.
     """
     usual = row.rhythm or _assumed_rhythm(rules)
-    if not row.heard or row.status == "OFFLINE" or now.steady < row.heard:
+    if not row.last_beat or row.status == "OFFLINE" or now.steady < row.last_beat:
         return usual
-    gap = min(now.steady - row.heard, int(rules.offline_after * SECOND))
+    gap = min(now.steady - row.last_beat, int(rules.offline_after * SECOND))
     return gap if gap >= usual else usual - (usual - gap) // 8
 
 

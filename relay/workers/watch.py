@@ -15,7 +15,7 @@ from relay.store import Store
 
 log = logging.getLogger("relay.workers")
 
-_REMEMBERED = 16_384  # workers whose rules are cached; for others the patterns are matched again
+_REMEMBERED = 16_384  # workers whose rules are cached; the patterns are matched again for others
 
 
 class Rulebook:
@@ -43,11 +43,11 @@ class Rulebook:
         return min([each.check_every for each in rules] + [each for each in overrides if each is not None])
 
     def of(self, source: str, worker_id: str) -> WorkerRules:
-        """Return the rules of one worker; the first pattern that fits decides."""
+        """Return the rules of one worker; the first matching pattern decides."""
         return self._cached(source, worker_id)
 
     def adopt(self, other: "Rulebook") -> None:
-        """Take over the rules of another configuration."""
+        """Replace the rules by those of another rulebook."""
         self._default, self._sources = other._default, other._sources  # noqa: SLF001 - one of our own kind
         self._overrides, self._cached = other._overrides, other._cached  # noqa: SLF001 - likewise
 
@@ -73,7 +73,7 @@ class Watch:
         self._clock = clock
         self._last: int | None = None  # steady clock; None: not yet since the start
 
-    def go_by(self, interval: float) -> None:
+    def change_interval(self, interval: float) -> None:
         """Change the interval, in seconds."""
         now = self._clock.steady()
         if self._last is not None and now - self._last <= 3 * self.interval * SECOND:
@@ -83,12 +83,12 @@ class Watch:
     async def sweep(self) -> None:
         """Mark silent workers offline. After more than three missed sweeps, extend all deadlines instead.
 
-        A late sweep judges as of its due time: heartbeats that arrived while the process stood still are
-        read only afterwards, before the next sweep.
+        A late sweep uses the time at which it was due: heartbeats that arrived while the process stood still
+        are only read before the next sweep.
         """
         now = self._clock.steady()
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
-            marked = await self._store.workers.sweep(hold=True)
+            marked = await self._store.workers.sweep(extend=True)
         else:
             in_time = self._last + int(self.interval * SECOND)
             marked = await self._store.workers.sweep(at=min(now, in_time))

@@ -98,7 +98,7 @@ async def test_a_refused_import_names_the_line(relay, commands, events, tmp_path
     monkeypatch.setattr(events_command, "CHUNK", 4096)
     said = await commands("events", "import", file, code=1)
     assert said.err.startswith("line 1: not an exported event: ")
-    assert "0 events before it are in; mend it and import the file again" in said.err
+    assert "0 new events before it are stored; correct the line" in said.err
 
 
 async def test_an_import_from_a_pipe_shows_its_progress(relay, commands, events, monkeypatch):

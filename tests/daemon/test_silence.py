@@ -118,9 +118,9 @@ async def test_a_sweep_that_failed_is_made_good_by_the_next_one(store, clock):
 async def test_a_shorter_interval_does_not_look_as_if_the_sweep_had_been_away(store, clock):
     watch = Watch(store, clock, 60.0)
     await sweep_at(watch, clock, 0, 60, 20)
-    watch.go_by(60.0)
+    watch.change_interval(60.0)
     clock.advance(8)
-    watch.go_by(1.0)
+    watch.change_interval(1.0)
     assert await sweep_at(watch, clock, 1, 1) is None
     assert await sweep_at(watch, clock, 1) == 1
 
@@ -129,7 +129,7 @@ async def test_another_interval_does_not_hide_that_the_sweep_was_away(store, clo
     watch = Watch(store, clock, 10.0)
     await sweep_at(watch, clock, 0)
     clock.advance(3600)
-    watch.go_by(20.0)
+    watch.change_interval(20.0)
     assert await sweep_at(watch, clock, 0, *[10] * 9) is None
 
 

@@ -154,16 +154,16 @@ async def test_an_import_creates_deliveries_only_on_request(store, other, clock)
     await read_in(other, lines)
     assert await count_rows(other, "deliveries") == 0
     await other.events.expunge(await ids(other))
-    await read_in(other, lines, owe=True)
+    await read_in(other, lines, deliver=True)
     [delivery] = other.fresh
     assert (delivery.destination, delivery.event.public_id) == ("archive", read_line(lines[0]).public_id)
-    await read_in(other, lines, owe=True)
+    await read_in(other, lines, deliver=True)
     assert (await other.ledger.audit())["archive"].created == 1
 
 
 async def test_imported_events_are_not_announced_or_counted_again(store, other, clock):
     await send(store, clock)
-    await read_in(other, await export(store), owe=True)
+    await read_in(other, await export(store), deliver=True)
     assert [list(news.events) for news in other.news] == [[]]
     assert await count_rows(other, "stats") == 0
 
@@ -190,7 +190,7 @@ async def test_an_invalid_line_is_named_and_the_lines_before_it_are_stored(store
     one, two, three = await export(store)
     with pytest.raises(RelayError, match="line 3: not an exported event") as caught:
         await read_in(other, [one, two, b"{", three])
-    assert caught.value.hint.startswith("2 events before it are in")
+    assert caught.value.hint.startswith("2 new events before it are stored")
     assert await count_rows(other, "events") == 2
 
 

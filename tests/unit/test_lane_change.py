@@ -245,7 +245,7 @@ async def test_a_removed_destination_keeps_its_deliveries_and_gets_them_when_it_
         await ended(store, 12, destination="crm")
         assert (await store.ledger.audit())["gone"].pending == 10
         other.usual = (200, {})
-        await store.deliveries.hurry(
+        await store.deliveries.make_due(
             [row["row"] for row in await store.queries.find("deliveries", destination="gone")]
         )
         await change(dispatcher, store, crm, gone)

@@ -16,10 +16,10 @@ from relay.workers.rules import (
     Now,
     Step,
     apply,
+    extend_deadline,
     former,
-    hold,
     maintain,
-    names_a_place,
+    names_one_machine,
     shown,
     silent,
 )
@@ -225,7 +225,7 @@ def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, r
 def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
     [generated] = said(None, REGISTER).generated
     row = msgspec.json.decode(msgspec.json.encode(generated.data))["worker"]
-    assert row.keys() == set(Worker.__struct_fields__) - set(INTERNAL)
+    assert row.keys() == set(Worker.__struct_encode_fields__) - set(INTERNAL)
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
 
 
@@ -238,12 +238,12 @@ def test_a_former_id_has_35_seconds_left_unless_it_has_less_and_a_heartbeat_undo
 
 @pytest.mark.parametrize("rules", [RULES, WorkerRules(offline_after=120.0, startup_hold=5.0)])
 def test_after_a_start_an_online_worker_has_the_longer_of_both_patiences(rules):
-    assert hold(ONLINE, at(500), rules).deadline == STEADY + 620 * SECOND
+    assert extend_deadline(ONLINE, at(500), rules).deadline == STEADY + 620 * SECOND
 
 
 @pytest.mark.parametrize("row", [OFFLINE, RESTING, GONE])
 def test_after_a_start_others_stay_as_they_are(row):
-    assert hold(row, at(500), RULES) == row
+    assert extend_deadline(row, at(500), RULES) == row
 
 
 PATIENT = WorkerRules(offline_after=90.0, recover_after=3)
@@ -335,7 +335,7 @@ def test_a_worker_that_was_given_nothing_has_nothing_to_restore():
     ],
 )  # fmt: skip
 def test_a_loopback_endpoint_names_no_place(endpoint, names):
-    assert names_a_place(endpoint) is names
+    assert names_one_machine(endpoint) is names
 
 
 @pytest.mark.parametrize("row", [None, GONE])

@@ -309,7 +309,7 @@ async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(sto
 async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store, clock):
     await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     clock.advance(3600)
-    assert await store.workers.sweep(hold=True) == ()
+    assert await store.workers.sweep(extend=True) == ()
     assert await store.workers.sweep() == ()
     clock.advance(91)
     assert [w.id for w in await store.workers.sweep()] == ["w1"]

@@ -9,7 +9,7 @@ from relay.config.schema import WorkerRules
 from relay.errors import Conflict
 from relay.model import Heartbeat, Register, Unregister
 from relay.store import Acceptance
-from relay.workers.rules import FORMER, Now, apply, former, identifies, names_a_place, note_refused
+from relay.workers.rules import FORMER, Now, apply, former, identifies_worker, names_one_machine, note_refused
 
 PUBLIC = "https://worker.example:8001"
 PATIENT = WorkerRules(offline_after=600.0)
@@ -94,7 +94,7 @@ SHARED = [
 
 
 def test_loopback_and_private_endpoints_identify_nobody():
-    assert [endpoint for endpoint in TELLING + SHARED if identifies(endpoint)] == TELLING
+    assert [endpoint for endpoint in TELLING + SHARED if identifies_worker(endpoint)] == TELLING
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ async def test_default_endpoints_cost_nobody_time(store, clock, endpoint):
     ],
 )
 async def test_who_has_conflicts_rejected_means_addresses_that_name_a_place(store, endpoint, rejected):
-    assert names_a_place(endpoint) is rejected
+    assert names_one_machine(endpoint) is rejected
     await says(store, Register(worker_id="a", endpoint=endpoint))
     second = Register(worker_id="b", endpoint=endpoint, reject_conflict=True)
     if rejected:

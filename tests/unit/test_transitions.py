@@ -152,7 +152,7 @@ async def test_what_has_ended_stays_as_it_is(store, clock):
     delivery = await send(store, clock)
     await store.deliveries.settle(ending(delivery))
     assert await store.deliveries.cancel([delivery.id, 99]) == Cancelled()
-    assert await store.deliveries.hurry([delivery.id, 99]) == 0
+    assert await store.deliveries.make_due([delivery.id, 99]) == 0
     assert await states(store) == [("delivered", None)]
 
 
@@ -162,8 +162,8 @@ async def test_what_has_ended_stays_as_it_is(store, clock):
 async def test_a_retry_that_is_hurried_is_due_now_and_its_lane_is_told(store, clock):
     delivery = await send(store, clock)
     await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady() + 3600 * SECOND))
-    assert await store.deliveries.hurry([delivery.id, delivery.id]) == 1
-    assert store.news[-1].hurried == {"crm"}
+    assert await store.deliveries.make_due([delivery.id, delivery.id]) == 1
+    assert store.news[-1].made_due == {"crm"}
     [claimed] = (await store.deliveries.claim("crm", 9, retries=True)).deliveries
     assert (claimed.id, claimed.attempts) == (delivery.id, 1)
 
@@ -172,7 +172,7 @@ async def test_what_waits_behind_another_one_cannot_be_hurried(store, clock):
     owe(store, Target("crm", order_key="a"))
     await send(store, clock)
     await send(store, clock)
-    assert await store.deliveries.hurry([1, 2]) == 0
+    assert await store.deliveries.make_due([1, 2]) == 0
     assert (await store.deliveries.claim("crm", 9, retries=False)).deliveries == ()
 
 
