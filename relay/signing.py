@@ -25,7 +25,7 @@ _TIMESTAMP = re.compile(r"[0-9]{1,12}", re.ASCII)
 _HMAC, _ED25519 = "v1,", "v1a,"
 _NAMES = ("id", "timestamp", "signature")  # of headers, without their prefix
 
-NO_MATCH = "no signature fits: the secret differs, or the body was changed"
+NO_MATCH = "no signature matches: the secret differs, or the body was changed"
 
 
 class SignatureError(Exception):
@@ -248,7 +248,7 @@ def verify(
     A secret is `whsec_…`, or for ed25519 the sender's `whpk_…` (or its `whsk_…`).
 
     Raises:
-        SignatureError: a header is missing, the timestamp is out of range, or no signature fits.
+        SignatureError: a header is missing, the timestamp is out of range, or no signature matches.
         ValueError: one of the secrets is not a key.
     """
     given = {name.lower(): value for name, value in headers.items()}

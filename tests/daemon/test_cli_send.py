@@ -131,7 +131,7 @@ def test_requests_are_verified_and_printed():
         assert post(url, b'{"a": 1}', signed) == 503
         assert out.readline() == 'evt_1\tsignature ok\t{"a": 1}\n'
         assert post(url, b'{"a": 2}', signed) == 401
-        assert out.readline().startswith("evt_1\tsignature wrong: no signature fits")
+        assert out.readline().startswith("evt_1\tsignature wrong: no signature matches")
         assert post(url, b"{}", {}) == 401
         assert "missing webhook-id" in out.readline()
 
@@ -144,7 +144,7 @@ def test_other_schemes_are_verified(scheme):
         assert post(url, b"{}", signed) == 204
         assert out.readline() == "evt_1\tsignature ok\t{}\n"
         assert post(url, b"{ }", signed) == 401
-        assert "signature wrong: no signature fits" in out.readline()
+        assert "signature wrong: no signature matches" in out.readline()
 
 
 def test_control_characters_are_escaped():

@@ -150,7 +150,7 @@ async def test_the_receiver_tells_a_valid_signature_from_a_forged_one():
     assert answers == [204, 401]
     assert [arrival.problem is None for arrival in arrivals] == [True, False]
     assert arrivals[0].type == "moddy.member_left"
-    assert "no signature fits" in str(arrivals[1].problem)
+    assert "no signature matches" in str(arrivals[1].problem)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_an_invalid_signature_and_a_long_answer_print_one_line_each():
     stream = io.StringIO()
     narrator = Narrator(stream, {})
     narrator.step("moddy", "answered", "x" * 500)
-    narrator.arrived(Arrival(type="a.b", subject="s", milliseconds=1, problem="no signature fits"))
+    narrator.arrived(Arrival(type="a.b", subject="s", milliseconds=1, problem="no signature matches"))
     long, refused = stream.getvalue().splitlines()
     assert len(long) < 120
     assert long.endswith("x...")
-    assert refused.split() == ["refused", "a.b", "(s),", "no", "signature", "fits"]
+    assert refused.split() == ["refused", "a.b", "(s),", "no", "signature", "matches"]
 
 
 def test_an_event_type_that_the_terminal_cannot_show_does_not_end_the_demo():

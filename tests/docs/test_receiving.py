@@ -38,7 +38,7 @@ from relay.signing import SignatureError, Signer, verify
 
 HEADERS = "a webhook header is missing or malformed"
 LATE = "webhook-timestamp is too far off"
-UNFIT = "no signature fits"
+UNFIT = "no signature matches"
 KEY = "expected a secret: whsec_ and the base64 of at least 24 bytes"
 
 ID = "evt_0198a2c4-7d1e-7bb2-9c3f-1f0e5d2a4b6c"
@@ -99,8 +99,8 @@ def cases(now):
         "too far ahead": Case(LATE, at=301, library=False),
         "far too far ahead": Case(LATE, at=4000),
         "twelve digits": Case(LATE, at=999_999_999_999 - now),
-        "second signature fits": Case(signed_by=(OTHER, SECRET)),
-        "first signature fits": Case(signed_by=(SECRET, OTHER)),
+        "second signature matches": Case(signed_by=(OTHER, SECRET)),
+        "first signature matches": Case(signed_by=(SECRET, OTHER)),
         "second secret fits": Case(secrets=(OTHER, SECRET)),
         "first secret fits": Case(secrets=(SECRET, OTHER)),
         "fit among strangers": Case(changes=signature(f"v1a,AAAA v1,{'A' * 43}= {genuine} v2,x")),
