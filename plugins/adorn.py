@@ -41,7 +41,7 @@ class Envelope(msgspec.Struct):
     payload: msgspec.Raw = EMPTY
 
 
-class Adorn(Source, kind="adorn", owns=("/v1",)):
+class Adorn(Source, kind="adorn", owns=("/v1",), decompresses=False):
     """Adorn Studio: `POST /v1/events`. Without tokens it is open, because its clients send none."""
 
     tokens: Secrets = Secrets()

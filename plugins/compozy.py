@@ -46,7 +46,7 @@ class Request(msgspec.Struct):
     payload: msgspec.Raw = EMPTY
 
 
-class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True):
+class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True, decompresses=False):
     """Compozy: `POST /api/v1/events`, answered with 202.
 
     Raises:

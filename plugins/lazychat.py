@@ -41,7 +41,7 @@ class Notification(msgspec.Struct):
     site_info: msgspec.Raw = EMPTY
 
 
-class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",)):
+class LazyChat(Source, kind="lazychat", owns=("/api/woocommerce-plugin",), decompresses=False):
     """LazyChat: `POST /api/woocommerce-plugin/events`, answered with exactly 200."""
 
     tokens: Secrets

@@ -41,7 +41,7 @@ class Notification(msgspec.Struct):
     metadata: msgspec.Raw = EMPTY
 
 
-class Moddy(Source, kind="moddy", owns=("/internal",)):
+class Moddy(Source, kind="moddy", owns=("/internal",), decompresses=False):
     """Moddy: `POST /internal/event/notify`, and `GET /internal/health`, which checks the secret."""
 
     tokens: Secrets

@@ -112,10 +112,9 @@ class Notice(msgspec.Struct, rename="camel"):
 
 
 class WhatsApp(
-    Source,
-    kind="whatsapp",
+    Source, kind="whatsapp", decompresses=False,
     owns=("/api/v1/workers", "/api/v1/webhooks", "/api/workers", "/api/webhooks"),
-):
+):  # fmt: skip
     """WhatsApp workers of every generation; the percent-decoded id in the path identifies the worker."""
 
     tokens: Secrets

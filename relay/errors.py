@@ -57,6 +57,7 @@ class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and mos
         field: the invalid field of the body, or `""`.
         issue: the fault of that field.
         retry_after: seconds for a `Retry-After` header, 0 for none.
+        note: more about the fault, for the log and for sources whose contract leaves the text free.
     """
 
     status: ClassVar[int] = 500
@@ -65,11 +66,14 @@ class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and mos
     text: ClassVar[str] = "Internal server error"
     pause: ClassVar[int] = 0
 
-    def __init__(self, message: str = "", *, field: str = "", issue: str = "", retry_after: int = 0) -> None:
+    def __init__(
+        self, message: str = "", *, field: str = "", issue: str = "", retry_after: int = 0, note: str = ""
+    ) -> None:
         super().__init__(message or self.text)
         self.message = message or self.text
         self.field = field
         self.issue = issue
+        self.note = note
         self.retry_after = retry_after or self.pause
 
     @property
@@ -160,10 +164,14 @@ class TooLarge(Refusal):
 
 
 class UnsupportedEncoding(Refusal):
-    """A `Content-Encoding` other than identity: decompressing hostile bodies can block for seconds."""
+    """A `Content-Encoding` that the source does not accept; `accepts` lists the others."""
 
     status, reason, code = 415, "encoding", "unsupported_encoding"
     text = "Send the body without Content-Encoding"
+
+    def __init__(self, message: str = "", *, accepts: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.accepts = accepts
 
 
 class RateLimited(Refusal):

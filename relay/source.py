@@ -3,6 +3,7 @@
 import hmac
 import unicodedata
 from binascii import a2b_base64, a2b_hex
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Literal, TypeVar
@@ -164,6 +165,8 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             if isinstance(error, msgspec.ValidationError):
                 field, issue = _field_and_issue(str(error))
                 raise Invalid(field=field, issue=issue) from None
+            if self.body.startswith(BOM_UTF8):
+                raise Malformed(note="it begins with a byte order mark") from None
             raise Malformed from None
         if len(self.body) > LARGE and isinstance(value, msgspec.Struct):
             fields = [getattr(value, name) for name in value.__struct_fields__]
@@ -411,12 +414,13 @@ class _SourceMeta(msgspec.StructMeta):
         *,
         kind: str = "",
         owns: tuple[str, ...] = (),
+        decompresses: bool = True,
         **options: Any,
     ) -> Any:
         cls: Any = super().__new__(
             mcls, name, bases, namespace, **{"frozen": True, "kw_only": True, **options}
         )
-        cls.kind, cls.owns = kind, owns
+        cls.kind, cls.owns, cls.decompresses = kind, owns, decompresses
         return cls
 
 
@@ -429,6 +433,8 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
 
     kind: ClassVar[str] = ""
     owns: ClassVar[tuple[str, ...]] = ()
+    decompresses: ClassVar[bool] = True
+    """Whether the relay accepts gzip and deflate; `class Name(Source, decompresses=False)` says no."""
     verify_reads_body: ClassVar[bool] = True
     """Whether `verify` needs the body. False: it is called before the body is read, with an empty body.
     The relay then refuses strangers before they use memory, and reserves memory for verified senders."""
@@ -501,7 +507,9 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
         """Render any refusal in the sender's own envelope; `incoming` may have no body yet."""
         _ = incoming
-        error = {"code": refusal.code, "message": refusal.message}
+        error = {"code": refusal.code, "message": refusal.detail}
+        if refusal.note:
+            error["message"] += f": {refusal.note}"
         return Reply(status=refusal.status, body={"error": error})
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:

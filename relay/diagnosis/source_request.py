@@ -26,6 +26,7 @@ from relay.errors import (
     Refusal,
     Unauthenticated,
 )
+from relay.ingest.compression import encoding_of, pieces
 from relay.ingest.event import make_event
 from relay.ingest.routes import Match, Routes, mounts_of
 from relay.source import Accepted, Incoming, Reply
@@ -191,13 +192,18 @@ def diagnose(
     )
     findings += captured.findings
     findings += _size(source, captured)
+    readable = not _is_compressed(captured)
+    if not readable and not findings:
+        content, findings = _decompressed(source, captured)
+        incoming = msgspec.structs.replace(incoming, body=content, compressed=captured.body)
+        readable = not findings
     if match is not None and not findings and (handshake := _handshake(source, incoming)) is not None:
         return handshake
     fits, refused = _verify(source, incoming, tokens)
     findings += refused
     because = "" if source.settings.is_open() else "the source accepts these credentials"
     report = Report(findings=tuple(findings), fits=fits, because=because)
-    if match is None or captured.method not in match.handlers or _is_compressed(captured):
+    if match is None or captured.method not in match.handlers or not readable:
         return report
     return _read(source, match, incoming, report)
 
@@ -222,8 +228,8 @@ def _is_compressed(captured: Captured) -> bool:
 
 def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
     findings = []
-    if _is_compressed(captured):
-        what = "the body is compressed; the relay does not accept compressed bodies"
+    if _is_compressed(captured) and not source.settings.decompresses:
+        what = "the body is compressed; this source does not accept compressed bodies"
         do = "have the sender, or the proxy in front, send it uncompressed"
         findings.append(Finding(cause="encoding", where="header Content-Encoding", what=what, do=do))
     if len(captured.body) > source.max_body:
@@ -231,6 +237,17 @@ def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
         do = f"raise `max_body` in [sources.{source.name}], or have the sender post less"
         findings.append(Finding(cause="body", where="body", what=what, do=do))
     return findings
+
+
+def _decompressed(source: SourceConfig, captured: Captured) -> tuple[bytes, list[Finding]]:
+    """Return the content of a compressed body, and the findings if it cannot be decompressed."""
+    try:
+        encoding = encoding_of(captured.headers.get("Content-Encoding"))
+        return b"".join(pieces(captured.body, encoding, source.max_body)), []
+    except Refusal as refusal:
+        do = "capture the body as it was sent, in binary form, or have the sender send it uncompressed"
+        finding = Finding(cause="encoding", where="header Content-Encoding", what=refusal.message, do=do)
+        return captured.body, [finding]
 
 
 def _handshake(source: SourceConfig, incoming: Incoming) -> Report | None:

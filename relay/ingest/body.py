@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge, UnsupportedEncoding
+from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge
 from relay.ingest.request import ChunkingError, Request
 
 STANDSTILL = 0.1  # seconds; a timer that is later means that the process or its loop stood still
@@ -148,15 +148,11 @@ async def read_body(request: Request, limit: int, patience: Patience, hold: Hold
     """Read the body. The caller must release `hold` afterwards, also after an error.
 
     Raises:
-        UnsupportedEncoding: the body is compressed; inflating hostile bodies would block the event loop.
         TooLarge: the body is larger than `limit`, by its Content-Length or while it arrives.
         BodyTimeout: the body did not arrive in time.
         Malformed: the body was cut short or is badly framed.
         Overloaded: the budget has no bytes left for it.
     """
-    encoding = request.headers.get("Content-Encoding")
-    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedEncoding
     content = request.content
     if content.is_eof() and content.exception() is None:
         body = content.read_nowait()

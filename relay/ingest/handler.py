@@ -29,9 +29,11 @@ from relay.errors import (
     TooLarge,
     Unauthenticated,
     Unavailable,
+    UnsupportedEncoding,
 )
 from relay.ingest.admission import Admission, worker_change_of
 from relay.ingest.body import SMALL, Budget, Hold, Patience, read_body
+from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
 from relay.ingest.replies import (
@@ -192,10 +194,10 @@ class Ingest:
         try:
             if body is None:
                 hold = budget.hold(lambda: self._sender_of(request, mount))
-                body = await read_body(request, config.max_body, self.patience, hold)
-            call.incoming = incoming = msgspec.structs.replace(
-                incoming, body=body, received_at=self._clock.wall()
-            )
+                incoming = await self._read(request, mount, incoming, hold)
+            else:
+                incoming = msgspec.structs.replace(incoming, body=body, received_at=self._clock.wall())
+            call.incoming = incoming
             if mount.needs_body and (response := _verify(mount, incoming)) is not None:
                 return response
             if is_late or admission.disk_full or mount.paused or config.rate_limit is not None:
@@ -206,6 +208,20 @@ class Ingest:
                 hold.release()
             elif body is not None:
                 budget.used -= len(body)
+
+    async def _read(self, request: Request, mount: Mount, incoming: Incoming, hold: Hold) -> Incoming:
+        """Read a large, slow or compressed body; raises as `read_body` and `decompress`."""
+        header, limit = request.headers.get("Content-Encoding"), mount.config.max_body
+        encoding = encoding_of(header) if mount.source.decompresses else _no_encoding(header)
+        body = received = await read_body(request, limit, self.patience, hold)
+        if encoding:
+            body = await decompress(received, encoding, limit, hold)
+        return msgspec.structs.replace(
+            incoming,
+            body=body,
+            compressed=received if encoding else None,
+            received_at=self._clock.wall(),
+        )
 
     async def _accept(self, call: _Call, handler: Handle) -> Response:
         """Let the source handle a verified request, store what it accepts, and return the reply."""
@@ -571,7 +587,7 @@ class Ingest:
     def _problem_of(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> str:
         """Return what is wrong with a refused request."""
         if not isinstance(refusal, NotFound | MethodNotAllowed):
-            return refusal.detail
+            return f"{refusal.detail}: {refusal.note}" if refusal.note else refusal.detail
         hint = self._hint(mount.config.prefix + incoming.path) if isinstance(refusal, NotFound) else ""
         return f"{refusal.detail}: {incoming.method} {incoming.path[:LONGEST_SHOWN]}{hint}"
 
@@ -660,13 +676,20 @@ def type_of(incoming: Incoming) -> str | None:
     return found[:LONGEST_SHOWN] if isinstance(found, str) and found else None
 
 
+def _no_encoding(header: str | None) -> str:
+    """Raise UnsupportedEncoding for every `Content-Encoding` but identity."""
+    if header is not None and header.strip().lower() not in ("", "identity"):
+        raise UnsupportedEncoding
+    return ""
+
+
 def _read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
     """Return a small body that arrived with its head, as almost all do; None if `read_body` must read it.
 
     Its length is added to `budget.used`, and the caller must subtract it again.
 
     Raises:
-        UnsupportedEncoding, TooLarge, Overloaded: as `read_body`.
+        TooLarge, Overloaded: as `read_body`.
     """
     content, headers = request.content, request.headers
     if "Content-Encoding" in headers or not content.is_eof() or content.total_bytes > SMALL:

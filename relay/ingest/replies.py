@@ -11,7 +11,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from relay.base.json_text import encode
-from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal
+from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal, UnsupportedEncoding
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
 from relay.model import Receipt
@@ -257,6 +257,8 @@ def ask(plugin: Callable[[Incoming], Any], incoming: Incoming) -> Any:
 def _annotate(response: Response, refusal: Refusal) -> Response:
     if refusal.retry_after and response.status in (408, 429, 503):
         response.headers["Retry-After"] = str(refusal.retry_after)
+    if isinstance(refusal, UnsupportedEncoding) and refusal.accepts:
+        response.headers["Accept-Encoding"] = ", ".join(refusal.accepts)
     if isinstance(refusal, MethodNotAllowed):
         response.headers["Allow"] = ", ".join(refusal.allow)
     return response
