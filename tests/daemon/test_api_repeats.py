@@ -198,7 +198,7 @@ async def test_a_pending_delivery_is_cancelled(waiting, by):
 
 
 @pytest.mark.parametrize(("status", "state"), [(200, "delivered"), (500, "cancelled")])
-async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(relay, receiver, status, state):
+async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(relay, receiver, status, state):
     receiver.open.clear()
     receiver.answers.append((status, {}))
     await send(relay)

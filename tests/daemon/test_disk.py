@@ -253,7 +253,7 @@ async def test_questions_are_answered_at_once_while_the_database_is_waited_for(t
     assert "Traceback" not in daemon.said
 
 
-async def test_a_folder_that_is_not_there_is_named(tmp_path):
+async def test_a_missing_folder_is_named_in_the_error(tmp_path):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("[storage]\n", '[storage]\nurl = "sqlite:no/relay.db"\n'))
     with pytest.raises(StorageError, match=r"no/relay\.db cannot be opened: No such file") as caught:

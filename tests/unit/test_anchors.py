@@ -48,7 +48,7 @@ def ends_before_a_line_break(parsed):
     return False
 
 
-def test_the_detector_sees_every_place_of_a_dollar():
+def test_the_detector_finds_a_dollar_at_every_position():
     for text in ("a$", "^(a|b$)", "(?:a$)?", "(?=x|$)", "(a(b$)*)+"):
         assert ends_before_a_line_break(re._parser.parse(text)), text
     for text in (r"a\Z", "[$]", r"\$", "a"):
@@ -109,7 +109,7 @@ def test_a_value_of_config_toml_has_no_line_break_at_its_end(check, text):
             check(text + end)
 
 
-def test_a_pattern_of_a_plugin_s_setting_takes_no_line_break_for_the_end():
+def test_a_pattern_of_a_plugin_setting_does_not_match_before_a_line_break():
     meta = msgspec.Meta(pattern="^[a-z]+$")
     binding.within(meta, "abc")
     with pytest.raises(ValueError, match="must match"):
@@ -135,6 +135,6 @@ def test_a_size_of_more_than_any_disk_is_refused(text):
 
 
 @pytest.mark.parametrize("text", [f"{'9' * 5000}/s", "9999999999/s", f"1/{'9' * 400}h", "00/s", "1/00s"])
-def test_a_rate_that_nothing_could_keep_is_refused(text):
+def test_an_absurdly_high_rate_is_refused(text):
     with pytest.raises(ValueError, match="rate"):
         parse_rate(text)

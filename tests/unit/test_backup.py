@@ -21,7 +21,7 @@ async def store(tmp_path, clock):
         yield store
 
 
-async def test_a_relay_starts_from_a_backup_and_owes_what_was_owed(store, clock, tmp_path):
+async def test_a_relay_started_from_a_backup_has_the_same_pending_deliveries(store, clock, tmp_path):
     events = [await send(store, clock, body=b"%d" % number) for number in range(3)]
     await end(store, events[0])
     made = await store.upkeep.backup(tmp_path / "copy.db")
@@ -36,7 +36,7 @@ async def test_a_relay_starts_from_a_backup_and_owes_what_was_owed(store, clock,
         assert [row for (row,) in await rows(copy, "PRAGMA auto_vacuum")] == [2]
 
 
-async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, clock, tmp_path):
+async def test_a_backup_is_private_and_leaves_no_temporary_file(store, clock, tmp_path):
     await send(store, clock)
     before = set(tmp_path.iterdir())
     old = os.umask(0)
@@ -49,7 +49,7 @@ async def test_a_backup_is_nobody_elses_to_read_and_leaves_no_other_file(store, 
     assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
 
 
-async def test_a_backup_replaces_a_file_only_when_told(store, clock, tmp_path):
+async def test_a_backup_replaces_a_file_only_with_replace(store, clock, tmp_path):
     target = tmp_path / "copy.db"
     target.write_text("precious")
     with pytest.raises(StorageError, match="is there already") as caught:
@@ -70,19 +70,19 @@ async def test_a_backup_never_replaces_the_database_itself(store, tmp_path):
             await store.upkeep.backup(tmp_path / name, replace=True)
 
 
-async def test_the_rest_of_a_backup_that_was_cut_short_is_in_nobodys_way(store, tmp_path):
+async def test_a_leftover_part_file_does_not_prevent_a_backup(store, tmp_path):
     (tmp_path / "copy.db.part").write_text("half of it")
     await store.upkeep.backup(tmp_path / "copy.db")
     assert not (tmp_path / "copy.db.part").exists()
 
 
-async def test_a_folder_that_is_not_there_is_named(store, tmp_path):
+async def test_a_missing_folder_is_named_in_the_error(store, tmp_path):
     with pytest.raises(StorageError, match="there is no folder") as caught:
         await store.upkeep.backup(tmp_path / "nowhere" / "copy.db")
     assert caught.value.hint.startswith("mkdir -p ")
 
 
-async def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path, monkeypatch):
+async def test_too_little_free_space_is_reported_before_writing(store, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(backup.shutil, "disk_usage", lambda _path: usage._replace(free=10))
     with pytest.raises(StorageError, match="10 B free, a copy may take"):
@@ -97,7 +97,7 @@ async def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp
         ("DELETE FROM deliveries; DELETE FROM ledger", "the copy lacks the latest events"),
     ],
 )
-async def test_a_copy_that_is_not_sound_gets_no_name(store, clock, monkeypatch, damage, complaint):
+async def test_a_copy_that_fails_its_check_is_discarded(store, clock, monkeypatch, damage, complaint):
     folder = store.path.parent
     await send(store, clock)
     verify = backup._verify
@@ -114,7 +114,7 @@ async def test_a_copy_that_is_not_sound_gets_no_name(store, clock, monkeypatch, 
     assert not list(folder.glob("copy*"))
 
 
-async def test_a_damaged_copy_gets_no_name(store, clock, tmp_path, monkeypatch):
+async def test_a_damaged_copy_is_discarded(store, clock, tmp_path, monkeypatch):
     for _ in range(50):
         await send(store, clock, body=b"x" * 5000)
     verify = backup._verify
@@ -131,7 +131,7 @@ async def test_a_damaged_copy_gets_no_name(store, clock, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("copy*"))
 
 
-async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
+async def test_events_are_stored_while_a_backup_is_made(store, clock, tmp_path):
     for _ in range(20):
         await send(store, clock, body=b"x" * 100_000)
     task = asyncio.ensure_future(store.upkeep.backup(tmp_path / "copy.db"))
@@ -145,9 +145,7 @@ async def test_work_goes_on_while_a_backup_is_made(store, clock, tmp_path):
     assert len(await ids(store)) == 20 + sent
 
 
-async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
-    store, clock, tmp_path, monkeypatch
-):
+async def test_a_cancelled_backup_stops_and_removes_its_file(store, clock, tmp_path, monkeypatch):
     monkeypatch.setattr(read_only, "_CHECK_EVERY", 1)
     await send(store, clock)
     begun = []
@@ -167,7 +165,7 @@ async def test_a_backup_that_nobody_waits_for_any_more_stops_and_cleans_up(
     assert not list(tmp_path.glob("copy*"))
 
 
-def test_a_stopped_relays_file_is_backed_up_without_a_trace_beside_it(tmp_path, clock):
+def test_a_backup_of_a_stopped_relay_creates_no_file_beside_the_database(tmp_path, clock):
     async def fill():
         async with opened(tmp_path / "relay.db", clock) as store:
             await send(store, clock)

@@ -43,7 +43,7 @@ def made(folder):
     return sorted(path.name for path in (folder / "backups").iterdir())
 
 
-async def test_one_is_made_when_none_is_there_and_the_next_in_its_time(
+async def test_the_first_backup_is_made_at_once_and_the_next_when_due(
     backups, store, clock, tmp_path, caplog
 ):
     caplog.set_level(logging.INFO, "relay.backups")
@@ -55,14 +55,14 @@ async def test_one_is_made_when_none_is_there_and_the_next_in_its_time(
     assert [message.partition(" in ")[0] for message in caplog.messages] == ["backed up 1 events"] * 2
 
 
-async def test_a_restart_begins_no_new_count(backups, store, clock, tmp_path):
+async def test_a_restart_does_not_restart_the_backup_interval(backups, store, clock, tmp_path):
     await backups.run()
     clock.advance(DAY / 2)
     await Backups(store, clock, lambda: backups.config).run()
     assert len(made(tmp_path)) == 1
 
 
-async def test_the_oldest_goes_when_a_new_one_is_there_and_nothing_else_does(backups, clock, tmp_path):
+async def test_a_new_backup_deletes_the_oldest_and_no_other_file(backups, clock, tmp_path):
     for _ in range(4):
         await backups.run()
         (tmp_path / "backups" / "relay-of-mine.db").touch()
@@ -71,7 +71,7 @@ async def test_the_oldest_goes_when_a_new_one_is_there_and_nothing_else_does(bac
     assert made(tmp_path) == names
 
 
-async def test_none_goes_for_one_that_could_not_be_made(backups, store, clock, tmp_path, caplog):
+async def test_a_failed_backup_deletes_no_older_one(backups, store, clock, tmp_path, caplog):
     await send(store, clock)
     for _ in range(2):
         await backups.run()
@@ -100,7 +100,7 @@ async def test_none_goes_for_one_that_could_not_be_made(backups, store, clock, t
     assert backups.examine().ok
 
 
-async def test_a_backup_from_the_future_puts_none_off(backups, clock, tmp_path):
+async def test_a_backup_from_the_future_does_not_delay_the_next(backups, clock, tmp_path):
     clock.advance(1000 * DAY)
     await backups.run()
     clock.advance(-1000 * DAY)
@@ -108,7 +108,7 @@ async def test_a_backup_from_the_future_puts_none_off(backups, clock, tmp_path):
     assert len(made(tmp_path)) == 2
 
 
-async def test_none_is_made_unless_asked_for_and_a_reload_may_ask(backups, tmp_path):
+async def test_no_backup_is_made_unless_configured_and_a_reload_can_configure_it(backups, tmp_path):
     set_rules(backups, tmp_path)
     await backups.run()
     assert not (tmp_path / "backups").exists()
@@ -118,7 +118,7 @@ async def test_none_is_made_unless_asked_for_and_a_reload_may_ask(backups, tmp_p
     assert (tmp_path / "backups").stat().st_mode & 0o777 == 0o700
 
 
-async def test_backups_from_the_future_go_first_and_the_new_one_stays(backups, clock, tmp_path):
+async def test_backups_from_the_future_are_deleted_first(backups, clock, tmp_path):
     for days in (1000, 1001):
         clock.advance(days * DAY)
         await backups.run()
@@ -135,7 +135,7 @@ async def test_backups_from_the_future_go_first_and_the_new_one_stays(backups, c
 @pytest.mark.parametrize(
     ("ages", "ok"), [((), False), ((0.5,), True), ((1.05, 7), True), ((1.2,), False), ((-30,), False)]
 )
-def test_the_doctor_misses_a_backup_that_is_overdue(tmp_path, ages, ok):
+def test_doctor_reports_an_overdue_backup(tmp_path, ages, ok):
     now = 1_700_000_000
     found = {tmp_path / f"{age}": now - age * DAY for age in ages}
     check = examine(found, DAY, now)
@@ -157,7 +157,7 @@ async def cramped(tmp_path, clock):
             yield disk
 
 
-async def test_the_oldest_goes_where_there_is_no_room_and_the_floor_stays_free(cramped, clock, caplog):
+async def test_the_oldest_backup_is_deleted_to_keep_the_floor_free(cramped, clock, caplog):
     set_rules(cramped.backups, cramped.path, floor=2**20, every=DAY, keep=10)
     for _ in range(8):
         await cramped.backups.run()
@@ -169,7 +169,7 @@ async def test_the_oldest_goes_where_there_is_no_room_and_the_floor_stays_free(c
     assert "relay-20231114T221320Z.db was deleted to make room for a new backup" in caplog.messages
 
 
-async def test_the_latest_stays_where_no_other_can_make_room(cramped, clock):
+async def test_the_latest_backup_is_never_deleted_to_make_room(cramped, clock):
     for _ in range(2):
         await cramped.backups.run()
         clock.advance(DAY)
@@ -183,7 +183,7 @@ async def test_the_latest_stays_where_no_other_can_make_room(cramped, clock):
     assert made(cramped.path) == before
 
 
-async def test_a_backup_stops_where_senders_take_the_room_meanwhile(cramped, monkeypatch):
+async def test_a_backup_stops_when_the_free_space_reaches_the_floor(cramped, monkeypatch):
     monkeypatch.setattr(backup, "LOOK_EVERY", 1)
     for module in ("backup", "upkeep"):  # there was room when it began
         monkeypatch.setattr(f"relay.store.{module}.lacks", lambda *_, **__: 0)
@@ -199,7 +199,7 @@ async def test_a_backup_on_another_disk_may_fill_it(cramped, tmp_path, clock):
         assert made.events == 12
 
 
-async def test_what_is_still_in_the_log_counts_as_room_that_a_copy_takes(cramped, clock):
+async def test_the_estimated_size_of_a_copy_includes_the_log(cramped, clock):
     store = cramped.backups._store
     await send(store, clock, body=b"x" * 900_000)
     free = cramped.free

@@ -13,7 +13,7 @@ async def store(tmp_path):
         yield store
 
 
-async def test_the_books_are_balanced_along_the_indexes_of_pending_deliveries(store):
+async def test_the_ledger_audit_uses_the_indexes_of_pending_deliveries(store):
     plan = [row[3] for row in await rows(store, f"EXPLAIN QUERY PLAN {AUDIT_SQL}")]
     assert [step for step in plan if step.startswith("SCAN")] == ["SCAN ledger"]
     assert [step for step in plan if step.startswith("SEARCH")] == [

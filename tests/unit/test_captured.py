@@ -43,7 +43,7 @@ def test_the_same_request_is_read_from_every_form(content):
     assert captured.findings == ()
 
 
-def test_line_ends_that_saving_changed_are_put_back():
+def test_line_ends_changed_by_an_editor_are_restored():
     unix = BODY.replace(b"\r\n", b"\n")
     captured = read(RAW.replace(BODY, unix))
     assert captured.body == BODY
@@ -53,7 +53,7 @@ def test_line_ends_that_saving_changed_are_put_back():
     assert "from LF to CRLF" in captured.notes[0]
 
 
-def test_what_stands_behind_the_body_is_left_out_and_said():
+def test_text_after_the_body_is_ignored_and_reported():
     captured = read(RAW + b"POST /next HTTP/1.1\r\n\r\n")
     assert captured.body == BODY
     assert captured.notes == ("only the first 14 bytes were used, as in Content-Length",)
@@ -75,7 +75,7 @@ def test_an_invalid_length_is_a_finding():
     assert read(RAW.replace(b"14", b"{auto}") + b"\n").body == BODY
 
 
-def test_chunks_are_put_together_unless_the_tool_has_done_so():
+def test_chunks_are_joined_unless_they_already_are():
     head = RAW.partition(b"\r\n\r\n")[0].replace(b"Content-Length: 14", b"Transfer-Encoding: chunked")
     chunks = b"4;x=y\r\n" + BODY[:4] + b"\r\na\r\n" + BODY[4:] + b"\r\n0\r\n\r\n"
     assert read(head + b"\r\n\r\n" + chunks).body == BODY
@@ -100,7 +100,7 @@ CURL = b"""\
 
 
 @pytest.mark.parametrize("content", [CURL, CURL.replace(b"\n", b"\r\n")])
-def test_what_curl_prints_is_read_with_the_body_that_was_kept_apart(content):
+def test_the_output_of_curl_is_read_with_a_separate_body(content):
     captured = read(content, BODY)
     assert (captured.method, captured.target, captured.headers["X-One"]) == ("POST", "/hook?x=1", "1")
     assert (captured.body, captured.findings) == (BODY, ())
@@ -110,7 +110,7 @@ def test_what_curl_prints_is_read_with_the_body_that_was_kept_apart(content):
     assert "--data @FILE" in finding.do
 
 
-def test_headers_alone_are_a_request_whose_path_is_not_known():
+def test_headers_alone_are_a_request_without_a_known_path():
     captured = read(b"webhook-id: evt_1\nHTTP_WEBHOOK_TIMESTAMP: 12\n\n{}")
     assert (captured.method, captured.target, captured.body) == ("POST", "", b"{}")
     assert captured.headers["webhook-timestamp"] == "12"
@@ -134,13 +134,13 @@ def test_an_invalid_capture_is_an_error(content, says):
     assert "s3cret" not in str(error.value)
 
 
-def test_a_header_that_was_broken_into_lines_is_joined_and_that_is_said():
+def test_a_header_broken_into_lines_is_joined_and_reported():
     captured = read(b"POST / HTTP/1.1\r\nAuthorization: Bearer abc\r\n  def\r\nHost: a\r\n\r\n")
     assert captured.headers["Authorization"] == "Bearer abcdef"
     assert captured.notes == ("lines that begin with a space were joined to the previous header",)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda raw: RAW[:60] + raw))
-def test_any_bytes_are_a_request_or_said_to_be_none(content):
+def test_any_bytes_are_a_request_or_an_error(content):
     with contextlib.suppress(ValueError):
         assert read(content).method.isalpha()

@@ -16,7 +16,7 @@ headers = { "X-Key" = "a header of mine" }
 """
 
 
-def test_what_a_configuration_comes_to_is_toml_with_defaults_and_units_and_no_secret(tmp_path):
+def test_the_effective_configuration_is_toml_with_defaults_and_without_secrets(tmp_path):
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/", MORE))
     said = run("config", "show", "-c", config)
     for secret in (SECRET, "test-token", "dev-token", "worker-secret", "a header of mine"):
@@ -35,7 +35,7 @@ def test_what_a_configuration_comes_to_is_toml_with_defaults_and_units_and_no_se
     assert "proxy" not in crm
 
 
-def test_the_reference_shows_what_it_says(monkeypatch):
+def test_the_reference_configuration_is_shown_unchanged(monkeypatch):
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     file = Path(__file__).parents[2] / "config.toml"
     said, shown = tomllib.loads(file.read_text()), run("config", "show", "-c", file, "--json").json
@@ -44,7 +44,7 @@ def test_the_reference_shows_what_it_says(monkeypatch):
             assert shown[table][key] == value, (table, key)
 
 
-def test_a_first_configuration_is_fine_once_its_secrets_are_set(tmp_path, monkeypatch):
+def test_a_starter_configuration_is_valid_once_its_secrets_are_set(tmp_path, monkeypatch):
     monkeypatch.setenv("LAZYCHAT_TOKEN", "t")
     monkeypatch.setenv("CRM_WEBHOOK_SECRET", f"whsec_{SECRET}")
     file = tmp_path / "config.toml"
@@ -54,7 +54,7 @@ def test_a_first_configuration_is_fine_once_its_secrets_are_set(tmp_path, monkey
     assert said.err == ""
 
 
-def test_a_configuration_that_is_there_is_never_written_over(tmp_path):
+def test_an_existing_configuration_is_never_overwritten(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text("mine = 1")
     assert run("config", "init", file, code=1).err.startswith(f"{file} already exists\n")

@@ -19,7 +19,7 @@ async def fill(store, clock):
     await store.events.expunge([event.id for event in events[:19]])
 
 
-async def test_free_room_goes_back_to_the_disk_at_once(store, clock):
+async def test_compaction_returns_free_space_to_the_disk(store, clock):
     await fill(store, clock)
     done = await store.upkeep.compact()
     assert done.whole
@@ -29,7 +29,7 @@ async def test_free_room_goes_back_to_the_disk_at_once(store, clock):
     assert len(await store.events.load([20])) == 1
 
 
-async def test_what_was_deleted_is_in_no_file_any_more(store, clock):
+async def test_deleted_data_is_in_no_file(store, clock):
     await fill(store, clock)
     await store.events.expunge([20])
     await store.upkeep.compact()
@@ -37,7 +37,7 @@ async def test_what_was_deleted_is_in_no_file_any_more(store, clock):
         assert b"a secret" not in path.read_bytes()
 
 
-async def test_a_reader_in_the_way_is_not_waited_for(store, clock):
+async def test_compaction_does_not_wait_for_a_reader(store, clock):
     await rows(store, "BEGIN")
     await rows(store, "SELECT count(*) FROM events")
     await fill(store, clock)
@@ -49,7 +49,7 @@ async def test_a_reader_in_the_way_is_not_waited_for(store, clock):
     assert (await store.upkeep.compact()).whole
 
 
-async def test_where_nothing_is_free_nothing_changes(store, clock):
+async def test_compaction_without_free_pages_changes_nothing(store, clock):
     await send(store, clock)
     await store.upkeep.compact()  # what the migrations of a new file leave free
     done = await store.upkeep.compact()

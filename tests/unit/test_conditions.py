@@ -180,7 +180,7 @@ def test_a_mismatch_is_one_line_that_can_be_stored(condition, value, line):
         ('{ "data.v" = 2023-11-14 }', "data.v: expected text, a number, true, false or a list of these"),
     ],
 )
-def test_a_mistake_is_one_sentence_with_its_path(toml, words):
+def test_an_invalid_condition_is_reported_with_its_path(toml, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         where(toml)
     assert "\n" not in str(caught.value)

@@ -138,12 +138,12 @@ def test_a_wrong_value_is_a_problem_at_its_line(tmp_path, text, problem):
     assert len(found) < 160
 
 
-def test_there_is_no_record_while_a_value_of_it_is_wrong(tmp_path):
+def test_a_record_with_an_invalid_value_is_not_built(tmp_path):
     binder = binder_of(tmp_path, "inner = { depth = 'x' }")
     assert binder.struct(Record, binder.document.data, ()) is None
 
 
-def test_every_problem_is_told_at_once(tmp_path):
+def test_every_problem_is_reported_at_once(tmp_path):
     assert len(problems(tmp_path, "wait = 1\nroom = 1\nwurd = 1\ninner = { depth = '', x = 1 }")) == 5
 
 
@@ -158,7 +158,7 @@ def test_a_missing_key_is_reported_at_its_table(tmp_path):
     assert problems(tmp_path, "\n", Outer) == ["1: inner: missing; it has no default"]
 
 
-def test_a_record_that_refuses_its_values_is_a_problem_at_its_key(tmp_path):
+def test_a_record_that_rejects_its_values_is_a_problem_at_its_key(tmp_path):
     class Pair(msgspec.Struct, kw_only=True):
         low: int = 0
         high: int = 9
@@ -173,7 +173,7 @@ def test_a_record_that_refuses_its_values_is_a_problem_at_its_key(tmp_path):
     assert problems(tmp_path, "\npair = { low = 10 }", Outer) == ["2: pair: low is above high"]
 
 
-def test_a_record_names_the_keys_of_several_faults(tmp_path):
+def test_a_record_reports_several_faults_at_their_keys(tmp_path):
     class Faulty(msgspec.Struct, kw_only=True):
         paths: tuple[str, ...] = ()
         word: str = ""
@@ -211,7 +211,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
         ("bounded = [1]", "bounded", (1,)),
     ],
 )
-def test_the_form_of_a_value_chooses_the_type_of_a_union(tmp_path, text, field, value):
+def test_the_toml_type_of_a_value_selects_the_type_of_a_union(tmp_path, text, field, value):
     assert getattr(bind(tmp_path, text, Forms), field) == value
 
 
@@ -225,11 +225,11 @@ def test_the_form_of_a_value_chooses_the_type_of_a_union(tmp_path, text, field, 
         ('bounded = ""', "1: bounded: must not be empty"),
     ],
 )
-def test_a_wrong_value_of_a_union_is_a_problem_of_the_type_that_its_form_chooses(tmp_path, text, problem):
+def test_an_invalid_value_of_a_union_is_a_problem_of_the_selected_type(tmp_path, text, problem):
     assert problems(tmp_path, text, Forms) == [problem]
 
 
-def test_given_values_complete_a_nested_record(tmp_path):
+def test_preset_values_complete_a_nested_record(tmp_path):
     binder = binder_of(tmp_path, "inner = { depth = 5 }")
     given = {"inner": Inner(depth=3, note="kept"), "count": 7}
     record = binder.struct(Record, binder.document.data, (), given=given)
@@ -238,7 +238,7 @@ def test_given_values_complete_a_nested_record(tmp_path):
     assert record.count == 7
 
 
-def test_a_hidden_field_is_no_key_and_the_keys_of_others_are_left_alone(tmp_path):
+def test_a_hidden_field_is_not_a_key(tmp_path):
     binder = binder_of(tmp_path, "word = 'x'\nfoo = 1\nfoz = 2")
     values = binder.fields(
         Record, binder.document.data, (), given={"word": "given"}, hidden={"word"}, others={"foo"}
@@ -297,7 +297,7 @@ def test_a_bound_record_prints_no_secret(tmp_path):
         msgspec.json.encode(record)
 
 
-def test_tables_that_are_none_are_reported(tmp_path):
+def test_values_in_place_of_tables_are_reported(tmp_path):
     binder = binder_of(tmp_path, "sources = 5\n[destinations]\ncrm = 'x'\n[destinations.erp]\n")
     assert binder.tables("sources") == {}
     assert binder.tables("destinations") == {"erp": {}}

@@ -136,12 +136,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("check", "value"), GOOD)
-def test_what_is_fine_comes_back_unchanged(check, value):
+def test_a_valid_value_is_returned_unchanged(check, value):
     assert check(value) is value
 
 
 @pytest.mark.parametrize(("check", "value", "says"), BAD)
-def test_what_is_not_is_refused_with_a_reason_that_holds_no_secret(check, value, says):
+def test_an_invalid_value_is_refused_without_showing_a_secret(check, value, says):
     with pytest.raises(ValueError, match=says) as caught:
         check(value)
     assert "hush" not in str(caught.value)
@@ -155,7 +155,7 @@ def test_a_listener_splits_into_host_and_port(text, host, port):
     assert validators.split_listen(text) == (host, port)
 
 
-def test_a_file_must_be_there(tmp_path):
+def test_a_referenced_file_must_exist(tmp_path):
     (tmp_path / "ca.pem").write_text("x")
     assert validators.existing_file(tmp_path / "ca.pem") == tmp_path / "ca.pem"
     with pytest.raises(ValueError, match=r"no\.pem cannot be read: No such file"):

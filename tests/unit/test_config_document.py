@@ -15,7 +15,7 @@ def problem_of(path):
     return problem
 
 
-def test_a_good_file_has_its_values_and_their_lines(tmp_path, monkeypatch):
+def test_a_valid_file_has_its_values_and_their_lines(tmp_path, monkeypatch):
     (tmp_path / "config.toml").write_text("\n[server]\nlisten = 'x'\n")
     monkeypatch.chdir(tmp_path)
     document = read(Path("config.toml"))
@@ -58,7 +58,7 @@ def test_a_folder_is_a_problem(tmp_path):
     assert "cannot be read: Is a directory" in str(problem_of(tmp_path))
 
 
-def test_a_file_that_may_not_be_read_is_a_problem(tmp_path):
+def test_an_unreadable_file_is_a_problem(tmp_path):
     """A link to itself: what permissions deny to others, this denies also to root."""
     path = tmp_path / "loop.toml"
     path.symlink_to(path)

@@ -78,16 +78,16 @@ def test_a_literal_needs_development_and_the_message_does_not_repeat_it(tmp_path
     assert "s3cret" not in message
 
 
-def test_where_most_values_are_no_secrets_a_literal_is_always_fine(tmp_path):
+def test_a_literal_is_allowed_where_most_values_are_not_secret(tmp_path):
     assert origin(tmp_path).secret("application/json", literal=True) == Secret("application/json")
 
 
-def test_an_empty_literal_is_no_secret(tmp_path):
+def test_an_empty_literal_is_refused_as_a_secret(tmp_path):
     assert "empty" in refused(tmp_path, " ", development=True)
 
 
 @pytest.mark.parametrize("place", [{"env": "GONE"}, {"file": "gone"}, {"credential": "gone"}])
-def test_the_development_value_stands_in_only_while_the_other_is_missing(tmp_path, place):
+def test_the_development_value_is_used_only_without_the_other(tmp_path, place):
     value = place | {"development": "dev-token"}
     (tmp_path / "held").write_text("real")
     assert origin(tmp_path, development=True).secret(value) == Secret("dev-token")
@@ -97,6 +97,6 @@ def test_the_development_value_stands_in_only_while_the_other_is_missing(tmp_pat
     assert held.secret(value) == Secret("real")
 
 
-def test_bytes_that_are_no_text_are_refused_without_showing_them(tmp_path):
+def test_bytes_that_are_not_utf_8_are_refused_without_showing_them(tmp_path):
     message = refused(tmp_path, {"env": "TOKEN"}, TOKEN="s3cret\udcff")
     assert message == "the environment variable TOKEN is not UTF-8 text"

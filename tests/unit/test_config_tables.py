@@ -27,7 +27,7 @@ def told(binder):
     return [f"{problem.line}: {problem.key}: {problem.problem}" for problem in sorted(binder.problems)]
 
 
-def test_an_empty_file_is_every_default(bind, tmp_path):
+def test_an_empty_file_gives_the_defaults(bind, tmp_path):
     config, binder = bind("")
     assert binder.problems == []
     assert config.path == tmp_path / "config.toml"
@@ -68,7 +68,9 @@ def test_every_table_is_read(bind, tmp_path):
         ('state_dir = "here"', {"STATE_DIRECTORY": "/var/lib/relay"}, "here"),
     ],
 )
-def test_state_goes_where_config_or_systemd_says_or_beside_the_config(bind, tmp_path, text, environ, folder):
+def test_the_state_directory_comes_from_config_systemd_or_the_folder_of_the_config(
+    bind, tmp_path, text, environ, folder
+):
     config, _ = bind(text, **environ)
     assert config.state_dir == tmp_path / folder
 
@@ -137,7 +139,7 @@ def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
         (CRM + "ca_file = 'no.pem'", "3: destinations.crm.ca_file: "),
     ],
 )
-def test_what_is_wrong_is_a_problem_at_its_line(bind, text, problem):
+def test_an_invalid_value_is_a_problem_at_its_line(bind, text, problem):
     _, binder = bind(text, SHORT="hush")
     (found,) = told(binder)
     assert found.startswith(problem)
@@ -157,7 +159,7 @@ def test_a_destination_without_secrets_is_a_warning(bind, tmp_path):
     assert warning.startswith(f"{tmp_path}/config.toml:1: destinations.crm: unsigned")
 
 
-def test_names_are_checked_where_they_stand(bind):
+def test_invalid_names_are_reported_at_their_lines(bind):
     _, binder = bind("[sources.good]\n[sources.'bad name']\n")
     assert set(named_tables(binder, "sources")) == {"good", "bad name"}
     assert [problem.key for problem in binder.problems] == ['sources."bad name"']

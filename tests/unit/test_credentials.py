@@ -170,7 +170,7 @@ END = b"---- x--\r\n"
 FIELD = 'Content-Disposition: form-data; name="a"'
 
 
-def test_a_multipart_form_gives_its_texts_and_leaves_its_files_out():
+def test_a_multipart_form_has_its_texts_but_not_its_files():
     body = (
         part(FIELD, "é\r\n--".encode())
         + part('content-disposition: form-data; name="f"; filename="x"\r\nContent-Type: image/png', b"\xff")

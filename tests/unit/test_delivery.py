@@ -92,7 +92,7 @@ async def test_a_failing_format_uses_attempts_up_and_the_delivery_is_dead(
     assert len([record for record in caplog.records if record.exc_info]) == 1  # one traceback for all three
 
 
-async def test_a_probe_that_cannot_be_rendered_makes_way_for_another(store, receiver):
+async def test_a_probe_that_cannot_be_rendered_is_replaced_by_another(store, receiver):
     """Otherwise it would repeat at once for ever: nothing is sent, so the circuit does not change."""
     written = []
 
@@ -206,7 +206,7 @@ async def test_bodies_beyond_the_memory_budget_are_read_again_when_a_slot_is_fre
     assert sorted(json.loads(body)["data"]["n"] for _, body in receiver.requests) == [0, 1, 2, 3, 4]
 
 
-async def test_a_body_that_changed_on_the_disk_is_never_forwarded(store, receiver):
+async def test_a_body_that_does_not_match_its_digest_is_never_sent(store, receiver):
     async with Receiver().serve() as other:
         hooks(store).route = route([destination("crm", other.url)])
         await send(store)

@@ -7,7 +7,7 @@ import pytest
 from relay.ingest.connection import begin
 
 
-async def test_what_never_waits_is_over_at_once_and_needs_no_task():
+async def test_a_coroutine_that_never_waits_finishes_without_a_task():
     said = []
 
     async def speak():
@@ -20,7 +20,7 @@ async def test_what_never_waits_is_over_at_once_and_needs_no_task():
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["later", "meanwhile"])
-async def test_what_waits_goes_on_in_a_task_of_its_own(is_done):
+async def test_a_coroutine_that_waits_continues_in_a_task(is_done):
     first, second, said = asyncio.Event(), asyncio.Event(), []
 
     async def wait():
@@ -40,7 +40,7 @@ async def test_what_waits_goes_on_in_a_task_of_its_own(is_done):
     assert said == ["began", task]
 
 
-async def test_a_failure_is_the_tasks():
+async def test_a_failure_after_a_wait_is_raised_by_the_task():
     async def fail():
         await asyncio.sleep(0)
         raise LookupError("broken")
@@ -50,7 +50,7 @@ async def test_a_failure_is_the_tasks():
         await task
 
 
-async def test_a_failure_before_anything_was_waited_for_is_the_callers():
+async def test_a_failure_before_the_first_wait_is_raised_in_the_caller():
     async def fail():
         raise LookupError("broken")
 
@@ -58,7 +58,7 @@ async def test_a_failure_before_anything_was_waited_for_is_the_callers():
         begin(fail())
 
 
-async def test_a_cancellation_comes_to_where_it_waits_and_may_be_put_off():
+async def test_a_cancellation_is_raised_at_the_wait_and_may_be_suppressed():
     said = []
 
     async def clean_up():
@@ -77,7 +77,7 @@ async def test_a_cancellation_comes_to_where_it_waits_and_may_be_put_off():
     assert said == ["cleaned up"]
 
 
-async def test_a_cancellation_before_the_task_has_had_its_first_turn_arrives_too():
+async def test_a_cancellation_before_the_first_step_of_the_task_is_raised_too():
     said = []
 
     async def wait():

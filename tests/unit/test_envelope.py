@@ -78,7 +78,7 @@ def test_a_malformed_path_is_refused_with_an_example(text):
         ("subject.id", "subject is text and has no fields"),
     ],
 )
-def test_an_impossible_path_comes_with_a_suggestion(text, words):
+def test_an_impossible_path_is_refused_with_a_suggestion(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Path.parse(text)
 
@@ -110,7 +110,7 @@ def test_each_part_is_decoded_once_and_only_on_demand(monkeypatch):
 
 
 @pytest.mark.parametrize("oddity", [b"1e400", b"-1e400", b"9" * 5000, b'"\\ud800"'])
-def test_a_value_that_the_fast_decoder_refuses_leaves_its_neighbours_readable(oddity):
+def test_a_value_that_the_fast_decoder_refuses_does_not_hide_the_others(oddity):
     shown = view(b'{"odd":' + oddity + b',"even":1180591620717411303424}')
     assert shown.find(Path.parse("data.even")) == 2**70
     assert shown.find(Path.parse("data.odd")) is not ABSENT

@@ -22,7 +22,7 @@ async def store(tmp_path, died):
     await store.close()
 
 
-async def test_a_full_disk_fails_an_errand_and_leaves_no_transaction_open(store, died):
+async def test_a_full_disk_fails_a_call_and_leaves_no_transaction_open(store, died):
     async def fill(connection):
         await connection.execute("BEGIN IMMEDIATE")
         await connection.execute("INSERT INTO meta (name, value) VALUES ('x', ?)", ("x" * 100_000,))
@@ -34,7 +34,7 @@ async def test_a_full_disk_fails_an_errand_and_leaves_no_transaction_open(store,
     assert (store.failure, died) == (None, [])
 
 
-async def test_a_failed_fsync_of_an_errand_stops_the_daemon_too(store, died):
+async def test_a_failed_fsync_in_a_call_stops_the_daemon(store, died):
     async def fail(_connection):
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
@@ -45,7 +45,7 @@ async def test_a_failed_fsync_of_an_errand_stops_the_daemon_too(store, died):
     assert died == ["fsync failed: disk I/O error"]
 
 
-async def test_an_errand_hears_of_its_own_mistakes(store, died):
+async def test_an_error_in_a_call_is_raised_in_its_caller(store, died):
     async def fail(_connection):
         raise ValueError("its own")
 

@@ -28,7 +28,7 @@ async def test_an_event_is_deleted_with_its_deliveries_and_attempts(store, clock
     assert (await count_rows(store, "deliveries"), await count_rows(store, "attempts")) == (2, 0)
 
 
-async def test_pending_deliveries_are_cancelled_first_and_lanes_are_told(store, clock):
+async def test_pending_deliveries_are_cancelled_first_and_lanes_are_notified(store, clock):
     event = await send(store, clock)
     await end(store, event, "dead", "erp")
     pending = [delivery.id for delivery in store.fresh if delivery.destination == "crm"]

@@ -161,7 +161,7 @@ class TestMessages:
     def test_an_event_without_data_is_its_headline_alone(self, name, key):
         assert "\n" not in json.loads(FORMATS[name].render(event(data=b"{}")))[key]
 
-    def test_a_fence_in_the_data_does_not_end_the_fence(self, name, key):
+    def test_a_code_fence_in_the_data_does_not_end_the_code_block(self, name, key):
         text = json.loads(FORMATS[name].render(event(data=b'"```<b>"')))[key]
         assert text.count("```") == 2
 

@@ -76,7 +76,7 @@ def warnings(store):
     ]
 
 
-async def test_what_was_due_all_the_while_expires_and_nothing_elsewhere(store, clock):
+async def test_only_deliveries_held_for_the_whole_time_expire(store, clock):
     await look(store, "crm")
     await send(store, clock)
     clock.advance(30 * DAY - 1)
@@ -88,7 +88,7 @@ async def test_what_was_due_all_the_while_expires_and_nothing_elsewhere(store, c
     assert (await store.ledger.audit())["crm"].expired == 1
 
 
-async def test_a_destination_that_took_something_meanwhile_begins_anew(store, clock):
+async def test_a_delivery_in_between_restarts_the_time_of_holding(store, clock):
     await send(store, clock)
     await look(store, "crm")
     clock.advance(20 * DAY)
@@ -100,7 +100,7 @@ async def test_a_destination_that_took_something_meanwhile_begins_anew(store, cl
     assert await look(store, "crm") == 1
 
 
-async def test_a_retry_is_held_from_when_it_is_due(store, clock):
+async def test_a_retry_is_held_from_its_due_time_on(store, clock):
     await send(store, clock)
     await look(store, "crm")
     await fail(store, clock, "crm", 5 * DAY)
@@ -110,7 +110,7 @@ async def test_a_retry_is_held_from_when_it_is_due(store, clock):
     assert await look(store, "crm") == 1
 
 
-async def test_what_waits_behind_another_goes_by_its_creation_and_is_not_made_due(store, clock):
+async def test_an_ordered_delivery_that_waits_expires_by_its_creation_time(store, clock):
     for _ in range(3):
         await send(store, clock, "a")
     await look(store, "crm")
@@ -123,7 +123,7 @@ async def test_what_waits_behind_another_goes_by_its_creation_and_is_not_made_du
     assert [news.woken for news in store.news if news.woken] == [{"crm"}]
 
 
-async def test_the_operator_is_told_a_day_before_and_once(store, clock):
+async def test_the_operator_is_warned_once_a_day_before(store, clock):
     await send(store, clock)
     await look(store, "crm")
     clock.advance(29 * DAY - 1)
@@ -142,7 +142,7 @@ async def test_the_operator_is_told_a_day_before_and_once(store, clock):
     assert len(warnings(store)) == 2
 
 
-async def test_nobody_is_told_of_what_will_not_expire_yet(store, clock):
+async def test_there_is_no_warning_before_a_delivery_is_about_to_expire(store, clock):
     await look(store, "crm", "erp")
     clock.advance(40 * DAY)
     await look(store, "crm", "erp")
@@ -155,7 +155,7 @@ async def test_nobody_is_told_of_what_will_not_expire_yet(store, clock):
     assert [subject for subject, _ in warnings(store)] == ["crm", "erp"]
 
 
-async def test_where_little_time_is_given_the_operator_is_told_half_way(store, clock):
+async def test_with_a_short_limit_the_warning_comes_half_way(store, clock):
     kept = 3600 * SECOND
     await send(store, clock)
     await look(store, "crm", kept=kept)
@@ -167,7 +167,7 @@ async def test_where_little_time_is_given_the_operator_is_told_half_way(store, c
     assert len(warnings(store)) == 1
 
 
-async def test_a_restart_does_not_begin_anew(tmp_path, store, clock):
+async def test_a_restart_does_not_restart_the_time_of_holding(tmp_path, store, clock):
     await send(store, clock)
     await look(store, "crm")
     clock.advance(29 * DAY)
@@ -182,7 +182,7 @@ async def test_a_restart_does_not_begin_anew(tmp_path, store, clock):
     await store.open()
 
 
-async def test_what_is_in_flight_does_not_expire(store, clock):
+async def test_a_delivery_in_flight_does_not_expire_while_held(store, clock):
     await send(store, clock)
     await look(store, "crm")
     [delivery] = [each for each in store.fresh if each.destination == "crm"]
@@ -214,7 +214,7 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
         *[(transitions.FIRST_SQL.format(share=share), ("crm",)) for share in transitions.SHARES],
     ],
 )
-async def test_no_look_scans_the_deliveries(store, sql, values):
+async def test_the_search_for_held_deliveries_scans_no_table(store, sql, values):
     plan = [row[3] for row in await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)]
     assert any("SEARCH deliveries USING" in step and "INDEX deliveries_" in step for step in plan), plan
     assert not any("SCAN deliveries" in step or "TEMP B-TREE" in step for step in plan), plan

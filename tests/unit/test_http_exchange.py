@@ -15,7 +15,7 @@ from relay.delivery.http.result import one_line
 pytestmark = pytest.mark.usefixtures("silence")
 
 
-async def test_a_request_has_only_our_headers(client_for):
+async def test_a_request_has_only_the_headers_of_the_relay(client_for):
     async with receivers.answers() as receiver:
         await send(client_for(), receiver.url + "?a=b%2Fc", body=b'{"a":1}', **{"webhook-id": "evt_1"})
         (request,) = receiver.requests

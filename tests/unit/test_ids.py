@@ -22,7 +22,7 @@ def test_ids_of_one_moment_differ():
     assert len({new_id("", MOMENT) for _ in range(2000)}) == 2000
 
 
-def test_every_random_bit_is_sometimes_set_and_sometimes_not():
+def test_every_random_bit_takes_both_values():
     tails = [uuid.UUID(new_id("", MOMENT)).int for _ in range(500)]
     always, ever = tails[0], 0
     for tail in tails:
@@ -33,7 +33,7 @@ def test_every_random_bit_is_sometimes_set_and_sometimes_not():
 
 
 @pytest.mark.parametrize(("prefix", "text"), [(EVENT, "evt_"), (DELIVERY, "dlv_"), (REPLAY, "rpl_")])
-def test_a_public_id_says_what_it_names(prefix, text):
+def test_a_public_id_has_the_prefix_of_its_kind(prefix, text):
     id_ = new_id(prefix, MOMENT)
     assert id_.startswith(text)
     assert uuid.UUID(id_.removeprefix(text)).version == 7

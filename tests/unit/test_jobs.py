@@ -42,7 +42,7 @@ async def test_a_job_that_fails_is_logged_and_runs_again(jobs, caplog, error):
     assert record.exc_info[0] is error
 
 
-async def test_a_job_that_cancels_itself_is_logged_too(jobs, caplog):
+async def test_a_job_that_cancels_itself_is_logged(jobs, caplog):
     async def work():
         raise asyncio.CancelledError
 
@@ -50,7 +50,7 @@ async def test_a_job_that_cancels_itself_is_logged_too(jobs, caplog):
     await until(lambda: "job shop.cancel was cancelled" in caplog.messages)
 
 
-async def test_a_slow_job_does_not_overlap_itself_and_holds_up_no_other(jobs):
+async def test_a_slow_job_neither_overlaps_itself_nor_delays_others(jobs):
     slow, other = [], []
     gate = asyncio.Event()
 
@@ -69,7 +69,7 @@ async def test_a_slow_job_does_not_overlap_itself_and_holds_up_no_other(jobs):
     await until(lambda: len(slow) >= 2)
 
 
-async def test_a_rare_job_that_becomes_frequent_need_not_wait_for_its_next_rare_run(jobs):
+async def test_a_shorter_interval_applies_at_once(jobs):
     runs = []
 
     async def work():
@@ -80,7 +80,7 @@ async def test_a_rare_job_that_becomes_frequent_need_not_wait_for_its_next_rare_
     await until(lambda: len(runs) >= 3)
 
 
-async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplog):
+async def test_a_running_job_is_cancelled_at_the_stop_without_a_log_line(caplog):
     jobs = Jobs(SystemClock())
     begun, ended = asyncio.Event(), asyncio.Event()
 
@@ -102,9 +102,7 @@ async def test_a_job_under_way_is_cancelled_with_the_daemon_without_a_word(caplo
 
 
 @pytest.mark.parametrize("days", [1 / 24, -1 / 24, 1, -1, 173 * 365, -50 * 365])
-async def test_a_clock_step_neither_stops_a_job_nor_makes_it_run_for_every_time_it_missed(
-    monkeypatch, caplog, days
-):
+async def test_a_clock_step_neither_stops_a_job_nor_repeats_missed_runs(monkeypatch, caplog, days):
     clock, runs = SteppedClock(monkeypatch), []
 
     async def work():
@@ -126,7 +124,7 @@ async def test_a_clock_step_neither_stops_a_job_nor_makes_it_run_for_every_time_
     assert any(message.startswith("the machine's clock stepped by ") for message in caplog.messages)
 
 
-async def test_a_rare_job_runs_at_once_when_the_clock_steps_so_that_none_is_put_off(monkeypatch):
+async def test_every_job_runs_at_once_after_a_clock_step(monkeypatch):
     clock, runs = SteppedClock(monkeypatch), []
 
     async def work():
@@ -143,7 +141,7 @@ async def test_a_rare_job_runs_at_once_when_the_clock_steps_so_that_none_is_put_
     assert len(runs) == 1
 
 
-async def test_a_job_runs_at_once_when_it_is_asked_to_and_says_what_came_of_it(jobs):
+async def test_a_job_can_be_run_on_request_and_returns_its_history(jobs):
     runs = []
 
     async def work():
@@ -161,7 +159,7 @@ async def test_a_job_runs_at_once_when_it_is_asked_to_and_says_what_came_of_it(j
     assert jobs.next_run("count") - timedelta(seconds=3590) > datetime.now(UTC)
 
 
-async def test_a_run_that_is_asked_for_waits_for_the_one_under_way(jobs):
+async def test_a_requested_run_waits_for_the_current_run(jobs):
     gate, busy, most = asyncio.Event(), [], []
 
     async def work():
@@ -180,7 +178,7 @@ async def test_a_run_that_is_asked_for_waits_for_the_one_under_way(jobs):
     assert max(most) == 1
 
 
-async def test_a_run_whose_asker_leaves_is_cancelled_and_counted_as_failed(jobs):
+async def test_a_requested_run_that_is_cancelled_counts_as_failed(jobs):
     begun = asyncio.Event()
 
     async def work():
@@ -196,7 +194,7 @@ async def test_a_run_whose_asker_leaves_is_cancelled_and_counted_as_failed(jobs)
     assert (jobs.all()[0].failures, jobs.all()[0].error) == (1, "cancelled")
 
 
-async def test_a_job_there_is_not_is_named_with_those_there_are(jobs):
+async def test_an_unknown_job_is_refused_with_the_known_names(jobs):
     async def work():
         pass
 

@@ -99,7 +99,7 @@ def test_every_value_can_be_written(value):
 
 
 @pytest.mark.parametrize("lone", LONE)
-def test_a_lone_surrogate_is_no_failure_wherever_it_stands(lone):
+def test_a_lone_surrogate_is_accepted_everywhere(lone):
     escape = json.loads(b'"%b"' % lone).encode("utf-8", "backslashreplace").decode()
     text = b'{"name":"%b","pair":["%b","b"],"record":{"name":"%b"},"names":["%b"],"other":{"%b":"%b"}}'
     found = json_text.decode(msgspec.json.Decoder(Outer), text % ((lone,) * 6))
@@ -109,7 +109,7 @@ def test_a_lone_surrogate_is_no_failure_wherever_it_stands(lone):
     json_text.check(b'["%b"]' % lone)
 
 
-def test_the_characters_that_stand_in_for_surrogates_are_not_taken_for_them():
+def test_private_characters_are_not_mistaken_for_surrogates():
     text = '["\\ud83d", "\U000f0000\U000f0001", "\\udb80\\udc02", "\\udfff"]'.encode()
     assert json_text.decode(ANY, text) == [r"\ud83d", "\U000f0000\U000f0001", "\U000f0002", r"\udfff"]
 
@@ -122,7 +122,7 @@ def test_the_characters_that_stand_in_for_surrogates_are_not_taken_for_them():
         b'{"\\ud83d"}', b'1,"a":"\\ud83d"',
     ],
 )  # fmt: skip
-def test_what_is_not_json_stays_so(text):
+def test_invalid_json_stays_invalid(text):
     with pytest.raises(ValueError):  # noqa: PT011 - msgspec's and Unicode's are ValueErrors, and no others
         json_text.check(text)
     with pytest.raises(ValueError):  # noqa: PT011 - likewise
@@ -139,20 +139,20 @@ def test_a_deep_body_with_a_lone_surrogate_is_malformed(text):
         Incoming.of("POST", "/", body=text).decode(msgspec.Raw)
 
 
-def test_a_wrong_field_is_blamed_all_the_same():
+def test_an_error_names_the_wrong_field_despite_surrogates():
     with pytest.raises(Invalid) as caught:
         Incoming.of("POST", "/", body=rb'{"raw":"\ud83d","name":5}').decode(Outer)
     assert (caught.value.field, caught.value.issue) == ("name", "expected `str`, got `int`")
 
 
 @pytest.mark.parametrize(("text", "value"), [(b"1e400", float("inf")), (b"9" * 5000, float("inf"))])
-def test_numbers_that_no_type_holds_are_read_unless_they_must_be_exact(text, value):
+def test_numbers_beyond_every_type_are_read_unless_they_must_be_exact(text, value):
     assert json_text.read(b'["\\ud83d",%b]' % text) == [r"\ud83d", value]
     with pytest.raises(ValueError):  # noqa: PT011 - likewise
         json_text.read(b'["\\ud83d",%b]' % text, exact=True)
 
 
-def test_two_megabytes_of_surrogates_are_read_in_moments():
+def test_two_megabytes_of_surrogates_are_read_quickly():
     lone = b"".join(b"\\u%04x" % (0xDC00 + number % 1024) for number in range(2**21 // 6))
     found = json_text.decode(msgspec.json.Decoder(Inner), b'{"name":"%b","raw":"%b"}' % (lone[:600], lone))
     assert bytes(found.raw) == b'"%b"' % lone
@@ -180,7 +180,7 @@ def test_an_exported_event_with_lone_surrogates_is_read_in_again(within):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"{'a':1}", b"a=1", b'{"a":1} x', b"{}".decode().encode("utf-16")]
 )
-def test_what_is_nothing_like_json_cannot_be_salvaged(text):
+def test_text_unlike_json_cannot_be_salvaged(text):
     with pytest.raises(ValueError):  # noqa: PT011 - json's
         json_text.salvage(text)
     with pytest.raises(Malformed):

@@ -99,7 +99,7 @@ async def test_a_probe_that_falls_due_in_the_middle_of_a_turn_is_not_forgotten(s
         await ended(store)
 
 
-async def test_a_probe_brings_one_delivery_into_memory_not_a_window(store, receiver):
+async def test_a_probe_loads_one_delivery_instead_of_a_window(store, receiver):
     receiver.usual = (500, {})
     async with dispatcher_for(
         store, destination("crm", receiver.url, circuit=QUICK, retry=OFTEN)

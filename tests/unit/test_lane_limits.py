@@ -216,7 +216,7 @@ async def test_a_lane_with_waiting_deliveries_is_idle(store, receiver, turns, ho
         receiver.gate.set()
 
 
-async def test_an_idle_lane_does_not_turn(store, receiver, turns):
+async def test_an_idle_lane_does_no_work(store, receiver, turns):
     async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
         await send(store)
         await ended(store)
@@ -226,7 +226,7 @@ async def test_an_idle_lane_does_not_turn(store, receiver, turns):
         assert turns == []
 
 
-async def test_a_delivery_whose_end_failed_is_sent(store, receiver, monkeypatch):
+async def test_a_delivery_whose_expiry_could_not_be_stored_is_sent(store, receiver, monkeypatch):
     begin, refused = store.deliveries.begin_attempt, []
 
     def refuse_once(delivery_id):

@@ -107,7 +107,7 @@ def test_an_installed_package_offers_a_kind(tmp_path, monkeypatch):
     assert (offers.kinds["acme"].door, offers.kinds["acme"].version) == ("entry point", "3.2")
 
 
-def test_an_earlier_door_hides_the_same_kind_of_a_later_one(plugins, tmp_path, monkeypatch):
+def test_an_earlier_place_of_discovery_hides_the_same_kind_of_a_later_one(plugins, tmp_path, monkeypatch):
     install(tmp_path / "site", monkeypatch, "two_kinds", PLUGIN.format(kind="moddy"), "x = two_kinds")
     assert discover([])[0].kinds["moddy"].door == "entry point"
     (plugins / "mine.py").write_text(PLUGIN.format(kind="moddy"))
@@ -116,7 +116,7 @@ def test_an_earlier_door_hides_the_same_kind_of_a_later_one(plugins, tmp_path, m
     assert problems == []
 
 
-def test_two_plugins_of_one_door_with_one_kind_stop_the_start_naming_both_files(plugins):
+def test_two_plugins_with_one_kind_in_one_place_stop_the_start(plugins):
     (plugins / "a.py").write_text(PLUGIN.format(kind="shop"))
     (plugins / "b.py").write_text(PLUGIN.format(kind="shop"))
     _, (problem,) = discover([plugins])
@@ -133,7 +133,7 @@ def test_a_folder_named_twice_is_read_once(plugins):
     assert "shop" in offers.kinds
 
 
-def test_an_unchanged_file_gives_the_same_class_again_and_an_edited_one_another(plugins):
+def test_only_an_edited_file_gives_a_new_class(plugins):
     file = plugins / "shop.py"
     file.write_text(PLUGIN.format(kind="shop"))
     first = discover([plugins])[0].kinds["shop"].source
@@ -281,7 +281,7 @@ def test_a_destination_may_use_a_plugin_s_format(setup, plugins):
         ("x", 'no format is called "x"; there are: standard, raw, cloudevents, slack, discord, audit'),
     ],
 )
-def test_a_format_that_nobody_offers_is_told_together_with_all_else(told, plugins, format_, says):
+def test_an_unknown_format_is_reported_with_all_other_problems(told, plugins, format_, says):
     offer_format(plugins)
     levle, audit, where = told(f"log.levle = 1\n{CRM}format = '{format_}'\nwhere = 5")
     assert levle.startswith("config.toml:1: log.levle: unknown key")
@@ -289,13 +289,13 @@ def test_a_format_that_nobody_offers_is_told_together_with_all_else(told, plugin
     assert where.startswith("config.toml:6: destinations.crm.where: expected a table")
 
 
-def test_while_a_plugin_is_broken_an_unknown_format_is_not_blamed_as_well(told, plugins):
+def test_an_unknown_format_is_not_reported_while_a_plugin_is_broken(told, plugins):
     (plugins / "audit.py").write_text("def f(:")
     (problem,) = told(CRM + "format = 'audit'")
     assert problem.startswith("plugins.d/audit.py:1: cannot be imported")
 
 
-def test_a_format_of_a_taken_name_stops_the_start_naming_who_has_it(plugins):
+def test_a_format_with_a_taken_name_stops_the_start(plugins):
     offer_format(plugins, "a.py", "slack")
     offer_format(plugins, "b.py", "audit")
     offer_format(plugins, "c.py", "audit")
@@ -322,7 +322,7 @@ def test_a_format_of_a_taken_name_stops_the_start_naming_who_has_it(plugins):
         ({"render": "__import__('asyncio').sleep"}, "has a `render` that is not a plain function"),
     ],
 )
-def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
+def test_an_unusable_format_is_reported_in_one_sentence(plugins, wrong, says):
     offer_format(plugins, **wrong)
     _, (problem,) = discover([plugins])
     assert says in str(problem)
@@ -331,7 +331,7 @@ def test_a_format_of_no_use_is_told_in_one_sentence(plugins, wrong, says):
 # --- observers ----------------------------------------------------------------------------------
 
 
-def test_a_plugin_that_wants_to_be_told_is_one_observer_whatever_it_asks_for(setup, plugins):
+def test_a_plugin_with_hooks_is_one_observer(setup, plugins):
     stored = "@hookimpl\ndef relay_events_stored(events): pass\n"
     recorded = "@hookimpl\ndef relay_attempts_recorded(outcomes): pass\n"
     (plugins / "both.py").write_text(HEAD + stored + recorded)
@@ -384,7 +384,7 @@ def test_two_jobs_of_one_name_stop_the_start(plugins):
         ("Job(name='tidy', every=60, work=print)", "a `work` that is not an `async def` function"),
     ],
 )
-def test_a_job_of_no_use_is_told_in_one_sentence(plugins, job, says):
+def test_an_unusable_job_is_reported_in_one_sentence(plugins, job, says):
     (plugins / "a.py").write_text(JOBS.format(job))
     _, (problem,) = discover([plugins])
     assert says in problem.problem
@@ -393,7 +393,7 @@ def test_a_job_of_no_use_is_told_in_one_sentence(plugins, job, says):
 # --- sources ------------------------------------------------------------------------------------
 
 
-def test_a_source_has_the_keys_of_all_sources_and_those_of_its_plugin(setup, plugins):
+def test_a_source_has_the_common_keys_and_those_of_its_plugin(setup, plugins):
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
     result = setup(
         "[server]\nmax_body = '1 MiB'\n[workers]\noffline_after = '60s'\n"
@@ -417,7 +417,7 @@ def test_an_unchanged_config_loads_equal(setup, plugins):
     assert first != setup(SHOP + "patience = '9s'")
 
 
-def test_warnings_come_from_plugins_and_from_destinations_and_stop_nothing(setup, plugins, tmp_path):
+def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugins, tmp_path):
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
     text = (
         SHOP
@@ -486,7 +486,7 @@ def test_warnings_come_from_plugins_and_from_destinations_and_stop_nothing(setup
         ),
     ],
 )
-def test_what_is_wrong_with_a_source_is_told_at_its_line(told, plugins, text, problems):
+def test_a_problem_of_a_source_is_reported_at_its_line(told, plugins, text, problems):
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
     found = told(text)
     assert len(found) == len(problems)
@@ -532,7 +532,7 @@ def test_a_plugin_names_the_keys_of_several_wrong_settings(told, plugins):
     ]
 
 
-def test_a_prefix_lets_a_second_instance_of_a_plugin_in(setup):
+def test_a_prefix_allows_a_second_instance_of_a_plugin(setup):
     config = setup("[sources.a]\nplugin = 'adorn'\n[sources.b]\nplugin = 'adorn'\nprefix = '/b'").config
     assert set(config.sources) == {"a", "b"}
 
@@ -541,7 +541,7 @@ def test_a_prefix_lets_a_second_instance_of_a_plugin_in(setup):
     ("route", "claim"),
     [("/internal/event/notify", "POST /internal/event/notify"), ("/health", "GET /health")],
 )
-def test_two_claims_to_one_route_stop_the_start(told, plugins, route, claim):
+def test_two_sources_with_one_route_stop_the_start(told, plugins, route, claim):
     method = claim.split()[0]
     (plugins / "shop.py").write_text(
         HEAD
@@ -592,7 +592,7 @@ def relay_sources(): return [Routed]
         ("/files/{name:path}/end", "/files/a/{name:path}", True),
     ],
 )
-def test_two_sources_may_not_want_the_same_requests(told, plugins, one, other, meet):
+def test_two_sources_whose_routes_overlap_are_refused(told, plugins, one, other, meet):
     (plugins / "routed.py").write_text(HEAD + ROUTED)
     two = f"[sources.a]\nplugin = 'routed'\npath = '{one}'\n[sources.b]\nplugin = 'routed'\npath = '{other}'"
     found = told(f"{two}\n[sources.c]")
@@ -602,13 +602,13 @@ def test_two_sources_may_not_want_the_same_requests(told, plugins, one, other, m
     assert len(found) == 1 + meet
 
 
-def test_while_a_plugin_is_broken_an_unknown_kind_is_not_blamed_as_well(told, plugins):
+def test_an_unknown_kind_is_not_reported_while_a_plugin_is_broken(told, plugins):
     (plugins / "shop.py").write_text("def f(:")
     (problem,) = told(SHOP)
     assert problem.startswith("plugins.d/shop.py:1: cannot be imported")
 
 
-def test_a_setup_does_not_change(setup):
+def test_a_loaded_setup_is_immutable(setup):
     result = setup("")
     with pytest.raises(AttributeError):
         result.config = None

@@ -61,7 +61,7 @@ def test_the_same_file_gives_an_equal_config(setup, again):
     assert again(SHOP + CRM).config == setup.config
 
 
-def test_sources_destinations_and_plain_settings_are_taken_in(again):
+def test_a_reload_adopts_sources_destinations_and_settings(again):
     text = '[retention]\nworker_metrics = "1d"\n[sources.other]\nplugin = "mine"\nspeed = 2\n'
     config = again(text).config
     assert config.retention.worker_metrics == 86_400
@@ -69,12 +69,12 @@ def test_sources_destinations_and_plain_settings_are_taken_in(again):
     assert config.destinations == {}
 
 
-def test_secrets_are_read_anew(setup, again, folder):
+def test_a_reload_reads_secrets_again(setup, again, folder):
     (folder / "secret").write_text("whsec_bm90IGEgc2VjcmV0LCBmb3IgZGV2ZWxvcG1lbnQ=")
     assert again(SHOP + CRM).config.destinations != setup.config.destinations
 
 
-def test_every_problem_is_told_as_at_a_start(again):
+def test_a_reload_reports_every_problem_like_a_start(again):
     with pytest.raises(ConfigError) as caught:
         again('[server]\nmax_boddy = 1\n[sources.shop]\nplugin = "nothing"\n')
     assert [problem.key for problem in caught.value.problems] == ["server.max_boddy", "sources.shop.plugin"]
@@ -93,11 +93,11 @@ def test_every_problem_is_told_as_at_a_start(again):
         ("[plugins]\ndirs = []\n", ["plugins.dirs"]),
     ],
 )  # fmt: skip
-def test_what_only_a_start_takes_in_is_named(needed, text, keys):
+def test_settings_that_need_a_restart_are_named(needed, text, keys):
     assert needed(text) == keys
 
 
-def test_what_is_wrong_comes_before_what_needs_a_restart(again):
+def test_problems_are_reported_before_needed_restarts(again):
     with pytest.raises(ConfigError):
         again('[server]\nlisten = "127.0.0.1:1"\nmax_boddy = 1\n')
 
@@ -117,14 +117,14 @@ def test_a_removed_plugin_needs_a_restart(needed, folder):
     assert needed() == ["plugins.d/mine.py"]
 
 
-def test_problems_of_the_relay_s_own_keys_are_told_whatever_became_of_plugins(again, folder):
+def test_problems_of_the_relay_s_own_keys_are_reported_despite_broken_plugins(again, folder):
     (folder / "plugins.d" / "mine.py").unlink()
     with pytest.raises(ConfigError) as caught:
         again('[server]\nmax_boddy = 1\n[sources.other]\nplugin = "mine"\n')
     assert [problem.key for problem in caught.value.problems] == ["server.max_boddy"]
 
 
-def test_a_bundled_plugin_that_was_replaced_on_the_disk_is_noticed(setup):
+def test_a_bundled_plugin_replaced_on_disk_needs_a_restart(setup):
     assert load_again(setup, {}).config == setup.config
     [adorn] = [file for file in setup.code if file.endswith("adorn.py")]
     before = msgspec.structs.replace(setup, code={**setup.code, adorn: b"as it was imported"})

@@ -34,7 +34,7 @@ def record(text, *values, level=logging.INFO, error=None, **named):
     return LOG.makeRecord(LOG.name, level, "file", 1, text, values, error, extra=fields(**named))
 
 
-def test_a_line_is_written_once_in_ten_seconds_and_counts_what_it_swallowed(caplog):
+def test_a_repeated_line_is_written_once_in_ten_seconds_with_a_count(caplog):
     caplog.set_level(logging.INFO)
     clock = FakeClock()
     sparing = Sparing(LOG, clock)
@@ -50,7 +50,7 @@ def test_a_line_is_written_once_in_ten_seconds_and_counts_what_it_swallowed(capl
     assert caplog.messages[2:] == ["refused: auth (5 more like it)"]
 
 
-def test_a_line_that_keeps_coming_is_written_ever_more_rarely(caplog):
+def test_a_line_that_keeps_repeating_is_written_less_and_less_often(caplog):
     caplog.set_level(logging.INFO)
     clock, written = FakeClock(), []
     sparing = Sparing(LOG, clock, most=60.0)
@@ -72,7 +72,7 @@ def test_a_line_that_keeps_coming_is_written_ever_more_rarely(caplog):
     assert len(caplog.messages) == before + 2
 
 
-def test_a_failure_is_written_with_its_traceback_as_sparingly(caplog):
+def test_a_traceback_is_limited_in_the_same_way(caplog):
     sparing = Sparing(LOG, FakeClock())
     for number in range(3):
         sparing.error("failed", "shop: failed", KeyError(number))
@@ -88,7 +88,7 @@ def test_json_is_one_object_per_line():
     assert line == {"level": "info", "logger": "relay.test", "message": "crm is dead:\né"}
 
 
-def test_json_holds_a_traceback_in_the_same_line():
+def test_json_has_a_traceback_in_the_same_line():
     error = KeyError("lost")
     text = JsonLines().format(record("failed", error=(KeyError, error, None)))
     assert "\n" not in text
@@ -106,7 +106,7 @@ HOSTILE = "one\ntwo\r\x1b[2J\u2028<0>kernel: panic \x9b31m"
 
 
 @pytest.mark.parametrize("formatter", [TextLines(), TextLines(journald=True), TextLines(colour=True)])
-def test_a_sender_s_line_ends_and_control_characters_make_no_line(formatter):
+def test_line_ends_and_control_characters_of_a_sender_are_escaped(formatter):
     text = formatter.format(record("refused: %s", HOSTILE, subject=HOSTILE))
     assert len(text.splitlines()) == 1
     plain = re.sub(r"\x1b\[\d*m", "", text)  # our own colours
@@ -115,7 +115,7 @@ def test_a_sender_s_line_ends_and_control_characters_make_no_line(formatter):
     assert r'subject="one\ntwo\r\u001b[2J\u2028<0>kernel: panic \x9b31m"' in plain
 
 
-def test_a_hostile_field_is_one_line_of_json_too():
+def test_a_hostile_field_stays_within_one_line_of_json():
     text = JsonLines().format(record("refused", subject="one\ntwo\x1b[2J"))
     assert "\n" not in text
     assert "\x1b" not in text
@@ -142,17 +142,17 @@ def test_a_value_in_text_cannot_be_mistaken_for_the_next_field(value, written):
     assert TextLines(journald=True).format(record("x", given=value)).endswith(f" given={written}")
 
 
-def test_a_field_that_is_no_json_is_written_all_the_same():
+def test_a_field_that_json_cannot_write_is_written_as_text():
     assert json.loads(JsonLines().format(record("x", path=Path("/a"))))["path"] == "/a"
 
 
-def test_a_spared_line_has_its_fields(caplog):
+def test_a_rate_limited_line_has_its_fields(caplog):
     caplog.set_level(logging.INFO)
     Sparing(LOG, FakeClock()).info("auth", "refused", request_id="req_1")
     assert caplog.records[0].fields == {"request_id": "req_1"}
 
 
-def test_an_error_of_several_lines_is_said_in_one():
+def test_an_error_of_several_lines_is_logged_in_one():
     assert in_one_line(RelayError("no such storage", hint="write url")) == "no such storage; write url"
 
 
@@ -170,7 +170,7 @@ def test_an_error_of_several_lines_is_said_in_one():
         ("json", {"systemd", "terminal"}, {}, "{"),
     ],
 )
-def test_auto_is_what_suits_where_the_lines_go(monkeypatch, format_, goes, environ, expected):
+def test_the_format_auto_depends_on_the_destination_of_the_log(monkeypatch, format_, goes, environ, expected):
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -194,7 +194,7 @@ def test_colour_is_for_terminals_only():
     assert "\x1b[" not in TextLines().format(record("hello"))
 
 
-def test_the_page_for_operators_has_every_field_and_no_other():
+def test_the_documentation_lists_exactly_the_fields_of_log_lines():
     keywords = set()
     for file in (ROOT / "relay").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -233,7 +233,7 @@ def read_until(pipe, text):
     return found.decode().splitlines()
 
 
-def test_lines_are_written_at_once_where_somebody_reads(unread):
+def test_lines_are_written_at_once_while_the_reader_reads(unread):
     handler, pipe, _ = unread
     for number in range(5):
         handler.handle(record("line %d", number))
@@ -241,7 +241,7 @@ def test_lines_are_written_at_once_where_somebody_reads(unread):
     assert handler._thread is None
 
 
-def test_a_reader_that_does_not_read_holds_up_nobody_and_is_told_what_is_missing(unread):
+def test_a_stalled_log_reader_delays_nothing_and_gets_the_number_of_lost_lines(unread):
     handler, pipe, _ = unread
     told = []
     handler.on_drop = lambda: told.append(True)
@@ -263,14 +263,14 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_is_told_what_is_missing
     assert handler._untold == 0
 
 
-def test_a_line_longer_than_the_pipe_is_written_whole_and_waited_for_by_nobody(unread):
+def test_a_line_longer_than_the_pipe_is_written_whole_without_blocking(unread):
     handler, pipe, size = unread
     handler.handle(record("%s end", "x" * 10 * size))
     handler.handle(record("next"))
     assert [len(line) for line in read_until(pipe, "next")] == [10 * size + 4, 4]
 
 
-def test_an_end_waits_a_moment_for_a_reader_and_no_longer(unread):
+def test_a_stop_waits_for_a_stalled_reader_only_briefly(unread):
     handler, pipe, size = unread
     handler.handle(record("x" * 3 * size))
     began = time.monotonic()
@@ -284,7 +284,7 @@ def test_an_end_waits_a_moment_for_a_reader_and_no_longer(unread):
     assert handler._size == 0
 
 
-def test_a_reader_that_is_gone_fails_nobody():
+def test_a_closed_log_pipe_fails_nothing():
     reader, writer = os.pipe()
     with open(writer, "w") as stream:  # noqa: PTH123 - a descriptor
         handler = Lines(stream)
@@ -295,7 +295,7 @@ def test_a_reader_that_is_gone_fails_nobody():
         assert handler.dropped == 2
 
 
-def test_a_line_that_cannot_be_formatted_fails_nobody(unread, monkeypatch):
+def test_a_line_that_cannot_be_formatted_fails_nothing(unread, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)
     handler, pipe, _ = unread
     handler.handle(record("%d", "no number"))

@@ -73,7 +73,7 @@ def outcome(*, attempt=True):
     return Outcome(delivery=delivery, attempt=made, state="delivered")
 
 
-async def test_what_comes_while_a_hook_is_busy_is_told_together_in_order(observers):
+async def test_records_that_arrive_while_a_hook_runs_are_passed_together_in_order(observers):
     hook = Hook()
     hook.gate.clear()
     each = observers(events_stored=hook)
@@ -86,7 +86,7 @@ async def test_what_comes_while_a_hook_is_busy_is_told_together_in_order(observe
     assert each.failures() == 0
 
 
-async def test_an_attempt_is_told_after_its_event_and_never_beside_it(observers):
+async def test_an_attempt_is_passed_after_its_event_and_never_concurrently(observers):
     notes = []
     first, second = Hook(notes), Hook(notes)
     first.gate.clear()
@@ -101,7 +101,7 @@ async def test_an_attempt_is_told_after_its_event_and_never_beside_it(observers)
     await until(lambda: notes == [["a"], ["b"], [made]])
 
 
-async def test_a_plugin_is_told_only_what_it_asked_for(observers):
+async def test_a_plugin_gets_only_the_records_of_its_hooks(observers):
     hook = Hook()
     each = observers(attempts_recorded=hook)
     made = outcome()
@@ -114,7 +114,7 @@ async def test_a_plugin_is_told_only_what_it_asked_for(observers):
 
 
 @pytest.mark.parametrize("error", [KeyError("nothing"), SystemExit(3)])
-async def test_a_hook_that_raises_is_counted_logged_sparingly_and_told_on(observers, caplog, error):
+async def test_a_hook_that_raises_is_counted_and_called_again(observers, caplog, error):
     hook = Hook()
     hook.error = error
     each = observers(events_stored=hook)
@@ -126,7 +126,7 @@ async def test_a_hook_that_raises_is_counted_logged_sparingly_and_told_on(observ
     assert record.getMessage() == "plugin audit raised in a hook"
 
 
-async def test_what_a_hanging_hook_leaves_waiting_is_bounded_by_its_bytes(observers, caplog):
+async def test_the_queue_of_a_hanging_hook_is_bounded_in_bytes(observers, caplog):
     hook = Hook()
     hook.gate.clear()
     each = observers(room=3 * (RECORD + 100), events_stored=hook)
@@ -146,7 +146,7 @@ async def test_what_a_hanging_hook_leaves_waiting_is_bounded_by_its_bytes(observ
     await until(told_again)
 
 
-async def test_a_commit_that_is_larger_than_the_room_is_told_all_the_same(observers):
+async def test_a_commit_larger_than_the_queue_is_passed_on(observers):
     hook = Hook()
     each = observers(room=1, events_stored=hook)
     each.listen(stored("a", "b"))
@@ -154,7 +154,7 @@ async def test_a_commit_that_is_larger_than_the_room_is_told_all_the_same(observ
     assert each.failures() == 0
 
 
-async def test_a_stop_tells_what_is_left(observers, caplog):
+async def test_a_stop_passes_on_queued_records(observers, caplog):
     hook = Hook()
     hook.gate.clear()
     each = observers(events_stored=hook)
@@ -167,7 +167,7 @@ async def test_a_stop_tells_what_is_left(observers, caplog):
     assert caplog.messages == []
 
 
-async def test_a_stop_leaves_a_hanging_hook_behind_and_says_so(observers, caplog):
+async def test_a_stop_abandons_a_hanging_hook_and_logs_it(observers, caplog):
     hook = Hook()
     hook.gate.clear()
     each = observers(events_stored=hook)

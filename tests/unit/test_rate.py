@@ -29,11 +29,11 @@ def taken(bucket, now):
         (Rate(5, 3600), 1),  # a second's worth would be nothing at all
     ],
 )
-def test_a_full_bucket_gives_a_seconds_worth_and_at_least_one(rate, burst):
+def test_a_full_bucket_has_tokens_for_a_second_and_at_least_one(rate, burst):
     assert taken(TokenBucket(rate, NOW), NOW) == burst
 
 
-def test_a_burst_may_be_given():
+def test_the_burst_is_configurable():
     assert taken(TokenBucket(Rate(60, 60), NOW, burst=60), NOW) == 60
 
 
@@ -48,7 +48,7 @@ def test_an_empty_bucket_says_how_long_until_the_next_token(rate, seconds):
     assert bucket.take(half) == pytest.approx(seconds / 2)
 
 
-def test_asking_how_long_to_wait_takes_nothing():
+def test_asking_for_the_wait_takes_no_token():
     bucket = TokenBucket(Rate(1, 1), NOW)
     assert [bucket.wait(NOW), bucket.wait(NOW), bucket.take(NOW)] == [0, 0, 0]
     assert bucket.wait(NOW) == bucket.wait(NOW) == pytest.approx(1)
@@ -64,7 +64,7 @@ rates = st.builds(Rate, st.integers(1, 10_000), st.sampled_from([1, 60, 3600]))
 
 
 @given(rate=rates, pauses=st.lists(st.floats(0, 100), max_size=50))
-def test_no_window_ever_holds_more_than_the_burst_and_what_its_length_allows(rate, pauses):
+def test_no_period_has_more_than_the_burst_and_its_rate_allow(rate, pauses):
     bucket, now, times = TokenBucket(rate, NOW), NOW, []
     for pause in pauses:
         now += int(pause * SECOND)
@@ -76,7 +76,7 @@ def test_no_window_ever_holds_more_than_the_burst_and_what_its_length_allows(rat
 
 
 @given(rate=rates, idle=st.floats(0, 10_000))
-def test_waiting_as_long_as_it_said_is_enough(rate, idle):
+def test_the_reported_wait_is_long_enough(rate, idle):
     bucket = TokenBucket(rate, NOW)
     now = NOW + int(idle * SECOND)
     taken(bucket, now)

@@ -50,7 +50,7 @@ def test_one_json_value_is_kept_byte_for_byte(text):
 
 
 @pytest.mark.parametrize("text", NO_VALUES, ids=lambda text: text[:20])
-def test_what_is_not_exactly_one_json_value_is_the_plugin_s_failure(text):
+def test_data_that_is_not_one_json_value_is_a_fault_of_the_plugin(text):
     for value in (
         msgspec.Raw(text),
         {"a": msgspec.Raw(text)},
@@ -93,7 +93,7 @@ FORGED = b'{},"type":"adorn.sale.made"'
     ],
     ids=["bytearray", "memoryview", "slice", "str", "msgpack"],
 )
-def test_what_a_plugin_makes_itself_is_checked_beside_a_decoded_body(make, room):
+def test_raw_data_made_by_a_plugin_is_checked_despite_a_decoded_body(make, room):
     """A `Raw` does not tell whether msgspec parsed it: one over a buffer looks the same."""
     incoming = Incoming.of("POST", "/a", {}, b'{"data": {}}' + b" " * room)
     found = incoming.decode(Body)
@@ -117,7 +117,7 @@ def test_no_kind_of_value_hides_a_raw_from_the_check():
 
 
 @pytest.mark.parametrize("inner", [b'"\xff"', b'{"a": "\xff"}'])
-def test_a_part_of_a_text_within_the_body_is_looked_at_itself(inner):
+def test_a_part_of_a_text_within_the_body_is_checked(inner):
     """Msgspec does not see whether what it skips is UTF-8."""
     body = msgspec.json.encode({"data": 1, "coded": base64.b64encode(inner).decode()})
     incoming = Incoming.of("POST", "/a", {}, body)

@@ -89,12 +89,12 @@ def report(status: str) -> Heartbeat:
         (GONE, REGISTER, 1, "ONLINE", ["worker.registered"]),
     ],
 )
-def test_what_comes_decides_what_happens(row, change, seconds, status, events):
+def test_each_request_has_its_documented_effect_in_each_state(row, change, seconds, status, events):
     step = said(row, change, seconds)
     assert (step.worker.status, types(step)) == (status, events)
 
 
-def test_a_stranger_who_takes_leave_leaves_no_trace():
+def test_an_unregister_of_an_unknown_worker_changes_nothing():
     assert said(None, Unregister(worker_id="w")) == Step(worker=None, quiet=True)
 
 
@@ -114,23 +114,23 @@ def test_a_registration_fills_the_row():
     )
 
 
-def test_registering_again_updates_the_row_and_keeps_since_when_it_is_known():
+def test_registering_again_updates_the_row_but_not_registered_at():
     row = said(ONLINE, Register(worker_id="w", endpoint="http://w:8002", version="2.0.0"), 60).worker
     assert (row.endpoint, row.version, row.registered_at) == ("http://w:8002", "2.0.0", WALL)
     assert (row.last_heartbeat, row.deadline) == (WALL + 60 * SECOND, STEADY + 150 * SECOND)
 
 
-def test_a_worker_that_comes_back_after_its_farewell_starts_anew():
+def test_a_worker_that_returns_after_its_unregister_is_new():
     row = said(GONE, REGISTER, 60).worker
     assert (row.unregistered_at, row.registered_at) == (None, WALL + 60 * SECOND)
 
 
-def test_a_late_heartbeat_after_the_farewell_changes_nothing():
+def test_a_late_heartbeat_after_an_unregister_changes_nothing():
     assert said(GONE, BEAT, 5) == Step(worker=GONE, quiet=True)
     assert TOMBSTONE == 10 * SECOND
 
 
-def test_a_heartbeat_says_what_it_knows_and_leaves_the_rest():
+def test_a_heartbeat_changes_only_the_fields_that_it_reports():
     beat = Heartbeat(
         worker_id="w", cpu=45.5, memory=67.8, uptime=3600.0, message_count=1250, counts={"total": 25}
     )
@@ -169,13 +169,13 @@ def listed(status: str = "CONNECTED", last_activity: str = "10:30") -> Heartbeat
         (report("MAINTENANCE"), BEAT, True),
     ],
 )
-def test_a_heartbeat_is_quiet_if_only_last_seen_and_gauges_move(first, second, quiet):
+def test_a_heartbeat_is_quiet_if_only_its_time_and_gauges_change(first, second, quiet):
     row = said(ONLINE, first, 30).worker
     assert said(row, second, 60).quiet is quiet
 
 
 @pytest.mark.parametrize("change", [REGISTER, BEAT])
-def test_the_first_sign_of_a_worker_is_never_quiet(change):
+def test_the_first_heartbeat_of_a_worker_is_never_quiet(change):
     assert said(None, change).quiet is False
 
 
@@ -195,7 +195,7 @@ def test_only_an_online_worker_past_its_deadline_is_marked_offline(row, seconds,
     assert (silent(row, at(seconds)) is not None) is marked
 
 
-def test_silence_is_told_once_with_its_reason_and_what_was_before():
+def test_a_worker_goes_offline_once_with_reason_and_previous_status():
     after, generated = silent(ONLINE, at(91))
     assert silent(after, at(200)) is None
     assert (generated.type, generated.subject) == ("worker.offline", "w")
@@ -211,7 +211,7 @@ def test_silence_is_told_once_with_its_reason_and_what_was_before():
         (RESTING, Unregister(worker_id="w"), "MAINTENANCE", "requested"),
     ],
 )
-def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, reason):
+def test_an_event_has_the_row_the_previous_status_and_the_reason(row, change, previous, reason):
     step = said(row, change)
     [generated] = step.generated
     assert (generated.subject, generated.data["previous"], generated.data["reason"]) == (
@@ -222,14 +222,14 @@ def test_an_event_tells_the_row_what_was_before_and_why(row, change, previous, r
     assert generated.data["worker"]["status"] == step.worker.status
 
 
-def test_the_row_in_an_event_is_json_without_what_is_ours_alone():
+def test_the_row_in_an_event_has_no_internal_fields():
     [generated] = said(None, REGISTER).generated
     row = msgspec.json.decode(msgspec.json.encode(generated.data))["worker"]
     assert row.keys() == set(Worker.__struct_encode_fields__) - set(INTERNAL)
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
 
 
-def test_a_former_id_has_35_seconds_left_unless_it_has_less_and_a_heartbeat_undoes_that():
+def test_a_former_id_has_35_seconds_left_until_its_next_heartbeat():
     row = former(ONLINE, at(0))
     assert (row.deadline, FORMER) == (STEADY + 35 * SECOND, 35 * SECOND)
     assert former(ONLINE, at(80)).deadline == ONLINE.deadline
@@ -237,12 +237,12 @@ def test_a_former_id_has_35_seconds_left_unless_it_has_less_and_a_heartbeat_undo
 
 
 @pytest.mark.parametrize("rules", [RULES, WorkerRules(offline_after=120.0, startup_hold=5.0)])
-def test_after_a_start_an_online_worker_has_the_longer_of_both_patiences(rules):
+def test_after_a_start_an_online_worker_has_the_longer_deadline(rules):
     assert extend_deadline(ONLINE, at(500), rules).deadline == STEADY + 620 * SECOND
 
 
 @pytest.mark.parametrize("row", [OFFLINE, RESTING, GONE])
-def test_after_a_start_others_stay_as_they_are(row):
+def test_after_a_start_other_workers_keep_their_deadlines(row):
     assert extend_deadline(row, at(500), RULES) == row
 
 
@@ -259,13 +259,13 @@ def test_a_silent_worker_is_online_only_after_enough_heartbeats_in_time():
     assert row.beats == 0
 
 
-def test_a_heartbeat_that_comes_too_late_counts_as_the_first_again():
+def test_a_late_heartbeat_restarts_the_count_of_recovery():
     row = apply(OFFLINE, BEAT, "whatsapp", at(200), PATIENT).worker
     row = apply(row, BEAT, "whatsapp", at(400), PATIENT).worker
     assert (row.status, row.beats) == ("OFFLINE", 1)
 
 
-def test_registering_anew_needs_no_further_heartbeats():
+def test_a_register_recovers_without_further_heartbeats():
     assert apply(OFFLINE, REGISTER, "whatsapp", at(200), PATIENT).worker.status == "ONLINE"
 
 
@@ -273,7 +273,7 @@ def test_registering_anew_needs_no_further_heartbeats():
     ("before", "after", "restarted"),
     [(3600, 5, True), (3600, 3630, False), (3600, 3596, False), (None, 5, False), (3600, None, False)],
 )
-def test_uptime_that_goes_back_is_a_restart(before, after, restarted):
+def test_a_decreased_uptime_is_a_restart(before, after, restarted):
     row = msgspec.structs.replace(ONLINE, uptime=before)
     step = said(row, Heartbeat(worker_id="w", uptime=after), 30)
     assert (types(step) == ["worker.restarted"]) is restarted
@@ -305,7 +305,7 @@ def listing(*ids):
         ([("d",), ("d",)], "d"),
     ],
 )
-def test_sessions_to_restore_stay_over_the_first_list_and_while_each_list_has_more_of_them(lists, left):
+def test_sessions_to_restore_stay_while_each_list_contains_more_of_them(lists, left):
     known = tuple(Session(id=id_) for id_ in "abc")
     change = msgspec.structs.replace(REGISTER, recover=True, sessions=known)
     for before in (None, ONLINE, OFFLINE, GONE):
@@ -316,7 +316,7 @@ def test_sessions_to_restore_stay_over_the_first_list_and_while_each_list_has_mo
         assert not {"recovering", "fresh"} & shown(row).keys()
 
 
-def test_a_worker_that_was_given_nothing_has_nothing_to_restore():
+def test_a_worker_without_former_sessions_has_none_to_restore():
     row = said(ONLINE, listing("a"), 5).worker
     row = said(row, msgspec.structs.replace(REGISTER, recover=True), 10).worker
     assert (row.sessions, row.recovering, row.fresh) == ((), (), False)
@@ -334,17 +334,17 @@ def test_a_worker_that_was_given_nothing_has_nothing_to_restore():
         ("", False), ("http://", False), ("http://[broken", False),
     ],
 )  # fmt: skip
-def test_a_loopback_endpoint_names_no_place(endpoint, names):
+def test_a_loopback_endpoint_names_no_machine(endpoint, names):
     assert names_one_machine(endpoint) is names
 
 
 @pytest.mark.parametrize("row", [None, GONE])
-def test_a_session_of_an_unknown_worker_makes_no_worker(row):
+def test_a_session_of_an_unknown_worker_creates_no_worker(row):
     step = said(row, SessionSeen(session=Session(id="s1", status="connected")), 60)
     assert (step.worker, step.generated) == (row, ())
 
 
-def test_the_sessions_of_one_worker_have_an_end():
+def test_the_sessions_of_one_worker_are_limited():
     many = tuple(Session(id=str(number)) for number in range(MOST_SESSIONS + 5))
     row = said(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
     assert len(row.sessions) == MOST_SESSIONS
@@ -382,23 +382,21 @@ def statuses(row):
         (turned("connected", 86_400), turned("disconnected", 19), "connected"),
     ],
 )  # fmt: skip
-def test_an_older_event_changes_no_session_and_one_from_the_future_counts_as_of_its_receipt(
-    first, second, status
-):
+def test_an_older_event_changes_no_session_and_a_future_time_counts_as_now(first, second, status):
     row = said(ONLINE, first, 20).worker
     step = said(row, second, 30)
     assert statuses(step.worker) == {"s1": status}
     assert step.quiet is (status == "connected")
 
 
-def test_a_deleted_session_is_not_brought_back_by_what_happened_before():
+def test_a_deleted_session_is_not_revived_by_an_older_event():
     row = said(ONLINE, turned("connected", 1), 1).worker
     row = said(row, turned("deleted", 5), 5).worker
     assert said(row, turned("disconnected", 4), 6).worker.sessions == ()
     assert statuses(said(row, turned("created", 7), 7).worker) == {"s1": "created"}
 
 
-def test_deleted_sessions_are_remembered_only_so_long_and_shown_to_nobody():
+def test_only_the_last_deleted_sessions_are_remembered_and_none_is_shown():
     row = ONLINE
     for number in range(MOST_DELETED + 10):
         row = said(row, turned("connected", number, str(number)), number).worker
@@ -411,7 +409,7 @@ def test_deleted_sessions_are_remembered_only_so_long_and_shown_to_nobody():
     ("listed", "told", "status"),
     [(5, 10, "connected"), (10, 10, "LISTED"), (11, 10, "LISTED"), (None, 10, "LISTED"), (5, None, "LISTED")],
 )
-def test_a_list_that_an_event_overtook_does_not_take_the_event_back(listed, told, status):
+def test_an_older_list_does_not_undo_a_newer_event(listed, told, status):
     row = said(ONLINE, turned("connected", told), 10).worker
     activity = None if listed is None else iso(listed)
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="LISTED", last_activity=activity),))
@@ -420,14 +418,14 @@ def test_a_list_that_an_event_overtook_does_not_take_the_event_back(listed, told
     assert (statuses(later), later.changed) == ({"s1": "LISTED"}, {})  # at the next one the list decides
 
 
-def test_a_list_that_a_deletion_overtook_does_not_bring_the_session_back():
+def test_an_older_list_does_not_revive_a_deleted_session():
     row = said(ONLINE, turned("deleted", 10), 10).worker
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="X", last_activity=iso(9)),))
     assert said(row, beat, 11).worker.sessions == ()
     assert statuses(said(row, beat, 30).worker) == {"s1": "X"}
 
 
-def test_an_event_from_before_a_session_s_listed_activity_is_old_and_an_activity_in_the_future_is_not():
+def test_an_event_older_than_the_listed_activity_is_ignored():
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="ON", last_activity=iso(5)),))
     row = said(ONLINE, beat, 10).worker
     assert statuses(said(row, turned("OLD", 4), 11).worker) == {"s1": "ON"}
@@ -442,7 +440,7 @@ def test_a_clock_that_was_set_back_freezes_no_session():
     assert statuses(said(row, turned("disconnected", 10), 10).worker) == {"s1": "disconnected"}
 
 
-def test_a_worker_that_was_offline_before_its_maintenance_is_online_once_it_is_heard_after_it():
+def test_a_worker_offline_before_maintenance_raises_online_after_it():
     row = maintain(OFFLINE, at(5), RULES, on=True)
     row = said(row, BEAT, 30).worker
     assert row.status == "MAINTENANCE"
@@ -452,14 +450,14 @@ def test_a_worker_that_was_offline_before_its_maintenance_is_online_once_it_is_h
 
 
 @pytest.mark.parametrize("change", [REGISTER, BEAT])
-def test_maintenance_outlasts_a_restart_with_farewell_and_registration(change):
+def test_maintenance_outlasts_an_unregister_and_a_new_registration(change):
     row = maintain(ONLINE, at(5), RULES, on=True)
     row = said(row, Unregister(worker_id="w"), 10).worker
     step = said(row, change, 30)
     assert (step.worker.status, types(step)) == ("MAINTENANCE", ["worker.registered"])
 
 
-def test_a_farewell_in_the_future_of_a_clock_set_back_swallows_no_heartbeat():
+def test_an_unregister_in_the_future_hides_no_heartbeat():
     assert said(GONE, BEAT, -86_400).worker.status == "ONLINE"
 
 

@@ -79,7 +79,7 @@ def summary(replay):
     return replay.state, replay.total, replay.done, replay.created, replay.skipped
 
 
-async def test_five_thousand_events_go_by_todays_routes(shop):
+async def test_a_replay_of_5000_events_uses_the_current_routes(shop):
     await asyncio.gather(*(shop.send(number) for number in range(5000)))
     await shop.end()
     shop.route(
@@ -96,7 +96,7 @@ async def test_five_thousand_events_go_by_todays_routes(shop):
     assert [d.event_id for d in shop.fresh] == sorted(d.event_id for d in shop.fresh)
 
 
-async def test_to_one_destination_it_goes_whatever_that_asks_for_on_its_terms(shop):
+async def test_a_replay_to_one_destination_ignores_its_filter_but_not_its_options(shop):
     for number in range(3):
         await shop.send(number)
     await shop.end()
@@ -109,7 +109,7 @@ async def test_to_one_destination_it_goes_whatever_that_asks_for_on_its_terms(sh
     assert all(d.expires_at is not None for d in shop.fresh)
 
 
-async def test_selected_deliveries_go_where_they_were_owed_or_by_todays_routes_if_asked(shop):
+async def test_selected_deliveries_go_to_their_destinations_or_by_the_current_routes(shop):
     shop.route(crm=(None, {}), erp=(None, {}))
     await shop.send()
     dead, delivered = [d for d in shop.fresh if d.destination == "crm"], shop.fresh[1:]
@@ -125,7 +125,7 @@ async def test_selected_deliveries_go_where_they_were_owed_or_by_todays_routes_i
     assert [(d.destination, d.replay_of) for d in shop.fresh] == [("crm", 3), ("erp", 2)]
 
 
-async def test_run_again_it_repeats_nothing_that_is_owed_or_no_more_dead(shop):
+async def test_a_second_replay_repeats_nothing_pending_or_no_longer_dead(shop):
     for number in range(4):
         await shop.send(number)
     await shop.end("dead", reason="exhausted")
@@ -136,7 +136,7 @@ async def test_run_again_it_repeats_nothing_that_is_owed_or_no_more_dead(shop):
     assert await shop.books() == {"created": 8, "delivered": 4, "dead": 4}
 
 
-async def test_named_events_are_replayed_in_the_order_they_came_in(shop):
+async def test_named_events_are_replayed_in_order_of_acceptance(shop):
     sent = [await shop.send(number) for number in range(3)]
     await shop.end()
     chosen = await shop.store.queries.name_events([sent[2].public_id, sent[0].public_id])
@@ -146,7 +146,7 @@ async def test_named_events_are_replayed_in_the_order_they_came_in(shop):
     assert replay.reached == sent[2].received_at
 
 
-async def test_cancelled_in_the_middle_it_leaves_exact_counts(shop):
+async def test_a_cancelled_replay_has_exact_counts(shop):
     await asyncio.gather(*(shop.send(number) for number in range(2000)))
     await shop.end()
     replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(500, 1)))
@@ -161,7 +161,7 @@ async def test_cancelled_in_the_middle_it_leaves_exact_counts(shop):
     assert await shop.replays.cancel(replay.id) is replay
 
 
-async def test_it_is_paced_and_says_how_long_it_will_take(shop):
+async def test_a_replay_keeps_its_rate_and_estimates_its_end(shop):
     await asyncio.gather(*(shop.send(number) for number in range(60)))
     await shop.end()
     began = shop.clock.steady()
@@ -172,7 +172,7 @@ async def test_it_is_paced_and_says_how_long_it_will_take(shop):
     assert replay.per_second == pytest.approx(60 / took, rel=0.5)
 
 
-async def test_events_that_come_in_meanwhile_are_not_its_business(shop):
+async def test_events_accepted_during_a_replay_are_not_replayed(shop):
     await asyncio.gather(*(shop.send(number) for number in range(20)))
     await shop.end()
     replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(15, 1)))
@@ -182,7 +182,7 @@ async def test_events_that_come_in_meanwhile_are_not_its_business(shop):
     assert summary(replay) == ("done", 20, 20, 20, 0)
 
 
-async def test_a_damaged_body_is_skipped_and_said(shop, caplog):
+async def test_a_replay_skips_and_logs_a_damaged_body(shop, caplog):
     sent = [await shop.send(number) for number in range(2)]
     await shop.end()
     await shop.store.database.connection.execute("UPDATE events SET body = x'00' WHERE id = 1")
@@ -192,7 +192,7 @@ async def test_a_damaged_body_is_skipped_and_said(shop, caplog):
     ]
 
 
-async def test_a_full_disk_makes_it_wait_and_it_goes_on(shop, monkeypatch):
+async def test_a_replay_waits_for_a_full_disk_and_continues(shop, monkeypatch):
     monkeypatch.setattr("relay.jobs.replay.STORAGE_PAUSE", 0.01)
     await shop.send()
     await shop.end()
@@ -209,7 +209,7 @@ async def test_a_full_disk_makes_it_wait_and_it_goes_on(shop, monkeypatch):
     assert failures == []
 
 
-async def test_a_fault_of_ours_fails_it_visibly(shop, monkeypatch, caplog):
+async def test_an_unexpected_error_fails_a_replay_visibly(shop, monkeypatch, caplog):
     await shop.send()
 
     async def fail(_event_ids):
@@ -234,7 +234,7 @@ async def test_a_destination_that_left_the_config_gets_no_replay(shop):
     assert summary(await shop.run(Selection(state="dead"))) == ("done", 1, 1, 0, 1)
 
 
-async def test_only_so_many_run_at_once_and_only_so_many_are_remembered(shop, monkeypatch):
+async def test_running_and_remembered_replays_are_limited(shop, monkeypatch):
     monkeypatch.setattr("relay.jobs.replay.MOST_RUNNING", 2)
     monkeypatch.setattr("relay.jobs.replay.KEPT", 3)
     for number in range(4):
@@ -249,7 +249,7 @@ async def test_only_so_many_run_at_once_and_only_so_many_are_remembered(shop, mo
         shop.replays.get(ended[0].id)
 
 
-async def test_a_stop_ends_replays_and_says_where_to_go_on(shop, caplog):
+async def test_a_stop_ends_replays_and_logs_where_to_continue(shop, caplog):
     await asyncio.gather(*(shop.send(number) for number in range(20)))
     await shop.end()
     replay = await shop.replays.start(ReplayRequest(what=ALL, rate=Rate(5, 1)))
@@ -263,7 +263,7 @@ async def test_a_stop_ends_replays_and_says_where_to_go_on(shop, caplog):
     assert await shop.books() == {"created": 20 + replay.done, "delivered": 20, "pending": replay.done}
 
 
-async def test_ended_deliveries_are_retried_as_new_ones_and_pending_ones_hurried(shop):
+async def test_a_retry_recreates_ended_deliveries_and_makes_pending_ones_due(shop):
     clock = shop.clock
     shop.route(crm=(None, {}), gone=(None, {}))
     for number in range(3):
@@ -296,13 +296,13 @@ async def test_a_portion_is_bounded_in_events_and_bytes(monkeypatch):
     assert portions == [[1, 1, 1, 1], [1, 9], [2], [50], [3]]
 
 
-def test_a_portion_takes_no_more_than_may_go(monkeypatch):
+def test_a_portion_contains_no_more_events_than_the_rate_allows(monkeypatch):
     chosen = [Chosen(number, 1, 0) for number in range(9)]
     tokens = [True] * 3
     assert len(portion(chosen, 2, lambda: bool(tokens) and tokens.pop())) == 3
 
 
-async def test_its_clock_is_the_injected_one(tmp_path):
+async def test_a_replay_uses_the_injected_clock(tmp_path):
     clock = FakeClock()
     shop = Shop(tmp_path / "relay.db", clock)
     shop.route(crm=(None, {}))

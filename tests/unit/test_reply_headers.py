@@ -9,18 +9,18 @@ from relay.source import Reply
 @pytest.mark.parametrize(
     "name", ["X\r\nSet-Cookie", "X:", "X Y", "", "\u00e9", "connection", "Content-Length"]
 )
-def test_a_name_that_is_no_token_or_frames_the_answer_is_refused(name):
+def test_a_header_name_that_is_invalid_or_changes_the_framing_is_refused(name):
     with pytest.raises(ValueError, match="may not have a header"):
         render(Reply(headers={name: "x"}))
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\n", "\0", "\x7f", "\udcff"])
-def test_a_value_with_line_ends_or_without_utf_8_is_refused(value):
+def test_a_header_value_with_line_ends_or_invalid_utf_8_is_refused(value):
     with pytest.raises(ValueError, match="X-More may have no line ends"):
         render(Reply(headers={"X-More": value}))
 
 
-def test_any_other_value_is_taken():
+def test_any_other_header_value_is_accepted():
     assert render(Reply(headers={"X-More": "a\tb \u00e9 \u2713"})).headers["x-more"] == "a\tb \u00e9 \u2713"
 
 

@@ -71,14 +71,14 @@ def theirs(status, headers, *, last):
     ],
     ids=["kept", "closed", "1.0", "1.0 kept", "HEAD"],
 )
-async def test_an_answer_is_what_aiohttp_would_have_written(request_, status):
+async def test_a_reply_has_the_bytes_that_aiohttp_would_write(request_, status):
     found = await answers_to(request_, lambda: ours(status, {}, last=False), by_us)
     assert found == await answers_to(request_, lambda: theirs(status, {}, last=False), by_them)
     assert b" ".join(found).count(b"Date: now") == request_.count(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("last", [False, True])
-async def test_headers_of_its_own_and_the_end_of_the_connection_are_written_as_aiohttp_does(last):
+async def test_custom_headers_and_connection_close_are_written_like_aiohttp(last):
     request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + (b"" if last else LAST)
     headers = {"retry-after": "7", "content-type": "text/plain"}
     found = await answers_to(request, lambda: ours(503, headers, last=last), by_us)
@@ -87,6 +87,6 @@ async def test_headers_of_its_own_and_the_end_of_the_connection_are_written_as_a
     assert found.count(b"Retry-After: 7") + found.count(b"retry-after: 7") == (1 if last else 2)
 
 
-def test_a_status_that_is_no_number_is_refused_at_once():
+def test_a_status_that_is_not_a_number_is_refused_at_once():
     with pytest.raises(ValueError, match="fine"):
         Response("fine", BODY)

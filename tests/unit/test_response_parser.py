@@ -76,7 +76,7 @@ async def test_a_complete_status_line_decides(client_for, name, cut):
         assert len(receiver.requests) == 1
 
 
-async def test_the_headers_of_a_refusal_count_even_if_the_head_is_broken(client_for):
+async def test_retry_headers_of_an_error_response_count_even_if_the_head_is_broken(client_for):
     broken = b"HTTP/1.1 503 Wait\r\nnonsense\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: x\r\n\r\n"
     async with receivers.says(answer=broken) as receiver:
         answer = await send(client_for(), receiver.url)
@@ -84,7 +84,7 @@ async def test_the_headers_of_a_refusal_count_even_if_the_head_is_broken(client_
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "200 OK"])
-async def test_late_bytes_after_a_response_fail_no_later_attempt(client_for, status):
+async def test_late_bytes_after_a_response_do_not_fail_a_later_attempt(client_for, status):
     async with receivers.says_more_later(status=status) as receiver:
         client = client_for()
         answers = [await send(client, receiver.url) for _ in range(20)]

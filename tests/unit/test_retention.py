@@ -35,18 +35,16 @@ def policy():
         ("quiet", "quiet.anything", Keep(60 * SECOND, 30 * DAY)),
     ],
 )
-def test_the_rule_of_a_type_comes_before_that_of_its_source_and_the_first_one_counts(
-    policy, source, full_type, keep
-):
+def test_a_type_s_rule_overrides_its_source_s_and_the_first_match_counts(policy, source, full_type, keep):
     assert policy.of(source, full_type) == keep
 
 
-def test_only_sources_with_rules_of_their_own_are_looked_at_apart(policy):
+def test_only_sources_with_own_rules_are_queried_separately(policy):
     assert set(policy.sources) == {"whatsapp", "quiet"}
     assert set(policy.by_type) == {"whatsapp", "shop"}
 
 
-def test_what_is_configured_in_seconds_is_judged_in_microseconds():
+def test_retention_in_seconds_is_applied_in_microseconds():
     policy = Policy(Retention(events=1.5, dead=2.0, held=3.0, attempts=4.0, stats=5.0))
     assert policy.default == Keep(1_500_000, 2_000_000)
     assert (policy.held, policy.attempts, policy.stats) == (3_000_000, 4_000_000, 5_000_000)

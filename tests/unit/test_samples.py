@@ -89,7 +89,7 @@ def worker_of(change: WorkerChange, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_a_recorded_request_is_answered_and_understood_as_recorded(sample: Sample):
+def test_a_recorded_request_gets_its_recorded_reply_and_event(sample: Sample):
     expect = sample.expect
     reply, event, change = replay(parse(sample.request))
     assert (reply.status, dict(reply.headers)) == (expect.status, expect.headers)
@@ -123,7 +123,7 @@ def test_every_route_has_a_sample_that_it_accepts(mount: Mount):
         assert any((m, h) == (method, handler) and path.fullmatch(p) for m, p, h in reached), template
 
 
-def test_every_folder_of_samples_is_a_configured_source_and_each_case_says_why():
+def test_every_sample_belongs_to_a_source_and_has_a_reason():
     assert {folder.name for folder in ROOT.iterdir()} == set(sources())
     assert all(sample.expect.why for sample in SAMPLES)
 
@@ -150,5 +150,5 @@ def test_the_documented_samples_of_a_source_are_accepted(mount: Mount):
         ("<uuid>", "<uuid>"),
     ],
 )
-def test_the_comparison_can_fail(actual: Any, expected: Any):
+def test_the_comparison_of_samples_can_fail(actual: Any, expected: Any):
     assert not like(actual, expected)

@@ -152,7 +152,7 @@ async def test_selections_of_an_empty_store_are_empty(store):
     assert await pending(store) == []
 
 
-async def test_pending_deliveries_are_found_on_every_shelf(store, clock):
+async def test_pending_deliveries_are_found_in_every_group(store, clock):
     hooks(store).route = order_crm
     for _ in range(3):
         await send(store, clock, subject="a")
@@ -250,7 +250,7 @@ async def test_every_selection_uses_an_index(store, shops, fields, index):
     ("sql", "index"),
     list(zip(selection.PENDING_SQL, ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True)),
 )
-async def test_every_shelf_uses_an_index_and_needs_no_sorting(store, sql, index):
+async def test_every_group_of_pending_deliveries_uses_an_index_without_sorting(store, sql, index):
     values = {"destination": "crm", "last": 9, "due": 0, "id": 0, "page": 9}
     steps = [row[3] for row in await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)]
     assert faults(steps) == []

@@ -68,7 +68,7 @@ def test_schemes_sign_side_by_side_each_with_its_own_secrets():
     assert headers["X-Old"] == base64.b64encode(mac("old", BODY, "sha1").digest()).decode()
 
 
-def test_a_table_describes_any_text_algorithm_key_and_place_of_the_time():
+def test_a_scheme_table_can_set_text_algorithm_key_and_position_of_the_time():
     scheme = SignatureConfig(
         header="X-Signature",
         algorithm="sha512",
@@ -93,7 +93,7 @@ class TestVerification:
         verifier_of(SCHEMES[name], (Secret(KEY.reveal()), KEY))(sign(name), BODY, AT)
 
     @pytest.mark.parametrize(("body", "key"), [(BODY + b" ", KEY), (BODY, Secret("whsec_" + "A" * 32))])
-    def test_a_changed_body_and_another_secret_do_not(self, name, body, key):
+    def test_a_changed_body_and_another_secret_do_not_verify(self, name, body, key):
         with pytest.raises(SignatureError) as caught:
             verifier_of(SCHEMES[name], (key,))(sign(name), body, AT)
         assert caught.value.problem == "signature"
@@ -144,7 +144,7 @@ def config(tmp_path, signatures, secrets=SHARED, more=""):
         ('[{ scheme = "standard", secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"] }]', PLAIN),
     ],
 )  # fmt: skip
-def test_signatures_that_fit_are_accepted_and_shown_without_secrets(tmp_path, signatures, secrets):
+def test_valid_signature_tables_are_accepted_and_shown_without_secrets(tmp_path, signatures, secrets):
     path = config(tmp_path, signatures, secrets)
     crm = load(path).config.destinations["crm"]
     signer_of(crm.signatures, crm.secrets, method="POST", url="").headers("i", 1, b"")
@@ -196,7 +196,7 @@ def test_signatures_that_fit_are_accepted_and_shown_without_secrets(tmp_path, si
         ),
     ],
 )  # fmt: skip
-def test_each_mistake_is_a_problem_with_its_line(tmp_path, signatures, secrets, problem):
+def test_each_invalid_signature_table_is_a_problem_with_its_line(tmp_path, signatures, secrets, problem):
     more = 'headers = { "X-Key" = "v" }'
     path = config(tmp_path, signatures, secrets, more=more)
     said = run("check-config", "-c", path, code=1).err

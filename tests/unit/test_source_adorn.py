@@ -11,13 +11,13 @@ from relay.sources.adorn import PATH, Adorn
 BODY = b'{"event_type":"a","session_id":"s","store_id":18446744073709551616,"payload":{"price": 45000.00}}'
 
 
-def test_without_tokens_it_is_open_and_says_so_at_start():
+def test_without_tokens_a_source_is_open_and_warns():
     source = Adorn()
     source.verify(Incoming.of("POST", PATH))
     assert source.warnings() == ("open to everyone who can reach it: it has no tokens",)
 
 
-def test_with_tokens_it_demands_one():
+def test_with_tokens_a_source_requires_one():
     source = Adorn(tokens=Secrets.of("jewels"))
     source.verify(Incoming.of("POST", PATH, {"Authorization": "Bearer jewels"}))
     with pytest.raises(Unauthenticated):

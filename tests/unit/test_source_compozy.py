@@ -34,18 +34,18 @@ def with_schema(folder: Path, schema: object) -> Compozy:
     return Compozy(tokens=TOKENS, schemas={"user.created": path})
 
 
-def test_the_document_s_clients_and_the_sdk_s_find_the_same_bare_id():
+def test_documented_clients_and_the_sdk_find_the_same_id_in_the_reply():
     reply = sources()["compozy"].send(request("{}")).reply(Receipt(event_id="evt_01234567-89ab"))
     assert reply.status == 202
     assert reply.body["event_id"] == reply.body["data"]["event_id"] == "01234567-89ab"
 
 
-def test_a_rate_limit_has_a_message_as_every_error_has():
+def test_a_rate_limit_has_a_message_like_every_error():
     reply = sources()["compozy"].refuse(RateLimited(retry_after=3), Incoming.of("POST", PATH))
     assert (reply.status, reply.body["error"]["message"]) == (429, "Too many requests")
 
 
-def test_a_payload_that_satisfies_its_schema_is_taken_byte_for_byte(tmp_path):
+def test_a_payload_that_matches_its_schema_is_kept_byte_for_byte(tmp_path):
     source = with_schema(tmp_path, USER)
     payload = '{"email": "a@b", "items": [{"quantity": 2.0}], "total": 50.00}'
     assert bytes(source.send(request(payload)).event.data) == payload.encode()
@@ -65,7 +65,7 @@ def test_a_payload_that_satisfies_its_schema_is_taken_byte_for_byte(tmp_path):
         ('{"email": "a", "n": 1e999}', "payload", "too deep or too large to check"),
     ],
 )
-def test_a_payload_against_its_schema_is_refused_with_the_failing_path(tmp_path, payload, field, issue):
+def test_a_payload_that_violates_its_schema_is_refused_with_the_path(tmp_path, payload, field, issue):
     source = with_schema(tmp_path, USER)
     with pytest.raises(Invalid) as caught:
         source.send(request(payload))
@@ -73,13 +73,13 @@ def test_a_payload_against_its_schema_is_refused_with_the_failing_path(tmp_path,
     assert error["details"] == {"field": field, "issue": issue}
 
 
-def test_a_long_complaint_is_cut(tmp_path):
+def test_a_long_schema_error_is_shortened(tmp_path):
     with pytest.raises(Invalid) as caught:
         with_schema(tmp_path, USER).send(request(f'{{"email": [{"1," * 900}1]}}'))
     assert len(caught.value.issue) == 300
 
 
-def test_a_recursive_schema_meets_a_deep_payload_with_a_refusal(tmp_path):
+def test_a_deep_payload_is_refused_by_a_recursive_schema(tmp_path):
     source = with_schema(tmp_path, {"items": {"$ref": "#"}, "properties": {"n": {"$ref": "#"}}})
     with pytest.raises(Invalid) as caught:
         source.send(request('{"n": ' + "[" * 400 + "]" * 400 + "}"))
@@ -90,7 +90,7 @@ def test_other_names_have_no_schema(tmp_path):
     assert with_schema(tmp_path, USER).send(request("{}", name="user.deleted")).event.type == "user.deleted"
 
 
-def test_the_draft_that_a_schema_names_is_used(tmp_path):
+def test_the_json_schema_draft_of_a_schema_is_used(tmp_path):
     tuple_of_integers = {
         "properties": {"pair": {"items": [{"type": "integer"}]}}
     }  # `items` lists are draft 7

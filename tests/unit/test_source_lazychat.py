@@ -31,19 +31,19 @@ def probe(token: str = "dev-token", type_: str = PROBE, **headers: str) -> Incom
 
 
 @pytest.mark.parametrize("trouble", TRANSIENT)
-def test_a_known_shop_s_probe_is_fine_whatever_passing_trouble_there_is(trouble):
+def test_a_probe_of_a_known_shop_succeeds_despite_temporary_failures(trouble):
     reply = SOURCE.refuse(trouble(), probe())
     assert (reply.status, reply.body) == (200, {"success": True})
 
 
 @pytest.mark.parametrize("trouble", TRANSIENT)
 @pytest.mark.parametrize("incoming", [probe(token="wrong"), probe(type_="plugin.updated"), probe(type_="")])
-def test_strangers_and_other_events_hear_of_the_trouble(trouble, incoming):
+def test_unknown_shops_and_other_events_get_the_temporary_failure(trouble, incoming):
     assert SOURCE.refuse(trouble(), incoming).status == trouble.status
 
 
 @pytest.mark.parametrize("refusal", [Malformed, NotFound, TooLarge, Unauthenticated])
-def test_what_no_waiting_can_cure_is_said_to_the_probe_as_well(refusal):
+def test_a_probe_gets_permanent_failures(refusal):
     assert SOURCE.refuse(refusal(), probe()).status == refusal.status
 
 
@@ -61,7 +61,7 @@ def test_what_no_waiting_can_cure_is_said_to_the_probe_as_well(refusal):
         ("٣", "٣"),
     ],
 )
-def test_only_plain_digits_make_a_timestamp_a_number(header, value):
+def test_only_ascii_digits_are_a_timestamp(header, value):
     incoming = probe(type_="plugin.updated", **{"x-event-timestamp": header})
     incoming = msgspec.structs.replace(incoming, body=b"{}")
     assert SOURCE.event(incoming).event.context["event_timestamp"] == value

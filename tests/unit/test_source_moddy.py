@@ -20,29 +20,29 @@ HEAD = Incoming.of("POST", PATH)
         ("unknown", 403, "Invalid internal API secret"),
     ],
 )
-def test_each_problem_of_a_token_has_its_answer(problem, status, error):
+def test_each_problem_of_a_token_has_its_reply(problem, status, error):
     reply = SOURCE.refuse(Unauthenticated(problem=problem), HEAD)
     assert (reply.status, reply.body) == (status, {"error": error})
 
 
-def test_an_internal_failure_has_the_answer_of_the_contract():
+def test_an_internal_failure_has_the_reply_of_the_contract():
     reply = SOURCE.refuse(PluginFailed(), HEAD)
     assert (reply.status, reply.body) == (500, {"detail": "Failed to process event"})
 
 
-def test_passing_trouble_is_json_too():
+def test_a_temporary_failure_is_json():
     reply = SOURCE.refuse(Draining(), HEAD)
     assert (reply.status, reply.body) == (503, {"detail": "Shutting down"})
 
 
 @pytest.mark.parametrize("path", [route[1] for route in SOURCE.routes()])
 @pytest.mark.parametrize("header", [{}, {"Authorization": "dev-token"}, {"Authorization": "Bearer wrong"}])
-def test_no_path_is_answered_without_the_secret(path, header):
+def test_every_path_requires_the_secret(path, header):
     with pytest.raises(Unauthenticated):
         SOURCE.verify(Incoming.of("GET", path, header))
 
 
-def test_the_health_check_is_answered_with_the_secret():
+def test_the_health_check_succeeds_with_the_secret():
     incoming = Incoming.of("GET", HEALTH, {"Authorization": "Bearer dev-token"})
     SOURCE.verify(incoming)
     reply = SOURCE.health(incoming)

@@ -26,7 +26,7 @@ def register(source: WhatsApp, **body: object):
     return source.register(request).worker
 
 
-def test_commands_ride_in_the_heartbeat_s_reply_and_nothing_else_does():
+def test_only_the_reply_to_a_heartbeat_contains_commands():
     commands = ({"type": "restart", "sessionId": "s"},)
     data = beat({}).reply(Receipt(commands=commands))["data"]
     assert data == {"workerId": "worker-001", "status": "acknowledged", "commands": list(commands)}
@@ -49,7 +49,7 @@ def test_assigned_sessions_are_those_that_the_worker_last_reported():
 
 
 @pytest.mark.parametrize(("conflict", "rejects"), [("accept", False), ("reject", True)])
-def test_the_operator_decides_whether_an_endpoint_may_be_taken_over(conflict, rejects):
+def test_a_setting_decides_whether_an_endpoint_may_be_reused(conflict, rejects):
     assert register(WhatsApp(tokens=TOKENS, conflict=conflict)).reject_conflict is rejects
 
 
@@ -69,7 +69,7 @@ def test_the_operator_decides_whether_an_endpoint_may_be_taken_over(conflict, re
         (None, None),
     ],
 )
-def test_a_count_is_a_whole_number_that_a_row_can_hold(value, count):
+def test_a_count_is_an_integer_within_64_bits(value, count):
     assert register(SOURCE, maxSessions=value).max_sessions == count
     assert beat({"messageCount": value}).worker.message_count == count
 
@@ -92,12 +92,12 @@ def test_a_gauge_is_a_number_or_left_out(value, gauge):
         assert beat(body).worker.cpu == gauge
 
 
-def test_a_flat_gauge_wins_over_a_nested_one():
+def test_a_flat_gauge_overrides_a_nested_one():
     assert beat({"cpuUsage": 2, "metrics": {"cpuUsage": 1, "uptime": 5}}).worker.cpu == 2.0
 
 
 @pytest.mark.parametrize("metrics", [None, [], "x", 5])
-def test_metrics_of_another_kind_are_left_out(metrics):
+def test_metrics_of_the_wrong_type_are_ignored(metrics):
     assert beat({"status": "ONLINE", "metrics": metrics}).worker.status == "ONLINE"
 
 
@@ -105,7 +105,7 @@ def test_metrics_of_another_kind_are_left_out(metrics):
     "sessions",
     [{f"status{n}": n for n in range(99)}, [{"sessionId": f"{n}", "status": f"{n}"} for n in range(99)]],
 )
-def test_a_worker_cannot_make_up_more_than_a_few_kinds_of_status(sessions):
+def test_unknown_session_statuses_are_limited(sessions):
     assert len(beat({"sessions": sessions}).worker.counts) <= 33
 
 
@@ -120,7 +120,7 @@ def test_a_worker_cannot_make_up_more_than_a_few_kinds_of_status(sessions):
         (None, None),
     ],
 )
-def test_a_status_counts_in_any_case_and_an_unknown_one_says_nothing(said, status):
+def test_a_status_is_read_in_any_case_and_an_unknown_one_is_ignored(said, status):
     assert beat({"status": said}).worker.status == status
     assert register(SOURCE, status=said).status == (status or "ONLINE")
 
@@ -176,7 +176,7 @@ def seen(path, body):
         ("/api/v1/workers/w/events", {"event": "session_noticed", "sessionId": "s1", "data": [1]}, None),
     ],
 )  # fmt: skip
-def test_a_session_s_event_says_what_became_of_the_session(path, body, expected):
+def test_a_session_event_changes_the_session(path, body, expected):
     assert seen(path, body) == expected
 
 
@@ -208,7 +208,7 @@ def test_the_name_of_an_event_decides_a_session_s_status(path, event, status, da
         ("session_status_changed", "QR_REQUIRED", "QR_REQUIRED"), ("session_updated", "error", "error"),
     ],
 )  # fmt: skip
-def test_a_status_beside_a_name_counts_where_it_says_the_same_or_more(event, said, status):
+def test_a_status_beside_an_event_name_counts_if_it_agrees_or_is_more_specific(event, said, status):
     body = {"event": event, "sessionId": "s1", "workerId": "w", "data": {"status": said}}
     assert seen("/api/v1/webhooks/session-status", body).session.status == status
 
@@ -216,7 +216,7 @@ def test_a_status_beside_a_name_counts_where_it_says_the_same_or_more(event, sai
 @pytest.mark.parametrize(
     "event", ["message_sent", "message_failed", "worker_error", "worker_started", "x_connected"]
 )
-def test_an_event_about_something_else_says_nothing_of_a_session(event):
+def test_an_unrelated_event_changes_no_session(event):
     assert seen("/api/v1/workers/w/events", {"event": event, "sessionId": "s1", "data": {}}) is None
 
 
@@ -226,13 +226,13 @@ def test_an_event_about_something_else_says_nothing_of_a_session(event):
      "contact_update", "chat_deleted", "presence", "group-join"],
 )  # fmt: skip
 @pytest.mark.parametrize("status", ["delivered", "error", "deleted", "connected"])
-def test_the_status_of_something_else_is_not_the_session_s(event, status):
+def test_a_status_of_another_object_is_not_the_session_s(event, status):
     body = {"event": event, "sessionId": "s1", "data": {"status": status}}
     assert seen("/api/v1/workers/w/events", body) is None
 
 
 @pytest.mark.parametrize("event", ["session_status", "status_changed", "connection.update", "state"])
-def test_a_name_that_tells_no_status_leaves_it_to_the_body_wherever_it_is_sent(event):
+def test_with_a_neutral_event_name_the_body_decides_the_status(event):
     for path in ("/api/v1/workers/w/events", "/api/webhooks/session-status"):
         body = {"event": event, "sessionId": "s1", "data": {"status": "connected"}}
         assert seen(path, body).session.status == "connected"
@@ -243,13 +243,13 @@ def test_a_name_that_tells_no_status_leaves_it_to_the_body_wherever_it_is_sent(e
     [("2024-01-15T10:30:00Z", "2024-01-15T10:30:00Z"), (1705314600000, 1705314600000), (1.5, 1.5),
      (True, None), (None, None), ([1], None), ({}, None)],
 )  # fmt: skip
-def test_a_session_s_event_brings_its_own_time_whatever_it_is(timestamp, at):
+def test_a_session_event_has_its_own_time_in_any_format(timestamp, at):
     body = {"status": "CONNECTED", "sessionId": "s1", "timestamp": timestamp}
     assert seen("/api/v1/webhooks/session-status", body).at == at
 
 
 @pytest.mark.parametrize(("known", "required"), [((), False), ((Session(id="s"), Session(id="t")), True)])
-def test_with_recovery_a_registration_says_how_many_sessions_to_restore(known, required):
+def test_with_recovery_the_reply_to_a_register_has_the_number_of_sessions_to_restore(known, required):
     source = WhatsApp(tokens=TOKENS, recover_sessions=True)
     accepted = source.register(Incoming.of("POST", "/", {}, b'{"workerId": "w"}'))
     assert accepted.worker.recover
@@ -258,7 +258,7 @@ def test_with_recovery_a_registration_says_how_many_sessions_to_restore(known, r
     assert [each["sessionId"] for each in data["assignedSessions"]] == [each.id for each in known]
 
 
-def test_a_worker_that_registers_again_is_told_the_sessions_it_had():
+def test_the_reply_to_a_second_register_lists_the_former_sessions():
     accepted = SOURCE.register(Incoming.of("POST", "/", {}, b'{"workerId": "w"}'))
     worker = Worker(source="whatsapp", id="w", sessions=(Session(id="s", status="CONNECTED"),))
     data = accepted.reply(Receipt(worker=worker))["data"]

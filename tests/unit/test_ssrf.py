@@ -64,7 +64,7 @@ async def dial(resolver=None, *, url="http://receiver.example:9000/", allow_priv
 
 
 @pytest.mark.parametrize("address", ORDINARY + ORDINARY_V6)
-def test_an_ordinary_address_may_be_dialled(address):
+def test_a_public_address_is_permitted(address):
     assert refused(address, PORT, allow_private=False) is None
 
 

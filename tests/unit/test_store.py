@@ -56,13 +56,13 @@ async def pragma(store, text):
     await store.database.connection.execute(f"PRAGMA {text}")
 
 
-async def test_an_event_comes_back_byte_for_byte(store, clock):
+async def test_an_event_is_read_back_byte_for_byte(store, clock):
     sent = event(clock)
     await store.events.append(Acceptance(source="shop", event=sent))
     assert await store.events.load([1]) == {1: msgspec.structs.replace(sent, id=1)}
 
 
-async def test_data_that_does_not_stand_in_the_body_comes_back_too(store, clock):
+async def test_data_that_is_not_part_of_the_body_is_read_back(store, clock):
     sent = event(clock, body=b"x=1", data=b"{}")
     await store.events.append(Acceptance(source="shop", event=sent))
     assert (await store.events.load([1]))[1].data == b"{}"
@@ -78,14 +78,14 @@ async def test_an_event_and_its_deliveries_appear_together(store, clock):
     assert deliveries[0].event is events[0]
 
 
-async def test_many_at_once_share_their_commits(store, clock):
+async def test_concurrent_requests_share_commits(store, clock):
     receipts = await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(500)))
     assert len({receipt.event_id for receipt in receipts}) == 500
     assert (await store.ledger.audit())["crm"].created == 500
     assert store.commits < 50
 
 
-async def test_a_key_names_its_first_event_for_seven_days(store, clock):
+async def test_a_key_is_remembered_for_seven_days(store, clock):
     first = await store.events.append(accept(clock, key="k"))
     clock.advance(6.9 * 86400)
     again = await store.events.append(accept(clock, key="k"))
@@ -97,13 +97,13 @@ async def test_a_key_names_its_first_event_for_seven_days(store, clock):
     assert (await store.ledger.audit())["crm"].created == 2
 
 
-async def test_twins_with_one_key_in_one_batch_become_one_event(store, clock):
+async def test_equal_requests_in_one_batch_become_one_event(store, clock):
     receipts = await asyncio.gather(*(store.events.append(accept(clock, key="k")) for _ in range(5)))
     assert len({receipt.event_id for receipt in receipts}) == 1
     assert sorted(receipt.duplicate for receipt in receipts) == [False, True, True, True, True]
 
 
-async def test_a_new_delivery_is_held_until_it_is_released(store, clock):
+async def test_a_new_delivery_is_claimed_until_it_is_released(store, clock):
     fresh = []
     hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
@@ -129,7 +129,7 @@ async def test_a_claim_takes_the_longest_due_first_and_no_more_than_asked(store,
     ]
 
 
-async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
+async def test_a_delivery_is_settled_once_with_its_attempt(store, clock):
     fresh = []
     hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
@@ -143,7 +143,7 @@ async def test_a_settled_delivery_is_ended_once_with_its_attempt(store, clock):
     assert (counts.created, counts.delivered, counts.dead, counts.unaccounted) == (1, 1, 0, 0)
 
 
-async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store, clock):
+async def test_listeners_get_each_recorded_outcome_once(store, clock):
     fresh, told = [], []
 
     def listen(news):
@@ -161,7 +161,7 @@ async def test_recorded_outcomes_are_told_once_and_only_those_that_counted(store
     assert told == [failed, delivered]
 
 
-async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
+async def test_a_retry_is_due_at_its_time_and_announced_before(store, clock):
     fresh = []
     hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
@@ -174,7 +174,7 @@ async def test_a_retry_is_due_at_its_time_and_known_before(store, clock):
     assert delivery.attempts == 1
 
 
-async def test_an_uncounted_attempt_spends_nothing_of_the_schedule(store, clock):
+async def test_an_uncounted_attempt_uses_nothing_of_the_schedule(store, clock):
     fresh = []
     hooks(store).listener = lambda news: fresh.extend(news.deliveries)
     await store.events.append(accept(clock))
@@ -203,7 +203,7 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
         await again.close()
 
 
-async def test_a_request_that_cannot_be_stored_fails_alone(store, clock):
+async def test_a_faulty_request_fails_alone(store, clock):
     bad = accept(clock, received_at=2**70)
     results = await asyncio.gather(
         store.events.append(accept(clock)),
@@ -216,7 +216,7 @@ async def test_a_request_that_cannot_be_stored_fails_alone(store, clock):
     assert len(await store.queries.find("events")) == 2
 
 
-async def test_a_full_disk_fails_the_batch_and_heals_by_itself(store, clock, tmp_path):
+async def test_a_full_disk_fails_the_batch_and_writes_resume_by_themselves(store, clock, tmp_path):
     await pragma(store, "max_page_count = 1")
     big = b'{"a":"' + b"x" * 4_000_000 + b'"}'
     with pytest.raises(StorageUnavailableError):
@@ -295,7 +295,7 @@ async def test_a_heartbeat_while_its_worker_s_row_is_written_is_not_lost(store, 
     assert (worker.last_heartbeat, worker.sessions) == (clock.wall(), (seen.session,))
 
 
-async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(store, clock):
+async def test_a_new_id_at_an_old_endpoint_shortens_the_deadline_of_the_old_id(store, clock):
     await store.events.append(
         Acceptance(source="shop", change=Register(worker_id="old", endpoint="http://w"))
     )
@@ -306,7 +306,7 @@ async def test_a_new_id_on_an_old_endpoint_shortens_the_former_ones_patience(sto
     assert [w.id for w in await store.workers.sweep()] == ["old"]
 
 
-async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store, clock):
+async def test_after_a_start_deadlines_are_extended(store, clock):
     await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
     clock.advance(3600)
     assert await store.workers.sweep(extend=True) == ()
@@ -315,7 +315,7 @@ async def test_after_a_start_nobody_is_judged_on_time_that_the_relay_slept(store
     assert [w.id for w in await store.workers.sweep()] == ["w1"]
 
 
-async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock):
+async def test_a_file_of_a_newer_version_is_refused_with_both_versions(tmp_path, clock):
     path = tmp_path / "relay.db"
     store = make_store(path, clock)
     await store.open()
@@ -327,7 +327,7 @@ async def test_a_file_of_a_newer_version_is_refused_naming_both(tmp_path, clock)
         await make_store(path, clock).open()
 
 
-async def test_a_file_of_the_first_version_is_brought_up_to_date_after_a_copy(tmp_path, clock):
+async def test_a_file_of_the_first_version_is_copied_and_migrated(tmp_path, clock):
     path = tmp_path / "relay.db"
     with closing(sqlite3.connect(path)) as db:
         db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
@@ -388,7 +388,7 @@ async def test_the_copy_before_a_migration_is_for_its_owner_only_from_the_first_
     assert set(modes) == {0o600}
 
 
-async def test_a_copy_without_room_puts_the_migration_off(tmp_path, clock, monkeypatch):
+async def test_without_room_for_the_copy_the_migration_is_postponed(tmp_path, clock, monkeypatch):
     path = tmp_path / "relay.db"
     with closing(sqlite3.connect(path)) as db:
         db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
@@ -403,7 +403,7 @@ async def test_a_copy_without_room_puts_the_migration_off(tmp_path, clock, monke
     await store.close()
 
 
-async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path, clock):
+async def test_a_file_that_is_not_a_database_is_refused_and_kept(tmp_path, clock):
     path = tmp_path / "relay.db"
     path.write_bytes(b"not a database, but somebody's" * 500)
     with pytest.raises(StorageError, match="damaged"):

@@ -103,7 +103,7 @@ async def test_an_event_without_the_value_does_not_wait(store, clock):
     assert [d.id for d in store.fresh] == [1, 2]
 
 
-async def test_a_delivery_past_its_ttl_expires_held_or_not(store, clock):
+async def test_a_delivery_past_its_ttl_expires_even_if_claimed(store, clock):
     owe(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
     store.deliveries.release([1])
@@ -177,7 +177,7 @@ async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path
         await again.close()
 
 
-async def test_a_dead_delivery_hands_its_event_over_and_raises_an_event(store, clock):
+async def test_a_dead_delivery_goes_to_on_dead_and_raises_an_event(store, clock):
     types = []
     hooks(store).listener = lambda news: (
         types.extend(e.type for e in news.events),
@@ -199,7 +199,7 @@ async def test_a_dead_delivery_of_an_operator_event_raises_no_event(store, clock
     assert len(store.fresh) == 2
 
 
-async def test_a_cancelled_delivery_in_flight_ends_by_its_outcome(store, clock):
+async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clock):
     owe(store, ("crm", {}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(1)

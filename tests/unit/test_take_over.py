@@ -43,24 +43,24 @@ def test_a_former_id_has_time_for_its_next_heartbeat_and_a_timeout(interval, bea
     assert interval + 5 <= left(row, (beats - 1) * interval) <= max(234, interval * 7 / 6)
 
 
-def test_after_a_while_it_has_little_more_than_that():
+def test_a_former_id_has_little_more_than_its_usual_interval():
     assert left(beaten(*range(0, 3600, 60)), 3540) < 72
     assert left(beaten(*range(0, 3600, 5)), 3595) == FORMER / SECOND
 
 
-def test_it_never_gets_more_than_it_had():
+def test_a_former_id_never_gets_a_later_deadline():
     row = beaten(*range(0, 3600, 60))
     assert left(row, 3540 + 590) == 10
 
 
-def test_beats_that_come_too_early_late_or_refused_change_little():
+def test_irregular_heartbeats_change_the_usual_interval_little():
     steady = list(range(0, 3600, 60))
     assert left(beaten(*steady, 3541), 3541) > 60
     assert left(beaten(*steady, 3700, 3760), 3760) > 60
     assert left(beaten(*steady, refused=set(steady[20:])), 3540) < 72
 
 
-def test_silence_downtime_and_a_registration_are_no_rhythm():
+def test_silence_downtime_and_registration_do_not_change_the_usual_interval():
     row = beaten(*range(0, 3600, 60))
     offline = msgspec.structs.replace(row, status="OFFLINE")
     assert apply(offline, BEAT, "s", at(90_000), PATIENT).worker.rhythm == row.rhythm
@@ -72,7 +72,7 @@ def test_silence_downtime_and_a_registration_are_no_rhythm():
 @pytest.mark.parametrize(
     ("offline_after", "seconds"), [(90.0, 35), (600.0, 600 / 3 * 7 / 6), (60.0, 35), (20.0, 20)]
 )
-def test_what_has_not_beaten_yet_is_judged_by_what_the_operator_expects(offline_after, seconds):
+def test_without_heartbeats_the_configured_interval_counts(offline_after, seconds):
     rules = WorkerRules(offline_after=offline_after)
     row = apply(None, Register(worker_id="w"), "s", at(0), rules).worker
     assert left(row, 0, rules) == pytest.approx(seconds)
@@ -93,7 +93,7 @@ SHARED = [
 ]  # fmt: skip
 
 
-def test_loopback_and_private_endpoints_identify_nobody():
+def test_loopback_and_private_endpoints_identify_no_worker():
     assert [endpoint for endpoint in TELLING + SHARED if identifies_worker(endpoint)] == TELLING
 
 
@@ -124,7 +124,7 @@ async def test_two_healthy_workers_at_one_endpoint_are_never_offline(store, cloc
         assert await store.workers.sweep() == ()
 
 
-async def test_one_that_a_new_id_replaces_is_offline_long_before_its_patience_ends(store, clock):
+async def test_a_replaced_worker_is_offline_long_before_its_usual_deadline(store, clock):
     await says(store, Register(worker_id="a", endpoint=PUBLIC))
     for _ in range(40):
         clock.advance(60)
@@ -137,7 +137,7 @@ async def test_one_that_a_new_id_replaces_is_offline_long_before_its_patience_en
 
 
 @pytest.mark.parametrize("endpoint", ["http://localhost:8001", "http://172.17.0.2:3001", ""])
-async def test_default_endpoints_cost_nobody_time(store, clock, endpoint):
+async def test_a_shared_default_endpoint_shortens_no_deadline(store, clock, endpoint):
     for worker in ("a", "b"):
         await says(store, Register(worker_id=worker, endpoint=endpoint))
     clock.advance(590)
@@ -153,7 +153,7 @@ async def test_default_endpoints_cost_nobody_time(store, clock, endpoint):
         ("http://[::1]", False),
     ],
 )
-async def test_who_has_conflicts_rejected_means_addresses_that_name_a_place(store, endpoint, rejected):
+async def test_rejected_conflicts_concern_only_endpoints_that_name_one_machine(store, endpoint, rejected):
     assert names_one_machine(endpoint) is rejected
     await says(store, Register(worker_id="a", endpoint=endpoint))
     second = Register(worker_id="b", endpoint=endpoint, reject_conflict=True)

@@ -1,4 +1,4 @@
-"""What operators do to deliveries: cancel, hurry, repeat; the books balance after each."""
+"""Changes that operators make to deliveries: cancel, make due, repeat. The ledger balances after each."""
 
 import asyncio
 
@@ -73,7 +73,7 @@ async def again(store, event_id=1, *owed):
         ({"state": "dead", "reason": "exhausted"}, ("cancelled", "operator")),
     ],
 )
-async def test_one_in_flight_is_cancelled_unless_its_attempt_delivers_it(store, clock, outcome, state):
+async def test_a_delivery_in_flight_is_cancelled_unless_its_attempt_succeeds(store, clock, outcome, state):
     delivery = await send(store, clock)
     assert store.deliveries.begin_attempt(delivery.id)
     assert await store.deliveries.cancel([delivery.id]) == Cancelled(in_flight=1)
@@ -84,7 +84,7 @@ async def test_one_in_flight_is_cancelled_unless_its_attempt_delivers_it(store, 
     assert len(await store.queries.find("attempts")) == 1
 
 
-async def test_a_cancelled_death_is_neither_told_of_nor_handed_on(store, clock):
+async def test_a_cancelled_delivery_that_would_be_dead_raises_no_event(store, clock):
     owe(store, Target("crm", on_dead="spare"))
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
@@ -94,7 +94,7 @@ async def test_a_cancelled_death_is_neither_told_of_nor_handed_on(store, clock):
     assert await states(store) == [("cancelled", "operator")]
 
 
-async def test_a_wish_and_the_outcome_in_one_transaction_end_it_once(store, clock):
+async def test_a_cancellation_and_an_outcome_in_one_transaction_end_the_delivery_once(store, clock):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
     results = await asyncio.gather(
@@ -106,7 +106,7 @@ async def test_a_wish_and_the_outcome_in_one_transaction_end_it_once(store, cloc
     assert (await store.deliveries.claim("crm", 9, retries=True)).deliveries == ()
 
 
-async def test_one_that_comes_back_without_an_outcome_is_cancelled_after_all(store, clock):
+async def test_a_cancelled_delivery_released_without_an_outcome_is_cancelled(store, clock):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
     await store.deliveries.cancel([delivery.id])
@@ -115,7 +115,7 @@ async def test_one_that_comes_back_without_an_outcome_is_cancelled_after_all(sto
     assert await states(store) == [("cancelled", "operator")]
 
 
-async def test_one_whose_attempt_a_stop_cut_off_is_cancelled(store, clock, tmp_path):
+async def test_a_cancelled_delivery_whose_attempt_a_stop_cut_off_is_cancelled(store, clock, tmp_path):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
     await store.deliveries.cancel([delivery.id])
@@ -124,7 +124,7 @@ async def test_one_whose_attempt_a_stop_cut_off_is_cancelled(store, clock, tmp_p
     assert await states(store) == [("cancelled", "operator")]
 
 
-async def test_a_cancel_that_failed_left_no_wish_behind(store, clock):
+async def test_a_failed_cancellation_leaves_nothing_behind(store, clock):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
     await store.database.connection.execute("PRAGMA max_page_count = 1")
@@ -148,7 +148,7 @@ async def test_more_are_cancelled_at_once_than_sqlite_takes_values(store, clock)
     assert await books(store) == {"created": 20, "cancelled": 20}
 
 
-async def test_what_has_ended_stays_as_it_is(store, clock):
+async def test_cancelling_and_retrying_do_not_change_ended_deliveries(store, clock):
     delivery = await send(store, clock)
     await store.deliveries.settle(ending(delivery))
     assert await store.deliveries.cancel([delivery.id, 99]) == Cancelled()
@@ -156,10 +156,10 @@ async def test_what_has_ended_stays_as_it_is(store, clock):
     assert await states(store) == [("delivered", None)]
 
 
-# --- hurry --------------------------------------------------------------------------------------------
+# --- make due --------------------------------------------------------------------------------------------
 
 
-async def test_a_retry_that_is_hurried_is_due_now_and_its_lane_is_told(store, clock):
+async def test_a_retry_made_due_is_due_now_and_its_lane_is_notified(store, clock):
     delivery = await send(store, clock)
     await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady() + 3600 * SECOND))
     assert await store.deliveries.make_due([delivery.id, delivery.id]) == 1
@@ -168,7 +168,7 @@ async def test_a_retry_that_is_hurried_is_due_now_and_its_lane_is_told(store, cl
     assert (claimed.id, claimed.attempts) == (delivery.id, 1)
 
 
-async def test_what_waits_behind_another_one_cannot_be_hurried(store, clock):
+async def test_a_delivery_that_waits_for_its_order_key_cannot_be_made_due(store, clock):
     owe(store, Target("crm", order_key="a"))
     await send(store, clock)
     await send(store, clock)
@@ -179,7 +179,7 @@ async def test_what_waits_behind_another_one_cannot_be_hurried(store, clock):
 # --- repeat -------------------------------------------------------------------------------------------
 
 
-async def test_a_repeated_event_is_a_new_delivery_of_the_latest_one(store, clock):
+async def test_a_repeated_event_gets_a_new_delivery_that_refers_to_the_latest(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     assert await again(store) == (True,)
     repeated = store.fresh[-1]
@@ -193,14 +193,14 @@ async def test_a_repeated_event_is_a_new_delivery_of_the_latest_one(store, clock
     assert await books(store) == {"created": 3, "delivered": 1, "dead": 1, "pending": 1}
 
 
-async def test_a_destination_that_never_had_the_event_gets_it_as_a_first_one(store, clock):
+async def test_a_destination_that_never_had_the_event_gets_a_first_delivery(store, clock):
     await send(store, clock)
     assert await again(store, 1, Target("new"), Target("crm")) == (True, False)
     assert (store.fresh[-1].destination, store.fresh[-1].replay_of) == ("new", None)
     assert await books(store, "new") == {"created": 1, "pending": 1}
 
 
-async def test_what_is_pending_is_not_owed_twice(store, clock):
+async def test_a_pending_delivery_is_not_repeated(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     twice = await asyncio.gather(again(store), again(store))
     assert sorted(twice) == [(False,), (True,)]
@@ -208,7 +208,7 @@ async def test_what_is_pending_is_not_owed_twice(store, clock):
     assert await books(store) == {"created": 2, "delivered": 1, "pending": 1}
 
 
-async def test_an_event_that_is_gone_meanwhile_is_passed_over_and_the_others_are_not(store, clock):
+async def test_a_deleted_event_is_skipped_when_events_are_repeated(store, clock):
     for _ in range(2):
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2])
@@ -224,7 +224,7 @@ async def test_an_event_that_is_gone_meanwhile_is_passed_over_and_the_others_are
     assert store.fresh[-1].event_id == 2
 
 
-async def test_a_repeated_delivery_goes_out_on_the_terms_it_is_given(store, clock):
+async def test_a_repeated_delivery_has_the_options_of_the_request(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     await again(store, 1, Target("crm", order_key="k", ttl=60 * SECOND, on_dead="spare"))
     repeated = store.fresh[-1]
@@ -232,7 +232,7 @@ async def test_a_repeated_delivery_goes_out_on_the_terms_it_is_given(store, cloc
     assert repeated.expires_at == clock.steady() + 60 * SECOND
 
 
-async def test_repeated_ones_of_a_key_go_one_after_another(store, clock):
+async def test_repeated_deliveries_of_one_order_key_are_sent_in_order(store, clock):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2, 3])
@@ -248,7 +248,7 @@ async def test_repeated_ones_of_a_key_go_one_after_another(store, clock):
         await store.deliveries.settle(ending(repeated))
 
 
-async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(store, clock):
+async def test_beyond_max_pending_a_repeated_delivery_is_dead_and_counted(store, clock):
     await store.deliveries.settle(ending(await send(store, clock)))
     await send(store, clock)
     assert await again(store, 1, Target("crm", max_pending=1)) == (True,)
@@ -256,7 +256,7 @@ async def test_beyond_max_pending_a_repeated_one_is_dead_at_birth_and_counted(st
 
 
 @pytest.mark.parametrize(("number", "newest"), [(1, 2), (3, 3)])
-async def test_the_newest_event_stays_whichever_is_repeated(store, clock, number, newest):
+async def test_with_latest_by_the_newest_event_stays_whichever_is_repeated(store, clock, number, newest):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
     await again(store, 2, Target("crm", latest_key="k"))
@@ -266,7 +266,7 @@ async def test_the_newest_event_stays_whichever_is_repeated(store, clock, number
     assert event["row"] == newest
 
 
-async def test_of_events_repeated_together_only_the_newest_of_a_key_goes_out(store, clock):
+async def test_of_events_repeated_together_only_the_newest_of_a_key_is_sent(store, clock):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2, 3])

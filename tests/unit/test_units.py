@@ -7,7 +7,7 @@ from relay.base.units import parse_duration, parse_rate, parse_size, render_rate
 
 
 @pytest.mark.parametrize("text", ["100/s", "1000/m", "5000/h", "50/10s", "3/90s"])
-def test_a_rate_is_written_as_it_can_be_read(text):
+def test_a_rendered_rate_can_be_parsed(text):
     assert render_rate(parse_rate(text)) == text
 
 
@@ -22,7 +22,7 @@ def test_a_rate_is_written_as_it_can_be_read(text):
     ],
 )
 @pytest.mark.parametrize("blank", ["\n", "\t", "\r\n", "\v", "\u00a0"])
-def test_blanks_in_a_value_are_spaces_and_no_line_ends(parse, text, blank):
+def test_blanks_in_a_value_are_spaces_not_line_ends(parse, text, blank):
     parse(text)
     for odd in (text + blank, blank + text):
         with pytest.raises(ValueError, match="expected"):

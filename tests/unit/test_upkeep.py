@@ -47,7 +47,9 @@ async def send(store, clock, *names):
     await store.events.append(accept(clock, subject=None))
 
 
-async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store, dispatcher, clock, caplog):
+async def test_held_deliveries_expire_even_with_a_probe_or_without_a_destination(
+    store, dispatcher, clock, caplog
+):
     for _ in range(2):
         await send(store, clock, "paused", "dead", "well", "not in the config")
     upkeep = Upkeep(store, dispatcher, Policy(Retention()))
@@ -64,7 +66,7 @@ async def test_what_takes_nothing_expires_a_probe_and_a_lost_name_included(store
     ]
 
 
-async def test_what_went_is_told_when_there_is_any(store, dispatcher, clock, caplog):
+async def test_the_retention_job_logs_only_if_it_deleted_something(store, dispatcher, clock, caplog):
     caplog.set_level(logging.INFO, "relay.upkeep")
     await send(store, clock)
     upkeep = Upkeep(store, dispatcher, Policy(Retention()))
