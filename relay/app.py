@@ -120,7 +120,8 @@ class App:
             self.listeners.append(self.observers.listen)
         self.metrics.weigh(self.store.files)
         for kind in setup.kinds.values():
-            self.metrics.plugins.labels(kind.name, kind.version).set(1)
+            if kind.preset is None:  # there are dozens of presets for one kind
+                self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
         self.lag = Lag(self.metrics)
         self.jobs = Jobs(clock, self.metrics)

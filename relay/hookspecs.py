@@ -6,7 +6,7 @@ import pluggy
 
 from relay.formats import Format
 from relay.model import Job, Outcome, StoredEvent
-from relay.source import Source
+from relay.source import Preset, Source
 
 PROJECT = "relay"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -16,6 +16,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def relay_sources() -> list[type[Source]]:  # type: ignore[empty-body]
     """Return kinds of source, for `plugin = …` of a source."""
+
+
+@hookspec
+def relay_presets() -> list[Preset]:  # type: ignore[empty-body]
+    """Return presets: names for a kind of source with defaults of its settings."""
 
 
 @hookspec

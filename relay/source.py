@@ -59,13 +59,14 @@ from relay.signing import verify as verify_standard_webhooks
 
 __all__ = [
     "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event",
-    "Forbidden", "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed",
-    "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Rate", "RateLimited", "Receipt", "Refusal",
-    "Register", "Reply", "Secret", "Secrets", "Session", "SessionSeen", "SettingError", "SignatureError",
-    "Size", "Source", "TooLarge", "Unauthenticated", "Unavailable", "Unregister", "WorkerChange",
-    "WorkerStatus", "as_json", "as_map", "as_value", "check_id", "check_length", "check_type",
-    "decode_json", "ecdsa_verifier", "ed25519_verifier", "instant", "parse_path", "parse_template",
-    "read_json", "rfc3339", "route", "sign_standard_webhooks", "text_of", "verify_standard_webhooks",
+    "Forbidden", "Guide", "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed",
+    "MethodNotAllowed", "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Preset", "Rate",
+    "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Rules", "Secret", "Secrets", "Session",
+    "SessionSeen", "SettingError", "SignatureError", "Size", "Source", "TooLarge", "Unauthenticated",
+    "Unavailable", "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value",
+    "check_id", "check_length", "check_type", "decode_json", "ecdsa_verifier", "ed25519_verifier",
+    "instant", "parse_path", "parse_template", "read_json", "rfc3339", "route", "sign_standard_webhooks",
+    "text_of", "verify_standard_webhooks",
 ]  # fmt: skip
 
 
@@ -521,6 +522,11 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         _ = incoming
         return ()
 
+    @classmethod
+    def merged(cls, preset: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the table of a source with the defaults of a preset, which the table's own keys replace."""
+        return {**preset, **table}
+
     def warnings(self) -> tuple[str, ...]:
         """Return warnings about the settings for the operator; they are logged at start."""
         return ()
@@ -535,6 +541,33 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         `relay send` adds a bearer token by itself if the source has the setting `tokens`.
         """
         return incoming
+
+
+class Guide(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the source of a preset is set up, for `relay sources add`."""
+
+    title: str  # the sender
+    docs: str  # URL of its documentation
+    secret: str  # what the secret is, in the sender's words
+    default_path: str  # where senders post to, unless `path` is another one
+    steps: tuple[str, ...]  # at the sender's side; with {url}, {secret} and {verify_token}
+    verify_token: str = ""  # what the token of a handshake is
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of a preset."""
+
+    guide: Guide
+    defaults: Mapping[str, Any]  # keys of `[sources.NAME]`, as config.toml has them
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True):
+    """Defaults with a name for a kind of source: `plugin = NAME` stands for the kind with these defaults."""
+
+    name: str
+    source: type[Source]
+    read: Callable[[], Rules]  # called when a source has this preset
+    file: str = ""  # where the preset is described; shown in lists
 
 
 def as_value(raw: msgspec.Raw) -> msgspec.Raw:

@@ -26,7 +26,7 @@ from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
-from relay.source import SPANNING, Source
+from relay.source import SPANNING, Preset, Source
 
 _AT_START = {
     "server": ("listen", "implementation"),
@@ -206,6 +206,11 @@ def _bind_source(
     path: KeyPath = ("sources", name)
     plugin = table.get("plugin")
     kind = kinds.get(plugin) if isinstance(plugin, str) else None
+    if kind is not None and kind.preset is not None:
+        complete = _with_preset(binder, kind, kind.preset, table, path)
+        if complete is None:
+            return None
+        table = complete
     own = kind.source.__struct_fields__ if kind else tuple(table)
     source = binder.struct(
         SourceConfig,
@@ -224,6 +229,18 @@ def _bind_source(
     if source is None or settings is None:
         return None
     return msgspec.structs.replace(source, settings=settings)
+
+
+def _with_preset(
+    binder: Binder, kind: Kind, preset: Preset, table: Mapping[str, Any], path: KeyPath
+) -> Mapping[str, Any] | None:
+    """Return the table of a source with the defaults of its preset; None if the preset fails."""
+    try:
+        return kind.source.merged(preset.read().defaults, table)
+    except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+        problem = f'the preset "{kind.name}" ({kind.file}) failed: {in_one_line(error)}'
+        binder.report((*path, "plugin"), problem)
+        return None
 
 
 def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: KeyPath) -> Source | None:

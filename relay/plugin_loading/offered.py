@@ -11,7 +11,7 @@ from relay.config.schema import SourceConfig
 from relay.formats import FORMATS, Format
 from relay.model import Job, Outcome, StoredEvent
 from relay.plugin_loading.discovery import Door, Plugin, in_one_line
-from relay.source import Source
+from relay.source import Preset, Source
 
 _YEAR = 366 * 86_400
 _COMMON = frozenset(SourceConfig.__struct_fields__)
@@ -29,6 +29,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     file: str  # of the plugin
     door: Door
     version: str
+    preset: Preset | None = None  # whose defaults it has
 
 
 class Observer(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ class Observer(msgspec.Struct, frozen=True, kw_only=True):
 class Offering(msgspec.Struct, frozen=True):
     """One thing that a plugin provides, for lists."""
 
-    what: str  # source, format, job, or the name of a hook
+    what: str  # source, preset, format, job, or the name of a hook
     name: str
     plugin: Plugin
 
@@ -69,8 +70,9 @@ class Offers:
         self._files = dict.fromkeys(FORMATS, "the relay itself")  # the plugin of each format
 
     def listed(self) -> tuple[Offering, ...]:
-        """Return everything, sources first, then by name."""
-        return tuple(sorted(self.found, key=lambda offering: (offering.what != "source", offering.name)))
+        """Return everything: sources, presets, and the rest; each by name."""
+        order = {"source": 0, "preset": 1}
+        return tuple(sorted(self.found, key=lambda each: (order.get(each.what, 2), each.name)))
 
     def take(self, plugin: Plugin, hook: str, function: Callable[..., Any]) -> None:
         """Add the results of one hook of a plugin.
@@ -82,6 +84,9 @@ class Offers:
             case "relay_sources":
                 for source in _offered(hook, function, "Source classes"):
                     self._take_source(plugin, source)
+            case "relay_presets":
+                for preset in _offered(hook, function, "Presets"):
+                    self._take_preset(plugin, preset)
             case "relay_formats":
                 for format_ in _offered(hook, function, "Formats"):
                     self._take_format(plugin, format_)
@@ -96,8 +101,26 @@ class Offers:
 
     def _take_source(self, plugin: Plugin, source: Any) -> None:
         _check_source(source)
+        self._take_kind("source", plugin, source.kind, source)
+
+    def _take_preset(self, plugin: Plugin, preset: Any) -> None:
+        if not isinstance(preset, Preset):
+            raise PluginError(f"relay_presets() returned a list with {preset!r:.60}, which is not a Preset")
+        _check_name("preset", preset.name)
+        _check_source(preset.source)
+        described = msgspec.structs.replace(plugin, file=preset.file or plugin.file)
+        self._take_kind("preset", described, preset.name, preset.source, preset)
+
+    def _take_kind(
+        self, what: str, plugin: Plugin, name: str, source: type[Source], preset: Preset | None = None
+    ) -> None:
         kind = Kind(
-            name=source.kind, source=source, file=plugin.file, door=plugin.door, version=plugin.version
+            name=name,
+            source=source,
+            file=plugin.file,
+            door=plugin.door,
+            version=plugin.version,
+            preset=preset,
         )
         rival = self.kinds.setdefault(kind.name, kind)
         if rival is not kind and rival.door == kind.door:
@@ -105,7 +128,7 @@ class Offers:
                 f'offers the kind "{kind.name}", which {rival.file} offers too; keep one of them'
             )
         if rival is kind:
-            self.found.append(Offering("source", kind.name, plugin))
+            self.found.append(Offering(what, kind.name, plugin))
 
     def _take_format(self, plugin: Plugin, format_: Any) -> None:
         _check_format(format_)

@@ -74,7 +74,7 @@ def test_the_page_has_every_hook_with_its_exact_signature_and_no_other():
     assert [signature.partition("(")[0] for signature in declared] == HOOKS
 
 
-@pytest.mark.parametrize("hook", HOOKS[1:])
+@pytest.mark.parametrize("hook", HOOKS[2:])  # sources and presets have pages
 def test_the_example_has_every_hook_that_needs_no_page_of_its_own(hook):
     assert f"@hookimpl\ndef {hook}(" in EXAMPLE
 

@@ -37,6 +37,19 @@ from relay.hookspecs import hookimpl
 def relay_formats():
     return [Format(name={name!r}, content_type={content_type!r}, render={render})]
 """
+PRESETS = """
+from relay.source import Guide, Preset, Rules
+
+GUIDE = Guide(title="Stall", docs="https://stall.test", secret="a token", default_path="/x", steps=())
+
+@hookimpl
+def relay_presets():
+    return [
+        Preset(name="stall", source=Shop, read=lambda: Rules(guide=GUIDE, defaults={"patience": "0.5s"})),
+        Preset(name="broken", source=Shop, read=lambda: 1 / 0, file="/broken.toml"),
+        Preset(name="wrong", source=Shop, read=lambda: Rules(guide=GUIDE, defaults={"patience": "soon"})),
+    ]
+"""
 HEAD = "from relay.hookspecs import hookimpl\nfrom relay.source import Source, Invalid, Secrets, route\n"
 SHOP = "[sources.shop]\nplugin = 'shop'\ntokens = [{ env = 'TOKEN' }]\n"
 
@@ -142,6 +155,45 @@ def test_only_an_edited_file_gives_a_new_class(plugins):
     assert discover([plugins])[0].kinds["shop"].source is not first
 
 
+# --- presets ------------------------------------------------------------------------------------
+
+
+def test_a_preset_gives_defaults_that_the_table_replaces(plugins, setup):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop") + PRESETS)
+    config = setup(
+        "[sources.one]\nplugin = 'stall'\ntokens = [{ env = 'TOKEN' }]\nmax_body = '1 MiB'\n"
+        "[sources.two]\nplugin = 'stall'\ntokens = [{ env = 'TOKEN' }]\npatience = '9s'\nprefix = '/two'\n"
+    ).config
+    assert [(source.plugin, source.settings.patience) for source in config.sources.values()] == [
+        ("stall", 0.5), ("stall", 9.0),
+    ]  # fmt: skip
+    assert config.sources["one"].max_body == 2**20
+    assert [warning.partition(": ")[2] for warning in config.warnings] == ["sources.one: is in a hurry"]
+
+
+def test_the_fault_of_a_preset_is_a_problem_of_the_table_that_uses_it(plugins, setup):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop") + PRESETS)
+    with pytest.raises(ConfigError) as wrong:
+        setup(
+            "[sources.one]\nplugin = 'broken'\n"
+            "[sources.two]\nplugin = 'wrong'\ntokens = [{ env = 'TOKEN' }]\n"
+        )
+    one, two = wrong.value.problems
+    assert (one.line, one.key) == (2, "sources.one.plugin")
+    assert one.problem == 'the preset "broken" (/broken.toml) failed: ZeroDivisionError: division by zero'
+    assert (two.line, two.key) == (3, "sources.two.patience")
+
+
+def test_presets_are_listed_behind_sources(plugins):
+    (plugins / "shop.py").write_text(PLUGIN.format(kind="shop") + PRESETS)
+    offers, problems = discover([plugins])
+    assert problems == []
+    listed = [(each.what, each.name) for each in offers.listed() if each.plugin.door == "dirs"]
+    assert listed == [("source", "shop"), ("preset", "broken"), ("preset", "stall"), ("preset", "wrong")]
+    files = {each.name: each.plugin.file for each in offers.listed()}
+    assert (files["broken"], files["stall"]) == ("/broken.toml", str(plugins / "shop.py"))
+
+
 def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
     (plugins / "bad.py").write_text("raise RuntimeError")
     assert discover([plugins])[1] != []
@@ -156,7 +208,7 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
         ("x = 1\n\nraise SystemExit(3)", 3, "cannot be imported: SystemExit: 3"),
         ("def f():\n    return 1 / 0\nf()", 2, "cannot be imported: ZeroDivisionError"),
         ("'\0'", 0, "cannot be imported: "),
-        ("x = 1", 0, "offers nothing; define one of relay_sources, relay_formats"),
+        ("x = 1", 0, "offers nothing; define one of relay_sources, relay_presets, relay_formats"),
         (
             HEAD + "@hookimpl\ndef relay_source(): return []",
             0,
@@ -192,6 +244,11 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
             HEAD + "@hookimpl\ndef relay_formats(): return ['audit']",
             0,
             "relay_formats() returned a list with 'audit', which is not a Format",
+        ),
+        (
+            HEAD + "@hookimpl\ndef relay_presets(): return [3]",
+            0,
+            "relay_presets() returned a list with 3, which is not a Preset",
         ),
         (
             HEAD + "@hookimpl(wrapper=True)\ndef relay_sources(): return (yield)",
