@@ -1,6 +1,6 @@
 """Adorn Studio: try-on sessions in jewellery shops, posted without authentication, times or ids.
 
-Contract: docs/contracts/adorn.md#answers.
+Contract: docs/contracts/adorn.md#responses.
 """
 
 from typing import ClassVar

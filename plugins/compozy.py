@@ -1,6 +1,6 @@
 """Compozy's Events API: external systems trigger workflows by posting named events.
 
-Contract: docs/contracts/compozy.md#answers.
+Contract: docs/contracts/compozy.md#responses.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True, decompresses
         """Answer with an `error` that always has `code`, `message` and `details`.
 
         The contract has one code for 400, `validation_error`, so a body that is not JSON has it too
-        (docs/contracts/compozy.md#answers).
+        (docs/contracts/compozy.md#responses).
         """
         _ = incoming
         code, message, details = refusal.code, refusal.message, {}

@@ -1,6 +1,6 @@
 """LazyChat's WooCommerce plugin: WordPress shops report what happens to the plugin and its settings.
 
-Contract: docs/contracts/lazychat.md#answers.
+Contract: docs/contracts/lazychat.md#responses.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Moddy, a Discord bot: it reports to its backend, a FastAPI service, what members do.
 
-Contract: docs/contracts/moddy.md#answers.
+Contract: docs/contracts/moddy.md#responses.
 """
 
 from typing import ClassVar, Literal, get_args

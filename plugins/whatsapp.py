@@ -5,7 +5,7 @@ Four generations are in use. They differ in the base path (`/api/v1`, `/api`), i
 runs on for ever without heartbeats, and it sends a notification once. So the plugin accepts what it can
 understand, and ignores a gauge that it cannot read.
 
-Contract: docs/contracts/whatsapp.md#answers.
+Contract: docs/contracts/whatsapp.md#responses.
 """
 
 from collections import Counter
