@@ -3,10 +3,7 @@
 Contract: docs/contracts/compozy.md#responses.
 """
 
-from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 
@@ -26,17 +23,11 @@ from relay.source import (
     Source,
     as_map,
     check_type,
-    read_json,
     route,
 )
 
-if TYPE_CHECKING:
-    from jsonschema.protocols import Validator
-    from referencing import Resource
-
 PATH = "/api/v1/events"
 SCOPE = "events:write"
-_LONGEST_ISSUE = 300
 
 
 class Request(msgspec.Struct):
@@ -46,25 +37,12 @@ class Request(msgspec.Struct):
     payload: msgspec.Raw = EMPTY
 
 
-class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True, decompresses=False):
-    """Compozy: `POST /api/v1/events`, answered with 202.
-
-    Raises:
-        ValueError: a schema cannot be read, is no JSON Schema, or `jsonschema` is not installed.
-    """
+class Compozy(Source, kind="compozy", owns=("/api/v1",), decompresses=False):
+    """Compozy: `POST /api/v1/events`, answered with 202."""
 
     tokens: Secrets
-    schemas: dict[str, Path] = msgspec.field(default_factory=dict)  # JSON Schemas of payloads, by event name
 
-    def __post_init__(self) -> None:
-        """Read the schemas now, so that a broken schema stops the start instead of a request."""
-        _ = self.validators
-
-    @cached_property
-    def validators(self) -> "Mapping[str, Validator]":
-        """The compiled schemas by event name."""
-        return {name: _compile(path) for name, path in self.schemas.items()}
-
+    data_field: ClassVar[str] = "payload"
     verify_reads_body: ClassVar[bool] = False
 
     def verify(self, incoming: Incoming) -> None:
@@ -74,14 +52,12 @@ class Compozy(Source, kind="compozy", owns=("/api/v1",), dict=True, decompresses
 
     @route("POST", PATH)
     def send(self, incoming: Incoming) -> Accepted:
-        """Accept an event of any name; the payload must satisfy the schema of that name, if one is set."""
+        """Accept an event of any name."""
         body = incoming.decode(Request)
         if not body.name:
             raise Invalid(field="name", issue="field is required")
         check_type(body.name, "name")
         payload = as_map(body.payload, "payload")
-        if validator := self.validators.get(body.name):
-            _validate(validator, payload)
         return Accepted(event=Event(type=body.name, data=payload), reply=_reply)
 
     def refuse(self, refusal: Refusal, incoming: Incoming) -> Reply:
@@ -113,52 +89,6 @@ def _reply(receipt: Receipt) -> Reply:
         "data": {"event_id": event_id, "message": message},
     }
     return Reply(status=202, body=body)
-
-
-def _compile(path: Path) -> "Validator":
-    """Read a JSON Schema (draft of its `$schema`, else 2020-12); it may contain references to itself only."""
-    try:
-        from jsonschema import SchemaError, validators  # noqa: PLC0415 - an optional extra
-        from referencing import Registry, Resource  # noqa: PLC0415 - comes with jsonschema
-        from referencing.exceptions import Unresolvable  # noqa: PLC0415 - likewise
-        from referencing.jsonschema import DRAFT202012  # noqa: PLC0415 - likewise
-    except ImportError:
-        raise ValueError('schemas need jsonschema: pip install "hookferry[schemas]"') from None
-    try:
-        schema = msgspec.json.decode(path.read_bytes(), type=dict)
-        kind = validators.validator_for(schema, default=validators.Draft202012Validator)
-        kind.check_schema(schema)
-        resource = Resource.from_contents(schema, default_specification=DRAFT202012)
-        registry: Registry[Any] = Registry()  # empty: nothing is fetched from the network
-        _follow(resource, registry.resolver_with_root(resource))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON object: {error}") from None
-    except SchemaError as error:
-        raise ValueError(f"{path}: no JSON Schema: {error.json_path}: {error.message}") from None
-    except Unresolvable as error:
-        raise ValueError(f"{path}: $ref leads nowhere: {error.ref}") from None
-    validator: Validator = kind(schema, registry=registry)
-    return validator
-
-
-def _follow(resource: "Resource[Any]", resolver: Any) -> None:
-    """Resolve every reference once, so that a dangling reference fails at start."""
-    if isinstance(resource.contents, dict) and "$ref" in resource.contents:
-        resolver.lookup(resource.contents["$ref"])
-    for part in resource.subresources():
-        _follow(part, resolver.in_subresource(part))
-
-
-def _validate(validator: "Validator", payload: msgspec.Raw) -> None:
-    try:
-        error = next(validator.iter_errors(read_json(bytes(payload), exact=True)), None)
-    except (ValueError, RecursionError):  # numbers beyond any float, thousands of levels
-        raise Invalid(field="payload", issue="too deep or too large to check") from None
-    if error is not None:
-        where = error.json_path.removeprefix("$")
-        raise Invalid(field=f"payload{where}"[:_LONGEST_ISSUE], issue=error.message[:_LONGEST_ISSUE])
 
 
 _SAMPLE = b"""{

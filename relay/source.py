@@ -434,6 +434,8 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
 
     kind: ClassVar[str] = ""
     owns: ClassVar[tuple[str, ...]] = ()
+    data_field: ClassVar[str] = "data"
+    """The sender's name for an event's data, in refusals of data that does not satisfy a schema."""
     decompresses: ClassVar[bool] = True
     """Whether the relay accepts gzip and deflate; `class Name(Source, decompresses=False)` says no."""
     verify_reads_body: ClassVar[bool] = True

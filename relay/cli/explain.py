@@ -154,9 +154,13 @@ def _event(source: SourceConfig, incoming: "Incoming") -> "StoredEvent":
 
     line = f"{incoming.method} {source.prefix}{incoming.path}"
     try:
-        accepted = handle(match_of(source, source.prefix + incoming.path, incoming.method), incoming)
-        if not isinstance(accepted, Reply) and accepted.event is not None:
-            return make_event(source.name, accepted.event, incoming, time.time_ns() // 1000)
+        match = match_of(source, source.prefix + incoming.path, incoming.method)
+        accepted = handle(match, incoming)
+        if not isinstance(accepted, Reply):
+            first = accepted.event or next(iter(accepted.events), None)
+            if first is not None:
+                is_item, now = accepted.event is None, time.time_ns() // 1000
+                return make_event(match.mount, first, incoming, now, is_item=is_item)
     except Refusal as refusal:
         raise CommandError(
             f"{line} would be refused with {refusal.status}: {_reason(refusal)}",

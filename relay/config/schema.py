@@ -276,6 +276,13 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
             "with 403"
         ),
     ] = ()
+    schemas: Annotated[
+        dict[Annotated[str, _check(validators.pattern)], Path],
+        _help(
+            'files with JSON Schemas of `data`, by event type or shell-style pattern: `{ "order.*" = '
+            '"schemas/order.json" }`; see [schemas](sources.md#schemas). Needs the extra `schemas`'
+        ),
+    ] = {}
     retention: Annotated[
         SourceRetention,
         _help(

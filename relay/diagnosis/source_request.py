@@ -320,7 +320,7 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
             return msgspec.structs.replace(report, because=_without_event(accepted))
         events = accepted.events or ([] if accepted.event is None else [accepted.event])
         is_item = bool(accepted.events)
-        stored = [make_event(source.name, each, incoming, 0, is_item=is_item) for each in events]
+        stored = [make_event(match.mount, each, incoming, 0, is_item=is_item) for each in events]
         if not stored:
             return report
     except Malformed:

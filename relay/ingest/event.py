@@ -10,6 +10,7 @@ import msgspec
 from relay.base.ids import EVENT, new_id
 from relay.base.json_text import check, encode, escape
 from relay.errors import PluginFailed, Refusal
+from relay.ingest.routes import Mount
 from relay.model import EMPTY, StoredEvent
 from relay.source import Event, Incoming, check_length, check_type
 
@@ -19,19 +20,20 @@ TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 
 
 def make_event(
-    source: str, event: Event, incoming: Incoming, now: int, *, is_item: bool = False
+    mount: Mount, event: Event, incoming: Incoming, now: int, *, is_item: bool = False
 ) -> StoredEvent:
     """Return the event to store, from what a source's handler read out of a request.
 
     Args:
-        source: the source's name in config.toml.
+        mount: the source, with its name in config.toml and its schemas.
         event: what the handler returned.
         incoming: the request, with its body.
         now: the wall clock, microseconds.
         is_item: the request has several events, so each one's body is its `data`.
 
     Raises:
-        Invalid: the type is invalid, or the subject or content type is longer than 256 characters.
+        Invalid: the type is invalid, the subject or content type is longer than 256 characters, or the data
+            does not satisfy its schema.
         PluginFailed: `data` or `context` is not exactly one JSON value.
     """
     body, trace = incoming.body, incoming.header("traceparent")
@@ -46,6 +48,8 @@ def make_event(
         check_length(event.subject or "", "subject")
         check_length(content_type, "Content-Type")
         data, context = _json(event.data, incoming), _json(event.context, incoming)
+        if mount.schemas is not None:
+            mount.schemas.check(type_, data)
         if is_item:
             body, content_type = data, "application/json"
     except Refusal:
@@ -55,8 +59,8 @@ def make_event(
     return StoredEvent(
         id=0,
         public_id=new_id(EVENT, now),
-        source=source,
-        type=f"{source}.{type_}",
+        source=mount.name,
+        type=f"{mount.name}.{type_}",
         subject=subject,
         received_at=now,
         data=data,

@@ -231,7 +231,7 @@ class Ingest:
         if not isinstance(accepted, Accepted) or accepted.events:
             return await self._accept_other(call, accepted)
         event, headers = accepted.event, incoming.headers
-        stored = None if event is None else make_event(mount.name, event, incoming, incoming.received_at)
+        stored = None if event is None else make_event(mount, event, incoming, incoming.received_at)
         given = headers.get("X-Request-Id")
         traced = None if given is None else given_id(given)
         if verbose and traced is None:
@@ -293,7 +293,7 @@ class Ingest:
         request_id = self._request_id(incoming) if verbose else given_id(incoming.headers.get("X-Request-Id"))
         acceptances, size = [], 0
         for event in events:
-            stored = make_event(mount.name, event, incoming, incoming.received_at, is_item=True)
+            stored = make_event(mount, event, incoming, incoming.received_at, is_item=True)
             size += len(stored.data) + len(stored.context)
             if size > MOST_COPIES * mount.config.max_body:
                 raise TooLarge("The events of this request are larger together than the relay stores at once")

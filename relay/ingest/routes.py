@@ -11,6 +11,7 @@ import msgspec
 
 from relay.config.schema import SourceConfig
 from relay.errors import Malformed, NotFound, Refusal
+from relay.schemas import Schemas
 from relay.source import SPANNING, Accepted, Incoming, Reply, Source
 
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
@@ -31,11 +32,14 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     needs_body: bool = True  # see `Source.needs_body`
     is_screened: bool = True  # the head is checked before everything else
     has_handshake: bool = True  # see `Source.handshake`
+    schemas: Schemas | None = None  # None: none are configured
 
     def __post_init__(self) -> None:
         source = self.source
         self.is_open, self.needs_body = source.is_open(), source.needs_body()
         self.is_screened = self.is_open or type(source).screen is not Source.screen
+        if self.config.schemas:
+            self.schemas = Schemas(self.config.schemas, source.data_field)
         self.has_handshake = type(source).handshake is not Source.handshake
 
 

@@ -26,6 +26,7 @@ from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
+from relay.schemas import compile_schema
 from relay.source import SPANNING, Preset, Source
 
 _AT_START = {
@@ -225,6 +226,11 @@ def _bind_source(
             known = guess(plugin, kinds) or f"; there are: {', '.join(sorted(kinds))}"
             binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
         return None
+    for type_, schema in source.schemas.items() if source is not None else ():
+        try:
+            compile_schema(schema)
+        except ValueError as error:
+            binder.report((*path, "schemas", type_), str(error))
     settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
     if source is None or settings is None:
         return None

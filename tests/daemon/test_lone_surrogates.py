@@ -257,3 +257,17 @@ async def test_a_schema_is_asked_about_a_payload_with_half_an_emoji(tmp_path):
         for payload, status in ((b'{"email":%b}' % BOB, 202), (b'{"mail":%b}' % BOB, 400)):
             body = b'{"name":"user.created","payload":%b}' % payload
             assert (await relay.exchange(request("POST", "/api/v1/events", body, **COMPOZY))).status == status
+
+
+async def test_every_source_checks_schemas_in_its_own_envelope(tmp_path):
+    (tmp_path / "never.json").write_text('{"not": {}}')
+    tables = "".join(f'[sources.{name}.schemas]\n"*" = "never.json"\n' for name in ("compozy", "moddy"))
+    async with running(write_config(tmp_path, SOURCES, tables)) as relay:
+        body = b'{"event_type":"member_joined","discord_id":"1","metadata":{}}'
+        sent = request("POST", "/internal/event/notify", body, authorization="Bearer dev-token")
+        answer = await relay.exchange(sent)
+        assert (answer.status, answer.json["detail"][0]["loc"]) == (422, ["body", "data"])
+        body = b'{"name":"user.created","payload":{}}'
+        answer = await relay.exchange(request("POST", "/api/v1/events", body, **COMPOZY))
+        assert (answer.status, answer.json["error"]["details"]["field"]) == (400, "payload")
+        assert not await relay.rows()

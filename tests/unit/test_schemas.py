@@ -1,0 +1,132 @@
+"""JSON Schemas of the data of events: what satisfies them, and what stops the start."""
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from relay.config.problems import ConfigError
+from relay.errors import Invalid
+from relay.plugin_loading.loader import load
+from relay.schemas import Schemas, compile_schema
+
+USER = {
+    "type": "object",
+    "$defs": {"item": {"type": "object", "properties": {"quantity": {"type": "integer"}}}},
+    "properties": {"email": {"type": "string"}, "items": {"items": {"$ref": "#/$defs/item"}}},
+    "required": ["email"],
+}
+
+
+def written(folder: Path, schema: object, name: str = "user.created.json") -> Path:
+    """Write a schema; text is written as it is."""
+    path = folder / name
+    path.write_bytes(schema.encode() if isinstance(schema, str) else msgspec.json.encode(schema))
+    return path
+
+
+def with_schema(folder: Path, schema: object) -> Schemas:
+    return Schemas({"user.created": written(folder, schema)}, "payload")
+
+
+def test_data_that_satisfies_its_schema_is_accepted(tmp_path):
+    schemas = with_schema(tmp_path, USER)
+    schemas.check("user.created", b'{"email": "a@b", "items": [{"quantity": 2.0}], "total": 50.00}')
+
+
+@pytest.mark.parametrize(
+    ("payload", "field", "issue"),
+    [
+        ("{}", "payload", "'email' is a required property"),
+        ('{"email": 5}', "payload.email", "5 is not of type 'string'"),
+        (
+            '{"email": "a", "items": [{}, {"quantity": "x"}]}',
+            "payload.items[1].quantity",
+            "'x' is not of type 'integer'",
+        ),
+        ('{"email": "a", "n": 1e999}', "payload", "too deep or too large to check"),
+    ],
+)
+def test_data_that_violates_its_schema_is_refused_with_the_path(tmp_path, payload, field, issue):
+    schemas = with_schema(tmp_path, USER)
+    with pytest.raises(Invalid) as caught:
+        schemas.check("user.created", payload.encode())
+    assert (caught.value.field, caught.value.issue) == (field, issue)
+
+
+def test_a_long_schema_error_is_shortened(tmp_path):
+    schemas = with_schema(tmp_path, USER)
+    with pytest.raises(Invalid) as caught:
+        schemas.check("user.created", f'{{"email": [{"1," * 900}1]}}'.encode())
+    assert len(caught.value.issue) == 300
+
+
+def test_deep_data_is_refused_by_a_recursive_schema(tmp_path):
+    schemas = with_schema(tmp_path, {"items": {"$ref": "#"}, "properties": {"n": {"$ref": "#"}}})
+    with pytest.raises(Invalid) as caught:
+        schemas.check("user.created", b'{"n": ' + b"[" * 400 + b"]" * 400 + b"}")
+    assert caught.value.issue == "too deep or too large to check"
+
+
+def test_the_exact_type_counts_before_the_first_pattern_that_fits(tmp_path):
+    never, number, text = (
+        written(tmp_path, schema, f"{n}.json")
+        for n, schema in enumerate([{"not": {}}, {"type": "number"}, {"type": "string"}])
+    )
+    schemas = Schemas({"order.*": never, "order.paid": number, "*": text})
+    schemas.check("order.paid", b"1")
+    schemas.check("other", b'"text"')
+    for type_, data in (("order.sent", b"1"), ("order.paid", b'"text"'), ("other", b"1")):
+        with pytest.raises(Invalid):
+            schemas.check(type_, data)
+
+
+def test_other_types_have_no_schema(tmp_path):
+    with_schema(tmp_path, USER).check("user.deleted", b"{}")
+
+
+def test_the_json_schema_draft_of_a_schema_is_used(tmp_path):
+    tuple_of_integers = {
+        "properties": {"pair": {"items": [{"type": "integer"}]}}
+    }  # `items` lists are draft 7
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#"} | tuple_of_integers
+    schemas = with_schema(tmp_path, schema)
+    with pytest.raises(Invalid):
+        schemas.check("user.created", b'{"pair": ["x"]}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "complaint"),
+    [
+        ("{", "no JSON object: Input data was truncated"),
+        ("[]", "no JSON object: Expected `object`, got `array`"),
+        ({"type": 5}, "no JSON Schema: $.type: 5 is not valid under any of the given schemas"),
+        ({"$ref": "#/$defs/none"}, "$ref leads nowhere: /$defs/none"),
+        (
+            {"properties": {"a": {"$ref": "https://example.com/schema"}}},
+            "$ref leads nowhere: https://example.com/schema",
+        ),
+    ],
+)
+def test_a_broken_schema_stops_the_start_and_names_its_line_and_file(tmp_path, schema, complaint):
+    path = written(tmp_path, schema)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        "[sources.adorn]\nplugin = 'adorn'\n[sources.adorn.schemas]\n'image.*' = 'user.created.json'\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(config, {})
+    [problem] = caught.value.problems
+    assert str(problem) == f'{config}:4: sources.adorn.schemas."image.*": {path}: {complaint}'
+
+
+def test_a_missing_schema_file_stops_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.json: No such file or directory"):
+        compile_schema(tmp_path / "none.json")
+
+
+def test_schemas_without_the_library_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(ValueError, match=r'pip install "hookferry\[schemas\]"'):
+        with_schema(tmp_path, USER)
