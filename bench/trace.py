@@ -1,4 +1,4 @@
-"""The way of one event through the code: `python -m bench.trace [--list]` prints its files and functions.
+"""The path of one event through the code: `python -m bench.trace [--list]` prints its files and functions.
 
 Starts the daemon in this process, sends warm-up events, and then traces single events from the first byte in
 to the recorded attempt: one source, one destination, success. Counts named functions of `relay/` and
