@@ -76,8 +76,9 @@ def ready(reasons: Iterable[str]) -> Check:
 def writable(config: Config, state_dir: Path) -> Check:
     """Check for files of the relay that every user of the machine may change."""
     found = sorted({str(path) for path in _of_the_relay(config, state_dir) if _is_open(path)})
-    if _is_open(config.path.parent, sticky=True):
-        found.append(str(config.path.parent))
+    for folder in sorted({path.parent for path in (config.path, *config.included)}):
+        if _is_open(folder, sticky=True):
+            found.append(str(folder))
     if found:
         detail = f"writable for every user: {', '.join(found)}"
         return Check(name="writable", ok=False, detail=detail, hint=f"chmod o-w {' '.join(found)}")
@@ -88,6 +89,7 @@ def writable(config: Config, state_dir: Path) -> Check:
 
 def _of_the_relay(config: Config, state_dir: Path) -> Iterator[Path]:
     yield config.path
+    yield from config.included
     yield state_dir
     for folder in (state_dir, state_dir / config.backup.dir):
         yield folder

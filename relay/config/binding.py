@@ -19,7 +19,7 @@ import msgspec
 from relay.base.units import Rate, parse_duration, parse_rate, parse_size
 from relay.config.document import Document
 from relay.config.installed_service import Given
-from relay.config.problems import KeyPath, Problem, dotted, faults_of, guess, kind_of, shown
+from relay.config.problems import KeyPath, Problem, faults_of, guess, kind_of, shown
 from relay.config.secrets import Absent, Credential, Origin, Secret, Secrets, Url, digest
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -73,11 +73,11 @@ class Binder:
 
     def report(self, path: KeyPath, text: str) -> None:
         """Record a problem at the line of a key."""
-        self.problems.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
+        self.problems.append(self.document.problem(path, text))
 
     def warn(self, path: KeyPath, text: str) -> None:
         """Record something that is valid but probably a mistake."""
-        self.warnings.append(Problem(self.document.file, self.document.line(path), dotted(path), text))
+        self.warnings.append(self.document.problem(path, text))
 
     def struct(
         self,
@@ -143,9 +143,7 @@ class Binder:
                 self.report((*path, *key), text)
             return WRONG
         if isinstance(result, Absent):
-            self.absent.append(
-                Problem(self.document.file, self.document.line(path), dotted(path), result.why)
-            )
+            self.absent.append(self.document.problem(path, result.why))
         return result
 
     def tables(self, key: str) -> dict[str, dict[str, Any]]:

@@ -1,42 +1,109 @@
-"""A TOML file as it was read: its values, and the line of each."""
+"""A TOML file and the files that it includes, as they were read: their values, and the place of each."""
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from relay.config.installed_service import service_of
-from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError
+from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError, dotted, kind_of
 
+_WILD = re.compile(r"[*?\[]")
 _AT_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _AT_END = " (at end of document)"
 
 
+INCLUDED = ("conf.d/*.toml",)
+"""Files that belong to a configuration without the key `include`; patterns are relative to its folder."""
+
+
 class Document(msgspec.Struct, frozen=True, kw_only=True):
-    """One TOML file."""
+    """One TOML file, with the tables of the files that it includes."""
 
     file: str  # as the operator named it, for messages
     path: Path  # absolute
     data: dict[str, Any]
     lines: Mapping[KeyPath, int]
+    files: Mapping[KeyPath, str] = {}  # of keys in included files
+    included: tuple[Path, ...] = ()
 
-    def line(self, path: KeyPath) -> int:
-        """Return the line of a key, or of the nearest table around it that the file names."""
-        while path not in self.lines:
-            path = path[:-1]
-        return self.lines[path]
+    def problem(self, path: KeyPath, text: str) -> Problem:
+        """Return a problem at the line of a key, or of the nearest table around it that a file names."""
+        at = path
+        while at not in self.lines:
+            at = at[:-1]
+        return Problem(self.files.get(at, self.file), self.lines[at], dotted(path), text)
 
 
 def read(path: Path) -> Document:
-    """Read a TOML file.
+    """Read a TOML file and the files that it includes.
 
     Raises:
-        UnreadableError: this user may not read it.
-        ConfigError: it cannot be opened, is not UTF-8 or is not TOML; one problem, with its line.
+        UnreadableError: this user may not read one of them.
+        ConfigError: one cannot be opened, is not UTF-8 or is not TOML; or two set the same key.
     """
+    main = _read(path)
+    data, lines = main.data, dict(main.lines)
+    files: dict[KeyPath, str] = {}
+    document = Document(file=main.file, path=main.path, data=data, lines=lines, files=files)
+    problems: list[Problem] = []
+    included = []
+    for file in _included(document, problems):
+        part = _read(file)
+        included.append(part.path)
+        if "include" in part.data:
+            problems.append(part.problem(("include",), f"only {main.file} may include files"))
+            continue
+        repeated = list(_merge(data, part.data, ()))
+        for key in repeated:
+            first = document.problem(key, "")
+            problems.append(part.problem(key, f"is set in {first.file}:{first.line} as well"))
+        for key, line in part.lines.items():
+            if key not in lines:
+                lines[key], files[key] = line, part.file
+    if problems:
+        raise ConfigError(problems)
+    return msgspec.structs.replace(document, included=tuple(included))
+
+
+def _included(main: Document, problems: list[Problem]) -> Iterator[Path]:
+    """Yield the files that a document includes, in the order of their names."""
+    patterns = main.data.get("include", list(INCLUDED))
+    if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+        problems.append(main.problem(("include",), f"expected a list of patterns, got {kind_of(patterns)}"))
+        return
+    for at, pattern in enumerate(patterns):
+        folder, name = Path(main.file).parent / Path(pattern).parent, Path(pattern).name
+        if not _WILD.search(pattern):
+            yield folder / name
+            continue
+        try:
+            files = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+        except PermissionError as error:
+            problems.append(main.problem(("include", at), f"{folder} cannot be read: {error.strerror}"))
+        except OSError:  # a missing folder has no files
+            pass
+        else:
+            yield from (each for each in files if fnmatchcase(each.name, name))
+
+
+def _merge(data: dict[str, Any], more: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:
+    """Add the keys of an included file; yields those that are set already."""
+    for key, value in more.items():
+        if key not in data:
+            data[key] = value
+        elif isinstance(value, dict) and isinstance(data[key], dict):
+            yield from _merge(data[key], value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def _read(path: Path) -> Document:
+    """Read one file."""
     file = str(path)
     try:
         content = path.read_bytes()

@@ -15,6 +15,7 @@ import msgspec
 from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
+from relay.config.document import INCLUDED
 from relay.config.secrets import Secret, Url
 from relay.config.signatures import DEFAULT, SignatureConfig
 
@@ -467,6 +468,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything config.toml says, checked and complete."""
 
     path: Path  # the file it came from
+    included: tuple[Path, ...] = ()  # further files
+    include: Annotated[
+        tuple[str, ...],
+        _help(
+            "[further files](#several-files) of the configuration: names or shell-style patterns, relative "
+            "to the folder of the config file"
+        ),
+    ] = INCLUDED
     state_dir: Annotated[
         Path,
         _help(

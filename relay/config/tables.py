@@ -27,10 +27,11 @@ def bind_tables(binder: Binder) -> Config:
         (),
         given={
             "path": document.path,
+            "included": document.included,
             "state_dir": _state_dir(binder),
             "plugins": Plugins(dirs=tuple(binder.origin.folder / path for path in Plugins().dirs)),
         },
-        hidden={"path", "warnings"},
+        hidden={"path", "included", "warnings"},
     )
     good: dict[str, Any] = {key: value for key, value in values.items() if value is not WRONG}
     good.setdefault("state_dir", document.path.parent)

@@ -51,7 +51,7 @@ TABLES = {
     "destinations.NAME.client_cert": ClientCert,
     "[destinations.NAME.signatures]": SignatureConfig,
 }
-NO_KEYS = {"path", "warnings", "name", "settings"}  # filled by the relay, not by the operator
+NO_KEYS = {"path", "included", "warnings", "name", "settings"}  # filled by the relay, not by the operator
 OWN_TABLES = {
     "server",
     "admin",
