@@ -20,7 +20,7 @@ from relay.base.json_text import check as check_json
 from relay.base.json_text import decode as decode_json
 from relay.base.json_text import read as read_json
 from relay.base.json_text import salvage
-from relay.base.template import Placeholder, text_of
+from relay.base.template import FILTERS, Placeholder, Takes, Template, text_of
 from relay.base.template import parse as parse_template
 from relay.base.units import Duration, Rate, Size
 from relay.config.problems import SettingError
@@ -58,15 +58,15 @@ from relay.signing import SignatureError, sign_standard_webhooks
 from relay.signing import verify as verify_standard_webhooks
 
 __all__ = [
-    "EMPTY", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event",
-    "Forbidden", "Guide", "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed",
-    "MethodNotAllowed", "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Preset", "Rate",
-    "RateLimited", "Receipt", "Refusal", "Register", "Reply", "Rules", "Secret", "Secrets", "Session",
-    "SessionSeen", "SettingError", "SignatureError", "Size", "Source", "TooLarge", "Unauthenticated",
-    "Unavailable", "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value",
-    "check_id", "check_length", "check_type", "decode_json", "ecdsa_verifier", "ed25519_verifier",
-    "instant", "parse_path", "parse_template", "read_json", "rfc3339", "route", "sign_standard_webhooks",
-    "text_of", "verify_standard_webhooks",
+    "EMPTY", "FILTERS", "LONGEST_ID", "VERSION", "Accepted", "BodyTimeout", "Conflict", "Duration", "Event",
+    "Forbidden", "Guide", "Heartbeat", "Incoming", "Invalid", "KeyConflict", "Malformed", "MethodNotAllowed",
+    "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Preset", "Rate", "RateLimited", "Receipt",
+    "Refusal", "Register", "Reply", "Rules", "Secret", "Secrets", "Session", "SessionSeen", "SettingError",
+    "SignatureError", "Size", "Source", "Takes", "Template", "TooLarge", "Unauthenticated", "Unavailable",
+    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id",
+    "check_length", "check_type", "decode_json", "ecdsa_verifier", "ed25519_verifier", "instant",
+    "parse_path", "parse_template", "read_json", "rfc3339", "route", "sign_standard_webhooks", "text_of",
+    "verify_standard_webhooks",
 ]  # fmt: skip
 
 

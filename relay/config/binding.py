@@ -117,7 +117,7 @@ class Binder:
     ) -> dict[str, Any]:
         """Return a record's values, `WRONG` where something was reported; arguments as in `struct`."""
         values = dict(given or {})
-        fields = {field.name: field for field in msgspec.structs.fields(type_)}
+        fields = {field.encode_name: field for field in msgspec.structs.fields(type_)}
         keys = {key for key in fields if key not in hidden}
         known = keys.union(others)
         for key in table:
@@ -125,13 +125,14 @@ class Binder:
                 advice = guess(key, known) or f"; known here: {', '.join(sorted(known))}"
                 self.report((*path, key), f"unknown key{advice}")
         for key, field in fields.items():
+            name = field.name  # of the attribute; a record may give its key another name
             if key in keys and key in table:
-                values[key] = self.value(field.type, table[key], (*path, key), base=values.get(key))
-                if field.required and isinstance(values[key], Secrets) and not values[key]:
+                values[name] = self.value(field.type, table[key], (*path, key), base=values.get(name))
+                if field.required and isinstance(values[name], Secrets) and not values[name]:
                     self.report((*path, key), "an empty list lets nobody in")
-            elif field.required and key not in values:
+            elif field.required and name not in values:
                 self.report((*path, key), "missing; it has no default")
-                values[key] = WRONG
+                values[name] = WRONG
         return values
 
     def value(self, kind: Any, value: Any, path: KeyPath, *, base: Any = None) -> Any:

@@ -44,7 +44,7 @@ def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
 
 def _table(record: msgspec.Struct) -> dict[str, Any]:
     values = {
-        field.name: _value(getattr(record, field.name), _unit(field.type))
+        field.encode_name: _value(getattr(record, field.name), _unit(field.type))
         for field in msgspec.structs.fields(record)
         if field.name not in _OURS
     }

@@ -212,7 +212,7 @@ def _bind_source(
         if complete is None:
             return None
         table = complete
-    own = kind.source.__struct_fields__ if kind else tuple(table)
+    own = kind.source.__struct_encode_fields__ if kind else tuple(table)
     source = binder.struct(
         SourceConfig,
         table,
@@ -223,7 +223,7 @@ def _bind_source(
     )
     if kind is None:
         if blame_kinds and isinstance(plugin, str):  # else a broken plugin may provide this kind
-            known = guess(plugin, kinds) or f"; there are: {', '.join(sorted(kinds))}"
+            known = guess(plugin, kinds) or "; `relay plugins list` shows all kinds"
             binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
         return None
     for type_, schema in source.schemas.items() if source is not None else ():

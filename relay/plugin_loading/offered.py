@@ -165,7 +165,7 @@ def _check_source(source: Any) -> None:
         raise PluginError(f"relay_sources() returned a list with {source!r:.60}, which is not a Source class")
     try:
         validators.name(source.kind)
-        fields = {field.name for field in msgspec.structs.fields(source)}
+        fields = {field.encode_name for field in msgspec.structs.fields(source)}
     except ValueError as error:
         raise PluginError(f"{source.__name__} has the kind {source.kind!r}: {error}") from None
     except NameError as error:

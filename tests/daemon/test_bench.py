@@ -24,7 +24,7 @@ def bench(*arguments):
     return done.stdout
 
 
-def test_without_a_name_bench_lists_the_benchmarks():
+def test_without_a_name_the_benchmarks_are_listed():
     assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "zoo"]
 
 
@@ -38,7 +38,7 @@ def test_a_misspelt_name_is_refused():
 @pytest.mark.parametrize(
     ("name", "rival"), [("ingest", "bare aiohttp handler"), ("relay", "bare aiohttp proxy")]
 )
-def test_a_short_run_prints_both_versions_their_ratio_and_the_target(name, rival):
+def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, rival):
     title, heads, ours, theirs, ratio, target = bench(name, *SHORT).splitlines()
     assert title.startswith(f"{name}: ")
     assert "events/s" in heads
@@ -48,7 +48,7 @@ def test_a_short_run_prints_both_versions_their_ratio_and_the_target(name, rival
     assert target.startswith("  target of the ratio: 0.")
 
 
-def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99():
+def test_a_zoo_beside_costs_throughput_and_p99_that_are_both_compared():
     _, heads, crowded, alone, ratio, target = bench("zoo", *SHORT, "--rounds", "1").splitlines()
     assert "events/s" in heads
     assert "p99 ms" in heads
@@ -58,7 +58,7 @@ def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99(
     assert target.startswith("  target of the ratio: 0.83")
 
 
-def test_json_has_every_round_of_both_versions():
+def test_json_has_every_round_of_both_sides():
     for comparison in json.loads(bench("ingest", "relay", "--json", *SHORT)):
         for side in ("ours", "theirs"):
             assert len(comparison[side]) == 2
@@ -66,7 +66,7 @@ def test_json_has_every_round_of_both_versions():
         assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
 
 
-def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
+def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
     command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
@@ -77,7 +77,7 @@ def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
     )
 
 
-def test_start_up_times_of_commands_are_printed_with_their_limit():
+def test_what_commands_cost_is_printed_beside_the_limit():
     command = [sys.executable, "-m", "bench.startup", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
@@ -87,7 +87,7 @@ def test_start_up_times_of_commands_are_printed_with_their_limit():
     assert "limit 120 ms" in lines[1]
 
 
-def test_scrapes_are_timed_at_rest_and_under_load():
+def test_scrapes_are_timed_at_rest_and_beside_senders():
     command = [sys.executable, "-m", "bench.scrape", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines, verdict = done.stdout.splitlines()
@@ -108,7 +108,7 @@ def old_events(tmp_path):
     return path
 
 
-async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(old_events):
+async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
     store = make_store(old_events, SystemClock())
     await store.open()
     assert [check for check in await store.upkeep.examine() if not check.ok] == []
@@ -117,7 +117,7 @@ async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(old_e
     await store.close()
 
 
-def test_lists_are_measured_with_every_filter_and_their_plans_are_checked():
+def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
     """There are too few events for meaningful figures."""
     command = [sys.executable, "-m", "bench.lists", "--events", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
@@ -134,7 +134,7 @@ def test_lists_are_measured_with_every_filter_and_their_plans_are_checked():
     assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
 
 
-def test_resident_memory_is_printed_with_its_target():
+def test_resident_memory_is_printed_beside_its_target():
     command = [sys.executable, "-m", "bench.memory", "0.002"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *rows, verdict = done.stdout.splitlines()
@@ -146,7 +146,7 @@ def test_resident_memory_is_printed_with_its_target():
     assert verdict == "target 200 MB after each: met"
 
 
-def test_events_during_floods_are_timed_and_compared_with_the_target():
+def test_events_beside_floods_are_timed_and_judged():
     command = [sys.executable, "-m", "bench.flood", "0.3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     head, *rows, target = done.stdout.splitlines()
@@ -159,7 +159,7 @@ def test_events_during_floods_are_timed_and_compared_with_the_target():
     assert target == "  target of p99: 50 ms"
 
 
-def test_both_layouts_of_deliveries_are_measured_and_compared():
+def test_both_layouts_of_deliveries_are_measured_and_judged():
     """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
     command = [sys.executable, "-m", "bench.layouts", "--rows", "2000", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)

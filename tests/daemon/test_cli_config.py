@@ -37,7 +37,7 @@ def relay(here):
     return run
 
 
-def test_a_valid_config_prints_one_line_and_its_warnings(relay, here):
+def test_a_good_config_is_one_line_and_its_warnings(relay, here):
     (here / "config.toml").write_text(GOOD)
     result = relay("check-config")
     assert result.exit_code == 0
@@ -73,7 +73,7 @@ def test_problems_print_as_json(relay, here):
     }
 
 
-def test_a_valid_config_prints_as_json_with_its_warnings(relay, here):
+def test_a_good_config_prints_as_json_with_its_warnings(relay, here):
     (here / "config.toml").write_text(GOOD)
     result = relay("check-config", "--json")
     assert result.exit_code == 0
@@ -164,7 +164,7 @@ def test_plugins_are_listed_tab_separated_when_piped(relay):
     result = relay("plugins", "list")
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["adorn", "compozy", "lazychat", "moddy", "whatsapp"]
+    assert [row[0] for row in rows] == ["adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"]
     assert rows[0][1:4] == ["source", "bundled", __version__]
     assert rows[0][4].endswith("adorn.py")
 
@@ -211,7 +211,8 @@ def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):
     result = relay("plugins", "list")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"{here}/plugins.d/bad.py:1: cannot be imported")
-    assert len(result.stdout.splitlines()) == 5
+    kinds = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert {"adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"} <= set(kinds)
 
 
 @pytest.mark.parametrize(

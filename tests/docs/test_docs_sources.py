@@ -10,7 +10,11 @@ from relay import errors
 from relay.plugin_loading.loader import load
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
-SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
+SECTIONS = {
+    heading: part
+    for part in PAGE.split("\n## ")[1:]
+    if (heading := part.split("\n", 1)[0]) in sources()  # the others describe any sender
+}
 ENVIRON = dict.fromkeys(
     ("LAZYCHAT_TOKEN", "INTERNAL_API_SECRET", "BACKEND_AUTH_TOKEN", "COMPOZY_API_TOKEN"),
     "s3cret-enough-to-pass",

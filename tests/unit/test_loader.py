@@ -98,7 +98,7 @@ def install(folder, monkeypatch, name, source, entry):
 def test_the_bundled_sources_are_always_there():
     offers, problems = discover([])
     assert problems == []
-    assert set(offers.kinds) == {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+    assert set(offers.kinds) == {"adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"}
     moddy = offers.kinds["moddy"]
     assert (moddy.door, moddy.version, Path(moddy.file).name) == ("bundled", __version__, "moddy.py")
 
@@ -516,7 +516,7 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
         ),
         (
             "[sources.a]\nplugin = 'x'",
-            ['2: sources.a.plugin: no plugin offers the kind "x"; there are: adorn, compozy, lazych'],
+            ['2: sources.a.plugin: no plugin offers the kind "x"; `relay plugins list` shows'],
         ),
         ("[sources.relay]\nplugin = 'adorn'", ["1: sources.relay: this name is reserved"]),
         ("[sources.Bad]\nplugin = 'adorn'", ["1: sources.Bad: a name is 1 to 64"]),

@@ -1,0 +1,15 @@
+"""Any sender, described in config.toml alone: its paths, its credentials, and where an event's parts are.
+
+docs/sources.md#generic has the reference of the keys.
+"""
+
+from relay.hookspecs import hookimpl
+from relay.source import Source
+
+from .source import Generic
+
+
+@hookimpl
+def relay_sources() -> list[type[Source]]:
+    """Offer the generic source."""
+    return [Generic]

@@ -1,0 +1,180 @@
+"""Templates of a generic source, compiled into functions of a request."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from relay.source import Invalid, Placeholder, Template, parse_template, read_json, text_of
+
+from .reading import Reader, Reading, Value
+
+Get = Callable[[Reading], Value]
+Render = Callable[[Reading], str]
+_CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
+_encode = msgspec.json.Encoder().encode
+_NULL = msgspec.Raw(b"null")
+
+
+def place_of(placeholder: Placeholder) -> str:
+    """Return a placeholder in the words of an error for the sender: `header X-Topic`, `order.id`."""
+    kind, name = placeholder.kind, placeholder.argument
+    if kind in ("body", "item"):
+        return name or kind
+    return f"{kind} {name}".rstrip()
+
+
+def value_of(reader: Reader, placeholder: Placeholder) -> Get:
+    """Return the function that finds a placeholder's value and applies its filters.
+
+    The function raises Invalid if a filter does not accept the value.
+    """
+    get = reader.getter(placeholder)
+    if not placeholder.filters:
+        return get
+    place = place_of(placeholder)
+
+    def filtered(reading: Reading) -> Value:
+        try:
+            value = placeholder.filtered(_plain(get(reading)))
+        except ValueError as error:
+            raise Invalid(field=place, issue=str(error)) from None
+        return value if value is None or isinstance(value, str | msgspec.Raw) else msgspec.Raw(_encode(value))
+
+    return filtered
+
+
+def text_getter(reader: Reader, placeholder: Placeholder) -> Callable[[Reading], str]:
+    """Return the function that finds a placeholder's value as text, `""` if it is missing, null or empty.
+
+    The function raises Invalid if the value is a list or an object.
+    """
+    get, place = value_of(reader, placeholder), place_of(placeholder)
+    return lambda reading: text(get(reading), place)
+
+
+def text(value: Value, place: str) -> str:
+    """Return a value as text, `""` for a missing one.
+
+    Raises:
+        Invalid: it is a list or an object; names `place`.
+    """
+    if type(value) is str:
+        return value
+    if value is None:
+        return ""
+    raw = bytes(value)  # type: ignore[arg-type]  # mypy keeps `str` here, which the first line excludes
+    if raw[:1] == b'"' and b"\\" not in raw:
+        return raw[1:-1].decode()
+    try:
+        return text_of(value)
+    except ValueError as error:
+        raise Invalid(field=place, issue=str(error)) from None
+
+
+def _plain(value: Value) -> Any:
+    """Return a value for filters: a string as `str`, null as None, a number or a tree as sent."""
+    if isinstance(value, msgspec.Raw) and bytes(value)[:1] in b'"ntf':
+        return read_json(bytes(value))
+    return value
+
+
+def compile_text(reader: Reader, template: Template, *, complete: bool = False) -> Render:
+    """Return the function that renders a template as text, `""` if nothing of it is there.
+
+    A missing part takes its adjoining separator along: with `complete`, it takes the whole text along.
+    """
+    parts = [part if isinstance(part, str) else text_getter(reader, part) for part in template.parts]
+    if not template.placeholders:
+        literal = "".join(map(str, template.parts))
+        return lambda _: literal
+    if len(parts) == 1 and not isinstance(parts[0], str):
+        return parts[0]
+
+    def render(reading: Reading) -> str:
+        texts = [part if isinstance(part, str) else part(reading) for part in parts]
+        if all(texts):
+            return "".join(texts)
+        if complete:
+            return ""
+        return without_missing(texts, [isinstance(part, str) for part in parts])
+
+    return render
+
+
+def without_missing(texts: list[str], literal: list[bool]) -> str:
+    """Join the parts of a text, some of which are empty: a missing part takes its separator along.
+
+    A separator is what stands between letters and digits. The one before the missing part goes; if nothing
+    is left before it, the one behind it goes.
+
+    >>> without_missing(["push", ".", ""], [False, True, False])
+    'push'
+    >>> without_missing(["", ".", "opened"], [False, True, False])
+    'opened'
+    """
+    joined, takes_next, closing = "", False, ""
+    for part, is_literal in zip(texts, literal, strict=True):
+        if is_literal:
+            start = part
+            if closing and start.startswith(closing):
+                start = start[1:]
+            if takes_next:
+                start = start[_leading(start) :]
+            joined += start
+            takes_next, closing = takes_next and not start, ""
+        elif part:
+            joined += part
+            takes_next, closing = False, ""
+        else:
+            kept = joined[: len(joined) - _leading(joined[::-1])]
+            closing = _CLOSING.get(joined[-1:], "")
+            joined, takes_next = kept, not kept
+    return joined
+
+
+def _leading(text: str) -> int:
+    """Return the number of characters before the first letter or digit."""
+    return next((at for at, character in enumerate(text) if character.isalnum()), len(text))
+
+
+def compile_value(reader: Reader, template: Template) -> Get:
+    """Return the function that finds a JSON value, None if missing.
+
+    It is a lone placeholder's value as sent, else a text.
+    """
+    if (lone := template.lone) is not None:
+        return value_of(reader, lone)
+    render = compile_text(reader, template)
+    return lambda reading: render(reading) or None
+
+
+def compile_json(
+    reader: Reader, value: Any, filters: Mapping[str, Callable[[Any], Any]]
+) -> Callable[[Reading], Any]:
+    """Return the function that fills the templates in a JSON value; a missing lone placeholder is null."""
+    if isinstance(value, str):
+        template = parse_template(value, filters)
+        if template.lone is None:
+            return compile_text(reader, template)
+        get = value_of(reader, template.lone)
+        return lambda reading: _NULL if (found := get(reading)) is None else found
+    if isinstance(value, Mapping):
+        inner = {key: compile_json(reader, item, filters) for key, item in value.items()}
+        return lambda reading: {key: fill(reading) for key, fill in inner.items()}
+    if isinstance(value, list | tuple):
+        items = [compile_json(reader, item, filters) for item in value]
+        return lambda reading: [fill(reading) for fill in items]
+    return lambda _: value
+
+
+def templates_in(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from templates_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from templates_in(item)

@@ -1,0 +1,425 @@
+"""Signatures over a text that depends on the request: HMAC, ed25519 and ECDSA."""
+
+import binascii
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from relay.source import (
+    Incoming,
+    Invalid,
+    Placeholder,
+    SettingError,
+    Unauthenticated,
+    ecdsa_verifier,
+    ed25519_verifier,
+    instant,
+    parse_template,
+    rfc3339,
+    text_of,
+)
+
+from .reading import Reader, Reading
+from .rendering import text_getter
+from .settings import Ecdsa, Ed25519, Hmac, Signed
+
+USUAL_TOLERANCE = 300.0
+"""Seconds; as in the reference libraries of Standard Webhooks."""
+
+_SECOND = 1_000_000
+_NUMBER = {"s": re.compile(r"[0-9]{1,12}", re.ASCII), "ms": re.compile(r"[0-9]{1,15}", re.ASCII)}
+_MICROS = {"s": _SECOND, "ms": 1000}
+_HASHES = ("sha256", "sha1", "sha512")
+
+Verifier = Callable[[bytes, bytes], bool]
+"""Returns whether a signature (without its encoding) belongs to a message."""
+
+
+class Signature:
+    """`verify.hmac`, `.ed25519` and `.ecdsa`: a signature over a text that depends on the request."""
+
+    reads_body = True
+
+    def __init__(
+        self, settings: Signed, encoding: str, verifiers: Sequence[Verifier], reader: Reader
+    ) -> None:
+        self._settings = settings
+        self._reader = reader
+        self._decode = DECODERS[encoding]
+        self._verifiers = verifiers
+        self._template = parse_template(settings.signed)
+        self._parts = [
+            part.encode() if isinstance(part, str) else self._part(reader, part)
+            for part in self._template.parts
+        ]
+        kinds = {(each.kind, each.argument) for each in self._template.placeholders}
+        self._covers_body = ("body", "") in kinds
+        self._covers_form = ("form", "sorted") in kinds
+        self._is_timed = bool(settings.timestamp_header or settings.timestamp_field)
+        tolerance = USUAL_TOLERANCE if settings.tolerance is None else settings.tolerance
+        self._tolerance = int(tolerance * _SECOND)
+
+    def _part(self, reader: Reader, placeholder: Placeholder) -> Callable[[Reading], bytes | None]:
+        """Return the function that finds a part of the signed text; None if it is missing."""
+        kind, name = placeholder.kind, placeholder.argument
+        if kind == "body" and not name:
+            return lambda reading: reading.incoming.received
+        if kind == "timestamp":
+            return lambda reading: _encoded(self.sent_time(reading.incoming))
+        if kind == "form" and name == "sorted":
+            return _sorted_form
+        if kind == "header":
+            return partial(_header_bytes, name)
+        get = text_getter(reader, placeholder)
+        return lambda reading: _encoded(get(reading) or None)
+
+    def sent_time(self, incoming: Incoming) -> str | None:
+        """Return the time of a request as sent, None if it has none."""
+        if self._settings.timestamp_header:
+            return incoming.header(self._settings.timestamp_header) or None
+        field = self._settings.timestamp_field or ""
+        for item in self._listed(incoming):
+            if item.startswith(field):
+                return item.removeprefix(field)
+        return None
+
+    def _listed(self, incoming: Incoming) -> list[str]:
+        """Return the items of the signature's header."""
+        name, separator = self._settings.header, self._settings.separator
+        values = incoming.headers.getall(name, [])
+        if len(values) > 1:
+            raise Invalid(field=f"header {name}", issue="stands there twice")
+        if not values:
+            return []
+        return [item.strip() for item in values[0].split(separator)] if separator else [values[0].strip()]
+
+    def _candidates(self, incoming: Incoming) -> list[str]:
+        """Return the signatures in the header, without their prefix."""
+        prefix, timed = self._settings.prefix, self._settings.timestamp_field
+        return [
+            item.removeprefix(prefix)
+            for item in self._listed(incoming)
+            if item.startswith(prefix) and len(item) > len(prefix) and not (timed and item.startswith(timed))
+        ]
+
+    def message(self, reading: Reading) -> bytes:
+        """Return the signed text of a request.
+
+        Raises:
+            Unauthenticated: a part of it is missing, or the signature does not cover the body.
+        """
+        if not self._covers_body:
+            self._check_coverage(reading)
+        found = []
+        for part, origin in zip(self._parts, self._template.parts, strict=True):
+            value = part if isinstance(part, bytes) else part(reading)
+            if value is None:
+                raise Unauthenticated(f"The signed text has no {origin}", problem="missing")
+            found.append(value)
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _check_coverage(self, reading: Reading) -> None:
+        """Refuse a body that the signed text does not contain."""
+        body = reading.incoming.received
+        if not body or (self._covers_form and reading.is_urlencoded):
+            return
+        digests = reading.query.get(self._settings.body_sha256 or "", [])
+        if len(digests) != 1 or not hmac.compare_digest(
+            hashlib.sha256(body).hexdigest().encode(), digests[0].lower().encode()
+        ):
+            raise Unauthenticated("The signature does not cover this body")
+
+    def check(self, reading: Reading) -> None:
+        """See `Scheme`."""
+        incoming = reading.incoming
+        candidates = self._candidates(incoming)
+        if not candidates:
+            problem = "scheme" if self._settings.header in incoming.headers else "missing"
+            text = f"Missing signature (header {self._settings.header})"
+            raise Unauthenticated(
+                text if problem == "missing" else "The signature has the wrong form", problem=problem
+            )
+        if self._is_timed:
+            self._check_time(incoming)
+        message = self.message(reading)
+        matches = False
+        for candidate in candidates:
+            signature = self._decode(candidate)
+            if signature is not None:
+                for fits in self._verifiers:
+                    matches |= fits(signature, message)
+        if not matches:
+            raise Unauthenticated("The signature does not fit")
+
+    def _check_time(self, incoming: Incoming) -> None:
+        sent = self.sent_time(incoming)
+        if sent is None:
+            raise Unauthenticated("Missing time of the signature", problem="missing")
+        micros = self._micros(sent)
+        if micros is None:
+            raise Unauthenticated("The time of the signature has the wrong form", problem="scheme")
+        late = incoming.received_at - micros
+        if abs(late) > self._tolerance:
+            side = "old" if late > 0 else "far in the future"
+            raise Unauthenticated(f"The signature is too {side}")
+
+    def _micros(self, sent: str) -> int | None:
+        """Return a time as sent in microseconds since 1970, None if it has the wrong form."""
+        unit = self._settings.timestamp_unit
+        if unit == "rfc3339":
+            return None if sent.isdecimal() else instant(sent)
+        return int(sent) * _MICROS[unit] if _NUMBER[unit].fullmatch(sent) else None
+
+    def explain(self, reading: Reading) -> Iterator[str]:
+        """See `Scheme`."""
+        incoming, settings = reading.incoming, self._settings
+        name = settings.header
+        try:
+            listed, candidates = self._listed(incoming), self._candidates(incoming)
+            if not listed:
+                yield f"the header {name} is missing"
+                return
+            if not candidates:
+                yield f'no signature in the header {name} begins with "{settings.prefix}"'
+                candidates = listed
+            if self._is_timed:
+                try:
+                    self._check_time(incoming)
+                except Unauthenticated as error:
+                    yield f"{error.message}; the tolerance is {self._tolerance // _SECOND} s"
+            try:
+                message = self.message(reading)
+            except Unauthenticated as error:
+                yield error.message
+                return
+        except Invalid as error:
+            yield error.detail
+            return
+        yield from self._explain(reading, candidates, message)
+
+    def _explain(self, reading: Reading, candidates: list[str], message: bytes) -> Iterator[str]:
+        """Yield which variant of the signature or of the message would fit."""
+        found = False
+        for what, changed in self._messages(reading, message):
+            for encoding, decode in DECODERS.items():
+                for text in candidates:
+                    for trimmed in (text, text.partition("=")[2], text.partition(",")[2]):
+                        signature = decode(trimmed) if trimmed else None
+                        for variant in self._variants(signature, changed):
+                            found = True
+                            yield (
+                                " and ".join(
+                                    each
+                                    for each in (
+                                        variant,
+                                        what,
+                                        "" if decode is self._decode else f'encoding = "{encoding}"',
+                                        "" if trimmed == text else "another `prefix`",
+                                    )
+                                    if each
+                                )
+                                or "the signature fits"
+                            )
+        if not found:
+            yield "no configured key fits, in any encoding: the sender signs with another key, or other bytes"
+
+    def _messages(self, reading: Reading, message: bytes) -> Iterator[tuple[str, bytes]]:
+        """Yield the signed text, and variants of it with what happened to it on its way."""
+        yield "", message
+        body = reading.incoming.received
+        for what, changed in (
+            ("the body without the line end that was added to it", body.rstrip(b"\r\n")),
+            ("the body with the line end that was removed from it", body + b"\n"),
+            ("the body with its original line ends (CRLF)", body.replace(b"\n", b"\r\n")),
+            ("the body with its original line ends (LF)", body.replace(b"\r\n", b"\n")),
+            ("the body before it was parsed and written again", _compact(body)),
+        ):
+            if self._covers_body and changed not in (body, b""):
+                yield what, message.replace(body, changed)
+        if self._covers_body and message != body:
+            yield 'signed = "{body}"', body
+        url = reading.url.encode()
+        if url in message:
+            for what, other in (
+                ("http:// in `public_url`", b"http://" + url.partition(b"://")[2]),
+                ("https:// in `public_url`", b"https://" + url.partition(b"://")[2]),
+                ("a URL without its query", url.partition(b"?")[0]),
+                ("a URL with a slash at its end", url + b"/"),
+            ):
+                if other != url:
+                    yield what, message.replace(url, other)
+
+    def _variants(self, signature: bytes | None, message: bytes) -> Iterator[str]:
+        """Yield the keys that fit."""
+        for at, fits in enumerate(self._verifiers):
+            if signature is not None and fits(signature, message):
+                yield f"public_keys[{at}] fits"
+
+    def sign(self, incoming: Incoming) -> Incoming:
+        """See `Scheme`; only the sender has the private keys."""
+        return incoming
+
+
+class AsymmetricSignature(Signature):
+    """`verify.ed25519` and `verify.ecdsa`.
+
+    Raises:
+        ExceptionGroup: keys that cannot be read, or `cryptography` is not installed.
+    """
+
+    def __init__(self, settings: Ed25519 | Ecdsa, keys: Sequence[str], reader: Reader) -> None:
+        make = ed25519_verifier if isinstance(settings, Ed25519) else ecdsa_verifier
+        verifiers, wrong = [], []
+        for at, key in enumerate(keys):
+            try:
+                verifiers.append(make(key))
+            except ValueError as error:
+                wrong.append(SettingError(str(error), "public_keys", at))
+        if wrong:
+            raise ExceptionGroup("wrong public keys", wrong)
+        super().__init__(settings, settings.encoding, verifiers, reader)
+
+
+class HmacSignature(Signature):
+    """`verify.hmac`."""
+
+    def __init__(self, settings: Hmac, secrets: Sequence[str], reader: Reader) -> None:
+        self._hmac = settings
+        self._secrets = secrets
+        self._states = []
+        for at, secret in enumerate(secrets):
+            try:
+                self._states.append(hmac.new(key_of(secret, settings), digestmod=settings.algorithm))
+            except ValueError as error:
+                raise SettingError(str(error), "secrets", at) from None
+        super().__init__(
+            settings, settings.encoding, [partial(_fits, state) for state in self._states], reader
+        )
+
+    def digest_of(self, value: Any) -> str:
+        """Return the HMAC of a text with the first secret, for handshakes."""
+        state = self._states[0].copy()
+        state.update(text_of(value).encode())
+        return _ENCODERS[self._hmac.encoding](state.digest())
+
+    def _variants(self, signature: bytes | None, message: bytes) -> Iterator[str]:
+        if signature is None:
+            return
+        for at, secret in enumerate(self._secrets):
+            for what, key in _key_variants(secret, self._hmac):
+                for algorithm in _HASHES:
+                    if hmac.compare_digest(hmac.digest(key, message, algorithm), signature):
+                        other = "" if algorithm == self._hmac.algorithm else f' and algorithm = "{algorithm}"'
+                        yield f"secrets[{at}] fits{what}{other}"
+
+    def sign(self, incoming: Incoming) -> Incoming:
+        """See `Scheme`."""
+        settings = self._hmac
+        now = incoming.received_at
+        time = {"s": str(now // _SECOND), "ms": str(now // 1000), "rfc3339": rfc3339(now)}[
+            settings.timestamp_unit
+        ]
+        if settings.timestamp_header:
+            incoming = incoming.with_headers({settings.timestamp_header: time})
+        listed = [f"{settings.timestamp_field}{time}"] if settings.timestamp_field else []
+        unsigned = (
+            incoming.with_headers({settings.header: settings.separator.join(listed)}) if listed else incoming
+        )
+        state = self._states[0].copy()
+        state.update(self.message(Reading(self._reader, unsigned)))
+        listed.append(f"{settings.prefix}{_ENCODERS[settings.encoding](state.digest())}")
+        return incoming.with_headers({settings.header: settings.separator.join(listed)})
+
+
+def key_of(secret: str, settings: Hmac) -> bytes:
+    """Return the key in a secret.
+
+    Raises:
+        ValueError: it does not have the form that the settings name; the message does not contain it.
+    """
+    prefix, encoding = settings.key_prefix, settings.key_encoding
+    if not secret.startswith(prefix):
+        raise ValueError(f'the secret does not begin with the key_prefix "{prefix}"')
+    text = secret.removeprefix(prefix)
+    if encoding == "text":
+        return text.encode()
+    key = DECODERS[encoding](text.strip())
+    if not key:
+        raise ValueError(
+            f'the secret is not {encoding}; with key_encoding = "text" its own bytes are the key'
+        )
+    return key
+
+
+def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[str, bytes]]:
+    """Yield a configured secret's key, and others that it could mean, each with what differs."""
+    yield "", key_of(secret, settings)
+    if settings.key_prefix:
+        yield ' with key_encoding = "text" and without key_prefix', secret.encode()
+    bare = secret.removeprefix(settings.key_prefix)
+    for encoding, decode in DECODERS.items():
+        if encoding != settings.key_encoding and (key := decode(bare.strip())):
+            yield f' with key_encoding = "{encoding}"', key
+    if settings.key_encoding != "text":
+        yield ' with key_encoding = "text"', bare.encode()
+    if bare.strip() != bare:
+        yield " without the white space around it", bare.strip().encode()
+
+
+def _fits(state: hmac.HMAC, signature: bytes, message: bytes) -> bool:
+    mac = state.copy()  # a fifth faster than keying it again
+    mac.update(message)
+    return hmac.compare_digest(mac.digest(), signature)
+
+
+def _header_bytes(name: str, reading: Reading) -> bytes | None:
+    """Return a header's bytes as sent."""
+    values = reading.incoming.headers.getall(name, [])
+    if len(values) > 1:
+        raise Invalid(field=f"header {name}", issue="stands there twice")
+    return values[0].strip().encode("utf-8", "surrogateescape") or None if values else None
+
+
+def _sorted_form(reading: Reading) -> bytes:
+    """Return each name and value of a form, sorted by name, without separators (Twilio's text)."""
+    if not reading.is_urlencoded:
+        return b""
+    fields = reading.form
+    return "".join(name + value for name in sorted(fields) for value in sorted(set(fields[name]))).encode()
+
+
+def _encoded(text: str | None) -> bytes | None:
+    return text.encode("utf-8", "surrogateescape") if text else None
+
+
+def _unhex(text: str) -> bytes | None:
+    try:
+        return binascii.unhexlify(text)
+    except ValueError:  # also text that is not ASCII
+        return None
+
+
+def _unbase64(text: str) -> bytes | None:
+    try:
+        return binascii.a2b_base64(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4), strict_mode=True)
+    except ValueError:
+        return None
+
+
+def _base64(digest: bytes) -> str:
+    return binascii.b2a_base64(digest, newline=False).decode()
+
+
+DECODERS: dict[str, Callable[[str], bytes | None]] = {"hex": _unhex, "base64": _unbase64}
+_ENCODERS: dict[str, Callable[[bytes], str]] = {"hex": bytes.hex, "base64": _base64}
+
+
+def _compact(body: bytes) -> bytes:
+    try:
+        return json.dumps(json.loads(body), separators=(",", ":"), ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return b""

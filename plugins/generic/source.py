@@ -1,0 +1,92 @@
+"""The generic source: what it makes of a request."""
+
+from functools import cached_property
+
+from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
+
+from .compiled import Compiled
+from .keys import Keys
+from .reading import Reading
+from .settings import Verify
+
+
+class Generic(Keys, kind="generic", dict=True):
+    """Any sender.
+
+    Raises:
+        ExceptionGroup: settings that are wrong or contradict each other; each names its key.
+    """
+
+    def __post_init__(self) -> None:
+        _ = self.compiled
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The functions that the settings come to."""
+        return Compiled(self)
+
+    def routes(self) -> tuple[tuple[str, str, str], ...]:
+        """Return a route for each path and method; methods of handshakes alone have no events."""
+        others = dict.fromkeys(each.method for each in self.handshakes if each.method not in self.methods)
+        return tuple(
+            (method, path, name)
+            for path in self.paths
+            for methods, name in ((self.methods, "receive"), (others, "answer"))
+            for method in methods
+        )
+
+    def needs_body(self) -> bool:
+        """Return whether signatures, keys in the body or handshakes need the body."""
+        return self.compiled.needs_body
+
+    def screen(self, incoming: Incoming) -> None:
+        """Check the sender's address."""
+        self.compiled.check_network(incoming)
+
+    def handshake(self, incoming: Incoming) -> Reply | None:
+        """Answer a handshake that everybody may ask for."""
+        return self.compiled.handshake(incoming, verified=False)
+
+    def verify(self, incoming: Incoming) -> None:
+        """Check the sender's credentials."""
+        self.compiled.scheme.check(Reading(self.compiled.reader, incoming))
+
+    def receive(self, incoming: Incoming) -> Accepted | Reply:
+        """Accept the event or the events of a request."""
+        return self.compiled.handshake(incoming, verified=True) or self.compiled.accept(incoming)
+
+    def answer(self, incoming: Incoming) -> Reply:
+        """Answer a verified handshake; its method carries no events."""
+        reply = self.compiled.handshake(incoming, verified=True)
+        if reply is None:
+            raise MethodNotAllowed(allow=self.methods)
+        return reply
+
+    def is_open(self) -> bool:
+        """Return whether everybody can send: neither credentials nor networks are checked."""
+        return self.verification == "none" and not self.networks
+
+    def warnings(self) -> tuple[str, ...]:
+        """See `Source.warnings`."""
+        found = []
+        if self.is_open():
+            found.append('open to everyone who can reach it: verify = "none"')
+        if (
+            isinstance(self.verification, Verify)
+            and self.verification.api_key
+            and self.verification.api_key.query
+        ):
+            found.append("the key stands in the URL, which proxies log; use a header if the sender can")
+        return tuple(found)
+
+    def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
+        """Return what is wrong with a refused request."""
+        return tuple(self.compiled.scheme.explain(Reading(self.compiled.reader, incoming)))
+
+    def samples(self) -> tuple[Incoming, ...]:
+        """See `Source.samples`."""
+        return tuple(each.request(self.paths[0]) for each in self.examples)
+
+    def sign(self, incoming: Incoming) -> Incoming:
+        """Return a sample with credentials."""
+        return self.compiled.scheme.sign(incoming)
