@@ -222,8 +222,12 @@ def _split(target: str) -> tuple[str, str]:
     return path, query
 
 
+def _encoding(captured: Captured) -> str:
+    return ", ".join(captured.headers.getall("Content-Encoding", ()))
+
+
 def _is_compressed(captured: Captured) -> bool:
-    return captured.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
+    return _encoding(captured).strip().lower() not in ("", "identity")
 
 
 def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
@@ -242,7 +246,7 @@ def _size(source: SourceConfig, captured: Captured) -> list[Finding]:
 def _decompressed(source: SourceConfig, captured: Captured) -> tuple[bytes, list[Finding]]:
     """Return the content of a compressed body, and the findings if it cannot be decompressed."""
     try:
-        encoding = encoding_of(captured.headers.get("Content-Encoding"))
+        encoding = encoding_of(_encoding(captured))
         return b"".join(pieces(captured.body, encoding, source.max_body)), []
     except Refusal as refusal:
         do = "capture the body as it was sent, in binary form, or have the sender send it uncompressed"

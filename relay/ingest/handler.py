@@ -211,7 +211,8 @@ class Ingest:
 
     async def _read(self, request: Request, mount: Mount, incoming: Incoming, hold: Hold) -> Incoming:
         """Read a large, slow or compressed body; raises as `read_body` and `decompress`."""
-        header, limit = request.headers.get("Content-Encoding"), mount.config.max_body
+        header = ", ".join(request.headers.getall("Content-Encoding", ()))
+        limit = mount.config.max_body
         encoding = encoding_of(header) if mount.source.decompresses else _no_encoding(header)
         body = received = await read_body(request, limit, self.patience, hold)
         if encoding:
@@ -676,9 +677,9 @@ def type_of(incoming: Incoming) -> str | None:
     return found[:LONGEST_SHOWN] if isinstance(found, str) and found else None
 
 
-def _no_encoding(header: str | None) -> str:
+def _no_encoding(header: str) -> str:
     """Raise UnsupportedEncoding for every `Content-Encoding` but identity."""
-    if header is not None and header.strip().lower() not in ("", "identity"):
+    if header.strip().lower() not in ("", "identity"):
         raise UnsupportedEncoding
     return ""
 

@@ -14,7 +14,7 @@ from wire import request
 
 from relay.errors import Malformed, TooLarge
 from relay.ingest.body import Budget
-from relay.ingest.compression import decompress, pieces
+from relay.ingest.compression import BITE, decompress, pieces
 
 PLUGIN = """
 from relay.hookspecs import hookimpl
@@ -116,6 +116,16 @@ async def test_an_odd_compressed_body_is_refused(relay: Relay, encoding, sent, s
 
 
 @pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("second", ["gzip", "br"])
+async def test_a_second_line_of_content_encoding_counts(relay: Relay, second):
+    sent = gzip.compress(BODY)
+    signature = hmac.digest(b"key", sent, "sha256").hex()
+    lines = f"X-Signature: {signature}\r\nContent-Encoding: identity\r\nContent-Encoding: {second}\r\n"
+    head = f"POST /zipped HTTP/1.1\r\nHost: a\r\nContent-Length: {len(sent)}\r\n{lines}\r\n"
+    assert (await relay.exchange(head.encode() + sent)).status == 415
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_signature_covers_the_compressed_bytes(relay: Relay):
     assert (await post(relay, gzip.compress(BODY), "gzip", signed=BODY)).status == 401
 
@@ -150,9 +160,10 @@ async def test_decompressing_lets_other_requests_run():
 
     task = asyncio.create_task(tick())
     content = json.dumps([["text", n] for n in range(300_000)]).encode()
-    began = time.perf_counter()
-    assert await decompress(zlib.compress(content), "deflate", 2 * len(content), hold) == content
-    took = time.perf_counter() - began
+    sent = zlib.compress(content)
+    began = time.thread_time()
+    assert await decompress(sent, "deflate", 2 * len(content), hold) == content
+    took = time.thread_time() - began
     task.cancel()
     assert ticks >= took / 0.01  # at least one turn of the loop in ten milliseconds
     assert budget.used == len(content)
@@ -167,3 +178,12 @@ def test_a_bomb_is_decompressed_no_further_than_its_limit():
     assert sum(sizes) <= 2**20
     with pytest.raises(Malformed):
         list(pieces(gzip.compress(b"") * 100_000, "gzip", 2**20))
+
+
+def test_a_body_without_content_is_read_in_small_pieces():
+    blocks = b"\x78\x01" + b"\x00\x00\x00\xff\xff" * 2**18  # stored blocks of no bytes
+    found = pieces(blocks, "deflate", 2**20)
+    for _ in range(len(blocks) // BITE):
+        assert next(found) == b""
+    with pytest.raises(Malformed, match="cut short"):
+        list(found)
