@@ -31,7 +31,7 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     scheme: Annotated[
         str,
-        _help("`standard`, `svix`, `github` or `stripe`: the other keys then have the values of that scheme"),
+        _help("`standard`, `svix`, `github` or `stripe`; sets the defaults of the other keys"),
     ] = ""
     header: Annotated[
         str,
@@ -41,10 +41,12 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: Annotated[
         Literal["sha256", "sha1", "sha512"], _help("the hash of the HMAC: `sha256`, `sha1` or `sha512`")
     ] = "sha256"
-    encoding: Annotated[Literal["hex", "base64"], _help("of the signature: `hex` or `base64`")] = "hex"
+    encoding: Annotated[Literal["hex", "base64"], _help("encoding of the signature: `hex` or `base64`")] = (
+        "hex"
+    )
     key_encoding: Annotated[
         Literal["text", "hex", "base64"],
-        _help("of the secrets: `text` takes their bytes as they are; `hex`; `base64`"),
+        _help("encoding of the secrets: `text` (their bytes are the key), `hex` or `base64`"),
     ] = "text"
     prefix: Annotated[
         str, msgspec.Meta(max_length=100), _help("text before each signature, such as `sha256=` or `v1=`")
@@ -52,7 +54,7 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
     separator: Annotated[
         str,
         msgspec.Meta(max_length=10),
-        _help("text between several signatures in the header; without one, the header has one signature"),
+        _help("text between several signatures in the header; if empty, the header has one signature"),
     ] = ""
     signed: Annotated[
         str,
@@ -64,13 +66,13 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
     timestamp_field: Annotated[
         str | None,
         msgspec.Meta(min_length=1, max_length=100),
-        _help("or the text before the time inside the signature's own header, such as `t=`"),
+        _help("text before the time, such as `t=`, if the signature's header contains the time"),
     ] = None
     timestamp_unit: Annotated[
         Literal["s", "ms"], _help("unit of the time, counted from 1970: `s` or `ms`")
     ] = "s"
     secrets: Annotated[
-        tuple[Secret, ...], _help("keys of this scheme; if there are none, the destination's `secrets`")
+        tuple[Secret, ...], _help("keys of this scheme; if empty, the destination's `secrets`")
     ] = ()
 
     @property
