@@ -16,6 +16,7 @@ from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
 from relay.config.document import INCLUDED
+from relay.config.message import MessageConfig
 from relay.config.secrets import Secret, Url
 from relay.config.signatures import DEFAULT, SignatureConfig
 
@@ -371,10 +372,25 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     format: Annotated[
         str,
         _help(
-            "format of the request body: `standard`, `raw`, `cloudevents`, `slack`, `discord`, or a "
-            "[plugin's](hooks.md)"
+            "format of the request body: `standard`, `raw`, `cloudevents`, a [message](messages.md) for "
+            "`slack`, `discord`, `teams`, `telegram`, `ntfy` or `pagerduty`, or a [plugin's](hooks.md)"
         ),
     ] = "standard"
+    template: Annotated[
+        Any,
+        _help(
+            "instead of `format`: a [request body of your own](messages.md#request-bodies), as text, a "
+            "table or a list with placeholders"
+        ),
+    ] = None  # relay.formats compiles it
+    content_type: Annotated[
+        str | None,
+        _help("content type of `template`, if it is neither JSON nor plain text"),
+    ] = None
+    message: Annotated[
+        MessageConfig,
+        _help("what a [message format](messages.md) shows, and the settings of its service"),
+    ] = MessageConfig()
     method: Annotated[Literal["POST", "PUT"], _help('HTTP method: `"POST"` or `"PUT"`')] = "POST"
     headers: Annotated[
         dict[

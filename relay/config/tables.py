@@ -5,6 +5,7 @@ from typing import Any
 
 from relay.config import validators
 from relay.config.binding import WRONG, Binder
+from relay.config.message import FORMATS
 from relay.config.problems import KeyPath, dotted, guess, shown
 from relay.config.schema import Config, DestinationConfig, Plugins
 from relay.config.secrets import Absent
@@ -68,7 +69,8 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
             _check_choice(binder, destination, path)
             _check_signatures(binder, destination, path)
             found[name] = destination
-        if not table.get("secrets") and not _has_own_keys(destination):
+        is_message = table.get("format") in FORMATS
+        if not table.get("secrets") and not is_message and not _has_own_keys(destination):
             binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
     for name in found:
         _check_stand_in(binder, found, name)

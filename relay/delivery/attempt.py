@@ -15,6 +15,7 @@ from relay.delivery.http.http_client import HttpClient, OutOfResourcesError
 from relay.delivery.http.result import HttpResult, Timing, one_line
 from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
 from relay.formats import Format
+from relay.formats.destination import is_shared
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
 from relay.process.logs import Sparing, fields
 from relay.signing import signer_of
@@ -43,6 +44,8 @@ class AttemptRunner:
         self._url = config.url.reveal()
         self._signer = signer_of(config.signatures, config.secrets, method=config.method, url=self._url)
         self._format = format_
+        # Destinations with the same format share the bodies of an event, except those with settings.
+        self._body_key = format_.name if is_shared(config) else f"{format_.name} of {config.name}"
         self._log = Sparing(log, clock)
         self._policy = RetryPolicy.of(config.retry)
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
@@ -101,13 +104,13 @@ class AttemptRunner:
         """Render, sign and send; deliveries of the same event share the bodies in `rendered`."""
         format_ = self._format
         try:
-            body = None if rendered is None else rendered.get(format_.name)
+            body = None if rendered is None else rendered.get(self._body_key)
             if body is None:
                 body = format_.render(event)
                 if not isinstance(body, bytes):
                     raise TypeError(f"expected bytes, got {type(body).__name__}")  # noqa: TRY301 - a plugin's mistake
                 if rendered is not None:
-                    rendered[format_.name] = body
+                    rendered[self._body_key] = body
             content_type = format_.content_type
             if content_type is None:
                 content_type = format_.content_type_of(event)

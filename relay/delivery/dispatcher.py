@@ -14,6 +14,7 @@ from relay.delivery.http.http_client import HttpClient
 from relay.delivery.lane import Lane
 from relay.delivery.limits import MAX_BODY_BYTES, BodyBudget, Slots
 from relay.formats import FORMATS, Format
+from relay.formats.destination import format_of
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
 from relay.process.logs import Sparing
@@ -87,7 +88,7 @@ class Dispatcher:
                 has_files = config.ca_file is not None or config.client_cert is not None
                 if lane is None or lane.config != config or has_files:
                     client = HttpClient(config, own=self._own)
-                    format_ = self._formats[config.format]
+                    format_ = format_of(config, self._formats)
                     runners[name] = AttemptRunner(config, format_, client, self._clock, self._rand)
         except BaseException:
             await plan.discard()

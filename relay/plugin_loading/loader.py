@@ -22,6 +22,7 @@ from relay.config.schema import Admin, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
+from relay.formats.destination import problems_of
 from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
@@ -322,8 +323,5 @@ def _agree(one: str, other: str) -> bool:
 
 def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]) -> None:
     for name, destination in config.destinations.items():
-        wanted = destination.format
-        if wanted not in formats:
-            advice = guess(wanted, formats) or f"; there are: {', '.join(formats)}"
-            path: KeyPath = ("destinations", name, "format")
-            binder.report(path, f"no format is called {shown(wanted)}{advice}")
+        for key, problem in problems_of(destination, formats):
+            binder.report(("destinations", name, *key), problem)

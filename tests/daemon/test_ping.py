@@ -190,7 +190,7 @@ async def test_the_destination_s_own_format_is_used(tmp_path):
         async with running(config) as relay:
             assert (await post(relay)).json["ok"]
         [arrived] = receiver.requests
-    assert "`relay.ping` about `crm`" in json.loads(arrived.body)["text"]
+    assert json.loads(arrived.body)["text"].startswith("🔵 Test of crm\n")
 
 
 async def test_an_unknown_one_is_404(crm):

@@ -12,6 +12,7 @@ from relay.config import effective
 from relay.config.binding import Binder
 from relay.config.client_cert import ClientCert
 from relay.config.document import read
+from relay.config.message import MessageConfig
 from relay.config.problems import ConfigError
 from relay.config.schema import (
     Admin,
@@ -33,7 +34,7 @@ from relay.plugin_loading.loader import discover, load
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "config.toml"
-PAGE = (ROOT / "docs" / "configuration.md").read_text()
+DOCS = ROOT / "docs"
 TABLES = {
     "": Config,
     "server": Server,
@@ -50,7 +51,10 @@ TABLES = {
     "destinations.NAME.circuit": CircuitConfig,
     "destinations.NAME.client_cert": ClientCert,
     "[destinations.NAME.signatures]": SignatureConfig,
+    "destinations.NAME.message": MessageConfig,
 }
+ELSEWHERE = {"destinations.NAME.message": "messages.md"}
+"""Tables on other pages than configuration.md."""
 NO_KEYS = {"path", "included", "warnings", "name", "settings"}  # filled by the relay, not by the operator
 OWN_TABLES = {
     "server",
@@ -108,17 +112,17 @@ SHOWN = shown()
 
 
 def general(table):
-    """Return the settings of a table of TABLES; NAME is whichever table shows the key."""
+    """Return the settings of a table of TABLES; NAME is the first table that shows the key."""
     pattern = re.compile(re.escape(table).replace("NAME", "[a-z]+"))
-    return {
-        key: line for name, lines in SHOWN.items() if pattern.fullmatch(name) for key, line in lines.items()
-    }
+    tables = [lines for name, lines in SHOWN.items() if pattern.fullmatch(name)]
+    return {key: line for lines in reversed(tables) for key, line in lines.items()}
 
 
 def section(table):
     """Return the section of the page for a table."""
     heading = rf"\[{re.escape(table)}\]" if table else "Top-level keys"
-    found = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    page = (DOCS / ELSEWHERE.get(table, "configuration.md")).read_text()
+    found = re.search(rf"^##+ `?{heading}`?\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE)
     assert found is not None, table
     return found[1]
 
@@ -255,13 +259,13 @@ def test_without_development_each_substitute_is_a_problem(tmp_path):
 
 def rewrite():
     """Write the tables of keys into the page."""
-    page = PAGE
     for table in TABLES:
+        file = DOCS / ELSEWHERE.get(table, "configuration.md")
         part = section(table)
         rows = list(ROW.finditer(part))
         new = "\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in described(table))
-        page = page.replace(part, part[: rows[0].start()] + new + part[rows[-1].end() :])
-    (ROOT / "docs" / "configuration.md").write_text(page)
+        text = file.read_text()
+        file.write_text(text.replace(part, part[: rows[0].start()] + new + part[rows[-1].end() :]))
 
 
 if __name__ == "__main__":

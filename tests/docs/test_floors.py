@@ -14,7 +14,7 @@ FLOORS = (
     (
         "config.problems", "config.secrets", "config.signatures", "keys", "signing", "routing.envelope",
         "routing.conditions", "routing.subscription",
-        "formats", "schemas", "config", "delivery.retry", "workers.rules", "store.retention_policy",
+        "schemas", "config", "formats", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "process.loop_lag", "routing",
     ),
     ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.views"),

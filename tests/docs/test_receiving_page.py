@@ -87,9 +87,6 @@ def test_every_format_is_on_the_page_with_its_body_and_type():
     [example] = blocks("Formats", "json")
     assert example.rstrip("\n").encode() == FORMATS["cloudevents"].render(EXAMPLE)
     assert f"as `{FORMATS['cloudevents'].content_type}`" in text
-    assert '`{"text": …}` and `{"content": …}`' in text
-    assert "text" in json.loads(FORMATS["slack"].render(EXAMPLE))
-    assert "content" in json.loads(FORMATS["discord"].render(EXAMPLE))
 
 
 ANSWERS = [

@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.formats import DISCORD_LIMIT, FORMATS, SLACK_LIMIT
+from relay.formats import FORMATS
 from relay.model import StoredEvent
 
 # Nothing here survives a decoder and an encoder: spaces, a twin key, 2^70, trailing zeros, escapes.
 ODD = b'{ "b":1.50,"a":1180591620717411303424 ,"a": 45000.00, "c":"\\u00e9\\/" }'
+
+MESSAGES = ["slack", "discord", "teams", "telegram", "ntfy", "pagerduty"]
 
 texts = st.text(st.characters(codec="utf-8"), max_size=400)
 values = st.recursive(
@@ -34,10 +36,6 @@ def event(**changes):
         "sha256": b"",
     }
     return StoredEvent(**fields | changes)
-
-
-def units(text):
-    return len(text.encode("utf-16-le")) // 2
 
 
 def test_standard_inserts_the_senders_bytes_into_the_envelope():
@@ -89,8 +87,7 @@ def test_raw_replaces_a_content_type_that_cannot_be_forwarded(odd):
     [
         ("standard", "application/json"),
         ("cloudevents", "application/cloudevents+json"),
-        ("slack", "application/json"),
-        ("discord", "application/json"),
+        *((name, "application/json") for name in MESSAGES),
     ],
 )
 def test_every_other_format_has_a_fixed_content_type(name, content_type):
@@ -98,7 +95,7 @@ def test_every_other_format_has_a_fixed_content_type(name, content_type):
 
 
 def test_the_table_of_formats_is_keyed_by_their_names():
-    assert list(FORMATS) == ["standard", "raw", "cloudevents", "slack", "discord"]
+    assert list(FORMATS) == ["standard", "raw", "cloudevents", *MESSAGES]
     assert all(name == each.name for name, each in FORMATS.items())
 
 
@@ -126,68 +123,3 @@ def test_a_cloudevents_source_is_a_uri_reference():
     assert (
         json.loads(FORMATS["cloudevents"].render(event(source="a b/ü")))["source"] == "/relay/a%20b%2F%C3%BC"
     )
-
-
-def test_slack_gets_one_line_and_the_data_in_a_code_block():
-    assert json.loads(FORMATS["slack"].render(event(data=b'{"n":1}')))["text"] == (
-        "`moddy.member_joined` about `80351110224678912` at 2023-11-14T22:13:20.123Z "
-        '(`evt_018bcfe5-6800-7000-8000-000000000001`)\n```\n{"n":1}\n```'
-    )
-
-
-def test_slack_gets_no_mention_or_link_of_a_sender():
-    text = json.loads(FORMATS["slack"].render(event(subject="<!channel>", data=b'"<@U1> & co"')))["text"]
-    assert "about `&lt;!channel&gt;` at" in text
-    assert '"&lt;@U1&gt; &amp; co"' in text
-
-
-def test_discord_gets_content_without_mentions():
-    assert json.loads(FORMATS["discord"].render(event(subject=None, data=b'"@everyone"'))) == {
-        "content": "`moddy.member_joined` at 2023-11-14T22:13:20.123Z "
-        '(`evt_018bcfe5-6800-7000-8000-000000000001`)\n```\n"@everyone"\n```',
-        "allowed_mentions": {"parse": []},
-    }
-
-
-@pytest.mark.parametrize("shift", range(5))
-def test_slack_never_gets_half_an_entity(shift):
-    data = b'"' + b"x" * shift + b"&" * 20_000 + b'"'
-    text = json.loads(FORMATS["slack"].render(event(data=data)))["text"]
-    assert text.endswith("&amp;…\n```")
-
-
-@pytest.mark.parametrize(("name", "key"), [("slack", "text"), ("discord", "content")])
-class TestMessages:
-    def test_an_event_without_data_is_its_headline_alone(self, name, key):
-        assert "\n" not in json.loads(FORMATS[name].render(event(data=b"{}")))[key]
-
-    def test_a_code_fence_in_the_data_does_not_end_the_code_block(self, name, key):
-        text = json.loads(FORMATS[name].render(event(data=b'"```<b>"')))[key]
-        assert text.count("```") == 2
-
-    def test_a_subject_stays_on_its_line_and_in_its_backticks(self, name, key):
-        text = json.loads(FORMATS[name].render(event(subject="a`\n*b*\r\n" + "x" * 500, data=b"{}")))[key]
-        assert f"about `a' *b* {'x' * 192}…` at" in text
-
-    @pytest.mark.parametrize("character", ["x", "&", "<", "é", "한", "😀"])
-    def test_long_data_is_cut_to_what_the_service_takes(self, name, key, character):
-        limit = {"slack": SLACK_LIMIT, "discord": DISCORD_LIMIT}[name]
-        data = f'"{character * 20_000}"'.encode()
-        text = json.loads(FORMATS[name].render(event(data=data)))[key]
-        assert limit - 5 <= units(text) <= limit
-        assert text.endswith("…\n```")
-
-    def test_data_that_just_fits_is_whole(self, name, key):
-        limit = {"slack": SLACK_LIMIT, "discord": DISCORD_LIMIT}[name]
-        frame = units(json.loads(FORMATS[name].render(event(data=b'""')))[key])
-        for length, whole in ((limit - frame - 1, True), (limit - frame + 1, False)):
-            text = json.loads(FORMATS[name].render(event(data=b'"' + b"x" * length + b'"')))[key]
-            assert ("…" not in text) is whole
-            assert units(text) <= limit
-
-    @given(data=values, type_=texts.map(lambda text: text[:200]), subject=st.none() | texts)
-    def test_no_event_makes_a_message_that_is_too_long(self, name, key, data, type_, subject):
-        odd = event(data=json.dumps(data, ensure_ascii=False).encode(), type=type_, subject=subject)
-        text = json.loads(FORMATS[name].render(odd))[key]
-        assert units(text) <= {"slack": SLACK_LIMIT, "discord": DISCORD_LIMIT}[name]
-        assert text.count("```") in (0, 2)

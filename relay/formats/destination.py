@@ -1,0 +1,49 @@
+"""The format of a destination: a named one with the settings of `message`, or a body of its own."""
+
+from collections.abc import Iterator, Mapping
+
+from relay.config.message import MessageConfig
+from relay.config.problems import KeyPath, SettingError, guess, shown
+from relay.config.schema import DestinationConfig
+from relay.formats.envelope import Format
+from relay.formats.services import SERVICES, MessageFormat
+from relay.formats.template import compile_body
+
+TEMPLATE = "template"
+"""The name of the format of a destination with `template`."""
+
+
+def format_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Format:
+    """Return the format of a destination; `formats` are the known ones by name.
+
+    Raises:
+        SettingError: a key does not fit.
+    """
+    if config.template is not None:
+        body = compile_body(config.template, config.content_type)
+        return Format(name=TEMPLATE, content_type=body.content_type, render=body.render)
+    format_ = formats[config.format]
+    return format_.with_settings(config.message) if isinstance(format_, MessageFormat) else format_
+
+
+def is_shared(config: DestinationConfig) -> bool:
+    """Return whether the format renders an event for every destination alike."""
+    return config.template is None and config.message == MessageConfig()
+
+
+def problems_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield each key of a destination that does not fit its format, and why."""
+    if config.template is None and config.content_type is not None:
+        yield ("content_type",), "belongs to `template`; a format has its own"
+    if config.format not in formats:
+        advice = guess(config.format, formats) or f"; there are: {', '.join(formats)}"
+        yield ("format",), f"no format is called {shown(config.format)}{advice}"
+        return
+    if config.message != MessageConfig() and (
+        config.template is not None or not isinstance(formats[config.format], MessageFormat)
+    ):
+        yield ("message",), f"belongs to a message format: {', '.join(each.name for each in SERVICES)}"
+    try:
+        format_of(config, formats)
+    except SettingError as error:
+        yield error.key, str(error)
