@@ -12,6 +12,7 @@ docs:
 	.venv/bin/python -m tests.golden
 	.venv/bin/python tests/docs/test_docs.py
 	.venv/bin/python tests/docs/test_config_reference.py
+	.venv/bin/python tests/docs/test_config_schema.py
 
 deb:
 	packaging/deb/build $(OUT)

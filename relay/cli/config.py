@@ -1,7 +1,7 @@
 """`relay check-config` and `relay config`, and the configuration as other commands load it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,12 +11,17 @@ import msgspec
 from relay.cli.main import NOT_ALLOWED, NOTHING, CommandError, Group, code_of
 from relay.cli.options import FILE, config_option, env_file_option, json_option
 from relay.cli.output import count, print_json
+from relay.config.binding import Binder
+from relay.config.document import read
 from relay.config.effective import as_toml, effective
 from relay.config.installed_service import Given, read_env_file, service_of
-from relay.config.paths import find_config
+from relay.config.json_schema import SCHEMA, Kinds, json_schema
+from relay.config.paths import find_config, look_for_config
 from relay.config.problems import ConfigError, Problem, UnreadableError, guess
 from relay.config.schema import Config, SourceConfig
+from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import Setup, discover, load
+from relay.plugin_loading.offered import Kind
 
 STARTER = Path(__file__).with_name("templates") / "config.toml"
 
@@ -111,13 +116,38 @@ def init(file: Path) -> None:
     """
     try:
         with file.open("x") as new:
-            new.write(STARTER.read_text())
+            new.write(f"#:schema {SCHEMA.as_uri()}\n{STARTER.read_text()}")
     except FileExistsError:
         hint = f"name another file, or check this one: `relay check-config {file}`"
         raise CommandError(f"{file} already exists", hint=hint) from None
     except OSError as error:
         raise CommandError(f"cannot write {file}: {error.strerror}", hint="name another file") from None
     click.echo(f"{file}: written; set its secrets, then run `relay check-config {file}`")
+
+
+@config_.command()
+@click.option("--bundled", is_flag=True, help="Without the plugins of your configuration.")
+@config_option
+def schema(config: Path | None, *, bundled: bool) -> None:
+    """Print the JSON Schema of config.toml, for editors.
+
+    Example: relay config schema > config.schema.json
+
+    It knows the plugins of your configuration. Editors with TOML support complete keys and mark mistakes if
+    the first line of config.toml is "#:schema ./config.schema.json".
+    """
+    path = None if bundled else look_for_config(config)
+    dirs = bind_tables(Binder(read(path), os.environ, lenient=True)).plugins.dirs if path else ()
+    offers, _ = discover(dirs)
+    print_json(json_schema(kinds_of(offers.kinds.values())))
+
+
+def kinds_of(kinds: Iterable[Kind]) -> Kinds:
+    """Return kinds of source as `json_schema` takes them."""
+    return {
+        kind.name: (kind.source, frozenset(kind.preset.read().defaults if kind.preset else ()))
+        for kind in kinds
+    }
 
 
 def given_of(path: Path, env_files: Sequence[Path]) -> Given:

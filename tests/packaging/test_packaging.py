@@ -77,7 +77,7 @@ def test_the_wheel_holds_every_module_and_claims_no_name_but_relay(wheel):
     assert "relay/sources/presets/github.toml" in sources
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relay" / "cli" / "templates").iterdir()}
     templates.add("relay/demo/config.toml.template")
-    assert held == modules | sources | templates | {"relay/py.typed"}
+    assert held == modules | sources | templates | {"relay/py.typed", "relay/config/config.schema.json"}
     assert len(licences) == 1
 
 
