@@ -6,7 +6,7 @@ import threading
 import click
 
 from relay.base.text import printable
-from relay.cli.main import CommandError
+from relay.cli.main import CommandError, OneOf
 from relay.cli.options import json_option
 from relay.cli.output import print_json
 from relay.config.secrets import Secret
@@ -24,7 +24,7 @@ from relay.demo.receiver import Received, Receiver
 )
 @click.option(
     "--scheme",
-    type=click.Choice(list(SCHEMES)),
+    type=OneOf(list(SCHEMES)),
     default="standard",
     show_default=True,
     help="Signature scheme to verify.",
