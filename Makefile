@@ -13,6 +13,7 @@ docs:
 	.venv/bin/python tests/docs/test_docs.py
 	.venv/bin/python tests/docs/test_config_reference.py
 	.venv/bin/python tests/docs/test_config_schema.py
+	.venv/bin/python tests/docs/test_presets_page.py
 
 deb:
 	packaging/deb/build $(OUT)

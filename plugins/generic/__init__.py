@@ -4,8 +4,9 @@ docs/sources.md#generic has the reference of the keys.
 """
 
 from relay.hookspecs import hookimpl
-from relay.source import Source
+from relay.source import Preset, Source
 
+from .presets import bundled
 from .source import Generic
 
 
@@ -13,3 +14,9 @@ from .source import Generic
 def relay_sources() -> list[type[Source]]:
     """Offer the generic source."""
     return [Generic]
+
+
+@hookimpl
+def relay_presets() -> list[Preset]:
+    """Offer the presets in `plugins/presets`."""
+    return list(bundled(Generic))

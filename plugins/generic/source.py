@@ -1,6 +1,8 @@
 """The generic source: what it makes of a request."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
 
@@ -24,6 +26,21 @@ class Generic(Keys, kind="generic", dict=True):
     def compiled(self) -> Compiled:
         """The functions that the settings come to."""
         return Compiled(self)
+
+    @classmethod
+    def merged(cls, preset: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a table with defaults: `context` name by name, `verify` key by key of the same scheme."""
+        merged = {**preset, **table}
+        default, own = preset.get("verify"), table.get("verify")
+        if isinstance(default, dict) and isinstance(own, dict) and default.keys() == own.keys():
+            merged["verify"] = {
+                scheme: {**keys, **own[scheme]} if isinstance(own[scheme], dict) else own[scheme]
+                for scheme, keys in default.items()
+            }
+        default, own = preset.get("context"), table.get("context")
+        if isinstance(default, dict) and isinstance(own, dict):
+            merged["context"] = {**default, **own}
+        return merged
 
     def routes(self) -> tuple[tuple[str, str, str], ...]:
         """Return a route for each path and method; methods of handshakes alone have no events."""

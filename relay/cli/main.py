@@ -132,7 +132,7 @@ COMMANDS = {
         "relay.cli.destinations:destinations",
         "List, inspect, pause and resume destinations.",
     ),
-    "sources": ("relay.cli.sources:sources", "List, inspect, pause and resume sources."),
+    "sources": ("relay.cli.sources:sources", "List, add, inspect, pause and resume sources."),
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
     "jobs": ("relay.cli.jobs:jobs", "List periodic jobs and run them."),

@@ -44,7 +44,7 @@ def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
     configuration.
     """
     path = look_for_config(config)
-    offers, problems = discover(_dirs(path))
+    offers, problems = discover(dirs_of(path))
     found = [offering.shown() for offering in offers.listed()]
     page = {"items": found, "next_cursor": None}
     print_page(page, COLUMNS, as_json=as_json, quiet=quiet, key="name", headings=HEADINGS)
@@ -66,7 +66,7 @@ def new(name: str, *, folder: Path | None, config: Path | None, as_json: bool) -
     files are not overwritten.
     """
     path = look_for_config(config)
-    dirs = _dirs(path)
+    dirs = dirs_of(path)
     _check(name, dirs)
     place = folder or (dirs[0] if dirs else Path("plugins.d"))
     plugin, test = place / f"{name}.py", place / f"test_{name}.py"
@@ -90,7 +90,8 @@ def filled(file: str, name: str) -> str:
     return template.replace("@name@", name).replace("@NAME@", name.upper()).replace("@Class@", class_)
 
 
-def _dirs(path: Path | None) -> Sequence[Path]:
+def dirs_of(path: Path | None) -> Sequence[Path]:
+    """Return the folders of plugins that a configuration names."""
     return bind_tables(Binder(read(path), directories_of(path))).plugins.dirs if path else ()
 
 

@@ -14,9 +14,12 @@ from relay.config.problems import dotted
 COLUMNS = ("name", "plugin", "prefix", "paused")
 
 
-@click.group(cls=Group)
+@click.group(
+    cls=Group,
+    lazy={"add": ("relay.cli.add_source:add", "Add a source to config.toml: a preset or generic.")},
+)
 def sources() -> None:
-    """List, inspect, pause and resume sources."""
+    """List, add, inspect, pause and resume sources."""
 
 
 @sources.command("list")

@@ -17,6 +17,8 @@ from relay.cli.output import count
 from relay.config import paths
 from relay.errors import RelayError
 
+ROOT = Path(__file__).parents[2]
+
 GOOD = '[sources.adorn]\nplugin = "adorn"\n[destinations.crm]\nurl = "https://crm.example"\n'
 BAD = '[server]\nmax_boddy = "2 MiB"\nlisten = 8080\n'
 
@@ -164,7 +166,11 @@ def test_plugins_are_listed_tab_separated_when_piped(relay):
     result = relay("plugins", "list")
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"]
+    kinds = [row[0] for row in rows if row[1] == "source"]
+    assert kinds == ["adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"]
+    presets = sorted(file.stem for file in (ROOT / "plugins" / "presets").glob("*.toml"))
+    assert [row[0] for row in rows if row[1] == "preset"] == presets
+    assert len(rows) == len(kinds) + len(presets)
     assert rows[0][1:4] == ["source", "bundled", __version__]
     assert rows[0][4].endswith("adorn.py")
 

@@ -24,7 +24,7 @@ ECDSA_KEY = generate_private_key(SECP256R1())
 
 def presets():
     """Read the files of all presets."""
-    files = sorted((ROOT / "plugins" / "presets").glob("*.toml"))
+    files = sorted((ROOT / "plugins" / "presets").glob("*.toml"), key=lambda file: file.stem)
     return {file.stem: tomllib.loads(file.read_text()) for file in files}
 
 
@@ -50,9 +50,9 @@ class Sent(NamedTuple):
     at: int  # seconds since 1970
 
 
-def signed(name, sent):
-    """Return the headers of a request with the signature of a preset's vendor."""
-    return {**sent.headers, **_SIGNERS[name](secret_of(name).encode(), sent)}
+def signed(name, sent, secret=None):
+    """Return the headers of a request with the signature of a preset's vendor; `secret_of` by default."""
+    return {**sent.headers, **_SIGNERS[name]((secret or secret_of(name)).encode(), sent)}
 
 
 def unsigned_query(name):
@@ -87,7 +87,7 @@ def _standard(prefix):
 def _stripe(header):
     def sign(key, sent):
         signature = _hex(key, f"{sent.at}.".encode() + sent.body)
-        return {header: f"t={sent.at},v1={_hex(b'other', sent.body)},v1={signature},v0=ignored"}
+        return {header: f"t={sent.at},v1={_hex(b'other', sent.body)},v0=ignored,v1={signature}"}
 
     return sign
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,13 @@ def request(method: str, path: str, body: bytes | None = None, **headers: str) -
     lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in fields.items()]
     head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""])
     return head.encode("utf-8", "surrogateescape") + (body or b"")
+
+
+def raw_request(method: str, target: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    """Render a request with its headers as they are."""
+    fields = {"Host": "relay.test", "Content-Length": str(len(body)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
 # --- server-sent events -------------------------------------------------------------------------------

@@ -99,7 +99,9 @@ def install(folder, monkeypatch, name, source, entry):
 def test_the_bundled_sources_are_always_there():
     offers, problems = discover([])
     assert problems == []
-    assert set(offers.kinds) == {"adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"}
+    kinds = {name for name, kind in offers.kinds.items() if kind.preset is None}
+    assert kinds == {"adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"}
+    assert {"github", "stripe", "standard-webhooks"} <= set(offers.kinds)
     moddy = offers.kinds["moddy"]
     assert (moddy.door, moddy.version, Path(moddy.file).name) == ("bundled", __version__, "moddy.py")
 

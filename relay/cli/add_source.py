@@ -1,0 +1,390 @@
+"""`relay sources add`: the table of a source in config.toml, and what to enter at the sender's side."""
+
+import json
+import sys
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from relay.cli.config import given_of
+from relay.cli.main import NOTHING, CommandError, OneOf
+from relay.cli.options import config_option, env_file_option, json_option
+from relay.cli.output import count, print_json
+from relay.cli.plugins import dirs_of
+from relay.config import validators
+from relay.config.document import read
+from relay.config.effective import as_toml
+from relay.config.installed_service import Given, service_of
+from relay.config.paths import find_config
+from relay.config.problems import ConfigError, Problem, guess
+from relay.plugin_loading.loader import discover, load
+from relay.source import Guide, Preset
+
+GENERIC = "generic"
+HOST = "https://YOUR-HOST"
+"""Stands for the public URL of the relay where nobody named it."""
+
+_VERIFY: Mapping[str, Any] = {
+    "bearer": "bearer",
+    "hmac": {"hmac": {"header": "X-Signature"}},
+    "api-key": {"api_key": {"header": "X-API-Key"}},
+    "basic": {"basic": {"user": "relay"}},
+    "standard-webhooks": "standard-webhooks",
+    "none": "none",
+}
+"""What `--verify` writes for a generic source."""
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new source needs to be written."""
+
+    guide: Guide
+    verify: Any
+    handshakes: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def signs_url(self) -> bool:
+        """Whether the signature covers the URL, so that the relay must know it."""
+        return isinstance(self.verify, dict) and any(
+            "{url}" in method.get("signed", "") for method in self.verify.values()
+        )
+
+    @property
+    def secrets_key(self) -> str:
+        """The key that holds its secrets; "" without a secret."""
+        if self.verify == "none":
+            return ""
+        is_public = isinstance(self.verify, dict) and not {"ed25519", "ecdsa"}.isdisjoint(self.verify)
+        return "public_keys" if is_public else "secrets"
+
+    @property
+    def has_verify_token(self) -> bool:
+        """Whether one of its handshakes carries a token."""
+        return any("token" in handshake for handshake in self.handshakes)
+
+
+class Needed(msgspec.Struct, frozen=True):
+    """A secret that the operator stores."""
+
+    place: str  # env, file or credential
+    name: str  # of the variable, the file or the credential
+    what: str  # in the vendor's words
+
+
+class Added(msgspec.Struct, frozen=True, kw_only=True):
+    """A new source."""
+
+    name: str
+    url: str
+    table: str  # its lines of config.toml
+    secrets: tuple[Needed, ...]
+    title: str
+    docs: str
+    steps: tuple[str, ...]
+
+
+def presets(dirs: Sequence[Path] = ()) -> dict[str, Preset]:
+    """Return all presets by name, the bundled ones and those of plugins."""
+    offers, problems = discover(dirs)
+    if problems:
+        raise ConfigError(problems)
+    return {name: kind.preset for name, kind in sorted(offers.kinds.items()) if kind.preset is not None}
+
+
+def kind_of(preset: Preset) -> Kind:
+    """Return what a preset says about setting up its source."""
+    rules = preset.read()
+    return Kind(
+        guide=rules.guide,
+        verify=rules.defaults.get("verify", "none"),
+        handshakes=rules.defaults.get("handshakes", ()),
+    )
+
+
+@click.command()
+@click.argument("kind", required=False)
+@click.option("--name", help="Name of the source.  [default: the preset's name]")
+@click.option("--path", help='Path that senders post to, such as "/hooks/github".')
+@click.option("--public-url", help='Scheme and host that senders use, such as "https://hooks.example".')
+@click.option("--secret-env", metavar="NAME", help="Environment variable with the secret.")
+@click.option("--secret-file", metavar="FILE", help="File with the secret.")
+@click.option("--secret-credential", metavar="NAME", help="systemd credential with the secret.")
+@click.option("--verify", type=OneOf(tuple(_VERIFY)), help="With generic: how senders are verified.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key. Repeatable.")
+@click.option("--print", "only_print", is_flag=True, help="Print the table and write nothing.")
+@config_option
+@env_file_option
+@json_option
+def add(
+    kind: str | None,
+    *,
+    name: str | None,
+    path: str | None,
+    public_url: str | None,
+    secret_env: str | None,
+    secret_file: str | None,
+    secret_credential: str | None,
+    verify: str | None,
+    settings: tuple[str, ...],
+    only_print: bool,
+    config: Path | None,
+    env_files: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Add a source to config.toml: a preset or generic.
+
+    Example: relay sources add github --public-url https://hooks.example
+
+    KIND is a preset, such as github, or generic; on a terminal without KIND, the command asks. The table is
+    checked and appended; the rest of the file stays as it is. Afterwards the command prints the URL and the
+    steps at the sender's side, and where to store the secret. `relay reload` applies it.
+    """
+    file = find_config(config)
+    known = presets(dirs_of(file))
+    asks = kind is None
+    if kind is None:
+        kind = _ask_kind(known)
+    chosen = _chosen(kind, known, verify)
+    if asks:
+        name = name or click.prompt("Name of the source", default=kind)
+    name = _named(name or kind)
+    if asks and kind == GENERIC and verify is None:
+        choice = click.prompt("Verification", default="hmac", type=OneOf(tuple(_VERIFY)))
+        chosen = _chosen(kind, known, choice)
+    default_path = chosen.guide.default_path.replace("{name}", name)
+    if kind != name:
+        default_path = default_path.replace(f"/{kind}", f"/{name}")
+    if asks:
+        path = path or click.prompt("Path", default=default_path)
+        public_url = public_url or click.prompt("Public URL of the relay", default=HOST)
+    given = _place(chosen, name, secret_env, secret_file, secret_credential)
+    if asks and "env" in given and secret_env is None:
+        given = {"env": click.prompt("Environment variable with the secret", default=given["env"])}
+    if chosen.signs_url and public_url in (None, HOST):
+        raise click.UsageError(
+            f"{chosen.guide.title} signs the URL: name the one that it uses with --public-url,"
+            " such as --public-url https://hooks.example"
+        )
+    added = _make(
+        kind, chosen, name, path=path or default_path, public_url=public_url, place=given, settings=settings
+    )
+    if not only_print:
+        _append(file, added, given_of(file, env_files))
+    _report(added, file, is_written=not only_print, as_json=as_json)
+
+
+def is_terminal() -> bool:
+    """Return whether somebody can answer questions."""
+    return sys.stdin.isatty()
+
+
+def _ask_kind(known: Mapping[str, Preset]) -> str:
+    if not is_terminal():
+        raise click.UsageError(f"name a preset or generic; presets: {', '.join(known)}")
+    for each, preset in known.items():
+        click.echo(f"  {each:<22} {kind_of(preset).guide.title}")
+    click.echo(f"  {GENERIC:<22} Any other sender")
+    answer: str = click.prompt("Kind", type=OneOf((*known, GENERIC)), show_choices=False)
+    return answer
+
+
+def _chosen(kind: str, known: Mapping[str, Preset], verify: str | None) -> Kind:
+    if kind == GENERIC:
+        steps = ("Let the sender post to {url}",)
+        secret = "the secret that the sender uses"  # noqa: S105 - a description
+        guide = Guide(title="the sender", docs="", secret=secret, default_path="/hooks/{name}", steps=steps)
+        return Kind(guide=guide, verify=_VERIFY[verify or "bearer"])
+    if kind not in known:
+        hint = f"presets: {', '.join(known)}; or generic for any other sender"
+        wrong = f'unknown preset "{kind}"{guess(kind, (*known, GENERIC))}'
+        raise CommandError(wrong, hint=hint, code=NOTHING)
+    if verify is not None:
+        raise click.UsageError(f"--verify is for generic; the preset {kind} verifies senders by itself")
+    return kind_of(known[kind])
+
+
+def _named(name: str) -> str:
+    try:
+        return validators.name(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--name") from None
+
+
+def _place(
+    kind: Kind, name: str, variable: str | None, file: str | None, credential: str | None
+) -> dict[str, str]:
+    """Return where the secret comes from, as config.toml says it; empty without a secret."""
+    named = {"env": variable, "file": file, "credential": credential}
+    given = {key: value for key, value in named.items() if value is not None}
+    if len(given) > 1:
+        raise click.UsageError("give only one of --secret-env, --secret-file and --secret-credential")
+    if not kind.secrets_key:
+        if given:
+            raise click.UsageError("senders are not verified, so there is no secret")
+        return {}
+    suffix = "PUBLIC_KEY" if kind.secrets_key == "public_keys" else "WEBHOOK_SECRET"
+    return given or {"env": _variable(name, suffix)}
+
+
+def _variable(name: str, suffix: str) -> str:
+    text = f"{name}_{suffix}".upper().replace("-", "_")
+    return f"_{text}" if text[:1].isdigit() else text
+
+
+def _make(
+    kind: str,
+    chosen: Kind,
+    name: str,
+    *,
+    path: str,
+    public_url: str | None,
+    place: dict[str, str],
+    settings: Sequence[str],
+) -> Added:
+    """Return the new source."""
+    base = (public_url or HOST).rstrip("/")
+    table: dict[str, Any] = {"plugin": kind, "path": path}
+    secrets: list[Needed] = []
+    words = {"url": f"{base}{path}", "secret": "the secret", "verify_token": "the verify token"}
+    if place:
+        table[chosen.secrets_key] = [place]
+        [(where, words["secret"])] = place.items()
+        secrets.append(Needed(where, words["secret"], chosen.guide.secret))
+    if chosen.has_verify_token:
+        words["verify_token"] = _variable(name, "VERIFY_TOKEN")
+        table["verify_tokens"] = [{"env": words["verify_token"]}]
+        secrets.append(Needed("env", words["verify_token"], chosen.guide.verify_token))
+    if chosen.signs_url:
+        table["public_url"] = base
+    if kind == GENERIC:
+        table |= {"verify": chosen.verify, "type": "{body:type}"}
+    for setting in settings:
+        _merge(table, _setting(setting))
+    return Added(
+        name=name,
+        url=words["url"],
+        table="\n".join(as_toml({"sources": {name: table}})).strip(),
+        secrets=tuple(secrets),
+        title=chosen.guide.title,
+        docs=chosen.guide.docs,
+        steps=tuple(fill(step, words) for step in chosen.guide.steps),
+    )
+
+
+def fill(step: str, words: Mapping[str, str]) -> str:
+    """Replace the placeholders of a step."""
+    for word, value in words.items():
+        step = step.replace(f"{{{word}}}", value)
+    return step
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """Read `key=value`: a TOML value, or else text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise click.BadParameter(f'expected KEY=VALUE, got "{text}"', param_hint="--set")
+    for written in (value, json.dumps(value)):
+        try:
+            return tomllib.loads(f"{key} = {written}")
+        except tomllib.TOMLDecodeError:
+            continue
+    raise click.BadParameter(f'"{key}" is not a key of TOML', param_hint="--set")
+
+
+def _merge(table: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
+
+
+def _append(file: Path, added: Added, given: Given) -> None:
+    """Append a source's table to config.toml, if the whole file is valid then.
+
+    Raises:
+        ConfigError: the file has problems, or would have some; nothing was written.
+        CommandError: the file already has a source of this name, or cannot be written.
+    """
+    document = read(file)
+    if added.name in document.data.get("sources", {}):
+        hint = "choose another name with --name, or edit the file"
+        raise CommandError(f'{file} already has a source "{added.name}"', hint=hint)
+    content = file.read_bytes()
+    newline = "\r\n" if b"\r\n" in content else "\n"
+    text = "\n" if content.endswith(b"\n") or not content else "\n\n"
+    addition = f"{text}{added.table}\n".replace("\n", newline).encode()
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", suffix=".toml") as trial:
+            trial.write(content + addition)
+            trial.flush()
+            _check(Path(trial.name), file, given)
+        with file.open("ab") as end:
+            end.write(addition)
+    except OSError as error:
+        hint = "run the command as a user who may write it, or use --print and paste the table"
+        raise CommandError(f"cannot write {file}: {error.strerror}", hint=hint) from None
+
+
+def _check(trial: Path, file: Path, given: Given) -> None:
+    try:
+        load(trial, given, lenient=True)
+    except ConfigError as error:
+        renamed = [
+            Problem(str(file), problem.line, problem.key, problem.problem)
+            if problem.file == str(trial)
+            else problem
+            for problem in error.problems
+        ]
+        number = count(len(renamed), "problem")
+        raise ConfigError(renamed, hint=f"{number} with the new table; nothing was written") from None
+
+
+def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(msgspec.to_builtins(added) | {"file": str(file), "written": is_written})
+        return
+    if is_written:
+        click.echo(f"{file}: added the source {added.name}\n")
+    click.echo(f"{added.table}\n\nOn this machine:\n")
+    _print_list(_local_steps(added, file))
+    click.echo(f"\nAt {added.title}{f', {added.docs}' if added.docs else ''}:\n")
+    _print_list(added.steps)
+    click.echo(f"\nThen try it: relay send {added.name}")
+    if HOST in added.url:
+        click.echo(f"{HOST} is the public URL of this relay; --public-url names it", err=True)
+
+
+def _print_list(steps: Sequence[str]) -> None:
+    for number, step in enumerate(steps, 1):
+        click.echo(f"{number}. {step}")
+
+
+def _local_steps(added: Added, file: Path) -> list[str]:
+    """Return what to do on this machine: store the secrets, and apply the file."""
+    service = service_of(file)
+    steps, needs_restart = [], False
+    for secret in added.secrets:
+        if secret.place == "env":
+            where = "in the environment of `relay serve`"
+            if service is not None and service.env_files:
+                where = f"in {service.env_files[0][0]}, as a line {secret.name}='…'"
+            steps.append(f"Set {secret.name} {where}: {secret.what}")
+            needs_restart |= service is None
+        elif secret.place == "credential":
+            steps.append(f"Add LoadCredential={secret.name}:… to the unit: {secret.what}")
+            needs_restart = True
+        else:
+            steps.append(f"Write {secret.name}: {secret.what}")
+        if "you choose" in secret.what:
+            steps[-1] += " (for example the output of `openssl rand -hex 32`)"
+    restart = "Restart `relay serve`" if service is None else f"Run `systemctl restart {service.name}`"
+    return [
+        *steps,
+        f"{restart}, which reads environment and credentials" if needs_restart else "Run `relay reload`",
+    ]
