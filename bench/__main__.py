@@ -9,7 +9,7 @@ from bench.loop import run
 from bench.report import as_json, table
 from bench.rounds import Plan
 
-BENCHMARKS = ("ingest", "relay", "zoo")
+BENCHMARKS = ("ingest", "relay", "generic", "zoo")
 """One module each, with a docstring of one line and `run(plan)`."""
 
 

@@ -32,7 +32,7 @@ secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
 allow_private = true
 concurrency = 192
 """
-_SAMPLE = b"""{
+SAMPLE = b"""{
   "event_type": "member_joined",
   "discord_id": "123456789012345678",
   "metadata": {
@@ -48,7 +48,7 @@ PATH = "/internal/event/notify"
 def request(prefix: str = "") -> bytes:
     """Build the bytes of Moddy's example event, 206 bytes of JSON (docs/contracts/moddy.md#event-types)."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-    return post(prefix + PATH, _SAMPLE, headers)
+    return post(prefix + PATH, SAMPLE, headers)
 
 
 REQUEST = request()

@@ -1,6 +1,6 @@
 """Templates of a generic source, compiled into functions of a request."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from .reading import Reader, Reading, Value
 Get = Callable[[Reading], Value]
 Render = Callable[[Reading], str]
 _CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
+_OPENING, _CLOSINGS = "".join(_CLOSING), "".join(_CLOSING.values())
 _encode = msgspec.json.Encoder().encode
 _NULL = msgspec.Raw(b"null")
 
@@ -105,37 +106,46 @@ def compile_text(reader: Reader, template: Template, *, complete: bool = False) 
 def without_missing(texts: list[str], literal: list[bool]) -> str:
     """Join the parts of a text, some of which are empty: a missing part takes its separator along.
 
-    A separator is what stands between letters and digits. The one before the missing part goes; if nothing
-    is left before it, the one behind it goes.
+    A separator is what a literal has between letters, digits and brackets. The one before the missing part
+    goes; if nothing is left before it, the one behind it goes. Values stay whole.
 
     >>> without_missing(["push", ".", ""], [False, True, False])
     'push'
     >>> without_missing(["", ".", "opened"], [False, True, False])
     'opened'
     """
-    joined, takes_next, closing = "", False, ""
+    kept: list[str] = []
+    after_literal, takes_next, closing = False, False, ""
     for part, is_literal in zip(texts, literal, strict=True):
         if is_literal:
-            start = part
-            if closing and start.startswith(closing):
-                start = start[1:]
+            text = part[1:] if closing and part.startswith(closing) else part
             if takes_next:
-                start = start[_leading(start) :]
-            joined += start
-            takes_next, closing = takes_next and not start, ""
+                text = text[_separator(text, _OPENING) :]
+            kept.append(text)
+            takes_next = takes_next and not text
         elif part:
-            joined += part
-            takes_next, closing = False, ""
+            kept.append(part)
+            takes_next = False
         else:
-            kept = joined[: len(joined) - _leading(joined[::-1])]
-            closing = _CLOSING.get(joined[-1:], "")
-            joined, takes_next = kept, not kept
-    return joined
+            if after_literal:
+                last = kept[-1]
+                closing = _CLOSING.get(last[-1:], "")
+                kept[-1] = last[: len(last) - _separator(reversed(last), _CLOSINGS)]
+            takes_next = not any(kept)
+        if is_literal or part:
+            closing = ""
+        after_literal = is_literal or (after_literal and not part)
+    return "".join(kept)
 
 
-def _leading(text: str) -> int:
-    """Return the number of characters before the first letter or digit."""
-    return next((at for at, character in enumerate(text) if character.isalnum()), len(text))
+def _separator(characters: Iterable[str], stop: str) -> int:
+    """Return the number of characters before the first letter, digit or character of `stop`."""
+    number = 0
+    for character in characters:
+        if character.isalnum() or character in stop:
+            break
+        number += 1
+    return number
 
 
 def compile_value(reader: Reader, template: Template) -> Get:

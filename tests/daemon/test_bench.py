@@ -25,14 +25,14 @@ def bench(*arguments):
 
 
 def test_without_a_name_the_benchmarks_are_listed():
-    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "zoo"]
+    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "generic", "zoo"]
 
 
 def test_a_misspelt_name_is_refused():
     command = [sys.executable, "-m", "bench", "ingets"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
-    assert "'ingest', 'relay', 'zoo'" in done.stderr
+    assert "'ingest', 'relay', 'generic', 'zoo'" in done.stderr
 
 
 @pytest.mark.parametrize(

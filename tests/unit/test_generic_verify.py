@@ -1,10 +1,12 @@
 """How a generic source checks its senders, and what `relay verify` says about a refused request."""
 
 import base64
+import gzip
 import hashlib
 import hmac
 import time
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, SECP384R1, generate_private_key
@@ -154,6 +156,15 @@ def test_an_hmac_over_the_bytes_as_received_is_accepted(keys, headers):
 def test_any_other_signature_is_refused(headers, problem):
     source = source_of('{ hmac = { header = "X-Sign", prefix = "sha256=" } }')
     assert problem_of(source, incoming(BODY, headers)) == problem
+
+
+def test_a_signature_covers_the_bytes_as_received_of_a_compressed_body():
+    source = source_of('{ hmac = { header = "X-Sign" } }', 'type = "{body:n}"')
+    packed = gzip.compress(BODY)
+    request = msgspec.structs.replace(incoming(BODY, {"X-Sign": hex_of(packed)}), compressed=packed)
+    assert problem_of(source, request) == ""
+    assert source.receive(request).event.type == "1.50"
+    assert problem_of(source, msgspec.structs.replace(request, compressed=None))
 
 
 def test_a_missing_part_of_the_signed_text_refuses():
