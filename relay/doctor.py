@@ -15,7 +15,7 @@ from relay.jobs.scheduler import Past
 from relay.model import Check
 
 FAILING = 600 * SECOND
-"""A destination that has failed for longer than this is reported, although retries continue."""
+"""Microseconds: a destination that has failed for longer is reported, although retries continue."""
 
 _ADVICE = {
     "paused": "relay destinations resume {name}",
@@ -24,16 +24,16 @@ _ADVICE = {
 }
 
 
-class Owing(msgspec.Struct, frozen=True, kw_only=True):
-    """A destination with its pending deliveries."""
+class DestinationBacklog(msgspec.Struct, frozen=True, kw_only=True):
+    """The pending deliveries of a destination, and why they are held."""
 
     name: str
-    held: str | None  # why deliveries are held; None: they are not
+    held: str | None  # why deliveries are held; None: they are not held
     pending: int
     failing_since: int | None = None  # steady clock
 
 
-def held(destinations: Iterable[Owing], now: int, patience: int = FAILING) -> Check:
+def held(destinations: Iterable[DestinationBacklog], now: int, patience: int = FAILING) -> Check:
     """Check for held deliveries, by destination; `now` is steady clock."""
     found, hints = [], []
     for each in destinations:
@@ -74,7 +74,7 @@ def ready(reasons: Iterable[str]) -> Check:
 
 
 def writable(config: Config, state_dir: Path) -> Check:
-    """Check for files of the relay that every user of the machine may change."""
+    """Check for files of the relay that every user of the machine can change."""
     found = sorted({str(path) for path in _of_the_relay(config, state_dir) if _is_open(path)})
     for folder in sorted({path.parent for path in (config.path, *config.included)}):
         if _is_open(folder, sticky=True):
@@ -107,7 +107,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _is_open(path: Path, *, sticky: bool = False) -> bool:
-    """Return whether every user may write there; with `sticky`, a sticky folder does not count."""
+    """Return whether every user can write a file or folder; with `sticky`, a sticky folder does not count."""
     try:
         mode = path.stat().st_mode
     except OSError:

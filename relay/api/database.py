@@ -11,11 +11,9 @@ from relay.api.context import Context
 from relay.api.endpoints import Lines, endpoint
 from relay.api.responses import stream_lines
 from relay.api.views import Time
-from relay.config.paths import database_path
 from relay.delivery.lane import NO_STORAGE
 from relay.jobs.backups import described
 from relay.model import Backup, Check, Compacted
-from relay.store.doctor import database
 
 
 class BackupFileView(msgspec.Struct):
@@ -103,9 +101,9 @@ class DatabaseApi:
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
             sources=config.sources.keys(),
+            config=config.path,
         )
         return (
-            database(database_path(config), config.path),
             *found,
             doctor.held(self._destinations(), self._clock.steady()),
             self._backups.examine(),
@@ -115,10 +113,10 @@ class DatabaseApi:
             await self._reloads.drift(),
         )
 
-    def _destinations(self) -> list[doctor.Owing]:
+    def _destinations(self) -> list[doctor.DestinationBacklog]:
         pending = self._store.ledger.pending()
         return [
-            doctor.Owing(
+            doctor.DestinationBacklog(
                 name=name,
                 held=None if lane.held == NO_STORAGE else lane.held,  # the check `ready` reports the storage
                 pending=pending.get(name, 0),

@@ -18,7 +18,8 @@ from relay.cli.main import INTERRUPTED, CommandError, Group
 from relay.cli.offline import Offline, database_of, readable, tables_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_json, print_table, show_progress
-from relay.store import Stop
+from relay.store import OfflineStore, Stop
+from relay.store.opening import offline_store
 
 T = TypeVar("T")
 
@@ -95,14 +96,14 @@ def check(file: Path | None, config: Path | None, *, as_json: bool) -> None:
     FILE defaults to the database of the configuration. Read-only; needs no daemon. The exit code is 1 if
     a check fails. `relay doctor` has more checks.
     """
-    from relay.store.doctor import Examined, examine  # noqa: PLC0415 - other commands start faster without it
-
     path = readable(file or database_of(tables_of(config)))
     if not path.exists():
         raise _missing(path)
-    examined = Examined(path=path, now=SystemClock().wall())
+    store = _store_at(path)
     found = _in_thread(
-        lambda stop: examine(examined, stop), lambda: "checking every page", "nothing was changed"
+        lambda stop: store.examine(stop, now=SystemClock().wall()),
+        lambda: "checking every page",
+        "nothing was changed",
     )
     print_checks(named(found, CHECKS), as_json=as_json)
 
@@ -128,8 +129,6 @@ def compact(daemon: Daemon, *, as_json: bool) -> None:
 
 
 def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[str, Any]:
-    from relay.store.backup import back_up  # noqa: PLC0415 - other commands start faster without it
-
     if not source.exists():
         raise _missing(source)
     part, size = target.with_name(f"{target.name}.part"), source.stat().st_size
@@ -137,9 +136,13 @@ def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[st
     def progress() -> str:
         return _progress({"bytes": part.stat().st_size if part.exists() else 0, "of": size})
 
-    copy = partial(back_up, source, target.absolute(), replace=force, keep_free=keep_free)
+    copy = partial(_store_at(source).back_up, target.absolute(), replace=force, keep_free=keep_free)
     done = _in_thread(copy, progress, f"{target} was not written")
     return msgspec.structs.asdict(done)
+
+
+def _store_at(path: Path) -> OfflineStore:
+    return offline_store(f"sqlite:{path.absolute()}", path.parent)
 
 
 def _missing(path: Path) -> CommandError:

@@ -19,7 +19,7 @@ from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
 from relay.store import Stop
-from relay.store.opening import open_for_reading
+from relay.store.opening import offline_store, path_of
 
 if TYPE_CHECKING:
     from relay import doctor
@@ -30,52 +30,50 @@ class Offline:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._file = readable(database_of(config))
+        readable(database_of(config))
+        self._store = offline_store(config.storage.url, state_of(config))
 
     def measure(self) -> dict[str, Any]:
         """Return the contents and size of the database, and its backups; raises `StorageError`."""
         from relay.jobs.backups import described, made_in  # noqa: PLC0415 - see `_read`
-        from relay.store.measure import measure  # noqa: PLC0415 - see `_read`
 
-        return described(
-            measure(self._file, Stop()), made_in(state_of(self._config) / self._config.backup.dir)
-        )
+        backups = made_in(state_of(self._config) / self._config.backup.dir)
+        return described(self._store.measure(Stop()), backups)
 
     def examine(self) -> list[Check]:
         """Run every check that needs no daemon."""
         from relay import doctor  # noqa: PLC0415 - see `_read`
         from relay.jobs import backups  # noqa: PLC0415 - see `_read`
-        from relay.store.doctor import Examined, database, examine  # noqa: PLC0415 - see `_read`
 
         config, now = self._config, SystemClock().wall()
-        examined = Examined(
-            path=self._file,
+        made = backups.made_in(state_of(config) / config.backup.dir)
+        found = self._store.examine(
+            Stop(),
             now=now,
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
+            config=config.path,
         )
-        made = backups.made_in(state_of(config) / config.backup.dir)
-        found = [database(self._file, config.path), *examine(examined, Stop())]
         with suppress(StorageError):  # the checks above report an unreadable file
             # No daemon retries now, so a failed last attempt is a problem at once.
             found.append(doctor.held(asyncio.run(self._backlogs()), now, patience=0))
         found.append(backups.examine(made, config.backup.every, now // SECOND))
         return [*found, doctor.writable(config, state_of(config))]
 
-    async def _backlogs(self) -> list["doctor.Owing"]:
+    async def _backlogs(self) -> list["doctor.DestinationBacklog"]:
         from relay import doctor  # noqa: PLC0415 - see `_read`
 
-        async with open_for_reading(self._file) as reads:
-            books, states = await reads.ledger.totals(), await reads.queries.destination_states()
+        async with self._store.read() as stored:
+            ledger, states = await stored.ledger.totals(), await stored.queries.destination_states()
         return [
-            doctor.Owing(
+            doctor.DestinationBacklog(
                 name=name,
                 held=states[name].held if name in states else None,
-                pending=books[name].pending,
+                pending=ledger[name].pending,
                 failing_since=states[name].failing_since if name in states else None,
             )
             for name in self._config.destinations
-            if name in books
+            if name in ledger
         ]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
@@ -105,11 +103,10 @@ class Offline:
                 runner.run(lines.aclose())
 
     async def _export(self, query: dict[str, Any], *, deliveries: bool) -> AsyncGenerator[bytes, None]:
-
         selection = _selection(query)
-        async with open_for_reading(self._file) as reads:
-            span = await reads.queries.span(selection)
-            async for line in reads.queries.export(selection, span, deliveries=deliveries):
+        async with self._store.read() as stored:
+            span = await stored.queries.span(selection)
+            async for line in stored.queries.export(selection, span, deliveries=deliveries):
                 yield line
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
@@ -124,25 +121,25 @@ class Offline:
         )
 
         known, now = self._config.destinations, SystemClock().wall()
-        async with open_for_reading(self._file) as reads:
+        async with self._store.read() as stored:
             if kind == "destinations":
                 return await (
-                    list_destinations(reads, known)
+                    list_destinations(stored, known)
                     if given is None
-                    else show_destination(reads, given, known, now)
+                    else show_destination(stored, given, known, now)
                 )
             if kind == "export":
                 selection = _selection(query, "dry_run")
-                span = await reads.queries.span(selection)
-                return {"count": sum([len(page) async for page in reads.queries.select(selection, span)])}
+                span = await stored.queries.span(selection)
+                return {"count": sum([len(page) async for page in stored.queries.select(selection, span)])}
             if kind == "stats":
                 limit, cursor = query.pop("limit"), query.pop("cursor")
-                return await list_stats(reads, _selection(query), limit=limit, cursor=cursor)
+                return await list_stats(stored, _selection(query), limit=limit, cursor=cursor)
             if given is not None:
-                return await (show_event if kind == "events" else show_delivery)(reads, given)
+                return await (show_event if kind == "events" else show_delivery)(stored, given)
             limit, cursor = query.pop("limit"), query.pop("cursor")
             return await list_items(
-                reads,
+                stored,
                 kind,
                 limit=limit,
                 cursor=cursor,
@@ -158,7 +155,7 @@ def _selection(query: dict[str, Any], *others: str) -> Selection:
 
 
 STATE = Path("/var/lib/relay")
-"""Folder of the database with `StateDirectory=relay`; a shell does not have the unit's environment."""
+"""Folder of the database with `StateDirectory=relay`; a shell lacks the unit's environment."""
 
 
 def tables_of(given: Path | None) -> Config:
@@ -173,17 +170,15 @@ def tables_of(given: Path | None) -> Config:
 
 def database_of(config: Config) -> Path:
     """Return the path of the database file."""
-    return state_of(config) / _file_of(config)
+    return path_of(config.storage.url, state_of(config))
 
 
 def state_of(config: Config) -> Path:
     """Return the state folder, which contains the database."""
-    name = _file_of(config)
-    return STATE if not is_there(config.state_dir / name) and is_there(STATE / name) else config.state_dir
-
-
-def _file_of(config: Config) -> str:
-    return config.storage.url.removeprefix("sqlite:")
+    url = config.storage.url
+    if not is_there(path_of(url, config.state_dir)) and is_there(path_of(url, STATE)):
+        return STATE
+    return config.state_dir
 
 
 def readable(path: Path) -> Path:

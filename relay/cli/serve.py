@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from relay.cli.main import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import service_of
-from relay.config.paths import database_path, find_config, is_there
+from relay.config.paths import find_config, is_there
 from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
 from relay.errors import RelayError
 from relay.process.systemd import sockets_given
+from relay.store.opening import path_of
 
 if TYPE_CHECKING:
     from relay.plugin_loading.loader import Setup
@@ -118,11 +118,11 @@ def _refuse_second(path: Path) -> None:
         config = bind_tables(Binder(read(path), os.environ, lenient=True))
     except ConfigError:  # `load` reports it
         return
-    ours = database_path(config)
+    ours = path_of(config.storage.url, config.state_dir)
     there = service.directories.get("STATE_DIRECTORY", "").partition(":")[0]
     theirs = ours
     if there and "state_dir" not in read(path).data:
-        theirs = database_path(msgspec.structs.replace(config, state_dir=Path(there)))
+        theirs = path_of(config.storage.url, Path(there))
     if not is_there(theirs):
         if os.path.realpath(theirs) != os.path.realpath(ours):
             logging.getLogger("relay").warning(

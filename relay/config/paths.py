@@ -58,11 +58,6 @@ def is_there(path: Path) -> bool:
         return True
 
 
-def database_path(config: Config) -> Path:
-    """Return where the database is that the daemon of this config uses."""
-    return config.state_dir / config.storage.url.removeprefix("sqlite:")
-
-
 def socket_path(config: Config, environ: Mapping[str, str] = os.environ) -> Path:
     """Return the admin API's unix socket: in systemd's runtime directory, else in the state directory."""
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]

@@ -8,6 +8,7 @@ Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.b
 
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -452,8 +453,13 @@ class Upkeep(Protocol):
         min_free: int = 0,
         destinations: Collection[str] | None = None,
         sources: Collection[str] | None = None,
+        config: Path | None = None,
     ) -> list[Check]:
-        """Run every check; `destinations` and `sources` are the configured names, None: unknown."""
+        """Run every check.
+
+        `destinations` and `sources` are the configured names; None: unknown. `config` is config.toml, beside
+        which a second database may exist; None: do not look for it.
+        """
         ...
 
 
@@ -468,6 +474,38 @@ class StoredData(Protocol):
     @property
     def ledger(self) -> LedgerReads:
         """Counts of deliveries."""
+        ...
+
+
+class OfflineStore(Protocol):
+    """Stored data without a daemon: read, check and copy it. Never changes the data."""
+
+    def read(self) -> AbstractAsyncContextManager[StoredData]:
+        """Open the data for reading, whether or not its daemon runs; leaves no file behind.
+
+        Raises:
+            StorageError: the data does not exist, cannot be read, or has tables of another version.
+        """
+        ...
+
+    def measure(self, stop: Stop) -> Measured:
+        """See `Upkeep.measure`; ends early once `stop` is set."""
+        ...
+
+    def examine(
+        self,
+        stop: Stop,
+        *,
+        now: int,
+        min_free: int = 0,
+        destinations: Collection[str] | None = None,
+        config: Path | None = None,
+    ) -> list[Check]:
+        """See `Upkeep.examine`; `now` is wall clock."""
+        ...
+
+    def back_up(self, target: Path, stop: Stop, *, replace: bool = False, keep_free: int = 0) -> Backup:
+        """See `Upkeep.backup`; ends early once `stop` is set."""
         ...
 
 

@@ -18,43 +18,43 @@ SIZE_SQL = """
     SELECT (page_count - freelist_count) * page_size
       FROM pragma_page_count, pragma_page_size, pragma_freelist_count
 """
-LOOK_EVERY = 10_000  # steps of SQLite's machine between two looks at the room that is left
+CHECK_EVERY = 10_000  # instructions of SQLite between two checks of the free space
 
 
 def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, keep_free: int = 0) -> Backup:
-    """Copy a database to a file of mode 0600; the copy gets its name after a check.
+    """Copy a database to a file of mode 0600, and check the copy before it gets its name.
 
-    `VACUUM INTO` reads one snapshot, however long it takes; senders do not notice. On the database's own
-    disk, `keep_free` bytes stay free, also while senders write.
+    `VACUUM INTO` reads one snapshot, however long that takes, and does not delay senders. On the database's
+    own disk, `keep_free` bytes stay free, also while senders write.
 
     Raises:
-        StorageError: the target is there already, there is too little room, or the copy is not sound.
+        StorageError: the target exists, there is too little room, or the copy is damaged.
     """
     began = time.monotonic()
     _check_target(source, target, replace=replace)
     if lacking := lacks(source, target.parent, stop, keep_free=keep_free):
         free, size = shutil.disk_usage(target.parent).free, _size(source, stop)
-        kept = f", and {render_size(keep_free)} are to stay free" if keep_free else ""
+        kept = f", and {render_size(keep_free)} must stay free" if keep_free else ""
         raise StorageError(
-            f"{target.parent} has {render_size(free)} free, a copy may take {render_size(size)}{kept}",
-            hint=f"make {render_size(lacking)} more room, or name another disk",
+            f"{target.parent} has {render_size(free)} free, a copy may need {render_size(size)}{kept}",
+            hint=f"free {render_size(lacking)} more, or choose another disk",
         )
     part = target.with_name(f"{target.name}.part")
     try:
-        part.unlink(missing_ok=True)  # of a backup that was cut short
+        part.unlink(missing_ok=True)  # left by an interrupted backup
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with opened(source, stop) as connection:
             before = _last(connection)
             guard = _Guard(target.parent, stop, keep_free if _same_disk(source, target.parent) else 0)
-            connection.set_progress_handler(guard, LOOK_EVERY)
+            connection.set_progress_handler(guard, CHECK_EVERY)
             try:
                 connection.execute("VACUUM INTO ?", (str(part),))
             except sqlite3.OperationalError as error:
                 if not guard.short:
                     raise
                 raise StorageError(
-                    f"{target.parent} has only what is to stay free: {render_size(keep_free)}",
-                    hint="make room, or name another disk",
+                    f"the backup stopped: in {target.parent}, {render_size(keep_free)} must stay free",
+                    hint="make room, or choose another disk",
                 ) from error
         events, deliveries = _verify(part, stop, before)
         sync(part)
@@ -76,16 +76,16 @@ def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, ke
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
     if not target.parent.is_dir():
-        raise StorageError(f"there is no folder {target.parent}", hint=f"mkdir -p {target.parent}")
+        raise StorageError(f"the folder {target.parent} does not exist", hint=f"mkdir -p {target.parent}")
     if target.exists():
         if not target.is_file() or target.samefile(source):
             raise StorageError(f"{target} cannot be a backup of {source}", hint="name another file")
         if not replace:
-            raise StorageError(f"{target} is there already", hint="name another file, or say --force")
+            raise StorageError(f"{target} exists already", hint="name another file, or add --force")
 
 
 class _Guard:
-    """Ends a statement when nobody waits for it, or when only the space that must stay free is left."""
+    """Interrupts a statement if its caller is gone, or if less space is left than must stay free."""
 
     def __init__(self, folder: Path, stop: Stop, keep_free: int) -> None:
         self.short = False
@@ -111,7 +111,7 @@ def lacks(source: Path, folder: Path, stop: Stop, *, keep_free: int = 0) -> int:
 
 
 def _size(source: Path, stop: Stop) -> int:
-    """Return the size of a copy at most: with the log's pages, without the free ones."""
+    """Return the largest possible size of a copy: with the log's pages, without free pages."""
     try:
         with opened(source, stop) as connection:
             [(size,)] = connection.execute(SIZE_SQL).fetchall()
@@ -133,7 +133,9 @@ def _verify(part: Path, stop: Stop, before: int) -> tuple[int, int]:
         if unbalanced := [
             name for name, counts in counts_of(copy.execute(AUDIT_SQL)).items() if counts.unaccounted
         ]:
-            raise StorageError(f"the copy does not balance: {', '.join(unbalanced)}", hint="relay doctor")
+            raise StorageError(
+                f"the ledger of the copy does not balance: {', '.join(unbalanced)}", hint="relay doctor"
+            )
         if _last(copy) < before:
             raise StorageError("the copy lacks the latest events", hint="check both disks, and try again")
         [counts] = copy.execute("SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM deliveries)")

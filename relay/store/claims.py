@@ -1,4 +1,4 @@
-"""Claims: which pending deliveries a lane has, and which are in flight. In memory; a crash releases all."""
+"""Claims, in memory: which pending deliveries a lane has, and which are in flight. A crash releases all."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Claims:
             self._counts[delivery.destination] += 1
 
     def begin(self, delivery_id: int) -> bool:
-        """Mark a delivery as in flight; False: the current transaction ends it, do not send it."""
+        """Mark a delivery as in flight; False: the current transaction ends it, so do not send it."""
         if delivery_id in self._ending:
             return False
         self._in_flight.add(delivery_id)

@@ -9,7 +9,7 @@ SIZES_SQL = """
 
 
 async def empty_log(connection: aiosqlite.Connection) -> bool:
-    """Move the log into the file and empty the log; returns False if a reader is in the way."""
+    """Move the log into the file and empty the log; returns False if a reader prevents it."""
     await connection.execute("PRAGMA busy_timeout = 0")
     try:
         [(busy, _, _)] = await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -1,7 +1,7 @@
 """Opens SQLite safely: one connection writes, all others only read.
 
-SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint (the
-WAL-reset bug; back-ported fixes in 3.44.6 and 3.50.7), so nothing but the writer ever does either.
+SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint (the WAL-reset
+bug; fixed as well in 3.44.6 and 3.50.7). Therefore only the writer writes and checkpoints.
 """
 
 import errno
@@ -22,19 +22,19 @@ from relay.store.schema import MIGRATIONS
 from relay.store.transaction import WriterConnection
 
 OLDEST = (3, 37, 0)
-"""The oldest SQLite with STRICT tables; RETURNING and UPDATE … FROM are older."""
+"""The oldest SQLite with STRICT tables; it also has RETURNING and UPDATE … FROM."""
 
 
 OURS_SQL = """
     SELECT count(*) = 0 OR max(name IN ('meta', 'events', 'deliveries'))
       FROM sqlite_master WHERE type = 'table'
 """
-"""Returns whether a database has the relay's tables, or none yet."""
+"""Returns whether a database has the relay's tables or no tables yet."""
 
-PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
-"""System errors that may pass: a start waits for that."""
+TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
+"""System errors that may end by themselves: the start waits and retries."""
 
-LOCK_PATIENCE = 1.0  # seconds that opening waits for another program's lock
+LOCK_TIMEOUT = 1.0  # seconds that opening waits for another program's lock
 
 
 def check_library() -> None:
@@ -46,8 +46,8 @@ def check_library() -> None:
     if sqlite3.sqlite_version_info < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         raise StorageError(
-            f"SQLite {sqlite3.sqlite_version} is linked, {wanted} or newer is needed",
-            hint="use a Python built against a newer SQLite",
+            f"this Python has SQLite {sqlite3.sqlite_version}, the relay needs {wanted} or newer",
+            hint="use a Python that was built with a newer SQLite",
         )
 
 
@@ -66,7 +66,7 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
     """
     _create(path)
     open_file = partial(
-        sqlite3.connect, path, isolation_level=None, cached_statements=512, timeout=LOCK_PATIENCE
+        sqlite3.connect, path, isolation_level=None, cached_statements=512, timeout=LOCK_TIMEOUT
     )
     connection = WriterConnection(open_file, iter_chunk_size=64)
     await connection
@@ -83,7 +83,7 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
             "journal_size_limit = 67108864",
             "cell_size_check = ON",
             "trusted_schema = OFF",
-            "secure_delete = ON",  # what was deleted is overwritten, whatever the library's default
+            "secure_delete = ON",  # overwrites deleted data; the default depends on the build of SQLite
             "temp_store = MEMORY",
             "mmap_size = 0",
             "cache_size = -65536",
@@ -99,7 +99,7 @@ def _create(path: Path) -> None:
     """Create an empty file of mode 0600 if it is missing.
 
     Raises:
-        StorageError: it cannot be there, or not be written.
+        StorageError: it cannot be created or written.
         StorageUnavailableError: there is no room for it at the moment.
     """
     try:
@@ -109,9 +109,9 @@ def _create(path: Path) -> None:
             f"{path} is a directory", hint="move it away, or name another file in [storage] url"
         ) from None
     except OSError as error:
-        if error.errno in PASSING:
+        if error.errno in TEMPORARY:
             raise StorageUnavailableError(f"{path}: {error.strerror}") from error
-        hint = "see that its folder is there, and that the relay's user may write the file"
+        hint = "create its folder, and let the relay's user write the file"
         raise StorageError(f"{path} cannot be opened: {error.strerror}", hint=hint) from error
     if not path.is_file():
         hint = "move it away, or name another file in [storage] url"
@@ -119,21 +119,21 @@ def _create(path: Path) -> None:
 
 
 def check_companions(database: Path) -> None:
-    """Check that SQLite can create its own files beside a database; it would fail at a folder or a pipe.
+    """Check that SQLite can create its own files beside a database.
 
     Raises:
-        StorageError: one of the names is taken by a directory, a pipe or the like.
+        StorageError: a directory, a pipe or the like has one of their names.
     """
     for suffix in ("-wal", "-shm", "-journal"):
         path = Path(f"{os.path.realpath(database)}{suffix}")
         if path.exists() and not path.is_file():
-            raise StorageError(f"{path} is not a file", hint="move it away: SQLite keeps a file of that name")
+            raise StorageError(f"{path} is not a file", hint="move it away: SQLite needs a file of that name")
 
 
 async def _check_owner(connection: aiosqlite.Connection, path: Path) -> None:
     if not await _scalar(connection, OURS_SQL):
         raise StorageError(
-            f"{path} is a database of another program: it has tables, but not the relay's",
+            f"{path} is a database of another program: it has tables, but none of the relay",
             hint="move it away, or name another file in [storage] url",
         )
 
@@ -143,7 +143,7 @@ NoteError = Callable[[Exception], object]
 
 
 class _Reader(sqlite3.Connection):
-    """Reports errors, because damage that a reader finds must stop the writer as well."""
+    """Reports errors, because damage found by a reader must stop the writer as well."""
 
     note_error: NoteError
 
@@ -194,7 +194,7 @@ async def open_reader(path: Path, note_error: NoteError = lambda _error: None) -
     )
     await connection.execute("PRAGMA busy_timeout = 5000")
     await connection.execute("PRAGMA query_only = ON")
-    await connection.execute_fetchall("PRAGMA schema_version")  # opens the log as well, while it is there
+    await connection.execute_fetchall("PRAGMA schema_version")  # opens the log as well, before it can vanish
     return connection
 
 
@@ -202,7 +202,7 @@ async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
     """Migrate the tables, after making a backup copy of existing data.
 
     Raises:
-        StorageError: the file is of a newer version than this program knows.
+        StorageError: the file has a newer version than this program knows.
     """
     version = await _scalar(connection, "PRAGMA user_version")
     newest = len(MIGRATIONS)
@@ -227,12 +227,12 @@ async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise StorageUnavailableError(
-            f"the copy that is made before the tables change takes {render_size(needed)},"
-            f" {render_size(free)} is free in {path.parent}",
+            f"the copy before the migration needs {render_size(needed)},"
+            f" {path.parent} has {render_size(free)} free",
             hint="make room on the disk; the relay then continues by itself",
         )
     part = copy.with_name(f"{copy.name}.part")
-    part.unlink(missing_ok=True)  # of a start that was cut short
+    part.unlink(missing_ok=True)  # left by an interrupted start
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     try:
         await connection.execute("VACUUM INTO ?", (str(part),))
@@ -245,33 +245,31 @@ async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
     """Check the file for damage after an unclean stop.
 
     Raises:
-        StorageError: SQLite found some; the file is left as it is.
+        StorageError: SQLite found damage; the file is not changed.
     """
     async with connection.execute("PRAGMA quick_check(1)") as cursor:
         row = await cursor.fetchone()
     if row is None or row[0] != "ok":
-        raise damaged(path, row[0] if row else "no answer")
+        raise damaged(path, row[0] if row else "the check returned no result")
 
 
 async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
     async with connection.execute(sql) as cursor:
         row = await cursor.fetchone()
-    assert row is not None  # noqa: S101 - a PRAGMA with a value always answers
+    assert row is not None  # noqa: S101 - a PRAGMA with a value always returns a row
     return int(row[0])
 
 
 def unreadable(path: Path, error: sqlite3.Error) -> StorageError:
-    """Return the error that says why a database cannot be used: it is damaged, or its disk fails."""
+    """Return the error for a database that cannot be used: it is damaged, or its disk fails."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
         return damaged(path, str(error))
-    return StorageUnavailableError(
-        f"{path}: {error}", hint="see the disk's health, then start the relay again"
-    )
+    return StorageUnavailableError(f"{path}: {error}", hint="check the disk, then start the relay again")
 
 
 def damaged(path: Path, what: str) -> StorageError:
-    """Return the error that a file is damaged, with the next steps."""
+    """Return the error for a damaged file, with the next steps."""
     return StorageError(
         f"{path} is damaged: {what}",
         hint=(

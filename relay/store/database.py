@@ -21,7 +21,7 @@ class _Closed:
 
 
 class Database:
-    """What the parts of the store share. `writer` is used for changes, `reader` and `counter` for reads."""
+    """Shared by the parts of the store. `writer` is used for changes, `reader` and `counter` for reads."""
 
     connection: WriterConnection  # the writer's own; nothing else writes
     reader: aiosqlite.Connection
@@ -30,7 +30,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.be_closed("it is not open yet")
+        self.set_closed("it is not open yet")
 
     @classmethod
     def reading(cls, path: Path, reader: aiosqlite.Connection) -> "Database":
@@ -39,8 +39,8 @@ class Database:
         database.reader = database.counter = reader
         return database
 
-    def be_closed(self, why: str) -> None:
-        """Have every use of a connection raise `StorageUnavailableError` with a reason."""
+    def set_closed(self, why: str) -> None:
+        """Let every use of a connection raise `StorageUnavailableError` with a reason."""
         closed = _Closed(why)
         self.connection = cast("WriterConnection", closed)
         self.reader = self.counter = cast("aiosqlite.Connection", closed)

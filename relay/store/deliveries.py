@@ -29,11 +29,11 @@ class SqliteDeliveries:
     async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
         """See `Deliveries.claim`."""
 
-        async def look(connection: aiosqlite.Connection) -> Claim:
+        async def claim_due(connection: aiosqlite.Connection) -> Claim:
             now = self._clock.steady()
             return await claim(connection, self._claims, destination, limit, retries=retries, now=now)
 
-        return await self._database.writer.errand(look)
+        return await self._database.writer.call(claim_due)
 
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Deliveries.release`."""
@@ -44,7 +44,7 @@ class SqliteDeliveries:
         """See `Deliveries.settle`."""
         job = Job[bool](
             lambda batch: batch.outcomes.append(outcome),
-            answer=lambda batch, _: outcome.delivery.id in batch.settled,
+            finish=lambda batch, _: outcome.delivery.id in batch.settled,
         )
         return await self._database.writer.submit(job)
 
@@ -56,7 +56,7 @@ class SqliteDeliveries:
             batch.workers.expire_commands()
             return 0
 
-        return await self._database.writer.submit(Job(apply_, answer=lambda batch, _: len(batch.ended)))
+        return await self._database.writer.submit(Job(apply_, finish=lambda batch, _: len(batch.ended)))
 
     async def expire_held(self, names: Collection[str], kept: int) -> int:
         """See `Deliveries.expire_held`."""
@@ -65,10 +65,10 @@ class SqliteDeliveries:
             batch.held = HeldDestinations(frozenset(names), kept)
             return 0
 
-        def answer(batch: Batch, _: int) -> int:
+        def finish(batch: Batch, _: int) -> int:
             return sum(ending == ("expired", "held") for _, ending in batch.ended.values())
 
-        return await self._database.writer.submit(Job(apply_, answer=answer))
+        return await self._database.writer.submit(Job(apply_, finish=finish))
 
     async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
         """See `Deliveries.cancel`."""
@@ -77,12 +77,12 @@ class SqliteDeliveries:
             batch.to_cancel += delivery_ids
             return Cancelled()
 
-        def answer(batch: Batch, _: Cancelled) -> Cancelled:
+        def finish(batch: Batch, _: Cancelled) -> Cancelled:
             requested = frozenset(delivery_ids)
             in_flight = len(requested & batch.cancelled_in_flight)
             return Cancelled(ended=len(requested & batch.ended.keys()), in_flight=in_flight)
 
-        return await self._database.writer.submit(Job(apply_, answer=answer))
+        return await self._database.writer.submit(Job(apply_, finish=finish))
 
     def cancel_later(self, delivery_ids: Sequence[int]) -> None:
         """Cancel deliveries whose attempt was cut off before it had an outcome."""
@@ -98,10 +98,10 @@ class SqliteDeliveries:
             batch.to_make_due += delivery_ids
             return 0
 
-        def answer(batch: Batch, _: int) -> int:
+        def finish(batch: Batch, _: int) -> int:
             return sum(delivery_id in batch.made_due for delivery_id in set(delivery_ids))
 
-        return await self._database.writer.submit(Job(apply_, answer=answer))
+        return await self._database.writer.submit(Job(apply_, finish=finish))
 
     async def repeat(self, requests: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """See `Deliveries.repeat`."""
@@ -111,7 +111,7 @@ class SqliteDeliveries:
             batch.to_repeat += repeats
             return ()
 
-        job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in repeats))
+        job = Job(apply_, finish=lambda _batch, _none: tuple(each.done for each in repeats))
         return await self._database.writer.submit(job)
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:

@@ -21,7 +21,7 @@ from relay.model import Check
 from relay.store import Stop
 from relay.store.connection import OLDEST, has_wal_reset_bug
 from relay.store.ledger import AUDIT_SQL, counts_of
-from relay.store.losses import WHAT_TO_DO, evidence_of
+from relay.store.losses import WHAT_TO_DO, reports_of
 from relay.store.mark import HIGHEST_SQL, mark_in, read_mark
 from relay.store.queries.filters import LATEST
 from relay.store.read_only import opened
@@ -34,7 +34,7 @@ SAMPLE = 200
 """Events whose bodies are compared with their digests, spread evenly over all events."""
 
 AHEAD = 300 * SECOND
-"""Microseconds by which an event may be in the future before the clock is reported as wrong."""
+"""Microseconds: an event further in the future means that the clock is or was wrong."""
 
 LONG_LOG = 128 * 2**20  # bytes: twice the size to which checkpoints cut the log
 SLOW_FSYNC = 0.1  # seconds
@@ -42,7 +42,7 @@ FSYNCS = 5
 SHOWN = 5  # ids in one finding
 LOCK_TIMEOUT = 1000  # milliseconds for another program's lock
 
-# A delivery without a due time waits for an earlier pending one of its key. Without one it waits for ever.
+# A delivery without a due time waits for an earlier pending one of its key; without one, it is stuck.
 STUCK_SQL = """
     SELECT d.public_id FROM deliveries AS d
      WHERE d.destination = ? AND d.state = 'pending' AND d.attempts = 0 AND d.next_attempt_at IS NULL
@@ -69,11 +69,13 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     min_free: int = 0  # bytes
     destinations: Collection[str] | None = None  # names in the configuration; None: unknown
     sources: Collection[str] | None = None  # the same
+    config: Path | None = None  # config.toml; None: do not look for a second database beside it
 
 
 def examine(examined: Examined, stop: Stop) -> list[Check]:
     """Run every check; a check that fails to run is not ok."""
-    found = [check(examined) for check in SURROUNDINGS]
+    found = [] if examined.config is None else [database(examined.path, examined.config)]
+    found += [check(examined) for check in SURROUNDINGS]
     if examined.path.exists() and not examined.path.is_file():
         return [
             *found,
@@ -102,7 +104,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
 
 
 def database(path: Path, config: Path) -> Check:
-    """Name the database; a second one beside the configuration has events of a relay started by hand."""
+    """Name the database, and look for a second one beside config.toml, of a relay started by hand."""
     other = config.parent / path.name
     if other == path or not other.is_file() or (path.exists() and other.samefile(path)):
         return _passed("database", str(path))
@@ -163,7 +165,7 @@ def disk(examined: Examined) -> Check:
 
 
 def fsync(examined: Examined) -> Check:
-    """Measure how long a write to disk takes: every answer to a sender waits for one."""
+    """Measure the duration of a write to disk; every reply to a sender waits for one."""
     probe = examined.path.with_name(f"{examined.path.name}.fsync")
     taken = []
     try:
@@ -178,13 +180,11 @@ def fsync(examined: Examined) -> Check:
         hint = "make room on the disk" if no_room else "run it as the user of the relay"
         return _failed("fsync", f"{probe}: {error.strerror}", hint)
     finally:
-        with suppress(OSError):  # if it could not be opened, the error below says why
+        with suppress(OSError):  # a file that could not be opened is reported above
             probe.unlink(missing_ok=True)
     detail = f"{statistics.median(taken) * 1000:.1f} ms"
     if statistics.median(taken) > SLOW_FSYNC:
-        return _failed(
-            "fsync", detail, "put state_dir on a faster disk; senders wait this long for an answer"
-        )
+        return _failed("fsync", detail, "put state_dir on a faster disk; senders wait this long for a reply")
     return _passed("fsync", detail)
 
 
@@ -203,7 +203,7 @@ def losses(examined: Examined) -> Check:
         return _failed(
             "losses", detail, f"copy relay.db and relay.db-wal before the next start; {WHAT_TO_DO}"
         )
-    if found := evidence_of(examined.path):
+    if found := reports_of(examined.path):
         names = ", ".join(path.name for path in found)
         return _failed("losses", f"data was lost or rescued: {names}", _afterwards(found))
     return _passed("losses", "no sign of lost data")
@@ -217,7 +217,7 @@ def history(examined: Examined, connection: sqlite3.Connection) -> Check:
     """Compare the database with its high-water mark."""
     [highest] = map(mark_in, connection.execute(HIGHEST_SQL))
     if missing := highest.missing(read_mark(examined.path)):
-        detail = f"the database is older than it was: {', '.join(missing)} are missing"
+        detail = f"the database is older than its high-water mark: {', '.join(missing)} are missing"
         return _failed("history", detail, WHAT_TO_DO)
     return _passed("history", f"{highest.events} events and {highest.deliveries} deliveries so far")
 
@@ -232,7 +232,7 @@ def version(_examined: Examined, connection: sqlite3.Connection) -> Check:
 
 
 def integrity(_examined: Examined, connection: sqlite3.Connection) -> Check:
-    """Have SQLite check every page and every reference between rows."""
+    """Let SQLite check every page and every reference between rows."""
     [(verdict,)] = connection.execute("PRAGMA quick_check(1)").fetchall()
     if verdict != "ok":
         return _failed("integrity", str(verdict), _RESTORE)
@@ -274,7 +274,7 @@ def dead(_examined: Examined, connection: sqlite3.Connection) -> Check:
 
 
 def sources(examined: Examined, connection: sqlite3.Connection) -> Check:
-    """Look for paused sources, whose senders are refused."""
+    """Look for paused sources; their senders are refused."""
     known = examined.sources
     paused = [
         name
@@ -288,7 +288,7 @@ def sources(examined: Examined, connection: sqlite3.Connection) -> Check:
 
 
 def bodies(_examined: Examined, connection: sqlite3.Connection) -> Check:
-    """Compare bodies with their digests: no other check notices a flipped bit."""
+    """Compare bodies with their digests, because no other check notices a flipped bit."""
     [(first, last)] = connection.execute("SELECT min(id), max(id) FROM events")
     if first is None:
         return _passed("bodies", "no events")

@@ -2,7 +2,8 @@
 
 It turns a range of times into a range of row ids. Row ids are the order of acceptance, and times nearly
 follow that order, except where a clock was set back or an import stored old events. So no index leads to the
-first and the last row id of a range of times. The blocks do: their range may be too wide, never too narrow.
+first and the last row id of a range of times. The blocks give a range that may be too wide, but never too
+narrow.
 """
 
 import aiosqlite

@@ -100,7 +100,7 @@ class SqliteEvents:
             batch.to_restore += restoring
             return ()
 
-        job = Job(apply_, answer=lambda _batch, _none: tuple(each.done for each in restoring))
+        job = Job(apply_, finish=lambda _batch, _none: tuple(each.done for each in restoring))
         return await self._database.writer.submit(job)
 
     async def import_lines(

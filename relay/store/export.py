@@ -48,7 +48,7 @@ class DeliveryLine(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """An event as its line has it."""
+    """The fields of an exported event."""
 
     id: _Id
     source: _Text

@@ -1,6 +1,6 @@
-"""Compares the open database's files with the files at their paths.
+"""Compares the open files of the database with the files at their paths.
 
-Deleted files stay open and take everything that is written, and nothing of it is there after a restart.
+A deleted file stays open and accepts every write, but everything written to it is lost after a restart.
 """
 
 import os
@@ -17,22 +17,22 @@ _LARGEST_PAGE = 65_536  # bytes; SQLite writes it as 1
 class Files:
     """Watches a database and its log between `open` and `close`.
 
-    `close` belongs after the last connection's: closing any descriptor of a file releases all locks that the
-    process has on it, SQLite's too.
+    Call `close` after all connections are closed: closing any descriptor of a file releases all locks of the
+    process on it, also those of SQLite.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
         self._known: dict[Path, tuple[int, int]] = {}
-        self._changes = 0  # SQLite's counter of them, which only grows
-        self._size = 0  # bytes of the database at the latest look
+        self._changes = 0  # SQLite's change counter, which only grows
+        self._size = 0  # bytes of the database at the latest check
 
     def open(self) -> None:
         """Start watching, after the connections are open and the log exists.
 
         Raises:
-            OSError: a file is not there any more.
+            OSError: a file no longer exists.
         """
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._descriptor)
@@ -47,25 +47,25 @@ class Files:
             self._descriptor = None
 
     def moved(self) -> str | None:
-        """Return which path names another file now; None: both name the open files."""
+        """Return an error if a path no longer leads to the open file; None: both do."""
         for path, known in self._known.items():
             try:
                 status = path.stat()
             except _GONE:
                 return f"{path} was deleted or moved away while it was in use"
             except OSError:
-                continue  # it cannot be looked at, which says nothing about where writes go
+                continue  # the path cannot be read, which does not prove that the file moved
             if _identity(status) != known:
                 return f"{path} was replaced by another file while it was in use"
         return None
 
     def overwritten(self) -> str | None:
-        """Return how another program overwrote the file; None: no. Call it between transactions."""
+        """Return an error if another program overwrote the file; None: no. Call it between transactions."""
         assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
         try:
             head = os.pread(self._descriptor, _HEAD, 0)
         except OSError:
-            return None  # a failing disk is SQLite's to report
+            return None  # SQLite reports a failing disk
         if head[:16] != _DATABASE:
             return f"{self.path} was overwritten or cut off while it was in use"
         changes = int.from_bytes(head[24:28], "big")
@@ -75,9 +75,9 @@ class Files:
         return self.shortened() or self._log_cut_off()
 
     def shortened(self) -> str | None:
-        """Return whether another program cut the file; None: no. Call it often, before SQLite writes there.
+        """Return an error if another program truncated the file; None: no. Call it often, before any write.
 
-        SQLite itself shortens the file after moving the whole log into it: then its head tells its length.
+        SQLite itself shortens the file after moving the whole log into it; its head then has the new length.
         """
         assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
         size = os.fstat(self._descriptor).st_size
@@ -92,13 +92,13 @@ class Files:
         return f"{self.path} was cut off while it was in use"
 
     def _log_cut_off(self) -> str | None:
-        """Return whether the log lost its head; None: no. SQLite would drop such a log at the next start."""
+        """Return an error if the log has no valid head; None: it has. The next start would drop the log."""
         log = log_of(self.path)
         try:
-            with open_plain(log) as file:  # SQLite has no locks on this one that closing it could release
+            with open_plain(log) as file:  # SQLite has no locks on the log that closing it could release
                 head = file.read(4)
         except OSError:
-            return None  # gone altogether: `moved` sees that
+            return None  # it does not exist: `moved` reports that
         if head and int.from_bytes(head, "big") not in MAGIC:
             return f"{log} was overwritten or cut off while it was in use"
         return None

@@ -1,7 +1,7 @@
-"""The ledger: per destination, how many deliveries were created and how they ended, against the table.
+"""The ledger: for each destination, how many deliveries were created, and how many ended in each state.
 
-Created = delivered + dead + expired + cancelled + pending, always. Everything but `pending` is counted in the
-transaction that changes it; pending deliveries are counted in the table, which makes the comparison a check.
+created = delivered + dead + expired + cancelled + pending, always. All except `pending` are counted in the
+transactions that change them. Pending deliveries are counted in their table, which makes the sum a check.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ TOTALS_SQL = """
       FROM ledger
 """
 
-# Walks the two indexes that lanes claim by, for each destination; sorts nothing.
+# Reads, for each destination, the two indexes that claims use; sorts nothing.
 BACKLOG_SQL = """
-    WITH owed AS (
+    WITH backlog AS (
         SELECT destination,
                (SELECT count(*) FROM deliveries AS d
                  WHERE d.destination = ledger.destination AND d.state = 'pending' AND d.attempts = 0
@@ -44,8 +44,8 @@ BACKLOG_SQL = """
                ) AS retry
           FROM ledger
     )
-    SELECT owed.destination, owed.due, d.created_at, d.id
-      FROM owed JOIN deliveries AS d ON d.id = coalesce(min(owed.first, owed.retry), owed.first, owed.retry)
+    SELECT b.destination, b.due, d.created_at, d.id
+      FROM backlog AS b JOIN deliveries AS d ON d.id = coalesce(min(b.first, b.retry), b.first, b.retry)
 """
 
 

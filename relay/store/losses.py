@@ -1,6 +1,6 @@
 """Finds lost data at a start, keeps damaged files for repair, and reports the loss.
 
-A report beside the database says what is missing. `relay doctor` names it until somebody deletes it.
+The report is a file beside the database. `relay doctor` names it until an operator deletes it.
 """
 
 import logging
@@ -11,42 +11,42 @@ from pathlib import Path
 from relay.base.clock import rfc3339
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store.mark import Mark, read_mark
-from relay.store.rescue import rescues_of, restoring, stamp
+from relay.store.rescue import rescues_of, restore_command, stamp
 from relay.store.wal import log_of, read_log
 
 log = logging.getLogger("relay.store")
 
-WHAT_TO_DO = "docs/storage.md, section Losses, says what can be done"
+WHAT_TO_DO = "see docs/storage.md, section Losses"
 
 
-def evidence_of(database: Path) -> list[Path]:
-    """Return the files beside a database that tell of a loss: reports, damaged logs, rescue copies."""
+def reports_of(database: Path) -> list[Path]:
+    """Return the files beside a database that show a loss: reports, damaged logs, rescue copies."""
     patterns = (f"{database.name}.lost-*", f"{log_of(database).name}.damaged-*")
     reports = [path for pattern in patterns for path in sorted(database.parent.glob(pattern))]
     return reports + rescues_of(database)
 
 
-def look_before(database: Path, wall: int) -> list[str]:
-    """Check the files before SQLite opens them and drops unreadable pages; returns what it will drop.
+def check_before_open(database: Path, wall: int) -> list[str]:
+    """Check the files before SQLite opens them and drops unreadable pages; returns a message for each loss.
 
-    A damaged log is copied first: what SQLite drops can be salvaged from the copy alone.
+    A damaged log is copied first: the dropped pages can only be salvaged from the copy.
 
     Raises:
         StorageUnavailableError: the log cannot be read at the moment.
-        StorageError: a rescue copy is waiting to be restored: what is in it would be forgotten, and a log
-            that is left of it would be mixed into another file.
+        StorageError: a rescue copy is waiting to be restored. A start would ignore its data, and would apply
+            a leftover log to a file that it does not belong to.
     """
-    there = database.exists()
+    exists = database.exists()
     if copies := rescues_of(database):
-        copy, restore = copies[-1], restoring(copies[-1], database)
-        if there:
-            message = f"{database} was replaced or damaged, and a rescue copy of it is here: {copy}"
-            without = f"go on with the file that is there (after: rm -f {log_of(database)})"
+        copy, restore = copies[-1], restore_command(copies[-1], database)
+        if exists:
+            message = f"{database} was replaced or damaged, and it has a rescue copy: {copy}"
+            without = f"use the present file instead, rm -f {log_of(database)} and move the copy elsewhere"
         else:
-            message = f"{database} is not there, but a rescue copy of it is: {copy}"
-            without = "begin with an empty database"
-        raise StorageError(message, hint=f"restore it: {restore}; to {without}, move the copy elsewhere")
-    if not there:
+            message = f"{database} is missing, and it has a rescue copy: {copy}"
+            without = "begin with an empty database instead, move the copy elsewhere"
+        raise StorageError(message, hint=f"restore it: {restore}; to {without}")
+    if not exists:
         return []
     try:
         found = read_log(log_of(database))
@@ -58,21 +58,21 @@ def look_before(database: Path, wall: int) -> list[str]:
     if not found.damaged:
         return []
     what = (
-        f"{log_of(database)} is damaged: {found.commits} transactions behind frame {found.valid} are dropped"
+        f"{log_of(database)} is damaged: {found.commits} transactions after frame {found.valid} are dropped"
     )
     copy = log_of(database).with_name(f"{log_of(database).name}.damaged-{stamp(wall)}")
     try:
         _copy(log_of(database), copy)
     except OSError as error:
-        return [f"{what}; it could not be copied: {error.strerror}"]
-    return [f"{what}; a copy is {copy}"]
+        return [f"{what}; the log could not be copied: {error.strerror}"]
+    return [f"{what}; a copy of the log is {copy}"]
 
 
-def look_after(database: Path, wall: int, highest: Mark, before: list[str]) -> None:
-    """Compare an open database with its mark, and report the missing data and what `look_before` found."""
+def check_after_open(database: Path, wall: int, highest: Mark, before: list[str]) -> None:
+    """Compare an open database with its mark; report missing data and the losses `before` it was opened."""
     found = list(before)
     if missing := highest.missing(read_mark(database)):
-        found.append(f"the database is older than it was: {', '.join(missing)} are missing")
+        found.append(f"the database is older than its high-water mark: {', '.join(missing)} are missing")
     if not found:
         return
     for what in found:

@@ -1,8 +1,8 @@
-"""The high-water mark: a small file beside the database that says how far it once was.
+"""The high-water mark: a small file beside the database with the progress that the database had reached.
 
-It is written at most once a second, after commits, and never fsynced: it may lag behind the database, and is
-never ahead of it. A database that is behind its mark has lost what was committed: its log was damaged or
-removed, or an older file was put in its place.
+It is written at most once a second, after commits, and never fsynced, so it may lag behind the database but
+is never ahead of it. A database behind its mark has lost committed data: its log was damaged or removed, or
+an older file replaced it.
 """
 
 import os
@@ -21,7 +21,7 @@ GIVEN_SQL = """
      UNION ALL SELECT 'last delivery', coalesce(max(id), 0) FROM deliveries WHERE true
         ON CONFLICT (name) DO UPDATE SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))
 """
-"""Runs before every deletion of events in its transaction, so that their ids are never used again."""
+"""Runs before every deletion of events, in its transaction, so that their ids are never used again."""
 
 HIGHEST_SQL = """
     SELECT max(coalesce((SELECT max(id) FROM events), 0),
@@ -35,12 +35,12 @@ HIGHEST_SQL = """
 class Mark(msgspec.Struct, frozen=True):
     """The progress of a database."""
 
-    events: int = 0  # the highest row id that was ever given out
+    events: int = 0  # the highest row id ever used
     deliveries: int = 0  # likewise
     ended: int = 0  # deliveries that have ended
 
     def missing(self, mark: "Mark") -> list[str]:
-        """Return what this database lacks of another mark."""
+        """Return the rows and ends of deliveries that this mark lacks compared with another one."""
         found = []
         for what in ("events", "deliveries"):
             have, had = getattr(self, what), getattr(mark, what)

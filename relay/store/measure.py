@@ -27,7 +27,7 @@ def measure(path: Path, stop: Stop) -> Measured:
         StorageError: it does not exist or cannot be read.
     """
     if not path.exists():
-        raise StorageError(f"there is no database {path}", hint="it is created when the relay first runs")
+        raise StorageError(f"no database at {path}", hint="it is created when the relay first runs")
     log = path.with_name(f"{path.name}-wal")
     try:
         with opened(path, stop) as connection:

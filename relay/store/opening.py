@@ -1,4 +1,4 @@
-"""Makes the store that `[storage] url` names. The rest of the code knows no database engine.
+"""Makes the store that `[storage] url` names. No module outside of `relay.store` knows the database engine.
 
 The engine's modules are imported when a store is made, because most commands run without one.
 """
@@ -12,10 +12,10 @@ from relay.base.clock import Clock
 from relay.config.schema import WorkerRules
 from relay.errors import RelayError
 from relay.model import StoredEvent, WorkerStatus
-from relay.store import Listener, Route, Rules, Store, StoredData
+from relay.store import Listener, OfflineStore, Route, Rules, Store
 
 DISK_RESERVE = 2 * 2**20
-"""Bytes of the reserve that a daemon keeps: room for outcomes and retention once the disk is full."""
+"""Bytes of the reserve that a daemon keeps for outcomes and retention on a full disk."""
 
 
 def no_route(_event: StoredEvent) -> tuple[()]:
@@ -24,7 +24,7 @@ def no_route(_event: StoredEvent) -> tuple[()]:
 
 
 def default_rules(_source: str, _worker_id: str) -> WorkerRules:
-    """Return the rules of a worker that no configuration mentions."""
+    """Return the default rules of workers."""
     return WorkerRules()
 
 
@@ -48,22 +48,22 @@ def make_store(
 
     Args:
         url: `sqlite:NAME`.
-        folder: the state folder, in which a relative name lies.
+        folder: the state folder; relative names are relative to it.
         clock: of every time that the store writes or compares.
         route: returns the deliveries of a new event.
         rules: returns the rules of a worker.
         listeners: called after each commit with its changes; must not raise or block. Read at every commit,
-            so listeners may join and leave a list.
+            so a caller may change the sequence.
         on_status_change: called with source and new status of a worker, after the commit.
         observe_seconds: called after each commit with its duration in seconds.
         observe_requests: called after each commit with its number of requests.
         on_fatal: called with a reason when the process must stop at once.
         durability: `normal` may lose the last commits at a power failure, never at a crash of the process.
         min_free: bytes of the disk that senders cannot fill.
-        reserve: bytes kept in a file that is given up when the disk is full.
+        reserve: bytes kept in a file that is deleted when the disk is full.
 
     Raises:
-        RelayError: no engine has that URL.
+        RelayError: no engine supports the URL.
     """
     from relay.store.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite import SqliteStore  # noqa: PLC0415 - see above
@@ -97,26 +97,26 @@ async def open_store(
         await store.close()
 
 
-@asynccontextmanager
-async def open_for_reading(path: Path) -> AsyncIterator[StoredData]:
-    """Open a database file for reading, whether or not its daemon runs; leaves no file behind.
+def offline_store(url: str, folder: Path) -> OfflineStore:
+    """Return access to stored data for commands that need no daemon; `folder` as for `make_store`.
 
     Raises:
-        StorageError: the file does not exist, cannot be read, or has tables of another version.
+        RelayError: no engine supports the URL.
     """
-    from relay.store.read_only import reading  # noqa: PLC0415 - see above
+    from relay.store.offline import SqliteOffline  # noqa: PLC0415 - see above
 
-    async with reading(path) as stored:
-        yield stored
+    return SqliteOffline(path_of(url, folder))
 
 
 def path_of(url: str, folder: Path) -> Path:
-    """Return the file of an SQLite URL.
+    """Return the file of an SQLite URL; `folder` as for `make_store`.
 
     Raises:
-        RelayError: no engine has that URL.
+        RelayError: no engine supports the URL.
     """
     scheme, _, name = url.partition(":")
     if scheme != "sqlite" or not name:
-        raise RelayError(f"unknown storage: {url}", hint='write url = "sqlite:relay.db"')
+        raise RelayError(
+            f'[storage] url: unsupported storage "{url}"', hint='write url = "sqlite:relay.db" in config.toml'
+        )
     return folder / name

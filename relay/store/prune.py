@@ -1,8 +1,8 @@
-"""Retention: deletes finished data that is old enough, in transactions that senders do not notice.
+"""Retention: deletes finished data that is old enough, in transactions too short to delay senders.
 
 Each group of events with a rule (a type, a source, all others) is read in pages. A cursor per group remembers
-how far the last pass came, so that a pass only looks at events that became old enough since. Events that were
-kept because of their deliveries are looked at again in the next round.
+how far the last pass came, so that a pass reads only events that have become old enough since. Events that
+were kept because of their deliveries are read again in the next round.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from relay.store.writer import Writer
 T = TypeVar("T")
 
 PAGE = 500
-"""Candidates that one page looks at."""
+"""Candidates of one page."""
 
 COST = 1000
 """Rows and pages of bodies that one transaction deletes, unless a single event costs more."""
@@ -39,12 +39,12 @@ SCARCE_COST = 100
 """The same on a full disk, because deleted pages are first written to the log."""
 
 MOST_TYPES = 1000
-"""Types of one source that are read one by one; with more, all events of the source are read in turn."""
+"""Types of one source that are read separately; with more, all events of the source are read together."""
 
 ROUND = 3600 * SECOND
-"""Microseconds after which all old events are looked at again, also those that were kept before."""
+"""Microseconds after which all old events are read again, also those that were kept before."""
 
-PASS = 45.0  # seconds; the next pass does the rest
+PASS = 45.0  # seconds; the next pass continues
 LONGEST_PAUSE = 0.5  # seconds between two transactions
 VACUUM_PAGES = 64  # pages that one transaction returns to the disk
 VACUUM_STEPS = 100  # of these transactions in one pass
@@ -81,7 +81,7 @@ ROWS_SQL = {
         DELETE FROM attempts WHERE id IN (
                SELECT id FROM attempts WHERE started_at < ? ORDER BY started_at LIMIT ?)
         """,
-        COST // 5,  # an answer takes up to four pages
+        COST // 5,  # a stored response takes up to four pages
     ),
     "keys": (
         """
@@ -113,13 +113,13 @@ class Candidate(msgspec.Struct, frozen=True):
 
     id: int
     cost: int  # see COST
-    dead: int  # wall clock: a delivery that died later keeps the event
+    dead: int  # wall clock: the event is kept if one of its deliveries died later
 
 
 async def delete_events(candidates: Sequence[Candidate], connection: WriterConnection) -> int:
-    """Delete, in one transaction, those events that may still be deleted; returns how many.
+    """Delete, in one transaction, those events that may still be deleted; returns their number.
 
-    Their deliveries and attempts go with them.
+    Their deliveries and attempts are deleted as well.
     """
     transaction = Transaction(connection)
     transaction.run(GIVEN_SQL)
@@ -133,7 +133,7 @@ async def delete_events(candidates: Sequence[Candidate], connection: WriterConne
 
 
 def deletions(candidates: Iterable[Candidate], most: int = COST) -> Iterator[list[Candidate]]:
-    """Cut events into portions that one transaction deletes each."""
+    """Cut events into portions, each for one transaction."""
     return portions(candidates, most, lambda candidate: candidate.cost)
 
 
@@ -151,7 +151,7 @@ class Retention:
         """See `relay.store.Upkeep.prune`."""
         loop = asyncio.get_running_loop()
         deadline, steady = loop.time() + seconds, self._clock.steady()
-        now = min(self._clock.wall(), steady)  # a clock that jumped ahead makes nothing old
+        now = min(self._clock.wall(), steady)  # so a wall clock that jumped ahead deletes nothing
         if steady - self._round >= ROUND:
             self._cursors.clear()
             self._round = steady
@@ -186,7 +186,7 @@ class Retention:
             except StorageUnavailableError:
                 if not scarce or self._database.writer.failure is not None:
                     raise
-                self._round = 0  # the next pass deletes the large ones, in the space that the others left
+                self._round = 0  # the next pass deletes the large ones, in the space freed by the others
         return deleted
 
     async def _groups(self, policy: Policy) -> list[Group]:
@@ -194,7 +194,7 @@ class Retention:
         for source in policy.by_type:
             # "/" is the character after ".".
             types = await types_between(self._database.reader, f"{source}.", f"{source}/", MOST_TYPES)
-            if len(types) > MOST_TYPES:  # senders choose them, so their number needs a bound
+            if len(types) > MOST_TYPES:  # senders choose types, so their number needs a limit
                 groups.append(Group("source", source, policy.shortest(source)))
                 continue
             rules = ((type_, policy.of_type(source, type_)) for type_ in types)
@@ -225,9 +225,9 @@ class Retention:
                 return
 
     async def _return_pages(self, deadline: float) -> int:
-        """Return free pages to the disk, some at a time; returns how many.
+        """Return free pages to the disk, some at a time; returns their number.
 
-        On a full disk all of them, because senders are refused until there is room again.
+        On a full disk all pages are returned, because senders are refused until there is room.
         """
         freed, steps, scarce = 0, 0, self._disk.scarce
         while steps < VACUUM_STEPS or (scarce and asyncio.get_running_loop().time() < deadline):
@@ -241,11 +241,11 @@ class Retention:
         return freed
 
 
-async def paced(writer: Writer, errand: Callable[[WriterConnection], Awaitable[T]]) -> T:
-    """Run one transaction, then pause for as long as it took, so that others can use the disk."""
+async def paced(writer: Writer, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
+    """Run one transaction, then pause for the same time, so that others can use the disk."""
     loop = asyncio.get_running_loop()
     began = loop.time()
-    result = await writer.errand(errand)
+    result = await writer.call(function)
     await asyncio.sleep(min(loop.time() - began, LONGEST_PAUSE))
     return result
 
@@ -256,7 +256,7 @@ def _pruned(deleted: Counter[str], *, done: bool) -> Pruned:
 
 
 async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection) -> tuple[int, bool]:
-    """Delete some rows of a kind; returns how many, and whether more may exist."""
+    """Delete some rows of a kind; returns their number, and whether more may exist."""
     sql, limit = ROWS_SQL[name]
     async with connection.execute(sql, (before, limit)) as cursor:
         return cursor.rowcount, cursor.rowcount == limit
@@ -268,7 +268,7 @@ async def _forget_times(connection: aiosqlite.Connection) -> None:
 
 
 async def vacuum_some(connection: aiosqlite.Connection) -> int:
-    """Move the last pages of the file to free pages and shorten the file; returns by how many pages."""
+    """Move the last pages of the file into free pages and shorten the file; returns the pages removed."""
     [(before,)] = await connection.execute_fetchall("PRAGMA freelist_count")
     # The pragma takes one step per page, without columns. Only `executescript` runs all steps.
     await connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")

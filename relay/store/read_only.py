@@ -17,7 +17,7 @@ from relay.store.queries import SqliteQueries
 from relay.store.schema import MIGRATIONS
 
 T = TypeVar("T")
-_CHECK_EVERY = 10_000  # instructions of SQLite between two looks at `stop`
+_CHECK_EVERY = 10_000  # instructions of SQLite between two checks of `stop`
 
 
 def read_only(path: Path) -> str:
@@ -90,5 +90,5 @@ async def reading(path: Path) -> AsyncIterator[Reading]:
 def _existing(path: Path) -> str:
     if not path.exists():
         hint = "it is created when the relay first runs; see `state_dir`"
-        raise StorageError(f"there is no database {path}", hint=hint)
+        raise StorageError(f"no database at {path}", hint=hint)
     return read_only(path)

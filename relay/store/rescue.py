@@ -36,11 +36,11 @@ def stamp(wall: int) -> str:
 async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, mark: Mark) -> Backup:
     """Copy what an open connection reads to a new file of mode 0600 beside the database, and check the copy.
 
-    The folder is made anew where it is gone. `mark` says how far the database was.
+    The folder is created again if it is missing. `mark` is the progress that the database had reached.
 
     Raises:
         StorageUnavailableError: there is no room for it at the moment.
-        StorageError: the copy could not be made, is not sound, or lacks what the mark tells of.
+        StorageError: the copy could not be made, is damaged, or is behind the mark.
     """
     began = time.monotonic()
     target = database.with_name(f"{database.name}.{_NAME}-{stamp(wall)}")
@@ -49,7 +49,9 @@ async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, ma
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        await connection.execute("PRAGMA query_only = OFF")  # else it may make no file either
+        await connection.execute(
+            "PRAGMA query_only = OFF"
+        )  # with it, SQLite does not even create another file
         await connection.execute("VACUUM INTO ?", (str(part),))
         events, deliveries = await in_thread(lambda stop: _finish(part, target, mark, stop))
     except (OSError, aiosqlite.Error) as error:
@@ -89,8 +91,8 @@ def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]
     return int(counts[0]), int(counts[1])
 
 
-def restoring(copy: Path, database: Path) -> str:
-    """Return the shell command that replaces a database by a copy, while no relay runs."""
+def restore_command(copy: Path, database: Path) -> str:
+    """Return the shell command that replaces a database by a copy while no relay runs."""
     log = str(log_of(database))
     names = [log, f"{log.removesuffix('-wal')}-shm"]
     steps = [["rm", "-f", *names]]

@@ -1,4 +1,4 @@
-"""How long what has been dealt with is kept: a pure rule, asked per event."""
+"""Retention of finished data: how long an event is kept, as a pure function of its source and type."""
 
 import re
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from relay.config.schema import Config, Retention, SourceRetention
 class Keep(msgspec.Struct, frozen=True):
     """How long events of a kind are kept, in microseconds."""
 
-    events: int  # since their receipt
-    dead: int  # since a delivery of theirs died, whatever `events` says
+    events: int  # from the receipt
+    dead: int  # from the death of one of its deliveries; may exceed `events`
 
 
 class Policy:
-    """What `[retention]` and the sources' own `retention` say together; all in microseconds."""
+    """`[retention]` combined with the `retention` of each source; all times in microseconds."""
 
     def __init__(self, default: Retention, sources: Mapping[str, SourceRetention] | None = None) -> None:
         self.held = _micros(default.held)
         self.attempts = _micros(default.attempts)
         self.stats = _micros(default.stats)
         self.default = Keep(_micros(default.events), _micros(default.dead))
-        self.sources: dict[str, Keep] = {}  # that differ from the default in all of their types
+        self.sources: dict[str, Keep] = {}  # sources with an own rule for all of their types
         self._types: dict[str, list[tuple[re.Pattern[str], Keep]]] = {}
         for name, rules in (sources or {}).items():
             if rules.events is not None:
@@ -38,18 +38,18 @@ class Policy:
 
     @classmethod
     def of_config(cls, config: Config) -> "Policy":
-        """Return what a whole config says."""
+        """Return the policy of a configuration."""
         return cls(config.retention, {name: source.retention for name, source in config.sources.items()})
 
     @property
     def by_type(self) -> tuple[str, ...]:
-        """The sources of which some types are kept differently."""
+        """The sources that have rules for some of their types."""
         return tuple(self._types)
 
     def of_type(self, source: str, full_type: str) -> Keep | None:
-        """Return the rule of a type's own, the first that fits; None: its source's holds.
+        """Return the first rule that matches a type; None: the rule of its source applies.
 
-        One of these is for bodies that nobody shall have for longer: it limits what is dead as well.
+        It limits dead deliveries as well, because such rules are for bodies that must be deleted in time.
         """
         for pattern, keep in self._types.get(source, ()):
             if pattern.match(full_type):
@@ -57,12 +57,12 @@ class Policy:
         return None
 
     def shortest(self, source: str) -> int:
-        """Return the least time for which any event of a source is kept."""
+        """Return the shortest time for which any event of a source is kept."""
         own = [keep.events for _, keep in self._types.get(source, ())]
         return min([*own, self.sources.get(source, self.default).events])
 
     def of(self, source: str, full_type: str) -> Keep:
-        """Return how long events of this source and full type are kept."""
+        """Return the rule for events of a source and full type."""
         return self.of_type(source, full_type) or self.sources.get(source, self.default)
 
 

@@ -1,4 +1,4 @@
-"""Between records and rows: the only place that knows the order of columns."""
+"""Converts between records and rows; the only place that knows the order of columns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,13 +31,13 @@ COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, 
 STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
 
 HOUR = 3600 * SECOND
-"""What one row of `stats` counts."""
+"""Microseconds of the period that one row of `stats` counts."""
 
 _worker = msgspec.json.Decoder(Worker)
 
 
 def event_row(event: StoredEvent) -> Row:
-    """Return an event's row; its data is stored as a position in the body where it is part of the body."""
+    """Return an event's row; data that is part of the body is stored as a position in it."""
     at = event.body.find(event.data)
     place = (at, len(event.data), None) if at >= 0 else (None, None, event.data)
     return (

@@ -100,10 +100,10 @@ CREATE TABLE sources (
 """
 
 HELD = """
-CREATE TABLE held (                            -- destinations that take nothing at the moment
+CREATE TABLE held (                            -- destinations that accept nothing at the moment
     destination TEXT    PRIMARY KEY,
     since       INTEGER NOT NULL,              -- steady clock
-    told        INTEGER NOT NULL DEFAULT 0     -- whether the operator knows what is about to expire
+    told        INTEGER NOT NULL DEFAULT 0     -- whether the operator was warned that deliveries will expire
 ) STRICT, WITHOUT ROWID;
 """
 

@@ -15,7 +15,6 @@ from relay.model import (
 )
 from relay.store import Listener, Route, Rules
 from relay.store.batch import Sequences
-from relay.store.care import Caretaker
 from relay.store.claims import Claims
 from relay.store.commit import Committer
 from relay.store.compact import empty_log
@@ -34,9 +33,10 @@ from relay.store.database import Database
 from relay.store.deliveries import SqliteDeliveries
 from relay.store.disk import Disk
 from relay.store.events import SqliteEvents
+from relay.store.file_watch import FileWatch
 from relay.store.files import Files
 from relay.store.ledger import TOTALS_SQL, SqliteLedger, counts_of
-from relay.store.losses import look_after, look_before
+from relay.store.losses import check_after_open, check_before_open
 from relay.store.mark import HIGHEST_SQL, mark_in
 from relay.store.queries import SqliteQueries
 from relay.store.roster import load_roster
@@ -97,17 +97,15 @@ class SqliteStore:
             on_status_change=on_status_change,
         )
         self._watched = Files(path)
-        self._before: list[str] | None = None  # what was seen of the files before they were opened
+        self._losses: list[str] | None = None  # found before the files were opened; None: not checked yet
         self.opened = False
-        self._sound = False  # whether the file has been looked at after an unclean stop
-        self.failure: str | None = (
-            None  # see `Store.failure`; of the latest attempt to open, then of the writer
-        )
+        self._is_checked = False  # whether the file was checked for damage, or its last stop was clean
+        self.failure: str | None = None  # see `Store.failure`; of the latest `open`, then of the writer
 
     @property
     def unsaved(self) -> bool:
-        """Whether the files were taken away or damaged, and no copy could be made of what was committed."""
-        return self.database.writer.broken is not None and not self._caretaker.saved
+        """See `Store.unsaved`."""
+        return self.database.writer.broken is not None and not self._file_watch.saved
 
     def explain(self, error: Exception) -> StorageError | None:
         """See `Store.explain`."""
@@ -115,59 +113,59 @@ class SqliteStore:
 
     @property
     def commits(self) -> int:
-        """How many transactions of requests and outcomes have been committed since `open`."""
+        """Number of transactions with requests and outcomes that were committed since `open`."""
         return self.database.writer.commits
 
     @property
     def busy(self) -> float:
-        """Seconds that the writer has spent on the step under way; 0 while it waits for work."""
+        """See `Store.busy`."""
         return self.database.writer.busy if self.opened else 0.0
 
     async def open(self) -> None:
         """See `Store.open`."""
         check_library()
-        if has_wal_reset_bug() and self._before is None:
-            log.info("the linked SQLite has the WAL-reset bug: no other program may write %s", self.path.name)
+        if has_wal_reset_bug() and self._losses is None:
+            log.info("this SQLite has the WAL-reset bug: no other program may write %s", self.path.name)
         self._loop = asyncio.get_running_loop()
         try:
             check_companions(self.path)
-            if self._before is None:
-                self._before = await asyncio.to_thread(look_before, self.path, self._clock.wall())
+            if self._losses is None:
+                self._losses = await asyncio.to_thread(check_before_open, self.path, self._clock.wall())
             await asyncio.to_thread(self.disk.prepare)
             try:
                 await self._open()
             except sqlite3.Error as error:
-                if _code(error) != sqlite3.SQLITE_FULL or not self.disk.throw_off():
+                if _code(error) != sqlite3.SQLITE_FULL or not self.disk.release_reserve():
                     raise
                 await self._open()
         except sqlite3.Error as error:
             if _code(error) not in TRANSIENT:
                 raise damaged(self.path, str(error)) from error
-            self._be_closed(str(error))
+            self._set_closed(str(error))
             raise StorageUnavailableError(str(error), hint=_hint(error)) from error
         except StorageUnavailableError as error:
-            self._be_closed(error.message)
+            self._set_closed(error.message)
             raise
 
     def _set_failure(self, why: str | None) -> None:
         self.failure = why
 
-    def _be_closed(self, why: str) -> None:
+    def _set_closed(self, why: str) -> None:
         self.failure = why
-        self.database.be_closed(why)
+        self.database.set_closed(why)
 
     async def _open(self) -> None:
         self.database.connection = await open_writer(self.path, full=self._full)
         try:
             await migrate(self.database.connection, self.path)
-            if not self._sound and await self._meta("stopped") != "cleanly":
+            if not self._is_checked and await self._meta("stopped") != "cleanly":
                 await quick_check(self.database.connection, self.path)
-            self._sound = True  # a disk that is full does not have the whole file read at each try
+            self._is_checked = True  # so that on a full disk, not every attempt reads the whole file
             await self._set_meta("stopped", "not yet")
             roster = await load_roster(self.database.connection)
             [highest] = map(mark_in, await self.database.connection.execute_fetchall(HIGHEST_SQL))
             with suppress(sqlite3.Error):  # the disk is full
-                # SQLite would write on in the middle of what it dropped, and the rest look like a loss again.
+                # Otherwise SQLite writes over the frames that it dropped, and the rest looks like a new loss.
                 await empty_log(self.database.connection)
             self._committer.sequences = Sequences(highest.events, highest.deliveries)
             rows = await self.database.connection.execute_fetchall(TOTALS_SQL)
@@ -175,7 +173,7 @@ class SqliteStore:
             self.ledger.pending_counts = Counter({name: each.pending for name, each in totals.items()})
             self.database.reader = await open_reader(self.path, self._note_error)
             try:
-                # Counting a large backlog takes its time, every quarter of a minute: no list waits for it.
+                # Every 15 s, counting a large backlog takes a while: no list must wait for it.
                 self.database.counter = await open_reader(self.path, self._note_error)
                 try:
                     self._watched.open()
@@ -188,7 +186,7 @@ class SqliteStore:
         except BaseException:
             await self.database.connection.close()
             raise
-        look_after(self.path, self._clock.wall(), highest, self._before or [])
+        check_after_open(self.path, self._clock.wall(), highest, self._losses or [])
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
         self.database.writer = Writer(
@@ -200,7 +198,7 @@ class SqliteStore:
             disk=self.disk,
         )
         self.database.writer.start()
-        self._caretaker = Caretaker(
+        self._file_watch = FileWatch(
             self.path,
             writer=self.database.writer,
             reader=self.database.counter,
@@ -208,7 +206,7 @@ class SqliteStore:
             disk=self.disk,
             clock=self._clock,
         )
-        self._caretaker.start()
+        self._file_watch.start()
         self.opened, self.failure = True, None
 
     async def close(self) -> None:
@@ -218,12 +216,12 @@ class SqliteStore:
         self.deliveries.release(tuple(self.claims.cancelled))  # their attempts were cut off
         try:
             if self.database.writer.failure is None:
-                with suppress(StorageError):  # heartbeats only; the next ones say the same
+                with suppress(StorageError):  # heartbeats only; the next ones report the same
                     await self.workers.flush()
             await self.database.writer.stop()
-            await self._caretaker.stop()
+            await self._file_watch.stop()
             if self.database.writer.failure is None:
-                with suppress(sqlite3.Error):  # then the next start has a look at the whole file
+                with suppress(sqlite3.Error):  # then the next start checks the whole file
                     await self._set_meta("stopped", "cleanly")
         finally:
             self.opened = False
@@ -234,7 +232,7 @@ class SqliteStore:
             self._watched.close()
 
     def _note_error(self, error: Exception) -> None:
-        """Have the writer hear of what a reader met, in its thread."""
+        """Pass an error of a reader, which runs in its own thread, on to the writer."""
         self._loop.call_soon_threadsafe(lambda: self.opened and self.database.writer.note_error(error))
 
     async def _meta(self, name: str) -> str | None:
@@ -248,7 +246,7 @@ class SqliteStore:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """Return SQLite's primary code of an error, 0 where it is none of its."""
+    """Return SQLite's primary code of an error; 0 for other errors."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
 
@@ -260,4 +258,4 @@ def _hint(error: sqlite3.Error) -> str:
         sqlite3.SQLITE_CANTOPEN: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
         sqlite3.SQLITE_READONLY: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
     }
-    return hints.get(_code(error), "see the disk's health; the relay then continues by itself")
+    return hints.get(_code(error), "check the disk; the relay continues by itself once it works")

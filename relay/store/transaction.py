@@ -1,9 +1,9 @@
-"""Transactions that cross to the database's thread as seldom as possible, and statements of many rows.
+"""Transactions with few switches to the database's thread, and statements over many rows.
 
-Each crossing costs about 100 microseconds, because two threads hand the interpreter to each other: as much as
-several rows. So statements whose rows nobody waits for are queued and run together with the next statement
-whose rows somebody does wait for, or with the COMMIT. A statement of many rows is one step of SQLite, where a
-statement per row would switch threads for each.
+Each switch costs about 100 microseconds, because the threads pass the interpreter's lock: as much as several
+rows. So statements without a needed result are queued, and run together with the next statement whose result
+is needed or with the COMMIT. A statement over many rows is one step of SQLite; one statement per row would
+need a switch for each.
 """
 
 import sqlite3
@@ -29,7 +29,7 @@ SQLite's Python module keeps the values last bound to each cached statement: 64 
 
 
 class WriterConnection(aiosqlite.Connection):
-    """The writing connection. Runs several statements in one crossing to its thread."""
+    """The writing connection. Runs several statements with one switch to its thread."""
 
     async def run(self, statements: Sequence[Statement]) -> list[Row]:
         """Run statements in order, up to the first that fails, and return the rows of the last one."""

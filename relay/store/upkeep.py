@@ -22,7 +22,7 @@ from relay.store.read_only import in_thread
 from relay.store.retention_policy import Policy
 
 PRUNE_AT_ONCE = 1000
-"""Rows that one transaction deletes: senders do not notice a transaction of this size."""
+"""Rows that one transaction deletes; a transaction of this size does not delay senders noticeably."""
 
 
 class SqliteUpkeep:
@@ -36,10 +36,10 @@ class SqliteUpkeep:
 
     async def check_disk(self) -> DiskSpace:
         """See `Upkeep.check_disk`."""
-        if self._disk.missing:
-            await asyncio.to_thread(self._disk.recover)
-        free = self._disk.look()
-        is_full = free < self._disk.floor or self._disk.missing > 0
+        if self._disk.released:
+            await asyncio.to_thread(self._disk.restore_reserve)
+        free = self._disk.measure()
+        is_full = free < self._disk.floor or self._disk.released > 0
         return DiskSpace(self._database.path.parent, free, self._disk.floor, is_full)
 
     async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
@@ -59,7 +59,7 @@ class SqliteUpkeep:
             )
             return cursor.rowcount
 
-        return await self._database.writer.errand(prune)
+        return await self._database.writer.call(prune)
 
     async def prune_worker_commands(self, before: int) -> int:
         """See `Upkeep.prune_worker_commands`."""
@@ -75,7 +75,7 @@ class SqliteUpkeep:
             )
             return cursor.rowcount
 
-        return await self._database.writer.errand(prune)
+        return await self._database.writer.call(prune)
 
     async def missing_space(self, folder: Path, *, keep_free: int = 0) -> int:
         """See `Upkeep.missing_space`."""
@@ -89,9 +89,9 @@ class SqliteUpkeep:
         return await in_thread(partial(copy, keep_free=keep_free) if keep_free else copy)
 
     def _check_source(self) -> None:
-        """Refuse to back up a file that is not the open database, and so keep the backups that are."""
+        """Refuse to back up a file that is not the open database; it would replace good backups."""
         if self._database.writer.broken is not None:
-            raise StorageUnavailableError(f"nothing to back up: {self._database.writer.broken}")
+            raise StorageUnavailableError(f"no backup is possible: {self._database.writer.broken}")
 
     async def compact(self) -> Compacted:
         """See `Upkeep.compact`."""
@@ -99,7 +99,7 @@ class SqliteUpkeep:
         [(before, _)] = await reader.execute_fetchall(SIZES_SQL)
         while await paced(writer, vacuum_some):
             pass
-        whole = await writer.errand(empty_log)
+        whole = await writer.call(empty_log)
         [(after, _)] = await reader.execute_fetchall(SIZES_SQL)
         return Compacted(before=before, after=after, whole=whole)
 
@@ -113,6 +113,7 @@ class SqliteUpkeep:
         min_free: int = 0,
         destinations: Collection[str] | None = None,
         sources: Collection[str] | None = None,
+        config: Path | None = None,
     ) -> list[Check]:
         """See `Upkeep.examine`."""
         examined = Examined(
@@ -121,5 +122,6 @@ class SqliteUpkeep:
             min_free=min_free,
             destinations=destinations,
             sources=sources,
+            config=config,
         )
         return await in_thread(partial(examine, examined))

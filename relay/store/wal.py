@@ -1,7 +1,7 @@
 """Reads SQLite's write-ahead log: which frames SQLite recovers, and which it drops.
 
-SQLite reads the log up to the first frame whose checksum is wrong, and drops all later ones without a word:
-after a crash that is right for what was being written, and wrong for everything that was committed.
+SQLite reads the log up to the first frame whose checksum is wrong, and silently drops all later frames. After
+a crash, that is right for an unfinished transaction, but wrong for committed ones.
 """
 
 import errno
@@ -22,9 +22,9 @@ _MASK = 0xFFFFFFFF
 class Log(msgspec.Struct, frozen=True):
     """The contents of a log."""
 
-    valid: int = 0  # frames that SQLite takes in
-    dropped: int = 0  # frames of the same generation behind the first broken one
-    commits: int = 0  # transactions that end in them
+    valid: int = 0  # frames that SQLite recovers
+    dropped: int = 0  # frames of the same generation after the first broken one
+    commits: int = 0  # transactions that end in dropped frames
 
     @property
     def damaged(self) -> bool:
@@ -33,16 +33,16 @@ class Log(msgspec.Struct, frozen=True):
 
 
 def log_of(database: Path) -> Path:
-    """Return the path of a database's log: beside the file itself, where the path is a link to it."""
+    """Return the path of a database's log; if the database is a link, the log is beside its target."""
     real = Path(os.path.realpath(database))  # `resolve` fails where links lead in a circle
     return real.with_name(f"{real.name}-wal")
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a plain file for reading, without waiting at a pipe or device.
+    """Open a plain file for reading, without waiting for a pipe or device.
 
     Raises:
-        OSError: it is not there, cannot be read, or is no plain file.
+        OSError: it does not exist, cannot be read, or is not a plain file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -55,7 +55,7 @@ def read_log(path: Path) -> Log:
     """Check every frame of a log as SQLite does when it recovers; the file is only read.
 
     Raises:
-        OSError: it is there and cannot be read.
+        OSError: it exists and cannot be read.
     """
     try:
         with open_plain(path) as file:
@@ -73,7 +73,7 @@ def _read(file: BinaryIO) -> Log:
     sums = _checksum(struct.unpack_from(f"{order}6I", head), (0, 0))
     sound = magic in MAGIC and sums == (first, second)
     if not sound:
-        # With a damaged head all frames are dropped; their generation stands in each of them.
+        # With a damaged head all frames are dropped; each frame contains its generation as well.
         frames = file.read(2 * (FRAME_HEAD + LARGEST))
         if len(frames) < FRAME_HEAD:
             return Log()
@@ -99,7 +99,7 @@ def _read(file: BinaryIO) -> Log:
 
 
 def _page_size(frames: bytes) -> int:
-    """Find the size of pages by the distance of the first two frames: the head is not to be trusted."""
+    """Find the size of pages by the distance of the first two frames, because the head is damaged."""
     salts, size = frames[8:16], SMALLEST
     while size <= LARGEST:
         if frames[FRAME_HEAD + size + 8 :][:8] == salts:

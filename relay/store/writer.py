@@ -1,7 +1,7 @@
 """Group commit: one task owns the writing connection and commits all jobs that queued during the last commit.
 
-100 concurrent producers got 2,700 events/s with a commit each and 52,000 with the commits shared
-(measured on 2 cores), with the same promise: an answer leaves only after the COMMIT that holds it.
+100 concurrent producers reached 2,700 events/s with a commit for each event and 52,000 with shared commits
+(measured on 2 cores). In both cases a reply is sent only after the COMMIT of its event.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ MAX_JOBS = 10_000
 MAX_BYTES = 32 * 2**20
 PROBE_EVERY = 1.0  # seconds between attempts while writes fail
 PROBE_SIZE = 64 * 2**10
-"""Bytes that such an attempt writes: about as many as some outcomes with their responses."""
+"""Bytes written by such an attempt: about the size of some outcomes with their responses."""
 
 PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2)))"
 
@@ -40,21 +40,23 @@ T = TypeVar("T")
 class Job(Generic[T]):
     """One caller's part of a transaction."""
 
-    __slots__ = ("answer", "apply", "bounded", "future", "keys", "result", "size")
+    __slots__ = ("apply", "bounded", "finish", "future", "keys", "result", "size")
 
     def __init__(
         self,
         apply: Callable[[Batch], Any],
         *,
-        answer: Callable[[Batch, T], T] | None = None,
+        finish: Callable[[Batch, T], T] | None = None,
         size: int = 0,
         keys: Sequence[Key | None] = (),
     ) -> None:
-        self.apply = apply  # adds the caller's change to the batch; pure, may refuse
-        self.answer = answer  # corrects the result once the statements have run
+        self.apply = apply  # adds the caller's change to the batch; pure, may raise a refusal
+        self.finish = (
+            finish  # returns the final result after the commit; None: the result of `apply` is final
+        )
         self.size = size  # bytes waiting in the queue
         self.keys = keys  # idempotency keys that the batch must look up first
-        self.bounded = False  # whether it is a sender's request: the reserve of a full disk is not for it
+        self.bounded = False  # whether it is a sender's request, which may not use the reserve of a full disk
         self.result: T
         self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -62,7 +64,7 @@ class Job(Generic[T]):
         """Give the caller its result, unless the caller is gone."""
         if not self.future.done():
             result = self.result
-            self.future.set_result(self.answer(batch, result) if self.answer else result)
+            self.future.set_result(self.finish(batch, result) if self.finish else result)
 
     def fail(self, error: Exception) -> None:
         """Raise an error in the caller, unless the caller is gone."""
@@ -70,8 +72,8 @@ class Job(Generic[T]):
             self.future.set_exception(error)
 
 
-class Gatherer(Protocol):
-    """What the writer needs of the store; see `relay.store.commit.Committer`."""
+class BatchHandler(Protocol):
+    """Makes and writes the batches of the writer; see `relay.store.commit.Committer`."""
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch."""
@@ -82,7 +84,7 @@ class Gatherer(Protocol):
         ...
 
     def publish(self, batch: Batch) -> None:
-        """Take a committed batch into memory and call the listeners."""
+        """Apply a committed batch to memory and call the listeners."""
         ...
 
     def forget(self) -> None:
@@ -96,7 +98,7 @@ class Writer:
     def __init__(
         self,
         connection: WriterConnection,
-        gatherer: Gatherer,
+        handler: BatchHandler,
         *,
         on_fatal: Callable[[str], None],
         on_failure: Callable[[str | None], None],
@@ -105,24 +107,22 @@ class Writer:
     ) -> None:
         self._connection = connection
         self._disk = disk
-        self._gatherer = gatherer
+        self._handler = handler
         self._on_fatal = on_fatal
         self._on_failure = on_failure  # called when `failure` changes
         self._observe_seconds, self._observe_requests = observers  # of each commit
         self._jobs: deque[Job[Any]] = deque()
-        self._errands: deque[tuple[Callable[[WriterConnection], Awaitable[Any]], asyncio.Future[Any]]] = (
-            deque()
-        )
+        self._calls: deque[tuple[Callable[[WriterConnection], Awaitable[Any]], asyncio.Future[Any]]] = deque()
         self._bytes = 0
-        self._writing = 0  # bytes of the batch under way
+        self._writing = 0  # bytes of the current batch
         self._wake = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self.failure: str | None = None  # why writes fail at the moment; None: they work
         self.broken: str | None = None  # why nothing is written until `resume` or a restart; also a `failure`
-        self.halted = asyncio.Event()  # set while nothing is written because of that
+        self.halted = asyncio.Event()  # set while the writer is halted because of `broken`
         self.commits = 0
-        self._busy_since: float | None = None  # time.monotonic() of the step under way; None: nothing to do
+        self._busy_since: float | None = None  # time.monotonic() at the start of the current step; None: idle
 
     def start(self) -> None:
         """Start the task."""
@@ -157,18 +157,18 @@ class Writer:
         """Queue a job; the returned future is done after its transaction, and fails while writes fail.
 
         Raises:
-            Overloaded: `bounded`, and the queue holds 10,000 jobs or 32 MiB.
-            DiskFull: `bounded`, and with it less than the floor would be free.
+            Overloaded: `bounded`, and the queue has 10,000 jobs or 32 MiB.
+            DiskFull: `bounded`, and less than the disk's floor would stay free.
             StorageUnavailableError: `bounded`, and writes fail at the moment.
         """
         if bounded:
             if self.failure is not None:
                 raise StorageUnavailableError(self.failure)
-            # A body that is larger than all that may wait comes in where nothing else waits.
+            # A body larger than the whole queue may be queued while the queue is empty.
             if len(self._jobs) >= MAX_JOBS or (self._bytes and self._bytes + job.size > MAX_BYTES):
                 raise Overloaded
             disk, needed = self._disk, COPIES * job.size + OVERHEAD
-            if disk.room >= needed and not disk.missing:  # the usual case, without a call
+            if disk.room >= needed and not disk.released:  # the usual case, without a call
                 disk.room -= needed
             elif not disk.admits(job.size, self._bytes + self._writing):
                 raise DiskFull
@@ -187,10 +187,10 @@ class Writer:
 
     @property
     def busy(self) -> float:
-        """Seconds that the current transaction, errand or probe has taken so far; 0: none is running."""
+        """Seconds that the current transaction, call or probe has taken so far; 0: none is running."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
-    async def errand(self, errand: Callable[[WriterConnection], Awaitable[T]]) -> T:
+    async def call(self, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
         """Run a function on the writing connection, after all transactions queued so far.
 
         Raises:
@@ -199,19 +199,19 @@ class Writer:
         if self.failure is not None:
             raise StorageUnavailableError(f"the store failed: {self.failure}")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._errands.append((errand, future))
+        self._calls.append((function, future))
         self._wake.set()
         return await future
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        """Stop the daemon if the task ends by itself: every caller would wait for ever."""
+        """Stop the daemon if the task ends by itself, because every caller would wait for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the writer failed", exc_info=error)
             self._on_fatal(f"the writer failed: {error}")
 
     async def _run(self) -> None:
         while True:
-            while not (self._jobs or self._errands):
+            while not (self._jobs or self._calls):
                 if self._stopping:
                     return
                 if self.broken is not None:
@@ -219,18 +219,18 @@ class Writer:
                 self._wake.clear()
                 await self._wake.wait()
             self._busy_since = time.monotonic()
-            errands, self._errands = self._errands, deque()
+            calls, self._calls = self._calls, deque()
             while self._jobs and self.failure is None:
                 await self._commit(self._take())
                 self._writing = 0
                 self._busy_since = time.monotonic()
-                if errands:
+                if calls:
                     break
-            for errand, future in errands:
+            for function, future in calls:
                 if self.failure is not None:
-                    self._errands.append((errand, future))
+                    self._calls.append((function, future))
                     continue
-                await self._settle_errand(errand, future)
+                await self._run_call(function, future)
                 self._busy_since = time.monotonic()
             if self.failure is not None:
                 await self._recover()
@@ -248,7 +248,7 @@ class Writer:
         began = time.monotonic()
         try:
             transaction = Transaction(self._connection)
-            batch = await self._gatherer.begin(transaction, jobs)
+            batch = await self._handler.begin(transaction, jobs)
             for job in jobs:
                 try:
                     job.result = job.apply(batch)
@@ -256,26 +256,26 @@ class Writer:
                     job.fail(refusal)
                 else:
                     served.append(job)
-            await self._gatherer.write(transaction, batch)
+            await self._handler.write(transaction, batch)
             await transaction.commit()
-        except Exception as error:  # noqa: BLE001 - whatever it is, its jobs must hear of it
+        except Exception as error:  # noqa: BLE001 - the jobs must get any error
             await self._undo(jobs, error)
             return
         self.commits += 1
         self._observe_seconds(time.monotonic() - began)
         self._observe_requests(len(jobs))
-        self._gatherer.publish(batch)
+        self._handler.publish(batch)
         for job in served:
             job.succeed(batch)
-        if self._disk.near or self._disk.missing:
+        if self._disk.is_near_floor or self._disk.released:
             await self._checkpoint()
 
     async def _undo(self, jobs: list[Job[Any]], error: Exception) -> None:
         if self._connection.in_transaction:
             await self._connection.execute("ROLLBACK")
-        self._gatherer.forget()
+        self._handler.forget()
         code = self._code(error)
-        if self._throw_off(code):
+        if self._release_reserve(code):
             senders = [job for job in jobs if job.bounded]
             for job in senders:
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))
@@ -297,12 +297,12 @@ class Writer:
         """Return SQLite's code of an error, 0 for other errors; stops the daemon if fsync failed."""
         code: int = getattr(error, "sqlite_errorcode", 0)
         if code == sqlite3.SQLITE_IOERR_FSYNC:
-            # The kernel may have thrown the pages away: nothing in memory can be trusted any more.
+            # The kernel may have dropped the pages: the database may differ from what SQLite read before.
             self._on_fatal(f"fsync failed: {error}")
         return code
 
     def note_error(self, error: Exception) -> bool:
-        """Halt if an error means that the database is damaged; returns whether it does."""
+        """Halt the writer if an error shows that the database is damaged; returns whether it does."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
             return False
         if self.broken is None:
@@ -310,51 +310,51 @@ class Writer:
             self.halt(f"the database is damaged: {error}")
         return True
 
-    async def _settle_errand(
-        self, errand: Callable[[WriterConnection], Awaitable[T]], future: "asyncio.Future[T]"
+    async def _run_call(
+        self, function: Callable[[WriterConnection], Awaitable[T]], future: "asyncio.Future[T]"
     ) -> None:
         try:
-            result = await errand(self._connection)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the one who asked must hear of it
+            result = await function(self._connection)
+        except Exception as error:  # noqa: BLE001 - the caller must get any error
             if self._connection.in_transaction:
                 await self._connection.execute("ROLLBACK")
             code = self._code(error)
-            if self._throw_off(code):
-                await self._settle_errand(errand, future)
+            if self._release_reserve(code):
+                await self._run_call(function, future)
                 return
-            passing = code & 0xFF in TRANSIENT or self.note_error(error)
+            temporary = code & 0xFF in TRANSIENT or self.note_error(error)
             if not future.done():
                 future.set_exception(
-                    StorageUnavailableError(f"the store failed: {error}") if passing else error
+                    StorageUnavailableError(f"the store failed: {error}") if temporary else error
                 )
         else:
             if not future.done():
                 future.set_result(result)
-        if self._disk.near or self._disk.missing:
+        if self._disk.is_near_floor or self._disk.released:
             await self._checkpoint()
 
-    def _throw_off(self, code: int) -> bool:
+    def _release_reserve(self, code: int) -> bool:
         """Delete the reserve file if the disk is full; False: the disk is not full, or the file is gone."""
         if code & 0xFF not in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
             return False
-        if not self._disk.throw_off():
+        if not self._disk.release_reserve():
             return False
-        log.error("the disk is full: senders are refused, deliveries and retention go on with the reserve")
+        log.error("the disk is full: senders are refused, deliveries and retention use the reserve")
         return True
 
     async def _checkpoint(self) -> None:
-        """Near the disk's floor, move the log into the file, so that the free space says what is left."""
+        """Near the disk's floor, move the log into the file, so that the free space is exact."""
         if self.failure is not None:
             return
         await self._restart_log()
-        self._disk.look(self._bytes)
+        self._disk.measure(self._bytes)
 
     async def _recover(self) -> None:
         """Try one small transaction a second until one succeeds; requests fail at once meanwhile."""
         if self.broken is None:
             log.error("writes fail, senders are refused with 503: %s", self.failure)
         while self.failure is not None:
-            self._turn_away(self.failure)
+            self._fail_queued(self.failure)
             if self._stopping:
                 return
             self._busy_since = None
@@ -376,7 +376,7 @@ class Writer:
                 self._set_failure(f"{error}")
                 if self._connection.in_transaction:
                     await self._connection.execute("ROLLBACK")
-                self._throw_off(code)
+                self._release_reserve(code)
             else:
                 self._set_failure(self.broken)
                 log.info("writes work again")
@@ -386,15 +386,15 @@ class Writer:
         try:
             await self._connection.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
         except sqlite3.Error as error:
-            self._throw_off(self._code(error))
+            self._release_reserve(self._code(error))
 
-    def _turn_away(self, why: str) -> None:
-        """Fail every queued job, so that no caller waits for a failing disk."""
+    def _fail_queued(self, why: str) -> None:
+        """Fail every queued job and call, so that no caller waits for a failing disk."""
         while self._jobs:
             for job in self._take():
                 job.fail(StorageUnavailableError(f"writing failed: {why}"))
         self._writing = 0
-        errands, self._errands = self._errands, deque()
-        for _, future in errands:
+        calls, self._calls = self._calls, deque()
+        for _, future in calls:
             if not future.done():
                 future.set_exception(StorageUnavailableError(f"the store failed: {why}"))

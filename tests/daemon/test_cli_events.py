@@ -299,7 +299,7 @@ async def test_the_file_of_a_running_relay_is_read(commands, events, config):
 def test_offline_without_a_file_is_an_error(tmp_path):
     config = write_config(tmp_path, SOURCES)
     said = run("events", "list", "--offline", "-c", config, code=1)
-    assert said.err.startswith(f"there is no database {tmp_path / 'state' / 'relay.db'}\n")
+    assert said.err.startswith(f"no database at {tmp_path / 'state' / 'relay.db'}\n")
     said = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
     assert "cannot be used with --url" in said.err
 

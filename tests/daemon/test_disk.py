@@ -408,7 +408,7 @@ async def test_an_import_stops_at_the_floor(tmp_path, disk):
         await accepted(relay.addresses.public)
         lines = (await exchange(relay.addresses.socket, request("GET", "/api/export"))).body
         relay.app.store.disk.floor = 1000 * MIB
-        relay.app.store.disk.look()
+        relay.app.store.disk.measure()
         assert lines
         answer = await exchange(relay.addresses.socket, request("POST", "/api/import", lines))
         assert answer.status == 503, answer
@@ -432,7 +432,7 @@ async def test_a_stop_waits_for_room_for_the_rescue_copy_that_is_all_there_is(tm
         disk.fill()
         database.unlink()
         stopping = asyncio.create_task(daemon.stop())
-        await until(lambda: "the relay ends as soon as there is one: make room in" in daemon.said)
+        await until(lambda: "the relay stops as soon as the copy succeeds: make room in" in daemon.said)
         assert not stopping.done()
         disk.clear()
         assert await stopping == 0

@@ -15,7 +15,7 @@ from support import FakeClock, until
 from wire import exchange, request
 
 from relay.errors import StorageError
-from relay.store.losses import evidence_of
+from relay.store.losses import reports_of
 from relay.store.mark import Mark, read_mark
 from relay.store.rescue import rescues_of
 from relay.store.wal import log_of, read_log
@@ -110,7 +110,7 @@ async def _some(url, count=5):
 
 def _restore_command(daemon):
     [line] = [json.loads(line)["message"] for line in daemon.lines if "rescue copy" in line]
-    return line.split("then: ")[1].split("; then start")[0]
+    return line.split("run: ")[1].split("; then start")[0]
 
 
 async def test_it_is_not_ready_and_says_why(tmp_path):
@@ -151,7 +151,7 @@ async def test_a_start_without_the_database_but_with_its_rescue_copy_is_refused(
         database.unlink()
         await refusal(relay.addresses.public)
     [copy] = rescues_of(database)
-    with pytest.raises(StorageError, match="a rescue copy of it is") as caught:
+    with pytest.raises(StorageError, match="is missing, and it has a rescue copy") as caught:
         async with running(write_config(tmp_path, SOURCES)):
             raise AssertionError("it started with nothing")
     assert f"mv {copy} {database}" in caught.value.hint
@@ -166,7 +166,7 @@ async def test_a_start_on_another_file_is_refused_while_a_rescue_copy_waits(tmp_
         happens(database)
         more, _ = await refusal(daemon.url)
         await until(lambda: rescues_of(database))  # its process is killed then
-    with pytest.raises(StorageError, match="was replaced or damaged, and a rescue copy") as caught:
+    with pytest.raises(StorageError, match="was replaced or damaged, and it has a rescue copy") as caught:
         async with running(config):
             raise AssertionError("it started with less than it had")
     command = caught.value.hint.removeprefix("restore it: ").split("; ")[0]
@@ -344,7 +344,7 @@ async def test_a_flipped_byte_of_the_log_is_told_at_the_start_and_by_the_doctor(
         assert not online["losses"]["ok"]
         assert "rm " in online["losses"]["hint"]
         assert await daemon.stop() == 0
-    reports = evidence_of(database)
+    reports = reports_of(database)
     assert any(path.name.startswith("relay.db.lost-") for path in reports)
     if where != -1:
         [copy] = [path for path in reports if ".damaged-" in path.name]
@@ -372,7 +372,7 @@ async def test_a_killed_relay_whose_log_is_whole_tells_of_no_loss(tmp_path):
     async with Daemon(config) as daemon:
         assert "data was lost" not in daemon.said
         await daemon.stop()
-    assert evidence_of(database) == []
+    assert reports_of(database) == []
     assert set(events_in(database)) == set(acknowledged)
 
 
@@ -415,7 +415,7 @@ async def test_ids_of_deleted_events_are_not_given_out_again_and_are_no_loss(tmp
         deliveries = [row["row"] for row in await store.queries.find("deliveries")]
         assert (await store.events.expunge(store_ids)).events == 3
     async with opened(path, clock) as store:
-        assert evidence_of(path) == []
+        assert reports_of(path) == []
         await send(store, clock)
         assert [row["row"] for row in await store.queries.find("events")] == [max(store_ids) + 1]
         assert min(row["row"] for row in await store.queries.find("deliveries")) == max(deliveries) + 1

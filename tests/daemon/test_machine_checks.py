@@ -15,7 +15,7 @@ from wire import request
 from relay import doctor
 from relay.base.clock import SECOND
 from relay.cli import main
-from relay.doctor import Owing
+from relay.doctor import DestinationBacklog
 from relay.plugin_loading.loader import load
 
 HOUR = 3600 * SECOND
@@ -140,11 +140,11 @@ async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_
 
 
 def test_a_destination_that_only_fails_is_found_after_ten_minutes():
-    failing = Owing(name="crm", held=None, pending=5, failing_since=0)
+    failing = DestinationBacklog(name="crm", held=None, pending=5, failing_since=0)
     assert doctor.held([failing], 599 * SECOND).ok
     assert not doctor.held([failing], 600 * SECOND).ok
-    nothing_owed = Owing(name="crm", held="paused", pending=0)
-    assert doctor.held([nothing_owed], HOUR).ok
+    nothing_pending = DestinationBacklog(name="crm", held="paused", pending=0)
+    assert doctor.held([nothing_pending], HOUR).ok
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,8 @@ async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_
             await store.deliveries.repeat([(event, Target("erp"))])
             await end(store, event, "dead", "erp")
         long = "s" * 2_000_000
-        await store.database.writer.errand(lambda it: it.execute("UPDATE events SET subject = ?", (long,)))
-        await store.database.writer.errand(lambda it: it.commit())
+        await store.database.writer.call(lambda it: it.execute("UPDATE events SET subject = ?", (long,)))
+        await store.database.writer.call(lambda it: it.commit())
         row = (await store.queries.find("events", id=event.id))[0]
         assert row["subject"] == "s" * 256
         assert len(row["deliveries"]) < 200

@@ -92,7 +92,7 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
         holds.set()
         await held.wait()
 
-    blocked = asyncio.ensure_future(writer.errand(hold))
+    blocked = asyncio.ensure_future(writer.call(hold))
     await holds.wait()
     await wire.send(beat())
     await until(lambda: writer._jobs)
@@ -565,7 +565,7 @@ async def held(relay):
         began.set()
         await go.wait()
 
-    asking = asyncio.ensure_future(relay.app.store.database.writer.errand(hold))
+    asking = asyncio.ensure_future(relay.app.store.database.writer.call(hold))
     await began.wait()
 
     async def release():

@@ -14,8 +14,8 @@ HOW = sys.argv.pop(1)
 if HOW == "blind":
     Files.moved = Files.overwritten = lambda _self: None  # type: ignore[method-assign]
 else:
-    sqlite.look_before = lambda _database, _wall: []
-    sqlite.look_after = lambda *_found: None
+    sqlite.check_before_open = lambda _database, _wall: []
+    sqlite.check_after_open = lambda *_found: None
 
 if __name__ == "__main__":
     main()

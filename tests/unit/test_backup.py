@@ -52,7 +52,7 @@ async def test_a_backup_is_private_and_leaves_no_temporary_file(store, clock, tm
 async def test_a_backup_replaces_a_file_only_with_replace(store, clock, tmp_path):
     target = tmp_path / "copy.db"
     target.write_text("precious")
-    with pytest.raises(StorageError, match="is there already") as caught:
+    with pytest.raises(StorageError, match="exists already") as caught:
         await store.upkeep.backup(target)
     assert "--force" in caught.value.hint
     assert target.read_text() == "precious"
@@ -77,7 +77,7 @@ async def test_a_leftover_part_file_does_not_prevent_a_backup(store, tmp_path):
 
 
 async def test_a_missing_folder_is_named_in_the_error(store, tmp_path):
-    with pytest.raises(StorageError, match="there is no folder") as caught:
+    with pytest.raises(StorageError, match="does not exist") as caught:
         await store.upkeep.backup(tmp_path / "nowhere" / "copy.db")
     assert caught.value.hint.startswith("mkdir -p ")
 
@@ -85,7 +85,7 @@ async def test_a_missing_folder_is_named_in_the_error(store, tmp_path):
 async def test_too_little_free_space_is_reported_before_writing(store, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(backup.shutil, "disk_usage", lambda _path: usage._replace(free=10))
-    with pytest.raises(StorageError, match="10 B free, a copy may take"):
+    with pytest.raises(StorageError, match="10 B free, a copy may need"):
         await store.upkeep.backup(tmp_path / "copy.db")
     assert not list(tmp_path.glob("copy*"))
 
@@ -93,7 +93,7 @@ async def test_too_little_free_space_is_reported_before_writing(store, tmp_path,
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        ("UPDATE ledger SET created = created + 1", "the copy does not balance: crm, erp"),
+        ("UPDATE ledger SET created = created + 1", "the ledger of the copy does not balance: crm, erp"),
         ("DELETE FROM deliveries; DELETE FROM ledger", "the copy lacks the latest events"),
     ],
 )

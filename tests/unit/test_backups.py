@@ -86,7 +86,7 @@ async def test_a_failed_backup_deletes_no_older_one(backups, store, clock, tmp_p
     await store.database.connection.execute("UPDATE ledger SET created = created - 1")
     assert made(tmp_path) == before
     assert (done.failures, done.succeeded_at) == (1, None)
-    assert done.error.startswith("backup failed: the copy does not balance: crm, erp")
+    assert done.error.startswith("backup failed: the ledger of the copy does not balance: crm, erp")
     [said] = caplog.records
     assert said.getMessage() == f"job backup failed: {done.error}"
     assert (said.levelname, said.exc_info) == ("ERROR", None)
@@ -94,7 +94,7 @@ async def test_a_failed_backup_deletes_no_older_one(backups, store, clock, tmp_p
     assert metrics.registry.get_sample_value("relay_job_runs_total", labels) == 1
     check = backups.examine()
     assert not check.ok
-    assert "the copy does not balance" in check.detail
+    assert "the ledger of the copy does not balance" in check.detail
     assert check.hint.endswith("relay jobs run backup")
     await backups.run()
     assert backups.examine().ok
@@ -176,19 +176,19 @@ async def test_the_latest_backup_is_never_deleted_to_make_room(cramped, clock):
     before = made(cramped.path)
     set_rules(cramped.backups, cramped.path, floor=100 * 2**20, every=DAY, keep=10)
     with pytest.raises(
-        StorageError, match=r"backup failed: .* free, a copy may take .* are to stay free"
+        StorageError, match=r"backup failed: .* free, a copy may need .* must stay free"
     ) as caught:
         await cramped.backups.run()
-    assert "more room" in caught.value.hint
+    assert "MiB more" in caught.value.hint
     assert made(cramped.path) == before
 
 
 async def test_a_backup_stops_when_the_free_space_reaches_the_floor(cramped, monkeypatch):
-    monkeypatch.setattr(backup, "LOOK_EVERY", 1)
+    monkeypatch.setattr(backup, "CHECK_EVERY", 1)
     for module in ("backup", "upkeep"):  # there was room when it began
         monkeypatch.setattr(f"relay.store.{module}.lacks", lambda *_, **__: 0)
     set_rules(cramped.backups, cramped.path, floor=cramped.free - 2**19, every=DAY, keep=10)
-    with pytest.raises(StorageError, match="has only what is to stay free"):
+    with pytest.raises(StorageError, match="must stay free"):
         await cramped.backups.run()
     assert made(cramped.path) == []
 

@@ -118,7 +118,7 @@ async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock)
     candidate = prune.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
     [loaded] = (await store.events.load([number])).values()
     assert await store.deliveries.repeat([(loaded, Target("crm"))]) == (True,)
-    assert await store.database.writer.errand(partial(prune.delete_events, [candidate])) == 0
+    assert await store.database.writer.call(partial(prune.delete_events, [candidate])) == 0
     assert await left(store) == [number]
 
 
@@ -180,7 +180,7 @@ async def test_many_events_are_deleted_in_small_transactions_between_those_of_se
     done = [Outcome(delivery=delivery, attempt=None, state="delivered") for delivery in store.fresh]
     await asyncio.gather(*map(store.deliveries.settle, done))
     clock.advance(15 * DAY)
-    order, changes, errand = [], [], store.database.writer.errand
+    order, changes, errand = [], [], store.database.writer.call
 
     async def watched(work):
         before = store.database.connection.total_changes
@@ -189,8 +189,8 @@ async def test_many_events_are_deleted_in_small_transactions_between_those_of_se
         order.append("pruned")
         return result
 
-    await store._caretaker.stop()  # its transactions are not counted here
-    store.database.writer.errand = watched
+    await store._file_watch.stop()  # its transactions are not counted here
+    store.database.writer.call = watched
 
     async def senders():
         while order.count("pruned") < 50:

@@ -396,7 +396,7 @@ async def test_without_room_for_the_copy_the_migration_is_postponed(tmp_path, cl
     store = make_store(path, clock)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10))
-        with pytest.raises(StorageUnavailableError, match="10 B is free"):
+        with pytest.raises(StorageUnavailableError, match="has 10 B free"):
             await store.open()
     assert not list(tmp_path.glob("*.before-*"))
     await store.open()

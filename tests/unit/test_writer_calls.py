@@ -29,7 +29,7 @@ async def test_a_full_disk_fails_a_call_and_leaves_no_transaction_open(store, di
 
     await store.database.connection.execute_fetchall("PRAGMA max_page_count = 1")
     with pytest.raises(StorageUnavailableError, match="full"):
-        await store.database.writer.errand(fill)
+        await store.database.writer.call(fill)
     assert not store.database.connection.in_transaction
     assert (store.failure, died) == (None, [])
 
@@ -41,7 +41,7 @@ async def test_a_failed_fsync_in_a_call_stops_the_daemon(store, died):
         raise error
 
     with pytest.raises(StorageUnavailableError):
-        await store.database.writer.errand(fail)
+        await store.database.writer.call(fail)
     assert died == ["fsync failed: disk I/O error"]
 
 
@@ -50,5 +50,5 @@ async def test_an_error_in_a_call_is_raised_in_its_caller(store, died):
         raise ValueError("its own")
 
     with pytest.raises(ValueError, match="its own"):
-        await store.database.writer.errand(fail)
+        await store.database.writer.call(fail)
     assert died == []

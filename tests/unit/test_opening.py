@@ -1,0 +1,39 @@
+"""The storage that a URL names."""
+
+import pytest
+
+from relay.errors import RelayError
+from relay.store import Stop
+from relay.store.opening import make_store, offline_store, path_of
+
+
+@pytest.mark.parametrize("url", ["postgresql://db/relay", "sqlite", "sqlite:", "relay.db", ""])
+def test_an_unsupported_url_is_named_with_one_that_works(tmp_path, clock, url):
+    for use in (
+        lambda: make_store(url, tmp_path, clock),
+        lambda: offline_store(url, tmp_path),
+        lambda: path_of(url, tmp_path),
+    ):
+        with pytest.raises(RelayError) as caught:
+            use()
+        assert str(caught.value) == (
+            f'[storage] url: unsupported storage "{url}"\n  write url = "sqlite:relay.db" in config.toml'
+        )
+
+
+def test_a_name_is_relative_to_the_state_folder(tmp_path):
+    assert path_of("sqlite:relay.db", tmp_path) == tmp_path / "relay.db"
+    assert path_of(f"sqlite:{tmp_path}/other.db", tmp_path / "state") == tmp_path / "other.db"
+
+
+async def test_the_offline_store_reads_measures_checks_and_copies_a_closed_store(tmp_path, clock):
+    store = make_store("sqlite:relay.db", tmp_path, clock)
+    await store.open()
+    await store.close()
+    offline = offline_store("sqlite:relay.db", tmp_path)
+    async with offline.read() as stored:
+        assert (await stored.queries.page("events")).rows == []
+    assert offline.measure(Stop()).events == 0
+    failed = [check for check in offline.examine(Stop(), now=clock.wall()) if not check.ok]
+    assert failed == []
+    assert offline.back_up(tmp_path / "copy.db", Stop()).events == 0
