@@ -9,6 +9,7 @@ from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
 from .compiled import Compiled
 from .keys import Keys
 from .reading import Reading
+from .samples import renewed
 from .settings import Verify
 
 
@@ -105,5 +106,5 @@ class Generic(Keys, kind="generic", dict=True):
         return tuple(each.request(self.paths[0]) for each in self.examples)
 
     def sign(self, incoming: Incoming) -> Incoming:
-        """Return a sample with credentials."""
-        return self.compiled.scheme.sign(incoming)
+        """Return a sample with credentials, and with a new idempotency key."""
+        return self.compiled.scheme.sign(renewed(incoming, self.key, self.events))

@@ -247,8 +247,9 @@ class Standard:
     def sign(self, incoming: Incoming) -> Incoming:
         """See `Scheme`."""
         now = incoming.received_at // _SECOND
+        id_ = incoming.header(f"{self._prefix}id") or f"msg_{now}"
         try:
-            headers = sign_standard_webhooks(self._secrets[:1], f"msg_{now}", now, incoming.body)
+            headers = sign_standard_webhooks(self._secrets[:1], id_, now, incoming.body)
         except ValueError:  # a public key
             return incoming
         names = {name: name.replace("webhook-", self._prefix, 1) for name in headers}

@@ -82,9 +82,14 @@ def send(
     )
     if (token := _token(path, configured, given)) is not None:
         request = request.with_headers({"Authorization": f"Bearer {token.reveal()}"})
-    request = configured.settings.sign(request)
+    signed = configured.settings.sign(request)
     url = to or _listener(setup.server.listen)
-    _exchange(url, request, as_json=as_json, service=None if to else service_of(path))
+    status = _exchange(url, signed, as_json=as_json, service=None if to else service_of(path))
+    if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+        hint = ""
+        if status == HTTPStatus.UNAUTHORIZED and signed.headers == request.headers:
+            hint = f"only the sender of {source} can sign requests: let it send a test event"
+        raise CommandError(f"{signed.method} {signed.target} returned {status}", hint=hint, code=FAILED)
     if sample in (samples.get("register"), samples.get("heartbeat")) and "unregister" in samples:
         silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
         click.echo(f"the sample worker is reported {silence}", err=True)
@@ -153,18 +158,19 @@ def _exchange(
     *,
     as_json: bool,
     service: Service | None,
-) -> None:
+) -> int:
+    """Send a request, print the response, and return its status."""
     parts = urlsplit(url)
     kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
         with closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT)) as connection:
             connection.request(request.method, request.target, request.body, dict(request.headers))
             response = connection.getresponse()
-            status, text = response.status, response.read().decode("utf-8", "replace")
+            status: int = response.status
+            text = response.read().decode("utf-8", "replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
         start = "`relay serve`" if service is None else "`systemctl start relay`"
         hint = f"start the daemon with {start}, or name its listener with --to URL"
         raise CommandError(f"cannot connect to {url}: {error}", hint=hint, code=UNREACHABLE) from None
     print_json({"status": status, "body": text}) if as_json else click.echo(f"{status}\t{text}")
-    if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-        raise CommandError(f"{request.method} {request.target} returned {status}", code=FAILED)
+    return status

@@ -4,6 +4,7 @@
 published with their signatures.
 """
 
+import asyncio
 import hmac
 import json
 import time
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 import standardwebhooks
+from commands import run
 from daemons import Recorder, destination, running, write_config
 from support import until
 from vendors import PUBLIC, Sent, presets, secret_of, sha256, signed, unsigned_query
@@ -24,6 +26,7 @@ from wire import raw_request
 
 from relay.base.clock import SECOND
 from relay.base.units import parse_duration
+from relay.cli import send
 from relay.plugin_loading.loader import load
 from relay.source import Incoming, Unauthenticated
 
@@ -338,6 +341,40 @@ async def test_a_sample_becomes_events_that_a_receiver_verifies(relay, receiver,
     else:
         await until(lambda: len(receiver.of(name)) == before + 2 * len(expected))
         assert duplicates(relay, name) == counted
+
+
+SIGNABLE = [(name, which) for name, which in SAMPLES if not name.startswith(("discord", "sendgrid"))]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(("name", "which"), SIGNABLE)
+async def test_relay_send_signs_a_sample_and_makes_it_new_each_time(relay, receiver, name, which):
+    source = relay.app.config.sources[name]
+    sample = send.samples_of(source)[which]
+    expected, before = EVENTS[name][which], len(receiver.of(name))
+    for sent in (1, 2):
+        request = msgspec.structs.replace(
+            sample, target=source.prefix + sample.path, received_at=time.time_ns() // 1000
+        )
+        request = source.settings.sign(request)
+        raw = raw_request(request.method, request.target, request.body, dict(request.headers))
+        answer = await relay.exchange(raw)
+        assert answer.status < 300, answer
+        count = before + sent * len(expected)
+        await until(lambda count=count: len(receiver.of(name)) == count)
+    found = sorted(each["type"].removeprefix(f"{name}.") for each in receiver.of(name)[before:])
+    assert found == sorted(2 * [type_ for type_, _ in expected])
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_relay_send_works_on_the_command_line(relay, receiver):
+    config, to = relay.app.config.path, relay.addresses.public
+    before = len(receiver.of("stripe"))
+    said = await asyncio.to_thread(run, "send", "stripe", "invoice.paid", "-c", config, "--to", to)
+    assert said.out.startswith("200\t")
+    await until(lambda: len(receiver.of("stripe")) == before + 1)
+    said = await asyncio.to_thread(run, "send", "sendgrid", "-c", config, "--to", to, code=1)
+    assert "only the sender of sendgrid can sign requests" in said.err
 
 
 @pytest.mark.asyncio(loop_scope="module")

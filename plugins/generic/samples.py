@@ -1,0 +1,58 @@
+"""Samples that are sent again: each time with a new idempotency key, else they would be duplicates."""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+
+from relay.source import Incoming, parse_path, parse_template
+
+
+def renewed(incoming: Incoming, key: str, events: str) -> Incoming:
+    """Return a sample whose idempotency keys are new, made from the time at which it is sent.
+
+    Args:
+        incoming: the sample; `received_at` is that time.
+        key: the source's template of the key.
+        events: its template of the events of a batch, `""` without one.
+    """
+    parts = [each for each in parse_template(key).placeholders if not each.filters]
+    if not parts:
+        return incoming
+    last, now = parts[-1], incoming.received_at
+    if last.kind == "header" and (old := incoming.header(last.argument)):
+        return incoming.with_headers({last.argument: _changed(old, now)})
+    if last.kind not in ("body", "item") or not last.argument:
+        return incoming
+    try:
+        value = json.loads(incoming.body)
+        items = (
+            _at(value, parse_template(events).placeholders[0].argument) if last.kind == "item" else [value]
+        )
+        body = incoming.body.decode()
+        for number, item in enumerate(items):
+            body = _replaced(body, last.argument, _at(item, last.argument), now + number)
+    except (ValueError, KeyError, IndexError, TypeError):  # not the shape that the template expects
+        return incoming
+    return msgspec.structs.replace(incoming, body=body.encode())
+
+
+def _at(value: Any, path: str) -> Any:
+    for name, position in parse_path(path) if path else ():
+        value = value[position or 0] if isinstance(value, list) else value[name]
+    return value
+
+
+def _replaced(body: str, path: str, old: Any, number: int) -> str:
+    """Replace a value in a JSON text wherever it stands under the last name of its path."""
+    name = json.dumps(parse_path(path)[-1][0])
+    new = _changed(old, number) if isinstance(old, str) else number
+    pattern = rf"({re.escape(name)}\s*:\s*){re.escape(json.dumps(old))}(?=\s*[,}}\]])"
+    return re.sub(pattern, lambda found: found[1] + json.dumps(new), body)
+
+
+def _changed(old: str, number: int) -> str:
+    """Return a text of the same length that ends in a number, if it is long enough."""
+    digits = str(number)
+    return old[: max(len(old) - len(digits), 0)] + digits
