@@ -14,7 +14,7 @@ from relay.config.secrets import Secret, Secrets
 from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
-_OURS = {"path", "included", "warnings", "name", "settings"}  # fields that nobody writes
+_OURS = {"path", "included", "warnings", "name", "settings", "compiled"}  # fields that nobody writes
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 

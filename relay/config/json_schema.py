@@ -74,7 +74,7 @@ _TOKEN = {
         },
     ]
 }
-_HIDDEN = {"path", "included", "warnings", "name", "settings"}  # fields that are not keys
+_HIDDEN = {"path", "included", "warnings", "name", "settings", "compiled"}  # fields that are not keys
 
 
 Kinds = Mapping[str, tuple[type[msgspec.Struct], frozenset[str]]]

@@ -296,6 +296,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
         WorkerRules, _help("rules for the source's workers; missing keys come from `[workers]`")
     ] = WorkerRules()
     settings: Any = None  # the plugin's Source instance, bound by the loader
+    compiled: Any = None  # `relay.schemas.Schemas` of the files in `schemas`, read by the loader
 
 
 class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):

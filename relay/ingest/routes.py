@@ -38,8 +38,7 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
         source = self.source
         self.is_open, self.needs_body = source.is_open(), source.needs_body()
         self.is_screened = self.is_open or type(source).screen is not Source.screen
-        if self.config.schemas:
-            self.schemas = Schemas(self.config.schemas, source.data_field)
+        self.schemas = self.config.compiled
         self.has_handshake = type(source).handshake is not Source.handshake
 
 

@@ -27,7 +27,7 @@ from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
 from relay.plugin_loading.offered import Kind, Observer, Offering, Offers, PluginError
-from relay.schemas import compile_schema
+from relay.schemas import Schemas
 from relay.source import SPANNING, Preset, Source
 
 _AT_START = {
@@ -219,7 +219,7 @@ def _bind_source(
         table,
         path,
         given={"name": name, "max_body": config.server.max_body, "workers": config.workers},
-        hidden={"name", "settings"},
+        hidden={"name", "settings", "compiled"},
         others=own,
     )
     if kind is None:
@@ -227,15 +227,18 @@ def _bind_source(
             known = guess(plugin, kinds) or "; `relay plugins list` shows all kinds"
             binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
         return None
-    for type_, schema in source.schemas.items() if source is not None else ():
+    settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
+    if source is None:
+        return None
+    schemas = Schemas(kind.source.data_field)
+    for type_, file in source.schemas.items():
         try:
-            compile_schema(schema)
+            schemas.add(type_, file)
         except ValueError as error:
             binder.report((*path, "schemas", type_), str(error))
-    settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
-    if source is None or settings is None:
+    if settings is None:
         return None
-    return msgspec.structs.replace(source, settings=settings)
+    return msgspec.structs.replace(source, settings=settings, compiled=schemas if source.schemas else None)
 
 
 def _with_preset(

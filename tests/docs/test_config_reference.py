@@ -55,7 +55,14 @@ TABLES = {
 }
 ELSEWHERE = {"destinations.NAME.message": "messages.md"}
 """Tables on other pages than configuration.md."""
-NO_KEYS = {"path", "included", "warnings", "name", "settings"}  # filled by the relay, not by the operator
+NO_KEYS = {
+    "path",
+    "included",
+    "warnings",
+    "name",
+    "settings",
+    "compiled",
+}  # filled by the relay, not by the operator
 OWN_TABLES = {
     "server",
     "admin",

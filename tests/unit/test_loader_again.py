@@ -74,6 +74,15 @@ def test_a_reload_reads_secrets_again(setup, again, folder):
     assert again(SHOP + CRM).config.destinations != setup.config.destinations
 
 
+def test_a_reload_reads_schemas_again(folder, again):
+    text = f'{SHOP}schemas = {{ "*" = "schema.json" }}\n'
+    (folder / "schema.json").write_text("{}")
+    before = again(text).config
+    assert again(text).config == before
+    (folder / "schema.json").write_text('{"type": "object"}')
+    assert again(text).config != before
+
+
 def test_a_reload_reports_every_problem_like_a_start(again):
     with pytest.raises(ConfigError) as caught:
         again('[server]\nmax_boddy = 1\n[sources.shop]\nplugin = "nothing"\n')

@@ -1,6 +1,8 @@
 """JSON Schemas of the data of events: what satisfies them, and what stops the start."""
 
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -9,7 +11,7 @@ import pytest
 from relay.config.problems import ConfigError
 from relay.errors import Invalid
 from relay.plugin_loading.loader import load
-from relay.schemas import Schemas, compile_schema
+from relay.schemas import Schemas
 
 USER = {
     "type": "object",
@@ -27,7 +29,9 @@ def written(folder: Path, schema: object, name: str = "user.created.json") -> Pa
 
 
 def with_schema(folder: Path, schema: object) -> Schemas:
-    return Schemas({"user.created": written(folder, schema)}, "payload")
+    schemas = Schemas("payload")
+    schemas.add("user.created", written(folder, schema))
+    return schemas
 
 
 def test_data_that_satisfies_its_schema_is_accepted(tmp_path):
@@ -74,7 +78,9 @@ def test_the_exact_type_counts_before_the_first_pattern_that_fits(tmp_path):
         written(tmp_path, schema, f"{n}.json")
         for n, schema in enumerate([{"not": {}}, {"type": "number"}, {"type": "string"}])
     )
-    schemas = Schemas({"order.*": never, "order.paid": number, "*": text})
+    schemas = Schemas()
+    for type_, path in {"order.*": never, "order.paid": number, "*": text}.items():
+        schemas.add(type_, path)
     schemas.check("order.paid", b"1")
     schemas.check("other", b'"text"')
     for type_, data in (("order.sent", b"1"), ("order.paid", b'"text"'), ("other", b"1")):
@@ -84,6 +90,43 @@ def test_the_exact_type_counts_before_the_first_pattern_that_fits(tmp_path):
 
 def test_other_types_have_no_schema(tmp_path):
     with_schema(tmp_path, USER).check("user.deleted", b"{}")
+
+
+@pytest.mark.parametrize(
+    ("data", "is_unique"),
+    [
+        ('[1, true, "1", [1], [true], {"a": 1}, {"a": true}, null, "array", {}, []]', True),
+        ("[1, 1.0]", False),
+        ('[{"a": [1], "b": 2}, {"b": 2.0, "a": [1.0]}]', False),
+        ("[[], []]", False),
+        ("[null, null]", False),
+        ('"aa"', True),
+    ],
+)
+@pytest.mark.parametrize("draft", ["2019-09/schema", "2020-12/schema"])
+def test_items_of_a_list_can_have_to_be_unique(tmp_path, data, is_unique, draft):
+    schema = {
+        "$schema": f"https://json-schema.org/draft/{draft}",
+        "uniqueItems": True,
+        "properties": {"inner": {"$ref": "#"}},
+    }
+    schemas = with_schema(tmp_path, schema)
+    for text in (data, f'{{"inner": {data}}}'):
+        with nullcontext() if is_unique else pytest.raises(Invalid):
+            schemas.check("user.created", text.encode())
+
+
+def test_a_long_list_of_unique_objects_is_checked_in_linear_time(tmp_path):
+    schemas = with_schema(tmp_path, {"$ref": "#/$defs/list", "$defs": {"list": {"uniqueItems": True}}})
+    began = time.perf_counter()
+    schemas.check("user.created", msgspec.json.encode([{"a": n} for n in range(30_000)]))
+    assert time.perf_counter() - began < 10  # jsonschema alone takes half an hour
+
+
+def test_schemas_are_equal_if_their_files_had_the_same_content(tmp_path):
+    before, same = with_schema(tmp_path, USER), with_schema(tmp_path, USER)
+    assert (before, hash(before)) == (same, hash(same))
+    assert before != with_schema(tmp_path, {})
 
 
 def test_the_json_schema_draft_of_a_schema_is_used(tmp_path):
@@ -103,6 +146,8 @@ def test_the_json_schema_draft_of_a_schema_is_used(tmp_path):
         ("[]", "no JSON object: Expected `object`, got `array`"),
         ({"type": 5}, "no JSON Schema: $.type: 5 is not valid under any of the given schemas"),
         ({"$ref": "#/$defs/none"}, "$ref leads nowhere: /$defs/none"),
+        ({"$dynamicRef": "#none"}, "$ref leads nowhere: none"),
+        ({"pattern": "("}, "no JSON Schema: $.pattern: '(' is not a 'regex'"),
         (
             {"properties": {"a": {"$ref": "https://example.com/schema"}}},
             "$ref leads nowhere: https://example.com/schema",
@@ -123,7 +168,7 @@ def test_a_broken_schema_stops_the_start_and_names_its_line_and_file(tmp_path, s
 
 def test_a_missing_schema_file_stops_the_start(tmp_path):
     with pytest.raises(ValueError, match=r"none\.json: No such file or directory"):
-        compile_schema(tmp_path / "none.json")
+        Schemas().add("a", tmp_path / "none.json")
 
 
 def test_schemas_without_the_library_say_what_to_install(tmp_path, monkeypatch):
