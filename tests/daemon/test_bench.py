@@ -24,7 +24,7 @@ def bench(*arguments):
     return done.stdout
 
 
-def test_without_a_name_the_benchmarks_are_listed():
+def test_without_a_name_bench_lists_the_benchmarks():
     assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "generic", "zoo"]
 
 
@@ -43,7 +43,7 @@ def test_a_misspelt_name_is_refused():
         ("generic", "generic, HMAC", "moddy, token"),
     ],
 )
-def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, us, rival):
+def test_a_short_run_prints_both_versions_their_ratio_and_the_target(name, us, rival):
     title, heads, ours, theirs, ratio, target = bench(name, *SHORT).splitlines()
     assert title.startswith(f"{name}: ")
     assert "events/s" in heads
@@ -53,7 +53,7 @@ def test_a_short_run_prints_both_sides_their_ratio_and_the_target(name, us, riva
     assert target.startswith("  target of the ratio: 0.")
 
 
-def test_a_zoo_beside_costs_throughput_and_p99_that_are_both_compared():
+def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99():
     _, heads, crowded, alone, ratio, target = bench("zoo", *SHORT, "--rounds", "1").splitlines()
     assert "events/s" in heads
     assert "p99 ms" in heads
@@ -63,7 +63,7 @@ def test_a_zoo_beside_costs_throughput_and_p99_that_are_both_compared():
     assert target.startswith("  target of the ratio: 0.83")
 
 
-def test_json_has_every_round_of_both_sides():
+def test_json_has_every_round_of_both_versions():
     for comparison in json.loads(bench("ingest", "relay", "--json", *SHORT)):
         for side in ("ours", "theirs"):
             assert len(comparison[side]) == 2
@@ -71,7 +71,7 @@ def test_json_has_every_round_of_both_sides():
         assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
 
 
-def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
+def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
     command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
@@ -82,7 +82,7 @@ def test_sweeps_say_how_long_they_take_and_hold_up_the_loop():
     )
 
 
-def test_what_commands_cost_is_printed_beside_the_limit():
+def test_start_up_times_of_commands_are_printed_with_their_limit():
     command = [sys.executable, "-m", "bench.startup", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines = done.stdout.splitlines()
@@ -92,7 +92,7 @@ def test_what_commands_cost_is_printed_beside_the_limit():
     assert "limit 120 ms" in lines[1]
 
 
-def test_scrapes_are_timed_at_rest_and_beside_senders():
+def test_scrapes_are_timed_at_rest_and_under_load():
     command = [sys.executable, "-m", "bench.scrape", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *lines, verdict = done.stdout.splitlines()
@@ -113,7 +113,7 @@ def old_events(tmp_path):
     return path
 
 
-async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go(old_events):
+async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(old_events):
     store = make_store(old_events, SystemClock())
     await store.open()
     assert [check for check in await store.upkeep.examine() if not check.ok] == []
@@ -122,7 +122,7 @@ async def test_the_events_that_the_benchmark_of_retention_makes_are_sound_and_go
     await store.close()
 
 
-def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
+def test_lists_are_measured_with_every_filter_and_their_plans_are_checked():
     """There are too few events for meaningful figures."""
     command = [sys.executable, "-m", "bench.lists", "--events", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
@@ -139,7 +139,7 @@ def test_lists_are_measured_with_every_filter_and_their_plans_looked_at():
     assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
 
 
-def test_resident_memory_is_printed_beside_its_target():
+def test_resident_memory_is_printed_with_its_target():
     command = [sys.executable, "-m", "bench.memory", "0.002"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     title, *rows, verdict = done.stdout.splitlines()
@@ -151,7 +151,7 @@ def test_resident_memory_is_printed_beside_its_target():
     assert verdict == "target 200 MB after each: met"
 
 
-def test_events_beside_floods_are_timed_and_judged():
+def test_events_during_floods_are_timed_and_compared_with_the_target():
     command = [sys.executable, "-m", "bench.flood", "0.3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     head, *rows, target = done.stdout.splitlines()
@@ -164,7 +164,7 @@ def test_events_beside_floods_are_timed_and_judged():
     assert target == "  target of p99: 50 ms"
 
 
-def test_both_layouts_of_deliveries_are_measured_and_judged():
+def test_both_layouts_of_deliveries_are_measured_and_compared():
     """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
     command = [sys.executable, "-m", "bench.layouts", "--rows", "2000", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)

@@ -32,7 +32,7 @@ DESIGN = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
 BOUNDS = re.findall(r"^\| .+ \| ([0-9,]+) \(`(relay[a-z_.]*)\.([A-Z_]+)`\) \| .+ \|$", DESIGN, re.MULTILINE)
 
 
-def test_the_bounds_that_the_design_names_are_those_of_the_code():
+def test_the_bounds_in_the_design_page_are_those_of_the_code():
     assert len(BOUNDS) > 15
     for stated, module, name in BOUNDS:
         assert int(stated.replace(",", "")) == getattr(importlib.import_module(module), name), name
@@ -67,7 +67,7 @@ def unheard(table, clock, number, size=0):
     return mark
 
 
-async def test_what_is_kept_of_an_unheard_answer_has_one_size_whatever_the_sender_wrote():
+async def test_an_unheard_reply_is_remembered_in_constant_size():
     clock = FakeClock()
     small, large = UnheardReplies(clock), UnheardReplies(clock)
     for number in range(600):
@@ -76,7 +76,7 @@ async def test_what_is_kept_of_an_unheard_answer_has_one_size_whatever_the_sende
     assert weight(large._unheard) == weight(small._unheard) < 600 * 500
 
 
-async def test_a_request_under_way_is_known_by_little_whatever_the_sender_wrote():
+async def test_a_request_in_progress_is_identified_by_a_bounded_text():
     clock, text = FakeClock(), "x" * 1_000_000
     mark = fingerprint("/a", make_event(clock, subject=text, context=text.encode()), None)
     assert weight(mark) < 2000
@@ -84,7 +84,7 @@ async def test_a_request_under_way_is_known_by_little_whatever_the_sender_wrote(
     assert mark != fingerprint("/a", make_event(clock, subject=text + "y", context=text.encode()), None)
 
 
-async def test_answers_that_nobody_heard_are_forgotten_after_a_minute():
+async def test_unheard_replies_are_forgotten_after_a_minute():
     clock = FakeClock()
     table = UnheardReplies(clock)
     for number in range(100):
@@ -100,7 +100,7 @@ async def test_answers_that_nobody_heard_are_forgotten_after_a_minute():
     assert len(table._unheard) == 0
 
 
-async def test_no_more_than_so_many_unheard_answers_are_remembered_and_the_oldest_goes_first(monkeypatch):
+async def test_the_number_of_unheard_replies_is_bounded_and_the_oldest_is_forgotten(monkeypatch):
     monkeypatch.setattr(dedupe, "MOST", 10)
     clock = FakeClock()
     table = UnheardReplies(clock)
@@ -110,7 +110,7 @@ async def test_no_more_than_so_many_unheard_answers_are_remembered_and_the_oldes
     assert await table.first(marks[10]) is not None
 
 
-async def test_senders_that_hang_up_on_large_contexts_leave_little_in_memory(tmp_path, monkeypatch):
+async def test_large_contexts_of_disconnected_senders_are_not_kept_in_memory(tmp_path, monkeypatch):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         original, gate = relay.app.store.events.append, asyncio.Event()
 
@@ -144,7 +144,7 @@ async def test_senders_that_hang_up_on_large_contexts_leave_little_in_memory(tmp
 # --- rate-limited logs --------------------------------------------------------------------------------
 
 
-def test_a_rate_limited_log_remembers_so_many_keys_and_stays_rate_limited(caplog, monkeypatch):
+def test_the_keys_of_a_rate_limited_log_are_bounded(caplog, monkeypatch):
     monkeypatch.setattr(logs, "MOST_KEYS", 10)
     caplog.set_level(logging.INFO)
     clock = FakeClock()
@@ -165,7 +165,7 @@ def test_a_rate_limited_log_remembers_so_many_keys_and_stays_rate_limited(caplog
 
 
 @pytest.mark.parametrize("most", [5, 1000])
-async def test_retention_keeps_its_rules_however_many_types_a_sender_invents(tmp_path, monkeypatch, most):
+async def test_retention_applies_its_rules_to_any_number_of_types(tmp_path, monkeypatch, most):
     monkeypatch.setattr(prune, "MOST_TYPES", most)
     monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
     clock = FakeClock()
@@ -216,7 +216,7 @@ def beat(number, sessions=0):
     return Heartbeat(worker_id=f"w{number}", counts={"total": sessions}, sessions=listed)
 
 
-async def test_a_new_worker_at_the_cap_makes_those_leave_that_are_gone_for_longest(registry):
+async def test_at_the_limit_a_new_worker_replaces_those_gone_for_longest(registry):
     for number in range(10):
         registry._clock.advance(1)
         await tell(registry, beat(number))
@@ -231,7 +231,7 @@ async def test_a_new_worker_at_the_cap_makes_those_leave_that_are_gone_for_longe
     assert sorted(id_ for (id_,) in found) == left
 
 
-async def test_a_worker_that_is_heard_as_it_makes_room_is_new(registry):
+async def test_a_worker_that_is_removed_to_make_room_registers_again(registry):
     for number in range(10):
         await tell(registry, beat(number))
     registry._clock.advance(600)
@@ -243,7 +243,7 @@ async def test_a_worker_that_is_heard_as_it_makes_room_is_new(registry):
     assert {known.get(f"w{number}") for number in (10, 11, 0, 1)} == {"ONLINE"}
 
 
-async def test_where_all_workers_are_online_a_new_one_is_refused_and_they_go_on(registry):
+async def test_at_the_limit_a_new_worker_is_refused_while_all_are_online(registry):
     await asyncio.gather(*(tell(registry, Register(worker_id=f"w{number}")) for number in range(10)))
     for change in (beat(10), Register(worker_id="w10")):
         with pytest.raises(Overloaded):
@@ -254,7 +254,7 @@ async def test_where_all_workers_are_online_a_new_one_is_refused_and_they_go_on(
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_sessions_of_all_workers_are_kept_up_to_a_bound_and_counted_beyond(registry, together):
+async def test_sessions_beyond_the_limit_are_only_counted(registry, together):
     beats = [beat(number, 6) for number in range(6)]
     if together:
         await asyncio.gather(*(tell(registry, each) for each in beats))
@@ -325,7 +325,7 @@ async def test_a_max_body_above_the_budget_works(tmp_path):
 
 
 @pytest.mark.parametrize("table", ["server", "sources.adorn"])
-def test_a_max_body_that_no_memory_holds_is_refused_at_its_line(tmp_path, table):
+def test_an_absurd_max_body_is_refused_at_its_line(tmp_path, table):
     text = '[sources.adorn]\nplugin = "adorn"\n' + ("[server]\n" if table == "server" else "")
     path = tmp_path / "config.toml"
     path.write_text(text + 'max_body = "257 MiB"\n')

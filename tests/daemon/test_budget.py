@@ -89,7 +89,7 @@ async def send(relay, name, address="127.0.0.1", size=0, *, split=False, **more)
 
 @pytest.mark.parametrize("name", ["compozy", "lazychat", "moddy", "whatsapp"])
 @pytest.mark.parametrize("token", [{}, {"authorization": "Bearer guess"}])
-async def test_a_stranger_s_body_is_refused_unread(relay, name, token):
+async def test_the_body_of_an_unauthenticated_sender_is_refused_unread(relay, name, token):
     async with hogs(relay, PATHS[name][0], 20, **token) as wires:
         assert relay.app.ingest._budget.used == 0
         for wire in wires:
@@ -98,7 +98,7 @@ async def test_a_stranger_s_body_is_refused_unread(relay, name, token):
             assert await send(relay, other, size=300_000) == 200 + 2 * (other == "compozy")
 
 
-async def test_a_stranger_is_not_asked_for_its_body(relay):
+async def test_an_unauthenticated_sender_gets_no_100_continue(relay):
     async with asyncio.timeout(30), await connect(relay) as wire:
         await wire.send(request("POST", COMPOZY, content_length="9", expect="100-continue"))
         assert (await wire.answer()).status == 401
@@ -106,7 +106,7 @@ async def test_a_stranger_is_not_asked_for_its_body(relay):
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("count", [17, 40])
-async def test_large_bodies_at_an_open_source_keep_no_others_out(relay, split, count):
+async def test_large_bodies_at_an_open_source_do_not_block_other_senders(relay, split, count):
     async with hogs(relay, ADORN, count):
         assert await send(relay, "adorn", split=split) == 200
         assert await send(relay, "compozy", split=split) == 202
@@ -114,7 +114,7 @@ async def test_large_bodies_at_an_open_source_keep_no_others_out(relay, split, c
         assert await send(relay, "adorn", "127.0.0.2", size=1_000_000, split=split) == 200
 
 
-async def test_slow_small_bodies_keep_nobody_else_out(relay):
+async def test_slow_small_bodies_do_not_block_other_senders(relay):
     async with hogs(relay, ADORN, 300, size=SMALL):
         assert await send(relay, "adorn") == 200
         assert await send(relay, "adorn", "127.0.0.2", split=True) == 200
@@ -122,14 +122,14 @@ async def test_slow_small_bodies_keep_nobody_else_out(relay):
         assert await send(relay, "compozy", size=1_000_000) == 202
 
 
-async def test_a_sender_with_a_token_leaves_room_to_others(relay):
+async def test_one_authenticated_sender_cannot_use_the_whole_budget(relay):
     async with hogs(relay, COMPOZY, 30, **TOKEN):
         assert await send(relay, "compozy", split=True) == 202
         assert await send(relay, "adorn", split=True) == 200
         assert await send(relay, "compozy", "127.0.0.2", size=1_000_000) == 202
 
 
-async def test_senders_behind_a_trusted_proxy_are_told_apart(relay):
+async def test_senders_behind_a_trusted_proxy_have_separate_shares(relay):
     proxy = "127.0.0.9"
     async with hogs(relay, ADORN, 17, proxy, x_forwarded_for="203.0.113.1"):
         refused = await send(relay, "adorn", proxy, size=1_000_000, x_forwarded_for="203.0.113.1")
@@ -137,7 +137,7 @@ async def test_senders_behind_a_trusted_proxy_are_told_apart(relay):
         assert (refused, passed) == (503, 200)
 
 
-async def test_a_header_that_no_proxy_wrote_gives_no_more(relay):
+async def test_a_forged_proxy_header_gives_no_larger_share(relay):
     async with AsyncExitStack() as stack:
         for number in range(8):
             spoof = {"x_forwarded_for": f"203.0.113.{number}"}
@@ -152,7 +152,7 @@ def fill(budget, who, size):
     return hold
 
 
-async def test_many_strangers_leave_half_to_verified_senders():
+async def test_unauthenticated_senders_leave_half_to_authenticated_ones():
     budget = Budget(32 * 2**20)
     held = [fill(budget, (f"stranger {number}", False), LARGEST) for number in range(8)]
     with pytest.raises(Overloaded):
@@ -169,7 +169,7 @@ async def test_many_strangers_leave_half_to_verified_senders():
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-async def test_a_body_as_large_as_all_of_it_fits_where_it_is_alone(is_known):
+async def test_a_single_body_may_use_the_whole_budget(is_known):
     budget = Budget(2**20)
     hold = budget.hold(lambda: ("a", is_known))
     for _ in range(64):
@@ -181,7 +181,7 @@ async def test_a_body_as_large_as_all_of_it_fits_where_it_is_alone(is_known):
     assert budget.used == 0
 
 
-async def test_a_refused_piece_leaves_what_was_held():
+async def test_a_refused_piece_does_not_change_the_held_bytes():
     budget = Budget(2**20)
     one, other = budget.hold(lambda: ("a", False)), budget.hold(lambda: ("a", False))
     one.take(2**18)
@@ -196,7 +196,7 @@ async def test_a_refused_piece_leaves_what_was_held():
     assert (budget.used, budget.small._peers, budget.large._peers) == (0, {}, {})
 
 
-async def test_an_event_is_stored_whole_whatever_pool_it_ends_in(relay):
+async def test_an_event_is_stored_whole_in_every_pool(relay):
     body = adorn("pool", payload={"text": "x" * 100_000})
     async with asyncio.timeout(30), await connect(relay) as wire:
         raw = request("POST", ADORN, body)

@@ -39,7 +39,7 @@ def relay(here):
     return run
 
 
-def test_a_good_config_is_one_line_and_its_warnings(relay, here):
+def test_a_valid_config_prints_one_line_and_its_warnings(relay, here):
     (here / "config.toml").write_text(GOOD)
     result = relay("check-config")
     assert result.exit_code == 0
@@ -75,7 +75,7 @@ def test_problems_print_as_json(relay, here):
     }
 
 
-def test_a_good_config_prints_as_json_with_its_warnings(relay, here):
+def test_a_valid_config_prints_as_json_with_its_warnings(relay, here):
     (here / "config.toml").write_text(GOOD)
     result = relay("check-config", "--json")
     assert result.exit_code == 0

@@ -140,7 +140,7 @@ def test_an_interrupted_search_prints_the_cursor(monkeypatch):
     assert said.err == "interrupted after 1 event\n  to continue, add --cursor 7\n"
 
 
-async def test_json_is_the_page_of_the_api_and_its_cursor_goes_on(commands, events):
+async def test_json_is_the_page_of_the_api_and_its_cursor_continues(commands, events):
     page = (await commands("events", "list", "--limit", "1", "--json")).json
     assert [each["id"] for each in page["items"]] == [events[1]]
     rest = await commands("events", "list", "--cursor", page["next_cursor"], "-q")

@@ -163,7 +163,7 @@ def folder():
         yield folder
 
 
-def test_without_a_configuration_and_a_daemon(outcomes, folder):
+def test_every_command_reports_a_missing_configuration_and_daemon_in_one_line(outcomes, folder):
     judge(outcomes(list(commands_of(None))))
 
 
@@ -183,7 +183,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_with_an_invalid_configuration(outcomes, folder, kind):
+def test_every_command_reports_an_invalid_configuration_in_one_line(outcomes, folder, kind):
     config = folder / "config.toml"
     if CONFIGS[kind] is not None:
         config.write_bytes(CONFIGS[kind])
@@ -193,18 +193,18 @@ def test_with_an_invalid_configuration(outcomes, folder, kind):
     judge(outcomes(list(commands_of(str(config), offline=True))))
 
 
-def test_with_a_folder_as_configuration(outcomes, folder):
+def test_every_command_reports_a_folder_as_configuration_in_one_line(outcomes, folder):
     judge(outcomes(list(commands_of(str(folder)))))
 
 
-def test_without_a_daemon(outcomes, folder):
+def test_every_command_reports_a_missing_daemon_in_one_line(outcomes, folder):
     (folder / "config.toml").write_text(GOOD)
     ended = [one for one in commands_of("config.toml") if one[0] != "serve"]
     judge(outcomes(ended))
 
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 1000, b"SQLite format 3\0" + b"\0" * 5000])
-def test_with_an_invalid_database(outcomes, folder, content):
+def test_every_command_reports_an_invalid_database_in_one_line(outcomes, folder, content):
     (folder / "config.toml").write_text(GOOD)
     (folder / "state").mkdir(mode=0o777)
     (folder / "state" / "relay.db").write_bytes(content)
@@ -275,7 +275,7 @@ def test_an_unreadable_plugin_folder_is_a_problem(outcomes, folder):
     ],
     ids=lambda value: value if " " in value and "(" not in value else "",
 )
-def test_with_unusual_streams_and_environments(outcomes, folder, where, before):
+def test_no_unusual_stream_or_environment_causes_a_traceback(outcomes, folder, where, before):
     (folder / "config.toml").write_text(GOOD)
     commands = [one for one in commands_of(str(folder / "config.toml")) if one[0] != "serve"]
     commands += [[*path, "--help"] for path in list(LEAVES)[::4]] + [
@@ -300,7 +300,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_with_any_response_at_the_socket(outcomes, folder, kind):
+def test_no_response_at_the_socket_causes_a_traceback(outcomes, folder, kind):
     door = folder / "relay.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(door))

@@ -171,7 +171,7 @@ async def test_decompressing_lets_other_requests_run():
     assert budget.used == 0
 
 
-def test_a_bomb_is_decompressed_no_further_than_its_limit():
+def test_a_compression_bomb_is_decompressed_no_further_than_its_limit():
     sizes, bomb = [], gzip.compress(b"\0" * 100_000_000, 1)
     with pytest.raises(TooLarge):
         sizes.extend(map(len, pieces(bomb, "gzip", 2**20)))

@@ -110,7 +110,7 @@ async def test_the_fast_listener_has_no_task_for_an_idle_connection(site):
         assert (await unused.answer()).body == b"/late"
 
 
-async def test_the_fast_listener_has_no_task_for_a_request_that_waits_for_nothing(site):
+async def test_the_fast_listener_has_no_task_for_a_request_that_never_waits(site):
     site.answer, asked = Response(200, b"{}"), []
 
     async def handle(_request):
@@ -134,7 +134,7 @@ async def test_the_fast_listener_has_no_task_for_a_request_that_waits_for_nothin
     assert asked[2] is not None  # as others wait for their commit
 
 
-async def test_a_connection_that_is_over_leaves_nothing_to_the_garbage_collector(site):
+async def test_a_closed_connection_leaves_nothing_to_the_garbage_collector(site):
     def left():
         return {id(each) for each in gc.get_objects() if isinstance(each, Connection | Request)}
 
@@ -152,7 +152,7 @@ async def test_a_connection_that_is_over_leaves_nothing_to_the_garbage_collector
         gc.enable()
 
 
-async def test_a_kept_connection_that_is_not_used_is_closed(site, impatient):
+async def test_an_idle_kept_connection_is_closed(site, impatient):
     async with await Wire.open(site.url) as kept:
         await kept.send(request("GET", "/"))
         assert (await kept.answer()).status == 200
@@ -160,7 +160,7 @@ async def test_a_kept_connection_that_is_not_used_is_closed(site, impatient):
     await until(lambda: not site.server.connections)
 
 
-async def test_with_many_connections_open_none_is_kept_after_its_answer(site, monkeypatch):
+async def test_with_many_open_connections_none_is_kept_after_its_reply(site, monkeypatch):
     """So that idle ones never fill the cap, whoever holds them."""
     monkeypatch.setattr("relay.ingest.connection.MOST_KEPT", 1)
     async with await Wire.open(site.url) as first:
@@ -175,7 +175,7 @@ async def test_with_many_connections_open_none_is_kept_after_its_answer(site, mo
         assert "connection" not in (await first.answer()).headers
 
 
-async def test_senders_that_hold_their_connections_keep_nobody_out(site, monkeypatch):
+async def test_senders_that_hold_their_connections_do_not_block_others(site, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.MOST_KEPT", 4)
     site.server.max_connections = 8
     async with contextlib.AsyncExitStack() as held:
@@ -186,7 +186,7 @@ async def test_senders_that_hold_their_connections_keep_nobody_out(site, monkeyp
         await until(lambda: len(site.server.connections) == 4)
 
 
-async def test_at_the_cap_the_oldest_silent_connection_makes_room_for_a_new_one(site):
+async def test_at_the_limit_the_oldest_idle_connection_is_closed_for_a_new_one(site):
     """Whether it never asked, asked half a head, or was answered and kept."""
     site.server.max_connections, loop = 4, asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as opened:
@@ -215,7 +215,7 @@ async def test_at_the_cap_the_oldest_silent_connection_makes_room_for_a_new_one(
             assert (await newest.answer()).body == b"/new"
 
 
-async def test_at_the_cap_a_connection_whose_request_is_under_way_is_not_cut_off(site):
+async def test_at_the_limit_a_connection_with_a_request_in_progress_is_kept(site):
     site.server.max_connections = 2
     site.open.clear()
     async with contextlib.AsyncExitStack() as opened:
@@ -229,7 +229,7 @@ async def test_at_the_cap_a_connection_whose_request_is_under_way_is_not_cut_off
         assert (await busy.answer()).body == b"/busy"
 
 
-async def test_what_is_asked_beyond_the_cap_is_answered_at_once_and_heard(site, monkeypatch):
+async def test_a_request_beyond_the_limit_gets_an_immediate_reply(site, monkeypatch):
     monkeypatch.setattr("relay.ingest.server.TURNED_AWAY", 3)
     heard, site.server.max_connections = [], 1
     site.server._overhear = lambda request: heard.append(request.target)
@@ -260,7 +260,7 @@ async def test_what_is_asked_beyond_the_cap_is_answered_at_once_and_heard(site, 
     assert heard == ["/whole", "/head", "/later"]
 
 
-async def test_a_flood_of_silent_connections_keeps_no_sender_out(site):
+async def test_a_flood_of_silent_connections_does_not_block_senders(site):
     site.server.max_connections = 100
     async with contextlib.AsyncExitStack() as held:
         for _ in range(500):
@@ -271,7 +271,7 @@ async def test_a_flood_of_silent_connections_keeps_no_sender_out(site):
         assert len(site.server.connections) <= 100
 
 
-async def test_a_connection_is_not_idle_while_its_request_is_under_way(site, impatient):
+async def test_a_connection_with_a_request_in_progress_is_not_idle(site, impatient):
     site.open.clear()
     async with await Wire.open(site.url) as slow, await Wire.open(site.url) as idle:
         await slow.send(request("GET", "/slow"))
@@ -287,14 +287,14 @@ async def test_a_connection_is_not_idle_while_its_request_is_under_way(site, imp
         assert (await slow.answer()).body == b"/again"
 
 
-async def test_more_requests_than_aiohttp_queues_are_answered_in_their_order(site):
+async def test_more_requests_than_aiohttp_queues_are_answered_in_order(site):
     paths = [f"/{number}" for number in range(100)]
     async with await Wire.open(site.url) as wire:
         await wire.send(b"".join(request("GET", path) for path in paths))
         assert [(await wire.answer()).body.decode() for _ in paths] == paths
 
 
-async def test_more_bodies_than_aiohttp_queues_are_answered_in_whatever_pieces_they_come(site):
+async def test_more_bodies_than_aiohttp_queues_are_answered_in_any_segmentation(site):
     site.reads = True
     dice = random.Random(4)  # with which some would wait for ever if bodies did not have the rest parsed
     sizes = [dice.choice((0, 1, 100, 3000, 70_000)) for _ in range(120)]
@@ -314,7 +314,7 @@ async def test_more_bodies_than_aiohttp_queues_are_answered_in_whatever_pieces_t
             assert (await wire.answer()).body == f"/{number}".encode()
 
 
-async def test_pipelined_requests_behind_the_last_one_are_not_begun(site):
+async def test_pipelined_requests_after_the_last_one_are_not_started(site):
     async with await Wire.open(site.url) as wire:
         site.server.leave()
         await wire.send(request("GET", "/last") + request("GET", "/more"))
@@ -323,7 +323,7 @@ async def test_pipelined_requests_behind_the_last_one_are_not_begun(site):
     assert site.paths == ["/last"]
 
 
-async def test_a_sender_that_hangs_up_while_it_is_answered_leaves_nothing_behind(site):
+async def test_a_sender_that_disconnects_during_its_reply_leaves_nothing_behind(site):
     site.open.clear()
     before = asyncio.all_tasks()
     async with await Wire.open(site.url) as wire:
@@ -334,7 +334,7 @@ async def test_a_sender_that_hangs_up_while_it_is_answered_leaves_nothing_behind
 
 
 @pytest.mark.parametrize("kept", ["close", "keep-alive"])
-async def test_a_sender_of_a_body_that_nobody_reads_has_its_answer(site, monkeypatch, kept):
+async def test_a_sender_of_an_unread_body_gets_its_reply(site, monkeypatch, kept):
     monkeypatch.setattr("relay.ingest.connection.LINGERING", 10)
     body = bytes(16 * 2**20)  # more than the buffers on the way take: a reset would find it sending
 
@@ -346,7 +346,7 @@ async def test_a_sender_of_a_body_that_nobody_reads_has_its_answer(site, monkeyp
     assert b"/refused" in await asyncio.to_thread(send)
 
 
-async def test_a_sender_that_reads_no_answer_is_cut_off_and_the_answer_lost(site, impatient):
+async def test_a_sender_that_does_not_read_is_disconnected_and_its_reply_counts_as_unheard(site, impatient):
     lost = asyncio.Event()
     site.answer = Response(200, bytes(32 * 2**20))  # more than the buffers on the way take
     site.answer.on_heard = lambda heard: heard or lost.set()
@@ -356,7 +356,7 @@ async def test_a_sender_that_reads_no_answer_is_cut_off_and_the_answer_lost(site
         await until(lambda: not site.server.connections)
 
 
-async def test_a_sender_that_reads_not_even_the_last_answer_is_cut_off(site, impatient):
+async def test_a_sender_that_does_not_read_the_last_reply_is_disconnected(site, impatient):
     site.answer = Response(200, bytes(32 * 2**20))
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/", connection="close"))
@@ -364,7 +364,9 @@ async def test_a_sender_that_reads_not_even_the_last_answer_is_cut_off(site, imp
         await until(lambda: not site.server.connections)
 
 
-async def test_what_cannot_be_answered_is_500_without_a_word_of_why_and_the_end(site, monkeypatch, caplog):
+async def test_a_failing_handler_is_a_500_without_details_and_closes_the_connection(
+    site, monkeypatch, caplog
+):
     caplog.set_level(logging.ERROR)
     site.answer = Response(200, b"{}")
     site.answer.headers["X"] = "\udcff"  # no bytes: rendering it fails
@@ -389,7 +391,7 @@ async def test_a_failure_of_the_connection_itself_is_logged_and_closes_it(site, 
     await until(lambda: not site.server.connections)
 
 
-async def test_what_comes_behind_a_request_is_not_taken_from_the_socket_while_it_is_under_way(site):
+async def test_the_next_request_is_not_read_while_one_is_in_progress(site):
     """The sender is held back, whatever it sends: else a fast one would fill the memory."""
     site.open.clear()
     async with await Wire.open(site.url) as wire:
@@ -408,7 +410,7 @@ async def test_what_comes_behind_a_request_is_not_taken_from_the_socket_while_it
         wire.writer.transport.abort()  # a close would send the rest first
 
 
-async def test_bodies_and_requests_behind_them_in_one_piece_are_told_apart(site):
+async def test_bodies_and_following_requests_in_one_segment_are_separated(site):
     site.reads = True
     async with await Wire.open(site.url) as wire:
         await wire.send(request("POST", "/a", b"{}") + request("POST", "/b", b"[1]") + request("GET", "/c"))
@@ -416,7 +418,7 @@ async def test_bodies_and_requests_behind_them_in_one_piece_are_told_apart(site)
 
 
 @pytest.mark.parametrize("size", [16_384, 16_385, 40_000])
-async def test_a_body_of_very_many_chunks_is_read_to_its_end(site, size):
+async def test_a_body_of_very_many_chunks_is_read_completely(site, size):
     """The parser is told to pause at so many chunks, and does so late."""
     site.reads = True
     for _ in range(2):
@@ -459,14 +461,14 @@ async def test_a_body_that_is_mostly_framing_is_refused(relay, wasteful):
     assert relay.app.ingest._budget.used == 0
 
 
-async def test_a_body_of_two_megabytes_in_small_chunks_is_read_to_its_end(site):
+async def test_a_body_of_two_megabytes_in_small_chunks_is_read_completely(site):
     site.reads = True
     chunk = b"10\r\n" + b"x" * 16 + b"\r\n"
     head = request("POST", "/small", transfer_encoding="chunked")
     assert (await exchange(site.url, head + chunk * (2**20 // 16) + b"0\r\n\r\n")).body == b"/small"
 
 
-async def test_chunks_are_parsed_a_slice_in_a_turn_and_others_come_in_between(site, monkeypatch):
+async def test_chunks_are_parsed_in_slices_with_other_requests_in_between(site, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.TURN", 0.0)
     site.reads = True
     turns = []
@@ -490,7 +492,7 @@ async def test_chunks_are_parsed_a_slice_in_a_turn_and_others_come_in_between(si
     assert len(turns) - before >= len(TINY) * 10_000 // CHUNKS - 1
 
 
-async def test_a_large_body_in_one_piece_with_its_head_and_the_next_request_is_read(site):
+async def test_a_large_body_in_one_segment_with_head_and_next_request_is_read(site):
     site.reads = True
     bodies = [bytes(size) for size in (SLICE - 1, SLICE, SLICE + 1, 100_000, 700_000)]
     raw = b"".join(request("POST", f"/{len(body)}", body) for body in bodies)
@@ -501,7 +503,7 @@ async def test_a_large_body_in_one_piece_with_its_head_and_the_next_request_is_r
         await sending
 
 
-async def test_a_request_that_did_not_wait_its_turn_lets_events_be_committed(site, monkeypatch):
+async def test_pipelined_requests_do_not_delay_commits(site, monkeypatch):
     committing = [True]
     monkeypatch.setattr("relay.ingest.connection.YIELDING", (0.01,) * 1000)
     site.server.is_committing = lambda: bool(committing)
@@ -515,7 +517,7 @@ async def test_a_request_that_did_not_wait_its_turn_lets_events_be_committed(sit
         assert [(await hasty.answer()).body for _ in "bc"] == [b"/b", b"/c"]
 
 
-async def test_a_request_that_did_not_wait_its_turn_is_answered_however_busy_the_database_is(site):
+async def test_a_pipelined_request_is_answered_despite_a_busy_database(site):
     site.server.is_committing = lambda: True
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/") * 20)
@@ -523,7 +525,7 @@ async def test_a_request_that_did_not_wait_its_turn_is_answered_however_busy_the
             assert (await wire.answer()).status == 200
 
 
-async def test_closing_does_not_wait_for_a_request_that_waits_its_turn(site, monkeypatch):
+async def test_closing_does_not_wait_for_a_waiting_pipelined_request(site, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.YIELDING", (100.0,))
     site.server.is_committing = lambda: True
     async with await Wire.open(site.url) as wire:
@@ -548,7 +550,7 @@ async def test_no_trailer_becomes_a_header_of_the_next_request(site):
     assert site.paths == ["/a"]
 
 
-async def test_a_sender_that_reads_no_answer_is_cut_off_at_the_end_and_the_answer_lost(site, caplog):
+async def test_a_sender_that_does_not_read_is_disconnected_at_the_stop(site, caplog):
     site.answer, lost = Response(200, bytes(32 * 2**20)), []
     site.answer.on_heard = lambda heard: lost.append(not heard)
     async with await Wire.open(site.url) as wire:
@@ -575,7 +577,7 @@ async def test_an_offer_to_upgrade_is_the_last_request_of_its_connection(site, u
 
 
 @pytest.mark.parametrize("head", [b"CONNECT \n", b"GET / HTTP/2.0\r\n", b"GET /\r\n"])
-async def test_another_http_than_1_0_and_1_1_is_refused(site, head):
+async def test_other_http_versions_than_1_0_and_1_1_are_refused(site, head):
     async with await Wire.open(site.url) as wire:
         await wire.send(head + b"Host: a\r\n\r\n")
         assert (await wire.answer()).status == 400
@@ -583,7 +585,7 @@ async def test_another_http_than_1_0_and_1_1_is_refused(site, head):
     assert site.paths == []
 
 
-async def test_http_1_0_is_not_asked_for_its_body(site):
+async def test_http_1_0_gets_no_100_continue(site):
     """It does not know that answer (RFC 9110, 10.1.1)."""
     site.reads = True
     head = request("POST", "/old", content_length="2", expect="100-continue").replace(
@@ -596,7 +598,7 @@ async def test_http_1_0_is_not_asked_for_its_body(site):
         assert (await wire.answer()).status == 200
 
 
-async def test_a_last_answer_arrives_whatever_is_sent_behind_its_request(site):
+async def test_the_last_reply_arrives_despite_further_bytes(site):
     site.open.clear()
 
     def send():
@@ -611,7 +613,7 @@ async def test_a_last_answer_arrives_whatever_is_sent_behind_its_request(site):
     assert site.paths == ["/last"]
 
 
-async def test_a_request_that_is_cancelled_from_inside_ends_its_connection(site):
+async def test_a_request_cancelled_by_its_handler_closes_the_connection(site):
     async def cancel(_request):
         await asyncio.sleep(0)
         raise asyncio.CancelledError
@@ -623,7 +625,7 @@ async def test_a_request_that_is_cancelled_from_inside_ends_its_connection(site)
     await until(lambda: not site.server.connections)
 
 
-async def test_a_body_that_is_coming_may_come_while_the_server_closes(site):
+async def test_a_body_in_progress_is_read_while_the_server_closes(site):
     site.reads = True
     async with await Wire.open(site.url) as wire:
         await wire.send(request("POST", "/", content_length="2") + b"{")
@@ -653,7 +655,7 @@ async def test_a_body_that_is_coming_may_come_while_the_server_closes(site):
         [request("POST", "/a", b"{}").replace(b"HTTP/1.1", b"HTTP/1.0")],
     ],
 )
-async def test_a_sender_that_closes_its_side_has_its_answer(site, pieces, waits):
+async def test_a_sender_that_closes_its_side_gets_its_reply(site, pieces, waits):
     site.reads = True
     fate = []
     site.answer = Response(200, b"the answer")
@@ -667,7 +669,7 @@ async def test_a_sender_that_closes_its_side_has_its_answer(site, pieces, waits)
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_sender_that_closes_its_side_has_the_answers_to_all_that_it_has_asked(site, waits):
+async def test_a_sender_that_closes_its_side_gets_the_replies_to_all_requests(site, waits):
     site.reads = True
     if waits:
         site.open.clear()
@@ -679,14 +681,14 @@ async def test_a_sender_that_closes_its_side_has_the_answers_to_all_that_it_has_
     await until(lambda: not site.server.connections)
 
 
-async def test_a_large_answer_reaches_a_sender_that_has_closed_its_side(site):
+async def test_a_large_reply_reaches_a_sender_that_closed_its_side(site):
     site.answer = Response(200, bytes(8 * 2**20))
     assert len(await half_close(site.url, request("GET", "/"))) > 8 * 2**20
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("behind", [b"", request("GET", "/more")])
-async def test_a_sender_that_is_gone_before_its_answer_has_not_heard_it(site, ending, behind):
+async def test_a_reply_to_a_disconnected_sender_is_unheard(site, ending, behind):
     site.open.clear()
     fate = []
     site.answer = Response(200, b"{}")
@@ -704,7 +706,7 @@ async def test_a_sender_that_is_gone_before_its_answer_has_not_heard_it(site, en
 
 
 @pytest.mark.parametrize("cut", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: a\r\n"])
-async def test_a_sender_that_closes_its_side_within_a_head_is_hung_up_on(site, cut):
+async def test_a_sender_that_closes_its_side_within_a_head_is_disconnected(site, cut):
     assert await half_close(site.url, cut) == b""
     await until(lambda: not site.server.connections)
 
@@ -718,7 +720,7 @@ async def test_a_sender_that_closes_its_side_within_a_head_is_hung_up_on(site, c
         [request("GET", "/health") + request("POST", "/v1/events", content_length="9") + b"{"],
     ],
 )
-async def test_a_sender_that_closes_its_side_within_a_body_hears_so(relay, cut):
+async def test_a_sender_that_closes_its_side_within_a_body_gets_an_error(relay, cut):
     answered = await half_close(relay.addresses.public, *cut)
     head, _, body = answered.rpartition(b"\r\n\r\n")
     assert b" 400 " in head
@@ -741,7 +743,7 @@ async def slow_store(relay, monkeypatch):
     return gate
 
 
-async def test_identical_posts_of_a_sender_that_closes_its_side_are_events_of_their_own(relay, slow_store):
+async def test_identical_posts_of_a_sender_that_closes_its_side_are_separate_events(relay, slow_store):
     raw = request("POST", "/v1/events", adorn("half"))
     for number in range(3):
         sending = asyncio.create_task(half_close(relay.addresses.public, raw))
@@ -758,7 +760,7 @@ async def test_identical_posts_of_a_sender_that_closes_its_side_are_events_of_th
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
-async def test_a_repetition_by_a_sender_that_was_gone_is_told_from_a_twin(relay, slow_store, ending):
+async def test_a_repetition_is_distinguished_from_a_second_equal_request(relay, slow_store, ending):
     """It waits for what becomes of the first answer."""
     raw = request("POST", "/v1/events", adorn("gone"))
     wire = await Wire.open(relay.addresses.public)
@@ -850,7 +852,7 @@ async def frozen(tmp_path, listener):
 
 
 @pytest.mark.parametrize("used", [False, True])
-async def test_a_request_that_came_while_the_relay_stood_still_is_answered(frozen, used):
+async def test_a_request_that_arrived_while_the_process_stood_still_is_answered(frozen, used):
     raw = request("POST", "/v1/events", adorn("thawed"))
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(await Wire.open(frozen.url)) for _ in range(10)]
@@ -865,7 +867,7 @@ async def test_a_request_that_came_while_the_relay_stood_still_is_answered(froze
             assert (await wire.answer()).status == 200
 
 
-async def test_a_body_that_came_while_the_relay_stood_still_is_in_time(frozen):
+async def test_a_body_that_arrived_while_the_process_stood_still_is_in_time(frozen):
     body = adorn("late body")
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as stack:
         wires = [await stack.enter_async_context(await Wire.open(frozen.url)) for _ in range(10)]
@@ -879,7 +881,7 @@ async def test_a_body_that_came_while_the_relay_stood_still_is_in_time(frozen):
             assert (await wire.answer()).status == 200
 
 
-async def test_the_rest_of_a_refused_body_that_came_while_the_relay_stood_still_keeps_the_answer(frozen):
+async def test_the_rest_of_a_refused_body_after_a_standstill_does_not_lose_the_reply(frozen):
     length = 3 * 2**20
     async with asyncio.timeout(20), await Wire.open(frozen.url) as wire:
         await wire.send(request("POST", "/v1/events", content_length=str(length), connection="close"))
@@ -892,7 +894,7 @@ async def test_the_rest_of_a_refused_body_that_came_while_the_relay_stood_still_
         assert await wire.closed()
 
 
-async def test_a_standstill_keeps_no_silent_sender_for_ever(frozen):
+async def test_a_standstill_does_not_keep_silent_connections_open(frozen):
     async with asyncio.timeout(20), await Wire.open(frozen.url) as idle, await Wire.open(frozen.url) as slow:
         await slow.send(b"GET / HTTP/1.1\r\n")
         async with frozen():
@@ -901,7 +903,7 @@ async def test_a_standstill_keeps_no_silent_sender_for_ever(frozen):
         assert await slow.closed()
 
 
-async def test_a_sender_that_always_has_something_unread_in_its_head_is_cut_off(site, impatient, monkeypatch):
+async def test_a_sender_that_never_finishes_its_head_is_disconnected(site, impatient, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.FIRST_HEAD", 0.02)
     monkeypatch.setattr(Connection, "has_unread", True)
     async with await Wire.open(site.url) as wire:
@@ -909,7 +911,7 @@ async def test_a_sender_that_always_has_something_unread_in_its_head_is_cut_off(
         assert await wire.closed()
 
 
-async def test_a_deadline_is_kept_where_the_loop_goes_on():
+async def test_a_deadline_applies_while_the_event_loop_runs():
     async def read():
         await asyncio.sleep(10)
 
@@ -925,9 +927,7 @@ async def test_a_deadline_is_kept_where_the_loop_goes_on():
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("size", [2, 30_000, 200_000, 8_000_000])
-async def test_a_sender_that_is_gone_before_the_last_answer_leaves_no_traceback(
-    site, complaints, ending, size
-):
+async def test_a_sender_gone_before_the_last_reply_causes_no_traceback(site, complaints, ending, size):
     """The answer makes its system reset the connection, before our own side of it is closed."""
     site.answer = Response(200, bytes(size))
     for _ in range(5):
@@ -949,7 +949,7 @@ async def test_a_sender_that_is_gone_before_the_last_answer_leaves_no_traceback(
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
-async def test_what_is_no_request_and_hangs_up_leaves_no_traceback(site, complaints, ending):
+async def test_invalid_bytes_and_a_disconnect_cause_no_traceback(site, complaints, ending):
     for _ in range(20):
         wire = await Wire.open(site.url)
         await wire.send(b"no request\r\n\r\n")
@@ -960,7 +960,7 @@ async def test_what_is_no_request_and_hangs_up_leaves_no_traceback(site, complai
     assert complaints() == []
 
 
-async def test_a_sender_that_reads_the_last_word_slowly_has_all_of_it(site):
+async def test_a_sender_that_reads_the_last_reply_slowly_gets_all_of_it(site):
     site.answer = Response(200, bytes(4 * 2**20))
 
     def send():
@@ -981,7 +981,7 @@ async def test_a_sender_that_reads_the_last_word_slowly_has_all_of_it(site):
         request("POST", "/v1/events", content_length="300000") + bytes(100_000),
     ],
 )
-async def test_a_sender_that_resets_within_a_body_is_one_line_with_its_address(relay, caplog, sent):
+async def test_a_reset_within_a_body_logs_one_line_with_the_address(relay, caplog, sent):
     caplog.set_level(logging.INFO)
     wire = await Wire.open(relay.addresses.public)
     await wire.send(sent)
@@ -1001,7 +1001,7 @@ async def test_a_sender_that_resets_within_a_body_is_one_line_with_its_address(r
 @pytest.mark.parametrize(
     "bad", [b"GARBAGE\r\n\r\n", request("POST", "/", transfer_encoding="chunked") + b"zz\r\n"]
 )
-async def test_a_sender_hears_what_was_wrong_whatever_it_sends_behind_it(site, bad, size):
+async def test_a_sender_gets_the_error_despite_further_bytes(site, bad, size):
     """To leave that unread would reset the connection, and take the answer back."""
     site.reads = True
     async with await Wire.open(site.url) as wire:
@@ -1014,7 +1014,7 @@ async def test_a_sender_hears_what_was_wrong_whatever_it_sends_behind_it(site, b
         assert await wire.closed()
 
 
-async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path, listener):
+async def test_a_reset_at_any_point_causes_no_traceback(tmp_path, listener):
     """After a connection is closed, uvloop does not tell its address."""
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     hidden = f"import sys; sys.modules.update({'uvloop=None' if is_asyncio else ''}); "
@@ -1038,7 +1038,7 @@ async def test_senders_that_reset_anywhere_leave_no_traceback(tmp_path, listener
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_handler_that_exits_costs_its_own_request_only(site, waits):
+async def test_a_handler_that_calls_exit_fails_only_its_own_request(site, waits):
     async def leave(_request):
         if waits:
             await asyncio.sleep(0)

@@ -114,7 +114,7 @@ async def send(relay, path, body=b"{}", **headers):
         pytest.param(("/keyed/a?n=2", b"{}", {}), id="data by the query"),
     ],
 )
-async def test_a_different_request_with_the_key_is_an_event_of_its_own(relay: Relay, header, other):
+async def test_a_different_request_with_the_key_is_a_separate_event(relay: Relay, header, other):
     path, body, more = other
     key = {header: f"{header} {path} {body!r} {more}"}
     conflicts = relay.counted("relay_events_key_conflicts_total", source="keyed")
@@ -132,7 +132,7 @@ async def test_a_different_request_with_the_key_is_an_event_of_its_own(relay: Re
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_token_that_was_rotated_between_two_tries_makes_no_other_request(relay: Relay):
+async def test_a_rotated_token_does_not_change_the_identity_of_a_request(relay: Relay):
     raw = {"body": b'{"name":"a"}', "idempotency_key": "rotated"}
     old = await relay.exchange(request("POST", "/two/api/v1/events", authorization="Bearer old", **raw))
     new = await relay.exchange(request("POST", "/two/api/v1/events", authorization="Bearer new", **raw))
@@ -142,7 +142,7 @@ async def test_a_token_that_was_rotated_between_two_tries_makes_no_other_request
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_time_of_sending_in_the_headers_makes_no_other_request(relay: Relay):
+async def test_a_time_in_a_header_does_not_change_the_identity_of_a_request(relay: Relay):
     def lazychat(at):
         return request(
             "POST",
@@ -167,7 +167,7 @@ async def test_different_requests_with_one_key_in_one_transaction_are_all_stored
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_conflict_is_logged_once_in_a_while_and_says_what_to_do(tmp_path, caplog):
+async def test_a_conflict_is_logged_at_a_limited_rate_with_advice(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "relay.ingest")
     async with running(write_config(tmp_path, SOURCES)) as relay:
         for number in range(20):
@@ -184,7 +184,7 @@ async def test_a_conflict_is_logged_once_in_a_while_and_says_what_to_do(tmp_path
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_source_may_reject_a_conflict_in_its_own_envelope(tmp_path):
+async def test_a_source_may_reject_a_conflict_in_its_own_form(tmp_path):
     async with running(write_config(tmp_path, STRICT)) as relay:
         for source, (path, token, one, other, said) in REJECTED.items():
             head = {"idempotency_key": "k", "authorization": f"Bearer {token}"}
@@ -208,7 +208,7 @@ async def test_a_rejected_request_does_not_take_the_key(relay: Relay):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_the_key_alone_decides_where_the_source_says_so(relay: Relay):
+async def test_with_key_conflict_duplicate_the_key_alone_decides(relay: Relay):
     conflicts = relay.counted("relay_events_key_conflicts_total", source="alone")
     first = await send(relay, "/alone/keyed/a", b'{"attempt": 1}', idempotency_key="k")
     assert await send(relay, "/alone/keyed/a", b'{"attempt": 2}', idempotency_key="k") == first
@@ -218,7 +218,7 @@ async def test_the_key_alone_decides_where_the_source_says_so(relay: Relay):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_shop_whose_probe_is_refused_for_its_key_is_not_logged_out(tmp_path):
+async def test_a_key_conflict_does_not_log_a_shop_out(tmp_path):
     def probe(number):
         return request(
             "POST",
@@ -240,7 +240,7 @@ async def test_a_shop_whose_probe_is_refused_for_its_key_is_not_logged_out(tmp_p
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("key", ["surrogate", "long", "plain"])
-async def test_any_text_that_a_handler_names_is_a_key(relay: Relay, key):
+async def test_a_handler_may_return_any_text_as_key(relay: Relay, key):
     first = await send(relay, f"/keyed/{key}", x_key=key)
     assert await send(relay, f"/keyed/{key}", x_key=key) == first
     [[longest]] = await read_rows(relay.app.store, "SELECT max(length(key)) FROM dedupe")
@@ -248,14 +248,14 @@ async def test_any_text_that_a_handler_names_is_a_key(relay: Relay, key):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_what_a_handler_names_a_key_and_is_no_text_is_the_failure_of_its_plugin(relay: Relay):
+async def test_a_key_that_is_not_text_is_a_fault_of_the_plugin(relay: Relay):
     answer = await relay.exchange(request("POST", "/keyed/number", b"{}", x_key="number"))
     assert answer.status == 500
     assert not [row for row in await relay.rows(source="keyed") if row["subject"] == "number"]
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_twins_with_keys_of_their_own_are_two_events_although_the_first_sender_hung_up(
+async def test_equal_requests_with_different_keys_are_two_events_after_a_disconnect(
     relay: Relay, monkeypatch
 ):
     original, gate = relay.app.store.events.append, asyncio.Event()
@@ -304,7 +304,7 @@ async def test_a_conflict_ages_with_the_key(tmp_path):
     await store.close()
 
 
-async def test_a_key_alone_makes_a_duplicate_where_the_source_says_so(tmp_path):
+async def test_an_acceptance_may_let_the_key_alone_decide(tmp_path):
     clock = FakeClock()
     for expected in ([False, True, True], [True, True, True]):
         store = make_store(tmp_path / "relay.db", clock)
@@ -331,7 +331,7 @@ async def test_a_restart_remembers_which_request_had_a_key(tmp_path):
     assert all(receipt.duplicate for receipt in receipts)
 
 
-async def test_a_rejected_conflict_leaves_nothing_and_spares_its_batch(tmp_path):
+async def test_a_rejected_conflict_stores_nothing_and_does_not_fail_its_batch(tmp_path):
     clock = FakeClock()
     store = make_store(tmp_path / "relay.db", clock)
     await store.open()
@@ -369,7 +369,7 @@ async def test_a_constant_key_costs_the_same_after_many_requests(tmp_path):
     await store.close()
 
 
-def test_no_two_requests_are_written_alike():
+def test_no_two_requests_have_the_same_identity():
     clock = FakeClock()
     identities = {
         identity(make_event(clock, type=type_, subject=subject), path)
@@ -383,7 +383,7 @@ def test_no_two_requests_are_written_alike():
     assert len(identities) == 4
 
 
-async def test_keys_of_an_older_database_go_on_for_their_requests(tmp_path):
+async def test_keys_of_a_migrated_database_still_work(tmp_path):
     clock = FakeClock()
     path, later = tmp_path / "relay.db", clock.steady() + 86_400_000_000
     event = make_event(clock)

@@ -135,7 +135,7 @@ def test_the_demo_uses_the_default_port_or_a_free_one():
     assert choose_listen(usual, leave=True) == "127.0.0.1:0"
 
 
-async def test_the_receiver_tells_a_valid_signature_from_a_forged_one():
+async def test_the_receiver_detects_a_forged_signature():
     body = b'{"type": "moddy.member_left", "timestamp": "2024-01-20T15:30:00.000Z", "subject": "1"}'
     other = Secret("whsec_" + "B" * 32)
     async with DemoReceiver(SECRET) as receiver, aiohttp.ClientSession() as session:
@@ -171,7 +171,7 @@ def test_colour_is_for_terminals_and_force_color(terminal, environ, coloured):
     assert ("\x1b" in stream.getvalue()) is coloured
 
 
-def test_an_invalid_signature_and_a_long_answer_print_one_line_each():
+def test_an_invalid_signature_and_a_long_response_print_one_line_each():
     stream = io.StringIO()
     narrator = Narrator(stream, {})
     narrator.step("moddy", "answered", "x" * 500)

@@ -43,7 +43,7 @@ async def test_the_soft_limit_is_raised_to_the_hard_one(tmp_path):
         assert limits(daemon.process.pid) == (4096, 4096)
 
 
-async def test_more_silent_connections_than_descriptors_keep_no_sender_out(tmp_path):
+async def test_more_silent_connections_than_descriptors_do_not_block_senders(tmp_path):
     async with (
         Daemon(write_config(tmp_path, SOURCES), limited(64, 256)) as daemon,
         contextlib.AsyncExitStack() as held,
@@ -58,14 +58,14 @@ async def test_more_silent_connections_than_descriptors_keep_no_sender_out(tmp_p
 
 
 @pytest.mark.parametrize("variant", ["honest", "without-uvloop"])
-async def test_without_a_free_descriptor_deliveries_are_held_and_nobody_is_blamed(tmp_path, variant):
+async def test_without_a_free_descriptor_deliveries_are_held_and_no_receiver_fails(tmp_path, variant):
     toll = await torture(tmp_path, 2.0, variant=variant)
     assert (toll.failed, toll.opened, toll.undelivered) == (0, 0, set())
     assert toll.held >= EVENTS
     assert toll.fine, toll
 
 
-async def test_a_relay_that_blames_receivers_for_its_own_lack_is_found_out(tmp_path):
+async def test_the_check_detects_a_relay_that_counts_its_own_lack_as_failures(tmp_path):
     toll = await torture(tmp_path, 0.5, variant="blames-receivers")
     assert toll.failed
     assert not toll.fine
@@ -96,7 +96,9 @@ def no_sockets(monkeypatch):
         (errno.ENOBUFS, "out of memory"),
     ],
 )
-async def test_a_socket_that_this_machine_cannot_make_is_no_answer(client_for, no_sockets, number, what):
+async def test_a_socket_that_cannot_be_created_is_not_a_failure_of_the_receiver(
+    client_for, no_sockets, number, what
+):
     async with receivers.answers() as receiver:
         no_sockets(number)
         with pytest.raises(client_module.OutOfResourcesError, match=what):
@@ -104,9 +106,7 @@ async def test_a_socket_that_this_machine_cannot_make_is_no_answer(client_for, n
         assert receiver.connections == 0
 
 
-async def test_without_a_descriptor_no_address_passes_for_another_machine_s(
-    store, receiver, monkeypatch, caplog
-):
+async def test_without_a_descriptor_the_check_for_own_addresses_refuses(store, receiver, monkeypatch, caplog):
     """Whether it is the relay's own is asked of the kernel, by a socket."""
 
     def fail(*_, **__):
@@ -129,12 +129,12 @@ async def test_without_a_descriptor_no_address_passes_for_another_machine_s(
     assert receiver.requests == []
 
 
-async def test_another_error_of_a_socket_is_a_failure_to_connect(client_for, no_sockets):
+async def test_other_socket_errors_are_connect_failures(client_for, no_sockets):
     no_sockets(errno.EACCES)
     assert (await send(client_for(), "http://127.0.0.1:1/")).result == "connect"
 
 
-async def test_a_name_that_cannot_be_looked_up_for_want_of_descriptors_is_no_failure(
+async def test_a_lookup_without_a_descriptor_is_not_a_failure_of_the_receiver(
     client_for, no_sockets, monkeypatch
 ):
     """The C library then says that there is no such name."""
@@ -149,7 +149,7 @@ async def test_a_name_that_cannot_be_looked_up_for_want_of_descriptors_is_no_fai
         await send(client_for(), "http://absent.example/")
 
 
-async def test_a_name_that_cannot_be_looked_up_for_want_of_a_thread_is_no_failure(client_for, monkeypatch):
+async def test_a_lookup_without_a_thread_is_not_a_failure_of_the_receiver(client_for, monkeypatch):
     def fail(_thread):
         raise RuntimeError("can't start new thread")
 
@@ -167,7 +167,7 @@ async def test_a_kept_connection_that_died_is_not_replaced_without_a_descriptor(
             await send(client, receiver.url)
 
 
-async def test_a_lane_says_what_is_lacking_and_goes_on_by_itself(
+async def test_a_lane_reports_the_missing_resource_and_continues_by_itself(
     store, receiver, no_sockets, monkeypatch, caplog
 ):
     configs = [destination(name, receiver.url) for name in ("crm", "erp")]

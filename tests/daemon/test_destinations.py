@@ -34,7 +34,7 @@ async def test_a_receiver_that_fails_three_times_gets_the_event_again_under_the_
     assert (delivery["state"], delivery["attempts"]) == ("delivered", 4)
 
 
-async def test_what_arrives_is_what_was_sent(tmp_path, recorder):
+async def test_the_receiver_gets_the_sent_bytes(tmp_path, recorder):
     async with running(write_config(tmp_path, SOURCES, destination("crm", recorder.url))) as relay:
         event_id = await send(relay, "whole")
         await until(lambda: recorder.arrived)
@@ -43,7 +43,7 @@ async def test_what_arrives_is_what_was_sent(tmp_path, recorder):
     assert (envelope["type"], envelope["subject"]) == ("adorn.session.started", "whole")
 
 
-async def test_a_receiver_that_hangs_delays_no_other(tmp_path, recorder):
+async def test_a_hanging_receiver_delays_no_other(tmp_path, recorder):
     async with Recorder() as hanging:
         hanging.open.clear()
         both = destination("slow", hanging.url), destination("crm", recorder.url)
@@ -129,7 +129,7 @@ class Sender:
                 return wire
 
 
-async def test_restarts_under_load_fail_no_request_of_a_sender_that_tries_again(tmp_path, recorder):
+async def test_restarts_under_load_fail_no_request_of_a_sender_that_retries(tmp_path, recorder):
     sock = bind("127.0.0.1:0", "listen")
     port = sock.getsockname()[1]
     sock.close()

@@ -70,7 +70,7 @@ async def refused(url):
 # --- starts -------------------------------------------------------------------------------------------
 
 
-async def test_a_first_start_on_a_full_disk_comes_up_and_heals(tmp_path, disk):
+async def test_a_first_start_on_a_full_disk_recovers(tmp_path, disk):
     disk.fill()
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
         status, [reason] = await readiness(daemon)
@@ -88,7 +88,7 @@ async def test_a_first_start_on_a_full_disk_comes_up_and_heals(tmp_path, disk):
     assert "Traceback" not in daemon.said
 
 
-async def test_a_start_on_a_full_disk_after_a_kill_loses_nothing_and_heals(tmp_path, disk, recorder):
+async def test_a_start_on_a_full_disk_after_a_kill_loses_nothing_and_recovers(tmp_path, disk, recorder):
     recorder.open.clear()
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     async with Daemon(config) as daemon:
@@ -115,7 +115,7 @@ async def test_a_stop_while_the_disk_is_full_at_the_start_ends_at_once(tmp_path,
         assert await daemon.stop() == 0
 
 
-async def test_a_locked_database_is_waited_for_and_what_is_owed_goes_out_then(tmp_path, recorder):
+async def test_the_start_waits_for_a_locked_database_and_then_delivers(tmp_path, recorder):
     recorder.open.clear()
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     async with Daemon(config) as daemon:
@@ -136,7 +136,7 @@ async def test_a_locked_database_is_waited_for_and_what_is_owed_goes_out_then(tm
     assert "Traceback" not in daemon.said
 
 
-async def test_the_socket_and_its_connections_live_through_the_opening(tmp_path, disk):
+async def test_connections_stay_open_while_the_database_is_opened(tmp_path, disk):
     disk.fill()
     async with running(write_config(tmp_path, SOURCES)) as relay:
         assert not relay.app.store.opened
@@ -195,7 +195,7 @@ def make_shared_memory_that_is_a_folder(path):
         (make_a_pipe, "relay.db is not a file"),
     ],
 )
-async def test_what_lasts_ends_the_start_with_one_sentence(tmp_path, make, said):
+async def test_a_permanent_fault_ends_the_start_with_one_sentence(tmp_path, make, said):
     config = write_config(tmp_path, SOURCES)
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.db")
@@ -226,7 +226,7 @@ async def test_a_database_without_one_of_its_tables_ends_the_start_with_one_sent
     assert "unexpected error" not in daemon.said
 
 
-async def test_a_mark_that_is_a_pipe_is_not_waited_for(tmp_path):
+async def test_the_start_does_not_wait_for_a_mark_that_is_a_pipe(tmp_path):
     (tmp_path / "state").mkdir()
     os.mkfifo(tmp_path / "state" / "relay.db.mark")
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
@@ -234,7 +234,7 @@ async def test_a_mark_that_is_a_pipe_is_not_waited_for(tmp_path):
         assert await daemon.stop() == 0
 
 
-async def test_questions_are_answered_at_once_while_the_database_is_waited_for(tmp_path):
+async def test_the_admin_api_responds_while_the_database_is_locked(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config):
         pass
@@ -271,7 +271,7 @@ async def fill_up(relay, disk):
     disk.fill()
 
 
-async def test_nothing_writable_holds_the_lanes_starves_no_watchdog_and_heals(
+async def test_a_failing_disk_holds_the_lanes_without_starving_the_watchdog(
     tmp_path, disk, recorder, monkeypatch
 ):
     monkeypatch.setattr(dispatcher, "STUCK_AFTER", 100_000)
@@ -300,7 +300,7 @@ async def test_nothing_writable_holds_the_lanes_starves_no_watchdog_and_heals(
     assert len(recorder.ids) == len(ids)  # nothing was sent twice
 
 
-async def test_deliveries_go_on_with_the_reserve_while_senders_are_refused(tmp_path, disk, recorder):
+async def test_on_a_full_disk_deliveries_continue_with_the_reserve(tmp_path, disk, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     async with running(config) as relay:
         recorder.open.clear()
@@ -324,7 +324,7 @@ async def test_deliveries_go_on_with_the_reserve_while_senders_are_refused(tmp_p
         assert ballast.stat().st_size == DISK_RESERVE
 
 
-async def test_a_locked_database_fails_nobodys_work_for_good(tmp_path, recorder):
+async def test_a_locked_database_fails_no_work_permanently(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     async with running(config) as relay:
         recorder.open.clear()
@@ -340,7 +340,7 @@ async def test_a_locked_database_fails_nobodys_work_for_good(tmp_path, recorder)
         await until(lambda: set(recorder.ids) == ids)
 
 
-async def test_outcomes_that_wait_for_the_store_fill_no_log(tmp_path, recorder, caplog):
+async def test_outcomes_that_wait_for_the_store_are_logged_at_a_limited_rate(tmp_path, recorder, caplog):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url, "concurrency = 10"))
     async with running(config) as relay:
         recorder.open.clear()
@@ -385,7 +385,7 @@ async def test_the_floor_counts_the_bytes_that_are_about_to_be_written(tmp_path)
             assert len(stored) == sum(answer.status == 200 for answer in answers) + 1
 
 
-async def test_a_disk_that_the_relay_filled_heals_by_retention_alone(tmp_path, disk):
+async def test_retention_alone_frees_a_disk_that_the_relay_filled(tmp_path, disk):
     config = write_config(tmp_path, SOURCES, '[retention]\nevents = "1s"\n')
     async with running(config) as relay:
         text = "x" * 400_000
@@ -415,7 +415,7 @@ async def test_an_import_stops_at_the_floor(tmp_path, disk):
         assert "min_free_disk" in answer.json["error"]["message"]
 
 
-def test_free_space_is_told_also_after_the_folder_is_gone(tmp_path):
+def test_free_space_is_reported_after_the_folder_is_gone(tmp_path):
     (tmp_path / "state").mkdir()
     disk = Disk(tmp_path / "state" / "relay.db")
     disk.prepare()
@@ -424,7 +424,7 @@ def test_free_space_is_told_also_after_the_folder_is_gone(tmp_path):
     disk.close()
 
 
-async def test_a_stop_waits_for_room_for_the_rescue_copy_that_is_all_there_is(tmp_path, disk):
+async def test_a_stop_waits_for_room_for_the_only_rescue_copy(tmp_path, disk):
     database = tmp_path / "state" / "relay.db"
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
         ids = [await accepted(daemon.url, note="x" * (MIB // 2)) for _ in range(10)]

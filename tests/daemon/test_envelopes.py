@@ -218,7 +218,7 @@ MODDY = {"auth": 403}
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("reason", "status"), TROUBLES, ids=str)
-async def test_every_refusal_is_said_in_the_envelope_of_its_source(relay: Relay, name, reason, status):
+async def test_every_refusal_has_the_form_of_its_source(relay: Relay, name, reason, status):
     provoke = TROUBLES[reason, status]
     before = len(await relay.rows())
     prefix = {"auth": "failing_", "forbidden": "failing_", "plugin_error": "failing_"}.get(reason, "")
@@ -237,23 +237,21 @@ async def test_every_refusal_is_said_in_the_envelope_of_its_source(relay: Relay,
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_request_that_cannot_be_stored_alone_costs_a_500_in_the_envelope(relay: Relay, name):
+async def test_a_request_that_alone_cannot_be_stored_gets_500_in_the_form_of_its_source(relay: Relay, name):
     answer = await with_store_raising(relay, good(name), StorageError("string or blob too big"))
     assert answer.status == 500
     assert is_its_own(name, answer.json), answer.json
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_an_accepted_request_is_no_error_in_the_envelope(relay: Relay, name):
+async def test_an_accepted_request_is_not_an_error_in_the_form_of_its_source(relay: Relay, name):
     answer = await relay.exchange(good(name))
     assert answer.status < 300
     assert not is_its_own(name, answer.json)
 
 
 @pytest.mark.parametrize(("reason", "status"), TROUBLES, ids=str)
-async def test_the_probe_of_a_known_shop_is_answered_200_through_every_passing_trouble(
-    relay: Relay, reason, status
-):
+async def test_a_probe_of_a_known_shop_gets_200_through_every_temporary_failure(relay: Relay, reason, status):
     answer = await TROUBLES[reason, status](relay, "lazychat", x_event_type="settings.checking_connection")
     if status in (408, 429) or status >= 500:
         assert (answer.status, answer.json) == (200, {"success": True})
@@ -261,7 +259,7 @@ async def test_the_probe_of_a_known_shop_is_answered_200_through_every_passing_t
         assert (answer.status, answer.json["success"]) == (status, False)
 
 
-async def test_the_probe_of_an_unknown_shop_is_refused_through_every_trouble(relay: Relay):
+async def test_a_probe_of_an_unknown_shop_is_refused_through_every_failure(relay: Relay):
     probe = request(
         "POST",
         PATHS["lazychat"],
@@ -277,7 +275,7 @@ async def test_the_probe_of_an_unknown_shop_is_refused_through_every_trouble(rel
     assert answer.status == 401
 
 
-async def test_a_full_disk_is_503_and_heals_by_itself(relay: Relay):
+async def test_a_full_disk_gives_503_and_recovers_by_itself(relay: Relay):
     """A real SQLITE_FULL: the file may not grow."""
     connection = relay.app.store.database.connection
     big = json.dumps({"name": "big", "payload": {"text": "x" * 1_000_000}}).encode()
@@ -300,13 +298,13 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize(("method", "path", "status"), OUTSIDE)
-async def test_outside_of_the_owned_paths_an_error_is_plain_json(relay: Relay, method, path, status):
+async def test_an_error_outside_all_sources_is_plain_json(relay: Relay, method, path, status):
     answer = await relay.exchange(request(method, path, b"{}"))
     assert answer.status == status
     assert answer.json == {"error": {"code": "not_found", "message": "No such path"}}
 
 
-async def test_health_is_for_everyone(relay: Relay):
+async def test_health_needs_no_token(relay: Relay):
     answer = await relay.exchange(request("GET", "/health"))
     assert answer.status == 200
     assert answer.json == {"status": "ok"}  # no version: who asks may be anybody
@@ -328,7 +326,7 @@ async def flawed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-async def test_a_plugin_that_fails_costs_its_own_500_with_nothing_stored(flawed: Relay, flaw):
+async def test_a_failing_plugin_gives_500_and_nothing_is_stored(flawed: Relay, flaw):
     before = flawed.counted("relay_plugin_errors_total", plugin="flawed")
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail=flaw))
     assert (answer.status, answer.json) == (500, {"flawed": "internal_error"})
@@ -339,7 +337,7 @@ async def test_a_plugin_that_fails_costs_its_own_500_with_nothing_stored(flawed:
     assert other.status == 200
 
 
-async def test_a_failing_plugin_is_told_once_with_where_it_failed(tmp_path, caplog):
+async def test_a_failing_plugin_is_logged_once_with_its_place(tmp_path, caplog):
     table = '[sources.flawed]\nplugin = "flawed"\n'
     async with running(write_config(tmp_path, PLUGINS, table)) as relay:
         for flaw in ("handler", "handler", "refuse", "no answer"):
@@ -349,13 +347,13 @@ async def test_a_failing_plugin_is_told_once_with_where_it_failed(tmp_path, capl
     assert line.exc_info[2].tb_next.tb_frame.f_code.co_name == "event"
 
 
-async def test_a_refusal_that_the_plugin_cannot_render_is_said_plainly(flawed: Relay):
+async def test_a_refusal_that_the_plugin_cannot_render_is_plain_json(flawed: Relay):
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail="refuse"))
     assert answer.status == 400
     assert answer.json == {"error": {"code": "validation_error", "message": "The body is not valid"}}
 
 
-async def test_without_a_flaw_the_flawed_plugin_works(flawed: Relay):
+async def test_without_its_fault_the_faulty_plugin_works(flawed: Relay):
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}"))
     assert (answer.status, answer.json) == (200, {"fine": True})
     [row] = await flawed.rows()
@@ -363,7 +361,7 @@ async def test_without_a_flaw_the_flawed_plugin_works(flawed: Relay):
 
 
 @pytest.mark.parametrize("flaw", ["refuse exit", "refuse status", "refusal"])
-async def test_a_refusal_whose_answer_cannot_be_sent_is_said_plainly(flawed: Relay, flaw):
+async def test_a_refusal_with_an_invalid_reply_is_plain_json(flawed: Relay, flaw):
     """That of a body that is too large, or the plugin's own."""
     more = {} if flaw == "refusal" else {"content_length": "99999999"}
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail=flaw, **more))
@@ -371,7 +369,7 @@ async def test_a_refusal_whose_answer_cannot_be_sent_is_said_plainly(flawed: Rel
     assert answer.json["error"]["code"] == ("odd" if flaw == "refusal" else "payload_too_large")
 
 
-async def test_a_plugin_s_own_reason_makes_no_new_series(flawed: Relay):
+async def test_an_unknown_reason_of_a_plugin_creates_no_metric_series(flawed: Relay):
     await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail="refusal"))
     labels = {"source": "flawed", "reason": "a reason of its own"}
     assert flawed.app.metrics.registry.get_sample_value("relay_events_rejected_total", labels) is None

@@ -146,7 +146,7 @@ def register(worker):
 
 
 @pytest.mark.parametrize("seed", [20_240_115])
-async def test_every_turn_of_two_hundred_workers_is_told_once_also_across_a_kill(tmp_path, seed):
+async def test_every_status_change_of_200_workers_is_one_event_across_a_kill(tmp_path, seed):
     rand = random.Random(seed)
     beats = {worker: heard(moments) for worker, moments in schedule(rand).items()}
     due = defaultdict(list)

@@ -68,7 +68,7 @@ def told(cases):
 
 
 @pytest.mark.parametrize("generation", LIVES)
-async def test_a_worker_s_whole_life_is_understood_answered_and_passed_on(tmp_path, generation):
+async def test_the_whole_life_of_a_worker_is_stored_and_delivered(tmp_path, generation):
     life, clock = LIVES[generation], FakeClock()
     first, last = life.first.split(), life.last.split()
 

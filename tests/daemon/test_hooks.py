@@ -64,7 +64,7 @@ async def send(relay):
 # --- the page -----------------------------------------------------------------------------------------
 
 
-def test_the_page_has_every_hook_with_its_exact_signature_and_no_other():
+def test_the_page_has_exactly_the_hooks_with_their_signatures():
     declared = [
         ast.unparse(node).partition(":\n")[0].rpartition("def ")[2]
         for node in ast.parse(inspect.getsource(hookspecs)).body
@@ -75,7 +75,7 @@ def test_the_page_has_every_hook_with_its_exact_signature_and_no_other():
 
 
 @pytest.mark.parametrize("hook", HOOKS[2:])  # sources and presets have pages
-def test_the_example_has_every_hook_that_needs_no_page_of_its_own(hook):
+def test_the_example_has_every_hook_without_a_separate_page(hook):
     assert f"@hookimpl\ndef {hook}(" in EXAMPLE
 
 
@@ -101,7 +101,7 @@ async def test_the_example_does_what_the_page_says(tmp_path, plugins, receiver):
 @pytest.mark.parametrize(
     ("hook", "records"), [("events_stored", "events"), ("attempts_recorded", "outcomes")]
 )
-async def test_a_hook_that_hangs_and_raises_delays_neither_answers_nor_deliveries(
+async def test_a_hook_that_hangs_and_raises_delays_neither_replies_nor_deliveries(
     tmp_path, plugins, receiver, hook, records
 ):
     (plugins / "stuck.py").write_text(STUCK.format(hook=hook, records=records))
@@ -125,7 +125,7 @@ async def test_a_hook_that_hangs_and_raises_delays_neither_answers_nor_deliverie
         assert {outcome.state for outcome in plugin["TOLD"]} == {"delivered"}
 
 
-async def test_nobody_is_asked_when_nobody_wants_to_be_told(tmp_path, plugins):
+async def test_without_hooks_nothing_is_called(tmp_path, plugins):
     (plugins / "audit.py").write_text(EXAMPLE.partition("@hookimpl\ndef relay_events_stored")[0])
     async with running(write_config(tmp_path, SOURCES)) as relay:
         assert relay.app.observers._queues == []

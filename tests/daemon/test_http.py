@@ -35,7 +35,7 @@ async def relay(tmp_path_factory, listener):
 
 
 @pytest.mark.parametrize("case", [str.lower, str.upper, str.title, str.swapcase])
-async def test_header_names_come_in_any_case(relay: Relay, case):
+async def test_header_names_ignore_case_on_the_wire(relay: Relay, case):
     body = b"{}"
     names = {"content-length": str(len(body)), "authorization": "Bearer dev-token", "x-event-type": "a.b"}
     lines = [f"{case(name)}: {value}" for name, value in names.items()]
@@ -72,7 +72,7 @@ async def test_an_odd_authorization_is_401(relay: Relay, lines):
     assert answer.json["success"] is False
 
 
-async def test_a_body_is_asked_for_where_the_sender_waits_to_be_asked(relay: Relay):
+async def test_a_sender_that_expects_100_continue_gets_it(relay: Relay):
     raw = request("POST", ADORN, adorn("asked"), expect="100-continue")
     head, _, body = raw.partition(b"\r\n\r\n")
     async with await Wire.open(relay.addresses.public) as wire:
@@ -84,26 +84,26 @@ async def test_a_body_is_asked_for_where_the_sender_waits_to_be_asked(relay: Rel
         assert (await wire.answer()).status == 200
 
 
-async def test_the_longest_length_that_can_be_written_is_too_large(relay: Relay):
+async def test_the_largest_content_length_is_too_large(relay: Relay):
     """The parser takes it for no body at all."""
     answer = await relay.exchange(request("POST", ADORN, content_length=str(2**64 - 1)))
     assert answer.status == 413
 
 
-async def test_a_body_that_is_too_large_is_not_asked_for(relay: Relay):
+async def test_a_body_that_is_too_large_gets_no_100_continue(relay: Relay):
     head = request("POST", ADORN, content_length=str(2**21 + 1), expect="100-continue")
     assert (await relay.exchange(head)).status == 413
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
-async def test_an_offer_to_upgrade_is_passed_over(relay: Relay, upgrade):
+async def test_an_offer_to_upgrade_is_ignored(relay: Relay, upgrade):
     """Java's HttpClient offers h2c with every first request; the body belongs to that request."""
     raw = request("POST", ADORN, adorn(upgrade), connection="Upgrade", upgrade=upgrade)
     assert (await relay.exchange(raw)).status == 200
     assert len(await relay.rows(subject=upgrade)) == 1
 
 
-async def test_a_whole_url_is_a_request_target(relay: Relay):
+async def test_an_absolute_url_is_a_valid_request_target(relay: Relay):
     raw = request("POST", f"http://relay.test{ADORN}?a=b", adorn("proxied"))
     assert (await relay.exchange(raw)).status == 200
 
@@ -118,7 +118,7 @@ async def test_nothing_is_ever_redirected(relay: Relay, path):
     assert b"<" not in answer.body
 
 
-async def test_another_method_is_405_and_says_which_are_allowed(relay: Relay):
+async def test_another_method_gets_405_with_the_allowed_ones(relay: Relay):
     for method in ("GET", "HEAD", "PUT", "OPTIONS", "DELETE"):
         answer = await relay.exchange(request(method, MODDY), bodiless=method == "HEAD")
         assert (answer.status, answer.headers["allow"]) == (405, "POST")
@@ -134,7 +134,7 @@ async def test_a_body_of_1_3_mb_is_stored_whole(relay: Relay):
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-async def test_a_chunked_body_is_put_together(relay: Relay, size):
+async def test_a_chunked_body_is_joined(relay: Relay, size):
     body = adorn(f"chunks of {size}", payload={"text": "y" * 50})
     chunks = [body[at : at + size] for at in range(0, len(body), size)]
     framed = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""])
@@ -142,7 +142,7 @@ async def test_a_chunked_body_is_put_together(relay: Relay, size):
     assert (await relay.event(answer.json["event_id"])).body == body
 
 
-async def test_a_body_that_turns_out_to_be_badly_framed_is_refused_at_once(relay: Relay):
+async def test_a_badly_framed_body_is_refused_at_once(relay: Relay):
     async with asyncio.timeout(30), await Wire.open(relay.addresses.public) as wire:
         await wire.send(request("POST", ADORN, transfer_encoding="chunked") + b"1\r\n{\r\n")
         await until(lambda: relay.app.ingest._budget.used)  # it is being read
@@ -171,13 +171,13 @@ async def test_a_chunked_body_is_refused_once_it_is_too_large(relay: Relay):
     ],
     ids=lambda body: repr(body[:60]),
 )  # fmt: skip
-async def test_what_is_no_json_in_utf_8_is_400(relay: Relay, body):
+async def test_a_body_that_is_not_json_in_utf_8_gets_400(relay: Relay, body):
     answer = await relay.exchange(request("POST", ADORN, body))
     assert answer.status == 400
     assert answer.json["status"] == "error"
 
 
-async def test_numbers_and_escapes_are_kept_as_they_came(relay: Relay):
+async def test_numbers_and_escapes_are_kept_byte_for_byte(relay: Relay):
     payload = (
         b'{"big": 18446744073709551616, "price": 45000.00, "long": 1' + b"0" * 4000 + b', "t": "\\u00e9"}'
     )
@@ -189,7 +189,7 @@ async def test_numbers_and_escapes_are_kept_as_they_came(relay: Relay):
 # --- connections --------------------------------------------------------------------------------------
 
 
-async def test_pipelined_requests_are_answered_in_their_order(relay: Relay):
+async def test_pipelined_requests_are_answered_in_order(relay: Relay):
     async with await Wire.open(relay.addresses.public) as wire:
         await wire.send(b"".join(request("POST", ADORN, adorn(f"pipe {number}")) for number in range(20)))
         ids = [(await wire.answer()).json["event_id"] for _ in range(20)]
@@ -227,7 +227,7 @@ NO_HTTP = [
 
 
 @pytest.mark.parametrize("raw", NO_HTTP, ids=lambda raw: repr(raw[:50]))
-async def test_what_is_no_http_is_answered_in_json_and_logs_no_traceback(relay: Relay, raw, caplog):
+async def test_bytes_that_are_not_http_get_json_without_a_traceback(relay: Relay, raw, caplog):
     caplog.set_level(logging.INFO)
     answer = await relay.exchange(raw)
     assert answer.status == 400
@@ -235,7 +235,7 @@ async def test_what_is_no_http_is_answered_in_json_and_logs_no_traceback(relay: 
     assert [record for record in caplog.records if record.exc_info or record.levelno > logging.INFO] == []
 
 
-async def test_connections_beyond_the_cap_are_sent_away_with_503_while_none_is_silent(relay: Relay):
+async def test_connections_beyond_the_limit_get_503_while_none_is_idle(relay: Relay):
     sock = bind("127.0.0.1:0", "listen")
     server = Server(relay.app.ingest.handle, implementation=relay.app.listener, max_connections=2)
     await server.listen(sock)
@@ -257,7 +257,7 @@ async def test_connections_beyond_the_cap_are_sent_away_with_503_while_none_is_s
         await server.close(grace=0.1)
 
 
-async def test_a_sender_that_never_says_what_it_wants_is_sent_away(relay: Relay, monkeypatch):
+async def test_a_sender_without_a_request_is_disconnected(relay: Relay, monkeypatch):
     monkeypatch.setattr("relay.ingest.connection.FIRST_HEAD", 0.02)
     async with asyncio.timeout(30), await Wire.open(relay.addresses.public) as wire:
         await wire.send(b"POST /v1/events HTTP/1.1\r\nHost: x\r\n")

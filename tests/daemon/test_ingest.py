@@ -117,7 +117,7 @@ async def test_a_repetition_after_the_first_was_stored_unheard_is_its_duplicate_
     assert (first["duplicate"], second["duplicate"]) == (True, False)
 
 
-async def test_genuine_twins_are_two_events(relay: Relay, slow_store):
+async def test_two_equal_requests_with_replies_are_two_events(relay: Relay, slow_store):
     raw = request("POST", ADORN, adorn("twin"))
     async with (
         await Wire.open(relay.addresses.public) as one,
@@ -134,7 +134,7 @@ async def test_genuine_twins_are_two_events(relay: Relay, slow_store):
 
 
 @pytest.mark.parametrize("header", ["Idempotency-Key", "IDEMPOTENCY-KEY", "webhook-id"])
-async def test_a_key_of_the_sender_dedupes_with_the_first_id_in_the_answer(relay: Relay, header):
+async def test_the_reply_to_a_duplicate_key_has_the_first_id(relay: Relay, header):
     async def send(key, session):
         return await relay.exchange(request("POST", ADORN, adorn(session), **{header: key}))
 
@@ -166,11 +166,11 @@ async def is_stored_when_answered(relay: Relay) -> bool:
     return found is not None
 
 
-async def test_the_answer_leaves_only_after_the_commit(relay: Relay):
+async def test_the_reply_is_sent_after_the_commit(relay: Relay):
     assert await is_stored_when_answered(relay)
 
 
-async def test_an_answer_before_the_commit_would_be_noticed(relay: Relay, monkeypatch):
+async def test_the_check_detects_a_reply_before_the_commit(relay: Relay, monkeypatch):
     original, late = relay.app.store.events.append, []
 
     async def append(acceptance):
@@ -182,7 +182,7 @@ async def test_an_answer_before_the_commit_would_be_noticed(relay: Relay, monkey
     await original(late[0])
 
 
-async def test_an_answer_that_differs_by_its_receipt_is_rendered_anew(relay: Relay, monkeypatch):
+async def test_a_reply_that_depends_on_the_receipt_is_rendered_again(relay: Relay, monkeypatch):
     first = new_id(EVENT, 0)
 
     async def append(_acceptance):
@@ -197,7 +197,7 @@ async def test_an_answer_that_differs_by_its_receipt_is_rendered_anew(relay: Rel
 
 
 @pytest.mark.parametrize("spelling", ["bearer dev-token", "Bearer   dev-token", "BEARER dev-token "])
-async def test_a_rate_limit_counts_a_token_however_it_is_spelt(tmp_path, spelling):
+async def test_a_rate_limit_counts_every_spelling_of_a_token_together(tmp_path, spelling):
     limited = '[sources.lazychat]\nplugin = "lazychat"\ntokens = ["dev-token"]\nrate_limit = "1/h"\n'
     async with running(write_config(tmp_path, limited)) as relay:
         body = b'{"event_type":"a"}'
@@ -206,7 +206,7 @@ async def test_a_rate_limit_counts_a_token_however_it_is_spelt(tmp_path, spellin
     assert (first.status, again.status) == (200, 429)
 
 
-async def test_a_rate_limit_without_tokens_counts_everyone_together(tmp_path):
+async def test_a_rate_limit_without_tokens_counts_all_senders_together(tmp_path):
     limited = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "1/h"\n'
     async with running(write_config(tmp_path, limited)) as relay:
         first = await relay.exchange(request("POST", ADORN, adorn(), authorization="a"))
@@ -265,7 +265,7 @@ async def test_a_request_that_reaches_no_source_is_counted_and_logged(tmp_path, 
 
 
 @pytest.mark.parametrize("path", ["/v1/events/", "/v1//events", "/v1/event", "/internal/event/notify/"])
-async def test_a_wrong_path_below_a_source_s_own_is_counted_as_unroutable_and_refused_by_it(tmp_path, path):
+async def test_a_wrong_path_below_a_source_is_counted_and_refused_in_its_form(tmp_path, path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         answer = await relay.exchange(request("POST", path, adorn()))
         await relay.exchange(request("PUT", "/v1/events", adorn()))  # has a route
@@ -276,7 +276,7 @@ async def test_a_wrong_path_below_a_source_s_own_is_counted_as_unroutable_and_re
     assert (refused, unroutable) == (1, 1)
 
 
-async def test_a_sender_beyond_the_cap_of_connections_is_counted(tmp_path):
+async def test_a_sender_beyond_the_limit_of_connections_is_counted(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.ingest.unroutable("too_many", "203.0.113.9", "4096 connections are open")
         assert relay.counted("relay_requests_unroutable_total", reason="too_many") == 1

@@ -80,7 +80,7 @@ def test_the_vectors_of_the_rfc_are_signed_and_verified(private, public, text, s
     "secret",
     [PRIVATE, Secret(PRIVATE.reveal().rstrip("=")), written("whsk_", base64.b64decode(PAIR)[:32])],
 )
-def test_the_published_vector_is_signed_as_published_by_each_way_to_write_the_key(secret):
+def test_the_published_vector_is_signed_with_every_form_of_the_key(secret):
     assert Signer((secret,)).headers(ID, AT, BODY) == HEADERS
 
 
@@ -89,7 +89,7 @@ def test_the_published_vector_verifies_by_either_key_of_the_pair(secret):
     verify((secret,), HEADERS, BODY, now=AT)
 
 
-def test_keys_of_both_kinds_sign_together_in_their_order_and_each_one_verifies():
+def test_keys_of_both_kinds_sign_in_order_and_each_one_verifies():
     headers = Signer((SHARED, PRIVATE)).headers(ID, AT, BODY)
     assert re.fullmatch(r"v1,[\w+/]{43}= " + re.escape(SIGNATURE), headers["webhook-signature"])
     for secret in (SHARED, PUBLIC):
@@ -104,7 +104,7 @@ def test_the_reference_library_ignores_signatures_of_the_other_kind():
 
 
 @given(seed=seeds, stranger=seeds, body=st.binary(), flip=st.integers(0))
-def test_whatever_is_signed_verifies_and_any_change_breaks_it(seed, stranger, body, flip):
+def test_any_signed_request_verifies_and_any_change_breaks_it(seed, stranger, body, flip):
     secret = written("whsk_", seed)
     public = written("whpk_", private_key(secret).public_key().public_bytes_raw())
     headers = Signer((secret,)).headers(ID, AT, body)
@@ -228,7 +228,7 @@ verify(secrets, Signer(secrets).headers("evt", 0, b""), b"", now=0)
 
 
 @needs("openssl")
-def test_the_commands_on_the_page_make_a_pair(tmp_path):
+def test_the_commands_on_the_page_create_a_key_pair(tmp_path):
     commands = re.search(r"```sh\n(openssl genpkey .*?)```", PAGE.read_text(), re.DOTALL)[1]
     done = subprocess.run(
         ["sh", "-ec", commands], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=30

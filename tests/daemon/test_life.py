@@ -41,7 +41,7 @@ async def fails(config, *command, code=1):
     return daemon.said
 
 
-async def test_a_stop_finishes_what_is_under_way_and_exits_0(tmp_path, recorder):
+async def test_a_stop_finishes_requests_and_attempts_and_exits_0(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     async with Daemon(config) as daemon:
         recorder.open.clear()
@@ -67,7 +67,7 @@ async def test_a_stop_finishes_what_is_under_way_and_exits_0(tmp_path, recorder)
     assert rows(config, "SELECT result FROM attempts WHERE delivery_id = 1") == [("ok",)]
 
 
-async def test_a_stop_cuts_off_what_takes_longer_than_the_grace_and_keeps_it(tmp_path, recorder):
+async def test_a_stop_cuts_off_slow_attempts_and_keeps_their_deliveries(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
     config.write_text(config.read_text().replace('shutdown_grace = "5s"', 'shutdown_grace = "0.5s"'))
     async with Daemon(config) as daemon:
@@ -111,7 +111,7 @@ async def test_a_socket_left_behind_by_a_crash_is_replaced(tmp_path):
     assert not (tmp_path / "state" / "relay.sock").exists()
 
 
-async def test_a_port_in_use_is_said_in_a_sentence(tmp_path, recorder):
+async def test_a_port_in_use_is_reported_in_a_sentence(tmp_path, recorder):
     port = int(recorder.url.split(":")[2].partition("/")[0])
     said = await fails(write_config(tmp_path, SOURCES, port=port))
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
@@ -119,7 +119,7 @@ async def test_a_port_in_use_is_said_in_a_sentence(tmp_path, recorder):
     assert "Traceback" not in said
 
 
-async def test_a_broken_config_is_told_as_check_config_tells_it(tmp_path):
+async def test_an_invalid_config_is_reported_as_by_check_config(tmp_path):
     broken = SOURCES.replace('plugin = "adorn"', 'plugin = "adron"') + '[servre]\nlisten = "x"\n'
     config = write_config(tmp_path, broken)
     served = await fails(config, code=78)
@@ -141,7 +141,7 @@ async def test_a_development_secret_without_development_stops_the_start(tmp_path
     assert "development" in HEAD
 
 
-async def test_what_a_crash_interrupts_is_delivered_after_the_restart(tmp_path, recorder):
+async def test_deliveries_interrupted_by_a_crash_are_sent_after_the_restart(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url, "concurrency = 2"))
     recorder.open.clear()
     async with Daemon(config) as daemon:
@@ -159,7 +159,7 @@ async def test_what_a_crash_interrupts_is_delivered_after_the_restart(tmp_path, 
     assert rows(config, "PRAGMA integrity_check") == [("ok",)]
 
 
-async def test_the_daemon_stores_what_early_closing_senders_sent_on_its_own_event_loop(tmp_path):
+async def test_the_daemon_stores_events_of_senders_that_disconnect_early(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with Daemon(config) as daemon:
         for number in range(200):
@@ -170,7 +170,7 @@ async def test_the_daemon_stores_what_early_closing_senders_sent_on_its_own_even
         await until(lambda: rows(config, "SELECT count(DISTINCT subject) FROM events") == [(200,)])
 
 
-async def test_the_log_is_json_and_knows_no_secret(tmp_path):
+async def test_the_log_is_json_without_secrets(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with Daemon(config) as daemon:
         await exchange(daemon.url, request("POST", "/internal/event/notify?token=dev-token", b"{}"))

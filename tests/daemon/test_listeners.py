@@ -190,33 +190,33 @@ async def compare(pair, pieces, *, closes_side=False):
 
 
 @pytest.mark.parametrize("pieces", WELL_FRAMED.values(), ids=WELL_FRAMED)
-async def test_a_request_has_the_same_answers(pair, pieces):
+async def test_a_request_gets_the_same_replies_from_both_listeners(pair, pieces):
     heard = await compare(pair, [*pieces[:-1], pieces[-1] + LAST])
     assert heard.startswith(b"HTTP/1.")
 
 
 @pytest.mark.parametrize("pieces", BADLY_FRAMED.values(), ids=BADLY_FRAMED)
-async def test_bytes_that_are_not_http_have_the_same_answers(pair, pieces):
+async def test_bytes_that_are_not_http_get_the_same_replies_from_both_listeners(pair, pieces):
     heard = await compare(pair, pieces)
     is_last = pieces[0].startswith((LAST, CHUNKED + CHUNKS))  # what comes behind is not read
     assert b" 400 " in heard or is_last
 
 
-async def test_a_slow_sender_has_the_same_answers(pair):
+async def test_a_slow_sender_gets_the_same_replies_from_both_listeners(pair):
     await asyncio.gather(*(compare(pair, pieces) for pieces in SLOW.values()))
 
 
 @pytest.mark.parametrize(
     "name", ["an event", "a chunked body and more", "an offer to upgrade and more", "pipelined"]
 )
-async def test_a_sender_that_closes_its_side_has_the_same_answers_wherever_it_is_cut(pair, name):
+async def test_a_sender_that_closes_its_side_anywhere_gets_the_same_replies(pair, name):
     [raw] = WELL_FRAMED[name]
     cuts = [*range(0, len(raw), max(1, len(raw) // 25)), len(raw)]
     await asyncio.gather(*(compare(pair, [raw[:cut]], closes_side=True) for cut in cuts))
 
 
 @pytest.mark.parametrize("name", [*WELL_FRAMED])
-async def test_pieces_of_a_request_have_the_same_answers(pair, name):
+async def test_segments_of_a_request_get_the_same_replies_from_both_listeners(pair, name):
     [raw] = WELL_FRAMED[name]
     raw += LAST
     size = max(1, len(raw) // 7)
@@ -224,7 +224,7 @@ async def test_pieces_of_a_request_have_the_same_answers(pair, name):
 
 
 @pytest.mark.parametrize("sample", read_samples(), ids=str)
-async def test_a_recorded_request_has_the_same_answers(pair, sample):
+async def test_a_recorded_request_gets_the_same_replies_from_both_listeners(pair, sample):
     await compare(pair, [sample.request + LAST])
 
 

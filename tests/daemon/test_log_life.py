@@ -37,7 +37,7 @@ async def notify(daemon, body=BODY, token="dev-token", **headers):
     return await exchange(daemon.url, request("POST", f"{PATH}?token=s3cret-in-the-query", body, **fields))
 
 
-async def test_at_debug_every_step_of_an_event_is_a_line_with_its_ids(tmp_path, recorder):
+async def test_at_debug_every_step_of_an_event_logs_a_line_with_its_ids(tmp_path, recorder):
     recorder.answers.append((503, {}))
     async with Daemon(configured(tmp_path, recorder, "debug")) as daemon:
         assert (await notify(daemon, token="guessed-token")).status == 403
@@ -66,7 +66,7 @@ async def test_at_debug_every_step_of_an_event_is_a_line_with_its_ids(tmp_path, 
         assert secret not in daemon.said
 
 
-async def test_at_info_what_goes_well_is_no_line(tmp_path, recorder):
+async def test_at_info_successful_steps_log_nothing(tmp_path, recorder):
     recorder.answers.append((503, {}))
     config = configured(tmp_path, recorder, "info")
     async with Daemon(config) as daemon:
@@ -79,7 +79,7 @@ async def test_at_info_what_goes_well_is_no_line(tmp_path, recorder):
     assert of(daemon, "relay.ingest", "accepted") == []
 
 
-async def test_a_delivery_that_ends_badly_is_a_line_and_so_is_the_circuit(tmp_path, recorder):
+async def test_a_failed_delivery_and_an_open_circuit_log_a_line(tmp_path, recorder):
     more = "circuit = { failures = 2 }"
     recorder.answers += [(503, {}), (500, {}), (500, {"webhook-delivery": "abort-message"})]
     async with Daemon(configured(tmp_path, recorder, "info", more)) as daemon:
@@ -103,7 +103,7 @@ async def exchange_operator(daemon, verb, **headers):
     return await exchange(socket, request("POST", f"/api/destinations/crm/{verb}", **headers))
 
 
-async def test_a_change_of_an_operator_has_its_request_s_id_in_answer_and_log(tmp_path, recorder):
+async def test_a_change_of_an_operator_has_its_request_id_in_response_and_log(tmp_path, recorder):
     async with Daemon(configured(tmp_path, recorder, "info")) as daemon:
         made = await exchange_operator(daemon, "pause")
         given = await exchange_operator(daemon, "resume", x_request_id="ticket-7")
@@ -125,7 +125,7 @@ async def test_senders_get_no_header_that_their_contract_does_not_have(tmp_path,
 
 
 @pytest.mark.parametrize("given", ["a b", "x" * 129, "é", "a;b"])
-async def test_an_id_that_is_none_is_replaced(tmp_path, recorder, given):
+async def test_an_invalid_request_id_is_replaced(tmp_path, recorder, given):
     async with Daemon(configured(tmp_path, recorder, "debug")) as daemon:
         await notify(daemon, x_request_id=given)
         [accepted] = await until(lambda: of(daemon, "relay.ingest", "accepted"))
@@ -133,7 +133,7 @@ async def test_an_id_that_is_none_is_replaced(tmp_path, recorder, given):
         assert await daemon.stop() == 0
 
 
-async def test_a_repetition_and_a_heartbeat_are_accepted_lines_too(tmp_path, recorder):
+async def test_a_repetition_and_a_heartbeat_log_an_accepted_line(tmp_path, recorder):
     async with Daemon(configured(tmp_path, recorder, "debug")) as daemon:
         for number in range(2):
             await notify(daemon, idempotency_key="k", x_request_id=f"r{number}")
@@ -149,7 +149,7 @@ async def test_a_repetition_and_a_heartbeat_are_accepted_lines_too(tmp_path, rec
     assert [line["status"] for line in told] == [answer.status]
 
 
-async def test_what_dies_at_birth_is_said_sparingly(tmp_path, recorder):
+async def test_deliveries_dead_at_creation_are_logged_at_a_limited_rate(tmp_path, recorder):
     async with Daemon(configured(tmp_path, recorder, "info", "max_pending = 1")) as daemon:
         await exchange_operator(daemon, "pause")
         for _ in range(3):
@@ -160,7 +160,7 @@ async def test_what_dies_at_birth_is_said_sparingly(tmp_path, recorder):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "pipe that never waits", "terminal"])
-async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_path, kind):
+async def test_a_log_without_a_reader_delays_no_sender_and_lost_lines_are_counted(tmp_path, kind):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("[log]", '[log]\nlevel = "debug"'))
     reader, writer = os.openpty() if kind == "terminal" else os.pipe()
@@ -195,7 +195,7 @@ async def test_a_log_that_nobody_reads_holds_up_no_sender_and_is_counted(tmp_pat
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-async def test_a_daemon_that_has_to_end_does_so_although_nobody_reads_its_log(tmp_path, is_read):
+async def test_a_daemon_stops_even_if_nobody_reads_its_log(tmp_path, is_read):
     (tmp_path / "state" / "relay.db").mkdir(parents=True)
     config = write_config(tmp_path, SOURCES)
     reader, writer = os.pipe()

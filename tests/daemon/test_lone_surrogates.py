@@ -128,7 +128,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize("raw", EVENTS.values(), ids=EVENTS)
-async def test_it_is_accepted_kept_byte_for_byte_and_delivered_in_every_format(relay, receivers, raw):
+async def test_an_event_with_a_lone_surrogate_is_kept_and_delivered_in_every_format(relay, receivers, raw):
     answer = await relay.exchange(raw)
     assert answer.status < 300, answer.body
     [row] = await relay.rows()
@@ -172,7 +172,7 @@ async def event(relay, receivers):
     return row["id"]
 
 
-async def test_commands_and_lists_show_it_as_an_escape(relay, commands, event):
+async def test_commands_and_lists_show_a_lone_surrogate_as_an_escape(relay, commands, event):
     assert (await commands("events", "list")).rows[0][3] == r"Bob \ud83d"
     assert (await commands("events", "list", "--subject", r"Bob \ud83d", "--json")).json["items"][0][
         "id"
@@ -191,7 +191,9 @@ async def test_commands_and_lists_show_it_as_an_escape(relay, commands, event):
     assert (await commands("explain", event, "--json")).json
 
 
-async def test_it_is_replayed_exported_and_read_in_again(tmp_path, relay, commands, receivers, event):
+async def test_an_event_with_a_lone_surrogate_is_replayed_exported_and_imported(
+    tmp_path, relay, commands, receivers, event
+):
     stored = await relay.event(event)
     await commands("events", "replay", event, "--to", "standard", "--yes")
     await until(lambda: len(receivers["standard"].arrived) == 2)
@@ -205,7 +207,7 @@ async def test_it_is_replayed_exported_and_read_in_again(tmp_path, relay, comman
     assert (again.body, again.data, again.context) == (stored.body, stored.data, stored.context)
 
 
-async def test_a_plugin_that_reads_json_by_itself_loses_no_event_either(relay, receivers):
+async def test_a_plugin_that_decodes_json_itself_loses_no_event(relay, receivers):
     for number in range(2):  # the second repeats the first by its key
         answer = await relay.exchange(request("POST", "/careless", b'{"name":%b,"n":1}' % BOB))
         assert answer.status == 200, (number, answer.body)
@@ -217,7 +219,7 @@ async def test_a_plugin_that_reads_json_by_itself_loses_no_event_either(relay, r
     await until(lambda: receivers["standard"].arrived)
 
 
-async def test_nor_does_its_worker_spoil_the_registry(tmp_path):
+async def test_a_worker_with_a_lone_surrogate_does_not_break_the_registry(tmp_path):
     config = config_of(tmp_path)
     async with running(config) as relay:
         for path in ("/careless/w1", "/careless/w2"):
@@ -240,7 +242,7 @@ async def test_nor_does_its_worker_spoil_the_registry(tmp_path):
         b'{"cpuUsage":5,"sessions":{%b:1}}',
     ],
 )
-async def test_a_heartbeat_with_half_an_emoji_is_a_heartbeat(relay, place):
+async def test_a_heartbeat_with_a_lone_surrogate_counts(relay, place):
     raw = request("PUT", "/api/workers/w1/heartbeat", place % BOB, **WORKER)
     assert (await relay.exchange(raw)).status == 200
     [worker] = relay.app.store.workers.all()
@@ -251,7 +253,7 @@ async def test_a_heartbeat_with_half_an_emoji_is_a_heartbeat(relay, place):
 
 @pytest.mark.parametrize("text", [b"NaN", b"-Infinity", b'"\xff"', b'"\xed\xa0\xbd"', b'"\\ud8"'])
 @pytest.mark.parametrize("name", ["adorn", "compozy", "lazychat", "moddy", "whatsapp"])
-async def test_what_is_no_json_stays_refused(relay, name, text):
+async def test_invalid_json_is_still_refused(relay, name, text):
     head, _, body = EVENTS[name].partition(b"\r\n\r\n")
     body = body.replace(b"45000.00", text)
     line = f"Content-Length: {len(body)}".encode()
@@ -260,7 +262,7 @@ async def test_what_is_no_json_stays_refused(relay, name, text):
     assert not await relay.rows()
 
 
-async def test_a_schema_is_asked_about_a_payload_with_half_an_emoji(tmp_path):
+async def test_a_schema_checks_a_payload_with_a_lone_surrogate(tmp_path):
     (tmp_path / "user.json").write_text('{"required": ["email"]}')
     schema = '[sources.compozy.schemas]\n"user.created" = "user.json"\n'
     async with running(write_config(tmp_path, SOURCES, schema)) as relay:

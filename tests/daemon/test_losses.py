@@ -76,7 +76,7 @@ async def refusal(url, seconds=SOON):
 
 
 @pytest.mark.parametrize("happens", HAPPENINGS)
-async def test_files_that_vanish_stop_acknowledging_and_a_rescue_copy_has_everything(tmp_path, happens):
+async def test_deleted_files_stop_acknowledgements_and_a_rescue_copy_has_everything(tmp_path, happens):
     database = tmp_path / "state" / "relay.db"
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
         acknowledged = await _some(daemon.url)
@@ -113,7 +113,7 @@ def _restore_command(daemon):
     return line.split("run: ")[1].split("; then start")[0]
 
 
-async def test_it_is_not_ready_and_says_why(tmp_path):
+async def test_a_relay_without_its_files_is_not_ready_and_gives_the_reason(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         await relay.exchange(post())
         (tmp_path / "state" / "relay.db").unlink()
@@ -130,7 +130,7 @@ async def test_it_is_not_ready_and_says_why(tmp_path):
         assert "relay.db.rescue-" in checks["losses"]["detail"]
 
 
-async def test_a_file_that_comes_back_is_gone_on_with(tmp_path):
+async def test_a_file_that_returns_is_used_again(tmp_path):
     database = tmp_path / "state" / "relay.db"
     async with running(write_config(tmp_path, SOURCES)) as relay:
         await relay.exchange(post())
@@ -176,7 +176,7 @@ async def test_a_start_on_another_file_is_refused_while_a_rescue_copy_waits(tmp_
         assert set(events_in(database)) == {*acknowledged, *more}
 
 
-async def test_a_file_that_was_damaged_before_a_stop_is_not_told_to_be_safe(tmp_path, caplog):
+async def test_a_stop_does_not_call_a_damaged_file_safe(tmp_path, caplog):
     database = tmp_path / "state" / "relay.db"
     with caplog.at_level("INFO"):
         async with running(write_config(tmp_path, SOURCES)) as relay:
@@ -193,7 +193,7 @@ async def test_a_file_that_was_damaged_before_a_stop_is_not_told_to_be_safe(tmp_
             raise AssertionError("it started with a damaged file")
 
 
-async def test_lists_of_a_damaged_database_are_refused_in_words(tmp_path, caplog):
+async def test_lists_of_a_damaged_database_are_refused_with_a_message(tmp_path, caplog):
     database = tmp_path / "state" / "relay.db"
     async with running(write_config(tmp_path, SOURCES)) as relay:
         for _ in range(50):
@@ -209,7 +209,7 @@ async def test_lists_of_a_damaged_database_are_refused_in_words(tmp_path, caplog
     assert "Traceback" not in caplog.text
 
 
-async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
+async def test_a_stop_before_the_next_check_makes_the_rescue_copy_first(tmp_path):
     database = tmp_path / "state" / "relay.db"
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
         acknowledged = await _some(daemon.url)
@@ -219,7 +219,7 @@ async def test_a_stop_before_the_look_makes_the_copy_first(tmp_path):
     assert set(events_in(copy)) == set(acknowledged)
 
 
-async def test_a_stop_waits_for_no_copy_of_a_deleted_file_that_is_damaged_as_well(tmp_path):
+async def test_a_stop_does_not_wait_for_a_copy_of_a_deleted_and_damaged_file(tmp_path):
     database = tmp_path / "state" / "relay.db"
     async with Daemon(write_config(tmp_path, SOURCES)) as daemon:
         for _ in range(60):  # more than a connection keeps in memory
@@ -238,7 +238,7 @@ async def test_a_stop_waits_for_no_copy_of_a_deleted_file_that_is_damaged_as_wel
 @pytest.mark.parametrize(
     "what", ["cut off", "cut in half", "overwritten by an older one", "overwritten by noise", "its log"]
 )
-async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
+async def test_an_overwritten_file_stops_acknowledgements(tmp_path, what):
     database = tmp_path / "state" / "relay.db"
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
@@ -265,7 +265,7 @@ async def test_a_file_that_is_written_over_stops_acknowledging(tmp_path, what):
         assert relay.app.store.failure is not None
 
 
-async def test_damage_that_a_transaction_meets_stops_acknowledging(tmp_path):
+async def test_damage_found_by_a_transaction_stops_acknowledgements(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         await relay.exchange(post())
         store = relay.app.store
@@ -282,7 +282,7 @@ async def test_damage_that_a_transaction_meets_stops_acknowledging(tmp_path):
         assert "the database is damaged" in store.failure
 
 
-async def test_damage_that_reading_meets_stops_acknowledging_as_well(tmp_path):
+async def test_damage_found_by_a_read_stops_acknowledgements(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         for _ in range(50):
             await relay.exchange(post("s" * 900))
@@ -328,7 +328,7 @@ async def killed(config, count=40):
 
 
 @pytest.mark.parametrize("where", [10, 40, 0.3, 0.6, -1])
-async def test_a_flipped_byte_of_the_log_is_told_at_the_start_and_by_the_doctor(tmp_path, where):
+async def test_a_flipped_byte_of_the_log_is_reported_at_the_start_and_by_doctor(tmp_path, where):
     config, database = write_config(tmp_path, SOURCES), tmp_path / "state" / "relay.db"
     acknowledged = await killed(config)
     log = log_of(database)
@@ -365,7 +365,7 @@ async def _doctor(config, *options):
     return {check["name"]: check for check in json.loads(said)["checks"]}
 
 
-async def test_a_killed_relay_whose_log_is_whole_tells_of_no_loss(tmp_path):
+async def test_a_killed_relay_with_an_intact_log_reports_no_loss(tmp_path):
     config, database = write_config(tmp_path, SOURCES), tmp_path / "state" / "relay.db"
     acknowledged = await killed(config)
     assert (await _doctor(config, "--offline"))["losses"]["ok"]
@@ -376,7 +376,7 @@ async def test_a_killed_relay_whose_log_is_whole_tells_of_no_loss(tmp_path):
     assert set(events_in(database)) == set(acknowledged)
 
 
-async def test_a_database_that_was_replaced_while_it_was_stopped_is_told_of(tmp_path):
+async def test_a_database_replaced_while_the_relay_was_stopped_is_reported(tmp_path):
     config, database = write_config(tmp_path, SOURCES), tmp_path / "state" / "relay.db"
     acknowledged = await killed(config, 3)
     for path in (database, log_of(database)):
@@ -405,7 +405,7 @@ async def test_the_mark_follows_commits_and_is_never_ahead(tmp_path):
     assert read_mark(path) == Mark(events=2)
 
 
-async def test_ids_of_deleted_events_are_not_given_out_again_and_are_no_loss(tmp_path):
+async def test_ids_of_deleted_events_are_not_reused_and_are_not_a_loss(tmp_path):
     clock = FakeClock()
     path = tmp_path / "relay.db"
     async with opened(path, clock) as store:
@@ -421,7 +421,7 @@ async def test_ids_of_deleted_events_are_not_given_out_again_and_are_no_loss(tmp
         assert min(row["row"] for row in await store.queries.find("deliveries")) == max(deliveries) + 1
 
 
-def test_the_log_is_read_as_sqlite_reads_it(tmp_path):
+def test_the_log_is_read_like_sqlite_reads_it(tmp_path):
     path = tmp_path / "a.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -461,7 +461,7 @@ async def test_no_backup_is_made_of_a_file_that_is_not_the_open_one(tmp_path):
         assert list(relay.app.backups.made()) == [good]
 
 
-async def test_a_database_that_is_a_link_is_looked_after_where_it_leads(tmp_path):
+async def test_a_linked_database_is_watched_at_its_target(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "disk").mkdir()
     (tmp_path / "state" / "relay.db").symlink_to(tmp_path / "disk" / "relay.db")
@@ -474,7 +474,7 @@ async def test_a_database_that_is_a_link_is_looked_after_where_it_leads(tmp_path
         await until(lambda: rescues_of(relay.app.store.path))
 
 
-async def test_a_store_whose_folder_is_gone_at_the_end_can_be_closed(tmp_path):
+async def test_a_store_without_its_folder_can_be_closed(tmp_path):
     store = make_store(tmp_path / "state" / "relay.db", FakeClock())
     (tmp_path / "state").mkdir()
     await store.open()

@@ -43,7 +43,7 @@ def post(session="s"):
         ("disable", "(disabled: operator)", "relay destinations enable crm"),
     ],
 )
-async def test_a_destination_that_keeps_deliveries_waiting_is_found(tmp_path, verb, why, advice):
+async def test_doctor_finds_a_destination_with_held_deliveries(tmp_path, verb, why, advice):
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
     async with running(config) as relay:
         await relay.operator("POST", f"/api/destinations/crm/{verb}")
@@ -55,7 +55,7 @@ async def test_a_destination_that_keeps_deliveries_waiting_is_found(tmp_path, ve
             assert advice in found["held"]["hint"]
 
 
-async def test_an_open_circuit_and_what_it_keeps_waiting_are_found(tmp_path):
+async def test_doctor_finds_an_open_circuit_with_held_deliveries(tmp_path):
     circuit = 'circuit = { failures = 1, probe = "1h" }'
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook", circuit))
     async with running(config) as relay:
@@ -68,7 +68,7 @@ async def test_an_open_circuit_and_what_it_keeps_waiting_are_found(tmp_path):
         assert offline["held"]["detail"].startswith("crm: 3 pending (failing since ")
 
 
-async def test_dead_deliveries_and_paused_sources_are_found(tmp_path):
+async def test_doctor_finds_dead_deliveries_and_paused_sources(tmp_path):
     async with Recorder() as receiver:
         receiver.answers.extend([(500, {})] * 5)
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
@@ -84,7 +84,7 @@ async def test_dead_deliveries_and_paused_sources_are_found(tmp_path):
                 assert found["sources"]["hint"] == "relay sources resume adorn"
 
 
-async def test_a_job_that_fails_each_time_is_found(tmp_path):
+async def test_doctor_finds_a_failing_job(tmp_path):
     config = write_config(tmp_path, PLUGINS, SOURCES)
     async with running(config) as relay:
 
@@ -100,7 +100,7 @@ async def test_a_job_that_fails_each_time_is_found(tmp_path):
         assert "relay jobs run shop.sync" in online["jobs"]["hint"]
 
 
-async def test_backups_that_fail_are_found(tmp_path):
+async def test_doctor_finds_failing_backups(tmp_path):
     config = write_config(tmp_path, SOURCES, '[backup]\nevery = "1d"\n')
     async with running(config) as relay:
         (tmp_path / "state" / "backups").write_text("in the way")
@@ -112,7 +112,7 @@ async def test_backups_that_fail_are_found(tmp_path):
         assert "backups" in offline
 
 
-async def test_a_relay_that_is_not_ready_says_so(tmp_path):
+async def test_doctor_reports_a_relay_that_is_not_ready(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         online, _ = await examined(relay, config)
@@ -123,7 +123,7 @@ async def test_a_relay_that_is_not_ready_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
-async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_path, make):
+async def test_doctor_reports_a_database_that_is_not_a_file(tmp_path, make):
     config = write_config(tmp_path, SOURCES)
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.db")
@@ -139,7 +139,7 @@ async def test_a_stopped_relay_whose_database_is_no_file_is_told_so_at_once(tmp_
     assert b"unexpected error" not in said
 
 
-def test_a_destination_that_only_fails_is_found_after_ten_minutes():
+def test_doctor_finds_a_failing_destination_after_ten_minutes():
     failing = DestinationBacklog(name="crm", held=None, pending=5, failing_since=0)
     assert doctor.held([failing], 599 * SECOND).ok
     assert not doctor.held([failing], 600 * SECOND).ok
@@ -150,7 +150,7 @@ def test_a_destination_that_only_fails_is_found_after_ten_minutes():
 @pytest.mark.parametrize(
     "which", ["state", "state/relay.db.mark", "plugins.d", "plugins.d/shop.py", "config.toml", "."]
 )
-def test_what_anybody_may_write_to_is_found(tmp_path, which):
+def test_doctor_finds_world_writable_files(tmp_path, which):
     config = write_config(tmp_path, SOURCES)
     for folder in ("state", "plugins.d"):
         (tmp_path / folder).mkdir(mode=0o755)
@@ -166,7 +166,7 @@ def test_what_anybody_may_write_to_is_found(tmp_path, which):
     assert found.hint == f"chmod o-w {path}"
 
 
-async def test_the_command_says_what_to_type_next(tmp_path):
+async def test_every_failed_check_names_the_next_command(tmp_path):
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
     async with running(config) as relay:
         await relay.operator("POST", "/api/destinations/crm/disable")

@@ -127,7 +127,7 @@ async def test_a_failed_attempt_leaves_nothing_to_the_garbage_collector(relay, r
     assert await left_to_the_collector(work) == {}
 
 
-async def test_an_attempt_without_an_answer_leaves_nothing_to_the_garbage_collector(tmp_path, recorder):
+async def test_an_attempt_without_a_response_leaves_nothing_to_the_garbage_collector(tmp_path, recorder):
     late = destination("late", recorder.url, 'timeout = "0.2s"\nconnect_timeout = "0.2s"')
     config = write_config(tmp_path, SOURCES, destination("gone", "http://127.0.0.1:1/hook"), late)
     recorder.open.clear()
@@ -174,5 +174,5 @@ async def test_large_bodies_leave_the_memory_of_the_daemon(tmp_path):
     assert await torture(tmp_path, 800) <= MOST
 
 
-async def test_a_relay_that_keeps_bodies_is_found_out(tmp_path):
+async def test_the_check_detects_a_relay_that_keeps_bodies(tmp_path):
     assert await torture(tmp_path, 800, VARIANTS["keeps-bodies"]) > MOST

@@ -189,7 +189,7 @@ async def populate(relay, recorder):
     return id_
 
 
-async def test_every_answer_matches_its_schema(relay, recorder):
+async def test_every_response_matches_its_schema(relay, recorder):
     ask, worker = Asking(relay), "/api/workers/whatsapp/w1"
     id_ = await populate(relay, recorder)
     for path in ("/health", "/ready", "/metrics", "/api/openapi.json", "/api/status", "/api/config"):

@@ -100,7 +100,7 @@ async def test_a_ping_does_not_change_the_circuit(tmp_path):
             assert attempt["status"] == 500
 
 
-async def test_a_410_disables_nothing_and_says_that_a_delivery_would(crm):
+async def test_a_410_to_a_ping_disables_nothing_and_warns_about_deliveries(crm):
     relay, recorder = crm
     recorder.answers.append((410, {}))
     said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
@@ -150,7 +150,7 @@ async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
     assert said["hint"] == "check that the receiver listens on this address, and that no firewall blocks it"
 
 
-async def test_one_at_a_time(crm):
+async def test_one_ping_runs_at_a_time(crm):
     relay, recorder = crm
     recorder.open.clear()
     first = asyncio.create_task(post(relay))
@@ -193,7 +193,7 @@ async def test_the_destination_s_own_format_is_used(tmp_path):
     assert json.loads(arrived.body)["text"].startswith("🔵 Test of crm\n")
 
 
-async def test_an_unknown_one_is_404(crm):
+async def test_a_ping_of_an_unknown_destination_gets_404(crm):
     relay, _ = crm
     said = await Commands(relay.addresses.socket)("destinations", "test", "crn", code=4)
     assert said.err == 'unknown destination "crn", did you mean "crm"?\n  known: crm\n'

@@ -22,12 +22,12 @@ def post(session):
     return request("POST", "/v1/events", body=adorn(session))
 
 
-async def test_a_relay_that_serves_is_ready(tmp_path):
+async def test_a_running_relay_is_ready(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         assert await ready(relay) == (200, {"ready": True, "reasons": []})
 
 
-async def test_a_relay_that_starts_says_so(tmp_path, monkeypatch):
+async def test_a_starting_relay_is_not_ready(tmp_path, monkeypatch):
     app = App(load(write_config(tmp_path, SOURCES)))
     asked, go_on, check = asyncio.Event(), asyncio.Event(), app.ledger_check.check
 
@@ -53,7 +53,7 @@ async def test_a_relay_that_starts_says_so(tmp_path, monkeypatch):
         await life
 
 
-async def test_a_relay_that_lets_requests_finish_says_so(tmp_path):
+async def test_a_draining_relay_is_not_ready(tmp_path):
     async with (
         running(write_config(tmp_path, SOURCES)) as relay,
         await Wire.open(relay.addresses.public) as wire,
@@ -68,7 +68,7 @@ async def test_a_relay_that_lets_requests_finish_says_so(tmp_path):
         assert (await wire.answer()).status == 200
 
 
-async def test_a_full_disk_is_a_reason_and_healing_takes_it_away(tmp_path):
+async def test_a_full_disk_is_a_reason_until_there_is_room(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.store.disk.free = lambda: 0
         await until(lambda: relay.app.ingest.admission.disk_full)
@@ -86,7 +86,7 @@ async def test_a_store_that_cannot_write_is_a_reason(tmp_path):
         relay.app.store.database.writer._set_failure(None)
 
 
-async def test_order_by_of_the_config_holds_from_the_wire_to_the_receiver(tmp_path):
+async def test_order_by_keeps_the_order_from_request_to_receiver(tmp_path):
     async with Recorder() as receiver:
         receiver.answers.extend([(500, {})] * 3)
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, 'order_by = "subject"'))
@@ -99,7 +99,7 @@ async def test_order_by_of_the_config_holds_from_the_wire_to_the_receiver(tmp_pa
     assert receiver.ids[:4] == [sent[0]] * 4
 
 
-async def test_a_ttl_of_the_config_ends_what_is_held(tmp_path):
+async def test_a_ttl_expires_held_deliveries(tmp_path):
     async with Recorder() as receiver:
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, 'ttl = "0.2s"'))
         async with running(config) as relay:
@@ -116,7 +116,7 @@ async def test_a_ttl_of_the_config_ends_what_is_held(tmp_path):
     assert receiver.arrived == []
 
 
-async def test_operator_events_reach_who_names_them(tmp_path):
+async def test_operator_events_reach_destinations_that_name_them(tmp_path):
     async with Recorder() as ops, Recorder() as receiver:
         receiver.answers.append((410, {}))
         watcher = destination("ops", ops.url).replace('events = ["*"]', 'events = ["relay.*"]')
@@ -131,7 +131,7 @@ async def test_operator_events_reach_who_names_them(tmp_path):
 
 
 @pytest.mark.parametrize("stand_in", ['on_dead = "crm"', 'on_dead = "spare"'])
-async def test_circles_of_stand_ins_stop_the_start(tmp_path, stand_in):
+async def test_circular_on_dead_destinations_stop_the_start(tmp_path, stand_in):
     spare = destination("spare", "http://127.0.0.1:9/x", 'on_dead = "crm"')
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x", stand_in), spare)
     with pytest.raises(Exception, match="goes round in a circle: crm -> "):
@@ -139,7 +139,7 @@ async def test_circles_of_stand_ins_stop_the_start(tmp_path, stand_in):
             raise AssertionError("it started")
 
 
-async def test_a_writer_that_fails_by_itself_stops_the_daemon(tmp_path):
+async def test_an_unexpected_error_of_the_writer_stops_the_daemon(tmp_path):
     died = []
     store = make_store(tmp_path / "relay.db", SystemClock(), on_fatal=died.append)
     await store.open()

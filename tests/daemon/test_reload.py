@@ -57,7 +57,7 @@ def say(answer):
 # --- what is taken in ---------------------------------------------------------------------------------
 
 
-async def test_a_reload_says_what_it_brought(tmp_path, crm):
+async def test_a_reload_reports_its_changes(tmp_path, crm):
     config = write_config(tmp_path, SOURCES, destination("crm", crm.url), destination("old", crm.url))
     async with running(config) as relay:
         assert await reload(relay) == {"added": [], "changed": [], "removed": []}
@@ -74,7 +74,7 @@ async def test_a_reload_says_what_it_brought(tmp_path, crm):
         assert relay.app.config.retention.worker_metrics == 86_400
 
 
-async def test_a_rotated_token_counts_from_the_reload_on(tmp_path):
+async def test_a_rotated_token_is_valid_after_the_reload(tmp_path):
     config = write_config(tmp_path, SOURCES)
 
     async def status(token):
@@ -88,7 +88,7 @@ async def test_a_rotated_token_counts_from_the_reload_on(tmp_path):
         assert (await status("dev-token"), await status("new-token")) == (403, 200)
 
 
-async def test_sources_come_and_go_with_their_paths_and_metrics(tmp_path):
+async def test_a_reload_adds_and_removes_sources_with_their_paths_and_metrics(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         await send(relay)
@@ -106,7 +106,7 @@ async def stored(relay):
         return await again.rows()
 
 
-async def test_a_request_under_way_ends_by_the_config_that_it_began_with(tmp_path):
+async def test_a_request_in_progress_uses_the_configuration_it_began_with(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay, await Wire.open(relay.addresses.public) as slow:
         raw = request("POST", ADORN, adorn("under way"), expect="100-continue")
@@ -122,7 +122,7 @@ async def test_a_request_under_way_ends_by_the_config_that_it_began_with(tmp_pat
         assert relay.counted("relay_events_received_total", source="adorn") == 1
 
 
-async def test_a_rate_limit_that_did_not_change_goes_on_counting(tmp_path):
+async def test_an_unchanged_rate_limit_keeps_its_count(tmp_path):
     limited = SOURCES.replace('plugin = "adorn"', 'plugin = "adorn"\nrate_limit = "2/h"')
     async with running(write_config(tmp_path, limited)) as relay:
         await send(relay)
@@ -134,7 +134,7 @@ async def test_a_rate_limit_that_did_not_change_goes_on_counting(tmp_path):
         assert (await relay.exchange(request("POST", ADORN, adorn()))).status == 200
 
 
-async def test_an_echo_is_known_across_a_reload(tmp_path):
+async def test_a_repetition_is_recognised_across_a_reload(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         async with await Wire.open(relay.addresses.public) as wire:
@@ -164,7 +164,7 @@ def finished(relay, name, outcome):
     return relay.counted("relay_deliveries_finished_total", destination=name, outcome=outcome)
 
 
-async def test_filters_and_replays_go_by_the_new_routes(tmp_path, crm):
+async def test_filters_and_replays_use_the_new_routes(tmp_path, crm):
     crm_only = destination("crm", crm.url, 'where = { subject = "a" }')
     async with running(write_config(tmp_path, SOURCES, crm_only)) as relay:
         unwanted = await send(relay, "b")
@@ -180,7 +180,7 @@ async def test_filters_and_replays_go_by_the_new_routes(tmp_path, crm):
         assert [each["matches"] for each in explained["destinations"]] == [True]
 
 
-async def test_rules_of_workers_and_the_sweep_follow(tmp_path):
+async def test_worker_rules_and_the_sweep_interval_change_with_a_reload(tmp_path):
     clock = FakeClock()
     token = {"authorization": "Bearer worker-secret-token-12345"}
     beat = request("PUT", "/api/v1/workers/w1/heartbeat", b"{}", **token)
@@ -203,7 +203,7 @@ async def test_rules_of_workers_and_the_sweep_follow(tmp_path):
 # --- destinations that leave and return ---------------------------------------------------------------
 
 
-async def test_a_removed_destination_is_held_in_sight_and_resumed_when_it_returns(tmp_path, crm, other):
+async def test_deliveries_of_a_removed_destination_are_held_visibly_until_it_returns(tmp_path, crm, other):
     both = destination("crm", crm.url), destination("audit", other.url)
     other.open.clear()
     config = write_config(tmp_path, SOURCES, *both)
@@ -242,7 +242,7 @@ async def states(relay, name):
     }
 
 
-async def test_what_a_removed_destination_is_owed_can_be_cancelled(tmp_path, crm):
+async def test_pending_deliveries_of_a_removed_destination_can_be_cancelled(tmp_path, crm):
     config = write_config(tmp_path, SOURCES, destination("crm", crm.url))
     async with running(config) as relay:
         await relay.operator("POST", "/api/destinations/crm/pause")
@@ -262,7 +262,7 @@ async def test_what_a_removed_destination_is_owed_can_be_cancelled(tmp_path, crm
 # --- pauses of sources --------------------------------------------------------------------------------
 
 
-async def test_a_paused_source_stays_paused_over_reloads_restarts_and_its_own_absence(tmp_path):
+async def test_a_source_stays_paused_over_reloads_restarts_and_its_removal(tmp_path):
     config = write_config(tmp_path, SOURCES)
 
     async def status():
@@ -302,7 +302,7 @@ async def test_a_pause_while_a_reload_is_being_prepared_is_kept(tmp_path, monkey
 # --- what is refused ----------------------------------------------------------------------------------
 
 
-async def test_a_file_with_problems_changes_nothing_and_every_problem_is_told(tmp_path, crm):
+async def test_an_invalid_file_changes_nothing_and_every_problem_is_reported(tmp_path, crm):
     config = write_config(tmp_path, SOURCES, destination("crm", crm.url))
     good = config.read_text()
     async with running(config) as relay:
@@ -326,7 +326,7 @@ async def test_a_file_with_problems_changes_nothing_and_every_problem_is_told(tm
         assert relay.counted("relay_config_last_reload_successful") == 1
 
 
-async def test_what_needs_a_restart_is_refused_whole(tmp_path, crm):
+async def test_a_reload_that_needs_a_restart_changes_nothing(tmp_path, crm):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         write_config(tmp_path, SOURCES, destination("crm", crm.url), port=1)
@@ -342,7 +342,7 @@ async def test_what_needs_a_restart_is_refused_whole(tmp_path, crm):
         assert (await relay.operator("GET", "/api/status"))["destinations"] == []
 
 
-async def test_what_cannot_be_made_is_refused_whole(tmp_path, crm, monkeypatch):
+async def test_a_reload_that_fails_to_prepare_changes_nothing(tmp_path, crm, monkeypatch):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         write_config(tmp_path, SOURCES, destination("crm", crm.url))
@@ -391,7 +391,7 @@ async def command(*args):
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_the_command_says_what_was_reloaded_or_why_not_and_a_signal_says_it_in_the_log(tmp_path, crm):
+async def test_the_command_prints_the_result_of_a_reload_and_a_signal_logs_it(tmp_path, crm):
     config = write_config(tmp_path, SOURCES, destination("crm", crm.url))
     good = config.read_text()
     async with Daemon(config) as daemon:
@@ -444,7 +444,7 @@ class Sender:
                     self.failures.append(answer)
 
 
-async def test_reloads_under_load_fail_no_request_and_lose_or_double_no_delivery(tmp_path, crm, other):
+async def test_reloads_under_load_fail_no_request_and_lose_or_duplicate_no_delivery(tmp_path, crm, other):
     def steady(round_):
         return destination("crm", (crm, other)[round_ % 2].url, f"concurrency = {4 + round_ % 5}")
 

@@ -52,7 +52,7 @@ TRUSTED = ("10.0.0.0/8", "127.0.0.1", "2001:db8:f::/48")
         (TRUSTED, "10.1.1.1", [", ".join(["6.6.6.6"] * 50 + ["10.2.2.2"] * 40)], "10.2.2.2"),
     ],
 )
-def test_the_sender_is_the_nearest_hop_that_is_no_trusted_proxy(trusted, peer, lines, sender):
+def test_the_sender_is_the_nearest_hop_that_is_not_a_trusted_proxy(trusted, peer, lines, sender):
     assert SenderAddress(trusted).of(peer, headers(*lines)) == sender
 
 
@@ -80,19 +80,19 @@ def test_the_sender_is_the_nearest_hop_that_is_no_trusted_proxy(trusted, peer, l
         (['"' * 8000, "for=203.0.113.9"], "203.0.113.9"),
     ],
 )
-def test_forwarded_is_read_as_rfc_7239_has_it(lines, sender):
+def test_forwarded_is_read_according_to_rfc_7239(lines, sender):
     assert SenderAddress(TRUSTED, "Forwarded").of("10.1.1.1", headers(*lines, name="Forwarded")) == sender
 
 
 @pytest.mark.parametrize(
     ("read", "other"), [("X-Forwarded-For", "Forwarded"), ("Forwarded", "X-Forwarded-For")]
 )
-def test_the_other_header_is_never_read(read, other):
+def test_only_the_configured_proxy_header_is_read(read, other):
     forged = headers("6.6.6.6", "for=6.6.6.6", name=other)
     assert SenderAddress(TRUSTED, read).of("10.1.1.1", forged) == "10.1.1.1"
 
 
-async def test_a_refusal_names_its_sender_in_the_log(tmp_path, caplog):
+async def test_the_log_of_a_refusal_names_the_sender(tmp_path, caplog):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("[server]\n", '[server]\ntrusted_proxies = ["127.0.0.1"]\n'))
     async with running(config) as relay:

@@ -62,7 +62,7 @@ async def every_answer(socket):
     return found
 
 
-async def test_nothing_prints_or_stores_more_than_its_host(tmp_path, chat, recorder):
+async def test_a_secret_url_is_printed_and_stored_as_its_host_only(tmp_path, chat, recorder):
     config = write_config(tmp_path, SOURCES, CONFIG.format(own=recorder.url))
     config.write_text(config.read_text().replace("[log]", '[log]\nlevel = "debug"'))
     host = chat.url.removesuffix("/hook")
@@ -122,7 +122,7 @@ def test_a_secret_url_prints_scheme_and_host(url, shown):
     assert str(Url(url, is_hidden=True)) == repr(Url(url, is_hidden=True)) == shown
 
 
-def test_an_answer_that_breaks_off_within_the_secret_shows_none_of_it():
+def test_a_response_that_ends_within_the_secret_shows_none_of_it():
     url = Url("https://api.example/bot12345:abcdefgh/sendMessage", is_hidden=True)
     assert url.hide(b"no such path /bot12345:abc") == b"no such path <secret>"
     assert url.hide(b"no such token bot12345") == b"no such token <secret>"

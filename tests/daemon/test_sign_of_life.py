@@ -149,7 +149,7 @@ async def sweep(relay):
     ],
 )
 @pytest.mark.parametrize("base", BASES)
-async def test_a_refused_call_keeps_a_worker_alive(relay, clock, cause, call, base):
+async def test_a_refused_request_keeps_a_worker_alive(relay, clock, cause, call, base):
     for worker in ("w1", "silent"):
         assert (await relay.exchange(register(worker))).status == 200
         assert (await relay.exchange(beat(worker))).status == 200
@@ -169,7 +169,7 @@ async def test_a_refused_call_keeps_a_worker_alive(relay, clock, cause, call, ba
 
 
 @pytest.mark.parametrize("cause", [failing_disk, full_queue])
-async def test_a_call_that_cannot_be_stored_keeps_a_worker_alive(relay, clock, monkeypatch, cause):
+async def test_a_request_that_cannot_be_stored_keeps_a_worker_alive(relay, clock, monkeypatch, cause):
     assert (await relay.exchange(register())).status == 200
     with cause(relay, monkeypatch):
         for second in range(0, 600, 30):
@@ -184,7 +184,7 @@ async def test_a_call_that_cannot_be_stored_keeps_a_worker_alive(relay, clock, m
     assert await types(relay) == ["registered"]
 
 
-async def test_a_disk_below_its_floor_makes_nobody_offline(config, clock):
+async def test_a_disk_below_its_floor_marks_no_worker_offline(config, clock):
     async with running(config, clock=clock) as relay:
         await relay.exchange(register())
     floor = config.read_text().replace('min_free_disk = "1 MiB"', 'min_free_disk = "4000000 GiB"')
@@ -201,7 +201,7 @@ async def test_a_disk_below_its_floor_makes_nobody_offline(config, clock):
         assert await types(relay) == ["registered", "unregistered"]
 
 
-async def test_what_a_refused_call_moved_is_on_the_disk_soon(config, relay, clock):
+async def test_the_effect_of_a_refused_request_is_stored_soon(config, relay, clock):
     await relay.exchange(register())
     relay.app.ingest.mounts["whatsapp"].paused = True
     clock.advance(60)
@@ -212,7 +212,7 @@ async def test_what_a_refused_call_moved_is_on_the_disk_soon(config, relay, cloc
     assert at == clock.wall()
 
 
-async def test_a_call_beyond_the_cap_of_connections_keeps_a_worker_alive(relay, clock):
+async def test_a_request_beyond_the_limit_of_connections_keeps_a_worker_alive(relay, clock):
     await relay.exchange(register())
     sock = bind("127.0.0.1:0", "listen")
     ingest = relay.app.ingest
@@ -244,7 +244,9 @@ async def test_a_call_beyond_the_cap_of_connections_keeps_a_worker_alive(relay, 
 
 @pytest.mark.parametrize("call", LEAVING, ids=lambda raw: raw.split(b" HTTP")[0].decode() + str(len(raw)))
 @pytest.mark.parametrize("cause", [paused, draining])
-async def test_a_refused_unregister_ends_a_worker_without_an_alarm(relay, clock, cause, call):
+async def test_a_refused_unregister_unregisters_the_worker_without_an_offline_event(
+    relay, clock, cause, call
+):
     await relay.exchange(register())
     with cause(relay):
         assert (await relay.exchange(call)).status == 503
@@ -261,7 +263,7 @@ async def test_a_refused_unregister_ends_a_worker_without_an_alarm(relay, clock,
     assert await types(relay) == ["registered", "unregistered", "registered"]
 
 
-async def test_an_unregister_that_met_a_broken_disk_is_told_once_it_works_again(relay, clock, monkeypatch):
+async def test_an_unregister_during_a_disk_failure_is_stored_afterwards(relay, clock, monkeypatch):
     await relay.exchange(register())
     with failing_disk(relay, monkeypatch):
         assert (await relay.exchange(delete())).status == 503
@@ -276,7 +278,7 @@ async def test_an_unregister_that_met_a_broken_disk_is_told_once_it_works_again(
 
 @pytest.mark.parametrize(("call", "after"), [(beat, 11), (register, 1)])
 @pytest.mark.parametrize("refused", [True, False])
-async def test_a_worker_that_is_heard_after_its_refused_unregister_stays(relay, clock, call, after, refused):
+async def test_a_heartbeat_after_a_refused_unregister_keeps_the_worker(relay, clock, call, after, refused):
     await relay.exchange(register())
     relay.app.ingest.mounts["whatsapp"].paused = True
     await relay.exchange(delete())
@@ -298,7 +300,7 @@ async def test_a_heartbeat_that_overlaps_a_refused_unregister_does_not_keep_the_
     assert await types(relay) == ["registered", "unregistered"]
 
 
-async def test_workers_that_stop_together_with_the_relay_leave_no_alarm(config, clock):
+async def test_workers_that_stop_together_with_the_relay_raise_no_offline_event(config, clock):
     async with running(config, clock=clock) as relay:
         await relay.exchange(register())
         with draining(relay):
@@ -327,7 +329,7 @@ async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(co
 
 
 @pytest.mark.parametrize("again", [None, beat, register])
-async def test_a_farewell_before_the_store_can_be_opened_is_told_once_it_is(config, clock, again):
+async def test_an_unregister_before_the_store_is_open_is_stored_afterwards(config, clock, again):
     async with running(config, clock=clock) as relay:
         for worker in ("w1", "w2"):
             assert (await relay.exchange(register(worker))).status == 200
@@ -384,14 +386,14 @@ READABLE = [
 
 
 @pytest.mark.parametrize("body", [*READABLE, b"\xef\xbb\xbf" + READABLE[0]], ids=lambda body: repr(body[:60]))
-async def test_what_can_be_read_of_an_odd_heartbeat_counts(relay, body):
+async def test_the_readable_part_of_an_odd_heartbeat_counts(relay, body):
     assert (await relay.exchange(beat(body=body))).status == 200
     [worker] = relay.app.store.workers.all()
     assert (worker.status, worker.cpu) == ("MAINTENANCE", None)
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b'"\xff"', b'"\\ud83d"', b"1e400"])
-async def test_odd_registrations_and_farewells_are_taken_in(relay, odd):
+async def test_odd_register_and_unregister_requests_are_accepted(relay, odd):
     body = b'{"workerId":"w1","endpoint":"http://w1.example","maxSessions":%b}' % odd
     for method, path in (("POST", "register"), ("DELETE", "unregister")):
         assert (await relay.exchange(request(method, f"/api/workers/{path}", body, **TOKEN))).status == 200
@@ -409,7 +411,7 @@ async def kept(relay, clock, raw, statuses):
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD)
-async def test_a_heartbeat_is_one_whatever_its_body(relay, clock, body):
+async def test_a_heartbeat_counts_with_any_body(relay, clock, body):
     assert await kept(relay, clock, beat(body=body), (200, 400))
     assert await types(relay) == ["registered"]
 
@@ -424,7 +426,7 @@ async def test_a_heartbeat_is_one_whatever_its_body(relay, clock, body):
         (request("GET", "/api/v1/workers/w1/heartbeat", **TOKEN), 405),
     ],
 )
-async def test_a_heartbeat_is_one_whatever_the_answer(relay, clock, raw, status):
+async def test_a_heartbeat_counts_with_any_reply(relay, clock, raw, status):
     assert await kept(relay, clock, raw, (status,))
 
 
@@ -437,7 +439,7 @@ async def test_a_heartbeat_is_one_whatever_the_answer(relay, clock, raw, status)
         request("GET", "/api/v1/workers/w1/heartbeat", **TOKEN),
     ],
 )  # fmt: skip
-async def test_an_offline_worker_is_heard_again_whatever_its_body(relay, clock, raw):
+async def test_a_heartbeat_with_any_body_brings_an_offline_worker_back(relay, clock, raw):
     await relay.exchange(beat())
     clock.advance(100)
     await sweep(relay)
@@ -451,7 +453,7 @@ async def test_an_offline_worker_is_heard_again_whatever_its_body(relay, clock, 
     assert commands == [{"id": command, "type": "restart"}]
 
 
-async def test_a_paused_source_brings_no_offline_worker_back(relay, clock):
+async def test_a_heartbeat_to_a_paused_source_brings_no_worker_back(relay, clock):
     await relay.exchange(beat())
     clock.advance(100)
     await sweep(relay)
@@ -460,7 +462,7 @@ async def test_a_paused_source_brings_no_offline_worker_back(relay, clock):
     assert await types(relay) == ["registered", "offline"]
 
 
-async def test_unreadable_heartbeats_are_as_many_as_a_return_takes(tmp_path, clock):
+async def test_unreadable_heartbeats_count_towards_recover_after(tmp_path, clock):
     rules = "[workers]\nrecover_after = 3\n"
     async with running(write_config(tmp_path, SOURCES, rules), clock=clock) as relay:
         await relay.exchange(beat())
@@ -473,14 +475,14 @@ async def test_unreadable_heartbeats_are_as_many_as_a_return_takes(tmp_path, clo
         assert (await types(relay))[-1] == "online"
 
 
-async def test_a_heartbeat_whose_body_never_comes_is_one(relay, clock, monkeypatch):
+async def test_a_heartbeat_without_its_announced_body_counts(relay, clock, monkeypatch):
     monkeypatch.setattr(relay.app.ingest, "patience", Patience(0.05))
     assert await kept(
         relay, clock, request("PUT", "/api/v1/workers/w1/heartbeat", content_length="5", **TOKEN), (408,)
     )
 
 
-async def test_a_heartbeat_that_is_cut_short_is_one(relay, clock):
+async def test_a_heartbeat_that_is_cut_short_counts(relay, clock):
     await relay.exchange(beat())
     clock.advance(80)
     async with await Wire.open(relay.addresses.public) as wire:
@@ -501,11 +503,11 @@ async def test_a_heartbeat_that_is_cut_short_is_one(relay, clock):
         (request("PUT", "/api/v1/workers/w1/heartbeat/", b"{}", **TOKEN), (404,)),
     ],
 )
-async def test_nothing_else_is(relay, clock, raw, statuses):
+async def test_no_other_refused_request_counts_as_a_heartbeat(relay, clock, raw, statuses):
     assert not await kept(relay, clock, raw, statuses)
 
 
-async def test_a_refused_call_makes_no_worker(relay):
+async def test_a_refused_request_creates_no_worker(relay):
     await relay.exchange(beat("known"))
     relay.app.ingest.mounts["whatsapp"].paused = True
     for raw in (beat("w1"), register("w1"), delete("w1"), beat("x" * 300), beat("w1", body=b"{")):
@@ -513,7 +515,7 @@ async def test_a_refused_call_makes_no_worker(relay):
     assert [worker.id for worker in relay.app.store.workers.all()] == ["known"]
 
 
-async def test_a_plugin_that_says_nothing_of_signs_has_them_from_its_handlers(tmp_path, clock):
+async def test_without_sign_of_life_the_relay_uses_the_handlers(tmp_path, clock):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "fleet.py").write_text(CARELESS)
     more = '[plugins]\ndirs = ["plugins.d"]\n[sources.fleet]\nplugin = "fleet"\n'
@@ -543,7 +545,7 @@ async def statuses(relay, *raws):
     return [(await relay.exchange(raw)).status for raw in raws]
 
 
-async def test_a_storming_worker_starves_no_other_and_stays_alive(limited, clock):
+async def test_a_worker_that_floods_delays_no_other_and_stays_online(limited, clock):
     storm = await statuses(limited, *[beat("storm")] * 50)
     assert storm == [200] * 6 + [429] * 44
     assert await statuses(limited, register("w1"), beat("w1"), beat("w2"), delete("w2")) == [200] * 4
@@ -556,12 +558,12 @@ async def test_a_storming_worker_starves_no_other_and_stays_alive(limited, clock
         assert await sweep(limited) == ()
 
 
-async def test_all_workers_of_a_token_have_a_rate_together(limited):
+async def test_all_workers_of_a_token_share_a_rate_limit(limited):
     answers = await statuses(limited, *(beat(f"w{number}") for number in range(100)))
     assert answers == [200] * 60 + [429] * 40
 
 
-async def test_no_more_than_so_many_workers_rates_are_remembered(limited, clock, monkeypatch):
+async def test_the_number_of_remembered_rate_limits_is_bounded(limited, clock, monkeypatch):
     monkeypatch.setattr(admission, "MOST_BUCKETS", 20)
     for number in range(60):
         await limited.exchange(beat(f"w{number}"))
@@ -579,7 +581,7 @@ def at(seconds):
 
 
 @pytest.mark.parametrize("status", ["ONLINE", "OFFLINE", "MAINTENANCE"])
-def test_a_refused_call_moves_no_status(status):
+def test_a_refused_request_changes_no_status(status):
     row = Worker(source="s", id="w", status=status, deadline=5)
     for change in (Heartbeat(worker_id="w", status="OFFLINE"), Register(worker_id="w")):
         after = note_refused(row, change, at(100), RULES)
@@ -594,7 +596,7 @@ def test_an_unregistered_worker_ignores_refused_requests():
 
 
 @pytest.mark.parametrize("status", ["ONLINE", "OFFLINE", "MAINTENANCE"])
-def test_one_that_leaves_is_told_of_once(status):
+def test_a_refused_unregister_raises_one_event(status):
     row = note_refused(Worker(source="s", id="w", status=status), Unregister(worker_id="w"), at(5), RULES)
     after, generated = silent(row, at(0))
     assert (generated.type, after.unregistered_at, generated.data["reason"]) == (
@@ -606,7 +608,7 @@ def test_one_that_leaves_is_told_of_once(status):
     assert silent(after, at(1000)) is None
 
 
-def test_a_repeated_refused_unregister_and_an_accepted_one_are_one():
+def test_refused_and_accepted_unregisters_together_raise_one_event():
     row = note_refused(ROW, Unregister(worker_id="w"), at(5), RULES)
     row = note_refused(row, Unregister(worker_id="w"), at(6), RULES)
     step = apply(row, Unregister(worker_id="w"), "s", at(7), RULES)

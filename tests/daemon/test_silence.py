@@ -81,17 +81,17 @@ async def test_a_silent_worker_is_found_by_the_first_sweep_past_its_deadline(sto
     assert await sweep_at(watch, clock, 1) == 1
 
 
-async def test_the_first_sweep_after_a_start_judges_nobody(store, clock):
+async def test_the_first_sweep_after_a_start_marks_no_worker(store, clock):
     assert await sweep_at(Watch(store, clock, 10.0), clock, 3600, *[10] * 9) is None
 
 
-async def test_a_sweep_that_was_away_for_long_puts_deadlines_off(store, clock):
+async def test_a_long_overdue_sweep_extends_all_deadlines(store, clock):
     watch = Watch(store, clock, 10.0)
     assert await sweep_at(watch, clock, 0, 10, 3600, *[10] * 9) is None
     assert await sweep_at(watch, clock, 11) == 11
 
 
-async def test_a_late_sweep_leaves_time_to_read_what_came_while_the_process_stood_still(store, clock):
+async def test_after_a_standstill_waiting_heartbeats_are_read_before_a_worker_is_marked(store, clock):
     watch = Watch(store, clock, 10.0)
     assert await sweep_at(watch, clock, *[10] * 7, 29) is None
     await store.events.append(
@@ -100,12 +100,12 @@ async def test_a_late_sweep_leaves_time_to_read_what_came_while_the_process_stoo
     assert await sweep_at(watch, clock, *[10] * 9) is None
 
 
-async def test_a_late_sweep_is_made_good_by_the_next_one(store, clock):
+async def test_the_sweep_after_a_late_one_marks_silent_workers(store, clock):
     watch = Watch(store, clock, 10.0)
     assert await sweep_at(watch, clock, *[10] * 7, 29, 7) == 7
 
 
-async def test_a_sweep_that_failed_is_made_good_by_the_next_one(store, clock):
+async def test_the_sweep_after_a_failed_one_marks_silent_workers(store, clock):
     watch = Watch(store, clock, 50.0)
     await watch.sweep()
     clock.advance(91)
@@ -115,7 +115,7 @@ async def test_a_sweep_that_failed_is_made_good_by_the_next_one(store, clock):
     assert await sweep_at(watch, clock, 0, 1) == 1
 
 
-async def test_a_shorter_interval_does_not_look_as_if_the_sweep_had_been_away(store, clock):
+async def test_a_shorter_interval_does_not_make_the_sweep_look_overdue(store, clock):
     watch = Watch(store, clock, 60.0)
     await sweep_at(watch, clock, 0, 60, 20)
     watch.change_interval(60.0)
@@ -125,7 +125,7 @@ async def test_a_shorter_interval_does_not_look_as_if_the_sweep_had_been_away(st
     assert await sweep_at(watch, clock, 1) == 1
 
 
-async def test_another_interval_does_not_hide_that_the_sweep_was_away(store, clock):
+async def test_a_changed_interval_does_not_hide_an_overdue_sweep(store, clock):
     watch = Watch(store, clock, 10.0)
     await sweep_at(watch, clock, 0)
     clock.advance(3600)
@@ -139,7 +139,7 @@ async def test_another_interval_does_not_hide_that_the_sweep_was_away(store, clo
 @pytest.mark.parametrize(
     "step", [timedelta(hours=1), timedelta(hours=-1), timedelta(days=1), timedelta(days=-1)]
 )
-async def test_a_clock_step_makes_nobody_offline_and_hides_nobody_who_is(tmp_path, monkeypatch, step):
+async def test_a_clock_step_neither_marks_nor_hides_an_offline_worker(tmp_path, monkeypatch, step):
     clock = SteppedClock(monkeypatch)
     config = write_config(tmp_path, SOURCES, rules(offline_after=0.6, check_every=0.1, startup_hold=0))
     alive = [f"alive-{number}" for number in range(5)]
@@ -157,7 +157,7 @@ async def test_a_clock_step_makes_nobody_offline_and_hides_nobody_who_is(tmp_pat
 
 
 @pytest.mark.parametrize("seconds", [0.55, 1.0])
-async def test_a_relay_that_stood_still_takes_nobody_s_silence_for_granted(tmp_path, seconds):
+async def test_after_a_standstill_no_worker_is_offline(tmp_path, seconds):
     config = write_config(tmp_path, SOURCES, rules(offline_after=0.5, check_every=0.2, startup_hold=0))
     alive = [f"alive-{number}" for number in range(10)]
     async with Daemon(config) as daemon, beating(daemon.url, alive, 0.05):

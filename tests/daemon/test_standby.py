@@ -26,7 +26,7 @@ exec "$@"
 
 
 @pytest.mark.parametrize("kind", ["broken", "absent", "no secret", "no plugin", "a folder", "none named"])
-async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_told(tmp_path, kind):
+async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_reported(tmp_path, kind):
     config = tmp_path / "config.toml"
     if kind == "a folder":
         config.mkdir()
@@ -45,7 +45,7 @@ async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_told(tmp
 
 
 @needs_other_users
-async def test_a_config_that_the_service_s_user_may_not_read_is_78(tmp_path):
+async def test_an_unreadable_config_exits_with_78(tmp_path):
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "config.toml").chmod(0o600)
     drop = (
@@ -58,7 +58,7 @@ async def test_a_config_that_the_service_s_user_may_not_read_is_78(tmp_path):
     assert "cannot be read: Permission denied" in daemon.said
 
 
-async def test_other_failures_to_start_may_go_away_and_stay_1(tmp_path):
+async def test_other_failures_to_start_exit_with_1(tmp_path):
     config = write_config(tmp_path, SOURCES)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         text = config.read_text().replace("127.0.0.1:0", f"127.0.0.1:{taken.getsockname()[1]}", 1)
@@ -150,7 +150,7 @@ def file(tmp_path):
     return write_config(tmp_path, SOURCES)
 
 
-async def test_with_sockets_senders_hear_503_until_a_reload_finds_no_problem(file, manager):
+async def test_with_sockets_senders_get_503_until_a_reload_finds_no_problem(file, manager):
     mend = broken(file)
     async with holding(file, manager) as held:
         answer = await held.send()
@@ -187,7 +187,7 @@ async def test_with_sockets_senders_hear_503_until_a_reload_finds_no_problem(fil
     assert "Traceback" not in text
 
 
-async def test_the_probe_that_logs_shops_out_is_answered_with_200_meanwhile(file, manager):
+async def test_in_standby_the_probe_of_shops_gets_200(file, manager):
     broken(file)
     async with holding(file, manager) as held:
         probe = request(
@@ -197,7 +197,7 @@ async def test_the_probe_that_logs_shops_out_is_answered_with_200_meanwhile(file
         assert (answer.status, answer.json) == (200, {"success": True})
 
 
-async def test_no_sender_is_turned_away_while_the_relay_goes_on_from_503_to_200(file, manager):
+async def test_no_connection_is_refused_while_standby_ends(file, manager):
     mend = broken(file)
     statuses = []
 
@@ -221,7 +221,7 @@ async def test_no_sender_is_turned_away_while_the_relay_goes_on_from_503_to_200(
     assert set(statuses) == {503, 200}
 
 
-async def test_a_sighup_that_finds_problems_keeps_holding_and_tells_them(file, manager):
+async def test_a_sighup_that_finds_problems_stays_in_standby_and_logs_them(file, manager):
     broken(file)
     async with holding(file, manager) as held:
         file.write_text("[worse\n")
@@ -232,7 +232,7 @@ async def test_a_sighup_that_finds_problems_keeps_holding_and_tells_them(file, m
         assert "not valid TOML" in (await held.typed("status", code=1)).err
 
 
-async def test_it_is_fed_and_ends_when_asked_to(file, manager):
+async def test_standby_feeds_the_watchdog_and_stops_on_request(file, manager):
     broken(file)
     async with holding(file, manager, WATCHDOG_USEC="100000") as held:
         fed = len(manager.heard("WATCHDOG"))
@@ -243,7 +243,7 @@ async def test_it_is_fed_and_ends_when_asked_to(file, manager):
     assert not (file.parent / "state" / "relay.sock").exists()
 
 
-async def test_a_secret_that_is_put_into_the_unit_s_environment_file_is_found_by_a_reload(
+async def test_a_reload_finds_a_secret_added_to_the_environment_file(
     tmp_path,
     manager,
     monkeypatch,
@@ -269,7 +269,7 @@ async def test_a_secret_that_is_put_into_the_unit_s_environment_file_is_found_by
         assert await held.end() == 0
 
 
-async def test_hostile_senders_do_not_keep_a_holding_relay_from_others(file, manager):
+async def test_hostile_senders_do_not_block_standby_for_others(file, manager):
     broken(file)
     async with holding(file, manager) as held:
         host, port = held.public.removeprefix("http://").split(":")

@@ -36,7 +36,7 @@ def _untouched(_lock):
 
 
 @pytest.mark.parametrize("happens", [_untouched, _removed, _replaced, _moved])
-def test_a_second_daemon_is_refused_whatever_became_of_the_lock_file(held, happens):
+def test_a_second_daemon_is_refused_even_without_the_lock_file(held, happens):
     happens(held.path / "relay.lock")
     with pytest.raises(RelayError, match="is in use by another relay"):
         StateDir(held.path).take()
@@ -46,13 +46,13 @@ def test_a_second_daemon_is_refused_whatever_became_of_the_lock_file(held, happe
     again.release()
 
 
-def test_the_refusal_names_the_process_that_has_it(held):
+def test_the_refusal_names_the_process_that_holds_the_lock(held):
     with pytest.raises(RelayError, match=rf"\(pid {os.getpid()}\)"):
         StateDir(held.path).take()
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_lock_file_that_is_a_link_is_refused_and_its_target_stays_as_it_is(tmp_path, link):
+def test_a_lock_file_that_is_a_link_is_refused_and_its_target_unchanged(tmp_path, link):
     target = tmp_path / "precious"
     target.write_text("do not empty me")
     mode = target.stat().st_mode
@@ -66,14 +66,14 @@ def test_a_lock_file_that_is_a_link_is_refused_and_its_target_stays_as_it_is(tmp
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_a_lock_file_that_is_no_file_is_refused_in_words(tmp_path, make):
+def test_a_lock_file_that_is_not_a_file_is_refused_with_a_message(tmp_path, make):
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.lock")
     with pytest.raises(RelayError, match="is not a regular file"):
         StateDir(tmp_path / "state").take()
 
 
-def test_a_dangling_link_makes_no_file_elsewhere(tmp_path):
+def test_a_dangling_link_as_lock_file_creates_no_file(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "relay.lock").symlink_to(tmp_path / "new")
     with pytest.raises(RelayError, match="is not a regular file"):
@@ -81,7 +81,7 @@ def test_a_dangling_link_makes_no_file_elsewhere(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_state_directory_may_be_a_link_and_is_still_one(tmp_path, held):
+def test_a_state_directory_may_be_a_link_and_stays_one(tmp_path, held):
     (tmp_path / "alias").symlink_to(held.path)
     with pytest.raises(RelayError, match="is in use by another relay"):
         StateDir(tmp_path / "alias").take()

@@ -49,7 +49,7 @@ def shown(monkeypatch, screen, *table):
     return screen.getvalue()
 
 
-def test_a_table_paints_what_says_how_something_is_and_stays_aligned(monkeypatch):
+def test_a_table_colours_states_and_stays_aligned(monkeypatch):
     rows = [("a", "dead", ""), ("b", "delivered", "paused")]
     assert shown(monkeypatch, Screen(), ("id", "state", "held"), rows) == (
         "ID  STATE      HELD\n"
@@ -72,13 +72,13 @@ def test_a_piped_table_has_colour_where_it_is_forced(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["one\ntwo", "\x1b[2J", "\x9b31m", "\u2028", "\r", "\x00", "\ud800"])
-def test_what_is_no_text_is_written_as_python_would(text):
+def test_unprintable_text_is_written_as_escapes(text):
     assert printable(text).isprintable()
     assert printable(f"é {text} 漢") == f"é {printable(text)} 漢"
 
 
 @pytest.mark.parametrize("screen", [Screen, io.StringIO])
-def test_a_sender_cannot_paint_the_terminal(monkeypatch, screen):
+def test_a_sender_cannot_send_escape_sequences_to_the_terminal(monkeypatch, screen):
     text = shown(monkeypatch, screen(), ("id", "subject"), [("a", "\x1b[31mred\x07")])
     assert "\x1b" not in text
     assert "\\x1b[31mred\\x07" in text
@@ -88,7 +88,7 @@ def test_a_sender_cannot_paint_the_terminal(monkeypatch, screen):
     assert "\x1b" not in shows.getvalue()
 
 
-def test_every_colour_of_a_state_is_one_there_is():
+def test_every_state_with_a_colour_exists():
     for heading, cell in (
         ("state", "dead"),
         ("held", "disabled: gone"),

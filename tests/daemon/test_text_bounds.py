@@ -83,7 +83,7 @@ async def relay(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("letter", ["x", "東", "😀"])
-async def test_an_id_of_256_characters_is_taken_and_a_longer_one_refused_in_its_envelope(relay, case, letter):
+async def test_an_id_of_256_characters_is_accepted_and_a_longer_one_refused(relay, case, letter):
     fits = await relay.exchange(CASES[case](letter * LONGEST_ID))
     assert fits.status == 200, fits
     before = len(await relay.rows())
@@ -118,19 +118,19 @@ async def test_an_id_of_256_characters_is_taken_and_a_longer_one_refused_in_its_
         ("[" + "1," * 200 + "1]", 400),
     ],
 )
-async def test_an_id_in_escapes_or_of_another_kind_is_measured_by_what_it_says(relay, value, status):
+async def test_an_id_is_measured_after_decoding(relay, value, status):
     body = json.dumps(ADORN)[:-1] + f', "store_id": {value}}}'
     assert (await relay.exchange(request("POST", "/v1/events", body.encode()))).status == status
 
 
-async def test_a_content_type_of_any_source_has_its_bound(relay):
+async def test_the_content_type_of_every_source_is_bounded(relay):
     answer = await relay.exchange(
         request("POST", "/v1/events", json.dumps(ADORN).encode(), content_type="x" * 257)
     )
     assert (answer.status, answer.json["message"]) == (400, "Invalid Content-Type")
 
 
-async def test_what_a_worker_says_too_long_is_left_out_and_the_rest_counts(relay):
+async def test_too_long_texts_of_a_worker_are_ignored_and_the_rest_counts(relay):
     long = "x" * 1025
     body = {"workerId": "w", "endpoint": long, "description": long, "version": long, "environment": long,
             "maxSessions": 5}  # fmt: skip
@@ -154,14 +154,14 @@ async def test_what_a_worker_says_too_long_is_left_out_and_the_rest_counts(relay
     assert row.counts == {"connected": 2}
 
 
-async def test_what_a_worker_says_within_its_bound_is_kept(relay):
+async def test_texts_of_a_worker_within_the_bound_are_kept(relay):
     body = {"workerId": "v", "endpoint": "e" * 1024, "description": "d" * 1024, "version": "v" * 256}
     await relay.exchange(whatsapp("POST", f"{WORKERS}/register", body))
     [row] = [row for row in relay.app.store.workers.all() if row.id == "v"]
     assert (len(row.endpoint), len(row.description), len(row.version)) == (1024, 1024, 256)
 
 
-async def test_an_event_with_a_monstrous_time_is_kept_and_its_context_is_small(relay):
+async def test_an_event_with_an_enormous_time_is_kept_with_a_small_context(relay):
     body = {"event": "connected", "sessionId": "s", "workerId": "w", "timestamp": "9" * 100_000}
     assert (await relay.exchange(whatsapp("POST", "/api/webhooks/session-status", body))).status == 200
     newest = (await relay.app.store.queries.find("events", limit=1))[0]
@@ -170,7 +170,7 @@ async def test_an_event_with_a_monstrous_time_is_kept_and_its_context_is_small(r
     assert len(event.body) > 100_000
 
 
-async def test_the_subject_of_any_plugin_has_the_bound():
+async def test_the_subject_of_every_plugin_is_bounded():
     incoming = Incoming.of("POST", "/")
     assert make_event("own", Event(type="t", subject="x" * 256), incoming, 0).subject == "x" * 256
     with pytest.raises(Invalid) as caught:
@@ -178,7 +178,7 @@ async def test_the_subject_of_any_plugin_has_the_bound():
     assert (caught.value.field, caught.value.issue) == ("subject", "expected at most 256 characters")
 
 
-async def test_a_list_loads_no_more_of_a_subject_than_it_shows_and_no_state_per_delivery(tmp_path):
+async def test_a_list_loads_only_the_shown_part_of_a_subject(tmp_path):
     """A database of before the bound, and an event that was replayed without end."""
     clock = FakeClock()
     async with opened(tmp_path / "relay.db", clock) as store:

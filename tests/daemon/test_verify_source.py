@@ -238,7 +238,7 @@ def test_a_wrong_path_is_reported_apart_from_the_token(config, path, says):
     assert said.json["fits"] == "sources.shop.tokens[0]"
 
 
-def test_a_whole_url_in_the_request_line_is_taken(config):
+def test_an_absolute_url_in_the_request_line_is_accepted(config):
     verify(
         config,
         request(f"Authorization: Bearer {TOKEN}", path="http://relay.test/internal/event/notify"),
@@ -246,7 +246,7 @@ def test_a_whole_url_in_the_request_line_is_taken(config):
     )
 
 
-def test_a_request_without_its_line_goes_by_the_source_s_only_path(config):
+def test_a_request_without_its_first_line_uses_the_source_s_only_path(config):
     text = "\n".join([f"Authorization: Bearer {OTHER}", "", '{"event_type": "a.b"}'])
     assert verify(config, text, "--json", source="shop", code=0).json["type"] == "shop.a.b"
 
@@ -285,7 +285,7 @@ def test_other_encodings_of_text_are_found(config, tmp_path, raw):
     assert "have the sender write UTF-8" in said.out
 
 
-def test_several_findings_are_all_told(config):
+def test_several_findings_are_all_reported(config):
     said = verify(config, request("Content-Encoding: br", path="/internal/event/notify/", method="PUT"))
     assert [row[0] for row in said.rows] == ["route", "route", "encoding", "headers"]
     assert all(len(row) == 4 and row[3] for row in said.rows)
@@ -338,7 +338,7 @@ def relay_sources():
         (["X-Signature: raise"], "failed: RuntimeError: out of order"),
     ],
 )
-def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
+def test_a_source_of_another_kind_verifies_the_request_itself(tmp_path, headers, says):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
     config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
@@ -360,7 +360,7 @@ def test_a_source_of_another_kind_is_asked_itself(tmp_path, headers, says):
         ("/signed", "2023-11-14T22:30:00Z", "refuses with 401: the signature is too old"),
     ],
 )
-def test_a_request_is_judged_as_of_its_receipt_with_its_events_and_handshakes(tmp_path, path, at, says):
+def test_a_captured_request_is_verified_at_its_time_of_receipt(tmp_path, path, at, says):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
     config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
@@ -396,14 +396,14 @@ def test_an_invalid_capture_exits_with_1_and_the_expected_format(config):
     assert said.err.startswith('standard input: expected a request: "POST /path HTTP/1.1"')
 
 
-def test_what_is_no_text_in_a_request_is_printed_all_the_same(config, tmp_path):
+def test_bytes_that_are_not_text_are_printed_as_escapes(config, tmp_path):
     (tmp_path / "odd").write_bytes(b"POST /relay\xff\x1b/internal/event/notify HTTP/1.1\nX: \xff\n\n{}")
     args = ("--source", "moddy", "--request", tmp_path / "odd", "-c", config)
     assert "/relay\\udcff\\x1b" in run("verify", *args, code=1).out
     assert "\x1b" not in run("verify", *args, "--json", code=1).out
 
 
-def test_on_a_terminal_a_finding_is_a_sentence_and_below_it_what_to_do(config, tmp_path):
+def test_on_a_terminal_a_finding_is_followed_by_its_hint(config, tmp_path):
     (tmp_path / "sent.http").write_text(request())
     arguments = ["verify", "--source", "moddy", "--request", str(tmp_path / "sent.http"), "-c", str(config)]
     program = [sys.executable, "-c", f"from relay.cli import main; main({arguments})"]

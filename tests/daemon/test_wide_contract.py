@@ -159,7 +159,7 @@ async def test_a_batch_stores_only_the_items_whose_keys_are_new(relay: Relay):
     assert (whole["ids"], whole["duplicate"]) == (first["ids"], True)
 
 
-async def test_a_key_in_a_header_of_a_batch_is_no_key_of_its_items(relay: Relay):
+async def test_a_key_in_a_header_of_a_batch_is_ignored(relay: Relay):
     answer = await post(relay, "/bulk/all", [{"n": 1}, {"n": 1}], idempotency_key="whole")
     assert answer.json["duplicates"] == [False, False]
 
@@ -167,7 +167,7 @@ async def test_a_key_in_a_header_of_a_batch_is_no_key_of_its_items(relay: Relay)
 @pytest.mark.parametrize(
     "items", [[{"n": 0}, {"key": "used", "n": 2}], [{"key": "new", "n": 1}, {"key": "new", "n": 2}]]
 )
-async def test_a_batch_with_a_used_key_is_refused_whole(relay: Relay, items):
+async def test_a_batch_with_a_used_key_is_refused_completely(relay: Relay, items):
     await post(relay, "/strict/all", [{"key": "used", "n": 1}])
     before = len(await relay.rows(source="strict"))
     assert (await post(relay, "/strict/all", items)).status == 422
@@ -187,7 +187,7 @@ async def test_a_batch_with_a_used_key_is_refused_whole(relay: Relay, items):
         "NaN",
     ],
 )
-async def test_a_spliced_text_forges_no_field_of_an_event(relay: Relay, raw):
+async def test_a_crafted_text_cannot_forge_a_field_of_an_event(relay: Relay, raw):
     before = len(await relay.rows(source="bulk"))
     answer = await post(relay, "/bulk/all", [{"n": 1}, {"raw": raw}])
     assert answer.status == 500
@@ -195,12 +195,12 @@ async def test_a_spliced_text_forges_no_field_of_an_event(relay: Relay, raw):
 
 
 @pytest.mark.parametrize(("copies", "status"), [(100, 200), (410, 413), (5001, 413)])
-async def test_a_batch_has_bounds_in_number_and_bytes(relay: Relay, copies, status):
+async def test_a_batch_is_bounded_in_items_and_bytes(relay: Relay, copies, status):
     answer = await post(relay, "/bulk/all", [], x_copies=str(copies))
     assert answer.status == status
 
 
-async def test_events_beside_an_event_are_the_failure_of_the_plugin(relay: Relay):
+async def test_a_handler_with_both_event_and_events_is_a_fault_of_the_plugin(relay: Relay):
     assert (await post(relay, "/bulk/all", [{"n": 1}], x_extra="1")).status == 500
 
 
@@ -228,7 +228,7 @@ async def test_a_batch_sent_again_after_its_sender_disconnected_is_stored_once(r
     assert (answer.json["duplicate"], len(await relay.rows(subject="twice"))) == (False, 4)
 
 
-async def test_the_store_takes_a_batch_whole_or_not_at_all(tmp_path):
+async def test_the_store_appends_a_batch_completely_or_not_at_all(tmp_path):
     clock = FakeClock()
     store = make_store(tmp_path / "relay.db", clock)
     await store.open()
@@ -270,7 +270,7 @@ async def test_a_source_checks_heads_before_everything_else(relay: Relay):
     assert (await relay.exchange(request("GET", "/closed/none"))).status == 404
 
 
-async def test_a_source_sees_the_target_the_address_and_the_time_of_a_request(relay: Relay):
+async def test_a_source_gets_target_address_and_time_of_a_request(relay: Relay):
     answer = await post(relay, "/bulk/one?a=%20b")
     event = await relay.event(answer.json["id"])
     data = json.loads(event.data)

@@ -48,7 +48,7 @@ async def types(relay):
     return [row["type"].removeprefix("whatsapp.worker.") for row in await relay.rows()]
 
 
-async def test_a_command_rides_in_the_next_heartbeat_s_reply_once(relay):
+async def test_the_reply_to_the_next_heartbeat_contains_a_command_once(relay):
     await relay.exchange(beat())
     status, queued = await ask(
         relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart", "n": 1}}
@@ -62,7 +62,7 @@ async def test_a_command_rides_in_the_next_heartbeat_s_reply_once(relay):
     assert command["sent_at"] is not None
 
 
-async def test_commands_come_in_the_order_they_were_given(relay):
+async def test_commands_are_sent_in_their_order(relay):
     await relay.exchange(beat())
     for number in range(25):
         await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "t", "n": number}})
@@ -106,7 +106,7 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
     assert commands[0]["type"] == "restart"
 
 
-async def test_a_command_that_nobody_fetches_expires(relay, clock):
+async def test_a_command_without_a_heartbeat_expires(relay, clock):
     await relay.exchange(beat())
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}, "ttl": "1m"})
     clock.advance(61)
@@ -115,7 +115,7 @@ async def test_a_command_that_nobody_fetches_expires(relay, clock):
     assert (await worker(relay))["commands"][0]["state"] == "expired"
 
 
-async def test_a_queued_command_can_be_taken_back_and_a_sent_one_cannot(relay):
+async def test_a_queued_command_can_be_cancelled_but_not_a_sent_one(relay):
     await relay.exchange(beat())
     ids = []
     for _ in range(2):
@@ -129,7 +129,7 @@ async def test_a_queued_command_can_be_taken_back_and_a_sent_one_cannot(relay):
 @pytest.mark.parametrize(
     "body", [{}, {"command": "restart"}, {"command": {}}, {"command": {"type": "x"}, "ttl": "soon"}, [1]]
 )
-async def test_a_command_that_is_none_is_refused_with_a_hint(relay, body):
+async def test_an_invalid_command_is_refused_with_a_hint(relay, body):
     await relay.exchange(beat())
     status, said = await ask(relay, "POST", "/whatsapp/w1/commands", body)
     assert status == 400
@@ -145,7 +145,7 @@ async def test_queued_commands_survive_a_restart(tmp_path):
         assert len((await relay.exchange(beat())).json["data"]["commands"]) == 1
 
 
-async def test_maintenance_wins_over_reports_and_over_silence(relay, clock):
+async def test_maintenance_overrides_reports_and_silence(relay, clock):
     await relay.exchange(beat(status="ONLINE"))
     assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True}))[1]["status"] == "MAINTENANCE"
     await relay.exchange(beat(status="ONLINE"))
@@ -159,7 +159,7 @@ async def test_maintenance_wins_over_reports_and_over_silence(relay, clock):
     assert await types(relay) == ["registered", "offline"]
 
 
-async def test_a_forgotten_worker_is_new_when_it_beats_again(relay):
+async def test_a_forgotten_worker_is_new_at_its_next_heartbeat(relay):
     await relay.exchange(beat())
     assert (await ask(relay, "DELETE", "/whatsapp/w1"))[0] == 200
     assert (await ask(relay, "GET", "/whatsapp/w1"))[0] == 404
@@ -167,7 +167,7 @@ async def test_a_forgotten_worker_is_new_when_it_beats_again(relay):
     assert await types(relay) == ["registered", "registered"]
 
 
-async def test_workers_that_have_long_been_offline_are_forgotten_by_themselves(relay, clock):
+async def test_workers_offline_for_long_are_forgotten(relay, clock):
     await relay.exchange(beat("old"))
     clock.advance(100)
     await relay.app.store.workers.sweep()
@@ -190,7 +190,7 @@ async def test_gauges_are_kept_once_a_minute_and_pruned(relay, clock):
     assert (await worker(relay))["metrics"] == []
 
 
-async def test_a_session_s_event_shows_in_the_registry_at_once(relay):
+async def test_a_session_event_changes_the_registry_at_once(relay):
     await relay.exchange(beat(sessions=[{"sessionId": "s1", "status": "CONNECTING"}]))
     body = json.dumps({"sessionId": "s1", "status": "CONNECTED", "phoneNumber": "+62"}).encode()
     await relay.exchange(request("POST", "/api/v1/webhooks/session-status", body=body, **TOKEN))
@@ -198,7 +198,7 @@ async def test_a_session_s_event_shows_in_the_registry_at_once(relay):
     assert (session["status"], session["phone"]) == ("CONNECTED", "+62")
 
 
-async def test_an_event_that_names_no_worker_belongs_to_the_one_that_told_of_its_session(relay):
+async def test_an_event_without_a_worker_belongs_to_the_worker_of_its_session(relay):
     for id_ in ("w1", "w2"):
         await relay.exchange(beat(id_))
     waiting = []
@@ -218,7 +218,7 @@ async def test_an_event_that_names_no_worker_belongs_to_the_one_that_told_of_its
     assert sessions == {"w1": "QR_REQUIRED", "w2": "CONNECTED"}
 
 
-async def test_after_a_restart_a_session_belongs_to_the_worker_that_was_heard_last(tmp_path, clock):
+async def test_after_a_restart_a_session_belongs_to_the_worker_with_the_latest_heartbeat(tmp_path, clock):
     config = write_config(tmp_path, SOURCES)
     async with running(config, clock=clock) as relay:
         for id_ in ("z-old", "a-new"):  # against the order of their ids
@@ -234,7 +234,7 @@ async def test_after_a_restart_a_session_belongs_to_the_worker_that_was_heard_la
 V1_EVENTS = ("session_created", "qr_ready", "connected", "disconnected", "reconnecting", "connected")
 
 
-async def test_a_v1_worker_s_session_follows_the_names_of_its_events_and_is_told_so(relay, clock):
+async def test_the_session_of_a_v1_worker_follows_its_event_names(relay, clock):
     await relay.exchange(register())
     seen = []
     for event in (*V1_EVENTS, "session_deleted"):
@@ -253,13 +253,13 @@ async def test_a_v1_worker_s_session_follows_the_names_of_its_events_and_is_told
     assert (await worker(relay))["sessions"] == []
 
 
-async def test_a_restart_is_an_event(relay):
+async def test_a_restart_of_a_worker_is_an_event(relay):
     for uptime in (3600, 3630, 4):
         await relay.exchange(beat(uptime=uptime))
     assert await types(relay) == ["registered", "restarted"]
 
 
-async def test_the_list_filters_and_odd_ids_can_be_asked_for(relay):
+async def test_the_list_is_filtered_and_odd_ids_are_found(relay):
     odd = "büro 7/östlich"
     await relay.exchange(beat(odd, version="2"))
     await relay.exchange(beat("w1", version="1"))
@@ -289,9 +289,7 @@ ODD_IDS = [
 
 @pytest.mark.parametrize("base", ["/api/v1", "/api"])
 @pytest.mark.parametrize("id_", ["rack/w7", "a/b/c", "a/heartbeat", "x/sessions", "http://host:1/w"])
-async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration_to_farewell(
-    relay, clock, base, id_
-):
+async def test_a_worker_id_with_plain_slashes_works_in_every_request(relay, clock, base, id_):
     raw = f"{base}/workers/{id_}"
     await relay.exchange(register(id_))
     for _ in range(4):
@@ -316,7 +314,7 @@ async def test_a_worker_that_does_not_encode_its_slashes_lives_from_registration
 
 
 @pytest.mark.parametrize("id_", ODD_IDS)
-async def test_a_worker_that_encodes_an_odd_id_is_one_and_the_same_in_every_call(relay, id_):
+async def test_an_odd_worker_id_in_percent_encoding_is_the_same_worker_in_every_request(relay, id_):
     assert (await relay.exchange(register(id_))).status == 200
     assert (await relay.exchange(beat(id_))).json["data"]["workerId"] == id_
     assert [w.id for w in relay.app.store.workers.all()] == [id_]
@@ -327,7 +325,7 @@ async def test_a_worker_that_encodes_an_odd_id_is_one_and_the_same_in_every_call
 
 
 @pytest.mark.parametrize("id_", [".", ".."])
-async def test_an_id_that_no_encoding_can_carry_is_refused_at_registration(relay, id_):
+async def test_an_id_that_no_path_can_contain_is_refused_at_registration(relay, id_):
     answer = await relay.exchange(register(id_))
     assert (answer.status, answer.json["code"]) == (400, "VALIDATION_ERROR")
     assert answer.json["error"] == "workerId: no heartbeat can be sent for it"
@@ -342,7 +340,7 @@ async def test_an_id_that_no_encoding_can_carry_is_refused_at_registration(relay
         ("a/b", ""), ("a%", ""), ("..a", ""), ("a.", ""), ("a b", ""), ("ü", ""), ("a.b/c..d", ""),
     ],
 )  # fmt: skip
-async def test_an_id_that_changes_a_path_is_told_at_registration(relay, caplog, id_, part):
+async def test_an_id_that_changes_a_path_is_logged_at_registration(relay, caplog, id_, part):
     await relay.exchange(register(id_))
     told = [message for message in caplog.messages if "percent-encodes" in message]
     line = (
@@ -389,7 +387,7 @@ async def fall_silent(relay, clock):
     await relay.app.store.workers.sweep()
 
 
-async def test_a_worker_that_restarts_under_its_id_is_told_its_sessions(recovering, clock):
+async def test_a_worker_that_restarts_under_its_id_gets_its_sessions(recovering, clock):
     assert await told(recovering) == []
     await recovering.exchange(listing("w1", "s1", "s2"))
     assert await told(recovering) == ["s1", "s2"]  # still ONLINE: it crashed and came back at once
@@ -399,9 +397,7 @@ async def test_a_worker_that_restarts_under_its_id_is_told_its_sessions(recoveri
     assert await told(recovering) == ["s1", "s2"]
 
 
-async def test_what_a_worker_is_to_restore_outlasts_its_first_empty_list_and_a_restart_of_the_relay(
-    tmp_path, clock
-):
+async def test_sessions_to_restore_outlast_an_empty_list_and_a_restart(tmp_path, clock):
     config = write_config(tmp_path, RECOVERING)
     async with running(config, clock=clock) as relay:
         await told(relay)
@@ -416,7 +412,7 @@ async def test_what_a_worker_is_to_restore_outlasts_its_first_empty_list_and_a_r
 
 
 @pytest.mark.parametrize("ends", [fall_silent, lambda relay, _clock: leave(relay, "w1")])
-async def test_a_new_id_at_the_endpoint_of_an_offline_one_has_its_sessions(recovering, clock, ends):
+async def test_a_new_id_at_the_endpoint_of_an_offline_worker_gets_its_sessions(recovering, clock, ends):
     await told(recovering)
     await recovering.exchange(listing("w1", "s1", "s2"))
     await ends(recovering, clock)
@@ -437,7 +433,7 @@ async def test_a_new_id_at_the_endpoint_of_an_offline_one_has_its_sessions(recov
         ("", ""),
     ],
 )
-async def test_a_new_id_elsewhere_or_on_loopback_has_nobody_s_sessions(recovering, clock, first, second):
+async def test_a_new_id_elsewhere_or_on_loopback_gets_no_sessions(recovering, clock, first, second):
     await told(recovering, "w1", first)
     await recovering.exchange(listing("w1", "s1"))
     await fall_silent(recovering, clock)
@@ -445,7 +441,7 @@ async def test_a_new_id_elsewhere_or_on_loopback_has_nobody_s_sessions(recoverin
     assert await assigned(recovering, "w1") == ["s1"]
 
 
-async def test_a_new_id_has_no_sessions_of_one_that_is_alive(recovering):
+async def test_a_new_id_gets_no_sessions_of_an_online_worker(recovering):
     await told(recovering)
     await recovering.exchange(listing("w1", "s1"))
     assert await told(recovering, "w2") == []
@@ -466,7 +462,7 @@ async def test_a_session_that_another_live_worker_lists_is_never_restored(recove
     assert await told(recovering) == ["s3"]  # the other one is OFFLINE as well
 
 
-async def test_a_session_is_known_to_be_elsewhere_whoever_reported_it_last(recovering, clock):
+async def test_a_session_of_several_workers_is_never_restored_while_one_is_online(recovering, clock):
     await recovering.exchange(listing("elsewhere", "s1"))
     await told(recovering)
     await recovering.exchange(listing("w1", "s1"))  # it is w1's in the index now
@@ -476,7 +472,7 @@ async def test_a_session_is_known_to_be_elsewhere_whoever_reported_it_last(recov
     assert await told(recovering) == ["s1"]
 
 
-async def test_two_that_shared_an_endpoint_are_succeeded_by_one_each(recovering, clock):
+async def test_two_workers_at_one_endpoint_have_one_successor_each(recovering, clock):
     for id_, session in (("a", "s1"), ("b", "s2")):
         await told(recovering, id_)
         await recovering.exchange(listing(id_, session))
@@ -499,7 +495,7 @@ async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recov
     assert replies == [1, 0]
 
 
-async def test_a_refused_newcomer_takes_no_sessions(tmp_path, clock):
+async def test_a_refused_new_worker_gets_no_sessions(tmp_path, clock):
     config = write_config(tmp_path, RECOVERING + 'conflict = "reject"\n')
     async with running(config, clock=clock) as relay:
         await told(relay)
@@ -513,7 +509,7 @@ async def test_a_refused_newcomer_takes_no_sessions(tmp_path, clock):
         assert await assigned(relay, "w2") == ["s1"]
 
 
-async def test_without_the_key_nobody_is_asked_to_restore_anything(relay, clock):
+async def test_without_the_setting_no_worker_restores_sessions(relay, clock):
     await relay.exchange(register(endpoint=PLACE))
     await relay.exchange(listing("w1", "s1"))
     await fall_silent(relay, clock)
@@ -524,7 +520,7 @@ async def test_without_the_key_nobody_is_asked_to_restore_anything(relay, clock)
     assert await assigned(relay, "w1") == []
 
 
-async def test_samples_touch_no_worker_that_there_is(relay, clock):
+async def test_samples_change_no_existing_worker(relay, clock):
     """The documented samples would: their ids, session and endpoint are workers' defaults."""
     body = {"workerId": "worker-001", "endpoint": "http://localhost:8001"}
     await relay.exchange(request("POST", "/api/v1/workers/register", json.dumps(body).encode(), **TOKEN))
@@ -540,7 +536,7 @@ async def test_samples_touch_no_worker_that_there_is(relay, clock):
     assert [w.id for w in relay.app.store.workers.all() if w.unregistered_at is None] == ["worker-001"]
 
 
-async def test_the_list_goes_on_where_a_page_ended_by_source_and_id(relay):
+async def test_the_cursor_of_the_list_continues_by_source_and_id(relay):
     ids = ["a", "b/c", "d e", "z", "ü"]
     for id_ in reversed(ids):
         await relay.exchange(beat(id_))
@@ -553,7 +549,7 @@ async def test_the_list_goes_on_where_a_page_ended_by_source_and_id(relay):
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "", "1_0"])
-async def test_a_limit_that_is_none_is_refused(relay, limit):
+async def test_an_invalid_limit_is_refused(relay, limit):
     assert (await ask(relay, "GET", f"?limit={limit}"))[0] == 400
 
 
@@ -575,7 +571,7 @@ async def held(relay):
     return release
 
 
-async def test_heartbeats_that_wait_behind_a_sweep_for_a_slow_disk_are_no_silence(relay, clock):
+async def test_heartbeats_that_wait_behind_a_sweep_on_a_slow_disk_count(relay, clock):
     await relay.exchange(beat(status="ONLINE"))
     release = await held(relay)
     clock.advance(89)
@@ -590,7 +586,7 @@ async def test_heartbeats_that_wait_behind_a_sweep_for_a_slow_disk_are_no_silenc
     assert await types(relay) == ["registered"]
 
 
-async def test_a_heartbeat_while_its_worker_s_last_change_is_written_is_not_lost(relay, clock):
+async def test_a_heartbeat_during_the_write_of_its_worker_is_not_lost(relay, clock):
     await relay.exchange(beat(sessions=[{"sessionId": "s1", "status": "A"}]))
     release = await held(relay)
     clock.advance(60)
@@ -611,7 +607,7 @@ async def test_a_heartbeat_while_its_worker_s_last_change_is_written_is_not_lost
     assert await relay.app.store.workers.sweep() == ()
 
 
-async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(relay):
+async def test_two_reports_on_a_slow_disk_keep_their_order(relay):
     await relay.exchange(beat(status="ONLINE"))
     release = await held(relay)
     waiting = []
@@ -623,7 +619,7 @@ async def test_a_report_and_its_revocation_behind_a_slow_disk_keep_their_order(r
     assert await types(relay) == ["registered", "offline", "online"]
 
 
-async def test_a_heartbeat_that_cannot_be_stored_is_a_sign_of_life_all_the_same(relay, clock):
+async def test_a_heartbeat_that_cannot_be_stored_keeps_its_worker_online(relay, clock):
     await relay.exchange(beat())
     clock.advance(80)
     relay.app.store.database.writer._set_failure("the disk is full")
@@ -634,7 +630,7 @@ async def test_a_heartbeat_that_cannot_be_stored_is_a_sign_of_life_all_the_same(
     assert (await worker(relay))["version"] == ""
 
 
-async def test_many_that_fall_silent_at_once_are_told_of_one_by_one_each_once(relay, clock):
+async def test_many_workers_that_go_silent_raise_one_event_each(relay, clock):
     for number in range(300):
         await relay.app.store.events.append(
             Acceptance(source="whatsapp", change=Heartbeat(worker_id=f"w{number}"))
@@ -647,7 +643,7 @@ async def test_many_that_fall_silent_at_once_are_told_of_one_by_one_each_once(re
     assert sorted(offline) == sorted(f"w{number}" for number in range(300))
 
 
-async def test_metrics_count_workers_by_status_and_every_change_of_it(relay, clock):
+async def test_metrics_count_workers_and_changes_by_status(relay, clock):
     def counted():
         statuses = ("ONLINE", "OFFLINE", "MAINTENANCE")
         of = [relay.counted("relay_workers", source="whatsapp", status=status) for status in statuses]
@@ -671,7 +667,7 @@ async def test_metrics_count_workers_by_status_and_every_change_of_it(relay, clo
     assert counted() == ([0, 0, 1], [3, 1, 1])
 
 
-async def test_the_census_is_right_from_the_start(tmp_path):
+async def test_the_counts_of_workers_are_right_after_a_start(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
         await relay.exchange(beat())
@@ -681,7 +677,7 @@ async def test_the_census_is_right_from_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(("environment", "told"), [("TEST", True), ("PRODUCTION", False), (None, False)])
-async def test_an_unusual_environment_is_kept_and_told_in_the_log(relay, caplog, environment, told):
+async def test_an_unusual_environment_is_stored_and_logged(relay, caplog, environment, told):
     body = {"workerId": "w1", "endpoint": "http://w1", "environment": environment}
     raw = request("POST", "/api/v1/workers/register", body=json.dumps(body).encode(), **TOKEN)
     assert (await relay.exchange(raw)).status == 200
@@ -693,7 +689,7 @@ async def test_an_unusual_environment_is_kept_and_told_in_the_log(relay, caplog,
     assert [message for message in caplog.messages if "environment" in message] == [line] * told
 
 
-async def test_commands_that_have_ended_are_pruned_and_queued_ones_are_kept(relay, clock):
+async def test_only_ended_commands_are_pruned(relay, clock):
     await relay.exchange(beat())
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "sent"}})
     await relay.exchange(beat())

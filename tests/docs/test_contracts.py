@@ -50,12 +50,12 @@ def test_a_sample_names_a_section_of_its_contract(sample: Sample):
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_the_answer_of_a_sample_is_on_the_page_of_its_contract(sample: Sample):
+def test_the_reply_to_a_sample_is_on_the_page_of_its_contract(sample: Sample):
     assert as_on_the_page(sample) in answers(PAGES[sample.kind])
 
 
 @pytest.mark.parametrize("kind", sources())
-def test_a_page_shows_no_answer_that_the_relay_does_not_give(kind: str):
+def test_a_page_shows_only_replies_that_the_relay_gives(kind: str):
     given = {as_on_the_page(sample) for sample in SAMPLES if sample.kind == kind}
     for refusal in refusals():
         reply = sources()[kind].refuse(refusal, Incoming.of("POST", "/", {}))

@@ -68,7 +68,7 @@ def test_a_link_within_the_project_leads_to_a_file_and_a_heading(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_the_index_has_every_page_and_no_other():
+def test_the_index_has_exactly_the_pages():
     index = DOCS / "index.md"
     rows = re.findall(r"^\| \[(\S+)\]\((\S+)\) \| .+ \|$", index.read_text(), re.MULTILINE)
     assert all(text == target for text, target in rows)
@@ -76,7 +76,7 @@ def test_the_index_has_every_page_and_no_other():
     assert sorted(listed) == sorted(set(PAGES) - {index, ROOT / "README.md"})
 
 
-def test_the_picture_of_the_architecture_can_be_read_aloud_and_in_both_themes():
+def test_the_architecture_picture_has_alternative_text_and_both_themes():
     [(source, alt)] = re.findall(r'<img src="(docs/\S+\.svg)" alt="([^"]+)"', README)
     picture = ET.fromstring((ROOT / source).read_text())
     names = {element.tag.rpartition("}")[2]: element.text for element in picture.iter()}
@@ -167,14 +167,14 @@ def test_the_changelog_begins_with_this_version():
     assert heading[1] == relay.__version__
 
 
-def test_the_pages_for_operators_have_every_endpoint_and_no_other(app):
+def test_the_pages_for_operators_have_exactly_the_endpoints(app):
     routes = {(route.method, route.resource.canonical) for route in app.api.socket_app().router.routes()}
     documented = re.findall(r"^\| `([A-Z]+) (/\S*)` \|", OPERATING + API, re.MULTILINE)
     assert set(documented) == {(method, path) for method, path in routes if method != "HEAD"}
     assert len(documented) == len(set(documented))
 
 
-def test_the_test_of_a_destination_on_the_page_has_the_words_of_the_program():
+def test_the_output_of_destinations_test_on_the_page_is_current():
     meaning = verdict_of(410, "4xx", {}, now=0, max_retry_after=1.0)
     result, hint = explain(
         DestinationConfig(name="crm", url=Url("https://crm.example")),
@@ -199,7 +199,7 @@ def effects():
     }
 
 
-def test_the_pages_say_of_every_endpoint_what_the_openapi_document_says():
+def test_the_pages_describe_each_endpoint_like_the_openapi_document():
     rows = {name: effect for name, effect, _ in ENDPOINT.findall(OPERATING + API)}
     assert rows == effects()
 

@@ -108,7 +108,7 @@ def test_importing_a_command_does_not_import_aiohttp():
     assert not modules_of(code) & {"aiohttp", "aiosqlite"}
 
 
-def test_commands_that_only_ask_the_daemon_import_no_event_loop_and_no_store():
+def test_commands_that_only_call_the_api_import_no_event_loop_and_no_store():
     asks = ("deliveries", "destinations", "doctor", "events", "stats", "status", "workers")
     code = f"import {', '.join(f'relay.cli.{name}' for name in asks)}"
     assert not modules_of(code) & {"asyncio", "relay.store", "relay.cli.offline"}

@@ -109,13 +109,13 @@ def test_a_source_imports_the_contract_and_neither_io_nor_a_clock(plugin):
     assert not {name.partition(".")[0] for name in found} & outside
 
 
-def test_imports_never_go_in_a_circle():
+def test_imports_are_never_circular():
     graph = {module: imports(module) & FILES.keys() for module in FILES}
     assert set(graphlib.TopologicalSorter(graph).static_order()) == FILES.keys()
 
 
 @pytest.mark.parametrize("library", SPEAKERS)
-def test_a_library_is_spoken_to_in_one_place(library):
+def test_a_library_is_used_in_one_place(library):
     speakers = {
         module for module in FILES if any(name.partition(".")[0] == library for name in imports(module))
     }
@@ -124,7 +124,7 @@ def test_a_library_is_spoken_to_in_one_place(library):
     assert places == SPEAKERS[library]
 
 
-def test_every_name_on_the_floors_is_a_module_there_is():
+def test_every_name_on_the_floors_is_a_module():
     assert len(ORDER) == len(set(ORDER))
     assert [name for name in ORDER if name not in FILES] == []
 

@@ -168,7 +168,7 @@ def test_verify_accepts_only_genuine_requests(snippets):
     assert judge(language, folder, questions) == expected
 
 
-def test_the_relay_s_own_verify_agrees():
+def test_relay_verify_agrees():
     """Only the form of an id and a useless secret are checks of the page alone."""
     now = int(time.time())
     for name, case in cases(now).items():

@@ -76,7 +76,7 @@ def texts_of_the_program():
     }
 
 
-def test_a_text_that_the_page_quotes_is_one_of_the_program():
+def test_a_quoted_text_on_the_page_exists_in_the_program():
     texts = texts_of_the_program()
     titles = [span for title in SECTIONS for span in re.findall(r"`([^`]+)`", title)]
     titles += re.findall(r"^\| `([^`]+)` \|", SECTIONS["`GET /ready` returns 503"], re.MULTILINE)

@@ -30,12 +30,12 @@ def setup(tmp_path, monkeypatch):
     return load(path)
 
 
-def test_every_event_of_the_rules_is_on_the_page_and_no_other():
+def test_the_page_has_exactly_the_events_of_the_rules():
     generated = set(re.findall(r'_generate\("(\w+)"', RULES))
     assert generated == set(re.findall(r"\| `worker\.(\w+)`", PAGE))
 
 
-def test_every_reason_is_on_the_page_and_no_other():
+def test_the_page_has_exactly_the_reasons():
     given = set(re.findall(r'_generate\("\w+", .*?, "(\w+)"\)', RULES))
     [named] = re.findall(r"`reason` one of (.*?)\.", " ".join(PAGE.split()))
     assert given == set(re.findall(r"`(\w+)`", named))

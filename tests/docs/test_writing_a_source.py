@@ -58,7 +58,7 @@ async def running(folder, receiver):
         await life
 
 
-async def test_the_example_in_plugins_d_accepts_events_and_refuses_in_its_own_envelope(tmp_path):
+async def test_the_example_in_plugins_d_accepts_events_and_refuses_in_its_own_form(tmp_path):
     async with (
         DemoReceiver(SECRET) as receiver,
         running(tmp_path, receiver.url) as url,

@@ -78,7 +78,7 @@ def _newer(deb, tmp_path):
     return newer
 
 
-def test_the_package_brings_a_valid_configuration_that_only_the_service_may_read(installed):
+def test_the_package_has_a_valid_configuration_that_only_the_service_can_read(installed):
     assert installed.run("relay", "check-config", "/etc/relay/config.toml") == (
         "/etc/relay/config.toml: ok (0 sources, 0 destinations)\n"
     )
@@ -93,7 +93,7 @@ def test_the_package_brings_a_valid_configuration_that_only_the_service_may_read
     assert "development = true" not in installed.run("cat", "/etc/relay/config.toml")
 
 
-def test_the_package_is_whole_and_starts_nothing(installed):
+def test_the_package_is_complete_and_starts_nothing(installed):
     assert installed.run("dpkg", "--verify", "hookferry") == ""
     assert installed.run("hookferry", "--version") == f"hookferry {__version__}\n"
     units = ("relay.service", "relay.socket", "relay-admin.socket")
@@ -104,7 +104,7 @@ def test_the_package_is_whole_and_starts_nothing(installed):
         assert shipped == (CHECKOUT / "systemd" / unit).read_text()
 
 
-def test_nothing_in_the_package_remembers_where_it_was_built(package, installed):
+def test_the_package_contains_no_build_path(package, installed):
     found = subprocess.run(
         ["grep", "-rl", "-e", "/tmp/", "--include=*.pyc", "--include=relay", "--include=*.cfg", "opt/relay"],
         cwd=installed.path,
@@ -146,7 +146,7 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
     assert not (root.path / "etc/relay/relay.db").exists()
 
 
-def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, package, tmp_path):
+def test_data_outlives_an_upgrade_and_a_removal_but_not_a_purge(root, package, tmp_path):
     for path in STATE:
         root.add(path, "# mine\n", 0o640)
 
@@ -174,9 +174,7 @@ def test_what_is_yours_outlives_an_upgrade_and_a_removal_but_no_purge(root, pack
     assert not Path(root.path / "var/lib/relay").exists()
 
 
-def test_what_runs_is_restarted_by_an_upgrade_and_stopped_by_a_removal_but_nothing_is_started(
-    root, package, tmp_path
-):
+def test_an_upgrade_restarts_and_a_removal_stops_only_running_units(root, package, tmp_path):
     deb = _put(root, package)
     newer = _newer(deb, tmp_path)
     (root.path / "run/systemd/system").mkdir(parents=True)

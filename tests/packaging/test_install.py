@@ -86,7 +86,7 @@ def test_the_page_has_every_step():
     assert list(BLOCKS) == steps
 
 
-def test_an_install_puts_everything_where_the_page_says(installed):
+def test_an_install_puts_every_file_at_its_documented_place(installed):
     names = ("/etc/relay", *(f"/etc/relay/{name}" for name in ("config.toml", "environment", "credentials")))
     assert installed.listing(*names) == [
         "750 root:relay /etc/relay",
@@ -136,7 +136,7 @@ def test_a_start_enables_every_unit_that_was_installed(machine):
     assert wanted == UNITS
 
 
-def test_an_upgrade_can_be_taken_back(machine):
+def test_an_upgrade_can_be_reverted(machine):
     machine.text(f"{HERE}/relay/__init__.py", lambda text: re.sub(r'"\d+\.\d+\.\d+"', '"99.0.0"', text))
     former = machine.root.run("relay", "--version")
     assert machine.run("upgrade") == ["systemctl restart relay.service"]
@@ -146,7 +146,7 @@ def test_an_upgrade_can_be_taken_back(machine):
     assert machine.root.run("ls", "/opt") == "relay\n"
 
 
-def test_an_upgrade_that_the_configuration_does_not_suit_does_not_restart(machine):
+def test_an_upgrade_with_an_invalid_configuration_does_not_restart(machine):
     machine.text("/etc/relay/config.toml", lambda _: "[nonsense]\n")
     with pytest.raises(AssertionError, match="nonsense"):
         machine.run("upgrade")
@@ -187,7 +187,7 @@ def test_a_damaged_backup_is_not_restored(machine):
     assert machine.text("/calls") == ""
 
 
-def test_a_source_distribution_has_all_that_the_page_installs_from(tmp_path):
+def test_a_source_distribution_has_every_file_for_the_installation(tmp_path):
     checkout = copy_checkout(tmp_path / "checkout")
     wanted = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
     command = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ".")

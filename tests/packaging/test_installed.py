@@ -84,7 +84,7 @@ def machine(monkeypatch):
 # --- unit files -----------------------------------------------------------------------------------------
 
 
-def test_the_unit_that_ships_is_understood(machine):
+def test_the_shipped_unit_is_parsed(machine):
     shipped = (Path(__file__).parents[2] / "systemd" / "relay.service").read_text()
     machine.unit.write_text(shipped)
     service = installed()
@@ -108,18 +108,18 @@ def test_the_unit_that_ships_is_understood(machine):
         "\xff\x00",
     ],
 )
-def test_what_does_not_run_the_relay_is_not_its_service(machine, text):
+def test_a_unit_that_does_not_run_the_relay_is_not_its_service(machine, text):
     machine.unit.write_text(text)
     assert installed() is None
 
 
-def test_a_masked_unit_is_none(machine):
+def test_a_masked_unit_is_ignored(machine):
     (machine.folder / "etc").mkdir()
     (machine.folder / "etc" / "relay.service").symlink_to("/dev/null")
     assert installed() is None
 
 
-def test_dropins_count_in_the_order_of_their_names_and_the_first_folder_wins(machine):
+def test_dropins_apply_in_order_of_names_and_the_first_folder_wins(machine):
     machine.dropin(
         "[Service]\nUser=\nUser=one\n# User=none\nStateDirectory=\nStateDirectory=a \\\n  # no\n  b\n",
         "1.conf",
@@ -147,7 +147,7 @@ def test_variables_come_from_all_places_in_systemd_s_order(machine):
 
 
 @pytest.mark.parametrize("named", ["other name", "relative", "same"])
-def test_a_config_is_the_service_s_by_whatever_name(machine, named, monkeypatch):
+def test_a_config_of_the_service_is_recognised_under_any_name(machine, named, monkeypatch):
     link = machine.folder / "link.toml"
     link.symlink_to(machine.config)
     monkeypatch.chdir(machine.folder)
@@ -193,7 +193,7 @@ def test_environment_files_are_read_as_systemd_reads_them(text, found):
 # --- commands that read the config ----------------------------------------------------------------------
 
 
-def test_check_config_takes_what_the_unit_gives(machine):
+def test_check_config_uses_the_environment_of_the_unit(machine):
     machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
     said = run("check-config", machine.config, code=1)
     assert f"MODDY is not set; set it (under systemd in {machine.folder}/environment)" in said.err
@@ -205,7 +205,7 @@ def test_check_config_takes_what_the_unit_gives(machine):
     assert run("check-config", machine.config).out.endswith("ok (3 sources, 1 destination)\n")
 
 
-def test_a_variable_of_the_shell_alone_is_none_of_the_service(machine, monkeypatch):
+def test_a_variable_of_the_shell_is_not_one_of_the_service(machine, monkeypatch):
     machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
     monkeypatch.setenv("MODDY", "typed")
     said = run("check-config", machine.config, code=1)
@@ -226,7 +226,7 @@ def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
     assert said.err.splitlines()[0] == f"cannot read {machine.folder}/absent: No such file or directory"
 
 
-def test_an_environment_file_that_the_unit_needs_and_is_missing_is_a_problem(machine):
+def test_a_missing_environment_file_of_the_unit_is_a_problem(machine):
     machine.dropin(f"[Service]\nEnvironmentFile={machine.folder}/needed\n")
     assert "needed of relay.service does not exist" in run("check-config", machine.config, code=1).err
 
@@ -240,12 +240,12 @@ def test_config_show_names_the_state_directory_of_the_service_and_needs_no_secre
     assert shown["destinations"]["erp"]["client_cert"]["password"] == "<secret>"
 
 
-def test_what_is_written_wrongly_is_told_even_where_no_secret_is_needed(machine):
+def test_an_invalid_secret_entry_is_reported_even_if_it_is_not_needed(machine):
     machine.config.write_text(SECRETS.replace('{ env = "MODDY" }', '{ evn = "MODDY" }'))
     assert 'unknown key "evn"' in run("config", "show", "-c", machine.config, code=1).err
 
 
-def test_send_needs_the_secret_of_its_source_alone(machine):
+def test_send_needs_only_the_secret_of_its_source(machine):
     machine.config.write_text(SECRETS)
     run("send", "moddy", "--list", "-c", machine.config)
     run("send", "adorn", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
@@ -256,7 +256,7 @@ def test_send_needs_the_secret_of_its_source_alone(machine):
     run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
 
 
-def test_verify_needs_the_secrets_of_whose_request_it_is_alone(machine):
+def test_verify_needs_only_the_secrets_of_the_request_s_source(machine):
     machine.config.write_text(SECRETS)
     post = "POST /internal/event/notify HTTP/1.1\r\nAuthorization: Bearer t\r\n\r\n"
     body = '{"event_type": "member_joined", "discord_id": "1", "metadata": {}}'
@@ -270,7 +270,7 @@ def test_verify_needs_the_secrets_of_whose_request_it_is_alone(machine):
     assert "webhook-signature" in run(*destination, code=1).out
 
 
-def test_a_missing_secret_is_no_token_that_somebody_could_present(machine):
+def test_a_missing_secret_is_not_a_valid_token(machine):
     machine.config.write_text(SECRETS)
     machine.write("environment", f"CRM={WHSEC}\n")
     for token in ("Bearer ", "Bearer x", ""):
@@ -345,14 +345,14 @@ def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(mac
 
 
 @needs_other_users
-def test_a_user_that_the_machine_lacks_is_told(machine):
+def test_a_missing_user_is_reported(machine):
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="ghost"))
     said = run("check-config", machine.config, code=1)
     assert "runs as ghost:ghost, which this machine does not have" in said.err
 
 
 @needs_other_users
-def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
+def test_an_unreadable_environment_file_exits_with_5(machine):
     machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
     machine.write("environment", "MODDY=t\n").chmod(0o600)
     machine.write("lazy", "t").chmod(0o600)
@@ -378,7 +378,7 @@ def test_who_may_not_read_the_environment_file_is_told_so_with_5(machine):
 # --- the daemon that is not there -----------------------------------------------------------------------
 
 
-def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
+def test_with_a_unit_the_advice_is_to_start_it(machine):
     machine.config.write_text('[server]\nlisten = "127.0.0.1:9"\n[sources.adorn]\nplugin = "adorn"\n')
     for arguments in (("-c", machine.config), ("--socket", "/run/hookferry-test-run/relay.sock")):
         said = run("status", *arguments, code=3)
@@ -393,7 +393,7 @@ def test_where_a_unit_exists_the_advice_is_to_start_it(machine):
         assert f"start {what} with `relay serve`" in run(*command, "-c", own, code=3).err
 
 
-def test_without_a_config_the_service_s_is_meant(machine, monkeypatch):
+def test_without_an_argument_the_config_of_the_service_is_used(machine, monkeypatch):
     monkeypatch.setattr("relay.config.paths.PLACES", (machine.folder / "nowhere.toml",))
     monkeypatch.delenv("RELAY_CONFIG", raising=False)
     assert "at /run/hookferry-test-run/relay.sock" in run("status", code=3).err
@@ -444,7 +444,7 @@ async def served(daemon):
     return daemon.said
 
 
-async def test_no_second_relay_is_started_where_the_service_has_a_database(machine, state):
+async def test_a_second_relay_beside_the_service_s_database_is_refused(machine, state):
     machine.config.write_text(SERVED)
     (state / "relay.db").write_bytes(b"")
     for config in (SERVED, SERVED + SECRETS.partition("[sources.adorn]")[0]):  # before it asks for secrets
@@ -527,7 +527,7 @@ async def test_a_running_relay_names_its_database(machine, state, typed):
 
 
 @needs_other_users
-def test_credentials_of_a_folder_that_the_shell_names_are_read_as_systemd_would(machine, monkeypatch):
+def test_credentials_of_the_shell_s_folder_are_read_like_systemd_does(machine, monkeypatch):
     machine.config.write_text('[sources.moddy]\nplugin = "moddy"\ntokens = [{ credential = "m" }]\n')
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))
     machine.write("private/m", "t").parent.chmod(0o700)

@@ -63,7 +63,7 @@ def environment(wheel, tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_every_module_and_claims_no_name_but_relay(wheel):
+def test_the_wheel_has_every_module_and_only_the_name_relay(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
         licences = [name for name in file.namelist() if name.endswith("licenses/LICENSE")]
@@ -99,7 +99,7 @@ def test_the_installed_version_is_the_one_in_the_code():
     assert metadata.version("hookferry") == relay.__version__
 
 
-def test_what_is_imported_is_declared():
+def test_every_imported_package_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needs = [*project["dependencies"], *extras["fast"], *extras["schemas"], *extras["ed25519"]]

@@ -97,7 +97,7 @@ def proxy(request, tmp_path):
     return serve
 
 
-async def test_a_relay_that_works_answers_itself_also_for_bodies_that_are_too_large(proxy, tmp_path):
+async def test_with_a_running_relay_the_proxy_passes_on_its_replies(proxy, tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         port = int(relay.addresses.public.rpartition(":")[2])
         async with proxy(port) as url:
@@ -123,7 +123,7 @@ async def test_a_relay_that_works_answers_itself_also_for_bodies_that_are_too_la
 
 
 @pytest.mark.parametrize("accepts", [False, True], ids=["gone", "silent behind its socket unit"])
-async def test_while_the_relay_is_down_senders_get_json_and_the_probe_200(proxy, accepts):
+async def test_while_the_relay_is_down_the_proxy_replies_in_json_and_200_to_the_probe(proxy, accepts):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         if accepts:
@@ -138,7 +138,7 @@ async def test_while_the_relay_is_down_senders_get_json_and_the_probe_200(proxy,
     assert answers[1].headers["retry-after"] == "5"
 
 
-def test_the_proxies_lead_to_where_the_relay_listens_by_default_and_let_larger_bodies_through():
+def test_the_proxies_point_to_the_default_port_and_permit_large_bodies():
     texts = {name: written(name) for name in ("nginx", "caddy")}
     assert all(LISTEN in text for text in texts.values())
     limits = re.findall(r"client_max_body_size (\d+)m;|max_size (\d+)MiB", "".join(texts.values()))

@@ -77,7 +77,7 @@ def test_each_message_has_the_words_of_sd_notify(manager, say, said):
     assert manager.told == [said]
 
 
-def test_a_reload_tells_its_moment_on_the_monotonic_clock(manager):
+def test_a_reload_message_has_the_monotonic_time(manager):
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     Notifier().reloading()
     assert manager.heard("RELOADING") == ["1"]
@@ -92,12 +92,12 @@ def test_an_address_with_an_at_sign_is_abstract():
     manager.close()
 
 
-def test_a_manager_that_is_gone_costs_a_line_in_the_log(tmp_path, caplog):
+def test_an_unreachable_manager_is_logged_once(tmp_path, caplog):
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).alive()
     assert "cannot tell systemd WATCHDOG=1" in caplog.text
 
 
-def test_without_a_manager_nothing_is_said(caplog):
+def test_without_a_manager_nothing_is_sent(caplog):
     Notifier({}).ready("serving")
     assert caplog.text == ""
 
@@ -113,7 +113,7 @@ def test_without_a_manager_nothing_is_said(caplog):
         ({}, None),
     ],
 )
-def test_the_watchdog_is_fed_only_where_systemd_watches_this_process(environment, seconds):
+def test_the_watchdog_is_fed_only_if_systemd_watches_this_process(environment, seconds):
     assert Notifier(environment).watchdog == seconds
 
 
@@ -124,7 +124,7 @@ def handed(names, pid=None):
     return {"LISTEN_PID": str(pid or os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": names}
 
 
-def test_an_inherited_socket_is_taken_once_by_its_name(listening):
+def test_an_inherited_socket_is_used_once_by_its_name(listening):
     inherited = Inherited(handed("public"), first=os.dup(listening.fileno()))
     assert inherited.names == {"public"}
     assert inherited.take("admin") is None
@@ -157,7 +157,7 @@ def test_two_sockets_of_one_name_are_refused(listening):
 # --- the daemon -----------------------------------------------------------------------------------------
 
 
-async def test_a_daemon_tells_its_life(tmp_path, manager):
+async def test_a_daemon_notifies_systemd_of_its_states(tmp_path, manager):
     config = write_config(tmp_path, SOURCES)
     async with Daemon(config) as daemon:
         await until(lambda: manager.heard("READY") == ["1"])
@@ -175,7 +175,7 @@ async def test_a_daemon_tells_its_life(tmp_path, manager):
     assert manager.heard("STATUS")[-1] == "draining"
 
 
-async def test_a_long_migration_asks_for_more_time_as_long_as_it_takes(tmp_path, manager, monkeypatch):
+async def test_a_long_migration_requests_more_time(tmp_path, manager, monkeypatch):
     migrate, end = sqlite.migrate, threading.Event()
 
     async def long(connection, path):
@@ -201,7 +201,7 @@ async def test_a_long_migration_asks_for_more_time_as_long_as_it_takes(tmp_path,
         await life
 
 
-async def test_a_long_drain_asks_for_more_time_as_long_as_it_gets_on(tmp_path, manager):
+async def test_a_long_drain_requests_more_time_while_it_progresses(tmp_path, manager):
     async with Recorder() as receiver:
         receiver.open.clear()
         config = write_config(tmp_path, SOURCES, destination("crm", receiver.url))
@@ -215,7 +215,7 @@ async def test_a_long_drain_asks_for_more_time_as_long_as_it_gets_on(tmp_path, m
             receiver.open.set()
 
 
-async def test_the_watchdog_starves_while_the_loop_does_not_turn(tmp_path, manager):
+async def test_the_watchdog_starves_while_the_event_loop_is_blocked(tmp_path, manager):
     async with running(write_config(tmp_path, SOURCES)):
         await until(lambda: len(manager.heard("WATCHDOG")) > 3)
         fed = len(manager.heard("WATCHDOG"))
@@ -289,7 +289,7 @@ async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, m
         assert relay.app._stuck() == []
 
 
-def test_a_reload_that_fails_ends_as_one_that_succeeds_in_serving(manager):
+def test_a_failed_reload_ends_with_ready(manager):
     watchdog = Watchdog(Notifier(), stuck=list, status=lambda: "serving")
     with pytest.raises(RelayError), watchdog.reloading():
         raise RelayError("no such file")
@@ -298,7 +298,7 @@ def test_a_reload_that_fails_ends_as_one_that_succeeds_in_serving(manager):
     assert manager.heard("STATUS") == ["reloading", "serving"]
 
 
-async def test_starvation_is_said_once(manager, caplog):
+async def test_starvation_is_logged_once(manager, caplog):
     watchdog = Watchdog(Notifier(), stuck=lambda: ["the loop limps"], status=lambda: "limping")
     watchdog.started()
     for _ in range(3):
@@ -308,7 +308,7 @@ async def test_starvation_is_said_once(manager, caplog):
     assert manager.heard("WATCHDOG") == []
 
 
-def test_a_lane_that_looks_again_and_again_is_not_stuck():
+def test_a_lane_that_keeps_claiming_is_not_stuck():
     class Lane:
         refills = ((0, True), (0, True))
 
@@ -354,21 +354,21 @@ def analyze(*arguments):
 
 
 @needs_systemd
-def test_systemd_finds_no_fault_in_the_units(units):
+def test_systemd_analyze_finds_no_fault_in_the_units(units):
     assert len(units) == 3
     verified = analyze("verify", "--man=no", *units)
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
 
 
 @needs_systemd
-def test_systemd_finds_a_fault_that_is_there(units):
+def test_systemd_analyze_finds_an_injected_fault(units):
     [service] = [unit for unit in units if unit.suffix == ".service"]
     service.write_text(service.read_text().replace("ProtectClock=yes", "ProtectClok=yes"))
     assert "ProtectClok" in analyze("verify", "--man=no", service).stderr
 
 
 @needs_systemd
-def test_the_service_is_exposed_at_1_4_at_most(units):
+def test_the_security_exposure_of_the_service_is_at_most_1_4(units):
     [service] = [unit for unit in units if unit.suffix == ".service"]
     judged = analyze("security", "--offline=true", "--threshold=14", service)
     assert judged.returncode == 0, judged.stdout
@@ -376,14 +376,14 @@ def test_the_service_is_exposed_at_1_4_at_most(units):
     assert analyze("security", "--offline=true", "--threshold=14", service).returncode != 0
 
 
-def test_the_service_sees_the_users_of_the_machine_so_that_the_audit_names_them():
+def test_the_service_can_read_user_names_for_the_audit_log():
     told = settings(UNITS / "relay.service")
     hiding = {"PrivateUsers", "PrivateUsersEx", "UserNamespacePath", "DynamicUser", "RootImage"}
     assert told.keys() & hiding == set()  # with these it would say "nobody"
 
 
 @pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])
-def test_what_a_unit_sets_is_explained(unit):
+def test_every_setting_of_a_unit_has_a_comment(unit):
     section, explained, bare = "", False, []
     for line in (UNITS / unit).read_text().splitlines():
         if line.startswith("["):
@@ -397,7 +397,7 @@ def test_what_a_unit_sets_is_explained(unit):
     assert bare == []
 
 
-def test_the_sockets_stand_for_the_listeners_of_the_reference():
+def test_the_socket_units_match_the_default_listeners():
     config = tomllib.loads((ROOT / "config.toml").read_text())
     for unit, name, listen in (
         ("relay.socket", "public", config["server"]["listen"]),
@@ -425,7 +425,7 @@ def test_the_service_may_read_what_the_metrics_of_its_process_need(monkeypatch):
 
 
 @needs_systemd
-def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
+def test_the_credential_lines_on_the_page_are_valid(units):
     page = (ROOT / "docs" / "install.md").read_text()
     [line] = re.findall(r"`(LoadCredential=[^`]+)`", page)
     [service] = [unit for unit in units if unit.suffix == ".service"]
@@ -436,7 +436,7 @@ def test_a_credential_of_the_page_is_a_line_that_systemd_takes(units):
     assert 'Credential name "c/r/m" not valid' in analyze("verify", "--man=no", service).stderr
 
 
-def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
+def test_an_invalid_configuration_does_not_cause_a_restart_loop():
     told = settings(UNITS / "relay.service")
     assert told["RestartPreventExitStatus"] == str(CONFIG)
     assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
@@ -445,7 +445,7 @@ def test_a_broken_configuration_neither_loops_nor_uses_up_a_limit():
     ] == []  # it would fail before a socket is held
 
 
-def test_the_commands_of_the_service_are_ones_there_are():
+def test_the_commands_of_the_service_exist():
     service = (UNITS / "relay.service").read_text()
     named = re.findall(r"^Exec\w+=/opt/relay/bin/relay ([\w-]+)", service, re.MULTILINE)
     assert named

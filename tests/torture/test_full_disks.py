@@ -5,7 +5,7 @@ import pytest
 from torture.disk import FLOOR, torture
 
 
-async def test_full_disks_lose_nothing_and_heal_with_kills_in_between(tmp_path):
+async def test_full_disks_and_kills_lose_nothing_and_the_relay_recovers(tmp_path):
     toll = await torture(tmp_path, 4, seed=1)
     assert toll.undelivered == set()
     assert (toll.odd, toll.down, toll.corrupt) == ([], [], [])
@@ -25,7 +25,7 @@ async def test_full_disks_lose_nothing_and_heal_with_kills_in_between(tmp_path):
         ("no-floor", 0, lambda toll: toll.least < FLOOR),
     ],
 )
-async def test_a_relay_that_is_broken_on_a_full_disk_is_found_out(tmp_path, variant, rounds, found):
+async def test_the_check_detects_a_relay_that_fails_on_a_full_disk(tmp_path, variant, rounds, found):
     toll = await torture(tmp_path, rounds, seed=1, variant=variant, drain=2.0)
     assert found(toll)
     assert not toll.fine

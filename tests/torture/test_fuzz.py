@@ -5,7 +5,7 @@ import pytest
 from torture.fuzz import Findings, torture
 
 
-async def test_mutated_requests_are_answered_in_json_and_do_no_harm(tmp_path):
+async def test_mutated_requests_get_json_and_do_no_harm(tmp_path):
     found = await torture(tmp_path, 3000, seed=1)
     assert found.faults == []
     assert found.requests == 3000
@@ -20,13 +20,13 @@ async def test_mutated_requests_are_answered_in_json_and_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("meddling", "fault"), [({"hangs": 0.05}, "no answer"), ({"corrupts": 0.15}, "in the answer")]
 )
-async def test_answers_that_are_held_back_or_spoilt_are_found(tmp_path, meddling, fault):
+async def test_the_check_detects_missing_and_wrong_replies(tmp_path, meddling, fault):
     found = await torture(tmp_path, 300, seed=1, patience=2.0, **meddling)
     assert not found.fine
     assert sum(fault in each for each in found.faults) > 5
 
 
-def test_what_must_not_happen_would_be_told():
+def test_the_check_reports_every_violation():
     assert Findings().fine
     assert not Findings(faults=["500"]).fine
     assert not Findings(logged=2**20).fine

@@ -12,7 +12,7 @@ async def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path):
     assert len(toll.acknowledged) > 20
 
 
-async def test_a_relay_that_answers_before_it_commits_is_found_out(tmp_path):
+async def test_the_check_detects_a_relay_that_replies_before_the_commit(tmp_path):
     toll = await torture(tmp_path, 2, seed=1, variant="acks-early")
     assert toll.lost
     assert not toll.fine

@@ -66,7 +66,7 @@ async def attempts(store):
     return found
 
 
-async def test_in_a_zoo_every_attempt_ends_in_time_and_typed_and_the_healthy_one_gets_everything(
+async def test_beside_broken_receivers_every_attempt_ends_in_time_and_the_healthy_one_gets_everything(
     store, receiver, animals, lags, caplog
 ):
     assert len(animals) >= 30
