@@ -7,6 +7,7 @@ from typing import Any
 from relay.source import FILTERS, Placeholder, SettingError, Takes, Template, parse_path, parse_template
 
 from .keys import Keys
+from .reading import WITHOUT_BODY
 from .rendering import templates_in
 from .settings import ApiKey, Ecdsa, Ed25519, Hmac, ReplySettings, Signed, header_name, names_in
 
@@ -19,7 +20,6 @@ REQUEST: Mapping[str, Takes] = {
 """Placeholders of a request, and whether they take an argument."""
 
 _ITEM: Mapping[str, Takes] = {"item": "either"}
-_WITHOUT_BODY = {"GET", "HEAD", "DELETE"}
 _NO_FILTERS: frozenset[str] = frozenset()
 _MORE: Mapping[str, Callable[[Any], Any]] = {"hmac": str}  # stands for a filter that depends on the secrets
 
@@ -191,7 +191,7 @@ class _Checks:
 
     def _check_has_body(self) -> None:
         methods = self._settings.methods
-        if set(methods) <= _WITHOUT_BODY and not self._settings.handshakes:
+        if set(methods) <= set(WITHOUT_BODY) and not self._settings.handshakes:
             raise ValueError(f"requests with {' or '.join(methods)} have no body; use {{query:…}}")
 
     def _check_credentials(self) -> None:
@@ -224,7 +224,7 @@ class _Checks:
             return
         kinds = {(each.kind, each.argument) for each in template.placeholders}
         covers = ("body", "") in kinds or ("form", "sorted") in kinds or given.body_sha256 is not None
-        if not covers and not set(self._settings.methods) <= _WITHOUT_BODY:
+        if not covers and not set(self._settings.methods) <= set(WITHOUT_BODY):
             text = "the signed text lacks {body}, so anybody could change the body of a signed request"
             self._fault(text, *key, "signed")
 

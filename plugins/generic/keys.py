@@ -96,9 +96,11 @@ class Keys(Source):
     verify_tokens: Annotated[
         tuple[Secret, ...], describe("what the `token` of a handshake is compared with")
     ] = ()
-    examples: Annotated[tuple[Sample, ...], describe("requests that `relay send` sends")] = msgspec.field(
-        default=(), name="samples"
-    )
+    examples: Annotated[
+        tuple[Sample, ...],
+        msgspec.Meta(extra={"unlisted": True}),  # see relay.config.effective
+        describe("requests that `relay send` sends"),
+    ] = msgspec.field(default=(), name="samples")
 
     @property
     def paths(self) -> tuple[str, ...]:

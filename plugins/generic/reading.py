@@ -22,9 +22,11 @@ Steps = tuple[tuple[str, int | None], ...]
 Value = str | msgspec.Raw | None
 """A text; a JSON value as sent; or None for a missing one."""
 
+WITHOUT_BODY = ("GET", "HEAD", "DELETE")
+"""Methods whose requests need no body."""
+
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data"
-_WITHOUT_BODY = ("GET", "HEAD", "DELETE")
 _NONE = msgspec.Raw(b"")  # stands for an absent key
 _PLAIN_KEY = frozenset('"\\')
 _encode = msgspec.json.Encoder().encode
@@ -255,7 +257,7 @@ class Reading:
         incoming, tree, form = self.incoming, self.reader.tree, self.reader.body
         body = incoming.body
         top: Any = None
-        if not body and incoming.method in _WITHOUT_BODY:
+        if not body and incoming.method in WITHOUT_BODY:
             self._values = [None] * tree.size
             return self._values
         if self.has_form:

@@ -38,6 +38,9 @@ _HASHES = ("sha256", "sha1", "sha512")
 Verifier = Callable[[bytes, bytes], bool]
 """Returns whether a signature (without its encoding) belongs to a message."""
 
+Found = Sequence[tuple[bytes, list[str]]]
+"""Signatures, each with the settings of `verify` that it would need."""
+
 
 class Signature:
     """`verify.hmac`, `.ed25519` and `.ecdsa`: a signature over a text that depends on the request."""
@@ -202,30 +205,25 @@ class Signature:
         yield from self._explain(reading, candidates, message)
 
     def _explain(self, reading: Reading, candidates: list[str], message: bytes) -> Iterator[str]:
-        """Yield which variant of the signature or of the message would fit."""
+        """Yield which keys would fit, with which other settings, and what the sender signed."""
+        signatures = list(self._signatures(candidates))
         found = False
         for what, changed in self._messages(reading, message):
-            for encoding, decode in DECODERS.items():
-                for text in candidates:
-                    for trimmed in (text, text.partition("=")[2], text.partition(",")[2]):
-                        signature = decode(trimmed) if trimmed else None
-                        for variant in self._variants(signature, changed):
-                            found = True
-                            yield (
-                                " and ".join(
-                                    each
-                                    for each in (
-                                        variant,
-                                        what,
-                                        "" if decode is self._decode else f'encoding = "{encoding}"',
-                                        "" if trimmed == text else "another `prefix`",
-                                    )
-                                    if each
-                                )
-                                or "the signature fits"
-                            )
+            for key, settings in self._fitting(signatures, changed):
+                found = True
+                other = f" with {' and '.join(settings)}" if settings else ""
+                yield f"{key} fits{other}{what and f': the sender signed {what}'}"
         if not found:
             yield "no configured key fits, in any encoding: the sender signs with another key, or other bytes"
+
+    def _signatures(self, candidates: list[str]) -> Iterator[tuple[bytes, list[str]]]:
+        """Yield what the signatures in the header could mean, with the settings that would say so."""
+        for encoding, decode in DECODERS.items():
+            settings = [] if decode is self._decode else [f'encoding = "{encoding}"']
+            for text in candidates:
+                for prefix in ("", text.partition("=")[0] + "=", text.partition(",")[0] + ","):
+                    if text.startswith(prefix) and (signature := decode(text.removeprefix(prefix))):
+                        yield signature, [*settings, *([f'prefix = "{prefix}"'] if prefix else [])]
 
     def _messages(self, reading: Reading, message: bytes) -> Iterator[tuple[str, bytes]]:
         """Yield the signed text, and variants of it with what happened to it on its way."""
@@ -234,30 +232,31 @@ class Signature:
         for what, changed in (
             ("the body without the line end that was added to it", body.rstrip(b"\r\n")),
             ("the body with the line end that was removed from it", body + b"\n"),
-            ("the body with its original line ends (CRLF)", body.replace(b"\n", b"\r\n")),
-            ("the body with its original line ends (LF)", body.replace(b"\r\n", b"\n")),
+            ("the body with other line ends (CRLF)", body.replace(b"\n", b"\r\n")),
+            ("the body with other line ends (LF)", body.replace(b"\r\n", b"\n")),
             ("the body before it was parsed and written again", _compact(body)),
         ):
-            if self._covers_body and changed not in (body, b""):
+            if self._covers_body and body and changed not in (body, b""):
                 yield what, message.replace(body, changed)
         if self._covers_body and message != body:
-            yield 'signed = "{body}"', body
+            yield "the body alone", body
         url = reading.url.encode()
         if url in message:
             for what, other in (
-                ("http:// in `public_url`", b"http://" + url.partition(b"://")[2]),
-                ("https:// in `public_url`", b"https://" + url.partition(b"://")[2]),
+                ("a URL with http://, unlike `public_url`", b"http://" + url.partition(b"://")[2]),
+                ("a URL with https://, unlike `public_url`", b"https://" + url.partition(b"://")[2]),
                 ("a URL without its query", url.partition(b"?")[0]),
                 ("a URL with a slash at its end", url + b"/"),
             ):
                 if other != url:
                     yield what, message.replace(url, other)
 
-    def _variants(self, signature: bytes | None, message: bytes) -> Iterator[str]:
-        """Yield the keys that fit."""
+    def _fitting(self, signatures: Found, message: bytes) -> Iterator[tuple[str, list[str]]]:
+        """Yield the keys that fit one of the signatures, with the settings that would say so."""
         for at, fits in enumerate(self._verifiers):
-            if signature is not None and fits(signature, message):
-                yield f"public_keys[{at}] fits"
+            for signature, settings in signatures:
+                if fits(signature, message):
+                    yield f"public_keys[{at}]", settings
 
     def sign(self, incoming: Incoming) -> Incoming:
         """See `Scheme`; only the sender has the private keys."""
@@ -306,15 +305,16 @@ class HmacSignature(Signature):
         state.update(text_of(value).encode())
         return _ENCODERS[self._hmac.encoding](state.digest())
 
-    def _variants(self, signature: bytes | None, message: bytes) -> Iterator[str]:
-        if signature is None:
-            return
+    def _fitting(self, signatures: Found, message: bytes) -> Iterator[tuple[str, list[str]]]:
         for at, secret in enumerate(self._secrets):
-            for what, key in _key_variants(secret, self._hmac):
+            for key, settings in _key_variants(secret, self._hmac):
                 for algorithm in _HASHES:
-                    if hmac.compare_digest(hmac.digest(key, message, algorithm), signature):
-                        other = "" if algorithm == self._hmac.algorithm else f' and algorithm = "{algorithm}"'
-                        yield f"secrets[{at}] fits{what}{other}"
+                    same = algorithm == self._hmac.algorithm
+                    digest = hmac.digest(key, message, algorithm)
+                    for signature, others in signatures:
+                        if hmac.compare_digest(digest, signature):
+                            hash_ = [] if same else [f'algorithm = "{algorithm}"']
+                            yield f"secrets[{at}]", [*settings, *hash_, *others]
 
     def sign(self, incoming: Incoming) -> Incoming:
         """See `Scheme`."""
@@ -355,19 +355,19 @@ def key_of(secret: str, settings: Hmac) -> bytes:
     return key
 
 
-def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[str, bytes]]:
-    """Yield a configured secret's key, and others that it could mean, each with what differs."""
-    yield "", key_of(secret, settings)
+def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[bytes, list[str]]]:
+    """Yield a configured secret's key, and others that it could mean, with the settings that would say so."""
+    yield key_of(secret, settings), []
     if settings.key_prefix:
-        yield ' with key_encoding = "text" and without key_prefix', secret.encode()
+        yield secret.encode(), ['key_encoding = "text"', "no key_prefix"]
     bare = secret.removeprefix(settings.key_prefix)
     for encoding, decode in DECODERS.items():
         if encoding != settings.key_encoding and (key := decode(bare.strip())):
-            yield f' with key_encoding = "{encoding}"', key
+            yield key, [f'key_encoding = "{encoding}"']
     if settings.key_encoding != "text":
-        yield ' with key_encoding = "text"', bare.encode()
+        yield bare.encode(), ['key_encoding = "text"']
     if bare.strip() != bare:
-        yield " without the white space around it", bare.strip().encode()
+        yield bare.strip().encode(), ["no white space around it"]
 
 
 def _fits(state: hmac.HMAC, signature: bytes, message: bytes) -> bool:

@@ -8,9 +8,9 @@ from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
 
 from .compiled import Compiled
 from .keys import Keys
-from .reading import Reading
+from .reading import WITHOUT_BODY, Reading
 from .samples import renewed
-from .settings import Verify
+from .settings import Sample, Verify
 
 
 class Generic(Keys, kind="generic", dict=True):
@@ -102,8 +102,12 @@ class Generic(Keys, kind="generic", dict=True):
         return tuple(self.compiled.scheme.explain(Reading(self.compiled.reader, incoming)))
 
     def samples(self) -> tuple[Incoming, ...]:
-        """See `Source.samples`."""
-        return tuple(each.request(self.paths[0]) for each in self.examples)
+        """Return the configured samples, else an empty request, which `relay send --data` can fill."""
+        method, headers, body = self.methods[0], {"Content-Type": "application/json"}, "{}"
+        if method in WITHOUT_BODY:
+            headers, body = {}, ""
+        empty = Sample(name="request", method=method, headers=headers, body=body)
+        return tuple(each.request(self.paths[0]) for each in self.examples or (empty,))
 
     def sign(self, incoming: Incoming) -> Incoming:
         """Return a sample with credentials, and with a new idempotency key."""

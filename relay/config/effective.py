@@ -9,12 +9,16 @@ import msgspec
 
 from relay.base.units import Rate, render_duration, render_rate
 from relay.config.problems import dotted
-from relay.config.schema import Config, SourceConfig
+from relay.config.schema import Config, DestinationConfig, SourceConfig
 from relay.config.secrets import Secret, Secrets
 from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
-_OURS = {"path", "included", "warnings", "name", "settings", "compiled"}  # fields that nobody writes
+_OURS: dict[type, set[str]] = {  # fields that nobody writes
+    Config: {"path", "included", "warnings"},
+    SourceConfig: {"name", "settings", "compiled"},
+    DestinationConfig: {"name"},
+}
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
@@ -43,12 +47,19 @@ def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(record: msgspec.Struct) -> dict[str, Any]:
+    ours = _OURS.get(type(record), ())
     values = {
         field.encode_name: _value(getattr(record, field.name), _unit(field.type))
         for field in msgspec.structs.fields(record)
-        if field.name not in _OURS
+        if field.name not in ours and _is_shown(field.type)
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _is_shown(type_: Any) -> bool:
+    """Return whether a key is listed: samples of requests are not, because they fill a screen."""
+    notes = getattr(type_, "__metadata__", ())
+    return not any((each.extra or {}).get("unlisted") for each in notes if isinstance(each, msgspec.Meta))
 
 
 def _value(value: Any, unit: str | None) -> Any:

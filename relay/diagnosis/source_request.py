@@ -10,8 +10,9 @@ from multidict import CIMultiDictProxy
 
 from relay.base.clock import SECOND
 from relay.base.units import render_size
+from relay.config.problems import dotted
 from relay.config.schema import SourceConfig
-from relay.config.secrets import Credential, Secrets
+from relay.config.secrets import Credential, Secret, Secrets
 from relay.config.tokens import Token
 from relay.diagnosis.body import explain_malformed, is_twice_encoded
 from relay.diagnosis.captured import Captured, Finding, Report
@@ -283,12 +284,13 @@ def _verify(
                 cause="plugin",
                 where=f'plugin "{source.plugin}"',
                 what=line,
-                do="see the documentation of the plugin",
+                do=f"compare [sources.{source.name}] with the sender's settings",
             )
             for line in source.settings.diagnose(incoming)
         ]
         if incoming.compared:
             own, others = _divided(source, incoming.compared[-1], tokens)
+            own += _clear_tokens(source, incoming)
             return None, [explain_token(refusal, incoming, own, others), *findings]
         return None, findings or [_refused(source, refusal)]
     except Refusal as refusal:
@@ -296,8 +298,20 @@ def _verify(
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
         return None, [_failed(source, error)]
     used = [token for token in tokens if token.kind == "source" and token.owner == source.name]
-    token = token_of(incoming, used) if incoming.compared else None
+    token = token_of(incoming, [*used, *_clear_tokens(source, incoming)]) if incoming.compared else None
     return None if token is None else token.key, []
+
+
+def _clear_tokens(source: SourceConfig, incoming: _Watched) -> list[Token]:
+    """Return the accepted tokens of a source that keeps clear text, because they may be keys as well."""
+    settings, compared = source.settings, incoming.compared[-1]
+    return [
+        Token(secret=secret, key=dotted(("sources", source.name, key, at)), kind="source", owner=source.name)
+        for name, key in zip(settings.__struct_fields__, settings.__struct_encode_fields__, strict=True)
+        if isinstance(value := getattr(settings, name), tuple)
+        for at, secret in enumerate(value)
+        if isinstance(secret, Secret) and compared.find(secret.reveal().strip().encode()) is not None
+    ]
 
 
 def _divided(

@@ -52,7 +52,7 @@ def test_a_genuine_request_is_valid_with_its_event(tmp_path, name):
         ("github", {"body": lambda text: json.dumps(json.loads(text))}, "parsed and written again"),
         ("stripe", {"at": "2023-11-15T00:00:00Z"}, "too old"),
         ("slack", {"at": "2023-11-14T20:00:00Z"}, "too far in the future"),
-        ("twilio", {"scheme": "http"}, "https:// in `public_url`"),
+        ("twilio", {"scheme": "http"}, "https://, unlike `public_url`"),
         ("twilio", {"table": 'secrets = ["wrong"]\n'}, "no configured key fits"),
         ("gitlab", {"headers": [("X-Gitlab-Token", "guess")]}, "Unknown key"),
         ("standard-webhooks", {"headers": [("webhook-signature", "v1,AAAA")]}, "signature"),

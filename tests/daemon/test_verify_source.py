@@ -416,3 +416,48 @@ def test_on_a_terminal_a_finding_is_followed_by_its_hint(config, tmp_path):
     assert first == "headers: header Authorization: missing"
     assert second.startswith("  have the sender send `Authorization: Bearer TOKEN`")
     assert third == "event: moddy.member_joined, subject 42"
+
+
+GENERIC = """
+[sources.hooks]
+plugin = "generic"
+path = "/hooks"
+secrets = ["first-key", "second-key"]
+verify = { hmac = { header = "X-Sign" } }
+type = "{body:kind}"
+[sources.calls]
+plugin = "generic"
+path = "/calls"
+secrets = ["first-token", "second-token"]
+verify = "bearer"
+type = "call"
+"""
+
+
+def test_a_generic_source_says_which_key_and_settings_would_fit(tmp_path):
+    config = write_config(tmp_path, GENERIC)
+    body = '{"kind": "paid"}'
+
+    def said(signature, code=1):
+        text = request(f"X-Sign: {signature}", path="/hooks", body=body)
+        return verify(config, text, "--json", source="hooks", code=code).json
+
+    mac = hmac.digest(b"second-key", body.encode(), "sha256")
+    fine = said(mac.hex(), code=0)
+    assert (fine["ok"], fine["type"]) == (True, "hooks.paid")
+    found = said(base64.b64encode(mac).decode())["findings"]
+    assert [each["what"] for each in found] == ['secrets[1] fits with encoding = "base64"']
+    assert found[0]["do"] == "compare [sources.hooks] with the sender's settings"
+    assert "second-key" not in str(found)
+    text = request(f"X-Sign: {mac.hex()}", path="/hooks", body=body)
+    shown = verify(config, text, source="hooks", code=0).out
+    assert shown == "valid: the source accepts these credentials\nevent: hooks.paid\n"
+
+
+def test_a_generic_source_names_its_bearer_token(tmp_path):
+    config = write_config(tmp_path, GENERIC)
+    text = request("Authorization: Bearer second-token", path="/calls", body="{}")
+    assert verify(config, text, "--json", source="calls", code=0).json["fits"] == "sources.calls.secrets[1]"
+    text = request("Authorization: Bearer second-tokem", path="/calls", body="{}")
+    [finding] = verify(config, text, "--json", source="calls").json["findings"]
+    assert finding["where"] == "header Authorization"

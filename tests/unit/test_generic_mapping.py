@@ -382,3 +382,10 @@ def test_samples_are_requests_to_the_first_path():
     (sample,) = source.samples()
     assert (sample.method, sample.path, sample.query) == ("POST", "/hooks/shop/store", "q=1")
     assert source.receive(sample).event.type == "order"
+
+
+def test_without_samples_there_is_an_empty_request_to_fill():
+    (sample,) = load_table("").samples()
+    assert (sample.label, sample.method, sample.body) == ("request", "POST", b"{}")
+    (sample,) = load_table('methods = ["GET"]').samples()
+    assert (sample.method, sample.body) == ("GET", b"")

@@ -279,7 +279,7 @@ def test_an_ed25519_signature_is_accepted():
         signature = ED.sign(f"{AT}".encode() + BODY).hex()
         assert problem_of(source, incoming(BODY, {"S": signature, "T": str(AT)}, at=AT)) == ""
         assert source.diagnose(incoming(BODY + b"\n", {"S": signature, "T": str(AT)}, at=AT)) == (
-            "public_keys[1] fits and the body without the line end that was added to it",
+            "public_keys[1] fits: the sender signed the body without the line end that was added to it",
         )
         for other in (signature[:-2], "00" * 64, "zz"):
             assert problem_of(source, incoming(BODY, {"S": other, "T": str(AT)}, at=AT))
@@ -356,9 +356,9 @@ def test_a_signed_sample_is_accepted(verify):
     ("keys", "headers", "body", "says"),
     [
         ("", {}, BODY, "the header X-Sign is missing"),
-        ("", {"X-Sign": base64_of(BODY)}, BODY, 'secrets[1] fits and encoding = "base64"'),
-        ("", {"X-Sign": f"sha256={hex_of(BODY)}"}, BODY, "secrets[1] fits and another `prefix`"),
-        ("", {"X-Sign": hex_of(BODY, algorithm="sha1")}, BODY, 'secrets[1] fits and algorithm = "sha1"'),
+        ("", {"X-Sign": base64_of(BODY)}, BODY, 'secrets[1] fits with encoding = "base64"'),
+        ("", {"X-Sign": f"sha256={hex_of(BODY)}"}, BODY, 'secrets[1] fits with prefix = "sha256="'),
+        ("", {"X-Sign": hex_of(BODY, algorithm="sha1")}, BODY, 'secrets[1] fits with algorithm = "sha1"'),
         ("", {"X-Sign": hex_of(BODY)}, BODY + b"\n", "the body without the line end that was added to it"),
         ("", {"X-Sign": hex_of(b'{"a":1,"b":2}')}, b'{ "a": 1, "b": 2 }', "before it was parsed and written"),
         ("", {"X-Sign": hex_of(BODY, b"wrong")}, BODY, "no configured key fits"),
@@ -366,7 +366,7 @@ def test_a_signed_sample_is_accepted(verify):
         ('key_encoding = "base64"', {"X-Sign": hex_of(BODY, b"czNjcmV0")}, BODY,
          'secrets[1] fits with key_encoding = "text"'),
         ('signed = "{url}{body}"', {"X-Sign": hex_of(b"http://h.example/hooks/shop/berlin" + BODY)}, BODY,
-         "http:// in `public_url`"),
+         "a URL with http://, unlike `public_url`"),
         ('signed = "{header:X}{body}"', {"X-Sign": hex_of(BODY)}, BODY, "The signed text has no {header:X}"),
     ],
 )  # fmt: skip
