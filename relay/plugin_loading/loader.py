@@ -5,6 +5,7 @@ A reload reads the file again with the plugins that are already loaded: plugin c
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ _AT_START = {
     "plugins": ("dirs",),
 }
 """Keys, by table, that only a restart applies; `state_dir` is another."""
+
+_SEGMENT = re.compile(r"[^{}?#\s]*|\{[^{}]+\}")
+"""A segment of a path."""
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,8 +261,13 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
     """Make the plugin's own record; what its code raises is a problem of the table, never a traceback."""
     try:
         settings = binder.struct(kind.source, table, path)
-        for warning in settings.warnings() if settings is not None else ():
+        if settings is None:
+            return None
+        for warning in settings.warnings():
             binder.warn(path, warning)
+        _check_routes(settings)
+        settings.is_open()
+        settings.needs_body()
     except Refusal as refusal:
         binder.report(path, refusal.detail)
     except (ValueError, ExceptionGroup) as error:
@@ -272,31 +281,63 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
 
 
 def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
-    """Report two sources of which both want some requests, or the errors below the same prefix.
+    """Report two sources of which both want some paths, or the errors below the same prefix.
 
     A placeholder matches every segment, so `/hooks/{shop}` of one source and `/hooks/github` of another want
-    the same requests. Within a source, the literal wins.
+    the same requests. Within a source, the literal wins. All methods of a path belong to one source, because
+    that source also answers the methods that it has no route for.
     """
-    claimed = {"GET /health": "the relay itself"}
-    by_method: dict[str, list[tuple[str, str]]] = {}  # paths with their owners
+    prefixes: dict[str, str] = {}  # owners
+    literals = {"/health": "the relay itself"}
+    templates: dict[str, str] = {}
     for name, source in sources.items():
         settings, owner = source.settings, f'source "{name}"'
-        routes = [(method, source.prefix + route) for method, route, _ in settings.routes()]
-        claims = [f"everything below {source.prefix}{prefix}" for prefix in settings.owned()]
-        claims += [f"{method} {route}" for method, route in routes]
-        rivals = [(claim, claimed.setdefault(claim, owner)) for claim in claims]
-        for method, route in routes:
+        routes: dict[str, str] = {}  # one method of each path
+        for method, path, _ in settings.routes():
+            routes.setdefault(source.prefix + path, method)
+        owned = [source.prefix + prefix for prefix in settings.owned()]
+        rivals = [(f"everything below {prefix}", prefixes.setdefault(prefix, owner)) for prefix in owned]
+        for path, method in routes.items():
+            if rival := literals.get(path) or templates.get(path):
+                rivals.append((f"{method} {path}", rival))
+            known = (literals | templates) if "{" in path else templates
             rivals += [
-                (f"{method} {route}", f"{rival} ({path})")
-                for path, rival in by_method.get(method, ())
-                if ("{" in path or "{" in route) and _meet(path, route)
+                (f"{method} {path}", f"{rival} ({other})")
+                for other, rival in known.items()
+                if other != path and _meet(path, other)
             ]
         for claim, rival in rivals:
             if rival != owner:
-                binder.report(("sources", name), f"claims {claim}, as {rival} does; give it a `prefix`")
+                has_path = "path" in settings.__struct_encode_fields__
+                advice = "give it another `path`, or a `prefix`" if has_path else "give it a `prefix`"
+                binder.report(("sources", name), f"claims {claim}, as {rival} does; {advice}")
                 break
-        for method, route in routes:
-            by_method.setdefault(method, []).append((route, owner))
+        for path in routes:
+            (templates if "{" in path else literals).setdefault(path, owner)
+
+
+def _check_routes(source: Source) -> None:
+    """Check what a source says of its paths, which its plugin may compute from the settings.
+
+    Raises:
+        RuntimeError: the relay could not serve such a path.
+    """
+    if not all(prefix.startswith("/") for prefix in source.owned()):
+        raise RuntimeError(f'owned() must return paths such as "/hooks", got {source.owned()!r}')
+    for method, path, name in source.routes():
+        segments = path.split("/")
+        names = [segment.strip("{}").removesuffix(":path") for segment in segments if "{" in segment]
+        if not path.startswith("/") or not all(map(_SEGMENT.fullmatch, segments)):
+            raise RuntimeError(
+                f"the path {path!r} must begin with a slash, and its segments must be literal or {{name}}"
+            )
+        if len(set(names)) < len(names) or path.count(SPANNING) > 1:
+            raise RuntimeError(f"the path {path!r} has a name, or {{name:path}}, twice")
+        if not method.isupper():
+            raise RuntimeError(f"the method of {path} must be in capitals, got {method!r}")
+        is_method = callable(getattr(source, name, None))
+        if not is_method:
+            raise RuntimeError(f"{name!r}, the handler of {method} {path}, is not a method")
 
 
 def _meet(one: str, other: str) -> bool:

@@ -599,7 +599,12 @@ def test_a_prefix_allows_a_second_instance_of_a_plugin(setup):
 
 @pytest.mark.parametrize(
     ("route", "claim"),
-    [("/internal/event/notify", "POST /internal/event/notify"), ("/health", "GET /health")],
+    [
+        ("/internal/event/notify", "POST /internal/event/notify"),
+        ("/internal/event/notify", "GET /internal/event/notify"),
+        ("/health", "GET /health"),
+        ("/health", "POST /health"),
+    ],
 )
 def test_two_sources_with_one_route_stop_the_start(told, plugins, route, claim):
     method = claim.split()[0]
@@ -618,12 +623,15 @@ def test_two_sources_with_one_route_stop_the_start(told, plugins, route, claim):
 ROUTED = """
 class Routed(Source, kind="routed"):
     path: str
+    method: str = "POST"
+    handler: str = "event"
 
     def owned(self):
         return ()
 
     def routes(self):
-        return (("POST", self.path, "event"),)
+        1 / len(self.path)  # fails without a path
+        return ((self.method, self.path, self.handler),)
 
     def event(self, incoming):
         pass
@@ -655,11 +663,40 @@ def relay_sources(): return [Routed]
 def test_two_sources_whose_routes_overlap_are_refused(told, plugins, one, other, meet):
     (plugins / "routed.py").write_text(HEAD + ROUTED)
     two = f"[sources.a]\nplugin = 'routed'\npath = '{one}'\n[sources.b]\nplugin = 'routed'\npath = '{other}'"
-    found = told(f"{two}\n[sources.c]")
-    rival = 'source "a"' if one == other and "{" not in one else f'source "a" ({one})'
-    problem = f"config.toml:4: sources.b: claims POST {other}, as {rival} does; give it a `prefix`"
+    found = told(f"{two}\nmethod = 'GET'\n[sources.c]")
+    rival = 'source "a"' if one == other else f'source "a" ({one})'
+    advice = "give it another `path`, or a `prefix`"
+    problem = f"config.toml:4: sources.b: claims GET {other}, as {rival} does; {advice}"
     assert (problem in found) is meet
     assert len(found) == 1 + meet
+
+
+def test_a_placeholder_of_a_source_may_not_stand_for_the_path_of_health(told, plugins):
+    (plugins / "routed.py").write_text(HEAD + ROUTED)
+    (problem,) = told("[sources.a]\nplugin = 'routed'\npath = '/{shop}'")
+    assert "claims POST /{shop}, as the relay itself (/health) does" in problem
+
+
+@pytest.mark.parametrize(
+    ("route", "says"),
+    [
+        (("POST", "hooks", "event"), "the path 'hooks' must begin with a slash"),
+        (("POST", "/hooks?a=1", "event"), "the path '/hooks?a=1' must begin with a slash"),
+        (("POST", "/hooks/x{shop}", "event"), "the path '/hooks/x{shop}' must begin with a slash"),
+        (("POST", "/{a}/{a}", "event"), "the path '/{a}/{a}' has a name"),
+        (("POST", "/{a:path}/{b:path}", "event"), "has a name, or {name:path}, twice"),
+        (("post", "/hooks", "event"), "the method of /hooks must be in capitals, got 'post'"),
+        (("GET", "/none", "none"), "'none', the handler of GET /none, is not a method"),
+        (("GET", "", "event"), "ZeroDivisionError"),
+    ],
+)
+def test_a_path_that_the_relay_cannot_serve_stops_the_start(told, plugins, route, says):
+    method, path, handler = route
+    (plugins / "routed.py").write_text(HEAD + ROUTED)
+    table = f"[sources.a]\nplugin = 'routed'\nmethod = '{method}'\npath = '{path}'\nhandler = '{handler}'"
+    (problem,) = told(table)
+    assert problem.startswith('config.toml:1: sources.a: the plugin "routed" (')
+    assert says in problem
 
 
 def test_an_unknown_kind_is_not_reported_while_a_plugin_is_broken(told, plugins):
