@@ -27,6 +27,20 @@ BATCH = 6  # part of a batch failed
 CONFIG = 78  # `relay serve`: config.toml is invalid, so a restart does not help (EX_CONFIG)
 INTERRUPTED = 130  # Ctrl-C, the code that shells use
 
+EXIT_CODES = {
+    0: "done",
+    FAILED: "failed, or found problems",
+    2: "invalid option or argument",
+    UNREACHABLE: "cannot connect to the daemon",
+    NOTHING: "not found",
+    NOT_ALLOWED: "not permitted",
+    BATCH: "partly done: some items were skipped",
+    CONFIG: "`relay serve` only: the configuration is invalid, so a restart does not help"
+    " (`check-config` exits with 1)",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+"""What each exit code means, as in docs/cli.md and in the man pages."""
+
 
 class CommandError(RelayError):
     """A command failed; `code` is its exit code."""

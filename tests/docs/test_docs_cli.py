@@ -11,6 +11,7 @@ from golden.pages import HELP, PAGE, TABLE, file_of, help_of, table
 from relay.api.app import describe
 from relay.cli import COMMANDS
 from relay.cli.endpoint import route_of
+from relay.cli.main import EXIT_CODES
 
 TEXT = PAGE.read_text()
 HEAVY = ("aiohttp", "aiosqlite", "apscheduler", "pluggy", "prometheus_client")
@@ -112,3 +113,8 @@ def test_commands_that_only_call_the_api_import_no_event_loop_and_no_store():
     asks = ("deliveries", "destinations", "doctor", "events", "stats", "status", "workers")
     code = f"import {', '.join(f'relay.cli.{name}' for name in asks)}"
     assert not modules_of(code) & {"asyncio", "relay.store", "relay.cli.offline"}
+
+
+def test_the_exit_codes_are_on_the_page():
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", TEXT.partition("## Exit codes")[2], re.MULTILINE)
+    assert dict(rows) == {str(code): meaning for code, meaning in EXIT_CODES.items()}

@@ -1,5 +1,6 @@
 """The Debian package, built as docs/install.md says and installed in a clean root."""
 
+import gzip
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from commands import EVERY
 from machines import CHECKOUT, DEBIAN, Root, copy_checkout, offline
 from wire import exchange, request
 
@@ -82,10 +84,14 @@ def test_the_package_has_a_valid_configuration_that_only_the_service_can_read(in
     assert installed.run("relay", "check-config", "/etc/relay/config.toml") == (
         "/etc/relay/config.toml: ok (0 sources, 0 destinations)\n"
     )
-    files = ("/etc/relay", *(f"/etc/relay/{name}" for name in ("config.toml", "environment", "credentials")))
+    files = (
+        "/etc/relay",
+        *(f"/etc/relay/{name}" for name in ("conf.d", "config.toml", "environment", "credentials")),
+    )
     modes = installed.run("stat", "-c", "%a %U:%G %n", *files)
     assert modes.splitlines() == [
         "750 root:relay /etc/relay",
+        "750 root:relay /etc/relay/conf.d",
         "640 root:relay /etc/relay/config.toml",
         "640 root:relay /etc/relay/environment",
         "700 root:root /etc/relay/credentials",
@@ -104,6 +110,23 @@ def test_the_package_is_complete_and_starts_nothing(installed):
         assert shipped == (CHECKOUT / "systemd" / unit).read_text()
 
 
+def test_the_package_has_man_pages_completions_a_schema_and_a_bill_of_materials(installed):
+    share = installed.path / "usr/share"
+    pages = {path.name.removesuffix(".1.gz") for path in (share / "man/man1").iterdir()}
+    assert pages == {"hookferry", *("-".join(("relay", *path)) for path in EVERY)}
+    page = gzip.decompress((share / "man/man1/relay-events-list.1.gz").read_bytes()).decode()
+    assert "\n.B \\-\\-source TEXT\nName of the source." in page
+    for file, word in (
+        ("bash-completion/completions/relay", "_RELAY_COMPLETE=bash_complete"),
+        ("zsh/vendor-completions/_relay", "#compdef relay"),
+        ("fish/vendor_completions.d/relay.fish", "_RELAY_COMPLETE=fish_complete"),
+        ("doc/hookferry/config.schema.json", "hookferry's config.toml"),
+    ):
+        assert word in (share / file).read_text()
+    bill = json.loads((share / "doc/hookferry/sbom.cdx.json").read_text())
+    assert {"aiohttp", "uvloop", "cryptography"} <= {each["name"] for each in bill["components"]}
+
+
 def test_the_package_contains_no_build_path(package, installed):
     found = subprocess.run(
         ["grep", "-rl", "-e", "/tmp/", "--include=*.pyc", "--include=relay", "--include=*.cfg", "opt/relay"],
@@ -114,6 +137,9 @@ def test_the_package_contains_no_build_path(package, installed):
     ).stdout
     ours = [path for path in found.splitlines() if "/relay/" in path.removeprefix("opt/relay/")]
     assert ours == []
+    records = list((installed.path / "opt/relay/lib").rglob("RECORD"))
+    assert records
+    assert not [each for each in records if "../bin/" in each.read_text()]  # scripts with the build's folder
 
 
 async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
