@@ -31,10 +31,9 @@ from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
 from relay.plugin_loading.observers import Observers
-from relay.process.descriptors import connection_cap, log_sparingly, raise_limit
-from relay.process.health import Health
+from relay.process.descriptors import connection_cap, limit_accept_errors, raise_limit
+from relay.process.health import Health, LoopLag
 from relay.process.logs import in_one_line, on_drop
-from relay.process.loop_lag import Lag
 from relay.process.sockets import address, bind, bind_unix, listen, url
 from relay.process.state_dir import StateDir
 from relay.process.systemd import Inherited, Notifier
@@ -48,17 +47,17 @@ from relay.workers.watch import Rulebook
 
 log = logging.getLogger("relay")
 
-FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that only moved memory
+FLUSH_EVERY = 2.0  # seconds between flushes of heartbeats that are only in memory
 EXPIRE_EVERY = 1.0
 FORGET_EVERY = 3600.0
 DISK_EVERY = 1.0
 RETENTION_EVERY = 10.0  # seconds between passes of retention while the disk is full
-OPEN_EVERY = 1.0  # seconds between tries to open a store that cannot be opened at the moment
+OPEN_EVERY = 1.0  # seconds between attempts to open a store that cannot be opened at the moment
 LEDGER_EVERY = 15.0
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
 GC_THRESHOLDS = (20_000, 20, 100)
-"""Run the cycle collector a thirtieth as often as by default, where it took a tenth of an event's CPU.
+"""Run the cycle collector a thirtieth as often as by default; the default costs a tenth of an event's CPU.
 
 Therefore no reference cycle may hold a body: `tests/daemon/test_memory.py` checks that, `bench/memory.py`
 measures it."""
@@ -98,7 +97,7 @@ class App:
             on_status_change=self.metrics.count_status_change,
             observe_seconds=self.metrics.commit_seconds.observe,
             observe_requests=self.metrics.commit_events.observe,
-            on_fatal=_die,
+            on_fatal=_exit_at_once,
             durability=config.storage.durability,
             min_free=config.storage.min_free_disk,
             reserve=DISK_RESERVE,
@@ -118,12 +117,12 @@ class App:
         self.listeners.append(self.dispatcher.listen)
         if setup.observers:
             self.listeners.append(self.observers.listen)
-        self.metrics.weigh(self.store.files)
+        self.metrics.add_files(self.store.files)
         for kind in setup.kinds.values():
             if kind.preset is None:  # there are dozens of presets for one kind
                 self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
-        self.lag = Lag(self.metrics)
+        self.loop_lag = LoopLag(self.metrics.lag.set)
         self.jobs = Jobs(clock, self.metrics)
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
         self.replays = Replays(store=self.store, router=self.state.router, clock=clock)
@@ -172,13 +171,13 @@ class App:
             self.state_dir.take()
             life.callback(self.state_dir.release)
             public, admin = self._listeners(life)
-            door = socket_path(config)
-            unix = bind_unix(door)
+            admin_socket = socket_path(config)
+            unix = bind_unix(admin_socket)
             life.callback(unix.close)
-            life.callback(door.unlink, missing_ok=True)
+            life.callback(admin_socket.unlink, missing_ok=True)
 
             self._warn()
-            addresses = Addresses(url(public), None if admin is None else url(admin), door)
+            addresses = Addresses(url(public), None if admin is None else url(admin), admin_socket)
             announce = partial(self._announce, addresses, on_ready)
             if not await self._open_store(public, unix, admin, announce):
                 return
@@ -205,8 +204,8 @@ class App:
             life.callback(self.api.hang_up)
             await self._check_disk()
             await self.ledger_check.check()
-            self.lag.start()
-            life.callback(self.lag.stop)
+            self.loop_lag.start()
+            life.callback(self.loop_lag.stop)
             server = Server(
                 self.ingest.handle,
                 implementation=self.listener,
@@ -223,9 +222,9 @@ class App:
             self.reloads.open()
             await self.stopping.wait()
             self._drain()
-        self._say_end()
+        self._log_end()
 
-    def _say_end(self) -> None:
+    def _log_end(self) -> None:
         if self.store.unsaved:
             log.critical("stopped; the database has no intact copy, see docs/storage.md, section Losses")
         else:
@@ -260,7 +259,7 @@ class App:
         try:
             await self.store.open()
         except StorageUnavailableError as error:
-            log.error("the store cannot be opened, senders are refused with 503: %s", in_one_line(error))  # noqa: TRY400 - said in words
+            log.error("the store cannot be opened, senders are refused with 503: %s", in_one_line(error))  # noqa: TRY400 - the message says it
         else:
             return True
         async with AsyncExitStack() as waiting:
@@ -273,7 +272,7 @@ class App:
                 waiting.push_async_callback(runner.cleanup)
             server = Server(self.ingest.handle, implementation=self.listener)
             await server.listen(public.dup())
-            waiting.push_async_callback(self._move_on, server)
+            waiting.push_async_callback(self._stop_waiting, server)
             self.health.phase = None
             announce()
             while not self.stopping.is_set():
@@ -290,8 +289,8 @@ class App:
                     return True
         return False
 
-    async def _move_on(self, server: Server) -> None:
-        """Let requests in progress finish, then close their connections."""
+    async def _stop_waiting(self, server: Server) -> None:
+        """Stop the server that answers while the store cannot be opened, after its current requests."""
         server.leave()
         await server.stop_listening()
         await server.finish(1.0)
@@ -313,16 +312,16 @@ class App:
         return public, private
 
     async def _close(self, server: Server) -> None:
-        """Let requests in progress finish; answer new ones on open connections with 503."""
+        """Let requests in progress finish; new ones on open connections get 503."""
         server.leave()
         await server.stop_listening()
         self.ingest.admission.draining = True
         await server.finish(self._time_left())
         await server.close(grace=1.0)
-        await self._say_farewells()
+        await self._unregister_refused()
 
-    async def _say_farewells(self) -> None:
-        """Unregister the workers whose unregister was refused during the shutdown."""
+    async def _unregister_refused(self) -> None:
+        """Unregister the workers whose unregister request was refused during the shutdown."""
         if self.store.failure is None:
             with suppress(StorageError, TimeoutError):
                 await asyncio.wait_for(self.store.workers.sweep(at=0), max(1.0, self._time_left()))
@@ -378,7 +377,7 @@ class App:
 
     async def _forget_workers(self) -> None:
         """Delete workers that have been offline for long, and old worker metrics and commands."""
-        await self.store.workers.change(lambda fleet: fleet.forget_old())
+        await self.store.workers.change(lambda workers: workers.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.upkeep.prune_worker_metrics(before):
             pass
@@ -415,10 +414,10 @@ async def serve(setup: Setup) -> None:
     app = App(setup)
     on_drop(app.metrics.log_dropped.inc)
     loop = asyncio.get_running_loop()
-    log_sparingly(loop, app.clock)
+    limit_accept_errors(loop, app.clock)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, app.reloads.soon)
+    loop.add_signal_handler(signal.SIGHUP, app.reloads.start)
     try:
         await app.run()
     except Exception as error:
@@ -427,8 +426,8 @@ async def serve(setup: Setup) -> None:
         raise
 
 
-def _die(why: str) -> None:
-    """Exit at once, so that nothing is acknowledged that the disk may have lost."""
+def _exit_at_once(why: str) -> None:
+    """Exit without cleaning up, so that no event is acknowledged that the disk may have lost."""
     log.critical("stopping at once: %s", why)
     logging.shutdown()
     os._exit(1)

@@ -1,7 +1,7 @@
 """All errors: refusals of requests, and errors for operators.
 
-Handlers never build error text for the wire: they raise a refusal, its class has the HTTP status and
-the closed `reason` (a metric label), and the source's `refuse` puts it into the sender's envelope.
+Handlers never build error texts for senders. They raise a refusal, whose class has the HTTP status and the
+`reason` (a metric label from a closed list), and the source's `refuse` renders it in the sender's format.
 """
 
 from typing import ClassVar
@@ -39,21 +39,21 @@ class BusyError(RelayError):
 
 
 class StorageError(RelayError):
-    """The store failed and rolled back; nothing of the call was kept."""
+    """The store failed and rolled back; the call changed nothing."""
 
 
 class StorageUnavailableError(StorageError):
     """The disk is full, busy or failing; the transaction was rolled back and may be retried."""
 
 
-class Refusal(Exception):  # noqa: N818 - a refusal is the field's word, and most are no errors of ours
+class Refusal(Exception):  # noqa: N818 - "refusal" is the project's word, and most are not errors of the relay
     """A request that is not accepted. The source renders it in the sender's own format.
 
     Attributes:
-        status: HTTP status of the answer, unless the source's contract has another.
-        reason: the closed metric label of `relay_events_rejected_total`.
+        status: HTTP status of the response, unless the source's contract has another.
+        reason: the label value of `relay_events_rejected_total`, from a closed list.
         code: a stable word for machine-readable envelopes.
-        message: one sentence for the sender; never holds a secret or a header's raw value.
+        message: one sentence for the sender; never contains a secret or a header's raw value.
         field: the invalid field of the body, or `""`.
         issue: the fault of that field.
         retry_after: seconds for a `Retry-After` header, 0 for none.

@@ -98,7 +98,7 @@ def has_signed(key: "Ed25519PublicKey", signature: bytes, text: bytes) -> bool:
 
 
 def ed25519_verifier(text: str) -> Callable[[bytes, bytes], bool]:
-    """Return a function of signature and signed bytes that says whether they fit a public key.
+    """Return a function of signature and signed bytes that checks the signature by a public key.
 
     Args:
         text: the 32 bytes of the key (RFC 8032) as hex or base64, or a `whpk_…`.
@@ -119,7 +119,7 @@ def ed25519_verifier(text: str) -> Callable[[bytes, bytes], bool]:
 
 
 def ecdsa_verifier(text: str) -> Callable[[bytes, bytes], bool]:
-    """Return a function of signature and signed bytes that says whether they fit a public key.
+    """Return a function of signature and signed bytes that checks the signature by a public key.
 
     Signatures are DER (RFC 3279, 2.2.3) over SHA-256.
 
@@ -145,14 +145,14 @@ def ecdsa_verifier(text: str) -> Callable[[bytes, bytes], bool]:
         raise ValueError("expected an ECDSA public key on P-256: base64 of DER, or PEM")
     algorithm = ec.ECDSA(hashes.SHA256())
 
-    def fits(signature: bytes, message: bytes) -> bool:
+    def is_valid(signature: bytes, message: bytes) -> bool:
         try:
             public.verify(signature, message, algorithm)
         except InvalidSignature:
             return False
         return True
 
-    return fits
+    return is_valid
 
 
 def _decoded(secret: Secret, prefix: str) -> bytes:

@@ -36,7 +36,7 @@ PENDING_STATES = ("due", "waiting", "in_flight", "held")
 JOB_OUTCOMES = ("ok", "failed")
 
 NAMES = ("*",)
-"""Label values that are not known here, such as names in config.toml."""
+"""Stands for label values that are not known at import, such as names in config.toml."""
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600, 21_600, 86_400)
@@ -44,7 +44,7 @@ _SHARED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """One metric, as its class makes it."""
+    """The declaration of one metric."""
 
     kind: type[Any]
     name: str  # without the `_total` of a counter
@@ -120,7 +120,7 @@ class Metrics:
     )
     unaccounted = _gauge(
         "relay_deliveries_unaccounted",
-        "Pending deliveries in the ledger minus those in the table of deliveries; not 0 only after a bug.",
+        "Pending deliveries in the ledger minus those in the table of deliveries; anything but 0 is a bug.",
         destination=NAMES,
     )
     pending = _gauge(
@@ -214,8 +214,8 @@ class Metrics:
         """Count a worker's change to a status."""
         self.transitions.labels(source, status).inc()
 
-    def weigh(self, files: Mapping[str, Path]) -> None:
-        """Have each scrape read the sizes of the store's files, by label."""
+    def add_files(self, files: Mapping[str, Path]) -> None:
+        """Let each scrape read the sizes of the store's files, by label."""
         for label, path in files.items():
             self.size.labels(label).set_function(partial(_size, path))
 

@@ -51,17 +51,15 @@ class Reloads:
         self._jobs = jobs
         self._metrics = metrics
         self._clock = clock
-        self.around: Callable[[], AbstractContextManager[None]] = (
-            nullcontext  # a context entered for each reload
-        )
-        self.waits_for: Callable[[], str | None] = lambda: (
-            None
-        )  # why the daemon has not started yet; None: started
+        # A context that is entered for each reload.
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
+        # Returns why the daemon has not started yet; None: it has started.
+        self.waits_for: Callable[[], str | None] = lambda: None
         self._open = asyncio.Event()
         self._closed = False
-        self._one = asyncio.Lock()
+        self._lock = asyncio.Lock()  # held during a reload
         self._tasks: set[asyncio.Task[None]] = set()
-        self._count(successful=True)  # the start was one
+        self._count(successful=True)  # the start has loaded the configuration
 
     def open(self) -> None:
         """Allow reloads; requests made before start now."""
@@ -71,13 +69,13 @@ class Reloads:
         """Let the reload in progress finish and refuse further ones."""
         self._closed = True
         self._open.set()
-        async with self._one:
+        async with self._lock:
             pass
         await asyncio.gather(*self._tasks)
 
-    def soon(self) -> None:
-        """Start a reload in the background, as at SIGHUP; the log has its result."""
-        task = asyncio.create_task(self._quietly())
+    def start(self) -> None:
+        """Start a reload in the background, as SIGHUP does; its result is logged."""
+        task = asyncio.create_task(self._reload_later())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -94,11 +92,11 @@ class Reloads:
             hint = "config.toml was read at the start; reload again once /ready answers 200"
             raise StorageUnavailableError(f"the daemon is still waiting for its database: {why}", hint=hint)
         await self._open.wait()
-        async with self._one:
+        async with self._lock:
             if self._closed:
-                raise RelayError("the daemon is stopping", hint="the next start reads the file")
+                raise RelayError("the daemon is stopping", hint="the next start reads config.toml")
             with self.around():
-                return await self._take_in()
+                return await self._apply()
 
     async def drift(self) -> Check:
         """Compare config.toml with the running configuration; change nothing."""
@@ -116,7 +114,7 @@ class Reloads:
             detail = f"not applied yet: {done}"
         return Check(name="config", ok=False, detail=detail, hint=hint)
 
-    async def _take_in(self) -> Reloaded:
+    async def _apply(self) -> Reloaded:
         before, interval = self._state.config, self._state.watch.interval
         try:
             # In a thread: files are read and patterns compiled while requests are answered.
@@ -125,7 +123,7 @@ class Reloads:
         except Exception as error:
             self._count(successful=False)
             why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
-            log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - said in words
+            log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - the message says it
             raise
         self._state.adopt(draft)
         if self._state.watch.interval != interval:
@@ -140,8 +138,8 @@ class Reloads:
             log.warning("%s", warning)
         return done
 
-    async def _quietly(self) -> None:
-        with suppress(Exception):  # the log has it
+    async def _reload_later(self) -> None:
+        with suppress(Exception):  # `reload` logs it
             await self._open.wait()
             await self.reload()
 

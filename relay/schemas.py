@@ -40,7 +40,7 @@ class Schemas:
         return hash(tuple(self._texts))
 
     def add(self, type_: str, path: Path) -> None:
-        """Read the schema of a type or pattern; of two patterns that fit a type, the first counts.
+        """Read the schema of a type or pattern; the first matching pattern counts.
 
         Raises:
             ValueError: as `compile_schema`; or the file cannot be read.
@@ -60,7 +60,7 @@ class Schemas:
             self._exact[type_] = validator
 
     def check(self, type_: str, data: bytes) -> None:
-        """Check an event's data (JSON) by the schema of its type, else of the first pattern that fits.
+        """Check an event's data (JSON) by the schema of its type, else of the first matching pattern.
 
         Raises:
             Invalid: it does not satisfy the schema; names the path, such as `data.items[1].quantity`.
@@ -78,10 +78,10 @@ class Schemas:
 
 
 def compile_schema(text: bytes) -> "Validator":
-    """Compile a JSON Schema (draft of its `$schema`, else 2020-12); it may refer to itself only.
+    """Compile a JSON Schema (draft of its `$schema`, else 2020-12); references may only point into itself.
 
     Raises:
-        ValueError: the text is no such schema, or `jsonschema` is not installed.
+        ValueError: the text is not a valid schema, or `jsonschema` is not installed.
     """
     try:
         from jsonschema import SchemaError, validators  # noqa: PLC0415 - an optional extra
@@ -99,11 +99,13 @@ def compile_schema(text: bytes) -> "Validator":
         registry: Registry[Any] = Registry()  # empty: nothing is fetched from the network
         _follow(resource, registry.resolver_with_root(resource))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"no JSON object: {error}") from None
+        raise ValueError(f"not a JSON object: {error}") from None
     except SchemaError as error:
-        raise ValueError(f"no JSON Schema: {error.json_path}: {error.message}") from None
+        raise ValueError(f"not a JSON Schema: {error.json_path}: {error.message}") from None
     except Unresolvable as error:
-        raise ValueError(f"$ref leads nowhere: {getattr(error, 'anchor', error.ref)}") from None
+        raise ValueError(
+            f"the target of $ref does not exist: {getattr(error, 'anchor', error.ref)}"
+        ) from None
     faster = validators.extend(kind, {"uniqueItems": _check_unique})  # type: ignore[no-untyped-call]  # no types
     validator: Validator = faster(schema, registry=registry)
     return validator
@@ -126,7 +128,7 @@ def _check_unique(
 
 
 def _identity(value: Any) -> Hashable:
-    """Return what equal JSON values have in common: 1 equals 1.0, but not true."""
+    """Return a key that is equal for equal JSON values: 1 equals 1.0, but not true."""
     if isinstance(value, bool):
         return "boolean", value
     if isinstance(value, list):

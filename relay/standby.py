@@ -73,16 +73,16 @@ class Standby:
         self._environ = environ
         self._setup: Setup | None = None
         self._done = asyncio.Event()
-        self._one = asyncio.Lock()
+        self._lock = asyncio.Lock()  # held during a reload
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener, _ = implementation_of("fast")
-        # relay_config_last_reload_successful is 0 there, which raises the alert.
+        # Without any reload, relay_config_last_reload_successful is 0 here, which raises its alert.
         self._metrics = Metrics(listener=self._listener)
         self._scrape = Scrape(self._metrics.registry)
         self._watchdog = Watchdog(Notifier(environ), stuck=list, status=self._status)
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> Setup | None:
-        """Answer 503 until the configuration is valid and return it; None: asked to stop first.
+        """Answer 503 until the configuration is valid, and return it; None: a signal stopped it first.
 
         Raises:
             RelayError: the sockets cannot be used.
@@ -99,7 +99,7 @@ class Standby:
                 life.callback(loop.remove_signal_handler, number)
             loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
             life.callback(loop.remove_signal_handler, signal.SIGHUP)
-            await self._open_door(life)
+            await self._open_admin_socket(life)
             if (admin := sockets.pop("admin", None)) is not None:
                 runner = await listen(self._app(api=False), admin, grace=1.0)
                 life.push_async_callback(runner.cleanup)
@@ -123,24 +123,24 @@ class Standby:
     def _status(self) -> str:
         return f"not serving: {self._why}" if self._setup is None else "starting"
 
-    async def _open_door(self, life: AsyncExitStack) -> None:
+    async def _open_admin_socket(self, life: AsyncExitStack) -> None:
         """Listen on the admin socket, unless another daemon owns the state directory."""
         config = self._config()
         state_dir = StateDir(config.state_dir)
         try:
             state_dir.take()
             life.callback(state_dir.release)
-            door = socket_path(config, self._environ)
-            unix = bind_unix(door)
+            path = socket_path(config, self._environ)
+            unix = bind_unix(path)
         except RelayError as error:
             log.warning("the admin socket is not available, reload with SIGHUP: %s", in_one_line(error))
             return
-        life.callback(door.unlink, missing_ok=True)
+        life.callback(path.unlink, missing_ok=True)
         runner = await listen(self._app(api=True), unix, grace=1.0)
         life.push_async_callback(runner.cleanup)
 
     def _config(self) -> Config:
-        """Return what the file tells without errors: the state directory and the name of the socket."""
+        """Return the valid part of the configuration, for the state directory and the name of the socket."""
         folder = Path(self._environ.get("STATE_DIRECTORY", "").partition(":")[0] or self._path.parent)
         with suppress(ConfigError):
             return bind_tables(Binder(read(self._path), self._environ, lenient=True))
@@ -186,13 +186,13 @@ class Standby:
         Raises:
             RelayError: it is still invalid.
         """
-        async with self._one:
+        async with self._lock:
             with self._watchdog.reloading():
                 try:
                     setup = self._setup = await asyncio.to_thread(self._load)
                 except RelayError as error:
                     self._error = error
-                    log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - said in words
+                    log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - the message says it
                     raise
         self._done.set()
         tables: dict[str, Any] = {"sources": setup.config.sources, "destinations": setup.config.destinations}
@@ -201,10 +201,10 @@ class Standby:
         return Reloaded(path=str(self._path), added=added, warnings=setup.config.warnings)
 
     def _reload_soon(self) -> None:
-        task = asyncio.create_task(self._quietly())
+        task = asyncio.create_task(self._reload_in_background())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _quietly(self) -> None:
-        with suppress(RelayError):  # the log has it
+    async def _reload_in_background(self) -> None:
+        with suppress(RelayError):  # `_reload` logs it
             await self._reload()

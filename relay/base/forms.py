@@ -25,7 +25,7 @@ _QUOTED = re.compile(r"\\(.)", re.DOTALL)
 
 
 def urlencoded_fields(text: str, limit: int) -> list[tuple[str, str]]:
-    """Return names and values of URL-encoded text, such as a query, in their order; empty values count.
+    """Return names and values of URL-encoded text, such as a query, in order, including empty values.
 
     Raises:
         ValueError: the text is not percent-encoded UTF-8, or has more than `limit` fields.

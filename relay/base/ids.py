@@ -1,8 +1,7 @@
 """Public ids of events, deliveries, commands, replays and requests: UUIDv7 (RFC 9562 §5.7).
 
-Written by hand because the standard library has
-no UUIDv7 before Python 3.14. 48 bits of Unix milliseconds, 74 random bits. No code may rely on their order:
-rows are ordered by their integer `id`.
+Own code, because the standard library has no UUIDv7 before Python 3.14. 48 bits of Unix milliseconds, 74
+random bits. No code may rely on their order: rows are ordered by their integer `id`.
 """
 
 import os

@@ -33,7 +33,7 @@ def parse_path(text: str) -> Steps:
 
 
 def find(value: Any, steps: Steps) -> Any:
-    """Return the value at a path; None if the path leads nowhere, or to null."""
+    """Return the value at a path; None if the value is absent or null."""
     for key, index in steps:
         if type(value) is dict:
             value = value.get(key)

@@ -86,7 +86,7 @@ def salvage(text: bytes) -> bytes:
     into floats. For heartbeats, where only the id must be right; never for events.
 
     Raises:
-        ValueError: the text is no JSON even then.
+        ValueError: the result is still not JSON.
         RecursionError: the value is nested too deeply.
     """
     readable = text.decode("utf-8-sig", "replace")
@@ -138,7 +138,7 @@ def _refuse(constant: str) -> None:
 
 
 def _mend(text: bytes) -> tuple[bytes, dict[str, str]]:
-    """Replace lone surrogates by characters that the text does not contain; return their escapes too."""
+    """Replace lone surrogates by characters that the text does not contain; return the escapes as well."""
     parts = _ESCAPES.split(text)
     found = set(parts[1::2])
     lone = sorted(part for part in found if part[1:2] == b"u" and len(part) == len(rb"\uXXXX"))

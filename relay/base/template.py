@@ -2,8 +2,8 @@
 
 A placeholder is `{kind}` or `{kind:argument}`, and then any number of filters: `{body:name|default:nobody}`.
 `{{` and `}}` are braces. Quotation marks protect `:`, `|` and `}`: `{body:'a|b'.c}`, `{body|default:"a}b"}`.
-This module parses a template and applies its filters. Its users know the placeholders and find their values.
-Nothing in a template is ever evaluated as code.
+This module parses a template and applies its filters. The callers know the placeholders and find their
+values. No part of a template is evaluated as code.
 """
 
 import re
@@ -76,12 +76,12 @@ class Template(msgspec.Struct, frozen=True):
 
     @property
     def lone(self) -> Placeholder | None:
-        """The placeholder that is the whole template, if it is one."""
+        """The placeholder, if the template consists of a single one."""
         first = self.parts[0] if len(self.parts) == 1 else None
         return first if isinstance(first, Placeholder) else None
 
     def check(self, known: Mapping[str, Takes], filters: frozenset[str] | None = None) -> None:
-        """Check that a user knows all placeholders.
+        """Check that all placeholders and filters are known.
 
         Args:
             known: the kinds, and whether they take an argument.
@@ -104,7 +104,7 @@ class Template(msgspec.Struct, frozen=True):
             for filter_ in each.filters:
                 if filters is not None and filter_.name not in filters:
                     known_here = (
-                        f"known here: {', '.join(sorted(filters))}" if filters else "none has one here"
+                        f"known here: {', '.join(sorted(filters))}" if filters else "no filter works here"
                     )
                     raise ValueError(
                         f'column {each.column}: the filter "{filter_.name}" does not work here; {known_here}'
@@ -256,7 +256,7 @@ _WITH_ARGUMENT: Mapping[str, tuple[Callable[[str], Callable[[Any], Any]], str | 
     "truncate": (_truncate, None),
     "date": (_date, "%Y-%m-%dT%H:%M:%SZ"),
 }
-"""Filters with an argument: how to compile them, and the argument that counts if there is none."""
+"""Filters with an argument: their compiler, and the default of the argument; None: it is required."""
 
 FILTERS = frozenset({*_PLAIN, *_WITH_ARGUMENT})
 """The names of all filters."""

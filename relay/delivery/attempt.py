@@ -17,7 +17,7 @@ from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
 from relay.formats import Format
 from relay.formats.destination import is_shared
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
-from relay.process.logs import Sparing, fields
+from relay.process.logs import RateLimitedLog, fields
 from relay.signing import signer_of
 
 log = logging.getLogger("relay.delivery")
@@ -46,7 +46,7 @@ class AttemptRunner:
         self._format = format_
         # Destinations with the same format share the bodies of an event, except those with settings.
         self._body_key = format_.name if is_shared(config) else f"{format_.name} of {config.name}"
-        self._log = Sparing(log, clock)
+        self._log = RateLimitedLog(log, clock)
         self._policy = RetryPolicy.of(config.retry)
         self._headers = {name: value.reveal() for name, value in config.headers.items()}
 

@@ -17,7 +17,7 @@ from relay.formats import FORMATS, Format
 from relay.formats.destination import format_of
 from relay.metrics import OUTCOMES, Metrics
 from relay.model import DestinationState, News
-from relay.process.logs import Sparing
+from relay.process.logs import RateLimitedLog
 from relay.store import Store
 
 STUCK_AFTER = 60 * SECOND
@@ -58,8 +58,8 @@ class Dispatcher:
         self._metrics = metrics
         self._formats = formats
         self._rand = rand
-        self._log = Sparing(log, clock)
-        self._resource_log = Sparing(log, clock, every=1.0)
+        self._log = RateLimitedLog(log, clock)
+        self._resource_log = RateLimitedLog(log, clock, every=1.0)
         self._slots = Slots()
         self._budget = BodyBudget(body_bytes)
         self._own: Collection[tuple[str, int]] = ()

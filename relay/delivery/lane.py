@@ -29,7 +29,7 @@ from relay.delivery.retry import Verdict
 from relay.errors import StorageError
 from relay.metrics import Metrics
 from relay.model import RESULTS, Delivery, DestinationState, Outcome, StoredEvent
-from relay.process.logs import Sparing, fields
+from relay.process.logs import RateLimitedLog, fields
 from relay.store import Store
 
 log = logging.getLogger("relay.delivery")
@@ -109,7 +109,7 @@ class Lane:
         slots: Slots,
         budget: BodyBudget,
         state: DestinationState,
-        resource_log: Sparing,
+        resource_log: RateLimitedLog,
     ) -> None:
         self.config = config
         self.name = config.name

@@ -61,7 +61,7 @@ from relay.model import (
     WorkerChange,
     WorkerStatus,
 )
-from relay.process.logs import Sparing, fields
+from relay.process.logs import RateLimitedLog, fields
 from relay.source import LONGEST_ID, Accepted, Event, Incoming, Reply, Source, check_length
 from relay.store import Acceptance, Store
 from relay.workers.rules import ENVIRONMENTS, changes_a_path
@@ -112,7 +112,7 @@ class Ingest:
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
         self._unheard_replies = UnheardReplies(clock)
-        self._log = Sparing(log, clock, most=LONGEST_QUIET)
+        self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
         self._tasks: set[asyncio.Task[None]] = set()
         self.mount(mounts, sender_address, patience)
 

@@ -14,7 +14,7 @@ from relay.base.clock import Clock
 from relay.metrics import Metrics
 from relay.model import News, Outcome, StoredEvent
 from relay.plugin_loading.offered import Observer
-from relay.process.logs import Sparing
+from relay.process.logs import RateLimitedLog
 
 log = logging.getLogger("relay.plugins")
 
@@ -60,7 +60,7 @@ class _Queue:
     def __init__(self, observer: Observer, clock: Clock, metrics: Metrics, room: int) -> None:
         self._observer = observer
         self._errors = metrics.plugin_errors.labels(observer.plugin)
-        self._log = Sparing(log, clock)
+        self._log = RateLimitedLog(log, clock)
         self._room = room
         self._changed = threading.Condition()
         self._events: list[StoredEvent] = []

@@ -7,7 +7,7 @@ import resource
 from typing import Any
 
 from relay.base.clock import Clock
-from relay.process.logs import Sparing
+from relay.process.logs import RateLimitedLog
 
 log = logging.getLogger("relay")
 
@@ -18,7 +18,7 @@ RESERVE = 384
 """Descriptors kept for deliveries, the database, admin connections and files."""
 
 LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-"""Error numbers for a lack of resources on this machine, as opposed to faults of a peer."""
+"""Error numbers for a lack of resources on this machine, in contrast to faults of a peer."""
 
 
 def raise_limit() -> int:
@@ -44,14 +44,14 @@ def connection_cap(limit: int, most: int) -> int:
     return min(most, max(limit - RESERVE, limit // 2))
 
 
-def log_sparingly(loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+def limit_accept_errors(loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
     """Log failed accepts at most once a second, instead of asyncio's traceback for each."""
-    sparing = Sparing(log, clock, every=1.0)
+    limited = RateLimitedLog(log, clock, every=1.0)
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in LACK:
-            sparing.warning("accept", f"cannot accept connections: {error.strerror}")
+            limited.warning("accept", f"cannot accept connections: {error.strerror}")
         elif "_start_serving" not in context.get("message", ""):  # a listener that was closed meanwhile
             loop.default_exception_handler(context)
 

@@ -1,4 +1,4 @@
-"""Log lines: one line per event, with ids in fields; rate limits keep senders from filling the disk."""
+"""Log lines with ids in fields. Rate limits keep senders from filling the disk."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def in_one_line(error: object) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines())
 
 
-class Sparing:
+class RateLimitedLog:
     """Writes one line per key every `every` seconds, with the number of suppressed lines.
 
     While lines of a key keep coming, its pause doubles up to `most` seconds. Otherwise an attacker, or a shop
@@ -51,16 +51,15 @@ class Sparing:
         self._clock = clock
         self._every = int(every * SECOND)
         self._most = int((most or every) * SECOND)
-        self._last: dict[
-            str, tuple[int, int, int]
-        ] = {}  # key → (time of the last line, suppressed since, pause)
+        # By key: time of the last line, number of lines suppressed since, pause.
+        self._last: dict[str, tuple[int, int, int]] = {}
 
     def is_due(self, key: str) -> bool:
         """Return whether a line with this key would be written now; if not, count it as suppressed."""
         key = self._known(key)
-        written, swallowed, pause = self._last.get(key, (0, 0, 0))
+        written, suppressed, pause = self._last.get(key, (0, 0, 0))
         if self._clock.steady() - written < pause:
-            self._last[key] = (written, swallowed + 1, pause)
+            self._last[key] = (written, suppressed + 1, pause)
             return False
         return True
 
@@ -82,10 +81,10 @@ class Sparing:
         key = self._known(key)
         if not self.is_due(key):
             return
-        _, swallowed, pause = self._last.get(key, (0, 0, 0))
-        pause = min(2 * pause, self._most) if swallowed else self._every
+        _, suppressed, pause = self._last.get(key, (0, 0, 0))
+        pause = min(2 * pause, self._most) if suppressed else self._every
         self._last[key] = (self._clock.steady(), 0, pause)
-        more = f" ({swallowed} more like it)" if swallowed else ""
+        more = f" ({suppressed} more like it)" if suppressed else ""
         self._log.log(level, "%s%s", line, more, exc_info=error, extra=fields(**named))
 
     def _known(self, key: str) -> str:
@@ -94,9 +93,9 @@ class Sparing:
             return key
         now = self._clock.steady()
         self._last = {  # drop keys that would be written at once and have no suppressed lines
-            known: (written, swallowed, pause)
-            for known, (written, swallowed, pause) in self._last.items()
-            if swallowed or now - written < pause
+            known: (written, suppressed, pause)
+            for known, (written, suppressed, pause) in self._last.items()
+            if suppressed or now - written < pause
         }
         return key if len(self._last) < MOST_KEYS else _OTHERS
 
@@ -185,7 +184,7 @@ class Lines(logging.StreamHandler[TextIO]):
         super().__init__(stream)
         self.dropped = 0
         self.on_drop: Callable[[], None] = lambda: None
-        self._untold = 0  # dropped lines that are not reported yet
+        self._unreported = 0  # dropped lines that no log line has reported yet
         self._queue: deque[bytes] = deque()
         self._size = 0  # bytes in the queue and in the line that is being written
         self._changed = threading.Condition()  # not the logging module's lock, which every log call holds
@@ -248,7 +247,7 @@ class Lines(logging.StreamHandler[TextIO]):
 
     def _drop(self) -> None:
         self.dropped += 1
-        self._untold += 1
+        self._unreported += 1
         self.on_drop()
 
     def _write(self) -> None:
@@ -260,11 +259,11 @@ class Lines(logging.StreamHandler[TextIO]):
             try:
                 self._write_all(line)
                 with self._changed:
-                    untold = 0 if self._queue else self._untold
-                if untold:
-                    self._write_all(self._drop_report(untold))
+                    unreported = 0 if self._queue else self._unreported
+                if unreported:
+                    self._write_all(self._drop_report(unreported))
                     with self._changed:
-                        self._untold -= untold
+                        self._unreported -= unreported
             except OSError:  # the reader is gone
                 with self._changed:
                     self._drop()

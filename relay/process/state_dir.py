@@ -13,8 +13,8 @@ from relay.errors import RelayError
 class StateDir:
     """Holds the locks from `take` to `release`.
 
-    The directory itself is locked, because `relay.lock` can be deleted and a second daemon would lock a new
-    one. The file is locked as well: it contains the process id, and older versions check only the file.
+    The directory itself is locked, because `relay.lock` can be deleted, and a second daemon would then lock a
+    new file. The file is locked as well: it contains the process id, and older versions check only the file.
     """
 
     def __init__(self, path: Path) -> None:

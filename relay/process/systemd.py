@@ -1,6 +1,6 @@
 """The protocol between a service and systemd: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 
-Written by hand, because it is one datagram and three environment variables. Does nothing outside systemd.
+Own code, because the protocol is one datagram and three environment variables. Does nothing without systemd.
 """
 
 import logging
@@ -14,7 +14,7 @@ from relay.errors import RelayError
 log = logging.getLogger("relay.systemd")
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
-_PATIENCE = 0.25  # seconds that a datagram may wait for room in the manager's queue
+_SEND_TIMEOUT = 0.25  # seconds that a datagram may wait for room in the manager's queue
 
 
 class Notifier:
@@ -24,19 +24,19 @@ class Notifier:
         name = environment.get("NOTIFY_SOCKET", "")
         self._address = f"\0{name[1:]}" if name.startswith("@") else name
         self.watchdog = _watchdog(environment)
-        """Seconds within which the manager wants to hear `alive` again; None: it does not watch."""
+        """Longest permitted time between two calls of `alive`, in seconds; None: no watchdog."""
 
     def ready(self, status: str) -> None:
-        """Say that start-up or a reload is through."""
+        """Report that the start-up or a reload is complete."""
         self._send("READY=1", _status(status))
 
     def reloading(self) -> None:
-        """Say that a reload begins; `ready` ends it."""
+        """Report the start of a reload; `ready` reports its end."""
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now}", "STATUS=reloading")
 
     def stopping(self, status: str) -> None:
-        """Say that the end has begun."""
+        """Report the start of the shutdown."""
         self._send("STOPPING=1", _status(status))
 
     def status(self, status: str) -> None:
@@ -48,7 +48,7 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def extend(self, seconds: float) -> None:
-        """Ask for so much time from now before a start, reload or stop counts as hung."""
+        """Request this much time, from now, before a start, reload or stop counts as hung."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def _send(self, *lines: str) -> None:
@@ -56,14 +56,14 @@ class Notifier:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(_PATIENCE)
+                sock.settimeout(_SEND_TIMEOUT)
                 sock.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
-            log.warning("cannot tell systemd %s: %s", lines[0], error)
+            log.warning("cannot notify systemd of %s: %s", lines[0], error)
 
 
 class Inherited:
-    """The listening sockets that a `.socket` unit opened for us, by their `FileDescriptorName`."""
+    """The listening sockets that `.socket` units opened for this process, by `FileDescriptorName`."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ, first: int = FIRST_FD) -> None:
         self._sockets: dict[str, socket.socket] = {}
@@ -71,7 +71,7 @@ class Inherited:
         names = environment.get("LISTEN_FDNAMES", "").split(":")
         for index in range(count):
             name = names[index] if index < len(names) else ""
-            os.set_inheritable(first + index, False)  # noqa: FBT003 - the name says it
+            os.set_inheritable(first + index, False)  # noqa: FBT003 - the function's name explains the value
             if name in self._sockets:
                 self.close()
                 raise RelayError(
@@ -82,14 +82,14 @@ class Inherited:
 
     @property
     def names(self) -> set[str]:
-        """What has not been taken yet."""
+        """Names of the sockets that have not been taken yet."""
         return set(self._sockets)
 
     def take(self, name: str) -> socket.socket | None:
-        """Return the TCP socket of that name, None where the daemon has to bind its own.
+        """Return the TCP socket with a name; None: systemd opened none, so the daemon binds its own.
 
         Raises:
-            RelayError: it is something else than a listening TCP socket.
+            RelayError: the socket is not a listening TCP socket.
         """
         sock = self._sockets.pop(name, None)
         if sock is None:
@@ -105,7 +105,7 @@ class Inherited:
         return sock
 
     def lend(self) -> dict[str, socket.socket]:
-        """Return copies of all of them, by name; the sockets stay open for whoever takes them later."""
+        """Return duplicates of all sockets, by name; the sockets themselves stay open for a later start."""
         lent = {}
         while self._sockets:
             name, sock = self._sockets.popitem()

@@ -1,6 +1,7 @@
 """Sends keep-alives to systemd's watchdog from the event loop, while the relay makes progress.
 
-A blocked loop cannot send them; a stuck writer or lane stops them on purpose.
+A blocked loop cannot send them. While the writer or a lane is stuck, they are not sent, so systemd restarts
+the daemon.
 """
 
 import asyncio
@@ -26,10 +27,10 @@ class Watchdog:
         self._notifier = notifier
         self._stuck = stuck
         self._status = status
-        self._said = ""
+        self._last_status = ""
         self._starting = True
         self._stopping = False
-        self._fed = True
+        self._alive = True  # whether the latest keep-alive was sent
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -39,8 +40,8 @@ class Watchdog:
     def started(self) -> None:
         """Report the end of the start-up; from now on, keep-alives depend on progress."""
         self._starting = False
-        self._said = self._status()
-        self._notifier.ready(self._said)
+        self._last_status = self._status()
+        self._notifier.ready(self._last_status)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
@@ -49,14 +50,14 @@ class Watchdog:
         try:
             yield
         finally:
-            self._said = self._status()
-            self._notifier.ready(self._said)
+            self._last_status = self._status()
+            self._notifier.ready(self._last_status)
 
     def stopping(self) -> None:
-        """Report the start of the shutdown; keep-alives and requests for time go on until `stop`."""
+        """Report the start of the shutdown; keep-alives and requests for time continue until `stop`."""
         self._stopping = True
-        self._said = self._status()
-        self._notifier.stopping(self._said)
+        self._last_status = self._status()
+        self._notifier.stopping(self._last_status)
 
     def stop(self) -> None:
         """Stop reporting."""
@@ -64,17 +65,17 @@ class Watchdog:
             self._timer.cancel()
 
     def _beat(self) -> None:
-        if not self._starting and (status := self._status()) != self._said:
-            self._said = status
+        if not self._starting and (status := self._status()) != self._last_status:
+            self._last_status = status
             self._notifier.status(status)
         stuck = [] if self._starting else self._stuck()
         if not stuck:
             self._notifier.alive()
             if self._starting or self._stopping:
                 self._notifier.extend(MORE)
-        elif self._fed:
+        elif self._alive:
             log.critical("stuck, no more keep-alives to the watchdog: %s", "; ".join(stuck))
-        self._fed = not stuck
+        self._alive = not stuck
         deadline = self._notifier.watchdog
         pace = EVERY if deadline is None else min(deadline / SHARE, EVERY)
         self._timer = asyncio.get_running_loop().call_later(pace, self._beat)

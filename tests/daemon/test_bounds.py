@@ -24,7 +24,7 @@ from relay.ingest.dedupe import UnheardReplies, fingerprint
 from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.plugin_loading.loader import load
 from relay.process import logs
-from relay.process.logs import Sparing
+from relay.process.logs import RateLimitedLog
 from relay.store import Acceptance, prune, roster, worker_changes
 from relay.store.retention_policy import Policy
 
@@ -148,15 +148,15 @@ def test_the_keys_of_a_rate_limited_log_are_bounded(caplog, monkeypatch):
     monkeypatch.setattr(logs, "MOST_KEYS", 10)
     caplog.set_level(logging.INFO)
     clock = FakeClock()
-    sparing = Sparing(logging.getLogger("relay.test"), clock)
+    limited = RateLimitedLog(logging.getLogger("relay.test"), clock)
     for number in range(1000):
-        sparing.info(f"key {number}", "line")
-    assert len(sparing._last) <= 11
+        limited.info(f"key {number}", "line")
+    assert len(limited._last) <= 11
     assert len(caplog.messages) == 11
     clock.advance(10)
     for number in range(1000, 2000):
-        sparing.info(f"key {number}", "line")
-    assert len(sparing._last) <= 11
+        limited.info(f"key {number}", "line")
+    assert len(limited._last) <= 11
     assert len(caplog.messages) <= 22
     assert "(989 more like it)" in caplog.text
 

@@ -376,7 +376,7 @@ async def test_reloads_wait_for_each_other_and_a_stop_waits_for_them(tmp_path, c
     async with running(config) as relay:
         answers = await asyncio.gather(*(ask(relay) for _ in range(5)))
         assert [answer.status for answer in answers] == [200] * 5
-        relay.app.reloads.soon()
+        relay.app.reloads.start()
     assert relay.app.reloads._tasks == set()
 
 

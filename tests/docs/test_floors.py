@@ -15,7 +15,7 @@ FLOORS = (
         "config.problems", "config.secrets", "config.signatures", "keys", "signing", "routing.envelope",
         "routing.conditions", "routing.subscription",
         "schemas", "config", "formats", "delivery.retry", "workers.rules", "store.retention_policy",
-        "metrics", "process.loop_lag", "routing",
+        "metrics", "routing",
     ),
     ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.views"),
     ("plugin_loading", "ingest", "delivery", "jobs.replay", "workers", "jobs", "state",

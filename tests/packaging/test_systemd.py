@@ -94,7 +94,7 @@ def test_an_address_with_an_at_sign_is_abstract():
 
 def test_an_unreachable_manager_is_logged_once(tmp_path, caplog):
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).alive()
-    assert "cannot tell systemd WATCHDOG=1" in caplog.text
+    assert "cannot notify systemd of WATCHDOG=1" in caplog.text
 
 
 def test_without_a_manager_nothing_is_sent(caplog):

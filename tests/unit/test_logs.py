@@ -19,7 +19,7 @@ from relay.process.logs import (
     MOST_QUEUED,
     JsonLines,
     Lines,
-    Sparing,
+    RateLimitedLog,
     TextLines,
     configure,
     fields,
@@ -37,25 +37,25 @@ def record(text, *values, level=logging.INFO, error=None, **named):
 def test_a_repeated_line_is_written_once_in_ten_seconds_with_a_count(caplog):
     caplog.set_level(logging.INFO)
     clock = FakeClock()
-    sparing = Sparing(LOG, clock)
+    limited = RateLimitedLog(LOG, clock)
     for _ in range(5):
-        sparing.info("auth", "refused: auth")
-    sparing.info("other", "refused: other")
+        limited.info("auth", "refused: auth")
+    limited.info("other", "refused: other")
     clock.advance(9.9)
-    sparing.info("auth", "refused: auth")
+    limited.info("auth", "refused: auth")
     assert caplog.messages == ["refused: auth", "refused: other"]
     clock.advance(0.1)
-    sparing.info("auth", "refused: auth")
-    sparing.info("auth", "refused: auth")
+    limited.info("auth", "refused: auth")
+    limited.info("auth", "refused: auth")
     assert caplog.messages[2:] == ["refused: auth (5 more like it)"]
 
 
 def test_a_line_that_keeps_repeating_is_written_less_and_less_often(caplog):
     caplog.set_level(logging.INFO)
     clock, written = FakeClock(), []
-    sparing = Sparing(LOG, clock, most=60.0)
+    limited = RateLimitedLog(LOG, clock, most=60.0)
     for second in range(400):
-        sparing.info("auth", "refused")
+        limited.info("auth", "refused")
         if len(caplog.messages) > len(written):
             written.append(second)
         clock.advance(1)
@@ -63,19 +63,19 @@ def test_a_line_that_keeps_repeating_is_written_less_and_less_often(caplog):
     assert caplog.messages[-1] == "refused (59 more like it)"
     clock.advance(60)  # nothing for as long as the pause: then it begins again with the short one
     for _ in range(2):
-        sparing.info("auth", "refused")
+        limited.info("auth", "refused")
         clock.advance(60)
     before = len(caplog.messages)
     for _ in range(11):
-        sparing.info("auth", "refused")
+        limited.info("auth", "refused")
         clock.advance(1)
     assert len(caplog.messages) == before + 2
 
 
 def test_a_traceback_is_limited_in_the_same_way(caplog):
-    sparing = Sparing(LOG, FakeClock())
+    limited = RateLimitedLog(LOG, FakeClock())
     for number in range(3):
-        sparing.error("failed", "shop: failed", KeyError(number))
+        limited.error("failed", "shop: failed", KeyError(number))
     [line] = caplog.records
     assert (line.levelname, line.getMessage(), str(line.exc_info[1])) == ("ERROR", "shop: failed", "0")
 
@@ -148,7 +148,7 @@ def test_a_field_that_json_cannot_write_is_written_as_text():
 
 def test_a_rate_limited_line_has_its_fields(caplog):
     caplog.set_level(logging.INFO)
-    Sparing(LOG, FakeClock()).info("auth", "refused", request_id="req_1")
+    RateLimitedLog(LOG, FakeClock()).info("auth", "refused", request_id="req_1")
     assert caplog.records[0].fields == {"request_id": "req_1"}
 
 
@@ -260,7 +260,7 @@ def test_a_stalled_log_reader_delays_nothing_and_gets_the_number_of_lost_lines(u
     assert (lines[-1]["level"], lines[-1]["count"]) == ("warning", handler.dropped)
     handler.handle(record("line %s", "after"))
     assert json.loads(read_until(pipe, "after")[0])["message"] == "line after"
-    assert handler._untold == 0
+    assert handler._unreported == 0
 
 
 def test_a_line_longer_than_the_pipe_is_written_whole_without_blocking(unread):

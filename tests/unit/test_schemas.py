@@ -142,15 +142,15 @@ def test_the_json_schema_draft_of_a_schema_is_used(tmp_path):
 @pytest.mark.parametrize(
     ("schema", "complaint"),
     [
-        ("{", "no JSON object: Input data was truncated"),
-        ("[]", "no JSON object: Expected `object`, got `array`"),
-        ({"type": 5}, "no JSON Schema: $.type: 5 is not valid under any of the given schemas"),
-        ({"$ref": "#/$defs/none"}, "$ref leads nowhere: /$defs/none"),
-        ({"$dynamicRef": "#none"}, "$ref leads nowhere: none"),
-        ({"pattern": "("}, "no JSON Schema: $.pattern: '(' is not a 'regex'"),
+        ("{", "not a JSON object: Input data was truncated"),
+        ("[]", "not a JSON object: Expected `object`, got `array`"),
+        ({"type": 5}, "not a JSON Schema: $.type: 5 is not valid under any of the given schemas"),
+        ({"$ref": "#/$defs/none"}, "the target of $ref does not exist: /$defs/none"),
+        ({"$dynamicRef": "#none"}, "the target of $ref does not exist: none"),
+        ({"pattern": "("}, "not a JSON Schema: $.pattern: '(' is not a 'regex'"),
         (
             {"properties": {"a": {"$ref": "https://example.com/schema"}}},
-            "$ref leads nowhere: https://example.com/schema",
+            "the target of $ref does not exist: https://example.com/schema",
         ),
     ],
 )
