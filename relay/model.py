@@ -54,6 +54,13 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     expires_at: int | None = None  # steady clock
     on_dead: str | None = None
     replay_of: int | None = None  # row id of the replayed delivery
+    group_key: str | None = None  # see `Grouping`; None: it is sent alone
+    followers: "tuple[Delivery, ...]" = ()  # claimed deliveries of its group, sent together with it
+
+    @property
+    def members(self) -> "tuple[Delivery, ...]":
+        """The delivery and its followers."""
+        return (self, *self.followers)
 
 
 class Attempt(msgspec.Struct, kw_only=True, frozen=True):
@@ -66,6 +73,8 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
     error: str | None = None  # one line for the operator
     answer: bytes = b""  # first 16 KiB of the response body
     truncated: bool = False  # whether the response body was longer
+    group_id: str | None = None  # id of the message for several deliveries; None: for this one alone
+    group_size: int | None = None  # number of these deliveries
 
 
 class Outcome(msgspec.Struct, kw_only=True, frozen=True):
@@ -79,6 +88,14 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
     counts: bool = True  # False: the attempt is recorded but does not use up the retry schedule
 
 
+class Grouping(msgspec.Struct, frozen=True):
+    """How a delivery waits for others of its destination, so that one message tells of all of them."""
+
+    key: str  # deliveries of one (destination, key) go together
+    wait: int  # microseconds from the first delivery of a group until it is sent
+    most: int  # deliveries of a group; a full group is sent at once
+
+
 class Target(msgspec.Struct, frozen=True):
     """One destination of an event, with the options of its subscription."""
 
@@ -88,6 +105,7 @@ class Target(msgspec.Struct, frozen=True):
     ttl: int | None = None  # microseconds from creation to expiry
     max_pending: int | None = None  # with more pending deliveries, a new one is dead at once
     on_dead: str | None = None  # destination that gets the event of a dead delivery
+    grouping: Grouping | None = None  # None: deliveries are sent one by one
 
 
 class Selection(msgspec.Struct, kw_only=True, frozen=True):
@@ -145,7 +163,8 @@ class News(msgspec.Struct, frozen=True):
     dropped: Collection[int] = ()  # deliveries that expired or were cancelled
     books: Mapping[str, Mapping[str, int]] = {}  # per destination: number created, and ended per state
     outcomes: Sequence[Outcome] = ()  # recorded attempts, with the new states of their deliveries
-    made_due: Collection[str] = ()  # destinations whose retries an operator made due now
+    made_due: Collection[str] = ()  # destinations whose deliveries an operator made due now
+    later: Mapping[str, int] = {}  # per destination: when the first of its new groups is due (steady clock)
 
 
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):

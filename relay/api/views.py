@@ -64,6 +64,9 @@ class DeliveryView(msgspec.Struct):
     created_at: Time
     finished_at: Time | None
     replay_of: Annotated[str | None, about("Id of the delivery that this one repeats.")]
+    group_key: Annotated[
+        str | None, about("Value of `group_by`: pending deliveries with the same value go out together.")
+    ]
 
 
 class AttemptView(msgspec.Struct):
@@ -76,6 +79,10 @@ class AttemptView(msgspec.Struct):
     status: int | None
     error: str | None
     truncated: bool
+    group_id: Annotated[
+        str | None, about("Id of the message for several deliveries; null: for this delivery alone.")
+    ]
+    group_size: Annotated[int | None, about("Number of deliveries of that message.")]
     answer: Annotated[str, about("The first 16 KiB of the response body.")]
 
 

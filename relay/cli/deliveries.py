@@ -58,8 +58,10 @@ def show(answer: Any, **_: str) -> None:
     print_fields(answer)
     if answer["tries"]:
         click.echo()
-        rows = [[cell(each[name]) for name in _ATTEMPT] for each in answer["tries"]]
-        print_table([name.replace("_", " ") for name in _ATTEMPT], rows)
+        grouped = any(each["group_size"] is not None for each in answer["tries"])
+        names = (*_ATTEMPT, "group_size") if grouped else _ATTEMPT
+        rows = [[cell(each[name]) for name in names] for each in answer["tries"]]
+        print_table([name.replace("_", " ") for name in names], rows)
 
 
 @deliveries.command()

@@ -434,6 +434,21 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
             "one after another"
         ),
     ] = None
+    group_by: Annotated[
+        str | tuple[str, ...] | None,
+        _help(
+            'a path or a list of paths, such as `"data.destination"`: one [message for several '
+            "events](messages.md#grouping) with the same values; `[]`: for all events of the destination"
+        ),
+    ] = None
+    group_wait: Annotated[
+        Interval, _help("with `group_by`: how long the first event of a group waits for others")
+    ] = 30.0
+    group_max: Annotated[
+        int,
+        msgspec.Meta(ge=2, le=1000),
+        _help("with `group_by`: maximum number of events in a message; a full group is sent at once"),
+    ] = 100
     ttl: Annotated[Interval | None, _help("deliveries older than this expire, also while they are held")] = (
         None
     )

@@ -162,13 +162,14 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
             compile_conditions(destination.where)
     except ValueError as error:
         binder.report((*path, "where"), str(error))
-    for field in ("order_by", "latest_by"):
-        text = getattr(destination, field)
-        try:
-            if text is not None:
-                EnvelopePath.parse(text)
-        except ValueError as error:
-            binder.report((*path, field), str(error))
+    for field in ("order_by", "latest_by", "group_by"):
+        given = getattr(destination, field)
+        for index, text in enumerate(given if isinstance(given, tuple) else (given,)):
+            try:
+                if text is not None:
+                    EnvelopePath.parse(text)
+            except ValueError as error:
+                binder.report((*path, field, *([index] if isinstance(given, tuple) else ())), str(error))
     tables = binder.document.data.get("sources")
     sources = tables if isinstance(tables, dict) else {}
     for index, pattern in enumerate(destination.events):

@@ -5,7 +5,7 @@ This module knows nothing of lanes and windows.
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -24,6 +24,18 @@ log = logging.getLogger("relay.delivery")
 
 BLOCKED_REST = 300 * SECOND
 """How long a destination rests after its address was refused: its config or DNS is wrong."""
+
+
+_REFUSED_CONTENT = frozenset({400, 413, 422})
+"""Statuses with which receivers refuse the content of a request."""
+
+
+class GroupResult(msgspec.Struct, frozen=True):
+    """The result of one attempt at several deliveries."""
+
+    outcomes: list[Outcome]
+    verdict: Verdict
+    is_split: bool = False  # whether each delivery goes out alone from now on
 
 
 class AttemptRunner:
@@ -80,6 +92,48 @@ class AttemptRunner:
             return HttpResult(result="connect", error=f"not sent: {error}"), HOLD
         return response, OK if response.result == "ok" else self._verdict(response)
 
+    async def attempt_group(
+        self, deliveries: Sequence[Delivery], events: Sequence[StoredEvent]
+    ) -> "GroupResult":
+        """Send one message about several events.
+
+        A receiver may refuse a message because of one of its events, and a format may fail at one. No
+        delivery ends by that: the group is split, and each delivery goes out alone.
+
+        Raises:
+            OutOfResourcesError: this machine has no descriptor or memory left; nothing was sent.
+        """
+        started, group_id = self._clock.wall(), group_id_of(deliveries)
+        response = await self._send_group(events, group_id, started)
+        attempt = Attempt(
+            started_at=started,
+            duration_ms=response.duration_ms,
+            result=response.result,
+            status=response.status,
+            error=response.error,
+            answer=response.body,
+            truncated=response.truncated,
+            group_id=group_id,
+            group_size=len(deliveries),
+        )
+        if response.result == "ok":
+            ended = [Outcome(delivery=each, attempt=attempt, state="delivered") for each in deliveries]
+            return GroupResult(ended, OK)
+        verdict = self._verdict(response)
+        if verdict.kind == "abort" or response.status in _REFUSED_CONTENT or response.result == "format":
+            now = self._clock.steady()
+            outcomes = [
+                Outcome(delivery=each, attempt=attempt, state="pending", next_attempt_at=now, counts=False)
+                for each in deliveries
+            ]
+            return GroupResult(outcomes, Verdict(kind="retry", pause=verdict.pause), is_split=True)
+        like: dict[int, Outcome] = {}  # one wait for all, so that they are due together again
+        for each in deliveries:
+            if each.attempts not in like:
+                like[each.attempts] = self._outcome(each, attempt, verdict)
+        outcomes = [msgspec.structs.replace(like[each.attempts], delivery=each) for each in deliveries]
+        return GroupResult(outcomes, verdict)
+
     def failed(self, delivery: Delivery, error: Exception) -> Outcome:
         """Return the outcome of an attempt that ended with an internal error."""
         text = one_line(f"internal error: {type(error).__name__}: {error}")
@@ -130,6 +184,22 @@ class AttemptRunner:
         except Exception as error:  # noqa: BLE001 - a plugin may return headers that cannot be sent
             return self._not_sent(event, "cannot build the request", error)
 
+    async def _send_group(self, events: Sequence[StoredEvent], group_id: str, now: int) -> HttpResult:
+        """Render, sign and send a message about several events."""
+        format_ = self._format
+        try:
+            if format_.group is None:
+                raise TypeError("it has one body for each event")  # noqa: TRY301 - it changed with a reload
+            body = format_.group(events)
+            if not isinstance(body, bytes):
+                raise TypeError(f"expected bytes, got {type(body).__name__}")  # noqa: TRY301 - a plugin's mistake
+        except BaseException as error:  # noqa: BLE001 - a plugin's format may raise anything
+            return self._not_sent(events[0], f"the format {format_.name} cannot group", error)
+        content_type = format_.content_type or format_.content_type_of(events[0])
+        signatures = self._signer.headers(group_id, now // SECOND, body)
+        headers = {**self._headers, "content-type": content_type, **signatures}
+        return await self._client.send(self._url, headers, body)
+
     def _not_sent(self, event: StoredEvent, what: str, error: BaseException) -> HttpResult:
         """Return a failed attempt for a request that cannot be built; a fixed plugin may build the next."""
         name = self._config.name
@@ -163,6 +233,12 @@ class AttemptRunner:
             return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="exhausted")
         due = self._clock.steady() + int(delay * SECOND)
         return Outcome(delivery=delivery, attempt=attempt, state="pending", next_attempt_at=due)
+
+
+def group_id_of(deliveries: Sequence[Delivery]) -> str:
+    """Return the id of a message about these deliveries, which its retries keep."""
+    ids = " ".join(delivery.public_id for delivery in deliveries)
+    return f"grp_{hashlib.sha256(ids.encode()).hexdigest()[:32]}"
 
 
 def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome | None:

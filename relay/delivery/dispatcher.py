@@ -146,7 +146,7 @@ class Dispatcher:
                 self._store.deliveries.release((delivery.id,))
             else:
                 lane.offer(delivery)
-        if news.woken or news.made_due or news.dropped:
+        if news.woken or news.made_due or news.dropped or news.later:
             self._wake(news)
 
     def _wake(self, news: News) -> None:
@@ -158,6 +158,9 @@ class Dispatcher:
                 lane.wake()
             if name in news.made_due:
                 lane.wake(retries=True)
+                lane.wake()
+            if name in news.later:
+                lane.expect(news.later[name])
 
     async def stop(self, seconds: float) -> None:
         """Wait up to `seconds` for attempts in flight, record them, and end."""

@@ -6,7 +6,7 @@ A lane never waits for another lane.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from relay.base.clock import SECOND, Clock
@@ -38,6 +38,9 @@ T = TypeVar("T")
 WINDOW_SIZE = 128
 """Deliveries in a window; the rest of the backlog stays in the store."""
 
+GROUPS = 8
+"""Groups in a window of a destination with `group_by`; each has up to `group_max` deliveries."""
+
 POLL = 30 * SECOND
 """A lane queries the store at least this often, in case a notification was missed."""
 
@@ -54,9 +57,10 @@ NO_STORAGE = "waiting for storage"
 class Window:
     """Deliveries that a lane holds in memory: one window for first attempts, one for retries."""
 
-    __slots__ = ("_budget", "active", "deliveries", "due", "refilling", "refills", "retries")
+    __slots__ = ("_budget", "active", "deliveries", "due", "refilling", "refills", "retries", "size")
 
-    def __init__(self, budget: BodyBudget, *, retries: bool) -> None:
+    def __init__(self, budget: BodyBudget, *, retries: bool, size: int) -> None:
+        self.size = size  # deliveries without their followers
         self.deliveries: deque[Delivery] = deque()
         self.retries = retries
         self.active = 0  # attempts in flight
@@ -70,7 +74,7 @@ class Window:
 
         While probing, one delivery is enough.
         """
-        few = 0 if probing else WINDOW_SIZE // 2
+        few = 0 if probing else self.size // 2
         return self.due <= now and not self.refilling and len(self.deliveries) <= few
 
     def put(self, deliveries: Iterable[Delivery]) -> None:
@@ -87,12 +91,21 @@ class Window:
 
     def drop(self, delivery_ids: Collection[int]) -> None:
         """Remove deliveries that ended without an attempt."""
-        if any(delivery.id in delivery_ids for delivery in self.deliveries):
-            self.put([delivery for delivery in self.empty() if delivery.id not in delivery_ids])
+        if any(each.id in delivery_ids for delivery in self.deliveries for each in delivery.members):
+            self.put([kept for each in self.empty() if (kept := _without(each, delivery_ids)) is not None])
 
     def empty(self) -> list[Delivery]:
         """Remove and return all deliveries."""
         return [self.take() for _ in range(len(self.deliveries))]
+
+
+def _without(delivery: Delivery, delivery_ids: Collection[int]) -> Delivery | None:
+    """Return a delivery with its followers, without those that ended; None: none is left."""
+    left = [each for each in delivery.members if each.id not in delivery_ids]
+    if not left:
+        return None
+    left[0].followers = tuple(left[1:])
+    return left[0]
 
 
 class Lane:
@@ -126,8 +139,9 @@ class Lane:
         self._slots = slots
         self._budget = budget
         self._resource_log = resource_log  # of all lanes together
-        self._first = Window(budget, retries=False)
-        self._retry = Window(budget, retries=True)
+        size = GROUPS if config.group_by is not None else WINDOW_SIZE
+        self._first = Window(budget, retries=False, size=size)
+        self._retry = Window(budget, retries=True, size=size)
         self._windows = (self._first, self._retry)
         self._latest = self._retry  # the window that the last attempt came from
         self._rate = self._rate_limit()
@@ -158,7 +172,7 @@ class Lane:
         """Take a fresh delivery that is held for this lane, or release it to the store for later."""
         window, now = self._first, self._clock.steady()
         limit = 0 if self._stopping or self._store.failure is not None else self.health.limit(now)
-        if limit and window.due > now and len(window.deliveries) < WINDOW_SIZE:
+        if limit and window.due > now and len(window.deliveries) < window.size:
             if not window.deliveries and self._may_begin(now, limit):
                 self._begin(window, delivery)
             else:
@@ -175,6 +189,12 @@ class Lane:
         """Query the store: a delivery that waited there is due."""
         (self._retry if retries else self._first).due = 0
         self.turn()
+
+    def expect(self, due: int) -> None:
+        """Query the store at a time (steady clock): a group is due then."""
+        if due < self._first.due:
+            self._first.due = due
+            self.turn()
 
     def drop(self, delivery_ids: Collection[int]) -> None:
         """Forget deliveries that ended without an attempt."""
@@ -225,6 +245,7 @@ class Lane:
         if config.rate_limit != former.rate_limit:
             self._rate = self._rate_limit()
         for window in self._windows:
+            window.size = GROUPS if config.group_by is not None else WINDOW_SIZE
             window.due = 0
         self.turn()
 
@@ -326,11 +347,11 @@ class Lane:
             self._resource_log.warning(error.what, line, destination=self.name, held=error.what)
             self.health.rest(OUT_OF_RESOURCES_REST, error.what)
             self._release_windows()
-            self._store.deliveries.release((delivery.id,))
+            self._store.deliveries.release(each.id for each in delivery.members)
         except Exception as error:
             log.exception("%s: cannot attempt a delivery", self.name, extra=delivery_fields(delivery))
             if isinstance(error, StorageError) or not await self._record_error(delivery, error):
-                self._store.deliveries.release((delivery.id,))
+                self._store.deliveries.release(each.id for each in delivery.members)
                 window.due = min(window.due, self._clock.steady() + POLL)
         finally:
             window.active -= 1
@@ -342,9 +363,10 @@ class Lane:
     async def _record_error(self, delivery: Delivery, error: Exception) -> bool:
         """Record an internal error as a failed attempt, so that it cannot repeat for ever."""
         try:
-            if not self._store.deliveries.begin_attempt(delivery.id):
-                return False
-            await self._record(self._runner.failed(delivery, error))
+            for each in delivery.members:
+                if not self._store.deliveries.begin_attempt(each.id):
+                    return False
+                await self._record(self._runner.failed(each, error))
         except Exception:
             log.exception("%s: cannot record an attempt", self.name, extra=delivery_fields(delivery))
             return False
@@ -353,6 +375,9 @@ class Lane:
     # --- one delivery ---
 
     async def _deliver(self, delivery: Delivery) -> None:
+        if delivery.followers:
+            await self._deliver_group(delivery)
+            return
         event = delivery.event
         if event is None and (event := await self._load_one(delivery)) is None:
             return
@@ -378,6 +403,58 @@ class Lane:
             if probing and circuit.open_until is not None and verdict.kind != "ok":
                 outcome = unspent(outcome, circuit.open_until)
         await self._record(outcome)
+
+    async def _deliver_group(self, first: Delivery) -> None:
+        """Send one message about a group of deliveries, and settle them together."""
+        members = await self._ready(first.members)
+        if len(members) < 2:  # noqa: PLR2004 - the others have ended
+            for each in members:
+                each.followers = ()
+                await self._deliver(each)
+            return
+        circuit, runner = self.health.circuit, self._runner
+        probing, openings = circuit.open_until is not None, circuit.openings
+        events = [each.event for each in members if each.event is not None]
+        result = await runner.attempt_group(members, events)
+        outcomes, verdict = result.outcomes, result.verdict
+        if verdict.kind != "ok" or log.isEnabledFor(logging.DEBUG):
+            log_attempt(outcomes[0])
+        if runner is not self._runner or self._removed:
+            now = self._clock.steady()
+            outcomes = [outdated(outcome, verdict, now, probing=probing) for outcome in outcomes]
+        else:
+            await self._update_health(outcomes[0], verdict, events[0], openings)
+            if probing and circuit.open_until is not None and verdict.kind != "ok":
+                outcomes = [unspent(outcome, circuit.open_until) for outcome in outcomes]
+        await self._record_group(outcomes, is_split=result.is_split)
+
+    async def _ready(self, members: Sequence[Delivery]) -> list[Delivery]:
+        """Return those deliveries of a group that can go out now, with their events and marked as in flight.
+
+        Deliveries that have expired or whose stored body is damaged end here.
+        """
+        missing = [each.event_id for each in members if each.event is None]
+        found = await self._store.events.load(missing) if missing else {}
+        ready = []
+        for each in members:
+            if each.event is None:
+                event = found.get(each.event_id)
+                if (dead := corrupt(each, event, self._clock.wall())) is not None:
+                    message = "%s: a delivery is dead: its stored body is damaged"
+                    log.error(message, self.name, extra=delivery_fields(each))
+                    await self._record(dead)
+                    continue
+                each.event = event
+            if self._store.failure is not None or not self._store.deliveries.begin_attempt(each.id):
+                self._store.deliveries.release((each.id,))  # as in `_deliver`
+                self._first.due = self._retry.due = 0
+            elif each.expires_at is not None and each.expires_at <= self._clock.steady():
+                await self._record(
+                    Outcome(delivery=each, attempt=None, state="expired", reason="ttl", counts=False)
+                )
+            else:
+                ready.append(each)
+        return ready
 
     async def _load_one(self, delivery: Delivery) -> StoredEvent | None:
         """Read the delivery's event; if the stored body is damaged, end the delivery and return None."""
@@ -423,11 +500,7 @@ class Lane:
                 counted = await self._store.deliveries.settle(outcome)
                 break
             except StorageError as error:
-                if not self._outcomes_wait:  # log once per failure of the store, not per outcome
-                    self._outcomes_wait = True
-                    extra = delivery_fields(delivery)
-                    message = "%s: outcomes wait for the store: %s"
-                    log.warning(message, self.name, error.message, extra=extra)
+                self._log_waiting(delivery, error)
                 await asyncio.sleep(STORAGE_PAUSE)
         self._outcomes_wait = False
         exemplar = None if event is None else {"event_id": event.public_id}
@@ -444,19 +517,56 @@ class Lane:
         else:
             log_end(outcome)
 
+    def _log_waiting(self, delivery: Delivery, error: StorageError) -> None:
+        """Log that outcomes wait: once per failure of the store, not per outcome."""
+        if not self._outcomes_wait:
+            self._outcomes_wait = True
+            extra = delivery_fields(delivery)
+            log.warning("%s: outcomes wait for the store: %s", self.name, error.message, extra=extra)
+
+    async def _record_group(self, outcomes: Sequence[Outcome], *, is_split: bool) -> None:
+        """Store the outcomes of one attempt at several deliveries, as `_record` does for one."""
+        while True:
+            try:
+                counted = await self._store.deliveries.settle_group(outcomes, split=is_split)
+                break
+            except StorageError as error:
+                self._log_waiting(outcomes[0].delivery, error)
+                await asyncio.sleep(STORAGE_PAUSE)
+        self._outcomes_wait = False
+        attempt = outcomes[0].attempt
+        if attempt is not None:
+            self._attempt_counters[attempt.result].inc()
+            self._attempt_seconds.observe(attempt.duration_ms / 1000)
+        for outcome in outcomes:
+            delivery = outcome.delivery
+            if delivery.id not in counted:
+                continue
+            if outcome.state == "delivered":
+                self._latency.observe((self._clock.wall() - delivery.created_at) / SECOND)
+            elif outcome.state == "pending":
+                window = self._retry if delivery.attempts + outcome.counts else self._first
+                window.due = min(window.due, outcome.next_attempt_at or 0)
+            else:
+                log_end(outcome)
+
     # --- the store ---
 
     async def _refill(self, window: Window) -> None:
         """Claim due deliveries, and read as many bodies as the budget allows."""
         window.due = self._clock.steady() + POLL
         try:
-            wanted = 1 if self.health.circuit.is_open else WINDOW_SIZE - len(window.deliveries)
-            claim = await self._store.deliveries.claim(self.name, wanted, retries=window.retries)
+            wanted = 1 if self.health.circuit.is_open else window.size - len(window.deliveries)
+            together = self.config.group_max if self.config.group_by is not None else 1
+            claim = await self._store.deliveries.claim(
+                self.name, wanted, retries=window.retries, together=together
+            )
             if claim.next_due is not None:
                 window.due = min(window.due, claim.next_due)
-            await self._load(claim.deliveries)
+            if together == 1:
+                await self._load(claim.deliveries)
             if self._stopping or self.held is not None:
-                self._store.deliveries.release(delivery.id for delivery in claim.deliveries)
+                self._store.deliveries.release(each.id for d in claim.deliveries for each in d.members)
                 window.due = 0
             else:
                 window.put(claim.deliveries)
@@ -495,7 +605,7 @@ class Lane:
     def _release_windows(self) -> None:
         """Give the deliveries in both windows back to the store."""
         for window in self._windows:
-            self._store.deliveries.release(delivery.id for delivery in window.empty())
+            self._store.deliveries.release(each.id for d in window.empty() for each in d.members)
             window.due = 0
 
     def _set_timer(self, now: int, limit: int) -> None:

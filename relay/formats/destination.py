@@ -44,6 +44,10 @@ def problems_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Ite
     ):
         yield ("message",), f"belongs to a message format: {', '.join(each.name for each in SERVICES)}"
     try:
-        format_of(config, formats)
+        format_ = format_of(config, formats)
     except SettingError as error:
         yield error.key, str(error)
+        return
+    if config.group_by is not None and format_.group is None:
+        can = ", ".join(name for name, each in formats.items() if each.group is not None)
+        yield ("group_by",), f'"{format_.name}" has one body for each event; these formats can group: {can}'

@@ -49,6 +49,9 @@ class Router:
                     ttl=each.ttl,
                     max_pending=each.max_pending,
                     on_dead=each.on_dead,
+                    group_by=each.group_by,
+                    group_wait=each.group_wait,
+                    group_max=each.group_max,
                 )
                 for name, each in destinations.items()
             },

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, Target
+from relay.model import OPERATOR_SOURCE, Grouping, Target
 from relay.routing.conditions import Conditions, Mismatch, compile_conditions
 from relay.routing.envelope import ABSENT, EnvelopeView, Path
 
@@ -117,6 +117,7 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
     fixed: Target  # the options that are the same for every event
     order_by: Path | None = None
     latest_by: Path | None = None
+    group_by: tuple[Path, ...] = ()
 
     @classmethod
     def of(
@@ -128,23 +129,32 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
         ttl: float | None = None,
         max_pending: int | None = None,
         on_dead: str | None = None,
+        group_by: str | tuple[str, ...] | None = None,
+        group_wait: float = 0.0,
+        group_max: int = 1,
     ) -> "SubscriptionOptions":
-        """Compile a destination's config keys of these names; `ttl` is in seconds.
+        """Compile a destination's config keys of these names; `ttl` and `group_wait` are in seconds.
 
         Raises:
             ValueError: a path is malformed.
         """
         micros = None if ttl is None else int(ttl * SECOND)
+        grouping: Grouping | None = None
+        paths: tuple[str, ...] = ()
+        if group_by is not None:
+            grouping = Grouping("", int(group_wait * SECOND), group_max)
+            paths = (group_by,) if isinstance(group_by, str) else group_by
         return cls(
-            Target(destination, ttl=micros, max_pending=max_pending, on_dead=on_dead),
+            Target(destination, ttl=micros, max_pending=max_pending, on_dead=on_dead, grouping=grouping),
             None if order_by is None else Path.parse(order_by),
             None if latest_by is None else Path.parse(latest_by),
+            tuple(map(Path.parse, paths)),
         )
 
     @property
     def depend_on_event(self) -> bool:
         """Whether the options differ from event to event."""
-        return self.order_by is not None or self.latest_by is not None
+        return self.order_by is not None or self.latest_by is not None or bool(self.group_by)
 
     def resolve(self, view: EnvelopeView) -> Target:
         """Return the options for one event; an event without the value has no key."""
@@ -154,7 +164,13 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
         latest = None if self.latest_by is None else _key(view.find(self.latest_by))
         if latest is not None:
             latest = f"{view.event.type} {latest}"  # a newer event of this type and value
-        return msgspec.structs.replace(self.fixed, order_key=order, latest_key=latest)
+        target = msgspec.structs.replace(self.fixed, order_key=order, latest_key=latest)
+        if not self.group_by or target.grouping is None:
+            return target
+        keys = [_key(view.find(path)) or "" for path in self.group_by]
+        key = keys[0] if len(keys) == 1 else _key(keys) or ""
+        grouping = msgspec.structs.replace(target.grouping, key=key)
+        return msgspec.structs.replace(target, grouping=grouping)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

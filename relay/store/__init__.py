@@ -166,10 +166,11 @@ class Deliveries(Protocol):
     Claims are in memory: one process owns the deliveries of a destination. A crash releases every claim.
     """
 
-    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
+    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
         """Claim up to `limit` due deliveries that nobody has claimed, oldest due time first, without bodies.
 
-        First attempts and retries are claimed separately, so that neither can starve the other.
+        First attempts and retries are claimed separately, so that neither can starve the other. Each delivery
+        of a group brings others of its group as followers, so that up to `together` go out at once.
         """
         ...
 
@@ -185,6 +186,13 @@ class Deliveries(Protocol):
         """Record an attempt, change its delivery's state and release the claim.
 
         Returns whether the delivery was still pending, so that the outcome counted.
+        """
+        ...
+
+    async def settle_group(self, outcomes: Sequence[Outcome], *, split: bool) -> frozenset[int]:
+        """Record one attempt at several deliveries in one transaction, and release their claims.
+
+        With `split`, they go out alone from now on. Returns the row ids of those that were still pending.
         """
         ...
 

@@ -17,6 +17,7 @@ from relay.model import (
     DeliveryState,
     DestinationState,
     GeneratedEvent,
+    Grouping,
     Outcome,
     Receipt,
     StoredEvent,
@@ -93,7 +94,10 @@ class Batch:
         self._roster = roster
         self._rules = rules
         self.worker_changes: SqliteWorkerChanges | None = None
+        self.groupings: dict[int, Grouping] = {}  # of new deliveries that wait for others
         self.outcomes: list[Outcome] = []
+        self.with_groups = False  # whether some of the outcomes are of messages for several deliveries
+        self.ungrouped: list[int] = []  # deliveries that go out alone from now on
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
         self.ended_early: dict[int, Ending] = {}  # new deliveries that end when they are created
@@ -108,6 +112,7 @@ class Batch:
         self.restored: list[StoredEvent] = []
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries that are due now
+        self.later: dict[str, int] = {}  # see `News.later`
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
         self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
@@ -205,6 +210,9 @@ class Batch:
             replay_of=replay_of,
         )
         self.deliveries.append(delivery)
+        if target.grouping is not None:
+            delivery.group_key = target.grouping.key
+            self.groupings[delivery.id] = target.grouping
         if target.max_pending is not None:
             waiting = self._pending[target.destination] + self._added[target.destination]
             if waiting >= target.max_pending:

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 import aiosqlite
 
 from relay.model import Claim, Delivery
-from relay.store.rows import CLAIM_COLUMNS, delivery_of
+from relay.store.rows import CLAIM_COLUMNS, GROUP_CLAIM_COLUMNS, delivery_of, grouped_delivery_of
+
+GROUP_BYTES = 4 * 2**20
+"""Bytes of the bodies of one group; all of them are in memory while its message is written."""
 
 
 class Claims:
@@ -112,3 +115,87 @@ async def claim(
         (destination, now),
     )
     return Claim(claimed, next(iter(later))[0])
+
+
+async def claim_groups(
+    connection: aiosqlite.Connection,
+    claims: Claims,
+    destination: str,
+    limit: int,
+    *,
+    retries: bool,
+    together: int,
+    now: int,
+) -> Claim:
+    """Claim up to `limit` due deliveries, each with up to `together - 1` followers of its group.
+
+    The followers of a first attempt need not be due yet: one of their group is. Retries keep their due times.
+    """
+    share = _RETRY if retries else _FIRST
+    most = limit + claims.of(destination)
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {GROUP_CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - constants of ours
+        (destination, now, most),
+    )
+    due = [grouped_delivery_of(tuple(row)) for row in rows]
+    claimed: list[Delivery] = []
+    try:
+        for delivery in due:
+            if len(claimed) == limit:
+                break
+            if delivery.id in claims:
+                continue
+            claims.add((delivery,))
+            claimed.append(delivery)
+            if delivery.group_key is not None:
+                delivery.followers = await _followers(
+                    connection, claims, delivery, share, together=together, now=now
+                )
+                claims.add(delivery.followers)
+    except BaseException:  # the caller will not hear of them
+        claims.release(each.id for delivery in claimed for each in delivery.members)
+        raise
+    if len(claimed) == limit or len(due) == most:
+        return Claim(tuple(claimed), now)
+    later = await connection.execute_fetchall(
+        f"""
+        SELECT min(d.next_attempt_at) FROM deliveries AS d
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
+        """,  # noqa: S608 - constants of ours
+        (destination, now),
+    )
+    return Claim(tuple(claimed), next(iter(later))[0])
+
+
+async def _followers(
+    connection: aiosqlite.Connection, claims: Claims, first: Delivery, share: str, *, together: int, now: int
+) -> tuple[Delivery, ...]:
+    """Return unclaimed deliveries of a group in order of acceptance, as many as one message may tell of."""
+    latest = now if share == _RETRY else 2**62
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {GROUP_CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND d.group_key = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - constants of ours
+        (first.destination, first.group_key, latest, together + claims.of(first.destination)),
+    )
+    found: list[Delivery] = []
+    size = first.size
+    for row in rows:
+        delivery = grouped_delivery_of(tuple(row))
+        if delivery.id in claims:
+            continue
+        size += delivery.size
+        if len(found) + 1 == together or size > GROUP_BYTES:
+            break
+        found.append(delivery)
+    return tuple(found)

@@ -183,7 +183,9 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         for outcome in batch.outcomes
         if outcome.attempt is not None
     ]
-    if attempts:
+    if batch.with_groups:
+        _write_group_attempts(batch, transaction, attempts)
+    elif attempts:
         transaction.insert("attempts", ATTEMPT_COLUMNS, attempts)
     freed = [
         (outcome.delivery.destination, outcome.delivery.order_key)
@@ -195,6 +197,25 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
     dead = [each for each in batch.outcomes if each.state == "dead" and each.delivery.id in batch.settled]
     if dead:
         _handle_dead(batch, dead)
+
+
+def _write_group_attempts(batch: Batch, transaction: Transaction, attempts: Sequence[Any]) -> None:
+    """Write attempts of which some were one message for several deliveries, and split groups."""
+    made = [outcome.attempt for outcome in batch.outcomes if outcome.attempt is not None]
+    rows = [
+        (*row[:-1], attempt.group_id, attempt.group_size, row[-1])
+        for row, attempt in zip(attempts, made, strict=True)
+    ]
+    *columns, last = ATTEMPT_COLUMNS.split(", ")
+    transaction.insert("attempts", ", ".join((*columns, "group_id", "group_size", last)), rows)
+    if batch.ungrouped:
+        transaction.run_rows(
+            """
+            WITH alone (id) AS (VALUES {values})
+            UPDATE deliveries SET group_key = NULL FROM alone WHERE deliveries.id = alone.id
+            """,
+            [(delivery_id,) for delivery_id in batch.ungrouped],
+        )
 
 
 def _handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
@@ -233,7 +254,8 @@ async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Clai
     if latest:
         await _supersede(batch, transaction, claims, latest)
     busy: set[tuple[str, str | None]] = await _busy_keys(transaction, ordered) if ordered else set()
-    rows = []
+    times = await _group_times(batch, transaction) if batch.groupings else {}
+    rows, grouped = [], []
     for delivery in batch.deliveries:
         if (ending := batch.ended_early.get(delivery.id)) is not None:
             rows.append(delivery_row(delivery, ending[0], ending[1], None, batch.wall))
@@ -241,10 +263,66 @@ async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Clai
         key = (delivery.destination, delivery.order_key)
         behind = delivery.order_key is not None and key in busy
         busy.add(key)
+        if delivery.id in times:
+            at = None if behind else times[delivery.id]
+            grouped.append((*delivery_row(delivery, "pending", None, at, None), delivery.group_key))
+            if at is not None:
+                batch.later[delivery.destination] = min(at, batch.later.get(delivery.destination, at))
+            continue
         rows.append(delivery_row(delivery, "pending", None, None if behind else batch.steady, None))
         if not behind:
             batch.due.append(delivery)
     transaction.insert("deliveries", DELIVERY_COLUMNS, rows)
+    if grouped:
+        transaction.insert("deliveries", f"{DELIVERY_COLUMNS}, group_key", grouped)
+
+
+async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]:
+    """Return when each new delivery of a group is due: with the group that waits now, or begins here.
+
+    The first delivery of a group begins its wait, and all have the same due time. A group that is due
+    already, because it is in flight or its destination is held, takes no more. A full group is due at once.
+    """
+    wanted = [d for d in batch.deliveries if d.id in batch.groupings and d.id not in batch.ended_early]
+    places = list({(d.destination, d.group_key) for d in wanted})
+    if not places:
+        return {}
+    waiting = await transaction.fetch_rows(
+        f"""
+        WITH asked (destination, group_key) AS (VALUES {{values}})
+        SELECT asked.destination, asked.group_key, count(*), min(d.next_attempt_at)
+          FROM asked JOIN deliveries AS d USING (destination, group_key)
+         WHERE d.state = 'pending' AND d.attempts = 0 AND d.next_attempt_at > {int(batch.steady)}
+         GROUP BY 1, 2
+        """,  # noqa: S608 - an integer of ours
+        places,
+    )
+    groups = {(name, key): (count, due) for name, key, count, due in waiting}
+    times: dict[int, int] = {}
+    members: dict[tuple[str, str | None], list[int]] = {}
+    full = set()
+    for delivery in wanted:
+        grouping, place = batch.groupings[delivery.id], (delivery.destination, delivery.group_key)
+        count, due = groups.get(place, (0, batch.steady + grouping.wait))
+        times[delivery.id] = due
+        members.setdefault(place, []).append(delivery.id)
+        groups[place] = (count + 1, due)
+        if count + 1 >= grouping.most:
+            times.update(dict.fromkeys(members.pop(place), batch.steady))
+            del groups[place]
+            full.add(place)
+    if full:
+        transaction.run_rows(
+            f"""
+            WITH filled (destination, group_key) AS (VALUES {{values}})
+            UPDATE deliveries SET next_attempt_at = {int(batch.steady)} FROM filled
+             WHERE deliveries.destination = filled.destination AND deliveries.group_key = filled.group_key
+               AND deliveries.state = 'pending' AND deliveries.attempts = 0
+               AND deliveries.next_attempt_at > {int(batch.steady)}
+            """,  # noqa: S608 - an integer of ours
+            list(full),
+        )
+    return times
 
 
 async def _busy_keys(transaction: Transaction, deliveries: Sequence[Delivery]) -> set[tuple[str, str | None]]:
@@ -392,7 +470,16 @@ class Committer:
         outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
         made_due = frozenset(batch.made_due.values())
         if batch.ledger or batch.events or batch.woken or outcomes or made_due:
-            news = News(batch.events, batch.due, batch.woken, batch.ended, batch.ledger, outcomes, made_due)
+            news = News(
+                batch.events,
+                batch.due,
+                batch.woken,
+                batch.ended,
+                batch.ledger,
+                outcomes,
+                made_due,
+                batch.later,
+            )
             for listen in self._listeners:
                 try:
                     listen(news)

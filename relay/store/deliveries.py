@@ -10,7 +10,7 @@ from relay.base.clock import Clock
 from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
 from relay.store import Cancelled
 from relay.store.batch import Batch, HeldDestinations, Repeat
-from relay.store.claims import Claims, claim
+from relay.store.claims import Claims, claim, claim_groups
 from relay.store.database import Database
 from relay.store.writer import Job
 
@@ -26,12 +26,16 @@ class SqliteDeliveries:
         self.begin_attempt = claims.begin  # see `Deliveries.begin_attempt`
         self._clock = clock
 
-    async def claim(self, destination: str, limit: int, *, retries: bool) -> Claim:
+    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
         """See `Deliveries.claim`."""
 
         async def claim_due(connection: aiosqlite.Connection) -> Claim:
             now = self._clock.steady()
-            return await claim(connection, self._claims, destination, limit, retries=retries, now=now)
+            if together == 1:
+                return await claim(connection, self._claims, destination, limit, retries=retries, now=now)
+            return await claim_groups(
+                connection, self._claims, destination, limit, retries=retries, together=together, now=now
+            )
 
         return await self._database.writer.call(claim_due)
 
@@ -46,6 +50,20 @@ class SqliteDeliveries:
             lambda batch: batch.outcomes.append(outcome),
             finish=lambda batch, _: outcome.delivery.id in batch.settled,
         )
+        return await self._database.writer.submit(job)
+
+    async def settle_group(self, outcomes: Sequence[Outcome], *, split: bool) -> frozenset[int]:
+        """See `Deliveries.settle_group`."""
+        ids = frozenset(outcome.delivery.id for outcome in outcomes)
+
+        def apply_(batch: Batch) -> frozenset[int]:
+            batch.outcomes += outcomes
+            batch.with_groups = True
+            if split:
+                batch.ungrouped += ids
+            return ids
+
+        job = Job(apply_, finish=lambda batch, asked: asked & batch.settled)
         return await self._database.writer.submit(job)
 
     async def expire(self) -> int:

@@ -24,6 +24,7 @@ CLAIM_COLUMNS = (
     "d.id, d.public_id, d.event_id, d.destination, d.attempts, d.created_at, e.size,"
     " d.order_key, d.latest_key, d.expires_at, d.on_dead, d.replay_of"
 )
+GROUP_CLAIM_COLUMNS = f"{CLAIM_COLUMNS}, d.group_key"
 ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, truncated, answer"
 WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
 MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, message_count, sessions"
@@ -98,6 +99,13 @@ def delivery_of(row: Sequence[Any]) -> Delivery:
         created_at=created_at, size=size, order_key=order_key, latest_key=latest_key,
         expires_at=expires_at, on_dead=on_dead, replay_of=replay_of,
     )  # fmt: skip
+
+
+def grouped_delivery_of(row: Sequence[Any]) -> Delivery:
+    """Build a delivery, without its event, from a row of `GROUP_CLAIM_COLUMNS`."""
+    delivery = delivery_of(row[:-1])
+    delivery.group_key = row[-1]
+    return delivery
 
 
 def attempt_row(delivery_id: int, attempt: Attempt) -> Row:

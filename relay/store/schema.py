@@ -211,9 +211,18 @@ ALTER TABLE identities RENAME TO dedupe;
 CREATE INDEX dedupe_expires ON dedupe (expires_at);
 """
 
+GROUPS = """
+ALTER TABLE deliveries ADD COLUMN group_key TEXT;      -- pending ones of a key go out together; NULL: alone
+CREATE INDEX deliveries_group ON deliveries (destination, group_key, next_attempt_at)
+    WHERE state = 'pending' AND group_key IS NOT NULL;
+ALTER TABLE attempts ADD COLUMN group_id TEXT;         -- of the message that told of several deliveries
+ALTER TABLE attempts ADD COLUMN group_size INTEGER;    -- how many
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
     LISTS,
     IDENTITIES,
+    GROUPS,
 )
 """Each runs in one transaction; never edit one that has been released, append another."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_table_has_every_message_format_with_what_it_needs():
 
 
 def test_the_message_on_the_page_is_what_a_dead_delivery_looks_like():
-    [shown] = re.findall(r"^```\n(🔴.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    shown, grouped = re.findall(r"^```\n(🔴.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     data = {
         "delivery": "dlv_018bcfe5-6800-7000-8000-000000000002",
         "event": "evt_018bcfe5-6800-7000-8000-000000000001",
@@ -73,7 +74,23 @@ def test_the_message_on_the_page_is_what_a_dead_delivery_looks_like():
         "last_error": "HTTP 500 Internal Server Error",
     }
     given = event(json.dumps(data).encode(), source="relay", type="relay.delivery.dead")
-    assert "\n".join(_lines(MessageWriter(MessageConfig()).write(given))) + "\n" == shown
+    writer = MessageWriter(MessageConfig())
+    assert "\n".join(_lines(writer.write(given))) + "\n" == shown
+    begin, end = (
+        int(datetime.fromisoformat(found).replace(tzinfo=UTC).timestamp()) * 1_000_000
+        for found in re.findall(r"(2026-\S+ \S+) UTC", grouped)
+    )
+    errors = ["HTTP 503 Service Unavailable"] * 95 + ["no response within 15s"] * 2
+    events = [
+        event(
+            json.dumps(data | {"last_error": error}).encode(),
+            source="relay",
+            type="relay.delivery.dead",
+            received_at=end if number else begin,
+        )
+        for number, error in enumerate(errors)
+    ]
+    assert "\n".join(_lines(writer.write_group(events))) + "\n" == grouped
 
 
 def test_the_chosen_message_of_the_page_has_its_title_fields_and_link():

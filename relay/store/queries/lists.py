@@ -35,12 +35,13 @@ EVENTS_SQL = """
 DELIVERIES_SQL = """
     SELECT d.id AS row, d.public_id AS id, v.public_id AS event_id, v.type, d.destination, d.state,
            d.reason, d.attempts, d.next_attempt_at, d.last_status, d.last_error, d.created_at,
-           d.finished_at, (SELECT r.public_id FROM deliveries AS r WHERE r.id = d.replay_of) AS replay_of
+           d.finished_at, (SELECT r.public_id FROM deliveries AS r WHERE r.id = d.replay_of) AS replay_of,
+           d.group_key
       FROM deliveries AS d CROSS JOIN events AS v ON v.id = d.event_id WHERE d.id IN ({marks})
 """
 ATTEMPTS_SQL = """
     SELECT a.id AS row, d.public_id AS delivery_id, a.started_at, a.duration_ms, a.result, a.status, a.error,
-           a.truncated, a.answer
+           a.truncated, a.group_id, a.group_size, a.answer
       FROM attempts AS a CROSS JOIN deliveries AS d ON d.id = a.delivery_id WHERE a.id IN ({marks})
 """
 """Rows of each list by row id, under the names that they have in a page."""
