@@ -14,6 +14,7 @@ docs:
 	.venv/bin/python tests/docs/test_config_reference.py
 	.venv/bin/python tests/docs/test_config_schema.py
 	.venv/bin/python tests/docs/test_presets_page.py
+	.venv/bin/python tests/docs/test_generic_page.py
 
 deb:
 	packaging/deb/build $(OUT)

@@ -39,8 +39,8 @@ class Keys(Source):
     verification: Annotated[
         Literal["none", "bearer", "standard-webhooks"] | Verify | None,
         describe(
-            'how a sender proves its identity: `"none"`, `"bearer"`, `"standard-webhooks"` or a table, see '
-            "below"
+            'how a sender proves its identity: `"none"`, `"bearer"`, `"standard-webhooks"` or a '
+            "[table](#signatures-and-credentials). Without this key, the file does not load"
         ),
     ] = msgspec.field(default=None, name="verify")
     networks: Annotated[
@@ -54,8 +54,8 @@ class Keys(Source):
     body: Annotated[
         BodyForm,
         describe(
-            '`"json"`, `"form"`, `"text"`, `"raw"` (bytes, as base64 with their content type), or `"auto"`: '
-            "a form by its content type, else JSON"
+            '[`"json"`, `"form"`, `"text"`, `"raw"`](#bodies) (bytes, as base64 with their content type), or '
+            '`"auto"`: a form by its content type, else JSON'
         ),
     ] = "auto"
     form_field: Annotated[str, describe("the field of a form that contains the body as JSON")] = ""
@@ -66,7 +66,7 @@ class Keys(Source):
         ),
     ] = ()
     events: Annotated[
-        Template, describe("a list in the body, such as `{body:items}`: each item is an event, see below")
+        Template, describe("a list in the body, such as `{body:items}`: each item is an [event](#batches)")
     ] = ""
     max_events: Annotated[
         int, msgspec.Meta(ge=1, le=MOST_EVENTS), describe("events of one request; more are answered with 413")
@@ -87,11 +87,13 @@ class Keys(Source):
     ] = ""
     reply: Annotated[
         ReplySettings | None,
-        describe('the answer; by default 200 with `{"status": "accepted", "event_id": "…"}`'),
+        describe('the [answer](#replies); by default 200 with `{"status": "accepted", "event_id": "…"}`'),
     ] = None
     handshakes: Annotated[
         tuple[Handshake, ...],
-        describe("requests that are answered without an event; the first one that fits counts"),
+        describe(
+            "requests that are [answered without an event](#handshakes); the first one that fits counts"
+        ),
     ] = ()
     verify_tokens: Annotated[
         tuple[Secret, ...], describe("what the `token` of a handshake is compared with")

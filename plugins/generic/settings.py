@@ -186,7 +186,8 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
         describe("the prefix of the item of the header's list that is the time, such as `t=`"),
     ] = None
     timestamp_unit: Annotated[
-        Literal["s", "ms", "rfc3339"], describe("how the time is written: seconds or milliseconds since 1970")
+        Literal["s", "ms", "rfc3339"],
+        describe("how the time is written: `s` or `ms` since 1970, or `rfc3339`"),
     ] = "s"
     tolerance: Annotated[
         Annotated[Duration, msgspec.Meta(gt=0)] | None,
