@@ -147,7 +147,8 @@ def test_the_other_numbers_on_the_page_are_the_defaults():
     assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers
     assert f"After {mine.disable_after / 86_400:.0f} days of nothing but failures" in answers
     assert f"more than {mine.timeout:.0f} s |" in answers
-    assert f"An attempt has {mine.timeout:.0f} s, its connection {mine.connect_timeout:.0f} s of them" in slow
+    connecting = f"of which connecting may take {mine.connect_timeout:.0f} s"
+    assert f"An attempt may take {mine.timeout:.0f} s, {connecting}" in slow
     assert f"up to {mine.concurrency} requests are in flight at once" in " ".join(section("Order").split())
 
 
