@@ -44,12 +44,23 @@ class PingView(msgspec.Struct):
     error: str | None
     verdict: Annotated[str, about("What this response would mean for a delivery.")]
     hint: Annotated[str, about("What to do next. May be empty.")]
-    held: Annotated[str | None, about("Why the destination is held; null if it is not held.")]
+    held: Annotated[str | None, about("Why the destination is still held; null if it is not held.")]
+    circuit_closed: Annotated[
+        bool, about("Whether this test closed the circuit, or ended a pause that the receiver requested.")
+    ]
     signatures: int
     duration_ms: float
     timing_ms: TimingView
     answer: Annotated[str, about("The first KiB of the response body.")]
     truncated: bool
+
+
+class PingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a successful test changes; the body may be missing."""
+
+    close_circuit: Annotated[
+        bool, about("Close the circuit after a 2xx; deliveries start at once, one at a time at first.")
+    ] = False
 
 
 class DestinationsApi:
@@ -109,11 +120,11 @@ class DestinationsApi:
 
     @endpoint(
         "POST", "/api/destinations/{name}/test", "testDestination",
-        "Send one signed ping to a destination. Nothing is stored or changed.",
-        returns=PingView, also={409: ErrorView},
+        "Send one signed ping to a destination; on request, a 2xx closes its circuit.",
+        body=PingBody, optional_body=True, returns=PingView, also={409: ErrorView},
     )  # fmt: skip
-    async def _test(self, request: web.Request) -> dict[str, Any]:
-        return await self._pings.send(self._lane(request))
+    async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
+        return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
 
     def _absent(self, name: str) -> dict[str, Any]:
         return {"name": name, "held": ABSENT, "in_flight": self._dispatcher.in_flight(name)}

@@ -74,6 +74,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     query: type[msgspec.Struct] | None  # None: query parameters are ignored
     body: Any  # a Struct, the content type of a body that the handler reads itself, or None
+    optional_body: bool  # whether an empty body stands for `{}`
     answers: Mapping[int, Any]  # type of the answer by status
     content: str  # content type of the answers
     public: bool  # whether it needs no token
@@ -91,7 +92,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         async def answer(request: web.Request) -> web.StreamResponse:
             arguments = [] if self.query is None else [read_query(dict(request.query), self.query)]
             if read_body:
-                arguments.append(await body_of(request, self.body))
+                arguments.append(await body_of(request, self.body, optional=self.optional_body))
             result = await handler(request, *arguments)
             return result if isinstance(result, web.StreamResponse) else say(result, status)
 
@@ -108,6 +109,7 @@ def endpoint(
     returns: Any,
     query: type[msgspec.Struct] | None = None,
     body: Any = None,
+    optional_body: bool = False,
     status: int = 200,
     also: Mapping[int, Any] | None = None,
     content: str = JSON,
@@ -124,6 +126,7 @@ def endpoint(
         query: Struct of the query parameters; the handler takes it after the request.
         body: Struct of the request body, which the handler takes last; or the content type of a body that
             the handler reads itself.
+        optional_body: an empty body stands for `{}`.
         status: of the answer.
         also: further statuses and the types of their answers.
         content: content type of the answer.
@@ -133,6 +136,7 @@ def endpoint(
         content = LINES
     declared = Endpoint(
         method=method, path=path, name=name, summary=summary, query=query, body=body,
+        optional_body=optional_body,
         answers={status: returns, **(also or {})}, content=content, public=public,
     )  # fmt: skip
 
@@ -262,7 +266,7 @@ def _operation(each: Endpoint, schemas: _Schemas) -> dict[str, Any]:
     if each.body is not None:
         is_type = isinstance(each.body, type)
         kind, schema = (JSON, schemas.of(each.body)) if is_type else (each.body, {"type": "string"})
-        operation["requestBody"] = {"required": True, **_content(kind, schema)}
+        operation["requestBody"] = {"required": not each.optional_body, **_content(kind, schema)}
     answers: dict[str, Any] = {}
     for status, answer in each.answers.items():
         options = [schemas.of(part) for part in _parts(answer)]

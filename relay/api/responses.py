@@ -79,14 +79,15 @@ def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
     return status, {"code": code, "message": error.message, "hint": error.hint}
 
 
-async def body_of(request: web.Request, type_: type[T]) -> T:
-    """Return the request body.
+async def body_of(request: web.Request, type_: type[T], *, optional: bool = False) -> T:
+    """Return the request body; `optional`: an empty one stands for `{}`.
 
     Raises:
         RelayError: the body is not valid JSON, or does not match `type_`.
     """
     try:
-        body = msgspec.json.decode(await request.read(), type=type_)
+        content = await request.read()
+        body = msgspec.json.decode(b"{}" if optional and not content else content, type=type_)
     except (ValueError, RecursionError) as error:  # ValueError: of msgspec and of invalid UTF-8
         raise RelayError(f"invalid body: {error}", hint=_fields_of(type_)) from None
     if isinstance(body, msgspec.Struct) and body.__struct_config__.forbid_unknown_fields:

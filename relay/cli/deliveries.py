@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relay.cli.api_client import Daemon
+from relay.cli.destinations import print_holds
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
 from relay.cli.options import filter_options, json_option, page_options, rate_option
@@ -101,14 +102,15 @@ def retry(
         confirm(f"Retry {count(number, 'delivery')}?", yes=yes)
     answer = daemon.post("deliveries", "retry", body=body)
     if "ended_at" in answer:
-        follow_replay(daemon, answer, as_json=as_json)
+        follow_replay(daemon, answer, as_json=as_json, to=filters["destination"])
         return
     if as_json:
         print_json(answer)
     else:
         click.echo(f"{count(answer['created'], 'delivery')} created, {answer['hurried']} pending due now")
+        print_holds(daemon, filters["destination"])
     if answer["skipped"]:
-        hint = "they are already pending, or an attempt is in flight"
+        hint = "they are already pending or due, or an attempt is in flight"
         raise CommandError(f"skipped {count(answer['skipped'], 'delivery')}", hint=hint, code=BATCH)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from relay.cli.api_client import Daemon
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import quiet_option
@@ -20,9 +21,10 @@ _ADVICE = {
     "paused": "resume it with `relay destinations resume {name}`",
     "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
     " `relay deliveries cancel --destination {name}`",
-    "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up",
+    "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up;"
+    " if it is repaired, test it and deliver now: `relay destinations test {name} --close-circuit`",
     "resting": "the destination asked for a pause, or its address is refused; deliveries continue afterwards;"
-    " to test the destination now, run `relay destinations test {name}`",
+    " to test the destination and deliver now, run `relay destinations test {name} --close-circuit`",
     "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
     "out of memory": "this machine has no free memory; deliveries continue when memory is free",
     "retried": "failed deliveries are retried on schedule; to retry them now, run"
@@ -69,18 +71,25 @@ def show(answer: Any, *, name: str) -> None:
 
 
 @destinations.command()
-@endpoint("POST destinations/{name}/test", succeeded=lambda answer: answer["ok"])
-def test(answer: Any, *, name: str) -> None:
+@endpoint(
+    "POST destinations/{name}/test",
+    body=lambda close_circuit, **_: {"close_circuit": close_circuit},
+    succeeded=lambda answer: answer["ok"],
+)
+@click.option("--close-circuit", is_flag=True, help="After a 2xx, close the circuit and deliver the backlog.")
+def test(answer: Any, *, name: str, close_circuit: bool) -> None:
     """Send a destination one signed ping, and show its response and timing.
 
     Example: relay destinations test crm
 
     The request has the type relay.ping and passes through every step of a delivery: address check, TLS,
     proxy, format and signatures. The relay sends it even while deliveries are held. The ping creates no
-    event, does not count as an attempt and does not change the destination's state. The exit code is 1
-    unless the response is a 2xx.
+    event and does not count as an attempt. The exit code is 1 unless the response is a 2xx.
+
+    --close-circuit: if the response is a 2xx, deliveries start at once, one at a time at first and then more.
+    The relay does not wait for its next probe or for the end of a pause that the receiver requested. A pause
+    by an operator stays, and so does a disabled state. Without this option the ping changes nothing.
     """
-    _ = name
     timing = answer["timing_ms"]
     steps = [f"{step.replace('_', ' ')} {timing[step]} ms" for step in _STEPS if timing[step] is not None]
     print_fields(
@@ -95,6 +104,10 @@ def test(answer: Any, *, name: str) -> None:
     )
     if answer["hint"]:
         click.echo(answer["hint"], err=True)
+    elif close_circuit and answer["ok"]:
+        _print_closed(answer, name)
+    elif answer["ok"]:
+        _print_advice(name, answer["held"])
 
 
 @destinations.command()
@@ -137,6 +150,29 @@ def enable(answer: Any, *, name: str) -> None:
     """
     _print_state(answer, name)
     _print_advice(name, answer["held"])
+
+
+def print_holds(daemon: Daemon, name: str | None = None) -> None:
+    """Print why pending deliveries do not go out now, for one destination or for all."""
+    for each in daemon.get("destinations")["items"]:
+        if each["held"] and each["pending"] and name in (None, each["name"]):
+            click.echo(f"{each['name']} is held: {each['held']}", err=True)
+            _print_advice(each["name"], each["held"])
+
+
+def _print_closed(answer: Any, name: str) -> None:
+    """Print what a successful test with `--close-circuit` changed."""
+    if not answer["circuit_closed"]:
+        click.echo("the circuit was not open; nothing was changed", err=True)
+    elif not answer["held"]:
+        click.echo(
+            "circuit closed; due deliveries go out, one at a time at first. To send those that wait for a"
+            f" retry too, run `relay deliveries retry --destination {name} --state pending`",
+            err=True,
+        )
+    if answer["held"]:
+        click.echo(f"{name} is still held: {answer['held']}", err=True)
+        _print_advice(name, answer["held"])
 
 
 def _print_state(answer: Any, name: str) -> None:

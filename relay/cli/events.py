@@ -134,7 +134,8 @@ def replay(
         return
     if not ids:
         confirm(f"Replay {count(number, 'event')}{f' to {to}' if to else ''}?", yes=yes)
-    follow_replay(daemon, daemon.post("replays", body=request), as_json=as_json)
+    only = to if to != "*" else None
+    follow_replay(daemon, daemon.post("replays", body=request), as_json=as_json, to=only)
 
 
 @events.command()

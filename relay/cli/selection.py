@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import click
 
 from relay.cli.api_client import Daemon
+from relay.cli.destinations import print_holds
 from relay.cli.main import BATCH, FAILED, INTERRUPTED, NOTHING, CommandError
 from relay.cli.output import count, pace, print_json, show_progress
 
@@ -113,8 +114,10 @@ def confirm(question: str, *, yes: bool) -> None:
         raise CommandError("cancelled; nothing was changed")
 
 
-def follow_replay(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool) -> None:
+def follow_replay(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool, to: str | None = None) -> None:
     """Wait for the end of a replay and print its result. Ctrl-C cancels the replay.
+
+    `to` is the only destination of the replay, if it has only one.
 
     Raises:
         CommandError: the replay failed, skipped events, or was cancelled.
@@ -135,6 +138,8 @@ def follow_replay(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool) -
         print_json(replay)
     else:
         click.echo(f"{_done(replay)}: {count(replay['created'], 'delivery')}")
+        if replay["created"]:
+            print_holds(daemon, to)
     if replay["error"] is not None or replay["state"] == "cancelled":
         why = replay["error"] or "cancelled"
         hint = _continuation(replay) or "start the replay again"

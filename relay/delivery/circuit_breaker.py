@@ -45,7 +45,7 @@ class CircuitBreaker:
         self.ramp: int | None = None  # attempts allowed at once while recovering; None: not recovering
         self._responses_to_double = 0  # responses until the ramp doubles
         self.open_until: int | None = None  # when the next probe is due; None: closed
-        self.openings = 0  # times it has opened; each attempt remembers the number at its start
+        self.openings = 0  # openings and closings by hand; each attempt remembers the number at its start
 
     def reconfigure(self, config: CircuitConfig, concurrency: int, now: int) -> None:
         """Apply another config, which may fix the destination: forget failures; probe now if open."""
@@ -91,6 +91,15 @@ class CircuitBreaker:
         """If open, probe at `time` at the latest."""
         if self.open_until is not None:
             self.open_until, self._wait = min(self.open_until, time), self._probe_wait
+
+    def close(self) -> Change | None:
+        """Close an open circuit without waiting for a probe, and start the ramp."""
+        if self.open_until is None:
+            return None
+        self.failures, self.open_until, self._wait = 0, None, self._probe_wait
+        self.openings += 1  # a probe that is still in flight began before the destination was repaired
+        self._set_ramp(1)
+        return "recovered"
 
     def _configure(self, config: CircuitConfig, concurrency: int) -> None:
         self.concurrency = concurrency

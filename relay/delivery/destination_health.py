@@ -105,6 +105,21 @@ class DestinationHealth:
             name = self._config.name
             log.info("%s: %s by an operator", name, action, extra=fields(destination=name))
 
+    async def close_circuit(self, reason: str) -> bool:
+        """Close an open circuit and end a rest; return False if there was neither."""
+        rested = self.rest_until > self._clock.steady()
+        self.rest_until = 0
+        change = self.circuit.close()
+        if change is not None:
+            await self._report_circuit(change, None, reason)
+        elif rested:
+            name = self._config.name
+            log.info("%s: its pause has ended: %s", name, reason, extra=fields(destination=name))
+        else:
+            return False
+        await self.forget_failures()
+        return True
+
     def rest(self, micros: int, reason: str = RESTING) -> None:
         """Hold deliveries for `micros` microseconds from now, unless a longer rest is set already."""
         until = self._clock.steady() + micros
@@ -149,9 +164,10 @@ class DestinationHealth:
         if change is not None:
             await self._report_circuit(change, event, reason)
 
-    async def _report_circuit(self, change: Change, event: StoredEvent, reason: str) -> None:
-        """Log that the circuit changed, and send an operator event."""
-        extra = fields(destination=self._config.name, circuit=change, event_id=event.public_id)
+    async def _report_circuit(self, change: Change, event: StoredEvent | None, reason: str) -> None:
+        """Log that the circuit changed, and send an operator event; None: an operator closed it."""
+        event_id = None if event is None else event.public_id
+        extra = fields(destination=self._config.name, circuit=change, event_id=event_id)
         log.warning("%s: circuit %s: %s", self._config.name, change, reason, extra=extra)
         self._set_gauges()
         type_ = "circuit_opened" if change == "opened" else "recovered"
@@ -166,9 +182,9 @@ class DestinationHealth:
             extra = fields(destination=name)
             log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
-    def _operator_event(self, type_: str, cause: StoredEvent, reason: str) -> GeneratedEvent | None:
+    def _operator_event(self, type_: str, cause: StoredEvent | None, reason: str) -> GeneratedEvent | None:
         """Return an operator event; None if the cause is a delivery of one, because that would loop."""
-        if cause.source == OPERATOR_SOURCE:
+        if cause is not None and cause.source == OPERATOR_SOURCE:
             return None
         name = self._config.name
         url = str(self._config.url).partition("?")[0]  # a query may hold a secret

@@ -229,6 +229,15 @@ class Lane:
             window.due = 0
         self.turn()
 
+    async def close_circuit(self, reason: str) -> bool:
+        """Close an open circuit, end a rest, and deliver; return False if there was neither."""
+        if self._stopping or not await self.health.close_circuit(reason):
+            return False
+        for window in self._windows:
+            window.due = 0
+        self.turn()
+        return True
+
     async def ping(self, event: StoredEvent, timing: Timing) -> tuple[HttpResult, Verdict]:
         """Send an event that belongs to no delivery, even while deliveries are held; nothing counts it."""
         # The task is one of the lane's, so a runner that a reload replaces is closed only after it.

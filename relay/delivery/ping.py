@@ -33,10 +33,11 @@ class Pings:
         self._clock = clock
         self._running: set[str] = set()
 
-    async def send(self, lane: Lane) -> dict[str, Any]:
+    async def send(self, lane: Lane, *, close_circuit: bool = False) -> dict[str, Any]:
         """Ping a destination, even while its deliveries are held, and return the result.
 
-        Nothing is stored, neither an event nor an attempt; the circuit breaker and the metrics ignore it.
+        Nothing is stored, neither an event nor an attempt; the metrics ignore it, and so does the circuit
+        breaker, unless `close_circuit` is set: then a success closes the circuit and ends a rest.
 
         Raises:
             BusyError: a ping of that destination is running.
@@ -46,12 +47,12 @@ class Pings:
             raise BusyError(f"a test of {lane.name!r} is already running", hint=hint)
         self._running.add(lane.name)
         try:
-            return await self._send(lane)
+            return await self._send(lane, close_circuit=close_circuit)
         finally:
             self._running.discard(lane.name)
 
-    async def _send(self, lane: Lane) -> dict[str, Any]:
-        config, held, timing = lane.config, lane.held, Timing()
+    async def _send(self, lane: Lane, *, close_circuit: bool) -> dict[str, Any]:
+        config, timing = lane.config, Timing()
         event = _event(config.name, self._clock.wall())
         try:
             async with asyncio.timeout(MAX_SECONDS):
@@ -61,6 +62,10 @@ class Pings:
             response = HttpResult(result="timeout", error=error, duration_ms=MAX_SECONDS * 1000)
             verdict = Verdict(kind="retry")
         meaning, hint = explain(config, response, verdict)
+        closed = False
+        # A reload may have changed the URL meanwhile: then the response says nothing about the new one.
+        if close_circuit and verdict.kind == "ok" and lane.config == config:
+            closed = await lane.close_circuit("an operator's test succeeded")
         return {
             "destination": config.name,
             "id": event.public_id,
@@ -71,7 +76,8 @@ class Pings:
             "error": response.error,
             "verdict": meaning,
             "hint": hint,
-            "held": held,
+            "held": lane.held,
+            "circuit_closed": closed,
             "signatures": sum(len(each.secrets or config.secrets) for each in config.signatures),
             "duration_ms": round(response.duration_ms, 1),
             "timing_ms": timing.steps(tls=config.url.reveal().startswith("https:")),

@@ -99,7 +99,7 @@ async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
         (
             'url = "http://127.0.0.1:1"',
             "resting",
-            "to test the destination now, run `relay destinations test other`",
+            "to test the destination and deliver now, run `relay destinations test other --close-circuit`",
         ),
         (
             'url = "http://127.0.0.1:1"\nallow_private = true',

@@ -100,6 +100,119 @@ async def test_a_ping_does_not_change_the_circuit(tmp_path):
             assert attempt["status"] == 500
 
 
+HELD_LONG = 'circuit = { failures = 1, probe = "1h", max_probe = "1h" }'
+
+
+async def open_circuit(relay, recorder):
+    """Let the first delivery fail, and return the lane."""
+    recorder.answers.append((500, {}))
+    await relay.exchange(request("POST", "/v1/events", adorn("first")))
+    lane = relay.app.dispatcher.lanes["crm"]
+    await until(lambda: lane.held == "circuit open")
+    return lane
+
+
+def delivered(relay):
+    return relay.counted("relay_deliveries_finished_total", destination="crm", outcome="delivered")
+
+
+async def test_a_successful_test_closes_the_circuit_on_request(tmp_path):
+    async with (
+        Recorder() as recorder,
+        Recorder() as other,
+        running(
+            write_config(
+                tmp_path,
+                SOURCES,
+                destination("crm", recorder.url, HELD_LONG),
+                destination("watch", other.url).replace('events = ["*"]', 'events = ["relay.*"]'),
+            )
+        ) as relay,
+    ):
+        commands = Commands(relay.addresses.socket)
+        lane = await open_circuit(relay, recorder)
+        for session in ("second", "third"):
+            await relay.exchange(request("POST", "/v1/events", adorn(session)))
+
+        said = await commands("destinations", "show", "crm")
+        assert "`relay destinations test crm --close-circuit`" in said.err
+        said = await commands("destinations", "resume", "crm")
+        assert said.out == "crm: circuit open\n"
+        assert "`relay destinations test crm --close-circuit`" in said.err
+        retry = ("deliveries", "retry", "--destination", "crm", "--state", "pending", "--yes")
+        said = await commands(*retry, code=6)
+        assert "crm is held: circuit open\n" in said.err
+
+        recorder.answers.append((503, {}))
+        said = await commands("destinations", "test", "crm", "--close-circuit", code=1)
+        assert ["held", "circuit open"] in said.rows
+        assert "circuit closed" not in said.err
+        assert lane.held == "circuit open"
+
+        said = await commands("destinations", "test", "crm")  # changes nothing, but says how
+        assert "`relay destinations test crm --close-circuit`" in said.err
+        assert lane.held == "circuit open"
+        assert delivered(relay) == 0
+
+        said = await commands("destinations", "test", "crm", "--close-circuit")
+        assert ["held", ""] in said.rows
+        assert said.err.startswith("circuit closed; due deliveries go out, one at a time at first.")
+        assert "`relay deliveries retry --destination crm --state pending`" in said.err
+        await until(lambda: delivered(relay) == 3)
+        assert relay.counted("relay_destination_circuit_open", destination="crm") == 0
+        await until(lambda: len(other.arrived) == 2)
+        assert [each["type"] for _, each in other.arrived] == [
+            "relay.destination.circuit_opened",
+            "relay.destination.recovered",
+        ]
+        assert other.arrived[1][1]["data"]["reason"] == "an operator's test succeeded"
+
+        said = await commands("destinations", "test", "crm", "--close-circuit")
+        assert said.err == "the circuit was not open; nothing was changed\n"
+
+
+@pytest.mark.parametrize("close", [False, True])
+async def test_a_successful_test_ends_a_pause_that_the_receiver_requested_on_request(tmp_path, close):
+    async with (
+        Recorder() as recorder,
+        running(write_config(tmp_path, SOURCES, destination("crm", recorder.url))) as relay,
+    ):
+        lane = relay.app.dispatcher.lanes["crm"]
+        recorder.answers.append((503, {"Retry-After": "3600"}))
+        await relay.exchange(request("POST", "/v1/events", adorn("first")))
+        await until(lambda: lane.held == "resting")
+        await relay.exchange(request("POST", "/v1/events", adorn("second")))
+        answer = await exchange(
+            relay.addresses.socket,
+            request("POST", "/api/destinations/crm/test", json.dumps({"close_circuit": close}).encode()),
+        )
+        assert (answer.json["ok"], answer.json["circuit_closed"]) == (True, close)
+        assert answer.json["held"] == (None if close else "resting")
+        if close:
+            await until(lambda: delivered(relay) == 1)  # the first one waits for its retry
+
+
+@pytest.mark.parametrize(
+    ("verb", "held", "next_"), [("pause", "paused", "resume"), ("disable", "disabled: operator", "enable")]
+)
+async def test_closing_the_circuit_does_not_end_what_an_operator_decided(tmp_path, verb, held, next_):
+    async with (
+        Recorder() as recorder,
+        running(write_config(tmp_path, SOURCES, destination("crm", recorder.url, HELD_LONG))) as relay,
+    ):
+        commands = Commands(relay.addresses.socket)
+        lane = await open_circuit(relay, recorder)
+        await commands("destinations", verb, "crm")
+        said = await commands("destinations", "test", "crm", "--close-circuit")
+        assert ["held", held] in said.rows
+        assert said.err.startswith(f"crm is still held: {held}\n")
+        assert f"`relay destinations {next_} crm`" in said.err
+        assert lane.held == held
+        assert not lane.health.circuit.is_open
+        await commands("destinations", next_, "crm")
+        assert lane.held is None
+
+
 async def test_a_410_to_a_ping_disables_nothing_and_warns_about_deliveries(crm):
     relay, recorder = crm
     recorder.answers.append((410, {}))

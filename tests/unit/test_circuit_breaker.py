@@ -168,6 +168,27 @@ def test_an_operator_can_make_the_probe_due_now():
     assert destination.probe_in == 60
 
 
+def test_a_closed_circuit_ramps_up_and_forgets_failures():
+    destination = opened()
+    destination.after(30).ends("timeout")
+    assert destination.circuit.close() == "recovered"
+    assert (destination.limit, destination.circuit.is_open) == (1, False)
+    destination.ends("ok")
+    assert destination.limit == 2
+    assert destination.circuit.close() is None
+    assert destination.limit == 2
+
+
+def test_a_probe_from_before_the_closing_does_not_open_the_circuit_again():
+    destination = opened()
+    probe = destination.after(30).circuit.openings
+    destination.circuit.close()
+    assert destination.circuit.record("timeout", destination.now, probe) is None
+    assert destination.limit == 1
+    assert destination.ends("timeout") == "opened"
+    assert destination.probe_in == 30
+
+
 def test_a_new_config_is_probed_at_once_and_sets_the_waits():
     destination = Destination(failures=3, probe=30, max_probe=300)
     destination.ends("5xx", "5xx", "5xx")
