@@ -314,7 +314,7 @@ def _append(file: Path, added: Added, given: Given) -> None:
     document = read(file)
     if added.name in document.data.get("sources", {}):
         hint = "choose another name with --name, or edit the file"
-        raise CommandError(f'{file} already has a source "{added.name}"', hint=hint)
+        raise CommandError(f'the source "{added.name}" already exists in {file}', hint=hint)
     content = file.read_bytes()
     newline = "\r\n" if b"\r\n" in content else "\n"
     text = "\n" if content.endswith(b"\n") or not content else "\n\n"

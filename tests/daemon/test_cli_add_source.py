@@ -108,7 +108,7 @@ def test_print_writes_nothing(config):
 def test_two_sources_of_one_preset_need_two_names(config):
     add(config, "github")
     wrong = add(config, "github", code=1)
-    assert f'{config} already has a source "github"' in wrong.err
+    assert f'the source "github" already exists in {config}' in wrong.err
     assert "--name" in wrong.err
     add(config, "github", "--name", "github-ops")
     sources = load(config, {}, lenient=True).config.sources

@@ -102,6 +102,9 @@ def test_the_package_has_a_valid_configuration_that_only_the_service_can_read(in
 def test_the_package_is_complete_and_starts_nothing(installed):
     assert installed.run("dpkg", "--verify", "hookferry") == ""
     assert installed.run("hookferry", "--version") == f"hookferry {__version__}\n"
+    listed = [line.split("\t")[:2] for line in installed.run("relay", "plugins", "list").splitlines()]
+    presets = {file.stem for file in (CHECKOUT / "plugins" / "presets").glob("*.toml")}
+    assert {name for name, kind in listed if kind == "preset"} == presets
     units = ("relay.service", "relay.socket", "relay-admin.socket")
     asked = installed.attempt("systemctl", "is-enabled", *units, SYSTEMD_OFFLINE="1")
     assert asked.stdout.split() == ["disabled"] * 3
