@@ -115,7 +115,9 @@ def kind_of(preset: Preset) -> Kind:
 @click.option("--secret-file", metavar="FILE", help="File with the secret.")
 @click.option("--secret-credential", metavar="NAME", help="systemd credential with the secret.")
 @click.option("--verify", type=OneOf(tuple(_VERIFY)), help="With generic: how senders are verified.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key. Repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set another key of the source. Repeatable."
+)
 @click.option("--print", "only_print", is_flag=True, help="Print the table and write nothing.")
 @config_option
 @env_file_option

@@ -126,15 +126,15 @@ def init(file: Path) -> None:
 
 
 @config_.command()
-@click.option("--bundled", is_flag=True, help="Without the plugins of your configuration.")
+@click.option("--bundled", is_flag=True, help="Leave out the plugins of your configuration.")
 @config_option
 def schema(config: Path | None, *, bundled: bool) -> None:
     """Print the JSON Schema of config.toml, for editors.
 
     Example: relay config schema > config.schema.json
 
-    It knows the plugins of your configuration. Editors with TOML support complete keys and mark mistakes if
-    the first line of config.toml is "#:schema ./config.schema.json".
+    The schema includes the plugins of your configuration. Editors with TOML support complete keys and mark
+    mistakes if the first line of config.toml is "#:schema ./config.schema.json".
     """
     path = None if bundled else look_for_config(config)
     dirs = bind_tables(Binder(read(path), os.environ, lenient=True)).plugins.dirs if path else ()

@@ -53,10 +53,11 @@ def explain(
 
     Example: relay explain --source adorn --data @body.json
 
-    For a destination that the event does not match, the output has the condition that failed and the event's
-    value; for one that it matches, which responses are retried. EVENT is the id of a stored event (any
-    unique prefix works); the daemon evaluates its running configuration. With --source, this command
-    evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
+    For each destination that does not get the event, the output shows the condition that failed and the
+    event's value. For each other destination, it shows which responses are retried. EVENT is the id of a
+    stored event (any unique prefix works); the daemon evaluates its running configuration. With --source,
+    this command evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores
+    nothing.
     """
     if (event is None) == (source is None):
         raise click.UsageError("give either the id of a stored EVENT or --source")

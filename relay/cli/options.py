@@ -33,7 +33,7 @@ env_file_option = click.option(
     help="Read environment variables from this file.  [default: the files of the installed service]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only ids or names.")
 
 
 def checked(reader: Callable[[str], object]) -> Callable[..., str | None]:

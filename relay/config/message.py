@@ -37,11 +37,13 @@ class MessageConfig(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[Secret, LITERAL] | None, _help("`ntfy`: the topic; whoever knows it can read it")
     ] = None
     priority: Annotated[
-        int | None, msgspec.Meta(ge=1, le=5), _help("`ntfy`: from 1 to 5, otherwise by the kind of event")
+        int | None,
+        msgspec.Meta(ge=1, le=5),
+        _help("`ntfy`: from 1 to 5; by default, it depends on the event type"),
     ] = None
     tags: Annotated[
         tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=50)], ...] | None,
-        _help("`ntfy`: tags, of which some show as emoji"),
+        _help("`ntfy`: tags; ntfy shows some of them as emoji"),
     ] = None
     routing_key: Annotated[
         Annotated[Secret, LITERAL] | None,
@@ -49,11 +51,13 @@ class MessageConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     severity: Annotated[
         Literal["critical", "error", "warning", "info"] | None,
-        _help("`pagerduty`: `critical`, `error`, `warning` or `info`, otherwise by the kind of event"),
+        _help(
+            "`pagerduty`: `critical`, `error`, `warning` or `info`; by default, it depends on the event type"
+        ),
     ] = None
     dedup_key: Annotated[
         str | None,
-        _help("`pagerduty`: a template; events with the same value are one alert, otherwise each is its own"),
+        _help("`pagerduty`: a template; events with the same value share an alert. By default, they do not"),
     ] = None
 
 

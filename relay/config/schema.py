@@ -257,10 +257,8 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
         Rate | None,
         _help(
             'requests per token, such as `"1000/m"`; further requests get 429. For heartbeats, '
-            "registrations and "
-            "unregistrations, the rate applies per token and worker, and to all workers of a token "
-            "together, "
-            "ten times the rate"
+            "registrations and unregistrations, this is the rate of each worker of a token; all workers of "
+            "the token together have ten times this rate"
         ),
     ] = None
     key_conflict: Annotated[
@@ -274,8 +272,8 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
         tuple[Annotated[str, _check(validators.web_origin)], ...],
         _help(
             'origins of web pages that may send from a browser, such as `"https://shop.example"`, or '
-            '`"*"`. A source without secrets refuses every other request that has an `Origin` header '
-            "with 403"
+            '`"*"`. A source without secrets refuses, with 403, every other request that has an `Origin` '
+            "header"
         ),
     ] = ()
     schemas: Annotated[
@@ -308,7 +306,7 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
     jitter: Annotated[
         float,
         msgspec.Meta(ge=0, le=1),
-        _help("lengthens each wait by a random share of up to this, from 0 to 1"),
+        _help("the largest random share by which a wait is lengthened, from 0 to 1"),
     ] = 0.1
     max_retry_after: Annotated[Duration, _help("longest wait that a `Retry-After` header can cause")] = 3600.0
 
@@ -366,8 +364,8 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     signatures: Annotated[
         tuple[SignatureConfig, ...],
         _help(
-            "how deliveries are signed: names of [schemes](#signature-schemes) or tables, several of them "
-            "side by side"
+            "how deliveries are signed: a list of [schemes](#signature-schemes), by name or as tables; "
+            "each of them signs every request"
         ),
     ] = DEFAULT
     format: Annotated[
