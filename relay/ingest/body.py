@@ -137,6 +137,32 @@ class Hold:
         self.size = 0
 
 
+class Extra:
+    """Memory that a request takes beside its body. A request that is alone may take more than the budget."""
+
+    def __init__(self, budget: Budget, has: int) -> None:
+        self._budget = budget
+        self._has = has  # bytes that the request has reserved already
+        self._size = 0
+
+    def take(self, size: int) -> None:
+        """Reserve `size` more bytes.
+
+        Raises:
+            Overloaded: other requests use the missing bytes.
+        """
+        budget = self._budget
+        if budget.used > self._has + self._size and budget.used + size > budget.limit:
+            raise Overloaded
+        self._size += size
+        budget.used += size
+
+    def release(self) -> None:
+        """Return all bytes that `take` reserved."""
+        self._budget.used -= self._size
+        self._size = 0
+
+
 class Patience(msgspec.Struct, frozen=True):
     """How long a body may take to arrive."""
 

@@ -30,6 +30,10 @@ different idempotency keys are different events.
 """
 
 
+Ids = str | tuple[str, ...]
+"""Id of a request's event; the ids of all, if the request had several."""
+
+
 def fingerprint(target: str, event: StoredEvent, key: str | None) -> Fingerprint:
     """Return what two requests have in common if one repeats the other."""
     subject = b"" if event.subject is None else event.subject.encode("utf-8", "surrogatepass")
@@ -65,13 +69,14 @@ class Entry(msgspec.Struct, eq=False):
 class UnheardReplies:
     """Remembers, for a minute and in memory, which replies their senders did not receive.
 
-    Each remembered reply has the same size, whatever the sender wrote: `MOST` of them take 4 MiB.
+    Each remembered event has the same size, whatever the sender wrote: `MOST` of them take 4 MiB.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._open: dict[Fingerprint, Entry] = {}
-        self._unheard: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # digest → (expiry, event id)
+        self._unheard: OrderedDict[bytes, tuple[int, Ids]] = OrderedDict()  # digest → (expiry, ids)
+        self._events = 0  # of all remembered replies
 
     async def first(self, fingerprint: Fingerprint) -> Receipt | None:
         """Return the receipt of the request that this one repeats, or None if it is an event of its own.
@@ -86,8 +91,14 @@ class UnheardReplies:
         if not self._unheard:
             return None
         self._forget_old()
-        unheard = self._unheard.pop(_digest(fingerprint), None)
-        return None if unheard is None else Receipt(event_id=unheard[1], duplicate=True)
+        digest = _digest(fingerprint)
+        if digest not in self._unheard:
+            return None
+        ids = self._forget(digest)
+        if isinstance(ids, str):
+            return Receipt(event_id=ids, duplicate=True)
+        each = tuple([Receipt(event_id=id_, duplicate=True) for id_ in ids])
+        return Receipt(event_id=ids[0], duplicate=True, each=each)
 
     def begin(self, fingerprint: Fingerprint, gone: Callable[[], bool]) -> Entry:
         """Note that a request is on its way into the store."""
@@ -108,14 +119,26 @@ class UnheardReplies:
         if receipt is not None and gone:
             self._forget_old()
             digest = _digest(fingerprint)
-            self._unheard[digest] = (self._clock.steady() + REMEMBER, receipt.event_id)
-            self._unheard.move_to_end(digest)  # so that the oldest comes first
-            while len(self._unheard) > MOST:
-                self._unheard.popitem(last=False)
+            if digest in self._unheard:
+                self._forget(digest)  # so that the oldest comes first
+            ids = tuple([each.event_id for each in receipt.each]) or receipt.event_id
+            self._unheard[digest] = (self._clock.steady() + REMEMBER, ids)
+            self._events += _count(ids)
+            while self._events > MOST:
+                self._forget(next(iter(self._unheard)))
         if entry.receipt is not None:
             entry.receipt.set_result(receipt)
 
     def _forget_old(self) -> None:
         now = self._clock.steady()
         while self._unheard and next(iter(self._unheard.values()))[0] < now:
-            self._unheard.popitem(last=False)
+            self._forget(next(iter(self._unheard)))
+
+    def _forget(self, digest: bytes) -> Ids:
+        _, ids = self._unheard.pop(digest)
+        self._events -= _count(ids)
+        return ids
+
+
+def _count(ids: Ids) -> int:
+    return 1 if isinstance(ids, str) else len(ids)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from relay.base.text import printable
 from relay.errors import (
     REASONS,
     Forbidden,
+    Invalid,
     KeyConflict,
     Malformed,
     MethodNotAllowed,
@@ -32,7 +34,7 @@ from relay.errors import (
     UnsupportedEncoding,
 )
 from relay.ingest.admission import Admission, worker_change_of
-from relay.ingest.body import SMALL, Budget, Hold, Patience, read_body
+from relay.ingest.body import SMALL, Budget, Extra, Hold, Patience, read_body
 from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
@@ -63,7 +65,7 @@ from relay.model import (
 )
 from relay.process.logs import RateLimitedLog, fields
 from relay.source import LONGEST_ID, Accepted, Event, Incoming, Reply, Source, check_length
-from relay.store import Acceptance, Store
+from relay.store import EVENT_BYTES, Acceptance, Store
 from relay.workers.rules import ENVIRONMENTS, changes_a_path
 
 log = logging.getLogger("relay.ingest")
@@ -77,6 +79,7 @@ LONGEST_SHOWN = 64  # characters of a sender's text in the log
 LONGEST_KEY = 256  # characters of an idempotency key; a longer key is stored as its digest
 MOST_EVENTS = 5000  # of one request; its transaction delays the commits of others
 MOST_COPIES = 4  # all data and contexts of such a request, as a multiple of `max_body`
+TURN = 0.001  # seconds of one turn of the event loop that such a request may use before it is stored
 LONGEST_READ = 64 * 1024  # bytes; a larger refused body is not searched for its type
 
 
@@ -288,33 +291,24 @@ class Ingest:
         incoming, mount, events = call.incoming, call.match.mount, accepted.events
         if accepted.event is not None or accepted.worker is not None:
             raise PluginFailed from TypeError("a handler returned `events` beside an event or a worker")
+        if not isinstance(events, Sequence):
+            raise PluginFailed from TypeError(f"a handler returned `events` as {type(events).__name__}")
         if len(events) > MOST_EVENTS:
             raise TooLarge(f"More than {MOST_EVENTS:,} events in one request")
         verbose = log.isEnabledFor(logging.DEBUG)
         request_id = self._request_id(incoming) if verbose else given_id(incoming.headers.get("X-Request-Id"))
-        acceptances, size = [], 0
-        for event in events:
-            stored = make_event(mount, event, incoming, incoming.received_at, is_item=True)
-            size += len(stored.data) + len(stored.context)
-            if size > MOST_COPIES * mount.config.max_body:
-                raise TooLarge("The events of this request are larger together than the relay stores at once")
-            acceptance = Acceptance(
-                source=mount.name,
-                event=stored,
-                key=_key(event, None) if event.key else None,
-                path=mount.config.prefix + incoming.path,
-                is_key_alone=mount.config.key_conflict == "duplicate",
-                rejects_conflict=mount.config.key_conflict == "reject",
-                request_id=request_id,
-            )
-            acceptances.append(acceptance)
-        each = tuple([Receipt(event_id=a.event.public_id) for a in acceptances if a.event is not None])
-        expected = Receipt(event_id=each[0].event_id, each=each)
-        response = answer(accepted, expected)
-        receipt, on_heard = await self._append(acceptances[0], call.request, call.incoming, acceptances)
+        has = len(incoming.body) + (0 if incoming.compressed is None else len(incoming.compressed))
+        extra = Extra(self._budget, has)
         try:
-            receipts = receipt.each or [receipt] * len(acceptances)  # a repetition knows only the first id
-            for acceptance, own in zip(acceptances, receipts, strict=True):
+            acceptances = await _acceptances_of(mount, events, incoming, extra, request_id)
+            each = tuple([Receipt(event_id=a.event.public_id) for a in acceptances if a.event is not None])
+            expected = Receipt(event_id=each[0].event_id, each=each)
+            response = answer(accepted, expected)
+            receipt, on_heard = await self._append(acceptances[0], call.request, incoming, acceptances)
+        finally:
+            extra.release()
+        try:
+            for acceptance, own in zip(acceptances, receipt.each, strict=True):
                 self._count(mount, acceptance, own)
                 if verbose:
                     self._log_accepted(call, acceptance, response, own)
@@ -362,9 +356,12 @@ class Ingest:
                 )
             else:
                 receipt = first
-                with suppress(Refusal, StorageError):  # only a count: the event that it repeats is durable
-                    await self._store.events.append(
-                        Acceptance(source=acceptance.source, event=event, repeats=first.event_id)
+                with suppress(Refusal, StorageError):  # only a count: the events that it repeats are durable
+                    await self._store.events.append_all(
+                        [
+                            Acceptance(source=each.source, event=each.event, repeats=of.event_id)
+                            for each, of in zip(batch or [acceptance], first.each or [first], strict=True)
+                        ]
                     )
         except BaseException as error:
             if entry is not None:
@@ -659,6 +656,49 @@ def _key(event: Event, incoming: Incoming | None) -> str | None:
     if len(key) > LONGEST_KEY or (event.key and not key.isprintable()):
         return f"sha256:{hashlib.sha256(text).hexdigest()}"
     return key
+
+
+async def _acceptances_of(
+    mount: Mount, events: Sequence[Event], incoming: Incoming, extra: Extra, request_id: str | None
+) -> list[Acceptance]:
+    """Return what to store of a request with several events; `extra` reserves the memory that they take.
+
+    Other requests run after each millisecond.
+
+    Raises:
+        TooLarge: the events are larger together than the relay stores at once.
+        Overloaded: other requests use the memory.
+        Invalid: an event is invalid; `field` has its position.
+        PluginFailed: as `make_event`.
+    """
+    acceptances, size, most = [], 0, MOST_COPIES * mount.config.max_body
+    due = time.monotonic() + TURN
+    for at, event in enumerate(events):
+        try:
+            stored = make_event(mount, event, incoming, incoming.received_at, is_item=True)
+        except Invalid as refusal:
+            refusal.field = f"events[{at}]{'.' if refusal.field else ''}{refusal.field}"
+            raise
+        needed = len(stored.data) + len(stored.context)
+        size += needed
+        if size > most:
+            raise TooLarge("The events of this request are larger together than the relay stores at once")
+        extra.take(needed + EVENT_BYTES)
+        acceptances.append(
+            Acceptance(
+                source=mount.name,
+                event=stored,
+                key=_key(event, None) if event.key else None,
+                path=mount.config.prefix + incoming.path,
+                is_key_alone=mount.config.key_conflict == "duplicate",
+                rejects_conflict=mount.config.key_conflict == "reject",
+                request_id=request_id,
+            )
+        )
+        if time.monotonic() > due:
+            await asyncio.sleep(0)
+            due = time.monotonic() + TURN
+    return acceptances
 
 
 def type_of(incoming: Incoming) -> str | None:

@@ -61,6 +61,12 @@ New deliveries are already claimed for their lanes, with their events; a lane wi
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
 """Microseconds for which an idempotency key is remembered."""
 
+EVENT_BYTES = 2048
+"""Bytes that each of several events of one request takes beside its data and context until it is durable.
+
+That is the memory of its records, measured with one delivery. Its rows on the disk are smaller.
+"""
+
 
 class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     """One accepted request: everything that one transaction must make durable."""

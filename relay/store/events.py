@@ -5,7 +5,7 @@ from functools import partial
 
 from relay.errors import RelayError, StorageUnavailableError
 from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
-from relay.store import Acceptance, Span
+from relay.store import EVENT_BYTES, Acceptance, Span
 from relay.store.batch import Batch, Restored
 from relay.store.database import Database
 from relay.store.dedupe import KEY_ALONE, Key, identity
@@ -75,7 +75,11 @@ class SqliteEvents:
         keys = [_key_of(each) for each in acceptances]
         job = Job[Receipt](
             lambda batch: batch.accept_all(acceptances, keys),
-            size=sum(len(each.event.body) for each in acceptances if each.event is not None),
+            size=sum(
+                EVENT_BYTES + len(each.event.body) + len(each.event.context)
+                for each in acceptances
+                if each.event is not None
+            ),
             keys=keys,
         )
         return await self._database.writer.submit(job, bounded=True)

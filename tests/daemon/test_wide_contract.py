@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 import pytest_asyncio
@@ -11,6 +12,9 @@ from support import FakeClock, until
 from wire import Wire, request
 
 from relay.errors import KeyConflict
+from relay.ingest.body import Extra
+from relay.ingest.handler import _acceptances_of
+from relay.source import Event, Incoming
 from relay.store import Acceptance
 
 PLUGIN = '''
@@ -71,6 +75,17 @@ class Bulk(Source, kind="bulk"):
         ]
         if incoming.header("X-Copies"):
             events = [Event(type="copy", data={"x": "x" * 1000})] * int(incoming.header("X-Copies"))
+        match incoming.header("X-Odd"):
+            case "generator":
+                events = (each for each in events)
+            case "set":
+                events = set(map(id, events))
+            case "dict":
+                events = {"a": 1}
+            case "text":
+                events = "text"
+            case "numbers":
+                events = [1]
         extra = Event(type="more") if incoming.header("X-Extra") else None
         return Accepted(events=events, event=extra, reply=self.reply)
 
@@ -200,6 +215,58 @@ async def test_a_batch_is_bounded_in_items_and_bytes(relay: Relay, copies, statu
     assert answer.status == status
 
 
+async def test_batches_share_the_memory_of_bodies(relay: Relay):
+    budget = relay.app.ingest._budget
+    others = budget.limit - 100_000
+    budget.used += others
+    try:
+        assert (await post(relay, "/bulk/one")).status == 200
+        assert (await post(relay, "/bulk/all", [], x_copies="10")).status == 200
+        assert (await post(relay, "/bulk/all", [], x_copies="100")).status == 503
+        assert budget.used == others
+    finally:
+        budget.used -= others
+
+
+async def test_an_invalid_event_of_a_batch_is_named_by_its_position(relay: Relay):
+    before = len(await relay.rows(source="bulk"))
+    answer = await post(relay, "/bulk/all", [{}, {"type": "a\nb"}])
+    text = "events[1]: expected 1 to 200 printable characters"
+    assert (answer.status, answer.json["error"]["message"]) == (400, text)
+    answer = await post(relay, "/bulk/all", [{"subject": "x" * 300}, {}])
+    assert answer.json["error"]["message"] == "events[0].subject: expected at most 256 characters"
+    assert len(await relay.rows(source="bulk")) == before
+
+
+@pytest.mark.parametrize("kind", ["generator", "set", "dict", "text", "numbers"])
+async def test_events_that_are_not_a_list_of_events_are_a_fault_of_the_plugin(relay: Relay, kind):
+    before = len(await relay.rows())
+    assert (await post(relay, "/bulk/all", [{}], x_odd=kind)).status == 500
+    assert len(await relay.rows()) == before
+
+
+async def test_other_requests_run_while_many_events_are_made(relay: Relay):
+    turns = 0
+
+    async def count():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    events = [Event(type="a", data={"n": n}) for n in range(5000)]
+    extra = Extra(relay.app.ingest._budget, 0)
+    task = asyncio.create_task(count())
+    began = time.thread_time()
+    mount, incoming = relay.app.ingest.mounts["bulk"], Incoming.of("POST", "/")
+    found = await _acceptances_of(mount, events, incoming, extra, None)
+    took = time.thread_time() - began
+    task.cancel()
+    extra.release()
+    assert len(found) == 5000
+    assert turns >= took / 0.02  # a turn of the loop in twenty milliseconds at the latest
+
+
 async def test_a_handler_with_both_event_and_events_is_a_fault_of_the_plugin(relay: Relay):
     assert (await post(relay, "/bulk/all", [{"n": 1}], x_extra="1")).status == 500
 
@@ -221,9 +288,10 @@ async def test_a_batch_sent_again_after_its_sender_disconnected_is_stored_once(r
     gate.set()
     await until(lambda: not opened)
     answer = await relay.exchange(request("POST", "/bulk/all", items, x_token="yes"))
-    stored = {row["id"] for row in await relay.rows(subject="twice")}
-    assert (answer.status, answer.json["duplicate"], len(stored)) == (200, True, 2)
-    assert answer.json["first"] in stored
+    rows = await relay.rows(subject="twice")
+    assert (answer.status, answer.json["duplicate"], len(rows)) == (200, True, 2)
+    assert answer.json["ids"] == [row["id"] for row in rows]
+    assert answer.json["duplicates"] == [row["duplicate"] for row in rows] == [True, True]
     answer = await relay.exchange(request("POST", "/bulk/all", items, x_token="yes"))
     assert (answer.json["duplicate"], len(await relay.rows(subject="twice"))) == (False, 4)
 
