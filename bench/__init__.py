@@ -1,1 +1,1 @@
-"""What the relay's promises cost, measured against bare aiohttp: `python -m bench` lists it all."""
+"""Benchmarks: the cost of the relay, compared with bare aiohttp. `python -m bench` lists them."""

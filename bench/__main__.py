@@ -1,4 +1,4 @@
-"""`python -m bench`: list the benchmarks, or run those that are named."""
+"""`python -m bench`: list the benchmarks, or run the ones in the arguments."""
 
 import importlib
 import signal
@@ -20,7 +20,7 @@ BENCHMARKS = ("ingest", "relay", "generic", "zoo")
 @click.option("--connections", default=Plan().connections, show_default=True, help="Connections at once.")
 @click.option("--json", "json", is_flag=True, help="Print every round as JSON.")
 def main(names: tuple[str, ...], rounds: int, requests: int, connections: int, *, json: bool) -> None:
-    """Run the benchmarks named, or list them all."""
+    """Run the benchmarks in the arguments; without arguments, list all."""
     modules = [(name, importlib.import_module(f"bench.{name}")) for name in names or BENCHMARKS]
     if not names:
         for name, module in modules:

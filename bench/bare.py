@@ -1,4 +1,4 @@
-"""What the relay is measured against: the least that aiohttp can do, remembering nothing."""
+"""The programs that the relay is compared with: minimal aiohttp servers that store nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,14 +31,14 @@ async def _session(app: web.Application) -> AsyncIterator[None]:
 
 
 def handler(path: str) -> web.Application:
-    """Answer every event; nothing is kept."""
+    """Respond to every event; store nothing."""
     app = web.Application()
     app.router.add_route("*", path, _take)
     return app
 
 
 def proxy(path: str, target: str) -> web.Application:
-    """Pass every event on to `target` and answer once it has."""
+    """Forward every event to `target`, and respond after the response of `target`."""
     app = web.Application()
     app[_TARGET] = target
     app.cleanup_ctx.append(_session)

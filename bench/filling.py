@@ -1,4 +1,4 @@
-"""A store that has been at work for two weeks, written by a few statements rather than by requests."""
+"""Writes a database with two weeks of data, by a few SQL statements instead of by requests."""
 
 import hashlib
 import sqlite3
@@ -81,7 +81,7 @@ _STATEMENTS = (
 
 
 async def fill(path: Path, events: int) -> None:
-    """Make it: so many events, three times as many deliveries, an attempt for nearly each."""
+    """Create a database with that many events, three deliveries for each, and an attempt for most of them."""
     async with open_store(f"sqlite:{path.name}", path.parent, SystemClock()):
         pass  # makes the tables
     values = {

@@ -1,4 +1,4 @@
-"""What events cost in time beside senders that pipeline cheap requests as fast as they are answered."""
+"""Latency of events while other senders pipeline cheap requests as fast as the relay responds."""
 
 import asyncio
 import sys
@@ -37,7 +37,7 @@ KINDS = {
 
 
 class _Flood(asyncio.Protocol):
-    """One connection that always has more requests on their way than it has answers."""
+    """One connection that always has requests without a response."""
 
     def __init__(self, request: bytes) -> None:
         self._block = request * (_BLOCK // len(request))
@@ -65,7 +65,7 @@ class _Flood(asyncio.Protocol):
 
 
 async def flood(host: str, port: int, kind: str, connections: int) -> None:
-    """Flood until the process is ended; say how many answers a second have come."""
+    """Flood until the process is terminated; then print the number of responses per second."""
     loop = asyncio.get_running_loop()
     made = [await loop.create_connection(lambda: _Flood(KINDS[kind]), host, port) for _ in range(connections)]
     before, began = 0, time.perf_counter()
@@ -79,7 +79,10 @@ async def flood(host: str, port: int, kind: str, connections: int) -> None:
 
 @asynccontextmanager
 async def flooded(server: Server, kind: str, connections: int) -> AsyncIterator[list[float]]:
-    """Flood a server from a process of its own until the block ends; gives the answers per second, then."""
+    """Flood a server from another process until the block ends.
+
+    Yields a list, which has the responses per second after the block.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.flood", *map(str, server.address), kind, str(connections),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
@@ -99,7 +102,7 @@ async def flooded(server: Server, kind: str, connections: int) -> AsyncIterator[
 
 
 async def events(server: Server, seconds: float) -> list[float]:
-    """Send one event after the other for so long; return the milliseconds that each took, sorted."""
+    """Send one event after another for `seconds`; return the latencies in milliseconds, sorted."""
     reader, writer = await asyncio.open_connection(*server.address)
     found = []
     try:
@@ -126,7 +129,7 @@ def _row(name: str, delays: list[float], rates: list[float]) -> str:
 
 
 async def main(seconds: float) -> None:
-    """Measure events alone, then beside each kind of flood, for so long each."""
+    """Measure events without a flood, then with each kind of flood, for `seconds` each."""
     print(f"  {'beside':<28}{'events':>8}{'p50 ms':>10}{'p99 ms':>10}{'most ms':>10}{'answers/s':>14}")
     with TemporaryDirectory(prefix="bench-") as name:
         async with relay(Path(name), more=_SOURCE) as server:

@@ -25,7 +25,7 @@ reply = {{ status = 202, json = {{ ok = true }} }}
 
 
 async def run(plan: Plan) -> Comparison:
-    """Measure it: one relay, the same body, and without an idempotency key, which Moddy's events lack."""
+    """Measure both sources in one relay with the same body, without idempotency keys: Moddy sends none."""
     signature = hmac.digest(_SECRET.encode(), SAMPLE, "sha256").hex()
     headers = {"Content-Type": "application/json", "X-Shop-Signature": f"sha256={signature}"}
     signed = post("/hooks/shop/berlin", SAMPLE, headers)

@@ -1,4 +1,4 @@
-"""What ten thousand workers cost: CPU per heartbeat at their own pace, and sweeps over all of them."""
+"""Cost of ten thousand workers: CPU per heartbeat at one per worker in 30 s, and sweeps over all workers."""
 
 import asyncio
 import re
@@ -43,7 +43,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 
 
 class _Peer(asyncio.Protocol):
-    """A sender's end of a connection: asks, and hands the whole answer on."""
+    """A client connection: sends a request, and passes the complete response to `answered`."""
 
     def __init__(self, answered: Callable[["_Peer", bytes], None]) -> None:
         self._received = b""
@@ -89,10 +89,10 @@ def _beat(number: int, uptime: int) -> bytes:
 async def _at_their_pace(
     server: Server, uptime: int, *, beats: int = 1, kept: bool = False, held: float = AGENT
 ) -> None:
-    """Send so many heartbeats of every worker, one within 30 s.
+    """Send `beats` heartbeats of every worker, one in 30 s.
 
-    Each over a connection of its own, which the worker's agent holds for `held` seconds when it idles; or
-    as a proxy passes them on, over a connection that is `kept` and free.
+    Each heartbeat has its own connection, which the worker closes after it was idle for `held` seconds. With
+    `kept`, the heartbeats use idle keep-alive connections, as a proxy does.
     """
     loop, began, peers, free = asyncio.get_running_loop(), time.perf_counter(), list[_Peer](), list[_Peer]()
     over, unanswered = loop.create_future(), WORKERS * beats
@@ -125,7 +125,7 @@ async def _at_their_pace(
 
 
 class _Costs:
-    """Seconds of CPU of a heartbeat, round by round, by what was measured."""
+    """CPU seconds per heartbeat, of each round, by the name of the measurement."""
 
     def __init__(self) -> None:
         self._rounds: dict[str, list[float]] = {}
@@ -133,25 +133,25 @@ class _Costs:
     async def measure(
         self, what: str, server: Server, sending: Coroutine[None, None, None], *, beats: int = 1
     ) -> None:
-        """Take one more round."""
+        """Measure one round."""
         before = server.cpu()
         await sending
         await asyncio.sleep(2.5)  # for the flush, which comes every 2 s
         self._rounds.setdefault(what, []).append((server.cpu() - before) / (WORKERS * beats))
 
     def of(self, what: str) -> Spread:
-        """Return median, least and most of one of them."""
+        """Return median, minimum and maximum of a measurement."""
         return Spread.of(self._rounds[what])
 
     def show(self, what: str) -> None:
-        """Print one of them, and what it is of a core."""
+        """Print a measurement, and its share of a core at the workers' rate."""
         cost = self.of(what)
         spread = f"({cost.least * 1e6:.0f}-{cost.most * 1e6:.0f})"
         print(f"  {what:<48}{cost.median * 1e6:5.0f} us {spread:<10}{cost.median * PACE:6.1%}")
 
 
 async def heartbeats(rounds: int) -> None:
-    """Measure a daemon of its own, and two rivals, in turn."""
+    """Measure heartbeats of a new daemon and of two simpler servers, in turn."""
     costs = _Costs()
     with TemporaryDirectory(prefix="bench-") as name:
         bare = ("-m", "bench.serve", "handler", _PATH.format("{worker}"))
@@ -187,7 +187,7 @@ async def heartbeats(rounds: int) -> None:
 
 
 class _Clock:
-    """A clock in our hand."""
+    """A clock that the benchmark sets."""
 
     def __init__(self) -> None:
         self.now = time.time_ns() // 1000
@@ -201,7 +201,7 @@ class _Clock:
 
 @asynccontextmanager
 async def _ticking() -> AsyncIterator[list[float]]:
-    """Note the longest time for which the loop did not turn."""
+    """Measure the longest time for which the event loop was blocked."""
     gaps: list[float] = [0.0]
 
     async def tick() -> None:
@@ -222,7 +222,7 @@ async def _ticking() -> AsyncIterator[list[float]]:
 
 
 async def sweeps() -> None:
-    """Measure sweeps over a store of that many workers."""
+    """Measure sweeps over a store with `WORKERS` workers."""
     clock = _Clock()
 
     async def say(what: str, doing: Callable[[], Awaitable[object]]) -> None:
@@ -258,7 +258,7 @@ async def sweeps() -> None:
 
 
 async def main() -> None:
-    """Measure both."""
+    """Measure sweeps, then heartbeats unless the argument is `sweeps`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _FILES:  # the servers inherit it
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, hard) if hard > 0 else _FILES, hard))

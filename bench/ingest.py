@@ -1,4 +1,4 @@
-"""Durable, acknowledged events: the relay with `synchronous = FULL` against a handler that keeps nothing."""
+"""Durable, acknowledged events: the relay with `synchronous = FULL` against a handler that stores nothing."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from bench.subject import PATH, REQUEST, relay
 
 
 async def run(plan: Plan) -> Comparison:
-    """Measure it."""
+    """Measure the relay and the handler."""
 
     async def one(server: Server) -> Round:
         cpu = server.cpu()

@@ -325,7 +325,10 @@ class QueueTable(OneTable):
             database.execute(sql)
 
     async def write(self, batch: Batch, transaction: Transaction) -> None:
-        """Do what `commit.write` does, with its loops over keys and deaths, which find nothing here."""
+        """Write a batch as `commit.write` does.
+
+        The loops over idempotency keys and dead deliveries are included, although there are none.
+        """
         batch.add_all_generated()
         if batch.outcomes:
             batch.outcomes = apply_cancellations(batch.outcomes, self.claims)
@@ -347,7 +350,7 @@ class QueueTable(OneTable):
             transaction.insert("ledger", columns, ledger, then=commit.ADD_TO_LEDGER)
 
     async def claim(self) -> Sequence[Delivery]:
-        """As the store does it, but without a look-up of each event."""
+        """Return pending deliveries as the store does, but without reading their events."""
         rows = await self.connection.execute_fetchall(
             """
             SELECT id, public_id, event_id, destination, attempts, created_at, size, order_key, latest_key,
@@ -587,7 +590,7 @@ async def build(layout: OneTable) -> None:
 
 
 async def same(ours: OneTable, theirs: OneTable) -> None:
-    """See that both layouts answer every list alike.
+    """Check that every list has the same rows in both layouts.
 
     Raises:
         RuntimeError: they differ, so the figures would compare different work.

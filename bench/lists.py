@@ -142,7 +142,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 async def measure(store: TracedStore, kind: str, cursor: str | None, filters: Mapping[str, str]) -> Figure:
-    """Run a query some times."""
+    """Run a query several times."""
     taken = []
     for _ in range(RUNS):
         store.traced.statements.clear()

@@ -1,4 +1,4 @@
-"""A load generator that costs little itself: keep-alive connections, prebuilt bytes, a fixed count."""
+"""A load generator that uses little CPU: keep-alive connections, prebuilt requests, a fixed count."""
 
 import asyncio
 import re
@@ -16,7 +16,7 @@ class LoadError(Exception):
 
 
 class _Sender(asyncio.Protocol):
-    """One connection: asks, waits for the whole answer, asks again while there is something to ask."""
+    """One connection: sends a request, waits for the complete response, repeats until none is left."""
 
     def __init__(self, load: "_Load") -> None:
         self._load = load
@@ -49,7 +49,7 @@ class _Sender(asyncio.Protocol):
 
 
 class _Load:
-    """One round: how much is left, and whether it is over."""
+    """One round: its remaining requests, and its end."""
 
     def __init__(self, requests: Sequence[bytes], count: int) -> None:
         self.requests = cycle(requests)
@@ -84,12 +84,12 @@ def _request(method: str, path: str, body: bytes, headers: dict[str, str]) -> by
 
 
 async def send(address: tuple[str, int], *requests: bytes, count: int, connections: int) -> float:
-    """Send so many requests, these in turn, over so many connections, each waiting for its answers.
+    """Send `count` requests in total, repeating `requests` in order, over `connections` connections at once.
 
     Returns the moment (`time.perf_counter`) at which the first byte went out.
 
     Raises:
-        LoadError: an answer was no 2xx, or a connection broke.
+        LoadError: a response was not a 2xx, or a connection was lost.
         TimeoutError: it took more than two minutes.
     """
     load, loop = _Load(requests, count), asyncio.get_running_loop()

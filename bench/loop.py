@@ -1,4 +1,4 @@
-"""The event loop that everything here runs on: uvloop where it is installed, as in `relay serve`."""
+"""The event loop of all benchmarks: uvloop if it is installed, as in `relay serve`."""
 
 import asyncio
 from collections.abc import Callable, Coroutine

@@ -20,20 +20,20 @@ _HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN
 
 
 def body(size: int) -> bytes:
-    """Build one of Moddy's events with that many bytes of JSON."""
+    """Build an event of Moddy with `size` bytes of JSON."""
     head, tail = b'{"event_type":"message_sent","discord_id":"1","metadata":{"text":"', b'"}}'
     return head + b"x" * (size - len(head) - len(tail)) + tail
 
 
 def resident(pid: int) -> tuple[float, float]:
-    """Return a process's resident memory and the most it had so far, in MB (10**6 bytes)."""
+    """Return the current and the peak resident memory of a process, in MB (10**6 bytes)."""
     status = Path(f"/proc/{pid}/status").read_text()
     now, most = (re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0] for name in ("VmRSS", "VmHWM"))
     return int(now) * 1024 / 1e6, int(most) * 1024 / 1e6
 
 
 async def measure(events: int, size: int) -> tuple[float, float, float]:
-    """Send events to a daemon of their own; return memory after them, its peak, and CPU µs per event."""
+    """Send events to a new daemon; return its memory afterwards, the peak, and CPU µs per event."""
     with TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         async with (

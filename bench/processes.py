@@ -1,4 +1,4 @@
-"""The servers under test, each a process of its own: started, asked for its CPU time, ended by pid."""
+"""The servers under test, one process each: starts them, reads their CPU time, and terminates them by pid."""
 
 import asyncio
 import re
@@ -28,17 +28,17 @@ class Server(msgspec.Struct, frozen=True):
     def cpu(self) -> float:
         """Return the seconds of CPU that the process and all its threads have used.
 
-        To the nanosecond, as glibc's `clock_getcpuclockid` has it; `/proc/PID/stat` counts in 10 ms.
+        Has nanoseconds, like glibc's `clock_getcpuclockid`; `/proc/PID/stat` has steps of 10 ms.
         """
         return time.clock_gettime(~self.pid << 3 | 2)
 
 
 @asynccontextmanager
 async def python(log: Path, *arguments: str) -> AsyncIterator[Server]:
-    """Run our own interpreter until the block ends; the program says in its log where it listens.
+    """Run a Python program until the block ends; its address is read from its log.
 
     Raises:
-        RuntimeError: it ended, or did not listen within 30 s.
+        RuntimeError: the program exited, or did not listen within 30 s.
     """
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(

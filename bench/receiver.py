@@ -1,4 +1,4 @@
-"""A receiver of webhooks that says 200 to everything and costs next to nothing."""
+"""A receiver that responds with 200 to every request, with little CPU."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""From the first byte in to the recorded answer of one destination, against a proxy that keeps nothing."""
+"""Delivery to one destination, from the first byte to the recorded response, compared with a proxy."""
 
 import asyncio
 import sqlite3
@@ -16,7 +16,7 @@ _DEADLINE = 120.0  # seconds for the last delivery of a round to be recorded
 
 
 async def run(plan: Plan) -> Comparison:
-    """Measure it."""
+    """Measure the relay and the proxy."""
     with TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         async with python(folder / "receiver.log", "-m", "bench.serve", "receiver") as receiver:
@@ -41,7 +41,7 @@ async def run(plan: Plan) -> Comparison:
 
 
 async def relay_round(plan: Plan, server: Server, database: Path) -> Round:
-    """Send, then wait until the ledger has every delivery: reading it costs the daemon nothing."""
+    """Send events, then wait until the ledger counts them as delivered, read here from the database file."""
     with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as books:
         wanted = _delivered(books) + plan.requests
         cpu = server.cpu()
@@ -65,7 +65,7 @@ def _delivered(books: sqlite3.Connection) -> int:
 
 
 def _p99(books: sqlite3.Connection, newest: int) -> float:
-    """Return the milliseconds within which 99 of 100 of the newest deliveries had their recorded answer."""
+    """Return the 99th percentile of the latest deliveries' time from creation to recorded response, in ms."""
     rows = books.execute(
         """
         SELECT finished_at - created_at FROM deliveries

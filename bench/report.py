@@ -27,7 +27,7 @@ def table(comparison: Comparison) -> str:
 
 
 def as_json(comparisons: Sequence[Comparison]) -> str:
-    """Render all of them, with every round."""
+    """Render all comparisons, with every round."""
     return msgspec.json.format(msgspec.json.encode([_plain(each) for each in comparisons])).decode()
 
 

@@ -1,4 +1,4 @@
-"""What senders notice of retention: how long answers take before, and while 500,000 old events go."""
+"""Effect of retention on senders: latency of responses before and during the deletion of 500,000 events."""
 
 import asyncio
 import hashlib
@@ -83,9 +83,9 @@ async def _connections(
 
 
 async def latencies(server: Server, go_on: Callable[[], bool]) -> list[float]:
-    """Send at the pace while `go_on`; return how long after its moment each answer was there, in seconds.
+    """Send events at the rate `PACE` while `go_on()`; return the latency of each response, in seconds.
 
-    Counted from when a request was to go out, not from when it could: waiting for a connection counts.
+    Latency counts from the scheduled time of a request, so it includes the wait for a free connection.
     """
     found: list[float] = []
 
@@ -110,7 +110,7 @@ async def latencies(server: Server, go_on: Callable[[], bool]) -> list[float]:
 
 
 async def main(events: int) -> None:
-    """Measure both."""
+    """Measure responses before retention starts and while it runs."""
     with TemporaryDirectory(prefix="bench-") as name:
         path = Path(name) / "relay.db"
         await fill(path, events)
@@ -118,7 +118,7 @@ async def main(events: int) -> None:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
 
             def left() -> int:
-                """Say how many old ones are there; their ids come first."""
+                """Return the number of old events that are left; they have the lowest ids."""
                 [(first,)] = database.execute("SELECT min(id) FROM events").fetchall()
                 return max(0, events + 1 - (first or events + 1))
 
@@ -146,7 +146,7 @@ def percentile(figures: list[float], percent: int) -> float:
 
 
 def say(what: str, figures: list[float], unit: str = "answers") -> None:
-    """Print how durations in seconds are spread."""
+    """Print the percentiles of durations, given in seconds."""
     shares = ", ".join(f"p{percent} {percentile(figures, percent) * 1e3:.1f}" for percent in (50, 90, 99))
     print(f"  {what:<15}{len(figures):>8,} {unit}, ms: {shares}, most {max(figures) * 1e3:.1f}")
 

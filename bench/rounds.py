@@ -1,4 +1,4 @@
-"""Rounds of two sides in turn, so that whatever else the machine does strikes both alike."""
+"""Alternating rounds of two sides, so that other load on the machine affects both equally."""
 
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,7 +34,7 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """The median of some figures, the least and the most of them."""
+    """Median, minimum and maximum of several figures."""
 
     median: float
     least: float
@@ -46,7 +46,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The relay and its rival, round by round. A ratio of 1 means that the relay is as good."""
+    """The rounds of the relay and of the other side. A ratio of 1 means that both are equal."""
 
     name: str
     title: str
@@ -57,16 +57,16 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     theirs: tuple[Round, ...]
 
     def rates(self) -> tuple[Spread, Spread, Spread]:
-        """Return events per second of the relay and of its rival, and the ratio within each pair."""
+        """Return events per second of both sides, and the ratio within each pair."""
         ratios = [o.rate / t.rate for o, t in zip(self.ours, self.theirs, strict=True)]
         return _spread(self.ours, "rate"), _spread(self.theirs, "rate"), Spread.of(ratios)
 
     def costs(self) -> tuple[Spread, Spread, Spread]:
-        """Return CPU microseconds per event likewise; the ratio is turned over, so that more is better."""
+        """Return CPU microseconds per event, and the inverse ratio, so that a higher one is better."""
         return self._less_is_more("cost")
 
     def delays(self) -> tuple[Spread, Spread, Spread] | None:
-        """Return p99 in milliseconds likewise, where both sides have it."""
+        """Return the p99 in milliseconds and the inverse ratio; None unless both sides have one."""
         if any(each.p99 is None for each in (*self.ours, *self.theirs)):
             return None
         return self._less_is_more("p99")
@@ -81,7 +81,7 @@ Side = Callable[[], Awaitable[Round]]
 
 
 async def alternate(plan: Plan, ours: Side, theirs: Side) -> tuple[tuple[Round, ...], tuple[Round, ...]]:
-    """Let both sides warm up, then measure them in turn; who begins changes from pair to pair."""
+    """Warm up both sides, then measure them in turn; the side that begins changes from pair to pair."""
     await ours()
     await theirs()
     mine, others = [], []

@@ -1,4 +1,4 @@
-"""How long a scrape of 50 destinations takes, at rest and beside senders, and what these notice of it."""
+"""Duration of a scrape with 50 destinations, without and with load, and its effect on senders."""
 
 import asyncio
 import sys
@@ -34,10 +34,10 @@ allow_private = true
 
 
 async def scrapes(door: Path, count: int) -> list[float]:
-    """Return the seconds that each took, from the connection to the last byte.
+    """Scrape repeatedly; return the seconds of each scrape, from the connection to the last byte.
 
     Raises:
-        RuntimeError: an answer is not a whole scrape.
+        RuntimeError: a response is not a complete scrape.
     """
     found = []
     for _ in range(count):
@@ -54,7 +54,7 @@ async def scrapes(door: Path, count: int) -> list[float]:
 
 
 async def main(count: int) -> None:
-    """Measure all of it."""
+    """Measure scrapes and senders, without and with load."""
     with TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         async with python(folder / "receiver.log", "-m", "bench.serve", "receiver") as receiver:

@@ -1,4 +1,4 @@
-"""How much CPU commands take before they do anything: `python -m bench.startup [TIMES]`."""
+"""CPU time of starting commands: `python -m bench.startup [TIMES]`."""
 
 import os
 import resource
@@ -38,7 +38,7 @@ def main(times: int = TIMES) -> None:
 
 
 def spread(command: Sequence[str], times: int) -> Spread:
-    """Return what CPU a command takes, in milliseconds."""
+    """Return the CPU time of a command in several runs, in milliseconds."""
     cpu(command)
     return Spread.of([cpu(command) for _ in range(times)])
 

@@ -1,4 +1,4 @@
-"""The relay under test: a real daemon of its own, with Moddy as the sender."""
+"""The relay under test: a real daemon in another process, with Moddy as the sender."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -55,7 +55,7 @@ REQUEST = request()
 
 
 def write_config(folder: Path, destination: str | None = None, more: str = "") -> Path:
-    """Write a config.toml with one destination at that URL or with none, and more configured."""
+    """Write a config.toml with a destination at that URL, or without one, followed by `more`."""
     config = folder / "config.toml"
     config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else "") + more)
     return config
@@ -63,7 +63,7 @@ def write_config(folder: Path, destination: str | None = None, more: str = "") -
 
 @asynccontextmanager
 async def relay(folder: Path, destination: str | None = None, more: str = "") -> AsyncIterator[Server]:
-    """Run `relay serve` in a folder, with one destination at that URL or with none, and more configured."""
+    """Run `relay serve` in a folder, with the configuration of `write_config`."""
     config = write_config(folder, destination, more)
     async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
         yield server

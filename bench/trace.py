@@ -35,14 +35,14 @@ _HOUSES = tuple(str(_ROOT / name) + "/" for name in ("relay", "plugins"))
 
 
 class Function(NamedTuple):
-    """A function as a reader finds it."""
+    """A function, by its file and name."""
 
     file: str  # "relay/app.py"
     name: str  # qualified: "App.run"
 
 
 class Way(NamedTuple):
-    """What most traces have in common."""
+    """The functions that most traces have in common."""
 
     functions: tuple[Function, ...]  # by file, then by name
     calls: int  # from a function of one file to one of another, median over the traces
@@ -54,7 +54,7 @@ class Way(NamedTuple):
 
 
 class Tracer:
-    """A profile function for every thread that can be turned on and off."""
+    """Records the calls of every thread with a profile function, between `install` and `remove`."""
 
     def __init__(self) -> None:
         self.traces: list[tuple[set[Function], int]] = []
@@ -68,7 +68,7 @@ class Tracer:
         sys.setprofile(self._profile)
 
     def remove(self) -> None:
-        """Trace nothing from now on."""
+        """Stop tracing."""
         self._on = False
         threading.setprofile(None)
         sys.setprofile(None)
@@ -83,7 +83,7 @@ class Tracer:
         self.traces.append((self._seen, self._crossings))
 
     def way(self) -> Way:
-        """Return what most traces have in common."""
+        """Return the functions that most traces have in common."""
         often = Counter(function for seen, _ in self.traces for function in seen)
         common = sorted(function for function, times in often.items() if times > len(self.traces) / 2)
         calls = sorted(crossings for _, crossings in self.traces)[len(self.traces) // 2]

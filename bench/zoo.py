@@ -1,4 +1,4 @@
-"""A healthy destination of a relay with a zoo of misbehaving ones, against the same relay without it."""
+"""A healthy destination beside a zoo of faulty ones, compared with the same relay without the zoo."""
 
 import os
 import re
@@ -38,7 +38,7 @@ circuit = {{ probe = "{probe}ms", max_probe = "{probe}ms" }}
 
 
 async def run(plan: Plan) -> Comparison:
-    """Measure it."""
+    """Measure the healthy destination with and without the zoo."""
     with TemporaryDirectory(prefix="bench-") as one, TemporaryDirectory(prefix="bench-") as other:
         crowded, alone = Path(one), Path(other)
         async with (
@@ -70,7 +70,7 @@ async def run(plan: Plan) -> Comparison:
 
 
 def _cages(log: Path) -> str:
-    """Configure a destination for every animal that the zoo has said to have."""
+    """Return the configuration: a destination for every address in the zoo's log."""
     urls = re.findall(r"^animal (.+)$", log.read_text(), re.MULTILINE)
     cages = [
         _CAGE.format(number=number, url=url, probe=5000 + 77 * number) for number, url in enumerate(urls)
@@ -80,7 +80,7 @@ def _cages(log: Path) -> str:
 
 @contextmanager
 def _asleep(*servers: Server) -> Iterator[None]:
-    """Keep what is not being measured off the machine."""
+    """Suspend the processes that are not being measured (SIGSTOP)."""
     for server in servers:
         os.kill(server.pid, signal.SIGSTOP)
     try:

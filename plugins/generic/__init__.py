@@ -12,7 +12,7 @@ from .source import Generic
 
 @hookimpl
 def relay_sources() -> list[type[Source]]:
-    """Offer the generic source."""
+    """Return the generic source."""
     return [Generic]
 
 

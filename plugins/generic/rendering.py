@@ -74,7 +74,7 @@ def text(value: Value, place: str) -> str:
 
 
 def _plain(value: Value) -> Any:
-    """Return a value for filters: a string as `str`, null as None, a number or a tree as sent."""
+    """Return a value for filters: strings, booleans and null parsed, numbers and trees as sent."""
     if isinstance(value, msgspec.Raw) and bytes(value)[:1] in b'"ntf':
         return read_json(bytes(value))
     return value

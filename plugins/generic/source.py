@@ -1,4 +1,4 @@
-"""The generic source: what it makes of a request."""
+"""The generic source: reads requests of any sender, as its settings describe."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,7 +14,7 @@ from .settings import Sample, Verify
 
 
 class Generic(Keys, kind="generic", dict=True):
-    """Any sender.
+    """A source for any sender, described by its settings.
 
     Raises:
         ExceptionGroup: settings that are wrong or contradict each other; each names its key.

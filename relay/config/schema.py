@@ -164,7 +164,7 @@ class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SourceRetention(msgspec.Struct, frozen=True, kw_only=True):
-    """`retention = {…}` of a source: what is different for its events."""
+    """`retention = {…}` of a source: other retention for its events."""
 
     events: Interval | None = None
     types: dict[Annotated[str, _check(validators.pattern)], Interval] = {}

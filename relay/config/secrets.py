@@ -117,7 +117,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Secrets:
-    """The tokens that a source accepts: several at once, so that rotation is adding one."""
+    """The tokens that a source accepts. Several may be valid at once, so that a token can be rotated."""
 
     __slots__ = ("_credentials",)
 

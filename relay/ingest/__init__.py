@@ -1,1 +1,1 @@
-"""From the wire into the store: the public side."""
+"""The public listener: receives requests and stores their events."""

@@ -70,9 +70,9 @@ class _Pool:
 class Budget:
     """Bytes of bodies that are being read or wait for their commit, over all connections.
 
-    Large bodies leave an eighth of it to small ones. Senders that are not verified before their body is read
-    have at most half of it, and small bodies of theirs an eighth. One address, as trusted proxies forward
-    it, has at most half of the share of its kind.
+    An eighth of the budget is reserved for small bodies. Senders that are verified only after their body is
+    read may use at most half of the budget for large bodies, and an eighth for small ones. One address, as
+    trusted proxies report it, may use at most half of each share.
     """
 
     __slots__ = ("large", "limit", "small", "used")

@@ -1,6 +1,6 @@
-"""One sender's connection: when it is read, answered and closed.
+"""A sender's connection: decides when to read, respond and close.
 
-Two classes complete it by what parses HTTP: `relay.ingest.fast` and `relay.ingest.reference`.
+Two subclasses add the HTTP parser: `relay.ingest.fast` and `relay.ingest.reference`.
 """
 
 import asyncio
@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def _may_parse(self) -> bool:
-        """Whether no request must be answered first."""
+        """Whether the parser may run: no complete request waits for its answer."""
         return self._request is None or not self._request.content.is_eof()
 
     @property
@@ -315,8 +315,8 @@ class Connection(asyncio.Protocol):
     def _begin(self, request: Request, *, at_once: bool) -> None:
         """Begin to answer a request: at once if no other waits for an answer, else in the loop's next turn.
 
-        In the next turn it begins together with others that have come, and they share a commit. Begun one by
-        one, the same events took half as much CPU again, in more and smaller transactions.
+        In the next turn, it begins together with other requests that have arrived, and they share a commit.
+        When each began alone, the same events took 50 % more CPU, in more and smaller transactions.
         """
         self._request = request
         is_late = self._is_catching_up

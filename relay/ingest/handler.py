@@ -423,9 +423,9 @@ class Ingest:
             self._note_refused(match, incoming, Overloaded())
 
     async def _note_sign_of_life(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
-        """Note that the worker of a refused request lives or leaves.
+        """Record that the worker of a refused request is alive or unregisters.
 
-        An OFFLINE worker whose heartbeat is refused for its own body is back: its heartbeat is stored.
+        A heartbeat of an OFFLINE worker is stored if the relay refused it only because of its body.
         """
         change = self._note_refused(match, incoming, refusal)
         if change is not None:
@@ -435,9 +435,9 @@ class Ingest:
                     self._requeue(receipt.sent)
 
     def _note_refused(self, match: Match, incoming: Incoming, refusal: Refusal) -> Heartbeat | None:
-        """Note in memory that the worker of a refused request lives or leaves, unless its token is wrong.
+        """Record in memory that a refused request's worker is alive or leaves, unless the token is invalid.
 
-        Returns the heartbeat to store if the worker is OFFLINE and only the request is at fault.
+        Returns the heartbeat of an OFFLINE worker, to be stored, if the request itself caused the refusal.
         """
         name, source, workers = match.mount.name, match.mount.source, self._store.workers
         if self._store.failure is None and not any(workers.count(name, each) for each in _STATUSES):
@@ -612,7 +612,7 @@ def _answer_other_method(match: Match, incoming: Incoming) -> Response:
     """Answer a browser's preflight.
 
     Raises:
-        MethodNotAllowed: it is none, or the source has no `cors_origins`.
+        MethodNotAllowed: the request is not a preflight, or the source has no `cors_origins`.
     """
     if incoming.method == "OPTIONS" and match.mount.config.cors_origins:
         return preflight(match.handlers)

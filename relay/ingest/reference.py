@@ -25,8 +25,8 @@ _ROOT = URL("/")
 class ReferenceConnection(Connection):
     """A connection whose requests are read by `aiohttp.web.Server`.
 
-    aiohttp's server queues requests, and an error among them hides the requests before it in the same bytes.
-    So this gives it one head at a time, and waits until it calls the handler before it gives it more.
+    aiohttp's server queues requests, and an error among them hides the requests before the error in the same
+    bytes. So the server gets one head at a time, and the next one after it has called the handler.
     """
 
     __slots__ = ("_aiohttp", "_gone", "_head", "_head_text", "_held", "_is_feeding", "_is_late")
@@ -133,7 +133,7 @@ class ReferenceConnection(Connection):
     # --- as aiohttp's server needs it -----------------------------------------------------------------
 
     def pause_reading(self) -> None:
-        """Take no more for now: as much of a body has come as may wait."""
+        """Stop reading: the bytes of a body that wait have reached their limit."""
         self._is_full = True
         self._read_or_not()
 
@@ -148,7 +148,7 @@ class ReferenceConnection(Connection):
             self._read_or_not()
 
     def refuse(self, error: BaseException | None) -> None:
-        """Answer what aiohttp's server found to be no HTTP, unless that is done."""
+        """Respond to bytes that are not HTTP, unless a response was written already."""
         self._is_waiting = False
         if not self._is_over and self._transport is not None:
             self._refuse(error if isinstance(error, Exception) else VersionError())
@@ -161,7 +161,7 @@ class ReferenceConnection(Connection):
         writer: AbstractStreamWriter,
         task: "asyncio.Task[None]",
     ) -> web.BaseRequest:
-        """Keep a head as parsed; aiohttp's own request cannot be made of some targets, so it gets another."""
+        """Keep the parsed head. aiohttp cannot build a request from some targets, so it gets another one."""
         self._head = message
         return web.BaseRequest(message._replace(url=_ROOT), payload, protocol, writer, task, self._loop)
 

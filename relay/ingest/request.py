@@ -19,7 +19,7 @@ class VersionError(HttpProcessingError):
 
 
 class Request:
-    """One request. A `web.Request` does more, and costs half as much CPU as all that the relay does.
+    """One request. aiohttp's `web.Request` would add half of the relay's CPU per request.
 
     A request with a chunked body or an offer to upgrade is the last of its connection: the parser takes a
     trailer for a header of the next request, and loses the bytes behind an offer.

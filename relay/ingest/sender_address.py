@@ -36,9 +36,9 @@ class SenderAddress:
     def of(self, peer: str | None, headers: CIMultiDictProxy[str]) -> str:
         """Return the sender's address: the nearest one in the chain that is not a trusted proxy.
 
-        All lines of the header make one chain (RFC 9110, 5.3), in which each proxy adds its peer at the end.
-        Whoever is not trusted may have written anything further left. An entry that is no address ends the
-        chain; the answer is then the last hop that is known.
+        All lines of the header form one chain (RFC 9110, 5.3); each proxy appends its peer's address. Entries
+        to the left of an untrusted address may be forged. An entry that is not an address ends the chain; the
+        result is then the last known hop.
         """
         if not peer:
             return "unknown"
