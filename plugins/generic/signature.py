@@ -156,7 +156,7 @@ class Signature:
                 for fits in self._verifiers:
                     matches |= fits(signature, message)
         if not matches:
-            raise Unauthenticated("The signature does not fit")
+            raise Unauthenticated("The signature does not match")
 
     def _check_time(self, incoming: Incoming) -> None:
         sent = self.sent_time(incoming)

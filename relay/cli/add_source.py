@@ -23,9 +23,12 @@ from relay.config.installed_service import Given, service_of
 from relay.config.paths import find_config
 from relay.config.problems import ConfigError, Problem, guess
 from relay.plugin_loading.loader import discover, load
-from relay.source import Guide, Preset
+from relay.source import Guide, Preset, Source
 
 GENERIC = "generic"
+Known = Mapping[str, tuple[type[Source], Preset | None]]
+"""The kinds of source, each with its preset if it is one."""
+
 HOST = "https://YOUR-HOST"
 """Stands for the public URL of the relay where nobody named it."""
 
@@ -46,6 +49,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     guide: Guide
     verify: Any
     handshakes: Sequence[Mapping[str, Any]] = ()
+    tokens: bool = False  # a source with paths of its own and the key `tokens`
 
     @property
     def signs_url(self) -> bool:
@@ -57,6 +61,8 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def secrets_key(self) -> str:
         """The key that holds its secrets; "" without a secret."""
+        if self.tokens:
+            return "tokens"
         if self.verify == "none":
             return ""
         is_public = isinstance(self.verify, dict) and not {"ed25519", "ecdsa"}.isdisjoint(self.verify)
@@ -90,10 +96,19 @@ class Added(msgspec.Struct, frozen=True, kw_only=True):
 
 def presets(dirs: Sequence[Path] = ()) -> dict[str, Preset]:
     """Return all presets by name, the bundled ones and those of plugins."""
+    return {name: preset for name, (_, preset) in offered(dirs).items() if preset is not None}
+
+
+def offered(dirs: Sequence[Path]) -> dict[str, tuple[type[Source], Preset | None]]:
+    """Return the source and the preset of every kind by name.
+
+    Raises:
+        ConfigError: a plugin cannot be loaded.
+    """
     offers, problems = discover(dirs)
     if problems:
         raise ConfigError(problems)
-    return {name: kind.preset for name, kind in sorted(offers.kinds.items()) if kind.preset is not None}
+    return {name: (kind.source, kind.preset) for name, kind in sorted(offers.kinds.items())}
 
 
 def kind_of(preset: Preset) -> Kind:
@@ -138,16 +153,17 @@ def add(
     env_files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Add a source to config.toml: a preset or generic.
+    """Add a source to config.toml.
 
     Example: relay sources add github --public-url https://hooks.example
 
-    KIND is a preset, such as github, or generic; on a terminal without KIND, the command asks. The table is
-    checked and appended; the rest of the file stays as it is. Afterwards the command prints the URL and the
-    steps at the sender's side, and where to store the secret. `relay reload` applies it.
+    KIND is a preset, such as github, generic, or another kind that `relay plugins list` lists; on a terminal
+    without KIND, the command asks. The table is checked and appended; the rest of the file stays as it is.
+    Afterwards the command prints the URL and the steps at the sender's side, and where to store the secret.
+    `relay reload` applies it.
     """
     file = find_config(config)
-    known = presets(dirs_of(file))
+    known = offered(dirs_of(file))
     asks = kind is None
     if kind is None:
         kind = _ask_kind(known)
@@ -162,7 +178,7 @@ def add(
     if kind != name:
         default_path = default_path.replace(f"/{kind}", f"/{name}")
     if asks:
-        path = path or click.prompt("Path", default=default_path)
+        path = path or (click.prompt("Path", default=default_path) if default_path else None)
         public_url = public_url or click.prompt("Public URL of the relay", default=HOST)
     given = _place(chosen, name, secret_env, secret_file, secret_credential)
     if asks and "env" in given and secret_env is None:
@@ -185,29 +201,40 @@ def is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _ask_kind(known: Mapping[str, Preset]) -> str:
+def _ask_kind(known: Known) -> str:
     if not is_terminal():
-        raise click.UsageError(f"name a preset or generic; presets: {', '.join(known)}")
-    for each, preset in known.items():
-        click.echo(f"  {each:<22} {kind_of(preset).guide.title}")
-    click.echo(f"  {GENERIC:<22} Any other sender")
-    answer: str = click.prompt("Kind", type=OneOf((*known, GENERIC)), show_choices=False)
+        raise click.UsageError(f"name the kind of source: {', '.join(known)}")
+    for each, (_, preset) in known.items():
+        title = (
+            "Any other sender" if each == GENERIC else "" if preset is None else kind_of(preset).guide.title
+        )
+        click.echo(f"  {each:<22} {title}".rstrip())
+    answer: str = click.prompt("Kind", type=OneOf(tuple(known)), show_choices=False)
     return answer
 
 
-def _chosen(kind: str, known: Mapping[str, Preset], verify: str | None) -> Kind:
+def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
     if kind == GENERIC:
         steps = ("Let the sender post to {url}",)
         secret = "the secret that the sender uses"  # noqa: S105 - a description
         guide = Guide(title="the sender", docs="", secret=secret, default_path="/hooks/{name}", steps=steps)
         return Kind(guide=guide, verify=_VERIFY[verify or "bearer"])
     if kind not in known:
-        hint = f"presets: {', '.join(known)}; or generic for any other sender"
-        wrong = f'unknown preset "{kind}"{guess(kind, (*known, GENERIC))}'
-        raise CommandError(wrong, hint=hint, code=NOTHING)
+        hint = f"kinds: {', '.join(known)}; `generic` reads any sender's requests"
+        raise CommandError(f'unknown kind of source "{kind}"{guess(kind, known)}', hint=hint, code=NOTHING)
     if verify is not None:
-        raise click.UsageError(f"--verify is for generic; the preset {kind} verifies senders by itself")
-    return kind_of(known[kind])
+        raise click.UsageError(f"--verify is for generic; {kind} verifies its senders by itself")
+    source, preset = known[kind]
+    if preset is not None:
+        return kind_of(preset)
+    guide = Guide(
+        title="the sender",
+        docs="",
+        secret="a token that you choose",  # noqa: S106 - a description
+        default_path="",
+        steps=("Let it use {url} as the base URL; docs/sources.md has the paths", "Its token is {secret}"),
+    )
+    return Kind(guide=guide, verify="none", tokens="tokens" in source.__struct_fields__)
 
 
 def _named(name: str) -> str:
@@ -229,7 +256,7 @@ def _place(
         if given:
             raise click.UsageError("senders are not verified, so there is no secret")
         return {}
-    suffix = "PUBLIC_KEY" if kind.secrets_key == "public_keys" else "WEBHOOK_SECRET"
+    suffix = {"public_keys": "PUBLIC_KEY", "tokens": "TOKEN"}.get(kind.secrets_key, "WEBHOOK_SECRET")
     return given or {"env": _variable(name, suffix)}
 
 
@@ -250,7 +277,7 @@ def _make(
 ) -> Added:
     """Return the new source."""
     base = (public_url or HOST).rstrip("/")
-    table: dict[str, Any] = {"plugin": kind, "path": path}
+    table: dict[str, Any] = {"plugin": kind, "path": path} if path else {"plugin": kind}
     secrets: list[Needed] = []
     words = {"url": f"{base}{path}", "secret": "the secret", "verify_token": "the verify token"}
     if place:

@@ -16,7 +16,7 @@ COLUMNS = ("name", "plugin", "prefix", "paused")
 
 @click.group(
     cls=Group,
-    lazy={"add": ("relay.cli.add_source:add", "Add a source to config.toml: a preset or generic.")},
+    lazy={"add": ("relay.cli.add_source:add", "Add a source to config.toml.")},
 )
 def sources() -> None:
     """List, add, inspect, pause and resume sources."""

@@ -84,6 +84,15 @@ def test_json_has_the_same(config):
     assert item["table"] in config.read_text()
 
 
+@pytest.mark.parametrize("kind", ["moddy", "adorn", "compozy"])
+def test_a_kind_with_paths_of_its_own_gets_a_token(config, kind):
+    said = add(config, kind, "--public-url", EXAMPLE)
+    assert load(config, {}, lenient=True).config.sources[kind].plugin == kind
+    table = tomllib.loads(config.read_text())["sources"][kind]
+    assert table == {"plugin": kind, "tokens": [{"env": f"{kind.upper()}_TOKEN"}]}
+    assert f"Let it use {EXAMPLE} as the base URL" in said.out
+
+
 @pytest.mark.parametrize(
     ("option", "value", "table", "step"),
     [
@@ -181,8 +190,8 @@ def test_a_generic_source_loads_with_every_verification(config, verify):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["githb"], 4, 'unknown preset "githb", did you mean "github"?'),
-        ([], 2, "name a preset or generic"),
+        (["githb"], 4, 'unknown kind of source "githb", did you mean "github"?'),
+        ([], 2, "name the kind of source: adorn, alertmanager"),
         (["twilio"], 2, "--public-url https://hooks.example"),
         (["github", "--name", "Git Hub"], 2, "a name is 1 to 64"),
         (["github", "--verify", "hmac"], 2, "--verify is for generic"),

@@ -123,7 +123,7 @@ async def test_refusals_are_json_and_store_nothing(running_relay):
     before = len(await relay.rows(source="shop"))
     body = b'{"id": 8, "payload": {}}'
     for raw, status, message in (
-        (signed(body, b"wrong"), 401, "The signature does not fit"),
+        (signed(body, b"wrong"), 401, "The signature does not match"),
         (signed(body, x_shop_signature=""), 401, "The signature has the wrong form"),
         (request("POST", "/hooks/shop/berlin", body), 401, "Missing signature (header X-Shop-Signature)"),
         (signed(b"{"), 400, "The body is not valid JSON"),

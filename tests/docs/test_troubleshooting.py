@@ -70,7 +70,8 @@ def texts_of_the_program():
     """Return every text in the code of the relay, the parts of f-strings included."""
     return {
         node.value
-        for file in (ROOT / "relay").rglob("*.py")
+        for folder in ("relay", "plugins")
+        for file in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

@@ -145,12 +145,12 @@ def test_an_hmac_over_the_bytes_as_received_is_accepted(keys, headers):
         ({"X-Sign": ""}, "The signature has the wrong form"),
         ({"X-Sign": "sha256="}, "The signature has the wrong form"),
         ({"X-Sign": hex_of(BODY)}, "The signature has the wrong form"),
-        ({"X-Sign": "sha256=zz"}, "The signature does not fit"),
-        ({"X-Sign": "sha256=é"}, "The signature does not fit"),
-        ({"X-Sign": "sha256=\udcff"}, "The signature does not fit"),
-        ({"X-Sign": f"sha256={hex_of(BODY, b's3cre')}"}, "The signature does not fit"),
-        ({"X-Sign": f"sha256={hex_of(BODY)[:-2]}"}, "The signature does not fit"),
-        ({"X-Sign": f"sha256={hex_of(BODY)}00"}, "The signature does not fit"),
+        ({"X-Sign": "sha256=zz"}, "The signature does not match"),
+        ({"X-Sign": "sha256=é"}, "The signature does not match"),
+        ({"X-Sign": "sha256=\udcff"}, "The signature does not match"),
+        ({"X-Sign": f"sha256={hex_of(BODY, b's3cre')}"}, "The signature does not match"),
+        ({"X-Sign": f"sha256={hex_of(BODY)[:-2]}"}, "The signature does not match"),
+        ({"X-Sign": f"sha256={hex_of(BODY)}00"}, "The signature does not match"),
     ],
 )
 def test_any_other_signature_is_refused(headers, problem):
@@ -226,7 +226,7 @@ def test_a_time_is_in_seconds_milliseconds_or_rfc3339(unit, moment):
     assert sent("", AT) == "Missing time of the signature"
     for wrong in ("yesterday", "-1", "1e9", "9" * 20, "٣"):
         assert sent(wrong, AT) == "The time of the signature has the wrong form"
-    assert sent(moment, AT, signed="1") == "The signature does not fit"
+    assert sent(moment, AT, signed="1") == "The signature does not match"
 
 
 # --- forms ----------------------------------------------------------------------------------------------
