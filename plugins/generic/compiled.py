@@ -205,12 +205,13 @@ class Compiled:
         if self._context:
             found = ((name, get(reading)) for name, get in self._context)
             context = {name: value for name, value in found if value not in _NOTHING}
+        key = self._key(reading) if self._key is not None else ""
         return Event(
             type=type_,
             subject=self._subject(reading) or None if self._subject is not None else None,
             data=data,
             context=context,
-            key=self._key(reading) or None if self._key is not None else None,
+            key=key if key.strip() else None,
         )
 
     @property

@@ -326,7 +326,7 @@ def _form(name: str, *, first: bool) -> Callable[[Reading], Value]:
 
 def _segment(name: str, *, first: bool) -> Callable[[Reading], Value]:
     _ = first
-    return lambda reading: reading.incoming.params.get(name)
+    return lambda reading: _clean(reading.incoming.params.get(name), f"path {name}")
 
 
 def _value(fields: dict[str, list[str]], place: str, name: str, *, first: bool) -> str | None:
@@ -335,7 +335,17 @@ def _value(fields: dict[str, list[str]], place: str, name: str, *, first: bool) 
         return None
     if len(values) > 1 and not first:
         raise Invalid(field=place, issue="has several values")
-    return values[0]
+    return _clean(values[0], place)
+
+
+def _clean(value: str | None, place: str) -> str | None:
+    """Return a value that can be stored; a URL may contain bytes that are not UTF-8."""
+    if value is not None and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Invalid(field=place, issue="expected UTF-8") from None
+    return value
 
 
 _NAMED = {"header": _header, "query": _query, "form": _form, "path": _segment}
@@ -343,7 +353,7 @@ _NAMED = {"header": _header, "query": _query, "form": _form, "path": _segment}
 
 _PLAIN: dict[str, Callable[[Reading], Value]] = {
     "method": lambda reading: reading.incoming.method,
-    "url": lambda reading: reading.url,
+    "url": lambda reading: _clean(reading.url, "url"),
     "timestamp": lambda reading: reading.reader.sent_time(reading.incoming),
     "event_id": lambda reading: reading.event_id,
 }

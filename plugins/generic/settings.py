@@ -1,6 +1,7 @@
 """The keys of a generic source, as records; each is checked by itself here."""
 
 import ipaddress
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -298,6 +299,17 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True):
         return next(each for name in self.__struct_fields__ if (each := getattr(self, name)) is not None)
 
 
+def _is_json(value: Any) -> bool:
+    """Return whether JSON can express a value of TOML."""
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return (
+        value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    )
+
+
 class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
     """`reply`: the answer after an accepted request."""
 
@@ -317,6 +329,8 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
         given = [name for name in ("json", "text", "empty") if getattr(self, name) not in (None, False)]
         if len(given) > 1:
             wrong.append(ValueError(f"give only one of json, text and empty; got {' and '.join(given)}"))
+        if not _is_json(self.json):
+            wrong.append(SettingError("dates and infinite numbers are not JSON; write them as text", "json"))
         if self.status in (204, 205) and given != ["empty"]:
             wrong.append(
                 SettingError(f"a reply with status {self.status} has no body; add empty = true", "status")

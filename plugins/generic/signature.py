@@ -77,6 +77,8 @@ class Signature:
             return _sorted_form
         if kind == "header":
             return partial(_header_bytes, name)
+        if kind == "url":
+            return lambda reading: _encoded(reading.url)
         get = text_getter(reader, placeholder)
         return lambda reading: _encoded(get(reading) or None)
 
@@ -132,7 +134,7 @@ class Signature:
             return
         digests = reading.query.get(self._settings.body_sha256 or "", [])
         if len(digests) != 1 or not hmac.compare_digest(
-            hashlib.sha256(body).hexdigest().encode(), digests[0].lower().encode()
+            hashlib.sha256(body).hexdigest().encode(), digests[0].lower().encode("utf-8", "surrogateescape")
         ):
             raise Unauthenticated("The signature does not cover this body")
 
@@ -301,6 +303,8 @@ class HmacSignature(Signature):
 
     def digest_of(self, value: Any) -> str:
         """Return the HMAC of a text with the first secret, for handshakes."""
+        if not self._states:
+            raise ValueError("the secret cannot be read here")
         state = self._states[0].copy()
         state.update(text_of(value).encode())
         return _ENCODERS[self._hmac.encoding](state.digest())
@@ -345,9 +349,9 @@ def key_of(secret: str, settings: Hmac) -> bytes:
     if not secret.startswith(prefix):
         raise ValueError(f'the secret does not begin with the key_prefix "{prefix}"')
     text = secret.removeprefix(prefix)
-    if encoding == "text":
-        return text.encode()
-    key = DECODERS[encoding](text.strip())
+    key = text.encode() if encoding == "text" else DECODERS[encoding](text.strip())
+    if not text:
+        raise ValueError("the secret has nothing behind its key_prefix")
     if not key:
         raise ValueError(
             f'the secret is not {encoding}; with key_encoding = "text" its own bytes are the key'

@@ -166,6 +166,7 @@ def test_a_missing_data_path_is_refused_and_a_missing_subject_is_absent():
     [
         ("{body:id}", b'{"id": 7}', "7"),
         ("{body:id}", b'{"id": ""}', None),
+        ("{body:id}", b'{"id": "  "}', None),
         ("{body:id}", b"{}", None),
         ("{body:id}", b'{"id": null}', None),
         ("{header:X-Topic}.{body:id}", b"{}", None),
