@@ -66,7 +66,7 @@ def configured(tmp_path, receiver, monkeypatch, title, **environment):
     table = re.sub(
         r"(\[destinations\.\w+\]\n)", r'\1allow_private = true\nretry = { schedule = ["0.1s"] }\n', table
     )
-    return write_config(tmp_path, table)
+    return write_config(tmp_path, table.replace('group_wait = "10s"', 'group_wait = "1s"'))
 
 
 async def send(relay, preset, body, headers, secret):
@@ -81,6 +81,7 @@ def test_every_recipe_is_tested():
     assert list(RECIPES) == [
         "GitHub to Slack",
         "Stripe to two services in order",
+        "Alertmanager to Discord, grouped",
         "Any JSON to your API",
     ]
     for recipe in RECIPES.values():
@@ -132,6 +133,37 @@ async def test_stripe_to_two_services_in_order(tmp_path, receiver, monkeypatch):
     accounting = {json.loads(body)["type"] for _, body in receiver.of("/hooks/stripe")}
     assert accounting == {"stripe.payment_intent.succeeded", "stripe.invoice.paid"}
     assert receiver.of("/oncall") == []
+
+
+async def test_alertmanager_to_discord_grouped(tmp_path, receiver, monkeypatch):
+    config = configured(
+        tmp_path,
+        receiver,
+        monkeypatch,
+        "Alertmanager to Discord, grouped",
+        DISCORD_WEBHOOK_URL=f"{receiver.url}/api/webhooks/1/token",
+    )
+    alerts = [
+        {
+            "status": "firing",
+            "labels": {"alertname": "HighLatency", "instance": f"api-{at}", "severity": "page"},
+            "annotations": {"summary": f"Requests take {at} s"},
+            "startsAt": "2025-03-14T09:26:53.589Z",
+            "generatorURL": "https://prometheus.example/graph",
+        }
+        for at in range(30)
+    ]
+    alerts.append({**alerts[0], "labels": {"alertname": "Unimportant", "severity": "info"}})
+    body = json.dumps({"receiver": "relay", "status": "firing", "alerts": alerts}).encode()
+    async with running(config) as relay:
+        headers = {"Content-Type": "application/json"}
+        await send(relay, "alertmanager", body, headers, "value-of-ALERTMANAGER_TOKEN")
+        await until(lambda: receiver.requests)
+        assert len(await relay.rows()) == 31
+    [(_, message)] = receiver.of("/api/webhooks/1/token")
+    assert "HighLatency" in message.decode()
+    assert "30" in message.decode()
+    assert "Unimportant" not in message.decode()
 
 
 async def test_any_json_to_your_api(tmp_path, receiver, monkeypatch):
