@@ -2,6 +2,8 @@
 
 import stat
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import run
@@ -71,6 +73,21 @@ At GitHub, https://docs.github.com/en/webhooks:
 Then try it: relay send github
 """
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--secret-env", "TOKEN"], "1. Set TOKEN in /etc/relay/environment, as a line TOKEN='…': the"),
+        (["--secret-env", "TOKEN"], "2. Run `relay reload`"),
+        (["--secret-credential", "hub"], "2. Run `systemctl restart relay.service`"),
+    ],
+)
+def test_an_installed_service_gets_its_secrets_from_its_own_files(config, monkeypatch, option, says):
+    files = ((Path("/etc/relay/environment"), False),)
+    service = SimpleNamespace(name="relay.service", env_files=files)
+    monkeypatch.setattr(add_source, "service_of", lambda _: service)
+    assert says in add(config, "github", *option).out
 
 
 def test_json_has_the_same(config):
