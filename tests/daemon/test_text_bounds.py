@@ -11,10 +11,12 @@ from support import FakeClock
 from wire import request
 
 from relay.api.views import view_of
+from relay.config.schema import SourceConfig
 from relay.errors import Invalid
 from relay.ingest.event import make_event
+from relay.ingest.routes import Mount
 from relay.model import Target
-from relay.source import LONGEST_ID, Event, Incoming
+from relay.source import LONGEST_ID, Event, Incoming, Source
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -172,9 +174,10 @@ async def test_an_event_with_an_enormous_time_is_kept_with_a_small_context(relay
 
 async def test_the_subject_of_every_plugin_is_bounded():
     incoming = Incoming.of("POST", "/")
-    assert make_event("own", Event(type="t", subject="x" * 256), incoming, 0).subject == "x" * 256
+    mount = Mount(name="own", source=Source(), config=SourceConfig(name="own", plugin="own"))
+    assert make_event(mount, Event(type="t", subject="x" * 256), incoming, 0).subject == "x" * 256
     with pytest.raises(Invalid) as caught:
-        make_event("own", Event(type="t", subject="x" * 257), incoming, 0)
+        make_event(mount, Event(type="t", subject="x" * 257), incoming, 0)
     assert (caught.value.field, caught.value.issue) == ("subject", "expected at most 256 characters")
 
 

@@ -6,7 +6,9 @@ import msgspec
 import pytest
 from generic import event_of, incoming, load_table
 
+from relay.config.schema import SourceConfig
 from relay.ingest.event import make_event
+from relay.ingest.routes import Mount
 from relay.source import (
     EMPTY,
     Accepted,
@@ -83,8 +85,9 @@ def test_a_type_is_a_text_of_parts_of_the_request(template, body, type_):
     source = load_table(f"type = '''{template}'''")
     request = incoming(body, {"X-Event": "push"}, query="t=from+query")
     if type_ is None:
+        mount = Mount(name="shop", source=source, config=SourceConfig(name="shop", plugin="generic"))
         with pytest.raises(Invalid):
-            make_event("shop", source.receive(request).event, request, 0)
+            make_event(mount, source.receive(request).event, request, 0)
     else:
         assert source.receive(request).event.type == type_
 

@@ -10,12 +10,15 @@ import msgspec
 import pytest
 
 from relay.base.clock import SECOND
+from relay.config.schema import SourceConfig
 from relay.errors import Invalid, PluginFailed
 from relay.ingest import event as record_module
 from relay.ingest.event import make_event
-from relay.source import LARGE, Event, Incoming, as_json
+from relay.ingest.routes import Mount
+from relay.source import LARGE, Event, Incoming, Source, as_json
 
 NOW = 1_700_000_000 * SECOND
+MOUNT = Mount(name="shop", source=Source(), config=SourceConfig(name="shop", plugin="shop"))
 VALUES = [
     b"{}", b"[]", b"null", b"true", b"0", b"-0", b"1e400", b"45000.00", b'"a"', b' {"a" : [1, 2] } ',
     b"9" * 5000, rb'"\ud83d"', rb'{"\ud83d": "\udc00\ud83d"}', '"é\u2028"'.encode(),
@@ -37,7 +40,7 @@ class Body(msgspec.Struct):
 def recorded(data: Any, body: bytes = b"", context: Any = None) -> Any:
     incoming = Incoming.of("POST", "/a", {}, body)
     return make_event(
-        "shop", Event(type="a", data=data, context={} if context is None else context), incoming, NOW
+        MOUNT, Event(type="a", data=data, context={} if context is None else context), incoming, NOW
     )
 
 
@@ -72,7 +75,7 @@ def test_a_part_of_a_large_body_is_not_parsed_again(monkeypatch):
     body = b'{"data": {"n": 45000.00, "text": "\xc3\xa9"%b}}' % (b" " * LARGE)
     incoming = Incoming.of("POST", "/a", {}, body)
     part = incoming.decode(Body).data
-    stored = make_event("shop", Event(type="a", data=part, context={"store": part}), incoming, NOW)
+    stored = make_event(MOUNT, Event(type="a", data=part, context={"store": part}), incoming, NOW)
     assert stored.data in body
     assert json.loads(stored.context) == {"store": json.loads(stored.data)}
     assert checked == []
@@ -101,7 +104,7 @@ def test_raw_data_made_by_a_plugin_is_checked_despite_a_decoded_body(make, room)
     found.data = made if isinstance(made, msgspec.Raw) else msgspec.Raw(made)
     for value in (found.data, {"a": found.data}, found):
         with pytest.raises(PluginFailed):
-            make_event("shop", Event(type="a", data=value), incoming, NOW)
+            make_event(MOUNT, Event(type="a", data=value), incoming, NOW)
 
 
 @attrs.define
@@ -124,7 +127,7 @@ def test_a_part_of_a_text_within_the_body_is_checked(inner):
     found = incoming.decode(Body)
     raw = msgspec.json.decode(base64.b64decode(found.coded), type=msgspec.Raw)
     with pytest.raises(PluginFailed):
-        make_event("shop", Event(type="a", data=raw), incoming, NOW)
+        make_event(MOUNT, Event(type="a", data=raw), incoming, NOW)
 
 
 def test_a_part_that_the_plugin_decoded_itself_is_checked():
