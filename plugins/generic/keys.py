@@ -25,9 +25,7 @@ class Keys(Source):
     methods: Annotated[tuple[Method, ...], describe("methods of the requests that are events")] = ("POST",)
     secrets: Annotated[
         tuple[Secret, ...],
-        describe(
-            "what `verify` compares or signs with. Each one counts: to rotate a secret, add the next one"
-        ),
+        describe("the secrets of `verify`. Each one is valid: to rotate a secret, add the next one"),
     ] = ()
     public_keys: Annotated[
         tuple[Annotated[Secret, msgspec.Meta(extra={"literal": True})], ...],
@@ -62,7 +60,7 @@ class Keys(Source):
     first_of_list: Annotated[
         tuple[Annotated[str, check(settings.first_of_list)], ...],
         describe(
-            '`"header:NAME"`, `"query:NAME"` or `"form:NAME"`: if it has several values, the first one counts'
+            '`"header:NAME"`, `"query:NAME"` or `"form:NAME"`: of several values, the first one is used'
         ),
     ] = ()
     events: Annotated[
@@ -92,11 +90,11 @@ class Keys(Source):
     handshakes: Annotated[
         tuple[Handshake, ...],
         describe(
-            "requests that are [answered without an event](#handshakes); the first one that fits counts"
+            "requests that are [answered without an event](#handshakes); the first one that matches is used"
         ),
     ] = ()
     verify_tokens: Annotated[
-        tuple[Secret, ...], describe("what the `token` of a handshake is compared with")
+        tuple[Secret, ...], describe("the values that the `token` of a handshake may have")
     ] = ()
     examples: Annotated[
         tuple[Sample, ...],

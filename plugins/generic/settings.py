@@ -176,7 +176,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     prefix: Annotated[str, describe("text in front of each signature, such as `sha256=`")] = ""
     separator: Annotated[
         str,
-        describe("what separates the items of a list in the header, such as `,`; any item that fits counts"),
+        describe("text between the items of a list in the header, such as `,`; one matching item is enough"),
     ] = ""
     signed: Annotated[Template, describe("the signed text: a template")] = "{body}"
     timestamp_header: Annotated[HeaderName | None, describe("the header with the time of the signature")] = (
@@ -184,7 +184,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     )
     timestamp_field: Annotated[
         Literal_ | None,
-        describe("the prefix of the item of the header's list that is the time, such as `t=`"),
+        describe("text in front of the time, if the time is an item of the header's list, such as `t=`"),
     ] = None
     timestamp_unit: Annotated[
         Literal["s", "ms", "rfc3339"],
@@ -362,8 +362,8 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
     when: Annotated[
         dict[Template, str],
         describe(
-            'templates, and what each of them must be; `"*"`: anything but empty. Without it, every request '
-            "with this method fits"
+            'templates with their required values; `"*"`: any value but an empty one. By default, every '
+            "request with this method matches"
         ),
     ] = {}
     token: Annotated[
