@@ -201,7 +201,7 @@ class App:
                 runners.append(await listen(app, admin, grace=1.0))
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
-            life.callback(self.api.hang_up)
+            life.callback(self.api.end_streams)
             await self._check_disk()
             await self.ledger_check.check()
             self.loop_lag.start()
@@ -377,7 +377,7 @@ class App:
 
     async def _forget_workers(self) -> None:
         """Delete workers that have been offline for long, and old worker metrics and commands."""
-        await self.store.workers.change(lambda workers: workers.forget_old())
+        await self.store.workers.change(lambda changes: changes.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.upkeep.prune_worker_metrics(before):
             pass

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api.auth import audit, name_requests, send_request_id
-from relay.api.responses import errors, refuse, say
+from relay.api.responses import error_response, errors, respond
 from relay.api.scrape import Scrape
 from relay.base.clock import SystemClock
 from relay.config.binding import Binder
@@ -167,18 +167,18 @@ class Standby:
         return app
 
     async def _alive(self, _request: web.Request) -> web.Response:
-        return say({"status": "ok", "version": __version__})
+        return respond({"status": "ok", "version": __version__})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        return say({"ready": False, "reasons": [self._why]}, 503)
+        return respond({"ready": False, "reasons": [self._why]}, 503)
 
     async def _unavailable(self, _request: web.Request) -> web.Response:
-        response = refuse(503, "unavailable", f"the daemon cannot start: {self._error.message}", HINT)
+        response = error_response(503, "unavailable", f"the daemon cannot start: {self._error.message}", HINT)
         response.headers["Retry-After"] = str(RETRY_AFTER)
         return response
 
     async def _answer_reload(self, _request: web.Request) -> web.Response:
-        return say(await self._reload())
+        return respond(await self._reload())
 
     async def _reload(self) -> Reloaded:
         """Read config.toml again; if it is valid, `run` ends.

@@ -17,7 +17,7 @@ from relay.api.endpoints import Page, document, endpoint, endpoints_of, routes_o
 from relay.api.events import EventsApi
 from relay.api.jobs import JobsApi
 from relay.api.replays import ReplaysApi
-from relay.api.responses import errors, say
+from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
 from relay.api.sources import SourcesApi
 from relay.api.tail import TailApi
@@ -89,7 +89,7 @@ class DaemonApi:
     )  # fmt: skip
     async def _ready(self, _request: web.Request) -> web.Response:
         reasons = self._context.health.reasons()
-        return say(ReadyView(not reasons, reasons), 503 if reasons else 200)
+        return respond(ReadyView(not reasons, reasons), 503 if reasons else 200)
 
     @endpoint(
         "GET", "/metrics", "metrics", "Return all metrics for Prometheus.",
@@ -157,15 +157,15 @@ def describe() -> dict[str, Any]:
 
 
 class Api:
-    """The admin API. Both listeners share it; they differ in whom they let in."""
+    """The admin API. Both listeners serve it; they differ in their access control."""
 
     def __init__(self, context: Context) -> None:
         self._clock = context.clock
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
 
-    def hang_up(self) -> None:
-        """End all streams. The listeners could not close otherwise, because they wait for their requests."""
+    def end_streams(self) -> None:
+        """End all streams; otherwise the listeners would wait for them and not close."""
         self._tail.end()
         self._top.end()
 

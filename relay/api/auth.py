@@ -1,8 +1,8 @@
 """Access control and the log of changes.
 
 On the socket, file permissions decide who may connect. The admin listener needs a token and a Host header
-that names it. Every change is logged under `relay.audit`, whatever `[log] level` says. Each request has an
-id, which its response and its log lines carry.
+that names it. Every change is logged under `relay.audit`, with any `[log] level`. Each request has an id,
+which its response and its log lines contain.
 """
 
 import hmac
@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, refuse
+from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, error_response
 from relay.base.clock import Clock
 from relay.base.ids import REQUEST, given_id, new_id
 from relay.config.secrets import Secret
@@ -46,7 +46,7 @@ def name_requests(clock: Clock) -> Any:
 
 
 async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Put the request's id into the response; a signal of aiohttp's, because streams need it too."""
+    """Put the request's id into the response; an aiohttp signal, because streams need the id as well."""
     request[STARTED] = True
     if (id_ := request.get(REQUEST_ID)) is not None:
         response.headers[HEADER] = id_
@@ -54,7 +54,7 @@ async def send_request_id(request: web.Request, response: web.StreamResponse) ->
 
 @web.middleware
 async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Log each change: who requested it, what it was, and its status."""
+    """Log each change: the caller, the request and the status of its response."""
     if request.method in _READ_ONLY:
         response: web.StreamResponse = await handler(request)
         return response
@@ -71,7 +71,7 @@ async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 def require_token(tokens: tuple[Secret, ...]) -> Any:
-    """Return a middleware that requires a token and our own Host for requests to the API."""
+    """Return a middleware that requires a token and the listener's own Host for requests to the API."""
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -80,7 +80,9 @@ def require_token(tokens: tuple[Secret, ...]) -> Any:
             return response
         if not _has_own_host(request):
             hint = "use the listener's own address, or localhost"
-            return refuse(403, "forbidden", "the Host header names neither this listener nor loopback", hint)
+            return error_response(
+                403, "forbidden", "the Host header names neither this listener nor loopback", hint
+            )
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
         presented = given.strip().encode("utf-8", "surrogateescape")
         matches = [hmac.compare_digest(token.reveal().encode(), presented) for token in tokens]
@@ -88,17 +90,17 @@ def require_token(tokens: tuple[Secret, ...]) -> Any:
             request[TOKEN] = matches.index(True) + 1
         else:
             hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
-            return refuse(401, "unauthorized", "missing or unknown token", hint)
+            return error_response(401, "unauthorized", "missing or unknown token", hint)
         if request.method != "GET" and request.content_type not in ("application/json", LINES):
             message = "changes need Content-Type: application/json"
-            return refuse(415, "unsupported_media_type", message)
+            return error_response(415, "unsupported_media_type", message)
         return await handler(request)  # type: ignore[no-any-return]
 
     return check
 
 
 def _caller(request: web.Request) -> str:
-    """Return user and process id on the socket, as the kernel reports them, else token and address."""
+    """Return the caller: user and process id on the socket (from the kernel), else token and address."""
     sock = None if request.transport is None else request.transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

@@ -17,7 +17,7 @@ from relay.store import Listener, Store
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of the daemon; each group of endpoints takes the ones that it needs."""
+    """The parts of the daemon; each group of endpoints takes the parts that it needs."""
 
     store: Store
     state: State

@@ -9,7 +9,7 @@ from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import AttemptsQuery, DeliveriesQuery, Filter, read_field
 from relay.api.replays import ReplayView, begin
-from relay.api.responses import CountView, say, selection_of
+from relay.api.responses import CountView, respond, selection_of
 from relay.api.views import AttemptView, DeliveryShown, DeliveryView, list_items, show_delivery
 from relay.base.units import parse_rate, render_rate
 from relay.errors import RelayError
@@ -91,7 +91,7 @@ class DeliveriesApi:
         selection = selection_of("ids", body.ids, body.filter, self._clock)
         if selection is None:
             named = await self._store.queries.name_deliveries(body.ids or ())
-            return say(CountView(len(named)) if body.dry_run else await self._replays.retry(named))
+            return respond(CountView(len(named)) if body.dry_run else await self._replays.retry(named))
         if selection.state is None:
             hint = "dead, expired, cancelled and delivered ones are repeated, pending ones become due now"
             raise RelayError("the filter needs a state", hint=hint)
@@ -103,8 +103,8 @@ class DeliveriesApi:
             count += len(page)
             hurried += 0 if body.dry_run else await self._store.deliveries.make_due(page)
         if body.dry_run:
-            return say(CountView(count))
-        return say(Retried(created=0, hurried=hurried, skipped=max(0, count - hurried)))
+            return respond(CountView(count))
+        return respond(Retried(created=0, hurried=hurried, skipped=max(0, count - hurried)))
 
     @endpoint(
         "POST", "/api/deliveries/cancel", "cancelDeliveries", "Cancel pending deliveries, or count them.",

@@ -1,6 +1,6 @@
 """Endpoints. Each one is declared once, at its handler.
 
-Its route, the reading of its query and body, and its part of the OpenAPI document all follow from that.
+Its route, the validation of its query and body, and its part of the OpenAPI document follow from that.
 """
 
 import re
@@ -13,7 +13,7 @@ from aiohttp import web
 
 from relay import __version__
 from relay.api.query_params import plain, read_query, without_none
-from relay.api.responses import LINES, body_of, say
+from relay.api.responses import LINES, body_of, respond
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Awaitable[Any]])
@@ -30,7 +30,7 @@ class Page(msgspec.Struct, Generic[T]):
 
 
 class Lines(Generic[T]):
-    """Answer of a long operation: lines of JSON with its progress, then its result or its error."""
+    """Response of a long operation: lines of JSON with its progress, then its result or its error."""
 
 
 class _Progress(msgspec.Struct):
@@ -75,8 +75,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     query: type[msgspec.Struct] | None  # None: query parameters are ignored
     body: Any  # a Struct, the content type of a body that the handler reads itself, or None
     optional_body: bool  # whether an empty body stands for `{}`
-    answers: Mapping[int, Any]  # type of the answer by status
-    content: str  # content type of the answers
+    answers: Mapping[int, Any]  # type of the response by status
+    content: str  # content type of the responses
     public: bool  # whether it needs no token
 
     @property
@@ -94,7 +94,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             if read_body:
                 arguments.append(await body_of(request, self.body, optional=self.optional_body))
             result = await handler(request, *arguments)
-            return result if isinstance(result, web.StreamResponse) else say(result, status)
+            return result if isinstance(result, web.StreamResponse) else respond(result, status)
 
         options = {"allow_head": False} if self.method == "GET" and self.content == EVENT_STREAM else {}
         return web.RouteDef(self.method, self.path, answer, options)
@@ -122,15 +122,15 @@ def endpoint(
         path: as aiohttp writes it, with `{name}` or `{name:pattern}`.
         name: its operationId in the OpenAPI document.
         summary: one sentence.
-        returns: the type of the answer, a union of types, `Page[…]` or `Lines[…]`.
+        returns: the type of the response, a union of types, `Page[…]` or `Lines[…]`.
         query: Struct of the query parameters; the handler takes it after the request.
         body: Struct of the request body, which the handler takes last; or the content type of a body that
             the handler reads itself.
         optional_body: an empty body stands for `{}`.
-        status: of the answer.
-        also: further statuses and the types of their answers.
-        content: content type of the answer.
-        public: needs no token.
+        status: of the response.
+        also: further statuses and the types of their responses.
+        content: content type of the response.
+        public: whether it needs no token.
     """
     if any(get_origin(each) is Lines for each in (returns, *get_args(returns))):
         content = LINES
@@ -187,7 +187,7 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
 
 
 class _Schemas:
-    """The JSON schemas of all types that some endpoints mention."""
+    """The JSON schemas of all types of some endpoints."""
 
     def __init__(self, endpoints: Iterable[Endpoint]) -> None:
         declared = tuple(endpoints)
@@ -200,7 +200,7 @@ class _Schemas:
         self._add([*queries, *bodies], is_answer=False)
 
     def of(self, type_: Any) -> Any:
-        """Return the schema of a type, a reference where it is a component."""
+        """Return the schema of a type; a reference if the type is a component."""
         return self._made[type_]
 
     def _add(self, kinds: Iterable[Any], *, is_answer: bool) -> None:
@@ -214,7 +214,7 @@ class _Schemas:
 
 
 def _parts(answer: Any) -> tuple[Any, ...]:
-    """Return the types of the documents that an answer consists of."""
+    """Return the types of the documents that a response consists of."""
     if get_origin(answer) is Lines:
         result: Any = _Result  # mypy takes no type that is computed
         return (_Progress, result[get_args(answer)[0]], ErrorView)
@@ -228,9 +228,9 @@ def _without_view(name: str) -> str:
 
 
 def _clean(value: Any, inline: Mapping[str, Any], *, is_answer: bool) -> Any:
-    """Return a schema as the document has it: objects closed, generic types inline, names without View.
+    """Return a schema for the document: objects closed, generic types inline, names without View.
 
-    An answer has all of its fields, those with a default too; only `UNSET` is left out.
+    A response has all of its fields, also those with a default; only `UNSET` fields may be absent.
     """
     if isinstance(value, list | tuple):
         return [_clean(each, inline, is_answer=is_answer) for each in value]

@@ -10,7 +10,7 @@ from aiohttp import web
 from relay.api.context import Context
 from relay.api.endpoints import Lines, Page, endpoint
 from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery
-from relay.api.responses import LINES, CountView, check_selected_once, say, stream_lines
+from relay.api.responses import LINES, CountView, check_selected_once, respond, stream_lines
 from relay.api.views import EventShown, EventView, StatView, list_items, list_stats, show_event
 from relay.errors import RelayError, UnknownError
 from relay.model import Expunged, Imported, StoredEvent
@@ -136,7 +136,7 @@ class EventsApi:
         selection = query.selection(self._clock, everything=True)
         span = await self._store.queries.span(selection)
         if query.dry_run:
-            return say(
+            return respond(
                 CountView(sum([len(page) async for page in self._store.queries.select(selection, span)]))
             )
         lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
@@ -171,7 +171,7 @@ class EventsApi:
             named = [chosen.event_id for chosen in await self._store.queries.name_events(body.events or ())]
             work = Deletion(self._store, len(named), _expunge(self._store, named))
         if body.dry_run:
-            return say(CountView(work.count))
+            return respond(CountView(work.count))
         return await stream_lines(
             request, work.run(), progress=work.progress, result=lambda _: work.progress()
         )
@@ -198,7 +198,7 @@ class Deletion:
         self.deleted = self.cancelled = 0
 
     async def run(self) -> None:
-        """Delete the events. An event stays if one of its deliveries is in flight for all of `PATIENCE`."""
+        """Delete the events, except those with a delivery that stays in flight for `PATIENCE`."""
         left: list[int] = []
         async for step in self._steps:
             left += self._add(step)
@@ -214,7 +214,7 @@ class Deletion:
         return step.left
 
     def progress(self) -> dict[str, int]:
-        """Return how many events were selected and deleted, and how many deliveries were cancelled."""
+        """Return the numbers of selected events, deleted events and cancelled deliveries."""
         return {"count": self.count, "deleted": self.deleted, "cancelled": self.cancelled}
 
 
@@ -223,7 +223,7 @@ async def _expunge(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged
 
 
 async def _lines(request: web.Request) -> AsyncIterator[bytes]:
-    """Yield the lines of a request body, without empty ones, however the body is cut into chunks.
+    """Yield the lines of a request body, without empty lines.
 
     Raises:
         RelayError: a line is longer than any event, or the body breaks off.

@@ -57,9 +57,9 @@ def _about(text: str, **extra: Any) -> msgspec.Meta:
 
     Args:
         text: its line in `--help` and in OpenAPI.
-        extra: `read` returns the value that the store takes, from the text and the time now; `parse` returns
-            the field's value from its text in a query; `hint` is what to send instead; `choices` lists the
-            valid values; `option` is the name of the command line's option, None if it has no option.
+        extra: `read` converts the text and the current time to the value for the store; `parse` converts the
+            text in a query to the field's value; `hint` says what to send instead of an invalid value;
+            `choices` lists the valid values; `option` is the name of the command line option, None if none.
     """
     return msgspec.Meta(description=text, extra=extra)
 
@@ -101,7 +101,7 @@ class Filter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defa
     where: Conditions | None = None
 
     def selection(self, clock: Clock, *, everything: bool = False) -> Selection:
-        """Return the selection that the store takes; an empty filter is allowed only with `everything`.
+        """Return the selection for the store; an empty filter is allowed only with `everything`.
 
         Raises:
             RelayError: a value is invalid, or the filter is empty.
@@ -221,7 +221,7 @@ LISTS: Mapping[str, type[msgspec.Struct]] = {
     "tail": TailQuery,
     "selection": Filter,
 }
-"""What can be filtered. "selection" is the filter that replays, retries, deletions and exports share."""
+"""The lists and their filters. "selection" is the filter of replays, retries, deletions and exports."""
 
 
 class ListFilter(msgspec.Struct, frozen=True):
@@ -235,7 +235,7 @@ class ListFilter(msgspec.Struct, frozen=True):
     reader: Callable[[Any, int], Any] | None
 
     def read(self, value: Any, now: int) -> Any:
-        """Return the value that the store takes; `now` is the wall clock, which ages count from.
+        """Return the value for the store; `now` is wall clock, the base of ages such as "2h".
 
         Raises:
             ValueError: the value is invalid.
@@ -274,7 +274,7 @@ def plain(type_: Any) -> tuple[Any, msgspec.Meta]:
 
 
 def without_none(type_: Any) -> Any:
-    """Return X for `X | None`, any other type as it is."""
+    """Return X for `X | None`, and any other type unchanged."""
     if get_origin(type_) in (Union, types.UnionType) and type(None) in get_args(type_):
         return get_args(type_)[0]
     return type_
@@ -324,12 +324,12 @@ def read_field(name: str, reader: Callable[[Any], Any], value: Any, hint: str = 
 
 
 def read_filters(kind: str, filters: Mapping[str, Any], now: int) -> dict[str, Any]:
-    """Return the filters that are set, as the store takes them.
+    """Return the filters that are set, with their values for the store.
 
     Args:
         kind: the list, one of `LISTS`.
         filters: values by name, None if not set.
-        now: wall clock, which ages count from.
+        now: wall clock, the base of ages such as "2h".
 
     Raises:
         RelayError: a filter is unknown or has an invalid value.

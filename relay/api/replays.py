@@ -8,7 +8,7 @@ from aiohttp import web
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import Filter, read_field
-from relay.api.responses import CountView, say, selection_of
+from relay.api.responses import CountView, respond, selection_of
 from relay.api.views import Time
 from relay.base.clock import rfc3339
 from relay.base.units import parse_rate, render_rate
@@ -85,8 +85,8 @@ class ReplaysApi:
 async def begin(replays: Replays, request: ReplayRequest, *, dry_run: bool) -> web.Response:
     """Start a replay, or count its events."""
     if dry_run:
-        return say(CountView(await replays.count(request)))
-    return say(replay_view(await replays.start(request)), 201)
+        return respond(CountView(await replays.count(request)))
+    return respond(replay_view(await replays.start(request)), 201)
 
 
 def replay_view(replay: Replay) -> ReplayView:

@@ -1,8 +1,7 @@
-"""What every endpoint shares: JSON answers, errors with a hint, request bodies, and lines of progress."""
+"""Shared by all endpoints: JSON responses, errors with a hint, request bodies, and lines of progress."""
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -23,14 +22,14 @@ from relay.errors import (
     UnknownError,
 )
 from relay.model import Selection
-from relay.store.writer import DAMAGED, TRANSIENT
+from relay.store.opening import is_storage_failure
 
 T = TypeVar("T")
 
 log = logging.getLogger("relay.api")
 
 LOGGED_BODY = web.RequestKey("logged_body", str)
-"""The request body for the log of changes; only of bodies whose every field is known."""
+"""The request body for the log of changes; only of bodies without unknown fields."""
 
 DRY_RUN = web.RequestKey("dry_run", bool)
 """Whether the request only counts and changes nothing."""
@@ -63,14 +62,14 @@ class CountView(msgspec.Struct):
     count: int
 
 
-def say(value: Any, status: int = 200) -> web.Response:
+def respond(value: Any, status: int = 200) -> web.Response:
     """Return a response with a value as JSON."""
     return web.Response(status=status, body=encode(value, _encode), content_type="application/json")
 
 
-def refuse(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
+def error_response(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
     """Return a response with `{"error": {"code", "message", "hint"}}`; the hint says what to do next."""
-    return say({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
+    return respond({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
 
 
 def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
@@ -129,7 +128,7 @@ def selection_of(
 
 @web.middleware
 async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Answer every error with the API's JSON. A response that has started is cut off instead."""
+    """Turn every error into the API's JSON. A response that has started is cut off instead."""
     try:
         response: web.StreamResponse = await _unless_started(request, handler)
     except web.HTTPException as error:
@@ -138,32 +137,27 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
             if error.status == web.HTTPNotFound.status_code
             else ""
         )
-        response = refuse(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
+        response = error_response(error.status, error.reason.lower().replace(" ", "_"), error.reason, hint)
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
     except ConfigError as error:
         hint = "nothing was changed; correct the file and reload again"
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
-        return refuse(400, "bad_config", error.message, hint, problems=problems)
+        return error_response(400, "bad_config", error.message, hint, problems=problems)
     except RelayError as error:
         status, described = error_of(error)
-        return say({"error": described}, status)
+        return respond({"error": described}, status)
     except ConnectionError:  # the client has gone
         return web.Response(status=_CLIENT_CLOSED)
     except Exception as error:
-        if isinstance(error, sqlite3.Error) and _is_storage_failure(error):
+        if is_storage_failure(error):
             failure = StorageUnavailableError(f"cannot read the database: {error}", hint="run: relay doctor")
             status, described = error_of(failure)
-            return say({"error": described}, status)
+            return respond({"error": described}, status)
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         hint = "this is a bug in the relay; the traceback is in its log"
-        return refuse(500, "internal_error", "internal error", hint)
+        return error_response(500, "internal_error", "internal error", hint)
     return response
-
-
-def _is_storage_failure(error: sqlite3.Error) -> bool:
-    """Return whether the file, its disk or another program caused the error, and not our statement."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in TRANSIENT | DAMAGED
 
 
 async def _unless_started(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -188,17 +182,17 @@ async def stream_lines(
     progress: Callable[[], Mapping[str, Any]] = dict,
     result: Callable[[T], Any] = lambda done: done,
 ) -> web.StreamResponse:
-    """Do long work and answer with lines of JSON.
+    """Do long work, and respond with lines of JSON.
 
-    Lines are `{"progress": …}` repeatedly, then `{"result": …}` or `{"error": …}`. A failure before the first
-    line is an ordinary error. If the client disconnects, the work is cancelled at the next line; what it has
-    done until then stays.
+    The lines are `{"progress": …}` repeatedly, then `{"result": …}` or `{"error": …}`. A failure before the
+    first line is an ordinary error. If the client disconnects, the work is cancelled at the next line; its
+    changes so far stay.
     """
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait((task,), timeout=EVERY)
         if task.done():
-            answer = say({"result": result(await task)})
+            answer = respond({"result": result(await task)})
             answer.content_type = LINES
             return answer
         return await _stream_lines(request, task, progress, result)

@@ -1,4 +1,4 @@
-"""Server-sent events. Each follower has a bounded buffer, so nothing ever waits for a slow follower."""
+"""Server-sent events. Each follower has a bounded buffer, so nothing waits for a slow follower."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from aiohttp import web
 
-from relay.api.responses import refuse
+from relay.api.responses import error_response
 from relay.base.json_text import encode
 
 T = TypeVar("T")
@@ -18,12 +18,12 @@ MOST = 32
 """Followers of one stream. Each one costs time for every item."""
 
 MOST_BYTES = 2**19
-"""Bytes that wait for one follower, besides the limit on items: senders choose the length of a subject."""
+"""Bytes that wait for one follower; a limit on items alone does not suffice, as senders choose subjects."""
 
 HEARTBEAT = 15.0
-"""Seconds of silence after which a comment is sent: writing to it shows that a client's machine is gone."""
+"""Seconds of silence after which a comment is sent; only a write shows that a client's machine is gone."""
 
-LOOK = 1.0  # seconds between checks that a silent client is still connected
+CHECK_EVERY = 1.0  # seconds between checks that a silent client is still connected
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -55,7 +55,7 @@ class Follower(Generic[T]):
         Args:
             wanted: the items that this client wants.
             room: maximum number of frames.
-            cut: closes the connection, whatever still waits to be written.
+            cut: closes the connection at once, without writing the waiting frames.
         """
         self.wanted = wanted
         self.ended = False
@@ -138,10 +138,10 @@ class Followers(Generic[T]):
 async def stream(request: web.Request, followers: Followers[T], wanted: T) -> web.StreamResponse:
     """Send the items that a client wants until it disconnects or the daemon stops."""
     if followers.ended:
-        return refuse(503, "draining", "the relay is stopping", "try again after its restart")
+        return error_response(503, "draining", "the relay is stopping", "try again after its restart")
     if followers.full:
         hint = "end a running `relay tail` or `relay top`"
-        return refuse(503, "too_many_followers", f"this stream already has {MOST} followers", hint)
+        return error_response(503, "too_many_followers", f"this stream already has {MOST} followers", hint)
     transport = request.transport
     if transport is None:
         raise ConnectionResetError
@@ -152,7 +152,7 @@ async def stream(request: web.Request, followers: Followers[T], wanted: T) -> we
             await _write(response, follower, _GREETING)
             await _follow(response, follower, transport)
         except ConnectionError:
-            pass  # the client has disconnected, as it ends every stream
+            pass  # the client has disconnected, which is the usual end of a stream
     return response
 
 
@@ -170,7 +170,7 @@ async def _follow(response: web.StreamResponse, follower: Follower[T], transport
             await _write(response, follower, _STILL_HERE)
             written = now()
         else:
-            await follower.wait(LOOK)
+            await follower.wait(CHECK_EVERY)
 
 
 async def _write(response: web.StreamResponse, follower: Follower[T], frames: bytes) -> None:

@@ -1,7 +1,7 @@
 """Events, deliveries, attempts and destinations as JSON, for the API and for commands that read the file.
 
-A stopped relay's file lacks what only its lanes know: open circuits, pauses that receivers asked for, and
-deliveries in flight. This module needs no aiohttp, because commands start fast without it.
+The file of a stopped relay lacks the state that lanes keep in memory: open circuits, pauses requested by
+receivers, and deliveries in flight. This module needs no aiohttp, because commands start faster without it.
 """
 
 import re
@@ -148,7 +148,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
 
 
 async def list_items(
-    reads: StoredData,
+    stored: StoredData,
     kind: str,
     *,
     limit: int,
@@ -162,12 +162,12 @@ async def list_items(
     A page may have fewer rows than `limit`, even 0, and still have a next page.
 
     Args:
-        reads: the store.
+        stored: the store.
         kind: the list, "events", "deliveries" or "attempts".
         limit: maximum number of rows.
         cursor: the `next_cursor` of the previous page.
         filters: by name, as text.
-        now: wall clock, which ages count from.
+        now: wall clock, the base of ages such as "2h".
         destinations: names in config.toml; they may have no deliveries yet.
 
     Raises:
@@ -176,20 +176,20 @@ async def list_items(
     wanted = read_filters(kind, filters, now)
     name = wanted.get("destination")
     if name is not None and name not in destinations:
-        counts = await reads.ledger.totals()
+        counts = await stored.ledger.totals()
         if name not in counts:
             raise unknown("destination", name, sorted({*destinations, *counts}))
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
-            wanted[name] = await _row(reads, noun, wanted[name])
-    page = await reads.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
+            wanted[name] = await _row(stored, noun, wanted[name])
+    page = await stored.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
     return {"items": [view_of(row) for row in page.rows], "next_cursor": page.cursor}
 
 
 async def list_stats(
-    reads: StoredData, selection: Selection, *, limit: int, cursor: str | None
+    stored: StoredData, selection: Selection, *, limit: int, cursor: str | None
 ) -> dict[str, Any]:
-    """Return one page of the number of events per hour, source and type, the latest hour first.
+    """Return one page of event counts per hour, source and type, the latest hour first.
 
     Raises:
         RelayError: the selection has other filters than source, type and time, or the cursor is invalid.
@@ -201,7 +201,7 @@ async def list_stats(
             raise RelayError("invalid cursor", hint="send the next_cursor of the previous page")
         after = (int(place[1]), place[2], place[3])
     found: list[Stat] = []
-    async for page in reads.queries.stats(selection, after=after):
+    async for page in stored.queries.stats(selection, after=after):
         found += page
         if len(found) > limit:
             break
@@ -212,38 +212,38 @@ async def list_stats(
     }
 
 
-async def _row(reads: StoredData, noun: str | None, given: str) -> int:
+async def _row(stored: StoredData, noun: str | None, given: str) -> int:
     """Return the row id for an id or a unique prefix of one."""
     if noun == "event":
-        return (await reads.queries.name_events([given]))[0].event_id
-    return (await reads.queries.name_deliveries([given]))[0].id
+        return (await stored.queries.name_events([given]))[0].event_id
+    return (await stored.queries.name_deliveries([given]))[0].id
 
 
-async def show_event(reads: StoredData, given: str) -> dict[str, Any]:
+async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
     """Return an event by its id or a unique prefix of it, with its deliveries.
 
     Raises:
         RelayError: no event has this id, or several have this prefix.
     """
-    [chosen] = await reads.queries.name_events([given])
-    rows = await reads.queries.find("events", limit=1, id=chosen.event_id)
+    [chosen] = await stored.queries.name_events([given])
+    rows = await stored.queries.find("events", limit=1, id=chosen.event_id)
     if not rows:
         raise UnknownError(f'unknown event "{given}"', hint="it has just been deleted")
-    deliveries = await reads.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
+    deliveries = await stored.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
     return {**view_of(rows[0]), "owed": [view_of(each) for each in deliveries]}
 
 
-async def show_delivery(reads: StoredData, given: str) -> dict[str, Any]:
+async def show_delivery(stored: StoredData, given: str) -> dict[str, Any]:
     """Return a delivery by its id or a unique prefix of it, with its attempts, the latest first.
 
     Raises:
         RelayError: no delivery has this id, or several have this prefix.
     """
-    [named] = await reads.queries.name_deliveries([given])
-    rows = await reads.queries.find("deliveries", limit=1, id=named.id)
+    [named] = await stored.queries.name_deliveries([given])
+    rows = await stored.queries.find("deliveries", limit=1, id=named.id)
     if not rows:
         raise UnknownError(f'unknown delivery "{given}"', hint="it has just been deleted")
-    attempts = await reads.queries.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
+    attempts = await stored.queries.find("attempts", limit=MOST_ROWS, delivery_id=named.id)
     return {**view_of(rows[0]), "tries": [view_of(each) for each in attempts]}
 
 
@@ -273,11 +273,11 @@ def counted(counts: Counts | None) -> dict[str, int]:
     return msgspec.structs.asdict(counts or Counts())
 
 
-async def backlog_of(reads: StoredData, name: str, totals: Mapping[str, Counts], now: int) -> dict[str, Any]:
+async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts], now: int) -> dict[str, Any]:
     """Return a destination's counts, due deliveries, oldest pending and latest delivery; `now` is steady."""
-    backlog = (await reads.ledger.backlog(now)).get(name)
-    oldest = await reads.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
-    latest = await reads.queries.find("deliveries", destination=name, limit=1)
+    backlog = (await stored.ledger.backlog(now)).get(name)
+    oldest = await stored.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
+    latest = await stored.queries.find("deliveries", destination=name, limit=1)
     return {
         **counted(totals.get(name)),
         "due": backlog.due if backlog else 0,
@@ -286,33 +286,33 @@ async def backlog_of(reads: StoredData, name: str, totals: Mapping[str, Counts],
     }
 
 
-async def list_destinations(reads: StoredData, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
+async def list_destinations(stored: StoredData, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
     """Return the destinations of a stopped relay: those in config.toml or with pending deliveries."""
-    totals, states = await reads.ledger.totals(), await reads.queries.destination_states()
+    totals, states = await stored.ledger.totals(), await stored.queries.destination_states()
     names = [*known, *(name for name, each in totals.items() if name not in known and each.pending)]
     items = [{**_stored(name, states, known), **counted(totals.get(name))} for name in names]
     return {"items": items, "next_cursor": None}
 
 
 async def show_destination(
-    reads: StoredData, name: str, known: Mapping[str, DestinationConfig], now: int
+    stored: StoredData, name: str, known: Mapping[str, DestinationConfig], now: int
 ) -> dict[str, Any]:
     """Return one destination of a stopped relay, with its backlog.
 
     Raises:
-        UnknownError: neither config.toml nor a delivery names it.
+        UnknownError: neither config.toml nor any delivery names it.
     """
-    totals, states = await reads.ledger.totals(), await reads.queries.destination_states()
+    totals, states = await stored.ledger.totals(), await stored.queries.destination_states()
     if name not in known and name not in totals:
         raise unknown("destination", name, known)
     shown = _stored(name, states, known)
     if name in known:
         shown |= {"events": known[name].events, **times_of(states.get(name, DestinationState(name=name)))}
-    return {**shown, **await backlog_of(reads, name, totals, now)}
+    return {**shown, **await backlog_of(stored, name, totals, now)}
 
 
 def times_of(state: DestinationState, held_until: int | None = None) -> dict[str, str | None]:
-    """Return since when a destination fails or is disabled, and until when it is held."""
+    """Return the times since which a destination fails or is disabled, and until which it is held."""
     times = {
         "failing_since": state.failing_since,
         "disabled_at": state.disabled_at,

@@ -36,7 +36,7 @@ class SessionView(msgspec.Struct):
 
 
 class MeasurementView(msgspec.Struct):
-    """What a worker reported with one heartbeat."""
+    """The values that a worker reported with one heartbeat."""
 
     at: Time
     status: WorkerStatus
@@ -181,7 +181,7 @@ class WorkersApi:
     async def _forget(self, request: web.Request) -> ForgottenView:
         worker = self._find(request)
         key = (worker.source, worker.id)
-        await self._store.workers.change(lambda fleet: fleet.forget([key]))
+        await self._store.workers.change(lambda changes: changes.forget([key]))
         return ForgottenView(worker.source, worker.id, forgotten=True)
 
     @endpoint(
@@ -191,7 +191,7 @@ class WorkersApi:
     async def _maintain(self, request: web.Request, body: MaintenanceBody) -> dict[str, Any]:
         worker = self._find(request)
         key = (worker.source, worker.id)
-        after = await self._store.workers.change(lambda fleet: fleet.maintain(key, on=body.on))
+        after = await self._store.workers.change(lambda changes: changes.maintain(key, on=body.on))
         return _worker(after or worker)
 
     @endpoint(
@@ -229,7 +229,7 @@ class WorkersApi:
             created_at=self._clock.wall(),
             expires_at=self._clock.steady() + int(ttl * SECOND),
         )
-        await self._store.workers.change(lambda fleet: fleet.queue(command))
+        await self._store.workers.change(lambda changes: changes.queue(command))
         return QueuedView(command.public_id, command.state, body.command)
 
     @endpoint(
@@ -240,7 +240,7 @@ class WorkersApi:
     async def _cancel(self, request: web.Request) -> CommandCancelledView:
         worker, command = self._find(request), request.match_info["command"]
         key = (worker.source, worker.id)
-        if not await self._store.workers.change(lambda fleet: fleet.cancel_command(key, command)):
+        if not await self._store.workers.change(lambda changes: changes.cancel_command(key, command)):
             raise UnknownError(f'no queued command "{command}"', hint="a sent command cannot be cancelled")
         return CommandCancelledView(command, "cancelled")
 

@@ -40,11 +40,11 @@ _VERIFY: Mapping[str, Any] = {
     "standard-webhooks": "standard-webhooks",
     "none": "none",
 }
-"""What `--verify` writes for a generic source."""
+"""The value of `verify` that `--verify` writes for a generic source."""
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a new source needs to be written."""
+    """The facts about a kind of source that its table and its instructions need."""
 
     guide: Guide
     verify: Any
@@ -70,7 +70,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_verify_token(self) -> bool:
-        """Whether one of its handshakes carries a token."""
+        """Whether one of its handshakes contains a token."""
         return any("token" in handshake for handshake in self.handshakes)
 
 
@@ -164,24 +164,24 @@ def add(
     """
     file = find_config(config)
     known = offered(dirs_of(file))
-    asks = kind is None
+    is_interactive = kind is None
     if kind is None:
         kind = _ask_kind(known)
     chosen = _chosen(kind, known, verify)
-    if asks:
+    if is_interactive:
         name = name or click.prompt("Name of the source", default=kind)
     name = _named(name or kind)
-    if asks and kind == GENERIC and verify is None:
+    if is_interactive and kind == GENERIC and verify is None:
         choice = click.prompt("Verification", default="hmac", type=OneOf(tuple(_VERIFY)))
         chosen = _chosen(kind, known, choice)
     default_path = chosen.guide.default_path.replace("{name}", name)
     if kind != name:
         default_path = default_path.replace(f"/{kind}", f"/{name}")
-    if asks:
+    if is_interactive:
         path = path or (click.prompt("Path", default=default_path) if default_path else None)
         public_url = public_url or click.prompt("Public URL of the relay", default=HOST)
     given = _place(chosen, name, secret_env, secret_file, secret_credential)
-    if asks and "env" in given and secret_env is None:
+    if is_interactive and "env" in given and secret_env is None:
         given = {"env": click.prompt("Environment variable with the secret", default=given["env"])}
     if chosen.signs_url and public_url in (None, HOST):
         raise click.UsageError(
@@ -247,7 +247,7 @@ def _named(name: str) -> str:
 def _place(
     kind: Kind, name: str, variable: str | None, file: str | None, credential: str | None
 ) -> dict[str, str]:
-    """Return where the secret comes from, as config.toml says it; empty without a secret."""
+    """Return the reference to the secret for config.toml; empty without a secret."""
     named = {"env": variable, "file": file, "credential": credential}
     given = {key: value for key, value in named.items() if value is not None}
     if len(given) > 1:
@@ -334,7 +334,7 @@ def _merge(table: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _append(file: Path, added: Added, given: Given) -> None:
-    """Append a source's table to config.toml, if the whole file is valid then.
+    """Append a source's table to config.toml, if the whole file is valid with it.
 
     Raises:
         ConfigError: the file has problems, or would have some; nothing was written.
@@ -386,7 +386,7 @@ def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> Non
     _print_list(added.steps)
     click.echo(f"\nThen try it: relay send {added.name}")
     if HOST in added.url:
-        click.echo(f"{HOST} is the public URL of this relay; --public-url names it", err=True)
+        click.echo(f"replace {HOST} by the public URL of this relay, or set it with --public-url", err=True)
 
 
 def _print_list(steps: Sequence[str]) -> None:
@@ -395,7 +395,7 @@ def _print_list(steps: Sequence[str]) -> None:
 
 
 def _local_steps(added: Added, file: Path) -> list[str]:
-    """Return what to do on this machine: store the secrets, and apply the file."""
+    """Return the steps on this machine: store the secrets, and apply the file."""
     service = service_of(file)
     steps, needs_restart = [], False
     for secret in added.secrets:

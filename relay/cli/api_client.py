@@ -75,7 +75,7 @@ class Stream:
 
 VARIABLE = "RELAY_SOCKET"
 RUNTIME = Path("/run/relay")
-"""Folder of the socket with `RuntimeDirectory=relay`; a shell does not have the unit's environment."""
+"""Folder of the socket with `RuntimeDirectory=relay`; a shell lacks the unit's environment."""
 
 TIMEOUT = 60.0
 """Seconds until a response must start."""
@@ -97,11 +97,11 @@ class _Place(Protocol):
         """Return a connection that is not open yet."""
         ...
 
-    def silent(self) -> str:
+    def unreachable_hint(self) -> str:
         """Return the hint for a daemon that does not answer."""
         ...
 
-    def denied(self) -> str:
+    def denied_hint(self) -> str:
         """Return the hint for a user without permission to connect."""
         ...
 
@@ -120,15 +120,15 @@ class Daemon:
 
         `daemon.get("destinations", name)`, `daemon.get("deliveries", state="dead", limit=50)`.
         """
-        return self._ask("GET", path, _query(query))
+        return self._request("GET", path, _query(query))
 
     def post(self, *path: str, body: object = None) -> Any:
         """Send POST with a JSON body and return the response."""
-        return self._ask("POST", path, body=body)
+        return self._request("POST", path, body=body)
 
     def delete(self, *path: str) -> Any:
         """Send DELETE and return the response."""
-        return self._ask("DELETE", path)
+        return self._request("DELETE", path)
 
     def read(self, *path: str) -> bytes:
         """Send GET and return the response body as bytes."""
@@ -187,7 +187,7 @@ class Daemon:
             self._refused(status, answer)
         return answer
 
-    def _ask(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
+    def _request(self, method: str, path: tuple[str, ...], query: str = "", body: object = None) -> Any:
         status, content = self._exchange(method, path, query, body)
         answer = self._decode(content)
         if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
@@ -222,7 +222,7 @@ class Daemon:
         except PermissionError:
             raise CommandError(
                 f"cannot connect to {self._place.name}: permission denied",
-                hint=self._place.denied(),
+                hint=self._place.denied_hint(),
                 code=NOT_ALLOWED,
             ) from None
         except TimeoutError:
@@ -238,7 +238,7 @@ class Daemon:
             raise self._unreachable(f"{self._place.name} is not a hookferry admin API") from None
 
     def _unreachable(self, message: str) -> CommandError:
-        return CommandError(message, hint=self._place.silent(), code=UNREACHABLE)
+        return CommandError(message, hint=self._place.unreachable_hint(), code=UNREACHABLE)
 
     def _refused(self, status: int, answer: Any) -> Never:
         error = answer.get("error") if isinstance(answer, dict) else None
@@ -278,14 +278,14 @@ class _Socket:
     def connect(self) -> http.client.HTTPConnection:
         return _SocketConnection(self.path)
 
-    def silent(self) -> str:
+    def unreachable_hint(self) -> str:
         if _service_at(self.path) is not None:
             return (
                 "start it with `systemctl start relay`; `systemctl status relay` shows why it is not running"
             )
         return f"start it with `relay serve`, or name its socket with --socket or {VARIABLE}"
 
-    def denied(self) -> str:
+    def denied_hint(self) -> str:
         service = _service_at(self.path)
         if service is None:
             return "run the command as root, or as a member of the group that owns the socket"
@@ -326,10 +326,10 @@ class _Url:
             return http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
         return http.client.HTTPConnection(host, port, timeout=TIMEOUT)
 
-    def silent(self) -> str:
+    def unreachable_hint(self) -> str:
         return "check `[admin] listen` in its config.toml; by default it accepts local connections only"
 
-    def denied(self) -> str:
+    def denied_hint(self) -> str:
         return "a firewall on this machine blocks the connection"
 
 
@@ -364,7 +364,7 @@ def _token(file: Path) -> str:
 
 
 def _socket_of(given: Path | None) -> Path:
-    """Return the socket of the configuration; problems elsewhere in the file do not matter."""
+    """Return the socket of the configuration, despite problems in other parts of the file."""
     file = look_for_config(given)
     if file is None and is_there(RUNTIME / Admin().socket):
         return RUNTIME / Admin().socket

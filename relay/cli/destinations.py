@@ -180,6 +180,6 @@ def _print_state(answer: Any, name: str) -> None:
 
 
 def _print_advice(name: str, held: str | None) -> None:
-    """Print what ends a hold."""
+    """Print how a hold ends."""
     if held in _ADVICE:
         click.echo(_ADVICE[held].format(name=name), err=True)

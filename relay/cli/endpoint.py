@@ -80,7 +80,7 @@ def endpoint(
             an argument of the command. A test compares the route with the OpenAPI document.
         offline: add `--offline`, for a GET that `Offline` can answer.
         body: returns the JSON body from the command's arguments and options.
-        succeeded: tells from the response whether the exit code is 0 or 1.
+        succeeded: returns whether the exit code for a response is 0 (True) or 1.
 
     The decorated function prints the response for people. It gets the response and the command's arguments.
     With `--json` the response itself is printed instead.

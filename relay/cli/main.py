@@ -1,4 +1,4 @@
-"""The `relay` command: its commands, each imported when it runs, and how every command ends."""
+"""The `relay` command: its subcommands, each imported when it runs, their exit codes and errors."""
 
 import difflib
 import importlib
@@ -79,8 +79,8 @@ class Group(click.Group):
         _open_standard_streams()
         try:
             return super().main(args, prog_name, complete_var, **extra)
-        except Exception as error:  # noqa: BLE001 - the last net
-            sys.exit(_last_net(error))
+        except Exception as error:  # noqa: BLE001 - any other error ends here
+            sys.exit(_report_unexpected(error))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, sorted."""
@@ -116,9 +116,9 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as error:
-            _leave(ctx, str(error), code_of(error))
+            _fail(ctx, str(error), code_of(error))
         except (KeyboardInterrupt, click.Abort):
-            _leave(ctx, "interrupted", INTERRUPTED)
+            _fail(ctx, "interrupted", INTERRUPTED)
 
 
 class OneOf(click.Choice[str]):
@@ -168,7 +168,7 @@ COMMANDS = {
     "completion": ("relay.cli.main:completion", "Print a shell completion script."),
     "plugins": ("relay.cli.plugins:plugins", "List plugins and create a new one."),
 }
-"""Every command: its place, and its line in `relay --help`, which imports none of them."""
+"""Every command: its module and attribute, and its line in `relay --help`, which imports no command."""
 
 
 @click.group(cls=Group, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
@@ -193,7 +193,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     click.echo(kind(ctx.find_root().command, {}, program, variable).source())
 
 
-def _leave(ctx: click.Context, message: str, code: int) -> Never:
+def _fail(ctx: click.Context, message: str, code: int) -> Never:
     click.echo(message, err=True)
     ctx.exit(code)
 
@@ -205,7 +205,7 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process
 
 
-def _last_net(error: Exception) -> int:
+def _report_unexpected(error: Exception) -> int:
     """Print an unexpected error in one line, with the file that has its traceback; return the exit code."""
     code = NOT_ALLOWED if isinstance(error, PermissionError) else FAILED
     what = f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -223,7 +223,7 @@ def _last_net(error: Exception) -> int:
 def _details(error: Exception) -> str:
     """Write the traceback to a file that only this user can read, and return its path.
 
-    The file does not have the command's arguments: they may hold a secret.
+    The file does not contain the command's arguments, because they may contain a secret.
     """
     about = f"hookferry {relay.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n"
     try:

@@ -36,8 +36,8 @@ def colour_of(heading: str, cell: str) -> Colour | None:
     return None
 
 
-def say(text: str) -> None:
-    """Print a line that may contain colour; click would strip the colour in a pipe."""
+def print_line(text: str) -> None:
+    """Print a line that may contain colour; without `color=True`, click removes it in a pipe."""
     click.echo(text, color=True)
 
 
@@ -47,10 +47,10 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> No
     colour = wants_colour(sys.stdout)
     if not sys.stdout.isatty():
         for row in cells:
-            say("\t".join(_painted(headings, row, row) if colour else row))
+            print_line("\t".join(_painted(headings, row, row) if colour else row))
         return
     for line in table_lines(headings, cells, colour=colour):
-        say(line)
+        print_line(line)
 
 
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]], *, colour: bool) -> list[str]:

@@ -85,7 +85,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
     try:
         _run(lambda: run_app(setup))
     except RelayError as error:
-        if not is_read(sys.stderr):  # a wait for a reader would keep systemd from a restart
+        if not is_read(sys.stderr):  # waiting for a reader would keep systemd from restarting the service
             ctx.exit(code_of(error))
         raise
 

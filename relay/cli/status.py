@@ -11,7 +11,7 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED
 from relay.cli.options import json_option
-from relay.cli.output import cell, count, print_json, print_table, say
+from relay.cli.output import cell, count, print_json, print_line, print_table
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 
@@ -56,7 +56,7 @@ def _print(answer: dict[str, Any]) -> None:
     ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
     if wants_colour(sys.stdout):
         ready = paint(ready, "green" if answer["ready"] else "red")
-    say(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
+    print_line(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
     paused = [source["name"] for source in answer["sources"] if source["paused"]]
     click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
     click.echo(f"workers: {cell(answer['workers']) or '0'}")

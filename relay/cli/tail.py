@@ -15,7 +15,7 @@ from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import INTERRUPTED, CommandError
 from relay.cli.options import filter_options, json_option
-from relay.cli.output import cell, colour_of, count, say, to_json
+from relay.cli.output import cell, colour_of, count, print_line, to_json
 
 COLUMNS = (
     "what", "type", "source", "subject", "size", "destination", "attempt", "result", "status", "duration_ms",
@@ -77,7 +77,7 @@ def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
         click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
         return
     colour = _colour(what, item) if wants_colour(sys.stdout) else None
-    say(paint(_for_people(what, item) if sys.stdout.isatty() else _for_programs(what, item), colour))
+    print_line(paint(_for_people(what, item) if sys.stdout.isatty() else _for_programs(what, item), colour))
 
 
 def _for_programs(what: str, item: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import INTERRUPTED, UNREACHABLE, CommandError
 from relay.cli.options import json_option
-from relay.cli.output import cell, count, print_json, say, table_lines, to_json
+from relay.cli.output import cell, count, print_json, print_line, table_lines, to_json
 
 STOPPED = "the daemon stopped; waiting for it to restart (Ctrl-C to quit)"
 
@@ -50,7 +50,7 @@ def top(ctx: click.Context, daemon: Daemon, *, once: bool, as_json: bool) -> Non
     try:
         if once or not (as_json or _has_screen()):
             snapshot = _snapshot(daemon)
-            print_json(snapshot) if as_json else say("\n".join(lines(snapshot)))
+            print_json(snapshot) if as_json else print_line("\n".join(lines(snapshot)))
         elif as_json:
             _print(daemon)
         else:

@@ -131,7 +131,7 @@ class Dispatcher:
     def listen(self, news: News) -> None:
         """Hand the fresh deliveries of a commit to their lanes, in memory (see `relay.store.Listener`)."""
         ended_badly = False
-        for name, columns in news.books.items():
+        for name, columns in news.ledger.items():
             if columns["created"]:
                 self._metrics.created.labels(name).inc(columns["created"])
             for outcome in OUTCOMES:
@@ -174,7 +174,7 @@ class Dispatcher:
     def _log_unattempted(self, news: News) -> None:
         """Log how many deliveries ended without an attempt; a lane logs the others."""
         attempted = Counter((outcome.delivery.destination, outcome.state) for outcome in news.outcomes)
-        for name, columns in news.books.items():
+        for name, columns in news.ledger.items():
             if (dead := columns["dead"] - attempted[name, "dead"]) > 0:
                 line = f"{name}: {dead} deliveries are dead without an attempt: the backlog is full"
                 self._log.warning(f"{name}: dead", line, destination=name, state="dead", count=dead)

@@ -108,6 +108,17 @@ def offline_store(url: str, folder: Path) -> OfflineStore:
     return SqliteOffline(path_of(url, folder))
 
 
+def is_storage_failure(error: Exception) -> bool:
+    """Return whether an exception of the engine comes from the file, its disk or another program.
+
+    False: another exception, or a faulty statement.
+    """
+    from relay.store.writer import DAMAGED, TRANSIENT  # noqa: PLC0415 - see above
+
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in TRANSIENT | DAMAGED
+
+
 def path_of(url: str, folder: Path) -> Path:
     """Return the file of an SQLite URL; `folder` as for `make_store`.
 

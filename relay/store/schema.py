@@ -76,7 +76,7 @@ CREATE TABLE attempts (
 CREATE INDEX attempts_delivery ON attempts (delivery_id, id);
 CREATE INDEX attempts_started ON attempts (started_at);  -- its entries come in order: cheap
 
-CREATE TABLE ledger (                          -- the books: created = all the others + pending
+CREATE TABLE ledger (                          -- created = all the others + pending
     destination TEXT    PRIMARY KEY,
     created     INTEGER NOT NULL,
     delivered   INTEGER NOT NULL,

@@ -107,7 +107,7 @@ async def test_a_filter_limits_the_stream(relay, recorder, query, expected):
         await send_moddy(relay)
         for _ in range(3):
             await all_.next()
-        relay.app.api.hang_up()
+        relay.app.api.end_streams()
         item = {
             (item["destination"], item["result"]) if name == "attempt" else (name, item["type"])
             for name, item in await reader.rest()
@@ -163,7 +163,7 @@ async def test_a_disconnect_is_noticed_on_an_idle_stream(relay):
 
 async def test_an_idle_stream_sends_comments(relay, monkeypatch):
     monkeypatch.setattr(stream, "HEARTBEAT", 0.05)
-    monkeypatch.setattr(stream, "LOOK", 0.01)
+    monkeypatch.setattr(stream, "CHECK_EVERY", 0.01)
     async with follow(relay, "/api/tail") as reader:
         await reader.response.content.readline()
         assert await reader.response.content.readline() == b": still here\n"
@@ -226,7 +226,7 @@ async def test_a_stop_ends_all_streams_at_once(tmp_path, recorder):
 
 
 async def test_a_stream_requested_during_a_stop_is_refused(relay):
-    relay.app.api.hang_up()
+    relay.app.api.end_streams()
     for path in ("/api/tail", "/api/top"):
         status, error = await refused(relay, path)
         assert (status, error["code"]) == (503, "draining")

@@ -132,7 +132,7 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
     following = asyncio.create_task(ran("tail", "adorn", *where, command="follow"))
     await until(lambda: relay.app.api._tail._followers)
     answer = await relay.exchange(request("POST", "/v1/events", adorn("s-é")))
-    relay.app.api.hang_up()
+    relay.app.api.end_streams()
     result = await following
     assert result.exit_code == 0, result.output
     name, item = json.loads(result.stdout.splitlines()[0])
