@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.config.installed_service import RunningEnvironment
 from relay.config.problems import ConfigError
 from relay.config.schema import Config
 from relay.errors import RelayError, RestartNeededError, StorageUnavailableError
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.model import Check
-from relay.plugin_loading.loader import load_again
+from relay.plugin_loading.loader import Setup, load_again
 from relay.process.logs import configure, in_one_line, under_systemd
 from relay.state import State
 
@@ -51,6 +52,7 @@ class Reloads:
         self._jobs = jobs
         self._metrics = metrics
         self._clock = clock
+        self._environment = RunningEnvironment(state.config.path)
         # A context that is entered for each reload.
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         # Returns why the daemon has not started yet; None: it has started.
@@ -102,7 +104,7 @@ class Reloads:
         """Compare config.toml with the running configuration; change nothing."""
         hint = "relay reload"
         try:
-            setup = await asyncio.to_thread(load_again, self._state.setup)
+            setup, _ = await asyncio.to_thread(self._load)
         except ConfigError as error:
             detail, hint = str(error), "correct it before the next reload or restart"
         except RestartNeededError as error:
@@ -118,7 +120,7 @@ class Reloads:
         before, interval = self._state.config, self._state.watch.interval
         try:
             # In a thread: files are read and patterns compiled while requests are answered.
-            setup = await asyncio.to_thread(load_again, self._state.setup)
+            setup, unread = await asyncio.to_thread(self._load)
             draft = await self._state.prepare(setup)
         except Exception as error:
             self._count(successful=False)
@@ -132,11 +134,18 @@ class Reloads:
             wanted = setup.config.log
             configure(wanted.level, wanted.format, under_systemd=under_systemd())
         done = _compare(before, setup.config)
+        if unread:
+            done = msgspec.structs.replace(done, warnings=(*done.warnings, *map(_unread, unread)))
         self._count(successful=True)
         log.info("reloaded %s", done)
         for warning in done.warnings:
             log.warning("%s", warning)
         return done
+
+    def _load(self) -> tuple[Setup, tuple[str, ...]]:
+        """Read the configuration; also returns the environment files that this user may not read."""
+        given = self._environment.read()
+        return load_again(self._state.setup, given), given.unreadable
 
     async def _reload_later(self) -> None:
         with suppress(Exception):  # `reload` logs it
@@ -147,6 +156,13 @@ class Reloads:
         self._metrics.reloaded.set(successful)
         if successful:
             self._metrics.reloaded_at.set(self._clock.wall() / SECOND)
+
+
+def _unread(file: str) -> str:
+    return (
+        f"{file} was not read again (permission denied), so its variables are those of the start; let the"
+        " daemon's group read the file, or restart the daemon"
+    )
 
 
 def _compare(before: Config, config: Config) -> Reloaded:

@@ -15,7 +15,7 @@ from relay.cli.main import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.installed_service import service_of
+from relay.config.installed_service import RunningEnvironment, service_of
 from relay.config.paths import find_config, is_there
 from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
@@ -75,7 +75,8 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         if not sockets_given():
             raise CommandError(error.message, hint=error.hint, code=CONFIG) from None
         configure("info", "auto", under_systemd=under_systemd())
-        standby = Standby(path, error, lambda: _load_again(path), os.environ)
+        environment = RunningEnvironment(path)
+        standby = Standby(path, error, lambda: _load_again(path, environment), os.environ)
         held = _run(standby.run)
         if held is None:
             return  # SIGTERM or Ctrl-C
@@ -90,7 +91,7 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
         raise
 
 
-def _load_again(path: Path) -> "Setup":
+def _load_again(path: Path, environment: RunningEnvironment) -> "Setup":
     """Load a configuration again, with the current environment files of the service.
 
     Raises:
@@ -98,10 +99,11 @@ def _load_again(path: Path) -> "Setup":
     """
     from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
 
-    service = service_of(path)
-    fresh = service.given(os.environ).environ if service else {}
-    setup = load(path, {**os.environ, **fresh})
-    os.environ.update(fresh)  # for later reloads
+    given = environment.read()
+    setup = load(path, given)
+    for name in os.environ.keys() - given.environ.keys():
+        del os.environ[name]
+    os.environ.update(given.environ)  # for the daemon that starts now
     return setup
 
 

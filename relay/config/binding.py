@@ -68,6 +68,8 @@ class Binder:
             credentials=given.credentials,
             hidden=given.hidden,
             place=given.place,
+            after=given.after,
+            is_running=given.is_running,
             lenient=lenient,
         )
 

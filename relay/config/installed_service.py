@@ -60,6 +60,8 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     credentials: Mapping[str, bytes | None] = {}  # None: this user may not read it
     place: str = "the unit's EnvironmentFile"  # where variables are set, for messages
+    after: str = ""  # what else a missing variable needs, for messages
+    is_running: bool = False  # for the daemon itself, not for a command
     unreadable: tuple[str, ...] = ()  # files that this user may not read, so variables may be missing
     hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, each with the setting that hides it
 
@@ -238,6 +240,53 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     def _last(self, name: str) -> str:
         values = self._all(name)
         return values[-1] if values else ""
+
+
+class RunningEnvironment:
+    """The environment of a running daemon. A reload reads the environment files of its unit again."""
+
+    def __init__(self, config: Path, environ: Mapping[str, str] = os.environ) -> None:
+        """Remember which variables the unit set at the start, to notice those that are removed later."""
+        self._config = config
+        self._environ = environ
+        self._set_by_unit: frozenset[str] = frozenset()
+        with suppress(ConfigError, OSError):
+            if (service := self._service()) is not None:
+                self._set_by_unit = frozenset(_of_unit(service.given(environ)))
+
+    def read(self) -> Given:
+        """Return the environment that a restart would give to the daemon, as far as this user can read it.
+
+        A daemon that systemd did not start keeps the environment of its start.
+
+        Raises:
+            ConfigError: a required environment file is missing.
+        """
+        restart = " and restart the daemon, which reads its environment at the start"
+        service = self._service()
+        if service is None:
+            return Given(environ=self._environ, after=restart, is_running=True)
+        given = service.given(self._environ)
+        files = tuple(file for file in given.unreadable if file in map(str, dict(service.env_files)))
+        removed = frozenset() if files else self._set_by_unit
+        kept = {name: value for name, value in self._environ.items() if name not in removed}
+        return Given(
+            environ={**kept, **_of_unit(given)},
+            place=given.place,
+            after=restart if files else "",
+            unreadable=files,
+            is_running=True,
+        )
+
+    def _service(self) -> Service | None:
+        """Return the unit that runs this process."""
+        return service_of(self._config) if "NOTIFY_SOCKET" in self._environ else None
+
+
+def _of_unit(given: Given) -> dict[str, str]:
+    """Return the variables that a unit sets, without the directories, which only a restart changes."""
+    directories = {variable for variable, _ in _DIRECTORIES.values()}
+    return {name: value for name, value in given.environ.items() if name not in directories}
 
 
 def installed() -> Service | None:

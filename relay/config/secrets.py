@@ -197,6 +197,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     credentials: Mapping[str, bytes | None] = {}  # by name, where there is no folder; None: not for this user
     hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, and why
     place: str = "the unit's EnvironmentFile"  # where variables are set for the daemon
+    after: str = ""  # what else a missing variable needs
+    is_running: bool = False  # this process is the daemon, not a command in a shell
     lenient: bool = False  # what cannot be had is `Absent`
 
     def secret(self, value: object, *, literal: bool = False) -> Secret:
@@ -257,9 +259,9 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         text = self.environ.get(name, "")
         if not text.strip():
             state = "is empty" if name in self.environ else "is not set"
-            if name not in self.environ and name in os.environ:
+            if name not in self.environ and name in os.environ and not self.is_running:
                 state = "is set in this shell, but not for the service"
-            advice = f"set it (under systemd in {self.place})"
+            advice = f"set it (under systemd in {self.place}){self.after}"
             raise _MissingError(f"the environment variable {name} {state}; {advice}")
         try:
             text.encode()
@@ -274,7 +276,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         if "/" in name or name in {".", ".."}:
             raise ValueError("`credential` must be the name of a systemd credential, not a path")
         folder = self.environ.get("CREDENTIALS_DIRECTORY", "")
-        advice = f"add `LoadCredential={name}:/path/to/file` to the unit"
+        advice = f"add `LoadCredential={name}:/path/to/file` to the unit, and restart the daemon"
         if not folder and name in self.credentials:
             if (content := self.credentials[name]) is None:
                 raise _DeniedError(f"the credential {name} cannot be read by this user")

@@ -134,7 +134,7 @@ def variant_finding(given: str, own: Iterable[Token]) -> Finding | None:
             do = f"have the sender send exactly the value of {token.place or token.key}"
             return Finding(cause=variant.cause, where=AUTHORIZATION, what=what, do=do)
         what = f"the request has this token, but the configured one {variant.what}"
-        do = f"correct {token.place or 'the value'} and run `relay reload` (a variable needs a restart)"
+        do = f"correct {token.place or 'the value'} and run `relay reload`"
         return Finding(cause=variant.cause, where=token.key, what=what, do=do)
     return None
 

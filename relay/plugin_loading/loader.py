@@ -81,14 +81,14 @@ def load(path: Path, given: Mapping[str, str] | Given = os.environ, *, lenient: 
     )
 
 
-def load_again(setup: Setup, environ: Mapping[str, str] = os.environ) -> Setup:
+def load_again(setup: Setup, given: Mapping[str, str] | Given = os.environ) -> Setup:
     """Read the config.toml of a running daemon again, with the loaded plugins.
 
     Raises:
         ConfigError: contains all problems of the file.
         RestartNeededError: plugins, or keys that only a restart applies, have changed.
     """
-    binder = Binder(read(setup.config.path), environ)
+    binder = Binder(read(setup.config.path), given)
     config = bind_tables(binder)
     code = digests_of(config.plugins.dirs, setup.code)
     keys = _changed_keys(setup.config, config)

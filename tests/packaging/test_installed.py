@@ -8,10 +8,11 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from commands import run
-from daemons import Daemon, adorn
+from commands import Commands, run
+from daemons import Daemon, adorn, running
 from machines import NOBODY, needs_other_users, needs_root
 from wire import exchange, request
 
@@ -373,6 +374,106 @@ def test_an_unreadable_environment_file_exits_with_5(machine):
     files = f"{machine.folder}/environment, {machine.folder}/lazy"
     assert f"this user cannot read {files}: run the command as root" in told.stderr
     assert "the credential lazy cannot be read by this user" in told.stderr
+
+
+# --- reloads of the running service ---------------------------------------------------------------------
+
+ROTATED = """\
+development = true
+state_dir = "state"
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = ""
+[sources.moddy]
+plugin = "moddy"
+tokens = [{ env = "RELOAD_OLD" }]
+"""
+
+
+async def moddy(relay, token):
+    """Return the status of an event that is sent with a token."""
+    body = b'{"type": "event", "event_type": "member_joined", "discord_id": "1", "metadata": {}}'
+    raw = request("POST", "/internal/event/notify", body, authorization=f"Bearer {token}")
+    return (await relay.exchange(raw)).status
+
+
+@pytest.fixture
+def service(machine, monkeypatch):
+    """A machine on which this process is the installed service."""
+    machine.config.write_text(ROTATED)
+    machine.write("environment", "RELOAD_OLD=old\nUNUSED=x\n")
+    monkeypatch.setenv("NOTIFY_SOCKET", "@hookferry-test-nobody-listens")
+    for name, value in {"RELOAD_OLD": "old", "UNUSED": "x"}.items():  # as systemd does
+        monkeypatch.setenv(name, value)
+    return machine
+
+
+def rotate(machine, *names):
+    tokens = ", ".join(f'{{ env = "{name}" }}' for name in names)
+    machine.config.write_text(ROTATED.replace('{ env = "RELOAD_OLD" }', tokens))
+
+
+async def test_a_reload_reads_the_environment_file_of_the_unit_again(service):
+    async with running(service.config) as relay:
+        commands = Commands(relay.addresses.socket)
+        rotate(service, "RELOAD_OLD", "RELOAD_NEW")
+        said = await commands("reload", code=1)
+        assert f"RELOAD_NEW is not set; set it (under systemd in {service.folder}/environment)" in said.err
+        assert "restart" not in said.err
+
+        service.write("environment", "RELOAD_OLD=old\nRELOAD_NEW=new\n")
+        assert "changed sources.moddy" in (await commands("reload")).out
+        assert (await moddy(relay, "old"), await moddy(relay, "new")) == (200, 200)
+
+        service.write("environment", "RELOAD_OLD=other\nRELOAD_NEW=new\n")  # under the same name
+        assert "not applied yet" in (await commands("doctor", code=1)).out
+        assert "changed sources.moddy" in (await commands("reload")).out
+        assert (await moddy(relay, "old"), await moddy(relay, "other")) == (403, 200)
+
+        service.write("environment", "RELOAD_NEW=new\n")  # as a restart would, a reload misses the variable
+        assert "RELOAD_OLD is not set" in (await commands("reload", code=1)).err
+        assert await moddy(relay, "other") == 200
+        rotate(service, "RELOAD_NEW")
+        await commands("reload")
+        assert (await moddy(relay, "other"), await moddy(relay, "new")) == (403, 200)
+    assert not service.folder.joinpath("state", "relay.sock").exists()
+
+
+async def test_a_reload_without_access_to_the_environment_file_says_so(service):
+    rotate(service, "RELOAD_OLD")
+    file = service.write("environment", "RELOAD_OLD=old\n")
+    async with running(service.config) as relay:
+        with patch.object(Path, "read_bytes", denying(file)):
+            commands = Commands(relay.addresses.socket)
+            said = await commands("reload")
+            assert f"{file} was not read again (permission denied)" in said.err
+            assert await moddy(relay, "old") == 200
+            rotate(service, "RELOAD_OLD", "RELOAD_NEW")
+            said = await commands("reload", code=1)
+            assert "and restart the daemon, which reads its environment at the start" in said.err
+
+
+async def test_a_daemon_that_systemd_did_not_start_is_to_be_restarted(service, monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    async with running(service.config) as relay:
+        rotate(service, "RELOAD_NEW")
+        service.write("environment", "RELOAD_NEW=new\n")
+        said = await Commands(relay.addresses.socket)("reload", code=1)
+        assert "RELOAD_NEW is not set; set it" in said.err
+        assert "and restart the daemon, which reads its environment at the start" in said.err
+
+
+def denying(file):
+    """Return `Path.read_bytes` for a user who may not read one file."""
+    read = Path.read_bytes
+
+    def read_bytes(path):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    return read_bytes
 
 
 # --- the daemon that is not there -----------------------------------------------------------------------
