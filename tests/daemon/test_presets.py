@@ -7,12 +7,14 @@ published with their signatures.
 import asyncio
 import hmac
 import json
+import random
 import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 import pytest
@@ -27,8 +29,10 @@ from wire import raw_request
 from relay.base.clock import SECOND
 from relay.base.units import parse_duration
 from relay.cli import send
+from relay.ingest.event import make_event
+from relay.ingest.routes import mounts_of
 from relay.plugin_loading.loader import load
-from relay.source import Incoming, Unauthenticated
+from relay.source import Incoming, Refusal, Reply, Unauthenticated
 
 PRESETS = presets()
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # of the destination
@@ -364,6 +368,85 @@ async def test_relay_send_signs_a_sample_and_makes_it_new_each_time(relay, recei
         await until(lambda count=count: len(receiver.of(name)) == count)
     found = sorted(each["type"].removeprefix(f"{name}.") for each in receiver.of(name)[before:])
     assert found == sorted(2 * [type_ for type_, _ in expected])
+
+
+VALUES = [
+    None,
+    [],
+    {},
+    "",
+    0,
+    -1,
+    True,
+    "x" * 300,
+    "\ud83d",
+    ["a"],
+    {"a": 1},
+    "{body:type}",
+    "\n",
+    10**30,
+    "é",
+]
+
+
+def changed(value, chance):
+    """Return a JSON value with one part of it removed or replaced."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        key, copy = chance.choice(list(value)), dict(value)
+        if chance.random() < 0.2:
+            del copy[key]
+        else:
+            copy[key] = changed(value[key], chance)
+        return copy
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        at = chance.randrange(len(value))
+        return [changed(item, chance) if number == at else item for number, item in enumerate(value)]
+    return chance.choice(VALUES)
+
+
+def other_sample(sample, chance):
+    """Return a sample with another body and other headers, of which some are malformed."""
+    body, headers = sample.body, dict(sample.headers)
+    if body[:1] in b"{[":
+        body = json.dumps(changed(json.loads(body), chance)).encode()
+    else:
+        fields = dict(parse_qsl(body.decode(), keep_blank_values=True))
+        fields[chance.choice(list(fields))] = chance.choice(["", "{", "[]", "x" * 300, "null"])
+        body = urlencode(fields).encode()
+    if chance.random() < 0.15:
+        body = body[: chance.randrange(len(body) + 1)]
+    if chance.random() < 0.3:
+        headers[chance.choice(list(headers))] = chance.choice(["", "x" * 300, "\udcff", "a/b;c"])
+    sent = Incoming.of(sample.method, sample.path, headers, body, **dict(sample.params))
+    return msgspec.structs.replace(sent, target=sample.path, received_at=time.time_ns() // 1000)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_genuine_sender_of_odd_requests_gets_no_server_error(relay, name):
+    """The preset accepts or refuses each request; nothing of it raises anything else."""
+    source, chance, accepted = relay.app.config.sources[name], random.Random(name), 0
+    [mount] = mounts_of({name: source})
+    can_sign, refused = name in {each for each, _ in SIGNABLE}, []
+    for sample in source.settings.samples():
+        for _ in range(60):
+            try:
+                request = source.settings.sign(other_sample(sample, chance))
+                if source.settings.handshake(request) is None:
+                    if can_sign:
+                        source.settings.verify(request)
+                    answer = source.settings.receive(request)
+                    if not isinstance(answer, Reply):
+                        events = answer.events or [answer.event]
+                        is_item = bool(answer.events)
+                        _ = [
+                            make_event(mount, event, request, 0, is_item=is_item) for event in events if event
+                        ]
+            except Refusal as refusal:
+                refused.append((refusal.status, refusal.__cause__, request.body))
+            else:
+                accepted += 1
+    assert accepted
+    assert [each for each in refused if each[0] >= 500] == []
 
 
 @pytest.mark.asyncio(loop_scope="module")
