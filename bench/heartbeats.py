@@ -30,14 +30,14 @@ _SOURCE = f"""\
 [sources.whatsapp]
 plugin = "whatsapp"
 tokens = ["{TOKEN}"]
-workers = {{ offline_after = "1h" }}  # they pause while the rivals' turn is
+workers = {{ offline_after = "1h" }}  # they pause while the other servers are measured
 """
 OWN = "at their own pace, a connection each"
-HELD = "the same, connections held for a minute"
+HELD = "the same, connections kept for a minute"
 PROXIED = "at their own pace, through a proxy"
-BUNCHED = "as fast as they go, connections kept"
+BUNCHED = "as fast as possible, connections kept"
 BARE = "a bare aiohttp handler, a connection each"
-FLOOR = "a protocol without HTTP, likewise"
+FLOOR = "a protocol without HTTP, a connection each"
 _PATH = "/api/v1/workers/{}/heartbeat"
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 
@@ -230,7 +230,7 @@ async def sweeps() -> None:
             began = time.perf_counter()
             await doing()
             took = time.perf_counter() - began
-        print(f"  {what:<46}{took * 1e3:8.1f} ms, the loop stood still for {gaps[0] * 1e3:.1f} ms at most")
+        print(f"  {what:<46}{took * 1e3:8.1f} ms, the loop was blocked for at most {gaps[0] * 1e3:.1f} ms")
 
     with TemporaryDirectory(prefix="bench-") as name:
         async with open_store("sqlite:relay.db", Path(name), clock) as store:
