@@ -1,6 +1,7 @@
 """A generic source's settings, compiled into functions of a request."""
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ from .verification import BasicAuth, BearerToken, Key, Nobody, Scheme, Standard
 
 _SHORT = {"bearer": Bearer(), "standard-webhooks": StandardWebhooks()}
 _NULL = b"null"
-_NOTHING = (None, "", msgspec.Raw(_NULL))  # values that no field of a context has
+_NULL_VALUE = msgspec.Raw(_NULL)
 
 
 class Compiled:
@@ -100,10 +101,10 @@ class Compiled:
         self._reply = None if settings.reply is None else Answer(reader, settings.reply, {})
         self._tokens = Secrets.of(*(each.reveal() for each in settings.verify_tokens if each.reveal()))
         filters = {"hmac": self.scheme.digest_of} if isinstance(self.scheme, HmacSignature) else {}
-        self._greetings = [Greeting(reader, each, filters) for each in settings.handshakes]
-        self.needs_body = self.scheme.reads_body or any(
-            each.names_body for each in self._greetings if not each.verified
-        )
+        greetings = [Greeting(reader, each, filters) for each in settings.handshakes]
+        self.early = [each for each in greetings if not each.verified]
+        self.late = [each for each in greetings if each.verified]
+        self.needs_body = self.scheme.reads_body or any(each.names_body for each in self.early)
 
     def check_network(self, incoming: Incoming) -> None:
         """Check that the sender's address is in one of the networks, if any are configured.
@@ -121,15 +122,15 @@ class Compiled:
         if not any(address in network for network in self._networks):
             raise Forbidden("The sender's address is in none of the permitted networks")
 
-    def handshake(self, incoming: Incoming, *, verified: bool) -> Reply | None:
-        """Return the reply to a request that is a handshake, None for any other.
+    def greet(self, greetings: Sequence[Greeting], incoming: Incoming) -> Reply | None:
+        """Return the reply to a request that is one of some handshakes, None for any other.
 
         Raises:
             Forbidden: its token is wrong.
         """
         reading: Reading | None = None
-        for each in self._greetings:
-            if each.verified == verified and each.method == incoming.method:
+        for each in greetings:
+            if each.method == incoming.method:
                 reading = reading or Reading(self.reader, incoming)
                 if each.fits(reading):
                     return each.reply(reading, self._tokens)
@@ -203,8 +204,11 @@ class Compiled:
             data = reading.whole
         context: Any = EMPTY
         if self._context:
-            found = ((name, get(reading)) for name, get in self._context)
-            context = {name: value for name, value in found if value not in _NOTHING}
+            context = {}
+            for name, get in self._context:
+                value = get(reading)
+                if value and value != _NULL_VALUE:
+                    context[name] = value
         key = self._key(reading) if self._key is not None else ""
         return Event(
             type=type_,

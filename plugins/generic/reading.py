@@ -77,11 +77,12 @@ class Tree:
 class _Node:
     """One value in a tree, and the places below it."""
 
-    __slots__ = ("_children", "_decoder", "_positions", "slot", "type")
+    __slots__ = ("_children", "_decoder", "_fields", "_positions", "slot", "type")
 
     def __init__(self) -> None:
         self.slot = -1
         self._children: dict[str, _Node] = {}
+        self._fields: list[tuple[str, _Node]] = []  # by the name in `type`
         self._positions: dict[int, _Node] = {}
         self.type: Any = msgspec.Raw
         self._decoder: msgspec.json.Decoder[Any] | None = None
@@ -94,6 +95,7 @@ class _Node:
             plain = all(each.isprintable() and not _PLAIN_KEY & set(each) for each in keys)
             self.type = _record(keys) if plain else dict[str, msgspec.Raw]
             self._decoder = msgspec.json.Decoder(self.type)
+            self._fields.append((f"f{len(self._fields)}", node))
         if index is not None:
             self._positions[index] = node
         return node
@@ -120,10 +122,14 @@ class _Node:
                 if key in value:
                     node.read(value[key], found)
             return
-        for name, node in zip(value.__struct_fields__, self._children.values(), strict=True):
+        for name, node in self._fields:
             inner = getattr(value, name)
-            if inner is not _NONE and bytes(inner):  # reading a lone surrogate copies the default as well
-                node.read(inner, found)
+            # Reading a lone surrogate copies the default, so it is not always the same object.
+            if inner is not _NONE and memoryview(inner).nbytes:
+                if node._decoder is None:  # noqa: SLF001 - a leaf of the same class
+                    found[node.slot] = inner
+                else:
+                    node.read(inner, found)
 
 
 @lru_cache(maxsize=1024)  # so that a reload with the same paths makes no new types
@@ -157,11 +163,9 @@ class Reader:
         if kind in ("body", "item"):
             tree = self.tree if kind == "body" else self.item_tree
             slot = tree.place(name)
-            return (
-                (lambda reading: reading.values[slot])
-                if kind == "body"
-                else lambda reading: reading.item[slot]
-            )
+            if kind == "item":
+                return lambda reading: reading.item[slot]
+            return lambda reading: (reading.found or reading.read())[slot]
         if kind in _NAMED:
             first = (kind, name.lower() if kind == "header" else name) in self.firsts
             return _NAMED[kind](name, first=first)
@@ -171,7 +175,7 @@ class Reader:
 class Reading:
     """One request while it is read."""
 
-    __slots__ = ("_form", "_query", "_raw", "_values", "event_id", "incoming", "item", "item_raw", "reader")
+    __slots__ = ("_form", "_query", "_raw", "event_id", "found", "incoming", "item", "item_raw", "reader")
 
     def __init__(self, reader: Reader, incoming: Incoming) -> None:
         self.reader = reader
@@ -179,24 +183,15 @@ class Reading:
         self.item: list[msgspec.Raw | None] = []
         self.item_raw: msgspec.Raw | None = None
         self.event_id = ""
-        self._values: list[msgspec.Raw | None] | None = None
+        self.found: list[msgspec.Raw | None] | None = None  # in the body, once it has been read
         self._raw: msgspec.Raw | None = None
         self._form: dict[str, list[str]] | None = None
         self._query: dict[str, list[str]] | None = None
 
     @property
-    def values(self) -> list[msgspec.Raw | None]:
-        """The values in the body that templates name.
-
-        Raises:
-            Malformed, Invalid: the body is not what the source expects.
-        """
-        return self._values if self._values is not None else self.read()
-
-    @property
     def raw(self) -> msgspec.Raw | None:
-        """The whole body as a JSON value, None without a body; raises as `values`."""
-        if self._values is None:
+        """The whole body as a JSON value, None without a body; raises as `read`."""
+        if self.found is None:
             self.read()
         return self._raw
 
@@ -224,7 +219,10 @@ class Reading:
     def has_form(self) -> bool:
         """Whether the body is read as a form."""
         form = self.reader.body
-        return form == "form" or (form == "auto" and self.content_type in (_FORM, _MULTIPART))
+        if form != "auto":
+            return form == "form"
+        usual = self.incoming.headers.get("Content-Type") == "application/json"
+        return not usual and self.content_type in (_FORM, _MULTIPART)
 
     @property
     def is_urlencoded(self) -> bool:
@@ -253,13 +251,17 @@ class Reading:
         self.item = self.reader.item_tree.read(raw)
 
     def read(self) -> list[msgspec.Raw | None]:
-        """Read the body; return and raise as `values`."""
+        """Read the body, and return the values in it that templates name.
+
+        Raises:
+            Malformed, Invalid: the body is not what the source expects.
+        """
         incoming, tree, form = self.incoming, self.reader.tree, self.reader.body
         body = incoming.body
         top: Any = None
         if not body and incoming.method in WITHOUT_BODY:
-            self._values = [None] * tree.size
-            return self._values
+            self.found = [None] * tree.size
+            return self.found
         if self.has_form:
             self._raw = self._form_value()
         elif form == "text":
@@ -273,8 +275,8 @@ class Reading:
             value = incoming.decode(tree.top if text[:1] == b"{" else msgspec.Raw)
             self._raw = msgspec.Raw(text)
             top = None if isinstance(value, msgspec.Raw) else value
-        self._values = tree.read(self._raw, top)
-        return self._values
+        self.found = tree.read(self._raw, top)
+        return self.found
 
     def _form_value(self) -> msgspec.Raw:
         """Return the JSON in the source's `form_field`, else the map of all fields."""

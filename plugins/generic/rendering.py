@@ -51,7 +51,14 @@ def text_getter(reader: Reader, placeholder: Placeholder) -> Callable[[Reading],
     The function raises Invalid if the value is a list or an object.
     """
     get, place = value_of(reader, placeholder), place_of(placeholder)
-    return lambda reading: text(get(reading), place)
+
+    def render(reading: Reading) -> str:
+        value = get(reading)
+        if value is None:
+            return ""
+        return value if type(value) is str else text(value, place)
+
+    return render
 
 
 def text(value: Value, place: str) -> str:

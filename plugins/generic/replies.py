@@ -36,7 +36,7 @@ class Answer:
             name: compile_text(reader, parse_template(value, filters))
             for name, value in settings.headers.items()
         }
-        self._content_type = content_type
+        self._content_type = None if content_type == JSON and not settings.empty else content_type
         self._always = {"X-Content-Type-Options": "nosniff"} if settings.text is not None else {}
         self.kinds = kinds = {
             each.kind

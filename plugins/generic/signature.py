@@ -62,6 +62,7 @@ class Signature:
         kinds = {(each.kind, each.argument) for each in self._template.placeholders}
         self._covers_body = ("body", "") in kinds
         self._covers_form = ("form", "sorted") in kinds
+        self._is_body_alone = settings.signed == "{body}"
         self._is_timed = bool(settings.timestamp_header or settings.timestamp_field)
         tolerance = USUAL_TOLERANCE if settings.tolerance is None else settings.tolerance
         self._tolerance = int(tolerance * _SECOND)
@@ -92,21 +93,29 @@ class Signature:
                 return item.removeprefix(field)
         return None
 
-    def _listed(self, incoming: Incoming) -> list[str]:
-        """Return the items of the signature's header."""
-        name, separator = self._settings.header, self._settings.separator
-        values = incoming.headers.getall(name, [])
+    def _value(self, incoming: Incoming) -> str:
+        """Return the header of the signature, `""` if it is missing."""
+        name = self._settings.header
+        values = incoming.headers.getall(name, ())
         if len(values) > 1:
             raise Invalid(field=f"header {name}", issue="stands there twice")
-        if not values:
-            return []
-        return [item.strip() for item in values[0].split(separator)] if separator else [values[0].strip()]
+        return values[0].strip() if values else ""
+
+    def _listed(self, incoming: Incoming) -> list[str]:
+        """Return the items of the header."""
+        value, separator = self._value(incoming), self._settings.separator
+        if not separator:
+            return [value] if value else []
+        return [item.strip() for item in value.split(separator)]
 
     def _candidates(self, incoming: Incoming) -> list[str]:
         """Return the signatures in the header, without their prefix."""
         prefix, timed = self._settings.prefix, self._settings.timestamp_field
+        if not self._settings.separator:
+            value = self._value(incoming)
+            return [value[len(prefix) :]] if value.startswith(prefix) and len(value) > len(prefix) else []
         return [
-            item.removeprefix(prefix)
+            item[len(prefix) :]
             for item in self._listed(incoming)
             if item.startswith(prefix) and len(item) > len(prefix) and not (timed and item.startswith(timed))
         ]
@@ -138,19 +147,18 @@ class Signature:
         ):
             raise Unauthenticated("The signature does not cover this body")
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
-        incoming = reading.incoming
         candidates = self._candidates(incoming)
         if not candidates:
-            problem = "scheme" if self._settings.header in incoming.headers else "missing"
-            text = f"Missing signature (header {self._settings.header})"
-            raise Unauthenticated(
-                text if problem == "missing" else "The signature has the wrong form", problem=problem
-            )
+            header = self._settings.header
+            if header not in incoming.headers:
+                raise Unauthenticated(f"Missing signature (header {header})", problem="missing")
+            raise Unauthenticated("The signature has the wrong form", problem="scheme")
         if self._is_timed:
             self._check_time(incoming)
-        message = self.message(reading)
+        is_body = self._is_body_alone
+        message = incoming.received if is_body else self.message(Reading(self._reader, incoming))
         matches = False
         for candidate in candidates:
             signature = self._decode(candidate)
@@ -179,9 +187,9 @@ class Signature:
             return None if sent.isdecimal() else instant(sent)
         return int(sent) * _MICROS[unit] if _NUMBER[unit].fullmatch(sent) else None
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""
-        incoming, settings = reading.incoming, self._settings
+        reading, settings = Reading(self._reader, incoming), self._settings
         name = settings.header
         try:
             listed, candidates = self._listed(incoming), self._candidates(incoming)

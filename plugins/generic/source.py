@@ -8,7 +8,7 @@ from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
 
 from .compiled import Compiled
 from .keys import Keys
-from .reading import WITHOUT_BODY, Reading
+from .reading import WITHOUT_BODY
 from .samples import renewed
 from .settings import Sample, Verify
 
@@ -63,19 +63,23 @@ class Generic(Keys, kind="generic", dict=True):
 
     def handshake(self, incoming: Incoming) -> Reply | None:
         """Answer a handshake that everybody may ask for."""
-        return self.compiled.handshake(incoming, verified=False)
+        early = self.compiled.early
+        return self.compiled.greet(early, incoming) if early else None
 
     def verify(self, incoming: Incoming) -> None:
         """Check the sender's credentials."""
-        self.compiled.scheme.check(Reading(self.compiled.reader, incoming))
+        self.compiled.scheme.check(incoming)
 
     def receive(self, incoming: Incoming) -> Accepted | Reply:
         """Accept the event or the events of a request."""
-        return self.compiled.handshake(incoming, verified=True) or self.compiled.accept(incoming)
+        compiled = self.compiled
+        if compiled.late and (reply := compiled.greet(compiled.late, incoming)) is not None:
+            return reply
+        return compiled.accept(incoming)
 
     def answer(self, incoming: Incoming) -> Reply:
         """Answer a verified handshake; its method carries no events."""
-        reply = self.compiled.handshake(incoming, verified=True)
+        reply = self.compiled.greet(self.compiled.late, incoming)
         if reply is None:
             raise MethodNotAllowed(allow=self.methods)
         return reply
@@ -99,7 +103,7 @@ class Generic(Keys, kind="generic", dict=True):
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
         """Return what is wrong with a refused request."""
-        return tuple(self.compiled.scheme.explain(Reading(self.compiled.reader, incoming)))
+        return tuple(self.compiled.scheme.explain(incoming))
 
     def samples(self) -> tuple[Incoming, ...]:
         """Return the configured samples, else an empty request, which `relay send --data` can fill."""

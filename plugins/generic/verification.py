@@ -39,10 +39,10 @@ class Scheme(Protocol):
     def reads_body(self) -> bool:
         """Whether a check needs the body."""
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """Accept a request by returning, else raise Unauthenticated."""
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """Yield what is wrong with a refused request, for `relay verify`; never a secret."""
 
     def sign(self, incoming: Incoming) -> Incoming:
@@ -54,12 +54,12 @@ class Nobody:
 
     reads_body = False
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""
-        _ = reading
+        _ = incoming
         yield from ()
 
     def sign(self, incoming: Incoming) -> Incoming:
@@ -76,13 +76,13 @@ class BearerToken:
         self._secrets = secrets
         self._tokens = Secrets.of(*(each.strip() for each in secrets))
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
-        reading.incoming.bearer(self._tokens)
+        incoming.bearer(self._tokens)
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`; `relay verify` explains bearer tokens itself."""
-        _ = reading
+        _ = incoming
         yield from ()
 
     def sign(self, incoming: Incoming) -> Incoming:
@@ -100,9 +100,9 @@ class BasicAuth:
         self._tokens = Secrets.of(*self._pairs)
         self._user = settings.user
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
-        if self._tokens.find(self._pair(reading.incoming)) is None:
+        if self._tokens.find(self._pair(incoming)) is None:
             raise Unauthenticated("Wrong user name or password")
 
     def _pair(self, incoming: Incoming) -> bytes:
@@ -117,10 +117,10 @@ class BasicAuth:
         except ValueError:
             raise Unauthenticated("The credentials are not base64", problem="scheme") from None
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""
         try:
-            user, _, password = self._pair(reading.incoming).partition(b":")
+            user, _, password = self._pair(incoming).partition(b":")
         except Unauthenticated as error:
             yield f"header Authorization: {error.message}"
             return
@@ -144,6 +144,7 @@ class Key:
 
     def __init__(self, settings: ApiKey, secrets: Sequence[str], reader: Reader, items: Items) -> None:
         self._settings = settings
+        self._reader = reader
         self._secrets = secrets
         self._tokens = Secrets.of(*secrets)
         name = settings.header or settings.query or ""
@@ -154,8 +155,11 @@ class Key:
         self._items = items if any(each.kind == "item" for each in template.placeholders) else None
         self.reads_body = any(each.kind in ("body", "form", "item") for each in template.placeholders)
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
+        self._check_all(Reading(self._reader, incoming))
+
+    def _check_all(self, reading: Reading) -> None:
         if self._items is None:
             self._check(reading)
             return
@@ -176,10 +180,11 @@ class Key:
         if self._tokens.find(key.encode("utf-8", "surrogateescape")) is None:
             raise Unauthenticated("Unknown key")
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""
+        reading = Reading(self._reader, incoming)
         try:
-            self.check(reading)
+            self._check_all(reading)
         except Unauthenticated as error:
             yield error.message
             value = "" if self._items is not None else self._get(reading)
@@ -227,18 +232,18 @@ class Standard:
         now = incoming.received_at // _SECOND
         verify_standard_webhooks(self._secrets, headers, incoming.body, now, self._tolerance)
 
-    def check(self, reading: Reading) -> None:
+    def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
         try:
-            self._verify(reading.incoming)
+            self._verify(incoming)
         except SignatureError as error:
             problem = "missing" if error.problem == "headers" else "unknown"
             raise Unauthenticated(f"Invalid signature: {error}", problem=problem) from None
 
-    def explain(self, reading: Reading) -> Iterator[str]:
+    def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""
         try:
-            self._verify(reading.incoming)
+            self._verify(incoming)
         except SignatureError as error:
             yield str(error).replace("webhook-", self._prefix)
         except Invalid as error:
