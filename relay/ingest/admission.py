@@ -5,15 +5,17 @@ from collections.abc import Hashable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import TypeVar
 
+import msgspec
+
 from relay.base.clock import Clock
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate
 from relay.config.secrets import Secrets
-from relay.errors import DiskFull, Draining, Paused, RateLimited, Refusal
+from relay.errors import DiskFull, Draining, Paused, PluginFailed, RateLimited, Refusal
 from relay.ingest.replies import ask
 from relay.ingest.routes import Mount
-from relay.model import WorkerChange
-from relay.source import Incoming, Source
+from relay.model import Heartbeat, WorkerChange
+from relay.source import Incoming
 
 K = TypeVar("K", bound=Hashable)
 
@@ -22,6 +24,8 @@ WORKERS = 10
 
 MOST_BUCKETS = 16_384
 """Rate buckets of workers. Senders choose worker ids, so the bucket that is unused for longest goes first."""
+
+_LARGEST = 2**63 - 1  # of a database's integers
 
 
 class Admission:
@@ -67,7 +71,7 @@ class Admission:
         now = self._clock.steady()
         # Only verified tokens get here: one bucket per configured token, and one for sources without tokens.
         key = (mount.name, rate, _token(mount, incoming))
-        change = worker_change_of(mount.source, incoming)
+        change = worker_change_of(mount, incoming)
         if change is not None and change.worker_id:
             wait = self._wait_of_worker((*key, change.worker_id), now)
         else:
@@ -90,11 +94,30 @@ class Admission:
         return own.wait(now) or fleet.take(now) or own.take(now)
 
 
-def worker_change_of(source: Source, incoming: Incoming) -> WorkerChange | None:
+def worker_change_of(mount: Mount, incoming: Incoming) -> WorkerChange | None:
     """Return the worker change in a request that may be refused; see `Source.sign_of_life`."""
     with suppress(Refusal):
-        return ask(source.sign_of_life, incoming)  # type: ignore[no-any-return]
+        change: WorkerChange | None = ask(mount.source.sign_of_life, incoming)
+        return check_change(change) if mount.checks_changes and change is not None else change
     return None
+
+
+def check_change(change: object) -> WorkerChange:
+    """Return a worker change of a plugin with the types that its class declares.
+
+    The registry writes it as JSON. A text where a number belongs would make the row unreadable at the next
+    start, and a `msgspec.Raw` could forge fields of the events about the worker.
+
+    Raises:
+        PluginFailed: a field has another type, or an integer is larger than a column of a database.
+    """
+    try:
+        found: WorkerChange = msgspec.convert(msgspec.to_builtins(change), WorkerChange)
+    except Exception as error:
+        raise PluginFailed from error
+    if isinstance(found, Heartbeat) and abs(found.message_count or 0) > _LARGEST:
+        raise PluginFailed from OverflowError("message_count is larger than a column of a database")
+    return found
 
 
 def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: int) -> TokenBucket:

@@ -33,7 +33,7 @@ from relay.errors import (
     Unavailable,
     UnsupportedEncoding,
 )
-from relay.ingest.admission import Admission, worker_change_of
+from relay.ingest.admission import Admission, check_change, worker_change_of
 from relay.ingest.body import SMALL, Budget, Extra, Hold, Patience, read_body
 from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
@@ -234,7 +234,9 @@ class Ingest:
         accepted = ask(handler, incoming)
         if not isinstance(accepted, Accepted) or accepted.events:
             return await self._accept_other(call, accepted)
-        event, headers = accepted.event, incoming.headers
+        event, change, headers = accepted.event, accepted.worker, incoming.headers
+        if change is not None and mount.checks_changes:
+            change = check_change(change)
         stored = None if event is None else make_event(mount, event, incoming, incoming.received_at)
         given = headers.get("X-Request-Id")
         traced = None if given is None else given_id(given)
@@ -254,7 +256,7 @@ class Ingest:
             path=mount.config.prefix + incoming.path,
             is_key_alone=mount.config.key_conflict == "duplicate",
             rejects_conflict=mount.config.key_conflict == "reject",
-            change=accepted.worker,
+            change=change,
             returns_worker=accepted.asks,
             request_id=traced,
         )
@@ -446,9 +448,11 @@ class Ingest:
         with suppress(Refusal):
             ask(source.verify, incoming)  # may be missing so far; a token needs the head only
             if type(source).sign_of_life is not Source.sign_of_life:
-                change = worker_change_of(source, incoming)
+                change = worker_change_of(match.mount, incoming)
             elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
                 change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
+                if change is not None and match.mount.checks_changes:
+                    change = check_change(change)
         if change is None:
             return None
         status = workers.note_refused(name, change)

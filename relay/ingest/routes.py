@@ -16,6 +16,8 @@ from relay.source import SPANNING, Accepted, Incoming, Reply, Source
 
 _SEVERAL = "([^/](?:.*[^/])?)"  # segments, of which neither the first nor the last is empty
 
+_BUNDLED = "relay.sources."  # package of the bundled sources
+
 LONGEST_COMPARED = 200  # characters of an unknown path that are compared with known paths
 
 Handle = Callable[[Incoming], Accepted | Reply]
@@ -32,6 +34,7 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     needs_body: bool = True  # see `Source.needs_body`
     is_screened: bool = True  # the head is checked before everything else
     has_handshake: bool = True  # see `Source.handshake`
+    checks_changes: bool = True  # check types of worker changes; mypy has checked those of bundled sources
     schemas: Schemas | None = None  # None: none are configured
 
     def __post_init__(self) -> None:
@@ -39,6 +42,7 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
         self.is_open, self.needs_body = source.is_open(), source.needs_body()
         self.is_screened = self.is_open or type(source).screen is not Source.screen
         self.schemas = self.config.compiled
+        self.checks_changes = not type(source).__module__.startswith(_BUNDLED)
         self.has_handshake = type(source).handshake is not Source.handshake
 
 

@@ -20,7 +20,8 @@ from relay.store import Acceptance
 PLUGIN = '''
 import msgspec
 from relay.hookspecs import hookimpl
-from relay.source import Accepted, Event, Forbidden, Reply, Source, Unauthenticated, route
+from relay.source import Accepted, Event, Forbidden, Heartbeat, Register, Reply, Session, SessionSeen
+from relay.source import Source, Unauthenticated, Unregister, route
 
 class Bulk(Source, kind="bulk"):
     """Its path is a setting; it takes lists of events."""
@@ -33,7 +34,7 @@ class Bulk(Source, kind="bulk"):
         return (self.path,)
 
     def routes(self):
-        routes = (("POST", "one"), ("GET", "one"), ("HEAD", "one"), ("POST", "all"))
+        routes = (("POST", "one"), ("GET", "one"), ("HEAD", "one"), ("POST", "all"), ("POST", "work"))
         return tuple((method, f"{self.path}/{name}", name) for method, name in routes)
 
     def needs_body(self):
@@ -67,6 +68,12 @@ class Bulk(Source, kind="bulk"):
         data = {"target": incoming.target, "remote": incoming.remote, "at": incoming.received_at}
         return Accepted(event=Event(type="one", data=data), reply=lambda receipt: {"id": receipt.event_id})
 
+    def work(self, incoming):
+        return Accepted(worker=CHANGES[int(incoming.header("X-Change"))], reply={})
+
+    def sign_of_life(self, incoming):
+        return CHANGES[int(incoming.header("X-Change") or 0)]
+
     def all(self, incoming):
         events = [
             Event(type=each.get("type", "item"), subject=each.get("subject"), key=each.get("key"),
@@ -93,6 +100,25 @@ class Bulk(Source, kind="bulk"):
         return {"ids": [each.event_id for each in receipt.each], "first": receipt.event_id,
                 "duplicate": receipt.duplicate, "duplicates": [each.duplicate for each in receipt.each]}
 
+RAW = msgspec.Raw(b'"1","status":"OFFLINE"')
+CHANGES = [
+    Register(worker_id="w"),
+    Heartbeat(worker_id="w", version="2", cpu=1, sessions=[Session(id="s")]),
+    Register(worker_id="w", version=RAW),
+    Heartbeat(worker_id="w", version=RAW),
+    Heartbeat(worker_id="w", version=2),
+    Heartbeat(worker_id="w", sessions=[Session(id=RAW)]),
+    Heartbeat(worker_id="w", sessions=[Session(id=5)]),
+    Heartbeat(worker_id="w", counts={"a": "b"}),
+    Heartbeat(worker_id="w", cpu="1"),
+    Heartbeat(worker_id="w", message_count=2**63),
+    Heartbeat(worker_id="w", status="LATE"),
+    Heartbeat(worker_id=["w"]),
+    SessionSeen(session={"id": "s"}, worker_id="w", at=RAW),
+    Unregister(worker_id=5),
+    {"worker_id": "w"},
+]
+
 @hookimpl
 def relay_sources():
     return [Bulk]
@@ -112,6 +138,10 @@ key_conflict = "reject"
 plugin = "bulk"
 path = "/late"
 reads_body = true
+[sources.limited]
+plugin = "bulk"
+path = "/limited"
+rate_limit = "2/h"
 [sources.closed]
 plugin = "bulk"
 path = "/closed"
@@ -313,6 +343,26 @@ async def test_the_store_appends_a_batch_completely_or_not_at_all(tmp_path):
     page = await store.queries.page("events")
     assert len(page.rows) == 3
     await store.close()
+
+
+# --- worker changes of plugins ------------------------------------------------------------------------
+
+
+async def test_worker_changes_with_wrong_types_are_faults_of_the_plugin(relay: Relay):
+    for number in range(15):
+        answer = await post(relay, "/bulk/work", x_change=str(number))
+        assert answer.status == (200 if number < 2 else 500), number
+    [row] = [row for row in relay.app.store.workers.all() if row.source == "bulk"]
+    assert (row.version, row.cpu, row.status, [each.id for each in row.sessions]) == ("2", 1, "ONLINE", ["s"])
+
+
+async def test_worker_changes_of_refused_requests_are_checked_too(relay: Relay):
+    await post(relay, "/limited/work", x_change="0")
+    statuses = [(await post(relay, "/limited/work", x_change=str(n))).status for n in range(2, 15)]
+    assert 429 in statuses
+    assert set(statuses) <= {429, 500}
+    [row] = [row for row in relay.app.store.workers.all() if row.source == "limited"]
+    assert (row.id, row.version, row.status) == ("w", "", "ONLINE")
 
 
 # --- handshakes, heads and replies --------------------------------------------------------------------
