@@ -12,7 +12,7 @@ from relay.ingest.implementation import Implementation
 from relay.ingest.reference import ReferenceConnection
 from relay.ingest.replies import Response, closing_response
 from relay.ingest.request import Request, address_of
-from relay.process.sockets import ACCEPTS, BACKLOG, SETTLE
+from relay.process.sockets import ACCEPTS, BACKLOG
 
 MAX_CONNECTIONS = 4096
 YIELDING = 64
@@ -21,6 +21,7 @@ YIELDING = 64
 TURNED_AWAY = 64
 """Connections beyond the cap whose requests are read at a time, for a second each."""
 
+SETTLE = 0.3  # seconds for requests that arrive while the listener closes
 SWEEP_EVERY = 1.0  # seconds between checks for idle connections, which may be closed as much later
 
 

@@ -16,7 +16,6 @@ ACCEPTS = 1
 Without free file descriptors, asyncio logs a traceback and sets a timer for each of them: 1,024 a second.
 """
 
-SETTLE = 0.3  # seconds for requests that arrive while the listeners close
 UNIX_PATH_LIMIT = 107  # bytes; Linux limits the path of a unix socket
 
 

@@ -23,9 +23,9 @@ from wire import Answer, exchange, request
 
 from relay.app import Addresses, App
 from relay.base.clock import Clock
+from relay.ingest import server
 from relay.model import StoredEvent
 from relay.plugin_loading.loader import load
-from relay.process import sockets
 
 SERVE = (sys.executable, "-c", "from relay.cli import main; main()", "serve")
 """The `relay serve` command of this checkout; it does not depend on PATH."""
@@ -144,7 +144,7 @@ async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = No
     await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)
     if life.done():
         await life
-    with patch.object(sockets, "SETTLE", settle):
+    with patch.object(server, "SETTLE", settle):
         try:
             yield Relay(app, ready.result())
         finally:
