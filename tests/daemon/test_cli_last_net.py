@@ -1,7 +1,8 @@
 """No command ends in a traceback: every command, in every condition that keeps it from working.
 
-Each command runs in a process of its own, forked from one that has imported everything, so that hundreds take
-seconds. What an operator can run into is told in words; `unexpected error` is for what nobody thought of.
+A process that has imported everything is forked for each condition, and runs every command in turn with new
+streams, environment and signal handlers, so that 2,000 commands take seconds. An operator's mistakes have
+messages; `unexpected error` is for what nobody thought of.
 """
 
 import json
@@ -27,63 +28,103 @@ GOOD = 'state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n[destinations.cr
 SECRET = '[sources.moddy]\nplugin = "moddy"\ntokens = [{ env = "NOT_SET_ANYWHERE" }]\n'
 
 FORKS = """
-import gc, json, os, sys, tempfile
+import gc, json, logging, os, signal, sys, tempfile, traceback
 import relay.app, relay.cli.config, relay.cli.send, relay.diagnosis.source_request
 import relay.demo.run, relay.api.views
 import relay.store.doctor, relay.store.opening
 from relay.cli import main
 from relay.config import paths
-"a".encode("idna")  # what a user who may not read this Python would look for in vain
+"a".encode("idna")  # a user who may not read this Python could not import it
 import click
+from pathlib import Path
 def load(group):
     for name in group.list_commands(click.Context(group)):
         command = group.get_command(click.Context(group), name)
         if isinstance(command, click.Group):
             load(command)
 load(main)
-def run(told, words):
-    out, err = (tempfile.TemporaryFile(dir=told["folder"]) for _ in range(2))
-    pid = os.fork()
-    if pid == 0:
-        import signal
-        signal.alarm(60)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        os.environ.update(told["environ"])
-        tempfile.tempdir = told["folder"]
-        if told["places"]:
-            from pathlib import Path
-            paths.PLACES = tuple(map(Path, told["places"]))
-        os.chdir(told["folder"])
-        if told["uid"]:
-            os.setgroups([])
-            os.setgid(told["uid"])
-            os.setuid(told["uid"])
-        exec(told["before"])
-        sys.argv = ["relay", *words]
-        code = 99
-        try:
-            main(words, prog_name="relay")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError) as error:
-            print("Exception ignored at the end:", error, file=sys.stderr)
-        os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    def said(file):
+null = os.open(os.devnull, os.O_RDWR)
+environ, handlers = dict(os.environ), {each: signal.getsignal(each) for each in (1, 2, 13, 15)}
+def run(words, told, files):
+    signal.alarm(60)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environ | told["environ"])
+    logging.root.handlers.clear()
+    for file in files:
         file.seek(0)
-        return file.read().decode("utf-8", "replace")
-    return [os.waitstatus_to_exitcode(status), said(out), said(err)]
+        file.truncate()
+    for number, source in enumerate((null, *(file.fileno() for file in files))):
+        os.dup2(source, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = out = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = err = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    ours = (sys.stdin, out, err, None)
+    if told["before"]:
+        os.chdir(told["folder"])
+        exec(told["before"])
+    sys.argv = ["relay", *words]
+    code = 99
+    try:
+        main(words, prog_name="relay")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        print("Exception ignored at the end:", error, file=sys.stderr)
+    for number, stream in enumerate((out, err), 1):
+        os.dup2(null, number)
+        stream.flush()  # else a later command's file would get what a full disk refused
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream not in ours:
+            stream.close()  # else it would close a later command's file
+    return code
+def child(told, files, ended):
+    tempfile.tempdir = told["folder"]
+    if told["places"]:
+        paths.PLACES = tuple(map(Path, told["places"]))
+    os.chdir(told["folder"])
+    if told["uid"]:
+        os.setgroups([])
+        os.setgid(told["uid"])
+        os.setuid(told["uid"])
+    for words in told["commands"]:
+        code = run(words, told, files)
+        ended.write(json.dumps([code, *map(text, files)]) + "\\n")
+        ended.flush()
+def text(file):
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
+def outcomes(told):
+    # One process runs command after command. Only if a command ends it, another runs those that are left.
+    found = []
+    while told["commands"]:
+        ended, *files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(told, files, ended)
+                os._exit(0)
+            except BaseException:
+                os.write(files[1].fileno(), traceback.format_exc().encode())
+            finally:
+                os._exit(99)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        ended.seek(0)
+        here = [json.loads(line) for line in ended]
+        if len(here) < len(told["commands"]):
+            here.append([status, *map(text, files)])
+        found += here
+        told["commands"] = told["commands"][len(here):]
+    return found
 gc.freeze()  # else each child would copy what its collector touches
+answers = os.dup(1)
 for line in sys.stdin:
-    told = json.loads(line)
-    print(json.dumps([run(told, words) for words in told["commands"]]), flush=True)
+    os.write(answers, (json.dumps(outcomes(json.loads(line))) + "\\n").encode())
 """
 
 
