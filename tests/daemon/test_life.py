@@ -43,7 +43,7 @@ async def fails(config, *command, code=1):
 
 async def test_a_stop_finishes_requests_and_attempts_and_exits_0(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
-    async with Daemon(config) as daemon:
+    async with Daemon(config, fresh=True) as daemon:
         recorder.open.clear()
         first = await send(daemon, "in flight")
         await until(lambda: recorder.busy == 1)
@@ -144,12 +144,12 @@ async def test_a_development_secret_without_development_stops_the_start(tmp_path
 async def test_deliveries_interrupted_by_a_crash_are_sent_after_the_restart(tmp_path, recorder):
     config = write_config(tmp_path, SOURCES, destination("crm", recorder.url, "concurrency = 2"))
     recorder.open.clear()
-    async with Daemon(config) as daemon:
+    async with Daemon(config, fresh=True) as daemon:
         ids = [await send(daemon, f"session {number}") for number in range(5)]
         await until(lambda: recorder.busy == 2)
         await daemon.end()
     recorder.open.set()
-    async with Daemon(config) as daemon:
+    async with Daemon(config, fresh=True) as daemon:
         await until(lambda: set(recorder.ids) == set(ids))
         await until(
             lambda: rows(config, "SELECT count(*) FROM deliveries WHERE state = 'delivered'") == [(5,)]

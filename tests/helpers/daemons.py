@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import listeners
 from aiohttp import web
+from forking import Forked
 from wire import Answer, exchange, request
 
 from relay.app import Addresses, App
@@ -156,14 +157,18 @@ async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = No
 
 
 class Daemon:
-    """A `relay serve` process, which the end of the block kills if it still runs."""
+    """A `relay serve` process, which the end of the block kills if it still runs.
 
-    def __init__(self, config: Path, command: Sequence[str] = SERVE) -> None:
+    A Python that has imported the relay forks it. With `fresh`, it is started as an operator starts it.
+    """
+
+    def __init__(self, config: Path, command: Sequence[str] = SERVE, *, fresh: bool = False) -> None:
         self.config = config
         self.lines: deque[str] = deque(maxlen=1000)  # the last lines of its log
         self.logged = 0  # bytes
         self.url = ""
         self._command = command
+        self._fresh = fresh
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -180,15 +185,18 @@ class Daemon:
     async def start(self) -> None:
         """Start the process and return at once."""
         environment = {name: value for name, value in os.environ.items() if name != "RUNTIME_DIRECTORY"}
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command,
-            "-c",
-            str(self.config),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-        )
+        command = (*self._command, "-c", str(self.config))
+        self.process: asyncio.subprocess.Process | Forked
+        if not self._fresh and Forked.may_run(command):
+            self.process = await Forked.start(command, environment)
+        else:
+            self.process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=environment,
+            )
         self._listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read())
 
