@@ -10,9 +10,10 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ class Root:
             pytest.skip("needs root, to run commands in a root of their own")
         self.path = path
         self._packages = _closure(packages)
+        self._layers = []
         self._copy()
 
     def run(self, *command, cwd="/", user=None, **environment):
@@ -138,15 +140,28 @@ class Root:
         file.chmod(mode)
 
     def copy(self, path):
-        """Copy this root to another path."""
-        subprocess.run(["cp", "-a", self.path, path], check=True)
+        """Return an equal root at another path; where the kernel has overlays, without copying its files."""
         other = object.__new__(type(self))
         other.path, other._packages = path, self._packages
+        other._layers = [path.with_name(f"{path.name}.{name}") for name in ("changes", "work")]
+        for folder in (path, *other._layers):
+            folder.mkdir()
+        changes, work = other._layers
+        options = f"lowerdir={self.path},upperdir={changes},workdir={work},redirect_dir=on"
+        mount = ["mount", "-t", "overlay", "overlay", "-o", options, path]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            for folder in (path, *other._layers):
+                folder.rmdir()
+            other._layers = []
+            subprocess.run(["cp", "-a", self.path, path], check=True)
         return other
 
     def remove(self):
         """Delete the root; pytest would keep hundreds of megabytes for days."""
-        shutil.rmtree(self.path)
+        if self._layers:
+            subprocess.run(["umount", "-l", self.path], check=True)
+        for folder in (self.path, *self._layers):
+            shutil.rmtree(folder)
 
     def _copy(self):
         self.path.chmod(0o755)
@@ -209,13 +224,13 @@ def fetch(folder):
     )
     if not has_venv:
         pytest.skip("needs Debian's own Python with venv: apt-get install python3-venv")
-    checkout = copy_checkout(folder / "checkout")
-    run = partial(subprocess.run, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    run([python, "-m", "venv", folder / "tools"])
-    wanted = [f"{checkout}[fast,ed25519,schemas]", "setuptools>=77"]
-    run([folder / "tools/bin/pip", "wheel", "-q", "-w", folder / "wheels", *wanted])
-    for ours in (folder / "wheels").glob("hookferry-*"):
-        ours.unlink()  # the tests build it themselves
+    declared = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    extras = declared["project"]["optional-dependencies"]
+    wanted = [*declared["build-system"]["requires"], *declared["project"]["dependencies"]]
+    wanted += [each for extra in ("fast", "ed25519", "schemas") for each in extras[extra]]
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    command = [*pip, "wheel", "-q", "-w", folder / "wheels", *wanted]
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     return folder / "wheels"
 
 
