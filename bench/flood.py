@@ -17,7 +17,7 @@ from bench.subject import REQUEST, TOKEN, relay
 CONNECTIONS = 8
 TARGET = 50.0  # ms of an event's p99
 _SECONDS = 5.0  # of one measurement
-_PAUSE = 0.005  # seconds between an answer and the next event
+_PAUSE = 0.005  # seconds between a response and the next event
 _BLOCK = 2**16  # bytes that a flooding sender writes at once
 _SOURCE = f"""\
 [sources.whatsapp]
@@ -124,24 +124,24 @@ async def events(server: Server, seconds: float) -> list[float]:
 def _row(name: str, delays: list[float], rates: list[float]) -> str:
     p50, p99 = delays[len(delays) // 2], delays[len(delays) * 99 // 100]
     rate = f"{sum(rates) / len(rates):,.0f}" if rates else "-"
-    verdict = "met" if p99 <= TARGET else "missed"
-    return f"  {name:<28}{len(delays):>8}{p50:>10.1f}{p99:>10.1f}{delays[-1]:>10.1f}{rate:>14}  {verdict}"
+    result = "met" if p99 <= TARGET else "missed"
+    return f"  {name:<28}{len(delays):>8}{p50:>10.1f}{p99:>10.1f}{delays[-1]:>10.1f}{rate:>14}  {result}"
 
 
 async def main(seconds: float) -> None:
     """Measure events without a flood, then with each kind of flood, for `seconds` each."""
-    print(f"  {'beside':<28}{'events':>8}{'p50 ms':>10}{'p99 ms':>10}{'most ms':>10}{'answers/s':>14}")
+    print(f"  {'flood':<28}{'events':>8}{'p50 ms':>10}{'p99 ms':>10}{'max ms':>10}{'responses/s':>14}")
     with TemporaryDirectory(prefix="bench-") as name:
         async with relay(Path(name), more=_SOURCE) as server:
             await events(server, seconds / 5)
-            print(_row("nothing", await events(server, seconds), []), flush=True)
+            print(_row("none", await events(server, seconds), []), flush=True)
             for kind in KINDS:
                 for connections in (1, CONNECTIONS):
                     async with flooded(server, kind, connections) as rates:
                         await asyncio.sleep(0.5)
                         delays = await events(server, seconds)
                     print(_row(f"{kind}, {connections} connections", delays, rates), flush=True)
-    print(f"  target of p99: {TARGET:.0f} ms")
+    print(f"  target for p99: {TARGET:.0f} ms")
 
 
 if __name__ == "__main__":

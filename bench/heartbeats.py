@@ -32,12 +32,12 @@ plugin = "whatsapp"
 tokens = ["{TOKEN}"]
 workers = {{ offline_after = "1h" }}  # they pause while the other servers are measured
 """
-OWN = "at their own pace, a connection each"
-HELD = "the same, connections kept for a minute"
-PROXIED = "at their own pace, through a proxy"
-BUNCHED = "as fast as possible, connections kept"
-BARE = "a bare aiohttp handler, a connection each"
-FLOOR = "a protocol without HTTP, a connection each"
+OWN = "one in 30 s, new connections"
+HELD = "one in 30 s, connections held for a minute"
+PROXIED = "one in 30 s, through a proxy"
+BUNCHED = "as fast as possible, kept connections"
+BARE = "bare aiohttp handler, new connections"
+FLOOR = "protocol without HTTP, new connections"
 _PATH = "/api/v1/workers/{}/heartbeat"
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 
@@ -54,7 +54,7 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
 
-    def ask(self, request: bytes) -> None:
+    def send(self, request: bytes) -> None:
         self._received = b""
         self.transport.write(request)
 
@@ -115,7 +115,7 @@ async def _at_their_pace(
             _, peer = await loop.create_connection(lambda: _Peer(answered), *server.address)
             peers.append(peer)
         beat, worker = divmod(number, WORKERS)
-        peer.ask(_beat(worker, uptime + 30 * beat))
+        peer.send(_beat(worker, uptime + 30 * beat))
         await asyncio.sleep(began + number / PACE - time.perf_counter())
     async with asyncio.timeout(30):
         await over
@@ -165,10 +165,13 @@ async def heartbeats(rounds: int) -> None:
                 beats = [_beat(number, uptime) for number in range(WORKERS)]
                 await send(server.address, *beats, count=WORKERS, connections=64)
 
-            print(f"heartbeats of {WORKERS:,} workers: CPU each (least-most of {rounds}), at one in 30 s")
-            await crowd(0)  # all of them are new
+            print(
+                f"heartbeats of {WORKERS:,} workers: CPU of a heartbeat (min-max of {rounds} rounds),"
+                " share of a core at one per worker in 30 s"
+            )
+            await crowd(0)  # registers all workers
             for uptime in range(1000, 1000 * rounds + 1, 1000):
-                # Two of each worker: with the second of them comes, once a minute, the row of its gauges.
+                # Two of each worker: once a minute, a heartbeat also writes a row of gauges.
                 await costs.measure(OWN, server, _at_their_pace(server, uptime, beats=2), beats=2)
                 await costs.measure(BARE, rival, _at_their_pace(rival, uptime))
                 await costs.measure(FLOOR, floor, _at_their_pace(floor, uptime))
@@ -225,12 +228,12 @@ async def sweeps() -> None:
     """Measure sweeps over a store with `WORKERS` workers."""
     clock = _Clock()
 
-    async def say(what: str, doing: Callable[[], Awaitable[object]]) -> None:
+    async def measure(what: str, sweep: Callable[[], Awaitable[object]]) -> None:
         async with _ticking() as gaps:
             began = time.perf_counter()
-            await doing()
+            await sweep()
             took = time.perf_counter() - began
-        print(f"  {what:<46}{took * 1e3:8.1f} ms, the loop was blocked for at most {gaps[0] * 1e3:.1f} ms")
+        print(f"  {what:<46}{took * 1e3:8.1f} ms, event loop blocked for at most {gaps[0] * 1e3:.1f} ms")
 
     with TemporaryDirectory(prefix="bench-") as name:
         async with open_store("sqlite:relay.db", Path(name), clock) as store:
@@ -243,18 +246,18 @@ async def sweeps() -> None:
                 )
             print(f"sweeps over {WORKERS:,} workers")
             for _ in range(3):
-                await say("nobody is silent", store.workers.sweep)
-            await say("deadlines are put off, as after a start", lambda: store.workers.sweep(extend=True))
+                await measure("no worker is silent", store.workers.sweep)
+            await measure("deadlines extended, as after a start", lambda: store.workers.sweep(extend=True))
             clock.now += 85 * SECOND
             for id_ in ids[WORKERS // 100 :]:
                 await store.events.append(
                     Acceptance(source="bench", change=Heartbeat(worker_id=id_, uptime=1))
                 )
-            await say("all heartbeats are flushed at once", store.workers.flush)
+            await measure("flush of all heartbeats", store.workers.flush)
             clock.now += 10 * SECOND
-            await say("one in a hundred has fallen silent", store.workers.sweep)
+            await measure("1 % of the workers are silent", store.workers.sweep)
             clock.now += 95 * SECOND
-            await say("all others have", store.workers.sweep)
+            await measure("all other workers are silent", store.workers.sweep)
 
 
 async def main() -> None:

@@ -180,7 +180,7 @@ async def run(path: Path, events: int) -> bool:
                 for filters in filter_sets(kind)
                 for cursor in (None, deep(kind, events))
             ]
-            _say(kind, found)
+            _print_figures(kind, found)
             figures += found
         wrong = {sql: plan for each in figures for sql, plan in each.plans.items() if faults(plan)}
         for sql, plan in wrong.items():
@@ -188,7 +188,7 @@ async def run(path: Path, events: int) -> bool:
         inside: list[Figure] = []
         for where, kind in itertools.product(WHERE, ("events", "deliveries")):
             inside.append(await measure(store, kind, None, {"where": where}))
-            _say(f"{kind} where {where}", inside[-1:])
+            _print_figures(f"{kind} where {where}", inside[-1:])
         print("to the end of the list, or 50 rows:")
         unfinished = [each for each in figures if each.more and not each.rows and "deep" not in each.what]
         for each in unfinished[:SHOWN]:
@@ -200,7 +200,7 @@ async def run(path: Path, events: int) -> bool:
     return not wrong and all(each.seconds <= TARGET for each in figures + inside)
 
 
-def _say(what: str, figures: list[Figure]) -> None:
+def _print_figures(what: str, figures: list[Figure]) -> None:
     ordered = sorted(figures, key=lambda each: -each.seconds)
     over = sum(each.seconds > TARGET for each in figures)
     middle = statistics.median(each.seconds for each in figures)
@@ -226,7 +226,7 @@ async def _others(store: TracedStore) -> None:
     async def stats() -> Any:
         return [page async for page in store.queries.stats(Selection(since=END - 14 * 86_400_000_000))]
 
-    for what, ask in {
+    for what, query in {
         "an event by a short id": lambda: show_event(store, event[:-1]),
         "a delivery by a short id": lambda: show_delivery(store, delivery[:-1]),
         "ledger totals of all destinations": store.ledger.totals,
@@ -239,7 +239,7 @@ async def _others(store: TracedStore) -> None:
         taken = []
         for _ in range(RUNS):
             began = time.perf_counter()
-            await ask()
+            await query()
             taken.append(time.perf_counter() - began)
         print(f"  {statistics.median(taken) * 1e3:6.1f} ms  {what}")
 
@@ -267,7 +267,7 @@ def main(events: int, file: Path | None) -> None:
             ]
         print("{:,} events, {:,} deliveries, {:,} attempts".format(*found), flush=True)
         met = asyncio.run(run(path, found[0]))
-        print(f"target {TARGET * 1e3:.0f} ms a page: {'met' if met else 'missed'}")
+        print(f"target {TARGET * 1e3:.0f} ms per page: {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import cast
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
-_DEADLINE = 120.0  # seconds for one round, so that nothing here runs for ever
+_DEADLINE = 120.0  # seconds for one round
 
 
 class LoadError(Exception):
@@ -26,9 +26,9 @@ class _Sender(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
 
-    def ask(self) -> None:
-        if self._load.unasked:
-            self._load.unasked -= 1
+    def send_next(self) -> None:
+        if self._load.unsent:
+            self._load.unsent -= 1
             self.transport.write(next(self._load.requests))
 
     def data_received(self, data: bytes) -> None:
@@ -38,11 +38,11 @@ class _Sender(asyncio.Protocol):
             return
         length = _LENGTH.search(self._received, 0, head)
         if length is None or not self._received.startswith(b"HTTP/1.1 2"):
-            self._load.fail(LoadError(f"unexpected answer: {self._received!r}"))
+            self._load.fail(LoadError(f"unexpected response: {self._received!r}"))
         elif len(self._received) >= head + 4 + int(length[1]):
             self._received = b""
             self._load.answered()
-            self.ask()
+            self.send_next()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._load.fail(LoadError(f"the server closed a connection ({exc})"))
@@ -53,7 +53,7 @@ class _Load:
 
     def __init__(self, requests: Sequence[bytes], count: int) -> None:
         self.requests = cycle(requests)
-        self.unasked = count
+        self.unsent = count
         self._unanswered = count
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -100,7 +100,7 @@ async def send(address: tuple[str, int], *requests: bytes, count: int, connectio
             senders.append(sender)
         began = time.perf_counter()
         for sender in senders:
-            sender.ask()
+            sender.send_next()
         async with asyncio.timeout(_DEADLINE):
             await load.over
     finally:

@@ -58,11 +58,11 @@ async def main(scale: float) -> None:
         after, most, cost = await measure(count, size)
         met &= after <= TARGET
         print(
-            f"  {count:>6,} x {size / 1000:>3.0f} KB  {after:>5.0f} MB, at most {most:>5.0f} MB,"
-            f" {cost:>6.0f} us of CPU each, {count / (time.perf_counter() - began):>6,.0f}/s",
+            f"  {count:>6,} x {size / 1000:>3.0f} KB  {after:>5.0f} MB, peak {most:>5.0f} MB,"
+            f" {cost:>6.0f} us CPU per event, {count / (time.perf_counter() - began):>6,.0f}/s",
             flush=True,
         )
-    print(f"target {TARGET} MB after each: {'met' if met else 'missed'}")
+    print(f"target {TARGET} MB after each row: {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ async def run(plan: Plan) -> Comparison:
 
 async def relay_round(plan: Plan, server: Server, database: Path) -> Round:
     """Send events, then wait until the ledger counts them as delivered, read here from the database file."""
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as books:
-        wanted = _delivered(books) + plan.requests
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as reader:
+        wanted = _delivered(reader) + plan.requests
         cpu = server.cpu()
         began = await send(server.address, REQUEST, count=plan.requests, connections=plan.connections)
         async with asyncio.timeout(_DEADLINE):
-            while _delivered(books) < wanted:  # noqa: ASYNC110 - another process's progress
+            while _delivered(reader) < wanted:  # noqa: ASYNC110 - another process's progress
                 await asyncio.sleep(0.002)
         seconds, cpu = time.perf_counter() - began, server.cpu() - cpu
-        return Round(plan.requests, seconds, cpu, _p99(books, plan.requests))
+        return Round(plan.requests, seconds, cpu, _p99(reader, plan.requests))
 
 
 async def _proxy_round(plan: Plan, server: Server) -> Round:
@@ -59,14 +59,14 @@ async def _proxy_round(plan: Plan, server: Server) -> Round:
     return Round(plan.requests, time.perf_counter() - began, server.cpu() - cpu)
 
 
-def _delivered(books: sqlite3.Connection) -> int:
-    row = books.execute("SELECT delivered FROM ledger WHERE destination = 'bench'").fetchone()
+def _delivered(database: sqlite3.Connection) -> int:
+    row = database.execute("SELECT delivered FROM ledger WHERE destination = 'bench'").fetchone()
     return int(row[0]) if row else 0
 
 
-def _p99(books: sqlite3.Connection, newest: int) -> float:
+def _p99(database: sqlite3.Connection, newest: int) -> float:
     """Return the 99th percentile of the latest deliveries' time from creation to recorded response, in ms."""
-    rows = books.execute(
+    rows = database.execute(
         """
         SELECT finished_at - created_at FROM deliveries
          WHERE destination = 'bench' AND state = 'delivered' ORDER BY id DESC LIMIT ?

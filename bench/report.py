@@ -11,19 +11,19 @@ from bench.rounds import Comparison, Spread
 def table(comparison: Comparison) -> str:
     """Render one comparison in six lines."""
     columns = [
-        _column("events/s (least-most)", comparison.rates(), ",.0f"),
-        _column("CPU us/event (least-most)", comparison.costs(), ".0f"),
+        _column("events/s (min-max)", comparison.rates(), ",.0f"),
+        _column("CPU us/event (min-max)", comparison.costs(), ".0f"),
     ]
     judged = [comparison.rates()[2]]
     if (delays := comparison.delays()) is not None:
-        columns.append(_column("p99 ms (least-most)", delays, ".1f"))
+        columns.append(_column("p99 ms (min-max)", delays, ".1f"))
         judged.append(delays[2])
     met = "met" if all(ratio.median >= comparison.target for ratio in judged) else "missed"
     names = ("", comparison.us, comparison.rival, "ratio")
     rows = zip(names, *columns, strict=True)
     lines = [f"  {name:<22}" + "".join(f"{cell:>28}" for cell in cells) for name, *cells in rows]
     lines = [f"{comparison.name}: {comparison.title}", *lines]
-    return "\n".join([*lines, f"  target of the ratio: {comparison.target:.2f}, {met}"])
+    return "\n".join([*lines, f"  target for the ratio: {comparison.target:.2f}, {met}"])
 
 
 def as_json(comparisons: Sequence[Comparison]) -> str:

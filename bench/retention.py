@@ -82,8 +82,8 @@ async def _connections(
             writer.close()
 
 
-async def latencies(server: Server, go_on: Callable[[], bool]) -> list[float]:
-    """Send events at the rate `PACE` while `go_on()`; return the latency of each response, in seconds.
+async def latencies(server: Server, is_running: Callable[[], bool]) -> list[float]:
+    """Send events at the rate `PACE` while `is_running()`; return the latency of each response, in seconds.
 
     Latency counts from the scheduled time of a request, so it includes the wait for a free connection.
     """
@@ -102,7 +102,7 @@ async def latencies(server: Server, go_on: Callable[[], bool]) -> list[float]:
 
     async with _connections(server) as queue, asyncio.TaskGroup() as group:
         due = time.perf_counter()
-        while go_on():
+        while is_running():
             group.create_task(one(due))
             due += 1 / PACE
             await asyncio.sleep(due - time.perf_counter())
@@ -132,12 +132,12 @@ async def main(events: int) -> None:
                     server, lambda: left() > 0 and time.perf_counter() < began + PATIENCE
                 )
                 took = time.perf_counter() - began
-        say("before", before)
-        say("while they go", during)
+        print_figures("without retention", before)
+        print_figures("during retention", during)
         rise = percentile(during, 99) - percentile(before, 99)
         met = "met" if rise <= TARGET and took < PATIENCE else "missed"
         target = f"target {TARGET * 1e3:.0f} ms, {met}"
-        print(f"  all gone in {took:.0f} s; the 99th percentile rose by {rise * 1e3:.1f} ms: {target}")
+        print(f"  deleted in {took:.0f} s; the 99th percentile rose by {rise * 1e3:.1f} ms: {target}")
 
 
 def percentile(figures: list[float], percent: int) -> float:
@@ -145,10 +145,10 @@ def percentile(figures: list[float], percent: int) -> float:
     return statistics.quantiles(figures, n=100)[percent - 1]
 
 
-def say(what: str, figures: list[float], unit: str = "answers") -> None:
+def print_figures(what: str, figures: list[float], unit: str = "requests") -> None:
     """Print the percentiles of durations, given in seconds."""
     shares = ", ".join(f"p{percent} {percentile(figures, percent) * 1e3:.1f}" for percent in (50, 90, 99))
-    print(f"  {what:<15}{len(figures):>8,} {unit}, ms: {shares}, most {max(figures) * 1e3:.1f}")
+    print(f"  {what:<18}{len(figures):>8,} {unit}, ms: {shares}, max {max(figures) * 1e3:.1f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from bench.loop import run
 from bench.processes import python
-from bench.retention import PACE, latencies, percentile, say
+from bench.retention import PACE, latencies, percentile, print_figures
 from bench.subject import relay
 
 DESTINATIONS = 50
@@ -33,7 +33,7 @@ allow_private = true
 """
 
 
-async def scrapes(door: Path, count: int) -> list[float]:
+async def scrapes(path: Path, count: int) -> list[float]:
     """Scrape repeatedly; return the seconds of each scrape, from the connection to the last byte.
 
     Raises:
@@ -42,7 +42,7 @@ async def scrapes(door: Path, count: int) -> list[float]:
     found = []
     for _ in range(count):
         began = time.perf_counter()
-        reader, writer = await asyncio.open_unix_connection(door)
+        reader, writer = await asyncio.open_unix_connection(path)
         writer.write(_ASK)
         text = await reader.read()
         found.append(time.perf_counter() - began)
@@ -61,21 +61,21 @@ async def main(count: int) -> None:
             idle = "".join(_IDLE.format(number=n, url=receiver.url) for n in range(1, DESTINATIONS))
             async with relay(folder, receiver.url, idle) as server:
                 print(f"{count} scrapes of {DESTINATIONS} destinations, {PACE:.0f} events/s", flush=True)
-                door, cpu = folder / "relay.sock", server.cpu()
-                at_rest = await scrapes(door, count)
+                path, cpu = folder / "relay.sock", server.cpu()
+                at_rest = await scrapes(path, count)
                 cpu = (server.cpu() - cpu) / count
                 quiet = asyncio.ensure_future(asyncio.sleep(count * EVERY))
                 before = await latencies(server, lambda: not quiet.done())
-                scraping = asyncio.ensure_future(scrapes(door, count))
+                scraping = asyncio.ensure_future(scrapes(path, count))
                 during = await latencies(server, lambda: not scraping.done())
-                beside = await scraping
-    say("at rest", at_rest, "scrapes")
-    say("beside senders", beside, "scrapes")
-    say("without scrapes", before)
-    say("between scrapes", during)
-    met = "met" if max(percentile(at_rest, 50), percentile(beside, 50)) < TARGET else "missed"
+                under_load = await scraping
+    print_figures("at rest", at_rest, "scrapes")
+    print_figures("under load", under_load, "scrapes")
+    print_figures("without scrapes", before)
+    print_figures("during scrapes", during)
+    met = "met" if max(percentile(at_rest, 50), percentile(under_load, 50)) < TARGET else "missed"
     print(
-        f"  {cpu * 1e3:.1f} ms of CPU each at rest; the target of the medians is {TARGET * 1e3:.0f} ms, {met}"
+        f"  {cpu * 1e3:.1f} ms CPU per scrape at rest; target for the medians: {TARGET * 1e3:.0f} ms, {met}"
     )
 
 

@@ -31,7 +31,7 @@ DEADLINE = 10.0  # seconds for one event
 SETTLED = 0.02  # seconds after its attempt is visible in the database that an event's way may still take
 
 _ROOT = Path(__file__).parents[1]
-_HOUSES = tuple(str(_ROOT / name) + "/" for name in ("relay", "plugins"))
+_PACKAGES = tuple(str(_ROOT / name) + "/" for name in ("relay", "plugins"))
 
 
 class Function(NamedTuple):
@@ -106,7 +106,7 @@ class Tracer:
 def _file_of(frame: FrameType) -> str | None:
     """Return the file of a frame as the repository names it; None: not our code."""
     path = frame.f_code.co_filename
-    return str(Path(path).relative_to(_ROOT)) if path.startswith(_HOUSES) else None
+    return str(Path(path).relative_to(_ROOT)) if path.startswith(_PACKAGES) else None
 
 
 async def trace() -> Way:
@@ -149,7 +149,7 @@ async def _send_events(tracer: Tracer, url: str, database: Path) -> None:
                     line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
                 ]
                 await reader.readexactly(int(length.partition(b":")[2]))
-                while db.execute("SELECT count(*) FROM attempts").fetchone()[0] <= number:  # noqa: ASYNC110 - SQLite tells nobody
+                while db.execute("SELECT count(*) FROM attempts").fetchone()[0] <= number:  # noqa: ASYNC110 - SQLite has no notification
                     await asyncio.sleep(0.001)
                 await asyncio.sleep(SETTLED)
             if traced:

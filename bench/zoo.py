@@ -15,17 +15,17 @@ from bench.rounds import Comparison, Plan, Round, alternate
 from bench.subject import TOKEN, relay, request
 
 _ANIMALS = Path(__file__).parents[1] / "tests" / "helpers" / "zoo.py"
-_FED = 4  # events for every animal, at the beginning of a round
+_EVENTS = 4  # for every faulty destination, at the beginning of a round
 _PREFIX = "/zoo"
-_KEEPER = f"""\
+_SOURCE = f"""\
 [sources.keeper]
 plugin = "moddy"
 prefix = "{_PREFIX}"
 tokens = ["{TOKEN}"]
 """
-# Probed about every five seconds however long it has been dead (by default it would be every 30 s to
-# 5 min): this zoo never gets less lively. No two in step: destinations do not die at the same moment.
-_CAGE = """\
+# Each faulty destination is probed about every 5 s (the default is 30 s to 5 min), so its load does not
+# decrease. The intervals differ, so that the probes do not coincide.
+_DESTINATION = """\
 [destinations.animal{number}]
 url = "{url}"
 events = ["keeper.*"]
@@ -44,42 +44,43 @@ async def run(plan: Plan) -> Comparison:
         async with (
             python(alone / "receiver.log", "-m", "bench.serve", "receiver") as receiver,
             python(crowded / "zoo.log", str(_ANIMALS)) as animals,
-            relay(crowded, receiver.url, _cages(crowded / "zoo.log")) as ours,
+            relay(crowded, receiver.url, _destinations(crowded / "zoo.log")) as ours,
             relay(alone, receiver.url) as theirs,
         ):
 
             async def beside() -> Round:
-                with _asleep(theirs):
-                    await send(ours.address, request(_PREFIX), count=_FED, connections=1)
+                with _suspended(theirs):
+                    await send(ours.address, request(_PREFIX), count=_EVENTS, connections=1)
                     return await relay_round(plan, ours, crowded / "relay.db")
 
             async def by_itself() -> Round:
-                with _asleep(ours, animals):
+                with _suspended(ours, animals):
                     return await relay_round(plan, theirs, alone / "relay.db")
 
             mine, others = await alternate(plan, beside, by_itself)
     return Comparison(
         name="zoo",
         title="events from the first byte in to the recorded answer of a healthy destination",
-        us="beside the zoo",
-        rival="alone",
+        us="with broken receivers",
+        rival="without",
         target=1 / 1.2,
         ours=mine,
         theirs=others,
     )
 
 
-def _cages(log: Path) -> str:
+def _destinations(log: Path) -> str:
     """Return the configuration: a destination for every address in the zoo's log."""
     urls = re.findall(r"^animal (.+)$", log.read_text(), re.MULTILINE)
-    cages = [
-        _CAGE.format(number=number, url=url, probe=5000 + 77 * number) for number, url in enumerate(urls)
+    tables = [
+        _DESTINATION.format(number=number, url=url, probe=5000 + 77 * number)
+        for number, url in enumerate(urls)
     ]
-    return "\n".join([_KEEPER, *cages])
+    return "\n".join([_SOURCE, *tables])
 
 
 @contextmanager
-def _asleep(*servers: Server) -> Iterator[None]:
+def _suspended(*servers: Server) -> Iterator[None]:
     """Suspend the processes that are not being measured (SIGSTOP)."""
     for server in servers:
         os.kill(server.pid, signal.SIGSTOP)

@@ -64,9 +64,9 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
                 narrator.open(relay=at.public, admin=at.admin or "", receiver=receiver.url, folder=folder)
                 story = Story(session, narrator, receiver.arrivals, config, at.public)
                 problems = await story.run()
-                narrator.conclude(story.delivered, problems)
+                narrator.print_result(story.delivered, problems)
                 if not leave:
-                    narrator.invite(at.public)
+                    narrator.print_request(at.public)
                     await story.watch()
     return int(bool(problems))
 

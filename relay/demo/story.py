@@ -1,4 +1,4 @@
-"""The demo's story: one sample after the other, from the public listener to the receiver."""
+"""The demo: sends one sample after the other, from the public listener to the receiver."""
 
 import asyncio
 import io
@@ -66,7 +66,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DemoReceiver:
-    """Runs a `Receiver` in a thread while entered, and queues what arrives."""
+    """Runs a `Receiver` in a thread while entered, and queues the deliveries."""
 
     def __init__(self, secret: Secret) -> None:
         self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
@@ -130,7 +130,7 @@ class Narrator:
             valid = self._paint(_GREEN, "signature valid")
             self._print("", "delivered", f"{about}, {valid}, {arrival.milliseconds:.0f} ms")
 
-    def conclude(self, delivered: int, problems: Sequence[str]) -> None:
+    def print_result(self, delivered: int, problems: Sequence[str]) -> None:
         """Print the result."""
         self._line()
         for problem in problems:
@@ -138,7 +138,7 @@ class Narrator:
         if not problems:
             self._line(self._paint(_GREEN, f"{delivered} events delivered, every signature valid."))
 
-    def invite(self, relay: str) -> None:
+    def print_request(self, relay: str) -> None:
         """Print a request to paste."""
         self._line("Send an event yourself; its delivery is shown here. Ctrl-C ends the demo.")
         self._line()
@@ -178,7 +178,7 @@ class Story:
 
     async def run(self) -> list[str]:
         """Send every sample once; return the problems, a sentence each."""
-        *steps, farewell = [
+        *steps, unregister = [
             (source, sample, type_)
             for source, types in SAMPLES.items()
             for sample, type_ in zip(self._config.sources[source].settings.samples(), types, strict=True)
@@ -186,7 +186,7 @@ class Story:
         problems = [await self._send(*step) for step in steps]
         self._narrator.step("whatsapp", "silent", f"no more heartbeats: offline after {OFFLINE_AFTER} s")
         problems.append(await self._expect(OFFLINE))
-        problems.append(await self._send(*farewell))
+        problems.append(await self._send(*unregister))
         return [problem for problem in problems if problem]
 
     async def watch(self) -> None:
@@ -202,10 +202,10 @@ class Story:
             async with self._session.request(
                 sample.method, url, data=sample.body, headers=headers
             ) as response:
-                answer = await response.text()
+                text = await response.text()
         except aiohttp.ClientError as error:
             return f"{source}: cannot send {sample.path}: {error}"
-        self._narrator.step("", "answered", f"{response.status} {answer}")
+        self._narrator.step("", "response", f"{response.status} {text}")
         if not response.ok:
             return f"{source}: {sample.path} returned {response.status}"
         return await self._expect(type_) if type_ else ""

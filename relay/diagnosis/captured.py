@@ -31,7 +31,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     type: str | None = None  # full type of the event that it creates
     subject: str | None = None
     more: int = 0  # further events of the same request
-    because: str = ""  # why the request is valid, if no single key says it
+    because: str = ""  # why the request is valid, if no single key proves it
 
     @property
     def ok(self) -> bool:

@@ -1,4 +1,4 @@
-"""Why a source refuses a request: path, method, size, token and body, each checked alone."""
+"""Why a source refuses a request: path, method, size, token and body, each checked separately."""
 
 import difflib
 import re

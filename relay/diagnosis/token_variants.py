@@ -26,7 +26,7 @@ _LEAST = 8  # characters; shorter tokens are similar by chance
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """The difference between two tokens; `sent` tells whether the request has the changed one."""
+    """The difference between two tokens; `sent`: the request has the changed one, not the configuration."""
 
     cause: Cause
     what: str  # continues "the token …"

@@ -1,4 +1,4 @@
-"""Periodic backups: `keep` are kept, and the latest stays until a newer one is verified."""
+"""Periodic backups: the latest `keep` are kept; older ones are deleted after a newer one is verified."""
 
 import logging
 import sqlite3
@@ -21,8 +21,8 @@ from relay.store import Store
 log = logging.getLogger("relay.backups")
 
 
-LATE = 0.1  # share of `every` by which a backup may be late before it counts as missed
-LATEST = 300.0  # seconds by which a backup may always be late
+LATE = 0.1  # share of `every` by which a backup may be late before it is reported
+ALWAYS_LATE = 300.0  # seconds by which a backup may be late with any `every`
 _NAME = "relay-%Y%m%dT%H%M%SZ.db"
 
 
@@ -64,7 +64,7 @@ def examine(made: Mapping[Path, float], every: float | None, now: float, failed:
     found = "no backup" if latest is None else f"latest backup: {rfc3339(int(latest * SECOND))}"
     if failed is not None:
         detail = f"{found}; the next one failed: {failed}"
-    elif latest is None or now - latest > every + max(every * LATE, LATEST):
+    elif latest is None or now - latest > every + max(every * LATE, ALWAYS_LATE):
         detail = f"{found}; due every {render_duration(every)}"
     else:
         return Check(name="backups", ok=True, detail=f"{found}, {count} in the folder")
@@ -81,7 +81,7 @@ class Backups:
         self._clock = clock
         self._config = config
         self._failed: str | None = None  # error of the latest backup
-        self._looked = False  # whether the job has run since the start
+        self._has_run = False  # whether the job has run since the start
 
     @property
     def folder(self) -> Path:
@@ -96,7 +96,7 @@ class Backups:
     async def run(self) -> None:
         """Make a backup if one is due, judged by the names of the existing files."""
         every, now = self._config().backup.every, self._clock.wall() // SECOND
-        self._looked = True
+        self._has_run = True
         if every is None or any(0 <= now - made < every for made in self.made().values()):
             return
         try:
@@ -105,8 +105,8 @@ class Backups:
             raise StorageError(f"backup failed: {error.message}", hint=error.hint) from error
 
     def examine(self) -> Check:
-        """Check the backups for `relay doctor`; right after the start, none counts as missed."""
-        every = self._config().backup.every if self._looked else None
+        """Check the backups for `relay doctor`; before the first run of the job, none is overdue."""
+        every = self._config().backup.every if self._has_run else None
         return examine(self.made(), every, self._clock.wall() // SECOND, self._failed)
 
     async def make(self) -> Backup:
@@ -150,14 +150,14 @@ class Backups:
 
     def _make_room(self, lacking: int, now: float) -> None:
         """Delete the oldest backups if that makes enough room for a new one; keep the latest."""
-        going = []
+        to_delete = []
         for path in oldest_first(self.made(), now)[:-1]:
             if lacking <= 0:
                 break
-            going.append(path)
+            to_delete.append(path)
             lacking -= path.stat().st_blocks * 512
         if lacking > 0:
-            return  # the backup then reports the missing room, and nothing was deleted in vain
-        for path in going:
+            return  # the backup reports the missing room; deleting would not help
+        for path in to_delete:
             path.unlink()
             log.warning("%s was deleted to make room for a new backup", path.name)

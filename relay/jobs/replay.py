@@ -1,4 +1,4 @@
-"""Replays: deliver stored events again, at a rate that leaves room for fresh events.
+"""Replays: deliver stored events again, at a limited rate, so that new events are not delayed.
 
 Replays live in memory: a restart ends them. The deliveries that they created until then stay.
 """
@@ -30,7 +30,7 @@ TICK = 0.1  # seconds; a shorter pause would only make smaller transactions
 STORAGE_PAUSE = 1.0  # seconds between attempts to write while the storage is unavailable
 STOP_WITHIN = 2.0  # seconds that a stop waits for the transaction in progress
 MOST_RUNNING = 10
-KEPT = 100  # ended replays that operators can still look at
+KEPT = 100  # ended replays that are still listed
 ROUTES = "*"
 """In place of a destination's name: route each event by the current subscriptions."""
 MOST_EVENTS = 100  # in one transaction, so that it does not delay the transactions of senders
@@ -54,7 +54,7 @@ class Retried(msgspec.Struct, frozen=True):
 
 
 class Repeater:
-    """Creates new deliveries of stored events; the caller cuts the work into portions (`portion`)."""
+    """Creates new deliveries of stored events; the caller splits the work into portions (`portion`)."""
 
     def __init__(self, store: Store, router: Router) -> None:
         self._store = store
@@ -89,7 +89,7 @@ class Repeater:
 
 
 def portion(chosen: Sequence[Chosen], start: int, may: Callable[[], bool] = lambda: True) -> Sequence[Chosen]:
-    """Return the events from `start` on that fit into one transaction; `may` is asked before each event."""
+    """Return the events from `start` on that fit into one transaction, while `may()` is true."""
     end, size = start, 0
     while end < len(chosen) and end - start < MOST_EVENTS:
         size += chosen[end].size

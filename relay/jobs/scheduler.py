@@ -22,7 +22,7 @@ from relay.process.logs import in_one_line
 
 log = logging.getLogger("relay.jobs")
 
-LOOK_EVERY = 1.0  # seconds between comparisons of the clocks
+CHECK_EVERY = 1.0  # seconds between comparisons of the clocks
 STEP = 5 * SECOND
 """A larger difference means that the wall clock stepped; an NTP client slews smaller ones."""
 
@@ -56,7 +56,7 @@ class Past(msgspec.Struct, kw_only=True):
 class _Job(msgspec.Struct, frozen=True):
     past: Past
     work: Work
-    one: asyncio.Lock  # held during a run, so that only one runs at a time
+    lock: asyncio.Lock  # held during a run, so that runs do not overlap
 
 
 class Jobs:
@@ -70,8 +70,8 @@ class Jobs:
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
         self._jobs: dict[str, _Job] = {}
-        self._apart = self._difference()
-        self._look: asyncio.TimerHandle | None = None
+        self._clock_difference = self._difference()
+        self._clock_check: asyncio.TimerHandle | None = None
 
     def add(self, name: str, seconds: float, work: Work) -> None:
         """Run `work` every `seconds`; an exception is logged and does not stop later runs."""
@@ -114,7 +114,7 @@ class Jobs:
 
     async def _run(self, job: _Job) -> Past:
         """Run a job once, after its current run; an exception is recorded and logged."""
-        async with job.one:
+        async with job.lock:
             past, name, began = job.past, job.past.name, self._clock.steady()
             before = past.error
             outcome, past.running, past.error = "failed", True, None
@@ -124,10 +124,10 @@ class Jobs:
                 outcome, past.succeeded_at = "ok", self._clock.wall()
                 self._metrics.job_success.labels(name).set(past.succeeded_at / SECOND)
             except RelayError as error:
-                said, past.error = before, in_one_line(error)
+                past.error = in_one_line(error)
                 # While the storage fails, jobs fail every second: log only the first failure as error.
-                again = isinstance(error, StorageUnavailableError) and said == past.error
-                level = logging.DEBUG if again else logging.ERROR
+                is_repeated = isinstance(error, StorageUnavailableError) and before == past.error
+                level = logging.DEBUG if is_repeated else logging.ERROR
                 log.log(level, "job %s failed: %s", name, past.error)
             except asyncio.CancelledError:
                 past.error = "cancelled"
@@ -148,24 +148,24 @@ class Jobs:
     def start(self) -> None:
         """Start the jobs."""
         self._scheduler.start()
-        self._look_at_clocks()
+        self._check_clocks()
 
     def stop(self) -> None:
         """Start no further run, and cancel current ones."""
-        if self._look is not None:
-            self._look.cancel()
+        if self._clock_check is not None:
+            self._clock_check.cancel()
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
 
-    def _look_at_clocks(self) -> None:
+    def _check_clocks(self) -> None:
         """Run every job if the machine's clock has stepped. Timers of the event loop do not step."""
-        apart = self._difference()
-        if abs(apart - self._apart) > STEP:
-            log.warning("the machine's clock stepped by %+d s", (apart - self._apart) // SECOND)
-            self._apart = apart
+        difference = self._difference()
+        if abs(step := difference - self._clock_difference) > STEP:
+            log.warning("the machine's clock stepped by %+d s", step // SECOND)
+            self._clock_difference = difference
             for job in self._scheduler.get_jobs():
                 job.modify(next_run_time=datetime.now(UTC))
-        self._look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_at_clocks)
+        self._clock_check = asyncio.get_running_loop().call_later(CHECK_EVERY, self._check_clocks)
 
     def _difference(self) -> int:
         return self._clock.wall() - self._clock.steady()

@@ -1,1 +1,1 @@
-"""Finds plugins, asks pluggy what they offer, and binds their settings."""
+"""Finds plugins, registers their sources, formats, jobs and hooks, and binds their settings."""

@@ -44,7 +44,7 @@ _SEGMENT = re.compile(r"[^{}?#\s]*|\{[^{}]+\}")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """The configuration and the plugins, as the daemon needs them to start."""
+    """The configuration and the plugins: everything that the daemon needs to start."""
 
     config: Config
     kinds: Mapping[str, Kind]
@@ -258,7 +258,7 @@ def _with_preset(
 
 
 def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: KeyPath) -> Source | None:
-    """Make the plugin's own record; what its code raises is a problem of the table, never a traceback."""
+    """Create the plugin's own record; an exception of its code is a problem of the table, not a traceback."""
     try:
         settings = binder.struct(kind.source, table, path)
         if settings is None:
@@ -281,11 +281,11 @@ def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: K
 
 
 def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
-    """Report two sources of which both want some paths, or the errors below the same prefix.
+    """Report two sources that claim the same paths, or the errors below the same prefix.
 
-    A placeholder matches every segment, so `/hooks/{shop}` of one source and `/hooks/github` of another want
-    the same requests. Within a source, the literal wins. All methods of a path belong to one source, because
-    that source also answers the methods that it has no route for.
+    A placeholder matches every segment, so `/hooks/{shop}` of one source and `/hooks/github` of another match
+    the same requests. Within a source, the literal path takes precedence. All methods of a path belong to one
+    source, because that source also responds to methods without a route.
     """
     prefixes: dict[str, str] = {}  # owners
     literals = {"/health": "the relay itself"}
@@ -317,7 +317,7 @@ def _check_claims(binder: Binder, sources: Mapping[str, SourceConfig]) -> None:
 
 
 def _check_routes(source: Source) -> None:
-    """Check what a source says of its paths, which its plugin may compute from the settings.
+    """Check the paths of a source, which its plugin may compute from the settings.
 
     Raises:
         RuntimeError: the relay could not serve such a path.

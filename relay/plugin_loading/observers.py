@@ -19,10 +19,10 @@ from relay.process.logs import RateLimitedLog
 log = logging.getLogger("relay.plugins")
 
 ROOM = 32 * 2**20
-"""Bytes that may be queued for one plugin; records beyond are dropped and counted."""
+"""Bytes that may be queued for one plugin; further records are dropped and counted."""
 
 RECORD = 1024
-"""Approximate bytes of a record beside its body."""
+"""Approximate bytes of a record without its body."""
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class _Queue:
         self._end.set_result(None)
 
     def _wait(self) -> bool:
-        """Wait for records; False: the thread shall end."""
+        """Wait for records; False: the thread must end."""
         with self._changed:
             self._changed.wait_for(lambda: self._events or self._outcomes or self._stopping)
             return bool(self._events or self._outcomes)

@@ -48,7 +48,7 @@ class Offering(msgspec.Struct, frozen=True):
     plugin: Plugin
 
     def shown(self) -> dict[str, str]:
-        """Return it as the API shows it."""
+        """Return the fields for the API."""
         return {
             "name": self.name,
             "offer": self.what,
@@ -143,7 +143,7 @@ class Offers:
 
     def _take_job(self, plugin: Plugin, job: Any) -> None:
         _check_job(job)
-        name = f"{plugin.name}.{job.name}"  # so that the log says whose it is
+        name = f"{plugin.name}.{job.name}"  # so that log lines name the plugin
         if name in self.jobs:
             raise PluginError(f'offers the job "{name}", which exists already; give it another name')
         self.jobs[name] = msgspec.structs.replace(job, name=name)

@@ -1,4 +1,4 @@
-"""The envelope of an event as conditions read it, decoded only where a path asks for it."""
+"""The envelope of an event for conditions; each part is decoded only if a path needs it."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -22,7 +22,7 @@ _decode = msgspec.json.Decoder().decode
 
 @final
 class _Absent:
-    """The value of a path that leads nowhere; not equal to any JSON value."""
+    """Stands for a missing value; not equal to any JSON value."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -32,7 +32,7 @@ ABSENT: Final = _Absent()
 
 
 class Path(msgspec.Struct, frozen=True):
-    """The place of a value in an envelope, such as `data.items.0.sku` or `data."a.b".c`.
+    """A path to a value in an envelope, such as `data.items.0.sku` or `data."a.b".c`.
 
     Dots separate segments; a quoted segment may contain dots. Digits without quotes are an index into a list,
     from 0, and an ordinary key of an object.
@@ -96,7 +96,7 @@ _READ: Mapping[str, Callable[[StoredEvent], Any]] = {
 
 
 def _value(raw: bytes) -> Any:
-    """Decode JSON; return ABSENT if that fails, so that odd data of one event fails no other event."""
+    """Decode JSON; return ABSENT if that fails, so that invalid data affects only its own event."""
     try:
         return _decode(raw)
     except RecursionError:

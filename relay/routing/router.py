@@ -10,7 +10,7 @@ from relay.routing.envelope import EnvelopeView
 from relay.routing.subscription import Explanation, Subscription, SubscriptionOptions
 
 MAX_ROUTES = 4096
-"""Types that a router remembers: senders choose types, so their number needs a bound."""
+"""Types that a router caches; senders choose types, so their number needs a limit."""
 
 _HOUR = 3600.0
 
@@ -29,7 +29,7 @@ class Router:
         self._subscriptions = dict(subscriptions)
         self._options = {name: SubscriptionOptions(Target(name)) for name in subscriptions}
         self._options |= dict(options or {})
-        # Per type: whether the result depends on the event itself, and the destinations it may go to.
+        # Per type: whether the result depends on the event itself, and the possible destinations.
         self._routes: dict[str, tuple[bool, tuple[Target, ...]]] = {}
 
     @classmethod
@@ -70,7 +70,7 @@ class Router:
         return tuple(found)
 
     def adopt(self, other: "Router") -> None:
-        """Take over another router's subscriptions in one step; everyone who holds this router follows."""
+        """Replace the subscriptions by those of another router, in one step, for all users of this router."""
         self._subscriptions = other._subscriptions  # noqa: SLF001 - the same class
         self._options = other._options  # noqa: SLF001 - the same class
         self._routes = {}

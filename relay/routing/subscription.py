@@ -1,4 +1,4 @@
-"""What a destination subscribes to: patterns over event types, conditions, and options for its deliveries."""
+"""Subscriptions of destinations: patterns over event types, conditions, and options for deliveries."""
 
 import hashlib
 import re
@@ -46,8 +46,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 class Patterns:
     """Shell-style patterns over full types (`fnmatch.fnmatchcase`); `*` also matches dots.
 
-    `"!pattern"` excludes types, wherever it stands. The relay's own events (`relay.…`) are matched only by
-    patterns that start with `relay.`.
+    `"!pattern"` excludes types, at any position of the list. The relay's own events (`relay.…`) are matched
+    only by patterns that start with `relay.`.
     """
 
     __slots__ = ("_excluded", "_included")

@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is judged by people, on a quiet machine."""
+"""The benchmarks run. Their figures are judged by people, on an idle machine."""
 
 import json
 import re
@@ -50,17 +50,17 @@ def test_a_short_run_prints_both_versions_their_ratio_and_the_target(name, us, r
     assert ours.strip().startswith(us)
     assert theirs.strip().startswith(rival)
     assert float(ratio.split()[1]) > 0
-    assert target.startswith("  target of the ratio: 0.")
+    assert target.startswith("  target for the ratio: 0.")
 
 
 def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99():
     _, heads, crowded, alone, ratio, target = bench("zoo", *SHORT, "--rounds", "1").splitlines()
     assert "events/s" in heads
     assert "p99 ms" in heads
-    assert crowded.strip().startswith("beside the zoo")
-    assert alone.strip().startswith("alone")
+    assert crowded.strip().startswith("with broken receivers")
+    assert alone.strip().startswith("without")
     assert all(float(each) > 0 for each in ratio.replace("(", " ").split()[1::2])
-    assert target.startswith("  target of the ratio: 0.83")
+    assert target.startswith("  target for the ratio: 0.83")
 
 
 def test_json_has_every_round_of_both_versions():
@@ -78,7 +78,7 @@ def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
     assert title == "sweeps over 10,000 workers"
     assert len(lines) == 7
     assert all(
-        re.fullmatch(r"  .+ [0-9.]+ ms, the loop stood still for [0-9.]+ ms at most", each) for each in lines
+        re.fullmatch(r"  .+ [0-9.]+ ms, event loop blocked for at most [0-9.]+ ms", each) for each in lines
     )
 
 
@@ -95,17 +95,17 @@ def test_start_up_times_of_commands_are_printed_with_their_limit():
 def test_scrapes_are_timed_at_rest_and_under_load():
     command = [sys.executable, "-m", "bench.scrape", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
-    title, *lines, verdict = done.stdout.splitlines()
+    title, *lines, result = done.stdout.splitlines()
     assert title.startswith("2 scrapes of 50 destinations")
     assert [line.split(" ms: ")[0].rsplit(maxsplit=2)[0].strip() for line in lines] == [
-        "at rest", "beside senders", "without scrapes", "between scrapes",
+        "at rest", "under load", "without scrapes", "during scrapes",
     ]  # fmt: skip
-    assert "the target of the medians is 50 ms" in verdict
+    assert "target for the medians: 50 ms" in result
 
 
 @pytest.fixture
 def old_events(tmp_path):
-    """Make what the benchmark of retention begins with, but fewer."""
+    """Make the old events of the retention benchmark, but fewer."""
     fill = "import asyncio, pathlib, sys; from bench.retention import fill;"
     fill += "asyncio.run(fill(pathlib.Path(sys.argv[1]), 50))"
     path = tmp_path / "relay.db"
@@ -136,39 +136,39 @@ def test_lists_are_measured_with_every_filter_and_their_plans_are_checked():
     ]
     assert "scans or sorts a table" not in done.stdout
     assert re.search(r"^  +[0-9.]+ ms  ledger totals of all destinations", done.stdout, re.MULTILINE)
-    assert done.stdout.splitlines()[-1].startswith("target 50 ms a page: ")
+    assert done.stdout.splitlines()[-1].startswith("target 50 ms per page: ")
 
 
 def test_resident_memory_is_printed_with_its_target():
     command = [sys.executable, "-m", "bench.memory", "0.002"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
-    title, *rows, verdict = done.stdout.splitlines()
+    title, *rows, result = done.stdout.splitlines()
     assert title.startswith("resident memory after large events")
     assert [row.split(" KB")[0].split() for row in rows] == [
         ["20", "x", "10"], ["8", "x", "100"], ["3", "x", "400"],
     ]  # fmt: skip
-    assert all(re.search(r" [0-9]+ MB, at most +[0-9]+ MB, +[0-9]+ us of CPU each", row) for row in rows)
-    assert verdict == "target 200 MB after each: met"
+    assert all(re.search(r" [0-9]+ MB, peak +[0-9]+ MB, +[0-9]+ us CPU per event", row) for row in rows)
+    assert result == "target 200 MB after each row: met"
 
 
 def test_events_during_floods_are_timed_and_compared_with_the_target():
     command = [sys.executable, "-m", "bench.flood", "0.3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     head, *rows, target = done.stdout.splitlines()
-    assert head.split() == ["beside", "events", "p50", "ms", "p99", "ms", "most", "ms", "answers/s"]
+    assert head.split() == ["flood", "events", "p50", "ms", "p99", "ms", "max", "ms", "responses/s"]
     assert [row.split("  ")[1] for row in rows] == [
-        "nothing",
+        "none",
         *(f"{kind}, {count} connections" for kind in ("heartbeats", "404s", "401s") for count in (1, 8)),
     ]
     assert all(re.search(r" (met|missed)$", row) for row in rows)
-    assert target == "  target of p99: 50 ms"
+    assert target == "  target for p99: 50 ms"
 
 
 def test_both_layouts_of_deliveries_are_measured_and_compared():
     """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
     command = [sys.executable, "-m", "bench.layouts", "--rows", "2000", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
-    _, one, queue, head, *rows, verdict = done.stdout.splitlines()
+    _, one, queue, head, *rows, result = done.stdout.splitlines()
     assert [re.sub(r"[0-9]+([.][0-9]+)?", "N", line) for line in (one, queue)] == [
         "one table: filled in N s, N MiB",
         "queue table: filled in N s, N MiB",
@@ -182,7 +182,7 @@ def test_both_layouts_of_deliveries_are_measured_and_compared():
         "queue",
         "table",
         "ratio",
-        "(least-most)",
+        "(min-max)",
     ]
     assert [row.split("  ")[0] for row in rows] == [
         *(f"event with 1 delivery: {what}" for what in ("append", "settle", "both")),
@@ -201,4 +201,4 @@ def test_both_layouts_of_deliveries_are_measured_and_compared():
         "delete an old event",
     ]  # fmt: skip
     assert all(re.search(r" [0-9,]+ +[0-9,]+ +[0-9.]+ \([0-9.]+-[0-9.]+\)$", row) for row in rows)
-    assert verdict.startswith("more than 3% worse with the queue table: ")
+    assert result.startswith("more than 3% slower with the queue table: ")

@@ -73,7 +73,7 @@ async def test_with_exit_the_demo_ends_with_0_after_every_sample_arrived(tmp_pat
         assert process.returncode == 0, output
     delivered = re.findall(r"delivered +([a-z._]+)(?: \(.+\))?, signature valid, \d+ ms\n", output)
     assert delivered == ARRIVALS, output
-    assert output.count(" answered   20") == sum(map(len, SAMPLES.values()))
+    assert output.count(" response   20") == sum(map(len, SAMPLES.values()))
     assert f"{len(ARRIVALS)} events delivered, every signature valid." in output
     assert "\x1b" not in output
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +174,7 @@ def test_colour_is_for_terminals_and_force_color(terminal, environ, coloured):
 def test_an_invalid_signature_and_a_long_response_print_one_line_each():
     stream = io.StringIO()
     narrator = Narrator(stream, {})
-    narrator.step("moddy", "answered", "x" * 500)
+    narrator.step("moddy", "response", "x" * 500)
     narrator.arrived(Arrival(type="a.b", subject="s", milliseconds=1, problem="no signature matches"))
     long, refused = stream.getvalue().splitlines()
     assert len(long) < 120

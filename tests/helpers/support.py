@@ -40,7 +40,7 @@ class SteppedClock(SystemClock):
 
         for place in (base, scheduler_module):
             monkeypatch.setattr(place, "datetime", Moment)
-        monkeypatch.setattr(scheduler_module, "LOOK_EVERY", 0.02)
+        monkeypatch.setattr(scheduler_module, "CHECK_EVERY", 0.02)
 
     def wall(self):
         return super().wall() + int(self.by.total_seconds() * SECOND)

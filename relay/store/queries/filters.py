@@ -74,7 +74,7 @@ LATEST = """
     NOT EXISTS (SELECT 1 FROM deliveries AS later
                  WHERE later.event_id = d.event_id AND +later.destination = d.destination AND later.id > d.id)
 """
-"""Of an event's deliveries to one destination only the latest counts: a repetition replaces older ones."""
+"""Only the latest of an event's deliveries to one destination counts: a repetition replaces older ones."""
 
 HAS_DELIVERY = "EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = e.id {conditions})"
 

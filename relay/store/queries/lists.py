@@ -115,7 +115,7 @@ async def read_page(
 
 
 async def _row_of(reader: aiosqlite.Connection, kind: str, given: str | int | None) -> int | None:
-    """Return the row id of a public id; 0, which no row has, if it is unknown."""
+    """Return the row id of a public id; 0 (the id of no row) if it is unknown."""
     if not isinstance(given, str):
         return given
     rows = list(await reader.execute_fetchall(ROW_SQL[kind], (given,)))
@@ -197,7 +197,7 @@ async def _positions(
 
 
 def _end(cursor: Cursor) -> int:
-    """Return the key before which a page's candidates are; the rest of the rows of one key comes first."""
+    """Return the key that a page's candidates are below; other rows with the cursor's own key come first."""
     return cursor.key + 1 if cursor.row else cursor.key
 
 
@@ -248,7 +248,7 @@ async def _attempts_page(
 async def _attempts_plan(
     reader: aiosqlite.Connection, wanted: Mapping[str, Any]
 ) -> tuple[_Take, tuple[str, ...]]:
-    """Return where candidates come from, and the filters that all of these fulfil."""
+    """Return a function that yields candidates, and the filters that all candidates fulfil."""
     if (given := wanted.get("delivery_id")) is not None:
         delivery = await _row_of(reader, "deliveries", given)
         return (

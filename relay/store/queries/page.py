@@ -1,8 +1,8 @@
 """Pages of lists: their cursors, and the budget that bounds the search for the rows of one page.
 
-A page looks at a limited number of candidates and for a limited time. Then it ends with the rows that it
-found, and its cursor continues behind the last candidate. So no page takes long, whatever the filters are,
-and no read transaction is longer than one step of the search.
+A page checks a limited number of candidates, for a limited time. Then it ends with the rows that it found,
+and its cursor continues after the last candidate. So no page takes long with any filters, and no read
+transaction is longer than one step of the search.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from relay.errors import RelayError
 T = TypeVar("T")
 
 MOST_CANDIDATES = 10_000
-"""Candidates that one page looks at."""
+"""Candidates that one page checks."""
 
 SECONDS = 0.025
 """Time for one page; a step that has begun is finished."""
 
-STEP = 500  # candidates that one statement looks at
+STEP = 500  # candidates that one statement checks
 BODY_STEP = 100  # the same if their bodies are read
 FIRST_STEP = 50  # candidates of the first step, even if a page has fewer rows
 
@@ -66,11 +66,11 @@ class Step(msgspec.Struct, frozen=True):
 
     found: list[Cursor]  # positions of matching rows, in order
     next: Cursor | None  # where the next step continues; None: no candidate is left
-    candidates: int  # how many the step looked at
+    candidates: int  # number of checked candidates
 
 
 class PageBudget:
-    """Number of candidates and time that are left for the search of one page."""
+    """The remaining number of candidates and the remaining time for the search of one page."""
 
     def __init__(self, *, reads_bodies: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
@@ -79,11 +79,11 @@ class PageBudget:
         self._deadline = self._loop.time() + SECONDS
 
     def next_step(self, wanted: int) -> int:
-        """Return how many candidates the next step looks at."""
+        """Return the number of candidates for the next step."""
         return min(max(wanted, FIRST_STEP), self._step, self._left)
 
     def spend(self, candidates: int) -> bool:
-        """Note how many candidates a step has looked at; return whether the budget is used up."""
+        """Subtract the candidates of a step; return whether the budget is used up."""
         self._left -= candidates
         return self._left <= 0 or self._loop.time() >= self._deadline
 

@@ -16,7 +16,7 @@ from relay.routing.subscription import Patterns
 from relay.store.rows import marks
 
 PROBED = 2000
-"""Number of the candidate by which plans are compared."""
+"""Position of the candidate by which plans are compared."""
 
 MOST_TERMS = 64
 """Values of one filter that one plan combines, each along its own stretch of an index."""
@@ -99,8 +99,8 @@ class QueryPlan(msgspec.Struct, frozen=True):
     ) -> tuple[list[int], int | None]:
         """Return about `count` candidates of the row ids from `start` to before `end`, in order.
 
-        Returns as well the row id at which the next call goes on: as its `end`, or as its `start` minus 1 if
-        the oldest come first. None: no candidate is left.
+        Also returns the row id at which the next call continues: its `end`, or its `start` minus 1 if the
+        oldest come first. None: no candidate is left.
         """
         if self.path is None:
             ordered = self.ids if newest_first else reversed(self.ids)

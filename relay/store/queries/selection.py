@@ -28,9 +28,9 @@ PAGE = 1000
 MOST_IDS = 1000
 """Ids that one request may name."""
 
-# The pending deliveries of a destination are on three shelves. A delivery moves from one to the next, never
-# back, so reading the shelves in this order, and each by due time, misses no delivery that moves meanwhile.
-_SHELVES = (
+# The pending deliveries of a destination are in three groups. A delivery moves from one group to the next,
+# never back. So reading the groups in this order, each by due time, misses no delivery that moves meanwhile.
+_GROUPS = (
     "attempts = 0 AND next_attempt_at IS NULL AND id > :id ORDER BY id",
     "attempts = 0 AND (next_attempt_at, id) > (:due, :id) ORDER BY next_attempt_at, id",
     "attempts > 0 AND (next_attempt_at, id) > (:due, :id) ORDER BY next_attempt_at, id",
@@ -38,9 +38,9 @@ _SHELVES = (
 PENDING_SQL = tuple(
     f"""
     SELECT id, next_attempt_at FROM deliveries
-     WHERE destination = :destination AND state = 'pending' AND id <= :last AND {shelf} LIMIT :page
+     WHERE destination = :destination AND state = 'pending' AND id <= :last AND {group} LIMIT :page
     """  # noqa: S608 - constants
-    for shelf in _SHELVES
+    for group in _GROUPS
 )
 STATS_SQL = f"""
     SELECT {STATS_COLUMNS} FROM stats
