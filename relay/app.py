@@ -24,6 +24,7 @@ from relay.delivery.dispatcher import StuckLanes
 from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
+from relay.ingest.token_use import EVERY as TOKENS_EVERY
 from relay.jobs.backups import Backups
 from relay.jobs.ledger_check import LedgerCheck
 from relay.jobs.replay import Replays
@@ -345,6 +346,7 @@ class App:
         jobs.add("backup", self.backups.every, self.backups.run)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add("ledger", LEDGER_EVERY, self.ledger_check.check)
+        jobs.add("tokens", TOKENS_EVERY, self.ingest.token_uses.run)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work)
 

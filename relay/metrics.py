@@ -93,6 +93,18 @@ class Metrics:
         _FAST,
         source=NAMES,
     )
+    token_uses = _counter(
+        "relay_token_uses",
+        "Requests that a token or secret of a source authenticated; without source: one of the admin API.",
+        source=NAMES,
+        token=NAMES,
+    )
+    token_used_at = _gauge(
+        "relay_token_last_used_timestamp_seconds",
+        "Time of the last such request, within 15 seconds; 0 if there was none since the start.",
+        source=NAMES,
+        token=NAMES,
+    )
     heartbeats = _counter("relay_heartbeats", "Heartbeats received from workers.", source=NAMES)
     workers = _gauge("relay_workers", "Registered workers, by status.", source=NAMES, status=STATUSES)
     transitions = _counter(
@@ -196,7 +208,8 @@ class Metrics:
 
     def _add(self, label: str, value: str) -> None:
         for attribute, each in declared().items():
-            if each.labels.get(label) == NAMES:
+            others = [values for name, values in each.labels.items() if name != label]
+            if each.labels.get(label) == NAMES and NAMES not in others:
                 self._start(attribute, each, **{label: value})
 
     def _start(self, attribute: str, each: Declared, **known: str) -> None:

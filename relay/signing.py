@@ -264,9 +264,9 @@ def verify(
     candidates = [text.encode("utf-8", "surrogatepass") for text in given["webhook-signature"].split(" ")]
     matches = False
     for secret in secrets:
-        matches |= (_matches_pair if is_asymmetric(secret) else _matches_shared)(
-            secret, candidates, head, body
-        )
+        if (_matches_pair if is_asymmetric(secret) else _matches_shared)(secret, candidates, head, body):
+            matches = True
+            secret.usage.count += 1
     if not matches:
         raise SignatureError("signature", NO_MATCH)
 

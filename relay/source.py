@@ -24,7 +24,7 @@ from relay.base.template import FILTERS, Placeholder, Takes, Template, text_of
 from relay.base.template import parse as parse_template
 from relay.base.units import Duration, Rate, Size
 from relay.config.problems import SettingError
-from relay.config.secrets import Credential, Secret, Secrets, holds_secret
+from relay.config.secrets import Credential, Secret, Secrets, Usage, holds_secret
 from relay.errors import (
     BodyTimeout,
     Conflict,
@@ -63,7 +63,7 @@ __all__ = [
     "NotFound", "Overloaded", "Placeholder", "PluginFailed", "Preset", "Rate", "RateLimited", "Receipt",
     "Refusal", "Register", "Reply", "Rules", "Secret", "Secrets", "Session", "SessionSeen", "SettingError",
     "SignatureError", "Size", "Source", "Takes", "Template", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unregister", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id",
+    "Unregister", "Usage", "WorkerChange", "WorkerStatus", "as_json", "as_map", "as_value", "check_id",
     "check_length", "check_type", "decode_json", "ecdsa_verifier", "ed25519_verifier", "instant",
     "parse_path", "parse_template", "read_json", "rfc3339", "route", "sign_standard_webhooks", "text_of",
     "verify_standard_webhooks",
@@ -250,7 +250,9 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             raise Unauthenticated(f"The header {header} has the wrong form", problem="scheme")
         message, fits = self.received if signed is None else signed, False
         for secret in secrets:
-            fits |= hmac.compare_digest(hmac.digest(secret.reveal().encode(), message, algorithm), digest)
+            if hmac.compare_digest(hmac.digest(secret.reveal().encode(), message, algorithm), digest):
+                fits = True
+                secret.usage.count += 1
         if not fits:
             raise Unauthenticated("The signature does not fit")
 
@@ -273,6 +275,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         credential = passwords.find(password)
         if not hmac.compare_digest(name, user.encode()) or credential is None:
             raise Unauthenticated("Wrong user name or password")
+        credential.usage.count += 1
         return credential
 
     def api_key(self, keys: Secrets, header: str) -> Credential:
@@ -289,6 +292,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         credential = keys.find(values[0].strip().encode("utf-8", "surrogateescape"))
         if credential is None:
             raise Unauthenticated("Unknown key")
+        credential.usage.count += 1
         return credential
 
     def check_time(self, sent: float, tolerance: float = 300.0) -> None:
@@ -319,6 +323,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         credential = tokens.find(token.encode("utf-8", "surrogateescape"))
         if credential is None:
             raise Unauthenticated(problem="unknown")
+        credential.usage.count += 1
         return credential
 
 

@@ -14,6 +14,7 @@ from relay.ingest.body import Patience
 from relay.ingest.handler import Ingest
 from relay.ingest.routes import Mount, mounts_of
 from relay.ingest.sender_address import SenderAddress
+from relay.ingest.token_use import TokenUses
 from relay.jobs.retention import Upkeep
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
@@ -58,6 +59,7 @@ class State:
             metrics=metrics,
             sender_address=_sender_address_of(config),
             patience=_patience_of(config),
+            token_uses=TokenUses(metrics, clock, config.admin.tokens),
         )
         self.dispatcher = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics

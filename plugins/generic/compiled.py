@@ -63,22 +63,24 @@ class Compiled:
     def _scheme(self) -> Scheme:
         settings, given, reader = self._settings, self._given, self.reader
         # A secret that a lenient command could not read is empty: it must not accept an empty credential.
-        secrets = [secret.reveal() for secret in settings.secrets if secret.reveal()]
+        known = [secret for secret in settings.secrets if secret.reveal()]
+        secrets, usages = [secret.reveal() for secret in known], [secret.usage for secret in known]
         scheme: Scheme = Nobody()
         match given:
             case Bearer():
-                scheme = BearerToken(secrets)
+                scheme = BearerToken(secrets, usages)
             case Basic():
-                scheme = BasicAuth(given, secrets)
+                scheme = BasicAuth(given, secrets, usages)
             case ApiKey():
-                scheme = Key(given, secrets, reader, self.items)
+                scheme = Key(given, secrets, usages, reader, self.items)
             case Hmac():
-                scheme = HmacSignature(given, secrets, reader)
+                scheme = HmacSignature(given, secrets, usages, reader)
             case Ed25519() | Ecdsa():
-                public = [key.reveal() for key in settings.public_keys if key.reveal()]
-                scheme = AsymmetricSignature(given, public, reader)
+                keys = [key for key in settings.public_keys if key.reveal()]
+                public, usages = [key.reveal() for key in keys], [key.usage for key in keys]
+                scheme = AsymmetricSignature(given, public, usages, reader)
             case StandardWebhooks():
-                scheme = Standard(given, [secret for secret in settings.secrets if secret.reveal()])
+                scheme = Standard(given, known)
         return scheme
 
     def _compile(self) -> None:
@@ -99,7 +101,10 @@ class Compiled:
         ]
         self._events = compile_value(reader, parse_template(settings.events)) if settings.events else None
         self._reply = None if settings.reply is None else Answer(reader, settings.reply, {})
-        self._tokens = Secrets.of(*(each.reveal() for each in settings.verify_tokens if each.reveal()))
+        verify_tokens = [each for each in settings.verify_tokens if each.reveal()]
+        self._tokens = Secrets.of(
+            *(each.reveal() for each in verify_tokens), usages=[each.usage for each in verify_tokens]
+        )
         filters = {"hmac": self.scheme.digest_of} if isinstance(self.scheme, HmacSignature) else {}
         greetings = [Greeting(reader, each, filters) for each in settings.handshakes]
         self.early = [each for each in greetings if not each.verified]

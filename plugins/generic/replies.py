@@ -104,6 +104,8 @@ class Greeting:
         """
         if self._token is not None:
             token = self._token(reading)
-            if not token or tokens.find(token.encode("utf-8", "surrogateescape")) is None:
+            credential = tokens.find(token.encode("utf-8", "surrogateescape")) if token else None
+            if credential is None:
                 raise Forbidden("Unknown verify token")
+            credential.usage.count += 1
         return self._answer.of(reading)

@@ -15,6 +15,7 @@ from relay.source import (
     Placeholder,
     SettingError,
     Unauthenticated,
+    Usage,
     ecdsa_verifier,
     ed25519_verifier,
     instant,
@@ -48,9 +49,15 @@ class Signature:
     reads_body = True
 
     def __init__(
-        self, settings: Signed, encoding: str, verifiers: Sequence[Verifier], reader: Reader
+        self,
+        settings: Signed,
+        encoding: str,
+        verifiers: Sequence[Verifier],
+        usages: Sequence[Usage],
+        reader: Reader,
     ) -> None:
         self._settings = settings
+        self._usages = usages  # of the keys, in the order of `verifiers`
         self._reader = reader
         self._decode = DECODERS[encoding]
         self._verifiers = verifiers
@@ -163,8 +170,10 @@ class Signature:
         for candidate in candidates:
             signature = self._decode(candidate)
             if signature is not None:
-                for fits in self._verifiers:
-                    matches |= fits(signature, message)
+                for fits, usage in zip(self._verifiers, self._usages, strict=True):
+                    if fits(signature, message):
+                        matches = True
+                        usage.count += 1
         if not matches:
             raise Unauthenticated("The signature does not match")
 
@@ -280,7 +289,9 @@ class AsymmetricSignature(Signature):
         ExceptionGroup: keys that cannot be read, or `cryptography` is not installed.
     """
 
-    def __init__(self, settings: Ed25519 | Ecdsa, keys: Sequence[str], reader: Reader) -> None:
+    def __init__(
+        self, settings: Ed25519 | Ecdsa, keys: Sequence[str], usages: Sequence[Usage], reader: Reader
+    ) -> None:
         make = ed25519_verifier if isinstance(settings, Ed25519) else ecdsa_verifier
         verifiers, wrong = [], []
         for at, key in enumerate(keys):
@@ -290,13 +301,15 @@ class AsymmetricSignature(Signature):
                 wrong.append(SettingError(str(error), "public_keys", at))
         if wrong:
             raise ExceptionGroup("wrong public keys", wrong)
-        super().__init__(settings, settings.encoding, verifiers, reader)
+        super().__init__(settings, settings.encoding, verifiers, usages, reader)
 
 
 class HmacSignature(Signature):
     """`verify.hmac`."""
 
-    def __init__(self, settings: Hmac, secrets: Sequence[str], reader: Reader) -> None:
+    def __init__(
+        self, settings: Hmac, secrets: Sequence[str], usages: Sequence[Usage], reader: Reader
+    ) -> None:
         self._hmac = settings
         self._secrets = secrets
         self._states = []
@@ -305,9 +318,8 @@ class HmacSignature(Signature):
                 self._states.append(hmac.new(key_of(secret, settings), digestmod=settings.algorithm))
             except ValueError as error:
                 raise SettingError(str(error), "secrets", at) from None
-        super().__init__(
-            settings, settings.encoding, [partial(_fits, state) for state in self._states], reader
-        )
+        verifiers = [partial(_fits, state) for state in self._states]
+        super().__init__(settings, settings.encoding, verifiers, usages, reader)
 
     def digest_of(self, value: Any) -> str:
         """Return the HMAC of a text with the first secret, for handshakes."""

@@ -16,6 +16,7 @@ from relay.source import (
     SettingError,
     SignatureError,
     Unauthenticated,
+    Usage,
     parse_template,
     sign_standard_webhooks,
     verify_standard_webhooks,
@@ -72,9 +73,9 @@ class BearerToken:
 
     reads_body = False
 
-    def __init__(self, secrets: Sequence[str]) -> None:
+    def __init__(self, secrets: Sequence[str], usages: Sequence[Usage]) -> None:
         self._secrets = secrets
-        self._tokens = Secrets.of(*(each.strip() for each in secrets))
+        self._tokens = Secrets.of(*(each.strip() for each in secrets), usages=usages)
 
     def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
@@ -95,15 +96,17 @@ class BasicAuth:
 
     reads_body = False
 
-    def __init__(self, settings: Basic, secrets: Sequence[str]) -> None:
+    def __init__(self, settings: Basic, secrets: Sequence[str], usages: Sequence[Usage]) -> None:
         self._pairs = [f"{settings.user}:{secret}" for secret in secrets]
-        self._tokens = Secrets.of(*self._pairs)
+        self._tokens = Secrets.of(*self._pairs, usages=usages)
         self._user = settings.user
 
     def check(self, incoming: Incoming) -> None:
         """See `Scheme`."""
-        if self._tokens.find(self._pair(incoming)) is None:
+        credential = self._tokens.find(self._pair(incoming))
+        if credential is None:
             raise Unauthenticated("Wrong user name or password")
+        credential.usage.count += 1
 
     def _pair(self, incoming: Incoming) -> bytes:
         values = incoming.headers.getall("Authorization", [])
@@ -142,11 +145,18 @@ class BasicAuth:
 class Key:
     """`verify.api_key`."""
 
-    def __init__(self, settings: ApiKey, secrets: Sequence[str], reader: Reader, items: Items) -> None:
+    def __init__(
+        self,
+        settings: ApiKey,
+        secrets: Sequence[str],
+        usages: Sequence[Usage],
+        reader: Reader,
+        items: Items,
+    ) -> None:
         self._settings = settings
         self._reader = reader
         self._secrets = secrets
-        self._tokens = Secrets.of(*secrets)
+        self._tokens = Secrets.of(*secrets, usages=usages)
         name = settings.header or settings.query or ""
         kind = "header" if settings.header else "query"
         template = parse_template(settings.value if settings.value is not None else f"{{{kind}:{name}}}")
@@ -177,8 +187,10 @@ class Key:
         if not value.startswith(self._settings.prefix):
             raise Unauthenticated(f"The key ({self.place}) has the wrong form", problem="scheme")
         key = value.removeprefix(self._settings.prefix)
-        if self._tokens.find(key.encode("utf-8", "surrogateescape")) is None:
+        credential = self._tokens.find(key.encode("utf-8", "surrogateescape"))
+        if credential is None:
             raise Unauthenticated("Unknown key")
+        credential.usage.count += 1
 
     def explain(self, incoming: Incoming) -> Iterator[str]:
         """See `Scheme`."""

@@ -88,6 +88,7 @@ def require_token(tokens: tuple[Secret, ...]) -> Any:
         matches = [hmac.compare_digest(token.reveal().encode(), presented) for token in tokens]
         if scheme.lower() == "bearer" and any(matches):
             request[TOKEN] = matches.index(True) + 1
+            tokens[matches.index(True)].usage.count += 1
         else:
             hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
             return error_response(401, "unauthorized", "missing or unknown token", hint)

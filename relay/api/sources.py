@@ -8,7 +8,8 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
-from relay.api.views import EventView, unknown, view_of
+from relay.api.views import EventView, Time, about, unknown, view_of
+from relay.base.clock import rfc3339
 from relay.config.effective import effective_source
 from relay.ingest.routes import Mount
 from relay.process.logs import fields
@@ -25,13 +26,26 @@ class SourceView(msgspec.Struct):
     paused: bool
 
 
+class TokenView(msgspec.Struct):
+    """The use of one token or secret."""
+
+    name: Annotated[
+        str, about("From config.toml, else the name of its variable, file or credential, else `key`.")
+    ]
+    key: Annotated[str, about("Its place in the settings, such as `tokens[0]`.")]
+    uses: Annotated[int, about("Requests that it authenticated since `since`.")]
+    last_used: Annotated[Time | None, about("The last of them, within 15 seconds.")]
+    since: Annotated[Time, about("When the daemon started, or a reload added the name.")]
+
+
 class SourceShown(SourceView):
-    """A source with its settings and its latest event."""
+    """A source with its settings, the use of its tokens, and its latest event."""
 
     settings: Annotated[
         dict[str, Any],
         msgspec.Meta(description="As in config.toml, with defaults; secrets are `<secret>`."),
     ]
+    tokens: tuple[TokenView, ...]
     latest: EventView | None
 
 
@@ -54,8 +68,8 @@ class SourcesApi:
         return Page(tuple(SourceView(**_fields(mount)) for mount in self._ingest.mounts.values()), None)
 
     @endpoint(
-        "GET", "/api/sources/{name}", "showSource", "Show a source with its settings and its latest event.",
-        returns=SourceShown,
+        "GET", "/api/sources/{name}", "showSource",
+        "Show a source with its settings, its tokens and its latest event.", returns=SourceShown,
     )  # fmt: skip
     async def _show(self, request: web.Request) -> dict[str, Any]:
         mount = self._mount(request)
@@ -63,6 +77,16 @@ class SourcesApi:
         return {
             **_fields(mount),
             "settings": effective_source(mount.config),
+            "tokens": [
+                TokenView(
+                    name=use.name,
+                    key=use.key,
+                    uses=use.uses,
+                    last_used=None if use.last_used is None else rfc3339(use.last_used),
+                    since=rfc3339(use.since),
+                )
+                for use in self._ingest.token_uses.of(mount.name)
+            ],
             "latest": view_of(latest[0]) if latest else None,
         }
 

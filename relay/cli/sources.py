@@ -8,10 +8,11 @@ import click
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import quiet_option
-from relay.cli.output import print_fields, print_page
+from relay.cli.output import cell, print_fields, print_page, print_table
 from relay.config.problems import dotted
 
 COLUMNS = ("name", "plugin", "prefix", "paused")
+_TOKEN = ("name", "uses", "last_used")
 
 
 @click.group(
@@ -36,14 +37,22 @@ def list_(answer: Any, *, quiet: bool) -> None:
 @sources.command()
 @endpoint("GET sources/{name}")
 def show(answer: Any, *, name: str) -> None:
-    """Show a source, its latest event and its settings.
+    """Show a source, its latest event, its settings, and the use of its tokens.
 
     Example: relay sources show adorn
+
+    A token or secret that no sender has used for long can be removed from config.toml.
     """
     _ = name
-    latest, settings = answer.pop("latest"), answer.pop("settings")
+    latest, settings, tokens = (answer.pop(field) for field in ("latest", "settings", "tokens"))
     event = {f"latest_{field}": latest[field] for field in ("id", "type", "received_at")} if latest else {}
     print_fields({**answer, **event, **dict(_flattened(settings))})
+    if tokens:
+        click.echo()
+        headings = ("token", "uses", "last used")
+        print_table(headings, [[cell(each[field]) for field in _TOKEN] for each in tokens])
+        since = min(each["since"] for each in tokens)
+        click.echo(f"uses are counted since {since}, the start of the daemon or a later reload", err=True)
 
 
 def _flattened(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:

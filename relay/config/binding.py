@@ -254,7 +254,8 @@ class Binder:
         # Presented tokens are trimmed (relay.source), so one with spaces around it could never match.
         return Credential(
             digest=digest(token.secret.reveal().strip().encode()),
-            name=token.name,
+            name=token.name or token.secret.name,
+            usage=token.secret.usage,
             scopes=None if token.scopes is None else frozenset(token.scopes),
         )
 

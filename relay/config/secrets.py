@@ -5,7 +5,7 @@ import hmac
 import html
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,13 +14,30 @@ import msgspec
 from relay.config.problems import guess, kind_of, shown
 
 
+class Usage:
+    """Counts the requests that a configured secret authenticated. It is no part of the secret's value."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Usage)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Secret:
     """A value that prints as `<secret>`; `reveal` is for the moment of use only."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_value", "name", "usage")
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, *, name: str = "") -> None:
         self._value = value
+        self.name = name  # of the variable, file or credential that it comes from; "" for a literal
+        self.usage = Usage()
 
     def reveal(self) -> str:
         """Return the clear text."""
@@ -108,8 +125,9 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
     """One token that a source accepts, as a digest: the clear text is not kept."""
 
     digest: bytes  # of the token's bytes, see `digest`
-    name: str = ""  # for logs; "" where config.toml names none
+    name: str = ""  # from config.toml, else of the variable, file or credential; "" if there is neither
     scopes: frozenset[str] | None = None  # None: every scope
+    usage: Usage = msgspec.field(default_factory=Usage)
 
     def allows(self, scope: str) -> bool:
         """Say whether the token carries that scope."""
@@ -125,9 +143,15 @@ class Secrets:
         self._credentials = credentials
 
     @classmethod
-    def of(cls, *tokens: str) -> "Secrets":
-        """Accept these clear-text tokens with every scope (tests, demo)."""
-        return cls(*(Credential(digest=digest(token.encode())) for token in tokens))
+    def of(cls, *tokens: str, usages: Iterable[Usage] = ()) -> "Secrets":
+        """Accept these clear-text tokens with every scope; `usages` count their uses, one for each."""
+        counted = usages or [Usage() for _ in tokens]
+        return cls(
+            *(
+                Credential(digest=digest(token.encode()), usage=usage)
+                for token, usage in zip(tokens, counted, strict=True)
+            )
+        )
 
     def find(self, token: bytes) -> Credential | None:
         """Return the credential of a presented token, in the same time whether it exists or not."""
@@ -219,7 +243,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"expected {FORMS}, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
         place = _place(value)
         try:
-            return Secret(self._look_up(place, value))
+            return Secret(self._look_up(place, value), name=value[place])
         except (_MissingError, _DeniedError) as error:
             if self.lenient:
                 return Absent(str(error))

@@ -130,4 +130,9 @@ def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: in
 def _token(mount: Mount, incoming: Incoming) -> bytes:
     """Return the digest of the request's configured token, `b""` if the source has none."""
     tokens = getattr(mount.source, "tokens", None)
-    return incoming.bearer(tokens).digest if isinstance(tokens, Secrets) and tokens else b""
+    if not isinstance(tokens, Secrets) or not tokens:
+        return b""
+    # Not `incoming.bearer`, which would count a second use of the token.
+    token = incoming.headers.get("Authorization", "").strip().partition(" ")[2].strip()
+    credential = tokens.find(token.encode("utf-8", "surrogateescape"))
+    return b"" if credential is None else credential.digest

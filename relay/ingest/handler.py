@@ -54,6 +54,7 @@ from relay.ingest.replies import (
 from relay.ingest.request import Request
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.ingest.sender_address import SenderAddress
+from relay.ingest.token_use import TokenUses
 from relay.metrics import Metrics
 from relay.model import (
     Command,
@@ -104,6 +105,7 @@ class Ingest:
         metrics: Metrics,
         sender_address: SenderAddress,
         patience: Patience,
+        token_uses: TokenUses | None = None,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.mounts: dict[str, Mount] = {}
@@ -112,6 +114,7 @@ class Ingest:
         self._clock = clock
         self._metrics = metrics
         self._counters: dict[str, _Counters] = {}  # by source
+        self.token_uses = token_uses or TokenUses(metrics, clock)
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
         self._unheard_replies = UnheardReplies(clock)
@@ -136,6 +139,7 @@ class Ingest:
         largest = max((mount.config.max_body for mount in self.mounts.values()), default=0)
         self._budget.resize(max(self._most_bytes, 2 * largest))
         self.admission.keep(self.mounts)
+        self.token_uses.adopt(self.mounts.values())
 
     async def handle(self, request: Request) -> Response:
         """Answer one request; the source renders every error in its own envelope."""

@@ -22,7 +22,7 @@ async def relay(tmp_path):
 
 async def test_jobs_are_listed_with_their_results(relay, commands):
     names = (await commands("jobs", "list", "-q")).out.split()
-    assert names == ["backup", "disk", "expire", "flush", "forget", "ledger", "retention", "sweep"]
+    assert names == ["backup", "disk", "expire", "flush", "forget", "ledger", "retention", "sweep", "tokens"]
     section = OPERATING.read_text().partition("## Jobs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+)[^|]* \|", section, re.MULTILINE)
     assert rows == [(row[0], row[1]) for row in (await commands("jobs", "list")).rows]
