@@ -121,7 +121,7 @@ class DestinationsApi:
     @endpoint(
         "POST", "/api/destinations/{name}/test", "testDestination",
         "Send one signed ping to a destination; on request, a 2xx closes its circuit.",
-        body=PingBody, optional_body=True, returns=PingView, also={409: ErrorView},
+        body=PingBody, optional_body=True, find="_lane", returns=PingView, also={409: ErrorView},
     )  # fmt: skip
     async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)

@@ -77,6 +77,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     optional_body: bool  # whether an empty body stands for `{}`
     answers: Mapping[int, Any]  # type of the response by status
     content: str  # content type of the responses
+    find: str | None  # name of a method that raises `UnknownError` if the path names an unknown object
     public: bool  # whether it needs no token
 
     @property
@@ -84,12 +85,16 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         """Return the path as OpenAPI writes it."""
         return re.sub(r"{(\w+):[^{}]*}", r"{\1}", self.path)
 
-    def route(self, handler: Callable[..., Awaitable[Any]]) -> web.RouteDef:
-        """Return the route to a bound handler."""
+    def route(
+        self, handler: Callable[..., Awaitable[Any]], find: Callable[[web.Request], object] | None = None
+    ) -> web.RouteDef:
+        """Return the route to a bound handler; `find` is the bound method of that name."""
         read_body = isinstance(self.body, type)
         status = min(self.answers)
 
         async def answer(request: web.Request) -> web.StreamResponse:
+            if find is not None:
+                find(request)
             arguments = [] if self.query is None else [read_query(dict(request.query), self.query)]
             if read_body:
                 arguments.append(await body_of(request, self.body, optional=self.optional_body))
@@ -110,6 +115,7 @@ def endpoint(
     query: type[msgspec.Struct] | None = None,
     body: Any = None,
     optional_body: bool = False,
+    find: str | None = None,
     status: int = 200,
     also: Mapping[int, Any] | None = None,
     content: str = JSON,
@@ -127,6 +133,8 @@ def endpoint(
         body: Struct of the request body, which the handler takes last; or the content type of a body that
             the handler reads itself.
         optional_body: an empty body stands for `{}`.
+        find: name of a method that gets the request and raises `UnknownError` if its path names an unknown
+            object. It is called before the body is read, so that such a request gets 404 with any body.
         status: of the response.
         also: further statuses and the types of their responses.
         content: content type of the response.
@@ -136,7 +144,7 @@ def endpoint(
         content = LINES
     declared = Endpoint(
         method=method, path=path, name=name, summary=summary, query=query, body=body,
-        optional_body=optional_body,
+        optional_body=optional_body, find=find,
         answers={status: returns, **(also or {})}, content=content, public=public,
     )  # fmt: skip
 
@@ -156,7 +164,10 @@ def endpoints_of(resource: type) -> dict[str, Endpoint]:
 def routes_of(resource: object) -> list[web.RouteDef]:
     """Return the routes to the handlers of an object."""
     declared = endpoints_of(type(resource))
-    return [each.route(getattr(resource, name)) for name, each in declared.items()]
+    return [
+        each.route(getattr(resource, name), None if each.find is None else getattr(resource, each.find))
+        for name, each in declared.items()
+    ]
 
 
 def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:

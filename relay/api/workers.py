@@ -186,7 +186,7 @@ class WorkersApi:
 
     @endpoint(
         "POST", f"{_WORKER}/maintenance", "maintainWorker", "Start or end a worker's maintenance.",
-        body=MaintenanceBody, returns=WorkerView,
+        body=MaintenanceBody, find="_find", returns=WorkerView,
     )  # fmt: skip
     async def _maintain(self, request: web.Request, body: MaintenanceBody) -> dict[str, Any]:
         worker = self._find(request)
@@ -206,7 +206,7 @@ class WorkersApi:
     @endpoint(
         "POST", f"{_WORKER}/commands", "queueCommand",
         "Send a worker a command in the response to its next heartbeat.",
-        body=CommandBody, returns=QueuedView, status=201,
+        body=CommandBody, find="_find", returns=QueuedView, status=201,
     )  # fmt: skip
     async def _queue(self, request: web.Request, body: CommandBody) -> QueuedView:
         worker = self._find(request)

@@ -136,6 +136,14 @@ async def test_an_invalid_command_is_refused_with_a_hint(relay, body):
     assert said["error"]["message"]
 
 
+@pytest.mark.parametrize("action", ["commands", "maintenance"])
+@pytest.mark.parametrize("body", [{}, [1], {"command": {"type": "x"}, "on": True}])
+async def test_an_unknown_worker_gets_404_with_any_body(relay, action, body):
+    status, answer = await ask(relay, "POST", f"/whatsapp/nobody/{action}", body)
+    assert (status, answer["error"]["code"]) == (404, "not_found")
+    assert 'unknown worker "nobody"' in answer["error"]["message"]
+
+
 async def test_queued_commands_survive_a_restart(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with running(config) as relay:
