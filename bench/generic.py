@@ -44,6 +44,7 @@ async def run(plan: Plan) -> Comparison:
         us="generic, HMAC",
         rival="moddy, token",
         target=1 / 1.25,
+        is_of_cost=True,
         ours=mine,
         theirs=others,
     )

@@ -14,7 +14,7 @@ def table(comparison: Comparison) -> str:
         _column("events/s (min-max)", comparison.rates(), ",.0f"),
         _column("CPU us/event (min-max)", comparison.costs(), ".0f"),
     ]
-    judged = [comparison.rates()[2]]
+    judged = [comparison.costs()[2] if comparison.is_of_cost else comparison.rates()[2]]
     if (delays := comparison.delays()) is not None:
         columns.append(_column("p99 ms (min-max)", delays, ".1f"))
         judged.append(delays[2])
@@ -23,7 +23,8 @@ def table(comparison: Comparison) -> str:
     rows = zip(names, *columns, strict=True)
     lines = [f"  {name:<22}" + "".join(f"{cell:>28}" for cell in cells) for name, *cells in rows]
     lines = [f"{comparison.name}: {comparison.title}", *lines]
-    return "\n".join([*lines, f"  target for the ratio: {comparison.target:.2f}, {met}"])
+    what = "ratio of CPU" if comparison.is_of_cost else "ratio"
+    return "\n".join([*lines, f"  target for the {what}: {comparison.target:.2f}, {met}"])
 
 
 def as_json(comparisons: Sequence[Comparison]) -> str:

@@ -53,6 +53,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     rival: str
     us: str = "relay"
     target: float  # the least that the ratio of rates shall be, and that of p99
+    is_of_cost: bool = False  # whether the target is one of CPU per event, not of rates
     ours: tuple[Round, ...]
     theirs: tuple[Round, ...]
 
