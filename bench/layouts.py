@@ -34,6 +34,7 @@ from relay.store.claims import Claims, claim
 from relay.store.connection import migrate, open_reader, open_writer
 from relay.store.dedupe import Key, Keys, identity
 from relay.store.mark import GIVEN_SQL
+from relay.store.opening import no_options
 from relay.store.queries import filters as list_filters
 from relay.store.queries import lists as stored_lists
 from relay.store.queries import plan
@@ -470,6 +471,7 @@ async def begin(layout: OneTable, transaction: Transaction, keys: Sequence[Key],
         clock=CLOCK,
         sequences=layout.sequences,
         route=lambda _event: targets,
+        resolve=no_options,
         roster=Roster(),
         rules=lambda _source, _worker: WorkerRules(),
         keys=known,

@@ -93,6 +93,7 @@ class App:
             config.state_dir,
             clock,
             route=self.router.route,
+            resolve=self.router.resolve,
             rules=self.rulebook.of,
             listeners=self.listeners,
             on_status_change=self.metrics.count_status_change,

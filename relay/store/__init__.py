@@ -49,6 +49,9 @@ T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Target, ...]]
 """Returns the deliveries that an event needs. Pure; called inside the event's transaction."""
 
+Resolve = Callable[[str, StoredEvent], Target | None]
+"""Returns the options of one destination for an event; None: it is not in the config. Pure, as `Route`."""
+
 Rules = Callable[[str, str], WorkerRules]
 """Returns the rules of a worker by its source and id. Pure; called inside the worker's transaction."""
 

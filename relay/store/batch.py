@@ -24,7 +24,7 @@ from relay.model import (
     Target,
     Worker,
 )
-from relay.store import DEDUPE_FOR, Acceptance, Route
+from relay.store import DEDUPE_FOR, Acceptance, Resolve, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.roster import Roster
 from relay.store.rows import HOUR
@@ -75,6 +75,7 @@ class Batch:
         clock: Clock,
         sequences: Sequences,
         route: Route,
+        resolve: Resolve,
         roster: Roster,
         rules: Callable[[str, str], WorkerRules],
         keys: Keys | None,
@@ -84,6 +85,7 @@ class Batch:
         self.wall = clock.wall()
         self._sequences = sequences
         self._route = route
+        self.resolve = resolve
         self._pending = pending  # by destination, before this batch
         self._added: Counter[str] = Counter()
         self.keys = keys  # None: no request of the batch has a key

@@ -9,7 +9,7 @@ from typing import Any
 
 from relay.base.clock import Clock
 from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, News, Outcome, Target, WorkerStatus
-from relay.store import Listener, Route, Rules, event_times
+from relay.store import Listener, Resolve, Route, Rules, event_times
 from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims
 from relay.store.dedupe import Keys
@@ -222,8 +222,10 @@ def _handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
     """Raise an operator event for each dead delivery, and deliver its event to the `on_dead` destination."""
     for outcome in dead:
         delivery = outcome.delivery
-        if delivery.on_dead is not None:
-            batch.add_delivery(Target(delivery.on_dead), delivery.event_id, delivery.size, delivery.event)
+        if (name := delivery.on_dead) is not None:
+            options = None if delivery.event is None else batch.resolve(name, delivery.event)
+            target = Target(name, grouping=None if options is None else options.grouping)
+            batch.add_delivery(target, delivery.event_id, delivery.size, delivery.event)
         if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
             batch.add_generated(OPERATOR_SOURCE, _dead_event(outcome))
 
@@ -410,6 +412,7 @@ class Committer:
         workers: SqliteWorkers,
         ledger: SqliteLedger,
         route: Route,
+        resolve: Resolve,
         rules: Rules,
         listeners: Sequence[Listener],
         on_status_change: Callable[[str, WorkerStatus], None],
@@ -420,6 +423,7 @@ class Committer:
         self._workers = workers
         self._ledger = ledger
         self._route = route
+        self._resolve = resolve
         self._rules = rules
         self._listeners = listeners
         self._on_status_change = on_status_change
@@ -434,6 +438,7 @@ class Committer:
             clock=self._clock,
             sequences=self.sequences,
             route=self._route,
+            resolve=self._resolve,
             roster=self._workers.roster,
             rules=self._rules,
             keys=keys,

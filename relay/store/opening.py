@@ -12,7 +12,7 @@ from relay.base.clock import Clock
 from relay.config.schema import WorkerRules
 from relay.errors import RelayError
 from relay.model import StoredEvent, WorkerStatus
-from relay.store import Listener, OfflineStore, Route, Rules, Store
+from relay.store import Listener, OfflineStore, Resolve, Route, Rules, Store
 
 DISK_RESERVE = 2 * 2**20
 """Bytes of the reserve that a daemon keeps for outcomes and retention on a full disk."""
@@ -21,6 +21,10 @@ DISK_RESERVE = 2 * 2**20
 def no_route(_event: StoredEvent) -> tuple[()]:
     """Route an event to no destination."""
     return ()
+
+
+def no_options(_destination: str, _event: StoredEvent) -> None:
+    """Return no options of a destination."""
 
 
 def default_rules(_source: str, _worker_id: str) -> WorkerRules:
@@ -34,6 +38,7 @@ def make_store(
     clock: Clock,
     *,
     route: Route = no_route,
+    resolve: Resolve = no_options,
     rules: Rules = default_rules,
     listeners: Sequence[Listener] = (),
     on_status_change: Callable[[str, WorkerStatus], None] = lambda _source, _status: None,
@@ -51,6 +56,7 @@ def make_store(
         folder: the state folder; relative names are relative to it.
         clock: of every time that the store writes or compares.
         route: returns the deliveries of a new event.
+        resolve: returns the options of the destination that gets the event of a dead delivery.
         rules: returns the rules of a worker.
         listeners: called after each commit with its changes; must not raise or block. Read at every commit,
             so a caller may change the sequence.
@@ -73,6 +79,7 @@ def make_store(
         path,
         clock,
         route=route,
+        resolve=resolve,
         rules=rules,
         listeners=listeners,
         on_status_change=on_status_change,

@@ -13,7 +13,7 @@ from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     WorkerStatus,
 )
-from relay.store import Listener, Route, Rules
+from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Sequences
 from relay.store.claims import Claims
 from relay.store.commit import Committer
@@ -57,6 +57,7 @@ class SqliteStore:
         clock: Clock,
         *,
         route: Route,
+        resolve: Resolve,
         rules: Rules,
         listeners: Sequence[Listener],
         on_status_change: Callable[[str, WorkerStatus], None],
@@ -92,6 +93,7 @@ class SqliteStore:
             workers=self.workers,
             ledger=self.ledger,
             route=route,
+            resolve=resolve,
             rules=rules,
             listeners=listeners,
             on_status_change=on_status_change,

@@ -80,15 +80,20 @@ def destination(name, url, **fields):
     return DestinationConfig(name=name, url=Url(url), secrets=(Secret(SECRET),), **{**defaults, **fields})
 
 
+def router(destinations: Iterable[DestinationConfig]):
+    """Return the daemon's router for these destinations."""
+    return Router.of({config.name: config for config in destinations})
+
+
 def route(destinations: Iterable[DestinationConfig]):
     """Return the daemon's route function for these destinations."""
-    return Router.of({config.name: config for config in destinations}).route
+    return router(destinations).route
 
 
 @asynccontextmanager
 async def dispatcher_for(store, *destinations, own=(), **options):
     """Run a dispatcher for these destinations; events are owed by their `events` and terms."""
-    hooks(store).route = route(destinations)
+    hooks(store).route, hooks(store).resolve = router(destinations).route, router(destinations).resolve
     configs = {config.name: config for config in destinations}
     dispatcher = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)
     hooks(store).listener = dispatcher.listen

@@ -20,11 +20,15 @@ class Hooks:
 
     def __init__(self):
         self.route = opening.no_route
+        self.resolve = opening.no_options
         self.rules = opening.default_rules
         self.listener = lambda _news: None
 
     def call_route(self, event):
         return self.route(event)
+
+    def call_resolve(self, destination, event):
+        return self.resolve(destination, event)
 
     def call_rules(self, source, worker_id):
         return self.rules(source, worker_id)
@@ -41,6 +45,7 @@ def make_store(path, clock, *, kind=KINDS[0], on_fatal=lambda _why: None, **opti
         path.parent,
         clock,
         route=called.call_route,
+        resolve=called.call_resolve,
         rules=called.call_rules,
         listeners=[called.call_listener],
         on_fatal=on_fatal,
