@@ -178,7 +178,7 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def held(self) -> str | None:
-        """Why an operator must act before the relay sends again; None: no such reason is stored."""
+        """The stored hold that only an operator can end, such as `paused`; None: there is no hold."""
         if self.paused:
             return "paused"
         return None if self.disabled_at is None else f"disabled: {self.disabled_reason}"

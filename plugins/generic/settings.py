@@ -249,7 +249,7 @@ class Hmac(Signed, frozen=True, kw_only=True):
         Literal["text", "hex", "base64"],
         describe("how `secrets` are written; `text`: their own bytes are the key"),
     ] = "text"
-    key_prefix: Annotated[str, describe("text in front of each secret that is not part of the key")] = ""
+    key_prefix: Annotated[str, describe("text at the start of each secret; the key is the rest")] = ""
 
 
 class Ed25519(Signed, frozen=True, kw_only=True):

@@ -157,10 +157,10 @@ def add(
 
     Example: relay sources add github --public-url https://hooks.example
 
-    KIND is a preset, such as github, generic, or another kind that `relay plugins list` lists; on a terminal
+    KIND is `generic`, a preset such as github, or another kind that `relay plugins list` lists; on a terminal
     without KIND, the command asks. The table is checked and appended; the rest of the file stays as it is.
     Afterwards the command prints the URL and the steps at the sender's side, and where to store the secret.
-    `relay reload` applies it.
+    `relay reload` adds the source to the running daemon.
     """
     file = find_config(config)
     known = offered(dirs_of(file))

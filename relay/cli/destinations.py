@@ -45,9 +45,11 @@ def destinations() -> None:
 @quiet_option
 @endpoint("GET destinations", offline=True)
 def list_(answer: Any, *, quiet: bool) -> None:
-    """List destinations with their delivery counts; `held` says why a destination gets no deliveries.
+    """List destinations with their delivery counts.
 
     Example: relay destinations list
+
+    The column `held` shows why a destination gets no deliveries.
     """
     print_page(answer, COLUMNS, quiet=quiet, key="name")
 

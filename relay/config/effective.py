@@ -23,14 +23,14 @@ _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 def effective(config: Config) -> dict[str, Any]:
-    """Return the tables of config.toml as JSON has them; what has no value is left out."""
+    """Return the tables of config.toml as JSON values; keys without a value are left out."""
     tables = _table(config)
     tables["sources"] = {name: effective_source(source) for name, source in config.sources.items()}
     return tables
 
 
 def effective_source(source: SourceConfig) -> dict[str, Any]:
-    """Return one source's table likewise, its plugin's own keys included."""
+    """Return one source's table as JSON values, including its plugin's own keys."""
     return _table(source) | _table(source.settings)
 
 

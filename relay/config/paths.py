@@ -51,7 +51,7 @@ def _is_found(place: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Say whether there is a file, as far as this user may know."""
+    """Return whether a path exists; True if this user cannot find out."""
     try:
         return path.exists()
     except OSError:  # its folder may not be entered, its name is too long: using it says so

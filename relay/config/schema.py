@@ -55,9 +55,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     min_body_rate: Annotated[
         Size,
         _help(
-            "each time this many bytes arrive within the time, the body gets one more second, so that a "
-            "large "
-            'body can arrive over a slow connection; `"0 B"`: no extra time'
+            "each time this many bytes have arrived before the deadline, the body gets one more second, so "
+            'that a large body can arrive over a slow connection; `"0 B"`: no extra time'
         ),
     ] = 32 * 2**10
     trusted_proxies: Annotated[
@@ -186,7 +185,7 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plugins(msgspec.Struct, frozen=True, kw_only=True):
-    """`[plugins]`: where to look for plugins of one's own."""
+    """`[plugins]`: folders with the operator's plugins."""
 
     dirs: Annotated[
         tuple[Path, ...],

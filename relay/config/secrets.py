@@ -213,7 +213,7 @@ class _DeniedError(ValueError):
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """What secrets are looked up in. No message of it ever holds a secret."""
+    """Looks up secrets in the environment, files and credentials. Its errors never contain a secret."""
 
     environ: Mapping[str, str]
     folder: Path  # of the config file

@@ -46,7 +46,7 @@ def tokens_of(binder: Binder, source: SourceConfig) -> Iterator[Token]:
 def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
     """Return the tokens of every source and of the admin API, and the signing secrets of destinations.
 
-    Those that a lenient binder did without are left out.
+    Secrets that cannot be read here (`Absent`) are left out.
     """
     found = [token for source in config.sources.values() for token in tokens_of(binder, source)]
     given = binder.document.data.get("admin", {}).get("tokens", ())

@@ -140,7 +140,7 @@ def proxy(value: Secret) -> Secret:
 
 
 def web_origin(text: str) -> str:
-    """Check an origin as browsers send it, or `*`: it is compared to the letter (RFC 6454, 6.2)."""
+    """Check an origin, or `*`. It must be exactly the text that browsers send (RFC 6454, 6.2)."""
     parts = urlsplit(text)
     if text != "*" and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
         raise ValueError('expected an origin such as "https://shop.example", or "*"')

@@ -303,7 +303,7 @@ def _verify(
 
 
 def _clear_tokens(source: SourceConfig, incoming: _Watched) -> list[Token]:
-    """Return the accepted tokens of a source that keeps clear text, because they may be keys as well."""
+    """Return the clear-text secrets of a source that are in the text it compared last, as tokens."""
     settings, compared = source.settings, incoming.compared[-1]
     return [
         Token(secret=secret, key=dotted(("sources", source.name, key, at)), kind="source", owner=source.name)

@@ -63,7 +63,7 @@ class Parser(Protocol):
         ...
 
     def pause_reading(self) -> None:
-        """Stop in the present body until it has been read."""
+        """Stop parsing the body until the handler has read the parsed part."""
         ...
 
 

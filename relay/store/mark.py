@@ -33,10 +33,10 @@ HIGHEST_SQL = """
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """The progress of a database."""
+    """The highest row ids of a database, and how many deliveries have ended."""
 
     events: int = 0  # the highest row id ever used
-    deliveries: int = 0  # likewise
+    deliveries: int = 0  # the highest row id ever used
     ended: int = 0  # deliveries that have ended
 
     def missing(self, mark: "Mark") -> list[str]:

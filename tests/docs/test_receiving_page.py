@@ -143,7 +143,7 @@ def test_the_other_numbers_on_the_page_are_the_defaults():
     slow = " ".join(section("Slow handlers").split())
     circuit, mine = CircuitConfig(), DestinationConfig(name="", url=Url(""))
     assert f"After {circuit.failures} consecutive failures" in answers
-    probes = f"after {circuit.probe:.0f} s, then less and less often, at least every"
+    probes = f"the first after {circuit.probe:.0f} s, the next ones at growing intervals of at most"
     assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers
     assert f"After {mine.disable_after / 86_400:.0f} days of nothing but failures" in answers
     assert f"more than {mine.timeout:.0f} s |" in answers

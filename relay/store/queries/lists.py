@@ -204,7 +204,7 @@ def _end(cursor: Cursor) -> int:
 async def _filled(
     reader: aiosqlite.Connection, sql: str, positions: Sequence[Cursor], following: Cursor | None
 ) -> Page:
-    """Return a page with the rows at some positions."""
+    """Return a page with the rows at `positions` that still exist, and the cursor `following`."""
     rows = {}
     if ids := [position.id for position in positions]:
         rows = {row["row"]: row for row in await _named(reader, sql.format(marks=marks(ids)), ids)}
