@@ -60,7 +60,7 @@ class _Checks:
             self._fault('an empty list; give at least one path such as "/hooks/shop"', "path")
         for at, path in enumerate(settings.paths):
             if path in settings.paths[:at]:
-                self._fault("stands there twice", "path", at)
+                self._fault("is listed twice", "path", at)
         if not settings.methods:
             self._fault('an empty list; expected methods such as ["POST"]', "methods")
         if settings.form_field and settings.body not in ("auto", "form"):

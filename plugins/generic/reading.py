@@ -1,4 +1,4 @@
-"""A request as templates see it: each part of it is read at most once, and only if a template asks for it."""
+"""A request, read for templates: each part at most once, and only if a template needs it."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -246,7 +246,7 @@ class Reading:
         return self.reader.public_url + (incoming.target or sample)
 
     def start_item(self, raw: msgspec.Raw) -> None:
-        """Let `{item:…}` speak of one item of a batch."""
+        """Make `{item:…}` refer to one item of a batch."""
         self.item_raw = raw
         self.item = self.reader.item_tree.read(raw)
 
@@ -312,7 +312,7 @@ def _header(name: str, *, first: bool) -> Callable[[Reading], Value]:
     def get(reading: Reading) -> Value:
         headers = reading.incoming.headers
         if not first and len(headers.getall(name, ())) > 1:
-            raise Invalid(field=f"header {name}", issue="stands there twice")
+            raise Invalid(field=f"header {name}", issue="was sent more than once")
         return reading.incoming.header(name) or None
 
     return get

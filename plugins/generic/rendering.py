@@ -18,7 +18,7 @@ _NULL = msgspec.Raw(b"null")
 
 
 def place_of(placeholder: Placeholder) -> str:
-    """Return a placeholder in the words of an error for the sender: `header X-Topic`, `order.id`."""
+    """Return how an error for the sender names a placeholder: `header X-Topic`, `order.id`."""
     kind, name = placeholder.kind, placeholder.argument
     if kind in ("body", "item"):
         return name or kind
@@ -88,7 +88,7 @@ def _plain(value: Value) -> Any:
 
 
 def compile_text(reader: Reader, template: Template, *, complete: bool = False) -> Render:
-    """Return the function that renders a template as text, `""` if nothing of it is there.
+    """Return the function that renders a template as text, `""` if all of its parts are missing.
 
     A missing part takes its adjoining separator along: with `complete`, it takes the whole text along.
     """

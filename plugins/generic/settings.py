@@ -149,7 +149,7 @@ class Basic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
-    """`verify.api_key`: one of `secrets` stands in a header, in the query or in a field of the body."""
+    """`verify.api_key`: one of `secrets` is in a header, in the query or in a field of the body."""
 
     header: Annotated[HeaderName | None, describe("the header with the key")] = None
     query: Annotated[

@@ -105,7 +105,7 @@ class Signature:
         name = self._settings.header
         values = incoming.headers.getall(name, ())
         if len(values) > 1:
-            raise Invalid(field=f"header {name}", issue="stands there twice")
+            raise Invalid(field=f"header {name}", issue="was sent more than once")
         return values[0].strip() if values else ""
 
     def _listed(self, incoming: Incoming) -> list[str]:
@@ -236,7 +236,7 @@ class Signature:
             yield "no configured key fits, in any encoding: the sender signs with another key, or other bytes"
 
     def _signatures(self, candidates: list[str]) -> Iterator[tuple[bytes, list[str]]]:
-        """Yield what the signatures in the header could mean, with the settings that would say so."""
+        """Yield what the signatures in the header could mean, with the settings that they need."""
         for encoding, decode in DECODERS.items():
             settings = [] if decode is self._decode else [f'encoding = "{encoding}"']
             for text in candidates:
@@ -245,7 +245,7 @@ class Signature:
                         yield signature, [*settings, *([f'prefix = "{prefix}"'] if prefix else [])]
 
     def _messages(self, reading: Reading, message: bytes) -> Iterator[tuple[str, bytes]]:
-        """Yield the signed text, and variants of it with what happened to it on its way."""
+        """Yield the signed text, and variants of it, each with what was changed on the way."""
         yield "", message
         body = reading.incoming.received
         for what, changed in (
@@ -271,7 +271,7 @@ class Signature:
                     yield what, message.replace(url, other)
 
     def _fitting(self, signatures: Found, message: bytes) -> Iterator[tuple[str, list[str]]]:
-        """Yield the keys that fit one of the signatures, with the settings that would say so."""
+        """Yield the keys that fit one of the signatures, with the settings that they need."""
         for at, fits in enumerate(self._verifiers):
             for signature, settings in signatures:
                 if fits(signature, message):
@@ -380,7 +380,7 @@ def key_of(secret: str, settings: Hmac) -> bytes:
 
 
 def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[bytes, list[str]]]:
-    """Yield a configured secret's key, and others that it could mean, with the settings that would say so."""
+    """Yield a configured secret's key, and others that it could mean, with the settings that they need."""
     yield key_of(secret, settings), []
     if settings.key_prefix:
         yield secret.encode(), ['key_encoding = "text"', "no key_prefix"]
@@ -404,7 +404,7 @@ def _header_bytes(name: str, reading: Reading) -> bytes | None:
     """Return a header's bytes as sent."""
     values = reading.incoming.headers.getall(name, [])
     if len(values) > 1:
-        raise Invalid(field=f"header {name}", issue="stands there twice")
+        raise Invalid(field=f"header {name}", issue="was sent more than once")
     return values[0].strip().encode("utf-8", "surrogateescape") or None if values else None
 
 

@@ -25,7 +25,7 @@ class Generic(Keys, kind="generic", dict=True):
 
     @cached_property
     def compiled(self) -> Compiled:
-        """The functions that the settings come to."""
+        """The compiled settings."""
         return Compiled(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How a generic source checks its senders by something that they know; each scheme is compiled at load."""
+"""Credentials of senders: tokens, passwords, keys and Standard Webhooks, compiled at load."""
 
 import base64
 import binascii
@@ -239,7 +239,7 @@ class Standard:
         for name in ("id", "timestamp", "signature"):
             values = incoming.headers.getall(f"{self._prefix}{name}", [])
             if len(values) > 1:
-                raise Invalid(field=f"header {self._prefix}{name}", issue="stands there twice")
+                raise Invalid(field=f"header {self._prefix}{name}", issue="was sent more than once")
             headers[f"webhook-{name}"] = values[0] if values else ""
         now = incoming.received_at // _SECOND
         verify_standard_webhooks(self._secrets, headers, incoming.body, now, self._tolerance)
