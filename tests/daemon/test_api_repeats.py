@@ -5,6 +5,7 @@ import json
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from stores import set_pragma
 from support import until
 from wire import exchange, request
 
@@ -296,9 +297,9 @@ async def test_a_failing_store_is_answered_with_503(relay, monkeypatch):
     event_id = await send(relay)
     await until(lambda: finished(relay, "delivered") == 1)
     [delivery] = await relay.rows("deliveries")
-    await relay.app.store.database.connection.execute("PRAGMA query_only = ON")
+    await set_pragma(relay.app.store, "query_only = ON")
     status, said = await ask(relay, "POST", RETRY, {"ids": [delivery["id"]]})
-    await relay.app.store.database.connection.execute("PRAGMA query_only = OFF")
+    await set_pragma(relay.app.store, "query_only = OFF")
     assert (status, said["error"]["code"]) == (503, "unavailable")
     await until(lambda: relay.app.store.failure is None)
     assert len(await relay.rows("deliveries", event_id=event_id)) == 1

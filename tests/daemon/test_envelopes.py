@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from daemons import PLUGINS, SOURCES, Relay, running, write_config
+from stores import set_pragma
 from support import until
 from wire import Answer, Wire, exchange, request
 
@@ -277,13 +278,12 @@ async def test_a_probe_of_an_unknown_shop_is_refused_through_every_failure(relay
 
 async def test_a_full_disk_gives_503_and_recovers_by_itself(relay: Relay):
     """A real SQLITE_FULL: the file may not grow."""
-    connection = relay.app.store.database.connection
     big = json.dumps({"name": "big", "payload": {"text": "x" * 1_000_000}}).encode()
     raw = request("POST", PATHS["compozy"], big, **AUTHORIZED["compozy"])
     await relay.exchange(good("compozy"))
-    await connection.execute("PRAGMA max_page_count = 1")  # SQLite makes of it what there is already
+    await set_pragma(relay.app.store, "max_page_count = 1")  # SQLite raises it to the current size
     refused = await relay.exchange(raw)
-    await connection.execute("PRAGMA max_page_count = 1000000")
+    await set_pragma(relay.app.store, "max_page_count = 1000000")
     assert refused.status == 503
     assert refused.json["error"]["code"] == "unavailable"
     await until(lambda: relay.app.store.failure is None)

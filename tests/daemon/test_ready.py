@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
-from stores import make_store
+from stores import fail_writes, make_store
 from support import until
 from wire import Wire, exchange, request
 
@@ -81,9 +81,9 @@ async def test_a_full_disk_is_a_reason_until_there_is_room(tmp_path):
 
 async def test_a_store_that_cannot_write_is_a_reason(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        relay.app.store.database.writer._set_failure("disk I/O error")
+        fail_writes(relay.app.store, "disk I/O error")
         assert (await ready(relay))[1]["reasons"] == ["the store cannot write: disk I/O error"]
-        relay.app.store.database.writer._set_failure(None)
+        fail_writes(relay.app.store, None)
 
 
 async def test_order_by_keeps_the_order_from_request_to_receiver(tmp_path):

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 import pytest
 from daemons import SOURCES, running, write_config
+from stores import call_writer, fail_writes, queued
 from support import until
 from wire import Wire, exchange, request
 
@@ -86,16 +87,16 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
     monkeypatch.setattr(relay.app.store.workers, "change", fail_at_first)
     wire = await Wire.open(relay.addresses.public)
     # The writer is held until the worker is gone, so that the reply has nobody to go to.
-    holds, held, writer = asyncio.Event(), asyncio.Event(), relay.app.store.database.writer
+    holds, held = asyncio.Event(), asyncio.Event()
 
     async def hold(_connection):
         holds.set()
         await held.wait()
 
-    blocked = asyncio.ensure_future(writer.call(hold))
+    blocked = asyncio.ensure_future(call_writer(relay.app.store, hold))
     await holds.wait()
     await wire.send(beat())
-    await until(lambda: writer._jobs)
+    await until(lambda: queued(relay.app.store))
     await wire.hang_up()
     await relay.exchange(request("GET", "/health"))  # whatever came before it has been noticed then
     held.set()
@@ -214,7 +215,7 @@ async def test_an_event_without_a_worker_belongs_to_the_worker_of_its_session(re
 
     async def send(raw):
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
+        await until(lambda: queued(relay.app.store) == len(waiting))
 
     await send(beat("w1", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
     await send(beat("w2", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
@@ -497,7 +498,7 @@ async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recov
     waiting = []
     for id_ in ("w2", "w3"):
         waiting.append(asyncio.ensure_future(recovering.exchange(register(id_, endpoint=PLACE))))
-        await until(lambda: len(recovering.app.store.database.writer._jobs) == len(waiting))
+        await until(lambda: queued(recovering.app.store) == len(waiting))
     await release()
     replies = [(await each).json["data"]["assignedSessionCount"] for each in waiting]
     assert replies == [1, 0]
@@ -569,7 +570,7 @@ async def held(relay):
         began.set()
         await go.wait()
 
-    asking = asyncio.ensure_future(relay.app.store.database.writer.call(hold))
+    asking = asyncio.ensure_future(call_writer(relay.app.store, hold))
     await began.wait()
 
     async def release():
@@ -584,9 +585,9 @@ async def test_heartbeats_that_wait_behind_a_sweep_on_a_slow_disk_count(relay, c
     release = await held(relay)
     clock.advance(89)
     sweep = asyncio.ensure_future(relay.app.store.workers.sweep())
-    await until(lambda: relay.app.store.database.writer._jobs)
+    await until(lambda: queued(relay.app.store))
     waiting = asyncio.ensure_future(relay.exchange(beat(version="2")))  # no quiet one: it needs the disk
-    await until(lambda: len(relay.app.store.database.writer._jobs) >= 2)
+    await until(lambda: queued(relay.app.store) >= 2)
     clock.advance(60)
     await release()
     assert await sweep == ()
@@ -606,7 +607,7 @@ async def test_a_heartbeat_during_the_write_of_its_worker_is_not_lost(relay, clo
     waiting = []
     for raw in changes:
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
+        await until(lambda: queued(relay.app.store) == len(waiting))
     await release()
     await asyncio.gather(*waiting)
     shown = await worker(relay)
@@ -621,7 +622,7 @@ async def test_two_reports_on_a_slow_disk_keep_their_order(relay):
     waiting = []
     for status in ("OFFLINE", "ONLINE"):
         waiting.append(asyncio.ensure_future(relay.exchange(beat(status=status))))
-        await until(lambda: len(relay.app.store.database.writer._jobs) == len(waiting))
+        await until(lambda: queued(relay.app.store) == len(waiting))
     await release()
     await asyncio.gather(*waiting)
     assert await types(relay) == ["registered", "offline", "online"]
@@ -630,9 +631,9 @@ async def test_two_reports_on_a_slow_disk_keep_their_order(relay):
 async def test_a_heartbeat_that_cannot_be_stored_keeps_its_worker_online(relay, clock):
     await relay.exchange(beat())
     clock.advance(80)
-    relay.app.store.database.writer._set_failure("the disk is full")
+    fail_writes(relay.app.store, "the disk is full")
     assert (await relay.exchange(beat(version="2"))).status == 503
-    relay.app.store.database.writer._set_failure(None)
+    fail_writes(relay.app.store, None)
     clock.advance(80)
     assert await relay.app.store.workers.sweep() == ()
     assert (await worker(relay))["version"] == ""

@@ -70,6 +70,26 @@ async def change_rows(store, sql, values=()):
     await store.database.connection.execute(sql, values)
 
 
+async def set_pragma(store, text):
+    """Set a PRAGMA on the connection of the store's writer, such as `query_only = ON`."""
+    await store.database.connection.execute(f"PRAGMA {text}")
+
+
+async def call_writer(store, function):
+    """Run a function on the writer's connection, in turn with the store's transactions."""
+    return await store.database.writer.call(function)
+
+
+def queued(store):
+    """Return the number of requests that wait for a commit."""
+    return len(store.database.writer._jobs)
+
+
+def fail_writes(store, why):
+    """Let the store act as if writes failed for a reason; None: they work again."""
+    store.database.writer._set_failure(why)
+
+
 @asynccontextmanager
 async def opened(path, clock):
     """Open a store with two destinations; at the end, check its ledger and its foreign keys."""

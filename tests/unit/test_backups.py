@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from machines import small_disk
-from stores import opened, send
+from stores import change_rows, opened, send
 
 from relay.config.schema import BackupConfig, Config, Storage
 from relay.errors import StorageError
@@ -78,12 +78,12 @@ async def test_a_failed_backup_deletes_no_older_one(backups, store, clock, tmp_p
         clock.advance(DAY)
     before = made(tmp_path)
     assert backups.examine().ok
-    await store.database.connection.execute("UPDATE ledger SET created = created + 1")
+    await change_rows(store, "UPDATE ledger SET created = created + 1")
     metrics = Metrics()
     jobs = Jobs(clock, metrics)
     jobs.add("backup", 60.0, backups.run)
     done = await jobs.run("backup")
-    await store.database.connection.execute("UPDATE ledger SET created = created - 1")
+    await change_rows(store, "UPDATE ledger SET created = created - 1")
     assert made(tmp_path) == before
     assert (done.failures, done.succeeded_at) == (1, None)
     assert done.error.startswith("backup failed: the ledger of the copy does not balance: crm, erp")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from lanes import CLOCK, SECRET, Receiver, destination, dispatcher_for, ended, route, send
-from stores import hooks
+from stores import change_rows, hooks
 from support import until
 
 from relay.config.schema import CircuitConfig, RetryConfig
@@ -210,7 +210,7 @@ async def test_a_body_that_does_not_match_its_digest_is_never_sent(store, receiv
     async with Receiver().serve() as other:
         hooks(store).route = route([destination("crm", other.url)])
         await send(store)
-        await store.database.connection.execute("UPDATE events SET body = x'7b7d'")
+        await change_rows(store, "UPDATE events SET body = x'7b7d'")
         store.deliveries.release([1])
         async with dispatcher_for(store, destination("crm", other.url)):
             [row] = await ended(store)

@@ -7,7 +7,7 @@ import pytest
 from commands import run
 from daemons import write_config
 from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
-from stores import hooks, make_store, rows
+from stores import change_rows, hooks, make_store, rows
 from support import until
 
 from relay.base.clock import SECOND
@@ -393,9 +393,7 @@ async def test_410_holds_the_group_until_the_destination_is_enabled(store, chat)
 async def test_a_damaged_body_is_left_out_and_its_delivery_dead(store, chat):
     async with dispatcher_for(store, grouping(chat)):
         sent = [await send(store, subject=f"s{number}") for number in range(3)]
-        await store.database.connection.execute(
-            "UPDATE events SET body = ? WHERE public_id = ?", (b'{"n":9}', sent[1])
-        )
+        await change_rows(store, "UPDATE events SET body = ? WHERE public_id = ?", (b'{"n":9}', sent[1]))
         await flush(store)
         found = await ended(store, 3, "chat")
     assert [(row["state"], row["reason"]) for row in found] == [

@@ -5,7 +5,7 @@ import re
 from functools import partial
 
 import pytest
-from stores import accept, hooks, make_store
+from stores import accept, call_writer, hooks, make_store, set_pragma
 from stores import rows as read_rows
 
 from relay.base.clock import SECOND
@@ -118,7 +118,7 @@ async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock)
     candidate = prune.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
     [loaded] = (await store.events.load([number])).values()
     assert await store.deliveries.repeat([(loaded, Target("crm"))]) == (True,)
-    assert await store.database.writer.call(partial(prune.delete_events, [candidate])) == 0
+    assert await call_writer(store, partial(prune.delete_events, [candidate])) == 0
     assert await left(store) == [number]
 
 
@@ -269,18 +269,18 @@ async def test_free_pages_are_returned_when_they_are_a_tenth_of_the_file(store, 
     pruned = await store.upkeep.prune(POLICY)
     assert pruned.events == 300
     assert pruned.pages > 3000
-    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await set_pragma(store, "wal_checkpoint(TRUNCATE)")
     assert store.path.stat().st_size < size / 5
 
 
 async def test_deleted_bodies_are_overwritten(store, clock):
     for number in range(20):
         await send(store, clock, body=b"a secret %d" % number)
-    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await set_pragma(store, "wal_checkpoint(TRUNCATE)")
     assert b"a secret" in store.path.read_bytes()
     clock.advance(15 * DAY)
     await store.upkeep.prune(POLICY)
-    await store.database.connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+    await set_pragma(store, "wal_checkpoint(TRUNCATE)")
     assert b"a secret" not in store.path.read_bytes()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from stores import accept, hooks, make_store
+from stores import accept, change_rows, hooks, make_store
 from support import FakeClock, until
 
 from relay.base.clock import SystemClock
@@ -185,7 +185,7 @@ async def test_events_accepted_during_a_replay_are_not_replayed(shop):
 async def test_a_replay_skips_and_logs_a_damaged_body(shop, caplog):
     sent = [await shop.send(number) for number in range(2)]
     await shop.end()
-    await shop.store.database.connection.execute("UPDATE events SET body = x'00' WHERE id = 1")
+    await change_rows(shop.store, "UPDATE events SET body = x'00' WHERE id = 1")
     assert summary(await shop.run()) == ("done", 2, 2, 1, 1)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         f"{sent[0].public_id} is not replayed: the stored body does not match its sha256"

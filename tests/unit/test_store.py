@@ -8,7 +8,7 @@ from contextlib import closing
 
 import msgspec
 import pytest
-from stores import KINDS, hooks, make_event, make_store
+from stores import KINDS, hooks, make_event, make_store, set_pragma
 from stores import rows as read_rows
 from support import until
 
@@ -53,7 +53,7 @@ def outcome(delivery, state="delivered", **fields):
 
 
 async def pragma(store, text):
-    await store.database.connection.execute(f"PRAGMA {text}")
+    await set_pragma(store, text)
 
 
 async def test_an_event_is_read_back_byte_for_byte(store, clock):

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from stores import KINDS, accept, hooks, make_store
+from stores import KINDS, accept, change_rows, hooks, make_store, set_pragma
 from support import until
 
 from relay.base.clock import SECOND
@@ -127,14 +127,14 @@ async def test_a_cancelled_delivery_whose_attempt_a_stop_cut_off_is_cancelled(st
 async def test_a_failed_cancellation_leaves_nothing_behind(store, clock):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
-    await store.database.connection.execute("PRAGMA max_page_count = 1")
+    await set_pragma(store, "max_page_count = 1")
     results = await asyncio.gather(
         store.deliveries.cancel([delivery.id]),
         store.events.append(accept(clock, b"x" * 4_000_000)),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [StorageUnavailableError] * 2
-    await store.database.connection.execute("PRAGMA max_page_count = 1000000")
+    await set_pragma(store, "max_page_count = 1000000")
     await until(lambda: store.failure is None)
     await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady()))
     assert await states(store) == [("pending", None)]
@@ -213,13 +213,11 @@ async def test_a_deleted_event_is_skipped_when_events_are_repeated(store, clock)
         await store.deliveries.settle(ending(await send(store, clock)))
     events = await store.events.load([1, 2])
     for table in ("attempts WHERE delivery_id", "deliveries WHERE event_id", "events WHERE id"):
-        await store.database.connection.execute(f"DELETE FROM {table} = 1")
+        await change_rows(store, f"DELETE FROM {table} = 1")
     try:
         repeated = await store.deliveries.repeat([(events[1], Target("crm")), (events[2], Target("crm"))])
     finally:
-        await store.database.connection.execute(
-            "UPDATE ledger SET created = created - 1, delivered = delivered - 1"
-        )
+        await change_rows(store, "UPDATE ledger SET created = created - 1, delivered = delivered - 1")
     assert repeated == (False, True)
     assert store.fresh[-1].event_id == 2
 

@@ -3,7 +3,7 @@
 import sqlite3
 
 import pytest
-from stores import make_store
+from stores import call_writer, make_store, set_pragma
 from support import FakeClock
 
 from relay.errors import StorageUnavailableError
@@ -27,9 +27,9 @@ async def test_a_full_disk_fails_a_call_and_leaves_no_transaction_open(store, di
         await connection.execute("BEGIN IMMEDIATE")
         await connection.execute("INSERT INTO meta (name, value) VALUES ('x', ?)", ("x" * 100_000,))
 
-    await store.database.connection.execute_fetchall("PRAGMA max_page_count = 1")
+    await set_pragma(store, "max_page_count = 1")
     with pytest.raises(StorageUnavailableError, match="full"):
-        await store.database.writer.call(fill)
+        await call_writer(store, fill)
     assert not store.database.connection.in_transaction
     assert (store.failure, died) == (None, [])
 
@@ -41,7 +41,7 @@ async def test_a_failed_fsync_in_a_call_stops_the_daemon(store, died):
         raise error
 
     with pytest.raises(StorageUnavailableError):
-        await store.database.writer.call(fail)
+        await call_writer(store, fail)
     assert died == ["fsync failed: disk I/O error"]
 
 
@@ -50,5 +50,5 @@ async def test_an_error_in_a_call_is_raised_in_its_caller(store, died):
         raise ValueError("its own")
 
     with pytest.raises(ValueError, match="its own"):
-        await store.database.writer.call(fail)
+        await call_writer(store, fail)
     assert died == []
