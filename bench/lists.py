@@ -95,7 +95,14 @@ class TracedStore(Reading):
 
     async def list(self, kind: str, cursor: str | None, filters: Mapping[str, str]) -> dict[str, Any]:
         return await list_items(
-            self, kind, limit=50, cursor=cursor, filters=filters, now=END, destinations=["nobody"]
+            self,
+            kind,
+            limit=50,
+            cursor=cursor,
+            filters=filters,
+            now=END,
+            sources=["shop", "till", "nobody"],
+            destinations=["nobody"],
         )
 
 

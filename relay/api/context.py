@@ -3,6 +3,8 @@
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from relay.api.query_params import WorkersQuery
+from relay.api.views import check_names
 from relay.base.clock import Clock
 from relay.delivery.dispatcher import Dispatcher
 from relay.ingest.handler import Ingest
@@ -10,6 +12,7 @@ from relay.jobs.backups import Backups
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
+from relay.model import Selection
 from relay.process.health import Health
 from relay.reload import Reloads
 from relay.state import State
@@ -30,6 +33,20 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     jobs: Jobs
     backups: Backups
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
+
+    async def check_names(self, filter_: Selection | WorkersQuery) -> None:
+        """Check the names of source and destination in a filter.
+
+        Raises:
+            UnknownError: a name is neither in config.toml nor in the store.
+        """
+        await check_names(
+            self.store,
+            source=filter_.source,
+            destination=getattr(filter_, "destination", None),
+            sources=self.ingest.mounts,
+            destinations=self.dispatcher.lanes,
+        )
 
     @property
     def ingest(self) -> Ingest:

@@ -47,6 +47,8 @@ class DeliveriesApi:
         self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._replays = context.replays
+        self._ingest = context.ingest
+        self._check_names = context.check_names
 
     @endpoint(
         "GET", "/api/deliveries", "listDeliveries",
@@ -79,6 +81,7 @@ class DeliveriesApi:
             cursor=filters.pop("cursor"),
             filters=filters,
             now=self._clock.wall(),
+            sources=self._ingest.mounts.keys(),
             destinations=self._dispatcher.lanes.keys(),
         )
 
@@ -92,6 +95,7 @@ class DeliveriesApi:
         if selection is None:
             named = await self._store.queries.name_deliveries(body.ids or ())
             return respond(CountView(len(named)) if body.dry_run else await self._replays.retry(named))
+        await self._check_names(selection)
         if selection.state is None:
             hint = "dead, expired, cancelled and delivered ones are repeated, pending ones become due now"
             raise RelayError("the filter needs a state", hint=hint)
@@ -120,6 +124,7 @@ class DeliveriesApi:
                 Cancelled() if body.dry_run else await self._store.deliveries.cancel(pending),
             )
         else:
+            await self._check_names(selection)
             count, done = await self._cancel_selection(selection, dry_run=body.dry_run)
         return CountView(count) if body.dry_run else CancelledView(done.ended, done.in_flight)
 

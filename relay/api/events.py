@@ -84,6 +84,7 @@ class EventsApi:
         self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._state = context.state
+        self._check_names = context.check_names
 
     @endpoint(
         "GET", "/api/events", "listEvents",
@@ -99,6 +100,7 @@ class EventsApi:
             cursor=filters.pop("cursor"),
             filters=filters,
             now=self._clock.wall(),
+            sources=self._state.ingest.mounts.keys(),
             destinations=self._dispatcher.lanes.keys(),
         )
 
@@ -134,6 +136,7 @@ class EventsApi:
     async def _export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
         """Send one line per event. The connection breaks if the export fails halfway."""
         selection = query.selection(self._clock, everything=True)
+        await self._check_names(selection)
         span = await self._store.queries.span(selection)
         if query.dry_run:
             return respond(
@@ -164,6 +167,7 @@ class EventsApi:
         check_selected_once("events", body.events, body.filter)
         if body.filter is not None:
             selection = body.filter.selection(self._clock)
+            await self._check_names(selection)
             span = await self._store.queries.span(selection)
             count = sum([len(page) async for page in self._store.queries.select(selection, span)])
             work = Deletion(self._store, count, self._store.events.expunge_selected(selection, span))
@@ -183,7 +187,13 @@ class EventsApi:
     async def _stats(self, _request: web.Request, query: StatsQuery) -> dict[str, Any]:
         filter_ = Filter(source=query.source, type=query.type, since=query.since, until=query.until)
         selection = filter_.selection(self._clock, everything=True)
-        return await list_stats(self._store, selection, limit=query.limit, cursor=query.cursor)
+        return await list_stats(
+            self._store,
+            selection,
+            limit=query.limit,
+            cursor=query.cursor,
+            sources=self._state.ingest.mounts.keys(),
+        )
 
 
 class Deletion:

@@ -53,6 +53,7 @@ class ReplaysApi:
         self._store = context.store
         self._clock = context.clock
         self._replays = context.replays
+        self._check_names = context.check_names
 
     @endpoint(
         "POST", "/api/replays", "startReplay", "Start a replay, or count its events.",
@@ -61,6 +62,8 @@ class ReplaysApi:
     async def _start(self, _request: web.Request, body: ReplayBody) -> web.Response:
         rate = read_field("rate", parse_rate, body.rate)
         selection = selection_of("events", body.events, body.filter, self._clock)
+        if selection is not None:
+            await self._check_names(selection)
         what = await self._store.queries.name_events(body.events or ()) if selection is None else selection
         return await begin(
             self._replays, ReplayRequest(what=what, to=body.to, rate=rate), dry_run=body.dry_run

@@ -15,7 +15,15 @@ from relay.base.clock import rfc3339
 from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.errors import RelayError, UnknownError
-from relay.model import AttemptResult, Counts, DeliveryState, DestinationState, Selection, Stat
+from relay.model import (
+    OPERATOR_SOURCE,
+    AttemptResult,
+    Counts,
+    DeliveryState,
+    DestinationState,
+    Selection,
+    Stat,
+)
 from relay.store import StoredData
 
 ABSENT = "not_in_config"
@@ -147,6 +155,32 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownError:
     return UnknownError(f'unknown {kind} "{name}"{guess(name, names)}', hint=hint)
 
 
+async def check_names(
+    stored: StoredData,
+    *,
+    source: str | None,
+    destination: str | None,
+    sources: Collection[str],
+    destinations: Collection[str],
+) -> None:
+    """Check the names in a filter; `sources` and `destinations` are those in config.toml.
+
+    An unknown name is probably misspelt, so an empty result would mislead.
+
+    Raises:
+        UnknownError: a name is neither in config.toml nor in the store.
+    """
+    if source is not None and source not in sources and source != OPERATOR_SOURCE:
+        # The counts of events outlive the events.
+        pages = stored.queries.stats(Selection(source=source))
+        if not await anext(pages, None) and not await stored.queries.find("events", source=source, limit=1):
+            raise unknown("source", source, sources)
+    if destination is not None and destination not in destinations:
+        counts = await stored.ledger.totals()
+        if destination not in counts:
+            raise unknown("destination", destination, sorted({*destinations, *counts}))
+
+
 async def list_items(
     stored: StoredData,
     kind: str,
@@ -155,7 +189,8 @@ async def list_items(
     cursor: str | None,
     filters: Mapping[str, Any],
     now: int,
-    destinations: Collection[str] = (),
+    sources: Collection[str],
+    destinations: Collection[str],
 ) -> dict[str, Any]:
     """Return one page of a list, newest first, and the cursor of the next page.
 
@@ -168,17 +203,21 @@ async def list_items(
         cursor: the `next_cursor` of the previous page.
         filters: by name, as text.
         now: wall clock, the base of ages such as "2h".
+        sources: names in config.toml; they may have no events yet.
         destinations: names in config.toml; they may have no deliveries yet.
 
     Raises:
+        UnknownError: the source or the destination is neither in config.toml nor in the store.
         RelayError: a filter is unknown or has an invalid value.
     """
     wanted = read_filters(kind, filters, now)
-    name = wanted.get("destination")
-    if name is not None and name not in destinations:
-        counts = await stored.ledger.totals()
-        if name not in counts:
-            raise unknown("destination", name, sorted({*destinations, *counts}))
+    await check_names(
+        stored,
+        source=wanted.get("source"),
+        destination=wanted.get("destination"),
+        sources=sources,
+        destinations=destinations,
+    )
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
             wanted[name] = await _row(stored, noun, wanted[name])
@@ -187,13 +226,20 @@ async def list_items(
 
 
 async def list_stats(
-    stored: StoredData, selection: Selection, *, limit: int, cursor: str | None
+    stored: StoredData,
+    selection: Selection,
+    *,
+    limit: int,
+    cursor: str | None,
+    sources: Collection[str],
 ) -> dict[str, Any]:
     """Return one page of event counts per hour, source and type, the latest hour first.
 
     Raises:
+        UnknownError: the source is neither in config.toml (`sources`) nor in the store.
         RelayError: the selection has other filters than source, type and time, or the cursor is invalid.
     """
+    await check_names(stored, source=selection.source, destination=None, sources=sources, destinations=())
     after = None
     if cursor is not None:
         place = _CURSOR.fullmatch(cursor)

@@ -137,11 +137,14 @@ class WorkersApi:
     def __init__(self, context: Context) -> None:
         self._store = context.store
         self._clock = context.clock
+        self._check_names = context.check_names
 
     @endpoint(
         "GET", "/api/workers", "listWorkers", "List workers.", query=WorkersQuery, returns=Page[WorkerView]
     )
     async def _list(self, _request: web.Request, query: WorkersQuery) -> dict[str, Any]:
+        if all(worker.source != query.source for worker in self._store.workers.all()):
+            await self._check_names(query)
         filters = msgspec.structs.asdict(query)
         limit, cursor = filters.pop("limit"), filters.pop("cursor")
         source, _, id_ = (cursor or "").partition("/")

@@ -18,7 +18,7 @@ from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import Check, Selection
-from relay.store import Stop
+from relay.store import Stop, StoredData
 from relay.store.opening import offline_store, path_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Offline:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        tables = read(config.path).data.get("sources")
+        self._sources = tuple(tables) if isinstance(tables, dict) else ()
         readable(database_of(config))
         self._store = offline_store(config.storage.url, state_of(config))
 
@@ -105,9 +107,21 @@ class Offline:
     async def _export(self, query: dict[str, Any], *, deliveries: bool) -> AsyncGenerator[bytes, None]:
         selection = _selection(query)
         async with self._store.read() as stored:
+            await self._check_names(stored, selection)
             span = await stored.queries.span(selection)
             async for line in stored.queries.export(selection, span, deliveries=deliveries):
                 yield line
+
+    async def _check_names(self, stored: StoredData, selection: Selection) -> None:
+        from relay.api.views import check_names  # noqa: PLC0415 - see `_read`
+
+        await check_names(
+            stored,
+            source=selection.source,
+            destination=selection.destination,
+            sources=self._sources,
+            destinations=self._config.destinations,
+        )
 
     async def _read(self, kind: str, given: str | None, **query: Any) -> Any:
         # Imported here, because commands that talk to the daemon must start fast without the store.
@@ -121,6 +135,7 @@ class Offline:
         )
 
         known, now = self._config.destinations, SystemClock().wall()
+        sources = self._sources
         async with self._store.read() as stored:
             if kind == "destinations":
                 return await (
@@ -130,11 +145,14 @@ class Offline:
                 )
             if kind == "export":
                 selection = _selection(query, "dry_run")
+                await self._check_names(stored, selection)
                 span = await stored.queries.span(selection)
                 return {"count": sum([len(page) async for page in stored.queries.select(selection, span)])}
             if kind == "stats":
                 limit, cursor = query.pop("limit"), query.pop("cursor")
-                return await list_stats(stored, _selection(query), limit=limit, cursor=cursor)
+                return await list_stats(
+                    stored, _selection(query), limit=limit, cursor=cursor, sources=sources
+                )
             if given is not None:
                 return await (show_event if kind == "events" else show_delivery)(stored, given)
             limit, cursor = query.pop("limit"), query.pop("cursor")
@@ -145,6 +163,7 @@ class Offline:
                 cursor=cursor,
                 filters=query,
                 now=now,
+                sources=sources,
                 destinations=known.keys(),
             )
 

@@ -78,7 +78,14 @@ async def whole(store, kind, filters, limit=50, most=2000):
     found, cursor = [], None
     for _ in range(most):
         page = await list_items(
-            store, kind, limit=limit, cursor=cursor, filters=filters, now=END, destinations=["nobody"]
+            store,
+            kind,
+            limit=limit,
+            cursor=cursor,
+            filters=filters,
+            now=END,
+            sources=["shop", "till", "nobody"],
+            destinations=["nobody"],
         )
         found += [each["id"] for each in page["items"]]
         cursor = page["next_cursor"]
