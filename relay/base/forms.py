@@ -18,7 +18,7 @@ MOST_PARAMETERS = 20
 """Parameters of a header of one part; browsers send two."""
 
 _PARAMETER = re.compile(  # name and value, which may be quoted (RFC 9110, 5.6.6); or something else
-    r"""[ \t]*(?:([^\s;="]+)[ \t]*=[ \t]*("[^"\\]*(?:\\.[^"\\]*)*"|[^\s;"]*)|[^;"]*)[ \t]*(?:;|$)""",
+    r"""[ \t]*(?:([^\s;="]+)[ \t]*=[ \t]*("[^"\\]*(?:\\.[^"\\]*)*"|[^\s;"]*)|[^;"]*)[ \t]*(?:;|\Z)""",
     re.DOTALL,
 )
 _QUOTED = re.compile(r"\\(.)", re.DOTALL)

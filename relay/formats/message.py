@@ -39,7 +39,7 @@ _ICONS: Mapping[Level, str] = {"good": "🟢", "info": "🔵", "warning": "🟠"
 _LONG_NUMBER = re.compile(r"(?<![\w-])\+?\(?\d[\d ()/-]{5,}\d(?![\w-])")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _PRIVATE = re.compile(
-    r"pass(?:word|wd|phrase)?$|secret|token|api_?key|authoriz|^o?auth|credential|cookie|signature"
+    r"pass(?:word|wd|phrase)?\Z|secret|token|api_?key|authoriz|^o?auth|credential|cookie|signature"
     r"|e?mail|phone|mobile|msisdn|jid|address|^qr|qr_?code",
     re.IGNORECASE,
 )
