@@ -299,6 +299,7 @@ def log_attempt(outcome: Outcome) -> None:
         result=attempt.result,
         status=attempt.status,
         duration_ms=round(attempt.duration_ms, 1),
+        group_size=attempt.group_size,
     )
     if attempt.result == "ok":
         log.debug("%s: attempt %d succeeded", delivery.destination, number, extra=extra)

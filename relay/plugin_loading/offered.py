@@ -186,6 +186,9 @@ def _check_format(format_: Any) -> None:
     render: Any = format_.render
     if not callable(render) or inspect.iscoroutinefunction(render):
         raise PluginError(f'the format "{format_.name}" has a `render` that is not a plain function')
+    group: Any = format_.group
+    if group is not None and (not callable(group) or inspect.iscoroutinefunction(group)):
+        raise PluginError(f'the format "{format_.name}" has a `group` that is not a plain function')
 
 
 def _check_job(job: Any) -> None:

@@ -443,6 +443,25 @@ async def test_new_events_do_not_join_a_group_in_flight(store, chat):
     assert sorted(each["group_size"] for each in await attempts(store)) == [2, 2, 3, 3, 3]
 
 
+async def test_a_claimed_group_that_waits_for_a_slot_loses_what_ends_meanwhile(store, chat):
+    chat.gate.clear()
+    async with dispatcher_for(store, grouping(chat, group_by="subject", concurrency=1)) as dispatcher:
+        await send(store, subject="first")
+        await flush(store)
+        await until(lambda: chat.busy)
+        sent = [await send(store, b'{"n":%d}' % number, subject="second") for number in range(4)]
+        await flush(store)
+        await until(lambda: dispatcher.lanes["chat"]._first.deliveries)
+        [claimed] = dispatcher.lanes["chat"]._first.deliveries
+        assert len(claimed.members) == 4
+        await store.deliveries.cancel([claimed.id, claimed.followers[1].id])
+        chat.gate.set()
+        found = await ended(store, 5)
+    states = {row["event_id"]: row["state"] for row in found}
+    assert [states[each] for each in sent] == ["cancelled", "delivered", "cancelled", "delivered"]
+    assert sorted(each["group_size"] or 1 for each in await attempts(store)) == [1, 2, 2]
+
+
 async def test_the_claims_of_a_query_that_fails_are_released(store, chat, monkeypatch):
     hooks(store).route = lambda _event: ()
     config = grouping(chat)

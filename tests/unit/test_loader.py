@@ -380,6 +380,7 @@ def test_a_format_with_a_taken_name_stops_the_start(plugins):
         ),
         ({"render": "None"}, 'the format "audit" has a `render` that is not a plain function'),
         ({"render": "__import__('asyncio').sleep"}, "has a `render` that is not a plain function"),
+        ({"render": "bytes, group='x'"}, "has a `group` that is not a plain function"),
     ],
 )
 def test_an_unusable_format_is_reported_in_one_sentence(plugins, wrong, says):
