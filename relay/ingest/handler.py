@@ -6,38 +6,33 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, get_args
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.base.ids import REQUEST, given_id, new_id
-from relay.base.text import printable
 from relay.errors import (
-    REASONS,
     Forbidden,
     Invalid,
-    KeyConflict,
     Malformed,
     MethodNotAllowed,
     NotFound,
     Overloaded,
     PluginFailed,
-    RateLimited,
     Refusal,
     StorageDown,
     StorageError,
     StorageUnavailableError,
     TooLarge,
     Unauthenticated,
-    Unavailable,
     UnsupportedEncoding,
 )
-from relay.ingest.admission import Admission, check_change, worker_change_of
+from relay.ingest.admission import Admission, check_change
 from relay.ingest.body import SMALL, Budget, Extra, Hold, Patience, read_body
 from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
+from relay.ingest.refusals import LONGEST_SHOWN, Refusals, request_id_of
 from relay.ingest.replies import (
     OnHeard,
     Response,
@@ -46,42 +41,31 @@ from relay.ingest.replies import (
     answer_again,
     ask,
     check_origin,
-    health,
-    plain,
     preflight,
-    refuse,
 )
 from relay.ingest.request import Request
 from relay.ingest.routes import Handle, Match, Mount, Routes
 from relay.ingest.sender_address import SenderAddress
 from relay.ingest.token_use import TokenUses
+from relay.ingest.worker_requests import WorkerRequests
 from relay.metrics import Metrics
 from relay.model import (
-    Command,
     Heartbeat,
     Receipt,
     Register,
-    WorkerChange,
-    WorkerStatus,
 )
 from relay.process.logs import RateLimitedLog, fields
-from relay.source import LONGEST_ID, Accepted, Event, Incoming, Reply, Source, check_length
+from relay.source import LONGEST_ID, Accepted, Event, Incoming, Reply, check_length
 from relay.store import EVENT_BYTES, Acceptance, Store
-from relay.workers.rules import ENVIRONMENTS, changes_a_path
 
 log = logging.getLogger("relay.ingest")
 
-_STATUSES = get_args(WorkerStatus)
-
 MOST_BYTES = 32 * 2**20
 LONGEST_QUIET = 600.0  # longest pause in seconds between two log lines with the same key
-STORAGE_PAUSE = 1.0  # seconds between attempts to requeue commands while the storage is unavailable
-LONGEST_SHOWN = 64  # characters of a sender's text in the log
 LONGEST_KEY = 256  # characters of an idempotency key; a longer key is stored as its digest
 MOST_EVENTS = 5000  # of one request; its transaction delays the commits of others
 MOST_COPIES = 4  # all data and contexts of such a request, as a multiple of `max_body`
 TURN = 0.001  # seconds of one turn of the event loop that such a request may use before it is stored
-LONGEST_READ = 64 * 1024  # bytes; a larger refused body is not searched for its type
 
 
 class _Call(msgspec.Struct):
@@ -119,7 +103,8 @@ class Ingest:
         self._budget = Budget(most_bytes)
         self._unheard_replies = UnheardReplies(clock)
         self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._refusals = Refusals(clock, metrics, self._log)
+        self._workers = WorkerRequests(store, self._log)
         self.mount(mounts, sender_address, patience)
 
     def mount(self, mounts: Iterable[Mount], sender_address: SenderAddress, patience: Patience) -> None:
@@ -135,6 +120,7 @@ class Ingest:
                 self._counters[name] = _Counters(self._metrics, name)
         self._routes = Routes(tuple(self.mounts.values()))
         self._sender_address = sender_address
+        self._refusals.mount(self._routes, sender_address)
         self.patience = patience
         largest = max((mount.config.max_body for mount in self.mounts.values()), default=0)
         self._budget.resize(max(self._most_bytes, 2 * largest))
@@ -167,7 +153,7 @@ class Ingest:
             if call is None:
                 owner = self._routes.owner(path)
                 if owner is None:
-                    return self._answer_unowned(request, path, refusal)
+                    return self._refusals.answer_unowned(request, path, refusal)
                 mount = owner
                 if isinstance(refusal, NotFound):
                     self._metrics.unroutable.labels("path").inc()
@@ -176,11 +162,21 @@ class Ingest:
             else:
                 mount, incoming = call.match.mount, call.incoming
                 if not isinstance(refusal, Unauthenticated | Forbidden):
-                    await self._note_sign_of_life(call.match, incoming, refusal)
-            response = self._refuse(mount, refusal, incoming, request.remote)
+                    await self._workers.note_sign_of_life(call.match, incoming, refusal)
+            response = self._refusals.answer(mount, refusal, incoming, request.remote)
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
+
+    def overhear(self, request: Request) -> None:
+        """Note the sign of life in a request whose connection was turned away."""
+        with suppress(NotFound, Malformed):
+            match = self._routes.find(request.target.partition("?")[0], request.method)
+            self._workers.overhear(match, request)
+
+    def unroutable(self, reason: str, peer: str | None, problem: str) -> None:
+        """Count and log a sender that was turned away before the relay could read a request."""
+        self._refusals.note_unroutable(reason, peer, problem)
 
     async def _serve(self, call: _Call) -> Response:
         """Verify the sender, read the body, and let the source handle the request."""
@@ -276,7 +272,9 @@ class Ingest:
             if on_heard is not None:
                 on_heard(False)  # noqa: FBT003 - it takes nothing else
             raise
-        response.on_heard = self._requeue_unheard(receipt.sent, on_heard) if receipt.sent else on_heard
+        if receipt.sent:
+            on_heard = self._workers.requeue_unheard(receipt.sent, on_heard)
+        response.on_heard = on_heard
         return response
 
     async def _accept_other(self, call: _Call, accepted: object) -> Response:
@@ -287,7 +285,7 @@ class Ingest:
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
         response = answer(Accepted(reply=accepted), Receipt())
         if log.isEnabledFor(logging.DEBUG):
-            request_id = self._request_id(call.incoming)
+            request_id = request_id_of(self._clock, call.incoming)
             answered = Acceptance(source=call.match.mount.name, request_id=request_id)
             self._log_accepted(call, answered, response)
         return response
@@ -302,7 +300,9 @@ class Ingest:
         if len(events) > MOST_EVENTS:
             raise TooLarge(f"More than {MOST_EVENTS:,} events in one request")
         verbose = log.isEnabledFor(logging.DEBUG)
-        request_id = self._request_id(incoming) if verbose else given_id(incoming.headers.get("X-Request-Id"))
+        request_id = given_id(incoming.headers.get("X-Request-Id"))
+        if verbose and request_id is None:
+            request_id = request_id_of(self._clock, incoming)
         has = len(incoming.body) + (0 if incoming.compressed is None else len(incoming.compressed))
         extra = Extra(self._budget, has)
         try:
@@ -386,138 +386,13 @@ class Ingest:
         is_known = not mount.needs_body and not mount.is_open
         return self._sender_address.of(request.remote, request.headers), is_known
 
-    # --- requests that no source answers ----------------------------------------------------------------
-
-    def _answer_unowned(self, request: Request, path: str, refusal: Refusal) -> Response:
-        """Answer a request on a path that no source owns."""
-        is_health = path == "/health"
-        if is_health and request.method in ("GET", "HEAD"):
-            return health()
-        reason = "method" if is_health else "path"
-        self._metrics.unroutable.labels(reason).inc()
-        if self._log.is_due(f"unroutable: {reason}"):
-            problem = "use GET" if is_health else f"no source owns this path{self._hint(path)}"
-            sender = self._sender_address.of(request.remote, request.headers)
-            shown = f"{request.method[:LONGEST_SHOWN]} {path[:LONGEST_SHOWN]}"
-            self._log_unroutable(reason, sender, f"{shown}: {problem}")
-        return plain(refusal)
-
-    def unroutable(self, reason: str, peer: str | None, problem: str) -> None:
-        """Count and log a sender that was turned away before the relay could read a request."""
-        self._metrics.unroutable.labels(reason).inc()
-        self._log_unroutable(reason, peer or "unknown", problem)
-
-    def _log_unroutable(self, reason: str, sender: str, problem: str) -> None:
-        key = f"unroutable: {reason}"
-        self._log.info(key, f"{key}: {printable(problem)} ({sender})", reason=reason, remote=sender)
-
-    def _hint(self, path: str) -> str:
-        nearest = self._routes.nearest(path)
-        return "" if nearest is None else f"; did you mean {nearest}?"
-
-    # --- workers ----------------------------------------------------------------------------------------
-
-    def overhear(self, request: Request) -> None:
-        """Note the sign of life in a request whose connection was turned away."""
-        path, _, query = request.target.partition("?")
-        with suppress(NotFound, Malformed):
-            match = self._routes.find(path, request.method)
-            inner = path.removeprefix(match.mount.config.prefix)
-            incoming = Incoming(
-                method=request.method, path=inner, headers=request.headers, params=match.params, query=query
-            )
-            self._note_refused(match, incoming, Overloaded())
-
-    async def _note_sign_of_life(self, match: Match, incoming: Incoming, refusal: Refusal) -> None:
-        """Record that the worker of a refused request is alive or unregisters.
-
-        A heartbeat of an OFFLINE worker is stored if the relay refused it only because of its body.
-        """
-        change = self._note_refused(match, incoming, refusal)
-        if change is not None:
-            with suppress(Refusal):
-                receipt, _ = await self._append(Acceptance(source=match.mount.name, change=change))
-                if receipt.sent:  # commands need a reply that carries them
-                    self._requeue(receipt.sent)
-
-    def _note_refused(self, match: Match, incoming: Incoming, refusal: Refusal) -> Heartbeat | None:
-        """Record in memory that a refused request's worker is alive or leaves, unless the token is invalid.
-
-        Returns the heartbeat of an OFFLINE worker, to be stored, if the request itself caused the refusal.
-        """
-        name, source, workers = match.mount.name, match.mount.source, self._store.workers
-        if self._store.failure is None and not any(workers.count(name, each) for each in _STATUSES):
-            return None  # the source has no workers
-        change: WorkerChange | None = None
-        with suppress(Refusal):
-            ask(source.verify, incoming)  # may be missing so far; a token needs the head only
-            if type(source).sign_of_life is not Source.sign_of_life:
-                change = worker_change_of(match.mount, incoming)
-            elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
-                change = getattr(ask(match.handlers[incoming.method], incoming), "worker", None)
-                if change is not None and match.mount.checks_changes:
-                    change = check_change(change)
-        if change is None:
-            return None
-        status = workers.note_refused(name, change)
-        is_ours = isinstance(refusal, Unavailable | RateLimited)
-        return change if status == "OFFLINE" and isinstance(change, Heartbeat) and not is_ours else None
-
-    def _requeue_unheard(self, commands: tuple[Command, ...], then: OnHeard | None) -> OnHeard:
-        """Return a function that queues a worker's commands again if the worker did not hear its reply."""
-
-        def on_heard(heard: bool) -> None:  # noqa: FBT001 - called by the connection, with this alone
-            if not heard:
-                self._requeue(commands)
-            if then is not None:
-                then(heard)
-
-        return on_heard
-
-    def _requeue(self, commands: tuple[Command, ...]) -> None:
-        """Queue a worker's commands again, in the background and until the storage takes them."""
-
-        async def requeue() -> None:
-            while True:
-                try:
-                    await self._store.workers.change(lambda fleet: fleet.requeue(commands))
-                except StorageUnavailableError:
-                    await asyncio.sleep(STORAGE_PAUSE)
-                else:
-                    return
-
-        task = asyncio.create_task(requeue())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _warn_of_odd_worker(self, mount: Mount, change: Register) -> None:
-        """Warn about a worker's id that must be percent-encoded in paths, or its unknown environment."""
-        if odd := changes_a_path(change.worker_id):
-            self._log.warning(
-                f"{mount.name}: id",
-                f"{mount.name}: worker {change.worker_id!r} registered with {odd!r} in its id; its heartbeats"
-                " arrive only if its client percent-encodes the id in paths",
-                source=mount.name,
-                worker_id=change.worker_id,
-            )
-        if change.environment and change.environment not in ENVIRONMENTS:
-            self._log.warning(
-                f"{mount.name}: environment",
-                f"{mount.name}: worker {change.worker_id!r} registered with the environment"
-                f" {change.environment[:LONGEST_SHOWN]!r}, usual are {', '.join(ENVIRONMENTS)}",
-                source=mount.name,
-                worker_id=change.worker_id,
-            )
-
-    # --- metrics and log lines --------------------------------------------------------------------------
-
     def _count(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
         """Count an accepted request, and warn about an odd one."""
         counters, change = self._counters[mount.name], acceptance.change
         if isinstance(change, Heartbeat):
             counters.heartbeats.inc()
         elif isinstance(change, Register):
-            self._warn_of_odd_worker(mount, change)
+            self._workers.warn_of_odd(mount, change)
         if acceptance.event is None:
             return
         if receipt.duplicate:
@@ -541,7 +416,7 @@ class Ingest:
     ) -> None:
         """Log an accepted request at level debug, just before its answer leaves."""
         described = fields(
-            request_id=acceptance.request_id or self._request_id(call.incoming),
+            request_id=acceptance.request_id or request_id_of(self._clock, call.incoming),
             source=acceptance.source,
             type=acceptance.event.type if acceptance.event else None,
             event_id=(receipt.event_id or None) if receipt else None,
@@ -552,56 +427,6 @@ class Ingest:
         log.debug(
             "%s: %s", acceptance.source, "accepted again" if is_repeated else "accepted", extra=described
         )
-
-    def _request_id(self, incoming: Incoming) -> str:
-        return given_id(incoming.headers.get("X-Request-Id")) or new_id(REQUEST, self._clock.wall())
-
-    def _refuse(self, mount: Mount, refusal: Refusal, incoming: Incoming, peer: str | None) -> Response:
-        """Count and log a refused request, and render the source's answer."""
-        reason = refusal.reason if refusal.reason in REASONS else PluginFailed.reason  # a plugin's own class
-        self._metrics.rejected.labels(mount.name, reason).inc()
-        if isinstance(refusal, KeyConflict):
-            self._counters[mount.name].key_conflicts.inc()
-        request = self._request_id(incoming)
-        if isinstance(refusal, PluginFailed):
-            self._metrics.plugin_errors.labels(mount.config.plugin).inc()
-            self._log_failure(mount, incoming, refusal.__cause__, request)
-        try:
-            response = refuse(mount, refusal, incoming)
-        except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; the sender gets an answer
-            self._log_failure(mount, incoming, error, request)
-            response = plain(refusal)
-        what = f"{mount.name}: refused with {response.status}, {reason}"
-        if self._log.is_due(what):
-            sender = self._sender_address.of(peer, incoming.headers)
-            type_ = type_of(incoming)
-            of = sender if type_ is None else f"type {type_}, from {sender}"
-            self._log.info(
-                what,
-                printable(f"{what}: {self._problem_of(mount, refusal, incoming)} ({of})"),
-                request_id=request,
-                source=mount.name,
-                type=type_,
-                status=response.status,
-                reason=reason,
-                field=refusal.field or None,
-                problem=(refusal.problem if isinstance(refusal, Unauthenticated) else refusal.issue) or None,
-                remote=sender,
-            )
-        return response
-
-    def _problem_of(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> str:
-        """Return what is wrong with a refused request."""
-        if not isinstance(refusal, NotFound | MethodNotAllowed):
-            return f"{refusal.detail}: {refusal.note}" if refusal.note else refusal.detail
-        hint = self._hint(mount.config.prefix + incoming.path) if isinstance(refusal, NotFound) else ""
-        return f"{refusal.detail}: {incoming.method} {incoming.path[:LONGEST_SHOWN]}{hint}"
-
-    def _log_failure(
-        self, mount: Mount, incoming: Incoming, error: BaseException | None, request: str
-    ) -> None:
-        line = f"{mount.name}: {incoming.method} {incoming.path} failed"
-        self._log.error(f"{mount.name}: failed", line, error, request_id=request, source=mount.name)
 
 
 class _Counters:
@@ -707,22 +532,6 @@ async def _acceptances_of(
             await asyncio.sleep(0)
             due = time.monotonic() + TURN
     return acceptances
-
-
-def type_of(incoming: Incoming) -> str | None:
-    """Return the event type of a refused request, for the log; None if it has no readable type.
-
-    The type comes from the header and the fields in which the known senders name it, whatever the source is.
-    """
-    found: Any = incoming.header("X-Event-Type")
-    if not found and len(incoming.body) <= LONGEST_READ:
-        try:
-            body = msgspec.json.decode(incoming.body, type=dict[str, msgspec.Raw])
-            names = (name for name in ("event_type", "event", "type", "name") if name in body)
-            found = msgspec.json.decode(next((body[name] for name in names), b"null"))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None
-    return found[:LONGEST_SHOWN] if isinstance(found, str) and found else None
 
 
 def _no_encoding(header: str) -> str:

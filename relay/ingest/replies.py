@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from multidict import CIMultiDict
 
-from relay.base.json_text import encode
+from relay.base.json_text import encode, escape
 from relay.errors import Forbidden, MethodNotAllowed, PluginFailed, Refusal, UnsupportedEncoding
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
@@ -130,11 +130,11 @@ def render(reply: Reply) -> Response:
         raise ValueError(f"a reply's status must be from {_LEAST} to {_MOST}, got {reply.status}")
     body, type_ = reply.body, reply.content_type
     if isinstance(body, str) and type_ is not None:
-        body = body.encode()
+        body = escape(body).encode()  # a header may contain bytes that are not UTF-8
     response = Response(reply.status, body if isinstance(body, bytes) else encode(body))
     if type_ is not None:
-        if _CONTROL.search(type_):
-            raise ValueError("the content type may have no line ends, and only what UTF-8 can say")
+        if not type_ or _CONTROL.search(type_):
+            raise ValueError("the content type must be a text without line ends that UTF-8 can express")
         response.content_type = type_
     elif body == b"":
         response.content_type = ""

@@ -46,7 +46,8 @@ class Bulk(Source, kind="bulk"):
 
     def handshake(self, incoming):
         if incoming.method == "GET":
-            return Reply(body=incoming.query.removeprefix("challenge="), content_type="text/plain")
+            challenge = incoming.headers.get("X-Challenge") or incoming.query.removeprefix("challenge=")
+            return Reply(body=challenge, content_type="text/plain")
         if incoming.method == "HEAD":
             return Reply(body=b"")
         if b"odd" in incoming.body:
@@ -63,6 +64,8 @@ class Bulk(Source, kind="bulk"):
             return Reply(status=202, body=b"")
         if kind == "text":
             return Accepted(event=Event(type="a"), reply=Reply(body="*ok*", content_type="text/plain"))
+        if kind == "typeless":
+            return Reply(body=b"x", content_type="")
         if kind == "head":
             return Reply(body=b"", content_type="text/plain\\r\\nX-Evil: 1")
         data = {"target": incoming.target, "remote": incoming.remote, "at": incoming.received_at}
@@ -371,6 +374,8 @@ async def test_worker_changes_of_refused_requests_are_checked_too(relay: Relay):
 async def test_a_handshake_is_answered_before_the_sender_is_verified(relay: Relay):
     answer = await relay.exchange(request("GET", "/bulk/one?challenge=abc"))
     assert (answer.status, answer.body, answer.headers["content-type"]) == (200, b"abc", "text/plain")
+    answer = await relay.exchange(request("GET", "/bulk/one", x_challenge="\udcff"))
+    assert (answer.status, answer.body) == (200, b"\\udcff")
     answer = await relay.exchange(request("HEAD", "/bulk/one"))
     assert (answer.status, answer.body) == (200, b"")
     assert (await relay.exchange(request("POST", "/bulk/one", b"{}"))).status == 401
@@ -401,6 +406,7 @@ async def test_a_reply_may_be_empty_or_text(relay: Relay):
     assert "content-type" not in answer.headers
     answer = await post(relay, "/bulk/one", x_kind="text")
     assert (answer.status, answer.body, answer.headers["content-type"]) == (200, b"*ok*", "text/plain")
+    assert (await post(relay, "/bulk/one", x_kind="typeless")).status == 500
     answer = await post(relay, "/bulk/one", x_kind="head")
     assert answer.status == 500
     assert "x-evil" not in answer.headers

@@ -11,7 +11,7 @@ from support import until
 from wire import Wire, exchange, request
 
 from relay.errors import StorageUnavailableError
-from relay.ingest import handler
+from relay.ingest import worker_requests
 from relay.model import Heartbeat
 from relay.store import Acceptance
 
@@ -74,7 +74,7 @@ async def test_commands_are_sent_in_their_order(relay):
 
 @pytest.mark.parametrize("failures", [0, 2])
 async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay, monkeypatch, failures):
-    monkeypatch.setattr(handler, "STORAGE_PAUSE", 0.01)
+    monkeypatch.setattr(worker_requests, "STORAGE_PAUSE", 0.01)
     fleet, failing = relay.app.store.workers.change, [StorageUnavailableError("the disk is full")] * failures
 
     async def fail_at_first(wish):
