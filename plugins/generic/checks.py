@@ -87,15 +87,17 @@ class _Checks:
 
     def _check_handshakes(self) -> None:
         settings = self._settings
-        filters = FILTERS | {"hmac"} if isinstance(self._given, Hmac) else FILTERS
         for at, shake in enumerate(settings.handshakes):
+            # Strangers could otherwise have texts of their choice signed.
+            may_sign = isinstance(self._given, Hmac) and shake.verified
+            filters = FILTERS | {"hmac"} if may_sign else FILTERS
             for template in shake.when:
                 self._check_template(template, ("handshakes", at, "when", template), {})
             self._check_template(shake.token or "", ("handshakes", at, "token"), {})
             self._check_reply(shake.reply, ("handshakes", at, "reply"), {}, filters)
             if shake.token is not None and not settings.verify_tokens:
                 self._fault("missing; the token of a handshake is compared with them", "verify_tokens")
-            if not shake.when and shake.token is None and shake.method in settings.methods:
+            if not shake.when and shake.method in settings.methods:
                 text = f"answers every {shake.method}, so none becomes an event; say `when` it does"
                 self._fault(text, "handshakes", at)
         if settings.verify_tokens and not any(shake.token for shake in settings.handshakes):

@@ -17,13 +17,12 @@ from relay.source import (
     Reply,
     Secrets,
     TooLarge,
-    decode_json,
     parse_template,
 )
 
 from .checks import check_settings
 from .keys import Keys
-from .reading import ITEMS, Reader, Reading
+from .reading import Reader, Reading, first_items
 from .rendering import compile_text, compile_value, place_of
 from .replies import Answer, Greeting
 from .settings import ApiKey, Basic, Bearer, Ecdsa, Ed25519, Hmac, StandardWebhooks
@@ -175,10 +174,11 @@ class Compiled:
         if text[:1] != b"[":
             issue = "field is required" if text in (b"", _NULL) else "expected a list"
             raise Invalid(field=self._batch_place, issue=issue)
-        items = decode_json(ITEMS, text)
-        if len(items) > self._settings.max_events:
-            raise TooLarge(f"The body has {len(items)} events, the limit is {self._settings.max_events}")
-        return items
+        most = self._settings.max_events
+        try:
+            return first_items(text, most, all_of_them=True)
+        except msgspec.ValidationError:
+            raise TooLarge(f"The body has more than {most} events") from None
 
     def _item_event(self, reading: Reading, at: int, item: msgspec.Raw) -> Event:
         reading.start_item(item)

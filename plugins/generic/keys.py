@@ -7,10 +7,10 @@ import msgspec
 from relay.source import Secret, Source
 
 from . import settings
-from .reading import BodyForm
+from .reading import MOST_ITEMS, BodyForm
 from .settings import Handshake, Method, ReplySettings, Sample, Template, Verify, check, describe
 
-MOST_EVENTS = 5000
+MOST_EVENTS = MOST_ITEMS
 """The most that `max_events` can be: the relay takes no more events in one request."""
 
 

@@ -30,8 +30,8 @@ _MULTIPART = "multipart/form-data"
 _NONE = msgspec.Raw(b"")  # stands for an absent key
 _PLAIN_KEY = frozenset('"\\')
 _encode = msgspec.json.Encoder().encode
-ITEMS: "msgspec.json.Decoder[list[msgspec.Raw]]" = msgspec.json.Decoder(list[msgspec.Raw])
-"""Reads a list, its items as sent."""
+MOST_ITEMS = 5000
+"""Items of a list that are read: a body of a megabyte may have half a million, which takes a second."""
 
 
 class Tree:
@@ -96,7 +96,7 @@ class _Node:
             self.type = _record(keys) if plain else dict[str, msgspec.Raw]
             self._decoder = msgspec.json.Decoder(self.type)
             self._fields.append((f"f{len(self._fields)}", node))
-        if index is not None:
+        if index is not None and index < MOST_ITEMS:  # a larger number is only a key of an object
             self._positions[index] = node
         return node
 
@@ -110,7 +110,7 @@ class _Node:
         if text[:1] == b"{":
             self.read_object(decode_json(self._decoder, text), found)
         elif text[:1] == b"[" and self._positions:
-            items = decode_json(ITEMS, text)
+            items = first_items(text, max(self._positions) + 1)
             for index, node in self._positions.items():
                 if index < len(items):
                     node.read(items[index], found)
@@ -138,6 +138,24 @@ def _record(keys: tuple[str, ...]) -> type[msgspec.Struct]:
     names = [f"f{at}" for at in range(len(keys))]
     fields = [(name, msgspec.Raw, _NONE) for name in names]
     return msgspec.defstruct("Places", fields, rename=dict(zip(names, keys, strict=True)), gc=False)
+
+
+def first_items(text: bytes, most: int, *, all_of_them: bool = False) -> list[msgspec.Raw]:
+    """Return the first items of a JSON list, as sent.
+
+    Raises:
+        msgspec.ValidationError: with `all_of_them`, the list has more than `most` items.
+    """
+    items = msgspec.structs.astuple(decode_json(_items(most, all_of_them), text))
+    return [item for item in items if item is not _NONE and memoryview(item).nbytes]
+
+
+@lru_cache(maxsize=256)
+def _items(most: int, all_of_them: bool) -> "msgspec.json.Decoder[msgspec.Struct]":  # noqa: FBT001 - a cache key
+    """Return a decoder of lists that stops after `most` items."""
+    fields = [(f"f{at}", msgspec.Raw, _NONE) for at in range(most)]
+    type_ = msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=all_of_them, gc=False)
+    return msgspec.json.Decoder(type_)
 
 
 class Reader:

@@ -12,6 +12,8 @@ from relay.source import Duration, Incoming, SettingError, parse_path, parse_tem
 
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
+MOST_SIGNATURES = 10
+"""Signatures in one header: each may cost a check of the whole body, before the sender is known."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@%-]*", re.ASCII)  # RFC 3986, 3.3
 _NAMED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:path)?\}", re.ASCII)

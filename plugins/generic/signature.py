@@ -26,7 +26,7 @@ from relay.source import (
 
 from .reading import Reader, Reading
 from .rendering import text_getter
-from .settings import Ecdsa, Ed25519, Hmac, Signed
+from .settings import MOST_SIGNATURES, Ecdsa, Ed25519, Hmac, Signed
 
 USUAL_TOLERANCE = 300.0
 """Seconds; as in the reference libraries of Standard Webhooks."""
@@ -36,8 +36,8 @@ _NUMBER = {"s": re.compile(r"[0-9]{1,12}", re.ASCII), "ms": re.compile(r"[0-9]{1
 _MICROS = {"s": _SECOND, "ms": 1000}
 _HASHES = ("sha256", "sha1", "sha512")
 
-Verifier = Callable[[bytes, bytes], bool]
-"""Returns whether a signature (without its encoding) belongs to a message."""
+Verifier = Callable[[Sequence[bytes], bytes], bool]
+"""Returns whether one of some signatures (without their encoding) belongs to a message."""
 
 Found = Sequence[tuple[bytes, list[str]]]
 """Signatures, each with the settings of `verify` that it would need."""
@@ -162,18 +162,18 @@ class Signature:
             if header not in incoming.headers:
                 raise Unauthenticated(f"Missing signature (header {header})", problem="missing")
             raise Unauthenticated("The signature has the wrong form", problem="scheme")
+        if len(candidates) > MOST_SIGNATURES:
+            raise Unauthenticated(f"More than {MOST_SIGNATURES} signatures", problem="scheme")
         if self._is_timed:
             self._check_time(incoming)
         is_body = self._is_body_alone
         message = incoming.received if is_body else self.message(Reading(self._reader, incoming))
+        signatures = [found for candidate in candidates if (found := self._decode(candidate)) is not None]
         matches = False
-        for candidate in candidates:
-            signature = self._decode(candidate)
-            if signature is not None:
-                for fits, usage in zip(self._verifiers, self._usages, strict=True):
-                    if fits(signature, message):
-                        matches = True
-                        usage.count += 1
+        for fits, usage in zip(self._verifiers, self._usages, strict=True):
+            if fits(signatures, message):
+                matches = True
+                usage.count += 1
         if not matches:
             raise Unauthenticated("The signature does not match")
 
@@ -259,7 +259,7 @@ class Signature:
                 yield what, message.replace(body, changed)
         if self._covers_body and message != body:
             yield "the body alone", body
-        url = reading.url.encode()
+        url = reading.url.encode("utf-8", "surrogateescape")
         if url in message:
             for what, other in (
                 ("a URL with http://, unlike `public_url`", b"http://" + url.partition(b"://")[2]),
@@ -274,7 +274,7 @@ class Signature:
         """Yield the keys that fit one of the signatures, with the settings that they need."""
         for at, fits in enumerate(self._verifiers):
             for signature, settings in signatures:
-                if fits(signature, message):
+                if fits((signature,), message):
                     yield f"public_keys[{at}]", settings
 
     def sign(self, incoming: Incoming) -> Incoming:
@@ -296,7 +296,7 @@ class AsymmetricSignature(Signature):
         verifiers, wrong = [], []
         for at, key in enumerate(keys):
             try:
-                verifiers.append(make(key))
+                verifiers.append(partial(_any_fits, make(key)))
             except ValueError as error:
                 wrong.append(SettingError(str(error), "public_keys", at))
         if wrong:
@@ -394,10 +394,17 @@ def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[bytes, list[str
         yield bare.strip().encode(), ["no white space around it"]
 
 
-def _fits(state: hmac.HMAC, signature: bytes, message: bytes) -> bool:
+def _fits(state: hmac.HMAC, signatures: Sequence[bytes], message: bytes) -> bool:
     mac = state.copy()  # a fifth faster than keying it again
     mac.update(message)
-    return hmac.compare_digest(mac.digest(), signature)
+    digest, matches = mac.digest(), False
+    for signature in signatures:
+        matches |= hmac.compare_digest(digest, signature)
+    return matches
+
+
+def _any_fits(verifier: Callable[[bytes, bytes], bool], signatures: Sequence[bytes], message: bytes) -> bool:
+    return any(verifier(signature, message) for signature in signatures)
 
 
 def _header_bytes(name: str, reading: Reading) -> bytes | None:

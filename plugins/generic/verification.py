@@ -24,7 +24,7 @@ from relay.source import (
 
 from .reading import Reader, Reading
 from .rendering import compile_text
-from .settings import ApiKey, Basic, StandardWebhooks
+from .settings import MOST_SIGNATURES, ApiKey, Basic, StandardWebhooks
 
 _SECOND = 1_000_000
 _DUMMY = {"webhook-id": "-", "webhook-timestamp": "0", "webhook-signature": "-"}
@@ -241,6 +241,8 @@ class Standard:
             if len(values) > 1:
                 raise Invalid(field=f"header {self._prefix}{name}", issue="was sent more than once")
             headers[f"webhook-{name}"] = values[0] if values else ""
+        if headers["webhook-signature"].count(" ") >= MOST_SIGNATURES:
+            raise SignatureError("signature", f"more than {MOST_SIGNATURES} signatures")
         now = incoming.received_at // _SECOND
         verify_standard_webhooks(self._secrets, headers, incoming.body, now, self._tolerance)
 

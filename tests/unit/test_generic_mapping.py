@@ -1,6 +1,8 @@
 """What a generic source reads from a request: type, subject, key, context, data, batches, replies."""
 
 import base64
+import json
+import tracemalloc
 
 import msgspec
 import pytest
@@ -283,7 +285,7 @@ def test_a_broken_batch_is_refused_and_the_item_named(body, detail):
 
 def test_a_batch_has_a_limit_and_an_empty_one_only_a_reply():
     source = load_table(BATCH + "\nreply = { status = 202, json = { ok = true, id = '{event_id}' } }")
-    with pytest.raises(TooLarge, match="4 events, the limit is 3"):
+    with pytest.raises(TooLarge, match="more than 3 events"):
         source.receive(incoming(b'{"items": [1, 2, 3, 4]}'))
     reply = source.receive(incoming(b'{"items": []}'))
     assert isinstance(reply, Reply)
@@ -393,3 +395,22 @@ def test_without_samples_there_is_an_empty_request_to_fill():
     assert (sample.label, sample.method, sample.body) == ("request", "POST", b"{}")
     (sample,) = load_table('methods = ["GET"]').samples()
     assert (sample.method, sample.body) == ("GET", b"")
+
+
+def test_a_list_of_many_items_is_not_read_to_its_end():
+    many = b"[" + b"1," * 300_000 + b"1]"
+    batch, position = load_table('events = "{body}"'), load_table('type = "{body:2}"\ndata = "{body:2}"')
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            batch.receive(incoming(many))
+        assert position.receive(incoming(many)).event.type == "1"
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert event_of(load_table('type = "{body:5000}"'), b'{"5000": "key"}').type == "key"
+    items = [{"name": chr(0xD83D)}, {"name": "b"}]
+    accepted = load_table('events = "{body}"\ntype = "{item:name}"').receive(
+        incoming(json.dumps(items).encode())
+    )
+    assert [each.type for each in accepted.events] == ["\\ud83d", "b"]

@@ -167,6 +167,19 @@ def test_a_signature_covers_the_bytes_as_received_of_a_compressed_body():
     assert problem_of(source, msgspec.structs.replace(request, compressed=None))
 
 
+def test_only_some_signatures_of_one_header_are_checked():
+    source = source_of('{ hmac = { header = "X-Sign", separator = "," } }')
+    signature = hex_of(BODY)
+    assert problem_of(source, incoming(BODY, {"X-Sign": ",".join(["00"] * 9 + [signature])})) == ""
+    many = incoming(BODY, {"X-Sign": ",".join(["00"] * 10 + [signature])})
+    assert problem_of(source, many) == "More than 10 signatures"
+    source = source_of('"standard-webhooks"', secrets='["whsec_a2tra2tra2tra2tra2tra2tra2tra2tra2tra2s="]')
+    signed = source.sign(incoming(BODY, at=AT))
+    more = signed.with_headers({"webhook-signature": "v1,x " * 10 + signed.headers["webhook-signature"]})
+    assert problem_of(source, signed) == ""
+    assert "more than 10 signatures" in problem_of(source, more)
+
+
 def test_a_missing_part_of_the_signed_text_refuses():
     source = source_of('{ hmac = { header = "X-Sign", signed = "{header:X-Id}.{body}" } }')
     assert (
