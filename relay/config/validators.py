@@ -108,6 +108,7 @@ def url(value: Url) -> Url:
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
+        URL(text)  # what the HTTP client reads
     except ValueError:
         raise ValueError("not a URL: its host or port cannot be read") from None
     if parts.scheme not in {"http", "https"}:

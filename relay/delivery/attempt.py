@@ -204,7 +204,8 @@ class AttemptRunner:
         """Return a failed attempt for a request that cannot be built; a fixed plugin may build the next."""
         name = self._config.name
         self._log.error(what, f"{name}: {what}", error, destination=name, event_id=event.public_id)
-        return HttpResult(result="format", error=one_line(f"{what}: {type(error).__name__}: {error}"))
+        text = self._config.url.hide(f"{what}: {type(error).__name__}: {error}".encode("utf-8", "replace"))
+        return HttpResult(result="format", error=one_line(text.decode("utf-8", "replace")))
 
     def _verdict(self, response: HttpResult) -> Verdict:
         return verdict_of(

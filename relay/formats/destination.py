@@ -1,10 +1,12 @@
 """The format of a destination: a named one with the settings of `message`, or a body of its own."""
 
 from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
 
 from relay.config.message import MessageConfig
 from relay.config.problems import KeyPath, SettingError, guess, shown
 from relay.config.schema import DestinationConfig
+from relay.config.secrets import Absent
 from relay.formats.envelope import Format
 from relay.formats.services import SERVICES, MessageFormat
 from relay.formats.template import compile_body
@@ -51,3 +53,16 @@ def problems_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Ite
     if config.group_by is not None and format_.group is None:
         can = ", ".join(name for name, each in formats.items() if each.group is not None)
         yield ("group_by",), f'"{format_.name}" has one body for each event; these formats can group: {can}'
+
+
+def warnings_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what is valid but probably a mistake; the URL itself is not repeated."""
+    format_ = formats.get(config.format)
+    if config.template is None and isinstance(format_, MessageFormat) and format_.path:
+        path = urlsplit(config.url.reveal()).path or "/"
+        ends = path == "/" if format_.path == "/" else path.endswith(format_.path)
+        if not ends and not isinstance(config.url, Absent):
+            expected = f"the URLs of {format_.name} end with {format_.path}"
+            if format_.path == "/":
+                expected = "the URL of an ntfy server has no path; the topic belongs into `message`"
+            yield ("url",), expected

@@ -59,6 +59,7 @@ class MessageFormat(Format, frozen=True, kw_only=True):
     page: Page
     keys: frozenset[str] = frozenset()  # of `message`, besides those that all message formats have
     required: tuple[str, ...] = ()  # those that must be given
+    path: str = ""  # the end of the URL's path at the service; "": any
     can_group: bool = True
 
     def with_settings(self, config: MessageConfig) -> Format:
@@ -91,6 +92,7 @@ def _service(
     *,
     keys: tuple[str, ...] = (),
     required: tuple[str, ...] = (),
+    path: str = "",
     can_group: bool = True,
 ) -> MessageFormat:
     """Return a format that also works without settings, if it requires none."""
@@ -103,6 +105,7 @@ def _service(
         page=page,
         keys=frozenset(keys),
         required=required,
+        path=path,
         can_group=can_group,
     )
 
@@ -350,13 +353,20 @@ SERVICES: tuple[MessageFormat, ...] = (
     _service("slack", _slack),
     _service("discord", _discord),
     _service("teams", _teams),
-    _service("telegram", _telegram, keys=("chat_id", "thread_id"), required=("chat_id",)),
-    _service("ntfy", _ntfy, keys=("topic", "priority", "tags"), required=("topic",)),
+    _service(
+        "telegram",
+        _telegram,
+        keys=("chat_id", "thread_id"),
+        required=("chat_id",),
+        path="/sendMessage",
+    ),
+    _service("ntfy", _ntfy, keys=("topic", "priority", "tags"), required=("topic",), path="/"),
     _service(
         "pagerduty",
         _pagerduty,
         keys=("routing_key", "severity", "dedup_key"),
         required=("routing_key",),
+        path="/v2/enqueue",
         can_group=False,  # PagerDuty groups alerts itself, and resolves them one by one
     ),
 )

@@ -23,7 +23,7 @@ from relay.config.schema import Admin, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
-from relay.formats.destination import problems_of
+from relay.formats.destination import problems_of, warnings_of
 from relay.ingest.implementation import implementation_of
 from relay.model import Job
 from relay.plugin_loading.discovery import digests_of, find_plugins, in_one_line
@@ -369,3 +369,5 @@ def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]
     for name, destination in config.destinations.items():
         for key, problem in problems_of(destination, formats):
             binder.report(("destinations", name, *key), problem)
+        for key, warning in warnings_of(destination, formats):
+            binder.warn(("destinations", name, *key), warning)

@@ -560,6 +560,33 @@ def test_each_mistake_is_a_problem_with_its_line(tmp_path, config, line, problem
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "url", "warning"),
+    [
+        (
+            'format = "ntfy"\nmessage.topic = "t"',
+            "https://ntfy.sh/mytopic",
+            "the topic belongs into `message`",
+        ),
+        ('format = "ntfy"\nmessage.topic = "t"', "https://ntfy.sh", None),
+        ('format = "telegram"\nmessage.chat_id = "1"', "https://t.example/bot1", "end with /sendMessage"),
+        ('format = "telegram"\nmessage.chat_id = "1"', "https://t.example/bot1/sendMessage", None),
+        (
+            'format = "pagerduty"\nmessage.routing_key = "k"',
+            "https://p.example/v2/change/enqueue",
+            "/v2/enqueue",
+        ),
+        ('format = "slack"', "https://chat.example/hooks/1", None),
+    ],
+)
+def test_a_url_that_is_not_the_service_s_is_a_warning(tmp_path, config, url, warning):
+    path = write_config(tmp_path, f'[destinations.chat]\nurl = "{url}"\n{config}\n')
+    said = run("check-config", "-c", path).err
+    assert ("destinations.chat.url" in said) == (warning is not None)
+    assert warning is None or warning in said
+    assert "mytopic" not in said
+
+
 def test_a_message_needs_no_signature(tmp_path):
     assert [each.name for each in SERVICES] == list(message_config.FORMATS)
     for name in ("slack", "standard"):
