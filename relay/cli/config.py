@@ -62,9 +62,11 @@ def check(
 def _print_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:
     if as_json:
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
-        print_json({"ok": False, "problems": problems, "warnings": []})
+        print_json({"ok": False, "problems": problems, "warnings": list(error.warnings)})
         return
     click.echo(str(error), err=True)
+    for warning in error.warnings:
+        click.echo(f"warning: {warning}", err=True)
     click.echo(
         f"{count(len(error.problems), 'problem')}; correct and run `relay check-config {path}` again",
         err=True,
@@ -174,7 +176,11 @@ def load_for_service(path: Path, env_files: Sequence[Path]) -> Setup:
     Raises:
         ConfigError: it has problems.
     """
-    given, service = given_of(path, env_files), service_of(path)
+    service = service_of(path)
+    try:
+        given = given_of(path, env_files)
+    except ConfigError as error:
+        raise _with_others(error, path) from None
     discover(())  # now, because the service's user may be unable to read this program
     try:
         with service.as_user() if service else nullcontext():
@@ -186,6 +192,18 @@ def load_for_service(path: Path, env_files: Sequence[Path]) -> Setup:
         raise ConfigError(error.problems, hint=hint) from None
     except ConfigError as error:
         raise _unreadable(error.problems, given) or error from None
+
+
+def _with_others(error: ConfigError, path: Path) -> ConfigError:
+    """Return an error about the environment together with the problems of the configuration itself."""
+    try:
+        load(path, lenient=True)
+    except UnreadableError:
+        return error
+    except ConfigError as more:
+        problems = (*error.problems, *more.problems)
+        return ConfigError(problems, hint=error.hint, warnings=more.warnings)
+    return error
 
 
 def load_without_secrets(path: Path, env_files: Sequence[Path]) -> tuple[Setup, Given]:

@@ -60,6 +60,7 @@ class Binder:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.absent: list[Problem] = []
+        self.incomplete: dict[str, tuple[Any, frozenset[str]]] = {}  # see `relay.config.tables`
         self._lenient = lenient
         self.origin = Origin(
             environ=given.environ,

@@ -53,7 +53,13 @@ def read(path: Path) -> Document:
     problems: list[Problem] = []
     included = []
     for file in _included(document, problems):
-        part = _read(file)
+        try:
+            part = _read(file)
+        except UnreadableError:
+            raise
+        except ConfigError as error:  # the other files may have problems as well
+            problems += error.problems
+            continue
         included.append(part.path)
         if "include" in part.data:
             problems.append(part.problem(("include",), f"only {main.file} may include files"))

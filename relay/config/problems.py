@@ -31,8 +31,9 @@ class Problem(msgspec.Struct, frozen=True, order=True):
 class ConfigError(RelayError):
     """The configuration cannot be used; `problems` has every reason, ordered by place."""
 
-    def __init__(self, problems: Iterable[Problem], *, hint: str = "") -> None:
+    def __init__(self, problems: Iterable[Problem], *, hint: str = "", warnings: Iterable[str] = ()) -> None:
         self.problems = tuple(sorted(set(problems)))
+        self.warnings = tuple(warnings)
         super().__init__("\n".join(map(str, self.problems)), hint=hint)
 
 

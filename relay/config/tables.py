@@ -8,7 +8,7 @@ from relay.config.binding import WRONG, Binder
 from relay.config.message import FORMATS
 from relay.config.problems import KeyPath, dotted, guess, shown
 from relay.config.schema import Config, DestinationConfig, Plugins
-from relay.config.secrets import Absent
+from relay.config.secrets import Absent, Url
 from relay.model import OPERATOR_SOURCE
 from relay.routing.conditions import compile_conditions
 from relay.routing.envelope import Path as EnvelopePath
@@ -61,19 +61,30 @@ def _state_dir(binder: Binder) -> Path:
 
 
 def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
-    found = {}
+    """Bind the destinations.
+
+    One with a wrong key goes to `binder.incomplete`, with defaults in place of its wrong keys: it is checked
+    further, so that all problems are reported at once.
+    """
+    found, checked = {}, {}
     for name, table in named_tables(binder, "destinations").items():
         path: KeyPath = ("destinations", name)
-        destination = binder.struct(DestinationConfig, table, path, given={"name": name}, hidden={"name"})
-        if destination is not None:
-            _check_choice(binder, destination, path)
+        values = binder.fields(DestinationConfig, table, path, given={"name": name}, hidden={"name"})
+        wrong = frozenset(key for key, value in values.items() if value is WRONG)
+        good: dict[str, Any] = {key: value for key, value in values.items() if key not in wrong}
+        destination = checked[name] = DestinationConfig(**{"url": Url(""), **good})
+        _check_choice(binder, destination, path)
+        if not wrong & {"signatures", "secrets", "headers"}:
             _check_signatures(binder, destination, path)
+        if wrong:
+            binder.incomplete[name] = destination, wrong
+        else:
             found[name] = destination
-        is_message = table.get("format") in FORMATS
-        if not table.get("secrets") and not is_message and not _has_own_keys(destination):
+        is_signed = table.get("secrets") or any(each.secrets for each in destination.signatures)
+        if not is_signed and "signatures" not in wrong and table.get("format") not in FORMATS:
             binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
-    for name in found:
-        _check_stand_in(binder, found, name)
+    for name in checked:
+        _check_stand_in(binder, checked, name)
     return found
 
 
@@ -95,10 +106,6 @@ def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], 
             return
         way.append(stand_in)
         stand_in = destinations[stand_in].on_dead
-
-
-def _has_own_keys(destination: DestinationConfig | None) -> bool:
-    return destination is not None and any(each.secrets for each in destination.signatures)
 
 
 def _check_signatures(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:

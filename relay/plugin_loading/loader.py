@@ -15,7 +15,7 @@ import pluggy
 
 from relay import hookspecs
 from relay.config import validators
-from relay.config.binding import Binder
+from relay.config.binding import WRONG, Binder
 from relay.config.document import read
 from relay.config.installed_service import Given
 from relay.config.problems import ConfigError, KeyPath, Problem, faults_of, guess, shown
@@ -120,18 +120,20 @@ def _complete(
     Raises:
         ConfigError: contains all problems.
     """
-    sources = {}
+    sources, claiming = {}, {}
     for name, table in named_tables(binder, "sources").items():
         if name == validators.RESERVED:
             binder.report(("sources", name), "this name is reserved for the relay's own events")
-        source = _bind_source(binder, config, kinds, name, table, blame_kinds=blame)
-        if source is not None:
+        source, wrong = _bind_source(binder, config, kinds, name, table, blame_kinds=blame)
+        if source is not None and "prefix" not in wrong:
+            claiming[name] = source
+        if source is not None and not wrong:
             sources[name] = source
-    _check_claims(binder, sources)
+    _check_claims(binder, claiming)
     if blame:
         _check_formats(binder, config, formats)
     if binder.problems:
-        raise ConfigError(binder.problems)
+        raise ConfigError(binder.problems, warnings=map(str, sorted(binder.warnings)))
     if problem := implementation_of(config.server.implementation)[1]:
         binder.warn(("server", "implementation"), problem)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))
@@ -208,17 +210,21 @@ def _bind_source(
     table: Mapping[str, Any],
     *,
     blame_kinds: bool,
-) -> SourceConfig | None:
+) -> tuple[SourceConfig | None, frozenset[str]]:
+    """Return a source, with defaults in place of its wrong keys, and the names of these keys.
+
+    None instead of the source: its settings are wrong or its plugin is unknown.
+    """
     path: KeyPath = ("sources", name)
     plugin = table.get("plugin")
     kind = kinds.get(plugin) if isinstance(plugin, str) else None
     if kind is not None and kind.preset is not None:
         complete = _with_preset(binder, kind, kind.preset, table, path)
         if complete is None:
-            return None
+            return None, frozenset()
         table = complete
     own = kind.source.__struct_encode_fields__ if kind else tuple(table)
-    source = binder.struct(
+    values = binder.fields(
         SourceConfig,
         table,
         path,
@@ -230,10 +236,10 @@ def _bind_source(
         if blame_kinds and isinstance(plugin, str):  # else a broken plugin may provide this kind
             known = guess(plugin, kinds) or "; `relay plugins list` shows all kinds"
             binder.report((*path, "plugin"), f"no plugin offers the kind {shown(plugin)}{known}")
-        return None
+        return None, frozenset()
     settings = _bind_settings(binder, kind, {key: table[key] for key in own if key in table}, path)
-    if source is None:
-        return None
+    wrong = frozenset(key for key, value in values.items() if value is WRONG)
+    source = SourceConfig(**{key: value for key, value in values.items() if key not in wrong})
     schemas = Schemas(kind.source.data_field)
     for type_, file in source.schemas.items():
         try:
@@ -241,8 +247,9 @@ def _bind_source(
         except ValueError as error:
             binder.report((*path, "schemas", type_), str(error))
     if settings is None:
-        return None
-    return msgspec.structs.replace(source, settings=settings, compiled=schemas if source.schemas else None)
+        return None, wrong
+    compiled = schemas if source.schemas else None
+    return msgspec.structs.replace(source, settings=settings, compiled=compiled), wrong
 
 
 def _with_preset(
@@ -365,8 +372,17 @@ def _agree(one: str, other: str) -> bool:
     return one == other or one.startswith("{") or other.startswith("{")
 
 
+_FORMAT_KEYS = {"format", "message", "template", "content_type", "group_by"}
+"""Keys of a destination that are checked together."""
+
+
 def _check_formats(binder: Binder, config: Config, formats: Mapping[str, Format]) -> None:
-    for name, destination in config.destinations.items():
+    incomplete = {
+        name: destination
+        for name, (destination, wrong) in binder.incomplete.items()
+        if not wrong & _FORMAT_KEYS
+    }
+    for name, destination in {**config.destinations, **incomplete}.items():
         for key, problem in problems_of(destination, formats):
             binder.report(("destinations", name, *key), problem)
         for key, warning in warnings_of(destination, formats):

@@ -229,7 +229,11 @@ def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
 
 def test_a_missing_environment_file_of_the_unit_is_a_problem(machine):
     machine.dropin(f"[Service]\nEnvironmentFile={machine.folder}/needed\n")
-    assert "needed of relay.service does not exist" in run("check-config", machine.config, code=1).err
+    machine.config.write_text(SECRETS.replace('plugin = "adorn"', 'plugin = "adron"'))
+    said = run("check-config", machine.config, code=1).err
+    assert "needed of relay.service does not exist" in said
+    assert 'no plugin offers the kind "adron"' in said
+    assert "is not set" not in said
 
 
 def test_config_show_names_the_state_directory_of_the_service_and_needs_no_secret(machine):
