@@ -10,7 +10,7 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED, NOTHING, CommandError
 from relay.cli.options import json_option, read_data
-from relay.cli.output import print_json, print_table
+from relay.cli.output import count, print_json, print_table
 from relay.config.paths import find_config
 from relay.config.schema import SourceConfig
 from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
@@ -83,6 +83,8 @@ def explain(
     for each in answer["destinations"]:
         if each["retries"] is not None:
             click.echo(f"{each['name']}: {each['retries']}", err=True)
+    if more := answer.get("more"):
+        click.echo(f"the request has {count(more, 'more event')}; only the first one is explained", err=True)
 
 
 def _explained(
@@ -94,17 +96,21 @@ def _explained(
     path: str | None,
     headers: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the explanation of a request that was not sent, in the format of the API; `id` is None."""
+    """Return the explanation of a request that was not sent, in the format of the API.
+
+    `id` is None, and `more` is the number of further events, if the request has any.
+    """
     # Imported here, because a stored event needs neither plugins nor routes and must be explained fast.
     from relay.cli.config import load_without_secrets, source_named  # noqa: PLC0415 - see above
     from relay.routing.router import Router, explained  # noqa: PLC0415 - see above
 
     setup = load_without_secrets(find_config(config), ())[0].config
     source = source_named(name, setup.sources)
-    event = _event(source, _request(source, body=body, type_=type_, path=path, headers=headers))
+    event, more = _event(source, _request(source, body=body, type_=type_, path=path, headers=headers))
     return {
         "id": None,
         "type": event.type,
+        **({"more": more} if more else {}),
         "destinations": explained(Router.of(setup.destinations), event, setup.destinations),
     }
 
@@ -113,7 +119,7 @@ def _request(
     source: SourceConfig, *, body: bytes | None, type_: str | None, path: str | None, headers: dict[str, str]
 ) -> "Incoming":
     """Return the request that the options describe; its path is below the source's prefix."""
-    from multidict import CIMultiDict  # noqa: PLC0415 - see `_explained`
+    import msgspec  # noqa: PLC0415 - see `_explained`
 
     from relay.cli.send import choose, fits, samples_of  # noqa: PLC0415 - see `_explained`
     from relay.source import Incoming  # noqa: PLC0415 - see `_explained`
@@ -122,33 +128,35 @@ def _request(
     if type_ is not None or (samples and path is None):
         sample = choose(samples, source.name, type_)
     else:
-        route = _path(source, path)
+        route = _path(source, path)[0]
         methods = sorted(method for method, other, _ in source.settings.routes() if fits(other, route))
         method = "POST" if "POST" in methods or not methods else methods[0]
         sample = Incoming.of(method, route, {"Content-Type": "application/json"})
-    given = CIMultiDict(sample.headers)
-    given.update(headers)
-    return Incoming.of(
-        sample.method,
-        sample.path if path is None else _path(source, path),
-        given,
-        sample.body if body is None else body,
+    own, query = (sample.path, sample.query) if path is None else _path(source, path)
+    return msgspec.structs.replace(
+        sample.with_headers(headers),
+        path=own,
+        query=query,
+        target=f"{source.prefix}{own}{query and f'?{query}'}",
+        body=sample.body if body is None else body,
+        received_at=time.time_ns() // 1000,
     )
 
 
-def _path(source: SourceConfig, given: str | None) -> str:
-    """Return the given path, or the source's only path, below the source's prefix."""
+def _path(source: SourceConfig, given: str | None) -> tuple[str, str]:
+    """Return the given path, or the source's only path, below the source's prefix; and the query."""
     if given is not None:
-        return given.partition("?")[0].removeprefix(source.prefix)
+        path, _, query = given.partition("?")
+        return path.removeprefix(source.prefix), query
     paths: list[str] = sorted({path for _, path, _ in source.settings.routes()})
     if len(paths) != 1 or "{" in paths[0]:
         routes = ", ".join(source.prefix + path for path in paths)
         raise click.UsageError(f"source {source.name} has several paths; choose one with --path: {routes}")
-    return paths[0]
+    return paths[0], ""
 
 
-def _event(source: SourceConfig, incoming: "Incoming") -> "StoredEvent":
-    """Return the event that the source's handler creates from a request."""
+def _event(source: SourceConfig, incoming: "Incoming") -> "tuple[StoredEvent, int]":
+    """Return the first event that the source's handler creates from a request, and the number of others."""
     from relay.diagnosis.source_request import handle, match_of  # noqa: PLC0415 - see `_explained`
     from relay.ingest.event import make_event  # noqa: PLC0415 - see `_explained`
     from relay.source import Reply  # noqa: PLC0415 - see `_explained`
@@ -158,10 +166,11 @@ def _event(source: SourceConfig, incoming: "Incoming") -> "StoredEvent":
         match = match_of(source, source.prefix + incoming.path, incoming.method)
         accepted = handle(match, incoming)
         if not isinstance(accepted, Reply):
-            first = accepted.event or next(iter(accepted.events), None)
-            if first is not None:
-                is_item, now = accepted.event is None, time.time_ns() // 1000
-                return make_event(match.mount, first, incoming, now, is_item=is_item)
+            events = accepted.events or ([] if accepted.event is None else [accepted.event])
+            if events:
+                is_item, now = accepted.event is None, incoming.received_at
+                stored = make_event(match.mount, events[0], incoming, now, is_item=is_item)
+                return stored, len(events) - 1
     except Refusal as refusal:
         raise CommandError(
             f"{line} would be refused with {refusal.status}: {_reason(refusal)}",

@@ -186,3 +186,25 @@ def test_an_error_in_a_plugin_is_reported_as_such(tmp_path, path, code, says):
     (tmp_path / "plugins.d" / "odd.py").write_text(BROKEN)
     config = write_config(tmp_path, '[sources.odd]\nplugin = "odd"\n')
     assert says in explain(config, "--source", "odd", *path, code=code).err
+
+
+GENERIC = """
+[sources.bulk]
+plugin = "generic"
+path = "/bulk"
+verify = "none"
+events = "{body:items}"
+type = "{query:kind}.{item:type}"
+"""
+
+
+def test_a_request_with_several_events_is_explained_by_its_first(tmp_path):
+    config = write_config(tmp_path, GENERIC, ROUTES)
+    items = b'{"items": [{"type": "made"}, {"type": "sold"}, {"type": "sold"}]}'
+    args = ("--source", "bulk", "--path", "/bulk?kind=sale", "--data", "-")
+    said = explain(config, *args, "--json", stdin=items).json
+    assert (said["type"], said["more"]) == ("bulk.sale.made", 2)
+    said = explain(config, *args, stdin=items)
+    assert "the request has 2 more events; only the first one is explained" in said.err
+    said = explain(config, *args, stdin=b'{"items": []}', code=4)
+    assert "POST /bulk creates no event" in said.err
