@@ -168,7 +168,7 @@ def _compiled(text: str | None, *key: str) -> Render | None:
 
 def _compile(text: str, *key: str) -> Render:
     try:
-        return compile_text(text)
+        return compile_text(text, lambda value: value[: 2 * _TEXT])
     except ValueError as error:
         raise SettingError(str(error), "message", *key) from None
 
@@ -181,7 +181,7 @@ def _compiled_link(text: str | None) -> Render | None:
     if begins_fixed and not text.startswith(("https://", "http://")):
         raise SettingError("expected a URL that starts with https:// or http://", "message", "link")
     try:
-        return compile_text(text, (lambda value: quote(value, safe="")) if begins_fixed else str)
+        return compile_text(text, (lambda value: quote(value[:_LINK], safe="")) if begins_fixed else str)
     except ValueError as error:
         raise SettingError(str(error), "message", "link") from None
 
@@ -201,7 +201,8 @@ def _checked_link(url: str) -> str:
 def _any_words(values: EventValues) -> Words:
     """Return the words about an event of a sender: its type and subject, and short values of its data."""
     event = values.event
-    title = f"{event.type} · {masked(event.subject)}" if event.subject else event.type
+    subject = masked(one_line(event.subject or "", _TITLE))
+    title = f"{event.type} · {subject}" if subject else event.type
     fields = []
     for key, value in values.scalars():
         if value and len(value) <= _SHORT and value.isprintable() and not _PRIVATE.search(key):

@@ -47,14 +47,27 @@ _TEXTS: Mapping[str, Callable[[StoredEvent], str | None]] = {
 class EventValues:
     """The values of one event. Each object on the way to a value is read at most once."""
 
-    __slots__ = ("_objects", "event")
+    __slots__ = ("_objects", "_room", "event")
 
-    def __init__(self, event: StoredEvent) -> None:
+    def __init__(self, event: StoredEvent, *, room: int | None = None) -> None:
         self.event = event
+        self._room = room  # bytes of the values that may still be found; None: any number
         self._objects: dict[tuple[str, ...], Mapping[str, msgspec.Raw] | list[msgspec.Raw]] = {}
 
     def find(self, path: Path) -> Value:
-        """Return the value at a path."""
+        """Return the value at a path.
+
+        Raises:
+            ValueError: there is no room for the value.
+        """
+        value = self._find(path)
+        if value is not None and self._room is not None:
+            self._room -= len(value) if isinstance(value, str) else len(bytes(value))
+            if self._room < 0:
+                raise ValueError(f"the values of the template have more than {MOST_BYTES} bytes")
+        return value
+
+    def _find(self, path: Path) -> Value:
         if path.head in _TEXTS:
             return _TEXTS[path.head](self.event)
         raw = (self.event.data if path.head == "data" else self.event.context).strip()
@@ -226,7 +239,7 @@ def compile_body(template: Any, content_type: str | None) -> Body:
 
 def _bounded(render: Callable[[EventValues], bytes]) -> Callable[[StoredEvent], bytes]:
     def bounded(event: StoredEvent) -> bytes:
-        body = render(EventValues(event))
+        body = render(EventValues(event, room=MOST_BYTES))
         if len(body) > MOST_BYTES:
             raise ValueError(f"the template makes a body of {len(body)} bytes; the limit is {MOST_BYTES}")
         return body

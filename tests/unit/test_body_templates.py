@@ -2,7 +2,9 @@
 
 import html
 import json
+import random
 import tomllib
+import tracemalloc
 from urllib.parse import parse_qsl
 from xml.etree import ElementTree as ET
 
@@ -211,9 +213,70 @@ def test_a_wrong_template_names_key_place_and_remedy(template, content_type, key
 
 def test_a_body_beyond_the_limit_is_an_error_and_not_sent(monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 100)
-    body = compile_body("{data}{data}", None)
-    with pytest.raises(ValueError, match="the template makes a body of 196 bytes; the limit is 100"):
-        body.render(event(data=b'"' + b"x" * 98 + b'"'))
+    body = compile_body('["{data}"]', None)
+    with pytest.raises(ValueError, match="the template makes a body of 304 bytes; the limit is 100"):
+        body.render(event(data=json.dumps("\1" * 50).encode()))
+    with pytest.raises(ValueError, match="the values of the template have more than 100 bytes"):
+        body.render(event(data=json.dumps("x" * 101).encode()))
+
+
+@pytest.mark.parametrize(
+    "template", ["{data.a}" * 8000, {"list": ["{data.a}"] * 5000}, '["' + "{data.a}" * 8000 + '"]']
+)
+def test_many_placeholders_cannot_fill_the_memory(template):
+    body, large = compile_body(template, None), event(data=b'{"a":"%b"}' % (b"x" * 2**20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="the values of the template have more than 16777216 bytes"):
+        body.render(large)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
+
+
+def test_no_event_of_a_hostile_corpus_breaks_a_body():
+    words = [
+        '"',
+        "\\",
+        "}}",
+        "{{",
+        "</x>",
+        "&",
+        "\u0000",
+        "\u202e",
+        "😀",
+        "\ud83d",
+        "a",
+        ",",
+        ":",
+        "null",
+        "\n",
+        "'",
+        "%",
+        "[",
+        "1e400",
+    ]
+    dice = random.Random(13)
+    text = compile_body(
+        '{{"a": "{data.v}", "b": {data.v}, "key {data.k|truncate:9}": [{data.w|default:x}]}}', None
+    )
+    table = compile_body({"a": "x{data.v}", "b": "{data.v}", "c": ["{data.w}", {"d": "{data.k}"}]}, None)
+
+    def odd(depth=0):
+        if depth < 2 and dice.random() < 0.2:
+            return [odd(depth + 1), {odd_text(): odd(depth + 1)}]
+        return dice.choice([None, True, 0, 10**400, -1.5, odd_text()])
+
+    def odd_text():
+        return "".join(dice.choices(words, k=dice.randrange(6)))
+
+    for _ in range(10_000):
+        data = {"v": odd(), "w": odd(), "k": odd_text()}
+        given = event(data=json.dumps(data).encode())
+        one, other = json.loads(text.render(given)), json.loads(table.render(given))
+        assert len(one) == 3
+        assert isinstance(one["a"], str)
+        assert one["b"] == other["b"]
+        assert list(other) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

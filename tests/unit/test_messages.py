@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,19 @@ def test_no_number_to_call_and_no_secret_is_shown_and_no_raw_data(name):
 )
 def test_long_numbers_are_masked(text, shown):
     assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["1 " * 200_000, "(" * 400_000, "1-" * 200_000, "+1" * 200_000, "9" * 400_000]
+)
+def test_a_huge_subject_costs_no_time(text):
+    began = time.process_time()
+    message = MessageWriter(MessageConfig(title="{data.a}")).write(
+        event(data={"a": text, text: 1}, subject=text)
+    )
+    MessageWriter(MessageConfig()).write(event(data={"a": text, text[:300]: text[:70]}, subject=text))
+    assert time.process_time() - began < 2
+    assert len(message.title) <= 140
 
 
 def test_keys_become_labels():
