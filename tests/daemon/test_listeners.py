@@ -1,8 +1,10 @@
 """Both listeners give the same answers, byte for byte but for the order of headers, reasons and dates."""
 
 import asyncio
+import gzip
 import re
 import sys
+import zlib
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +33,24 @@ POST = request("POST", ADORN, BODY)
 CHUNKED = request("POST", ADORN, transfer_encoding="chunked")
 CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 UPGRADE = request("POST", ADORN, BODY, connection="Upgrade", upgrade="h2c")
+
+
+ZIPPED = gzip.compress(b'{"type": "zipped"}', mtime=0)
+GZIP = {"content_encoding": "gzip"}
+BROTLI = b"Content-Encoding: br\r\n\r\n"
+OPEN = """
+[sources.open]
+plugin = "generic"
+path = "/open"
+verify = "none"
+max_body = "4 KiB"
+type = "{body:type}"
+reply = { status = 202, empty = true }
+handshakes = [
+  { method = "GET", when = { "{query:echo}" = "*" }, reply = { text = "{query:echo}" } },
+  { method = "HEAD", when = { "{query:echo}" = "*" }, reply = { empty = true } },
+]
+"""
 
 
 def old(raw):
@@ -99,6 +119,20 @@ WELL_FRAMED = {
     "an empty body": [request("POST", ADORN, b"")],
     "no body": [request("POST", ADORN)],
     "a body of GET": [request("GET", "/health", b"{}") + POST],
+    "gzip": [request("POST", "/open", ZIPPED, **GZIP)],
+    "gzip in chunks": [
+        request("POST", "/open", transfer_encoding="chunked", **GZIP)
+        + b"%x\r\n%b\r\n0\r\n\r\n" % (len(ZIPPED), ZIPPED)
+    ],
+    "gzip that is cut short": [request("POST", "/open", ZIPPED[:-3], **GZIP)],
+    "gzip of too much": [request("POST", "/open", gzip.compress(bytes(5000)), **GZIP)],
+    "gzip, and not": [request("POST", "/open", ZIPPED, **GZIP).replace(b"\r\n\r\n", b"\r\n" + BROTLI, 1)],
+    "deflate": [request("POST", "/open", zlib.compress(b'{"type": "a"}'), content_encoding="deflate")],
+    "brotli": [request("POST", "/open", BODY).replace(b"\r\n\r\n", b"\r\n" + BROTLI, 1)],
+    "a handshake": [request("GET", "/open?echo=%C3%A9")],
+    "a handshake by HEAD": [request("HEAD", "/open?echo=x")],
+    "an empty reply": [request("POST", "/open", b'{"type": "a"}')],
+    "a form": [request("POST", "/open", b"type=a", content_type="application/x-www-form-urlencoded")],
     "a worker": [request("POST", "/api/v1/workers/register", b'{"workerId":"w"}', **TOKEN)],
 }
 BADLY_FRAMED = {
@@ -139,7 +173,7 @@ async def pair(tmp_path_factory):
                 patch.setattr(listeners, "current", name)
                 folder = tmp_path_factory.mktemp(name)
                 config = write_config(
-                    folder, SOURCES.replace('"adorn"\n', '"adorn"\nmax_body = "4 KiB"\n'), CORS
+                    folder, SOURCES.replace('"adorn"\n', '"adorn"\nmax_body = "4 KiB"\n'), CORS, OPEN
                 )
                 config.write_text(config.read_text().replace("[server]", '[server]\nbody_timeout = "2s"'))
                 relays.append(running(config))

@@ -6,8 +6,8 @@ from relay.ingest.implementation import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 WIRE = {
-    "test_budget", "test_connection", "test_dedupe", "test_envelopes", "test_http", "test_http_samples",
-    "test_ingest", "test_sign_of_life",
+    "test_budget", "test_compression", "test_connection", "test_dedupe", "test_envelopes", "test_http",
+    "test_http_samples", "test_ingest", "test_sign_of_life", "test_wide_contract",
 }  # fmt: skip
 """Modules of tests that speak HTTP to the public listener: each test runs with both implementations."""
 
