@@ -54,6 +54,12 @@ class _Checks:
     def _fault(self, text: str, *key: str | int) -> None:
         self.faults.append(SettingError(text, *key))
 
+    def _add(self, faults: list[SettingError], key: KeyPath) -> bool:
+        """Report the faults of the record at a key; return whether it has any."""
+        for fault in faults:
+            self._fault(str(fault), *key, *fault.key)
+        return bool(faults)
+
     def _check_paths(self) -> None:
         settings = self._settings
         if not settings.paths:
@@ -106,6 +112,7 @@ class _Checks:
     def _check_reply(
         self, reply: ReplySettings, key: KeyPath, more: Mapping[str, Takes], filters: frozenset[str] = FILTERS
     ) -> None:
+        self._add(reply.faults(), key)
         self._check_template(reply.text or "", (*key, "text"), more, filters)
         for name, template in reply.headers.items():
             self._check_template(template, (*key, "headers", name), more, filters)
@@ -221,6 +228,8 @@ class _Checks:
             self._check_template(given.value, ("verify", "api_key", "value"), self._item)
 
     def _check_signed(self, given: Signed, key: KeyPath) -> None:
+        if self._add(given.faults(), key):
+            return
         template = self._check_template(given.signed, (*key, "signed"), {}, _NO_FILTERS)
         if template is None:
             return

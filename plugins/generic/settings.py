@@ -201,8 +201,9 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
         describe("the query parameter with the hex SHA-256 of the body; `signed` must contain `{url}`"),
     ] = None
 
-    def __post_init__(self) -> None:
-        wrong: list[Exception] = []
+    def faults(self) -> list[SettingError]:
+        """Return what contradicts itself, with the keys."""
+        wrong: list[SettingError] = []
         sign = parse_template(self.signed)
         kinds = {each.kind for each in sign.placeholders}
         timed = self.timestamp_header or self.timestamp_field
@@ -230,8 +231,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
         if self.body_sha256 and "url" not in kinds:
             text = "the signed text lacks {url}, so anybody could change the digest in it"
             wrong.append(SettingError(text, "body_sha256"))
-        if wrong:
-            raise ExceptionGroup("wrong settings", wrong)
+        return wrong
 
     def signs_time(self, sign: Any) -> bool:
         """Return whether the signed text contains the time."""
@@ -326,11 +326,12 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     headers: Annotated[dict[HeaderName, Template], describe("further headers; values are templates")] = {}
 
-    def __post_init__(self) -> None:
-        wrong: list[Exception] = []
+    def faults(self) -> list[SettingError]:
+        """Return what contradicts itself, with the keys."""
+        wrong: list[SettingError] = []
         given = [name for name in ("json", "text", "empty") if getattr(self, name) not in (None, False)]
         if len(given) > 1:
-            wrong.append(ValueError(f"give only one of json, text and empty; got {' and '.join(given)}"))
+            wrong.append(SettingError(f"give only one of json, text and empty; got {' and '.join(given)}"))
         if not _is_json(self.json):
             wrong.append(SettingError("dates and infinite numbers are not JSON; write them as text", "json"))
         if self.status in (204, 205) and given != ["empty"]:
@@ -353,8 +354,7 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
                     "browsers run this type, and the reply may contain what a stranger sent; use text/plain"
                 )
                 wrong.append(SettingError(text, "content_type"))
-        if wrong:
-            raise ExceptionGroup("wrong settings", wrong)
+        return wrong
 
 
 class Handshake(msgspec.Struct, frozen=True, kw_only=True):
