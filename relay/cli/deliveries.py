@@ -1,9 +1,11 @@
 """`relay deliveries`."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.base.text import printable
 from relay.cli.api_client import Daemon
 from relay.cli.destinations import print_holds
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
 _ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
+_MOST_ANSWERS = 3
+_LONGEST_ANSWER = 1000  # characters of a response that are shown; --json has up to 16 KiB
 
 
 @click.group(cls=Group)
@@ -50,11 +54,12 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 @deliveries.command()
 @endpoint("GET deliveries/{delivery}", offline=True)
 def show(answer: Any, **_: str) -> None:
-    """Show a delivery and its attempts.
+    """Show a delivery, its attempts, and the receiver's responses.
 
     Example: relay deliveries show 01a201eb
 
-    DELIVERY is an id, with or without dlv_; any unique prefix works.
+    DELIVERY is an id, with or without dlv_; any unique prefix works. Of the responses, the latest three
+    different ones are shown, each with up to 1000 characters; --json has all of them, up to 16 KiB each.
     """
     print_fields(answer)
     if answer["tries"]:
@@ -63,6 +68,20 @@ def show(answer: Any, **_: str) -> None:
         names = (*_ATTEMPT, "group_size") if grouped else _ATTEMPT
         rows = [[cell(each[name]) for name in names] for each in answer["tries"]]
         print_table([name.replace("_", " ") for name in names], rows)
+        _print_answers(answer["tries"])
+
+
+def _print_answers(attempts: Sequence[Mapping[str, Any]]) -> None:
+    """Print the bodies of the latest different responses."""
+    latest: dict[str, Mapping[str, Any]] = {}
+    for attempt in attempts:
+        if text := attempt["answer"].strip():
+            latest.setdefault(text, attempt)
+    for text, attempt in list(latest.items())[:_MOST_ANSWERS]:
+        is_cut = attempt["truncated"] or len(text) > _LONGEST_ANSWER
+        click.echo(f"\nresponse {attempt['status']} at {attempt['started_at']}:")
+        lines = text[:_LONGEST_ANSWER].splitlines()
+        click.echo("\n".join(f"  {printable(line)}".rstrip() for line in lines) + ("…" if is_cut else ""))
 
 
 @deliveries.command()

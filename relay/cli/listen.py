@@ -8,7 +8,7 @@ import click
 from relay.base.text import printable
 from relay.cli.main import CommandError, OneOf
 from relay.cli.options import json_option
-from relay.cli.output import print_json
+from relay.cli.output import to_json
 from relay.config.secrets import Secret
 from relay.config.signatures import SCHEMES
 from relay.demo.receiver import Received, Receiver
@@ -39,7 +39,7 @@ def listen(port: int, *, secrets: tuple[str, ...], scheme: str, status: int, as_
     Example: relay listen 9000 --secret whsec_…
 
     Runs until Ctrl-C. PORT defaults to 9000; 0 selects a free port. A request with an invalid signature
-    gets a 401. `relay verify` reads the output of --json.
+    gets a 401. With --json, each request is a line of JSON, which `relay verify` reads.
     """
     printing = threading.Lock()
 
@@ -67,7 +67,7 @@ def _show(received: Received, *, as_json: bool) -> None:
         signature = "signature ok" if received.verified else "not verified"
     id_ = received.headers.get("webhook-id", "")
     if as_json:
-        print_json({"id": id_, "signature": signature, **_captured(received, text)})
+        click.echo(to_json({"id": id_, "signature": signature, **_captured(received, text)}))
     else:
         shown = "\n".join(map(printable, text.splitlines()))
         click.echo(f"{printable(id_)}\t{signature}\t{shown}")

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from relay.api.query_params import filter_of
 from relay.base.clock import SECOND, SystemClock
 from relay.cli.main import NOT_ALLOWED, NOTHING, CommandError
@@ -79,14 +81,14 @@ class Offline:
         ]
 
     def get(self, kind: str, given: str | None = None, /, **query: Any) -> Any:
-        """Return a page of a list, or one item of it.
+        """Return a page of a list, or one item of it, with the types that JSON has, as `Daemon` does.
 
         Raises:
             CommandError: the item does not exist.
             RelayError: the file cannot be read, or a filter is invalid.
         """
         try:
-            return asyncio.run(self._read(kind, given, **query))
+            return msgspec.to_builtins(asyncio.run(self._read(kind, given, **query)), str_keys=True)
         except UnknownError as error:
             raise CommandError(error.message, hint=error.hint, code=NOTHING) from None
 

@@ -103,8 +103,11 @@ def _sent(content: bytes) -> list[bytes]:
 
 
 def _from_json(content: bytes) -> Captured:
+    """Return a request in JSON, the last one of several lines."""
+    requests = [line for line in content.splitlines() if line.strip()]
+    is_lines = len(requests) > 1 and all(line.startswith(b"{") for line in requests)
     try:
-        given = msgspec.json.decode(content, type=_Json)
+        given = msgspec.json.decode(requests[-1] if is_lines else content, type=_Json)
         text = (given.body or "").encode()
         body = text if given.body_base64 is None else base64.b64decode(given.body_base64, validate=True)
     except msgspec.ValidationError as error:
@@ -115,7 +118,8 @@ def _from_json(content: bytes) -> Captured:
     for name, value in given.headers.items():
         for one in [value] if isinstance(value, str) else value:
             headers.add(_named(name), one)
-    return Captured(method=given.method.upper(), target=given.path, headers=headers, body=body)
+    notes = (f"the last of {len(requests)} requests in the file",) if is_lines else ()
+    return Captured(method=given.method.upper(), target=given.path, headers=headers, body=body, notes=notes)
 
 
 def _from_http(content: bytes) -> Captured:

@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
+import receivers
 from commands import Commands, run
-from daemons import SOURCES, adorn, running, write_config
+from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import request
 
@@ -289,6 +290,48 @@ async def test_the_file_of_a_stopped_relay_is_read(config, recorder):
     assert "'--since': expected" in (await offline("events", "list", "--since", "noon", code=2)).err
     assert "invalid cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_what_the_file_says_reads_like_what_the_relay_says(commands, events, config, as_json):
+    event, *_ = events
+    delivery = (await commands("events", "show", event, "--json")).json["owed"][0]["id"]
+    for command in (
+        ["events", "list"], ["events", "show", event],
+        ["deliveries", "list"], ["deliveries", "show", delivery],
+        ["destinations", "list"], ["destinations", "show", "crm"], ["stats"],
+    ):  # fmt: skip
+        given = [*command, *(["--json"] if as_json else [])]
+        there = await commands(*given)
+        offline = await asyncio.to_thread(run, *given, "--offline", "-c", config)
+        in_flight = {'"in_flight": 0': '"in_flight": null', "in_flight\t0": "in_flight\t"}
+        expected = there.out
+        for online, unknown in in_flight.items():
+            expected = expected.replace(online, unknown)
+        if command == ["destinations", "list"] and not as_json:
+            expected = expected.replace("crm\t\t0\t0\t", "crm\t\t0\t\t")
+        assert offline.out == expected, command
+
+
+async def test_a_delivery_is_shown_with_the_receiver_s_responses(tmp_path):
+    long = b"first line\n\x1b[31msecond" + b"x" * 3000
+    async with (
+        receivers.answers(status="500 Internal Server Error", body=long) as receiver,
+        running(write_config(tmp_path, SOURCES, destination("crm", receiver.url))) as relay,
+    ):
+        commands = Commands(relay.addresses.socket)
+        await relay.exchange(request("POST", "/v1/events", BODY))
+        await until(lambda: finished(relay, "dead") == 1)
+        [[id_, *_]] = (await commands("deliveries", "list")).rows
+        said = await commands("deliveries", "show", id_)
+        _, _, responses = said.out.partition("\nresponse 500 at ")
+        [_, first, second] = responses.splitlines()  # five equal responses are shown once
+        assert first == "  first line"
+        assert second.startswith("  \\x1b[31msecondxxx")
+        assert second.endswith("x…")
+        assert len(second) < 1100
+        attempts = (await commands("deliveries", "show", id_, "--json")).json["tries"]
+        assert [each["answer"].encode() for each in attempts] == [long] * 5
 
 
 async def test_the_file_of_a_running_relay_is_read(commands, events, config):

@@ -156,7 +156,7 @@ def test_control_characters_are_escaped():
 def test_without_a_secret_nothing_is_verified():
     with listening("--json") as (url, out):
         assert post(url + "/hook", b"plain", {"webhook-id": "evt_2"}) == 204
-        said = json.loads(until_closed(out))
+        said = json.loads(out.readline())
         assert {**said, "headers": None} == {
             "id": "evt_2", "signature": "not verified", "method": "POST", "path": "/hook", "headers": None,
             "body": "plain",
@@ -164,20 +164,26 @@ def test_without_a_secret_nothing_is_verified():
         assert "evt_2" in said["headers"].values()
 
 
-def until_closed(out):
-    """Read one object of JSON as `print_json` writes it."""
-    return "".join(iter(out.readline, "}\n")) + "}"
-
-
 @pytest.mark.parametrize("body", [b'{"a": 1}\r\n', b"\xff\x00"])
 def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
     config = write_config(tmp_path, destination("crm", "http://127.0.0.1:9/"))
     signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), body)
     with listening("--json") as (url, out):
+        assert post(url, b'{"other": 1}\n', signed) == 204
         assert post(url, body, signed) == 204
-        (tmp_path / "captured.json").write_text(until_closed(out))
-    args = ("--destination", "crm", "--request", tmp_path / "captured.json", "-c", config)
+        other, line = out.readline(), out.readline()
+    file = tmp_path / "captured.json"
+    args = ("--destination", "crm", "--request", file, "-c", config)
+    file.write_text(line)
     assert run("verify", *args).out == "valid: destinations.crm.secrets[0]\n"
+    file.write_text(json.dumps(json.loads(line), indent=2))
+    assert run("verify", *args).out == "valid: destinations.crm.secrets[0]\n"
+    file.write_text(other + line)
+    said = run("verify", *args)
+    assert said.out == "valid: destinations.crm.secrets[0]\n"
+    assert "the last of 2 requests in the file" in said.err
+    file.write_text(line + other)
+    run("verify", *args, code=1)
 
 
 def test_an_invalid_secret_and_a_port_in_use_are_errors():
