@@ -9,7 +9,9 @@ import zlib
 
 import pytest
 import pytest_asyncio
-from daemons import Relay, running, write_config
+from aiohttp import web
+from daemons import Recorder, Relay, destination, running, write_config
+from support import until
 from wire import request
 
 from relay.errors import Malformed, TooLarge
@@ -128,6 +130,30 @@ async def test_a_second_line_of_content_encoding_counts(relay: Relay, second):
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_signature_covers_the_compressed_bytes(relay: Relay):
     assert (await post(relay, gzip.compress(BODY), "gzip", signed=BODY)).status == 401
+
+
+async def test_a_raw_delivery_has_the_content_of_a_compressed_body(tmp_path):
+    class Receiver(Recorder):
+        async def _handle(self, request):
+            self.arrived.append((dict(request.headers), await request.read()))
+            return web.Response()
+
+    text = b'{"type": "a",  "n": 45000.00}'
+    async with Receiver() as receiver:
+        config = write_config(
+            tmp_path,
+            '[sources.open]\nplugin = "generic"\npath = "/open"\nverify = "none"\ntype = "{body:type}"',
+            destination("raw", receiver.url, 'format = "raw"'),
+        )
+        async with running(config) as relay:
+            for encoding, sent in (("gzip", gzip.compress(text)), ("deflate", zlib.compress(text))):
+                headers = {"content_encoding": encoding, "content_type": "application/vnd.x+json"}
+                answer = await relay.exchange(request("POST", "/open", sent, **headers))
+                assert answer.status == 200
+            await until(lambda: len(receiver.arrived) == 2)
+    for headers, body in receiver.arrived:
+        assert (body, headers["Content-Type"]) == (text, "application/vnd.x+json")
+        assert "Content-Encoding" not in headers
 
 
 @pytest.mark.asyncio(loop_scope="module")
