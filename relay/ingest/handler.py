@@ -191,7 +191,7 @@ class Ingest:
         is_late = admission.draining  # a body that began to arrive before the drain may still end
         # Before the body, if the head is enough: a stranger's body takes no memory.
         if not mount.needs_body and (response := _verify(mount, incoming)) is not None:
-            return response
+            return self._log_answered(call, response)
         hold: Hold | None = None
         body = _read_whole(request, config.max_body, budget)
         try:
@@ -202,7 +202,7 @@ class Ingest:
                 incoming = msgspec.structs.replace(incoming, body=body, received_at=self._clock.wall())
             call.incoming = incoming
             if mount.needs_body and (response := _verify(mount, incoming)) is not None:
-                return response
+                return self._log_answered(call, response)
             if is_late or admission.disk_full or mount.paused or config.rate_limit is not None:
                 admission.check(mount, incoming, late=is_late)
             return await self._accept(call, handler)
@@ -283,12 +283,7 @@ class Ingest:
             return await self._accept_all(call, accepted)
         if not isinstance(accepted, Reply):
             raise PluginFailed from TypeError(f"a handler returned {type(accepted).__name__}")
-        response = answer(Accepted(reply=accepted), Receipt())
-        if log.isEnabledFor(logging.DEBUG):
-            request_id = request_id_of(self._clock, call.incoming)
-            answered = Acceptance(source=call.match.mount.name, request_id=request_id)
-            self._log_accepted(call, answered, response)
-        return response
+        return self._log_answered(call, answer(Accepted(reply=accepted), Receipt()))
 
     async def _accept_all(self, call: _Call, accepted: Accepted) -> Response:
         """Store the events of one request in one transaction, and return the reply."""
@@ -410,6 +405,14 @@ class Ingest:
                 source=mount.name,
                 event_id=receipt.event_id,
             )
+
+    def _log_answered(self, call: _Call, response: Response) -> Response:
+        """Log a request that stores nothing, at level debug, and return its response."""
+        if log.isEnabledFor(logging.DEBUG):
+            request_id = request_id_of(self._clock, call.incoming)
+            answered = Acceptance(source=call.match.mount.name, request_id=request_id)
+            self._log_accepted(call, answered, response)
+        return response
 
     def _log_accepted(
         self, call: _Call, acceptance: Acceptance, response: Response, receipt: Receipt | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 
 import pytest
@@ -379,6 +380,14 @@ async def test_a_handshake_is_answered_before_the_sender_is_verified(relay: Rela
     answer = await relay.exchange(request("HEAD", "/bulk/one"))
     assert (answer.status, answer.body) == (200, b"")
     assert (await relay.exchange(request("POST", "/bulk/one", b"{}"))).status == 401
+
+
+async def test_a_handshake_is_logged_at_level_debug(relay: Relay, caplog):
+    caplog.set_level(logging.DEBUG, logger="relay.ingest")
+    await relay.exchange(request("GET", "/bulk/one?challenge=abc", x_request_id="req_from_sender"))
+    [record] = [record for record in caplog.records if getattr(record, "fields", {}).get("source") == "bulk"]
+    assert (record.fields["request_id"], record.fields["status"]) == ("req_from_sender", 200)
+    assert "abc" not in caplog.text
 
 
 async def test_a_handshake_gets_the_body_where_the_source_needs_it(relay: Relay):
