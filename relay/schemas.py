@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
     from referencing import Resource
 
+MOST_MEMBERS = 2000
+"""Members of a list or object that a schema with `unevaluatedItems` or `unevaluatedProperties` checks."""
+
 _LONGEST_ISSUE = 300
 _WILD = frozenset("*?[")
 
@@ -106,7 +109,11 @@ def compile_schema(text: bytes) -> "Validator":
         raise ValueError(
             f"the target of $ref does not exist: {getattr(error, 'anchor', error.ref)}"
         ) from None
-    faster = validators.extend(kind, {"uniqueItems": _check_unique})  # type: ignore[no-untyped-call]  # no types
+    keywords = {"uniqueItems": _check_unique}
+    for name in ("unevaluatedItems", "unevaluatedProperties"):
+        if name in kind.VALIDATORS:
+            keywords[name] = _limited(kind.VALIDATORS[name])
+    faster = validators.extend(kind, keywords)  # type: ignore[no-untyped-call]  # no types
     validator: Validator = faster(schema, registry=registry)
     return validator
 
@@ -125,6 +132,19 @@ def _check_unique(
                 yield ValidationError(f"{instance!r} has non-unique elements")
                 return
             seen.add(identity)
+
+
+def _limited(check: Any) -> Any:
+    """Return the check of a keyword for which jsonschema's time grows with the square of the members."""
+
+    def limited(
+        validator: "Validator", wanted: object, instance: Any, schema: Any
+    ) -> "Iterator[ValidationError]":
+        if isinstance(instance, dict | list) and len(instance) > MOST_MEMBERS:
+            raise ValueError(f"more than {MOST_MEMBERS} members")
+        yield from check(validator, wanted, instance, schema)
+
+    return limited
 
 
 def _identity(value: Any) -> Hashable:

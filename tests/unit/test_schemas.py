@@ -123,6 +123,30 @@ def test_a_long_list_of_unique_objects_is_checked_in_linear_time(tmp_path):
     assert time.perf_counter() - began < 10  # jsonschema alone takes half an hour
 
 
+@pytest.mark.parametrize(
+    ("schema", "data"),
+    [
+        (
+            {"patternProperties": {"^x": True}, "unevaluatedProperties": False},
+            {f"x{n}": n for n in range(60_000)},
+        ),
+        (
+            {"$ref": "#/$defs/list", "$defs": {"list": {"items": True}}, "unevaluatedItems": False},
+            [0] * 60_000,
+        ),
+    ],
+)
+def test_unevaluated_members_are_checked_up_to_a_limit(tmp_path, schema, data):
+    schemas = with_schema(tmp_path, schema)
+    few = dict([*data.items()][:2000]) if isinstance(data, dict) else data[:2000]
+    schemas.check("user.created", msgspec.json.encode(few))
+    began = time.perf_counter()
+    with pytest.raises(Invalid, match="not valid") as caught:
+        schemas.check("user.created", msgspec.json.encode(data))
+    assert caught.value.issue == "too deep or too large to check"
+    assert time.perf_counter() - began < 10  # jsonschema takes a minute
+
+
 def test_schemas_are_equal_if_their_files_had_the_same_content(tmp_path):
     before, same = with_schema(tmp_path, USER), with_schema(tmp_path, USER)
     assert (before, hash(before)) == (same, hash(same))
