@@ -24,7 +24,7 @@ STATE = ("/var/lib/relay/relay.db", "/etc/relay/config.toml")
 def package(wheels, tmp_path_factory):
     """The folder that the page is followed in, after its first command."""
     build, _install = BLOCK.splitlines()
-    assert build == "make deb"
+    assert build == "packaging/deb/build"  # needs no make
     folder = copy_checkout(tmp_path_factory.mktemp("deb") / "hookferry")
     done = subprocess.run(
         build.split(),
@@ -175,7 +175,7 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
     assert not (root.path / "etc/relay/relay.db").exists()
 
 
-def test_data_outlives_an_upgrade_and_a_removal_but_not_a_purge(root, package, tmp_path):
+def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, package, tmp_path):
     for path in STATE:
         root.add(path, "# mine\n", 0o640)
 
@@ -196,10 +196,23 @@ def test_data_outlives_an_upgrade_and_a_removal_but_not_a_purge(root, package, t
     assert mine() == ["# mine\n", "# mine\n"]
     assert list((root.path / "etc/systemd/system").rglob("relay*")) == []
     assert not (root.path / "opt/relay").exists()
-    (root.path / "var/lib/relay/backups").mkdir()
-    root.run("apt-get", "purge", "-y", "hookferry")
+    for name in ("relay.db-wal", "relay.db.mark", "backups/relay-20260131T120000Z.db-journal"):
+        root.add(f"/var/lib/relay/{name}", "")
+    root.add("/var/lib/relay/backups/relay-20260131T120000Z.db", "saved")
+    said = root.run("apt-get", "purge", "-y", "hookferry")
+    assert "Backups of hookferry stay in /var/lib/relay" in said
     assert mine() == [False, False]
     assert not Path(root.path / "etc/relay").exists()
+    state = root.path / "var/lib/relay"
+    left = sorted(str(path.relative_to(state)) for path in state.rglob("*"))
+    assert left == ["backups", "backups/relay-20260131T120000Z.db"]
+
+
+def test_a_purge_without_backups_leaves_nothing(root):
+    root.add("/var/lib/relay/relay.db", "")
+    (root.path / "var/lib/relay/backups").mkdir()
+    said = root.run("apt-get", "purge", "-y", "hookferry")
+    assert "Backups" not in said
     assert not Path(root.path / "var/lib/relay").exists()
 
 
