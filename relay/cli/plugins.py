@@ -4,6 +4,8 @@ import importlib.util
 import json
 import keyword
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,9 +80,14 @@ def new(name: str, *, folder: Path | None, config: Path | None, as_json: bool) -
     if as_json:
         print_json({"name": name, "plugin": str(plugin), "test": str(test), "config": table})
         return
-    click.echo(f"{plugin}: written\n{test}: written, run it with `python -m pytest {test}`")
+    click.echo(f"{plugin}: written\n{test}: written, run it with `{_python()} {test}`")
     click.echo(f"\nAdd to {path or 'config.toml'}:\n\n{table}")
     click.echo(f"Then run `relay check-config`, restart the daemon, and run `relay send {name}`.")
+
+
+def _python() -> str:
+    """Return the Python that has the relay installed; the test needs no other package."""
+    return shlex.quote(sys.executable)
 
 
 def filled(file: str, name: str) -> str:

@@ -35,13 +35,14 @@ async def test_the_new_plugin_passes_its_test_and_serves_requests(config, name):
     assert said["plugin"] == str(config.parent / "plugins.d" / f"{name}.py")
 
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    tested = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", said["test"]],
-        capture_output=True, text=True, check=False, timeout=60, env=environ, cwd=config.parent,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "3 passed" in tested.stdout
+    for options in ([], ["-m", "pytest", "-q", "-p", "no:cacheprovider"]):
+        tested = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-B", *options, said["test"]],
+            capture_output=True, text=True, check=False, timeout=60, env=environ, cwd=config.parent,
+        )  # fmt: skip
+        assert tested.returncode == 0, tested.stdout + tested.stderr
+        assert ("3 passed" if options else "Ran 3 tests") in tested.stdout + tested.stderr
 
     add(config, said["config"])
     assert run("check-config", config).out.endswith("ok (1 source, 0 destinations)\n")
@@ -60,7 +61,7 @@ async def test_the_new_plugin_passes_its_test_and_serves_requests(config, name):
 def test_the_output_has_the_next_steps(config):
     out = run("plugins", "new", "parcels", "-c", config).out
     assert f"{config.parent}/plugins.d/parcels.py: written\n" in out
-    assert f"`python -m pytest {config.parent}/plugins.d/test_parcels.py`" in out
+    assert f"`{sys.executable} {config.parent}/plugins.d/test_parcels.py`" in out
     assert f'Add to {config}:\n\n[sources.parcels]\nplugin = "parcels"\n' in out
     assert "`relay check-config`" in out
     assert "`relay send parcels`" in out
