@@ -14,8 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from relay import __version__
-from relay.api.auth import audit, name_requests, send_request_id
+from relay.api.auth import audit, name_requests, set_headers
 from relay.api.responses import error_response, errors, respond
 from relay.api.scrape import Scrape
 from relay.base.clock import SystemClock
@@ -158,7 +157,7 @@ class Standby:
 
     def _app(self, *, api: bool) -> web.Application:
         app = web.Application(middlewares=[name_requests(SystemClock()), audit, errors])
-        app.on_response_prepare.append(send_request_id)
+        app.on_response_prepare.append(set_headers)
         app.add_routes([web.get("/health", self._alive), web.get("/ready", self._ready)])
         app.router.add_get("/metrics", self._scrape.answer)
         if api:
@@ -167,7 +166,7 @@ class Standby:
         return app
 
     async def _alive(self, _request: web.Request) -> web.Response:
-        return respond({"status": "ok", "version": __version__})
+        return respond({"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         return respond({"ready": False, "reasons": [self._why]}, 503)

@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import audit, name_requests, require_token, send_request_id
+from relay.api.auth import audit, name_requests, require_token, set_headers
 from relay.api.context import Context
 from relay.api.database import DatabaseApi
 from relay.api.deliveries import DeliveriesApi
@@ -29,10 +29,9 @@ from relay.reload import Reloaded
 
 
 class HealthView(msgspec.Struct):
-    """The process is up."""
+    """The process is up. It names no version, because everybody may ask."""
 
     status: str
-    version: str
 
 
 class ReadyView(msgspec.Struct):
@@ -81,7 +80,7 @@ class DaemonApi:
 
     @endpoint("GET", "/health", "health", "Check that the process is up.", returns=HealthView, public=True)
     async def _health(self, _request: web.Request) -> HealthView:
-        return HealthView("ok", __version__)
+        return HealthView("ok")
 
     @endpoint(
         "GET", "/ready", "ready", "Check that the daemon accepts events.",
@@ -179,7 +178,7 @@ class Api:
 
     def _app(self, *middlewares: Any) -> web.Application:
         app = web.Application(middlewares=[name_requests(self._clock), *middlewares])
-        app.on_response_prepare.append(send_request_id)
+        app.on_response_prepare.append(set_headers)
         app.add_routes(self.routes())
         return app
 

@@ -45,9 +45,13 @@ def name_requests(clock: Clock) -> Any:
     return name
 
 
-async def send_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Put the request's id into the response; an aiohttp signal, because streams need the id as well."""
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the request's id into the response, and remove aiohttp's header with its and Python's version.
+
+    A signal of aiohttp, because streams need it too.
+    """
     request[STARTED] = True
+    response.headers.pop("Server", None)
     if (id_ := request.get(REQUEST_ID)) is not None:
         response.headers[HEADER] = id_
 

@@ -1,13 +1,16 @@
 """Readiness with its reasons, and terms of config.toml at work in the whole relay."""
 
 import asyncio
+import platform
 
+import aiohttp
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from stores import fail_writes, make_store
 from support import until
 from wire import Wire, exchange, request
 
+from relay import __version__
 from relay.app import App
 from relay.base.clock import SystemClock
 from relay.plugin_loading.loader import load
@@ -151,3 +154,19 @@ async def test_an_unexpected_error_of_the_writer_stops_the_daemon(tmp_path):
     await store.database.counter.close()
     await store.database.reader.close()
     await store.database.connection.close()
+
+
+async def test_nobody_learns_versions_without_a_token(tmp_path):
+    """Except from `/metrics`, which is only on the admin listener."""
+    secrets = {platform.python_version(), aiohttp.__version__, __version__}
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        public, admin = relay.addresses.public, relay.addresses.admin
+        for url in (public, admin):
+            for path in ("/health", "/ready", "/nowhere", "/api/status", "/api/tail", "/v1/events"):
+                answer = await exchange(url, request("GET", path, host="localhost"))
+                assert "server" not in answer.headers, (url, path)
+                shown = f"{answer.headers} {answer.body.decode()}"
+                assert not [version for version in secrets if version in shown], (url, path)
+        assert (await exchange(admin, request("GET", "/health"))).json == {"status": "ok"}
+        metrics = await exchange(admin, request("GET", "/metrics"))
+        assert "server" not in metrics.headers
