@@ -37,7 +37,7 @@ from relay.process.health import Health, LoopLag
 from relay.process.logs import in_one_line, on_drop
 from relay.process.sockets import address, bind, bind_unix, listen, url
 from relay.process.state_dir import StateDir
-from relay.process.systemd import Inherited, Notifier
+from relay.process.systemd import SOCKET_ADVICE, Inherited, Notifier, is_same_address
 from relay.process.watchdog import Watchdog
 from relay.reload import SWEEP, Reloads
 from relay.routing.router import Router
@@ -303,11 +303,15 @@ class App:
         server, admin = self.config.server, self.config.admin
         inherited = Inherited()
         life.callback(inherited.close)
-        public = inherited.take("public") or bind(server.listen, "[server] listen")
+        public = _inherited(inherited, "public", "server.listen", server.listen) or bind(
+            server.listen, "[server] listen"
+        )
         life.callback(public.close)
         private = None
         if admin.listen:
-            private = inherited.take("admin") or bind(admin.listen, "[admin] listen")
+            private = _inherited(inherited, "admin", "admin.listen", admin.listen) or bind(
+                admin.listen, "[admin] listen"
+            )
             life.callback(private.close)
         for name in inherited.names:
             log.warning("systemd opened the socket %r, which the relay does not use", name)
@@ -409,6 +413,16 @@ class App:
         log.info("the database is %s", self.store.location)
         for warning in self.config.warnings:
             log.warning("%s", warning)
+
+
+def _inherited(inherited: Inherited, name: str, key: str, listen: str) -> socket.socket | None:
+    """Return a socket that systemd opened; log a warning if config.toml names another address."""
+    sock = inherited.take(name)
+    if sock is not None and not is_same_address(there := url(sock).removeprefix("http://"), listen):
+        log.warning(
+            '%s: "%s" has no effect: systemd listens on %s; %s', key, listen, there, SOCKET_ADVICE[name]
+        )
+    return sock
 
 
 async def serve(setup: Setup) -> None:

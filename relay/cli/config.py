@@ -1,7 +1,7 @@
 """`relay check-config` and `relay config`, and the configuration as other commands load it."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from relay.cli.output import count, print_json
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.effective import as_toml, effective
-from relay.config.installed_service import Given, read_env_file, service_of
+from relay.config.installed_service import Given, listen_streams, read_env_file, service_of
 from relay.config.json_schema import SCHEMA, Kinds, json_schema
 from relay.config.paths import find_config, look_for_config
 from relay.config.problems import ConfigError, Problem, UnreadableError, guess
@@ -22,6 +22,7 @@ from relay.config.schema import Config, SourceConfig
 from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import Setup, discover, load
 from relay.plugin_loading.offered import Kind
+from relay.process.systemd import SOCKET_ADVICE, SOCKET_UNITS, is_same_address
 
 STARTER = Path(__file__).with_name("templates") / "config.toml"
 
@@ -56,7 +57,18 @@ def check(
     except ConfigError as error:
         _print_problems(path, error, as_json=as_json)
         ctx.exit(code_of(error))
-    _print_success(path, loaded, as_json=as_json)
+    warnings = (*loaded.warnings, *_ignored_addresses(path, loaded))
+    _print_success(path, msgspec.structs.replace(loaded, warnings=warnings), as_json=as_json)
+
+
+def _ignored_addresses(path: Path, config: Config) -> Iterator[str]:
+    """Yield a warning for each address that an enabled socket unit of the installed service replaces."""
+    tables = {"public": ("server", config.server.listen), "admin": ("admin", config.admin.listen)}
+    for name, stream in listen_streams().items() if service_of(path) else ():
+        table, listen = tables[name]
+        if listen and not is_same_address(listen, stream):
+            what = f'{table}.listen: "{listen}" has no effect: {SOCKET_UNITS[name]} listens on {stream}'
+            yield f"{path}: {what}; {SOCKET_ADVICE[name]}"
 
 
 def _print_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:

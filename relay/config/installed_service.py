@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from relay.config.problems import ConfigError, Problem
+from relay.process.systemd import SOCKET_UNITS
 
 UNIT = "relay.service"
 FOLDERS = tuple(
@@ -291,7 +292,7 @@ def _of_unit(given: Given) -> dict[str, str]:
 
 def installed() -> Service | None:
     """Return the installed service that runs `relay serve`; None: not installed."""
-    settings = _settings(_files())
+    settings = _settings(_files(UNIT))
     for command in settings.get("ExecStart", ()):
         words = _words(command.lstrip("@-:+!"))
         if len(words) > 1 and "serve" in words[1:] and Path(words[0]).name in ("relay", "hookferry"):
@@ -300,6 +301,17 @@ def installed() -> Service | None:
             folder = (settings.get("WorkingDirectory") or ["/"])[-1].removeprefix("-")
             return Service(settings=settings, config=Path("/") / folder / named)
     return None
+
+
+def listen_streams() -> dict[str, str]:
+    """Return the address of each enabled socket unit of the relay, by the name of the socket."""
+    found: dict[str, str] = {}
+    for name, unit in SOCKET_UNITS.items():
+        wanted = (folder / "sockets.target.wants" / unit for folder in FOLDERS)
+        streams = _settings(_files(unit), "[Socket]").get("ListenStream", ())
+        if streams and any(map(os.path.lexists, wanted)):
+            found[name] = streams[0]
+    return found
 
 
 def service_of(config: Path | None) -> Service | None:
@@ -383,24 +395,24 @@ def _double_quoted(found: re.Match[str]) -> str:
     return found[1] if found[1] in '"\\`$' else found[0]
 
 
-def _files() -> Iterator[Path]:
-    """Yield the unit's file and its drop-ins, in the order of precedence."""
-    unit = next((folder / UNIT for folder in FOLDERS if os.path.lexists(folder / UNIT)), None)
+def _files(name: str) -> Iterator[Path]:
+    """Yield a unit's file and its drop-ins, in the order of precedence."""
+    unit = next((folder / name for folder in FOLDERS if os.path.lexists(folder / name)), None)
     if unit is None:
         return
     yield unit
     dropins: dict[str, Path] = {}
-    for name in ("service.d", f"{UNIT}.d"):
+    for group in (f"{name.rpartition('.')[2]}.d", f"{name}.d"):
         for folder in reversed(FOLDERS):
             with suppress(OSError):
                 dropins.update(
-                    (file.name, file) for file in (folder / name).iterdir() if file.suffix == ".conf"
+                    (file.name, file) for file in (folder / group).iterdir() if file.suffix == ".conf"
                 )
     yield from (dropins[name] for name in sorted(dropins))
 
 
-def _settings(files: Iterator[Path]) -> dict[str, list[str]]:
-    """Return the settings of [Service] in these files; an empty value resets a setting."""
+def _settings(files: Iterator[Path], wanted: str = "[Service]") -> dict[str, list[str]]:
+    """Return the settings of a section in these files; an empty value resets a setting."""
     found: dict[str, list[str]] = {}
     for file in files:
         section = ""
@@ -409,7 +421,7 @@ def _settings(files: Iterator[Path]) -> dict[str, list[str]]:
                 section = line
                 continue
             name, equals, value = (part.strip() for part in line.partition("="))
-            if section == "[Service]" and equals:
+            if section == wanted and equals:
                 if value:
                     found.setdefault(name, []).append(_specified(value))
                 else:

@@ -17,6 +17,15 @@ FIRST_FD = 3  # SD_LISTEN_FDS_START
 _SEND_TIMEOUT = 0.25  # seconds that a datagram may wait for room in the manager's queue
 
 
+SOCKET_UNITS = {"public": "relay.socket", "admin": "relay-admin.socket"}
+"""The units of the listeners, by the name of the socket."""
+
+SOCKET_ADVICE = {
+    name: f"change ListenStream= with `systemctl edit {unit}`, then `systemctl restart {unit}`"
+    for name, unit in SOCKET_UNITS.items()
+}
+
+
 class Notifier:
     """Sends the daemon's state to the service manager; does nothing without `$NOTIFY_SOCKET`."""
 
@@ -118,6 +127,21 @@ class Inherited:
         """Close the sockets that were not taken."""
         while self._sockets:
             self._sockets.popitem()[1].close()
+
+
+def is_same_address(one: str, other: str) -> bool:
+    """Return whether two addresses, each `host:port` or a port, mean the same; all wildcards are alike.
+
+    >>> is_same_address("127.0.0.1:80", "localhost:80"), is_same_address("0.0.0.0:80", "80")
+    (True, True)
+    >>> is_same_address("127.0.0.1:80", "0.0.0.0:80"), is_same_address("[::1]:80", "[::1]:81")
+    (False, False)
+    """
+    (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
+    return port == other_port and _SAME.get(host, host) == _SAME.get(other_host, other_host)
+
+
+_SAME = {"": "*", "0.0.0.0": "*", "[::]": "*", "localhost": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 
 def sockets_given(environment: Mapping[str, str] = os.environ) -> int:

@@ -183,6 +183,10 @@ async def test_with_sockets_senders_get_503_until_a_reload_finds_no_problem(file
         assert await held.end() == 0
     text = "".join(held.lines)
     assert text.count("answering 503 until") == 1
+    assert text.count("sources.adorn: open to everyone") == 1  # each warning of the start once
+    listens = f"has no effect: systemd listens on {held.public.removeprefix('http://')}; change ListenStream="
+    assert text.count(listens) == text.count("server.listen: ") == 1
+    assert text.count("admin.listen: ") == 1
     assert "relay.audit" in text or "POST /api/reload" in text
     assert "Traceback" not in text
 

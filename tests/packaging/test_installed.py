@@ -227,6 +227,24 @@ def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
     assert said.err.splitlines()[0] == f"cannot read {machine.folder}/absent: No such file or directory"
 
 
+def test_an_address_that_a_socket_unit_replaces_is_a_warning(machine):
+    root = Path(__file__).parents[2] / "systemd"
+    for name in ("relay.socket", "relay-admin.socket"):
+        machine.write(machine.units / name, (root / name).read_text())
+    machine.config.write_text('[server]\nlisten = "0.0.0.0:80"\n[admin]\nlisten = "localhost:8081"\n')
+    assert run("check-config", machine.config).err == ""  # the units are not enabled
+    for name in ("relay.socket", "relay-admin.socket"):
+        machine.write(machine.folder / "etc" / "sockets.target.wants" / name, "")
+    said = run("check-config", machine.config)
+    what = 'server.listen: "0.0.0.0:80" has no effect: relay.socket listens on 127.0.0.1:8080'
+    do = "change ListenStream= with `systemctl edit relay.socket`, then `systemctl restart relay.socket`"
+    assert said.err == f"warning: {machine.config}: {what}; {do}\n"
+    machine.write(
+        machine.units / "relay.socket.d" / "local.conf", "[Socket]\nListenStream=\nListenStream=80\n"
+    )
+    assert run("check-config", machine.config).err == ""
+
+
 def test_a_missing_environment_file_of_the_unit_is_a_problem(machine):
     machine.dropin(f"[Service]\nEnvironmentFile={machine.folder}/needed\n")
     machine.config.write_text(SECRETS.replace('plugin = "adorn"', 'plugin = "adron"'))
