@@ -2,7 +2,9 @@
 
 import base64
 import hmac
+import random
 import time
+from urllib.parse import parse_qsl
 
 import msgspec
 import pytest
@@ -161,6 +163,38 @@ def test_fields_of_a_form_keep_their_order_and_empty_values():
     assert of(FORM, body).form_fields() == [("a", "1"), ("b", ""), ("a", "é x"), ("c", "")]
     assert of(query="x=%20&x=").query_fields() == [("x", " "), ("x", "")]
     assert of(FORM, b"").form_fields() == []
+
+
+def test_forms_are_decoded_as_by_python():
+    rand = random.Random(1)
+    texts = [
+        "%",
+        "%4",
+        "%41",
+        "%c3%A9",
+        "%ff",
+        "=",
+        "+",
+        "&",
+        "a",
+        " ",
+        "\r\n",
+        "_",
+        "é",
+        "%3d",
+        "%%41",
+        "%\n",
+        "%00",
+    ]
+    for _ in range(5000):
+        text = "".join(rand.choices(texts, k=rand.randrange(8)))
+        try:
+            expected = parse_qsl(text, keep_blank_values=True, errors="strict", separator="&")
+        except UnicodeDecodeError:
+            with pytest.raises(Malformed):
+                of(FORM, text.encode()).form_fields()
+        else:
+            assert of(FORM, text.encode()).form_fields() == expected, text
 
 
 def part(head, content):
