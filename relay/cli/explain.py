@@ -121,7 +121,8 @@ def _request(
     """Return the request that the options describe; its path is below the source's prefix."""
     import msgspec  # noqa: PLC0415 - see `_explained`
 
-    from relay.cli.send import choose, fits, samples_of  # noqa: PLC0415 - see `_explained`
+    from relay.cli.send import choose, samples_of  # noqa: PLC0415 - see `_explained`
+    from relay.demo.samples import fits  # noqa: PLC0415 - see `_explained`
     from relay.source import Incoming  # noqa: PLC0415 - see `_explained`
 
     samples = samples_of(source)

@@ -25,7 +25,8 @@ from relay.config.problems import guess
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secret
 from relay.config.tokens import tokens_of
-from relay.source import Accepted, Incoming
+from relay.demo.samples import accept
+from relay.source import Incoming
 
 TIMEOUT = 60.0  # seconds
 COLUMNS = ("type", "method", "path")
@@ -117,24 +118,13 @@ def choose(samples: Mapping[str, Incoming], source: str, type_: str | None) -> I
     return samples[type_]
 
 
-def fits(template: str, path: str) -> bool:
-    """Return whether a path matches the template of a route."""
-    ours, theirs = template.split("/"), path.split("/")
-    return len(ours) == len(theirs) and all(
-        one.startswith("{") or one == other for one, other in zip(ours, theirs, strict=True)
-    )
-
-
 def _type_of(source: SourceConfig, sample: Incoming) -> str:
     """Return the event type of a sample, or the worker operation if it creates no event."""
-    for method, template, handler in source.settings.routes():
-        if method == sample.method and fits(template, sample.path):
-            accepted = getattr(source.settings, handler)(sample)
-            if isinstance(accepted, Accepted):
-                if (event := accepted.event or next(iter(accepted.events), None)) is not None:
-                    return event.type
-                if accepted.worker is not None:
-                    return accepted.worker.__class__.__name__.lower()
+    if (accepted := accept(source.settings, sample)) is not None:
+        if (event := accepted.event or next(iter(accepted.events), None)) is not None:
+            return event.type
+        if accepted.worker is not None:
+            return accepted.worker.__class__.__name__.lower()
     return f"{sample.method} {sample.path}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import aiohttp
+import msgspec
 
 from relay.app import Addresses, App
 from relay.config.schema import Server
@@ -19,7 +20,7 @@ from relay.config.secrets import Secret
 from relay.demo.story import OFFLINE_AFTER, TOKEN, DemoReceiver, Narrator, Story
 from relay.errors import RelayError
 from relay.keys import SHARED
-from relay.plugin_loading.loader import load
+from relay.plugin_loading.loader import discover, load
 from relay.process.logs import configure
 from relay.process.sockets import bind
 
@@ -93,12 +94,23 @@ def write_config(folder: Path, *, listen: str, receiver: str, secret: Secret) ->
         _TEMPLATE.read_text().format(
             listen=listen,
             offline_after=OFFLINE_AFTER,
-            token=TOKEN,
+            sources=_tables_of_sources(),
             receiver=receiver,
             secret=secret.reveal(),
         )
     )
     return file
+
+
+def _tables_of_sources() -> str:
+    """Return a table for each bundled kind of source that has its own paths, with its required secrets."""
+    lines = []
+    for kind in discover(())[0].kinds.values():
+        if kind.door == "bundled" and kind.preset is None and kind.source.owns:
+            lines += [f"[sources.{kind.name}]", f'plugin = "{kind.name}"']
+            fields = msgspec.structs.fields(kind.source)
+            lines += [f'{field.encode_name} = ["{TOKEN}"]' for field in fields if field.required]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def choose_listen(preferred: str = Server().listen, *, leave: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +14,11 @@ import msgspec
 
 from relay import __version__
 from relay.base.json_text import decode
-from relay.config.schema import Config
+from relay.config.schema import Config, SourceConfig
 from relay.config.secrets import Secret
 from relay.demo.receiver import Received, Receiver
-from relay.source import Incoming
+from relay.demo.samples import accept
+from relay.source import Accepted, Incoming, Register, Unregister, WorkerChange
 
 TOKEN = "dev-token"  # noqa: S105 - opens only the demo, on loopback
 OFFLINE_AFTER = 2
@@ -24,22 +26,6 @@ OFFLINE_AFTER = 2
 
 PATIENCE = 10.0
 """Seconds that an event may take to arrive."""
-
-SAMPLES: dict[str, tuple[str | None, ...]] = {
-    "lazychat": ("lazychat.plugin.updated",),
-    "moddy": ("moddy.member_joined",),
-    "adorn": ("adorn.image.shared",),
-    "compozy": ("compozy.user.created",),
-    "whatsapp": (
-        "whatsapp.qr_ready",
-        "whatsapp.worker.registered",
-        None,
-        "whatsapp.worker.unregistered",
-    ),
-}
-"""Event type of each of a source's samples; None: a heartbeat, which creates no event."""
-
-OFFLINE = "whatsapp.worker.offline"
 
 _BOLD, _DIM, _GREEN, _RED = "1", "2", "32", "31"
 _WIDTH = 96  # characters of a detail; the rest is cut off
@@ -54,6 +40,28 @@ class _Envelope(msgspec.Struct):
 
 
 _envelope = msgspec.json.Decoder(_Envelope)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One sample, and the events that the relay creates for it."""
+
+    sample: Incoming
+    types: tuple[str, ...]  # full types; empty for a heartbeat
+    worker: WorkerChange | None
+
+
+def steps_of(source: SourceConfig) -> list[Step]:
+    """Return a step for each sample of a source."""
+    steps = []
+    for sample in source.settings.samples():
+        accepted = accept(source.settings, sample) or Accepted(reply=None)
+        types = [event.type for event in (accepted.event, *accepted.events) if event is not None]
+        if isinstance(accepted.worker, Register):
+            types.append("worker.registered")
+        elif isinstance(accepted.worker, Unregister):
+            types.append("worker.unregistered")
+        steps.append(Step(sample, tuple(f"{source.name}.{type_}" for type_ in types), accepted.worker))
+    return steps
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,49 +185,58 @@ class Story:
         self._relay = relay  # URL
 
     async def run(self) -> list[str]:
-        """Send every sample once; return the problems, a sentence each."""
-        *steps, unregister = [
-            (source, sample, type_)
-            for source, types in SAMPLES.items()
-            for sample, type_ in zip(self._config.sources[source].settings.samples(), types, strict=True)
-        ]
-        problems = [await self._send(*step) for step in steps]
-        self._narrator.step("whatsapp", "silent", f"no more heartbeats: offline after {OFFLINE_AFTER} s")
-        problems.append(await self._expect(OFFLINE))
-        problems.append(await self._send(*unregister))
-        return [problem for problem in problems if problem]
+        """Send every sample once; return the problems, a sentence each.
+
+        A worker is silent until it is offline, before it unregisters.
+        """
+        problems = []
+        for name, source in self._config.sources.items():
+            alive = False  # whether a worker has registered
+            for step in steps_of(source):
+                if alive and isinstance(step.worker, Unregister):
+                    silence = f"no more heartbeats: offline after {OFFLINE_AFTER} s"
+                    self._narrator.step(name, "silent", silence)
+                    problems += await self._expect(f"{name}.worker.offline")
+                alive |= isinstance(step.worker, Register)
+                problems += await self._send(name, source, step)
+        return problems
 
     async def watch(self) -> None:
         """Print deliveries until cancelled."""
         while True:
             self._show(await self._arrivals.get())
 
-    async def _send(self, source: str, sample: Incoming, type_: str | None) -> str:
-        self._narrator.step(source, "sent", f"{sample.method} {sample.path}")
-        url = self._relay + sample.path
-        headers = {**sample.headers, "Authorization": f"Bearer {TOKEN}"}
+    async def _send(self, name: str, source: SourceConfig, step: Step) -> list[str]:
+        sample = step.sample
+        self._narrator.step(name, "sent", f"{sample.method} {sample.path}")
+        query = f"?{sample.query}" if sample.query else ""
+        request = msgspec.structs.replace(
+            sample, target=sample.path + query, received_at=time.time_ns() // 1000
+        )
+        signed = source.settings.sign(request.with_headers({"Authorization": f"Bearer {TOKEN}"}))
+        url = self._relay + signed.target
         try:
             async with self._session.request(
-                sample.method, url, data=sample.body, headers=headers
+                signed.method, url, data=signed.body, headers=signed.headers
             ) as response:
                 text = await response.text()
         except aiohttp.ClientError as error:
-            return f"{source}: cannot send {sample.path}: {error}"
+            return [f"{name}: cannot send {sample.path}: {error}"]
         self._narrator.step("", "response", f"{response.status} {text}")
         if not response.ok:
-            return f"{source}: {sample.path} returned {response.status}"
-        return await self._expect(type_) if type_ else ""
+            return [f"{name}: {sample.path} returned {response.status}"]
+        return [problem for type_ in step.types for problem in await self._expect(type_)]
 
-    async def _expect(self, type_: str) -> str:
+    async def _expect(self, type_: str) -> list[str]:
         try:
             async with asyncio.timeout(PATIENCE):
                 while True:
                     arrival = await self._arrivals.get()
                     self._show(arrival)
                     if arrival.type == type_:
-                        return f"{type_}: {arrival.problem}" if arrival.problem else ""
+                        return [f"{type_}: {arrival.problem}"] if arrival.problem else []
         except TimeoutError:
-            return f"{type_} did not arrive within {PATIENCE:g} s"
+            return [f"{type_} did not arrive within {PATIENCE:g} s"]
 
     def _show(self, arrival: Arrival) -> None:
         self.delivered += arrival.problem is None

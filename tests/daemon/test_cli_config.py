@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pkgutil
 import pty
 import subprocess
 import sys
@@ -168,7 +169,8 @@ def test_plugins_are_listed_tab_separated_when_piped(relay):
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     kinds = [row[0] for row in rows if row[1] == "source"]
-    assert kinds == ["adorn", "compozy", "generic", "lazychat", "moddy", "whatsapp"]
+    assert kinds == [module.name for module in pkgutil.iter_modules([str(ROOT / "plugins")])]
+    assert "adorn" in kinds
     presets = sorted(file.stem for file in (ROOT / "plugins" / "presets").glob("*.toml"))
     assert [row[0] for row in rows if row[1] == "preset"] == presets
     assert len(rows) == len(kinds) + len(presets)

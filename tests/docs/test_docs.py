@@ -1,6 +1,7 @@
 """The pages against the code: commands, links, endpoints, metrics, checks, alerts, conditions.
 
-`make docs` rewrites the table of metrics, and the effects of endpoints from the OpenAPI document.
+`make docs` rewrites the table of metrics, and the effects of endpoints from the OpenAPI document, and adds
+pages of senders' contracts to the index.
 """
 
 import re
@@ -275,6 +276,20 @@ def rewrite():
     end = list(ENDPOINT.finditer(api))[-1].end()
     new = "".join(f"\n| `{name}` | {text} |  |" for name, text in texts.items())
     (DOCS / "api.md").write_text(api[:end] + new + api[end:])
+    add_contracts(DOCS / "index.md")
+
+
+def add_contracts(index):
+    """Add a row with the title of each page of a sender's contract that the index lacks."""
+    before, last, after = index.read_text().rpartition("| [contracts/")
+    row, _, after = after.partition("\n")
+    before += f"{last}{row}\n"
+    for page in sorted(DOCS.glob("contracts/*.md")):
+        name = f"contracts/{page.name}"
+        if f"({name})" not in before:
+            title = page.read_text().splitlines()[0].removeprefix("# ")
+            before += f"| [{name}]({name}) | {title} |\n"
+    index.write_text(before + after)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from samples import sources
 
@@ -15,14 +16,17 @@ SECTIONS = {
     for part in PAGE.split("\n## ")[1:]
     if (heading := part.split("\n", 1)[0]) in sources()  # the others describe any sender
 }
-ENVIRON = dict.fromkeys(
-    ("LAZYCHAT_TOKEN", "INTERNAL_API_SECRET", "BACKEND_AUTH_TOKEN", "COMPOZY_API_TOKEN"),
-    "s3cret-enough-to-pass",
-)
 
 
 def test_there_is_a_section_for_every_bundled_source():
-    assert list(SECTIONS) == list(sources())
+    assert set(SECTIONS) == set(sources())
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_a_section_names_each_key_of_its_source(kind):
+    for field in msgspec.structs.fields(type(sources()[kind])):
+        key = field.encode_name
+        assert re.search(rf"^(# )?{key} = |`{key}`", SECTIONS[kind], re.MULTILINE), key
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
@@ -31,7 +35,8 @@ def test_the_configuration_of_a_section_loads(kind, tmp_path):
     (tmp_path / "schemas").mkdir()
     (tmp_path / "schemas" / "user.created.json").write_text("{}")
     (tmp_path / "config.toml").write_text(block)
-    config = load(tmp_path / "config.toml", ENVIRON).config
+    environ = dict.fromkeys(re.findall(r'env = "(\w+)"', block), "s3cret-enough-to-pass")
+    config = load(tmp_path / "config.toml", environ).config
     assert type(config.sources[kind].settings) is type(sources()[kind])
 
 

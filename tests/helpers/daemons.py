@@ -18,6 +18,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 import listeners
+import msgspec
 from aiohttp import web
 from forking import Forked
 from wire import Answer, exchange, request
@@ -26,7 +27,8 @@ from relay.app import Addresses, App
 from relay.base.clock import Clock
 from relay.ingest import server
 from relay.model import StoredEvent
-from relay.plugin_loading.loader import load
+from relay.plugin_loading.loader import discover, load
+from relay.source import Source
 
 SERVE = (sys.executable, "-c", "from relay.cli import main; main()", "serve")
 """The `relay serve` command of this checkout; it does not depend on PATH."""
@@ -50,22 +52,31 @@ PLUGINS = f"""
 dirs = ["{Path(__file__).parents[1] / "plugins"}"]
 """
 
-SOURCES = """\
-[sources.adorn]
-plugin = "adorn"
-[sources.compozy]
-plugin = "compozy"
-tokens = ["test-token", { secret = "read-only", scopes = ["events:read"], name = "reader" }]
-[sources.lazychat]
-plugin = "lazychat"
-tokens = ["dev-token"]
-[sources.moddy]
-plugin = "moddy"
-tokens = ["dev-token"]
-[sources.whatsapp]
-plugin = "whatsapp"
-tokens = ["worker-secret-token-12345"]
-"""
+TOKENS = {
+    "compozy": '["test-token", { secret = "read-only", scopes = ["events:read"], name = "reader" }]',
+    "whatsapp": '["worker-secret-token-12345"]',
+}
+"""Tokens of the recorded samples in config.toml; other sources have `DEV_TOKEN`."""
+DEV_TOKEN = '["dev-token"]'
+
+
+def bundled_kinds() -> dict[str, type[Source]]:
+    """Return the bundled kinds of source that have their own paths: one for each folder of tests/samples."""
+    kinds = discover(())[0].kinds
+    return {name: kind.source for name, kind in kinds.items() if kind.preset is None and kind.source.owns}
+
+
+def tables_of_sources() -> str:
+    """Return one `[sources.NAME]` table for each bundled kind, with its required tokens."""
+    lines = []
+    for name, source in bundled_kinds().items():
+        lines += [f"[sources.{name}]", f'plugin = "{name}"']
+        required = [field.encode_name for field in msgspec.structs.fields(source) if field.required]
+        lines += [f"{key} = {TOKENS.get(name, DEV_TOKEN)}" for key in required]
+    return "".join(f"{line}\n" for line in lines)
+
+
+SOURCES = tables_of_sources()
 """One source of each kind, named after its kind, with the tokens of the samples."""
 
 

@@ -10,18 +10,15 @@ empty registry.
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+from daemons import SOURCES, write_config
 
 from relay import __version__
-from relay.config.secrets import Credential, Secrets, digest
+from relay.plugin_loading.loader import load
 from relay.source import Source
-from relay.sources.adorn import Adorn
-from relay.sources.compozy import Compozy
-from relay.sources.lazychat import LazyChat
-from relay.sources.moddy import Moddy
-from relay.sources.whatsapp import WhatsApp
 
 ROOT = Path(__file__).parents[1] / "samples"
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -61,18 +58,9 @@ class Sample(msgspec.Struct):
 
 def sources() -> dict[str, Source]:
     """Configure one source of each kind, named after it, with the tokens that the samples use."""
-    return {
-        "lazychat": LazyChat(tokens=Secrets.of("dev-token")),
-        "moddy": Moddy(tokens=Secrets.of("dev-token")),
-        "adorn": Adorn(),
-        "whatsapp": WhatsApp(tokens=Secrets.of("worker-secret-token-12345")),
-        "compozy": Compozy(
-            tokens=Secrets(
-                Credential(digest=digest(b"test-token"), name="all"),
-                Credential(digest=digest(b"read-only"), name="reader", scopes=frozenset({"events:read"})),
-            )
-        ),
-    }
+    with TemporaryDirectory() as folder:
+        file = write_config(Path(folder), SOURCES)
+        return {name: source.settings for name, source in load(file).config.sources.items()}
 
 
 def read_samples() -> list[Sample]:
