@@ -85,13 +85,16 @@ class Generic(Keys, kind="generic", dict=True):
         return reply
 
     def is_open(self) -> bool:
-        """Return whether everybody can send: neither credentials nor networks are checked."""
-        return self.verification == "none" and not self.networks
+        """Return whether no credentials are checked.
+
+        Networks do not count: a web page that somebody in such a network visits can send from there.
+        """
+        return self.verification == "none"
 
     def warnings(self) -> tuple[str, ...]:
         """See `Source.warnings`."""
         found = []
-        if self.is_open():
+        if self.is_open() and not self.networks:
             found.append('open to everyone who can reach it: verify = "none"')
         if (
             isinstance(self.verification, Verify)

@@ -51,13 +51,14 @@ def test_a_complete_table_loads_and_hides_its_secrets():
 
 @pytest.mark.parametrize(
     ("text", "is_open"),
-    [('verify = "none"', True), ('verify = "none"\nnetworks = ["192.0.2.0/24"]', False), (HMAC, False),
+    [('verify = "none"', True), ('verify = "none"\nnetworks = ["192.0.2.0/24"]', True), (HMAC, False),
      ('verify = { ed25519 = { header = "X" } }\npublic_keys = ["' + "00" * 32 + '"]', False)],
 )  # fmt: skip
-def test_a_source_is_open_unless_it_checks_credentials_or_networks(text, is_open):
+def test_a_source_is_open_to_web_pages_unless_it_checks_credentials(text, is_open):
     source = load_table(text)
     assert source.is_open() is is_open
-    assert any("open to everyone" in warning for warning in source.warnings()) is is_open
+    warned = any("open to everyone" in warning for warning in source.warnings())
+    assert warned is (is_open and not source.networks)
 
 
 def test_a_key_in_the_query_is_a_warning():
