@@ -43,7 +43,7 @@ def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.e
 
 
 def _is_found(place: Path) -> bool:
-    """Say whether a place has a config; the current folder has none if this user may not enter it."""
+    """Return whether a place has a config; False for a current folder that this user may not enter."""
     try:
         return place.exists()
     except OSError:

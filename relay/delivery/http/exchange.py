@@ -78,7 +78,7 @@ class Protocol(ResponseHandler):
         if response is None:
             if self._parser is not None:
                 self._read_tunnel(data)
-            else:  # later bytes could not be told from the next response
+            else:  # later bytes could be mistaken for the next response
                 self._unexpected()
                 self.abort()
             return
