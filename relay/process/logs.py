@@ -14,6 +14,7 @@ from typing import Literal, TextIO
 
 from relay.base.clock import SECOND, Clock, rfc3339
 from relay.base.text import paint, printable, wants_colour
+from relay.process import journal
 
 Format = Literal["auto", "json", "text", "journald"]
 MOST_KEYS = 1000
@@ -23,7 +24,8 @@ MOST_QUEUED = 2**20  # bytes of queued lines while nobody reads the log
 FLUSH = 0.5  # seconds that the end of the process waits for queued lines
 
 _OTHERS = ""
-_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+_INFO = 6
+_PRIORITY = {"DEBUG": 7, "INFO": _INFO, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 _COLOUR = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 
 
@@ -130,20 +132,25 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
-        text = printable(record.getMessage())
-        if pairs := " ".join(f"{name}={_value(value)}" for name, value in _fields(record).items()):
-            text += " " + paint(pairs, "dim" if self._colour else None)
-        if record.exc_info:
-            traceback = self.formatException(record.exc_info).split("\n")
-            text = "\n".join([text, *(printable(line) for line in traceback)])
+        text = self._text(record)
         if self._journald:
-            prefix = f"<{_PRIORITY.get(record.levelname, 6)}>"
+            prefix = f"<{_PRIORITY.get(record.levelname, _INFO)}>"
             return "\n".join(f"{prefix}{record.name}: {line}" for line in text.splitlines())
         level = f"{record.levelname.lower():<7}"
         if self._colour:
             level = f"\x1b[{_COLOUR.get(record.levelname, '0')}m{level}\x1b[0m"
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         return f"{clock} {level} {record.name}: {text}"
+
+    def _text(self, record: logging.LogRecord) -> str:
+        """Return the message with its fields and its traceback."""
+        text = printable(record.getMessage())
+        if pairs := " ".join(f"{name}={_value(value)}" for name, value in _fields(record).items()):
+            text += " " + paint(pairs, "dim" if self._colour else None)
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info).split("\n")
+            text = "\n".join([text, *(printable(line) for line in traceback)])
+        return text
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, object]:
@@ -157,9 +164,32 @@ def _value(value: object) -> str:
     return printable(text if text and not set(text) & set(' "=') else json.dumps(text, ensure_ascii=False))
 
 
+class JournalEntries(TextLines):
+    """An entry of the journal: the text as in other formats, and each field as a field of the journal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message, without the prefixes of a line."""
+        return f"{record.name}: {self._text(record)}"
+
+    def entry(self, record: logging.LogRecord) -> bytes:
+        """Render a record in the journal's protocol."""
+        named = {name.upper(): printable(str(value)) for name, value in _fields(record).items()}
+        entry = {
+            **named,
+            "MESSAGE": self.format(record),
+            "PRIORITY": str(_PRIORITY.get(record.levelname, _INFO)),
+            "SYSLOG_IDENTIFIER": "relay",
+            "LOGGER": record.name,
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": str(record.lineno),
+            "CODE_FUNC": record.funcName or "",
+        }
+        return journal.encode(entry)
+
+
 def under_systemd() -> bool:
     """Return whether stderr is connected to the journal."""
-    return "JOURNAL_STREAM" in os.environ
+    return journal.is_behind(sys.stderr)
 
 
 def is_read(stream: TextIO) -> bool:
@@ -195,10 +225,11 @@ class Lines(logging.StreamHandler[TextIO]):
             self._is_terminal = os.isatty(self._fd)
             self._poll = select.poll()
             self._poll.register(self._fd, select.POLLOUT)
+        self._is_plain = self._poll is None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write, queue or drop a line."""
-        if self._poll is None:  # no file descriptor: writing never blocks
+        if self._is_plain:  # no file descriptor: writing never blocks
             super().emit(record)
             return
         try:
@@ -207,10 +238,10 @@ class Lines(logging.StreamHandler[TextIO]):
             self.handleError(record)
             return
         with self._changed:
-            if not self._size and len(line) <= select.PIPE_BUF and self._can_take():
+            if not self._size:
                 try:
-                    line = line[os.write(self._fd, line) :]
-                except BlockingIOError:  # another process made the stream non-blocking
+                    line = self._try_to_write(line)
+                except BlockingIOError:  # no room; or another process made the stream non-blocking
                     pass
                 except OSError:  # the reader is gone
                     self._drop()
@@ -229,13 +260,20 @@ class Lines(logging.StreamHandler[TextIO]):
 
     def flush(self) -> None:
         """Wait up to `FLUSH` seconds for queued lines."""
-        super().flush()
-        if self._poll is not None:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._size, FLUSH)
+        if self._is_plain:
+            super().flush()
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._size, FLUSH)
 
     def _line(self, record: logging.LogRecord) -> bytes:
         return (self.format(record) + self.terminator).encode(errors="backslashreplace")
+
+    def _try_to_write(self, line: bytes) -> bytes:
+        """Write what does not block, and return the rest."""
+        if len(line) > select.PIPE_BUF or not self._can_take():
+            return line
+        return line[os.write(self._fd, line) :]
 
     def _can_take(self) -> bool:
         """Return whether a line of up to `PIPE_BUF` bytes can be written without blocking."""
@@ -290,6 +328,33 @@ class Lines(logging.StreamHandler[TextIO]):
         return self._line(record)
 
 
+class JournalLines(Lines):
+    """Sends records to the journal, with their fields, and never blocks, even if journald hangs."""
+
+    def __init__(self, journal_: journal.Journal) -> None:
+        super().__init__(sys.stderr)
+        self._is_plain = False
+        self._journal = journal_
+        self._entries = JournalEntries()
+        self.setFormatter(self._entries)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.flush()
+        self._journal.close()
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return self._entries.entry(record)
+
+    def _try_to_write(self, line: bytes) -> bytes:
+        self._journal.send(line)
+        return b""
+
+    def _write_all(self, line: bytes) -> None:
+        self._journal.send(line, wait=True)
+
+
 def on_drop(call: Callable[[], None]) -> None:
     """Register a callback for each dropped line; it may run in any thread."""
     for handler in logging.getLogger().handlers:
@@ -297,17 +362,29 @@ def on_drop(call: Callable[[], None]) -> None:
             handler.on_drop = call
 
 
-def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
-    """Send all log lines to stderr; format `auto` depends on what stderr is connected to."""
-    if format_ == "auto":
-        format_ = "journald" if under_systemd else "text" if sys.stderr.isatty() else "json"
+def _handler_for(format_: Format) -> Lines:
+    """Return what writes lines of a format; the journal gets entries if stderr is connected to it."""
+    if format_ == "journald" and under_systemd():
+        with suppress(OSError):  # the socket is missing or forbidden: lines with priorities do, too
+            return JournalLines(journal.Journal())
     handler = Lines(sys.stderr)
     if format_ == "json":
         handler.setFormatter(JsonLines())
     else:
-        handler.setFormatter(
-            TextLines(colour=format_ == "text" and wants_colour(sys.stderr), journald=format_ == "journald")
-        )
+        colour = format_ == "text" and wants_colour(sys.stderr)
+        handler.setFormatter(TextLines(colour=colour, journald=format_ == "journald"))
+    return handler
+
+
+def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
+    """Send all log lines to stderr; format `auto` depends on what stderr is connected to."""
+    if format_ == "auto":
+        format_ = "journald" if under_systemd else "text" if sys.stderr.isatty() else "json"
+    handler = _handler_for(format_)
+    for former in logging.getLogger().handlers:  # a reload replaces it
+        if isinstance(former, Lines):
+            former.flush()
+            handler.on_drop = former.on_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Both log a traceback for each fault of a remote peer; the relay counts these and logs one line.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
