@@ -30,6 +30,8 @@ class Scripted:
         self.looks = iter(looks)
 
     def get(self, *path):
+        if path == ("destinations",):  # asked at the end, for destinations that are held
+            return {"items": []}
         assert path == ("replays", "rpl_1")
         look = next(self.looks)
         if isinstance(look, BaseException):
