@@ -188,10 +188,12 @@ def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
     found = False
     for name in dir(module):
         options = manager.parse_hookimpl_opts(module, name)
+        if not options and not name.startswith("relay_"):
+            continue
         hook = (options.get("specname") or name) if options else name
         value = inspect.getattr_static(module, name)
         own = inspect.isfunction(value) and value.__module__ == getattr(module, "__name__", "")
-        if not options and not (own and name.startswith("relay_")):
+        if not options and not own:
             continue
         if hook not in known:
             raise PluginError(f'has a hook "{hook}" that does not exist{guess(hook, known)}')

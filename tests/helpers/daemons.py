@@ -23,6 +23,7 @@ from aiohttp import web
 from forking import Forked
 from wire import Answer, exchange, request
 
+from relay import app as app_module
 from relay.app import Addresses, App
 from relay.base.clock import Clock
 from relay.ingest import server
@@ -148,9 +149,15 @@ class Relay:
 
 
 @asynccontextmanager
-async def running(config: Path, *, settle: float = 0.0, clock: Clock | None = None) -> AsyncIterator[Relay]:
-    """Run the relay in this process; stop it at the end of the block."""
-    app = App(load(config), clock)
+async def running(
+    config: Path, *, settle: float = 0.0, clock: Clock | None = None, reserve: int = 0
+) -> AsyncIterator[Relay]:
+    """Run the relay in this process; stop it at the end of the block.
+
+    By default, it stops at once and reserves no space on the disk, which takes time and matters to few tests.
+    """
+    with patch.object(app_module, "DISK_RESERVE", reserve):
+        app = App(load(config), clock)
     ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
     life = asyncio.create_task(app.run(ready.set_result))
     await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)
