@@ -253,7 +253,7 @@ class App:
     ) -> bool:
         """Open the store. While the disk is full or another program locks the file, answer 503 and retry.
 
-        Returns True once the store is open, False if the daemon was asked to stop first.
+        Returns True once the store is open, False if a signal stopped the daemon first.
 
         Raises:
             StorageError: the file cannot be opened, and waiting does not help.
@@ -356,7 +356,7 @@ class App:
             jobs.add(job.name, job.every, job.work)
 
     def _trouble(self) -> str | None:
-        """Return why senders are refused at the moment; None: they are not."""
+        """Return why the relay refuses senders at the moment; None: it accepts them."""
         if self.store.failure is not None:
             what = "write" if self.store.opened else "be opened"
             return f"the store cannot {what}: {self.store.failure}"

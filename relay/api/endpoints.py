@@ -1,6 +1,6 @@
-"""Endpoints. Each one is declared once, at its handler.
+"""Endpoints of the admin API. Each endpoint is declared once, at its handler.
 
-Its route, the validation of its query and body, and its part of the OpenAPI document follow from that.
+The declaration determines its route, the validation of its query and body, and its OpenAPI operation.
 """
 
 import re
@@ -74,7 +74,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     query: type[msgspec.Struct] | None  # None: query parameters are ignored
     body: Any  # a Struct, the content type of a body that the handler reads itself, or None
-    optional_body: bool  # whether an empty body stands for `{}`
+    optional_body: bool  # whether an empty body counts as `{}`
     answers: Mapping[int, Any]  # type of the response by status
     content: str  # content type of the responses
     find: str | None  # name of a method that raises `UnknownError` if the path names an unknown object
@@ -132,7 +132,7 @@ def endpoint(
         query: Struct of the query parameters; the handler takes it after the request.
         body: Struct of the request body, which the handler takes last; or the content type of a body that
             the handler reads itself.
-        optional_body: an empty body stands for `{}`.
+        optional_body: whether an empty body counts as `{}`.
         find: name of a method that gets the request and raises `UnknownError` if its path names an unknown
             object. It is called before the body is read, so that such a request gets 404 with any body.
         status: of the response.
@@ -171,7 +171,7 @@ def routes_of(resource: object) -> list[web.RouteDef]:
 
 
 def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
-    """Return the OpenAPI document of some endpoints."""
+    """Return the OpenAPI document of the given endpoints."""
     declared = tuple(endpoints)
     schemas = _Schemas(declared)
     paths: dict[str, dict[str, Any]] = {}
@@ -198,7 +198,7 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
 
 
 class _Schemas:
-    """The JSON schemas of all types of some endpoints."""
+    """The JSON schemas of all types that the given endpoints use."""
 
     def __init__(self, endpoints: Iterable[Endpoint]) -> None:
         declared = tuple(endpoints)

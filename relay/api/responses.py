@@ -79,7 +79,7 @@ def error_of(error: RelayError) -> tuple[int, dict[str, str]]:
 
 
 async def body_of(request: web.Request, type_: type[T], *, optional: bool = False) -> T:
-    """Return the request body; `optional`: an empty one stands for `{}`.
+    """Return the decoded request body; with `optional`, an empty body counts as `{}`.
 
     Raises:
         RelayError: the body is not valid JSON, or does not match `type_`.

@@ -38,10 +38,10 @@ def urlencoded_fields(text: str, limit: int) -> list[tuple[str, str]]:
 
 
 def percent_decoded(text: str) -> str:
-    """Return a name or value of a form without its encoding; `%` without two digits stands for itself.
+    """Return a name or value of a form without its encoding; `%` without two digits stays as it is.
 
     Raises:
-        ValueError: the text is not UTF-8 then.
+        ValueError: the decoded text is not UTF-8.
 
     >>> percent_decoded("100%+of+%C3%A9%3D1")
     '100% of é=1'

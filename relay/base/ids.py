@@ -34,5 +34,5 @@ def new_id(prefix: str, micros: int) -> str:
 
 
 def given_id(header: str | None) -> str | None:
-    """Return the sender's `X-Request-Id`; None: absent, or unsuitable for log lines."""
+    """Return the sender's `X-Request-Id`, or None if it is absent or unsuitable for log lines."""
     return header if header is not None and _GIVEN.fullmatch(header) else None

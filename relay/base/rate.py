@@ -23,7 +23,7 @@ class TokenBucket:
         return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_micro / SECOND
 
     def take(self, now: int) -> float:
-        """Take one token and return 0, or take none and return the seconds until one is available."""
+        """Take a token and return 0; if no token is available, return the seconds until the next one."""
         wait = self.wait(now)
         if not wait:
             self._tokens -= 1

@@ -53,7 +53,7 @@ class Placeholder(msgspec.Struct, frozen=True):
         return f"{{{self.kind}:{self.argument}}}" if self.argument else f"{{{self.kind}}}"
 
     def filtered(self, value: Any) -> Any:
-        """Return the value after all filters; None stands for an absent value and for null.
+        """Return the value after all filters; None means an absent value or null.
 
         Raises:
             ValueError: a filter does not accept the value.
@@ -119,7 +119,7 @@ def parse(text: str, more: Mapping[str, Callable[[Any], Any]] = NO_FILTERS) -> T
         more: filters without an argument, in addition to `FILTERS`.
 
     Raises:
-        ValueError: names the column, from 1, and what to write instead.
+        ValueError: names the column, from 1, and the correction.
 
     >>> parse("v0:{timestamp}:{body:a.b}").parts[3].argument
     'a.b'

@@ -12,8 +12,8 @@ _CODES: Mapping[Colour, str] = {"red": "31", "yellow": "33", "green": "32", "cya
 def wants_colour(stream: TextIO) -> bool:
     """Return whether output to a stream may use colour: on terminals, unless the environment decides.
 
-    NO_COLOR (https://no-color.org) comes first, then FORCE_COLOR (for pipes, too), then TERM=dumb. The first
-    two count unless they are empty. This is the order of Python itself.
+    NO_COLOR (https://no-color.org) has priority, then FORCE_COLOR (for pipes, too), then TERM=dumb. The first
+    two count unless they are empty. Python uses the same order.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -23,7 +23,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, colour: Colour | None) -> str:
-    """Return a text in a colour; None: unchanged."""
+    """Return a text in a colour, or unchanged if the colour is None."""
     return text if colour is None else f"\x1b[{_CODES[colour]}m{text}\x1b[0m"
 
 

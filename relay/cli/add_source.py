@@ -1,4 +1,4 @@
-"""`relay sources add`: the table of a source in config.toml, and what to enter at the sender's side."""
+"""`relay sources add`: add a source to config.toml, and print the settings for the sender."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     guide: Guide
     verify: Any
     handshakes: Sequence[Mapping[str, Any]] = ()
-    tokens: bool = False  # a source with paths of its own and the key `tokens`
+    tokens: bool = False  # a source whose plugin defines its paths, with the key `tokens`
 
     @property
     def signs_url(self) -> bool:
@@ -112,7 +112,7 @@ def offered(dirs: Sequence[Path]) -> dict[str, tuple[type[Source], Preset | None
 
 
 def kind_of(preset: Preset) -> Kind:
-    """Return what a preset says about setting up its source."""
+    """Return a preset's instructions for setting up its source."""
     rules = preset.read()
     return Kind(
         guide=rules.guide,
@@ -337,7 +337,7 @@ def _append(file: Path, added: Added, given: Given) -> None:
     """Append a source's table to config.toml, if the whole file is valid with it.
 
     Raises:
-        ConfigError: the file has problems, or would have some; nothing was written.
+        ConfigError: the file has problems, or would have problems with the table; nothing was written.
         CommandError: the file already has a source of this name, or cannot be written.
     """
     document = read(file)

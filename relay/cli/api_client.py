@@ -116,7 +116,7 @@ class Daemon:
         self._place = place
 
     def get(self, *path: str, **query: object) -> Any:
-        """Send GET and return the response; a query parameter of None is left out.
+        """Send GET and return the response; query parameters that are None are left out.
 
         `daemon.get("destinations", name)`, `daemon.get("deliveries", state="dead", limit=50)`.
         """
@@ -436,7 +436,7 @@ def run_operation(
 ) -> Any:
     """Run a long operation in the daemon, show its progress, and return its result.
 
-    Ctrl-C disconnects, which stops the operation; `stopped` says what remains of it.
+    Ctrl-C disconnects, which stops the operation; `stopped` is the message about the unfinished part.
 
     Raises:
         CommandError: the operation failed or was interrupted, or the daemon stopped.

@@ -253,7 +253,7 @@ def source_named(name: str, sources: Mapping[str, SourceConfig]) -> SourceConfig
 
 
 def _unreadable(problems: Sequence[Problem], given: Given) -> UnreadableError | None:
-    """Return an error that names the files which this user cannot read, None without such files."""
+    """Return an error that names the files that this user cannot read; None if all are readable."""
     if not given.unreadable:
         return None
     hint = f"this user cannot read {', '.join(given.unreadable)}: run the command as root"

@@ -163,7 +163,7 @@ def print_holds(daemon: Daemon, name: str | None = None) -> None:
 
 
 def _print_closed(answer: Any, name: str) -> None:
-    """Print what a successful test with `--close-circuit` changed."""
+    """Print the changes that a successful test with `--close-circuit` made."""
     if not answer["circuit_closed"]:
         click.echo("the circuit was not open; nothing was changed", err=True)
     elif not answer["held"]:

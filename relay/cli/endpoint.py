@@ -116,6 +116,6 @@ def endpoint(
 
 
 def route_of(command: click.Command) -> str | None:
-    """Return the route that a command declares, None if it declares none."""
+    """Return the route that a command declares, or None."""
     route: str | None = getattr(command.callback, "route", None)
     return route

@@ -1,4 +1,4 @@
-"""`relay listen`: a local receiver that shows what a destination gets."""
+"""`relay listen`: a local receiver that prints the requests of a destination."""
 
 import base64
 import threading

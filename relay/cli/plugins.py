@@ -125,7 +125,7 @@ def _suggested(name: str) -> str:
 
 
 def _write(files: dict[Path, str]) -> None:
-    """Write all files, or none."""
+    """Write all files; if one fails, leave no file behind."""
     written: list[Path] = []
     try:
         for file, content in files.items():

@@ -26,7 +26,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class _Wrong:
-    """Stands for an invalid value that has been reported."""
+    """Placeholder for an invalid value that has been reported."""
 
 
 WRONG: Final = _Wrong()
@@ -98,12 +98,12 @@ class Binder:
             type_: the record; its field names are the keys.
             table: the TOML table.
             path: the key path of the table.
-            given: values for absent keys, in place of the type's own defaults.
+            given: values for absent keys, in place of the type's defaults.
             hidden: fields that cannot be written in TOML.
             others: further keys that the table may contain.
 
         Raises:
-            Exception: whatever the type's own `__post_init__` raises.
+            Exception: the type's `__post_init__` raised it.
         """
         values = self.fields(type_, table, path, given=given, hidden=hidden, others=others)
         return None if WRONG in values.values() else type_(**values)
@@ -151,7 +151,7 @@ class Binder:
         return result
 
     def tables(self, key: str) -> dict[str, dict[str, Any]]:
-        """Return the tables below a key by name, `[key.NAME]`, after reporting what is none."""
+        """Return the tables below a key by name, `[key.NAME]`; report values that are not tables."""
         value = self.document.data.get(key, {})
         if not isinstance(value, dict):
             self.report((key,), f"expected tables such as [{key}.NAME], got {kind_of(value)}")

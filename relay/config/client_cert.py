@@ -43,7 +43,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         password = _Password(self.password)
         try:
-            # load_cert_chain does not tell which of the two is invalid; this checks the certificate.
+            # load_cert_chain does not say which of the two files is invalid; this checks the certificate.
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self.cert)
         except ssl.SSLError:
             raise ValueError(f"{self.cert} holds no certificate in PEM form") from None
@@ -64,7 +64,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Password:
-    """Gives OpenSSL the password instead of a prompt on the terminal, and remembers whether it asked."""
+    """Passes the password to OpenSSL without a prompt, and records whether OpenSSL requested it."""
 
     def __init__(self, secret: Secret | None) -> None:
         self._secret = secret

@@ -43,8 +43,8 @@ def read(path: Path) -> Document:
     """Read a TOML file and the files that it includes.
 
     Raises:
-        UnreadableError: this user may not read one of them.
-        ConfigError: one cannot be opened, is not UTF-8 or is not TOML; or two set the same key.
+        UnreadableError: this user may not read one of the files.
+        ConfigError: a file cannot be opened, is not UTF-8 or is not TOML; or two files set the same key.
     """
     main = _read(path)
     data, lines = main.data, dict(main.lines)
@@ -167,8 +167,8 @@ _STRING = re.compile(
 def find_lines(text: str) -> dict[KeyPath, int]:
     """Return the line, counted from 1, of every key, table and array element of a valid TOML text.
 
-    A table made by several headers or dotted keys is where its own header stands, or else where it
-    is first named. The text must have passed `tomllib.loads`: nothing is checked a second time.
+    The line of a table is that of its header. A table without a header has the line that names it
+    first. The text must have passed `tomllib.loads`, because this function does not check it again.
     """
     scanner = _Scanner(text.replace("\r\n", "\n"))
     scanner.document()

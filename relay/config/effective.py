@@ -1,4 +1,4 @@
-"""What a configuration comes to, defaults included, as config.toml would say it; secrets as `<secret>`."""
+"""The effective configuration as the text of a config.toml, with defaults; secrets appear as `<secret>`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from relay.config.secrets import Secret, Secrets
 from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
-_OURS: dict[type, set[str]] = {  # fields that nobody writes
+_OURS: dict[type, set[str]] = {  # fields that have no key in config.toml
     Config: {"path", "included", "warnings"},
     SourceConfig: {"name", "settings", "compiled"},
     DestinationConfig: {"name"},
@@ -35,7 +35,7 @@ def effective_source(source: SourceConfig) -> dict[str, Any]:
 
 
 def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of a config.toml that says the same."""
+    """Yield the lines of a config.toml with the same settings."""
     loose = {name: value for name, value in tables.items() if not isinstance(value, dict)}
     yield from _lines(loose)
     for name, table in tables.items():
@@ -88,7 +88,7 @@ def _value(value: Any, unit: str | None) -> Any:
 
 
 def _unit(type_: Any) -> str | None:
-    """Find in which unit a field of that type is written, wherever in the type it says so."""
+    """Return the unit in which config.toml has a field of this type; the unit may be nested in the type."""
     for part in (*get_args(type_), *getattr(type_, "__metadata__", ())):
         if isinstance(part, msgspec.Meta) and part.extra and "unit" in part.extra:
             return str(part.extra["unit"])

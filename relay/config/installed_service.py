@@ -1,4 +1,4 @@
-"""The installed systemd service: environment and credentials that the daemon has and a shell has not.
+"""The installed systemd service: environment and credentials that the daemon has and a shell lacks.
 
 Reads the unit files directly, so that systemd need not run (in an image or a chroot).
 """
@@ -61,7 +61,7 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     credentials: Mapping[str, bytes | None] = {}  # None: this user may not read it
     place: str = "the unit's EnvironmentFile"  # where variables are set, for messages
-    after: str = ""  # what else a missing variable needs, for messages
+    after: str = ""  # further steps after a missing variable is set, for messages
     is_running: bool = False  # for the daemon itself, not for a command
     unreadable: tuple[str, ...] = ()  # files that this user may not read, so variables may be missing
     hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, each with the setting that hides it
@@ -344,7 +344,7 @@ def read_env_file(file: Path) -> dict[str, str]:
 
 
 def parse_env(text: str) -> dict[str, str]:
-    r"""Parse the text of an environment file: quotes, backslashes and comments as systemd has them.
+    r"""Parse the text of an environment file, with quotes, backslashes and comments by systemd's rules.
 
     >>> parse_env("# none\nA='a $b'\nB=\"c \\\"d\" \nC=e  # f\n export D=g\nH=i\\\nj\n")
     {'A': 'a $b', 'B': 'c "d', 'C': 'e  # f', 'H': 'ij'}
@@ -459,13 +459,13 @@ def _words(value: str) -> list[str]:
 
 
 def _variables(values: Sequence[str]) -> dict[str, str]:
-    """Return what `Environment=` sets."""
+    """Return the variables that `Environment=` sets."""
     pairs = (word.partition("=") for value in values for word in _words(value))
     return {name: text for name, equals, text in pairs if equals}
 
 
 def _config_of(arguments: Sequence[str]) -> str | None:
-    """Return what `-c` or `--config` says."""
+    """Return the path after `-c` or `--config`."""
     for index, word in enumerate(arguments):
         if word in ("-c", "--config") and index + 1 < len(arguments):
             return arguments[index + 1]

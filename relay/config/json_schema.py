@@ -106,7 +106,7 @@ def _named(table: dict[str, Any], description: str) -> dict[str, Any]:
 
 
 def _sources(kinds: Kinds) -> dict[str, Any]:
-    """Return the schema of a source: the keys of every source, and those of its kind."""
+    """Return the schema of a source: the keys of every source, and the keys of its kind."""
     common = _table(SourceConfig, _HIDDEN)
     by_class: dict[type[msgspec.Struct], list[str]] = {}
     required: dict[tuple[str, ...], list[str]] = {}  # kinds by their required keys
@@ -124,7 +124,7 @@ def _sources(kinds: Kinds) -> dict[str, Any]:
 
 
 def _rule(kinds: list[str], then: dict[str, Any]) -> dict[str, Any]:
-    """Return what holds for sources of these kinds."""
+    """Return the rule that applies the schema `then` to sources of these kinds."""
     return {"if": {"properties": {"plugin": {"enum": kinds}}, "required": ["plugin"]}, "then": then}
 
 
@@ -158,7 +158,7 @@ def _of(kind: Any) -> dict[str, Any]:
         schema = dict(_SIMPLE[kind])
     else:
         schema = _table(kind, set())
-        if hasattr(kind, "expand"):  # it has a short form, and a name in it stands for further keys
+        if hasattr(kind, "expand"):  # it has a short form, in which a name replaces further keys
             schema.pop("required", None)
             schema = {"anyOf": [{"type": "string"}, schema]}
     return schema
@@ -181,6 +181,6 @@ def _annotated(kind: Any, notes: tuple[Any, ...]) -> dict[str, Any]:
         more = {key: value for key, value in more.items() if key == "description"}  # bounds are of the number
     if schema.get("type") == "array":
         more = {{"minLength": "minItems", "maxLength": "maxItems"}.get(key, key): more[key] for key in more}
-    if "$ref" in schema and more:  # draft 7 ignores what stands beside a reference
+    if "$ref" in schema and more:  # draft 7 ignores keywords beside a reference
         return {"allOf": [schema], **more}
     return {**schema, **more}

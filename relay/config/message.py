@@ -1,4 +1,4 @@
-"""`message = {…}` of a destination: what a chat, push or paging service shows of an event."""
+"""`message = {…}` of a destination: the parts of an event that a chat, push or paging service shows."""
 
 from typing import Annotated, Literal
 

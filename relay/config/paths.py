@@ -13,12 +13,12 @@ PLACES = (Path("config.toml"), Path("/etc/relay/config.toml"))
 
 
 def find_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the file that was named, else that of `RELAY_CONFIG`, else the first of `PLACES` there is.
+    """Return the given file, else the file in `RELAY_CONFIG`, else the first existing file of `PLACES`.
 
-    Where there is none of these, it is the one that the installed service runs with.
+    If all of these are missing, return the file of the installed service.
 
     Raises:
-        RelayError: none was named and none is there.
+        RelayError: no file was given and no file exists.
     """
     path = look_for_config(given, environ)
     if path is None:
@@ -31,7 +31,7 @@ def find_config(given: Path | None = None, environ: Mapping[str, str] = os.envir
 
 
 def look_for_config(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the file as `find_config` does, or None where a command can do without."""
+    """Return the file as `find_config` does, or None if the command works without a config file."""
     if given is not None:
         return given
     if name := environ.get(VARIABLE):

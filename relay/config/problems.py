@@ -12,15 +12,15 @@ KeyPath = tuple[str | int, ...]
 """The way to a value in a TOML document: keys of tables, indices of arrays."""
 
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
-_SHOWN = 60  # characters of a wrong value that help; more would bury the sentence
+_SHOWN = 60  # characters shown of a wrong value; a longer value would hide the rest of the message
 
 
 class Problem(msgspec.Struct, frozen=True, order=True):
-    """One fault, or one warning, and where it is; prints as `file:line: key: problem`."""
+    """One error or warning with its place; prints as `file:line: key: problem`."""
 
     file: str
     line: int  # 0: the file as a whole
-    key: str  # dotted; "" where no key is to blame
+    key: str  # dotted; "" if the problem has no key
     problem: str
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def shown(value: object) -> str:
-    """Describe a wrong value briefly, as it stands in the file; never call it on what may be a secret.
+    """Return a wrong value as short TOML for an error message; never pass a value that may be a secret.
 
     >>> shown(True), shown("x"), shown({})
     ('true', '"x"', 'a table')

@@ -402,7 +402,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
             "are "
             "refused here"
         ),
-    ] = {}  # values may be secrets, so none of them prints
+    ] = {}  # values may be secrets, so no value is printed
     timeout: Annotated[Interval, _help("timeout of a whole attempt")] = 15.0
     connect_timeout: Annotated[Interval, _help("timeout for connecting, within `timeout`")] = 5.0
     concurrency: Annotated[
@@ -496,7 +496,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything config.toml says, checked and complete."""
 
-    path: Path  # the file it came from
+    path: Path  # the file that was read
     included: tuple[Path, ...] = ()  # further files
     include: Annotated[
         tuple[str, ...],

@@ -36,7 +36,7 @@ class Secret:
 
     def __init__(self, value: str, *, name: str = "") -> None:
         self._value = value
-        self.name = name  # of the variable, file or credential that it comes from; "" for a literal
+        self.name = name  # name of the variable, file or credential that contains it; "" for a literal
         self.usage = Usage()
 
     def reveal(self) -> str:
@@ -112,13 +112,13 @@ def _hidden(url: str) -> tuple[str, tuple[bytes, ...]]:
 
 
 class Absent(Secret):
-    """Stands for a secret that cannot be read here, where a command works without it."""
+    """Placeholder for a secret that this command cannot read and does not need."""
 
     __slots__ = ("why",)
 
     def __init__(self, why: str) -> None:
         super().__init__("")
-        self.why = why  # what is missing
+        self.why = why  # the missing secret
 
 
 class Credential(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,9 +178,9 @@ class Secrets:
 
 
 def digest(token: bytes) -> bytes:
-    """Hash a token: what is compared and kept in memory is never the token itself.
+    """Return the hash of a token; memory and comparisons contain only hashes, never tokens.
 
-    BLAKE2 is the interpreter's own; the ways of OpenSSL's SHA-256 are long, and every request takes them.
+    Python has BLAKE2 built in. A call of OpenSSL's SHA-256 costs more, and every request needs a hash.
     """
     return hashlib.blake2b(token, digest_size=32).digest()
 
@@ -205,7 +205,7 @@ _LARGEST = 64 * 1024  # bytes of a secret's file; a wrong path may name a disk i
 
 
 class _MissingError(ValueError):
-    """The place exists in principle and holds nothing: `development` may stand in."""
+    """The place is valid but contains no secret; `development` may replace it."""
 
 
 class _DeniedError(ValueError):
@@ -218,12 +218,12 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     folder: Path  # of the config file
     development: bool
-    credentials: Mapping[str, bytes | None] = {}  # by name, where there is no folder; None: not for this user
+    credentials: Mapping[str, bytes | None] = {}  # by name, without a folder; None: unreadable for this user
     hidden: Mapping[Path, str] = {}  # folders that the daemon cannot see, and why
     place: str = "the unit's EnvironmentFile"  # where variables are set for the daemon
-    after: str = ""  # what else a missing variable needs
+    after: str = ""  # further steps after a missing variable is set
     is_running: bool = False  # this process is the daemon, not a command in a shell
-    lenient: bool = False  # what cannot be had is `Absent`
+    lenient: bool = False  # unreadable secrets become `Absent`
 
     def secret(self, value: object, *, literal: bool = False) -> Secret:
         """Look a secret up; `literal` permits plain text outside development as well.
@@ -260,7 +260,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         """Return a path that the daemon can see.
 
         Raises:
-            ValueError: the service cannot see it, whatever this process can.
+            ValueError: the service cannot see the path, even if this process can.
         """
         for folder, why in () if self.lenient else self.hidden.items():
             if path.is_relative_to(folder) and not self.folder.is_relative_to(folder):
@@ -313,7 +313,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _place(value: Mapping[str, object]) -> str:
-    """Return which of the places a secret names."""
+    """Return the key that names the place of a secret, such as `env` or `file`."""
     for key, text in value.items():
         if key not in _KEYS:
             advice = guess(key, _KEYS) or f"; expected {FORMS}"

@@ -82,7 +82,7 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def expand(cls, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the table that a value in config.toml stands for, and the defaults of its scheme.
+        """Return a value in config.toml as a full table, and the defaults of its scheme.
 
         Raises:
             ValueError: the value is neither a name nor a table, or the scheme is unknown.

@@ -1,4 +1,4 @@
-"""The tables of config.toml with keys of ours; `plugin_loading.loader` adds what plugins have a say in."""
+"""Binds the tables of config.toml except sources; `plugin_loading.loader` adds the settings of plugins."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _OTHER_HEADERS = ("content-type", "user-agent", "traceparent")
 
 
 def bind_tables(binder: Binder) -> Config:
-    """Bind everything but `[sources]`; where something is wrong and reported, its default stands in."""
+    """Bind everything except `[sources]`; reported wrong values are replaced by their defaults."""
     document = binder.document
     values = binder.fields(
         Config,
@@ -63,8 +63,8 @@ def _state_dir(binder: Binder) -> Path:
 def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
     """Bind the destinations.
 
-    One with a wrong key goes to `binder.incomplete`, with defaults in place of its wrong keys: it is checked
-    further, so that all problems are reported at once.
+    A destination with a wrong key is added to `binder.incomplete`, with defaults for its wrong keys. The
+    remaining checks still run on it, so that all problems are reported at once.
     """
     found, checked = {}, {}
     for name, table in named_tables(binder, "destinations").items():
@@ -89,7 +89,7 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
 
 
 def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], name: str) -> None:
-    """Check that `on_dead` leads somewhere, and that no event goes round in a circle."""
+    """Check that `on_dead` names existing destinations and that these references form no cycle."""
     key: KeyPath = ("destinations", name, "on_dead")
     way, stand_in = [name], destinations[name].on_dead
     while stand_in is not None:

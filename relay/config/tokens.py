@@ -1,4 +1,4 @@
-"""The clear text of configured secrets, for the moment of use: what is bound of tokens is their digests."""
+"""Reads the clear text of configured secrets when needed; the configuration keeps only digests of tokens."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,13 +12,13 @@ from relay.config.secrets import Absent, Secret, Secrets
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """One configured secret, and where it stands."""
+    """One configured secret and its place in config.toml."""
 
     secret: Secret  # as it was found, spaces around it included
     key: str  # such as `sources.moddy.tokens[0]`
     kind: Literal["source", "destination", "admin"]
     owner: str = ""  # the source's or destination's name
-    place: str = ""  # what it is found in: `the file moddy.token`; "" for the text itself
+    place: str = ""  # its place, such as `the file moddy.token`; "" for the text itself
     field: str = ""  # of the source's settings
     name: str = ""
     scopes: tuple[str, ...] | None = None  # None: every scope
@@ -61,7 +61,7 @@ def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
 
 
 def _place(given: Any) -> str:
-    """Name what a secret is found in."""
+    """Return the name of the place that contains a secret."""
     for key, words in _PLACES.items():
         if isinstance(given, dict) and key in given:
             return f"{words} {given[key]}"

@@ -1,4 +1,4 @@
-"""What values must look like beyond their type: a check returns its value or raises ValueError."""
+"""Checks of config values beyond their type; each check returns its value or raises ValueError."""
 
 import ipaddress
 import re
@@ -30,10 +30,10 @@ RESERVED = "relay"
 
 
 def split_listen(text: str) -> tuple[str, int]:
-    """Return host and port of `host:port`; an IPv6 host stands in brackets, port 0 is any free one.
+    """Return host and port of `host:port`; an IPv6 host needs brackets, and port 0 means any free port.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is not of the form `host:port`.
 
     >>> split_listen("[::1]:8080")
     ('::1', 8080)
@@ -64,7 +64,7 @@ def listen_or_off(text: str) -> str:
 
 
 def final_status(status: int) -> int:
-    """Check a status that is to end a delivery."""
+    """Check a status that ends a delivery."""
     if status == _GONE:
         raise ValueError("410 disables the destination already, and holds its deliveries")
     if status not in _FAILURES:
@@ -73,7 +73,7 @@ def final_status(status: int) -> int:
 
 
 def body_size(count: int) -> int:
-    """Check the size of the largest body: each is in memory some times over while it is stored and sent."""
+    """Check the maximum body size; memory holds several copies of a body while it is stored and sent."""
     if count > LARGEST_BODY:
         raise ValueError(f"bodies of at most {render_size(LARGEST_BODY)} can be held in memory")
     return count
@@ -108,7 +108,7 @@ def url(value: Url) -> Url:
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
-        URL(text)  # what the HTTP client reads
+        URL(text)  # the HTTP client's type must accept it as well
     except ValueError:
         raise ValueError("not a URL: its host or port cannot be read") from None
     if parts.scheme not in {"http", "https"}:

@@ -1,6 +1,6 @@
-"""One attempt at a delivery: render the body, sign, send, and decide what the response means.
+"""One attempt at a delivery: render the body, sign, send, and decide the outcome by the response.
 
-This module knows nothing of lanes and windows.
+This module does not use lanes or windows.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ class GroupResult(msgspec.Struct, frozen=True):
 
     outcomes: list[Outcome]
     verdict: Verdict
-    is_split: bool = False  # whether each delivery goes out alone from now on
+    is_split: bool = False  # whether each delivery is sent alone from now on
 
 
 class AttemptRunner:
-    """Makes attempts at one destination, by one version of its config."""
+    """Makes attempts at one destination, with one version of its config."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class AttemptRunner:
     ) -> "GroupResult":
         """Send one message about several events.
 
-        A receiver may refuse a message because of one of its events, and a format may fail at one. No
-        delivery ends by that: the group is split, and each delivery goes out alone.
+        One event can cause a receiver to refuse the message or a format to fail. Such a failure ends no
+        delivery: the group is split, and each delivery is sent alone.
 
         Raises:
             OutOfResourcesError: this machine has no descriptor or memory left; nothing was sent.
@@ -223,7 +223,7 @@ class AttemptRunner:
             case "abort":
                 return Outcome(delivery=delivery, attempt=attempt, state="dead", reason=verdict.reason)
             case "disable" | "hold":
-                # The destination is to blame, not this delivery: it stays pending with its whole schedule.
+                # The destination failed, not the delivery: it stays pending with its whole schedule.
                 rest = BLOCKED_REST if verdict.kind == "hold" else 0
                 due = self._clock.steady() + rest
                 return Outcome(

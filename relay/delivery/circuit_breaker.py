@@ -1,7 +1,7 @@
 """The circuit breaker of a destination: stop after repeated failures, probe, then ramp up.
 
-A pure state machine: callers pass the time (steady clock, microseconds). It decides one thing: how many
-attempts may be in flight at once.
+A pure state machine: callers pass the time (steady clock, microseconds). It decides only the number of
+attempts that may be in flight at once.
 """
 
 from typing import Literal
@@ -22,7 +22,7 @@ class CircuitBreaker:
     """Starts closed and opens after `failures` failures in a row; then it allows one probe at a time.
 
     The wait before a probe doubles after each failed probe. After a successful probe the circuit allows one
-    attempt at once, after its response two, after those four, up to the destination's concurrency. A failure
+    attempt at once, then two, then four, up to the destination's concurrency. A failure
     during that ramp opens it again.
     """
 
@@ -61,7 +61,7 @@ class CircuitBreaker:
         return self.open_until is not None
 
     def limit(self, now: int) -> int:
-        """Return how many attempts may be in flight at once."""
+        """Return the number of attempts that may be in flight at once."""
         if self.open_until is not None:
             return 0 if now < self.open_until else 1
         return self.concurrency if self.ramp is None else self.ramp
@@ -109,7 +109,7 @@ class CircuitBreaker:
         self._wait = self._probe_wait
 
     def _set_ramp(self, ramp: int) -> None:
-        """Allow `ramp` attempts at once until as many responses have arrived."""
+        """Allow `ramp` attempts at once until `ramp` responses have arrived."""
         self._responses_to_double = ramp
         self.ramp = ramp if ramp < self.concurrency or ramp == 1 else None
 

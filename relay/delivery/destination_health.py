@@ -42,7 +42,7 @@ class DestinationHealth:
         self._set_gauges()
 
     def limit(self, now: int) -> int:
-        """Return how many attempts may be in flight at once (`now`: steady clock); 0: deliveries are held."""
+        """Return the maximum number of attempts in flight at `now` (steady clock); 0: deliveries are held."""
         if self._stored_hold is not None or self.rest_until > now:
             return 0
         circuit = self.circuit
@@ -51,7 +51,7 @@ class DestinationHealth:
         return circuit.limit(now)
 
     def held_at(self, now: int) -> str | None:
-        """Return why deliveries are held at that moment (steady clock); None: they are not."""
+        """Return why deliveries are held at this time (steady clock), or None if they are not held."""
         if self._stored_hold is not None:
             return self._stored_hold
         if self.rest_until > now:
@@ -62,7 +62,7 @@ class DestinationHealth:
 
     @property
     def held_until(self) -> int | None:
-        """When the hold ends by itself (steady clock); None: only an operator ends it."""
+        """Return when the hold ends without an operator (steady clock); None: only an operator ends it."""
         if self._stored_hold is not None:
             return None
         return max(self.rest_until, self.circuit.open_until or 0)
@@ -183,7 +183,7 @@ class DestinationHealth:
             log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
     def _operator_event(self, type_: str, cause: StoredEvent | None, reason: str) -> GeneratedEvent | None:
-        """Return an operator event; None if the cause is a delivery of one, because that would loop."""
+        """Return an operator event; None if a delivery of an operator event is the cause, to avoid a loop."""
         if cause is not None and cause.source == OPERATOR_SOURCE:
             return None
         name = self._config.name

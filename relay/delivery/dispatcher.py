@@ -32,7 +32,7 @@ class DispatchPlan(msgspec.Struct, frozen=True):
     states: Mapping[str, DestinationState]
 
     async def discard(self) -> None:
-        """Close the connections of a plan that is not adopted."""
+        """Close the connections of a plan that no dispatcher adopts."""
         for runner in self.runners.values():
             await runner.close()
 

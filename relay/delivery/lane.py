@@ -89,7 +89,7 @@ class Lane:
         self._first = Window(budget, retries=False, size=size)
         self._retry = Window(budget, retries=True, size=size)
         self._windows = (self._first, self._retry)
-        self._latest = self._retry  # the window that the last attempt came from
+        self._latest = self._retry  # the window of the last attempt
         self._rate = self._rate_limit()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -100,7 +100,7 @@ class Lane:
 
     @property
     def held(self) -> str | None:
-        """Why deliveries are held; None: they are not."""
+        """Return why deliveries are held, or None if they are not held."""
         held = self.health.held_at(self._clock.steady())
         return NO_STORAGE if held is None and self._store.failure is not None else held
 
@@ -151,7 +151,7 @@ class Lane:
         """Fill free slots from the windows and the windows from the store, and set the timer."""
         if self._stopping:
             return
-        # Read the clock once: what is not due yet must not have become due when the timer is set.
+        # Read the clock once, so that no delivery becomes due between this check and setting the timer.
         now = self._clock.steady()
         limit = 0 if self._store.failure is not None else self.health.limit(now)
         if limit:
@@ -209,7 +209,7 @@ class Lane:
         self._runner.renew()
 
     def remove(self) -> None:
-        """Begin no more attempts, because the config has no such destination; the store keeps the rest."""
+        """Begin no more attempts after the config lost the destination; the store keeps the deliveries."""
         self._removed = True
         self.health.clear_gauges()
         self._halt()
@@ -217,7 +217,7 @@ class Lane:
     async def stop(self, deadline: float | None) -> None:
         """Begin no more attempts, wait until `deadline` (loop time) for those in flight, and cancel the rest.
 
-        None: wait as long as they take.
+        None: wait for them without a limit.
         """
         self._halt()
         if self._tasks:
@@ -252,9 +252,9 @@ class Lane:
     # --- slots ---
 
     def _next(self) -> Window | None:
-        """Return the window whose turn it is: the one with fewer attempts in flight, within its share.
+        """Return the next window to send from: the window with fewer attempts in flight, within its share.
 
-        Retries have all slots but a quarter, so that they never hold up first attempts. Where both windows
+        Retries may use three quarters of the slots, so that they never delay first attempts. If both windows
         have the same number in flight, as with one slot or a low rate limit, they take turns.
         """
         slots = self.config.concurrency
@@ -384,7 +384,7 @@ class Lane:
         await self._record_group(outcomes, is_split=result.is_split)
 
     async def _ready(self, members: Sequence[Delivery]) -> list[Delivery]:
-        """Return those deliveries of a group that can go out now, with their events and marked as in flight.
+        """Return the deliveries of a group that can be sent now, with their events; mark them as in flight.
 
         Deliveries that have expired or whose stored body is damaged end here.
         """
@@ -508,7 +508,7 @@ class Lane:
     # --- the store ---
 
     async def _refill(self, window: Window) -> None:
-        """Claim due deliveries, and read as many bodies as the budget allows."""
+        """Claim due deliveries, and read their bodies until the memory budget is used up."""
         window.due = self._clock.steady() + POLL
         try:
             wanted = 1 if self.health.circuit.is_open else window.size - len(window.deliveries)
@@ -538,7 +538,7 @@ class Lane:
         self.turn()
 
     async def _load(self, deliveries: Iterable[Delivery]) -> None:
-        """Read the bodies of the first deliveries at once; each other is read when a slot is free."""
+        """Read the bodies of the first deliveries at once; other bodies are read when a slot is free."""
         wanted, size = [], 0
         for delivery in deliveries:
             size += delivery.size

@@ -22,19 +22,19 @@ class Waiter(Protocol):
     """A lane that waits for a shared slot."""
 
     def turn(self) -> None:
-        """Take as many free slots as needed."""
+        """Take the free slots that its deliveries need."""
         ...
 
 
 class Slots:
-    """Counts attempts in flight. Lanes that found no free slot get their turn in the order they asked."""
+    """Counts attempts in flight. Lanes that found no free slot wait for one in the order of their calls."""
 
     def __init__(self, shared: int = SHARED_SLOTS) -> None:
         self._free = shared
         self._waiting: deque[Waiter] = deque()
 
     def take(self, waiter: Waiter, active: int) -> bool:
-        """Take a slot for a lane with `active` attempts in flight; False: its turn comes later."""
+        """Take a slot for a lane with `active` attempts in flight; False: the lane must wait for its turn."""
         if active < OWN_SLOTS:
             return True
         if self._free > 0:

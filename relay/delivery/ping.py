@@ -1,4 +1,4 @@
-"""The test of a destination: one signed request through its own client, at an operator's request."""
+"""The test of a destination: an operator makes its client send one signed request."""
 
 import asyncio
 import hashlib
@@ -104,7 +104,7 @@ def _event(destination: str, now: int) -> StoredEvent:
 
 
 def explain(config: DestinationConfig, response: HttpResult, verdict: Verdict) -> tuple[str, str]:
-    """Return what a response would mean for a delivery, and what to do about it."""
+    """Return the outcome that this response would have for a delivery, and advice for the operator."""
     match verdict.kind:
         case "ok":
             return "would be delivered", ""

@@ -1,4 +1,4 @@
-"""The retry policy: what a failed attempt means for its delivery and destination, and when to retry."""
+"""The retry policy: the effect of an attempt on its delivery and destination, and the time of the retry."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -39,7 +39,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         return cls(schedule=config.schedule, jitter=config.jitter, max_retry_after=config.max_retry_after)
 
     def next_delay(self, attempts_done: int, hint: float | None, rand: float) -> float | None:
-        """Return the seconds to wait after `attempts_done` attempts; None: the schedule is exhausted.
+        """Return the seconds to wait after `attempts_done` attempts, or None if the schedule is exhausted.
 
         `hint` is the receiver's `Retry-After`, `rand` a number in [0, 1). Attempts that are not counted may
         leave `attempts_done` at 0; then the delay is that after the first attempt.
@@ -52,7 +52,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What an attempt means for its delivery.
+    """The effect of an attempt on its delivery.
 
     `ok`: delivered. `retry`: retry by the policy. `abort`: dead, for `reason`. `disable`: disable the
     destination for `reason` and hold its deliveries, this one too. `hold`: the relay's own config or machine
@@ -83,7 +83,7 @@ def verdict_of(
     """Return the verdict on an attempt by its status, its result label and the response headers.
 
     Names in `headers` are lower-case, unless the mapping ignores case. `now` is the wall clock in
-    microseconds. Any 2xx is a success, whatever its headers and body. A status in `final_statuses` ends the
+    microseconds. Any 2xx is a success, with any headers and body. A status in `final_statuses` ends the
     delivery at once.
     """
     if status is None:

@@ -8,7 +8,7 @@ from relay.model import Delivery
 
 
 class Window:
-    """Deliveries that a lane has claimed. Those of a group are followers of one of them."""
+    """Deliveries that a lane has claimed. In a group, one delivery has the others as its followers."""
 
     __slots__ = ("_budget", "active", "deliveries", "due", "refilling", "refills", "retries", "size")
 
@@ -53,7 +53,7 @@ class Window:
 
 
 def _without(delivery: Delivery, delivery_ids: Collection[int]) -> Delivery | None:
-    """Return a delivery with its followers, without those that ended; None: none is left."""
+    """Return a delivery with its followers, without ended deliveries; None if all have ended."""
     left = [each for each in delivery.members if each.id not in delivery_ids]
     if not left:
         return None

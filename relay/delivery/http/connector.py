@@ -1,4 +1,4 @@
-"""Connection pools: aiohttp's connector with a protocol that limits what a receiver can do."""
+"""Connection pools: aiohttp's connector with a protocol that limits the responses of receivers."""
 
 import functools
 import socket

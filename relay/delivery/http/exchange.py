@@ -1,7 +1,7 @@
 """One HTTP exchange: write a request to a pooled connection and read the response.
 
 aiohttp's connector resolves names, does TLS and keeps the pool. Its session would add cookies, redirects,
-negotiation and a task per request; webhooks need none of these, and they cost two thirds of the CPU time:
+negotiation and a task per request; webhooks do not need these, and they cost two thirds of the CPU time:
 98 instead of 33 microseconds (see docs/benchmarks.md).
 """
 
@@ -151,7 +151,7 @@ class Exchange:
     ) -> None:
         """Send a request and read the response into `response`; note the time of each step in `timing`.
 
-        If this raises or is cancelled, `response` holds what has arrived until then. Connections made before
+        If this raises or is cancelled, `response` has the part that arrived before. Connections made before
         `oldest` (by `time.perf_counter`) are not used.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The HTTP client of one destination: whatever a receiver does becomes an `HttpResult`."""
+"""The HTTP client of one destination: every behaviour of a receiver becomes an `HttpResult`."""
 
 import asyncio
 import errno
@@ -60,7 +60,7 @@ class OutOfResourcesError(Exception):
 
 
 class _Request(msgspec.Struct):
-    """What is known of one request so far."""
+    """The facts that are known about a request so far."""
 
     timing: Timing | None
     parser: ResponseParser
@@ -76,7 +76,7 @@ class HttpClient:
     Args:
         destination: uses its method, timeouts, `allow_private`, `ca_file`, `client_cert` and `proxy`; results
             contain no part of its URL if that is a secret.
-        own: the relay's own listeners as (address, port); never dialled.
+        own: the relay's listeners as (address, port), to which the client never connects.
         resolver: replaces the system's resolver.
 
     Raises:
@@ -120,7 +120,7 @@ class HttpClient:
 
         Args:
             url: the target; a string is sent as written (a `%2F` in its query stays one).
-            headers: content type, signatures and the destination's own headers.
+            headers: content type, signatures and the headers that the destination configures.
             body: the signed bytes.
             timing: filled in; the request then uses a new connection, so that every step takes place.
 
@@ -155,7 +155,7 @@ class HttpClient:
                 duration_ms=duration_ms,
             )
         finally:
-            failure = None  # the traceback of its cause holds this frame: a cycle that keeps the body
+            failure = None  # break the cycle of its traceback and this frame, which would keep the body
 
     def renew(self) -> None:
         """Resolve names again, and use no connection that exists now for later requests."""
@@ -174,7 +174,7 @@ class HttpClient:
         """Get a response; if a kept connection turns out to be closed, send once more on a new one.
 
         Receivers close idle connections at the very moment of a request: without the second try, 20 of 40
-        POSTs failed. The same goes for a kept connection that carries bytes behind an earlier response.
+        POSTs failed. A kept connection with extra bytes after an earlier response counts as closed, too.
         """
         oldest = max(self._renewed, started - MAX_AGE)
         if request.timing is not None:
@@ -259,7 +259,7 @@ class HttpClient:
         return one_line(text)
 
     def _error(self, response: ResponseParser, failure: Exception | None) -> str | None:
-        """Return the error text of a response; None: there is nothing to report."""
+        """Return the error text of a response, or None if it has no error."""
         status = response.status or 0
         result, trouble = of_status(status), ""
         if response.trouble is not None:

@@ -59,10 +59,10 @@ class ResponseParser(msgspec.Struct):
 
     status: int | None = None  # of the final status line, once that is complete
     reason: str = ""
-    headers: dict[str, str] = {}  # by lower-case name; of a repeated header the first value
+    headers: dict[str, str] = {}  # by lower-case name; the first value of a repeated header
     body: bytearray = bytearray()  # its first 16 KiB
     whole: bool = False  # `body` is complete, by the head
-    trouble: str | None = None  # what is wrong with the response
+    trouble: str | None = None  # the fault of the response
     is_over: bool = False  # the rest is not read
     is_garbage: bool = False  # the first bytes do not begin a response
     excess: bool = False  # more bytes arrived than the head announced

@@ -16,7 +16,7 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 # Sources: IANA IPv4 and IPv6 Special-Purpose Address Registries, RFC 5771 and RFC 4291. The first match
-# counts, so narrow blocks stand before the wide blocks that contain them.
+# counts, so narrow blocks precede the wide blocks that contain them.
 _SPECIAL = (
     ("0.0.0.0/8", "unspecified"),
     ("10.0.0.0/8", "private"),
@@ -96,14 +96,14 @@ class Blocked(OSError):  # noqa: N818 - the attempt's result has this label
 def refused(
     address: str, port: int, *, allow_private: bool, own: Collection[tuple[str, int]] = ()
 ) -> str | None:
-    """Return why this address must not be dialled; None: it may be.
+    """Return why the relay must not connect to this address, or None if it may.
 
     Args:
         address: an IP address as it is passed to `connect`, with or without an IPv6 zone.
         port: the TCP port.
         allow_private: permit all special blocks except those in `NEVER`.
-        own: the relay's own listeners. They are always refused, because an event sent there would loop.
-            A wildcard address or a host name stands for every address of this machine.
+        own: the relay's listeners. They are always refused, because an event sent there would loop.
+            A wildcard address or a host name means every address of this machine.
 
     Raises:
         OSError: no descriptor is left for the query to the kernel.
@@ -125,11 +125,11 @@ def refused(
 def refused_target(
     host: str, port: int, *, allow_private: bool, own: Collection[tuple[str, int]] = ()
 ) -> str | None:
-    """Return why this host must not be requested from a proxy; None: it may be.
+    """Return why the relay must not request this host from a proxy, or None if it may.
 
-    An address is checked as if it were dialled, in every spelling that a C library accepts. Of the names only
-    those of loopback are refused (RFC 6761 §6.3); the proxy decides on other names. The arguments are those
-    of `refused`, except that `host` is the host of a URL.
+    Addresses, in every spelling that a C library accepts, are checked as by `refused`. Only loopback names
+    are refused (RFC 6761 §6.3); the proxy decides on all other names. The arguments are those of `refused`,
+    except that `host` is the host of a URL.
     """
     host = host.rstrip(".").lower()
     if ":" not in host:
