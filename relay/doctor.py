@@ -28,7 +28,7 @@ class DestinationBacklog(msgspec.Struct, frozen=True, kw_only=True):
     """The pending deliveries of a destination, and why they are held."""
 
     name: str
-    held: str | None  # why deliveries are held; None: they are not held
+    held: str | None  # why deliveries are held; None if they are not
     pending: int
     failing_since: int | None = None  # steady clock
 

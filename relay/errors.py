@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class RelayError(Exception):
-    """An error for the operator; `hint` says what to type or change next."""
+    """An error for the operator; `hint` is the next command or the change that solves the problem."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -47,10 +47,10 @@ class StorageUnavailableError(StorageError):
 
 
 class Refusal(Exception):  # noqa: N818 - "refusal" is the project's word, and most are not errors of the relay
-    """A request that is not accepted. The source renders it in the sender's own format.
+    """A request that the relay does not accept. The source renders the error in the sender's format.
 
     Attributes:
-        status: HTTP status of the response, unless the source's contract has another.
+        status: HTTP status of the response, unless the source's contract demands another.
         reason: the label value of `relay_events_rejected_total`, from a closed list.
         code: a stable word for machine-readable envelopes.
         message: one sentence for the sender; never contains a secret or a header's raw value.

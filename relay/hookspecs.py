@@ -20,7 +20,7 @@ def relay_sources() -> list[type[Source]]:  # type: ignore[empty-body]
 
 @hookspec
 def relay_presets() -> list[Preset]:  # type: ignore[empty-body]
-    """Return presets: names for a kind of source with defaults of its settings."""
+    """Return presets: named defaults for the settings of a kind of source."""
 
 
 @hookspec

@@ -88,7 +88,7 @@ def public_key(secret: Secret) -> "Ed25519PublicKey":
 
 def has_signed(key: "Ed25519PublicKey", signature: bytes, text: bytes) -> bool:
     """Return whether a signature of a text was made with the private key of this public key."""
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra; the key came from it
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - an extra, which created the key
 
     try:
         key.verify(signature, text)

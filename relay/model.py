@@ -89,7 +89,7 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Grouping(msgspec.Struct, frozen=True):
-    """How a delivery waits for others of its destination, so that one message tells of all of them."""
+    """How a delivery waits for others of its destination, so that one message reports all of them."""
 
     key: str  # deliveries of one (destination, key) go together
     wait: int  # microseconds from the first delivery of a group until it is sent
@@ -100,7 +100,7 @@ class Target(msgspec.Struct, frozen=True):
     """One destination of an event, with the options of its subscription."""
 
     destination: str
-    order_key: str | None = None  # deliveries of one (destination, key) go out one after another
+    order_key: str | None = None  # deliveries with the same destination and key are sent one after another
     latest_key: str | None = None  # a newer event with this key supersedes older ones
     ttl: int | None = None  # microseconds from creation to expiry
     max_pending: int | None = None  # with more pending deliveries, a new one is dead at once
@@ -174,7 +174,7 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
     paused: bool = False  # by an operator
     failing_since: int | None = None  # steady clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
-    disabled_reason: str | None = None  # gone (410), asked (by header), failing, operator
+    disabled_reason: str | None = None  # gone (410), asked (by the response's header), failing, operator
 
     @property
     def held(self) -> str | None:
@@ -245,7 +245,7 @@ class SessionSeen(msgspec.Struct, kw_only=True, frozen=True, tag="session"):
     """A session changed. Shows that its worker is alive, but is no heartbeat."""
 
     session: Session
-    worker_id: str = ""  # "": the worker that last reported the session
+    worker_id: str = ""  # "" means the worker that last reported the session
     at: str | float | None = None  # time of the change as the worker wrote it; None: not reported
 
 
@@ -283,7 +283,7 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     counts: Mapping[str, int] = {}
     sessions: tuple[Session, ...] = ()
     recovering: tuple[str, ...] = ()  # ids of sessions to restore that the worker has not listed yet
-    fresh: bool = False  # no session list since it was asked to restore sessions
+    fresh: bool = False  # no session list since the relay's request to restore sessions
     changed: Mapping[str, int] = {}  # by session id: wall clock of events since the last list, deletions too
 
 
@@ -387,7 +387,7 @@ class Check(msgspec.Struct, frozen=True):
     name: str
     ok: bool
     detail: str
-    hint: str = ""  # what to do; "" if ok
+    hint: str = ""  # advice; "" if ok
 
 
 class Claim(msgspec.Struct, frozen=True):

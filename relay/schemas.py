@@ -26,7 +26,7 @@ _WILD = frozenset("*?[")
 class Schemas:
     """The schemas of one source, by event type without its name, or by shell-style pattern.
 
-    Two of them are equal if the files had the same content, so that a reload notices a changed file.
+    Two `Schemas` are equal if their files had the same content, so that a reload notices a changed file.
     """
 
     def __init__(self, field: str = "data") -> None:
@@ -66,7 +66,7 @@ class Schemas:
         """Check an event's data (JSON) by the schema of its type, else of the first matching pattern.
 
         Raises:
-            Invalid: it does not satisfy the schema; names the path, such as `data.items[1].quantity`.
+            Invalid: the data does not satisfy the schema; names the path, such as `data.items[1].quantity`.
         """
         validator = self._exact.get(type_) or next((v for p, v in self._patterns if p.match(type_)), None)
         if validator is None:
@@ -88,9 +88,9 @@ def compile_schema(text: bytes) -> "Validator":
     """
     try:
         from jsonschema import SchemaError, validators  # noqa: PLC0415 - an optional extra
-        from referencing import Registry  # noqa: PLC0415 - comes with jsonschema
-        from referencing.exceptions import Unresolvable  # noqa: PLC0415 - likewise
-        from referencing.jsonschema import DRAFT202012, specification_with  # noqa: PLC0415 - likewise
+        from referencing import Registry  # noqa: PLC0415 - of jsonschema
+        from referencing.exceptions import Unresolvable  # noqa: PLC0415 - of jsonschema
+        from referencing.jsonschema import DRAFT202012, specification_with  # noqa: PLC0415 - of jsonschema
     except ImportError:
         raise ValueError('schemas need jsonschema: pip install "hookferry[schemas]"') from None
     try:

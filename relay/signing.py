@@ -45,7 +45,7 @@ class Signer:
         """Decode the secrets.
 
         Raises:
-            ValueError: one of them cannot sign; the message does not contain it.
+            ValueError: a secret cannot sign; the message does not contain the secret.
         """
         self._signatures = tuple(map(_signature_of, secrets))
 
@@ -121,7 +121,7 @@ class SchemeSigner:
         return [part.strip() for part in parts]
 
     def time(self, items: Sequence[str], headers: Mapping[str, str]) -> str:
-        """Return the time of a request as text; names in `headers` are lower-case; `""`: there is none."""
+        """Return the time of a request as text, `""` without one; names in `headers` are lower-case."""
         scheme = self.scheme
         if scheme.timestamp_header is not None:
             return headers.get(scheme.timestamp_header.lower(), "").strip()
@@ -168,9 +168,9 @@ class Signers:
 def signer_of(
     signatures: tuple[SignatureConfig, ...], secrets: tuple[Secret, ...], *, method: str, url: str
 ) -> Signer | Signers:
-    """Return what signs a destination's deliveries.
+    """Return the signer of a destination's deliveries.
 
-    `webhook-id` and `webhook-timestamp` are sent by every scheme: receivers find duplicates by them.
+    Every scheme sends `webhook-id` and `webhook-timestamp`, so that receivers can find duplicates.
 
     Raises:
         ValueError: a secret is not a key of its scheme; the message does not contain it.

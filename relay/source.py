@@ -104,9 +104,9 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parts: tuple[msgspec.Raw, ...] = ()  # fields of a large decoded body that are known to be valid JSON
     label: str = ""  # of a sample, for `relay send NAME --list`; without it, its event's type
     target: str = ""  # path and query as sent, with the source's prefix; "" of a sample
-    received_at: int = 0  # when the body had arrived, before that the head; microseconds UTC
+    received_at: int = 0  # time of the body's arrival, until then of the head's; microseconds UTC
     compressed: bytes | None = None  # the body as received, if it was compressed
-    find_remote: Callable[[], str] = _unknown  # behind `remote`, because finding it costs CPU
+    find_remote: Callable[[], str] = _unknown  # called by `remote` when needed, because it costs CPU
 
     @classmethod
     def of(
@@ -373,7 +373,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
-    """An accepted request: what to store, and the reply to send after that."""
+    """An accepted request: the data to store, and the reply to send afterwards."""
 
     reply: Any  # a Reply, a value for a 200, or a function that takes the Receipt and returns either
     event: Event | None = None  # None: a heartbeat, a query, or `events`
@@ -396,7 +396,7 @@ def route(method: str, path: str) -> Callable[[H], H]:
     """Mark a method as the handler of a path; `{name}` matches one segment, whose value is in `params`.
 
     Literal segments win over placeholders. One method may carry several routes. `{name:path}` stands for
-    one segment, and for several where no other route fits: for senders that do not encode a `/`.
+    one segment, and for several if no other route fits: for senders that do not encode a `/`.
     """
     if path.count(SPANNING) > 1:
         raise ValueError(f"{path}: a path may have one {{name:path}}")
@@ -502,12 +502,12 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return not holds_secret(self)
 
     def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
-        """Return the worker change in a refused request: that the worker lives or leaves.
+        """Return the worker change in a refused request: the worker is alive or unregisters.
 
-        The relay calls this for verified requests on known routes: when it, or the handler, refuses one, and
-        before it applies the source's `rate_limit`, which then counts per worker. `incoming.body` may be
-        empty or unreadable; an exception counts as None. Where this is not overridden, the relay asks the
-        handlers instead, but only about requests that it refuses after it has read the body.
+        The relay calls this for verified requests on known routes: when the relay or the handler refuses the
+        request, and before the source's `rate_limit`, which then counts per worker. `incoming.body` may be
+        empty or unreadable; an exception counts as None. If a source does not override this, the relay calls
+        the handlers instead, but only for requests that it refuses after it has read the body.
         """
         _ = incoming
         return None
@@ -521,10 +521,10 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return Reply(status=refusal.status, body={"error": error})
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
-        """Return reasons for `relay verify` why `verify` refuses a request, in addition to its bearer token.
+        """Return reasons for `relay verify` why `verify` refuses a request, apart from its bearer token.
 
-        Asked only then. A source that checks signatures says here which secret, encoding or bytes would
-        fit, and never a secret itself.
+        Called only for refused requests. A source that checks signatures names the secret, encoding or bytes
+        that would fit; it never returns a secret itself.
         """
         _ = incoming
         return ()
@@ -545,7 +545,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def sign(self, incoming: Incoming) -> Incoming:
         """Return a sample with credentials, for `relay send`; `target` and `received_at` are set.
 
-        `relay send` adds a bearer token by itself if the source has the setting `tokens`.
+        If the source has the setting `tokens`, `relay send` adds a bearer token, so this need not.
         """
         return incoming
 
@@ -555,10 +555,10 @@ class Guide(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     title: str  # the sender
     docs: str  # URL of its documentation
-    secret: str  # what the secret is, in the sender's words
-    default_path: str  # where senders post to, unless `path` is another one
-    steps: tuple[str, ...]  # at the sender's side; with {url}, {secret} and {verify_token}
-    verify_token: str = ""  # what the token of a handshake is
+    secret: str  # describes the secret in the sender's words
+    default_path: str  # the path to which senders post, unless `path` sets another
+    steps: tuple[str, ...]  # for the sender's user interface; with {url}, {secret} and {verify_token}
+    verify_token: str = ""  # describes the token of a handshake
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -569,7 +569,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True):
-    """Defaults with a name for a kind of source: `plugin = NAME` stands for the kind with these defaults."""
+    """Named defaults for a kind of source: `plugin = NAME` selects the kind with these defaults."""
 
     name: str
     source: type[Source]
@@ -589,7 +589,7 @@ def as_map(raw: msgspec.Raw, field: str = "") -> msgspec.Raw:
     """Return a JSON map unchanged; absent, `null` and PHP's empty `[]` become `{}`.
 
     Raises:
-        Invalid: it is some other JSON value; names `field`.
+        Invalid: it is another JSON value; names `field`.
     """
     value = as_value(raw)
     if bytes(value)[:1] != b"{":

@@ -1,4 +1,4 @@
-"""Stands in for the daemon while config.toml is invalid and systemd owns the sockets: answers 503.
+"""Answers 503 in place of the daemon while config.toml is invalid and systemd owns the sockets.
 
 If the daemon exited instead, each connection would start it again until systemd gives up on the service and
 its sockets; then even a corrected configuration would not start.

@@ -4,7 +4,7 @@ from relay.source import Accepted, Incoming, Source
 
 
 def accept(source: Source, sample: Incoming) -> Accepted | None:
-    """Return the result of the handler whose route fits a sample; None if it creates and changes nothing."""
+    """Return the result of the handler whose route fits a sample; None if the result has nothing to store."""
     for method, template, handler in source.routes():
         if method == sample.method and fits(template, sample.path):
             accepted = getattr(source, handler)(sample)

@@ -215,7 +215,7 @@ def _wrong_length(what: str) -> Finding:
 
 
 def _joined(body: bytes) -> bytes | None:
-    """Return the joined chunks (RFC 9112 §7.1), None if a tool has joined them already."""
+    """Return the joined chunks (RFC 9112 §7.1), or None if a tool has joined them already."""
     parts: list[Any] = []
     at = 0
     while match := _CHUNK.match(body, at):

@@ -71,7 +71,7 @@ def _finding(cause: Cause, where: str, what: str, do: str) -> Finding:
 
 
 def _time(scheme: SignatureConfig, time: str, now: int) -> Iterator[Finding]:
-    """Yield what is wrong with the time of the attempt."""
+    """Yield the faults of the time of the attempt."""
     if scheme.timestamp_header is None and scheme.timestamp_field is None:
         return
     where = f"header {scheme.timestamp_header or scheme.header}"
@@ -83,7 +83,7 @@ def _time(scheme: SignatureConfig, time: str, now: int) -> Iterator[Finding]:
 
 
 def _signatures(scheme: SignatureConfig, items: Sequence[str]) -> Iterator[_Way]:
-    """Yield every signature in the header, and what is wrong with its form."""
+    """Yield every signature in the header, with the faults of its form."""
     where = f"header {scheme.header}"
     for item in items:
         text = item.removeprefix(scheme.prefix)
@@ -150,7 +150,7 @@ def _misread(secret: Secret) -> Iterator[tuple[str, bytes]]:
 def _texts(
     scheme: SignatureConfig, text: Callable[[bytes], bytes]
 ) -> Iterator[tuple[Callable[[bytes], bytes], Finding | None]]:
-    """Yield the signed text as a function of the body, and what else may have been signed."""
+    """Yield the signed text, and other texts that the sender may have signed, as functions of the body."""
     yield text, None
     if scheme.signed != "{body}":
         what, do = "the body alone was signed", f"sign {scheme.signed}"
@@ -169,7 +169,7 @@ def _compare(
     texts: Sequence[tuple[Callable[[bytes], bytes], Finding | None]],
     bodies: Sequence[_Way],
 ) -> Report | None:
-    """Return the report of the match with the fewest deviations, None without a match."""
+    """Return the report of the match with the fewest deviations, or None without a match."""
     best: Report | None = None
     for body, (text, finding), key in product(bodies, texts, keys):
         expected = hmac.digest(key.content, text(body.content), scheme.algorithm)

@@ -46,7 +46,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def candidates_of(text: str) -> tuple[tuple[Candidate, ...], tuple[Finding, ...]]:
-    """Return every possible reading of every signature, and findings if there is none."""
+    """Return every possible reading of every signature, and findings if no signature is readable."""
     entries = text.split(" ")
     decoded: list[Candidate] = []
     for number, entry in enumerate(entries, 1):
@@ -212,7 +212,7 @@ def keys_of(place: str, secrets: Sequence[Secret]) -> dict[str, Secret]:
 
 
 def late(timestamp: str, now: int, where: str) -> Iterator[Finding]:
-    """Yield what is wrong with a time in seconds since 1970, as text; nothing if there is none."""
+    """Yield the faults of a time (text, seconds since 1970); yield nothing without a time."""
     if not timestamp:
         return
     if not _SECONDS.fullmatch(timestamp):
@@ -237,7 +237,7 @@ def late(timestamp: str, now: int, where: str) -> Iterator[Finding]:
 def _compare(
     candidates: Sequence[Candidate], *, keys: Sequence[_Key], heads: Sequence[_Part], bodies: Sequence[_Part]
 ) -> Report | None:
-    """Return the report of the match with the fewest deviations, None without a match."""
+    """Return the report of the match with the fewest deviations, or None without a match."""
     ways = [way for way in product(keys, heads, bodies) if _deviations(way) <= _MOST_DEVIATIONS]
     for key, head, body in sorted(ways, key=_deviations):
         for candidate in candidates:

@@ -34,7 +34,7 @@ class Variant(msgspec.Struct, frozen=True):
 
 
 def is_placeholder(text: str) -> bool:
-    """Return whether a text is a placeholder that nobody replaced.
+    """Return whether a text is still a placeholder instead of a secret.
 
     >>> is_placeholder("${TOKEN}"), is_placeholder("undefined"), is_placeholder("s3cret")
     (True, True, False)
@@ -43,7 +43,7 @@ def is_placeholder(text: str) -> bool:
 
 
 def variant_of(given: str, known: str) -> Variant | None:
-    """Return how a sent token differs from a configured one, None for an unrelated token."""
+    """Return the difference between a sent token and a configured token, or None if they are unrelated."""
     for what, cause, undo in _WAYS:
         if undo(given) == known:
             return Variant(cause, what)

@@ -37,7 +37,7 @@ def explain_token(
         refusal: raised by `verify`.
         incoming: the request.
         own: the tokens that the source accepts.
-        others: all other secrets of the configuration; the sender may have one of them.
+        others: all other secrets of the configuration, in case the sender uses a wrong one.
     """
     values = incoming.headers.getall("Authorization", [])
     if isinstance(refusal, Forbidden):

@@ -1,4 +1,4 @@
-"""The format of a destination: a named one with the settings of `message`, or a body of its own."""
+"""The format of a destination: a named format with the settings of `message`, or a custom body."""
 
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
@@ -56,7 +56,7 @@ def problems_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Ite
 
 
 def warnings_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Iterator[tuple[KeyPath, str]]:
-    """Yield what is valid but probably a mistake; the URL itself is not repeated."""
+    """Yield warnings about valid settings that are probably mistakes; they never contain the URL."""
     format_ = formats.get(config.format)
     if config.template is None and isinstance(format_, MessageFormat) and format_.path:
         path = urlsplit(config.url.reveal()).path or "/"

@@ -1,4 +1,4 @@
-"""Messages: what people read of an event in a chat, a push notification or a page.
+"""Messages: an event as people read it in a chat, a push notification or a page.
 
 A message has a title, a sentence, a few fields, a link, and the command to type next. It never contains the
 raw data. Of a sender's values, the relay chooses short ones and hides all but the last digits of long
@@ -26,7 +26,7 @@ MOST_FIELDS = 10
 MOST_LINES = 15
 """Lines of a message about several events; the others are only counted."""
 
-_CHOSEN = 6  # fields that the relay chooses by itself
+_CHOSEN = 6  # number of fields that the relay chooses without `message = {…}`
 _SHORT = 80  # characters of a label, and of a value that the relay chooses
 _VALUE, _LINE, _TEXT = 300, 200, 1500  # characters of a field's value, of a line, and of the text
 _TITLE = 140  # characters; Slack's headers have 150
@@ -47,7 +47,7 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message. Its texts are plain and of bounded length; each service escapes them in its own way."""
+    """One message. Its texts are plain and of bounded length; each service format escapes them."""
 
     title: str
     at: int  # wall clock: when the event was received; the latest of several
@@ -57,12 +57,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     fields: tuple[tuple[str, str], ...] = ()
     lines: tuple[str, ...] = ()  # of a message about several events
-    command: str = ""  # what an operator types next
+    command: str = ""  # the next command for the operator
     all_command: str = ""  # the same for all events of this kind
     link: str = ""
     level: Level | None = None  # None: the relay does not judge the events of senders
-    key: str = ""  # events with the same key are about the same trouble
-    is_over: bool = False  # the trouble with this key is over
+    key: str = ""  # events with the same key are about the same problem
+    is_over: bool = False  # the problem with this key is solved
 
     @property
     def heading(self) -> str:

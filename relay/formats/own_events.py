@@ -13,20 +13,20 @@ Level = Literal["good", "info", "warning", "error", "critical"]
 
 
 class Words(msgspec.Struct, frozen=True):
-    """What a message says about one event."""
+    """The texts of a message about one event."""
 
     title: str
     text: str = ""
     fields: tuple[tuple[str, str], ...] = ()
     level: Level | None = None
-    command: str = ""  # what an operator types next
+    command: str = ""  # the next command for the operator
     all_command: str = ""  # the same for all events of this kind
-    key: str = ""  # events with the same key are about the same trouble
-    is_over: bool = False  # the trouble with this key is over
+    key: str = ""  # events with the same key are about the same problem
+    is_over: bool = False  # the problem with this key is solved
 
 
 def words_about(event: StoredEvent) -> Words | None:
-    """Return the words about an event of the relay or of a worker; None: another event."""
+    """Return the words about an event of the relay or of a worker; None for other events."""
     if event.source == OPERATOR_SOURCE:
         find = _OWN.get(event.type.partition(".")[2])
     else:

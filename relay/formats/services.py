@@ -1,8 +1,8 @@
 """Message formats: one message as the JSON that a chat, push or paging service takes.
 
-Each service has limits for the whole and for its parts, and its own markup. The texts of a `Message` are
-bounded so that each stays below the limits of every service; the functions below bound the whole. A text of a
-sender never becomes markup and never notifies people.
+Services differ in markup and in the limits for a message and its parts. The texts of a `Message` are bounded
+so that each stays below the limits of every service; the functions below bound the whole message. A text of
+a sender never becomes markup and never notifies people.
 """
 
 import html
@@ -49,7 +49,7 @@ _TAGS: Mapping[Level, str] = {
     "good": "white_check_mark", "info": "information_source", "warning": "warning", "error": "red_circle",
     "critical": "rotating_light",
 }  # fmt: skip
-_INLINE = 40  # characters of a value that stands beside others on Discord
+_INLINE = 40  # characters of a value that Discord shows beside others
 _MARKDOWN = re.compile(r"([\\*_~`|>#\[\]()<:@-])")
 
 
@@ -300,7 +300,7 @@ def _ntfy(message: Message, config: MessageConfig) -> Any:
 
 
 def _pagerduty(message: Message, config: MessageConfig) -> Any:
-    """Return an event of the Events API v2. A trouble that is over resolves its alert."""
+    """Return an event of the Events API v2. A solved problem resolves its alert."""
     key = message.key or message.id
     if len(key) > PAGERDUTY_KEY:
         key = f"{key[: PAGERDUTY_KEY - 33]}-{message.id[-32:]}"

@@ -127,7 +127,7 @@ def compile_text(text: str, escape: Callable[[str], str] = str) -> Render:
     """Return a function that renders a template as text; `escape` is applied to each value.
 
     Raises:
-        ValueError: names the place in the template, and what to write instead.
+        ValueError: names the place in the template, and the correction.
     """
     parts = [part if isinstance(part, str) else _getter(part) for part in parsed(text).parts]
 
@@ -156,7 +156,7 @@ def path_of(placeholder: Placeholder) -> Path:
     """Return the path that a placeholder names; `{data:order.id}` is the same as `{data.order.id}`.
 
     Raises:
-        ValueError: the envelope has no such place.
+        ValueError: the envelope does not have this path.
     """
     text = placeholder.kind + (f".{placeholder.argument}" if placeholder.argument else "")
     if text[0] in "\"'":
@@ -190,7 +190,7 @@ def _getter(placeholder: Placeholder) -> Callable[[EventValues], Value]:
         for each in placeholder.filters:
             try:
                 value = each.apply(value)
-            except ValueError:  # such as a date that is none
+            except ValueError:  # such as a date filter on a value that is not a date
                 continue
         if value is None or isinstance(value, str | msgspec.Raw):
             return value
@@ -209,11 +209,12 @@ class Body(msgspec.Struct, frozen=True):
 def compile_body(template: Any, content_type: str | None) -> Body:
     """Compile `template` and `content_type` of a destination.
 
-    A table or a list is JSON; each text in it is a template, and a lone placeholder is the value itself. In
-    text, values are escaped for the content type, so that no value can end the string or element around it.
+    A table or a list is JSON; each text in it is a template, and a lone placeholder yields the value with
+    its type. In text, values are escaped for the content type, so that they cannot end the string or element
+    around them.
 
     Raises:
-        SettingError: names the key and what to write instead.
+        SettingError: names the key and the correction.
     """
     if content_type is not None and not _CONTENT_TYPE.fullmatch(content_type):
         raise SettingError('expected a content type such as "application/json"', "content_type")

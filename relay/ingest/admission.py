@@ -128,7 +128,7 @@ def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: in
 
 
 def _token(mount: Mount, incoming: Incoming) -> bytes:
-    """Return the digest of the request's configured token, `b""` if the source has none."""
+    """Return the digest of the request's configured token; `b""` if the source has no tokens."""
     tokens = getattr(mount.source, "tokens", None)
     if not isinstance(tokens, Secrets) or not tokens:
         return b""

@@ -9,7 +9,7 @@ import msgspec
 from relay.errors import BodyTimeout, Malformed, Overloaded, TooLarge
 from relay.ingest.request import ChunkingError, Request
 
-STANDSTILL = 0.1  # seconds; a timer that is later means that the process or its loop stood still
+STANDSTILL = 0.1  # seconds; a timer that is later means that the process or its loop was stopped
 SMALL = 16 * 2**10  # bytes up to which a body counts as small
 
 T = TypeVar("T")
@@ -166,8 +166,8 @@ class Extra:
 class Patience(msgspec.Struct, frozen=True):
     """How long a body may take to arrive."""
 
-    seconds: float  # for the whole body, plus what `rate` adds
-    rate: int = 0  # bytes; each such amount that has arrived adds one second; 0: nothing is added
+    seconds: float  # for the whole body, plus the seconds that `rate` adds
+    rate: int = 0  # bytes per additional second; 0: no time is added
 
 
 async def read_body(request: Request, limit: int, patience: Patience, hold: Hold) -> bytes:
@@ -228,7 +228,7 @@ async def in_time(
     unread: Callable[[], bool],
     earned: Callable[[], float] = lambda: 0.0,
 ) -> T:
-    """Return the result of `read`, which has `seconds` plus what it has `earned` meanwhile.
+    """Return the result of `read`, with a time limit of `seconds` plus the seconds `earned` meanwhile.
 
     After a standstill of the process (SIGSTOP, a suspended machine), uvloop runs timers before it reads the
     bytes that have arrived meanwhile. So a deadline whose timer is late moves, and a deadline that finds

@@ -59,7 +59,7 @@ async def decompress(body: bytes, encoding: str, limit: int, hold: "Hold") -> by
 
 
 def pieces(body: bytes, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the content of a compressed body in small pieces, of which some are empty.
+    """Yield the content of a compressed body in small pieces, which may be empty.
 
     Some senders write deflate without the zlib format around it; both are accepted.
 

@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol):
     the socket is not read. A turn of the loop begins at most one request and parses chunks for at most a
     millisecond, so that a sender of very many requests or chunks delays no other.
 
-    A sender may close its own side after its last request and wait for the answers (RFC 9112, 9.6). Until an
+    A sender may close its side after its last request and wait for the answers (RFC 9112, 9.6). Until an
     answer is written, this looks the same as a sender that has disconnected. Afterwards, a waiting sender
     acknowledges the answer, and the system of a disconnected one resets the connection.
     """
@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[object] | None = None
         self._unparsed = bytearray()  # received and not parsed; until it is empty, the socket is not read
         self._is_catching_up = False  # the requests that begin now were sent before the last answer
-        self._is_waiting = False  # parsing goes on in a later turn of the loop
+        self._is_waiting = False  # parsing continues in a later turn of the loop
         self._is_full = False  # the socket is not read, because a body must be read first
         self._is_over = False  # nothing is parsed any more
         self._is_half_closed = False  # the sender has closed its side, and may wait for answers
@@ -155,7 +155,7 @@ class Connection(asyncio.Protocol):
         self._owner.connection_made(self, self._transport)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """End the connection. A request that has arrived whole goes on, and its event is stored."""
+        """End the connection. A request that has arrived whole is still handled, and its event is stored."""
         self._unparsed.clear()
         self._transport = self._parser = None  # breaks a reference cycle
         self._is_over = True
@@ -299,7 +299,7 @@ class Connection(asyncio.Protocol):
             self._parse(b"")  # also if not full: a parser that is paused at a chunk's end pauses later
             if self._is_half_closed:
                 self._cut_short()
-        if was_full:  # at a body's end (no `resume_parser`), the parser goes on by itself
+        if was_full:  # at a body's end (no `resume_parser`), the parser continues without this call
             self._parse_more() if resume_parser else self._read_or_not()
 
     def _read_or_not(self) -> None:
@@ -313,7 +313,7 @@ class Connection(asyncio.Protocol):
     # --- answering ------------------------------------------------------------------------------------
 
     def _begin(self, request: Request, *, at_once: bool) -> None:
-        """Begin to answer a request: at once if no other waits for an answer, else in the loop's next turn.
+        """Begin to answer a request: at once if no other request waits, else in the loop's next turn.
 
         In the next turn, it begins together with other requests that have arrived, and they share a commit.
         When each began alone, the same events took 50 % more CPU, in more and smaller transactions.
@@ -392,10 +392,10 @@ class Connection(asyncio.Protocol):
         return was_there
 
     async def _is_heard(self) -> bool:
-        """Return whether a sender that has closed its own side receives the answer.
+        """Return whether a sender that has closed its side receives the answer.
 
-        A sender that neither acknowledges nor resets for a second counts as one that receives it. Otherwise
-        its next request could count as a repetition, and an event could be lost.
+        Returns True if the sender neither acknowledges nor resets within a second. Otherwise its next request
+        could count as a repetition, and an event could be lost.
         """
         loop, began, looks = self._loop, self._loop.time(), 0
         while self._transport is not None and not self._transport.is_closing():
@@ -473,7 +473,7 @@ class Connection(asyncio.Protocol):
         self._read_or_not()
 
     def turn_away(self, answer: bytes) -> None:
-        """Answer before any request, and parse for a moment to learn what the sender asks."""
+        """Answer before any request, and parse the first bytes to find the sender's request."""
         cast("asyncio.Transport", self._transport).write(answer)
         self._is_over = self._is_turned_away = True  # so that `_close` lingers
         self._close()
@@ -524,7 +524,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
 
     def add_standstill(self, seconds: float) -> None:
-        """Do not count these seconds as silence, because the relay itself stood still."""
+        """Do not count these seconds as silence, because the relay did not run."""
         self._idle_since += seconds
 
     async def shutdown(self, seconds: float) -> None:
@@ -544,7 +544,7 @@ class Connection(asyncio.Protocol):
 
 
 def _heard(sock: socket.socket) -> bool | None:
-    """Return True if the sender has acknowledged all bytes, False if it has reset, None if neither."""
+    """Return True if the sender has acknowledged all bytes, False if it has reset, else None."""
     try:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return False
@@ -555,10 +555,10 @@ def _heard(sock: socket.socket) -> bool | None:
 
 
 def begin(coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[None] | None:
-    """Run a coroutine until it first waits; return a task for the rest, None if there is no rest.
+    """Run a coroutine until it first waits; return a task for the rest, or None if it has ended.
 
-    So a coroutine that never waits needs neither a task nor a turn of the loop, as with eager tasks of
-    Python 3.12. Until it first waits it runs in no task: it must not ask for the current task, as
+    A coroutine that never waits needs neither a task nor a turn of the loop, as with eager tasks of
+    Python 3.12. Until it first waits, it runs outside a task, so it must not use the current task, as
     `asyncio.timeout` does.
     """
     try:
@@ -585,7 +585,7 @@ def _wait_for_rest(coroutine: Coroutine[Any, Any, object], awaited: Any) -> Gene
         while True:
             try:
                 yield awaited
-            except BaseException as error:  # noqa: BLE001 - likewise
+            except BaseException as error:  # noqa: BLE001 - passed on
                 awaited = coroutine.throw(error)
             else:
                 awaited = coroutine.send(None)

@@ -35,7 +35,7 @@ Ids = str | tuple[str, ...]
 
 
 def fingerprint(target: str, event: StoredEvent, key: str | None) -> Fingerprint:
-    """Return what two requests have in common if one repeats the other."""
+    """Return a key that is equal for a request and its repetition."""
     subject = b"" if event.subject is None else event.subject.encode("utf-8", "surrogatepass")
     if len(subject) > LONG:
         subject = hashlib.sha256(subject).digest()
@@ -46,7 +46,7 @@ def fingerprint(target: str, event: StoredEvent, key: str | None) -> Fingerprint
 
 
 def fingerprint_all(target: str, body: bytes, acceptances: Sequence[Acceptance]) -> Fingerprint:
-    """Return what two requests with several events have in common if one repeats the other."""
+    """Return a key that is equal for a request with several events and its repetition."""
     digest = hashlib.sha256()
     for each in acceptances:
         event = each.event
@@ -63,13 +63,13 @@ class Entry(msgspec.Struct, eq=False):
     """A request on its way into the store."""
 
     gone: Callable[[], bool]  # returns whether the sender may have disconnected
-    receipt: asyncio.Future[Receipt | None] | None = None  # of its end, while a repetition waits for it
+    receipt: asyncio.Future[Receipt | None] | None = None  # for a repetition that waits
 
 
 class UnheardReplies:
-    """Remembers, for a minute and in memory, which replies their senders did not receive.
+    """Remembers, for a minute and in memory, the replies that did not reach their senders.
 
-    Each remembered event has the same size, whatever the sender wrote: `MOST` of them take 4 MiB.
+    Each remembered event takes the same memory, independent of its request: `MOST` of them take 4 MiB.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -79,10 +79,10 @@ class UnheardReplies:
         self._events = 0  # of all remembered replies
 
     async def first(self, fingerprint: Fingerprint) -> Receipt | None:
-        """Return the receipt of the request that this one repeats, or None if it is an event of its own.
+        """Return the receipt of the request that this request repeats, or None if it is a new event.
 
-        Several repetitions wait for one another: each goes on once it is known whether the sender of the
-        previous one has received its reply.
+        Several repetitions wait for one another: each continues when the relay knows whether the reply to the
+        previous one has reached its sender.
         """
         while (entry := self._open.get(fingerprint)) is not None and entry.gone():
             if entry.receipt is None:
@@ -120,7 +120,7 @@ class UnheardReplies:
             self._forget_old()
             digest = _digest(fingerprint)
             if digest in self._unheard:
-                self._forget(digest)  # so that the oldest comes first
+                self._forget(digest)  # so that the oldest is first
             ids = tuple([each.event_id for each in receipt.each]) or receipt.event_id
             self._unheard[digest] = (self._clock.steady() + REMEMBER, ids)
             self._events += _count(ids)

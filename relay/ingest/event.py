@@ -22,11 +22,11 @@ TRACEPARENT = 55  # characters of a W3C traceparent, version 00
 def make_event(
     mount: Mount, event: Event, incoming: Incoming, now: int, *, is_item: bool = False
 ) -> StoredEvent:
-    """Return the event to store, from what a source's handler read out of a request.
+    """Return the event to store, made of the event that a source's handler read from a request.
 
     Args:
         mount: the source, with its name in config.toml and its schemas.
-        event: what the handler returned.
+        event: the event that the handler returned.
         incoming: the request, with its body.
         now: the wall clock, microseconds.
         is_item: the request has several events, so each one's body is its `data`.

@@ -1,9 +1,9 @@
 """The fast listener: aiohttp's HTTP parser without its server.
 
-Most connections carry one heartbeat: Node's agents close a connection after 5 s, and the next heartbeat
-comes after 30. aiohttp's server makes two timers, two tasks and a dozen objects per connection, which costs
-as much CPU as everything that the relay does with the heartbeat. Here a connection has a parser, a request
-has a record, and a task only if it waits.
+Most connections carry one heartbeat: Node's agents close a connection after 5 s, and send the next heartbeat
+after 30 s. aiohttp's server makes two timers, two tasks and a dozen objects per connection, which cost the
+same CPU time as the relay's own work on the heartbeat. Here each connection has a parser and each request has
+a record; a request gets a task only if it waits.
 
 aiohttp exports its parser without documenting it: see `relay.ingest.implementation.TESTED`.
 """

@@ -128,7 +128,7 @@ class Ingest:
         self.token_uses.adopt(self.mounts.values())
 
     async def handle(self, request: Request) -> Response:
-        """Answer one request; the source renders every error in its own envelope."""
+        """Answer one request; the source renders every error in its envelope."""
         began = self._clock.steady()
         path, _, query = request.target.partition("?")
         call: _Call | None = None
@@ -228,7 +228,7 @@ class Ingest:
         )
 
     async def _accept(self, call: _Call, handler: Handle) -> Response:
-        """Let the source handle a verified request, store what it accepts, and return the reply."""
+        """Call the source's handler for a verified request, store the result, and return the reply."""
         incoming, mount = call.incoming, call.match.mount
         verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info` this is all that log lines cost an event
         accepted = ask(handler, incoming)
@@ -476,7 +476,7 @@ def _verify(mount: Mount, incoming: Incoming) -> Response | None:
 def _key(event: Event, incoming: Incoming | None) -> str | None:
     """Return the idempotency key: the source handler's, else the `Idempotency-Key` or `webhook-id` header.
 
-    A header speaks of the whole request, so an event of several has a key of its own or none.
+    A header belongs to the whole request, so it is not used for a request with several events.
 
     Raises:
         PluginFailed: the handler's key is not text.
@@ -497,9 +497,9 @@ def _key(event: Event, incoming: Incoming | None) -> str | None:
 async def _acceptances_of(
     mount: Mount, events: Sequence[Event], incoming: Incoming, extra: Extra, request_id: str | None
 ) -> list[Acceptance]:
-    """Return what to store of a request with several events; `extra` reserves the memory that they take.
+    """Return the acceptances of a request with several events; `extra` reserves the memory that they take.
 
-    Other requests run after each millisecond.
+    Yields to other requests after each millisecond.
 
     Raises:
         TooLarge: the events are larger together than the relay stores at once.
@@ -545,7 +545,7 @@ def _no_encoding(header: str) -> str:
 
 
 def _read_whole(request: Request, limit: int, budget: Budget) -> bytes | None:
-    """Return a small body that arrived with its head, as almost all do; None if `read_body` must read it.
+    """Return a small body that arrived with its head (the usual case), or None if `read_body` must read it.
 
     Its length is added to `budget.used`, and the caller must subtract it again.
 

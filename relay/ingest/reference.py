@@ -39,8 +39,8 @@ class ReferenceConnection(Connection):
         self._head_text = bytearray()  # of an unfinished head
         self._is_feeding = False  # aiohttp's parser is at work
         self._is_late = False  # the present head was sent before the last answer
-        self._gone: asyncio.Transport | None = None  # lost between a head's end and the handler's call
-        self._held = b""  # what waits for the handler's call, or for the next request's turn
+        self._gone: asyncio.Transport | None = None  # lost after the head, before the handler's call
+        self._held = b""  # bytes that wait for the handler's call, or for the next request's turn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `Connection.connection_made`."""
@@ -103,7 +103,7 @@ class ReferenceConnection(Connection):
         return _NOTHING
 
     def _head_size(self, data: bytes) -> tuple[int, bool, bool]:
-        """Return how many bytes belong to the present head, whether it ends, and whether chunks follow."""
+        """Return the bytes that belong to the present head, whether it ends, and whether chunks follow."""
         text, known = self._head_text, len(self._head_text)
         text += data if text else data.lstrip(b"\r\n")  # empty lines may precede a request
         end = text.find(_HEAD_END, max(0, known - len(_HEAD_END)))
@@ -128,7 +128,7 @@ class ReferenceConnection(Connection):
                 raise error
 
     def message_consumed(self) -> None:
-        """Do nothing: aiohttp's server goes on by itself."""
+        """Do nothing: aiohttp's server continues without this call."""
 
     # --- as aiohttp's server needs it -----------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class ReferenceConnection(Connection):
         return _Answered(goes_on=goes_on)
 
     async def _take(self, head: RawRequestMessage, content: StreamReader) -> bool:
-        """Answer a request; return whether the connection goes on."""
+        """Answer a request; return whether the connection stays open."""
         self._is_waiting = False
         transport, self._gone = self._transport or self._gone, None
         if transport is None or self._is_leaving or (self._is_over and self._transport is not None):
@@ -208,9 +208,9 @@ class _Protocol(web.RequestHandler):
     def handle_error(
         self,
         request: web.BaseRequest,  # noqa: ARG002 - aiohttp's
-        status: int = 500,  # noqa: ARG002 - likewise
+        status: int = 500,  # noqa: ARG002 - aiohttp's
         exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - likewise
+        message: str | None = None,  # noqa: ARG002 - aiohttp's
     ) -> web.StreamResponse:
         """Answer bytes that are not HTTP as the fast listener does."""
         self.connection.refuse(exc)

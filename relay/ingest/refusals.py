@@ -76,7 +76,7 @@ class Refusals:
         return response
 
     def _problem_of(self, mount: Mount, refusal: Refusal, incoming: Incoming) -> str:
-        """Return what is wrong with a refused request."""
+        """Return the fault of a refused request."""
         if not isinstance(refusal, NotFound | MethodNotAllowed):
             return f"{refusal.detail}: {refusal.note}" if refusal.note else refusal.detail
         hint = self._hint(mount.config.prefix + incoming.path) if isinstance(refusal, NotFound) else ""
@@ -124,7 +124,7 @@ def request_id_of(clock: Clock, incoming: Incoming) -> str:
 def type_of(incoming: Incoming) -> str | None:
     """Return the event type of a refused request, for the log; None if it has no readable type.
 
-    The type comes from the header and the fields in which the known senders name it, whatever the source is.
+    For every source, this reads the header and the fields in which known senders write the type.
     """
     found: Any = incoming.header("X-Event-Type")
     if not found and len(incoming.body) <= LONGEST_READ:

@@ -59,12 +59,12 @@ class Response:
         self.content_type = _JSON  # "" of an empty body
         self.event_id = ""  # of the acknowledged event
         self.on_heard: OnHeard | None = None
-        self.is_last = False  # whether the connection closes after this response, whatever the request says
+        self.is_last = False  # close the connection after this response, even a keep-alive one
         self._headers: CIMultiDict[str] | None = None
 
     @property
     def headers(self) -> CIMultiDict[str]:
-        """Headers in addition to those of every response; most responses have none."""
+        """Headers in addition to those of every response; usually empty."""
         if self._headers is None:
             self._headers = CIMultiDict()
         return self._headers

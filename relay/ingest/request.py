@@ -76,7 +76,7 @@ class Request:
 
 
 def address_of(transport: asyncio.Transport) -> str | None:
-    """Return the address of the other end; None for a unix socket, or if it is no longer known."""
+    """Return the address of the peer; None for a unix socket, or if the address is no longer known."""
     try:
         peer = transport.get_extra_info("peername")
     except (OSError, ValueError):  # uvloop asks the socket, which may be closed

@@ -35,7 +35,7 @@ class Mount(msgspec.Struct, kw_only=True, eq=False):
     is_screened: bool = True  # the head is checked before everything else
     has_handshake: bool = True  # see `Source.handshake`
     checks_changes: bool = True  # check types of worker changes; mypy has checked those of bundled sources
-    schemas: Schemas | None = None  # None: none are configured
+    schemas: Schemas | None = None  # None: no schemas are configured
 
     def __post_init__(self) -> None:
         source = self.source
@@ -126,11 +126,11 @@ class Routes:
     def find(self, path: str, method: str = "") -> Match:
         """Return the match of a raw path (percent-encoded, no query).
 
-        A `{name:path}` stands for several segments only where its route has the method (`""`: any method),
-        so that a wrong method on such a path is an unknown path.
+        A `{name:path}` matches several segments only if its route has the method (`""`: any method), so that
+        a path of several segments with a wrong method is unknown.
 
         Raises:
-            NotFound: no source has that path.
+            NotFound: no source has this path.
             Malformed: a segment is not percent-encoded UTF-8.
         """
         match = self.literal.get(path)

@@ -25,8 +25,8 @@ class SenderAddress:
     """Finds senders' addresses in one header, if the request comes from a trusted proxy.
 
     Args:
-        trusted: addresses and networks of proxies; an IPv4 one also stands for its IPv4-mapped form.
-        header: the one header that is read. A proxy passes the other one on as the sender wrote it.
+        trusted: addresses and networks of proxies; an IPv4 address includes its IPv4-mapped form.
+        header: the only header to read. A proxy forwards the other header unchanged from the sender.
     """
 
     def __init__(self, trusted: tuple[str, ...] = (), header: ForwardedHeader = "X-Forwarded-For") -> None:
@@ -68,10 +68,10 @@ class SenderAddress:
 
 
 def _named(element: str) -> str:
-    """Return the `for` value of one element (RFC 7239), `""` if the element is malformed or has none.
+    """Return the `for` value of one element (RFC 7239); `""` if it is missing or the element is malformed.
 
-    The caller splits at every comma. No address holds one, and a quote that a sender never closed cannot hide
-    the elements of the proxies behind it.
+    The caller splits at every comma. Addresses contain no commas, and an unclosed quote of a sender must not
+    hide the elements that proxies append.
     """
     named, at = "", 0
     while at < len(element):

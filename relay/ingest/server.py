@@ -72,7 +72,7 @@ class Server:
             self._look_again()
 
     def _turn_away(self, connection: Connection, transport: asyncio.Transport) -> None:
-        """Answer a connection beyond the cap; read the requests of some, because workers may send them."""
+        """Answer a connection beyond the cap; read some of the requests, because workers may send them."""
         self.unroutable("too_many", transport, f"{len(self.connections)} connections are open")
         answer = closing_response(503, "overload", "Too many connections", **{"Retry-After": "1"})
         if len(self._turned_away) < TURNED_AWAY:
@@ -156,6 +156,6 @@ class Server:
 def _connection_class(implementation: Implementation) -> Callable[[Owner], Connection]:
     if implementation == "aiohttp":
         return ReferenceConnection
-    from relay.ingest.fast import FastConnection  # noqa: PLC0415 - an untested aiohttp may lack what it needs
+    from relay.ingest.fast import FastConnection  # noqa: PLC0415 - an untested aiohttp may lack the classes
 
     return FastConnection

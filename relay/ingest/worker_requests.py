@@ -1,4 +1,4 @@
-"""What requests say of workers beside the changes that they ask for."""
+"""Signs of life and lost replies of workers, in addition to the changes that their requests make."""
 
 import asyncio
 from contextlib import suppress
@@ -22,7 +22,7 @@ _STATUSES = get_args(WorkerStatus)
 
 
 class WorkerRequests:
-    """Records signs of life in refused requests, and queues commands again whose reply was lost."""
+    """Records signs of life in refused requests, and queues the commands of a lost reply again."""
 
     def __init__(self, store: Store, log: RateLimitedLog) -> None:
         self._store = store

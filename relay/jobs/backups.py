@@ -105,7 +105,7 @@ class Backups:
             raise StorageError(f"backup failed: {error.message}", hint=error.hint) from error
 
     def examine(self) -> Check:
-        """Check the backups for `relay doctor`; before the first run of the job, none is overdue."""
+        """Check the backups for `relay doctor`; a backup is not overdue before the first run of the job."""
         every = self._config().backup.every if self._has_run else None
         return examine(self.made(), every, self._clock.wall() // SECOND, self._failed)
 

@@ -12,7 +12,7 @@ log = logging.getLogger("relay.upkeep")
 
 
 class Upkeep:
-    """Deletes and expires as `policy` says; `policy` may be replaced at any time."""
+    """Deletes and expires data by `policy`, which may be replaced at any time."""
 
     every = 60.0  # seconds between passes
 

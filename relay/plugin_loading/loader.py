@@ -183,7 +183,7 @@ def _hooks_of(manager: pluggy.PluginManager, module: Any) -> dict[str, Callable[
 
 
 def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
-    """Check for misspelt hooks: pluggy ignores a function without a mark, whatever its name."""
+    """Check for misspelt hooks: pluggy ignores every function without a mark."""
     known = [name for name in vars(hookspecs) if name.startswith("relay_")]
     found = False
     for name in dir(module):
@@ -215,7 +215,7 @@ def _bind_source(
 ) -> tuple[SourceConfig | None, frozenset[str]]:
     """Return a source, with defaults in place of its wrong keys, and the names of these keys.
 
-    None instead of the source: its settings are wrong or its plugin is unknown.
+    The source is None if its settings are wrong or its plugin is unknown.
     """
     path: KeyPath = ("sources", name)
     plugin = table.get("plugin")
@@ -267,7 +267,7 @@ def _with_preset(
 
 
 def _bind_settings(binder: Binder, kind: Kind, table: Mapping[str, Any], path: KeyPath) -> Source | None:
-    """Create the plugin's own record; an exception of its code is a problem of the table, not a traceback."""
+    """Create the plugin's settings record; an exception of its code becomes a problem of the table."""
     try:
         settings = binder.struct(kind.source, table, path)
         if settings is None:
@@ -350,14 +350,14 @@ def _check_routes(source: Source) -> None:
 
 
 def _meet(one: str, other: str) -> bool:
-    """Return whether some path matches both of two routes."""
+    """Return whether a path exists that matches both routes."""
     ours, theirs = one.split("/"), other.split("/")
     spans = [segments for segments in (ours, theirs) if any(part.endswith(SPANNING) for part in segments)]
     if not spans:
         return len(ours) == len(theirs) and all(map(_agree, ours, theirs))
     if len(spans) == 1 and len(ours if spans[0] is theirs else theirs) < len(spans[0]):
         return False
-    # A `{name:path}` stands for any number of segments, so only what is before and after it can differ.
+    # A `{name:path}` matches any number of segments, so only the parts before and after it can differ.
     before = min(_index(segments) for segments in spans)
     after = min(len(segments) - 1 - _index(segments) for segments in spans)
     return all(map(_agree, ours[:before], theirs[:before])) and all(

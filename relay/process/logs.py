@@ -20,7 +20,7 @@ Format = Literal["auto", "json", "text", "journald"]
 MOST_KEYS = 1000
 """Maximum number of keys that one rate-limited log tracks."""
 
-MOST_QUEUED = 2**20  # bytes of queued lines while nobody reads the log
+MOST_QUEUED = 2**20  # bytes of queued lines while the log has no reader
 FLUSH = 0.5  # seconds that the end of the process waits for queued lines
 
 _OTHERS = ""
@@ -30,7 +30,7 @@ _COLOUR = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL
 
 
 def fields(**named: object) -> dict[str, Mapping[str, object]]:
-    """Return the fields of a log line for `extra=`, without those that are None."""
+    """Return the fields of a log line for `extra=`, without None values."""
     return {"fields": {name: value for name, value in named.items() if value is not None}}
 
 
@@ -203,7 +203,7 @@ def is_read(stream: TextIO) -> bool:
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """Writes lines to a stream and never blocks, even if nobody reads it (a stopped `less`, a hung journal).
+    """Writes lines to a stream and never blocks, even if its reader hangs (a stopped `less`, a hung journal).
 
     A line is written at once if the stream has room. Otherwise it is queued and a thread writes it. Beyond
     `MOST_QUEUED` bytes, lines are dropped and counted; the count is logged once the stream is read again.
@@ -270,7 +270,7 @@ class Lines(logging.StreamHandler[TextIO]):
         return (self.format(record) + self.terminator).encode(errors="backslashreplace")
 
     def _try_to_write(self, line: bytes) -> bytes:
-        """Write what does not block, and return the rest."""
+        """Write until the stream would block, and return the rest."""
         if len(line) > select.PIPE_BUF or not self._can_take():
             return line
         return line[os.write(self._fd, line) :]
@@ -363,7 +363,7 @@ def on_drop(call: Callable[[], None]) -> None:
 
 
 def _handler_for(format_: Format) -> Lines:
-    """Return what writes lines of a format; the journal gets entries if stderr is connected to it."""
+    """Return a handler for a format; under systemd, `journald` sends entries to the journal."""
     if format_ == "journald" and under_systemd():
         with suppress(OSError):  # the socket is missing or forbidden: lines with priorities do, too
             return JournalLines(journal.Journal())
@@ -377,7 +377,7 @@ def _handler_for(format_: Format) -> Lines:
 
 
 def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
-    """Send all log lines to stderr; format `auto` depends on what stderr is connected to."""
+    """Send all log lines to stderr; the format `auto` depends on the kind of stderr."""
     if format_ == "auto":
         format_ = "journald" if under_systemd else "text" if sys.stderr.isatty() else "json"
     handler = _handler_for(format_)

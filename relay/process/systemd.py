@@ -95,7 +95,7 @@ class Inherited:
         return set(self._sockets)
 
     def take(self, name: str) -> socket.socket | None:
-        """Return the TCP socket with a name; None: systemd opened none, so the daemon binds its own.
+        """Return the TCP socket with a name; None: systemd did not open it, so the daemon must bind.
 
         Raises:
             RelayError: the socket is not a listening TCP socket.

@@ -8,7 +8,7 @@ a path (`relay.routing.envelope.Path`) and either a literal or a table of operat
     "subject" = { not = { prefix = "test-" } }
 
 Values compare as JSON values: 1 equals 1.0, `true` does not equal 1, "1" is not a number, null is absent. An
-absent value meets only `exists = false` and `not`.
+absent value matches only `exists = false` and `not`.
 """
 
 import json

@@ -22,7 +22,7 @@ _decode = msgspec.json.Decoder().decode
 
 @final
 class _Absent:
-    """Stands for a missing value; not equal to any JSON value."""
+    """Marks a missing value; not equal to any JSON value."""
 
     def __repr__(self) -> str:
         return "absent"

@@ -92,7 +92,7 @@ class Subscription(msgspec.Struct, frozen=True):
         """Compile a destination's `events` and `where` from config.toml.
 
         Raises:
-            ValueError: one of them is invalid.
+            ValueError: `events` or `where` is invalid.
         """
         return cls(Patterns(events), None if where is None else compile_conditions(where))
 
