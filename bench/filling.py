@@ -35,7 +35,7 @@ _STATEMENTS = (
            length(body), x'7b7d', 0, length(body), CAST(body AS BLOB)
       FROM told
     """,
-    # Each is owed to three destinations; a fourth had the first five hundred only.
+    # Each event has deliveries to three destinations; a fourth destination has only the first five hundred.
     """
     INSERT INTO deliveries (id, public_id, event_id, destination, state, reason, attempts, created_at,
                             next_attempt_at, finished_at, last_status)

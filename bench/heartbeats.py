@@ -24,8 +24,8 @@ from relay.store.opening import open_store
 WORKERS = 10_000
 TARGET = 0.10  # of a core
 PACE = WORKERS / 30  # heartbeats a second: each worker one in 30 s
-AGENT = 5.0  # seconds after which Node's agent closes an idle connection, whatever the server offers
-_FILES = 16_384  # that a process may have open: all workers may have a connection
+AGENT = 5.0  # seconds after which Node's agent closes an idle connection, even if the server offers more
+_FILES = 16_384  # descriptors of a process: every worker may have a connection
 _SOURCE = f"""\
 [sources.whatsapp]
 plugin = "whatsapp"
@@ -136,7 +136,7 @@ class _Costs:
         """Measure one round."""
         before = server.cpu()
         await sending
-        await asyncio.sleep(2.5)  # for the flush, which comes every 2 s
+        await asyncio.sleep(2.5)  # for the flush, which runs every 2 s
         self._rounds.setdefault(what, []).append((server.cpu() - before) / (WORKERS * beats))
 
     def of(self, what: str) -> Spread:

@@ -63,7 +63,7 @@ PAGE = 50  # rows of one list page
 PLACES = 40  # pages of each list in a round
 DELETED = 100  # events in one transaction of retention, see `prune.COST`
 ALLOWED = 1.03
-"""The queue table may cost this much of what one table costs."""
+"""Maximum cost of the queue table, as a share of the cost of one table."""
 
 CLOCK = SystemClock()
 BODY = b'{"event_type":"member_joined","discord_id":"1","metadata":{"guild_id":"2"}}' + b" " * 131

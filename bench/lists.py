@@ -89,7 +89,7 @@ class TracedStore(Reading):
     """Stored data on a connection that remembers its statements."""
 
     def __init__(self, traced: Traced) -> None:
-        database = Database.reading(Path(), traced)  # type: ignore[arg-type]  # has what a part uses
+        database = Database.reading(Path(), traced)  # type: ignore[arg-type]  # as a part uses it
         super().__init__(database)
         self.traced = traced
 

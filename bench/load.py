@@ -16,7 +16,7 @@ class LoadError(Exception):
 
 
 class _Sender(asyncio.Protocol):
-    """One connection: sends a request, waits for the complete response, repeats until none is left."""
+    """One connection: sends a request, waits for the complete response, and repeats this for all requests."""
 
     def __init__(self, load: "_Load") -> None:
         self._load = load
@@ -68,12 +68,12 @@ class _Load:
 
 
 def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """Build a request as it goes over the wire."""
+    """Return the bytes of a POST request."""
     return _request("POST", path, body, headers)
 
 
 def put(path: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """Build a request as it goes over the wire."""
+    """Return the bytes of a PUT request."""
     return _request("PUT", path, body, headers)
 
 
@@ -86,7 +86,7 @@ def _request(method: str, path: str, body: bytes, headers: dict[str, str]) -> by
 async def send(address: tuple[str, int], *requests: bytes, count: int, connections: int) -> float:
     """Send `count` requests in total, repeating `requests` in order, over `connections` connections at once.
 
-    Returns the moment (`time.perf_counter`) at which the first byte went out.
+    Returns the time (`time.perf_counter`) at which the first byte was sent.
 
     Raises:
         LoadError: a response was not a 2xx, or a connection was lost.

@@ -59,7 +59,7 @@ async def python(log: Path, *arguments: str) -> AsyncIterator[Server]:
 async def _address(process: asyncio.subprocess.Process, log: Path) -> tuple[str, int]:
     text = ""
     for _ in range(int(_START / 0.02)):
-        text = log.read_text()  # noqa: ASYNC240 - nothing else goes on yet
+        text = log.read_text()  # noqa: ASYNC240 - no other task runs yet
         found = _LISTENS.search(text)
         if found is not None:
             return found[1], int(found[2])

@@ -44,7 +44,7 @@ def spread(command: Sequence[str], times: int) -> Spread:
 
 
 def cpu(command: Sequence[str]) -> float:
-    """Run a command and return the milliseconds of CPU that it took, its own children included."""
+    """Run a command and return the milliseconds of CPU time of the command and its children."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(

@@ -104,7 +104,7 @@ class Tracer:
 
 
 def _file_of(frame: FrameType) -> str | None:
-    """Return the file of a frame as the repository names it; None: not our code."""
+    """Return the file of a frame, relative to the repository; None for other code."""
     path = frame.f_code.co_filename
     return str(Path(path).relative_to(_ROOT)) if path.startswith(_PACKAGES) else None
 

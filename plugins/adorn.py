@@ -42,7 +42,7 @@ class Envelope(msgspec.Struct):
 
 
 class Adorn(Source, kind="adorn", owns=("/v1",), decompresses=False):
-    """Adorn Studio: `POST /v1/events`. Without tokens it is open, because its clients send none."""
+    """Adorn Studio: `POST /v1/events`. Without tokens it accepts everybody: its clients send none."""
 
     tokens: Secrets = Secrets()
 

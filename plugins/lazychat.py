@@ -1,4 +1,4 @@
-"""LazyChat's WooCommerce plugin: WordPress shops report what happens to the plugin and its settings.
+"""LazyChat's WooCommerce plugin: WordPress shops report events of the plugin and its settings.
 
 Contract: docs/contracts/lazychat.md#responses.
 """

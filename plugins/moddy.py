@@ -1,4 +1,4 @@
-"""Moddy, a Discord bot: it reports to its backend, a FastAPI service, what members do.
+"""Moddy, a Discord bot: it reports the actions of members to its backend, a FastAPI service.
 
 Contract: docs/contracts/moddy.md#responses.
 """

@@ -2,8 +2,8 @@
 
 Four generations are in use. They differ in the base path (`/api/v1`, `/api`), in the shape of a heartbeat
 (flat, under `metrics`, a list of sessions) and in the envelope of events. A worker whose registration fails
-runs on for ever without heartbeats, and it sends a notification once. So the plugin accepts what it can
-understand, and ignores a gauge that it cannot read.
+keeps running without heartbeats, and it sends each notification once. So the plugin accepts every request
+that it can understand, and ignores a gauge that it cannot read.
 
 Contract: docs/contracts/whatsapp.md#responses.
 """
@@ -128,7 +128,7 @@ class WhatsApp(
         incoming.bearer(self.tokens)
 
     def sign_of_life(self, incoming: Incoming) -> WorkerChange | None:
-        """Treat each request to a worker's heartbeat path as a heartbeat, whatever its body is."""
+        """Treat each request to a worker's heartbeat path as a heartbeat, even if its body is invalid."""
         _, _, place = incoming.path.partition("/workers/")
         if place.endswith("/heartbeat"):
             return Heartbeat(worker_id=check_id(incoming.params["worker"]))
@@ -293,7 +293,7 @@ def _accept(
 
 
 def _session_in(notice: Notice, worker_id: str | None, session_id: str | None) -> SessionSeen | None:
-    """Return the session in a session's event, None if the event has none.
+    """Return the session in a session's event, or None.
 
     The event's name decides (`connected`, `session_qr_ready`), because a status beside it may be the previous
     one. If the name contains no status (`session_status`), the status field decides.
@@ -323,7 +323,7 @@ def _is_of_session(event: str) -> bool:
 
 
 def _status_in_name(event: str) -> str:
-    """Return the session status in an event's name, `""` if the name has none."""
+    """Return the session status in an event's name; `""` without a status."""
     name = event.strip().lower().replace("-", "_").replace(".", "_").replace(":", "_")
     return _STATUS_BY_NAME.get(name.removeprefix("session_"), "")
 
@@ -338,7 +338,7 @@ def _map(raw: msgspec.Raw) -> Mapping[str, Any]:
 
 
 def _at(raw: msgspec.Raw) -> str | float | None:
-    """Return a timestamp that is text or a number, None for anything else."""
+    """Return a timestamp that is text or a number, or None for other values."""
     text = bytes(raw)
     try:
         value = None if text[:1] in (b"{", b"[") else read_json(text)
@@ -348,7 +348,7 @@ def _at(raw: msgspec.Raw) -> str | float | None:
 
 
 def _stamp(raw: msgspec.Raw) -> str | None:
-    """Return a timestamp that is text, None for anything else."""
+    """Return a timestamp that is text, or None for other values."""
     return _text(_at(raw)) or None
 
 

@@ -214,7 +214,7 @@ def check_key(scheme: SignatureConfig, secret: Secret) -> None:
     """Check that a secret can sign by a scheme.
 
     Raises:
-        ValueError: it cannot; the message does not contain it.
+        ValueError: the secret cannot sign by this scheme; the message does not contain the secret.
     """
     if scheme.is_standard:
         Signer((secret,))

@@ -21,14 +21,14 @@ REQUEST: Mapping[str, Takes] = {
 
 _ITEM: Mapping[str, Takes] = {"item": "either"}
 _NO_FILTERS: frozenset[str] = frozenset()
-_MORE: Mapping[str, Callable[[Any], Any]] = {"hmac": str}  # stands for a filter that depends on the secrets
+_MORE: Mapping[str, Callable[[Any], Any]] = {"hmac": str}  # the real filter depends on the secrets
 
 
 def check_settings(settings: Keys, scheme: Any) -> None:
-    """Check settings that depend on each other; `scheme` is the record of `verify`, None for nobody.
+    """Check settings that depend on each other; `scheme` is the record of `verify`, or None.
 
     Raises:
-        ExceptionGroup: everything that is wrong, with its keys.
+        ExceptionGroup: contains every fault, with its keys.
     """
     faults = _Checks(settings, scheme).faults
     if faults:
@@ -122,7 +122,7 @@ class _Checks:
     def _check_template(
         self, text: str, key: KeyPath, more: Mapping[str, Takes], filters: frozenset[str] = FILTERS
     ) -> Template | None:
-        """Return the parsed template; None after reporting what is wrong with it."""
+        """Return the parsed template, or None after reporting its faults."""
         try:
             template = parse_template(text, _MORE)
             known = {**REQUEST, **more}
@@ -204,7 +204,7 @@ class _Checks:
             raise ValueError(f"requests with {' or '.join(methods)} have no body; use {{query:…}}")
 
     def _check_credentials(self) -> None:
-        """Check that the scheme has what it needs, and nothing else."""
+        """Check that the scheme has its required settings, and no others."""
         settings, given = self._settings, self._given
         if settings.verification is None:
             text = (

@@ -127,7 +127,7 @@ class Compiled:
             raise Forbidden("The sender's address is in none of the permitted networks")
 
     def greet(self, greetings: Sequence[Greeting], incoming: Incoming) -> Reply | None:
-        """Return the reply to a request that is one of some handshakes, None for any other.
+        """Return the reply to a handshake, or None for any other request.
 
         Raises:
             Forbidden: its token is wrong.
@@ -149,7 +149,7 @@ class Compiled:
             TooLarge: the request has too many events.
         """
         reading = Reading(self.reader, incoming)
-        reading.read()  # so that a broken body is refused, whatever the templates name
+        reading.read()  # so that a broken body is refused even if no template uses it
         if self._events is None:
             return Accepted(event=self._event(reading), reply=self._reply_to(reading))
         events = [self._item_event(reading, at, item) for at, item in enumerate(self.items(reading))]

@@ -27,7 +27,7 @@ WITHOUT_BODY = ("GET", "HEAD", "DELETE")
 
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data"
-_NONE = msgspec.Raw(b"")  # stands for an absent key
+_NONE = msgspec.Raw(b"")  # marks an absent key
 _PLAIN_KEY = frozenset('"\\')
 _encode = msgspec.json.Encoder().encode
 MOST_ITEMS = 5000
@@ -42,7 +42,7 @@ class Tree:
         self.size = 0
 
     def place(self, path: str) -> int:
-        """Add a path, `""` for the whole value; return its position in what `read` returns."""
+        """Add a path, `""` for the whole value; return its position in the result of `read`."""
         node = self._root
         for key, index in parse_path(path) if path else ():
             node = node.child(key, index)
@@ -57,7 +57,7 @@ class Tree:
         return self._root.type
 
     def read(self, raw: msgspec.Raw, top: Any = None) -> list[msgspec.Raw | None]:
-        """Return the values at all places, None where a path leads nowhere; numbers as written.
+        """Return the values at all places, None for absent values; numbers as written.
 
         Args:
             raw: the JSON value.
@@ -159,7 +159,7 @@ def _items(most: int, all_of_them: bool) -> "msgspec.json.Decoder[msgspec.Struct
 
 
 class Reader:
-    """How a source reads its requests: the form of its bodies, and the places that its templates name."""
+    """How a source reads its requests: the form of its bodies, and the places that its templates use."""
 
     def __init__(
         self, *, body: BodyForm, form_field: str, public_url: str, first_of_list: Sequence[str]
@@ -269,10 +269,10 @@ class Reading:
         self.item = self.reader.item_tree.read(raw)
 
     def read(self) -> list[msgspec.Raw | None]:
-        """Read the body, and return the values in it that templates name.
+        """Read the body, and return the values that templates use.
 
         Raises:
-            Malformed, Invalid: the body is not what the source expects.
+            Malformed, Invalid: the body does not have the form that the source expects.
         """
         incoming, tree, form = self.incoming, self.reader.tree, self.reader.body
         body = incoming.body

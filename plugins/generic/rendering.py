@@ -90,7 +90,7 @@ def _plain(value: Value) -> Any:
 def compile_text(reader: Reader, template: Template, *, complete: bool = False) -> Render:
     """Return the function that renders a template as text, `""` if all of its parts are missing.
 
-    A missing part takes its adjoining separator along: with `complete`, it takes the whole text along.
+    A missing part also removes its adjoining separator; with `complete`, it makes the whole text `""`.
     """
     parts = [part if isinstance(part, str) else text_getter(reader, part) for part in template.parts]
     if not template.placeholders:
@@ -111,10 +111,10 @@ def compile_text(reader: Reader, template: Template, *, complete: bool = False) 
 
 
 def without_missing(texts: list[str], literal: list[bool]) -> str:
-    """Join the parts of a text, some of which are empty: a missing part takes its separator along.
+    """Join the parts of a text; an empty part also removes its separator.
 
-    A separator is what a literal has between letters, digits and brackets. The one before the missing part
-    goes; if nothing is left before it, the one behind it goes. Values stay whole.
+    A separator is the text in a literal between letters, digits and brackets. The separator before the empty
+    part is removed; if no text is left before it, the separator behind it is removed. Values stay whole.
 
     >>> without_missing(["push", ".", ""], [False, True, False])
     'push'
@@ -158,7 +158,7 @@ def _separator(characters: Iterable[str], stop: str) -> int:
 def compile_value(reader: Reader, template: Template) -> Get:
     """Return the function that finds a JSON value, None if missing.
 
-    It is a lone placeholder's value as sent, else a text.
+    A lone placeholder yields its value as sent; other templates yield text.
     """
     if (lone := template.lone) is not None:
         return value_of(reader, lone)

@@ -100,7 +100,7 @@ class Greeting:
         """Return the reply.
 
         Raises:
-            Forbidden: the request's token is none of `tokens`.
+            Forbidden: the request's token is not in `tokens`.
         """
         if self._token is not None:
             token = self._token(reading)

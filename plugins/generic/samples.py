@@ -45,7 +45,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _replaced(body: str, path: str, old: Any, number: int) -> str:
-    """Replace a value in a JSON text wherever it stands under the last name of its path."""
+    """Replace a value in a JSON text at every key with the last name of its path."""
     name = json.dumps(parse_path(path)[-1][0])
     new = _changed(old, number) if isinstance(old, str) else number
     pattern = rf"({re.escape(name)}\s*:\s*){re.escape(json.dumps(old))}(?=\s*[,}}\]])"

@@ -1,4 +1,4 @@
-"""The keys of a generic source, as records; each is checked by itself here."""
+"""The keys of a generic source, as records; this module checks each key separately."""
 
 import ipaddress
 import math
@@ -39,7 +39,7 @@ def describe(text: str) -> msgspec.Meta:
 
 def template(text: str) -> str:
     """Check that a text is a template."""
-    parse_template(text, {"hmac": str})  # a filter of some templates only, which is checked later
+    parse_template(text, {"hmac": str})  # `hmac` is valid in few templates, which is checked later
     return text
 
 
@@ -202,7 +202,7 @@ class Signed(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
     def faults(self) -> list[SettingError]:
-        """Return what contradicts itself, with the keys."""
+        """Return contradictions between the settings, with their keys."""
         wrong: list[SettingError] = []
         sign = parse_template(self.signed)
         kinds = {each.kind for each in sign.placeholders}
@@ -327,7 +327,7 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
     headers: Annotated[dict[HeaderName, Template], describe("further headers; values are templates")] = {}
 
     def faults(self) -> list[SettingError]:
-        """Return what contradicts itself, with the keys."""
+        """Return contradictions between the settings, with their keys."""
         wrong: list[SettingError] = []
         given = [name for name in ("json", "text", "empty") if getattr(self, name) not in (None, False)]
         if len(given) > 1:
@@ -382,13 +382,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     name: Annotated[str, check(not_empty)]
     method: Method = "POST"
-    path: Annotated[str, check(path)] | None = None  # below the source's prefix; None: its first path
+    path: Annotated[str, check(path)] | None = None  # below the prefix; None: the source's first path
     query: str = ""
     headers: dict[HeaderName, str] = {}
     body: str = ""
 
     def request(self, first_path: str) -> Incoming:
-        """Return the request; each `{name}` of a path stands for the name itself."""
+        """Return the request; the value of each `{name}` in a path is the name itself."""
         route = self.path or first_path
         params = {name: name for name in names_in(route)}
         path = _NAMED.sub(lambda found: found[1], route)

@@ -75,7 +75,7 @@ class Signature:
         self._tolerance = int(tolerance * _SECOND)
 
     def _part(self, reader: Reader, placeholder: Placeholder) -> Callable[[Reading], bytes | None]:
-        """Return the function that finds a part of the signed text; None if it is missing."""
+        """Return the function that finds a part of the signed text, and returns None if it is missing."""
         kind, name = placeholder.kind, placeholder.argument
         if kind == "body" and not name:
             return lambda reading: reading.incoming.received
@@ -91,7 +91,7 @@ class Signature:
         return lambda reading: _encoded(get(reading) or None)
 
     def sent_time(self, incoming: Incoming) -> str | None:
-        """Return the time of a request as sent, None if it has none."""
+        """Return the time of a request as sent, or None."""
         if self._settings.timestamp_header:
             return incoming.header(self._settings.timestamp_header) or None
         field = self._settings.timestamp_field or ""
@@ -190,7 +190,7 @@ class Signature:
             raise Unauthenticated(f"The signature is too {side}")
 
     def _micros(self, sent: str) -> int | None:
-        """Return a time as sent in microseconds since 1970, None if it has the wrong form."""
+        """Convert a time as sent to microseconds since 1970; return None if it has the wrong form."""
         unit = self._settings.timestamp_unit
         if unit == "rfc3339":
             return None if sent.isdecimal() else instant(sent)
@@ -224,7 +224,7 @@ class Signature:
         yield from self._explain(reading, candidates, message)
 
     def _explain(self, reading: Reading, candidates: list[str], message: bytes) -> Iterator[str]:
-        """Yield which keys would fit, with which other settings, and what the sender signed."""
+        """Yield the keys that would fit, with the settings that they need and the text that was signed."""
         signatures = list(self._signatures(candidates))
         found = False
         for what, changed in self._messages(reading, message):
@@ -236,7 +236,7 @@ class Signature:
             yield "no configured key fits, in any encoding: the sender signs with another key, or other bytes"
 
     def _signatures(self, candidates: list[str]) -> Iterator[tuple[bytes, list[str]]]:
-        """Yield what the signatures in the header could mean, with the settings that they need."""
+        """Yield the possible readings of the signatures in the header, with the settings that they need."""
         for encoding, decode in DECODERS.items():
             settings = [] if decode is self._decode else [f'encoding = "{encoding}"']
             for text in candidates:
@@ -245,7 +245,7 @@ class Signature:
                         yield signature, [*settings, *([f'prefix = "{prefix}"'] if prefix else [])]
 
     def _messages(self, reading: Reading, message: bytes) -> Iterator[tuple[str, bytes]]:
-        """Yield the signed text, and variants of it, each with what was changed on the way."""
+        """Yield the signed text and variants of it, each with a description of the change."""
         yield "", message
         body = reading.incoming.received
         for what, changed in (

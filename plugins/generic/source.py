@@ -105,7 +105,7 @@ class Generic(Keys, kind="generic", dict=True):
         return tuple(found)
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
-        """Return what is wrong with a refused request."""
+        """Return the faults of a refused request."""
         return tuple(self.compiled.scheme.explain(incoming))
 
     def samples(self) -> tuple[Incoming, ...]:

@@ -44,14 +44,14 @@ class Scheme(Protocol):
         """Accept a request by returning, else raise Unauthenticated."""
 
     def explain(self, incoming: Incoming) -> Iterator[str]:
-        """Yield what is wrong with a refused request, for `relay verify`; never a secret."""
+        """Yield the faults of a refused request, for `relay verify`; never a secret."""
 
     def sign(self, incoming: Incoming) -> Incoming:
         """Return a sample with the credentials of the first secret, if this scheme can make them."""
 
 
 class Nobody:
-    """`verify = "none"`: everybody is accepted."""
+    """`verify = "none"`: every sender is accepted."""
 
     reads_body = False
 

@@ -68,7 +68,7 @@ def respond(value: Any, status: int = 200) -> web.Response:
 
 
 def error_response(status: int, code: str, message: str, hint: str = "", **more: Any) -> web.Response:
-    """Return a response with `{"error": {"code", "message", "hint"}}`; the hint says what to do next."""
+    """Return a response with `{"error": {"code", "message", "hint"}}`; the hint is the next step."""
     return respond({"error": {"code": code, "message": message, "hint": hint, **more}}, status)
 
 

@@ -118,7 +118,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
-    """`[retention]`: how long what is no longer needed is kept."""
+    """`[retention]`: the time to keep finished data."""
 
     events: Annotated[
         Interval,
@@ -197,7 +197,7 @@ class Plugins(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerOverride(msgspec.Struct, frozen=True, kw_only=True):
-    """`ids = { "batch-*" = {…} }` of worker rules: what is different for ids of a pattern."""
+    """`ids = { "batch-*" = {…} }` of worker rules: the rules that differ for ids of a pattern."""
 
     offline_after: Interval | None = None
     check_every: Interval | None = None
@@ -494,7 +494,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything config.toml says, checked and complete."""
+    """All settings of config.toml, checked and with defaults."""
 
     path: Path  # the file that was read
     included: tuple[Path, ...] = ()  # further files

@@ -59,7 +59,7 @@ def listen(text: str) -> str:
 
 
 def listen_or_off(text: str) -> str:
-    """Check the address of a listener that `""` turns off."""
+    """Check the address of a listener; `""` turns the listener off."""
     return listen(text) if text else text
 
 

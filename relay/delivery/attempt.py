@@ -268,8 +268,8 @@ def unspent(outcome: Outcome, retry_at: int | None) -> Outcome:
 def outdated(outcome: Outcome, verdict: Verdict, now: int, *, probing: bool) -> Outcome:
     """Return the outcome of an attempt that began under a former config.
 
-    It says nothing about the destination as it is now. If it was a failed probe, or would disable or hold
-    the destination, the delivery is due at once: the new config may work.
+    The outcome does not describe the destination under the new config. If it was a failed probe, or would
+    disable or hold the destination, the delivery is due at once, because the new config may work.
     """
     if verdict.kind in ("disable", "hold"):
         return msgspec.structs.replace(outcome, next_attempt_at=now)

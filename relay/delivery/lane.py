@@ -185,7 +185,7 @@ class Lane:
         return True
 
     async def ping(self, event: StoredEvent, timing: Timing) -> tuple[HttpResult, Verdict]:
-        """Send an event that belongs to no delivery, even while deliveries are held; nothing counts it."""
+        """Send an event without a delivery, even while deliveries are held; no metric or limit counts it."""
         # The task is one of the lane's, so a runner that a reload replaces is closed only after it.
         return await asyncio.shield(self._spawn(self._runner.ping(event, timing)))
 

@@ -150,7 +150,7 @@ def _worker(
 
 
 def _is_word(text: str) -> bool:
-    """Return whether a worker's id can be typed in a shell as it is."""
+    """Return whether a worker's id needs no quotes in a shell."""
     return text.isascii() and all(each.isalnum() or each in "-_." for each in text) and text[:1] != "-"
 
 

@@ -54,7 +54,7 @@ _MARKDOWN = re.compile(r"([\\*_~`|>#\[\]()<:@-])")
 
 
 class MessageFormat(Format, frozen=True, kw_only=True):
-    """A format for people; `message = {…}` of a destination changes what it shows."""
+    """A format for people; `message = {…}` of a destination changes its texts and fields."""
 
     page: Page
     keys: frozenset[str] = frozenset()  # of `message`, besides those that all message formats have
@@ -141,7 +141,7 @@ def _slack(message: Message, _: MessageConfig) -> Any:
 
 
 def _plain(text: str) -> dict[str, Any]:
-    """Return a text that Slack shows as it is: no markup, no mention, no link."""
+    """Return a text that Slack shows unchanged: without markup, mentions or links."""
     return {"type": "plain_text", "text": text, "emoji": False}
 
 

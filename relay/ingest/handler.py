@@ -69,7 +69,7 @@ TURN = 0.001  # seconds of one turn of the event loop that such a request may us
 
 
 class _Call(msgspec.Struct):
-    """One request on its way through the handler."""
+    """The state of one request in the handler."""
 
     request: Request
     began: int  # steady clock
@@ -456,7 +456,7 @@ def _answer_other_method(match: Match, incoming: Incoming) -> Response:
 
 
 def _screen(mount: Mount, incoming: Incoming) -> None:
-    """Check the head of a request to a source that is open to everybody, or that checks heads itself."""
+    """Check the head of a request to a source that accepts every sender or checks heads in its own code."""
     check_origin(mount, incoming)
     ask(mount.source.screen, incoming)
 

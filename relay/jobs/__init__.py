@@ -1,1 +1,1 @@
-"""Periodic and long-running work beside the event's way."""
+"""Periodic and long-running work, outside the path of an event from sender to destination."""

@@ -72,7 +72,7 @@ def examine(made: Mapping[Path, float], every: float | None, now: float, failed:
 
 
 class Backups:
-    """Makes backups as `[backup]` of the current configuration says."""
+    """Makes backups by `[backup]` of the current configuration."""
 
     every = 60.0  # seconds between checks whether a backup is due
 

@@ -20,7 +20,7 @@ class LedgerCheck:
         self._clock = clock
 
     async def check(self) -> None:
-        """Check once. Includes destinations that are no longer in the config; their deliveries are held."""
+        """Check once. Destinations that left the config are included, because their deliveries are held."""
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
         for name in self._dispatcher.lanes.keys() | counts.keys():

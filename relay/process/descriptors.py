@@ -22,7 +22,7 @@ LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open files as far as the hard one allows, and return the soft limit."""
+    """Raise the soft limit of open files up to the hard limit, and return the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
     if soft == resource.RLIM_INFINITY or soft >= most:

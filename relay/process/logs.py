@@ -289,7 +289,7 @@ class Lines(logging.StreamHandler[TextIO]):
         self.on_drop()
 
     def _write(self) -> None:
-        """Write queued lines, blocking as long as needed; runs in a thread."""
+        """Write queued lines, and block until the stream takes them; runs in a thread."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._queue))

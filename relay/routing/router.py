@@ -25,7 +25,7 @@ class Router:
         subscriptions: Mapping[str, Subscription],
         options: Mapping[str, SubscriptionOptions] | None = None,
     ) -> None:
-        """Take the subscription of each destination, and the options of those that have any."""
+        """Take the subscription of each destination, and the options of destinations that have options."""
         self._subscriptions = dict(subscriptions)
         self._options = {name: SubscriptionOptions(Target(name)) for name in subscriptions}
         self._options |= dict(options or {})

@@ -78,7 +78,7 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     event: StoredEvent | None = None
     key: str | None = None  # idempotency key; the same request with it is a duplicate for `DEDUPE_FOR`
     path: str = ""  # path of the request without its query; part of the request's identity
-    is_key_alone: bool = False  # the key alone makes a duplicate, whatever else differs
+    is_key_alone: bool = False  # the key alone makes a duplicate, even if the rest of the request differs
     rejects_conflict: bool = False  # refuse a different request with the same key instead of storing it
     repeats: str | None = None  # public id of the event that this request repeats: it is only counted
     change: WorkerChange | None = None
@@ -97,7 +97,7 @@ class Page(msgspec.Struct, frozen=True):
     """Rows of a list, newest first. Fewer than requested, even zero, if the search reached its budget."""
 
     rows: list[dict[str, Any]]
-    cursor: str | None  # of the next page; None: this is the last page
+    cursor: str | None  # position of the next page; None: this is the last page
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -115,22 +115,22 @@ class Events(Protocol):
     """Accepted events: append, load, import and delete them."""
 
     async def append(self, acceptance: Acceptance) -> Receipt:
-        """Make a request durable: its event, the event's deliveries and the worker change, or none of them.
+        """Make a request durable in one transaction: its event, the event's deliveries and the worker change.
 
         Raises:
             Overloaded: the write queue is full; nothing was queued.
             DiskFull: less than the disk's floor would stay free; nothing was queued.
             Conflict: the worker change contradicts the registry.
-            KeyConflict: a different request has used the key, and the acceptance rejects that.
+            KeyConflict: a different request has used the key, and the acceptance rejects such requests.
             StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
-            StorageError: this request could not be stored; others of its transaction were.
+            StorageError: this request could not be stored; other requests of its transaction were stored.
         """
         ...
 
     async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
-        """Make the events of one request durable, all or none of them; raises as `append`.
+        """Make the events of one request durable in one transaction; raises as `append`.
 
-        Each event's own idempotency key decides whether it is a duplicate, which is not stored again. The
+        Each event is a duplicate by its own idempotency key; duplicates are not stored again. The
         receipt names the first event and has the receipts of all in `each`.
         """
         ...
@@ -176,10 +176,10 @@ class Deliveries(Protocol):
     """
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
-        """Claim up to `limit` due deliveries that nobody has claimed, oldest due time first, without bodies.
+        """Claim up to `limit` unclaimed due deliveries, oldest due time first, without bodies.
 
         First attempts and retries are claimed separately, so that neither can starve the other. Each delivery
-        of a group brings others of its group as followers, so that up to `together` go out at once.
+        of a group has others of its group as followers, so that up to `together` are sent at once.
         """
         ...
 
@@ -206,18 +206,18 @@ class Deliveries(Protocol):
         ...
 
     async def expire(self) -> int:
-        """Expire some deliveries past their time to live, also claimed ones, and overdue worker commands.
+        """Expire a batch of overdue worker commands and of deliveries past their time to live, even claimed.
 
-        Returns the number of deliveries; 0: none is left.
+        Returns the number of expired deliveries; 0 at the end.
         """
         ...
 
     async def expire_held(self, names: Collection[str], kept: int) -> int:
-        """Expire some deliveries whose destination has accepted nothing for `kept` microseconds.
+        """Expire a batch of deliveries whose destination has accepted nothing for `kept` microseconds.
 
         `names` are the destinations that accept nothing now; the store remembers since when. A day before
         the first delivery expires, the operator event `relay.deliveries.expiring` is raised once. Returns
-        the number of expired deliveries; 0: none is left.
+        the number of expired deliveries; 0 at the end.
         """
         ...
 
@@ -226,14 +226,14 @@ class Deliveries(Protocol):
         ...
 
     async def make_due(self, delivery_ids: Sequence[int]) -> int:
-        """Make retries due now. Returns how many of them would have had to wait."""
+        """Make retries due now. Returns the number of retries that had a later due time."""
         ...
 
     async def repeat(self, requests: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
         """Create new deliveries of loaded events in one transaction, in the given order.
 
-        Returns for each request whether a delivery was created. None is created if the event was deleted or
-        if one of its deliveries to the destination is pending.
+        Returns for each request whether a delivery was created. No delivery is created if the event was
+        deleted or if one of its deliveries to the destination is pending.
         """
         ...
 
@@ -288,8 +288,8 @@ class Workers(Protocol):
     def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
         """Note that a known worker is alive, or wants to leave, although its request was refused.
 
-        Returns the worker's unchanged status; None: the worker is unknown or has left. Works in memory, so
-        also while nothing can be written, and a crash may lose it. The next sweep that can be stored
+        Returns the worker's unchanged status; None: the worker is unknown or has left. The note is kept in
+        memory only, so this works while writes fail, and a crash may lose it. The next stored sweep
         unregisters a worker that wants to leave, unless the worker sends a request more than 10 s later.
         """
         ...
@@ -428,11 +428,11 @@ class Upkeep(Protocol):
         ...
 
     async def prune_worker_metrics(self, before: int) -> int:
-        """Delete some worker metrics older than `before` (wall); returns the number, 0: none is left."""
+        """Delete a batch of worker metrics older than `before` (wall); returns the number, 0 at the end."""
         ...
 
     async def prune_worker_commands(self, before: int) -> int:
-        """Delete some ended commands created before `before` (wall); returns the number, 0: none is left."""
+        """Delete a batch of ended commands from before `before` (wall); returns the number, 0 at the end."""
         ...
 
     async def missing_space(self, folder: Path, *, keep_free: int = 0) -> int:
@@ -564,7 +564,7 @@ class Store(Protocol):
 
     @property
     def failure(self) -> str | None:
-        """Why nothing can be written now; None while writes work."""
+        """Why writes fail now; None while they work."""
         ...
 
     @property
@@ -583,7 +583,7 @@ class Store(Protocol):
         ...
 
     def explain(self, error: Exception) -> StorageError | None:
-        """Return the error to show an operator for an exception of the engine; None: not one of these."""
+        """Return the error to show an operator for an exception of the engine; None for other exceptions."""
         ...
 
     async def open(self) -> None:

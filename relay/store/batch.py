@@ -98,15 +98,15 @@ class Batch:
         self.worker_changes: SqliteWorkerChanges | None = None
         self.groupings: dict[int, Grouping] = {}  # of new deliveries that wait for others
         self.outcomes: list[Outcome] = []
-        self.with_groups = False  # whether some of the outcomes are of messages for several deliveries
-        self.ungrouped: list[int] = []  # deliveries that go out alone from now on
+        self.with_groups = False  # whether an outcome belongs to a message for several deliveries
+        self.ungrouped: list[int] = []  # deliveries that are sent alone from now on
         self.states: list[DestinationState] = []
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
         self.ended_early: dict[int, Ending] = {}  # new deliveries that end when they are created
         self.expire_overdue = False  # whether to expire deliveries past their `expires_at`
-        self.held: HeldDestinations | None = None  # not None: expire deliveries that were held for too long
+        self.held: HeldDestinations | None = None  # if set, expire deliveries that were held for too long
         self.to_cancel: list[int] = []  # row ids of deliveries, on an operator's request
-        self.to_make_due: list[int] = []  # likewise
+        self.to_make_due: list[int] = []  # row ids of retries, on an operator's request
         self.to_repeat: list[Repeat] = []  # in the order of their events
         self.to_restore: list[Restored] = []
         # Set by the write:

@@ -100,7 +100,7 @@ async def claim(
          WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
          ORDER BY d.next_attempt_at, d.id
          LIMIT ?
-        """,  # noqa: S608 - constants of ours
+        """,  # noqa: S608 - only constants
         (destination, now, limit + claims.of(destination)),
     )
     claimed = tuple(delivery_of(tuple(row)) for row in rows if row[0] not in claims)[:limit]
@@ -111,7 +111,7 @@ async def claim(
         f"""
         SELECT min(d.next_attempt_at) FROM deliveries AS d
          WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
-        """,  # noqa: S608 - constants of ours
+        """,  # noqa: S608 - only constants
         (destination, now),
     )
     return Claim(claimed, next(iter(later))[0])
@@ -129,7 +129,7 @@ async def claim_groups(
 ) -> Claim:
     """Claim up to `limit` due deliveries, each with up to `together - 1` followers of its group.
 
-    The followers of a first attempt need not be due yet: one of their group is. Retries keep their due times.
+    A due first attempt takes followers of its group that are not due yet. Retries keep their due times.
     """
     share = _RETRY if retries else _FIRST
     most = limit + claims.of(destination)
@@ -140,7 +140,7 @@ async def claim_groups(
          WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
          ORDER BY d.next_attempt_at, d.id
          LIMIT ?
-        """,  # noqa: S608 - constants of ours
+        """,  # noqa: S608 - only constants
         (destination, now, most),
     )
     due = [grouped_delivery_of(tuple(row)) for row in rows]
@@ -167,7 +167,7 @@ async def claim_groups(
         f"""
         SELECT min(d.next_attempt_at) FROM deliveries AS d
          WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
-        """,  # noqa: S608 - constants of ours
+        """,  # noqa: S608 - only constants
         (destination, now),
     )
     return Claim(tuple(claimed), next(iter(later))[0])
@@ -176,7 +176,7 @@ async def claim_groups(
 async def _followers(
     connection: aiosqlite.Connection, claims: Claims, first: Delivery, share: str, *, together: int, now: int
 ) -> tuple[Delivery, ...]:
-    """Return unclaimed deliveries of a group in order of acceptance, as many as one message may tell of."""
+    """Return unclaimed deliveries of a group in order of acceptance, up to the maximum of one message."""
     latest = now if share == _RETRY else 2**62
     rows = await connection.execute_fetchall(
         f"""
@@ -185,7 +185,7 @@ async def _followers(
          WHERE d.destination = ? AND d.group_key = ? AND {share} AND d.next_attempt_at <= ?
          ORDER BY d.next_attempt_at, d.id
          LIMIT ?
-        """,  # noqa: S608 - constants of ours
+        """,  # noqa: S608 - only constants
         (first.destination, first.group_key, latest, together + claims.of(first.destination)),
     )
     found: list[Delivery] = []

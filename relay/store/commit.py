@@ -98,7 +98,7 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
 
 
 async def _write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Write what operators and periodic jobs request."""
+    """Write the changes that operators and periodic jobs request."""
     if batch.expire_overdue:
         await expire(batch, transaction, claims)
     if batch.held is not None:
@@ -200,7 +200,7 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
 
 
 def _write_group_attempts(batch: Batch, transaction: Transaction, attempts: Sequence[Any]) -> None:
-    """Write attempts of which some were one message for several deliveries, and split groups."""
+    """Write attempts, including those of one message for several deliveries, and split groups."""
     made = [outcome.attempt for outcome in batch.outcomes if outcome.attempt is not None]
     rows = [
         (*row[:-1], attempt.group_id, attempt.group_size, row[-1])
@@ -250,7 +250,7 @@ def _dead_event(outcome: Outcome) -> GeneratedEvent:
 
 
 async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Insert new deliveries. Some supersede older ones, others wait behind an earlier one of their key."""
+    """Insert new deliveries. They may supersede older ones, or wait behind an earlier one of their key."""
     ordered = [d for d in batch.deliveries if d.order_key is not None]
     latest = [d for d in batch.deliveries if d.latest_key is not None]
     if latest:
@@ -296,7 +296,7 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
           FROM asked JOIN deliveries AS d USING (destination, group_key)
          WHERE d.state = 'pending' AND d.attempts = 0 AND d.next_attempt_at > {int(batch.steady)}
          GROUP BY 1, 2
-        """,  # noqa: S608 - an integer of ours
+        """,  # noqa: S608 - only an integer
         places,
     )
     groups = {(name, key): (count, due) for name, key, count, due in waiting}
@@ -321,7 +321,7 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
              WHERE deliveries.destination = filled.destination AND deliveries.group_key = filled.group_key
                AND deliveries.state = 'pending' AND deliveries.attempts = 0
                AND deliveries.next_attempt_at > {int(batch.steady)}
-            """,  # noqa: S608 - an integer of ours
+            """,  # noqa: S608 - only an integer
             list(full),
         )
     return times

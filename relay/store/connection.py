@@ -119,10 +119,10 @@ def _create(path: Path) -> None:
 
 
 def check_companions(database: Path) -> None:
-    """Check that SQLite can create its own files beside a database.
+    """Check that SQLite can create its files beside a database.
 
     Raises:
-        StorageError: a directory, a pipe or the like has one of their names.
+        StorageError: a directory, a pipe or another special file has the name of such a file.
     """
     for suffix in ("-wal", "-shm", "-journal"):
         path = Path(f"{os.path.realpath(database)}{suffix}")

@@ -11,7 +11,7 @@ from relay.store.writer import Writer
 
 
 class _Closed:
-    """Stands for the connections and the writer of a closed database: any use raises the reason."""
+    """Replaces the connections and the writer of a closed database: any use raises the reason."""
 
     def __init__(self, why: str) -> None:
         self._why = why

@@ -1,4 +1,4 @@
-"""Idempotency keys: which request used a key, and until when its repetition is a duplicate.
+"""Idempotency keys: the request that used a key, and the time until which its repetition is a duplicate.
 
 The key alone does not make a duplicate, unless the source says so. Some clients count from 1 after each start
 or use a constant, so they send different requests with one key. Each of these requests is an event.
@@ -60,7 +60,7 @@ class Keys:
                 self._used.add((source, text))
 
     def first(self, key: Key) -> str | None:
-        """Return the public id of the event of the same request; None: the request is new."""
+        """Return the public id of the event that the same request created; None: the request is new."""
         return self._first.get((key.source, key.text, key.identity))
 
     def is_used(self, key: Key) -> bool:

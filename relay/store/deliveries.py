@@ -103,7 +103,7 @@ class SqliteDeliveries:
         return await self._database.writer.submit(Job(apply_, finish=finish))
 
     def cancel_later(self, delivery_ids: Sequence[int]) -> None:
-        """Cancel deliveries whose attempt was cut off before it had an outcome."""
+        """Cancel deliveries whose attempt ended without an outcome."""
         if not delivery_ids:
             return
         job = Job[None](lambda batch: batch.to_cancel.extend(delivery_ids))

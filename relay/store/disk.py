@@ -71,7 +71,7 @@ class Disk:
         return True
 
     def prepare(self) -> None:
-        """Write the ballast file if it is missing and there is room; blocks for some milliseconds."""
+        """Write the ballast file if it is missing and there is room; blocks for several milliseconds."""
         with suppress(OSError):  # without the file, only retention on a full disk gets harder
             if self._handle is None:
                 self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

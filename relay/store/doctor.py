@@ -42,7 +42,8 @@ FSYNCS = 5
 SHOWN = 5  # ids in one finding
 LOCK_TIMEOUT = 1000  # milliseconds for another program's lock
 
-# A delivery without a due time waits for an earlier pending one of its key; without one, it is stuck.
+# A delivery without a due time waits for an earlier pending one of its key; without an earlier one, it is
+# stuck.
 STUCK_SQL = """
     SELECT d.public_id FROM deliveries AS d
      WHERE d.destination = ? AND d.state = 'pending' AND d.attempts = 0 AND d.next_attempt_at IS NULL
@@ -62,7 +63,7 @@ _REPORT = "please report this as a bug, with a copy of relay.db"
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """The database to check, and what the configuration says about it."""
+    """The database to check, and the parts of the configuration that concern it."""
 
     path: Path
     now: int  # wall clock
@@ -388,7 +389,7 @@ def _locked(connection: sqlite3.Connection) -> str | None:
         if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             return str(error)
     except sqlite3.Error:
-        pass  # each check reports what it cannot read
+        pass  # each check reports the data that it cannot read
     return None
 
 

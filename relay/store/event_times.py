@@ -23,9 +23,9 @@ WIDEN = (
 
 
 async def span(reader: aiosqlite.Connection, since: int | None, until: int | None) -> Span | None:
-    """Return a range of row ids that contains all events of a range of times; None: no event is in it.
+    """Return a range of row ids that contains all events of a range of times; None without such events.
 
-    Microseconds UTC; None leaves that end open. `since` is included, `until` is not.
+    Times are microseconds UTC; None leaves an end open. `since` is included, `until` is not.
     """
     values = (-(2**63) if since is None else since, 2**63 - 1 if until is None else until)
     first = list(await reader.execute_fetchall(FIRST_SQL, values))

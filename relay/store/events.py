@@ -156,7 +156,7 @@ class SqliteEvents:
 
 
 def _key_of(acceptance: Acceptance) -> Key | None:
-    """Return the idempotency key of an event; None if it has none."""
+    """Return the idempotency key of an event, or None."""
     event = acceptance.event
     if event is None or not acceptance.key:
         return None

@@ -130,7 +130,7 @@ def read_line(line: bytes) -> StoredEvent:
 async def delivery_lines(
     reader: aiosqlite.Connection, event_ids: Sequence[int]
 ) -> dict[int, list[DeliveryLine]]:
-    """Read the deliveries of some events; events without any are missing from the result."""
+    """Read the deliveries of the given events; events without deliveries are missing from the result."""
     found: dict[int, list[DeliveryLine]] = {}
     rows = await reader.execute_fetchall(DELIVERIES_SQL.format(marks=marks(event_ids)), event_ids)
     for event_id, id_, destination, state, reason, attempts, created, finished, status, error in rows:
@@ -150,7 +150,7 @@ async def delivery_lines(
 
 
 def moment(micros: int) -> datetime:
-    """Return the time of some microseconds since the epoch."""
+    """Return microseconds since the epoch as a time."""
     return _EPOCH + timedelta(microseconds=micros)
 
 

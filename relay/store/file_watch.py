@@ -164,7 +164,7 @@ class FileWatch:
         self._writer.halt(why)
 
     async def _save(self) -> None:
-        """Try to make a rescue copy until one exists or none is needed."""
+        """Try to make a rescue copy until a copy exists or is no longer needed."""
         await self._writer.halted.wait()
         while not (self.saved or self._given_up) and self._writer.broken is not None:
             if not await self._rescue():
@@ -205,7 +205,7 @@ class FileWatch:
         )
 
     def _drop_copies(self) -> None:
-        """Delete the rescue copies after the file came back, because it has all their data."""
+        """Delete the rescue copies after the file is back, because it has all their data."""
         for copy in self._copies:
             with suppress(OSError):
                 copy.unlink()

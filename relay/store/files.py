@@ -47,7 +47,7 @@ class Files:
             self._descriptor = None
 
     def moved(self) -> str | None:
-        """Return an error if a path no longer leads to the open file; None: both do."""
+        """Return an error if a path no longer leads to the open file; None if both paths do."""
         for path, known in self._known.items():
             try:
                 status = path.stat()
@@ -60,7 +60,7 @@ class Files:
         return None
 
     def overwritten(self) -> str | None:
-        """Return an error if another program overwrote the file; None: no. Call it between transactions."""
+        """Return an error if another program overwrote the file, else None. Call it between transactions."""
         assert self._descriptor is not None  # noqa: S101 - between `open` and `close`
         try:
             head = os.pread(self._descriptor, _HEAD, 0)
@@ -75,7 +75,7 @@ class Files:
         return self.shortened() or self._log_cut_off()
 
     def shortened(self) -> str | None:
-        """Return an error if another program truncated the file; None: no. Call it often, before any write.
+        """Return an error if another program truncated the file, else None. Call it often, before any write.
 
         SQLite itself shortens the file after moving the whole log into it; its head then has the new length.
         """
@@ -92,7 +92,7 @@ class Files:
         return f"{self.path} was cut off while it was in use"
 
     def _log_cut_off(self) -> str | None:
-        """Return an error if the log has no valid head; None: it has. The next start would drop the log."""
+        """Return an error if the log lacks a valid head, because the next start would drop it; else None."""
         log = log_of(self.path)
         try:
             with open_plain(log) as file:  # SQLite has no locks on the log that closing it could release

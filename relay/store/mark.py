@@ -1,4 +1,4 @@
-"""The high-water mark: a small file beside the database with the progress that the database had reached.
+"""The high-water mark: a small file beside the database that records the progress of the database.
 
 It is written at most once a second, after commits, and never fsynced, so it may lag behind the database but
 is never ahead of it. A database behind its mark has lost committed data: its log was damaged or removed, or

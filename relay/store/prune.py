@@ -1,7 +1,7 @@
 """Retention: deletes finished data that is old enough, in transactions too short to delay senders.
 
 Each group of events with a rule (a type, a source, all others) is read in pages. A cursor per group remembers
-how far the last pass came, so that a pass reads only events that have become old enough since. Events that
+the end of the last pass, so that a pass reads only events that have become old enough since. Events that
 were kept because of their deliveries are read again in the next round.
 """
 
@@ -138,7 +138,7 @@ def deletions(candidates: Iterable[Candidate], most: int = COST) -> Iterator[lis
 
 
 class Retention:
-    """Deletes finished data; remembers how far it came from one call to the next."""
+    """Deletes finished data; each call continues where the previous call ended."""
 
     def __init__(self, database: Database, clock: Clock, disk: Disk) -> None:
         self._database = database
@@ -225,7 +225,7 @@ class Retention:
                 return
 
     async def _return_pages(self, deadline: float) -> int:
-        """Return free pages to the disk, some at a time; returns their number.
+        """Return a portion of the free pages to the disk; returns their number.
 
         On a full disk all pages are returned, because senders are refused until there is room.
         """
@@ -256,7 +256,7 @@ def _pruned(deleted: Counter[str], *, done: bool) -> Pruned:
 
 
 async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection) -> tuple[int, bool]:
-    """Delete some rows of a kind; returns their number, and whether more may exist."""
+    """Delete a batch of rows of a kind; returns their number, and whether more may exist."""
     sql, limit = ROWS_SQL[name]
     async with connection.execute(sql, (before, limit)) as cursor:
         return cursor.rowcount, cursor.rowcount == limit

@@ -54,7 +54,7 @@ async def in_thread(work: Callable[[Stop], T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
-        with suppress(Exception):  # the interrupted work fails, which nobody needs to know
+        with suppress(Exception):  # the interrupted work fails; the caller is cancelled anyway
             await task
         raise
 

@@ -34,9 +34,9 @@ def stamp(wall: int) -> str:
 
 
 async def rescue(connection: aiosqlite.Connection, database: Path, wall: int, mark: Mark) -> Backup:
-    """Copy what an open connection reads to a new file of mode 0600 beside the database, and check the copy.
+    """Copy the data of an open connection to a new file of mode 0600 beside the database, and check the copy.
 
-    The folder is created again if it is missing. `mark` is the progress that the database had reached.
+    The folder is created again if it is missing. `mark` is the progress of the database before the copy.
 
     Raises:
         StorageUnavailableError: there is no room for it at the moment.

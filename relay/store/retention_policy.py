@@ -1,4 +1,4 @@
-"""Retention of finished data: how long an event is kept, as a pure function of its source and type."""
+"""Retention of finished data: the time to keep an event, as a pure function of its source and type."""
 
 import re
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ class Policy:
 
     @property
     def by_type(self) -> tuple[str, ...]:
-        """The sources that have rules for some of their types."""
+        """The sources that have rules by event type."""
         return tuple(self._types)
 
     def of_type(self, source: str, full_type: str) -> Keep | None:
         """Return the first rule that matches a type; None: the rule of its source applies.
 
-        It limits dead deliveries as well, because such rules are for bodies that must be deleted in time.
+        The rule also limits dead deliveries, because it is for bodies that must be deleted in time.
         """
         for pattern, keep in self._types.get(source, ()):
             if pattern.match(full_type):

@@ -101,7 +101,7 @@ class Roster:
     def note_refused(
         self, source: str, change: WorkerChange, now: Now, rules: Callable[[str, str], WorkerRules]
     ) -> WorkerStatus | None:
-        """Note what a refused request says about a known worker; returns its status, None: unknown."""
+        """Note the sign of life of a worker in a refused request; returns its status, None if unknown."""
         key = (source, change.worker_id)
         row = self._rows.get(key)
         if row is None:
@@ -122,7 +122,7 @@ class Roster:
         return status
 
     def _keep_unregister(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
-        """Remember an unregister that came before the rows were read, until the worker sends something newer.
+        """Remember an unregister from before the rows were read, until the worker sends a newer request.
 
         A heartbeat within `TOMBSTONE` of it may have been sent before it, and changes nothing.
         """
@@ -135,7 +135,7 @@ class Roster:
                 del self.refused_unregisters[key]
 
     def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
-        """Apply the refused unregister requests that came before the rows were read."""
+        """Apply the refused unregister requests from before the rows were read."""
         for (source, _), (change, now) in before.refused_unregisters.items():
             self.note_refused(source, change, now, rules)
         self.refused_unregisters.clear()
@@ -233,7 +233,7 @@ class Roster:
 
 async def load_roster(connection: aiosqlite.Connection) -> Roster:
     """Read all workers, and the commands that wait for them."""
-    # The worker with the latest heartbeat comes last: it gets the sessions that several rows contain.
+    # The worker with the latest heartbeat is last: it gets the sessions that several rows contain.
     workers = await connection.execute_fetchall("SELECT record FROM workers ORDER BY last_heartbeat")
     commands = await connection.execute_fetchall(
         f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants

@@ -234,7 +234,7 @@ class SqliteStore:
             self._watched.close()
 
     def _note_error(self, error: Exception) -> None:
-        """Pass an error of a reader, which runs in its own thread, on to the writer."""
+        """Pass an error of a reader, which runs in a separate thread, on to the writer."""
         self._loop.call_soon_threadsafe(lambda: self.opened and self.database.writer.note_error(error))
 
     async def _meta(self, name: str) -> str | None:

@@ -56,14 +56,14 @@ class Transaction:
         self._queue.append((sql, values))
 
     def run_rows(self, sql: str, rows: Sequence[Row]) -> None:
-        """Queue a statement over rows; `{values}` in its text stands for them."""
+        """Queue a statement over rows, which replace `{values}` in its text."""
         for some in _portions(rows):
             self._queue.append((_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)]))
 
     def insert(
         self, into: str, columns: str, rows: Sequence[Row], *, verb: str = "INSERT", then: str = ""
     ) -> None:
-        """Queue the insertion of rows; `then` is an `ON CONFLICT` clause. A large column comes last."""
+        """Queue the insertion of rows; `then` is an `ON CONFLICT` clause. A large column must be last."""
         sql = f"{verb} INTO {into} ({columns}) VALUES {{values}} {then}"
         for some in _portions(rows):
             self._queue.append((_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)]))
@@ -74,7 +74,7 @@ class Transaction:
         return await self._connection.run(queue)
 
     async def fetch_rows(self, sql: str, rows: Sequence[Row]) -> list[Row]:
-        """Run the queue and then a statement over rows; `{values}` in its text stands for them."""
+        """Run the queue and then a statement over rows, which replace `{values}` in its text."""
         found: list[Row] = []
         for some in _portions(rows):
             statement = (_text(sql, len(some), len(some[0])), [*chain.from_iterable(some)])

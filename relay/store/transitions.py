@@ -121,7 +121,7 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
                           AND d.state = 'pending')
                  FROM freed)
         RETURNING destination
-        """,  # noqa: S608 - an integer of ours
+        """,  # noqa: S608 - only an integer
         keys,
     )
     batch.woken.update(destination for (destination,) in rows)
@@ -130,8 +130,8 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
 async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations) -> None:
     """Expire deliveries of destinations that accept nothing, a day after a warning.
 
-    The table `held` has the time since when they accept nothing, so a restart does not extend it. All times
-    are steady, like due times. The column `told` is set after the warning.
+    The table `held` stores the start of the time in which they accept nothing, so a restart does not extend
+    that time. All times are steady, like due times. The column `told` is set after the warning.
     """
     rows = await transaction.fetch("SELECT destination, since, told FROM held")
     known = {name: (since, bool(warned)) for name, since, warned in rows}
@@ -190,14 +190,14 @@ async def make_due(batch: Batch, transaction: Transaction) -> None:
         UPDATE deliveries SET next_attempt_at = {int(batch.steady)}
          WHERE id IN (SELECT id FROM chosen) AND state = 'pending' AND next_attempt_at > {int(batch.steady)}
         RETURNING id, destination
-        """,  # noqa: S608 - an integer of ours
+        """,  # noqa: S608 - only an integer
         [(delivery_id,) for delivery_id in batch.to_make_due],
     )
     batch.made_due = dict(rows)
 
 
 async def repeat(batch: Batch, transaction: Transaction) -> None:
-    """Create new deliveries of events, unless the event is gone or one of its deliveries is pending."""
+    """Create new deliveries of events, unless the event was deleted or one of its deliveries is pending."""
     rows = await transaction.fetch_rows(
         """
         WITH chosen (event_id, destination) AS (VALUES {values})

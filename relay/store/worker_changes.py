@@ -172,8 +172,8 @@ class SqliteWorkerChanges:
     ) -> tuple[tuple[Session, ...], WorkerKey | None]:
         """Return the sessions that a worker must restore, and the key of the worker that had them.
 
-        They are its own. If it has none, they are those of the OFFLINE worker at the same endpoint with the
-        latest heartbeat.
+        The sessions are those of the worker's row; if it has no sessions, those of the OFFLINE worker at the
+        same endpoint with the latest heartbeat.
         """
         rows = [row] if row is not None else []
         if rules.names_one_machine(endpoint):

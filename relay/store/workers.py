@@ -33,8 +33,8 @@ class SqliteWorkers:
     def apply_in_memory(self, acceptance: Acceptance) -> Receipt | None:
         """Apply a heartbeat in memory if it changes only the time and the gauges; `flush` writes it.
 
-        None: it must be written. That is so as well while another change of its worker is being written,
-        because the rules depend on the order of the changes.
+        Returns None if the heartbeat must be written. While another change of its worker is being written, it
+        must be written as well, because the rules depend on the order of the changes.
         """
         change = acceptance.change
         if acceptance.event is not None or not isinstance(change, Heartbeat):

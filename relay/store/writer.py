@@ -51,9 +51,7 @@ class Job(Generic[T]):
         keys: Sequence[Key | None] = (),
     ) -> None:
         self.apply = apply  # adds the caller's change to the batch; pure, may raise a refusal
-        self.finish = (
-            finish  # returns the final result after the commit; None: the result of `apply` is final
-        )
+        self.finish = finish  # makes the final result after the commit; None: the result of `apply` is final
         self.size = size  # bytes waiting in the queue
         self.keys = keys  # idempotency keys that the batch must look up first
         self.bounded = False  # whether it is a sender's request, which may not use the reserve of a full disk
@@ -118,8 +116,8 @@ class Writer:
         self._wake = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
-        self.failure: str | None = None  # why writes fail at the moment; None: they work
-        self.broken: str | None = None  # why nothing is written until `resume` or a restart; also a `failure`
+        self.failure: str | None = None  # why writes fail at the moment; None while they work
+        self.broken: str | None = None  # why writes stop until `resume` or a restart; also a `failure`
         self.halted = asyncio.Event()  # set while the writer is halted because of `broken`
         self.commits = 0
         self._busy_since: float | None = None  # time.monotonic() at the start of the current step; None: idle
@@ -187,7 +185,7 @@ class Writer:
 
     @property
     def busy(self) -> float:
-        """Seconds that the current transaction, call or probe has taken so far; 0: none is running."""
+        """Seconds since the start of the current transaction, call or probe; 0 while idle."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     async def call(self, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
@@ -204,7 +202,7 @@ class Writer:
         return await future
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        """Stop the daemon if the task ends by itself, because every caller would wait for ever."""
+        """Stop the daemon if the task ends unexpectedly, because every caller would wait for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the writer failed", exc_info=error)
             self._on_fatal(f"the writer failed: {error}")
@@ -243,7 +241,7 @@ class Writer:
         return jobs
 
     async def _commit(self, jobs: list[Job[Any]]) -> None:
-        """Run one transaction. If a job makes it fail, run each job again in a transaction of its own."""
+        """Run one transaction. If a job makes it fail, run each job again in a separate transaction."""
         served: list[Job[Any]] = []
         began = time.monotonic()
         try:

@@ -217,7 +217,7 @@ def names_one_machine(endpoint: str) -> bool:
 
 
 def _host(endpoint: str) -> str:
-    """Return the host of a URL or of `host:port`; `""` if it has none."""
+    """Return the host of a URL or of `host:port`; `""` without a host."""
     try:
         return urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
     except ValueError:
@@ -344,7 +344,7 @@ def _update_session(row: Worker | None, change: SessionSeen, now: Now) -> Step:
 
 
 def _as_of(row: Worker, id_: str, session: Session | None) -> int:
-    """Return the time of a session's current state: of its last event, or its last activity in a list."""
+    """Return the time of a session's current state: its last event, or its last activity in a list."""
     if (at := row.changed.get(id_)) is not None:
         return at
     listed = None if session is None else instant(session.last_activity)

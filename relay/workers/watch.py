@@ -19,7 +19,7 @@ _REMEMBERED = 16_384  # workers whose rules are cached; the patterns are matched
 
 
 class Rulebook:
-    """Finds the rules of a worker: those of its source, overridden by the first matching id pattern."""
+    """Finds the rules of a worker: the rules of its source, which the first matching id pattern overrides."""
 
     def __init__(self, default: WorkerRules, sources: Mapping[str, WorkerRules]) -> None:
         self._default = default
@@ -48,8 +48,8 @@ class Rulebook:
 
     def adopt(self, other: "Rulebook") -> None:
         """Replace the rules by those of another rulebook."""
-        self._default, self._sources = other._default, other._sources  # noqa: SLF001 - one of our own kind
-        self._overrides, self._cached = other._overrides, other._cached  # noqa: SLF001 - likewise
+        self._default, self._sources = other._default, other._sources  # noqa: SLF001 - the same class
+        self._overrides, self._cached = other._overrides, other._cached  # noqa: SLF001 - the same class
 
     def _find(self, source: str, worker_id: str) -> WorkerRules:
         rules = self._sources.get(source, self._default)
@@ -83,8 +83,8 @@ class Watch:
     async def sweep(self) -> None:
         """Mark silent workers offline. After more than three missed sweeps, extend all deadlines instead.
 
-        A late sweep uses the time at which it was due: heartbeats that arrived while the process stood still
-        are only read before the next sweep.
+        A late sweep uses the time at which it was due: heartbeats that arrived while the process was stopped
+        are read only before the next sweep.
         """
         now = self._clock.steady()
         if self._last is None or now - self._last > 3 * self.interval * SECOND:

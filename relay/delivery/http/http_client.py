@@ -43,7 +43,7 @@ Bytes that arrive late would be read as the response to the next request.
 """
 
 DELIVERY_HEADERS = ("retry-after", "webhook-delivery")
-"""Response headers that influence what happens to a delivery."""
+"""Response headers that change the outcome of a delivery."""
 
 _HEADER_LIMIT = 200  # characters of such a header; a date needs 29
 

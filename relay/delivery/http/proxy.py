@@ -26,7 +26,7 @@ class Proxy:
         self._own = own
 
     def check(self, target: URL) -> None:
-        """Check that a URL may be requested from the proxy, as far as its text says.
+        """Check by a URL's text that the relay may request it from the proxy.
 
         Raises:
             Blocked: the host is an address that must not be dialled.

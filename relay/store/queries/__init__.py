@@ -1,6 +1,6 @@
 """Reads of the store: lists, selections, counts and exports, page by page, each along an index.
 
-`filters` says what each filter means, `plan` chooses the index, and `page` bounds the search for one page.
+`filters` defines each filter, `plan` chooses the index, and `page` bounds the search for one page.
 """
 
 from collections.abc import AsyncIterator, Sequence

@@ -1,4 +1,4 @@
-"""Filters of lists: what each of them means in SQL, and which candidates match a selection.
+"""Filters of lists: defines each filter in SQL, and finds the candidates that match a selection.
 
 This is the only table of filters in the store; `relay.store.queries.plan` has the indexes. To add a filter,
 add its condition here.
@@ -146,7 +146,7 @@ class Filter:
         return self._where is not None
 
     async def matches(self, reader: aiosqlite.Connection, ids: Sequence[int]) -> list[Match]:
-        """Return the matches of some candidates, in any order."""
+        """Return the matches among the candidates, in any order."""
         sql = self._sql.format(marks=marks(ids), conditions=self._conditions)
         rows = await reader.execute_fetchall(sql, [*ids, *self._values])
         found = [

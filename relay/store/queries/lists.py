@@ -185,7 +185,7 @@ async def _plans(
 async def _positions(
     reader: aiosqlite.Connection, matching: Filter, ids: Sequence[int], before: Cursor, *, within_event: bool
 ) -> list[Cursor]:
-    """Return the positions of the matches of some candidates; `within_event`: several rows have one key."""
+    """Return the positions of the matches among candidates; `within_event`: rows of one event share a key."""
     if matching.is_open and not within_event:
         return [Cursor(id_) for id_ in ids]
     matches = await matching.matches(reader, ids) if ids else []

@@ -31,7 +31,7 @@ _CURSOR = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?", re.ASCII)
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
-    """A position in a list: a page contains what comes before it."""
+    """A position in a list: a page contains rows before it."""
 
     key: int  # value by which the list is sorted
     row: int = 0  # row id, where several rows have the same key; 0: the key is the row id
@@ -58,14 +58,14 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
 
 
 TOP = Cursor(2**63 - 1)
-"""Before this comes every row."""
+"""Every row is before this position."""
 
 
 class Step(msgspec.Struct, frozen=True):
     """Result of one step of a search."""
 
     found: list[Cursor]  # positions of matching rows, in order
-    next: Cursor | None  # where the next step continues; None: no candidate is left
+    next: Cursor | None  # start of the next step; None: no candidate is left
     candidates: int  # number of checked candidates
 
 

@@ -1,8 +1,8 @@
 """Query plans: the index along which a list finds its candidates.
 
-Several filters may each have an index, and which of them leads to the fewest candidates depends on the stored
-data: a busy source with a rare subject, or a rare state until a receiver fails. So the plans are probed. The
-plan whose 2,000th candidate is the oldest passes over the fewest rows in vain.
+Several filters may have an index. The stored data decides which index leads to the fewest candidates: a busy
+source may have a rare subject, and a state is rare until a receiver fails. So the plans are probed. The plan
+whose 2,000th candidate is the oldest reads the fewest rows that do not match.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ class Path(msgspec.Struct, frozen=True):
     key: str = "id"  # column with the row id
 
     def sql(self, *, newest_first: bool = True) -> str:
-        """Return a statement; `?` stand for the condition's values, the end, the start and a limit."""
+        """Return a statement; its `?` are the condition's values, the end, the start and a limit."""
         condition = f"{self.condition} AND " if self.condition else ""
         order = " DESC" if newest_first else ""
         return (
@@ -100,7 +100,7 @@ class QueryPlan(msgspec.Struct, frozen=True):
         """Return about `count` candidates of the row ids from `start` to before `end`, in order.
 
         Also returns the row id at which the next call continues: its `end`, or its `start` minus 1 if the
-        oldest come first. None: no candidate is left.
+        oldest are first. None: no candidate is left.
         """
         if self.path is None:
             ordered = self.ids if newest_first else reversed(self.ids)
@@ -110,12 +110,12 @@ class QueryPlan(msgspec.Struct, frozen=True):
         reached = [ids[-1] for ids in rows if len(ids) == count]
         if not reached:
             return sorted({id_ for ids in rows for id_ in ids}, reverse=newest_first), None
-        limit = max(reached) if newest_first else min(reached)  # beyond it some term may have more
+        limit = max(reached) if newest_first else min(reached)  # beyond it a term may have more
         complete = {id_ for ids in rows for id_ in ids if (id_ >= limit if newest_first else id_ <= limit)}
         return sorted(complete, reverse=newest_first), limit
 
     async def reach(self, reader: aiosqlite.Connection, end: int, start: int) -> int | None:
-        """Return the row id of the candidate by which plans are compared; None: fewer candidates exist."""
+        """Return the row id of the 2,000th candidate, which compares plans; None: fewer candidates exist."""
         if self.path is None:
             return None
         rows = await self._read(reader, f"{self.path.sql()} OFFSET ?", (end, start, 1, PROBED - 1))
