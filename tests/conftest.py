@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from machines import fetch
 from stores import make_store
 from support import FakeClock
 
+from relay.app import GC_THRESHOLDS
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Url
 from relay.delivery.http.http_client import HttpClient
@@ -48,6 +50,24 @@ def pytest_cmdline_main(config):
     folders = any(Path(arg.partition("::")[0]).is_dir() for arg in config.args)
     if folders and not option.usepdb and not option.collectonly and option.dist == "no":
         option.numprocesses, option.dist, option.loadscopereorder = WORKERS, "loadfile", False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Have one worker at a time import a test file: the first one writes its bytecode for the others."""
+    if not IS_WORKER or not isinstance(collector, pytest.Module):
+        return (yield)
+    with collector.path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Exempt what exists from garbage collection, which would visit thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def pytest_collection_modifyitems(items):
