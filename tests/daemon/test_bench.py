@@ -64,7 +64,7 @@ def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99(
 
 
 def test_json_has_every_round_of_both_versions():
-    for comparison in json.loads(bench("ingest", "relay", "--json", *SHORT)):
+    for comparison in json.loads(bench("ingest", "--json", *SHORT)):
         for side in ("ours", "theirs"):
             assert len(comparison[side]) == 2
             assert all(each["events"] == 20 and each["seconds"] > 0 for each in comparison[side])
@@ -124,9 +124,9 @@ async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(old_e
 
 def test_lists_are_measured_with_every_filter_and_their_plans_are_checked():
     """There are too few events for meaningful figures."""
-    command = [sys.executable, "-m", "bench.lists", "--events", "400"]
+    command = [sys.executable, "-m", "bench.lists", "--events", "100"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
-    assert "400 events, 1,200 deliveries" in done.stdout
+    assert "100 events, 300 deliveries" in done.stdout
     assert re.findall(
         r"^(\w+): \d+ queries, median [0-9.]+ ms, maximum [0-9.]+ ms", done.stdout, re.MULTILINE
     ) == [
@@ -152,7 +152,7 @@ def test_resident_memory_is_printed_with_its_target():
 
 
 def test_events_during_floods_are_timed_and_compared_with_the_target():
-    command = [sys.executable, "-m", "bench.flood", "0.3"]
+    command = [sys.executable, "-m", "bench.flood", "0.1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     head, *rows, target = done.stdout.splitlines()
     assert head.split() == ["flood", "events", "p50", "ms", "p99", "ms", "max", "ms", "responses/s"]
