@@ -28,20 +28,21 @@ from relay.base.clock import SystemClock
 from relay.base.ids import EVENT, new_id
 from relay.config.schema import WorkerRules
 from relay.model import Attempt, Delivery, Outcome, StoredEvent, Target
-from relay.store import Acceptance, commit, event_times, prune
+from relay.store import Acceptance
 from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims, claim
-from relay.store.connection import migrate, open_reader, open_writer
 from relay.store.dedupe import Key, Keys, identity
-from relay.store.mark import GIVEN_SQL
 from relay.store.opening import no_options
-from relay.store.queries import filters as list_filters
-from relay.store.queries import lists as stored_lists
-from relay.store.queries import plan
-from relay.store.queries.page import Cursor
-from relay.store.queries.plan import Path as IndexPath
 from relay.store.roster import Roster
-from relay.store.rows import (
+from relay.store.sqlite import commit, event_times, prune
+from relay.store.sqlite.connection import migrate, open_reader, open_writer
+from relay.store.sqlite.mark import GIVEN_SQL
+from relay.store.sqlite.queries import filters as list_filters
+from relay.store.sqlite.queries import lists as stored_lists
+from relay.store.sqlite.queries import plan
+from relay.store.sqlite.queries.page import Cursor
+from relay.store.sqlite.queries.plan import Path as IndexPath
+from relay.store.sqlite.rows import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
     STATS_COLUMNS,
@@ -49,9 +50,9 @@ from relay.store.rows import (
     delivery_of,
     event_row,
 )
-from relay.store.schema import MIGRATIONS
-from relay.store.transaction import Transaction, WriterConnection
-from relay.store.transitions import apply_cancellations
+from relay.store.sqlite.schema import MIGRATIONS
+from relay.store.sqlite.transaction import Transaction, WriterConnection
+from relay.store.sqlite.transitions import apply_cancellations
 
 GROUP = 64
 """Events in one commit, and outcomes in one commit."""

@@ -19,8 +19,8 @@ import msgspec
 from bench.filling import END, fill
 from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
-from relay.store.database import Database
-from relay.store.read_only import Reading, read_only
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.read_only import Reading, read_only
 
 TARGET = 0.050
 """Seconds for one page."""

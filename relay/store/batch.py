@@ -27,7 +27,7 @@ from relay.model import (
 from relay.store import DEDUPE_FOR, Acceptance, Resolve, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.roster import Roster
-from relay.store.rows import HOUR
+from relay.store.sqlite.rows import HOUR
 from relay.store.worker_changes import SqliteWorkerChanges
 from relay.workers.rules import Now
 

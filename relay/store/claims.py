@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import aiosqlite
 
 from relay.model import Claim, Delivery
-from relay.store.rows import CLAIM_COLUMNS, GROUP_CLAIM_COLUMNS, delivery_of, grouped_delivery_of
+from relay.store.sqlite.rows import CLAIM_COLUMNS, GROUP_CLAIM_COLUMNS, delivery_of, grouped_delivery_of
 
 GROUP_BYTES = 4 * 2**20
 """Bytes of the bodies of one group; all of them are in memory while its message is written."""

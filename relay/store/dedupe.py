@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from relay.model import StoredEvent
-from relay.store.transaction import Row, Transaction
+from relay.store.sqlite.transaction import Row, Transaction
 
 SIZE = 20
 """Bytes of an identity. Rows of version 2 have the body's digest (32 bytes) instead."""

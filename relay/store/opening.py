@@ -71,8 +71,8 @@ def make_store(
     Raises:
         RelayError: no engine supports the URL.
     """
-    from relay.store.disk import Disk  # noqa: PLC0415 - see above
-    from relay.store.sqlite import SqliteStore  # noqa: PLC0415 - see above
+    from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
+    from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above
 
     path = path_of(url, folder)
     return SqliteStore(
@@ -110,7 +110,7 @@ def offline_store(url: str, folder: Path) -> OfflineStore:
     Raises:
         RelayError: no engine supports the URL.
     """
-    from relay.store.offline import SqliteOffline  # noqa: PLC0415 - see above
+    from relay.store.sqlite.offline import SqliteOffline  # noqa: PLC0415 - see above
 
     return SqliteOffline(path_of(url, folder))
 
@@ -120,7 +120,7 @@ def is_storage_failure(error: Exception) -> bool:
 
     False: another exception, or a faulty statement.
     """
-    from relay.store.writer import DAMAGED, TRANSIENT  # noqa: PLC0415 - see above
+    from relay.store.sqlite.writer import DAMAGED, TRANSIENT  # noqa: PLC0415 - see above
 
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF in TRANSIENT | DAMAGED

@@ -8,7 +8,7 @@ import msgspec
 
 from relay.config.schema import WorkerRules
 from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
-from relay.store.rows import COMMAND_COLUMNS, command_of, worker_of
+from relay.store.sqlite.rows import COMMAND_COLUMNS, command_of, worker_of
 from relay.workers.rules import TOMBSTONE, Now, extend_deadline, note_refused
 
 WorkerKey = tuple[str, str]

@@ -19,9 +19,15 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.store.roster import Roster, WorkerKey
-from relay.store.rows import COMMAND_COLUMNS, MEASUREMENT_COLUMNS, WORKER_COLUMNS, command_row, worker_row
-from relay.store.rows import measurement_row as measurement
-from relay.store.transaction import Transaction
+from relay.store.sqlite.rows import (
+    COMMAND_COLUMNS,
+    MEASUREMENT_COLUMNS,
+    WORKER_COLUMNS,
+    command_row,
+    worker_row,
+)
+from relay.store.sqlite.rows import measurement_row as measurement
+from relay.store.sqlite.transaction import Transaction
 from relay.workers import rules
 from relay.workers.rules import Now
 

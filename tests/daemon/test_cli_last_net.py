@@ -31,7 +31,7 @@ FORKS = """
 import gc, json, logging, os, signal, sys, tempfile, traceback
 import relay.app, relay.cli.config, relay.cli.send, relay.diagnosis.source_request
 import relay.demo.run, relay.api.views
-import relay.store.doctor, relay.store.opening
+import relay.store.sqlite.doctor, relay.store.opening
 from relay.cli import main
 from relay.config import paths
 "a".encode("idna")  # a user who may not read this Python could not import it

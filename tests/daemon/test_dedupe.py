@@ -17,7 +17,7 @@ from wire import Wire, request
 from relay.errors import KeyConflict
 from relay.store import Acceptance
 from relay.store.dedupe import identity
-from relay.store.schema import MIGRATIONS
+from relay.store.sqlite.schema import MIGRATIONS
 
 PLUGIN = '''
 from relay.hookspecs import hookimpl

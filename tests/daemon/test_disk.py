@@ -20,9 +20,9 @@ from relay.app import App
 from relay.delivery import dispatcher
 from relay.errors import StorageError
 from relay.plugin_loading.loader import load
-from relay.store.disk import Disk
 from relay.store.opening import DISK_RESERVE
-from relay.store.rescue import rescues_of
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.rescue import rescues_of
 
 MIB = 2**20
 HEALED = 15.0  # seconds; the relay looks at its disk every second

@@ -15,11 +15,11 @@ from support import FakeClock, until
 from wire import exchange, request
 
 from relay.errors import StorageError
-from relay.store.losses import reports_of
-from relay.store.mark import Mark, read_mark
-from relay.store.rescue import rescues_of
-from relay.store.wal import log_of, read_log
-from relay.store.writer import Job
+from relay.store.sqlite.losses import reports_of
+from relay.store.sqlite.mark import Mark, read_mark
+from relay.store.sqlite.rescue import rescues_of
+from relay.store.sqlite.wal import log_of, read_log
+from relay.store.sqlite.writer import Job
 
 SOON = 5.0  # seconds within which senders are refused
 

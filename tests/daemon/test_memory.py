@@ -12,7 +12,7 @@ from support import until
 from torture.memory import MOST, VARIANTS, torture
 from wire import Wire, request
 
-from relay.store.transaction import MOST_BYTES, ROWS, Transaction
+from relay.store.sqlite.transaction import MOST_BYTES, ROWS, Transaction
 
 HOUSES = tuple(str(Path(__file__).parents[2] / each) for each in ("relay", "plugins"))
 TEXT = "x" * 50_000

@@ -12,7 +12,7 @@ from commands import parse
 from relay import doctor as machine
 from relay.cli.destinations import _ADVICE
 from relay.delivery.lane import NO_STORAGE
-from relay.store import doctor as database_checks
+from relay.store.sqlite import doctor as database_checks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

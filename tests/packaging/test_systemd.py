@@ -29,7 +29,7 @@ from relay.metrics import Metrics
 from relay.plugin_loading.loader import load
 from relay.process.systemd import Inherited, Notifier
 from relay.process.watchdog import Watchdog
-from relay.store import sqlite
+from relay.store.sqlite import store as sqlite
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import asyncio
 from relay.cli import main
 from relay.model import Receipt
 from relay.store import Acceptance
-from relay.store.events import SqliteEvents
+from relay.store.sqlite.events import SqliteEvents
 
 LATE = 0.1  # seconds between the answer and the commit
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from relay.cli import main
 from relay.errors import StorageError, StorageUnavailableError
-from relay.store.disk import Disk
-from relay.store.sqlite import SqliteStore
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.store import SqliteStore
 
 
 def gives_up() -> None:

@@ -6,8 +6,8 @@ The first argument says how: `blind` never looks at its files, `trusting` takes 
 import sys
 
 from relay.cli import main
-from relay.store import sqlite
-from relay.store.files import Files
+from relay.store.sqlite import store as sqlite
+from relay.store.sqlite.files import Files
 
 HOW = sys.argv.pop(1)
 

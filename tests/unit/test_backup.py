@@ -11,8 +11,8 @@ from stores import end, ids, opened, rows, send
 from support import until
 
 from relay.errors import StorageError
-from relay.store import backup, read_only
-from relay.store.backup import back_up
+from relay.store.sqlite import backup, read_only
+from relay.store.sqlite.backup import back_up
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_a_cancelled_backup_stops_and_removes_its_file(store, clock, tmp_p
         stop.wait(10)
         return back_up(source, target, stop, replace=replace)
 
-    monkeypatch.setattr("relay.store.upkeep.back_up", slow)
+    monkeypatch.setattr("relay.store.sqlite.upkeep.back_up", slow)
     task = asyncio.ensure_future(store.upkeep.backup(tmp_path / "copy.db"))
     await until(lambda: begun)
     task.cancel()

@@ -11,7 +11,7 @@ from relay.errors import StorageError
 from relay.jobs.backups import Backups, examine, made_in
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
-from relay.store import backup
+from relay.store.sqlite import backup
 
 DAY = 86_400.0
 
@@ -186,7 +186,7 @@ async def test_the_latest_backup_is_never_deleted_to_make_room(cramped, clock):
 async def test_a_backup_stops_when_the_free_space_reaches_the_floor(cramped, monkeypatch):
     monkeypatch.setattr(backup, "CHECK_EVERY", 1)
     for module in ("backup", "upkeep"):  # there was room when it began
-        monkeypatch.setattr(f"relay.store.{module}.lacks", lambda *_, **__: 0)
+        monkeypatch.setattr(f"relay.store.sqlite.{module}.lacks", lambda *_, **__: 0)
     set_rules(cramped.backups, cramped.path, floor=cramped.free - 2**19, every=DAY, keep=10)
     with pytest.raises(StorageError, match="must stay free"):
         await cramped.backups.run()

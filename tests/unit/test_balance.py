@@ -4,7 +4,7 @@ import pytest
 from stores import opened, rows
 from support import FakeClock
 
-from relay.store.ledger import AUDIT_SQL
+from relay.store.sqlite.ledger import AUDIT_SQL
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from stores import opened, rows, send
 
 from relay.model import Compacted
-from relay.store import prune
+from relay.store.sqlite import prune
 
 
 @pytest.fixture

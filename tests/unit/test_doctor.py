@@ -11,8 +11,9 @@ from stores import end, hooks, opened, send
 
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Register, Target, Unregister
-from relay.store import Acceptance, Stop, doctor
-from relay.store.doctor import Examined, examine
+from relay.store import Acceptance, Stop
+from relay.store.sqlite import doctor
+from relay.store.sqlite.doctor import Examined, examine
 
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",

@@ -7,7 +7,7 @@ from stores import rows as read_rows
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome, Target
-from relay.store import transitions
+from relay.store.sqlite import transitions
 
 DAY = 86_400.0
 KEPT = int(30 * DAY * SECOND)

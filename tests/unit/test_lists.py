@@ -15,10 +15,11 @@ from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Attempt, Outcome, Selection, Target
 from relay.routing.subscription import Patterns
-from relay.store import Acceptance, event_times
-from relay.store.queries import page as pages
-from relay.store.queries import plan
-from relay.store.queries.filters import FILTERS
+from relay.store import Acceptance
+from relay.store.sqlite import event_times
+from relay.store.sqlite.queries import page as pages
+from relay.store.sqlite.queries import plan
+from relay.store.sqlite.queries.filters import FILTERS
 
 EVENTS = 1200
 """Events of the filled store: enough for several pages, and few enough for hundreds of queries."""

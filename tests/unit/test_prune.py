@@ -11,9 +11,9 @@ from stores import rows as read_rows
 from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Target
-from relay.store import event_times, prune
-from relay.store.queries import plan
 from relay.store.retention_policy import Policy
+from relay.store.sqlite import event_times, prune
+from relay.store.sqlite.queries import plan
 
 DAY = 86_400.0
 POLICY = Policy(Retention())
@@ -246,7 +246,7 @@ async def test_kept_events_are_not_read_again_until_the_next_round(store, clock,
 
 
 async def test_ended_commands_are_deleted_some_at_a_time(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.upkeep.PRUNE_AT_ONCE", 2)
+    monkeypatch.setattr("relay.store.sqlite.upkeep.PRUNE_AT_ONCE", 2)
     for number in range(4):
         state = "queued" if number == 1 else "sent"
         command = Command(

@@ -9,7 +9,7 @@ from relay.base.clock import SECOND
 from relay.errors import RelayError, UnknownError
 from relay.model import Attempt, Outcome, Selection, Target
 from relay.store import Span
-from relay.store.queries import selection
+from relay.store.sqlite.queries import selection
 
 
 @pytest.fixture(params=KINDS)

@@ -9,8 +9,8 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat
-from relay.store.queries import selection
-from relay.store.rows import HOUR
+from relay.store.sqlite.queries import selection
+from relay.store.sqlite.rows import HOUR
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from relay.model import (
     Target,
     Unregister,
 )
-from relay.store import Acceptance, sqlite
-from relay.store.schema import MIGRATIONS
+from relay.store import Acceptance
+from relay.store.sqlite import store as sqlite
+from relay.store.sqlite.schema import MIGRATIONS
 
 
 @pytest.fixture(params=KINDS)
@@ -231,7 +232,7 @@ async def test_a_full_disk_fails_the_batch_and_writes_resume_by_themselves(store
 
 
 async def test_the_queue_is_bounded(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.writer.MAX_JOBS", 3)
+    monkeypatch.setattr("relay.store.sqlite.writer.MAX_JOBS", 3)
     tasks = [asyncio.ensure_future(store.events.append(accept(clock))) for _ in range(8)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert sum(isinstance(result, Overloaded) for result in results) == 5

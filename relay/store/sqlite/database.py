@@ -6,8 +6,8 @@ from typing import Never, cast
 import aiosqlite
 
 from relay.errors import StorageUnavailableError
-from relay.store.transaction import WriterConnection
-from relay.store.writer import Writer
+from relay.store.sqlite.transaction import WriterConnection
+from relay.store.sqlite.writer import Writer
 
 
 class _Closed:

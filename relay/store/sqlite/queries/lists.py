@@ -1,4 +1,4 @@
-"""Lists, newest first, each along an index; every page is bounded, see `relay.store.queries.page`."""
+"""Lists, newest first, each along an index; every page is bounded, see `relay.store.sqlite.queries.page`."""
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -8,10 +8,11 @@ import msgspec
 
 from relay.errors import RelayError
 from relay.model import DeliveryState, Selection
-from relay.store import Page, event_times
-from relay.store.queries.filters import FILTERS, Filter
-from relay.store.queries.page import TOP, Cursor, PageBudget, Step, search
-from relay.store.queries.plan import (
+from relay.store import Page
+from relay.store.sqlite import event_times
+from relay.store.sqlite.queries.filters import FILTERS, Filter
+from relay.store.sqlite.queries.page import TOP, Cursor, PageBudget, Step, search
+from relay.store.sqlite.queries.plan import (
     DELIVERY_PATHS,
     QueryPlan,
     cheapest,
@@ -21,7 +22,7 @@ from relay.store.queries.plan import (
     plans_of_events,
     types_matching,
 )
-from relay.store.rows import marks
+from relay.store.sqlite.rows import marks
 
 EVENTS_SQL = """
     SELECT e.id AS row, e.public_id AS id, e.source, e.type, substr(e.subject, 1, 256) AS subject,

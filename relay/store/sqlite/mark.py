@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from relay.store.wal import open_plain
+from relay.store.sqlite.wal import open_plain
 
 LONGEST = 4096  # bytes of a mark
 GIVEN_SQL = """

@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from relay.errors import DiskFull, Overloaded, Refusal, StorageError, StorageUnavailableError
 from relay.store.batch import Batch
 from relay.store.dedupe import Key
-from relay.store.disk import COPIES, OVERHEAD, Disk
-from relay.store.transaction import Transaction, WriterConnection
+from relay.store.sqlite.disk import COPIES, OVERHEAD, Disk
+from relay.store.sqlite.transaction import Transaction, WriterConnection
 
 log = logging.getLogger("relay.store")
 
@@ -71,7 +71,7 @@ class Job(Generic[T]):
 
 
 class BatchHandler(Protocol):
-    """Makes and writes the batches of the writer; see `relay.store.commit.Committer`."""
+    """Makes and writes the batches of the writer; see `relay.store.sqlite.commit.Committer`."""
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch."""

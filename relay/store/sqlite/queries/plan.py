@@ -13,7 +13,7 @@ import msgspec
 
 from relay.model import Selection
 from relay.routing.subscription import Patterns
-from relay.store.rows import marks
+from relay.store.sqlite.rows import marks
 
 PROBED = 2000
 """Position of the candidate by which plans are compared."""

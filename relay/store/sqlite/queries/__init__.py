@@ -8,12 +8,12 @@ from typing import Any
 
 from relay.model import Chosen, DestinationState, Named, Selection, Stat
 from relay.store import Page, Span
-from relay.store.database import Database
-from relay.store.export import delivery_lines, write_line
-from relay.store.queries import lists
-from relay.store.queries import selection as selections
-from relay.store.queries.page import Cursor, portions
-from relay.store.rows import load_events
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.export import delivery_lines, write_line
+from relay.store.sqlite.queries import lists
+from relay.store.sqlite.queries import selection as selections
+from relay.store.sqlite.queries.page import Cursor, portions
+from relay.store.sqlite.rows import load_events
 
 EXPORT_EVENTS = 100
 """Events that an export loads at once."""

@@ -15,10 +15,10 @@ from relay.base.clock import SECOND
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import Backup
 from relay.store import Stop
-from relay.store.backup import sync
-from relay.store.mark import HIGHEST_SQL, Mark, mark_in
-from relay.store.read_only import in_thread, opened
-from relay.store.wal import log_of
+from relay.store.sqlite.backup import sync
+from relay.store.sqlite.mark import HIGHEST_SQL, Mark, mark_in
+from relay.store.sqlite.read_only import in_thread, opened
+from relay.store.sqlite.wal import log_of
 
 _NAME = "rescue"
 

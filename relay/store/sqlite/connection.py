@@ -18,8 +18,8 @@ import aiosqlite
 
 from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
-from relay.store.schema import MIGRATIONS
-from relay.store.transaction import WriterConnection
+from relay.store.sqlite.schema import MIGRATIONS
+from relay.store.sqlite.transaction import WriterConnection
 
 OLDEST = (3, 37, 0)
 """The oldest SQLite with STRICT tables; it also has RETURNING and UPDATE … FROM."""

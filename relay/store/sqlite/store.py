@@ -16,9 +16,10 @@ from relay.model import (
 from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Sequences
 from relay.store.claims import Claims
-from relay.store.commit import Committer
-from relay.store.compact import empty_log
-from relay.store.connection import (
+from relay.store.roster import load_roster
+from relay.store.sqlite.commit import Committer
+from relay.store.sqlite.compact import empty_log
+from relay.store.sqlite.connection import (
     check_companions,
     check_library,
     damaged,
@@ -29,21 +30,20 @@ from relay.store.connection import (
     quick_check,
     unreadable,
 )
-from relay.store.database import Database
-from relay.store.deliveries import SqliteDeliveries
-from relay.store.disk import Disk
-from relay.store.events import SqliteEvents
-from relay.store.file_watch import FileWatch
-from relay.store.files import Files
-from relay.store.ledger import TOTALS_SQL, SqliteLedger, counts_of
-from relay.store.losses import check_after_open, check_before_open
-from relay.store.mark import HIGHEST_SQL, mark_in
-from relay.store.queries import SqliteQueries
-from relay.store.roster import load_roster
-from relay.store.upkeep import SqliteUpkeep
-from relay.store.wal import log_of
-from relay.store.workers import SqliteWorkers
-from relay.store.writer import TRANSIENT, Writer
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.deliveries import SqliteDeliveries
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.events import SqliteEvents
+from relay.store.sqlite.file_watch import FileWatch
+from relay.store.sqlite.files import Files
+from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger, counts_of
+from relay.store.sqlite.losses import check_after_open, check_before_open
+from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
+from relay.store.sqlite.queries import SqliteQueries
+from relay.store.sqlite.upkeep import SqliteUpkeep
+from relay.store.sqlite.wal import log_of
+from relay.store.sqlite.workers import SqliteWorkers
+from relay.store.sqlite.writer import TRANSIENT, Writer
 
 log = logging.getLogger("relay.store")
 

@@ -10,9 +10,9 @@ from relay.errors import StorageError, Unavailable
 from relay.model import Heartbeat, Receipt, Worker, WorkerChange, WorkerStatus
 from relay.store import Acceptance, Rules, WorkerChanges
 from relay.store.batch import Batch
-from relay.store.database import Database
 from relay.store.roster import Roster, WorkerKey
-from relay.store.writer import Job
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.writer import Job
 from relay.workers.rules import Now, apply
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from relay.model import Backlog, Counts
-from relay.store.database import Database
+from relay.store.sqlite.database import Database
 
 # Pending deliveries are counted in two groups, each of which has an index: no other row is read.
 AUDIT_SQL = """

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from relay.model import Backup, Check, Measured
 from relay.store import Stop, StoredData
-from relay.store.backup import back_up
-from relay.store.doctor import Examined, examine
-from relay.store.measure import measure
-from relay.store.read_only import reading
+from relay.store.sqlite.backup import back_up
+from relay.store.sqlite.doctor import Examined, examine
+from relay.store.sqlite.measure import measure
+from relay.store.sqlite.read_only import reading
 
 
 class SqliteOffline:

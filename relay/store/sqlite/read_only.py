@@ -11,10 +11,10 @@ import aiosqlite
 
 from relay.errors import StorageError
 from relay.store import Stop
-from relay.store.database import Database
-from relay.store.ledger import LedgerReader
-from relay.store.queries import SqliteQueries
-from relay.store.schema import MIGRATIONS
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.ledger import LedgerReader
+from relay.store.sqlite.queries import SqliteQueries
+from relay.store.sqlite.schema import MIGRATIONS
 
 T = TypeVar("T")
 _CHECK_EVERY = 10_000  # instructions of SQLite between two checks of `stop`

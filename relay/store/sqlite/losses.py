@@ -10,9 +10,9 @@ from pathlib import Path
 
 from relay.base.clock import rfc3339
 from relay.errors import StorageError, StorageUnavailableError
-from relay.store.mark import Mark, read_mark
-from relay.store.rescue import rescues_of, restore_command, stamp
-from relay.store.wal import log_of, read_log
+from relay.store.sqlite.mark import Mark, read_mark
+from relay.store.sqlite.rescue import rescues_of, restore_command, stamp
+from relay.store.sqlite.wal import log_of, read_log
 
 log = logging.getLogger("relay.store")
 

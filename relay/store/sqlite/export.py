@@ -17,7 +17,7 @@ import msgspec
 from relay.base.json_text import check, decode
 from relay.errors import RelayError
 from relay.model import StoredEvent
-from relay.store.rows import marks
+from relay.store.sqlite.rows import marks
 
 DELIVERIES_SQL = """
     SELECT event_id, public_id, destination, state, reason, attempts, created_at, finished_at, last_status,

@@ -6,7 +6,7 @@ from pathlib import Path
 from relay.errors import StorageError
 from relay.model import Measured
 from relay.store import Stop
-from relay.store.read_only import opened
+from relay.store.sqlite.read_only import opened
 
 SQL = """
     SELECT (SELECT user_version FROM pragma_user_version),

@@ -7,15 +7,15 @@ from relay.errors import RelayError, StorageUnavailableError
 from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
 from relay.store import EVENT_BYTES, Acceptance, Span
 from relay.store.batch import Batch, Restored
-from relay.store.database import Database
 from relay.store.dedupe import KEY_ALONE, Key, identity
-from relay.store.deliveries import SqliteDeliveries
-from relay.store.export import read_line
-from relay.store.prune import Candidate, delete_events, deletions, paced
-from relay.store.queries import SqliteQueries
-from relay.store.rows import load_events, marks
-from relay.store.workers import SqliteWorkers
-from relay.store.writer import Job
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.deliveries import SqliteDeliveries
+from relay.store.sqlite.export import read_line
+from relay.store.sqlite.prune import Candidate, delete_events, deletions, paced
+from relay.store.sqlite.queries import SqliteQueries
+from relay.store.sqlite.rows import load_events, marks
+from relay.store.sqlite.workers import SqliteWorkers
+from relay.store.sqlite.writer import Job
 
 IMPORT_EVENTS = 100
 """Events that one transaction imports, so that senders' events are not delayed by it."""

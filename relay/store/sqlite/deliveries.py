@@ -11,8 +11,8 @@ from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent
 from relay.store import Cancelled
 from relay.store.batch import Batch, HeldDestinations, Repeat
 from relay.store.claims import Claims, claim, claim_groups
-from relay.store.database import Database
-from relay.store.writer import Job
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.writer import Job
 
 log = logging.getLogger("relay.store")
 

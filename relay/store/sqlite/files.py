@@ -6,7 +6,7 @@ A deleted file stays open and accepts every write, but everything written to it 
 import os
 from pathlib import Path
 
-from relay.store.wal import MAGIC, log_of, open_plain
+from relay.store.sqlite.wal import MAGIC, log_of, open_plain
 
 _DATABASE = b"SQLite format 3\0"
 _HEAD = 100  # bytes

@@ -9,13 +9,14 @@ from typing import Any
 
 from relay.base.clock import Clock
 from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, News, Outcome, Target, WorkerStatus
-from relay.store import Listener, Resolve, Route, Rules, event_times
+from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims
 from relay.store.dedupe import Keys
-from relay.store.deliveries import SqliteDeliveries
-from relay.store.ledger import SqliteLedger
-from relay.store.rows import (
+from relay.store.sqlite import event_times
+from relay.store.sqlite.deliveries import SqliteDeliveries
+from relay.store.sqlite.ledger import SqliteLedger
+from relay.store.sqlite.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
@@ -24,8 +25,8 @@ from relay.store.rows import (
     delivery_row,
     event_row,
 )
-from relay.store.transaction import Transaction
-from relay.store.transitions import (
+from relay.store.sqlite.transaction import Transaction
+from relay.store.sqlite.transitions import (
     apply_cancellations,
     cancel,
     end,
@@ -35,8 +36,8 @@ from relay.store.transitions import (
     make_due,
     repeat,
 )
-from relay.store.workers import SqliteWorkers
-from relay.store.writer import Job
+from relay.store.sqlite.workers import SqliteWorkers
+from relay.store.sqlite.writer import Job
 
 log = logging.getLogger("relay.store")
 

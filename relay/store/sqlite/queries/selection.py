@@ -16,11 +16,12 @@ import msgspec
 from relay.errors import RelayError, UnknownError
 from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
 from relay.routing.subscription import Patterns
-from relay.store import Span, event_times
-from relay.store.queries.filters import Filter, Match
-from relay.store.queries.page import TOP
-from relay.store.queries.plan import DESTINATIONS_SQL, cheapest, plans_of_events, types_matching
-from relay.store.rows import HOUR, STATS_COLUMNS
+from relay.store import Span
+from relay.store.sqlite import event_times
+from relay.store.sqlite.queries.filters import Filter, Match
+from relay.store.sqlite.queries.page import TOP
+from relay.store.sqlite.queries.plan import DESTINATIONS_SQL, cheapest, plans_of_events, types_matching
+from relay.store.sqlite.rows import HOUR, STATS_COLUMNS
 
 PAGE = 1000
 """Candidates that one page looks at."""

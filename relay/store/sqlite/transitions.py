@@ -13,7 +13,7 @@ from relay.base.clock import SECOND
 from relay.model import OPERATOR_SOURCE, GeneratedEvent, Outcome
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
-from relay.store.transaction import Row, Transaction
+from relay.store.sqlite.transaction import Row, Transaction
 
 EXPIRE_AT_ONCE = 1000
 """Deliveries that one transaction expires; the next transaction follows at once."""

@@ -11,8 +11,8 @@ from relay.base.units import render_size
 from relay.errors import StorageError
 from relay.model import Backup
 from relay.store import Stop
-from relay.store.ledger import AUDIT_SQL, counts_of
-from relay.store.read_only import opened
+from relay.store.sqlite.ledger import AUDIT_SQL, counts_of
+from relay.store.sqlite.read_only import opened
 
 SIZE_SQL = """
     SELECT (page_count - freelist_count) * page_size

@@ -17,15 +17,15 @@ import msgspec
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Pruned
-from relay.store.database import Database
-from relay.store.disk import Disk
-from relay.store.event_times import FORGET_SQL
-from relay.store.mark import GIVEN_SQL
-from relay.store.queries.page import portions
-from relay.store.queries.plan import EVENT_PATHS, types_between
 from relay.store.retention_policy import Policy
-from relay.store.transaction import Transaction, WriterConnection
-from relay.store.writer import Writer
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.event_times import FORGET_SQL
+from relay.store.sqlite.mark import GIVEN_SQL
+from relay.store.sqlite.queries.page import portions
+from relay.store.sqlite.queries.plan import EVENT_PATHS, types_between
+from relay.store.sqlite.transaction import Transaction, WriterConnection
+from relay.store.sqlite.writer import Writer
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Filters of lists: defines each filter in SQL, and finds the candidates that match a selection.
 
-This is the only table of filters in the store; `relay.store.queries.plan` has the indexes. To add a filter,
-add its condition here.
+This is the only table of filters in the store; `relay.store.sqlite.queries.plan` has the indexes. To add a
+filter, add its condition here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from relay.model import OPERATOR_SOURCE, Selection
 from relay.routing.conditions import Conditions, compile_conditions
 from relay.routing.envelope import EnvelopeView
 from relay.routing.subscription import Patterns
-from relay.store.queries.page import portions
-from relay.store.rows import load_events, marks
+from relay.store.sqlite.queries.page import portions
+from relay.store.sqlite.rows import load_events, marks
 
 # The unary plus keeps the planner from any other index than the one that leads to a candidate.
 _OF_EVENT = {

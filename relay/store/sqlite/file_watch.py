@@ -21,13 +21,13 @@ from relay.base.clock import Clock
 from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
 from relay.process.logs import in_one_line
-from relay.store.compact import empty_log
-from relay.store.disk import Disk
-from relay.store.files import Files
-from relay.store.mark import HIGHEST_SQL, Mark, mark_in, write_mark
-from relay.store.rescue import rescue, restore_command
-from relay.store.wal import log_of
-from relay.store.writer import DAMAGED, Writer
+from relay.store.sqlite.compact import empty_log
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.files import Files
+from relay.store.sqlite.mark import HIGHEST_SQL, Mark, mark_in, write_mark
+from relay.store.sqlite.rescue import rescue, restore_command
+from relay.store.sqlite.wal import log_of
+from relay.store.sqlite.writer import DAMAGED, Writer
 
 log = logging.getLogger("relay.store")
 

@@ -11,15 +11,15 @@ from relay.base.clock import Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Backup, Check, Compacted, Measured, Pruned
 from relay.store import DiskSpace
-from relay.store.backup import back_up, lacks
-from relay.store.compact import SIZES_SQL, empty_log
-from relay.store.database import Database
-from relay.store.disk import Disk
-from relay.store.doctor import Examined, examine
-from relay.store.measure import measure
-from relay.store.prune import PASS, Retention, paced, vacuum_some
-from relay.store.read_only import in_thread
 from relay.store.retention_policy import Policy
+from relay.store.sqlite.backup import back_up, lacks
+from relay.store.sqlite.compact import SIZES_SQL, empty_log
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.disk import Disk
+from relay.store.sqlite.doctor import Examined, examine
+from relay.store.sqlite.measure import measure
+from relay.store.sqlite.prune import PASS, Retention, paced, vacuum_some
+from relay.store.sqlite.read_only import in_thread
 
 PRUNE_AT_ONCE = 1000
 """Rows that one transaction deletes; a transaction of this size does not delay senders noticeably."""
