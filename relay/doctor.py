@@ -12,13 +12,14 @@ import msgspec
 from relay.base.clock import SECOND, rfc3339
 from relay.config.schema import Config
 from relay.jobs.scheduler import Past
-from relay.model import Check
+from relay.model import PAUSED_IN_CONFIG, Check
 
 FAILING = 600 * SECOND
 """Microseconds: a destination that has failed for longer is reported, although retries continue."""
 
 _ADVICE = {
     "paused": "relay destinations resume {name}",
+    PAUSED_IN_CONFIG: "set `paused = false` in [destinations.{name}], then: relay reload",
     "disabled": "repair the receiver, then: relay destinations enable {name}",
     "failing": "relay destinations test {name}",
 }

@@ -38,6 +38,10 @@ class BusyError(RelayError):
     """The same operation is already running; only one may run at a time."""
 
 
+class SetInConfigError(RelayError):
+    """config.toml decides this, so a command cannot change it."""
+
+
 class StorageError(RelayError):
     """The store failed and rolled back; the call changed nothing."""
 

@@ -167,18 +167,23 @@ class News(msgspec.Struct, frozen=True):
     later: Mapping[str, int] = {}  # per destination: when the first of its new groups is due (steady clock)
 
 
+PAUSED_IN_CONFIG = "paused in config.toml"
+"""`held` of a destination whose table has `paused = true`; only a reload ends it."""
+
+
 class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
     """The stored state of a destination, apart from its deliveries."""
 
     name: str
     paused: bool = False  # by an operator
+    paused_until: int | None = None  # steady clock; None: until an operator resumes
     failing_since: int | None = None  # steady clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
     disabled_reason: str | None = None  # gone (410), asked (by the response's header), failing, operator
 
     @property
     def held(self) -> str | None:
-        """The stored hold that only an operator can end, such as `paused`; None: there is no hold."""
+        """The stored hold, such as `paused`, which an operator or `paused_until` ends; None: no hold."""
         if self.paused:
             return "paused"
         return None if self.disabled_at is None else f"disabled: {self.disabled_reason}"

@@ -1,5 +1,7 @@
 """Destinations: list and show them with their backlog, pause, resume, disable, enable and test them."""
 
+import asyncio
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -7,6 +9,7 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import ErrorView, Page, endpoint
+from relay.api.query_params import read_field
 from relay.api.views import (
     ABSENT,
     DestinationShown,
@@ -15,12 +18,18 @@ from relay.api.views import (
     about,
     backlog_of,
     counted,
+    pause_of,
     times_of,
     unknown,
 )
+from relay.base.clock import SECOND
+from relay.base.units import parse_time_span
+from relay.config.document import read
+from relay.config.problems import KeyPath, dotted
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
-from relay.model import AttemptResult, DestinationState
+from relay.errors import RelayError, SetInConfigError
+from relay.model import AttemptResult
 
 
 class TimingView(msgspec.Struct):
@@ -63,6 +72,14 @@ class PingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
     ] = False
 
 
+class PauseBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How long a pause lasts; the body may be missing."""
+
+    for_: Annotated[str, about('Duration such as "1h"; without it, the pause has no end.')] | None = (
+        msgspec.field(default=None, name="for")
+    )
+
+
 class DestinationsApi:
     """Endpoints under `/api/destinations`."""
 
@@ -70,6 +87,7 @@ class DestinationsApi:
         self._store = context.store
         self._dispatcher = context.dispatcher
         self._clock = context.clock
+        self._state = context.state
         self._pings = Pings(context.clock)
 
     @endpoint(
@@ -102,20 +120,34 @@ class DestinationsApi:
         return {**shown, **await backlog_of(self._store, name, totals, self._clock.steady())}
 
     @endpoint(
-        "POST", "/api/destinations/{name}/{verb:pause|resume|disable|enable}", "steerDestination",
-        "Pause, resume, disable or enable a destination.", returns=DestinationSteered,
+        "POST", "/api/destinations/{name}/pause", "pauseDestination",
+        "Pause a destination, for some time or until it is resumed.",
+        body=PauseBody, optional_body=True, find="_lane", returns=DestinationSteered,
+    )  # fmt: skip
+    async def _pause(self, request: web.Request, body: PauseBody) -> dict[str, Any]:
+        lane, until = self._lane(request), None
+        if body.for_ is not None:
+            seconds = read_field("for", parse_time_span, body.for_)
+            until = self._clock.steady() + int(seconds * SECOND)
+        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=True, paused_until=until))
+        return _destination(lane)
+
+    @endpoint(
+        "POST", "/api/destinations/{name}/{verb:resume|disable|enable}", "steerDestination",
+        "Resume, disable or enable a destination.", returns=DestinationSteered, also={409: ErrorView},
     )  # fmt: skip
     async def _steer(self, request: web.Request) -> dict[str, Any]:
         lane = self._lane(request)
         now, state = self._clock.wall(), lane.health.state
+        if request.match_info["verb"] == "resume" and lane.config.paused:
+            raise await asyncio.to_thread(_paused_in_config, self._state.config.path, lane.name)
         changes: dict[str, dict[str, Any]] = {
-            "pause": {"paused": True},
-            "resume": {"paused": False},
+            "resume": {"paused": False, "paused_until": None},
             "disable": {"disabled_at": state.disabled_at or now, "disabled_reason": "operator"},
             "enable": {"disabled_at": None, "disabled_reason": None},
         }
         change = changes[request.match_info["verb"]]
-        await lane.set_state(DestinationState(**{**msgspec.structs.asdict(state), **change}))
+        await lane.set_state(msgspec.structs.replace(state, **change))
         return _destination(lane)
 
     @endpoint(
@@ -127,7 +159,9 @@ class DestinationsApi:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
 
     def _absent(self, name: str) -> dict[str, Any]:
-        return {"name": name, "held": ABSENT, "in_flight": self._dispatcher.in_flight(name)}
+        return {
+            "name": name, "held": ABSENT, **pause_of(), "in_flight": self._dispatcher.in_flight(name)
+        }  # fmt: skip
 
     def _lane(self, request: web.Request) -> Lane:
         name = request.match_info["name"]
@@ -138,4 +172,19 @@ class DestinationsApi:
 
 def _destination(lane: Lane) -> dict[str, Any]:
     """Describe a destination without its URL, which may contain a token."""
-    return {"name": lane.name, "held": lane.held, "in_flight": lane.in_flight}
+    pause = pause_of(lane.health.paused_by, lane.health.paused_until)
+    return {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight}
+
+
+def _paused_in_config(path: Path, name: str) -> SetInConfigError:
+    """Return the error for resuming a destination that config.toml pauses; it names file and line."""
+    key: KeyPath = ("destinations", name, "paused")
+    hint = "set it to false, or delete the line, and run: relay reload"
+    try:
+        document = read(path)
+        place = str(document.problem(key, "true"))
+        if key not in document.lines:
+            hint = "the file has changed since the daemon read it; run: relay reload"
+    except RelayError:  # the file is unreadable or has problems now
+        place = f"{path}: {dotted(key)}: true"
+    return SetInConfigError(f"{name} is paused in the configuration: {place}", hint=hint)

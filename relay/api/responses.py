@@ -17,6 +17,7 @@ from relay.errors import (
     BusyError,
     RelayError,
     RestartNeededError,
+    SetInConfigError,
     StorageError,
     StorageUnavailableError,
     UnknownError,
@@ -51,6 +52,7 @@ _STATUSES: Mapping[type[RelayError], tuple[int, str]] = {
     UnknownError: (404, "not_found"),
     RestartNeededError: (409, "restart_needed"),
     BusyError: (409, "busy"),
+    SetInConfigError: (409, "set_in_config"),
     StorageError: (503, "unavailable"),
     RelayError: (400, "bad_request"),
 }
@@ -96,7 +98,7 @@ async def body_of(request: web.Request, type_: type[T], *, optional: bool = Fals
 
 
 def _fields_of(type_: Any) -> str:
-    names = getattr(type_, "__struct_fields__", ())
+    names = getattr(type_, "__struct_encode_fields__", ())
     filters = f"; fields of a filter: {FIELDS}" if "filter" in names else ""
     return f"send a JSON object with the fields {', '.join(names)}{filters}"
 

@@ -6,7 +6,7 @@ receivers, and deliveries in flight. This module needs no aiohttp, because comma
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,6 +17,7 @@ from relay.config.schema import DestinationConfig
 from relay.errors import RelayError, UnknownError
 from relay.model import (
     OPERATOR_SOURCE,
+    PAUSED_IN_CONFIG,
     AttemptResult,
     Counts,
     DeliveryState,
@@ -122,6 +123,11 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
 
     name: str
     held: Annotated[str | None, about("Why the destination is held; null if it is not held.")]
+    paused_by: Annotated[
+        Literal["operator", "config"] | None,
+        about("Who paused it: an operator, or `paused = true` in config.toml; null: it is not paused."),
+    ]
+    paused_until: Annotated[Time | None, about("When an operator's pause ends; null: it has no end.")]
     in_flight: int
 
 
@@ -357,6 +363,11 @@ async def show_destination(
     return {**shown, **await backlog_of(stored, name, totals, now)}
 
 
+def pause_of(by: Literal["operator", "config"] | None = None, until: int | None = None) -> dict[str, Any]:
+    """Return who paused a destination, and when the pause ends (steady clock)."""
+    return {"paused_by": by, "paused_until": None if until is None else rfc3339(until)}
+
+
 def times_of(state: DestinationState, held_until: int | None = None) -> dict[str, str | None]:
     """Return the times since which a destination fails or is disabled, and until which it is held."""
     times = {
@@ -370,5 +381,10 @@ def times_of(state: DestinationState, held_until: int | None = None) -> dict[str
 def _stored(
     name: str, states: Mapping[str, DestinationState], known: Mapping[str, DestinationConfig]
 ) -> dict[str, Any]:
-    held = (states[name].held if name in states else None) if name in known else ABSENT
-    return {"name": name, "held": held, "in_flight": None}
+    if name not in known:
+        return {"name": name, "held": ABSENT, **pause_of(), "in_flight": None}
+    state = states.get(name, DestinationState(name=name))
+    if known[name].paused:
+        return {"name": name, "held": PAUSED_IN_CONFIG, **pause_of("config"), "in_flight": None}
+    pause = pause_of("operator", state.paused_until) if state.paused else pause_of()
+    return {"name": name, "held": state.held, **pause, "in_flight": None}

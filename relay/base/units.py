@@ -56,6 +56,18 @@ def parse_duration(text: str) -> float:
     return total
 
 
+def parse_time_span(text: str) -> float:
+    """Return seconds, more than 0.
+
+    Raises:
+        ValueError: the text is not a duration, or it is 0.
+    """
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError('expected a duration longer than 0, such as "1h"')
+    return seconds
+
+
 def parse_size(text: str) -> int:
     """Return bytes.
 

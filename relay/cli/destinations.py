@@ -4,11 +4,13 @@ from typing import Any
 
 import click
 
+from relay.base.units import parse_time_span
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
-from relay.cli.options import quiet_option
+from relay.cli.options import checked, quiet_option
 from relay.cli.output import print_fields, print_page
+from relay.model import PAUSED_IN_CONFIG
 
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
 
@@ -19,6 +21,7 @@ _FIELDS = (
 _STEPS = ("dns", "connect", "tls", "first_byte")
 _ADVICE = {
     "paused": "resume it with `relay destinations resume {name}`",
+    PAUSED_IN_CONFIG: "set `paused = false` in its table of config.toml and run `relay reload`",
     "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
     " `relay deliveries cancel --destination {name}`",
     "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up;"
@@ -113,11 +116,20 @@ def test(answer: Any, *, name: str, close_circuit: bool) -> None:
 
 
 @destinations.command()
-@endpoint("POST destinations/{name}/pause")
-def pause(answer: Any, *, name: str) -> None:
-    """Pause a destination: hold its deliveries until you resume it.
+@endpoint(
+    "POST destinations/{name}/pause",
+    body=lambda for_, **_: {} if for_ is None else {"for": for_},
+)
+@click.option(
+    "--for", "for_", metavar="DURATION", callback=checked(parse_time_span),
+    help='End the pause after this time, such as "1h".  [default: when you resume it]',
+)  # fmt: skip
+def pause(answer: Any, *, name: str, **_: Any) -> None:
+    """Pause a destination: hold its deliveries until you resume it, or for some time.
 
-    Example: relay destinations pause crm
+    Example: relay destinations pause crm --for 1h
+
+    The pause and its end survive a restart of the daemon. A second pause replaces the first one.
     """
     _print_state(answer, name)
 
@@ -128,6 +140,8 @@ def resume(answer: Any, *, name: str) -> None:
     """Resume deliveries to a paused destination.
 
     Example: relay destinations resume crm
+
+    A destination with `paused = true` in config.toml stays paused: change the file and run `relay reload`.
     """
     _print_state(answer, name)
     _print_advice(name, answer["held"])
@@ -178,7 +192,8 @@ def _print_closed(answer: Any, name: str) -> None:
 
 
 def _print_state(answer: Any, name: str) -> None:
-    click.echo(f"{name}: {answer['held'] or 'delivering'}")
+    until = f" until {answer['paused_until']}" if answer["paused_until"] else ""
+    click.echo(f"{name}: {answer['held'] or 'delivering'}{until}")
 
 
 def _print_advice(name: str, held: str | None) -> None:

@@ -19,7 +19,7 @@ from relay.config.paths import find_config, is_there
 from relay.config.schema import Config
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
-from relay.model import Check, Selection
+from relay.model import PAUSED_IN_CONFIG, Check, Selection
 from relay.store import Stop, StoredData
 from relay.store.opening import offline_store, path_of
 
@@ -72,11 +72,11 @@ class Offline:
         return [
             doctor.DestinationBacklog(
                 name=name,
-                held=states[name].held if name in states else None,
+                held=PAUSED_IN_CONFIG if each.paused else states[name].held if name in states else None,
                 pending=ledger[name].pending,
                 failing_since=states[name].failing_since if name in states else None,
             )
-            for name in self._config.destinations
+            for name, each in self._config.destinations.items()
             if name in ledger
         ]
 

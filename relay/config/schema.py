@@ -346,6 +346,14 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
             'the relay\'s own events; to get these, add `"relay.*"`'
         ),
     ] = ("*",)
+    paused: Annotated[
+        bool,
+        _help(
+            "holds the destination's deliveries, for a test before go-live: events are stored and routed, "
+            "and nothing is sent until the key is `false` or gone and `relay reload` has run. "
+            "`relay destinations resume` does not end this pause"
+        ),
+    ] = False
     where: Annotated[
         Any,
         _help(

@@ -1,15 +1,16 @@
 """The health of a destination: paused, disabled, resting, failing, and the state of its circuit breaker."""
 
 import logging
+from typing import Literal
 
 import msgspec
 
-from relay.base.clock import SECOND, Clock
+from relay.base.clock import SECOND, Clock, rfc3339
 from relay.config.schema import DestinationConfig
 from relay.delivery.circuit_breaker import Change, CircuitBreaker
 from relay.errors import StorageError
 from relay.metrics import Metrics
-from relay.model import OPERATOR_SOURCE, DestinationState, GeneratedEvent, StoredEvent
+from relay.model import OPERATOR_SOURCE, PAUSED_IN_CONFIG, DestinationState, GeneratedEvent, StoredEvent
 from relay.process.logs import fields
 from relay.store import Store
 
@@ -34,7 +35,7 @@ class DestinationHealth:
         self.circuit = CircuitBreaker(config.circuit, config.concurrency)
         self.rest_until = 0  # steady clock
         self._rest_reason = RESTING
-        self._stored_hold = state.held
+        self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
         self._store = store
         self._clock = clock
@@ -64,12 +65,25 @@ class DestinationHealth:
     def held_until(self) -> int | None:
         """Return when the hold ends without an operator (steady clock); None: only an operator ends it."""
         if self._stored_hold is not None:
-            return None
+            return self.paused_until
         return max(self.rest_until, self.circuit.open_until or 0)
+
+    @property
+    def paused_until(self) -> int | None:
+        """Return when the pause ends (steady clock); None: there is no pause, or it has no end."""
+        return self.state.paused_until if self.paused_by == "operator" else None
+
+    @property
+    def paused_by(self) -> Literal["operator", "config"] | None:
+        """Return who paused the destination; config.toml has priority. None: it is not paused."""
+        if self._config.paused:
+            return "config"
+        return "operator" if self.state.paused else None
 
     def reconfigure(self, config: DestinationConfig) -> None:
         """Apply another config, which may fix past failures: end the rest and make a probe due."""
         self._config = config
+        self._stored_hold = PAUSED_IN_CONFIG if config.paused else self.state.held
         self.rest_until = 0
         self.circuit.reconfigure(config.circuit, config.concurrency, self._clock.steady())
 
@@ -89,21 +103,33 @@ class DestinationHealth:
         Raises:
             StorageError: the state could not be stored; in memory it is applied.
         """
-        self.state, self._stored_hold = state, state.held
+        self.state = state
+        self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
         self._set_gauges()
         await self._store.deliveries.set_destination(state, event)
 
     async def set_by_operator(self, state: DestinationState) -> None:
         """Apply and store an operator's decision; resuming ends a rest, forgets failures and probes."""
         before = self.state
-        if before.held is not None and state.held is None:
-            state = msgspec.structs.replace(state, failing_since=None)
-            self.rest_until = 0
-            self.circuit.probe_by(self._clock.steady())
-        await self.change(state)
+        await self.change(self._resumed(state))
         for action in _actions(before, state):
             name = self._config.name
             log.info("%s: %s by an operator", name, action, extra=fields(destination=name))
+
+    async def end_pause(self) -> None:
+        """End a pause whose time has passed; while the store cannot be written, in memory only."""
+        name = self._config.name
+        state = msgspec.structs.replace(self.state, paused=False, paused_until=None)
+        await self._change_if_possible(self._resumed(state))
+        log.info("%s: resumed: the time of its pause has passed", name, extra=fields(destination=name))
+
+    def _resumed(self, state: DestinationState) -> DestinationState:
+        """Return a new state; if it ends the hold, also end a rest, forget failures and make a probe due."""
+        if self.state.held is None or state.held is not None:
+            return state
+        self.rest_until = 0
+        self.circuit.probe_by(self._clock.steady())
+        return msgspec.structs.replace(state, failing_since=None)
 
     async def close_circuit(self, reason: str) -> bool:
         """Close an open circuit and end a rest; return False if there was neither."""
@@ -203,8 +229,11 @@ class DestinationHealth:
 def _actions(before: DestinationState, after: DestinationState) -> list[str]:
     """Return the words for an operator's changes."""
     words = []
-    if before.paused != after.paused:
-        words.append("paused" if after.paused else "resumed")
+    if after.paused and (not before.paused or before.paused_until != after.paused_until):
+        until = after.paused_until
+        words.append("paused" if until is None else f"paused until {rfc3339(until)}")
+    elif before.paused and not after.paused:
+        words.append("resumed")
     if (before.disabled_at is None) != (after.disabled_at is None):
         words.append("enabled" if after.disabled_at is None else "disabled")
     return words

@@ -169,6 +169,15 @@ class Lane:
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
         await self.health.set_by_operator(state)
+        self._apply_hold()
+
+    async def _end_pause(self) -> None:
+        """Resume after a pause with an end."""
+        await self.health.end_pause()
+        self._apply_hold()
+
+    def _apply_hold(self) -> None:
+        """Release the deliveries in memory if they are held now, and look for due ones otherwise."""
         if self.held is not None:
             self._release_windows()
         for window in self._windows:
@@ -201,8 +210,7 @@ class Lane:
             self._rate = self._rate_limit()
         for window in self._windows:
             window.size = GROUPS if config.group_by is not None else WINDOW_SIZE
-            window.due = 0
-        self.turn()
+        self._apply_hold()
 
     def renew(self) -> None:
         """Resolve the destination's name again before the next attempt."""
@@ -585,4 +593,8 @@ class Lane:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.turn()
+        until = self.health.paused_until
+        if until is not None and until <= self._clock.steady() and not self._stopping:
+            self._spawn(self._end_pause())
+        else:
+            self.turn()

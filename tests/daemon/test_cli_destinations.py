@@ -1,12 +1,15 @@
 """`relay destinations` and `relay sources` against a relay that runs."""
 
 import asyncio
+import re
 
 import pytest
 from commands import Commands, run
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
-from wire import request
+from wire import exchange, request
+
+from relay.base.clock import SECOND, SystemClock, instant
 
 GONE = destination("gone", "http://127.0.0.1:1")
 
@@ -42,6 +45,58 @@ async def test_a_destination_is_paused_and_resumed(commands, stop, go_on, held):
     assert f"`relay destinations {go_on} crm`" in said.err
     assert (await commands("destinations", go_on, "crm", "--json")).json["held"] is None
     assert (await commands("destinations", "show", "crm")).err == ""
+
+
+CLOCK = SystemClock()
+
+
+async def test_a_pause_ends_after_the_given_time(commands, relay):
+    before = CLOCK.steady()
+    shown = (await commands("destinations", "pause", "crm", "--for", "1h", "--json")).json
+    end = instant(shown["paused_until"])
+    assert abs(end - before - 3600 * SECOND) < 10 * SECOND
+    assert shown["paused_by"] == "operator"
+    assert ["paused_until", shown["paused_until"]] in (await commands("destinations", "show", "crm")).rows
+    said = await commands("destinations", "pause", "crm", "--for", "2h")  # replaces the first pause
+    assert re.fullmatch(r"crm: paused until \d{4}-\S+Z\n", said.out)
+    assert shown["paused_until"] not in said.out
+    assert (await commands("destinations", "pause", "crm")).out == "crm: paused\n"  # without an end
+    assert (await commands("destinations", "resume", "crm")).out == "crm: delivering\n"
+    for text in ("0s", "soon", "-1h"):
+        said = await commands("destinations", "pause", "crm", "--for", text, code=2)
+        assert "expected a duration" in said.err
+
+
+@pytest.mark.parametrize("body", [b'{"for": "soon"}', b'{"for": "0s"}', b'{"for": 3600}', b'{"until": "1h"}'])
+async def test_a_pause_of_no_duration_is_refused(relay, body):
+    answer = await exchange(relay.addresses.socket, request("POST", "/api/destinations/crm/pause", body))
+    assert answer.status == 400
+    assert answer.json["error"]["message"].startswith(('"for": expected a duration', "invalid body: "))
+
+
+async def test_config_toml_wins_over_resume(tmp_path):
+    crm = destination("crm", "http://127.0.0.1:1", "paused = true")
+    config = write_config(tmp_path, SOURCES, crm)
+    async with running(config) as relay:
+        commands = Commands(relay.addresses.socket)
+        await commands("destinations", "pause", "crm", "--for", "1h")
+        said = await commands("destinations", "resume", "crm", code=1)
+        text = config.read_text()
+        line = 1 + text[: text.index("paused = true")].count("\n")
+        assert said.err == (
+            f"crm is paused in the configuration: {config}:{line}: destinations.crm.paused: true\n"
+            "  set it to false, or delete the line, and run: relay reload\n"
+        )
+        shown = (await commands("destinations", "show", "crm", "--json")).json
+        assert (shown["held"], shown["paused_by"], shown["paused_until"]) == (
+            "paused in config.toml", "config", None
+        )  # fmt: skip
+        assert "relay reload" in (await commands("destinations", "show", "crm")).err
+        config.write_text(text.replace("paused = true\n", ""))
+        said = await commands("destinations", "resume", "crm", code=1)
+        assert "the file has changed since the daemon read it; run: relay reload" in said.err
+        await commands("reload")
+        assert (await commands("destinations", "resume", "crm")).out == "crm: delivering\n"
 
 
 async def test_the_name_is_the_first_field(commands):

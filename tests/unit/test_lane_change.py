@@ -14,6 +14,7 @@ from relay.base.units import Rate
 from relay.config.schema import CircuitConfig, RetryConfig
 from relay.config.secrets import Secret, Url
 from relay.errors import RelayError
+from relay.model import DestinationState
 
 LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
 LATER = RetryConfig(schedule=(3600.0,) * 9)
@@ -49,6 +50,23 @@ async def test_an_unchanged_destination_keeps_lane_circuit_and_bucket(store, rec
         assert dispatcher.lanes == {"crm": lane}
         assert (lane._rate, lane._runner, lane.health.circuit) == kept
         assert lane.held == "circuit open"
+
+
+async def test_a_destination_that_the_config_pauses_is_held_until_a_reload(store, receiver):
+    crm = destination("crm", receiver.url, paused=True)
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
+        sent = await send(store)
+        assert (lane.held, lane.health.paused_by) == ("paused in config.toml", "config")
+        await lane.set_state(DestinationState(name="crm"))  # resuming does not help
+        assert (lane.held, lane.health.paused_by) == ("paused in config.toml", "config")
+        await change(dispatcher, store, msgspec.structs.replace(crm, paused=False))
+        assert (await ended(store))[0]["attempts"] == 1
+        assert (lane.held, receiver.ids) == (None, [sent])
+        await change(dispatcher, store, crm)
+        await send(store)
+        assert lane.held == "paused in config.toml"
+        assert len(await store.queries.find("deliveries", limit=9, state="pending")) == 1
 
 
 async def test_a_changed_url_is_used_at_once_while_an_attempt_hangs_at_the_old_one(store, receiver, other):

@@ -276,6 +276,33 @@ async def test_deliveries_held_by_an_operator_count_no_attempt_and_are_sent_on_r
     assert sorted(receiver.ids) == sorted(sent)
 
 
+@pytest.mark.parametrize("wait", [0.4, -1.0], ids=["while the relay runs", "while the relay is stopped"])
+async def test_a_pause_with_an_end_survives_a_restart_and_ends_by_itself(store, receiver, wait):
+    end = CLOCK.steady() + int(wait * SECOND)
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        await dispatcher.lanes["crm"].set_state(DestinationState(name="crm", paused=True, paused_until=end))
+        sent = await send(store)
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        lane = dispatcher.lanes["crm"]
+        assert (lane.held, lane.health.paused_by, lane.health.paused_until) == ("paused", "operator", end)
+        [row] = await ended(store)
+        assert (lane.held, lane.health.paused_by) == (None, None)
+        assert await store.queries.destination_states() == {"crm": DestinationState(name="crm")}
+    assert (row["state"], row["attempts"], receiver.ids) == ("delivered", 1, [sent])
+    assert receiver.times[0] >= end
+
+
+async def test_a_pause_that_ends_leaves_a_disabled_destination_disabled(store, receiver):
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        lane = dispatcher.lanes["crm"]
+        disabled = DestinationState(name="crm", disabled_at=1, disabled_reason="operator")
+        state = msgspec.structs.replace(disabled, paused=True, paused_until=CLOCK.steady() + SECOND // 10)
+        await lane.set_state(state)
+        assert lane.held == "paused"
+        await until(lambda: lane.held == "disabled: operator")
+        assert lane.health.state == disabled
+
+
 # --- operator events ----------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from relay.base.clock import Clock
 from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, News, Outcome, Target, WorkerStatus
 from relay.store import Listener, Resolve, Route, Rules
@@ -20,6 +22,7 @@ from relay.store.sqlite.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
+    STATE_COLUMNS,
     STATS_COLUMNS,
     attempt_row,
     delivery_row,
@@ -113,9 +116,8 @@ async def _write_requested(batch: Batch, transaction: Transaction, claims: Claim
     if batch.to_restore:
         await _restore(batch, transaction)
     if batch.states:
-        columns = "name, paused, failing_since, disabled_at, disabled_reason"
-        states = [(s.name, s.paused, s.failing_since, s.disabled_at, s.disabled_reason) for s in batch.states]
-        transaction.insert("destinations", columns, states, verb="REPLACE")
+        states = [msgspec.structs.astuple(state) for state in batch.states]
+        transaction.insert("destinations", STATE_COLUMNS, states, verb="REPLACE")
     if batch.pauses:
         transaction.insert("sources", "name, paused", batch.pauses, verb="REPLACE")
 

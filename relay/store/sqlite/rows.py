@@ -8,7 +8,7 @@ import msgspec
 
 from relay.base.clock import SECOND
 from relay.base.json_text import encode
-from relay.model import Attempt, Command, Delivery, DeliveryState, StoredEvent, Worker
+from relay.model import Attempt, Command, Delivery, DeliveryState, DestinationState, StoredEvent, Worker
 
 Row = tuple[Any, ...]
 
@@ -29,6 +29,7 @@ ATTEMPT_COLUMNS = "delivery_id, started_at, duration_ms, result, status, error, 
 WORKER_COLUMNS = "source, id, status, last_heartbeat, deadline, record"
 MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, message_count, sessions"
 COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, sent_at, body"
+STATE_COLUMNS = ", ".join(DestinationState.__struct_fields__)
 STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
 
 HOUR = 3600 * SECOND

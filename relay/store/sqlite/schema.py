@@ -219,10 +219,15 @@ ALTER TABLE attempts ADD COLUMN group_id TEXT;         -- of the message that to
 ALTER TABLE attempts ADD COLUMN group_size INTEGER;    -- how many
 """
 
+PAUSES = """
+ALTER TABLE destinations ADD COLUMN paused_until INTEGER;  -- steady clock; NULL: until an operator resumes
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
     LISTS,
     IDENTITIES,
     GROUPS,
+    PAUSES,
 )
 """Each runs in one transaction; never edit one that has been released, append another."""

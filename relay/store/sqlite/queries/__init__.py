@@ -6,6 +6,8 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
+
 from relay.model import Chosen, DestinationState, Named, Selection, Stat
 from relay.store import Page, Span
 from relay.store.sqlite.database import Database
@@ -13,7 +15,9 @@ from relay.store.sqlite.export import delivery_lines, write_line
 from relay.store.sqlite.queries import lists
 from relay.store.sqlite.queries import selection as selections
 from relay.store.sqlite.queries.page import Cursor, portions
-from relay.store.sqlite.rows import load_events
+from relay.store.sqlite.rows import STATE_COLUMNS, load_events
+
+STATES_SQL = f"SELECT {STATE_COLUMNS} FROM destinations"  # noqa: S608 - a constant
 
 EXPORT_EVENTS = 100
 """Events that an export loads at once."""
@@ -82,19 +86,9 @@ class SqliteQueries:
 
     async def destination_states(self) -> dict[str, DestinationState]:
         """See `Queries.destination_states`."""
-        rows = await self._database.reader.execute_fetchall(
-            "SELECT name, paused, failing_since, disabled_at, disabled_reason FROM destinations"
-        )
-        return {
-            name: DestinationState(
-                name=name,
-                paused=bool(paused),
-                failing_since=failing_since,
-                disabled_at=disabled_at,
-                disabled_reason=disabled_reason,
-            )
-            for name, paused, failing_since, disabled_at, disabled_reason in rows
-        }
+        rows = await self._database.reader.execute_fetchall(STATES_SQL)
+        found = [dict(zip(DestinationState.__struct_fields__, row, strict=True)) for row in rows]
+        return {each["name"]: msgspec.convert(each, DestinationState, strict=False) for each in found}
 
     async def paused_sources(self) -> frozenset[str]:
         """See `Queries.paused_sources`."""
