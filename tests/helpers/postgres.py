@@ -1,0 +1,151 @@
+"""A real PostgreSQL server for a test run: Debian's, on a unix socket and on loopback, without fsync.
+
+The first test that needs it starts it, for all workers of pytest-xdist. It ends with the process that started
+the run, however that process ends. Each test has a database of its own.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+BINARIES = next(
+    (str(folder) for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)),
+    os.path.dirname(shutil.which("postgres") or ""),  # noqa: PTH120 - empty if it is not installed
+)
+USER = "postgres"
+SETTINGS = (
+    "fsync=off",
+    "full_page_writes=off",
+    "max_connections=300",
+    "shared_buffers=64MB",
+    "max_wal_size=4GB",
+    "listen_addresses=127.0.0.1",
+    "autovacuum=off",
+    "wal_level=replica",
+)
+WATCH = """
+"$@" & server=$!
+trap 'kill -INT $server; wait $server; rm -rf "$FOLDER"; exit' TERM INT
+while kill -0 "$RUN" 2>/dev/null && kill -0 $server 2>/dev/null; do sleep 1 & wait $!; done
+kill -INT $server 2>/dev/null; wait $server; rm -rf "$FOLDER"
+"""
+"""Runs the server until the test run, or the server itself, is gone; then removes its folder."""
+
+needs_postgres = pytest.mark.skipif(not BINARIES, reason="needs the package postgresql, not installed here")
+
+_made = {}  # DSN by path, see `database_of`
+_server = None
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, folder, port):
+        self.folder, self.port = folder, port
+
+    def url(self, database):
+        """Return the DSN of a database over loopback."""
+        return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
+
+    def run(self, sql, database="postgres"):
+        """Run a statement with psql; returns the output, unaligned and without headings."""
+        command = [f"{BINARIES}/psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", sql]
+        place = {"PGHOST": str(self.folder), "PGPORT": str(self.port), "PGUSER": USER}
+        done = subprocess.run(
+            command, env={**os.environ, **place}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+def start(folder, *, watched=None, port=None, settings=()):
+    """Start a server in a new folder, and wait until it accepts connections.
+
+    It ends when the process `watched` (by default this one) ends. A cluster in the folder is used again.
+    """
+    folder.mkdir(exist_ok=True, parents=True)
+    as_user = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(folder, USER, USER)
+        as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    data = folder / "data"
+    if not data.exists():
+        make = [f"{BINARIES}/initdb", "-D", str(data), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run([*as_user, *make, "--locale=C.UTF-8"], check=True, capture_output=True, cwd="/")
+    port = port or _free_port()
+    options = [f"unix_socket_directories={folder}", f"port={port}", *SETTINGS, *settings]
+    flags = [part for option in options for part in ("-c", option)]
+    with (folder / "log").open("ab") as log:
+        subprocess.Popen(
+            ["sh", "-c", WATCH, "sh", *as_user, f"{BINARIES}/postgres", "-D", str(data), *flags],
+            env={**os.environ, "RUN": str(watched or os.getpid()), "FOLDER": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    ready = [f"{BINARIES}/pg_isready", "-q", "-h", str(folder), "-p", str(port), "-t", "1"]
+    deadline = time.monotonic() + 60
+    while subprocess.run(ready, check=False).returncode:
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+    return Server(folder, port)
+
+
+def server():
+    """Return the server of this test run, started by the first caller of all workers."""
+    global _server  # noqa: PLW0603 - one per process
+    if _server is None:
+        if not BINARIES:
+            pytest.skip("needs the package postgresql, not installed here")
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+        folder = Path(tempfile.gettempdir()) / f"relay-postgres-{run}"
+        folder.mkdir(exist_ok=True)
+        noted = folder / "port"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if noted.exists():
+                _server = Server(folder, int(noted.read_text()))
+            else:
+                whole_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+                _server = start(folder, watched=whole_run)
+                noted.write_text(str(_server.port))
+    return _server
+
+
+def database_of(path):
+    """Return the DSN of a test's database, created at the first call with this path."""
+    if path not in _made:
+        name = f"t_{os.getpid()}_{len(_made)}"
+        server().run(f"CREATE DATABASE {name}")
+        _made[path] = server().url(name)
+    return _made[path]
+
+
+def drop_databases():
+    """Drop the databases of the tests so far; call it when a test has ended."""
+    while _made:
+        _, url = _made.popitem()
+        server().run(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":  # a server by hand: python tests/helpers/postgres.py, ends with Ctrl-C
+    by_hand = start(Path(tempfile.mkdtemp(prefix="relay-postgres-")))
+    sys.stdout.write(f"{by_hand.url(USER)}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
