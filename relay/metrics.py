@@ -95,13 +95,15 @@ class Metrics:
     )
     token_uses = _counter(
         "relay_token_uses",
-        "Requests that a token or secret of a source authenticated; without source: one of the admin API.",
+        "Requests that a token or secret of a source authenticated, or, without the label source, a token of "
+        "the admin API.",
         source=NAMES,
         token=NAMES,
     )
     token_used_at = _gauge(
         "relay_token_last_used_timestamp_seconds",
-        "Time of the last such request, within 15 seconds; 0 if there was none since the start.",
+        "Time of the last request that the token or secret authenticated, within 15 seconds; 0 until the "
+        "first one.",
         source=NAMES,
         token=NAMES,
     )

@@ -37,8 +37,8 @@ class Keys(Source):
     verification: Annotated[
         Literal["none", "bearer", "standard-webhooks"] | Verify | None,
         describe(
-            'how a sender proves its identity: `"none"`, `"bearer"`, `"standard-webhooks"` or a '
-            "[table](#signatures-and-credentials). Without this key, the file does not load"
+            'required: how a sender proves its identity: `"bearer"`, `"standard-webhooks"`, a '
+            '[table](#signatures-and-credentials), or `"none"` for no verification'
         ),
     ] = msgspec.field(default=None, name="verify")
     networks: Annotated[

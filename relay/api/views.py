@@ -74,7 +74,7 @@ class DeliveryView(msgspec.Struct):
     finished_at: Time | None
     replay_of: Annotated[str | None, about("Id of the delivery that this one repeats.")]
     group_key: Annotated[
-        str | None, about("Value of `group_by`: pending deliveries with the same value go out together.")
+        str | None, about("Value of `group_by`: pending deliveries with the same value are sent together.")
     ]
 
 

@@ -158,7 +158,7 @@ def add(
     Example: relay sources add github --public-url https://hooks.example
 
     KIND is `generic`, a preset such as github, or another kind that `relay plugins list` lists; on a terminal
-    without KIND, the command asks. The table is checked and appended; the rest of the file stays as it is.
+    without KIND, the command asks. The table is checked and appended; the rest of the file stays unchanged.
     Afterwards the command prints the URL and the steps at the sender's side, and where to store the secret.
     `relay reload` adds the source to the running daemon.
     """

@@ -58,8 +58,8 @@ def show(answer: Any, **_: str) -> None:
 
     Example: relay deliveries show 01a201eb
 
-    DELIVERY is an id, with or without dlv_; any unique prefix works. Of the responses, the latest three
-    different ones are shown, each with up to 1000 characters; --json has all of them, up to 16 KiB each.
+    DELIVERY is an id, with or without dlv_; any unique prefix works. Shows the three latest distinct
+    responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each.
     """
     print_fields(answer)
     if answer["tries"]:

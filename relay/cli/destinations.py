@@ -160,7 +160,7 @@ def disable(answer: Any, *, name: str) -> None:
 @destinations.command()
 @endpoint("POST destinations/{name}/enable")
 def enable(answer: Any, *, name: str) -> None:
-    """Enable a disabled destination, also after a 410; its held deliveries go out.
+    """Enable a disabled destination, also after a 410; its held deliveries are sent.
 
     Example: relay destinations enable crm
     """
@@ -169,7 +169,7 @@ def enable(answer: Any, *, name: str) -> None:
 
 
 def print_holds(daemon: Daemon, name: str | None = None) -> None:
-    """Print why pending deliveries do not go out now, for one destination or for all."""
+    """Print why pending deliveries are not sent now, for one destination or for all."""
     for each in daemon.get("destinations")["items"]:
         if each["held"] and each["pending"] and name in (None, each["name"]):
             click.echo(f"{each['name']} is held: {each['held']}", err=True)
@@ -182,7 +182,7 @@ def _print_closed(answer: Any, name: str) -> None:
         click.echo("the circuit was not open; nothing was changed", err=True)
     elif not answer["held"]:
         click.echo(
-            "circuit closed; due deliveries go out, one at a time at first. To send those that wait for a"
+            "circuit closed; due deliveries are sent, one at a time at first. To send those that wait for a"
             f" retry too, run `relay deliveries retry --destination {name} --state pending`",
             err=True,
         )

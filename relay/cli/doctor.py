@@ -27,7 +27,7 @@ def doctor(daemon: "Daemon | Offline", *, as_json: bool) -> None:
 
     Read-only. Checks every page of the database (slow for a large file), the ledger, bodies, disk space,
     the clock, pending and dead deliveries, failed jobs and backups, file permissions, and whether the
-    daemon uses the current config.toml. For each problem it prints the command that helps. The exit code
+    daemon uses the current config.toml. For each problem it prints the next command. The exit code
     is 1 if a check fails.
     """
     if not isinstance(daemon, Daemon):

@@ -58,7 +58,7 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
     Example: relay events list --source adorn --since 2h --where data.sale_made=true
 
-    --destination and --state look at the latest delivery of an event to each destination.
+    --destination and --state apply to the latest delivery of an event to each destination.
     """
     print_page(gather(daemon, "events", **query), COLUMNS, as_json=as_json, quiet=quiet)
 

@@ -41,7 +41,7 @@ def show(answer: Any, *, name: str) -> None:
 
     Example: relay sources show adorn
 
-    A token or secret that no sender has used for long can be removed from config.toml.
+    A token or secret that no sender has used for a long time can be removed from config.toml.
     """
     _ = name
     latest, settings, tokens = (answer.pop(field) for field in ("latest", "settings", "tokens"))

@@ -105,7 +105,7 @@ def _object(_context: click.Context, _option: click.Parameter, text: str | None)
     default="10m",
     show_default=True,
     callback=checked(parse_duration),
-    help="Discard the command if no heartbeat comes within this time.",
+    help="Discard the command if no heartbeat arrives within this time.",
 )
 def command(answer: Any, **_: Any) -> None:
     """Send a worker a command, in the response to its next heartbeat.

@@ -31,10 +31,11 @@ class MessageConfig(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[Secret, LITERAL] | None, _help("`telegram`: the chat or channel, such as `-1001234567890`")
     ] = None
     thread_id: Annotated[
-        int | None, msgspec.Meta(ge=1), _help("`telegram`: the topic of a forum, if the chat is one")
+        int | None, msgspec.Meta(ge=1), _help("`telegram`: the topic, if the chat is a forum")
     ] = None
     topic: Annotated[
-        Annotated[Secret, LITERAL] | None, _help("`ntfy`: the topic; whoever knows it can read it")
+        Annotated[Secret, LITERAL] | None,
+        _help("`ntfy`: the topic; everyone who knows its name can read its messages"),
     ] = None
     priority: Annotated[
         int | None,
@@ -57,7 +58,9 @@ class MessageConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     dedup_key: Annotated[
         str | None,
-        _help("`pagerduty`: a template; events with the same value share an alert. By default, they do not"),
+        _help(
+            "`pagerduty`: a template; events with the same value share an alert; by default, no two events do"
+        ),
     ] = None
 
 

@@ -155,9 +155,8 @@ class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.Meta(min_length=1),
         _check(validators.file_name),
         _help(
-            "folder, relative to `state_dir`. Use another disk than the database's, so that backups "
-            "survive the "
-            "loss of that disk"
+            "folder, relative to `state_dir`. Use a different disk from the database's, so that backups "
+            "survive the loss of that disk"
         ),
     ] = "backups"
 
@@ -250,7 +249,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
         Size,
         msgspec.Meta(gt=0),
         _check(validators.body_size),
-        _help("this source's limit; if it is not set, that of `[server]`"),
+        _help("this source's limit; if it is not set, the limit in `[server]` applies"),
     ] = 2 * 2**20
     rate_limit: Annotated[
         Rate | None,
@@ -435,8 +434,8 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     order_by: Annotated[
         str | None,
         _help(
-            'a path such as `"subject"` or `"data.order.id"`: deliveries with the same value go out '
-            "one after another"
+            'a path such as `"subject"` or `"data.order.id"`: deliveries with the same value are '
+            "sent one after another"
         ),
     ] = None
     group_by: Annotated[
@@ -461,8 +460,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _help(
             'a path such as `"subject"`: a newer event with the same type and value expires the delivery '
-            "of the "
-            "older event, unless that is in flight"
+            "of the older event, unless that delivery is in flight"
         ),
     ] = None
     on_dead: Annotated[

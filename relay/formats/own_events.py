@@ -78,7 +78,7 @@ def _recovered(_: StoredEvent, data: Mapping[str, Any]) -> Words:
     name = str(data["destination"])
     return Words(
         title=f"{name} answers again",
-        text="Its deliveries go out again.",
+        text="Its deliveries are sent again.",
         fields=_present(("URL", data["url"])),
         level="good",
         key=f"destination/{name}/circuit",

@@ -156,7 +156,7 @@ async def test_a_successful_test_closes_the_circuit_on_request(tmp_path):
 
         said = await commands("destinations", "test", "crm", "--close-circuit")
         assert ["held", ""] in said.rows
-        assert said.err.startswith("circuit closed; due deliveries go out, one at a time at first.")
+        assert said.err.startswith("circuit closed; due deliveries are sent, one at a time at first.")
         assert "`relay deliveries retry --destination crm --state pending`" in said.err
         await until(lambda: delivered(relay) == 3)
         assert relay.counted("relay_destination_circuit_open", destination="crm") == 0

@@ -145,7 +145,7 @@ def test_the_other_numbers_on_the_page_are_the_defaults():
     assert f"After {circuit.failures} consecutive failures" in answers
     probes = f"the first after {circuit.probe:.0f} s, the next ones at growing intervals of at most"
     assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers
-    assert f"After {mine.disable_after / 86_400:.0f} days of nothing but failures" in answers
+    assert f"If every attempt fails for {mine.disable_after / 86_400:.0f} days" in answers
     assert f"more than {mine.timeout:.0f} s |" in answers
     connecting = f"of which connecting may take {mine.connect_timeout:.0f} s"
     assert f"An attempt may take {mine.timeout:.0f} s, {connecting}" in slow

@@ -354,7 +354,7 @@ OWN = [
     (
         event("relay.destination.recovered", {"destination": "crm", "url": URL, "reason": "ok"}),
         "🟢 crm answers again",
-        "Its deliveries go out again.",
+        "Its deliveries are sent again.",
         (("URL", URL),),
         "",
     ),
