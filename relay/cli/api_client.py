@@ -74,6 +74,9 @@ class Stream:
 
 
 VARIABLE = "RELAY_SOCKET"
+URL_VARIABLE = "RELAY_URL"
+TOKEN_FILE_VARIABLE = "RELAY_TOKEN_FILE"  # noqa: S105 - the name of a variable
+TOKEN_VARIABLE = "RELAY_TOKEN"  # noqa: S105 - the name of a variable
 RUNTIME = Path("/run/relay")
 """Folder of the socket with `RuntimeDirectory=relay`; a shell lacks the unit's environment."""
 
@@ -90,8 +93,9 @@ _CODES: Mapping[int, int] = {
 class _Place(Protocol):
     """An address of the daemon."""
 
-    name: str
+    name: str  # for messages; says which variable of the environment named it
     headers: Mapping[str, str]
+    token: str  # where the token in `headers` comes from, for messages; "": there is none
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection that is not open yet."""
@@ -245,6 +249,9 @@ class Daemon:
         if not isinstance(error, dict):
             raise self._unreachable(f"{self._place.name} is not a hookferry admin API (HTTP {status})")
         message, hint = str(error.get("message") or f"HTTP {status}"), str(error.get("hint") or "")
+        if status == HTTPStatus.UNAUTHORIZED and self._place.token:
+            hint = f"{self._place.name} does not accept the token from {self._place.token};"
+            hint += " use one of `[admin] tokens` in its config.toml"
         raise CommandError(message, hint=hint, code=_CODES.get(status, FAILED))
 
 
@@ -270,13 +277,15 @@ class _Socket:
     """The unix socket; its file permissions control access."""
 
     headers: Mapping[str, str] = {}
+    token = ""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, variable: str, timeout: float) -> None:
         self.path = path
-        self.name = str(path)
+        self.name = f"{path}{_from(variable)}"
+        self._timeout = timeout
 
     def connect(self) -> http.client.HTTPConnection:
-        return _SocketConnection(self.path)
+        return _SocketConnection(self.path, self._timeout)
 
     def unreachable_hint(self) -> str:
         if _service_at(self.path) is not None:
@@ -294,8 +303,8 @@ class _Socket:
 
 
 class _SocketConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("relay", timeout=TIMEOUT)
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("relay", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
@@ -307,24 +316,27 @@ class _SocketConnection(http.client.HTTPConnection):
 class _Url:
     """An admin listener; it requires one of `[admin] tokens`."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self.name = url
+    def __init__(self, url: str, variable: str, token: tuple[str, str], timeout: float) -> None:
+        self.name = f"{url}{_from(variable)}"
+        secret, self.token = token
+        self._timeout = timeout
         parts = urlsplit(url)
         try:
             self._address = (parts.hostname or "", parts.port)
         except ValueError:
             self._address = ("", None)
         if parts.scheme not in ("http", "https") or not self._address[0] or parts.path.strip("/"):
-            raise click.BadParameter('expected "http://host:port" or "https://host:port"', param_hint="--url")
+            what = f'expected "http://host:port" or "https://host:port", got "{url}"'
+            raise click.BadParameter(what, param_hint=variable or "--url")
         self._secure = parts.scheme == "https"
-        self.headers: Mapping[str, str] = {"Authorization": f"Bearer {token}"}
+        self.headers: Mapping[str, str] = {"Authorization": f"Bearer {secret}"}
 
     def connect(self) -> http.client.HTTPConnection:
         host, port = self._address
         if self._secure:
             context = ssl.create_default_context()
-            return http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
-        return http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+            return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
+        return http.client.HTTPConnection(host, port, timeout=self._timeout)
 
     def unreachable_hint(self) -> str:
         return "check `[admin] listen` in its config.toml; by default it accepts local connections only"
@@ -333,24 +345,67 @@ class _Url:
         return "a firewall on this machine blocks the connection"
 
 
+def _from(variable: str) -> str:
+    return f" (from {variable})" if variable else ""
+
+
 def daemon_at(
-    config: Path | None, socket_file: Path | None, url: str | None, token_file: Path | None
+    config: Path | None,
+    socket_file: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    timeout: float | None = None,
 ) -> Daemon:
-    """Return the client for the daemon that a command's options name.
+    """Return the client for the daemon that a command's options name, else the environment.
+
+    An option on the command line has priority over variables. `timeout` is in seconds, `TIMEOUT` by default.
 
     Raises:
-        UsageError: the options contradict each other.
+        UsageError: the options or the variables contradict each other.
     """
+    given_url, given_socket = environ.get(URL_VARIABLE), environ.get(VARIABLE)
+    timeout = TIMEOUT if timeout is None else timeout
     if url is not None:
-        if token_file is None:
-            raise click.UsageError("--url needs --token-file")
-        return Daemon(_Url(url, _token(token_file)))
+        if socket_file is not None:
+            raise click.UsageError("--url and --socket name two daemons; use one of them")
+        return Daemon(_Url(url, "", _token(token_file, environ, "--url"), timeout))
+    if socket_file is None and config is None and given_url:
+        if given_socket:
+            what = f"{URL_VARIABLE} and {VARIABLE} are both set, and name two daemons"
+            raise click.UsageError(f"{what}; unset one of them, or use --url or --socket")
+        return Daemon(_Url(given_url, URL_VARIABLE, _token(token_file, environ, URL_VARIABLE), timeout))
     if token_file is not None:
-        raise click.UsageError("--token-file needs --url")
-    return Daemon(_Socket(socket_file or _socket_of(config)))
+        raise click.UsageError(f"--token-file needs --url or {URL_VARIABLE}")
+    if socket_file is None and config is None and given_socket:
+        return Daemon(_Socket(Path(given_socket), VARIABLE, timeout))
+    return Daemon(_Socket(socket_file or _socket_of(config), "", timeout))
 
 
-def _token(file: Path) -> str:
+def _token(given: Path | None, environ: Mapping[str, str], needed_by: str) -> tuple[str, str]:
+    """Return the token for an admin listener, and where it comes from.
+
+    Raises:
+        UsageError: neither an option nor the environment has one.
+        CommandError: its file cannot be read, or it cannot be a token.
+    """
+    named = environ.get(TOKEN_FILE_VARIABLE)
+    if given is not None:
+        token, place = _token_in(given), f"{given}"
+    elif named:
+        token, place = _token_in(Path(named)), f"{named}{_from(TOKEN_FILE_VARIABLE)}"
+    elif (value := environ.get(TOKEN_VARIABLE)) is not None:
+        token, place = value.strip(), TOKEN_VARIABLE
+    else:
+        raise click.UsageError(f"{needed_by} needs --token-file, {TOKEN_FILE_VARIABLE} or {TOKEN_VARIABLE}")
+    if not token.isascii() or not token.isprintable() or set(token) & {" "} or not token:
+        why = "is empty" if not token else "contains spaces, line breaks or characters other than ASCII"
+        raise CommandError(f"the token from {place} {why}", hint="an admin token is one line of ASCII text")
+    return token, place
+
+
+def _token_in(file: Path) -> str:
     try:
         return file.read_text().strip()
     except PermissionError as error:

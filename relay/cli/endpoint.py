@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.cli.api_client import VARIABLE, Daemon, daemon_at
+from relay.cli.api_client import (
+    TOKEN_FILE_VARIABLE,
+    TOKEN_VARIABLE,
+    URL_VARIABLE,
+    VARIABLE,
+    Daemon,
+    daemon_at,
+)
 from relay.cli.main import FAILED
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import print_json
@@ -27,12 +34,18 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--socket",
         "socket_file",
         type=FILE,
-        envvar=VARIABLE,
-        show_envvar=True,
-        help="Unix socket of the daemon.  [default: from the configuration]",
+        help=f"Unix socket of the daemon.  [default: ${VARIABLE}, or from the configuration]",
     )
-    @click.option("--url", help='Admin URL of a remote daemon, such as "http://127.0.0.1:8081".')
-    @click.option("--token-file", type=FILE, help="With --url: file that contains an admin token.")
+    @click.option(
+        "--url",
+        help=f'Admin URL of a remote daemon, such as "http://127.0.0.1:8081".  [default: ${URL_VARIABLE}]',
+    )
+    @click.option(
+        "--token-file",
+        type=FILE,
+        help="With a URL: file that contains an admin token."
+        f"  [default: ${TOKEN_FILE_VARIABLE}, or the token in ${TOKEN_VARIABLE}]",
+    )
     @functools.wraps(command)
     def wrapped(
         *args: Any,

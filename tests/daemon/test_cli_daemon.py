@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
 
@@ -52,7 +53,8 @@ def elsewhere(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(client, "RUNTIME", tmp_path / "run")
-    for name in ("RELAY_CONFIG", "RELAY_SOCKET", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"):
+    relays_own = [name for name in os.environ if name.startswith("RELAY_")]
+    for name in ("RUNTIME_DIRECTORY", "STATE_DIRECTORY", *relays_own):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -96,6 +98,16 @@ async def ran(relay, config, tmp_path):
         ([], {"RELAY_SOCKET": "{socket}"}),
         (["--url", "{url}", "--token-file", "{folder}/token"], {}),
         (["--url", "{url}/", "--token-file", "{folder}/token"], {}),
+        (["--token-file", "{folder}/token"], {"RELAY_URL": "{url}"}),
+        ([], {"RELAY_URL": "{url}", "RELAY_TOKEN_FILE": "{folder}/token"}),
+        ([], {"RELAY_URL": "{url}", "RELAY_TOKEN": TOKEN}),
+        (["--url", "{url}"], {"RELAY_TOKEN": f"{TOKEN}\n", "RELAY_SOCKET": "nowhere"}),
+        # Options have priority over variables.
+        (["--socket", "{socket}"], {"RELAY_URL": "http://127.0.0.1:1", "RELAY_TOKEN": "t"}),
+        (["-c", "{config}"], {"RELAY_URL": "http://127.0.0.1:1", "RELAY_TOKEN": "t"}),
+        (["-c", "{config}"], {"RELAY_SOCKET": "nowhere"}),
+        (["--url", "{url}"], {"RELAY_URL": "http://127.0.0.1:1", "RELAY_TOKEN": TOKEN}),
+        (["--url", "{url}", "--token-file", "{folder}/token"], {"RELAY_TOKEN": "guessed"}),
     ],
 )
 async def test_a_relay_is_found_by_its_config_its_socket_or_its_url(ran, args, environ):
@@ -166,10 +178,22 @@ async def test_a_404_exits_with_4_and_the_daemon_s_hint(ran):
     assert result.stderr.startswith("unknown replay 'rpl_none'\n  a restart ends all replays")
 
 
-async def test_an_unknown_token_exits_with_5(ran):
-    result = await ran("get", "status", "--url", "{url}", "--token-file", "{folder}/wrong")
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, "missing or unknown token")
-    assert "guessed" not in result.output
+async def test_an_unknown_token_exits_with_5_and_the_place_of_the_token(ran, relay, tmp_path):
+    for args, environ, place in (
+        (["--url", "{url}", "--token-file", "{folder}/wrong"], {}, f"{tmp_path}/wrong"),
+        (
+            [],
+            {"RELAY_URL": "{url}", "RELAY_TOKEN_FILE": "{folder}/wrong"},
+            f"{tmp_path}/wrong (from RELAY_TOKEN_FILE)",
+        ),
+        ([], {"RELAY_URL": "{url}", "RELAY_TOKEN": "guessed"}, "RELAY_TOKEN"),
+    ):
+        result = await ran("get", "status", *args, **environ)
+        message, hint = result.stderr.splitlines()
+        assert (result.exit_code, message) == (5, "missing or unknown token")
+        url = relay.addresses.admin + (" (from RELAY_URL)" if environ else "")
+        assert hint.startswith(f"  {url} does not accept the token from {place}; use one of `[admin] tokens`")
+        assert "guessed" not in result.output
 
 
 def test_a_connection_without_permission_exits_with_5(tmp_path, monkeypatch):
@@ -248,7 +272,8 @@ def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answe
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["--url", "http://127.0.0.1:1"], 2, "--url needs --token-file"),
+        (["--url", "http://127.0.0.1:1"], 2, "--url needs --token-file, RELAY_TOKEN_FILE or RELAY_TOKEN"),
+        (["--url", "http://h:1", "--socket", "s"], 2, "--url and --socket name two daemons"),
         (["--token-file", "x"], 2, "--token-file needs --url"),
         (["--url", "127.0.0.1:8081", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
         (["--url", "http://h:nine", "--token-file", "{token}"], 2, 'expected "http://host:port"'),
@@ -263,3 +288,30 @@ def test_wrong_usage_has_an_error_message(tmp_path, args, code, says):
     result = run("get", "status", *[arg.format(token=tmp_path / "token") for arg in args])
     assert result.exit_code == code
     assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "code", "says"),
+    [
+        (
+            {"RELAY_URL": "http://127.0.0.1:1"},
+            2,
+            "RELAY_URL needs --token-file, RELAY_TOKEN_FILE or RELAY_TOKEN",
+        ),
+        ({"RELAY_URL": "http://h:1", "RELAY_SOCKET": "s"}, 2, "RELAY_URL and RELAY_SOCKET are both set"),
+        ({"RELAY_URL": "h:1", "RELAY_TOKEN": "t"}, 2, "Invalid value for RELAY_URL: expected"),
+        ({"RELAY_URL": "http://h:1", "RELAY_TOKEN_FILE": "absent"}, 1, "cannot read absent: No such file"),
+        ({"RELAY_URL": "http://h:1", "RELAY_TOKEN": ""}, 1, "the token from RELAY_TOKEN is empty"),
+        ({"RELAY_URL": "http://h:1", "RELAY_TOKEN": "a\nb"}, 1, "the token from RELAY_TOKEN contains spaces"),
+        ({"RELAY_URL": "http://h:1", "RELAY_TOKEN": "schlüssel"}, 1, "characters other than ASCII"),
+        (
+            {"RELAY_URL": "http://127.0.0.1:1", "RELAY_TOKEN": "t"},
+            3,
+            "cannot connect to the daemon at http://127.0.0.1:1 (from RELAY_URL): Connection refused",
+        ),
+        ({"RELAY_SOCKET": "absent"}, 3, "the daemon at absent (from RELAY_SOCKET): No such file"),
+    ],
+)
+def test_messages_name_the_variable_that_is_at_fault(environ, code, says):
+    result = run("get", "status", **environ)
+    assert (result.exit_code, says in result.stderr) == (code, True), result.stderr

@@ -103,7 +103,10 @@ def arguments_of(path):
 # --- on a terminal ------------------------------------------------------------------------------------
 
 RELAY = (sys.executable, "-c", "from relay.cli import main; main()")
-_UNSET = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "RELAY_SOCKET")
+_UNSET = (
+    "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES",
+    "RELAY_SOCKET", "RELAY_URL", "RELAY_TOKEN", "RELAY_TOKEN_FILE",
+)  # fmt: skip
 
 
 class Terminal:
