@@ -16,18 +16,20 @@ import msgspec
 from relay import __version__
 from relay.api.app import Api
 from relay.api.context import Context
-from relay.base.clock import SECOND, Clock, SystemClock
+from relay.base.clock import SECOND, Clock
 from relay.base.units import render_size
 from relay.config.paths import socket_path
 from relay.config.schema import Config
 from relay.delivery.dispatcher import StuckLanes
+from relay.delivery.owner import Owner
 from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.ingest.token_use import EVERY as TOKENS_EVERY
 from relay.jobs.backups import Backups
-from relay.jobs.ledger_check import LedgerCheck
+from relay.jobs.ledger_check import LEDGER, LedgerCheck
 from relay.jobs.replay import Replays
+from relay.jobs.retention import RETENTION
 from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
@@ -39,12 +41,12 @@ from relay.process.sockets import address, bind, bind_unix, listen, url
 from relay.process.state_dir import StateDir
 from relay.process.systemd import SOCKET_ADVICE, Inherited, Notifier, is_same_address
 from relay.process.watchdog import Watchdog
-from relay.reload import SWEEP, Reloads
+from relay.reload import Reloads
 from relay.routing.router import Router
 from relay.state import State
 from relay.store import Listener
-from relay.store.opening import DISK_RESERVE, make_store
-from relay.workers.watch import Rulebook
+from relay.store.opening import DISK_RESERVE, clock_of, make_store
+from relay.workers.watch import SWEEP, Rulebook
 
 log = logging.getLogger("relay")
 
@@ -81,7 +83,7 @@ class App:
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         config = setup.config
         self._setup = setup
-        self.clock = clock = clock or SystemClock()
+        self.clock = clock = clock or clock_of(setup.config.storage.url)
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
@@ -125,7 +127,10 @@ class App:
                 self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
         self.loop_lag = LoopLag(self.metrics.lag.set)
-        self.jobs = Jobs(clock, self.metrics)
+        self.jobs = Jobs(clock, self.metrics, self.store.nodes.lead)
+        self.owner = Owner(
+            self.dispatcher, self.store, lambda: {SWEEP, RETENTION, LEDGER, *self.jobs.of_cluster}
+        )
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
         self.replays = Replays(store=self.store, router=self.state.router, clock=clock)
         self.api = Api(
@@ -194,6 +199,7 @@ class App:
             own = [address(sock) for sock in (public, admin) if sock is not None]
             await self.state.start(own)
             life.push_async_callback(self._stop_dispatcher)
+            await self.owner.start()
             life.push_async_callback(self.replays.stop)
             life.push_async_callback(self.reloads.close)
 
@@ -333,7 +339,9 @@ class App:
                 await asyncio.wait_for(self.store.workers.sweep(at=0), max(1.0, self._time_left()))
 
     async def _stop_dispatcher(self) -> None:
+        await self.owner.leave()
         await self.dispatcher.stop(self._time_left())
+        await self.owner.stop()
 
     async def _stop_observers(self) -> None:
         await self.observers.stop(self._time_left())
@@ -346,14 +354,14 @@ class App:
         jobs.add(SWEEP, self.watch.interval, self.watch.sweep)
         jobs.add("flush", FLUSH_EVERY, self.store.workers.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
-        jobs.add("forget", FORGET_EVERY, self._forget_workers)
-        jobs.add("retention", self.upkeep.every, self.upkeep.run)
-        jobs.add("backup", self.backups.every, self.backups.run)
+        jobs.add("forget", FORGET_EVERY, self._forget_workers, cluster=True)
+        jobs.add(RETENTION, self.upkeep.every, self.upkeep.run)
+        jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
-        jobs.add("ledger", LEDGER_EVERY, self.ledger_check.check)
+        jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
         jobs.add("tokens", TOKENS_EVERY, self.ingest.token_uses.run)
         for job in self._setup.jobs:
-            jobs.add(job.name, job.every, job.work)
+            jobs.add(job.name, job.every, job.work, cluster=not job.everywhere)
 
     def _trouble(self) -> str | None:
         """Return why the relay refuses senders at the moment; None: it accepts them."""
@@ -407,7 +415,7 @@ class App:
         self.ingest.admission.disk_full = full
         if full and self.clock.steady() >= self._retention_due and self.store.failure is None:
             self._retention_due = self.clock.steady() + int(RETENTION_EVERY * SECOND)
-            self._retention = asyncio.create_task(self.jobs.run("retention"))
+            self._retention = asyncio.create_task(self.jobs.run(RETENTION))
 
     def _warn(self) -> None:
         log.info("the database is %s", self.store.location)

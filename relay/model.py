@@ -189,12 +189,27 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
         return None if self.disabled_at is None else f"disabled: {self.disabled_reason}"
 
 
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """A daemon that shares the data with others; see `relay.store.Nodes`."""
+
+    name: str
+    version: str
+    started_at: int  # wall clock
+    seen_at: int  # wall clock: its latest renewal
+    is_self: bool = False
+    lanes: tuple[str, ...] = ()  # destinations whose lanes it owns
+    jobs: tuple[str, ...] = ()  # jobs of the cluster that it runs
+    destinations: tuple[str, ...] = ()  # in its config
+    config: str = ""  # digest of its config, in hexadecimal
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Periodic work of a plugin; one run at a time."""
 
     name: str  # unique within its plugin
     every: float  # seconds between runs, and from the start to the first run
     work: Callable[[], Awaitable[None]]
+    everywhere: bool = False  # on each node of a cluster, not on one of them
 
 
 # --- workers: changes that a handler requests, applied in the event's transaction -----------------

@@ -19,11 +19,9 @@ from relay.model import Check
 from relay.plugin_loading.loader import Setup, load_again
 from relay.process.logs import configure, in_one_line, under_systemd
 from relay.state import State
+from relay.workers.watch import SWEEP
 
 log = logging.getLogger("relay.reload")
-
-SWEEP = "sweep"
-"""The job whose interval depends on the configuration."""
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):

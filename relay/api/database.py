@@ -11,7 +11,7 @@ from relay.api.context import Context
 from relay.api.endpoints import Lines, endpoint
 from relay.api.responses import stream_lines
 from relay.api.views import Time
-from relay.delivery.lane import NO_STORAGE
+from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
 from relay.jobs.backups import described
 from relay.model import Backup, Check, Compacted
 
@@ -118,9 +118,10 @@ class DatabaseApi:
         return [
             doctor.DestinationBacklog(
                 name=name,
-                held=None if lane.held == NO_STORAGE else lane.held,  # the check `ready` reports the storage
+                # The check `ready` reports the storage; another node reports its own lanes.
+                held=None if lane.held in {ELSEWHERE, NO_STORAGE} else lane.held,
                 pending=pending.get(name, 0),
-                failing_since=lane.health.state.failing_since,
+                failing_since=lane.health.state.failing_since if lane.is_owned else None,
             )
             for name, lane in self._dispatcher.lanes.items()
         ]

@@ -173,7 +173,8 @@ class DestinationsApi:
 def _destination(lane: Lane) -> dict[str, Any]:
     """Describe a destination without its URL, which may contain a token."""
     pause = pause_of(lane.health.paused_by, lane.health.paused_until)
-    return {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight}
+    shown = {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight}
+    return {**shown, "node": lane.node} if lane.node else shown
 
 
 def _paused_in_config(path: Path, name: str) -> SetInConfigError:

@@ -129,6 +129,9 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
     ]
     paused_until: Annotated[Time | None, about("When an operator's pause ends; null: it has no end.")]
     in_flight: int
+    node: Annotated[str | msgspec.UnsetType, about("The node that delivers, if it is another one.")] = (
+        msgspec.UNSET
+    )
 
 
 class DestinationView(DestinationSteered, kw_only=True):

@@ -55,6 +55,14 @@ class CircuitBreaker:
             self._set_ramp(min(self.ramp, concurrency))
         self.probe_by(now)
 
+    def restart(self, *, careful: bool) -> None:
+        """Forget everything; `careful` allows one attempt at once, then more, as after a successful probe."""
+        self.failures, self.open_until, self._wait = 0, None, self._probe_wait
+        self.openings += 1
+        self.ramp = None
+        if careful:
+            self._set_ramp(1)
+
     @property
     def is_open(self) -> bool:
         """Whether the destination counts as down: at most one probe is in flight."""

@@ -12,11 +12,17 @@ from relay.errors import StorageError
 from relay.metrics import Metrics
 from relay.model import OPERATOR_SOURCE, PAUSED_IN_CONFIG, DestinationState, GeneratedEvent, StoredEvent
 from relay.process.logs import fields
-from relay.store import Store
+from relay.store import FOREVER, Store
 
 log = logging.getLogger("relay.delivery")
 
 RESTING = "resting"
+
+ELSEWHERE = "on another node"
+"""Why this node holds deliveries whose lane another node owns, or will take."""
+
+NO_STORAGE = "waiting for storage"
+"""Why a lane is held while the store fails: an attempt whose outcome is lost would be repeated."""
 
 
 class DestinationHealth:
@@ -34,6 +40,7 @@ class DestinationHealth:
         self.state = state
         self.circuit = CircuitBreaker(config.circuit, config.concurrency)
         self.rest_until = 0  # steady clock
+        self.owned_until = FOREVER if store.nodes.alone else 0  # steady clock; 0: this node does not own it
         self._rest_reason = RESTING
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
@@ -44,7 +51,7 @@ class DestinationHealth:
 
     def limit(self, now: int) -> int:
         """Return the maximum number of attempts in flight at `now` (steady clock); 0: deliveries are held."""
-        if self._stored_hold is not None or self.rest_until > now:
+        if self._stored_hold is not None or self.rest_until > now or self.owned_until <= now:
             return 0
         circuit = self.circuit
         if circuit.open_until is None and circuit.ramp is None:  # the usual case, without a call
@@ -53,6 +60,8 @@ class DestinationHealth:
 
     def held_at(self, now: int) -> str | None:
         """Return why deliveries are held at this time (steady clock), or None if they are not held."""
+        if self.owned_until <= now:  # the node could not renew its ownership, or has none
+            return NO_STORAGE if self.owned_until else ELSEWHERE
         if self._stored_hold is not None:
             return self._stored_hold
         if self.rest_until > now:
@@ -63,7 +72,9 @@ class DestinationHealth:
 
     @property
     def held_until(self) -> int | None:
-        """Return when the hold ends without an operator (steady clock); None: only an operator ends it."""
+        """Return when the hold ends (steady clock); None: by an operator, or when this node owns the lane."""
+        if not self.owned_until:
+            return None
         if self._stored_hold is not None:
             return self.paused_until
         return max(self.rest_until, self.circuit.open_until or 0)
@@ -107,6 +118,17 @@ class DestinationHealth:
         self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
         self._set_gauges()
         await self._store.deliveries.set_destination(state, event)
+
+    def restore(self, state: DestinationState) -> None:
+        """Apply the state that another node stored, because this node owns the lane from now on.
+
+        If the destination was failing, attempts begin one at a time, and the next failure opens the circuit.
+        """
+        self.state = state
+        self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
+        self.rest_until = 0
+        self.circuit.restart(careful=state.failing_since is not None)
+        self._set_gauges()
 
     async def set_by_operator(self, state: DestinationState) -> None:
         """Apply and store an operator's decision; resuming ends a rest, forgets failures and probes."""

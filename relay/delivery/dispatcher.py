@@ -128,6 +128,12 @@ class Dispatcher:
         """Return the number of attempts in flight at a destination, in the config or not."""
         return sum(lane.in_flight for lane in (*self.lanes.values(), *self._leaving) if lane.name == name)
 
+    async def drained(self, name: str) -> None:
+        """Wait until no attempt is in flight at a destination and the outcomes are stored."""
+        for lane in (*self.lanes.values(), *self._leaving):
+            if lane.name == name:
+                await lane.drained()
+
     def listen(self, news: News) -> None:
         """Hand the fresh deliveries of a commit to their lanes, in memory (see `relay.store.Listener`)."""
         ended_badly = False

@@ -20,7 +20,7 @@ from relay.delivery.attempt import (
     outdated,
     unspent,
 )
-from relay.delivery.destination_health import DestinationHealth
+from relay.delivery.destination_health import NO_STORAGE, DestinationHealth
 from relay.delivery.http.http_client import OutOfResourcesError
 from relay.delivery.http.result import HttpResult, Timing
 from relay.delivery.limits import OWN_SLOTS, BodyBudget, RateLimit, Slots
@@ -30,7 +30,7 @@ from relay.errors import StorageError
 from relay.metrics import Metrics
 from relay.model import RESULTS, Delivery, DestinationState, Outcome, StoredEvent
 from relay.process.logs import RateLimitedLog, fields
-from relay.store import Store
+from relay.store import FOREVER, Store
 
 log = logging.getLogger("relay.delivery")
 T = TypeVar("T")
@@ -50,8 +50,6 @@ OUT_OF_RESOURCES_REST = SECOND
 """How long a destination rests after this machine ran out of descriptors or memory during an attempt."""
 
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
-NO_STORAGE = "waiting for storage"
-"""Why a lane is held while the store fails: an attempt whose outcome is lost would be repeated."""
 
 
 class Lane:
@@ -94,6 +92,7 @@ class Lane:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
+        self.node = ""  # the node that owns this lane, if it is another one and known
         self._outcomes_wait = False  # for a store that cannot be written; logged once
         self._stopping = False
         self._removed = False  # the config does not have this destination any more
@@ -113,6 +112,37 @@ class Lane:
             (window.refills, window.refilling or (not idle and window.wants(now, probing=probing)))
             for window in self._windows
         )
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether this node owns the lane, so that no other node begins attempts."""
+        return self.health.owned_until > self._clock.steady()
+
+    def own(self, until: int, state: DestinationState | None) -> None:
+        """Own this lane until a time (steady clock), from now on or for longer than before.
+
+        `state` is what the store remembers of the destination; None: the lane has read it already.
+        """
+        was_owned = self.is_owned
+        self.health.owned_until, self.node = until, ""
+        if state is not None:
+            self.health.restore(state)
+        if not was_owned:
+            for window in self._windows:
+                window.due = 0
+            self.turn()
+
+    def disown(self, node: str = "") -> None:
+        """Begin no more attempts, and release the deliveries in memory: another node owns this lane."""
+        if self.is_owned:
+            self.health.clear_gauges()  # the other node exports them
+        self.health.owned_until, self.node = 0, node
+        self._release_windows()
+
+    async def drained(self) -> None:
+        """Wait until no attempt is in flight and the outcomes are stored."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery that is held for this lane, or release it to the store for later."""
@@ -344,8 +374,13 @@ class Lane:
         event = delivery.event
         if event is None and (event := await self._load_one(delivery)) is None:
             return
-        if self._store.failure is not None or not self._store.deliveries.begin_attempt(delivery.id):
-            # A transaction is ending the delivery. If that fails, the store still has it: look again.
+        if (
+            self._store.failure is not None
+            or ((until := self.health.owned_until) != FOREVER and until <= self._clock.steady())
+            or not self._store.deliveries.begin_attempt(delivery.id)
+        ):
+            # Another node may own the lane now, or a transaction is ending the delivery. If that fails, the
+            # store still has the delivery: look again.
             self._store.deliveries.release((delivery.id,))
             self._first.due = self._retry.due = 0
             return
@@ -408,7 +443,11 @@ class Lane:
                     await self._record(dead)
                     continue
                 each.event = event
-            if self._store.failure is not None or not self._store.deliveries.begin_attempt(each.id):
+            if (
+                self._store.failure is not None
+                or not self.is_owned
+                or not self._store.deliveries.begin_attempt(each.id)
+            ):
                 self._store.deliveries.release((each.id,))  # as in `_deliver`
                 self._first.due = self._retry.due = 0
             elif each.expires_at is not None and each.expires_at <= self._clock.steady():
@@ -594,7 +633,7 @@ class Lane:
     def _on_timer(self) -> None:
         self._timer = None
         until = self.health.paused_until
-        if until is not None and until <= self._clock.steady() and not self._stopping:
+        if until is not None and until <= self._clock.steady() and self.is_owned and not self._stopping:
             self._spawn(self._end_pause())
         else:
             self.turn()

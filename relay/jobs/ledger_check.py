@@ -3,11 +3,15 @@
 import logging
 
 from relay.base.clock import SECOND, Clock
+from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.dispatcher import Dispatcher
-from relay.metrics import Metrics
+from relay.metrics import PENDING_STATES, Metrics
 from relay.store import Store
 
 log = logging.getLogger("relay")
+
+LEDGER = "ledger"
+"""The job; it runs on one node of a cluster."""
 
 
 class LedgerCheck:
@@ -18,9 +22,16 @@ class LedgerCheck:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._clock = clock
+        self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:
-        """Check once. Destinations that left the config are included, because their deliveries are held."""
+        """Check once. Destinations that left the config are included, because their deliveries are held.
+
+        In a cluster, one node checks and exports the gauges; on the others, they are 0.
+        """
+        if not self._store.nodes.lead(LEDGER):
+            self._clear()
+            return
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
         for name in self._dispatcher.lanes.keys() | counts.keys():
@@ -32,7 +43,7 @@ class LedgerCheck:
             pending = 0 if ledger is None else ledger.pending
             in_flight = min(self._dispatcher.in_flight(name), pending)
             rest = pending - in_flight
-            held = rest if lane is None or lane.held is not None else 0
+            held = rest if lane is None or lane.held not in {None, ELSEWHERE} else 0
             due = 0 if held or waiting is None else min(rest, max(0, waiting.due - in_flight))
             for state, number in (
                 ("in_flight", in_flight),
@@ -43,3 +54,13 @@ class LedgerCheck:
                 self._metrics.pending.labels(name, state).set(number)
             oldest = 0 if waiting is None else waiting.oldest / SECOND
             self._metrics.oldest.labels(name).set(oldest)
+            self._names.add(name)
+
+    def _clear(self) -> None:
+        """Set the gauges to 0, because another node exports them now."""
+        for name in self._names:
+            for state in PENDING_STATES:
+                self._metrics.pending.labels(name, state).set(0)
+            for gauge in (self._metrics.unaccounted, self._metrics.oldest):
+                gauge.labels(name).set(0)
+        self._names.clear()

@@ -3,12 +3,16 @@
 import asyncio
 import logging
 
+from relay.delivery.destination_health import NO_STORAGE
 from relay.delivery.dispatcher import Dispatcher
-from relay.delivery.lane import NO_STORAGE, Lane
+from relay.delivery.lane import Lane
 from relay.store import Store
 from relay.store.retention_policy import Policy
 
 log = logging.getLogger("relay.upkeep")
+
+RETENTION = "retention"
+"""The job. In a cluster, one node deletes; each node expires the deliveries of its own lanes."""
 
 
 class Upkeep:
@@ -29,6 +33,8 @@ class Upkeep:
             expired += some
         if expired:
             log.error("%d deliveries expired: held longer than [retention] held", expired)
+        if not self._store.nodes.lead(RETENTION):
+            return
         began = asyncio.get_running_loop().time()
         pruned = await self._store.upkeep.prune(self.policy)
         if pruned.events or pruned.attempts or pruned.pages or not pruned.done:
@@ -42,14 +48,17 @@ class Upkeep:
             )
 
     async def _held_destinations(self) -> set[str]:
-        """Return the destinations whose deliveries are held, including those no longer in the config."""
+        """Return the destinations whose deliveries are held, including those no longer in any config."""
         found = {name for name, lane in self._dispatcher.lanes.items() if _is_holding(lane)}
+        if not self._store.nodes.lead(RETENTION):
+            return found
+        configured = {name for node in await self._store.nodes.all() for name in node.destinations}
         for name, counts in (await self._store.ledger.audit()).items():
-            if counts.pending and name not in self._dispatcher.lanes:
+            if counts.pending and name not in configured and name not in self._dispatcher.lanes:
                 found.add(name)
         return found
 
 
 def _is_holding(lane: Lane) -> bool:
     """Return whether deliveries are held; a probe in progress does not end that."""
-    return lane.held not in {None, NO_STORAGE} or lane.health.circuit.is_open
+    return lane.is_owned and (lane.held not in {None, NO_STORAGE} or lane.health.circuit.is_open)

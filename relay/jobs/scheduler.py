@@ -56,14 +56,19 @@ class Past(msgspec.Struct, kw_only=True):
 class _Job(msgspec.Struct, frozen=True):
     past: Past
     work: Work
+    cluster: bool  # runs on one node of a cluster
     lock: asyncio.Lock  # held during a run, so that runs do not overlap
 
 
 class Jobs:
     """The daemon's periodic jobs, by name."""
 
-    def __init__(self, clock: Clock, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, clock: Clock, metrics: Metrics | None = None, lead: Callable[[str], bool] = lambda _name: True
+    ) -> None:
+        """Take `lead`, which returns whether a job of the cluster runs on this node."""
         self._clock = clock
+        self._lead = lead
         self._metrics = metrics or Metrics()
         self._scheduler = AsyncIOScheduler(
             timezone=UTC,
@@ -73,12 +78,18 @@ class Jobs:
         self._clock_difference = self._difference()
         self._clock_check: asyncio.TimerHandle | None = None
 
-    def add(self, name: str, seconds: float, work: Work) -> None:
-        """Run `work` every `seconds`; an exception is logged and does not stop later runs."""
+    def add(self, name: str, seconds: float, work: Work, *, cluster: bool = False) -> None:
+        """Run `work` every `seconds`; an exception is logged and does not stop later runs.
+
+        With `cluster`, it runs on one of the nodes that share the data, otherwise on each.
+        """
         self._metrics.add_job(name)
-        job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, asyncio.Lock())
+        job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, cluster, asyncio.Lock())
 
         async def run() -> None:
+            if cluster and not self._lead(name):
+                job.past.error = None  # the other node reports its own errors
+                return
             try:
                 await self._run(job)
             except asyncio.CancelledError:
@@ -96,6 +107,11 @@ class Jobs:
         """Return the history of every job, sorted by name."""
         return [self._jobs[name].past for name in sorted(self._jobs)]
 
+    @property
+    def of_cluster(self) -> list[str]:
+        """The names of the jobs that run on one node of a cluster."""
+        return [name for name, job in self._jobs.items() if job.cluster]
+
     def next_run(self, name: str) -> datetime | None:
         """Return the time of a job's next run; None: the jobs are not running."""
         moment: datetime | None = getattr(self._scheduler.get_job(name), "next_run_time", None)
@@ -106,11 +122,15 @@ class Jobs:
 
         Raises:
             UnknownError: the job does not exist.
+            RelayError: another node of the cluster runs it.
         """
         if name not in self._jobs:
             known = ", ".join(sorted(self._jobs))
             raise UnknownError(f"unknown job {name!r}{guess(name, self._jobs)}", hint=f"jobs: {known}")
-        return await self._run(self._jobs[name])
+        job = self._jobs[name]
+        if job.cluster and not self._lead(name):
+            raise RelayError(f"job {name} runs on another node", hint="run it there: relay nodes")
+        return await self._run(job)
 
     async def _run(self, job: _Job) -> Past:
         """Run a job once, after its current run; an exception is recorded and logged."""

@@ -1,8 +1,8 @@
 """The interface of the store: everything that the relay remembers.
 
-A `Store` has parts: `events`, `deliveries`, `workers`, `queries`, `ledger` and `upkeep`. Callers share
-transactions, so SQLite (one writer, group commit) and a networked database (round trips) are fast for the
-same reason. A method that returns has made its change durable; a method that raises has changed nothing.
+A `Store` has parts: `events`, `deliveries`, `workers`, `queries`, `ledger`, `upkeep` and `nodes`. Callers
+share transactions, so SQLite (one writer, group commit) and a networked database (round trips) are fast for
+the same reason. A method that returns has made its change durable; a method that raises has changed nothing.
 Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.base.clock`).
 """
 
@@ -32,6 +32,7 @@ from relay.model import (
     Measured,
     Named,
     News,
+    Node,
     Outcome,
     Pruned,
     Receipt,
@@ -69,6 +70,9 @@ EVENT_BYTES = 2048
 
 That is the memory of its records, measured with one delivery. Its rows on the disk are smaller.
 """
+
+FOREVER = 2**62
+"""A time (steady clock) after every deadline."""
 
 
 class Acceptance(msgspec.Struct, kw_only=True, gc=False):
@@ -172,7 +176,8 @@ class Events(Protocol):
 class Deliveries(Protocol):
     """Pending deliveries: claim, settle, expire, cancel and repeat them.
 
-    Claims are in memory: one process owns the deliveries of a destination. A crash releases every claim.
+    Claims are in memory: one process owns the deliveries of a destination (see `Nodes`). A crash releases
+    every claim.
     """
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
@@ -208,7 +213,8 @@ class Deliveries(Protocol):
     async def expire(self) -> int:
         """Expire a batch of overdue worker commands and of deliveries past their time to live, even claimed.
 
-        Returns the number of expired deliveries; 0 at the end.
+        Only deliveries of lanes that this node owns expire. Returns the number of expired deliveries; 0 at
+        the end.
         """
         ...
 
@@ -480,6 +486,50 @@ class Upkeep(Protocol):
         ...
 
 
+class Ownership(msgspec.Struct, frozen=True):
+    """The lanes of this node. Other nodes own the other lanes, or will take them."""
+
+    until: Mapping[str, int]  # owned lanes; no attempt may begin at this time or later (steady clock)
+    elsewhere: Mapping[str, str] = {}  # other lanes: name of the node that owns it; "" if no node owns it
+    hand_over: frozenset[str] = frozenset()  # owned, but due to another node: end the attempts, then `give`
+
+
+class Nodes(Protocol):
+    """The nodes: daemons that share the data. Each lane, and each job of the cluster, runs on one node."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other node can share the data, so that this node owns everything without asking."""
+        ...
+
+    async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
+        """Renew what this node owns and take what is free and due to it; call it once a second.
+
+        `lanes` are the destinations in the config, with the timeout of an attempt in seconds; `jobs` are the
+        jobs of the cluster. A node owns a lane until its time, even if it cannot reach the database.
+
+        Raises:
+            StorageError: the database does not answer; earlier results stay valid until their times.
+        """
+        ...
+
+    async def give(self, lanes: Collection[str]) -> None:
+        """Let other nodes take lanes; call it after the outcomes of their attempts are stored."""
+        ...
+
+    def lead(self, job: str) -> bool:
+        """Return whether a job of the cluster runs on this node."""
+        ...
+
+    async def all(self) -> tuple[Node, ...]:
+        """Return the nodes that have renewed lately, in order of name."""
+        ...
+
+    async def leave(self) -> None:
+        """Take no more lanes, and let other nodes plan without this one; before the last attempts end."""
+        ...
+
+
 class StoredData(Protocol):
     """Read-only access to stored data, whether or not a daemon has it open."""
 
@@ -560,6 +610,11 @@ class Store(Protocol):
     @property
     def upkeep(self) -> Upkeep:
         """Retention, backups, checks."""
+        ...
+
+    @property
+    def nodes(self) -> Nodes:
+        """The nodes that share the data."""
         ...
 
     @property

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from relay.base.clock import Clock
+from relay.base.clock import Clock, SystemClock
 from relay.config.schema import WorkerRules
 from relay.errors import RelayError
 from relay.model import StoredEvent, WorkerStatus
@@ -30,6 +30,12 @@ def no_options(_destination: str, _event: StoredEvent) -> None:
 def default_rules(_source: str, _worker_id: str) -> WorkerRules:
     """Return the default rules of workers."""
     return WorkerRules()
+
+
+def clock_of(url: str) -> Clock:
+    """Return the clock of a daemon for a store: the machine's, unless several machines share the data."""
+    _ = url
+    return SystemClock()
 
 
 def make_store(

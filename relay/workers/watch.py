@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import translate
 from functools import lru_cache
 
@@ -10,10 +10,14 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.config.schema import Config, WorkerRules
+from relay.model import Worker
 from relay.process.logs import fields
 from relay.store import Store
 
 log = logging.getLogger("relay.workers")
+
+SWEEP = "sweep"
+"""The job. Its interval depends on the configuration; in a cluster, one node marks silent workers."""
 
 _REMEMBERED = 16_384  # workers whose rules are cached; the patterns are matched again for others
 
@@ -85,13 +89,25 @@ class Watch:
 
         A late sweep uses the time at which it was due: heartbeats that arrived while the process was stopped
         are read only before the next sweep.
+
+        In a cluster, one node marks silent workers. Each node unregisters the workers whose requests to leave
+        it refused. A node that takes over extends all deadlines: heartbeats may have ended with the other.
         """
         now = self._clock.steady()
+        if not self._store.nodes.lead(SWEEP):
+            self._last = None
+            self._log(await self._store.workers.sweep(at=0))
+            return
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
             marked = await self._store.workers.sweep(extend=True)
         else:
             in_time = self._last + int(self.interval * SECOND)
             marked = await self._store.workers.sweep(at=min(now, in_time))
+        self._log(marked)
+        self._last = now
+
+    def _log(self, marked: Iterable[Worker]) -> None:
+        """Log the workers that a sweep marked offline or unregistered."""
         for worker in marked:
             ids = fields(source=worker.source, worker_id=worker.id)
             if worker.unregistered_at is None:
@@ -99,4 +115,3 @@ class Watch:
             else:
                 line = "%s: worker %s has unregistered; the relay had refused its request"
                 log.info(line, worker.source, worker.id, extra=ids)
-        self._last = now

@@ -16,6 +16,7 @@ from relay.model import (
 from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Sequences
 from relay.store.claims import Claims
+from relay.store.nodes import OneNode
 from relay.store.roster import load_roster
 from relay.store.sqlite.commit import Committer
 from relay.store.sqlite.compact import empty_log
@@ -83,6 +84,7 @@ class SqliteStore:
         self.queries = SqliteQueries(self.database)
         self.ledger = SqliteLedger(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
+        self.nodes = OneNode(clock)
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
         )

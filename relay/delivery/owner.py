@@ -1,0 +1,126 @@
+"""Ownership of lanes: once a second, the node renews what it owns, takes free lanes and hands over others."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from relay.delivery.dispatcher import Dispatcher
+from relay.errors import StorageError
+from relay.model import DestinationState
+from relay.process.logs import fields
+from relay.store import Ownership, Store
+
+log = logging.getLogger("relay.delivery")
+
+RENEW_EVERY = 1.0  # seconds
+
+
+class Owner:
+    """Tells the lanes of a dispatcher whether this node owns them. A node that is alone owns all of them."""
+
+    def __init__(self, dispatcher: Dispatcher, store: Store, jobs: Callable[[], Collection[str]]) -> None:
+        """Take `jobs`, which returns the jobs that run on one node of the cluster."""
+        self._dispatcher = dispatcher
+        self._store = store
+        self._jobs = jobs
+        self._task: asyncio.Task[None] | None = None
+        self._hand_overs: dict[str, asyncio.Task[None]] = {}  # by destination
+        self._due = asyncio.Event()  # set: renew at once
+        self._failing = False
+
+    async def start(self) -> None:
+        """Take lanes, and go on with it; returns after the first try."""
+        if not self._store.nodes.alone:
+            await self._try_to_renew()
+            self._task = asyncio.create_task(self._renew_for_ever())
+
+    def wake(self) -> None:
+        """Renew now instead of within a second: a lane may be free."""
+        self._due.set()
+
+    async def leave(self) -> None:
+        """Hand over every lane once its attempts in flight have ended; renew until `stop`."""
+        if self._task is None:
+            return
+        with suppress(StorageError):  # the other nodes notice it later
+            await self._store.nodes.leave()
+        for name in self._dispatcher.lanes:
+            self._begin_to_hand_over(name)
+
+    async def stop(self) -> None:
+        """Stop renewing, after the attempts have ended."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, *self._hand_overs.values(), return_exceptions=True)
+        self._task = None
+
+    async def renew(self) -> None:
+        """Renew once, and tell the lanes.
+
+        Raises:
+            StorageError: the database does not answer; the lanes stay owned until their times.
+        """
+        store, lanes = self._store, self._dispatcher.lanes
+        wanted = {name: lane.config.timeout for name, lane in lanes.items()}
+        owned = await store.nodes.own(wanted, self._jobs())
+        gained = {name for name in owned.until if name in lanes and not lanes[name].is_owned}
+        states = await store.queries.destination_states() if gained else {}
+        self._apply(owned, gained, states)
+
+    def _apply(self, owned: Ownership, gained: Collection[str], states: dict[str, DestinationState]) -> None:
+        for name, lane in self._dispatcher.lanes.items():
+            until = owned.until.get(name)
+            if until is None:
+                if lane.is_owned:
+                    extra = fields(destination=name)
+                    log.warning("%s: lost the lane to another node", name, extra=extra)
+                lane.disown(owned.elsewhere.get(name, ""))
+            elif name in self._hand_overs or name in owned.hand_over:
+                pass
+            elif name in gained:
+                log.info("%s: this node runs the lane", name, extra=fields(destination=name))
+                lane.own(until, states.get(name) or DestinationState(name=name))
+            else:
+                lane.own(until, None)
+        for name in owned.hand_over:
+            self._begin_to_hand_over(name)
+
+    def _begin_to_hand_over(self, name: str) -> None:
+        if name in self._hand_overs:
+            return
+        if (lane := self._dispatcher.lanes.get(name)) is not None:
+            if not lane.is_owned:
+                return
+            lane.disown()
+        task = self._hand_overs[name] = asyncio.create_task(self._hand_over(name))
+        task.add_done_callback(lambda _: self._hand_overs.pop(name, None))
+
+    async def _hand_over(self, name: str) -> None:
+        """Give a lane away after its last outcome. If that fails, the lease ends on its own."""
+        await self._dispatcher.drained(name)
+        try:
+            await self._store.nodes.give((name,))
+        except StorageError as error:
+            log.warning("%s: cannot hand over the lane: %s", name, error.message)
+        else:
+            log.info("%s: handed over the lane", name, extra=fields(destination=name))
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), RENEW_EVERY)
+            self._due.clear()
+            await self._try_to_renew()
+
+    async def _try_to_renew(self) -> None:
+        try:
+            await self.renew()
+            self._failing = False
+        except StorageError as error:
+            if not self._failing:
+                log.warning("cannot renew the ownership of lanes: %s", error.message)
+            self._failing = True
+        except Exception:
+            log.exception("cannot renew the ownership of lanes")

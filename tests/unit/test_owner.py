@@ -1,0 +1,335 @@
+"""Lanes and jobs of a cluster: a node acts only for what it owns. The other nodes are scripted."""
+
+import asyncio
+from unittest.mock import patch
+
+import pytest
+from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
+from stores import accept, hooks, make_store
+from support import until
+
+from relay.base.clock import SECOND
+from relay.config.schema import DestinationConfig, Retention
+from relay.config.secrets import Url
+from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
+from relay.delivery.dispatcher import Dispatcher
+from relay.delivery.owner import Owner
+from relay.errors import RelayError, StorageUnavailableError
+from relay.jobs.ledger_check import LedgerCheck
+from relay.jobs.retention import Upkeep
+from relay.jobs.scheduler import Jobs
+from relay.metrics import Metrics
+from relay.model import DestinationState, Heartbeat, Node, Register, Target
+from relay.store import FOREVER, Acceptance, Ownership
+from relay.store.nodes import OneNode
+from relay.store.retention_policy import Policy
+from relay.workers.watch import Watch
+
+DAY = 86_400
+
+
+class ScriptedNodes:
+    """A cluster of two nodes, in which the test decides who owns what."""
+
+    alone = False
+
+    def __init__(self):
+        self.ownership = Ownership(until={})
+        self.error = None
+        self.asked = []
+        self.given = []
+        self.left = False
+        self.leads = set()
+        self.others = ()
+
+    async def own(self, lanes, jobs):
+        self.asked.append((dict(lanes), set(jobs)))
+        if self.error is not None:
+            raise self.error
+        return self.ownership
+
+    async def give(self, lanes):
+        self.given += lanes
+
+    def lead(self, job):
+        return job in self.leads
+
+    async def all(self):
+        return self.others
+
+    async def leave(self):
+        self.left = True
+
+
+@pytest.fixture
+async def receiver():
+    async with Receiver().serve() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+async def store(tmp_path):
+    store = make_store(tmp_path / "relay.db", CLOCK)
+    store.nodes = ScriptedNodes()
+    await store.open()
+    yield store
+    await store.close()
+
+
+def owned(*names, seconds=30.0, **fields):
+    return Ownership(until=dict.fromkeys(names, CLOCK.steady() + int(seconds * SECOND)), **fields)
+
+
+async def test_only_the_owner_sends_and_a_gained_lane_sends_what_waited(store, receiver):
+    crm, erp = destination("crm", receiver.url), destination("erp", receiver.url)
+    async with dispatcher_for(store, crm, erp) as dispatcher:
+        owner = Owner(dispatcher, store, lambda: {"sweep"})
+        store.nodes.ownership = owned("erp", elsewhere={"crm": "b"})
+        await owner.renew()
+        sent = await send_many(store, 3)
+        await ended(store, 3, "erp")
+        assert sorted(receiver.ids) == sorted(sent)
+        lane = dispatcher.lanes["crm"]
+        assert (lane.held, lane.node, lane.is_owned) == (ELSEWHERE, "b", False)
+        assert not any(window.deliveries for window in lane._windows)
+        assert not store.claims.of("crm")
+        store.nodes.ownership = owned("crm", "erp")
+        await owner.renew()
+        assert (lane.held, lane.node, lane.is_owned) == (None, "", True)
+        await ended(store, 3, "crm")
+        assert store.nodes.asked == [({"crm": 2.0, "erp": 2.0}, {"sweep"})] * 2
+
+
+async def test_no_attempt_begins_after_the_end_of_a_lease(store, receiver):
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned("crm", seconds=-1)
+        await owner.renew()
+        await send(store)
+        store.nodes.error = StorageUnavailableError("the database does not answer")
+        await owner._try_to_renew()
+        assert lane.held == NO_STORAGE
+        assert not receiver.requests
+        store.nodes.error, store.nodes.ownership = None, owned("crm")
+        await owner.renew()
+        await ended(store)
+        assert len(receiver.requests) == 1
+
+
+async def test_a_lease_that_ends_while_a_body_is_read_stops_the_attempt(store, receiver):
+    async with dispatcher_for(store, destination("crm", receiver.url), body_bytes=0) as dispatcher:
+        owner, lane, load = Owner(dispatcher, store, set), dispatcher.lanes["crm"], store.events.load
+        await send(store)
+        reads = []
+
+        async def load_late(ids):
+            reads.append(ids)
+            lane.health.owned_until = CLOCK.steady() - 1
+            return await load(ids)
+
+        with patch.object(store.events, "load", load_late):
+            store.nodes.ownership = owned("crm")
+            await owner.renew()
+            await until(lambda: reads and not lane.in_flight)
+        assert not receiver.requests
+        assert not store.claims.of("crm")
+        await owner.renew()
+        await ended(store)
+
+
+async def test_a_lane_is_handed_over_after_its_attempts_in_flight(store, receiver):
+    receiver.gate.clear()
+    async with dispatcher_for(store, destination("crm", receiver.url, concurrency=1)) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned("crm")
+        await owner.renew()
+        await send_many(store, 3)
+        await until(lambda: receiver.busy == 1)
+        store.nodes.ownership = owned("crm", hand_over=frozenset({"crm"}))
+        await owner.renew()
+        await owner.renew()  # the attempt is still in flight
+        assert (lane.held, lane.in_flight, store.nodes.given) == (ELSEWHERE, 1, [])
+        receiver.gate.set()
+        await until(lambda: store.nodes.given == ["crm"])
+        [row] = await ended(store)
+        assert (row["state"], len(receiver.requests)) == ("delivered", 1)
+        assert store.claims.of("crm") == 0
+
+
+async def test_a_stopping_node_leaves_then_drains_then_gives_its_lanes(store, receiver):
+    receiver.gate.clear()
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner = Owner(dispatcher, store, set)
+        store.nodes.ownership = owned("crm")
+        await owner.start()
+        await send(store)
+        await until(lambda: receiver.busy == 1)
+        await owner.leave()
+        assert (store.nodes.left, store.nodes.given) == (True, [])
+        receiver.gate.set()
+        await dispatcher.stop(5.0)
+        await owner.stop()
+        assert store.nodes.given == ["crm"]
+        [row] = await ended(store)
+        assert row["state"] == "delivered"
+
+
+async def test_a_removed_destination_is_given_after_its_last_attempt(store, receiver):
+    receiver.gate.clear()
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner = Owner(dispatcher, store, set)
+        store.nodes.ownership = owned("crm")
+        await owner.renew()
+        await send(store)
+        await until(lambda: receiver.busy == 1)
+        dispatcher.adopt(await dispatcher.plan({}))
+        store.nodes.ownership = owned("crm", hand_over=frozenset({"crm"}))
+        await owner.renew()
+        await asyncio.sleep(0)
+        assert store.nodes.given == []
+        receiver.gate.set()
+        await until(lambda: store.nodes.given == ["crm"])
+
+
+async def test_a_gained_lane_has_the_state_that_the_other_node_stored(store, receiver):
+    config = destination("crm", receiver.url)
+    async with dispatcher_for(store, config) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned("crm")
+        await store.deliveries.set_destination(DestinationState(name="crm", paused=True))
+        await owner.renew()
+        assert lane.held == "paused"
+        store.nodes.ownership = owned()
+        await owner.renew()
+        await store.deliveries.set_destination(DestinationState(name="crm", failing_since=CLOCK.steady()))
+        store.nodes.ownership = owned("crm")
+        await owner.renew()
+        assert (lane.held, lane.health.limit(CLOCK.steady())) == (None, 1)  # it was failing: one at a time
+
+
+async def test_a_node_that_is_alone_owns_every_lane_without_asking(tmp_path):
+    nodes = OneNode(CLOCK)
+    assert nodes.alone
+    assert nodes.lead("sweep")
+    assert await nodes.own({"crm": 15.0}, ()) == Ownership(until={"crm": FOREVER})
+    [node] = await nodes.all()
+    assert node.is_self
+    assert node.seen_at >= node.started_at
+
+
+async def test_a_job_of_the_cluster_runs_only_where_it_is_led():
+    leads, runs = set(), []
+    jobs = Jobs(CLOCK, Metrics(), lambda name: name in leads)
+
+    async def work():
+        runs.append("all")
+
+    async def fail():
+        runs.append("one")
+        raise ValueError("for the test")
+
+    jobs.add("all", 0.01, work)
+    jobs.add("one", 0.01, fail, cluster=True)
+    assert jobs.of_cluster == ["one"]
+    jobs.start()
+    try:
+        await until(lambda: len(runs) >= 3)
+        assert set(runs) == {"all"}
+        with pytest.raises(RelayError, match="job one runs on another node"):
+            await jobs.run("one")
+        leads.add("one")
+        await until(lambda: "one" in runs)
+        [_, past] = jobs.all()
+        assert past.error == "ValueError: for the test"
+        leads.clear()
+        await until(lambda: past.error is None)  # the other node's runs count now
+    finally:
+        jobs.stop()
+
+
+@pytest.fixture
+async def held(tmp_path, clock):
+    """A store with deliveries that are held for 30 days, and a dispatcher that owns the lane of one."""
+    configs = {
+        name: DestinationConfig(name=name, url=Url("http://127.0.0.1:9/"))
+        for name in ("mine", "other", "theirs")
+    }
+    store = make_store(tmp_path / "relay.db", clock)
+    store.nodes = ScriptedNodes()
+    await store.open()
+    mine = {name: configs[name] for name in ("mine", "other")}
+    dispatcher = Dispatcher(mine, store=store, clock=clock, metrics=Metrics({}, configs))
+    await dispatcher.start()
+    dispatcher.lanes["mine"].own(FOREVER, None)
+    await dispatcher.lanes["mine"].set_state(DestinationState(name="mine", paused=True))
+    hooks(store).route = lambda event: (
+        () if event.source == "relay" else tuple(map(Target, (*configs, "orphan")))
+    )
+    await store.events.append(accept(clock, subject=None))
+    yield store, dispatcher
+    await dispatcher.stop(0)
+    await store.close()
+
+
+async def pending(store):
+    rows = await store.queries.find("deliveries", limit=50)
+    return {row["destination"] for row in rows if row["state"] == "pending"}
+
+
+@pytest.mark.parametrize(
+    ("leads", "kept"), [(False, {"other", "theirs", "orphan"}), (True, {"other", "theirs"})]
+)
+async def test_each_node_expires_its_own_held_deliveries_and_the_leader_those_of_no_node(
+    held, clock, leads, kept
+):
+    store, dispatcher = held
+    store.nodes.others = (
+        Node(name="b", version="1", started_at=0, seen_at=0, destinations=("other", "theirs")),
+    )
+    store.nodes.leads = {"retention"} if leads else set()
+    upkeep = Upkeep(store, dispatcher, Policy(Retention(events=60.0 * DAY)))
+    await upkeep.run()
+    clock.advance(31 * DAY)
+    with patch.object(store.upkeep, "prune", wraps=store.upkeep.prune) as prune:
+        await upkeep.run()
+    assert prune.called == leads
+    assert await pending(store) == kept
+
+
+async def test_one_node_exports_the_gauges_of_all_deliveries(held, clock):
+    store, dispatcher = held
+    metrics = dispatcher._metrics
+    check = LedgerCheck(store, dispatcher, metrics, clock)
+    sample = metrics.registry.get_sample_value
+
+    def gauge(name, state):
+        return sample("relay_deliveries_pending", {"destination": name, "state": state})
+
+    store.nodes.leads = {"ledger"}
+    await check.check()
+    assert [gauge("mine", "held"), gauge("other", "held"), gauge("other", "due")] == [1, 0, 1]
+    store.nodes.leads = set()
+    await check.check()
+    assert [gauge("mine", "held"), gauge("other", "held"), gauge("other", "due")] == [0, 0, 0]
+
+
+async def test_one_node_marks_silent_workers_and_a_new_leader_gives_them_time(held, clock):
+    store, _ = held
+    watch = Watch(store, clock, 10.0)
+    await store.events.append(Acceptance(source="shop", change=Register(worker_id="w1")))
+
+    async def sweep(*moments):
+        for seconds in moments:
+            clock.advance(seconds)
+            await watch.sweep()
+        return store.workers.count("shop", "OFFLINE")
+
+    assert await sweep(*[10] * 20) == 0
+    store.nodes.leads = {"sweep"}
+    assert await sweep(0, *[10] * 9) == 0
+    await store.events.append(Acceptance(source="shop", change=Heartbeat(worker_id="w1")))
+    store.nodes.leads = set()
+    assert await sweep(*[10] * 20) == 0
+    store.nodes.leads = {"sweep"}
+    assert await sweep(0, *[10] * 9) == 0
+    assert await sweep(1) == 1
