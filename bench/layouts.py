@@ -33,15 +33,14 @@ from relay.store.batch import Batch, Sequences
 from relay.store.claims import Claims, claim
 from relay.store.dedupe import Key, Keys, identity
 from relay.store.opening import no_options
+from relay.store.queries import PagedQueries
 from relay.store.roster import Roster
 from relay.store.sqlite import commit, event_times, prune
+from relay.store.sqlite import queries as stored_lists
 from relay.store.sqlite.connection import migrate, open_reader, open_writer
+from relay.store.sqlite.database import Database
 from relay.store.sqlite.mark import GIVEN_SQL
-from relay.store.sqlite.queries import filters as list_filters
-from relay.store.sqlite.queries import lists as stored_lists
-from relay.store.sqlite.queries import plan
-from relay.store.sqlite.queries.page import Cursor
-from relay.store.sqlite.queries.plan import Path as IndexPath
+from relay.store.sqlite.queries import IndexPath, SqliteReader
 from relay.store.sqlite.rows import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
@@ -229,7 +228,7 @@ LISTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """Lists of which pages are read: their kinds and filters."""
 
 
-OLDEST = plan.EVENT_PATHS["all"].sql(newest_first=False)
+OLDEST = stored_lists.EVENT_PATHS["all"].sql(newest_first=False)
 
 
 class OneTable:
@@ -372,11 +371,11 @@ class QueueTable(OneTable):
     @contextmanager
     def statements(self) -> Iterator[None]:
         with (
-            patch.dict(plan.EVENT_PATHS, QUEUE_EVENT_PATHS),
-            patch.dict(plan.DELIVERY_PATHS, QUEUE_DELIVERY_PATHS),
-            patch.dict(plan.SHORT, QUEUE_SHORT),
-            patch.object(list_filters, "DELIVERIES", QUEUE_MATCHES),
-            patch.object(list_filters, "HAS_DELIVERY", QUEUE_HAS_DELIVERY),
+            patch.dict(stored_lists.EVENT_PATHS, QUEUE_EVENT_PATHS),
+            patch.dict(stored_lists.DELIVERY_PATHS, QUEUE_DELIVERY_PATHS),
+            patch.dict(stored_lists.SHORT, QUEUE_SHORT),
+            patch.object(stored_lists, "DELIVERIES", QUEUE_MATCHES),
+            patch.object(stored_lists, "HAS_DELIVERY", QUEUE_HAS_DELIVERY),
             patch.object(stored_lists, "DELIVERIES_SQL", QUEUE_ROWS),
             patch.object(stored_lists, "EVENTS_SQL", QUEUE_EVENT_ROWS),
         ):
@@ -545,10 +544,8 @@ async def backlog(layout: OneTable) -> tuple[float, float]:
 async def page(layout: OneTable, name: str, before: int) -> Sequence[Any]:
     """Return the rows of one page of a list, before a row id; the layout's statements are in place."""
     kind, filters = LISTS[name]
-    found = await stored_lists.read_page(
-        layout.reader, kind, limit=PAGE, cursor=Cursor(before), filters=filters
-    )
-    return found.rows
+    reader = SqliteReader(Database.reading(layout.path, layout.reader))
+    return await PagedQueries(reader).find(kind, limit=PAGE, before=before, **filters)
 
 
 async def lists(layout: OneTable, name: str) -> float:

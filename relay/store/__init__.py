@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from relay.base.clock import SECOND
 from relay.config.schema import WorkerRules
 from relay.errors import StorageError
 from relay.model import (
@@ -64,6 +65,9 @@ New deliveries are already claimed for their lanes, with their events; a lane wi
 
 DEDUPE_FOR = 7 * 86_400 * 1_000_000
 """Microseconds for which an idempotency key is remembered."""
+
+HOUR = 3600 * SECOND
+"""Microseconds of the period that one count of events covers."""
 
 EVENT_BYTES = 2048
 """Bytes that each of several events of one request takes beside its data and context until it is durable.

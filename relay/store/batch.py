@@ -24,10 +24,9 @@ from relay.model import (
     Target,
     Worker,
 )
-from relay.store import DEDUPE_FOR, Acceptance, Resolve, Route
+from relay.store import DEDUPE_FOR, HOUR, Acceptance, Resolve, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.roster import Roster
-from relay.store.sqlite.rows import HOUR
 from relay.store.worker_changes import SqliteWorkerChanges
 from relay.workers.rules import Now
 

@@ -12,7 +12,7 @@ from wire import request
 from relay.cli.api_client import Daemon
 from relay.cli.options import conditions
 from relay.routing.conditions import compile_conditions
-from relay.store.sqlite.queries import page as page_budget
+from relay.store.queries import page as page_budget
 
 BODY = adorn("s-1", payload={"total": "45000.00"})
 OTHER = adorn("s-2")

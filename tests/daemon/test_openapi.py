@@ -14,7 +14,7 @@ import relay as package
 from relay.api import deliveries, events, query_params, replays, top
 from relay.api.app import describe
 from relay.api.stream import frame
-from relay.store.sqlite.queries.filters import FILTERS
+from relay.store.queries.filters import FILTERS
 
 DOCUMENT = describe()
 COMPONENTS = DOCUMENT["components"]

@@ -13,7 +13,7 @@ from relay.base.units import parse_duration, parse_rate, parse_size
 from relay.config import binding, validators
 from relay.config.secrets import Url
 from relay.errors import RelayError
-from relay.store.sqlite.export import read_line, write_line
+from relay.store.export import read_line, write_line
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "plugins").glob("*.py")])

@@ -9,8 +9,10 @@ from support import FakeClock
 
 from relay.errors import RelayError
 from relay.model import Imported, Selection, Target
-from relay.store.sqlite import events, queries
-from relay.store.sqlite.export import DELIVERIES_SQL, read_line, write_line
+from relay.store import queries
+from relay.store.export import read_line, write_line
+from relay.store.sqlite import events
+from relay.store.sqlite.queries import EXPORTED_SQL
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_a_line_that_is_not_json_is_refused(line):
 async def test_an_export_contains_the_selection_in_order(store, clock, monkeypatch):
     monkeypatch.setattr(queries, "EXPORT_EVENTS", 3)
     monkeypatch.setattr(queries, "EXPORT_BYTES", 100)
-    monkeypatch.setattr("relay.store.sqlite.queries.selection.PAGE", 5)
+    monkeypatch.setattr("relay.store.queries.selection.PAGE", 5)
     sent = [await send(store, clock, body=b"%d" % n * (60 if n == 4 else 20), data=b"{}") for n in range(8)]
     await send(store, clock, type="till.paid")
     assert [read_line(line).body for line in await export(store, source="shop")] == [e.body for e in sent]
@@ -203,7 +205,7 @@ async def test_an_import_runs_in_small_transactions_and_reports_progress(store, 
 
 
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
-    sql = f"EXPLAIN QUERY PLAN {DELIVERIES_SQL.format(marks='?, ?')}"
+    sql = f"EXPLAIN QUERY PLAN {EXPORTED_SQL.format(marks='?, ?')}"
     steps = [row[3] for row in await rows(store, sql, (1, 2))]
     assert steps[0].startswith("SEARCH deliveries USING INDEX deliveries_event")
 

@@ -83,7 +83,7 @@ async def test_a_selection_is_deleted(store, clock, fields, left):
 
 
 async def test_a_large_selection_is_deleted_page_by_page(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.sqlite.queries.selection.PAGE", 7)
+    monkeypatch.setattr("relay.store.queries.selection.PAGE", 7)
     monkeypatch.setattr(events, "EXPUNGE_EVENTS", 3)
     for _ in range(20):
         await send(store, clock)

@@ -16,7 +16,7 @@ from relay.base.clock import SECOND
 from relay.errors import Invalid, Malformed
 from relay.model import Worker
 from relay.source import Incoming
-from relay.store.sqlite.export import read_line, write_line
+from relay.store.export import read_line, write_line
 from relay.store.sqlite.rows import worker_of, worker_row
 from relay.workers.rules import shown
 

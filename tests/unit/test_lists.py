@@ -16,10 +16,10 @@ from relay.errors import RelayError
 from relay.model import Attempt, Outcome, Selection, Target
 from relay.routing.subscription import Patterns
 from relay.store import Acceptance
+from relay.store.queries import page as pages
+from relay.store.queries import plan
+from relay.store.queries.filters import FILTERS
 from relay.store.sqlite import event_times
-from relay.store.sqlite.queries import page as pages
-from relay.store.sqlite.queries import plan
-from relay.store.sqlite.queries.filters import FILTERS
 
 EVENTS = 1200
 """Events of the filled store: enough for several pages, and few enough for hundreds of queries."""
@@ -307,7 +307,7 @@ async def test_an_unknown_filter_is_refused_and_the_error_lists_the_known_ones(s
     assert refused.value.hint == f"filters: {', '.join(FILTERS[kind])}"
 
 
-@pytest.mark.parametrize("cursor", ["-1", "x", "", "1.", "1.2.3", "9" * 30])
+@pytest.mark.parametrize("cursor", ["-1", "x", "", "1.", "1.2.3", "9" * 30, "9" * 19, f"1.{2**63}"])
 async def test_an_invalid_cursor_is_refused(store, cursor):
     with pytest.raises(RelayError, match="cursor"):
         await store.queries.page("events", cursor=cursor)

@@ -13,7 +13,7 @@ from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Target
 from relay.store.retention_policy import Policy
 from relay.store.sqlite import event_times, prune
-from relay.store.sqlite.queries import plan
+from relay.store.sqlite.queries import EVENT_PATHS, TYPES_SQL
 
 DAY = 86_400.0
 POLICY = Policy(Retention())
@@ -285,14 +285,14 @@ async def test_deleted_bodies_are_overwritten(store, clock):
 
 
 def page_sql(kind):
-    return prune.PAGE_SQL.format(candidates=plan.EVENT_PATHS[kind].sql(newest_first=False))
+    return prune.PAGE_SQL.format(candidates=EVENT_PATHS[kind].sql(newest_first=False))
 
 
 STATEMENTS = {
     "all": (page_sql("all"), (9, 1, 9)),
     "source": (page_sql("source"), ("a", 9, 1, 9)),
     "type": (page_sql("type"), ("a", 9, 1, 9)),
-    "types": (plan.TYPES_SQL, {"first": "a.", "end": "a/", "most": 9}),
+    "types": (TYPES_SQL, {"first": "a.", "end": "a/", "most": 9}),
     "last": (prune.LAST_SQL, (1,)),
     "deletable": (prune.DELETABLE_SQL.format(values="(?, ?)"), (1, 1)),
     **{f"delete {number}": (sql.format(values="(?)"), (1,)) for number, sql in enumerate(prune.DELETE_SQL)},

@@ -9,7 +9,9 @@ from relay.base.clock import SECOND
 from relay.errors import RelayError, UnknownError
 from relay.model import Attempt, Outcome, Selection, Target
 from relay.store import Span
-from relay.store.sqlite.queries import selection
+from relay.store.queries import selection
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.queries import PENDING_SQL, SqliteReader
 
 
 @pytest.fixture(params=KINDS)
@@ -240,7 +242,8 @@ async def test_too_many_ids_are_refused(store):
 )
 async def test_every_selection_uses_an_index(store, shops, fields, index):
     traced = Traced(store.database.reader)
-    assert [page async for page in selection.select(traced, Selection(**fields), Span(1, 9))]
+    reader = SqliteReader(Database.reading(store.path, traced))
+    assert [page async for page in selection.select(reader, Selection(**fields), Span(1, 9))]
     plans = await traced.plans()
     assert {sql: faults(plan) for sql, plan in plans.items() if faults(plan)} == {}
     assert any(index in step for plan in plans.values() for step in plan), plans
@@ -248,7 +251,7 @@ async def test_every_selection_uses_an_index(store, shops, fields, index):
 
 @pytest.mark.parametrize(
     ("sql", "index"),
-    list(zip(selection.PENDING_SQL, ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True)),
+    list(zip(PENDING_SQL, ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True)),
 )
 async def test_every_group_of_pending_deliveries_uses_an_index_without_sorting(store, sql, index):
     values = {"destination": "crm", "last": 9, "due": 0, "id": 0, "page": 9}

@@ -9,8 +9,9 @@ from support import FakeClock
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.model import Selection, Stat
-from relay.store.sqlite.queries import selection
-from relay.store.sqlite.rows import HOUR
+from relay.store import HOUR
+from relay.store.queries import selection
+from relay.store.sqlite.queries import STATS_SQL
 
 
 @pytest.fixture
@@ -92,6 +93,6 @@ async def test_filters_other_than_source_type_and_time_are_refused(store):
 
 async def test_a_page_of_counts_scans_no_table(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
-    plan = await rows(store, f"EXPLAIN QUERY PLAN {selection.STATS_SQL}", values)
+    plan = await rows(store, f"EXPLAIN QUERY PLAN {STATS_SQL}", values)
     [step] = [row[3] for row in plan]
     assert step.startswith("SEARCH stats USING PRIMARY KEY (hour>?"), step

@@ -23,7 +23,7 @@ from relay.store.sqlite.connection import OLDEST, has_wal_reset_bug
 from relay.store.sqlite.ledger import AUDIT_SQL, counts_of
 from relay.store.sqlite.losses import WHAT_TO_DO, reports_of
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in, read_mark
-from relay.store.sqlite.queries.filters import LATEST
+from relay.store.sqlite.queries import LATEST
 from relay.store.sqlite.read_only import opened
 from relay.store.sqlite.rows import worker_of
 from relay.store.sqlite.schema import MIGRATIONS

@@ -8,11 +8,11 @@ from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
 from relay.store import EVENT_BYTES, Acceptance, Span
 from relay.store.batch import Batch, Restored
 from relay.store.dedupe import KEY_ALONE, Key, identity
+from relay.store.export import read_line
+from relay.store.queries import PagedQueries
 from relay.store.sqlite.database import Database
 from relay.store.sqlite.deliveries import SqliteDeliveries
-from relay.store.sqlite.export import read_line
 from relay.store.sqlite.prune import Candidate, delete_events, deletions, paced
-from relay.store.sqlite.queries import SqliteQueries
 from relay.store.sqlite.rows import load_events, marks
 from relay.store.sqlite.workers import SqliteWorkers
 from relay.store.sqlite.writer import Job
@@ -44,7 +44,7 @@ class SqliteEvents:
         database: Database,
         *,
         deliveries: SqliteDeliveries,
-        queries: SqliteQueries,
+        queries: PagedQueries,
         workers: SqliteWorkers,
     ) -> None:
         self._database = database

@@ -17,13 +17,13 @@ import msgspec
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Pruned
+from relay.store.queries.page import portions
 from relay.store.retention_policy import Policy
 from relay.store.sqlite.database import Database
 from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.event_times import FORGET_SQL
 from relay.store.sqlite.mark import GIVEN_SQL
-from relay.store.sqlite.queries.page import portions
-from relay.store.sqlite.queries.plan import EVENT_PATHS, types_between
+from relay.store.sqlite.queries import EVENT_PATHS, SqliteReader
 from relay.store.sqlite.transaction import Transaction, WriterConnection
 from relay.store.sqlite.writer import Writer
 
@@ -142,6 +142,7 @@ class Retention:
 
     def __init__(self, database: Database, clock: Clock, disk: Disk) -> None:
         self._database = database
+        self._reader = SqliteReader(database)
         self._clock = clock
         self._disk = disk
         self._cursors: dict[Group, int] = {}
@@ -193,7 +194,7 @@ class Retention:
         groups = []
         for source in policy.by_type:
             # "/" is the character after ".".
-            types = await types_between(self._database.reader, f"{source}.", f"{source}/", MOST_TYPES)
+            types = await self._reader.types_between(f"{source}.", f"{source}/", MOST_TYPES)
             if len(types) > MOST_TYPES:  # senders choose types, so their number needs a limit
                 groups.append(Group("source", source, policy.shortest(source)))
                 continue

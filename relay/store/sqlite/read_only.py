@@ -11,9 +11,10 @@ import aiosqlite
 
 from relay.errors import StorageError
 from relay.store import Stop
+from relay.store.queries import PagedQueries
 from relay.store.sqlite.database import Database
 from relay.store.sqlite.ledger import LedgerReader
-from relay.store.sqlite.queries import SqliteQueries
+from relay.store.sqlite.queries import SqliteReader
 from relay.store.sqlite.schema import MIGRATIONS
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class Reading:
     """`relay.store.StoredData` over an SQLite file."""
 
     def __init__(self, database: Database) -> None:
-        self.queries = SqliteQueries(database)
+        self.queries = PagedQueries(SqliteReader(database))
         self.ledger = LedgerReader(database)
 
 

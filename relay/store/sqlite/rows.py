@@ -6,7 +6,6 @@ from typing import Any
 import aiosqlite
 import msgspec
 
-from relay.base.clock import SECOND
 from relay.base.json_text import encode
 from relay.model import Attempt, Command, Delivery, DeliveryState, DestinationState, StoredEvent, Worker
 
@@ -31,9 +30,6 @@ MEASUREMENT_COLUMNS = "source, worker_id, at, status, cpu, memory, uptime, messa
 COMMAND_COLUMNS = "public_id, source, worker_id, state, created_at, expires_at, sent_at, body"
 STATE_COLUMNS = ", ".join(DestinationState.__struct_fields__)
 STATS_COLUMNS = "hour, source, type, events, duplicates, bytes"
-
-HOUR = 3600 * SECOND
-"""Microseconds of the period that one row of `stats` counts."""
 
 _worker = msgspec.json.Decoder(Worker)
 

@@ -17,6 +17,7 @@ from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Sequences
 from relay.store.claims import Claims
 from relay.store.nodes import OneNode
+from relay.store.queries import PagedQueries
 from relay.store.roster import load_roster
 from relay.store.sqlite.commit import Committer
 from relay.store.sqlite.compact import empty_log
@@ -40,7 +41,7 @@ from relay.store.sqlite.files import Files
 from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger, counts_of
 from relay.store.sqlite.losses import check_after_open, check_before_open
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
-from relay.store.sqlite.queries import SqliteQueries
+from relay.store.sqlite.queries import SqliteReader
 from relay.store.sqlite.upkeep import SqliteUpkeep
 from relay.store.sqlite.wal import log_of
 from relay.store.sqlite.workers import SqliteWorkers
@@ -81,7 +82,7 @@ class SqliteStore:
         self.claims = Claims()
         self.workers = SqliteWorkers(self.database, clock, rules)
         self.deliveries = SqliteDeliveries(self.database, self.claims, clock)
-        self.queries = SqliteQueries(self.database)
+        self.queries = PagedQueries(SqliteReader(self.database))
         self.ledger = SqliteLedger(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
         self.nodes = OneNode(clock)

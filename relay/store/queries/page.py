@@ -27,7 +27,8 @@ STEP = 500  # candidates that one statement checks
 BODY_STEP = 100  # the same if their bodies are read
 FIRST_STEP = 50  # candidates of the first step, even if a page has fewer rows
 
-_CURSOR = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?", re.ASCII)
+_CURSOR = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,19}))?", re.ASCII)
+_LARGEST = 2**63 - 1
 
 
 class Cursor(msgspec.Struct, frozen=True, order=True):
@@ -44,7 +45,7 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
             RelayError: it is invalid.
         """
         match = _CURSOR.fullmatch(text)
-        if match is None:
+        if match is None or max(int(part) for part in match.groups("0")) > _LARGEST:
             raise RelayError("invalid cursor", hint="send the next_cursor of the previous page")
         return cls(int(match[1]), int(match[2] or 0))
 
@@ -57,7 +58,7 @@ class Cursor(msgspec.Struct, frozen=True, order=True):
         return f"{self.key}.{self.row}" if self.row else str(self.key)
 
 
-TOP = Cursor(2**63 - 1)
+TOP = Cursor(_LARGEST)
 """Every row is before this position."""
 
 

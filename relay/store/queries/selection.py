@@ -8,20 +8,18 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
-import aiosqlite
 import msgspec
 
 from relay.errors import RelayError, UnknownError
 from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
 from relay.routing.subscription import Patterns
-from relay.store import Span
-from relay.store.sqlite import event_times
-from relay.store.sqlite.queries.filters import Filter, Match
-from relay.store.sqlite.queries.page import TOP
-from relay.store.sqlite.queries.plan import DESTINATIONS_SQL, cheapest, plans_of_events, types_matching
-from relay.store.sqlite.rows import HOUR, STATS_COLUMNS
+from relay.store import HOUR, Span
+from relay.store.queries.filters import Filter, Match
+from relay.store.queries.page import TOP
+from relay.store.queries.plan import cheapest, plans_of_events, types_matching
+from relay.store.queries.reader import Reader
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -29,48 +27,25 @@ PAGE = 1000
 MOST_IDS = 1000
 """Ids that one request may name."""
 
-# The pending deliveries of a destination are in three groups. A delivery moves from one group to the next,
-# never back. So reading the groups in this order, each by due time, misses no delivery that moves meanwhile.
-_GROUPS = (
-    "attempts = 0 AND next_attempt_at IS NULL AND id > :id ORDER BY id",
-    "attempts = 0 AND (next_attempt_at, id) > (:due, :id) ORDER BY next_attempt_at, id",
-    "attempts > 0 AND (next_attempt_at, id) > (:due, :id) ORDER BY next_attempt_at, id",
-)
-PENDING_SQL = tuple(
-    f"""
-    SELECT id, next_attempt_at FROM deliveries
-     WHERE destination = :destination AND state = 'pending' AND id <= :last AND {group} LIMIT :page
-    """  # noqa: S608 - constants
-    for group in _GROUPS
-)
-STATS_SQL = f"""
-    SELECT {STATS_COLUMNS} FROM stats
-     WHERE hour >= :since AND (hour, source, type) < (:hour, :source, :type)
-     ORDER BY hour DESC, source DESC, type DESC LIMIT :page
-"""  # noqa: S608 - constants
-EVENT_BY_ID_SQL = """
-    SELECT public_id, id, size, received_at FROM events WHERE public_id BETWEEN ? AND ? LIMIT 2
+PENDING_GROUPS = range(3)
+"""Groups of a destination's pending deliveries, see `Reader.pending_page`.
+
+Reading them in this order, each in its own order, misses no delivery that moves meanwhile.
 """
-DELIVERY_BY_ID_SQL = """
-    SELECT d.public_id, d.id, d.state, d.event_id, e.size, e.received_at, d.destination
-      FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
-     WHERE d.public_id BETWEEN ? AND ? LIMIT 2
-"""
+
 _SHORT = re.compile(r"[0-9a-f-]{1,36}")
 
 
-async def span(reader: aiosqlite.Connection, selection: Selection) -> Span:
+async def span(reader: Reader, selection: Selection) -> Span:
     """See `relay.store.Queries.span`."""
-    [(newest,)] = await reader.execute_fetchall("SELECT max(id) FROM events")
+    newest = await reader.newest("events")
     if selection.since is None and selection.until is None:
-        return Span(1, newest or 0)
-    found = await event_times.span(reader, selection.since, selection.until)
-    return Span(1, 0) if found is None else Span(max(1, found.first), min(found.last, newest or 0))
+        return Span(1, newest)
+    found = await reader.span(selection.since, selection.until)
+    return Span(1, 0) if found is None else Span(max(1, found.first), min(found.last, newest))
 
 
-async def select(
-    reader: aiosqlite.Connection, selection: Selection, within: Span
-) -> AsyncIterator[tuple[Chosen, ...]]:
+async def select(reader: Reader, selection: Selection, within: Span) -> AsyncIterator[tuple[Chosen, ...]]:
     """See `relay.store.Queries.select`."""
     types = await types_matching(reader, selection)
     if types == ():
@@ -104,35 +79,33 @@ def _chosen(matches: Sequence[Match]) -> Chosen:
     return Chosen(matches[0].event_id, matches[0].size, matches[0].received_at, destinations)
 
 
-async def pending(reader: aiosqlite.Connection, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
+async def pending(reader: Reader, selection: Selection) -> AsyncIterator[tuple[int, ...]]:
     """See `relay.store.Queries.pending`."""
     of_event = msgspec.structs.replace(selection, destination=None, state=None)
     matching = Filter(of_event, await types_matching(reader, of_event), deliveries=True, by_event=False)
-    [(last,)] = await reader.execute_fetchall("SELECT max(id) FROM deliveries")
-    names = [selection.destination]
-    if selection.destination is None:
-        names = [name for (name,) in await reader.execute_fetchall(DESTINATIONS_SQL)]
+    last = await reader.newest("deliveries")
+    names = await reader.destinations() if selection.destination is None else [selection.destination]
     for name in names:
-        for sql in PENDING_SQL:
-            values = {"destination": name, "last": last, "due": -1, "id": 0, "page": PAGE}
-            while rows := list(await reader.execute_fetchall(sql, values)):
+        for group in PENDING_GROUPS:
+            after: tuple[int | None, int] = (-1, 0)
+            while rows := await reader.pending_page(name, group, last, after, PAGE):
                 ids = [id_ for id_, _ in rows]
                 if not matching.is_open:
                     matches = {match.row for match in await matching.matches(reader, ids)}
                     ids = [id_ for id_ in ids if id_ in matches]
                 yield tuple(ids)
-                values["id"], values["due"] = rows[-1]
+                after = (rows[-1][1], rows[-1][0])
 
 
-async def name_events(reader: aiosqlite.Connection, ids: Sequence[str]) -> tuple[Chosen, ...]:
+async def name_events(reader: Reader, ids: Sequence[str]) -> tuple[Chosen, ...]:
     """See `relay.store.Queries.name_events`."""
-    rows = await _by_id(reader, "event", "evt_", EVENT_BY_ID_SQL, ids)
+    rows = await _by_id(reader, "events", ids)
     return tuple(Chosen(id_, size, received_at) for id_, size, received_at in sorted(set(rows)))
 
 
-async def name_deliveries(reader: aiosqlite.Connection, ids: Sequence[str]) -> tuple[Named, ...]:
+async def name_deliveries(reader: Reader, ids: Sequence[str]) -> tuple[Named, ...]:
     """See `relay.store.Queries.name_deliveries`."""
-    rows = await _by_id(reader, "delivery", "dlv_", DELIVERY_BY_ID_SQL, ids)
+    rows = await _by_id(reader, "deliveries", ids)
     return tuple(
         Named(id_, state, Chosen(event_id, size, received_at, (destination,)))
         for id_, state, event_id, size, received_at, destination in sorted(set(rows))
@@ -140,9 +113,10 @@ async def name_deliveries(reader: aiosqlite.Connection, ids: Sequence[str]) -> t
 
 
 async def _by_id(
-    reader: aiosqlite.Connection, noun: str, prefix: str, sql: str, ids: Sequence[str]
+    reader: Reader, kind: Literal["events", "deliveries"], ids: Sequence[str]
 ) -> list[tuple[Any, ...]]:
     """Return the one row of each id."""
+    noun, prefix = ("event", "evt_") if kind == "events" else ("delivery", "dlv_")
     if len(ids) > MOST_IDS:
         raise RelayError(f"{len(ids)} ids, at most {MOST_IDS} at once", hint="use a filter instead")
     found = []
@@ -150,11 +124,9 @@ async def _by_id(
         short = given.lower().removeprefix(prefix)
         if not _SHORT.fullmatch(short):
             raise RelayError(f"{given!r:.60} is not a valid {noun} id", hint=f"they look like {prefix}0190…")
-        start = prefix + short
-        rows = list(await reader.execute_fetchall(sql, (start, start + "~")))
+        rows = await reader.named(kind, short)
         if not rows:
-            plural = "events" if noun == "event" else "deliveries"
-            raise UnknownError(f"unknown {noun} {given!r}", hint=f"`relay {plural} list` lists {plural}")
+            raise UnknownError(f"unknown {noun} {given!r}", hint=f"`relay {kind} list` lists {kind}")
         if len(rows) > 1:
             matches = ", ".join(public_id for public_id, *_ in rows)
             raise RelayError(
@@ -165,7 +137,7 @@ async def _by_id(
 
 
 async def stats(
-    reader: aiosqlite.Connection, selection: Selection, after: tuple[int, str, str] | None
+    reader: Reader, selection: Selection, after: tuple[int, str, str] | None
 ) -> AsyncIterator[tuple[Stat, ...]]:
     """See `relay.store.Queries.stats`."""
     if selection.of_deliveries or selection.subject is not None or selection.where is not None:
@@ -173,10 +145,8 @@ async def stats(
     patterns = None if selection.type is None else Patterns((selection.type,))
     named = selection.source is not None or selection.type is not None
     since = selection.since or 0
-    hour, source, type_ = after or (TOP.key, "", "")
-    values = {"since": since - since % HOUR, "hour": hour, "source": source, "type": type_, "page": PAGE}
-    while rows := list(await reader.execute_fetchall(STATS_SQL, values)):
-        found = [Stat(*row) for row in rows]
+    before = after or (TOP.key, "", "")
+    while found := await reader.stats(since - since % HOUR, before, PAGE):
         yield tuple(
             stat
             for stat in found
@@ -185,4 +155,4 @@ async def stats(
             and (selection.until is None or stat.hour < selection.until)
             and (patterns is None or patterns.matches(stat.type))
         )
-        values |= {"hour": found[-1].hour, "source": found[-1].source, "type": found[-1].type}
+        before = (found[-1].hour, found[-1].source, found[-1].type)

@@ -7,23 +7,21 @@ in the database, or in full if it is not part of the body.
 import base64
 import binascii
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
-import aiosqlite
 import msgspec
 
 from relay.base.json_text import check, decode
 from relay.errors import RelayError
 from relay.model import StoredEvent
-from relay.store.sqlite.rows import marks
 
-DELIVERIES_SQL = """
-    SELECT event_id, public_id, destination, state, reason, attempts, created_at, finished_at, last_status,
-           last_error
-      FROM deliveries WHERE event_id IN ({marks}) ORDER BY event_id, id
-"""
+DELIVERY_FIELDS = (
+    "event_id, public_id, destination, state, reason, attempts, created_at, finished_at, last_status,"
+    " last_error"
+)
+"""Columns of a delivery in an export."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -127,12 +125,9 @@ def read_line(line: bytes) -> StoredEvent:
     )
 
 
-async def delivery_lines(
-    reader: aiosqlite.Connection, event_ids: Sequence[int]
-) -> dict[int, list[DeliveryLine]]:
-    """Read the deliveries of the given events; events without deliveries are missing from the result."""
+def lines_of(rows: Iterable[Sequence[Any]]) -> dict[int, list[DeliveryLine]]:
+    """Return the deliveries of each event, by its row id, from rows in the order of `DELIVERY_FIELDS`."""
     found: dict[int, list[DeliveryLine]] = {}
-    rows = await reader.execute_fetchall(DELIVERIES_SQL.format(marks=marks(event_ids)), event_ids)
     for event_id, id_, destination, state, reason, attempts, created, finished, status, error in rows:
         line = DeliveryLine(
             id=id_,
