@@ -104,7 +104,7 @@ class Reloads:
         try:
             setup, _ = await asyncio.to_thread(self._load)
         except ConfigError as error:
-            detail, hint = str(error), "correct it before the next reload or restart"
+            detail, hint = error.message, "correct it before the next reload or restart"
         except RestartNeededError as error:
             detail, hint = error.message, "restart the daemon, or undo these changes"
         else:

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from relay.cli.config import given_of
-from relay.cli.main import NOTHING, CommandError, OneOf
+from relay.cli.main import NOTHING, CommandError, OneOf, file_error
 from relay.cli.options import config_option, env_file_option, json_option
 from relay.cli.output import count, print_json
 from relay.cli.plugins import dirs_of
@@ -357,7 +357,7 @@ def _append(file: Path, added: Added, given: Given) -> None:
             end.write(addition)
     except OSError as error:
         hint = "run the command as a user who may write it, or use --print and paste the table"
-        raise CommandError(f"cannot write {file}: {error.strerror}", hint=hint) from None
+        raise file_error(f"cannot write {file}", error, hint) from None
 
 
 def _check(trial: Path, file: Path, given: Given) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
-from relay.cli.main import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError
+from relay.cli.main import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABLE, CommandError, file_error
 from relay.cli.output import show_progress
 from relay.config.binding import Binder
 from relay.config.document import read
@@ -409,8 +409,7 @@ def _token_in(file: Path) -> str:
     try:
         return file.read_text().strip()
     except PermissionError as error:
-        hint = "make the file readable for this user"
-        raise CommandError(f"cannot read {file}: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
+        raise file_error(f"cannot read {file}", error, "make the file readable for this user") from None
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CommandError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from relay.cli.main import NOT_ALLOWED, NOTHING, CommandError, Group, code_of
+from relay.cli.main import NOTHING, CommandError, Group, code_of, file_error
 from relay.cli.options import FILE, config_option, env_file_option, json_option
 from relay.cli.output import count, print_json
 from relay.config.binding import Binder
@@ -17,7 +17,7 @@ from relay.config.effective import as_toml, effective
 from relay.config.installed_service import Given, listen_streams, read_env_file, service_of
 from relay.config.json_schema import SCHEMA, Kinds, json_schema
 from relay.config.paths import find_config, look_for_config
-from relay.config.problems import ConfigError, Problem, UnreadableError, guess
+from relay.config.problems import ConfigError, Problem, UnreadableError, check_again, guess
 from relay.config.schema import Config, SourceConfig
 from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import Setup, discover, load
@@ -76,7 +76,7 @@ def _print_problems(path: Path, error: ConfigError, *, as_json: bool) -> None:
         problems = [msgspec.structs.asdict(problem) for problem in error.problems]
         print_json({"ok": False, "problems": problems, "warnings": list(error.warnings)})
         return
-    click.echo(str(error), err=True)
+    click.echo(error.message if error.hint == check_again(path) else str(error), err=True)
     for warning in error.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(
@@ -135,7 +135,7 @@ def init(file: Path) -> None:
         hint = f"name another file, or check this one: `relay check-config {file}`"
         raise CommandError(f"{file} already exists", hint=hint) from None
     except OSError as error:
-        raise CommandError(f"cannot write {file}: {error.strerror}", hint="name another file") from None
+        raise file_error(f"cannot write {file}", error, "name another file") from None
     click.echo(f"{file}: written; set its secrets, then run `relay check-config {file}`")
 
 
@@ -263,8 +263,7 @@ def _unreadable(problems: Sequence[Problem], given: Given) -> UnreadableError | 
 def _read(file: Path) -> Mapping[str, str]:
     try:
         return read_env_file(file)
-    except PermissionError as error:
-        hint = "run the command as root"
-        raise CommandError(f"cannot read {file}: {error.strerror}", hint=hint, code=NOT_ALLOWED) from None
     except OSError as error:
-        raise CommandError(f"cannot read {file}: {error.strerror}", hint="name another --env-file") from None
+        is_denied = isinstance(error, PermissionError)
+        hint = "run the command as root" if is_denied else "name another --env-file"
+        raise file_error(f"cannot read {file}", error, hint) from None

@@ -14,7 +14,7 @@ from relay.base.units import render_size
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.doctor import named, print_checks
 from relay.cli.endpoint import daemon_options, reader_options
-from relay.cli.main import INTERRUPTED, CommandError, Group
+from relay.cli.main import INTERRUPTED, CommandError, Group, file_error
 from relay.cli.offline import Offline, database_of, readable, tables_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_json, print_table, show_progress
@@ -137,7 +137,10 @@ def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[st
         return _progress({"bytes": part.stat().st_size if part.exists() else 0, "of": size})
 
     copy = partial(_store_at(source).back_up, target.absolute(), replace=force, keep_free=keep_free)
-    done = _in_thread(copy, progress, f"{target} was not written")
+    try:
+        done = _in_thread(copy, progress, f"{target} was not written")
+    except OSError as error:
+        raise file_error(f"cannot write {target}", error, "name another file") from None
     return msgspec.structs.asdict(done)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -10,8 +10,8 @@ import click
 
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
-from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group
-from relay.cli.options import filter_options, json_option, page_options, rate_option
+from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group, file_error
+from relay.cli.options import FILE, filter_options, json_option, page_options, rate_option
 from relay.cli.output import (
     Meter,
     cell,
@@ -174,11 +174,11 @@ def export(
 
 
 @events.command("import")
-@click.argument("file", type=click.File("rb"))
+@click.argument("file", type=FILE)
 @click.option("--deliver", is_flag=True, help="Deliver new events to the destinations that match them.")
 @json_option
 @daemon_options
-def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> None:
+def import_(daemon: Daemon, file: Path, *, deliver: bool, as_json: bool) -> None:
     """Import the events of an export; existing events are skipped.
 
     Example: relay events import adorn.jsonl
@@ -187,7 +187,8 @@ def import_(daemon: Daemon, file: BinaryIO, *, deliver: bool, as_json: bool) -> 
     Correct the line and import the same file again.
     """
     try:
-        done = daemon.send("import", chunks=_chunks(file), deliver=int(deliver))
+        with _opened(file) as content:
+            done = daemon.send("import", chunks=_chunks(content), deliver=int(deliver))
     except KeyboardInterrupt:
         hint = "the events that were sent are imported; to continue, import the file again"
         raise CommandError("interrupted", hint=hint, code=INTERRUPTED) from None
@@ -256,22 +257,33 @@ def _written(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
     if path is None:
         yield sys.stdout.buffer
         return
-    if path.exists() and not force:
-        raise CommandError(f"{path} already exists", hint="name another file, or add --force to overwrite it")
     part = path.with_name(f"{path.name}.part")
     try:
+        if path.exists() and not force:
+            hint = "name another file, or add --force to overwrite it"
+            raise CommandError(f"{path} already exists", hint=hint)
         part.unlink(missing_ok=True)
         part.touch(mode=0o600)
         with part.open("wb") as file:
             yield file
         part.replace(path)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}", hint="name another file") from None
+        raise file_error(f"cannot write {path}", error, "name another file") from None
     except KeyboardInterrupt:
         raise CommandError(f"interrupted: {path} was not written", code=INTERRUPTED) from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _opened(file: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a file; - is standard input."""
+    try:
+        return nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
+    except PermissionError as error:
+        raise file_error(f"cannot read {file}", error, "make the file readable for this user") from None
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {file}: {error.strerror}", param_hint="FILE") from None
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

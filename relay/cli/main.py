@@ -50,6 +50,12 @@ class CommandError(RelayError):
         self.code = code
 
 
+def file_error(what: str, error: OSError, hint: str) -> CommandError:
+    """Return the error for a file that cannot be read or written; `what` is like "cannot write FILE"."""
+    code = NOT_ALLOWED if isinstance(error, PermissionError) else FAILED
+    return CommandError(f"{what}: {error.strerror}", hint=hint, code=code)
+
+
 def code_of(error: RelayError) -> int:
     """Return the exit code for an error."""
     if isinstance(error, CommandError):

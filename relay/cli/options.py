@@ -13,7 +13,7 @@ import click
 from relay.api.query_params import ListFilter, filters_of
 from relay.base.clock import SystemClock
 from relay.base.units import parse_rate
-from relay.cli.main import OneOf
+from relay.cli.main import OneOf, file_error
 from relay.routing.conditions import compile_conditions
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -184,8 +184,11 @@ def read_file(file: Path, option: str) -> bytes:
 
     Raises:
         BadParameter: the file cannot be read.
+        CommandError: this user may not read it.
     """
     try:
         return file.read_bytes()
+    except PermissionError as error:
+        raise file_error(f"cannot read {file}", error, "make the file readable for this user") from None
     except OSError as error:
         raise click.BadParameter(f"cannot read {file}: {error.strerror}", param_hint=option) from None

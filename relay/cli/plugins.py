@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from relay.cli.main import CommandError, Group
+from relay.cli.main import CommandError, Group, file_error
 from relay.cli.options import config_option, json_option, quiet_option
 from relay.cli.output import print_json, print_page
 from relay.config.binding import Binder
@@ -140,9 +140,7 @@ def _write(files: dict[Path, str]) -> None:
             hint = "choose another name, or another folder with --dir"
             raise CommandError(f"{error.filename} already exists", hint=hint) from None
         where = error.filename or next(iter(files))
-        raise CommandError(
-            f"cannot write {where}: {error.strerror}", hint="choose another folder with --dir DIR"
-        ) from None
+        raise file_error(f"cannot write {where}", error, "choose another folder with --dir DIR") from None
 
 
 def _listed(dirs: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from relay.config.installed_service import service_of
-from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError, dotted, kind_of
+from relay.config.problems import ConfigError, KeyPath, Problem, UnreadableError, check_again, dotted, kind_of
 
 _WILD = re.compile(r"[*?\[]")
 _AT_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
@@ -72,7 +72,7 @@ def read(path: Path) -> Document:
             if key not in lines:
                 lines[key], files[key] = line, part.file
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, hint=check_again(path))
     return msgspec.structs.replace(document, included=tuple(included))
 
 
@@ -125,14 +125,16 @@ def _read(path: Path) -> Document:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError([Problem(file, line, "", "not UTF-8 text; save the file as UTF-8")]) from None
+        problem = Problem(file, line, "", "not UTF-8 text; save the file as UTF-8")
+        raise ConfigError([problem], hint=check_again(path)) from None
     try:
         data = tomllib.loads(text)
         lines = find_lines(text)
     except RecursionError:
-        raise ConfigError([Problem(file, 0, "", "nested too deeply")]) from None
+        problem = Problem(file, 0, "", "nested too deeply")
+        raise ConfigError([problem], hint=check_again(path)) from None
     except ValueError as error:  # TOMLDecodeError is one; a number of 5,000 digits is another
-        raise ConfigError([_syntax(file, text, str(error))]) from None
+        raise ConfigError([_syntax(file, text, str(error))], hint=check_again(path)) from None
     return Document(file=file, path=path.absolute(), data=data, lines=lines)
 
 

@@ -102,6 +102,11 @@ def kind_of(value: object) -> str:
     return "a string" if isinstance(value, str) else shown(value)
 
 
+def check_again(file: object) -> str:
+    """Return the next step after an error of a configuration."""
+    return f"correct it, then run `relay check-config {file}`"
+
+
 def guess(name: str, known: Collection[str]) -> str:
     """Return `, did you mean "…"?` where one of the known names is near, else nothing.
 

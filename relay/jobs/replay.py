@@ -16,6 +16,7 @@ from relay.base.clock import SECOND, Clock, rfc3339
 from relay.base.ids import REPLAY, new_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
+from relay.config.problems import shown
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
 from relay.model import Chosen, Named, Selection, StoredEvent, Target
 from relay.routing.router import Router
@@ -231,7 +232,7 @@ class Replays:
         """
         if request.to not in (None, ROUTES, *self._router.destinations):
             known = ", ".join(self._router.destinations)
-            raise UnknownError(f"unknown destination {request.to!r}", hint=f"destinations: {known}")
+            raise UnknownError(f"unknown destination {shown(request.to)}", hint=f"destinations: {known}")
         total, span = await self._measure(request)
         if len(self._tasks) >= MOST_RUNNING:
             raise RelayError(f"{MOST_RUNNING} replays are running", hint="wait until one ends, or cancel one")
@@ -257,7 +258,7 @@ class Replays:
         replay = self._replays.get(id_)
         if replay is None:
             hint = "a restart ends all replays; the log names the `since` to continue with"
-            raise UnknownError(f"unknown replay {id_!r}", hint=hint)
+            raise UnknownError(f"unknown replay {shown(id_)}", hint=hint)
         return replay
 
     async def cancel(self, id_: str) -> Replay:

@@ -15,7 +15,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 
 from relay.base.clock import SECOND, Clock
-from relay.config.problems import guess
+from relay.config.problems import guess, shown
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.metrics import Metrics
 from relay.process.logs import in_one_line
@@ -126,7 +126,7 @@ class Jobs:
         """
         if name not in self._jobs:
             known = ", ".join(sorted(self._jobs))
-            raise UnknownError(f"unknown job {name!r}{guess(name, self._jobs)}", hint=f"jobs: {known}")
+            raise UnknownError(f"unknown job {shown(name)}{guess(name, self._jobs)}", hint=f"jobs: {known}")
         job = self._jobs[name]
         if job.cluster and not self._lead(name):
             raise RelayError(f"job {name} runs on another node", hint="run it there: relay nodes")

@@ -18,7 +18,7 @@ from relay.config import validators
 from relay.config.binding import WRONG, Binder
 from relay.config.document import read
 from relay.config.installed_service import Given
-from relay.config.problems import ConfigError, KeyPath, Problem, faults_of, guess, shown
+from relay.config.problems import ConfigError, KeyPath, Problem, check_again, faults_of, guess, shown
 from relay.config.schema import Admin, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
@@ -96,7 +96,7 @@ def load_again(setup: Setup, given: Mapping[str, str] | Given = os.environ) -> S
     if not files and "plugins.dirs" not in keys:
         config = _complete(binder, config, setup.kinds, setup.formats, blame=True)
     elif binder.problems:  # problems of sources depend on plugins that have changed
-        raise ConfigError(binder.problems)
+        raise ConfigError(binder.problems, hint=check_again(binder.document.file))
     if keys or files:
         raise RestartNeededError((*keys, *files))
     return msgspec.structs.replace(setup, config=config)
@@ -133,7 +133,8 @@ def _complete(
     if blame:
         _check_formats(binder, config, formats)
     if binder.problems:
-        raise ConfigError(binder.problems, warnings=map(str, sorted(binder.warnings)))
+        hint = check_again(binder.document.file)
+        raise ConfigError(binder.problems, hint=hint, warnings=map(str, sorted(binder.warnings)))
     if problem := implementation_of(config.server.implementation)[1]:
         binder.warn(("server", "implementation"), problem)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))

@@ -107,7 +107,7 @@ async def test_a_late_failure_is_the_last_line(relay, work, lines, monkeypatch):
 async def test_an_immediate_failure_is_an_ordinary_error(relay):
     answer = await exchange(relay.addresses.socket, request("POST", "/api/jobs/swep/run"))
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
-    assert answer.json["error"]["message"] == "unknown job 'swep', did you mean \"sweep\"?"
+    assert answer.json["error"]["message"] == 'unknown job "swep", did you mean "sweep"?'
 
 
 async def test_a_bug_is_answered_with_500_and_its_traceback_logged(relay, work, monkeypatch, caplog):

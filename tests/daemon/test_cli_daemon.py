@@ -175,7 +175,7 @@ async def test_post_and_delete_return_the_response(ran):
 async def test_a_404_exits_with_4_and_the_daemon_s_hint(ran):
     result = await ran("delete", "replays", "rpl_none", "--socket", "{socket}")
     assert result.exit_code == 4
-    assert result.stderr.startswith("unknown replay 'rpl_none'\n  a restart ends all replays")
+    assert result.stderr.startswith('unknown replay "rpl_none"\n  a restart ends all replays')
 
 
 async def test_an_unknown_token_exits_with_5_and_the_place_of_the_token(ran, relay, tmp_path):

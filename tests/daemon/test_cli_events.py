@@ -167,7 +167,7 @@ async def test_an_unknown_id_exits_with_4(commands, events, command):
     said = await commands(*command, "0190", code=4)
     noun = {"events": "event", "deliveries": "delivery"}[command[0]]
     hint = f"`relay {command[0]} list` lists {command[0]}"
-    assert said.err == f"unknown {noun} '0190'\n  {hint}\n"
+    assert said.err == f'unknown {noun} "0190"\n  {hint}\n'
 
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
@@ -283,7 +283,7 @@ async def test_the_file_of_a_stopped_relay_is_read(config, recorder):
     assert (await offline("events", "show", event, "--json")).out == there.out
     [[delivery, *_]] = (await offline("deliveries", "list", "--state", "delivered")).rows
     assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
-    assert "unknown event '0190'" in (await offline("events", "show", "0190", code=4)).err
+    assert 'unknown event "0190"' in (await offline("events", "show", "0190", code=4)).err
     assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
     said = await offline("deliveries", "list", "--destination", "cmr", code=4)
     assert 'unknown destination "cmr"' in said.err

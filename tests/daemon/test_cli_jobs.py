@@ -49,7 +49,7 @@ async def test_a_failed_job_exits_with_1(relay, commands):
 
 async def test_an_unknown_job_exits_with_4(commands):
     said = await commands("jobs", "run", "swep", code=4)
-    assert said.err.startswith("unknown job 'swep', did you mean \"sweep\"?\n  jobs: backup, ")
+    assert said.err.startswith('unknown job "swep", did you mean "sweep"?\n  jobs: backup, ')
 
 
 class Scripted:

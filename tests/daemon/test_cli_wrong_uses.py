@@ -1,19 +1,12 @@
 """Wrong uses of every command that talks to the relay: what is said, the exit code, and what to type next."""
 
 import asyncio
-import json
-import socket
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 from commands import LEAVES, arguments_of
 from daemons import SOURCES, destination, running, write_config
-from machines import NOBODY, ROOT, SHARED
 
 from relay.cli import main
 from relay.cli.main import OneOf
@@ -26,10 +19,6 @@ def talks(command):
 
 
 TALKING = {path: arguments_of(path) for path, command in LEAVES.items() if talks(command)}
-NAMES = [" ".join(path) for path in TALKING]
-NAMING = [
-    path for path, arguments in TALKING.items() if {"01a201eb", "crn"} & set(arguments)
-]  # those that name something
 
 
 @pytest.fixture
@@ -55,101 +44,6 @@ def says_what_to_do(text):
     return len(text.splitlines()) >= 2 and text.splitlines()[1].startswith("  ") and "Traceback" not in text
 
 
-@pytest.mark.parametrize("path", TALKING, ids=NAMES)
-def test_a_stopped_daemon_exits_with_3_and_a_hint(path, filled, tmp_path):
-    code, text = run(filled(path, "--socket", tmp_path / "absent.sock"))
-    assert (code, says_what_to_do(text)) == (3, True), text
-    assert text.startswith(
-        f"cannot connect to the daemon at {tmp_path}/absent.sock: No such file or directory\n"
-    )
-    assert "start it with `relay serve`" in text
-
-
-FORBIDDEN = """
-import json, os, sys
-import click
-from click.testing import CliRunner
-import relay.store.opening, relay.store.sqlite.doctor, relay.api.views  # while this may read modules
-from relay.cli import main
-commands = json.loads(sys.argv[2])
-for words in commands:
-    group = main
-    for word in words:
-        if isinstance(group, click.Group) and word in group.list_commands(click.Context(group)):
-            group = group.get_command(click.Context(group), word)
-if sys.argv[1]:
-    os.setgroups([])
-    os.setgid(int(sys.argv[1]))
-    os.setuid(int(sys.argv[1]))
-said = [CliRunner().invoke(main, words) for words in commands]
-print(json.dumps([(each.exit_code, each.stderr) for each in said]))
-"""
-
-
-def keep(file):
-    """Take the right to use a file from all but its owner, who here is root; or else from everybody."""
-    file.chmod(0o600 if ROOT else 0)
-
-
-def as_nobody(commands, folder):
-    """Run commands as one who owns nothing. Others than root, who cannot become nobody, stay who they are."""
-    told = subprocess.run(
-        [sys.executable, "-c", FORBIDDEN, str(NOBODY) if ROOT else "", json.dumps(commands)],
-        capture_output=True, text=True, check=True, timeout=60, cwd=folder,
-    )  # fmt: skip
-    return zip(commands, json.loads(told.stdout), strict=True)
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that everybody may enter; those of pytest are its user's own."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-
-
-def test_a_socket_without_permission_exits_with_5(filled, open_folder):
-    door, events = open_folder / "relay.sock", open_folder / "events.jsonl"
-    events.write_text("")
-    commands = [
-        [str(events) if word.endswith("events.jsonl") else word for word in filled(path, "--socket", door)]
-        for path in TALKING
-    ]
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(door))
-        listener.listen()
-        keep(door)
-        for words, (code, text) in as_nobody(commands, open_folder):
-            assert (code, says_what_to_do(text)) == (5, True), (words, code, text)
-            assert text.startswith(
-                f"cannot connect to {door}: permission denied\n"
-                "  run the command as root, or as a member of the group"
-            )
-
-
-@pytest.mark.skipif(ROOT and not SHARED, reason="needs a checkout that other users may enter")
-def test_a_file_without_permission_exits_with_5(open_folder):
-    config, token, database = (open_folder / name for name in ("config.toml", "token", "relay.db"))
-    readable = open_folder / "readable.toml"
-    readable.write_text(f'state_dir = "{open_folder}"\n')
-    for file in (config, token, database):
-        file.write_text("")
-        keep(file)
-    commands = [
-        ["status", "-c", str(config)],
-        ["check-config", str(config)],
-        ["send", "adorn", "-c", str(config)],
-        ["plugins", "list", "-c", str(config)],
-        ["events", "list", "--offline", "-c", str(config)],
-        ["events", "list", "--offline", "-c", str(readable)],
-        ["db", "check", "-c", str(readable)],
-        ["db", "check", str(database)],
-        ["status", "--url", "http://127.0.0.1:9", "--token-file", str(token)],
-    ]
-    for words, (code, text) in as_nobody(commands, open_folder):
-        assert (code, says_what_to_do(text)) == (5, True), (words, code, text)
-
-
 @pytest.fixture
 async def relay(tmp_path):
     file = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/hook"))
@@ -166,13 +60,6 @@ async def test_a_wrong_token_exits_with_5_in_every_command(relay, filled, tmp_pa
         assert (code, says_what_to_do(text)) == (5, True), (path, code, text)
         assert text.startswith("missing or unknown token\n")
         assert "a-guess-of-mine" not in text
-
-
-async def test_an_unknown_name_exits_with_4_in_every_command(relay, filled):
-    for path in NAMING:
-        code, text = await asyncio.to_thread(run, filled(path, "--socket", relay.addresses.socket))
-        assert (code, says_what_to_do(text)) == (4, True), (path, code, text)
-    assert len(NAMING) >= 20
 
 
 @pytest.mark.parametrize(
@@ -277,13 +164,3 @@ def test_a_misspelt_key_fails_every_command_that_needs_the_whole_configuration(
     assert code == (78 if command[0] == "serve" else 1)
     assert says in text
     assert f"{file.name}:" in text
-
-
-@pytest.mark.parametrize("path", TALKING, ids=NAMES)
-def test_a_missing_configuration_exits_with_1_and_a_hint(path, filled, tmp_path, monkeypatch):
-    monkeypatch.delenv("RELAY_SOCKET", raising=False)
-    code, text = run(filled(path, "-c", tmp_path / "absent.toml"))
-    assert (code, says_what_to_do(text)) == (1, True), text
-    assert text.startswith(
-        f"{tmp_path}/absent.toml: cannot be read: No such file or directory\n  name another"
-    )

@@ -129,7 +129,9 @@ async def test_an_invalid_config_is_reported_as_by_check_config(tmp_path):
     _, said = await checked.communicate()
     assert checked.returncode == 1
     assert 'no plugin offers the kind "adron"' in served
-    assert re.sub(r"\n\d+ problems; .*", "", said.decode()).rstrip() == served.rstrip()
+    served, hint = served.rstrip().rsplit("\n", 1)
+    assert hint == f"  correct it, then run `relay check-config {config}`"
+    assert re.sub(r"\n\d+ problems; .*", "", said.decode()).rstrip() == served
 
 
 async def test_a_development_secret_without_development_stops_the_start(tmp_path):

@@ -80,23 +80,95 @@ EVERY = dict(tree())
 LEAVES = {path: command for path, command in EVERY.items() if not isinstance(command, click.Group)}
 """All commands that are not groups, by the words that call them."""
 
-ARGUMENTS = {
-    ("explain",): ["01a201eb"],
-    ("events", "import"): ["{file}"],
-    ("workers", "command"): ["crn", "crn", "crn"],
+
+@dataclass(frozen=True)
+class Kind:
+    """The values of one kind of argument. A word in braces stands for a value that the test has."""
+
+    valid: str
+    unknown: str = ""  # a name that nothing has, if the kind is a name
+    wrong: str = ""  # a value of another type, if the kind has a type
+
+
+KINDS = {
+    "event": Kind("{event}", "01a201eb"),
+    "delivery": Kind("{delivery}", "01a201eb"),
+    "destination": Kind("crm", "crn"),
+    "source": Kind("adorn", "adron"),
+    "worker": Kind("{worker}", "worker-9"),
+    "source of workers": Kind("whatsapp", "whatsap"),
+    "job": Kind("ledger", "legder"),
+    "kind of source": Kind("github", "gihtub"),
+    "sample": Kind("session.started", "session.strated"),
+    "new plugin": Kind("parcels"),
+    "command of a worker": Kind("restart"),
+    "object": Kind('{"reason": "update"}', wrong="[1]"),
+    "port": Kind("{port}", wrong="many"),
+    "config.toml": Kind("{config}"),
+    "database": Kind("{database}"),
+    "export": Kind("{file}"),
+    "new file": Kind("{new}"),
 }
-"""Arguments of commands for which placeholders are not enough."""
+_KIND_OF = {
+    ("EVENT",): "event",
+    ("DELIVERY",): "delivery",
+    ("SOURCE",): "source",
+    ("WORKER",): "worker",
+    ("JSON",): "object",
+    ("PORT",): "port",
+    ("KIND",): "kind of source",
+    ("destinations", "NAME"): "destination",
+    ("sources", "NAME"): "source",
+    ("jobs", "NAME"): "job",
+    ("plugins", "NAME"): "new plugin",
+    ("workers", "SOURCE"): "source of workers",
+    ("workers", "TYPE"): "command of a worker",
+    ("send", "TYPE"): "sample",
+    ("check-config", "FILE"): "config.toml",
+    ("config", "FILE"): "new file",
+    ("db", "backup", "FILE"): "new file",
+    ("db", "check", "FILE"): "database",
+    ("events", "FILE"): "export",
+}
+"""The kind of each argument, by its word in the usage line; the words of a command before it go first."""
+
+WANTED = {("config", "init"), ("explain",), ("sources", "add")}
+"""Commands whose optional argument the tests give; without it they ask or write elsewhere."""
+
+
+def kind_of(path, argument):
+    """Return the kind of an argument that is no choice.
+
+    Raises:
+        AssertionError: the argument of a new command is of an unknown kind.
+    """
+    word = (argument.metavar or argument.name).strip("[].").upper().strip("_")
+    for known in ((*path, word), (path[0], word), (word,)):
+        if known in _KIND_OF:
+            return KINDS[_KIND_OF[known]]
+    raise AssertionError(
+        f"no test knows a value for {word} of `relay {' '.join(path)}`:"
+        " add its kind to _KIND_OF (and KINDS) in tests/helpers/commands.py"
+    )
+
+
+def arguments(path):
+    """Yield the arguments that the tests give to a command."""
+    for each in LEAVES[path].params:
+        if isinstance(each, click.Argument) and (each.required or each.nargs == -1 or path in WANTED):
+            yield each
+
+
+def value_of(path, argument, choose=lambda kind: kind.valid):
+    """Return a value of an argument, by default a valid one."""
+    if isinstance(argument.type, click.Choice):
+        return str(argument.type.choices[0])
+    return choose(kind_of(path, argument))
 
 
 def arguments_of(path):
-    """Return arguments with which a command sends a request to the relay."""
-    if path in ARGUMENTS:
-        return ARGUMENTS[path]
-    demanded = [
-        each for each in LEAVES[path].params
-        if isinstance(each, click.Argument) and (each.required or each.nargs == -1)
-    ]  # fmt: skip
-    found = [each.type.choices[0] if isinstance(each.type, click.Choice) else "01a201eb" for each in demanded]
+    """Return arguments with which a command sends a request to the relay; names are unknown."""
+    found = [value_of(path, each, lambda kind: kind.unknown or kind.valid) for each in arguments(path)]
     return found + (["--yes"] if any("--yes" in each.opts for each in LEAVES[path].params) else [])
 
 

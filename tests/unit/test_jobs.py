@@ -201,5 +201,5 @@ async def test_an_unknown_job_is_refused_with_the_known_names(jobs):
     jobs.add("sweep", 3600, work)
     with pytest.raises(UnknownError) as raised:
         await jobs.run("swep")
-    assert raised.value.message == "unknown job 'swep', did you mean \"sweep\"?"
+    assert raised.value.message == 'unknown job "swep", did you mean "sweep"?'
     assert raised.value.hint == "jobs: sweep"

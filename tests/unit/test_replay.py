@@ -222,7 +222,7 @@ async def test_an_unexpected_error_fails_a_replay_visibly(shop, monkeypatch, cap
 
 
 async def test_a_destination_that_does_not_exist_is_refused_at_once(shop):
-    with pytest.raises(UnknownError, match="unknown destination 'cmr'") as refused:
+    with pytest.raises(UnknownError, match='unknown destination "cmr"') as refused:
         await shop.replays.start(ReplayRequest(what=ALL, to="cmr"))
     assert refused.value.hint == "destinations: crm"
 

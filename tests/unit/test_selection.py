@@ -185,7 +185,7 @@ async def test_ids_may_lack_their_prefix_and_be_shortened_while_unique(store, cl
     for given in (first, first[4:], first.upper().replace("EVT", "evt"), first[:-5], first[4:-5]):
         assert [one.event_id for one in await store.queries.name_events([given])] == [1]
     assert [one.event_id for one in await store.queries.name_events([second, first, second[4:]])] == [1, 2]
-    with pytest.raises(RelayError, match=f"ambiguous event id '{both}'; matches: {first}, {second}"):
+    with pytest.raises(RelayError, match=f'ambiguous event id "{both}"; matches: {first}, {second}'):
         await store.queries.name_events([both])
 
 
@@ -202,7 +202,7 @@ async def test_deliveries_are_found_by_shortened_ids(store, clock):
 @pytest.mark.parametrize(
     ("given", "error", "why"),
     [
-        ("evt_00000000", UnknownError, "unknown event 'evt_00000000'"),
+        ("evt_00000000", UnknownError, 'unknown event "evt_00000000"'),
         ("dlv_00000000", RelayError, "is not a valid event id"),
         ("", RelayError, "is not a valid event id"),
         ("evt_", RelayError, "is not a valid event id"),

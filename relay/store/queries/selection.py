@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from relay.config.problems import shown
 from relay.errors import RelayError, UnknownError
 from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
 from relay.routing.subscription import Patterns
@@ -112,6 +113,10 @@ async def name_deliveries(reader: Reader, ids: Sequence[str]) -> tuple[Named, ..
     )
 
 
+_NOUNS = {"evt_": ("an event", "events"), "dlv_": ("a delivery", "deliveries")}
+"""The kind of object and its group of commands, by the prefix of an id."""
+
+
 async def _by_id(
     reader: Reader, kind: Literal["events", "deliveries"], ids: Sequence[str]
 ) -> list[tuple[Any, ...]]:
@@ -123,14 +128,17 @@ async def _by_id(
     for given in ids:
         short = given.lower().removeprefix(prefix)
         if not _SHORT.fullmatch(short):
-            raise RelayError(f"{given!r:.60} is not a valid {noun} id", hint=f"they look like {prefix}0190…")
+            hint = f"they look like {prefix}0190…"
+            if (other := _NOUNS.get(short[:4])) is not None:
+                hint = f"it is the id of {other[0]}: `relay {other[1]} show {short}`"
+            raise RelayError(f"{shown(given)} is not a valid {noun} id", hint=hint)
         rows = await reader.named(kind, short)
         if not rows:
-            raise UnknownError(f"unknown {noun} {given!r}", hint=f"`relay {kind} list` lists {kind}")
+            raise UnknownError(f"unknown {noun} {shown(given)}", hint=f"`relay {kind} list` lists {kind}")
         if len(rows) > 1:
             matches = ", ".join(public_id for public_id, *_ in rows)
             raise RelayError(
-                f"ambiguous {noun} id {given!r}; matches: {matches}, …", hint="add more characters"
+                f"ambiguous {noun} id {shown(given)}; matches: {matches}, …", hint="add more characters"
             )
         found.append(tuple(rows[0])[1:])
     return found
