@@ -16,6 +16,7 @@ from relay.api.destinations import DestinationsApi
 from relay.api.endpoints import Page, document, endpoint, endpoints_of, routes_of
 from relay.api.events import EventsApi
 from relay.api.jobs import JobsApi
+from relay.api.names import NamesApi
 from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
@@ -144,7 +145,7 @@ class DaemonApi:
 
 RESOURCES = (
     DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
-    DatabaseApi,
+    DatabaseApi, NamesApi,
 )  # fmt: skip
 
 

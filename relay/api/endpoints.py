@@ -308,10 +308,13 @@ def _query_parameters(query: type[msgspec.Struct] | None, schemas: _Schemas) -> 
         schema = {key: each for key, each in schemas.of(type_).items() if key != "description"}
         if choices := (meta.extra or {}).get("choices"):
             schema["enum"] = list(choices)
-        if field.default is not None:
+        if not field.required and field.default is not None:
             schema["default"] = field.default
         is_text = "type" in schema or "enum" in schema  # anything else is JSON in a query
-        described = {"name": field.name, "in": "query", "description": meta.description}
+        described: dict[str, Any] = {
+            "name": field.name, "in": "query", "description": meta.description
+        }  # fmt: skip
+        described |= {"required": True} if field.required else {}
         yield described | ({"schema": schema} if is_text else _content(JSON, schema))
 
 

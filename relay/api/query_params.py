@@ -175,6 +175,16 @@ class WorkersQuery(msgspec.Struct, kw_only=True):
     cursor: Cursor | None = None
 
 
+class NamesQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/names`."""
+
+    kind: Annotated[
+        Literal["source", "destination", "worker", "job", "event", "delivery"], _about("The kind of name.")
+    ]
+    prefix: Annotated[str, _about("The text that the names begin with.")] = ""
+    source: Annotated[str, _about("For workers: name of the source.")] | None = None
+
+
 class StatsQuery(msgspec.Struct, kw_only=True):
     """`GET /api/stats`."""
 
@@ -289,7 +299,7 @@ def read_query(query: Mapping[str, str], kind: type[Q]) -> Q:
     """Return the parameters of a query as a Struct.
 
     Raises:
-        RelayError: a parameter is unknown or has an invalid value.
+        RelayError: a parameter is unknown, missing or has an invalid value.
     """
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     if unknown := query.keys() - fields.keys():
@@ -300,6 +310,9 @@ def read_query(query: Mapping[str, str], kind: type[Q]) -> Q:
     for name, text in query.items():
         hint = (plain(fields[name].type)[1].extra or {}).get("hint", "")
         values[name] = read_field(name, partial(_parse, fields[name]), text, hint)
+    for name, field in fields.items():
+        if field.required and name not in values:
+            raise RelayError(f'the parameter "{name}" is missing', hint=f"parameters: {', '.join(fields)}")
     return kind(**values)
 
 

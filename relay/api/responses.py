@@ -93,7 +93,8 @@ async def body_of(request: web.Request, type_: type[T], *, optional: bool = Fals
         raise RelayError(f"invalid body: {error}", hint=_fields_of(type_)) from None
     if isinstance(body, msgspec.Struct) and body.__struct_config__.forbid_unknown_fields:
         request[DRY_RUN] = bool(getattr(body, "dry_run", False))
-        request[LOGGED_BODY] = msgspec.json.encode(body).decode()[:_LONGEST_LOGGED]
+        text = msgspec.json.encode(body).decode()
+        request[LOGGED_BODY] = "" if text == "{}" else text[:_LONGEST_LOGGED]
     return body
 
 

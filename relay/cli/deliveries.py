@@ -7,6 +7,7 @@ import click
 
 from relay.base.text import printable
 from relay.cli.api_client import Daemon
+from relay.cli.completion import complete
 from relay.cli.destinations import print_holds
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
@@ -85,7 +86,7 @@ def _print_answers(attempts: Sequence[Mapping[str, Any]]) -> None:
 
 
 @deliveries.command()
-@click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
+@click.argument("ids", metavar="[DELIVERY]...", nargs=-1, shell_complete=complete("delivery"))
 @filter_options("selection")
 @rate_option
 @dry_run_option
@@ -134,7 +135,7 @@ def retry(
 
 
 @deliveries.command()
-@click.argument("ids", metavar="[DELIVERY]...", nargs=-1)
+@click.argument("ids", metavar="[DELIVERY]...", nargs=-1, shell_complete=complete("delivery"))
 @filter_options("selection")
 @dry_run_option
 @yes_option

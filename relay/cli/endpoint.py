@@ -16,6 +16,7 @@ from relay.cli.api_client import (
     Daemon,
     daemon_at,
 )
+from relay.cli.completion import completer_of
 from relay.cli.main import FAILED
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import print_json
@@ -121,7 +122,7 @@ def endpoint(
         wrapped = json_option((reader_options if offline else daemon_options)(command))
         wrapped.__dict__["__click_params__"] += own  # help lists the command's own options first
         for name in reversed(names):
-            wrapped = click.argument(name)(wrapped)
+            wrapped = click.argument(name, shell_complete=completer_of(route, name))(wrapped)
         wrapped.__dict__["route"] = route
         return wrapped
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from relay.cli.api_client import Daemon, run_operation
+from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group, file_error
 from relay.cli.options import FILE, filter_options, json_option, page_options, rate_option
@@ -80,7 +81,7 @@ def show(answer: Any, **_: str) -> None:
 
 
 @events.command()
-@click.argument("event")
+@click.argument("event", shell_complete=complete("event"))
 @json_option
 @daemon_options
 def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
@@ -98,9 +99,12 @@ def body(daemon: Daemon, event: str, *, as_json: bool) -> None:
 
 
 @events.command()
-@click.argument("ids", metavar="[EVENT]...", nargs=-1)
+@click.argument("ids", metavar="[EVENT]...", nargs=-1, shell_complete=complete("event"))
 @filter_options("selection")
-@click.option("--to", help='Destination, or "*" for every destination that matches the event now.')
+@click.option(
+    "--to", shell_complete=complete("destination"),
+    help='Destination, or "*" for every destination that matches the event now.',
+)  # fmt: skip
 @rate_option
 @dry_run_option
 @yes_option
@@ -198,7 +202,7 @@ def import_(daemon: Daemon, file: Path, *, deliver: bool, as_json: bool) -> None
 
 
 @events.command()
-@click.argument("ids", metavar="[EVENT]...", nargs=-1)
+@click.argument("ids", metavar="[EVENT]...", nargs=-1, shell_complete=complete("event"))
 @filter_options("selection")
 @dry_run_option
 @yes_option

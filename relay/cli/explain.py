@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relay.cli.api_client import Daemon
+from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED, NOTHING, CommandError
 from relay.cli.options import json_option, read_data
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("event", required=False)
+@click.argument("event", required=False, shell_complete=complete("event"))
 @click.option(
-    "--source", help="Explain a request to this source instead of a stored event; no daemon needed."
-)
+    "--source", shell_complete=complete("source"),
+    help="Explain a request to this source instead of a stored event; no daemon needed.",
+)  # fmt: skip
 @click.option(
     "--data",
     help="With --source: read the body from @FILE, or from standard input with -.  [default: a sample]",

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from relay.cli.api_client import Daemon, run_operation
+from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import CommandError, Group
 from relay.cli.options import json_option, quiet_option
@@ -30,7 +31,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
 
 @jobs.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete("job"))
 @json_option
 @daemon_options
 def run(daemon: Daemon, name: str, *, as_json: bool) -> None:

@@ -13,8 +13,12 @@ import click
 from relay.api.query_params import ListFilter, filters_of
 from relay.base.clock import SystemClock
 from relay.base.units import parse_rate
+from relay.cli.completion import complete
 from relay.cli.main import OneOf, file_error
 from relay.routing.conditions import compile_conditions
+
+COMPLETED = ("source", "destination", "event", "delivery")
+"""Filters whose values the daemon completes."""
 
 FILE = click.Path(path_type=Path, readable=False)
 """A path. Commands report an unreadable file themselves, because click would exit with 2."""
@@ -74,8 +78,9 @@ def filter_options(kind: str) -> Callable[[Callable[..., Any]], Callable[..., An
                 type_ = OneOf(each.choices) if each.choices else str
                 reader = None if each.reader is None else checked(partial(_read, each))
                 command = click.option(
-                    f"--{each.option}", each.name, type=type_, callback=reader, help=each.help
-                )(command)
+                    f"--{each.option}", each.name, type=type_, callback=reader, help=each.help,
+                    shell_complete=complete(each.option) if each.option in COMPLETED else None,
+                )(command)  # fmt: skip
         return command
 
     return give

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from relay.base.units import render_duration
+from relay.cli.completion import complete
 from relay.cli.config import demand, load_without_secrets, source_named
 from relay.cli.main import FAILED, NOTHING, UNREACHABLE, CommandError
 from relay.cli.options import config_option, env_file_option, json_option, read_data
@@ -34,7 +35,7 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete("source"))
 @click.argument("type_", metavar="[TYPE]", required=False)
 @click.option("--data", help="Send the body in @FILE instead, or standard input with -.")
 @click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")

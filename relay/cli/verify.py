@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from relay.base.clock import SECOND, moment
+from relay.cli.completion import complete
 from relay.cli.config import demand, load_without_secrets, source_named
 from relay.cli.main import FAILED, NOTHING, CommandError
 from relay.cli.options import config_option, env_file_option, json_option, read_data, read_file
@@ -26,8 +27,10 @@ from relay.diagnosis.captured import Captured, Finding, Report, read_captured
 
 
 @click.command()
-@click.option("--source", help="Verify a request to this source.")
-@click.option("--destination", help="Verify a delivery to this destination.")
+@click.option("--source", shell_complete=complete("source"), help="Verify a request to this source.")
+@click.option(
+    "--destination", shell_complete=complete("destination"), help="Verify a delivery to this destination."
+)
 @click.option(
     "--request", "request_", required=True, metavar="FILE", help="Captured request; - for standard input."
 )

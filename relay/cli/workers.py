@@ -7,6 +7,7 @@ import click
 
 from relay.base.units import parse_duration
 from relay.cli.api_client import Daemon
+from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import Group, OneOf
 from relay.cli.options import checked, filter_options, json_option, page_options
@@ -53,8 +54,8 @@ def show(answer: Any, **_: str) -> None:
 
 
 @workers.command()
-@click.argument("source")
-@click.argument("worker")
+@click.argument("source", shell_complete=complete("source"))
+@click.argument("worker", shell_complete=complete("worker"))
 @yes_option
 @json_option
 @daemon_options

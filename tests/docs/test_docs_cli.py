@@ -109,6 +109,15 @@ def test_importing_a_command_does_not_import_aiohttp():
     assert not modules_of(code) & {"aiohttp", "aiosqlite"}
 
 
+def test_completion_imports_nothing_heavy():
+    code = (
+        "from click.shell_completion import BashComplete\nfrom relay.cli import main\n"
+        "shell = BashComplete(main, {}, 'relay', '_RELAY_COMPLETE')\n"
+        "shell.get_completions(['destinations', 'show', '--socket', 'absent'], '')"
+    )
+    assert not modules_of(code) & {*HEAVY, "asyncio", "relay.store", "relay.cli.offline"}
+
+
 def test_commands_that_only_call_the_api_import_no_event_loop_and_no_store():
     asks = ("deliveries", "destinations", "doctor", "events", "stats", "status", "workers")
     code = f"import {', '.join(f'relay.cli.{name}' for name in asks)}"

@@ -1,0 +1,101 @@
+"""Names and ids that begin with a text, for the completion of the command line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.context import Context
+from relay.api.endpoints import Page, endpoint
+from relay.api.query_params import NamesQuery
+from relay.api.views import about
+from relay.base.clock import rfc3339
+from relay.errors import RelayError
+
+MOST = 100
+"""Names of one response."""
+
+RECENT = 200
+"""Latest events or deliveries whose ids are compared. An older id is found if its prefix is unique."""
+
+_PREFIXES = {"event": "evt_", "delivery": "dlv_"}
+_LISTS = {"event": "events", "delivery": "deliveries"}
+_GROUPS = re.compile(r"(.{8})(.{0,4})(.{0,4})(.{0,4})(.*)", re.DOTALL)  # of a UUID without its dashes
+
+
+class NameView(msgspec.Struct):
+    """A name or an id."""
+
+    name: str
+    about: Annotated[str, about("A few words about it. May be empty.")]
+
+
+class NamesApi:
+    """The endpoint `/api/names`."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @endpoint(
+        "GET", "/api/names", "listNames", "List names and recent ids that begin with a text, for completion.",
+        query=NamesQuery, returns=Page[NameView],
+    )  # fmt: skip
+    async def _list(self, _request: web.Request, query: NamesQuery) -> dict[str, Any]:
+        if query.kind in _LISTS:
+            found = await self._ids(query.kind, query.prefix)
+        else:
+            found = [each for each in self._names(query) if each[0].startswith(query.prefix)]
+        items = [NameView(name, about_) for name, about_ in found[:MOST]]
+        return {"items": items, "next_cursor": None}
+
+    def _names(self, query: NamesQuery) -> Iterator[tuple[str, str]]:
+        context = self._context
+        match query.kind:
+            case "source":
+                yield from ((name, mount.config.plugin) for name, mount in context.ingest.mounts.items())
+            case "destination":
+                yield from ((name, lane.held or "") for name, lane in context.dispatcher.lanes.items())
+            case "job":
+                yield from ((past.name, "") for past in context.jobs.all())
+            case "worker":
+                yield from sorted(
+                    (worker.id, f"{worker.source}, {worker.status}")
+                    for worker in context.store.workers.all()
+                    if worker.unregistered_at is None and query.source in (None, worker.source)
+                )
+
+    async def _ids(self, kind: str, typed: str) -> list[tuple[str, str]]:
+        """Return the latest ids that begin with a text, in the form in which it begins one."""
+        queries, prefix = self._context.store.queries, _PREFIXES[kind]
+        short = typed.lower().removeprefix(prefix)
+        is_whole = prefix.startswith(typed) or typed.startswith(prefix)
+        short = "" if prefix.startswith(typed) else short
+        is_plain = "-" not in short and len(short) > len("01234567")
+        dashed = "-".join(filter(None, _GROUPS.fullmatch(short).groups())) if is_plain else short  # type: ignore[union-attr] # it is long enough
+        rows = await queries.find(_LISTS[kind], limit=RECENT)
+        found = [row for row in rows if row["id"].startswith(prefix + dashed)]
+        if not found and short:
+            with suppress(RelayError):  # no id, or several old ones
+                if kind == "event":
+                    [row_id] = [each.event_id for each in await queries.name_events([dashed])]
+                else:
+                    [row_id] = [each.id for each in await queries.name_deliveries([dashed])]
+                found = await queries.find(_LISTS[kind], limit=1, id=row_id)
+        return [
+            (_shown(row["id"], prefix, is_whole=is_whole, is_plain=is_plain), _about(row)) for row in found
+        ]
+
+
+def _shown(id_: str, prefix: str, *, is_whole: bool, is_plain: bool) -> str:
+    """Return an id in the form that the operator began to type."""
+    bare = id_.removeprefix(prefix)
+    return (prefix if is_whole else "") + (bare.replace("-", "") if is_plain else bare)
+
+
+def _about(row: dict[str, Any]) -> str:
+    if "destination" in row:
+        return f"{row['type']} to {row['destination']}, {row['state']}"
+    return f"{row['type']} at {rfc3339(row['received_at'])}"
