@@ -15,7 +15,7 @@ HERE = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.
 
 
 class Certificates:
-    """A CA with the certificates `good`, `expired`, `wrong_name`, `client`; and one that is `self_signed`."""
+    """A CA with certificates `good`, `brief`, `expired`, `wrong_name`, `client`; and one `self_signed`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -26,6 +26,7 @@ class Certificates:
         self._make("ca", issuer="ca", is_authority=True)
         self._make("self_signed", HERE, issuer="self_signed")
         self._make("good", HERE)
+        self._make("brief", HERE, ends=DAY / 2)
         self._make("expired", HERE, ends=-DAY)
         self._make("wrong_name", [x509.DNSName("elsewhere.example")])
         self._make("client", [x509.DNSName("relay.example")])
@@ -42,6 +43,11 @@ class Certificates:
     def path(self, name: str) -> Path:
         """Return the path of a certificate."""
         return self._folder / f"{name}.pem"
+
+    def ends(self, name: str) -> int:
+        """Return the time at which a certificate expires, in microseconds since the epoch."""
+        certificate = x509.load_pem_x509_certificate(self.path(name).read_bytes())
+        return int(certificate.not_valid_after_utc.timestamp()) * 1_000_000
 
     def private(self, encryption: serialization.KeySerializationEncryption) -> bytes:
         """Return the key as PEM, encrypted or not."""

@@ -21,6 +21,7 @@ async def test_a_receiver_with_a_ca_from_the_ca_file_is_trusted(client_for, cert
         for _ in range(2):
             assert (await send(client, receiver.url)).body == b"safe"
         assert receiver.connections == 1
+    assert client.certificate_expires == certificates.ends("good")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,19 @@ async def test_a_bad_certificate_is_a_tls_failure_with_its_reason(
         )
         assert reason in answer.error
         assert receiver.requests == []
+
+
+async def test_the_end_of_a_certificate_is_that_of_the_latest_connect(client_for, certificates):
+    client = client_for(ca_file=certificates.ca)
+    assert client.certificate_expires is None
+    async with receivers.answers() as receiver:
+        assert (await send(client, receiver.url)).result == "ok"
+    assert client.certificate_expires is None
+    for certificate, result in (("good", "ok"), ("expired", "tls"), ("brief", "ok")):
+        async with receivers.answers(tls=certificates.server(certificate)) as receiver:
+            assert (await send(client, receiver.url)).result == result
+        ends = certificates.ends("brief" if certificate == "brief" else "good")
+        assert client.certificate_expires == ends  # a handshake that fails changes nothing
 
 
 async def test_an_unknown_ca_is_a_tls_failure(client_for, certificates):

@@ -3,7 +3,8 @@
 import functools
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from aiohttp import TCPConnector
 from aiohttp.abc import AbstractResolver
@@ -32,6 +33,7 @@ def open_connector(
     tls: ssl.SSLContext | bool,
     keep: bool,
     unexpected: Callable[[], None],
+    verified: Callable[[Mapping[str, Any]], None],
 ) -> TCPConnector:
     """Open a pool of connections.
 
@@ -41,6 +43,7 @@ def open_connector(
         tls: the return value of `tls_of`.
         keep: whether connections are kept for the next request.
         unexpected: called when a receiver sends bytes while no request is in flight.
+        verified: called with the certificate of a receiver, as `ssl.SSLSocket.getpeercert` returns it.
     """
     connector = TCPConnector(
         ssl=tls,
@@ -55,6 +58,7 @@ def open_connector(
         Protocol,
         loop=connector._loop,  # noqa: SLF001
         unexpected=unexpected,
+        verified=verified,
     )
     return connector
 

@@ -10,7 +10,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import (
     ClientConnectionResetError,
@@ -47,16 +47,29 @@ class Protocol(ResponseHandler):
     Args:
         loop: the running loop.
         unexpected: called when the receiver sends bytes while no request is in flight.
+        verified: called with the receiver's certificate after a TLS handshake.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, unexpected: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        unexpected: Callable[[], None],
+        verified: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         super().__init__(loop)
         self.connected_at = time.perf_counter()  # after the connect, before the TLS handshake
         self.answered_at = 0.0  # when the last status line was complete
         self._unexpected = unexpected
+        self._verified = verified
         self._response: ResponseParser | None = None
         self._finished: asyncio.Future[None] | None = None  # for the end of the response
         self._tunnel_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection; called after the TLS handshake."""
+        super().connection_made(transport)
+        if certificate := transport.get_extra_info("peercert"):
+            self._verified(certificate)
 
     async def receive(self, response: ResponseParser) -> None:
         """Read a response to its end, or to the first byte that cannot be parsed.

@@ -3,9 +3,12 @@
 import asyncio
 import errno
 import socket
+import ssl
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
+from typing import Any
 
 import msgspec
 from aiohttp import (
@@ -21,6 +24,7 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from relay.base.clock import SECOND
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
 from relay.delivery.http.connector import AddressInfo, open_connector, tls_of
@@ -103,10 +107,16 @@ class HttpClient:
         self._exchange = Exchange(destination.method, destination.connect_timeout, self._proxy)
         self._pooled, self._fresh = (
             open_connector(
-                sockets=self._socket, resolver=names, tls=tls, keep=keep, unexpected=self._distrust
+                sockets=self._socket,
+                resolver=names,
+                tls=tls,
+                keep=keep,
+                unexpected=self._distrust,
+                verified=self._note_certificate,
             )
             for keep in (True, False)
         )
+        self.certificate_expires: int | None = None  # wall clock; None: no TLS connection was made yet
         self._renewed = 0.0  # older connections are not used (perf_counter)
         self._distrusted_until = 0.0  # no connection is kept until then (perf_counter)
 
@@ -201,6 +211,11 @@ class HttpClient:
         await self._exchange.run(
             self._fresh, url, headers, body, request.parser, oldest=oldest, timing=request.timing
         )
+
+    def _note_certificate(self, certificate: Mapping[str, Any]) -> None:
+        """Note when the certificate of a receiver expires; a tunnel through a proxy shows the receiver's."""
+        with suppress(KeyError, ValueError):
+            self.certificate_expires = ssl.cert_time_to_seconds(certificate["notAfter"]) * SECOND
 
     def _distrust(self) -> None:
         """Keep no connection for the next 10 minutes."""
