@@ -26,7 +26,9 @@ from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.ingest.token_use import EVERY as TOKENS_EVERY
+from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
+from relay.jobs.disk_forecast import DiskForecast
 from relay.jobs.ledger_check import LEDGER, LedgerCheck
 from relay.jobs.replay import Replays
 from relay.jobs.retention import RETENTION
@@ -116,7 +118,7 @@ class App:
         )
         self.ingest, self.dispatcher = self.state.ingest, self.state.dispatcher
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
-        self.backups = Backups(self.store, clock, lambda: self.config)
+        self.backups = Backups(self.store, clock, lambda: self.config, self.metrics)
         self.observers = Observers(setup.observers, clock=clock, metrics=self.metrics)
         self.listeners.append(self.dispatcher.listen)
         if setup.observers:
@@ -126,6 +128,15 @@ class App:
             if kind.preset is None:  # there are dozens of presets for one kind
                 self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
+        self.disk_forecast = DiskForecast(clock, self.metrics, self.store.files.get("main"))
+        self.activity = Activity(
+            self.store,
+            self.ingest,
+            self.dispatcher,
+            self.metrics,
+            clock,
+            accepts=lambda: not self.health.reasons(),
+        )
         self.loop_lag = LoopLag(self.metrics.lag.set)
         self.jobs = Jobs(clock, self.metrics, self.store.nodes.lead)
         self.owner = Owner(
@@ -145,6 +156,8 @@ class App:
                 reloads=self.reloads,
                 jobs=self.jobs,
                 backups=self.backups,
+                activity=self.activity,
+                disk=self.disk_forecast,
                 listeners=self.listeners,
             )
         )
@@ -225,6 +238,8 @@ class App:
             await server.listen(public)
             life.push_async_callback(self._close, server)
 
+            # It reads what happened before the start, while senders are served.
+            life.callback(asyncio.create_task(self.jobs.run("activity")).cancel)
             self.health.phase = None
             announce()
             self.reloads.open()
@@ -356,9 +371,11 @@ class App:
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers, cluster=True)
         jobs.add(RETENTION, self.upkeep.every, self.upkeep.run)
+        self.backups.look()
         jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
+        jobs.add("activity", self.activity.every, self.activity.run)
         jobs.add("tokens", TOKENS_EVERY, self.ingest.token_uses.run)
         for job in self._setup.jobs:
             jobs.add(job.name, job.every, job.work, cluster=not job.everywhere)
@@ -413,6 +430,7 @@ class App:
                 "refused with 503" if full else "accepted again",
             )
         self.ingest.admission.disk_full = full
+        self.disk_forecast.note(space)
         if full and self.clock.steady() >= self._retention_due and self.store.failure is None:
             self._retention_due = self.clock.steady() + int(RETENTION_EVERY * SECOND)
             self._retention = asyncio.create_task(self.jobs.run(RETENTION))

@@ -107,6 +107,21 @@ class Metrics:
         source=NAMES,
         token=NAMES,
     )
+    last_event = _gauge(
+        "relay_source_last_event_timestamp_seconds",
+        "Time of a source's latest event; 0 if the store has none.",
+        source=NAMES,
+    )
+    silence = _gauge(
+        "relay_source_silence_seconds",
+        "Time without an event while the relay was able to accept one, within a minute.",
+        source=NAMES,
+    )
+    usual_gap = _gauge(
+        "relay_source_usual_gap_seconds",
+        "Usual time between two events of a source; 0 if it is not known yet, or the source is paused.",
+        source=NAMES,
+    )
     heartbeats = _counter("relay_heartbeats", "Heartbeats received from workers.", source=NAMES)
     workers = _gauge("relay_workers", "Registered workers, by status.", source=NAMES, status=STATUSES)
     transitions = _counter(
@@ -151,6 +166,16 @@ class Metrics:
         "Time at which the oldest pending delivery was created; 0 if no delivery is pending.",
         destination=NAMES,
     )
+    last_success = _gauge(
+        "relay_destination_last_success_timestamp_seconds",
+        "Time of the latest 2xx from a destination; 0 if the store has none.",
+        destination=NAMES,
+    )
+    certificate = _gauge(
+        "relay_destination_certificate_expiry_timestamp_seconds",
+        "Time at which the TLS certificate of a destination expires, as of the latest connect; 0 if unknown.",
+        destination=NAMES,
+    )
     job_success = _gauge(
         "relay_job_last_success_timestamp_seconds", "Time of a job's last successful run.", job_name=NAMES
     )
@@ -158,6 +183,23 @@ class Metrics:
     job_seconds = _histogram("relay_job_duration_seconds", "Duration of a job's run.", _SLOW, job_name=NAMES)
     plugins = _gauge("relay_plugin_info", "1 for each available kind of source.", plugin=NAMES, version=NAMES)
     size = _gauge("relay_storage_size_bytes", "Size of each file of the database.", file=NAMES)
+    disk_free = _gauge("relay_disk_free_bytes", "Free space of the disk that holds the database.")
+    disk_floor = _gauge(
+        "relay_disk_min_free_bytes", "`[storage] min_free_disk`: with less free space, senders get 503."
+    )
+    disk_full_in = _gauge(
+        "relay_disk_full_in_seconds",
+        "Time until the free space reaches min_free_disk at the pace of the last day;"
+        " +Inf if the database does not grow or the pace is not known yet.",
+    )
+    backup_at = _gauge(
+        "relay_backup_last_success_timestamp_seconds",
+        "Time of the latest backup in `[backup] dir`; 0 if there is none.",
+    )
+    backup_size = _gauge("relay_backup_size_bytes", "Size of the latest backup.")
+    backup_every = _gauge(
+        "relay_backup_interval_seconds", "`[backup] every`: the interval of backups; 0 if they are off."
+    )
     commit_seconds = _histogram(
         "relay_storage_commit_duration_seconds", "Duration of a database transaction.", _FAST
     )

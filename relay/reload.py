@@ -55,6 +55,7 @@ class Reloads:
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         # Returns why the daemon has not started yet; None: it has started.
         self.waits_for: Callable[[], str | None] = lambda: None
+        self.failed: str | None = None  # error of the latest reload
         self._open = asyncio.Event()
         self._closed = False
         self._lock = asyncio.Lock()  # held during a reload
@@ -122,10 +123,11 @@ class Reloads:
             draft = await self._state.prepare(setup)
         except Exception as error:
             self._count(successful=False)
-            why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
+            self.failed = why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
             log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - the message says it
             raise
         self._state.adopt(draft)
+        self.failed = None
         if self._state.watch.interval != interval:
             self._jobs.change(SWEEP, self._state.watch.interval)
         if setup.config.log != before.log:

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay import __version__
 from relay.api.auth import audit, name_requests, require_token, set_headers
 from relay.api.context import Context
 from relay.api.database import DatabaseApi
@@ -21,6 +20,7 @@ from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
 from relay.api.sources import SourcesApi
+from relay.api.status import StatusView, status_of
 from relay.api.tail import TailApi
 from relay.api.top import TopApi
 from relay.api.workers import WorkersApi
@@ -40,17 +40,6 @@ class ReadyView(msgspec.Struct):
 
     ready: bool
     reasons: list[str]
-
-
-class StatusView(msgspec.Struct):
-    """The daemon's state."""
-
-    version: str
-    ready: bool
-    reasons: list[str]
-    uptime_seconds: int
-    sources: list[str]
-    destinations: list[str]
 
 
 class ConfigView(msgspec.Struct):
@@ -103,19 +92,11 @@ class DaemonApi:
         return await asyncio.to_thread(describe)
 
     @endpoint(
-        "GET", "/api/status", "status", "Show version, readiness, uptime, sources and destinations.",
+        "GET", "/api/status", "status", "Show version, readiness, backups, disk and problems.",
         returns=StatusView,
     )  # fmt: skip
     async def _status(self, _request: web.Request) -> StatusView:
-        reasons = self._context.health.reasons()
-        return StatusView(
-            version=__version__,
-            ready=not reasons,
-            reasons=reasons,
-            uptime_seconds=(self._context.clock.steady() - self._began) // 1_000_000,
-            sources=sorted(self._context.ingest.mounts),
-            destinations=sorted(self._context.dispatcher.lanes),
-        )
+        return status_of(self._context, self._began)
 
     @endpoint(
         "POST",

@@ -8,7 +8,9 @@ from relay.api.views import check_names
 from relay.base.clock import Clock
 from relay.delivery.dispatcher import Dispatcher
 from relay.ingest.handler import Ingest
+from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
+from relay.jobs.disk_forecast import DiskForecast
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
@@ -32,6 +34,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     reloads: Reloads
     jobs: Jobs
     backups: Backups
+    activity: Activity
+    disk: DiskForecast
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 
     async def check_names(self, filter_: Selection | WorkersQuery) -> None:

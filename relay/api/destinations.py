@@ -18,6 +18,7 @@ from relay.api.views import (
     about,
     backlog_of,
     counted,
+    destination_fields,
     pause_of,
     times_of,
     unknown,
@@ -88,6 +89,7 @@ class DestinationsApi:
         self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._state = context.state
+        self._activity = context.activity
         self._pings = Pings(context.clock)
 
     @endpoint(
@@ -96,7 +98,7 @@ class DestinationsApi:
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> dict[str, Any]:
         totals, lanes = await self._store.ledger.totals(), self._dispatcher.lanes
-        items = [{**_destination(lane), **counted(totals.get(lane.name))} for lane in lanes.values()]
+        items = [{**self._fields(lane), **counted(totals.get(lane.name))} for lane in lanes.values()]
         items += [
             {**self._absent(name), **counted(counts)}
             for name, counts in totals.items()
@@ -116,7 +118,7 @@ class DestinationsApi:
             lane = self._lane(request)
             health = lane.health
             times = times_of(health.state, health.held_until if lane.held else None)
-            shown = {**_destination(lane), "events": lane.config.events, **times}
+            shown = {**self._fields(lane), "events": lane.config.events, **times}
         return {**shown, **await backlog_of(self._store, name, totals, self._clock.steady())}
 
     @endpoint(
@@ -158,10 +160,25 @@ class DestinationsApi:
     async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
 
+    def _fields(self, lane: Lane) -> dict[str, Any]:
+        activity = self._activity
+        return {
+            **_destination(lane),
+            **destination_fields(
+                lane.config,
+                last_success=activity.last_success(lane.name),
+                certificate_expires=activity.certificate_expires(lane.name),
+            ),
+        }
+
     def _absent(self, name: str) -> dict[str, Any]:
         return {
-            "name": name, "held": ABSENT, **pause_of(), "in_flight": self._dispatcher.in_flight(name)
-        }  # fmt: skip
+            "name": name,
+            "held": ABSENT,
+            **pause_of(),
+            "in_flight": self._dispatcher.in_flight(name),
+            **destination_fields(None),
+        }
 
     def _lane(self, request: web.Request) -> Lane:
         name = request.match_info["name"]

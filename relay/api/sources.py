@@ -24,6 +24,8 @@ class SourceView(msgspec.Struct):
     plugin: str
     prefix: str
     paused: bool
+    last_event: Annotated[Time | None, about("Receipt of the latest event; null if the store has none.")]
+    silent: Annotated[bool, about("Whether no event came for three times as long as usual.")]
 
 
 class TokenView(msgspec.Struct):
@@ -62,10 +64,11 @@ class SourcesApi:
     def __init__(self, context: Context) -> None:
         self._store = context.store
         self._ingest = context.ingest
+        self._activity = context.activity
 
     @endpoint("GET", "/api/sources", "listSources", "List sources.", returns=Page[SourceView])
     async def _list(self, _request: web.Request) -> Page[SourceView]:
-        return Page(tuple(SourceView(**_fields(mount)) for mount in self._ingest.mounts.values()), None)
+        return Page(tuple(SourceView(**self._fields(mount)) for mount in self._ingest.mounts.values()), None)
 
     @endpoint(
         "GET", "/api/sources/{name}", "showSource",
@@ -75,7 +78,7 @@ class SourcesApi:
         mount = self._mount(request)
         latest = await self._store.queries.find("events", source=mount.name, limit=1)
         return {
-            **_fields(mount),
+            **self._fields(mount),
             "settings": effective_source(mount.config),
             "tokens": [
                 TokenView(
@@ -109,11 +112,13 @@ class SourcesApi:
             raise unknown("source", name, self._ingest.mounts)
         return self._ingest.mounts[name]
 
-
-def _fields(mount: Mount) -> dict[str, Any]:
-    return {
-        "name": mount.name,
-        "plugin": mount.config.plugin,
-        "prefix": mount.config.prefix,
-        "paused": mount.paused,
-    }
+    def _fields(self, mount: Mount) -> dict[str, Any]:
+        latest = self._activity.last_event(mount.name)
+        return {
+            "name": mount.name,
+            "plugin": mount.config.plugin,
+            "prefix": mount.config.prefix,
+            "paused": mount.paused,
+            "last_event": None if latest is None else rfc3339(latest),
+            "silent": self._activity.is_silent(mount.name),
+        }

@@ -7,6 +7,7 @@ receivers, and deliveries in flight. This module needs no aiohttp, because comma
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -137,6 +138,11 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
 class DestinationView(DestinationSteered, kw_only=True):
     """A destination with the number of its deliveries by state."""
 
+    url_host: Annotated[str | None, about("Host of its URL; null if it is no longer in config.toml.")]
+    last_success: Annotated[Time | None, about("The latest 2xx; null if the store has none.")]
+    certificate_expires: Annotated[
+        Time | None, about("When its TLS certificate expires, as of the latest connect; null if unknown.")
+    ]
     created: int
     delivered: int
     dead: int
@@ -381,13 +387,31 @@ def times_of(state: DestinationState, held_until: int | None = None) -> dict[str
     return {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
 
 
+def destination_fields(
+    config: DestinationConfig | None,
+    *,
+    last_success: int | None = None,
+    certificate_expires: int | None = None,
+) -> dict[str, Any]:
+    """Return the host and the latest success of a destination; `config` is None if config.toml lacks it.
+
+    The URL may contain a token, so only its host is shown.
+    """
+    return {
+        "url_host": None if config is None else urlsplit(config.url.reveal()).hostname,
+        "last_success": None if last_success is None else rfc3339(last_success),
+        "certificate_expires": None if certificate_expires is None else rfc3339(certificate_expires),
+    }
+
+
 def _stored(
     name: str, states: Mapping[str, DestinationState], known: Mapping[str, DestinationConfig]
 ) -> dict[str, Any]:
+    fields = {"in_flight": None, **destination_fields(known.get(name))}
     if name not in known:
-        return {"name": name, "held": ABSENT, **pause_of(), "in_flight": None}
+        return {"name": name, "held": ABSENT, **pause_of(), **fields}
     state = states.get(name, DestinationState(name=name))
     if known[name].paused:
-        return {"name": name, "held": PAUSED_IN_CONFIG, **pause_of("config"), "in_flight": None}
+        return {"name": name, "held": PAUSED_IN_CONFIG, **pause_of("config"), **fields}
     pause = pause_of("operator", state.paused_until) if state.paused else pause_of()
-    return {"name": name, "held": state.held, **pause, "in_flight": None}
+    return {"name": name, "held": state.held, **pause, **fields}

@@ -50,7 +50,7 @@ class AttemptRunner:
         rand: Callable[[], float],
     ) -> None:
         self._config = config
-        self._client = client
+        self.client = client
         self._clock = clock
         self._rand = rand
         self._url = config.url.reveal()
@@ -142,11 +142,11 @@ class AttemptRunner:
 
     def renew(self) -> None:
         """Resolve the destination's name again before the next attempt."""
-        self._client.renew()
+        self.client.renew()
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.close()
+        await self.client.close()
 
     async def _send(
         self,
@@ -178,7 +178,7 @@ class AttemptRunner:
             }
             if event.traceparent is not None:
                 headers["traceparent"] = event.traceparent
-            return await self._client.send(self._url, headers, body, timing)
+            return await self.client.send(self._url, headers, body, timing)
         except OutOfResourcesError:
             raise
         except Exception as error:  # noqa: BLE001 - a plugin may return headers that cannot be sent
@@ -198,7 +198,7 @@ class AttemptRunner:
         content_type = format_.content_type or format_.content_type_of(events[0])
         signatures = self._signer.headers(group_id, now // SECOND, body)
         headers = {**self._headers, "content-type": content_type, **signatures}
-        return await self._client.send(self._url, headers, body)
+        return await self.client.send(self._url, headers, body)
 
     def _not_sent(self, event: StoredEvent, what: str, error: BaseException) -> HttpResult:
         """Return a failed attempt for a request that cannot be built; a fixed plugin may build the next."""

@@ -72,6 +72,7 @@ class Lane:
         self.name = config.name
         self.health = DestinationHealth(config, state, store=store, clock=clock, metrics=metrics)
         self.in_flight = 0  # attempts
+        self.last_success: int | None = None  # time of the latest 2xx since the start, wall clock
         self._runner = runner
         self._replaced: set[AttemptRunner] = set()  # by a reload, with attempts still in flight
         self._store = store
@@ -102,6 +103,11 @@ class Lane:
         """Return why deliveries are held, or None if they are not held."""
         held = self.health.held_at(self._clock.steady())
         return NO_STORAGE if held is None and self._store.failure is not None else held
+
+    @property
+    def certificate_expires(self) -> int | None:
+        """Return when the TLS certificate of the receiver expires (wall clock), as of the latest connect."""
+        return self._runner.client.certificate_expires
 
     @property
     def refills(self) -> tuple[tuple[int, bool], ...]:
@@ -232,6 +238,8 @@ class Lane:
         """Apply another config; attempts in flight finish with the runner that they began with."""
         self._replaced.add(self._runner)
         self._spawn(self._close_replaced(self._runner, tuple(self._tasks)))
+        if config.url == self.config.url and runner.client.certificate_expires is None:
+            runner.client.certificate_expires = self.certificate_expires
         former, self.config, self._runner = self.config, config, runner
         if config != former:
             self.health.reconfigure(config)
@@ -512,7 +520,8 @@ class Lane:
         if not counted:
             return
         if outcome.state == "delivered":
-            self._latency.observe((self._clock.wall() - delivery.created_at) / SECOND, exemplar)
+            self.last_success = now = self._clock.wall()
+            self._latency.observe((now - delivery.created_at) / SECOND, exemplar)
         elif outcome.state == "pending":
             window = self._retry if delivery.attempts + outcome.counts else self._first
             window.due = min(window.due, outcome.next_attempt_at or 0)
@@ -545,7 +554,8 @@ class Lane:
             if delivery.id not in counted:
                 continue
             if outcome.state == "delivered":
-                self._latency.observe((self._clock.wall() - delivery.created_at) / SECOND)
+                self.last_success = now = self._clock.wall()
+                self._latency.observe((now - delivery.created_at) / SECOND)
             elif outcome.state == "pending":
                 window = self._retry if delivery.attempts + outcome.counts else self._first
                 window.due = min(window.due, outcome.next_attempt_at or 0)

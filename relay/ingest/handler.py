@@ -97,7 +97,7 @@ class Ingest:
         self._store = store
         self._clock = clock
         self._metrics = metrics
-        self._counters: dict[str, _Counters] = {}  # by source
+        self.counters: dict[str, Counters] = {}  # by source
         self.token_uses = token_uses or TokenUses(metrics, clock)
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
@@ -116,8 +116,8 @@ class Ingest:
         for name, mount in self.mounts.items():
             if name in before:
                 mount.paused = before[name].paused
-            if name not in self._counters:  # a removed source keeps its counters for its last requests
-                self._counters[name] = _Counters(self._metrics, name)
+            if name not in self.counters:  # a removed source keeps its counters for its last requests
+                self.counters[name] = Counters(self._metrics, name)
         self._routes = Routes(tuple(self.mounts.values()))
         self._sender_address = sender_address
         self._refusals.mount(self._routes, sender_address)
@@ -148,7 +148,7 @@ class Ingest:
             call = _Call(request, began, match, incoming)
             response = await self._serve(call)
             exemplar = {"event_id": response.event_id} if response.event_id else None
-            self._counters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
+            self.counters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
         except Refusal as refusal:
             if call is None:
                 owner = self._routes.owner(path)
@@ -383,7 +383,7 @@ class Ingest:
 
     def _count(self, mount: Mount, acceptance: Acceptance, receipt: Receipt) -> None:
         """Count an accepted request, and warn about an odd one."""
-        counters, change = self._counters[mount.name], acceptance.change
+        counters, change = self.counters[mount.name], acceptance.change
         if isinstance(change, Heartbeat):
             counters.heartbeats.inc()
         elif isinstance(change, Register):
@@ -394,6 +394,7 @@ class Ingest:
             counters.duplicates.inc()
             return
         counters.received.inc()
+        counters.last_event = acceptance.event.received_at
         counters.bytes.inc(len(acceptance.event.body))
         if receipt.key_conflict:
             counters.key_conflicts.inc()
@@ -432,7 +433,7 @@ class Ingest:
         )
 
 
-class _Counters:
+class Counters:
     """One source's metrics, looked up once: a look-up costs three times as much as counting."""
 
     def __init__(self, metrics: Metrics, source: str) -> None:
@@ -442,6 +443,7 @@ class _Counters:
         self.key_conflicts = metrics.key_conflicts.labels(source)
         self.heartbeats = metrics.heartbeats.labels(source)
         self.seconds = metrics.ingest.labels(source)
+        self.last_event: int | None = None  # time of the latest event since the start, wall clock
 
 
 def _answer_other_method(match: Match, incoming: Incoming) -> Response:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,9 @@ from relay.errors import StorageError
 from relay.model import Backup, Check, Measured
 from relay.process.logs import in_one_line
 from relay.store import Store
+
+if TYPE_CHECKING:
+    from relay.metrics import Metrics
 
 log = logging.getLogger("relay.backups")
 
@@ -64,11 +67,24 @@ def examine(made: Mapping[Path, float], every: float | None, now: float, failed:
     found = "no backup" if latest is None else f"latest backup: {rfc3339(int(latest * SECOND))}"
     if failed is not None:
         detail = f"{found}; the next one failed: {failed}"
-    elif latest is None or now - latest > every + max(every * LATE, ALWAYS_LATE):
+    elif is_overdue(latest, every, now):
         detail = f"{found}; due every {render_duration(every)}"
     else:
         return Check(name="backups", ok=True, detail=f"{found}, {count} in the folder")
     return Check(name="backups", ok=False, detail=detail, hint="make one now: relay jobs run backup")
+
+
+def is_overdue(latest: float | None, every: float, now: float) -> bool:
+    """Return whether the latest backup is too old, or there is none; all in seconds."""
+    return latest is None or now - latest > every + max(every * LATE, ALWAYS_LATE)
+
+
+class BackupSummary(msgspec.Struct, frozen=True):
+    """The backups of the folder, as of the latest look."""
+
+    last_success: int | None  # time of the latest backup, wall clock
+    bytes: int | None  # size of the latest backup
+    kept: int
 
 
 class Backups:
@@ -76,10 +92,14 @@ class Backups:
 
     every = 60.0  # seconds between checks whether a backup is due
 
-    def __init__(self, store: Store, clock: Clock, config: Callable[[], Config]) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, config: Callable[[], Config], metrics: "Metrics | None" = None
+    ) -> None:
+        self.summary = BackupSummary(None, None, 0)
         self._store = store
         self._clock = clock
         self._config = config
+        self._metrics = metrics
         self._failed: str | None = None  # error of the latest backup
         self._has_run = False  # whether the job has run since the start
 
@@ -93,8 +113,37 @@ class Backups:
         """Return all backups, oldest first, with their times in seconds since the epoch."""
         return made_in(self.folder)
 
+    def look(self) -> None:
+        """Read the names and sizes of the backups; `relay db backup FILE` may have added one."""
+        now, made = self._clock.wall() // SECOND, self.made()
+        times = {moment: path for path, moment in made.items() if moment <= now}
+        latest, size = max(times, default=None), None
+        if latest is not None:
+            with suppress(OSError):  # it has just been deleted
+                size = times[latest].stat().st_size
+        at = None if latest is None else int(latest * SECOND)
+        self.summary = BackupSummary(at, size, len(made))
+        if self._metrics is not None:
+            self._metrics.backup_at.set(latest or 0)
+            self._metrics.backup_size.set(size or 0)
+            self._metrics.backup_every.set(self._config().backup.every or 0)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the latest backup is too old; never before the first run of the job."""
+        every, latest = self._config().backup.every, self.summary.last_success
+        if every is None or not self._has_run:
+            return False
+        return is_overdue(None if latest is None else latest / SECOND, every, self._clock.wall() / SECOND)
+
+    @property
+    def failed(self) -> str | None:
+        """The error of the latest backup; None: it succeeded."""
+        return self._failed
+
     async def run(self) -> None:
         """Make a backup if one is due, judged by the names of the existing files."""
+        self.look()
         every, now = self._config().backup.every, self._clock.wall() // SECOND
         self._has_run = True
         if every is None or any(0 <= now - made < every for made in self.made().values()):
@@ -123,6 +172,7 @@ class Backups:
             self._failed = in_one_line(error)
             raise
         self._failed = None
+        self.look()
         return done
 
     async def _make(self) -> Backup:

@@ -205,3 +205,40 @@ async def test_the_estimated_size_of_a_copy_includes_the_log(cramped, clock):
     free = cramped.free
     assert await store.upkeep.missing_space(cramped.path, keep_free=free - 2_000_000) > 0
     assert made_in(cramped.path) == {}
+
+
+async def test_the_summary_and_the_metrics_follow_each_backup_and_the_folder(store, clock, tmp_path):
+    metrics = Metrics()
+
+    def shown():
+        value = metrics.registry.get_sample_value
+        names = ("last_success_timestamp_seconds", "size_bytes", "interval_seconds")
+        return tuple(value(f"relay_backup_{name}") for name in names)
+
+    def restarted():
+        job = Backups(store, clock, lambda: job.config, metrics)
+        set_rules(job, tmp_path, every=DAY, keep=2)
+        job.look()
+        return job
+
+    backups = restarted()
+    assert (shown(), backups.summary.kept, backups.overdue) == ((0, 0, DAY), 0, False)
+    await backups.run()
+    [first] = (tmp_path / "backups").iterdir()
+    known = (clock.wall() / 1_000_000, first.stat().st_size, DAY)
+    assert (shown(), backups.summary.kept, backups.overdue) == (known, 1, False)
+    clock.advance(DAY + 8000)
+    assert not backups.overdue
+    clock.advance(1000)
+    assert backups.overdue
+    backups = restarted()
+    assert (shown(), backups.overdue) == (known, False)  # the job will make a backup within a minute
+    first.with_name("relay-20240101T000000Z.db").write_bytes(b"by `relay db backup FILE`")
+    first.with_name("relay-29990101T000000Z.db").touch()  # while the clock was wrong
+    clock.advance(100 * DAY)
+    set_rules(backups, tmp_path)
+    await backups.run()
+    assert shown() == (1_704_067_200, 25, 0)
+    assert not backups.overdue
+    await backups.make()  # by an operator, while the job is off
+    assert shown()[0] == clock.wall() / 1_000_000

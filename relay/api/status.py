@@ -1,0 +1,195 @@
+"""The daemon's state on one page: backups, disk, and the problems that an operator should know."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+
+from relay import __version__
+from relay.api.context import Context
+from relay.api.views import Time, about
+from relay.base.clock import SECOND, rfc3339
+from relay.base.units import render_duration
+from relay.delivery.lane import NO_STORAGE, Lane
+from relay.doctor import FAILING
+
+FEW_DAYS = 7
+"""With fewer days until the disk is full, the disk is a problem."""
+
+EXPIRES_SOON = 14 * 86_400 * SECOND
+"""Microseconds before its end from which on a certificate is a problem."""
+
+
+class BackupsView(msgspec.Struct):
+    """The backups in `[backup] dir`."""
+
+    last_success: Annotated[Time | None, about("Time of the latest backup; null if there is none.")]
+    bytes: Annotated[int | None, about("Size of the latest backup.")]
+    kept: Annotated[int, about("Number of backups.")]
+    interval: Annotated[str, about('Interval of backups, such as "24h".')]
+    overdue: Annotated[bool, about("Whether the latest backup is older than the interval allows.")]
+    error: Annotated[str | None, about("Why the last attempt failed; null if it succeeded.")]
+
+
+class DiskView(msgspec.Struct):
+    """The disk that holds the database."""
+
+    folder: str
+    free: Annotated[int, about("Free bytes.")]
+    min_free: Annotated[int, about("`[storage] min_free_disk`: with less, senders get 503.")]
+    full: Annotated[bool, about("Whether senders get 503 because of the disk.")]
+    days_left: Annotated[
+        float | None,
+        about("Days until `min_free` is reached at the pace of the last day; null: unknown, or no growth."),
+    ]
+
+
+class StatusProblem(msgspec.Struct, frozen=True):
+    """A reason why the relay is not healthy."""
+
+    what: str
+    next: Annotated[str, about("The next command to run.")]
+
+
+class StatusView(msgspec.Struct):
+    """The daemon's state."""
+
+    version: str
+    ready: bool
+    reasons: list[str]
+    uptime_seconds: int
+    sources: list[str]
+    destinations: list[str]
+    backups: Annotated[BackupsView | None, about("null: `[backup] every` is not set.")]
+    disk: Annotated[DiskView | None, about("null: not checked yet.")]
+    problems: Annotated[list[StatusProblem], about("The worst first; empty if all is well.")]
+
+
+def status_of(context: Context, began: int) -> StatusView:
+    """Return the daemon's state; `began` is the time of its start (steady clock)."""
+    reasons = context.health.reasons()
+    return StatusView(
+        version=__version__,
+        ready=not reasons,
+        reasons=reasons,
+        uptime_seconds=(context.clock.steady() - began) // SECOND,
+        sources=sorted(context.ingest.mounts),
+        destinations=sorted(context.dispatcher.lanes),
+        backups=_backups(context),
+        disk=_disk(context),
+        problems=list(_problems(context, reasons)),
+    )
+
+
+def _backups(context: Context) -> BackupsView | None:
+    every = context.state.config.backup.every
+    if every is None:
+        return None
+    found = context.backups.summary
+    return BackupsView(
+        last_success=None if found.last_success is None else rfc3339(found.last_success),
+        bytes=found.bytes,
+        kept=found.kept,
+        interval=render_duration(every),
+        overdue=context.backups.overdue,
+        error=context.backups.failed,
+    )
+
+
+def _disk(context: Context) -> DiskView | None:
+    space, days = context.disk.space, context.disk.days_left
+    if space is None:
+        return None
+    return DiskView(
+        folder=str(space.folder),
+        free=space.free,
+        min_free=space.floor,
+        full=space.is_full,
+        days_left=None if days is None else round(days, 1),
+    )
+
+
+def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
+    """Yield the problems, the worst first."""
+    yield from _problems_of_disk(context, reasons)
+    pending = context.store.ledger.pending()
+    lanes = sorted(context.dispatcher.lanes.values(), key=lambda lane: -pending.get(lane.name, 0))
+    for lane in lanes:
+        yield from _problems_of_destination(context, lane, pending.get(lane.name, 0))
+    yield from _problems_of_jobs(context)
+    if context.reloads.failed is not None:
+        what = f"the last reload failed: {context.reloads.failed}"
+        yield StatusProblem(what, f"relay check-config {context.state.config.path}")
+    yield from _problems_of_sources(context)
+    for lane in lanes:
+        expires = lane.certificate_expires
+        if expires is not None and (left := expires - context.clock.wall()) < EXPIRES_SOON:
+            when = f"expires in {_roughly(left / SECOND)}" if left > 0 else "has expired"
+            yield StatusProblem(
+                f"the certificate of {lane.name} {when}", f"relay destinations test {lane.name}"
+            )
+
+
+def _problems_of_disk(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
+    """Yield the reasons why the relay is not ready, and whether its disk will be full soon."""
+    disk, is_full = context.disk.space, context.ingest.admission.disk_full
+    for reason in reasons:
+        is_disk = reason.startswith("less free space")
+        yield StatusProblem(
+            f"not ready: {reason}", f"df -h {disk.folder}" if disk and is_disk else "relay doctor"
+        )
+    days = context.disk.days_left
+    if days is not None and days < FEW_DAYS and not is_full:
+        what = f"at the pace of the last day, the disk is full in {_roughly(days * 86_400)}"
+        yield StatusProblem(what, "relay db status")
+
+
+def _problems_of_jobs(context: Context) -> Iterator[StatusProblem]:
+    """Yield failed backups and other failed jobs."""
+    if context.backups.failed is not None:
+        yield StatusProblem(f"the last backup failed: {context.backups.failed}", "relay jobs run backup")
+    elif context.backups.overdue:
+        yield StatusProblem("the latest backup is too old, or there is none", "relay jobs run backup")
+    for past in context.jobs.all():
+        if past.error and not past.running and past.name != "backup":
+            yield StatusProblem(f"the job {past.name} failed: {past.error}", f"relay jobs run {past.name}")
+
+
+def _problems_of_sources(context: Context) -> Iterator[StatusProblem]:
+    """Yield paused and silent sources."""
+    for name, mount in sorted(context.ingest.mounts.items()):
+        if mount.paused:
+            yield StatusProblem(f"{name} is paused: its senders get 503", f"relay sources resume {name}")
+        elif context.activity.is_silent(name):
+            silence = _roughly(context.activity.silence(name))
+            usual = _roughly(context.activity.usual_gap(name))
+            what = f"{name} is silent: no event for {silence}; usually one comes within {usual}"
+            yield StatusProblem(what, f"relay sources show {name}")
+
+
+def _problems_of_destination(context: Context, lane: Lane, pending: int) -> Iterator[StatusProblem]:
+    """Yield the problem of a destination that does not get its deliveries."""
+    if not lane.is_owned or lane.config.paused:  # another node reports it; or a pause before going live
+        return
+    name, held, since = lane.name, lane.held, lane.health.state.failing_since
+    waiting = f"{pending} deliveries wait" if pending != 1 else "1 delivery waits"
+    if held is None or held == NO_STORAGE:
+        now = context.clock.steady()
+        if since is not None and now - since >= FAILING:
+            what = f"{name} has been failing for {_roughly((now - since) / SECOND)}; {waiting}"
+            yield StatusProblem(what, f"relay destinations test {name}")
+    elif held == "paused":
+        if pending:
+            yield StatusProblem(f"{name} is paused; {waiting}", f"relay destinations resume {name}")
+    elif held.startswith("disabled"):
+        yield StatusProblem(f"{name} is {held}; {waiting}", f"relay destinations enable {name}")
+    else:
+        yield StatusProblem(f"{name} is held ({held}); {waiting}", f"relay destinations show {name}")
+
+
+def _roughly(seconds: float) -> str:
+    """Render a duration in one unit, of which there are two or more, such as "36 hours"."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,137 @@
+"""`GET /api/status`, and the latest events and successes of sources and destinations."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from support import until
+from wire import request
+
+from relay.api.status import EXPIRES_SOON
+from relay.base.clock import SECOND
+from relay.jobs.activity import Rhythm
+from relay.store import DiskSpace
+
+BACKUPS = '[backup]\nevery = "24h"\n'
+OLD = "relay-20240101T000000Z.db"
+
+
+def problems(status):
+    return [(each["what"], each["next"]) for each in status["problems"]]
+
+
+def near(text, seconds=120):
+    """Return whether an RFC 3339 time is close to now."""
+    return abs(datetime.now(UTC) - datetime.fromisoformat(text)) < timedelta(seconds=seconds)
+
+
+async def test_a_healthy_relay_has_no_problems_and_a_restart_forgets_nothing(tmp_path):
+    async with Recorder() as receiver:
+        url = receiver.url.replace("127.0.0.1", "localhost")
+        config = write_config(tmp_path, SOURCES, destination("crm", url), BACKUPS)
+        async with running(config) as relay:
+            status = await relay.operator("GET", "/api/status")
+            assert status["backups"] == {
+                "last_success": None,
+                "bytes": None,
+                "kept": 0,
+                "interval": "1d",
+                "overdue": False,
+                "error": None,
+            }
+            assert (await relay.operator("GET", "/api/sources/adorn"))["last_event"] is None
+            assert (await relay.operator("GET", "/api/destinations/crm"))["last_success"] is None
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            await until(lambda: relay.app.dispatcher.lanes["crm"].last_success)
+            await relay.app.jobs.run("backup")
+            before = await relay.operator("GET", "/api/status")
+        assert before["problems"] == []
+        disk = before["disk"]
+        assert disk["folder"] == str(tmp_path / "state")
+        assert disk["free"] > disk["min_free"] == 2**20
+        assert (disk["full"], disk["days_left"]) == (False, None)
+        async with running(config) as relay:
+            after = await relay.operator("GET", "/api/status")
+            assert relay.counted("relay_backup_last_success_timestamp_seconds") > 1_700_000_000
+            assert relay.counted("relay_backup_size_bytes") == after["backups"]["bytes"] > 10_000
+            assert relay.counted("relay_backup_interval_seconds") == 86_400
+            await until(lambda: relay.app.activity.last_success("crm"))
+            sources = (await relay.operator("GET", "/api/sources"))["items"]
+            [source] = [each for each in sources if each["name"] == "adorn"]
+            [crm] = (await relay.operator("GET", "/api/destinations"))["items"]
+            shown = await relay.operator("GET", "/api/destinations/crm")
+    assert after["backups"] == before["backups"]
+    assert near(after["backups"]["last_success"])
+    assert after["backups"]["kept"] == 1
+    assert near(source["last_event"])
+    assert source["silent"] is False
+    assert near(crm["last_success"])
+    assert crm == {key: value for key, value in shown.items() if key in crm}
+    assert (crm["url_host"], crm["paused_by"], crm["paused_until"], crm["certificate_expires"]) == (
+        "localhost", None, None, None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def troubled(tmp_path):
+    """A relay with every problem that an operator can mend."""
+    (tmp_path / "state" / "backups").mkdir(parents=True)
+    (tmp_path / "state" / "backups" / OLD).write_bytes(bytes(1000))
+    targets = [destination(name, "http://127.0.0.1:9/x") for name in ("crm", "erp", "gone", "old")]
+    async with running(write_config(tmp_path, SOURCES, *targets, BACKUPS)) as relay:
+        app = relay.app
+        for path in ("destinations/crm/pause", "destinations/gone/disable", "sources/moddy/pause"):
+            await relay.operator("POST", f"/api/{path}")
+        await relay.exchange(request("POST", "/v1/events", adorn()))
+        await until(lambda: app.activity.usual_gap("compozy") == 0 and "compozy" in app.activity._rhythms)
+        rhythm = app.activity._rhythms["compozy"] = Rhythm()
+        for _ in range(7 * 24):
+            rhythm.hours.add(active=True)
+        rhythm.minutes.empty = 200
+        app.dispatcher.lanes["erp"].health.rest(60 * SECOND)
+        old = app.dispatcher.lanes["old"]
+        old._runner.client.certificate_expires = app.clock.wall() + EXPIRES_SOON - 3 * 86_400 * SECOND
+        app.backups._has_run = True
+        app.reloads.failed = "config.toml:3: server.listen: expected host:port"
+        app.jobs.stop()  # the job `disk` would change the forecast
+        app.disk_forecast._samples.clear()
+        app.disk_forecast._samples.extend([(0, 0), (86_400 * SECOND, 1_000_000_000_000)])
+        yield relay
+
+
+async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp_path):
+    relay = troubled
+    relay.app.disk_forecast.space = DiskSpace(tmp_path, free=2 * 10**12, floor=0, is_full=False)
+    status = await relay.operator("GET", "/api/status")
+    assert status["ready"] is True
+    assert status["disk"]["days_left"] == 2
+    assert status["backups"]["overdue"] is True
+    assert problems(status) == [
+        ("at the pace of the last day, the disk is full in 2 days", "relay db status"),
+        ("crm is paused; 1 delivery waits", "relay destinations resume crm"),
+        ("erp is held (resting); 1 delivery waits", "relay destinations show erp"),
+        ("gone is disabled: operator; 1 delivery waits", "relay destinations enable gone"),
+        ("the latest backup is too old, or there is none", "relay jobs run backup"),
+        (
+            "the last reload failed: config.toml:3: server.listen: expected host:port",
+            f"relay check-config {tmp_path / 'config.toml'}",
+        ),
+        (
+            "compozy is silent: no event for 3 hours; usually one comes within 60 minutes",
+            "relay sources show compozy",
+        ),
+        ("moddy is paused: its senders get 503", "relay sources resume moddy"),
+        ("the certificate of old expires in 10 days", "relay destinations test old"),
+    ]
+    relay.app.ingest.admission.disk_full = True
+    full = await relay.operator("GET", "/api/status")
+    assert problems(full)[0] == (
+        "not ready: less free space than min_free_disk", f"df -h {tmp_path}",
+    )  # fmt: skip
+    assert not any("at the pace" in each["what"] for each in full["problems"])
+    items = (await relay.operator("GET", "/api/destinations"))["items"]
+    assert {each["name"]: each["paused_by"] for each in items} == {
+        "crm": "operator", "erp": None, "gone": None, "old": None,
+    }  # fmt: skip
+    sources = (await relay.operator("GET", "/api/sources"))["items"]
+    assert [each["name"] for each in sources if each["silent"]] == ["compozy"]
