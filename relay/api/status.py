@@ -10,7 +10,8 @@ from relay.api.context import Context
 from relay.api.views import Time, about
 from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_duration
-from relay.delivery.lane import NO_STORAGE, Lane
+from relay.delivery.destination_health import NO_STORAGE
+from relay.delivery.lane import Lane
 from relay.doctor import FAILING
 
 FEW_DAYS = 7

@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from stores import end, make_store, opened, send
+from stores import accept, end, make_store, opened, send
 
 from relay.base.clock import SECOND
 from relay.jobs.activity import DAYS, PATIENCE, Activity, Rhythm, Slots
@@ -121,10 +121,12 @@ class World:
 async def history(store, clock, hours):
     """Store events: one in each hour marked `1`, the last one now."""
     clock.advance(-(len(hours) - 1) * HOUR)
+    past = []
     for each in hours[:-1]:
         if each == "1":
-            await send(store, clock)
+            past.append(accept(clock))
         clock.advance(HOUR)
+    await store.events.append_all(past)
     await send(store, clock)
 
 
@@ -247,3 +249,20 @@ async def test_a_removed_source_and_destination_lose_their_series(store, clock):
     await world.activity.run()
     assert world.gauge(expiry, destination="crm") is None
     assert world.gauge("relay_source_usual_gap_seconds", source="shop") is None
+
+
+async def test_with_other_nodes_their_events_and_successes_count(store, clock):
+    await history(store, clock, "1" * (WEEK + 2))
+    shared = SimpleNamespace(
+        nodes=SimpleNamespace(alone=False), queries=store.queries, ledger=store.ledger, files={}
+    )
+    world = World(shared, clock)
+    world.lanes["crm"].is_owned = False
+    await world.pass_minutes("." * 10)
+    assert (world.activity.silence("shop"), world.activity.last_success("crm")) == (9 * 60, None)
+    event = await send(store, clock)  # on another node
+    await end(store, event, destination="crm")
+    await world.pass_minutes(".")
+    assert world.activity.silence("shop") == 0
+    assert world.activity.last_event("shop") == event.received_at
+    assert world.activity.last_success("crm") is not None
