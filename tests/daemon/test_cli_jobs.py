@@ -22,7 +22,18 @@ async def relay(tmp_path):
 
 async def test_jobs_are_listed_with_their_results(relay, commands):
     names = (await commands("jobs", "list", "-q")).out.split()
-    assert names == ["backup", "disk", "expire", "flush", "forget", "ledger", "retention", "sweep", "tokens"]
+    assert names == [
+        "activity",
+        "backup",
+        "disk",
+        "expire",
+        "flush",
+        "forget",
+        "ledger",
+        "retention",
+        "sweep",
+        "tokens",
+    ]
     section = OPERATING.read_text().partition("## Jobs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+)[^|]* \|", section, re.MULTILINE)
     assert rows == [(row[0], row[1]) for row in (await commands("jobs", "list")).rows]
@@ -49,7 +60,7 @@ async def test_a_failed_job_exits_with_1(relay, commands):
 
 async def test_an_unknown_job_exits_with_4(commands):
     said = await commands("jobs", "run", "swep", code=4)
-    assert said.err.startswith('unknown job "swep", did you mean "sweep"?\n  jobs: backup, ')
+    assert said.err.startswith('unknown job "swep", did you mean "sweep"?\n  jobs: activity, backup, ')
 
 
 class Scripted:
