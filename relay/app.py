@@ -218,7 +218,7 @@ class App:
 
             runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
             if admin is not None:
-                app = self.api.tcp_app(config.admin.tokens)
+                app = self.api.tcp_app(config.admin)
                 runners.append(await listen(app, admin, grace=1.0))
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
@@ -289,7 +289,7 @@ class App:
             # On duplicates of the sockets: the originals stay open, so no connection is lost.
             runners = [await listen(self.api.socket_app(), unix.dup(), grace=1.0)]
             if admin is not None:
-                app = self.api.tcp_app(self.config.admin.tokens)
+                app = self.api.tcp_app(self.config.admin)
                 runners.append(await listen(app, admin.dup(), grace=1.0))
             for runner in runners:
                 waiting.push_async_callback(runner.cleanup)

@@ -42,6 +42,10 @@ class SetInConfigError(RelayError):
     """config.toml decides this, so a command cannot change it."""
 
 
+class ForbiddenError(RelayError):
+    """The token of a request to the admin API does not allow it."""
+
+
 class StorageError(RelayError):
     """The store failed and rolled back; the call changed nothing."""
 

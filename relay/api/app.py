@@ -25,7 +25,7 @@ from relay.api.tail import TailApi
 from relay.api.top import TopApi
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
-from relay.config.secrets import Secret
+from relay.config.schema import Admin
 from relay.reload import Reloaded
 
 
@@ -104,6 +104,7 @@ class DaemonApi:
         "reload",
         "Reload config.toml: apply the whole file or nothing.",
         returns=Reloaded,
+        scope="admin",
     )
     async def _reload(self, _request: web.Request) -> Reloaded:
         return await self._context.reloads.reload()
@@ -154,9 +155,9 @@ class Api:
         """Return the app for the unix socket, whose file permissions are its access control."""
         return self._app(audit, errors)
 
-    def tcp_app(self, tokens: tuple[Secret, ...]) -> web.Application:
+    def tcp_app(self, config: Admin) -> web.Application:
         """Return the app for the admin listener: the API needs a token, health and metrics do not."""
-        return self._app(require_token(tokens), audit, errors)
+        return self._app(require_token(config.tokens, config.hosts), audit, errors)
 
     def _app(self, *middlewares: Any) -> web.Application:
         app = web.Application(middlewares=[name_requests(self._clock), *middlewares])

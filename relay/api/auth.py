@@ -11,15 +11,17 @@ import logging
 import pwd
 import socket
 import struct
+from collections.abc import Collection
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 from aiohttp import web
 
 from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, error_response
 from relay.base.clock import Clock
 from relay.base.ids import REQUEST, given_id, new_id
-from relay.config.secrets import Secret
+from relay.config.schema import AdminToken, Scope
+from relay.errors import ForbiddenError
 from relay.process.logs import fields
 
 log = logging.getLogger("relay.audit")
@@ -27,10 +29,14 @@ log.setLevel(logging.INFO)
 
 HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
-TOKEN = web.RequestKey("token", int)
-"""Number of the token in `[admin] tokens` that the request used, from 1."""
+TOKEN = web.RequestKey("token", AdminToken)
+"""The token in `[admin] tokens` that the request used."""
+
+CALLER = web.RequestKey("caller", str)
+"""Name of that token, for the audit log."""
 
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED, unix(7): pid, uid, gid
+_SCOPES = get_args(Scope)
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -74,25 +80,27 @@ async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
     return response
 
 
-def require_token(tokens: tuple[Secret, ...]) -> Any:
-    """Return a middleware that requires a token and the listener's own Host for requests to the API."""
+def require_token(tokens: tuple[AdminToken, ...], hosts: Collection[str]) -> Any:
+    """Return a middleware that requires a token and a Host that is known for requests to the API.
+
+    `hosts` are further names of the listener, as a reverse proxy passes them on.
+    """
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
         if not request.path.startswith("/api/"):
             response: web.StreamResponse = await handler(request)
             return response
-        if not _has_own_host(request):
-            hint = "use the listener's own address, or localhost"
-            return error_response(
-                403, "forbidden", "the Host header names neither this listener nor loopback", hint
-            )
+        if not _has_own_host(request, hosts):
+            hint = "use the listener's own address or localhost, or add the name to [admin] hosts"
+            return error_response(403, "forbidden", "the Host header does not name this listener", hint)
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
         presented = given.strip().encode("utf-8", "surrogateescape")
-        matches = [hmac.compare_digest(token.reveal().encode(), presented) for token in tokens]
+        matches = [hmac.compare_digest(token.secret.reveal().encode(), presented) for token in tokens]
         if scheme.lower() == "bearer" and any(matches):
-            request[TOKEN] = matches.index(True) + 1
-            tokens[matches.index(True)].usage.count += 1
+            at = matches.index(True)
+            request[TOKEN], request[CALLER] = tokens[at], tokens[at].title or str(at + 1)
+            tokens[at].secret.usage.count += 1
         else:
             hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
             return error_response(401, "unauthorized", "missing or unknown token", hint)
@@ -104,6 +112,20 @@ def require_token(tokens: tuple[Secret, ...]) -> Any:
     return check
 
 
+def check_scope(request: web.Request, needed: Scope) -> None:
+    """Check that a request's token has a scope; requests on the unix socket have no token and every scope.
+
+    Raises:
+        ForbiddenError: it has not.
+    """
+    token = request.get(TOKEN)
+    if token is not None and _SCOPES.index(token.scope) < _SCOPES.index(needed):
+        raise ForbiddenError(
+            f'the token "{request[CALLER]}" has the scope "{token.scope}", and this request needs "{needed}"',
+            hint="use a token with that scope, change its `scope` in [admin] tokens, or use the unix socket",
+        )
+
+
 def _caller(request: web.Request) -> str:
     """Return the caller: user and process id on the socket (from the kernel), else token and address."""
     sock = None if request.transport is None else request.transport.get_extra_info("socket")
@@ -111,8 +133,8 @@ def _caller(request: web.Request) -> str:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
         return f"{_user(uid)}, pid {pid}"
-    token = request.get(TOKEN)
-    return f"{'no token' if token is None else f'token {token}'}, {request.remote or 'gone'}"
+    name = request.get(CALLER)
+    return f"{'no token' if name is None else f'token {name}'}, {request.remote or 'gone'}"
 
 
 @lru_cache
@@ -128,12 +150,15 @@ def _path(request: web.Request) -> str:
     return request.raw_path.partition("?")[0]
 
 
-def _has_own_host(request: web.Request) -> bool:
-    """Return whether the Host is loopback or the address that was connected to; prevents DNS rebinding."""
+def _has_own_host(request: web.Request, hosts: Collection[str]) -> bool:
+    """Return whether the Host is one of `hosts`, loopback or the address that was connected to.
+
+    This prevents DNS rebinding.
+    """
     host = request.host.rpartition(":")[0] if request.host.count(":") == 1 else request.host
     host = host.partition("]")[0].removeprefix("[")
     sockname = request.transport.get_extra_info("sockname") if request.transport else None
-    if host == "localhost" or (sockname and host == sockname[0]):
+    if host == "localhost" or host.lower() in hosts or (sockname and host == sockname[0]):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -68,7 +68,7 @@ class DatabaseApi:
 
     @endpoint(
         "POST", "/api/db/backup", "backUp", "Copy the database into `[backup] dir` and check the copy.",
-        returns=Lines[Backup],
+        returns=Lines[Backup], scope="admin",
     )  # fmt: skip
     async def _back_up(self, request: web.Request) -> web.StreamResponse:
         size = (await self._store.upkeep.measure()).bytes
@@ -83,7 +83,7 @@ class DatabaseApi:
 
     @endpoint(
         "POST", "/api/db/compact", "compact", "Return free space of the database file to the disk.",
-        returns=Lines[Compacted],
+        returns=Lines[Compacted], scope="admin",
     )  # fmt: skip
     async def _compact(self, request: web.Request) -> web.StreamResponse:
         path = Path((await self._store.upkeep.measure()).path)

@@ -12,8 +12,10 @@ import msgspec
 from aiohttp import web
 
 from relay import __version__
+from relay.api.auth import check_scope
 from relay.api.query_params import plain, read_query, without_none
 from relay.api.responses import LINES, body_of, respond
+from relay.config.schema import Scope
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Awaitable[Any]])
@@ -78,7 +80,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     answers: Mapping[int, Any]  # type of the response by status
     content: str  # content type of the responses
     find: str | None  # name of a method that raises `UnknownError` if the path names an unknown object
-    public: bool  # whether it needs no token
+    scope: Scope | None  # that its token needs; None: it needs no token
 
     @property
     def documented_path(self) -> str:
@@ -93,6 +95,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         status = min(self.answers)
 
         async def answer(request: web.Request) -> web.StreamResponse:
+            if self.scope is not None:
+                check_scope(request, self.scope)
             if find is not None:
                 find(request)
             arguments = [] if self.query is None else [read_query(dict(request.query), self.query)]
@@ -120,6 +124,7 @@ def endpoint(
     also: Mapping[int, Any] | None = None,
     content: str = JSON,
     public: bool = False,
+    scope: Scope | None = None,
 ) -> Callable[[H], H]:
     """Declare an endpoint at its handler.
 
@@ -139,13 +144,15 @@ def endpoint(
         also: further statuses and the types of their responses.
         content: content type of the response.
         public: whether it needs no token.
+        scope: of the tokens that may use it; by default `read` if it changes nothing, else `operate`.
     """
     if any(get_origin(each) is Lines for each in (returns, *get_args(returns))):
         content = LINES
     declared = Endpoint(
         method=method, path=path, name=name, summary=summary, query=query, body=body,
         optional_body=optional_body, find=find,
-        answers={status: returns, **(also or {})}, content=content, public=public,
+        answers={status: returns, **(also or {})}, content=content,
+        scope=None if public else scope or ("read" if method == "GET" else "operate"),
     )  # fmt: skip
 
     def declare(handler: H) -> H:
@@ -187,10 +194,16 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "http://127.0.0.1:8081", "description": "`[admin] listen`"}],
-        "security": [{"token": []}],
         "paths": paths,
         "components": {
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "One of `[admin] tokens`, with the named scope or one that includes it: "
+                    "`read`, `operate`, `admin`. The unix socket needs none.",
+                }
+            },
             "responses": {"Error": {"description": "Error", **_content(JSON, schemas.of(ErrorView))}},
             "schemas": schemas.components,
         },
@@ -284,8 +297,7 @@ def _operation(each: Endpoint, schemas: _Schemas) -> dict[str, Any]:
         schema = options[0] if len(options) == 1 else {"anyOf": options}
         answers[str(status)] = {"description": _PHRASES[status], **_content(each.content, schema)}
     operation["responses"] = {**answers, "default": {"$ref": "#/components/responses/Error"}}
-    if each.public:
-        operation["security"] = []
+    operation["security"] = [] if each.scope is None else [{"token": [each.scope]}]
     return operation
 
 

@@ -151,7 +151,7 @@ class EventsApi:
 
     @endpoint(
         "POST", "/api/import", "importEvents", "Import the lines of an export. Known events are skipped.",
-        query=ImportQuery, body=LINES, returns=Imported,
+        query=ImportQuery, body=LINES, returns=Imported, scope="admin",
     )  # fmt: skip
     async def _import(self, request: web.Request, query: ImportQuery) -> Imported:
         steps = [
@@ -161,7 +161,7 @@ class EventsApi:
 
     @endpoint(
         "POST", "/api/events/delete", "deleteEvents", "Delete events of any age, or count them.",
-        body=DeletionBody, returns=CountView | Lines[DeletedView],
+        body=DeletionBody, returns=CountView | Lines[DeletedView], scope="admin",
     )  # fmt: skip
     async def _delete(self, request: web.Request, body: DeletionBody) -> web.StreamResponse:
         check_selected_once("events", body.events, body.filter)

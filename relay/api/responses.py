@@ -15,6 +15,7 @@ from relay.base.json_text import encode
 from relay.config.problems import ConfigError
 from relay.errors import (
     BusyError,
+    ForbiddenError,
     RelayError,
     RestartNeededError,
     SetInConfigError,
@@ -49,6 +50,7 @@ _LONGEST_LOGGED = 400  # characters of a request body in the log
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 _STATUSES: Mapping[type[RelayError], tuple[int, str]] = {
+    ForbiddenError: (403, "forbidden"),
     UnknownError: (404, "not_found"),
     RestartNeededError: (409, "restart_needed"),
     BusyError: (409, "busy"),

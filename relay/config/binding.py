@@ -229,12 +229,16 @@ class Binder:
         return WRONG if WRONG in items or WRONG in items.values() else items
 
     def _nested(self, kind: type[msgspec.Struct], value: Any, path: KeyPath, base: Any) -> Any:
-        given = msgspec.structs.asdict(base) if isinstance(base, kind) else None
+        given, table = msgspec.structs.asdict(base) if isinstance(base, kind) else None, value
         if (expand := getattr(kind, "expand", None)) is not None:  # a record with a short form
-            value, given = expand(value)
-        if not isinstance(value, dict):
+            table, given = expand(value)
+        if not isinstance(table, dict):
             raise ValueError(f"expected a table, got {kind_of(value)}")  # noqa: TRY004 - the caller reports values
-        record = self.struct(kind, value, path, given=given)
+        found = len(self.problems), len(self.absent)
+        record = self.struct(kind, table, path, given=given)
+        if table is not value:  # the keys of the table are not in the file
+            for problems, first in zip((self.problems, self.absent), found, strict=True):
+                problems[first:] = [self.document.problem(path, each.problem) for each in problems[first:]]
         return WRONG if record is None else record
 
     def _secrets(self, value: Any, path: KeyPath) -> Any:

@@ -9,7 +9,7 @@ import msgspec
 
 from relay.base.units import Rate, render_duration, render_rate
 from relay.config.problems import dotted
-from relay.config.schema import Config, DestinationConfig, SourceConfig
+from relay.config.schema import AdminToken, Config, DestinationConfig, SourceConfig
 from relay.config.secrets import Secret, Secrets
 from relay.config.signatures import SignatureConfig
 
@@ -70,7 +70,7 @@ def _value(value: Any, unit: str | None) -> Any:
         shown = ["<secret>"] * len(value)
     elif isinstance(value, Rate):
         shown = render_rate(value)
-    elif isinstance(value, SignatureConfig):
+    elif isinstance(value, SignatureConfig | AdminToken):
         shown = _value(value.written(), unit)
     elif isinstance(value, msgspec.Struct):
         shown = _table(value)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from relay.base.units import Rate
-from relay.config.schema import Config, DestinationConfig, SourceConfig
+from relay.config.schema import AdminToken, Config, DestinationConfig, SourceConfig
 from relay.config.secrets import Secret, Secrets, Url
+from relay.config.signatures import SignatureConfig
 
 # Draft 7 is the latest that the usual editors know.
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -74,6 +75,12 @@ _TOKEN = {
         },
     ]
 }
+_SHORT: Mapping[Any, dict[str, Any]] = {
+    SignatureConfig: {"type": "string"},
+    AdminToken: {"$ref": "#/definitions/secret"},
+}
+"""Short forms of records that have one."""
+
 _HIDDEN = {"path", "included", "warnings", "name", "settings", "compiled"}  # fields that are not keys
 
 
@@ -158,9 +165,10 @@ def _of(kind: Any) -> dict[str, Any]:
         schema = dict(_SIMPLE[kind])
     else:
         schema = _table(kind, set())
-        if hasattr(kind, "expand"):  # it has a short form, in which a name replaces further keys
+        if kind is SignatureConfig:  # the name of a scheme replaces further keys
             schema.pop("required", None)
-            schema = {"anyOf": [{"type": "string"}, schema]}
+        if kind in _SHORT:
+            schema = {"anyOf": [_SHORT[kind], schema]}
     return schema
 
 

@@ -80,6 +80,44 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     ] = 20.0
 
 
+Scope = Literal["read", "operate", "admin"]
+"""What a token of the admin API allows; each scope includes the ones before it."""
+
+
+class AdminToken(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `[admin] tokens`: a secret, or a table with the secret, its name and its scope."""
+
+    secret: Annotated[Secret, _help("the token")]
+    name: Annotated[
+        str,
+        _help("name in the audit log and in metrics; default: of the secret's variable, file or credential"),
+    ] = ""
+    scope: Annotated[
+        Scope,
+        _help(
+            '`"read"` allows requests that change nothing, `"operate"` also changes to deliveries, '
+            'destinations, sources, workers and jobs, and `"admin"` every request'
+        ),
+    ] = "admin"
+
+    @classmethod
+    def expand(cls, value: Any) -> tuple[Any, None]:
+        """Return the table that a value stands for: a secret alone is a token with the scope admin."""
+        is_table = isinstance(value, dict) and bool(value.keys() & {"secret", "name", "scope"})
+        return (value if is_table else {"secret": value}), None
+
+    def written(self) -> Any:
+        """Return the shortest value that config.toml could have for this record, with its secret."""
+        name = {"name": self.name} if self.name else {}
+        scope = {"scope": self.scope} if self.scope != "admin" else {}
+        return {"secret": self.secret, **name, **scope} if name or scope else self.secret
+
+    @property
+    def title(self) -> str:
+        """Return the token's name; "" if neither config.toml nor its place names it."""
+        return self.name or self.secret.name
+
+
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
     """`[admin]`: metrics, health and the JSON API."""
 
@@ -93,8 +131,18 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
         _help("the unix socket of the `relay` command"),
     ] = "relay.sock"
     tokens: Annotated[
-        tuple[Secret, ...],
-        _help("secrets for the JSON API on the listener; without tokens, only the socket has the API"),
+        tuple[AdminToken, ...],
+        _help(
+            "secrets for the JSON API on the listener, or tables with `secret`, `name` and `scope`; without "
+            "tokens, only the socket has the API"
+        ),
+    ] = ()
+    hosts: Annotated[
+        tuple[Annotated[str, _check(validators.host_name)], ...],
+        _help(
+            "names under which a reverse proxy serves the listener; the API refuses requests to other names "
+            "than these, `localhost` and the listener's own address"
+        ),
     ] = ()
 
 

@@ -50,9 +50,9 @@ def all_tokens(binder: Binder, config: Config) -> tuple[Token, ...]:
     """
     found = [token for source in config.sources.values() for token in tokens_of(binder, source)]
     given = binder.document.data.get("admin", {}).get("tokens", ())
-    for index, secret in enumerate(config.admin.tokens):
-        key = dotted(("admin", "tokens", index))
-        found.append(Token(secret=secret, key=key, kind="admin", place=_place(given[index])))
+    for index, each in enumerate(config.admin.tokens):
+        key, secret = dotted(("admin", "tokens", index)), each.expand(given[index])[0]["secret"]
+        found.append(Token(secret=each.secret, key=key, kind="admin", place=_place(secret), name=each.name))
     for name, destination in config.destinations.items():
         for index, secret in enumerate(destination.secrets):
             key = dotted(("destinations", name, "secrets", index))

@@ -20,6 +20,7 @@ _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _PORTS = range(65_536)
 _FAILURES = range(300, 600)  # HTTP statuses
 _GONE = 410
+_HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*", re.ASCII)
 _USUAL_PORTS = {"http": ":80", "https": ":443"}
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
 LARGEST_BODY = 256 * 2**20
@@ -154,6 +155,13 @@ def web_origin(text: str) -> str:
     if text != sent:
         raise ValueError(f'browsers send this origin as "{sent}"')
     return text
+
+
+def host_name(text: str) -> str:
+    """Check a host name, as the Host header has it, without a port."""
+    if not _HOST.fullmatch(text):
+        raise ValueError('expected a host name without scheme and port, such as "relay.example.org"')
+    return text.lower()
 
 
 def prefix(text: str) -> str:

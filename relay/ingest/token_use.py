@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.config.schema import AdminToken
 from relay.config.secrets import Credential, Secret, Secrets, Usage
 from relay.ingest.routes import Mount
 from relay.metrics import Metrics
@@ -36,11 +37,13 @@ class TokenUse(msgspec.Struct):
 class TokenUses:
     """The use of the tokens of all sources and of the admin API."""
 
-    def __init__(self, metrics: Metrics, clock: Clock, admin: Iterable[Secret] = ()) -> None:
+    def __init__(self, metrics: Metrics, clock: Clock, admin: Iterable[AdminToken] = ()) -> None:
         self._metrics = metrics
         self._clock = clock
         self._watched: dict[str, dict[str, TokenUse]] = {}  # by source and name of the token
-        self._watch(ADMIN, ((f"tokens[{index}]", each.name, each.usage) for index, each in enumerate(admin)))
+        self._watch(
+            ADMIN, ((f"tokens[{index}]", each.title, each.secret.usage) for index, each in enumerate(admin))
+        )
 
     def adopt(self, mounts: Iterable[Mount]) -> None:
         """Watch the tokens of these sources. A token whose name existed before keeps its count."""
