@@ -45,8 +45,9 @@ class Owner:
             return
         with suppress(StorageError):  # the other nodes notice it later
             await self._store.nodes.leave()
-        for name in self._dispatcher.lanes:
-            self._begin_to_hand_over(name)
+        for name, lane in self._dispatcher.lanes.items():
+            if lane.is_owned:
+                self._begin_to_hand_over(name)
 
     async def stop(self) -> None:
         """Stop renewing, after the attempts have ended."""
@@ -91,19 +92,18 @@ class Owner:
         if name in self._hand_overs:
             return
         if (lane := self._dispatcher.lanes.get(name)) is not None:
-            if not lane.is_owned:
-                return
             lane.disown()
         task = self._hand_overs[name] = asyncio.create_task(self._hand_over(name))
         task.add_done_callback(lambda _: self._hand_overs.pop(name, None))
 
     async def _hand_over(self, name: str) -> None:
-        """Give a lane away after its last outcome. If that fails, the lease ends on its own."""
+        """Give a lane away after its last outcome. If that fails, the next renewal says so again."""
         await self._dispatcher.drained(name)
         try:
             await self._store.nodes.give((name,))
         except StorageError as error:
-            log.warning("%s: cannot hand over the lane: %s", name, error.message)
+            extra = fields(destination=name)
+            log.warning("%s: cannot hand over the lane: %s", name, error.message, extra=extra)
         else:
             log.info("%s: handed over the lane", name, extra=fields(destination=name))
 

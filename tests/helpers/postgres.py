@@ -43,6 +43,7 @@ needs_postgres = pytest.mark.skipif(not BINARIES, reason="needs the package post
 
 _made = {}  # DSN by path, see `database_of`
 _server = None
+_watchers = []
 
 
 class Server:
@@ -84,7 +85,7 @@ def start(folder, *, watched=None, port=None, settings=()):
     options = [f"unix_socket_directories={folder}", f"port={port}", *SETTINGS, *settings]
     flags = [part for option in options for part in ("-c", option)]
     with (folder / "log").open("ab") as log:
-        subprocess.Popen(
+        watcher = subprocess.Popen(
             ["sh", "-c", WATCH, "sh", *as_user, f"{BINARIES}/postgres", "-D", str(data), *flags],
             env={**os.environ, "RUN": str(watched or os.getpid()), "FOLDER": str(folder)},
             stdin=subprocess.DEVNULL,
@@ -93,6 +94,7 @@ def start(folder, *, watched=None, port=None, settings=()):
             cwd="/",
             start_new_session=True,
         )
+    _watchers.append(watcher)  # it outlives this process, so Python must not warn about it
     ready = [f"{BINARIES}/pg_isready", "-q", "-h", str(folder), "-p", str(port), "-t", "1"]
     deadline = time.monotonic() + 60
     while subprocess.run(ready, check=False).returncode:

@@ -49,6 +49,8 @@ class ScriptedNodes:
         return self.ownership
 
     async def give(self, lanes):
+        if self.error is not None:
+            raise self.error
         self.given += lanes
 
     def lead(self, job):
@@ -154,6 +156,19 @@ async def test_a_lane_is_handed_over_after_its_attempts_in_flight(store, receive
         [row] = await ended(store)
         assert (row["state"], len(receiver.requests)) == ("delivered", 1)
         assert store.claims.of("crm") == 0
+
+
+async def test_a_failed_hand_over_is_repeated(store, receiver):
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner = Owner(dispatcher, store, set)
+        store.nodes.ownership = owned("crm", hand_over=frozenset({"crm"}))
+        await owner.renew()
+        store.nodes.error = StorageUnavailableError("the database does not answer")
+        await until(lambda: not owner._hand_overs)
+        assert store.nodes.given == []
+        store.nodes.error = None
+        await owner.renew()
+        await until(lambda: store.nodes.given == ["crm"])
 
 
 async def test_a_stopping_node_leaves_then_drains_then_gives_its_lanes(store, receiver):

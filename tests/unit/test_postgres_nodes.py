@@ -1,0 +1,394 @@
+"""Leases over PostgreSQL: which node takes what, for how long it trusts that, and how lanes change hands."""
+
+import asyncio
+
+import pytest
+from postgres import database_of, drop_databases, needs_postgres
+from support import FakeClock
+
+from relay.base.clock import SECOND, SystemClock
+from relay.errors import StorageUnavailableError
+from relay.store.postgres.clock import SLEW, ServerClock
+from relay.store.postgres.nodes import (
+    NEGLECTED,
+    SETTLE_IN,
+    Lease,
+    Peer,
+    PostgresNodes,
+    due_to,
+    free_slot,
+    length_of,
+    plan,
+    trusted_until,
+)
+
+asyncpg = pytest.importorskip("asyncpg")
+
+LANES = frozenset(f"d{number}" for number in range(60))
+
+
+def peer(incarnation, age=60.0, destinations=LANES):
+    return Peer(incarnation, incarnation, age, frozenset(destinations))
+
+
+def mine(name="lane:d1", *peers):
+    """Return which of the peers a name is due to, then another one."""
+    due = due_to(name, peers).incarnation
+    return due, next(each.incarnation for each in peers if each.incarnation != due)
+
+
+A, B = mine("lane:d1", peer("a"), peer("b"))
+"""The node to which the lane d1 is due, and the other one."""
+
+
+def test_lanes_are_spread_evenly_and_each_node_comes_to_the_same_result():
+    peers = [peer(name) for name in "abc"]
+    owners = {name: due_to(f"lane:{name}", peers).incarnation for name in LANES}
+    assert owners == {name: due_to(f"lane:{name}", peers[::-1]).incarnation for name in LANES}
+    counts = sorted(list(owners.values()).count(name) for name in "abc")
+    assert counts[0] >= 10
+
+
+def test_a_node_that_joins_or_leaves_moves_only_its_share():
+    three, two = [peer(name) for name in "abc"], [peer(name) for name in "ab"]
+    for name in LANES:
+        before, after = due_to(f"lane:{name}", three), due_to(f"lane:{name}", two)
+        assert before == after or before.incarnation == "c"
+
+
+def test_a_lane_is_due_only_to_nodes_that_have_its_destination():
+    peers = [peer("a", destinations={"crm"}), peer("b", destinations={"erp"})]
+    assert due_to("lane:crm", peers).incarnation == "a"
+    assert due_to("lane:erp", peers).incarnation == "b"
+    assert due_to("lane:none", peers) is None
+    assert {due_to(f"job:{number}", peers).incarnation for number in range(20)} == {"a", "b"}
+
+
+D1 = "lane:d1"
+FREE = Lease(D1, None, 0, is_held=False)
+ENDED = Lease(D1, B, 3, is_held=False, free_for=0.5)
+
+
+def held_by(node, epoch=3):
+    return Lease(D1, node, epoch, is_held=True)
+
+
+@pytest.mark.parametrize(
+    ("me", "held", "leases", "ages", "expected"),
+    [
+        (A, {}, [], (60, 60), {"missing": (D1,), "take": (D1,)}),
+        (B, {}, [], (60, 60), {"missing": (D1,)}),
+        (A, {}, [FREE], (60, 60), {"take": (D1,)}),
+        (A, {}, [FREE], (0, 60), {"take": (D1,)}),  # a new node takes free leases
+        (B, {}, [FREE], (60, 60), {}),
+        (A, {}, [ENDED], (60, 60), {"take": (D1,)}),
+        (B, {}, [ENDED], (60, 60), {}),
+        (B, {}, [Lease(D1, A, 3, is_held=False, free_for=NEGLECTED + 1)], (60, 60), {"take": (D1,)}),
+        (A, {}, [held_by(B)], (60, 60), {}),  # B hands it over
+        (B, {D1: 3}, [held_by(B)], (60, 60), {"hand_over": D1}),
+        (B, {D1: 3}, [held_by(B)], (SETTLE_IN - 1, 60), {}),  # A is too new
+        (A, {D1: 3}, [held_by(A)], (60, 60), {}),
+        (B, {D1: 3}, [held_by(B)], (None, 60), {}),  # A is gone
+        (B, {}, [ENDED], (None, 60), {"take": (D1,)}),
+        (A, {}, [held_by(A)], (60, 60), {"adopt": {D1: 3}}),  # the response to its request was lost
+        (A, {D1: 2}, [held_by(A)], (60, 60), {"adopt": {D1: 3}}),
+    ],
+)
+def test_what_a_node_does_about_a_lease(me, held, leases, ages, expected):
+    peers = [peer(node, age) for node, age in zip((A, B), ages, strict=True) if age is not None]
+    steps = plan(me, held, {D1}, leases, peers)
+    found = {
+        "missing": steps.missing,
+        "take": steps.take,
+        "adopt": steps.adopt,
+        "hand_over": steps.hand_over,
+    }
+    assert found == {"missing": (), "take": (), "adopt": {}, "hand_over": None, **expected}
+
+
+def test_held_leases_move_one_at_a_time():
+    names = {f"lane:{name}" for name in LANES}
+    leases = [Lease(name, "a", 1, is_held=True) for name in names]
+    steps = plan("a", dict.fromkeys(names, 1), names, leases, [peer("a"), peer("b")])
+    assert steps.hand_over in names
+    assert not steps.take
+
+
+@pytest.mark.parametrize(
+    ("lease", "timeout", "length"), [(30, 15, 30), (30, 5, 30), (30, 60, 120), (5, 15, 30), (5, 1, 5)]
+)
+def test_an_attempt_that_begins_in_time_ends_before_the_lease(lease, timeout, length):
+    assert length_of(lease, timeout) == length
+    until = trusted_until(0, length, timeout)
+    slowest = 1 - 1 / SLEW  # of the steady clock
+    assert 0 < until / SECOND / slowest + timeout <= length
+
+
+@pytest.mark.parametrize(
+    ("used", "slot"), [((), 0), ((0, 1, 3), 2), ((1,), 0), (range(255), 255), (range(256), None)]
+)
+def test_a_node_takes_the_smallest_free_slot(used, slot):
+    assert free_slot(used) == slot
+
+
+# --- with a server --------------------------------------------------------------------------------
+
+TABLES = """
+    CREATE TABLE IF NOT EXISTS nodes (
+        incarnation uuid PRIMARY KEY, slot int NOT NULL UNIQUE, name text, version text, schema int,
+        config_digest bytea, destinations text[], internal_url text, started timestamptz, seen timestamptz);
+    CREATE TABLE IF NOT EXISTS leases (
+        name text PRIMARY KEY, incarnation uuid, epoch bigint NOT NULL DEFAULT 0,
+        until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb) WITH (fillfactor = 50);
+"""
+
+
+class Link:
+    """A connection that the test can cut: statements fail before or after the server runs them."""
+
+    def __init__(self, connection, cluster):
+        self.connection, self.cluster = connection, cluster
+
+    async def fetch(self, sql, *values):
+        if self.cluster.cut == "before":
+            raise StorageUnavailableError("cut")
+        rows = await self.connection.fetch(sql, *values)
+        if self.cluster.cut == "after" and self.cluster.cut_sql in sql:
+            raise StorageUnavailableError("cut")
+        return rows
+
+    async def close(self):
+        await self.connection.close()
+
+
+class Cluster:
+    """Nodes on one database, with the clock of each in the hand of the test."""
+
+    def __init__(self, url):
+        self.url = url
+        self.cut = self.cut_sql = ""
+        self.nodes = []
+
+    async def connect(self):
+        return Link(await asyncpg.connect(self.url), self)
+
+    async def join(self, name="a", lease=30.0, clock=None, lanes=("crm", "erp")):
+        node = PostgresNodes(self.connect, clock or FakeClock(), name=name, lease=lease, schema=1)
+        node.lanes = dict.fromkeys(lanes, 10.0)
+        await node.join()
+        self.nodes.append(node)
+        return node
+
+    async def run(self, sql, *values):
+        connection = await asyncpg.connect(self.url)
+        try:
+            return await connection.fetch(sql, *values)
+        finally:
+            await connection.close()
+
+    async def age(self, seconds=60):
+        """Make all nodes older, so that lanes may move to them."""
+        await self.run("UPDATE nodes SET started = started - $1::float8 * interval '1 second'", seconds)
+
+
+@pytest.fixture
+async def cluster(tmp_path):
+    cluster = Cluster(database_of(tmp_path))
+    connection = await asyncpg.connect(cluster.url)
+    await connection.execute(TABLES)
+    await connection.close()
+    yield cluster
+    cluster.cut = ""
+    for node in cluster.nodes:
+        await node.close()
+    drop_databases()
+
+
+async def own(node, jobs=("sweep",)):
+    return await node.own(node.lanes, jobs)
+
+
+@needs_postgres
+async def test_one_node_takes_everything_and_keeps_it(cluster):
+    node = await cluster.join()
+    for _ in range(3):
+        owned = await own(node)
+        assert set(owned.until) == {"crm", "erp"}
+    assert node.lead("sweep")
+    assert not node.lead("retention")
+    assert sorted(node.owned) == ["crm", "erp"]
+    epochs = await cluster.run("SELECT epoch FROM leases")
+    assert [row["epoch"] for row in epochs] == [1, 1, 1]
+    [shown] = await node.all()
+    assert (shown.name, shown.is_self, shown.lanes, shown.jobs) == ("a", True, ("crm", "erp"), ("sweep",))
+    assert shown.destinations == ("crm", "erp")
+
+
+@needs_postgres
+async def test_slots_are_unique_and_used_again(cluster):
+    nodes = [await cluster.join(name) for name in "abc"]
+    assert [node.slot for node in nodes] == [0, 1, 2]
+    await nodes[1].leave()
+    assert (await cluster.join("d")).slot == 1
+    racing = await asyncio.gather(*(cluster.join("r") for _ in range(6)))
+    assert len({node.slot for node in racing} | {0, 1, 2}) == 9
+
+
+@needs_postgres
+async def test_a_joining_node_gets_its_share_one_by_one_after_it_has_settled_in(cluster):
+    lanes = sorted(LANES)[:12]
+    first = await cluster.join("a", lanes=lanes)
+    await own(first)
+    second = await cluster.join("b", lanes=lanes)
+    assert not (await own(second)).until
+    assert not (await own(first)).hand_over
+    await cluster.age()
+    moved = set()
+    for _ in range(40):
+        owned = await own(first)
+        assert len(owned.hand_over) <= 1
+        assert owned.hand_over <= owned.until.keys()  # it renews until the attempts have ended
+        moved |= owned.hand_over
+        await first.give(owned.hand_over)
+        taken = await own(second)
+        assert taken.until.keys() == moved
+    assert 0 < len(moved) < 12
+    assert (await own(first)).until.keys() == set(lanes) - moved
+    assert (await own(second)).elsewhere == dict.fromkeys(set(lanes) - moved, "a")
+    await second.leave()
+    await second.give(moved)
+    assert (await own(first)).until.keys() == set(lanes)
+
+
+@needs_postgres
+async def test_a_dead_node_is_replaced_when_its_leases_end(cluster):
+    first, second = await cluster.join("a", lease=1.0), await cluster.join("b", lease=1.0)
+    first.lanes = second.lanes = dict.fromkeys(("crm", "erp"), 0.2)
+    await own(first)
+    assert not (await own(second)).until.keys() & (await own(first)).until.keys()
+    async with asyncio.timeout(20):
+        while (await own(second)).until.keys() != {"crm", "erp"}:  # noqa: ASYNC110 - the test is the clock
+            await asyncio.sleep(0.1)
+    assert [row["epoch"] for row in await cluster.run("SELECT epoch FROM leases WHERE name = 'lane:crm'")]
+    owned = await own(first)  # it was only stopped
+    assert not owned.until
+    assert owned.elsewhere == {"crm": "b", "erp": "b"}
+
+
+@needs_postgres
+async def test_a_node_renews_only_the_epoch_that_it_took(cluster):
+    node = await cluster.join(lanes=("crm",))
+    await own(node)
+    for change in (
+        "epoch = epoch + 1",  # it was lost, and taken again by the same incarnation
+        "incarnation = gen_random_uuid()",
+        "until = clock_timestamp()",
+    ):
+        await cluster.run(f"UPDATE leases SET {change}, standing = NULL WHERE name = 'lane:crm'")
+        await node._renew()
+        assert "lane:crm" not in node._held
+        assert not node.owned
+        await cluster.run("UPDATE leases SET until = '-infinity' WHERE name = 'lane:crm'")
+        await own(node)
+        assert node.owned == ["crm"]
+
+
+@needs_postgres
+async def test_two_nodes_never_hold_a_lease_at_once_however_they_race(cluster):
+    nodes = [await cluster.join(name, lanes=("crm",)) for name in "abcd"]
+    await cluster.run("INSERT INTO leases (name) VALUES ('lane:crm')")
+    for _ in range(10):
+        await cluster.run("UPDATE leases SET until = clock_timestamp() - interval '1 minute'")
+        for node in nodes:
+            node._held.clear()
+            node._trusted.clear()
+        owned = await asyncio.gather(*(own(node, ()) for node in nodes))
+        assert [len(each.until) for each in owned].count(1) == 1
+
+
+@needs_postgres
+async def test_a_lost_response_leaves_no_lease_behind(cluster):
+    node = await cluster.join(lanes=("crm",))
+    await own(node, ())  # makes the row
+    await node.give(("crm",))
+    cluster.cut, cluster.cut_sql = "after", "epoch + 1"
+    with pytest.raises(StorageUnavailableError):
+        await own(node, ())
+    assert not node.owned
+    cluster.cut = ""
+    await own(node, ())
+    assert (await own(node, ())).until.keys() == {"crm"}
+
+
+@needs_postgres
+async def test_without_the_database_a_node_trusts_its_leases_until_their_times(cluster):
+    clock = FakeClock()
+    node = await cluster.join(clock=clock)
+    owned = await own(node)
+    assert set(owned.until.values()) == {clock.steady() + int(20 * SECOND * (1 - 1 / SLEW))}
+    cluster.cut = "before"
+    for seconds, leads in ((14, True), (0.3, False)):
+        clock.advance(seconds)
+        with pytest.raises(StorageUnavailableError):
+            await own(node)
+        assert (node.lead("sweep"), sorted(node.owned)) == (leads, ["crm", "erp"])
+    clock.advance(5)
+    assert node.owned == []
+
+
+@needs_postgres
+async def test_a_lane_that_is_handed_over_is_renewed_until_it_is_given(cluster):
+    node = await cluster.join(lanes=("crm", "erp"))
+    await own(node)
+    node.lanes = {"erp": 10.0}  # a reload
+    for _ in range(2):
+        owned = await own(node)
+        assert (owned.until.keys(), owned.hand_over) == ({"crm", "erp"}, {"crm"})
+    cluster.cut = "before"
+    with pytest.raises(StorageUnavailableError):
+        await node.give(("crm",))
+    cluster.cut = ""
+    assert (await own(node)).hand_over == {"crm"}
+    await node.give(("crm",))
+    owned = await own(node)
+    assert (owned.until.keys(), owned.hand_over) == ({"erp"}, frozenset())
+
+
+@needs_postgres
+async def test_a_node_that_leaves_keeps_its_leases_until_it_gives_them(cluster):
+    first, second = await cluster.join("a"), await cluster.join("b")
+    await own(first)
+    await first.leave()
+    assert (await own(first)).until.keys() == {"crm", "erp"}
+    assert not (await own(second)).until
+    assert [node.name for node in await second.all()] == ["b"]
+    await first.give(("crm", "erp"))
+    assert (await own(second)).until.keys() == {"crm", "erp"}
+    assert not second.lead("sweep")
+    await first.close()  # gives its jobs
+    await own(second)
+    assert second.lead("sweep")
+
+
+@needs_postgres
+async def test_a_node_that_the_others_forgot_joins_again(cluster, caplog):
+    node = await cluster.join()
+    await cluster.run("DELETE FROM nodes")
+    other = await cluster.join("b")
+    assert (other.slot, node.slot) == (0, 0)
+    await own(node)
+    assert node.slot == 1
+    assert "the other nodes had forgotten this node; it joins again" in caplog.messages
+
+
+@needs_postgres
+async def test_the_clock_follows_the_server(cluster):
+    class Ahead(SystemClock):
+        def steady(self):
+            return super().steady() + 3600 * SECOND
+
+    clock = ServerClock(Ahead())
+    node = await cluster.join(clock=clock)
+    await own(node)
+    [row] = await cluster.run("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now")
+    assert abs(clock.steady() - row["now"]) < 5 * SECOND
