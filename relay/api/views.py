@@ -26,10 +26,13 @@ from relay.model import (
     Selection,
     Stat,
 )
-from relay.store import StoredData
+from relay.store import Span, StoredData
 
 ABSENT = "not_in_config"
 """`held` of a destination that is no longer in config.toml: its deliveries wait until it returns."""
+
+MOST_PAYLOAD = 16 * 1024
+"""Bytes of a body that are shown with an event."""
 
 _NOUNS = {"events": "event", "deliveries": "delivery"}
 _CURSOR = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of counts: hour, source, type
@@ -100,6 +103,9 @@ class EventShown(EventView):
     """An event with its deliveries."""
 
     owed: tuple[DeliveryView, ...]
+    content_type: str
+    payload: Annotated[str, about("The first 16 KiB of the body; invalid UTF-8 is replaced.")]
+    payload_truncated: bool
 
 
 class DeliveryShown(DeliveryView):
@@ -291,7 +297,29 @@ async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
     if not rows:
         raise UnknownError(f'unknown event "{given}"', hint="it has just been deleted")
     deliveries = await stored.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
-    return {**view_of(rows[0]), "owed": [view_of(each) for each in deliveries]}
+    owed = [view_of(each) for each in deliveries]
+    return {**view_of(rows[0]), "owed": owed, **await _payload(stored, chosen.event_id)}
+
+
+class _Exported(msgspec.Struct):
+    """What `_payload` needs of an exported event."""
+
+    content_type: str
+    body: str | None = None
+    body_base64: bytes = b""
+
+
+async def _payload(stored: StoredData, event_id: int) -> dict[str, Any]:
+    """Return the start of an event's body. The export does not check the body, so a damaged one is shown."""
+    found = _Exported("")
+    async for line in stored.queries.export(Selection(), Span(event_id, event_id)):
+        found = msgspec.json.decode(line, type=_Exported)
+    body = found.body_base64 if found.body is None else found.body.encode()
+    return {
+        "content_type": found.content_type,
+        "payload": body[:MOST_PAYLOAD].decode("utf-8", "replace"),
+        "payload_truncated": len(body) > MOST_PAYLOAD,
+    }
 
 
 async def show_delivery(stored: StoredData, given: str) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """`relay deliveries`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from relay.base.text import printable
+from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.completion import complete
 from relay.cli.destinations import print_holds
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
 from relay.cli.options import filter_options, json_option, page_options, rate_option
-from relay.cli.output import cell, count, print_fields, print_json, print_page, print_table
+from relay.cli.output import count, print_fields, print_items, print_json, print_page
+from relay.cli.screen import Field
 from relay.cli.selection import (
     confirm,
     count_selected,
@@ -27,7 +30,29 @@ if TYPE_CHECKING:
     from relay.cli.offline import Offline
 
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
+SHAPE = (
+    screen.moment("created_at", "created"), screen.short_id("id", least=screen.UNIQUE_DIGITS),
+    screen.text("destination", least=14, long="middle"), screen.word("state"),
+    screen.number("attempts", "tries"),
+    screen.last_result(rank=1),
+    screen.text("type", least=16, rank=2, long="middle"),
+    screen.Column("next_attempt_at", "next try", screen.each(screen.due), rank=3),
+)  # fmt: skip
 _ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
+ATTEMPT_SHAPE = (
+    screen.moment("started_at", "started"),
+    screen.Column("duration_ms", "took", screen.each(screen.milliseconds), right=True),
+    screen.word("result"), screen.word("status"), screen.text("error", least=16, long="wrap"),
+)  # fmt: skip
+REASONS: Mapping[str, str] = {
+    "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",
+    "aborted": "the receiver refused further attempts", "corrupt": "the stored event is damaged",
+    "operator": "by an operator", "ttl": "older than ttl",
+    "superseded": "a newer event replaced it (latest_by)",
+    "backlog_full": "max_pending was reached", "held": "held for longer than [retention] held",
+}  # fmt: skip
+"""Why a delivery ended, in words."""
+
 _MOST_ANSWERS = 3
 _LONGEST_ANSWER = 1000  # characters of a response that are shown; --json has up to 16 KiB
 
@@ -49,7 +74,7 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
     With a filter on events, deliveries are in the order of their events.
     """
     page = gather(daemon, "deliveries", **query)
-    print_page(page, COLUMNS, as_json=as_json, quiet=quiet)
+    print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)
 
 
 @deliveries.command()
@@ -62,14 +87,37 @@ def show(answer: Any, **_: str) -> None:
     DELIVERY is an id, with or without dlv_; any unique prefix works. Shows the three latest distinct
     responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each.
     """
-    print_fields(answer)
+    print_fields(answer, delivery_fields(answer))
     if answer["tries"]:
         click.echo()
         grouped = any(each["group_size"] is not None for each in answer["tries"])
         names = (*_ATTEMPT, "group_size") if grouped else _ATTEMPT
-        rows = [[cell(each[name]) for name in names] for each in answer["tries"]]
-        print_table([name.replace("_", " ") for name in names], rows)
+        shape = (*ATTEMPT_SHAPE, screen.number("group_size", "group size")) if grouped else ATTEMPT_SHAPE
+        print_items(names, answer["tries"], shape)
         _print_answers(answer["tries"])
+
+
+def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
+    """Return the lines about a delivery on a terminal."""
+    state, reason = delivery["state"], delivery["reason"]
+    return [
+        Field("Delivery", delivery["id"]),
+        Field("Event", delivery["event_id"]),
+        Field("Type", delivery["type"]),
+        Field("Destination", delivery["destination"]),
+        Field(
+            "State",
+            state if reason is None else f"{state}: {REASONS.get(reason, reason)}",
+            screen.colour_of("state", state),
+        ),
+        Field("Attempts", screen.number_text(delivery["attempts"])),
+        Field("Last result", screen.result_text(delivery)),
+        Field("Created", screen.full_time(delivery["created_at"])),
+        Field("Next attempt", screen.full_time(delivery["next_attempt_at"])),
+        Field("Finished", screen.full_time(delivery["finished_at"])),
+        Field("Repeats", delivery["replay_of"] or ""),
+        Field("Group", delivery["group_key"] or ""),
+    ]
 
 
 def _print_answers(attempts: Sequence[Mapping[str, Any]]) -> None:
@@ -80,7 +128,9 @@ def _print_answers(attempts: Sequence[Mapping[str, Any]]) -> None:
             latest.setdefault(text, attempt)
     for text, attempt in list(latest.items())[:_MOST_ANSWERS]:
         is_cut = attempt["truncated"] or len(text) > _LONGEST_ANSWER
-        click.echo(f"\nresponse {attempt['status']} at {attempt['started_at']}:")
+        began = attempt["started_at"]
+        when = screen.full_time(began) if sys.stdout.isatty() else began
+        click.echo(f"\nresponse {attempt['status']} at {when}:")
         lines = text[:_LONGEST_ANSWER].splitlines()
         click.echo("\n".join(f"  {printable(line)}".rstrip() for line in lines) + ("…" if is_cut else ""))
 

@@ -1,22 +1,54 @@
 """`relay destinations`."""
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from relay.base.units import parse_time_span
+from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import checked, quiet_option
-from relay.cli.output import print_fields, print_page
+from relay.cli.output import print_fields, print_items, print_page
+from relay.cli.screen import Field
 from relay.model import PAUSED_IN_CONFIG
 
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
+_HELD = {
+    "resting": "backing off", "not_in_config": "not in config.toml", "disabled: gone": "disabled (410 Gone)",
+    "disabled: asked": "disabled (by the receiver)", "disabled: failing": "disabled (failing for too long)",
+    "disabled: operator": "disabled (by an operator)",
+}  # fmt: skip
+
+
+def held_text(held: str | None) -> str:
+    """Return the state of a destination for a terminal.
+
+    >>> held_text(None), held_text("resting"), held_text("paused")
+    ('delivering', 'backing off', 'paused')
+    """
+    return "delivering" if held is None else _HELD.get(held, held)
+
+
+_SHAPE = (
+    screen.text("name", least=16, long="middle"), screen.Column("held", "state", screen.each(held_text)),
+    screen.number("pending"), screen.number("in_flight", "in flight", rank=1), screen.number("delivered"),
+    screen.number("dead"), screen.number("expired", rank=2), screen.number("cancelled", rank=3),
+)  # fmt: skip
 
 _DELIVERIES = ("oldest", "latest")
 _FIELDS = (
     "id", "type", "state", "created_at", "attempts", "last_status", "last_error", "next_attempt_at"
+)  # fmt: skip
+_DELIVERY_SHAPE = (
+    screen.word("which", "delivery"), screen.moment("created_at", "created"),
+    screen.short_id("id", least=screen.UNIQUE_DIGITS), screen.word("state"),
+    screen.number("attempts", "tries"), screen.last_result(rank=1),
+    screen.text("type", least=16, rank=2, long="middle"),
+    screen.Column("next_attempt_at", "next try", screen.each(screen.due), rank=3),
 )  # fmt: skip
 _STEPS = ("dns", "connect", "tls", "first_byte")
 _ADVICE = {
@@ -54,7 +86,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     The column `held` shows why a destination gets no deliveries.
     """
-    print_page(answer, COLUMNS, quiet=quiet, key="name")
+    print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
 
 
 @destinations.command()
@@ -70,7 +102,10 @@ def show(answer: Any, *, name: str) -> None:
         if (found := answer[which])
         for field in _FIELDS
     }
-    print_fields({**{key: value for key, value in answer.items() if key not in _DELIVERIES}, **deliveries})
+    fields = {key: value for key, value in answer.items() if key not in _DELIVERIES}
+    print_fields({**fields, **deliveries}, _fields(answer))
+    if sys.stdout.isatty():
+        _print_deliveries(answer)
     retried = answer["held"] is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
     _print_advice(name, "retried" if retried else answer["held"])
 
@@ -166,6 +201,50 @@ def enable(answer: Any, *, name: str) -> None:
     """
     _print_state(answer, name)
     _print_advice(name, answer["held"])
+
+
+def _fields(shown: Mapping[str, Any]) -> list[Field]:
+    held = shown["held"]
+    state = held_text(held)
+    if until := shown.get("held_until"):
+        state += f"; next attempt {screen.due(until)}"
+    in_flight = shown["in_flight"]
+    backlog = [
+        f"{screen.number_text(shown['pending'])} pending",
+        f"{screen.number_text(shown['due'])} due",
+        *([] if in_flight is None else [f"{screen.number_text(in_flight)} in flight"]),
+    ]
+    ended = [
+        f"{screen.number_text(shown[state])} {state}"
+        for state in ("delivered", "dead", "expired", "cancelled")
+    ]
+    return [
+        Field("Destination", shown["name"]),
+        Field("Host", shown.get("url_host") or ""),
+        Field("State", state, screen.colour_of("held", held_text(held))),
+        Field("Failing since", screen.full_time(shown.get("failing_since"))),
+        Field("Disabled at", screen.full_time(shown.get("disabled_at"))),
+        Field("Last success", screen.full_time(shown.get("last_success"))),
+        Field("Certificate", _expiry(shown.get("certificate_expires"))),
+        Field("Events", screen.cell(shown.get("events"))),
+        Field("Backlog", ", ".join(backlog)),
+        Field("Deliveries", ", ".join(ended), "red" if shown["dead"] else None),
+    ]
+
+
+def _expiry(expires: str | None) -> str:
+    return "" if expires is None else f"expires {screen.full_time(expires)}"
+
+
+def _print_deliveries(shown: Mapping[str, Any]) -> None:
+    """Print the oldest pending and the latest delivery."""
+    found = {
+        noun: shown[key] for key, noun in (("oldest", "oldest pending"), ("latest", "latest")) if shown[key]
+    }
+    if not found:
+        return
+    click.echo()
+    print_items((), [{"which": noun, **each} for noun, each in found.items()], _DELIVERY_SHAPE)
 
 
 def print_holds(daemon: Daemon, name: str | None = None) -> None:

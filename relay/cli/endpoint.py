@@ -20,6 +20,7 @@ from relay.cli.completion import completer_of
 from relay.cli.main import FAILED
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import print_json
+from relay.cli.screen import utc_option
 
 if TYPE_CHECKING:
     from relay.cli.offline import Offline
@@ -120,6 +121,8 @@ def endpoint(
                 click.get_current_context().exit(FAILED)
 
         wrapped = json_option((reader_options if offline else daemon_options)(command))
+        if method == "GET":
+            wrapped = utc_option(wrapped)
         wrapped.__dict__["__click_params__"] += own  # help lists the command's own options first
         for name in reversed(names):
             wrapped = click.argument(name, shell_complete=completer_of(route, name))(wrapped)

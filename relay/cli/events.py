@@ -1,28 +1,30 @@
 """`relay events`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.completion import complete
+from relay.cli.deliveries import SHAPE
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group, file_error
 from relay.cli.options import FILE, filter_options, json_option, page_options, rate_option
 from relay.cli.output import (
     Meter,
-    cell,
     count,
     print_fields,
+    print_items,
     print_json,
     print_page,
-    print_table,
     show_progress,
 )
+from relay.cli.screen import Field
 from relay.cli.selection import (
     as_query,
     confirm,
@@ -38,9 +40,18 @@ if TYPE_CHECKING:
     from relay.cli.offline import Offline
 
 COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")
+_SHAPE = (
+    screen.moment("received_at", "received"), screen.short_id("id"),
+    screen.text("type", least=16, long="middle"), screen.text("subject", least=8, rank=1),
+    screen.size("size", rank=2), screen.text("deliveries", least=12),
+)  # fmt: skip
+_DELIVERIES_SHAPE = tuple(
+    column._replace(rank=0) for column in SHAPE if column.name not in ("created_at", "type")
+)
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
 
 PROGRESS_EVERY = 100  # lines between two updates of the progress line
+MOST_LINES = 60  # of a payload
 CHUNK = 256 * 1024  # bytes that an import sends at once
 NOTHING_MATCHES = "no event matches"
 
@@ -61,23 +72,50 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
     --destination and --state apply to the latest delivery of an event to each destination.
     """
-    print_page(gather(daemon, "events", **query), COLUMNS, as_json=as_json, quiet=quiet)
+    print_page(gather(daemon, "events", **query), COLUMNS, _SHAPE, as_json=as_json, quiet=quiet)
 
 
 @events.command()
 @endpoint("GET events/{event}", offline=True)
 def show(answer: Any, **_: str) -> None:
-    """Show an event and its deliveries.
+    """Show an event, its deliveries and its payload.
 
-    Example: relay events show 01a201eb
+    Example: relay events show 01a201eb7c3d
 
     EVENT is an id, with or without evt_; any unique prefix works.
     """
-    print_fields({name: value for name, value in answer.items() if name != "owed"})
+    hidden = ("owed", "payload", "payload_truncated")
+    print_fields({name: value for name, value in answer.items() if name not in hidden}, _fields(answer))
     if answer["owed"]:
         click.echo()
-        rows = [[cell(each[name]) for name in _DELIVERIES] for each in answer["owed"]]
-        print_table([name.replace("_", " ") for name in _DELIVERIES], rows)
+        print_items(_DELIVERIES, answer["owed"], _DELIVERIES_SHAPE)
+    if sys.stdout.isatty():
+        _print_payload(answer)
+
+
+def _fields(event: Mapping[str, Any]) -> list[Field]:
+    deliveries = screen.cell(event["deliveries"])
+    return [
+        Field("Event", event["id"]),
+        Field("Type", event["type"]),
+        Field("Source", event["source"]),
+        Field("Subject", event["subject"] or ""),
+        Field("Received", screen.full_time(event["received_at"])),
+        Field("Size", f"{screen.size_text(event['size'])}, {event['content_type'] or 'no content type'}"),
+        Field("Repeated", "by later requests with the same content" if event["duplicate"] else ""),
+        Field("Deliveries", deliveries or "no destination", screen.colour_of("deliveries", deliveries)),
+    ]
+
+
+def _print_payload(event: Mapping[str, Any]) -> None:
+    """Print the start of an event's body."""
+    if not event["payload"]:
+        return
+    lines = screen.payload_lines(event["payload"], MOST_LINES + 1)
+    click.echo("\nPayload")
+    click.echo("\n".join(lines[:MOST_LINES]))
+    if len(lines) > MOST_LINES or event["payload_truncated"]:
+        click.echo(f"  … all of it: relay events body {event['id']}")
 
 
 @events.command()

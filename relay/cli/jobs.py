@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from relay.base.units import render_duration
+from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
@@ -12,6 +14,20 @@ from relay.cli.options import json_option, quiet_option
 from relay.cli.output import print_json, print_page
 
 COLUMNS = ("name", "every", "started_at", "seconds", "runs", "failures", "next_run_at", "error")
+
+
+def _took(seconds: float | None) -> str:
+    return "" if seconds is None else render_duration(round(seconds, 1 if seconds < _SHORT else 0))
+
+
+_SHORT = 10.0  # seconds
+_SHAPE = (
+    screen.text("name", least=12, long="middle"), screen.word("every"),
+    screen.moment("started_at", "last run"), screen.Column("seconds", "took", screen.each(_took), right=True),
+    screen.number("runs", rank=2), screen.number("failures"),
+    screen.Column("next_run_at", "next run", screen.each(screen.due), rank=1),
+    screen.text("error", least=16, long="wrap"),
+)  # fmt: skip
 
 
 @click.group(cls=Group)
@@ -27,7 +43,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     Example: relay jobs list
     """
-    print_page(answer, COLUMNS, quiet=quiet, key="name")
+    print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
 
 
 @jobs.command()

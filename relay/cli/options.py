@@ -15,6 +15,7 @@ from relay.base.clock import SystemClock
 from relay.base.units import parse_rate
 from relay.cli.completion import complete
 from relay.cli.main import OneOf, file_error
+from relay.cli.screen import utc_option
 from relay.routing.conditions import compile_conditions
 
 COMPLETED = ("source", "destination", "event", "delivery")
@@ -92,7 +93,7 @@ def _read(filter_: ListFilter, text: str) -> object:
 
 def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of every list to a command."""
-    command = quiet_option(json_option(command))
+    command = utc_option(quiet_option(json_option(command)))
     command = click.option("--cursor", help="Show the page after this cursor.")(command)
     return click.option(
         "--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="Maximum number of rows."

@@ -8,32 +8,9 @@ from typing import Any
 
 import click
 
-from relay.base.text import Colour, paint, printable, wants_colour
+from relay.base.text import paint, printable, wants_colour
 from relay.base.units import render_duration
-
-_STATES: Mapping[str, Colour] = {
-    "delivered": "green", "dead": "red", "expired": "red",
-    "ONLINE": "green", "OFFLINE": "red", "MAINTENANCE": "yellow",
-    "open": "red", "failed": "red", "done": "green",
-}  # fmt: skip
-
-
-def colour_of(heading: str, cell: str) -> Colour | None:
-    """Return the colour of a cell that shows a state, None for any other cell.
-
-    >>> colour_of("state", "dead"), colour_of("held", "paused"), colour_of("result", "ok")
-    ('red', 'yellow', 'green')
-    """
-    match heading:
-        case "state" | "status" | "circuit":
-            return _STATES.get(cell)
-        case "held":
-            return "red" if cell.startswith("disabled") else "yellow" if cell else None
-        case "paused":
-            return "yellow" if cell == "yes" else None
-        case "result":
-            return "green" if cell == "ok" else "red"
-    return None
+from relay.cli.screen import Column, Field, cell, colour_of, field_lines, table, terminal_width, text
 
 
 def print_line(text: str) -> None:
@@ -43,33 +20,26 @@ def print_line(text: str) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print aligned columns with headings on a terminal; in a pipe, only the rows, tab-separated."""
-    cells = [[printable(" ".join(str(cell).split())) for cell in row] for row in rows]
+    items = [dict(zip(headings, row, strict=True)) for row in rows]
+    *others, last = headings
+    shape = [text(name, least=16, long="middle") for name in others]
+    print_items(headings, items, [*shape, text(last, long="wrap")])
+
+
+def print_items(columns: Sequence[str], items: Sequence[Mapping[str, Any]], shape: Sequence[Column]) -> None:
+    """Print items as rows: on a terminal as a table of this shape; in a pipe the columns, tab-separated."""
     colour = wants_colour(sys.stdout)
-    if not sys.stdout.isatty():
-        for row in cells:
-            print_line("\t".join(_painted(headings, row, row) if colour else row))
+    if sys.stdout.isatty():
+        for line in table(shape, items, width=terminal_width(), colour=colour):
+            print_line(line)
         return
-    for line in table_lines(headings, cells, colour=colour):
-        print_line(line)
-
-
-def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]], *, colour: bool) -> list[str]:
-    """Return the lines of a table for a terminal; the headings are the first line."""
-    cells = [[heading.upper() for heading in headings], *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for number, row in enumerate(cells):
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        padded[-1] = padded[-1].rstrip()
-        lines.append("  ".join(_painted(headings, row, padded) if colour and number else padded).rstrip())
-    return lines
-
-
-def _painted(headings: Sequence[str], cells: Sequence[str], shown: Sequence[str]) -> list[str]:
-    return [
-        paint(cell, colour_of(heading, cell)) + text[len(cell) :] if cell else text
-        for heading, cell, text in zip(headings, cells, shown, strict=True)
-    ]
+    for item in items:
+        cells = [printable(" ".join(cell(item[name]).split())) for name in columns]
+        painted = [
+            paint(each, colour_of(name, each)) if each else ""
+            for name, each in zip(columns, cells, strict=True)
+        ]
+        print_line("\t".join(painted if colour else cells))
 
 
 def print_json(value: Any) -> None:
@@ -132,15 +102,15 @@ class Meter:
 def print_page(
     answer: Mapping[str, Any],
     columns: Sequence[str],
+    shape: Sequence[Column],
     *,
     quiet: bool,
     as_json: bool = False,
     key: str = "id",
-    headings: Sequence[str] = (),
 ) -> None:
     """Print a page of a list; on a terminal, also the option that shows the next page.
 
-    `headings` default to the names of the columns.
+    `columns` are the cells of a piped row; `shape` is the table on a terminal.
     """
     items = answer["items"]
     if as_json:
@@ -149,38 +119,25 @@ def print_page(
         for item in items:
             click.echo(item[key])
     else:
-        print_table(
-            headings or [name.replace("_", " ") for name in columns],
-            [[cell(item[name]) for name in columns] for item in items],
-        )
+        print_items(columns, items, shape)
     if answer["next_cursor"] is not None and not as_json and sys.stderr.isatty():
         click.echo(f"more rows: add --cursor {answer['next_cursor']}", err=True)
 
 
-def print_fields(item: Mapping[str, Any]) -> None:
-    """Print the fields of one item, a line each; the caller prints the tables that it contains."""
-    fields = {name: value for name, value in item.items() if not _is_table(value)}
-    width = max(map(len, fields)) if sys.stdout.isatty() else 0
-    for name, value in fields.items():
-        text = printable(" ".join(cell(value).split()))
-        click.echo(f"{name.replace('_', ' ').ljust(width)}  {text}".rstrip() if width else f"{name}\t{text}")
+def print_fields(item: Mapping[str, Any], shown: Sequence[Field] | None = None) -> None:
+    """Print one item, a line for each field; the caller prints the tables that it contains.
 
-
-def cell(value: object) -> str:
-    """Return a value of the API as text.
-
-    >>> cell(None), cell(True), cell(["a", "b"]), cell({"dead": 2})
-    ('', 'yes', 'a, b', '2 dead')
+    `shown` are the lines on a terminal; they default to all fields.
     """
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{amount} {name}" for name, amount in value.items())
-    return str(value)
+    fields = {name: value for name, value in item.items() if not _is_table(value)}
+    if not sys.stdout.isatty():
+        for name, value in fields.items():
+            click.echo(f"{name}\t{printable(' '.join(cell(value).split()))}")
+        return
+    if shown is None:
+        shown = [Field(name.replace("_", " "), cell(value)) for name, value in fields.items()]
+    for line in field_lines(shown, width=terminal_width(), colour=wants_colour(sys.stdout)):
+        print_line(line)
 
 
 def _is_table(value: object) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from relay.cli import screen
 from relay.cli.main import CommandError, Group, file_error
 from relay.cli.options import config_option, json_option, quiet_option
 from relay.cli.output import print_json, print_page
@@ -23,7 +24,11 @@ from relay.config.tables import bind_tables
 from relay.plugin_loading.loader import discover
 
 COLUMNS = ("name", "offer", "door", "version", "file")
-HEADINGS = ("name", "kind", "origin", "version", "file")
+_SHAPE = (
+    screen.text("name", least=12, long="middle"), screen.word("offer", "kind"),
+    screen.text("door", "origin", least=10), screen.word("version"),
+    screen.text("file", least=20, rank=1, long="middle"),
+)  # fmt: skip
 TEMPLATES = Path(__file__).with_name("templates")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
@@ -49,7 +54,7 @@ def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
     offers, problems = discover(dirs_of(path))
     found = [offering.shown() for offering in offers.listed()]
     page = {"items": found, "next_cursor": None}
-    print_page(page, COLUMNS, as_json=as_json, quiet=quiet, key="name", headings=HEADINGS)
+    print_page(page, COLUMNS, _SHAPE, as_json=as_json, quiet=quiet, key="name")
     if problems:
         raise ConfigError(problems)
 

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from relay.base.units import render_duration
+from relay.cli import screen
 from relay.cli.completion import complete
 from relay.cli.config import demand, load_without_secrets, source_named
 from relay.cli.main import FAILED, NOTHING, UNREACHABLE, CommandError
@@ -71,7 +72,8 @@ def send(
     if list_:
         rows = [(name, sample.method, configured.prefix + sample.path) for name, sample in samples.items()]
         items = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        print_page({"items": items, "next_cursor": None}, COLUMNS, as_json=as_json, quiet=False)
+        shape = [screen.word(name) for name in COLUMNS]
+        print_page({"items": items, "next_cursor": None}, COLUMNS, shape, as_json=as_json, quiet=False)
         return
     sample = choose(samples, source, type_)
     demand(loaded, given, f"sources.{source}")

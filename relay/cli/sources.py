@@ -1,18 +1,29 @@
 """`relay sources`."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
+from relay.cli import screen
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import quiet_option
-from relay.cli.output import cell, print_fields, print_page, print_table
+from relay.cli.output import print_fields, print_items, print_page
+from relay.cli.screen import Field
 from relay.config.problems import dotted
 
 COLUMNS = ("name", "plugin", "prefix", "paused")
+_SHAPE = (
+    screen.text("name", least=16, long="middle"), screen.text("plugin", least=10),
+    screen.text("prefix", "path", least=12, long="middle"), screen.word("paused"),
+)  # fmt: skip
 _TOKEN = ("name", "uses", "last_used")
+_TOKEN_SHAPE = (
+    screen.text("name", "token", least=16, long="middle"), screen.number("uses"),
+    screen.moment("last_used", "last used"),
+)  # fmt: skip
 
 
 @click.group(
@@ -31,7 +42,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     Example: relay sources list
     """
-    print_page(answer, COLUMNS, quiet=quiet, key="name")
+    print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
 
 
 @sources.command()
@@ -46,12 +57,24 @@ def show(answer: Any, *, name: str) -> None:
     _ = name
     latest, settings, tokens = (answer.pop(field) for field in ("latest", "settings", "tokens"))
     event = {f"latest_{field}": latest[field] for field in ("id", "type", "received_at")} if latest else {}
-    print_fields({**answer, **event, **dict(_flattened(settings))})
+    flattened = dict(_flattened(settings))
+    shown = [
+        Field("Source", answer["name"]),
+        Field("Kind", answer["plugin"]),
+        Field("Path", answer["prefix"]),
+        Field("State", *(("paused", "yellow") if answer["paused"] else ("accepting events", "green"))),
+        Field(
+            "Latest event", f"{screen.full_time(latest['received_at'])}, {latest['type']}" if latest else ""
+        ),
+        Field("", latest["id"] if latest else ""),
+        *(Field(key, screen.cell(value)) for key, value in flattened.items()),
+    ]
+    print_fields({**answer, **event, **flattened}, shown)
     if tokens:
         click.echo()
-        headings = ("token", "uses", "last used")
-        print_table(headings, [[cell(each[field]) for field in _TOKEN] for each in tokens])
+        print_items(_TOKEN, tokens, _TOKEN_SHAPE)
         since = min(each["since"] for each in tokens)
+        since = screen.full_time(since) if sys.stdout.isatty() else since
         click.echo(f"uses are counted since {since}, the start of the daemon or a later reload", err=True)
 
 

@@ -11,7 +11,8 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED
 from relay.cli.options import json_option
-from relay.cli.output import cell, count, print_json, print_line, print_table
+from relay.cli.output import count, print_json, print_line, print_table
+from relay.cli.screen import cell
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
 

@@ -15,7 +15,8 @@ from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import INTERRUPTED, CommandError
 from relay.cli.options import filter_options, json_option
-from relay.cli.output import cell, colour_of, count, print_line, to_json
+from relay.cli.output import count, print_line, to_json
+from relay.cli.screen import cell, colour_of
 
 COLUMNS = (
     "what", "type", "source", "subject", "size", "destination", "attempt", "result", "status", "duration_ms",

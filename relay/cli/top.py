@@ -1,7 +1,6 @@
 """`relay top`."""
 
 import os
-import re
 import shutil
 import signal
 import sys
@@ -11,13 +10,14 @@ from typing import Any
 
 import click
 
-from relay.base.text import paint, printable, wants_colour
+from relay.base.text import paint, wants_colour
 from relay.base.units import render_duration
 from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import INTERRUPTED, UNREACHABLE, CommandError
 from relay.cli.options import json_option
-from relay.cli.output import cell, count, print_json, print_line, table_lines, to_json
+from relay.cli.output import count, print_json, print_line, to_json
+from relay.cli.screen import cell, clip, number, table, terminal_width, text, word
 
 STOPPED = "the daemon stopped; waiting for it to restart (Ctrl-C to quit)"
 
@@ -32,7 +32,8 @@ _DESTINATIONS = (
 _ENTER = "\x1b[?1049h\x1b[?25l"  # alternate screen, hidden cursor
 _LEAVE = "\x1b[?25h\x1b[?1049l"
 _HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-_PIECES = re.compile(r"\x1b\[[0-9;]*m|.")
+_UNLIMITED = 10_000  # columns of a pipe
+_WORDS = ("held", "circuit", "paused")
 
 
 @click.command()
@@ -144,15 +145,17 @@ def _table(
     if not items:
         return []
     shown = items if len(items) <= most else items[: max(1, most) - 1]
-    rows = [[printable(_cell(each[name])) for name in columns] for each in shown]
-    headings = [noun, *(name.replace("_per_second", "/s").replace("_", " ") for name in columns[1:])]
+    shape = [text("name", noun, least=16, long="middle")]
+    for name in columns[1:]:
+        heading = name.replace("_per_second", "/s").replace("_", " ")
+        shape.append(word(name, heading) if name in _WORDS else number(name, heading, rank=len(shape)))
     hidden = len(items) - len(shown)
     more = [f"… and {count(hidden, noun)} more"] if hidden else []
-    return ["", *table_lines(headings, rows, colour=colour), *more]
-
-
-def _cell(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else cell(value)
+    return [
+        "",
+        *table(shape, shown, width=terminal_width() if sys.stdout.isatty() else _UNLIMITED, colour=colour),
+        *more,
+    ]
 
 
 def _has_screen() -> bool:
@@ -174,21 +177,3 @@ def _screen() -> Iterator[_Screen]:
 
 def _exit(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)  # the code that shells use
-
-
-def clip(line: str, width: int) -> str:
-    r"""Cut a line to a width; colour sequences do not count.
-
-    >>> clip("\x1b[31mdead\x1b[0m, and more", 6)
-    '\x1b[31mdead\x1b[0m, '
-    """
-    kept, room = [], width
-    for piece in _PIECES.findall(line):
-        if not piece.startswith("\x1b"):
-            room -= 1
-        elif room < 0:
-            kept.append(piece)
-            continue
-        if room >= 0:
-            kept.append(piece)
-    return "".join(kept)

@@ -1,24 +1,48 @@
 """`relay workers`."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from relay.base.units import parse_duration
+from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import Group, OneOf
 from relay.cli.options import checked, filter_options, json_option, page_options
-from relay.cli.output import print_fields, print_json, print_page, print_table
+from relay.cli.output import print_fields, print_items, print_json, print_page
+from relay.cli.screen import Field
 from relay.cli.selection import confirm, yes_option
 
 COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
-_TABLES = {
-    "sessions": ("id", "status", "phone", "name"),
-    "commands": ("id", "state", "created_at", "sent_at", "command"),
-}
+_SHAPE = (
+    screen.text("id", "worker", least=16, long="middle"), screen.text("source", least=8, long="middle"),
+    screen.word("status"), screen.moment("last_heartbeat", "last seen"),
+    screen.number("session_count", "sessions", rank=1), screen.text("version", least=6, rank=2),
+    screen.text("environment", least=6, rank=3), screen.text("endpoint", least=12, rank=4, long="middle"),
+)  # fmt: skip
+_SESSIONS = ("id", "status", "phone", "name")
+_COMMANDS = ("id", "state", "created_at", "sent_at", "command")
+_TABLES: Mapping[str, tuple[Sequence[str], Sequence[screen.Column]]] = {
+    "sessions": (
+        _SESSIONS,
+        (
+            screen.text("id", "session", least=16, long="middle"), screen.word("status"),
+            screen.text("phone", least=8), screen.text("name", least=10),
+        ),
+    ),
+    "commands": (
+        _COMMANDS,
+        (
+            screen.moment("created_at", "created"), screen.short_id("id", "command"),
+            screen.word("state"), screen.moment("sent_at", "sent"),
+            screen.text("command", "fields", least=16, long="wrap"),
+        ),
+    ),
+}  # fmt: skip
 
 
 @click.group(cls=Group)
@@ -35,7 +59,7 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
 
     Example: relay workers list --status OFFLINE
     """
-    print_page(daemon.get("workers", **query), COLUMNS, as_json=as_json, quiet=quiet)
+    print_page(daemon.get("workers", **query), COLUMNS, _SHAPE, as_json=as_json, quiet=quiet)
 
 
 @workers.command()
@@ -46,11 +70,36 @@ def show(answer: Any, **_: str) -> None:
     Example: relay workers show whatsapp worker-001
     """
     hidden = {"metrics", *_TABLES}
-    print_fields({name: value for name, value in answer.items() if name not in hidden})
-    for name, columns in _TABLES.items():
+    fields = {name: value for name, value in answer.items() if name not in hidden}
+    print_fields(fields, _fields(answer))
+    for name, (columns, shape) in _TABLES.items():
         if answer[name]:
             click.echo()
-            print_table(columns, [[_text(each[column]) for column in columns] for each in answer[name]])
+            items = [{column: _text(each[column]) for column in columns} for each in answer[name]]
+            print_items(columns, items, shape)
+
+
+def _fields(worker: Mapping[str, Any]) -> list[Field]:
+    limit = worker["max_sessions"]
+    sessions = screen.cell(worker["session_count"]) + ("" if limit is None else f" of {limit}")
+    gauges = (("CPU", "cpu"), ("Memory", "memory"), ("Messages", "message_count"))
+    uptime = worker["uptime"]
+    return [
+        Field("Worker", worker["id"]),
+        Field("Source", worker["source"]),
+        Field("Description", worker["description"]),
+        Field("Status", worker["status"], screen.colour_of("status", worker["status"])),
+        Field("Last seen", screen.full_time(worker["last_heartbeat"])),
+        Field("Registered", screen.full_time(worker["registered_at"])),
+        Field("Endpoint", worker["endpoint"]),
+        Field("Version", worker["version"]),
+        Field("Environment", worker["environment"]),
+        Field("Sessions", sessions),
+        Field("Reported", screen.cell(worker["counts"])),
+        Field("Restarts", screen.number_text(worker["restarts"])),
+        Field("Uptime", "" if uptime is None else screen.rough(uptime)),
+        *(Field(label, screen.cell(worker[name])) for label, name in gauges),
+    ]
 
 
 @workers.command()

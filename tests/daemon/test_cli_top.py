@@ -9,7 +9,8 @@ from daemons import Daemon, adorn
 from support import until
 from wire import request
 
-from relay.cli.top import clip, lines
+from relay.cli.screen import clip
+from relay.cli.top import lines
 
 
 def told(sources=1, destinations=1, **more):
