@@ -33,10 +33,18 @@ def held_text(held: str | None) -> str:
     return "delivering" if held is None else _HELD.get(held, held)
 
 
+def _state_text(destination: Mapping[str, Any]) -> str:
+    """Return the state of a destination, and when its pause ends."""
+    until = destination["paused_until"]
+    [ends] = screen.clock_times([until])
+    return held_text(destination["held"]) + (f" until {ends}" if until else "")
+
+
 _SHAPE = (
-    screen.text("name", least=16, long="middle"), screen.Column("held", "state", screen.each(held_text)),
-    screen.number("pending"), screen.number("in_flight", "in flight", rank=1), screen.number("delivered"),
-    screen.number("dead"), screen.number("expired", rank=2), screen.number("cancelled", rank=3),
+    screen.text("name", least=16, long="middle"),
+    screen.Column("held", "state", screen.each(str), of=_state_text), screen.number("pending"),
+    screen.number("in_flight", "in flight", rank=1), screen.number("delivered"), screen.number("dead"),
+    screen.number("expired", rank=2), screen.number("cancelled", rank=3),
 )  # fmt: skip
 
 _DELIVERIES = ("oldest", "latest")
@@ -205,8 +213,8 @@ def enable(answer: Any, *, name: str) -> None:
 
 def _fields(shown: Mapping[str, Any]) -> list[Field]:
     held = shown["held"]
-    state = held_text(held)
-    if until := shown.get("held_until"):
+    state = _state_text(shown)
+    if (until := shown.get("held_until")) and not shown["paused_until"]:
         state += f"; next attempt {screen.due(until)}"
     in_flight = shown["in_flight"]
     backlog = [
