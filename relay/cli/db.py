@@ -11,13 +11,15 @@ import msgspec
 
 from relay.base.clock import SystemClock
 from relay.base.units import render_size
+from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.doctor import named, print_checks
 from relay.cli.endpoint import daemon_options, reader_options
 from relay.cli.main import INTERRUPTED, CommandError, Group, file_error
 from relay.cli.offline import Offline, database_of, readable, tables_of
 from relay.cli.options import FILE, config_option, json_option
-from relay.cli.output import count, print_fields, print_json, print_table, show_progress
+from relay.cli.output import count, print_fields, print_items, print_json, show_progress
+from relay.cli.screen import Field, utc_option
 from relay.store import OfflineStore, Stop
 from relay.store.opening import offline_store
 
@@ -28,12 +30,18 @@ CHECKS = ("open", "version", "integrity", "conservation", "stuck", "bodies")
 """Checks for a file that may be a copy."""
 
 
+_BACKUPS = (
+    screen.moment("made_at", "made"), screen.size("bytes", "size"), screen.text("path", least=20, long="wrap")
+)  # fmt: skip
+
+
 @click.group(cls=Group)
 def db() -> None:
     """Inspect, back up, check and compact the database."""
 
 
 @db.command()
+@utc_option
 @json_option
 @reader_options
 def status(daemon: Daemon | Offline, *, as_json: bool) -> None:
@@ -46,11 +54,21 @@ def status(daemon: Daemon | Offline, *, as_json: bool) -> None:
         print_json(answer)
         return
     sizes = {name: render_size(answer[name]) for name in ("bytes", "free", "log")}
-    print_fields({**{name: value for name, value in answer.items() if name != "backups"}, **sizes})
+    fields = {**{name: value for name, value in answer.items() if name != "backups"}, **sizes}
+    shown = [
+        Field("Database", answer["path"]),
+        Field("Size", f"{sizes['bytes']}, {sizes['free']} of it free; log {sizes['log']}"),
+        Field("Version", f"tables {answer['version']}, SQLite {answer['sqlite']}"),
+        Field("Events", screen.number_text(answer["events"])),
+        Field("Oldest", screen.full_time(answer["oldest"])),
+        Field("Newest", screen.full_time(answer["newest"])),
+        Field("Pending", screen.number_text(answer["pending"])),
+    ]
+    print_fields(fields, shown)
     if answer["backups"]:
         click.echo()
-        rows = [(each["made_at"], render_size(each["bytes"]), each["path"]) for each in answer["backups"]]
-        print_table(("made at", "size", "backup"), rows)
+        backups = [{**each, "size": render_size(each["bytes"])} for each in answer["backups"]]
+        print_items(("made_at", "size", "path"), backups, _BACKUPS)
 
 
 @db.command()

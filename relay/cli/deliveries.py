@@ -42,7 +42,10 @@ _ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
 ATTEMPT_SHAPE = (
     screen.moment("started_at", "started"),
     screen.Column("duration_ms", "took", screen.each(screen.milliseconds), right=True),
-    screen.word("result"), screen.word("status"), screen.text("error", least=16, long="wrap"),
+    screen.word("result"),
+    screen.text("error", "response", least=16, long="wrap")._replace(
+        of=lambda attempt: screen.result_text(attempt["status"], attempt["error"])
+    ),
 )  # fmt: skip
 REASONS: Mapping[str, str] = {
     "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",
@@ -111,7 +114,7 @@ def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
             screen.colour_of("state", state),
         ),
         Field("Attempts", screen.number_text(delivery["attempts"])),
-        Field("Last result", screen.result_text(delivery)),
+        Field("Last result", screen.result_text(delivery["last_status"], delivery["last_error"])),
         Field("Created", screen.full_time(delivery["created_at"])),
         Field("Next attempt", screen.full_time(delivery["next_attempt_at"])),
         Field("Finished", screen.full_time(delivery["finished_at"])),

@@ -12,7 +12,7 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import checked, quiet_option
-from relay.cli.output import print_fields, print_items, print_page
+from relay.cli.output import print_fields, print_items, print_note, print_page
 from relay.cli.screen import Field
 from relay.model import PAUSED_IN_CONFIG
 
@@ -41,7 +41,7 @@ def _state_text(destination: Mapping[str, Any]) -> str:
 
 
 _SHAPE = (
-    screen.text("name", least=16, long="middle"),
+    screen.text("name", least=24, long="middle"),
     screen.Column("held", "state", screen.each(str), of=_state_text), screen.number("pending"),
     screen.number("in_flight", "in flight", rank=1), screen.number("delivered"), screen.number("dead"),
     screen.number("expired", rank=2), screen.number("cancelled", rank=3),
@@ -151,7 +151,7 @@ def test(answer: Any, *, name: str, close_circuit: bool) -> None:
         }
     )
     if answer["hint"]:
-        click.echo(answer["hint"], err=True)
+        print_note(answer["hint"])
     elif close_circuit and answer["ok"]:
         _print_closed(answer, name)
     elif answer["ok"]:
@@ -259,22 +259,21 @@ def print_holds(daemon: Daemon, name: str | None = None) -> None:
     """Print why pending deliveries are not sent now, for one destination or for all."""
     for each in daemon.get("destinations")["items"]:
         if each["held"] and each["pending"] and name in (None, each["name"]):
-            click.echo(f"{each['name']} is held: {each['held']}", err=True)
+            print_note(f"{each['name']} is held: {each['held']}")
             _print_advice(each["name"], each["held"])
 
 
 def _print_closed(answer: Any, name: str) -> None:
     """Print the changes that a successful test with `--close-circuit` made."""
     if not answer["circuit_closed"]:
-        click.echo("the circuit was not open; nothing was changed", err=True)
+        print_note("the circuit was not open; nothing was changed")
     elif not answer["held"]:
-        click.echo(
+        print_note(
             "circuit closed; due deliveries are sent, one at a time at first. To send those that wait for a"
-            f" retry too, run `relay deliveries retry --destination {name} --state pending`",
-            err=True,
+            f" retry too, run `relay deliveries retry --destination {name} --state pending`"
         )
     if answer["held"]:
-        click.echo(f"{name} is still held: {answer['held']}", err=True)
+        print_note(f"{name} is still held: {answer['held']}")
         _print_advice(name, answer["held"])
 
 
@@ -286,4 +285,4 @@ def _print_state(answer: Any, name: str) -> None:
 def _print_advice(name: str, held: str | None) -> None:
     """Print how a hold ends."""
     if held in _ADVICE:
-        click.echo(_ADVICE[held].format(name=name), err=True)
+        print_note(_ADVICE[held].format(name=name))

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "received_at", "type", "subject", "size", "deliveries")
 _SHAPE = (
     screen.moment("received_at", "received"), screen.short_id("id"),
-    screen.text("type", least=16, long="middle"), screen.text("subject", least=8, rank=1),
-    screen.size("size", rank=2), screen.text("deliveries", least=12),
+    screen.text("type", least=22, long="middle"), screen.text("subject", least=8, rank=1),
+    screen.size("size", rank=2),
+    screen.Column("deliveries", "deliveries", screen.each(screen.states_text), least=12),
 )  # fmt: skip
 _DELIVERIES_SHAPE = tuple(
     column._replace(rank=0) for column in SHAPE if column.name not in ("created_at", "type")
@@ -94,7 +95,7 @@ def show(answer: Any, **_: str) -> None:
 
 
 def _fields(event: Mapping[str, Any]) -> list[Field]:
-    deliveries = screen.cell(event["deliveries"])
+    deliveries = screen.states_text(event["deliveries"])
     return [
         Field("Event", event["id"]),
         Field("Type", event["type"]),

@@ -4,7 +4,6 @@ from typing import Any
 
 import click
 
-from relay.base.units import render_duration
 from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.completion import complete
@@ -17,12 +16,11 @@ COLUMNS = ("name", "every", "started_at", "seconds", "runs", "failures", "next_r
 
 
 def _took(seconds: float | None) -> str:
-    return "" if seconds is None else render_duration(round(seconds, 1 if seconds < _SHORT else 0))
+    return "" if seconds is None else screen.milliseconds(seconds * 1000)
 
 
-_SHORT = 10.0  # seconds
 _SHAPE = (
-    screen.text("name", least=12, long="middle"), screen.word("every"),
+    screen.text("name", least=18, long="middle"), screen.word("every"),
     screen.moment("started_at", "last run"), screen.Column("seconds", "took", screen.each(_took), right=True),
     screen.number("runs", rank=2), screen.number("failures"),
     screen.Column("next_run_at", "next run", screen.each(screen.due), rank=1),

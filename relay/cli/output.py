@@ -10,7 +10,7 @@ import click
 
 from relay.base.text import paint, printable, wants_colour
 from relay.base.units import render_duration
-from relay.cli.screen import Column, Field, cell, colour_of, field_lines, table, terminal_width, text
+from relay.cli.screen import Column, Field, cell, colour_of, field_lines, table, terminal_width, text, wrap
 
 
 def print_line(text: str) -> None:
@@ -97,6 +97,12 @@ class Meter:
         left = max(0, self._total - done) / rate if rate else None
         so_far = f"{done:,} of {count(self._total, self._noun)}".replace(",", " ")
         return f"{so_far}, {pace(round(rate, 1), left)}"
+
+
+def print_note(text: str) -> None:
+    """Print a sentence on stderr; on a terminal, in lines that fit."""
+    lines = wrap(text, terminal_width()) if sys.stderr.isatty() else [text]
+    click.echo("\n".join(lines), err=True)
 
 
 def print_page(

@@ -29,6 +29,7 @@ UNIQUE_DIGITS = 16
 
 _UTC = "relay.utc"  # in click's `Context.meta`
 _ID = re.compile(r"(?:[a-z]{3}_)?([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{12})")
+_WORDS = re.compile(r"(?:`[^`]*`|\S)+")
 _PIECES = re.compile(r"\x1b\[[0-9;]*m|.")
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
 _EMPTY = re.compile(r"([{\[])\n *\n *([}\]])")
@@ -56,6 +57,7 @@ def _count_colour(cell: str) -> Colour | None:
     return None if cell in ("", "0") else "red"
 
 
+_URGENT = {state: at for at, state in enumerate(("dead", "expired", "pending", "delivered"))}
 _COLOURS: Mapping[str, Callable[[str], Colour | None]] = {
     **dict.fromkeys(("state", "status", "circuit"), _STATES.get),
     **dict.fromkeys(("dead", "expired", "failures", "failed_per_second"), _count_colour),
@@ -121,11 +123,13 @@ def _start(text: str, width: int) -> str:
 def wrap(text: str, width: int) -> list[str]:
     """Break a text into lines of at most `width` columns, between words where possible.
 
-    >>> wrap("the address is refused", 12), wrap("0123456789", 4)
-    (['the address', 'is refused'], ['0123', '4567', '89'])
+    A command in backticks stays on one line if it fits.
+
+    >>> wrap("the address is refused", 12), wrap("0123456789", 4), wrap("run `relay top`.", 12)
+    (['the address', 'is refused'], ['0123', '4567', '89'], ['run', '`relay top`.'])
     """
     lines = [""]
-    for word in text.split():
+    for word in _WORDS.findall(text):
         joined = f"{lines[-1]} {word}".lstrip()
         if width_of(joined) <= width:
             lines[-1] = joined
@@ -226,11 +230,11 @@ def distance(moment: str) -> str:
 
 
 def due(moment: str | None) -> str:
-    """Return when something is due: `in 4m` or `now`."""
+    """Return when something is due: `in 4m`, or `due` if its time has come."""
     if moment is None:
         return ""
     when = distance(moment)
-    return when if when.startswith("in") else "now"
+    return when if when.startswith("in") else "due"
 
 
 def rough(seconds: float) -> str:
@@ -359,16 +363,27 @@ def short_id(name: str, heading: str = "", *, least: int = LEAST_DIGITS, rank: i
 def last_result(*, rank: int = 0) -> Column:
     """Return a column with the response or the error of a delivery's last attempt."""
     shape = text("last_error", "last result", least=12, rank=rank)
-    return shape._replace(of=result_text)
+    return shape._replace(of=lambda delivery: result_text(delivery["last_status"], delivery["last_error"]))
 
 
-def result_text(delivery: Mapping[str, Any]) -> str:
-    """Return the response or the error of a delivery's last attempt, `""` if there was no attempt.
+def result_text(status: int | None, error: str | None) -> str:
+    """Return the response or the error of an attempt, `""` for None.
 
-    >>> result_text({"last_status": 503, "last_error": None})
-    '503'
+    >>> result_text(503, "HTTP 503 Service Unavailable"), result_text(None, "timeout")
+    ('503 Service Unavailable', 'timeout')
     """
-    return " ".join(cell(delivery[name]) for name in ("last_status", "last_error")).strip()
+    code = cell(status)
+    return f"{code} {cell(error).removeprefix(f'HTTP {code}').strip()}".strip()
+
+
+def states_text(counts: Mapping[str, int]) -> str:
+    """Return the number of deliveries by state, those that need attention first.
+
+    >>> states_text({"pending": 3, "delivered": 2, "dead": 1})
+    '1 dead, 3 pending, 2 delivered'
+    """
+    order = sorted(counts, key=lambda state: _URGENT.get(state, len(_URGENT)))
+    return ", ".join(f"{counts[state]} {state}" for state in order)
 
 
 def each(show: Callable[[Any], str]) -> Callable[[Sequence[Any]], list[str]]:
@@ -432,7 +447,10 @@ def _fit(
     shape: Sequence[Column], natural: Sequence[int], filled: Sequence[bool], width: int
 ) -> dict[int, int]:
     """Return the widths of the columns that are shown, by their index."""
-    least = [min(wide, column.least or wide) for column, wide in zip(shape, natural, strict=True)]
+    least = [
+        min(wide, max(column.least, width_of(column.heading)) if column.least else wide)
+        for column, wide in zip(shape, natural, strict=True)
+    ]
     shown = list(range(len(shape)))
 
     def excess(widths: Iterable[int]) -> int:
@@ -467,7 +485,7 @@ def _padded(text_: str, room: int, *, right: bool, colour: Colour | None = None)
 
 
 def payload_lines(payload: str, most: int) -> list[str]:
-    """Return a payload as indented lines: JSON with its structure, numbers and strings unchanged.
+    """Return the first lines of a payload, indented; JSON shows its structure, with its numbers unchanged.
 
     >>> payload_lines('{"a": [1.50, {}], "b": "x"}', 4)
     ['  {', '    "a": [', '      1.50,', '      {}']
@@ -481,7 +499,7 @@ def payload_lines(payload: str, most: int) -> list[str]:
 
 
 def _indented(json_text: str) -> str:
-    """Return valid JSON with line breaks and indentation; no token changes."""
+    """Return valid JSON with line breaks and indentation; escapes become characters, numbers stay as sent."""
     parts: list[str] = []
     depth = 0
     for piece in _TOKENS.findall(json_text):
@@ -493,8 +511,10 @@ def _indented(json_text: str) -> str:
             parts += ["\n" + "  " * depth, piece]
         elif piece == ",":
             parts += [piece, "\n" + "  " * depth]
+        elif piece == ":":
+            parts.append(": ")
         else:
-            parts.append(": " if piece == ":" else piece)
+            parts.append(json.dumps(json.loads(piece), ensure_ascii=False) if piece[0] == '"' else piece)
     return _EMPTY.sub(r"\1\2", "".join(parts))
 
 

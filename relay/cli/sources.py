@@ -10,7 +10,7 @@ from relay.cli import screen
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import quiet_option
-from relay.cli.output import print_fields, print_items, print_page
+from relay.cli.output import print_fields, print_items, print_note, print_page
 from relay.cli.screen import Field
 from relay.config.problems import dotted
 
@@ -67,7 +67,11 @@ def show(answer: Any, *, name: str) -> None:
             "Latest event", f"{screen.full_time(latest['received_at'])}, {latest['type']}" if latest else ""
         ),
         Field("", latest["id"] if latest else ""),
-        *(Field(key, screen.cell(value)) for key, value in flattened.items()),
+        *(
+            Field(key, screen.cell(value))
+            for key, value in flattened.items()
+            if key not in ("plugin", "prefix")
+        ),
     ]
     print_fields({**answer, **event, **flattened}, shown)
     if tokens:
@@ -75,7 +79,7 @@ def show(answer: Any, *, name: str) -> None:
         print_items(_TOKEN, tokens, _TOKEN_SHAPE)
         since = min(each["since"] for each in tokens)
         since = screen.full_time(since) if sys.stdout.isatty() else since
-        click.echo(f"uses are counted since {since}, the start of the daemon or a later reload", err=True)
+        print_note(f"uses are counted since {since}, the start of the daemon or a later reload")
 
 
 def _flattened(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:

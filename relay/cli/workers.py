@@ -19,7 +19,7 @@ from relay.cli.selection import confirm, yes_option
 
 COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
 _SHAPE = (
-    screen.text("id", "worker", least=16, long="middle"), screen.text("source", least=8, long="middle"),
+    screen.text("id", "worker", least=24, long="middle"), screen.text("source", least=8, long="middle"),
     screen.word("status"), screen.moment("last_heartbeat", "last seen"),
     screen.number("session_count", "sessions", rank=1), screen.text("version", least=6, rank=2),
     screen.text("environment", least=6, rank=3), screen.text("endpoint", least=12, rank=4, long="middle"),

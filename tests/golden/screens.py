@@ -1,0 +1,338 @@
+"""Commands as a terminal shows them, with answers of a daemon that does not exist.
+
+The clock, the zone, the ids and the width of the terminal are fixed. `python -m tests.golden` rewrites the
+files in `screens/`; look at each difference before you commit it.
+"""
+
+import copy
+import io
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from relay.cli import endpoint, main, screen
+
+FOLDER = Path(__file__).parent / "screens"
+WIDTHS = (80, 200)
+ROWS = 24
+NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
+CLEARED = "\r\x1b[K"  # the progress line
+ZONE = "CET-1"  # as POSIX writes an offset of one hour east, without daylight saving time
+
+LONG = "analytics-clickstream-long-running-consumer-blue"
+TYPES = ("adorn.session.started", "adorn.session.finished", "adorn.image.shared", "lazychat.message.created")
+SUBJECTS = ("s-1", "漢字の件名テスト 🎉", "x" * 200, "order/4711 — Überweisung", None)
+
+
+def at(seconds):
+    """Return the time so many seconds from now."""
+    then = NOW + seconds
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(then))}.{round(then % 1 * 1000):03d}Z"
+
+
+def id_(prefix, seconds, random=0):
+    """Return an id that was made so many seconds from now."""
+    digits = f"{int((NOW + seconds) * 1000):012x}"
+    return f"{prefix}{digits[:8]}-{digits[8:]}-7{random:03x}-8ddd-eeeeeeeeeeee"
+
+
+def event(number, **more):
+    """Return an event of a list; the first one is the newest."""
+    age = -3.25 * number - 1
+    return {
+        "id": id_("evt_", age), "source": TYPES[number % 4].partition(".")[0], "type": TYPES[number % 4],
+        "subject": SUBJECTS[number % 5], "received_at": at(age), "size": 412 * 7**number % 2_000_000,
+        "duplicate": number == 1,
+        "deliveries": ({"delivered": 3}, {"pending": 2, "delivered": 5, "dead": 1}, {})[number % 3],
+        **more,
+    }  # fmt: skip
+
+
+def delivery(number, **more):
+    """Return a delivery of a list: delivered, pending, dead or expired."""
+    age = -3.25 * number - 1
+    state, reason, attempts, status, error = (
+        ("delivered", None, 1, 200, None),
+        ("pending", None, 0, None, None),
+        ("pending", None, 4, None, "cannot connect to hooks.example.com:443: Connection refused"),
+        ("dead", "exhausted", 12, 503, "HTTP 503 Service Unavailable"),
+        ("expired", "ttl", 0, None, None),
+    )[number % 5]
+    return {
+        "id": id_("dlv_", age, 0x3A1 + number), "event_id": id_("evt_", age), "type": TYPES[number % 4],
+        "destination": ("crm-production-eu-west-1", "crm-production-eu-west-2", LONG, "slack")[number % 4],
+        "state": state, "reason": reason, "attempts": attempts,
+        "next_attempt_at": at(47 * attempts - 2) if state == "pending" else None, "last_status": status,
+        "last_error": error, "created_at": at(age),
+        "finished_at": None if state == "pending" else at(age + 0.125),
+        "replay_of": id_("dlv_", -90_000) if number == 3 else None, "group_key": None, **more,
+    }  # fmt: skip
+
+
+def attempt(number, **more):
+    """Return an attempt of a dead delivery."""
+    result, status, error = (
+        ("5xx", 503, "HTTP 503 Service Unavailable"),
+        ("connect", None, "cannot connect to hooks.example.com:443: Connection refused"),
+        ("timeout", None, "no response within 15 s"),
+    )[number % 3]
+    return {
+        "delivery_id": id_("dlv_", -9), "started_at": at(-60 * number - 9),
+        "duration_ms": 4.0 + 7500.3 * number, "result": result, "status": status,
+        "error": error, "truncated": False, "group_id": None, "group_size": None,
+        "answer": '{"error": "upstream connect error or disconnect before headers"}' if status else "",
+        **more,
+    }  # fmt: skip
+
+
+PAUSE = {"paused_by": None, "paused_until": None}
+
+
+def destination(name, held=None, *, pending=0, in_flight=0, dead=0, delivered=90_125, **more):
+    """Return a destination of a list."""
+    return {
+        "name": name, "held": held, **PAUSE, "in_flight": in_flight,
+        "created": delivered + dead + pending, "delivered": delivered, "dead": dead, "expired": 0,
+        "cancelled": 2, "pending": pending, **more,
+    }  # fmt: skip
+
+
+def source(name, plugin, prefix, *, paused=False, **more):
+    """Return a source of a list."""
+    return {"name": name, "plugin": plugin, "prefix": prefix, "paused": paused, **more}
+
+
+def worker(number, status="ONLINE", **more):
+    """Return a worker."""
+    return {
+        "source": "whatsapp", "id": f"whatsapp-worker-eu-central-{number:03}", "status": status,
+        "maintenance": status == "MAINTENANCE", "endpoint": f"https://worker-{number}.internal.example.com:8443",
+        "description": "", "version": "2.14.0", "environment": "production", "max_sessions": 50,
+        "registered_at": at(-86_400 * 12), "last_heartbeat": at(-7 if status == "ONLINE" else -4000),
+        "restarts": number, "cpu": 45.5, "memory": 67.8, "uptime": 360_000.0, "message_count": 1250,
+        "counts": {"total": 12, "connected": 11}, "sessions": [], "session_count": 12, **more,
+    }  # fmt: skip
+
+
+def job(name, every, **more):
+    """Return a job."""
+    return {
+        "name": name, "every": every, "running": False, "runs": 1440, "failures": 0, "started_at": at(-31),
+        "succeeded_at": at(-31), "seconds": 0.0124, "error": None, "next_run_at": at(29), **more,
+    }  # fmt: skip
+
+
+def page(*items):
+    """Return a page without a next one."""
+    return {"items": list(items), "next_cursor": None}
+
+
+PAYLOAD = (
+    '{"event_type": "session.started", "session_id": "s-1", "total": 45000.00, "empty": {}, "tags": [],'
+    ' "note": "Gr\\u00fc\\u00dfe \\ud83c\\udf89\\u0007", "items": [{"sku": "A-1", "qty": 2}, null, true]}'
+)
+
+ANSWERS = {
+    "events": page(*map(event, range(8))),
+    "events/01a2": {
+        **event(1),
+        "owed": [delivery(number) for number in range(4)],
+        "content_type": "application/json",
+        "payload": PAYLOAD,
+        "payload_truncated": False,
+    },
+    "deliveries": page(*map(delivery, range(10))),
+    "deliveries/01a2": {**delivery(3), "tries": [attempt(number) for number in range(3)]},
+    "destinations": page(
+        destination("crm-production-eu-west-1", in_flight=12, pending=14),
+        destination("crm-production-eu-west-2", "circuit open", pending=1204, dead=31),
+        destination(LONG),
+        destination("slack", "paused", pending=3, paused_until=at(5400)),
+        destination("billing", "disabled: gone", dead=7, delivered=0),
+        destination("old", "not_in_config"),
+    ),
+    "destinations/crm": {
+        **destination("crm-production-eu-west-2", "circuit open", pending=1204, dead=31),
+        "events": ["adorn.*", "!adorn.attire.*"],
+        "failing_since": at(-7860),
+        "disabled_at": None,
+        "held_until": at(23),
+        "due": 1190,
+        "oldest": delivery(2),
+        "latest": delivery(1),
+    },
+    "sources": page(
+        source("adorn", "adorn", ""),
+        source("github-enterprise-production", "github", "/hooks/github"),
+        source("whatsapp", "whatsapp", "", paused=True),
+    ),
+    "sources/adorn": {
+        **source("adorn", "adorn", ""),
+        "latest": event(0),
+        "settings": {
+            "plugin": "adorn",
+            "tokens": ["<secret>", "<secret>"],
+            "workers": {"offline_after": "1m30s"},
+        },
+        "tokens": [
+            {
+                "name": "ADORN_TOKEN",
+                "key": "tokens[0]",
+                "uses": 90_125,
+                "last_used": at(-3),
+                "since": at(-90_000),
+            },
+            {
+                "name": "ADORN_TOKEN_OLD",
+                "key": "tokens[1]",
+                "uses": 0,
+                "last_used": None,
+                "since": at(-90_000),
+            },
+        ],
+    },
+    "workers": page(worker(1), worker(2, "OFFLINE"), worker(3, "MAINTENANCE", session_count=0)),
+    "workers/whatsapp/w": {
+        **worker(1),
+        "metrics": [],
+        "sessions": [
+            {
+                "id": "sess_42",
+                "status": "connected",
+                "phone": "+4915112345678",
+                "name": "営業部",
+                "last_activity": None,
+            },
+            {"id": "sess_43", "status": "qr", "phone": None, "name": None, "last_activity": None},
+        ],
+        "commands": [
+            {
+                "id": id_("cmd_", -9),
+                "state": "queued",
+                "created_at": at(-9),
+                "sent_at": None,
+                "expires_at": at(591),
+                "command": {"type": "restart", "reason": "update"},
+            },
+        ],
+    },
+    "jobs": page(
+        job("retention", "1m"),
+        job("ledger", "15s", next_run_at=at(14)),
+        job(
+            "export-to-bucket",
+            "1h",
+            failures=3,
+            seconds=31.5,
+            error="ConnectionError: cannot connect to s3.example.com:443: Connection refused",
+        ),
+    ),
+    "stats": page(
+        *(
+            {
+                "hour": at(-3600 * number - 0),
+                "source": "adorn",
+                "type": TYPES[number % 3],
+                "events": 90_125 // 9**number,
+                "duplicates": number,
+                "bytes": 10**9 // 50**number,
+            }
+            for number in range(4)
+        )
+    ),
+    "db": {
+        "path": "/var/lib/relay/relay.db",
+        "version": 5,
+        "bytes": 13_207_000_000,
+        "free": 41_000_000,
+        "log": 4_200_000,
+        "events": 1_204_311,
+        "oldest": at(-86_400 * 30),
+        "newest": at(-1),
+        "pending": 1221,
+        "sqlite": "3.40.1",
+        "backups": [
+            {
+                "path": "/var/lib/relay/backups/relay-20260131.db",
+                "bytes": 1_300_000_000,
+                "made_at": at(-10_800),
+            }
+        ],
+    },
+}
+"""Answers to GET, by path below `/api/`. The id in a path is any id: the answer is always the same."""
+
+SCREENS = {
+    "events-list": "events list",
+    "events-show": "events show 01a2",
+    "deliveries-list": "deliveries list",
+    "deliveries-show": "deliveries show 01a2",
+    "destinations-list": "destinations list",
+    "destinations-show": "destinations show crm",
+    "sources-list": "sources list",
+    "sources-show": "sources show adorn",
+    "workers-list": "workers list",
+    "workers-show": "workers show whatsapp w",
+    "jobs-list": "jobs list",
+    "stats": "stats",
+    "db-status": "db status",
+}
+"""Commands by the names of their files."""
+
+
+class Canned:
+    """Answers as `relay.cli.api_client.Daemon` does."""
+
+    def get(self, *path, **_query):
+        return copy.deepcopy(ANSWERS["/".join(path)])
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@contextmanager
+def fixed(width, **environment):
+    """Fix the clock, the zone and the width of the terminal; yield the stream that the terminal shows."""
+    terminal = Terminal()
+    settings = {"COLUMNS": str(width), "LINES": str(ROWS), "TZ": ZONE, "NO_COLOR": "1", **environment}
+    with (
+        patch.dict(os.environ, settings),
+        patch.object(screen, "now", lambda: NOW),
+        patch.object(endpoint, "daemon_at", lambda *_: Canned()),
+        patch("sys.stdout", terminal),
+        patch("sys.stderr", terminal),
+    ):
+        time.tzset()
+        try:
+            yield terminal
+        finally:
+            os.environ.pop("TZ")
+            time.tzset()
+    time.tzset()
+
+
+def draw(words, width, **environment):
+    """Run a command and return the screen."""
+    with fixed(width, **environment) as terminal:
+        main.main(words.split(), "relay", standalone_mode=False)
+    return terminal.getvalue().replace(CLEARED, "")
+
+
+def file_of(name, width):
+    """Return the file of a screen."""
+    return FOLDER / f"{name}-{width}.txt"
+
+
+def write():
+    """Rewrite the screens."""
+    for file in FOLDER.iterdir():
+        file.unlink()
+    for name, words in SCREENS.items():
+        for width in WIDTHS:
+            file_of(name, width).write_text(draw(words, width))
