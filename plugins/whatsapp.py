@@ -147,7 +147,7 @@ class WhatsApp(
         worker_id = check_id(body.worker_id, "workerId")
         if worker_id in (".", ".."):
             # Clients and proxies remove these from a path, even percent-encoded: no heartbeat would arrive.
-            raise Invalid(field="workerId", issue="no heartbeat can be sent for it")
+            raise Invalid(field="workerId", issue="clients and proxies remove this id from paths")
         change = Register(
             worker_id=worker_id,
             endpoint=_text(body.endpoint, _LONGEST_TEXT),

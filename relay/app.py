@@ -259,7 +259,7 @@ class App:
         grace = self.config.server.shutdown_grace
         self._deadline = asyncio.get_running_loop().time() + grace
         self.watchdog.stopping()
-        log.info("draining: no new requests; work in flight has %gs", grace)
+        log.info("draining: no new requests; requests and attempts in flight have %g s to finish", grace)
 
     def _announce(self, addresses: Addresses, on_ready: Callable[[Addresses], None]) -> None:
         """Report once that the daemon listens."""

@@ -160,8 +160,8 @@ class Reloads:
 
 def _unread(file: str) -> str:
     return (
-        f"{file} was not read again (permission denied), so its variables are those of the start; let the"
-        " daemon's group read the file, or restart the daemon"
+        f"{file} was not read again (permission denied), so its variables keep their values from the start;"
+        " let the daemon's group read the file, or restart the daemon"
     )
 
 

@@ -206,7 +206,7 @@ def key_of(scheme: SignatureConfig, secret: Secret) -> bytes:
         if scheme.key_encoding == "base64":
             return binascii.a2b_base64(text.encode(), strict_mode=True)
     except ValueError:
-        raise ValueError(f"the secret is not {scheme.key_encoding}, as `key_encoding` says") from None
+        raise ValueError(f"the secret is not {scheme.key_encoding}, which `key_encoding` requires") from None
     return text.encode()
 
 

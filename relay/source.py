@@ -247,14 +247,14 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
                 given = text.removeprefix(prefix).encode("ascii")
                 digest = a2b_hex(given) if encoding == "hex" else a2b_base64(given, strict_mode=True)
         if not digest:
-            raise Unauthenticated(f"The header {header} has the wrong form", problem="scheme")
+            raise Unauthenticated(f"The header {header} is malformed", problem="scheme")
         message, fits = self.received if signed is None else signed, False
         for secret in secrets:
             if hmac.compare_digest(hmac.digest(secret.reveal().encode(), message, algorithm), digest):
                 fits = True
                 secret.usage.count += 1
         if not fits:
-            raise Unauthenticated("The signature does not fit")
+            raise Unauthenticated("The signature does not match")
 
     def basic(self, passwords: Secrets, user: str) -> Credential:
         """Return the credential of the request's basic authentication (RFC 7617).

@@ -86,7 +86,7 @@ class _Checks:
         for name, text in settings.context.items():
             self._check_template(text, ("context", name), self._item)
         if settings.timestamp and settings.context.get("timestamp"):
-            text = "the key `timestamp` has this place already; remove one of them"
+            text = "the key `timestamp` already sets this field; remove one of them"
             self._fault(text, "context", "timestamp")
         if settings.reply is not None:
             self._check_reply(settings.reply, ("reply",), {"event_id": "nothing"})
@@ -104,7 +104,7 @@ class _Checks:
             if shake.token is not None and not settings.verify_tokens:
                 self._fault("missing; the token of a handshake is compared with them", "verify_tokens")
             if not shake.when and shake.method in settings.methods:
-                text = f"answers every {shake.method}, so none becomes an event; say `when` it does"
+                text = f"answers every {shake.method}, so no request becomes an event; limit it with `when`"
                 self._fault(text, "handshakes", at)
         if settings.verify_tokens and not any(shake.token for shake in settings.handshakes):
             self._fault("no handshake has a `token` to compare with them", "verify_tokens")
@@ -164,7 +164,7 @@ class _Checks:
     def _check_segment(self, name: str) -> None:
         if name not in self._names:
             near = difflib.get_close_matches(name, self._names, 1)
-            known = ", ".join(self._names) or "none has a name"
+            known = ", ".join(self._names) or "no segment has a name"
             hint = f"did you mean {{path:{near[0]}}}?" if near else f"segments with a name: {known}"
             raise ValueError(f"no path has this segment; {hint}")
 
@@ -208,7 +208,7 @@ class _Checks:
         settings, given = self._settings, self._given
         if settings.verification is None:
             text = (
-                'missing; say how the sender proves its identity: "bearer", "standard-webhooks", '
+                'missing; set how the sender proves its identity: "bearer", "standard-webhooks", '
                 '{ hmac = { header = "X-Signature" } } or another table, or "none" to accept everybody'
             )
             self._fault(text, "verify")

@@ -124,7 +124,7 @@ class Compiled:
             raise Forbidden("The sender's address is unknown, and only some networks are permitted") from None
         address = getattr(address, "ipv4_mapped", None) or address
         if not any(address in network for network in self._networks):
-            raise Forbidden("The sender's address is in none of the permitted networks")
+            raise Forbidden("The sender's address is not in the permitted networks")
 
     def greet(self, greetings: Sequence[Greeting], incoming: Incoming) -> Reply | None:
         """Return the reply to a handshake, or None for any other request.

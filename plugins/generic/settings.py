@@ -112,7 +112,7 @@ def method(text: str) -> str:
     if not _TOKEN.fullmatch(text) or text != text.upper():
         raise ValueError('expected a method such as "POST"')
     if text in ("OPTIONS", "CONNECT", "TRACE"):
-        raise ValueError(f"{text} carries no event")
+        raise ValueError(f"{text} requests contain no event")
     return text
 
 
@@ -351,7 +351,7 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
                 wrong.append(SettingError("not a valid content type", "content_type"))
             elif _RUNS.search(self.content_type) and "{" in f"{self.text}{self.json}".replace("{{", ""):
                 text = (
-                    "browsers run this type, and the reply may contain what a stranger sent; use text/plain"
+                    "browsers run this type, and the reply may contain text from a stranger; use text/plain"
                 )
                 wrong.append(SettingError(text, "content_type"))
         return wrong

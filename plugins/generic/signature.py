@@ -161,7 +161,7 @@ class Signature:
             header = self._settings.header
             if header not in incoming.headers:
                 raise Unauthenticated(f"Missing signature (header {header})", problem="missing")
-            raise Unauthenticated("The signature has the wrong form", problem="scheme")
+            raise Unauthenticated("The signature is malformed", problem="scheme")
         if len(candidates) > MOST_SIGNATURES:
             raise Unauthenticated(f"More than {MOST_SIGNATURES} signatures", problem="scheme")
         if self._is_timed:
@@ -183,7 +183,7 @@ class Signature:
             raise Unauthenticated("Missing time of the signature", problem="missing")
         micros = self._micros(sent)
         if micros is None:
-            raise Unauthenticated("The time of the signature has the wrong form", problem="scheme")
+            raise Unauthenticated("The time of the signature is malformed", problem="scheme")
         late = incoming.received_at - micros
         if abs(late) > self._tolerance:
             side = "old" if late > 0 else "far in the future"
@@ -231,9 +231,9 @@ class Signature:
             for key, settings in self._fitting(signatures, changed):
                 found = True
                 other = f" with {' and '.join(settings)}" if settings else ""
-                yield f"{key} fits{other}{what and f': the sender signed {what}'}"
+                yield f"{key} matches{other}{what and f': the sender signed {what}'}"
         if not found:
-            yield "no configured key fits, in any encoding: the sender signs with another key, or other bytes"
+            yield "no configured key matches in any encoding: the sender has another key or signs other bytes"
 
     def _signatures(self, candidates: list[str]) -> Iterator[tuple[bytes, list[str]]]:
         """Yield the possible readings of the signatures in the header, with the settings that they need."""
@@ -249,10 +249,10 @@ class Signature:
         yield "", message
         body = reading.incoming.received
         for what, changed in (
-            ("the body without the line end that was added to it", body.rstrip(b"\r\n")),
-            ("the body with the line end that was removed from it", body + b"\n"),
-            ("the body with other line ends (CRLF)", body.replace(b"\n", b"\r\n")),
-            ("the body with other line ends (LF)", body.replace(b"\r\n", b"\n")),
+            ("the body without the line ending that was added to it", body.rstrip(b"\r\n")),
+            ("the body with the line ending that was removed from it", body + b"\n"),
+            ("the body with other line endings (CRLF)", body.replace(b"\n", b"\r\n")),
+            ("the body with other line endings (LF)", body.replace(b"\r\n", b"\n")),
             ("the body before it was parsed and written again", _compact(body)),
         ):
             if self._covers_body and body and changed not in (body, b""):
@@ -371,7 +371,7 @@ def key_of(secret: str, settings: Hmac) -> bytes:
     text = secret.removeprefix(prefix)
     key = text.encode() if encoding == "text" else DECODERS[encoding](text.strip())
     if not text:
-        raise ValueError("the secret has nothing behind its key_prefix")
+        raise ValueError("the secret has nothing after its key_prefix")
     if not key:
         raise ValueError(
             f'the secret is not {encoding}; with key_encoding = "text" its own bytes are the key'

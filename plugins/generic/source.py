@@ -101,7 +101,7 @@ class Generic(Keys, kind="generic", dict=True):
             and self.verification.api_key
             and self.verification.api_key.query
         ):
-            found.append("the key stands in the URL, which proxies log; use a header if the sender can")
+            found.append("the key is in the URL, which proxies log; use a header if the sender supports that")
         return tuple(found)
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:

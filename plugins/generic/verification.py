@@ -130,11 +130,11 @@ class BasicAuth:
         if user != self._user.encode():
             yield f'the user is not "{self._user}"'
         if self._tokens.find(f"{self._user}:".encode() + password) is not None:
-            yield "the password fits"
+            yield "the password matches"
         elif self._tokens.find(f"{self._user}:".encode() + password.strip()) is not None:
-            yield "the password fits without the white space around it"
+            yield "the password matches without the white space around it"
         else:
-            yield f"the password is none of the {len(self._pairs)} in `secrets`"
+            yield f"the password does not match any of the {len(self._pairs)} in `secrets`"
 
     def sign(self, incoming: Incoming) -> Incoming:
         """See `Scheme`."""
@@ -185,7 +185,7 @@ class Key:
         if not value:
             raise Unauthenticated(f"Missing key ({self.place})", problem="missing")
         if not value.startswith(self._settings.prefix):
-            raise Unauthenticated(f"The key ({self.place}) has the wrong form", problem="scheme")
+            raise Unauthenticated(f"The key ({self.place}) is malformed", problem="scheme")
         key = value.removeprefix(self._settings.prefix)
         credential = self._tokens.find(key.encode("utf-8", "surrogateescape"))
         if credential is None:
@@ -206,7 +206,7 @@ class Key:
                 ('without `Bearer ` in front: set prefix = "Bearer "', value.removeprefix("Bearer ")),
             ):
                 if value and self._tokens.find(other.encode("utf-8", "surrogateescape")) is not None:
-                    yield f"the key fits {what}"
+                    yield f"the key matches {what}"
 
     def sign(self, incoming: Incoming) -> Incoming:
         """See `Scheme`; a key in the body is part of the sample."""

@@ -97,7 +97,7 @@ class DeliveriesApi:
             return respond(CountView(len(named)) if body.dry_run else await self._replays.retry(named))
         await self._check_names(selection)
         if selection.state is None:
-            hint = "dead, expired, cancelled and delivered ones are repeated, pending ones become due now"
+            hint = "with pending, deliveries become due now; with any other state, they are sent again"
             raise RelayError("the filter needs a state", hint=hint)
         if selection.state != "pending":
             replay = ReplayRequest(what=selection, rate=read_field("rate", parse_rate, body.rate))

@@ -254,6 +254,6 @@ async def _lines(request: web.Request) -> AsyncIterator[bytes]:
                 raise RelayError("a line is longer than any event", hint=hint)
     except (web.RequestPayloadError, ConnectionError) as error:
         hint = "run it again: events that are already stored are skipped"
-        raise RelayError(f"the import broke off: {error}", hint=hint) from None
+        raise RelayError(f"the import stopped: {error}", hint=hint) from None
     if (line := b"".join(parts)).strip():
         yield line

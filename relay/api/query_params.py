@@ -304,7 +304,7 @@ def read_query(query: Mapping[str, str], kind: type[Q]) -> Q:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     if unknown := query.keys() - fields.keys():
         name = min(unknown)
-        hint = f"parameters: {', '.join(fields)}" if fields else "it has no parameters"
+        hint = f"parameters: {', '.join(fields)}" if fields else "this endpoint has no parameters"
         raise RelayError(f'unknown parameter "{name:.40}"{guess(name, fields)}', hint=hint)
     values = {}
     for name, text in query.items():

@@ -36,7 +36,7 @@ class TokenView(msgspec.Struct):
     ]
     key: Annotated[str, about("Its place in the settings, such as `tokens[0]`.")]
     uses: Annotated[int, about("Requests that it authenticated since `since`.")]
-    last_used: Annotated[Time | None, about("The last of them, within 15 seconds.")]
+    last_used: Annotated[Time | None, about("Time of the last of these requests, within 15 seconds.")]
     since: Annotated[Time, about("When the daemon started, or a reload added the name.")]
 
 

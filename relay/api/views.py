@@ -69,7 +69,7 @@ class DeliveryView(msgspec.Struct):
     type: str
     destination: str
     state: DeliveryState
-    reason: Annotated[str | None, about("Why the delivery ended, unless delivered.")]
+    reason: Annotated[str | None, about("Why the delivery ended; null if it is pending or delivered.")]
     attempts: Annotated[int, about("Attempts that count against the schedule.")]
     next_attempt_at: Time | None
     last_status: int | None

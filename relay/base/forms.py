@@ -97,7 +97,7 @@ def _parameters(value: str) -> dict[str, str]:
             return found
         parameter = _PARAMETER.match(value, at)
         if parameter is None:
-            raise ValueError("a header has a parameter in the wrong form")
+            raise ValueError("a header has a malformed parameter")
         name, text = parameter.groups()
         if name is not None:
             found.setdefault(name.lower(), _QUOTED.sub(r"\1", text[1:-1]) if text[:1] == '"' else text)

@@ -161,7 +161,7 @@ def _placeholder(text: str, start: int, more: Mapping[str, Callable[[Any], Any]]
         argument, at = _match(_ARGUMENT, text, at + 1)
         argument = argument.strip()
         if not argument and text[at : at + 1] in ("|", "}"):
-            raise ValueError(f"column {column}: {{{kind}:}} lacks what follows the colon")
+            raise ValueError(f"column {column}: {{{kind}:}} has nothing after the colon")
     filters: list[Filter] = []
     while text[at : at + 1] == "|":
         name, at = _match(_NAME, text, at + 1)

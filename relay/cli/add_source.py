@@ -185,7 +185,7 @@ def add(
         given = {"env": click.prompt("Environment variable with the secret", default=given["env"])}
     if chosen.signs_url and public_url in (None, HOST):
         raise click.UsageError(
-            f"{chosen.guide.title} signs the URL: name the one that it uses with --public-url,"
+            f"{chosen.guide.title} signs the URL: give its scheme and host with --public-url,"
             " such as --public-url https://hooks.example"
         )
     added = _make(
@@ -215,7 +215,7 @@ def _ask_kind(known: Known) -> str:
 
 def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
     if kind == GENERIC:
-        steps = ("Let the sender post to {url}",)
+        steps = ("Set the URL of the webhook to {url}",)
         secret = "the secret that the sender uses"  # noqa: S105 - a description
         guide = Guide(title="the sender", docs="", secret=secret, default_path="/hooks/{name}", steps=steps)
         return Kind(guide=guide, verify=_VERIFY[verify or "bearer"])
@@ -223,7 +223,7 @@ def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
         hint = f"kinds: {', '.join(known)}; `generic` reads any sender's requests"
         raise CommandError(f'unknown kind of source "{kind}"{guess(kind, known)}', hint=hint, code=NOTHING)
     if verify is not None:
-        raise click.UsageError(f"--verify is for generic; {kind} verifies its senders by itself")
+        raise click.UsageError(f"--verify applies only to generic; {kind} has its own verification")
     source, preset = known[kind]
     if preset is not None:
         return kind_of(preset)
@@ -232,7 +232,10 @@ def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
         docs="",
         secret="a token that you choose",  # noqa: S106 - a description
         default_path="",
-        steps=("Let it use {url} as the base URL; docs/sources.md has the paths", "Its token is {secret}"),
+        steps=(
+            "Set its base URL to {url}; docs/sources.md has the paths",
+            "Set its token to the value of {secret}",
+        ),
     )
     return Kind(guide=guide, verify="none", tokens="tokens" in source.__struct_fields__)
 
@@ -386,7 +389,7 @@ def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> Non
     _print_list(added.steps)
     click.echo(f"\nThen try it: relay send {added.name}")
     if HOST in added.url:
-        click.echo(f"replace {HOST} by the public URL of this relay, or set it with --public-url", err=True)
+        click.echo(f"replace {HOST} with the public URL of this relay, or set it with --public-url", err=True)
 
 
 def _print_list(steps: Sequence[str]) -> None:

@@ -119,7 +119,7 @@ def _check(name: str, dirs: Sequence[Path]) -> None:
         hint = "choose another name; `relay plugins list` lists the kinds of source"
         raise CommandError(f'a source of the kind "{name}" already exists: {rival.file}', hint=hint)
     if importlib.util.find_spec(name) is not None:
-        hint = "choose another name; the plugin's test could not import this one"
+        hint = "choose another name; otherwise the plugin's test would import that module instead"
         raise CommandError(f'"{name}" is a module of Python or of an installed package', hint=hint)
 
 

@@ -132,7 +132,7 @@ class Binder:
             if key in keys and key in table:
                 values[name] = self.value(field.type, table[key], (*path, key), base=values.get(name))
                 if field.required and isinstance(values[name], Secrets) and not values[name]:
-                    self.report((*path, key), "an empty list lets nobody in")
+                    self.report((*path, key), "an empty list refuses every request")
             elif field.required and name not in values:
                 self.report((*path, key), "missing; it has no default")
                 values[name] = WRONG
@@ -192,7 +192,7 @@ class Binder:
             return self._nested(kind, value, path, base)
         if kind is Any:
             return value
-        raise ValueError(f"its type cannot be given in config.toml: {kind}")
+        raise ValueError(f"config.toml cannot express this type: {kind}")
 
     def _annotated(self, kind: Any, notes: tuple[Any, ...], value: Any, path: KeyPath, base: Any) -> Any:
         metas = [note for note in notes if isinstance(note, msgspec.Meta)]

@@ -46,7 +46,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
             # load_cert_chain does not say which of the two files is invalid; this checks the certificate.
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self.cert)
         except ssl.SSLError:
-            raise ValueError(f"{self.cert} holds no certificate in PEM form") from None
+            raise ValueError(f"{self.cert} has no certificate in PEM form") from None
         try:
             context.load_cert_chain(self.cert, key, password)
         except (ssl.SSLError, ValueError) as error:  # ValueError: a password longer than OpenSSL takes
@@ -54,12 +54,12 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
 
     def _trouble(self, key: Path, password: "_Password", reason: str | None) -> str:
         if reason in _MISMATCHES:
-            return f"the key in {key} is not that of the certificate in {self.cert}"
+            return f"the key in {key} does not match the certificate in {self.cert}"
         if password.asked:
-            advice = "its `password` does not open it" if self.password else "give its `password`"
+            advice = "`password` does not decrypt it" if self.password else "set `password`"
             return f"the key in {key} is encrypted; {advice}"
         if reason is None:
-            return f"{key} holds no private key in PEM form"
+            return f"{key} has no private key in PEM form"
         return f"{self.cert} cannot be used: {reason.replace('_', ' ').lower()}"
 
 

@@ -119,7 +119,7 @@ def _read(path: Path) -> Document:
         hint = f"run the command as root, or as {who}"
         raise UnreadableError([_unread(file, error)], hint=hint) from None
     except OSError as error:
-        hint = "name another file with -c; `relay config init FILE` writes one to start from"
+        hint = "name another file with -c; `relay config init FILE` creates a starter file"
         raise ConfigError([_unread(file, error)], hint=hint) from None
     try:
         text = content.decode()

@@ -334,7 +334,7 @@ def _read(path: Path, what: str, advice: str) -> str:
     except FileNotFoundError:
         raise _MissingError(f"{what} does not exist; {advice}") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no valid path"
+        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
         raise _DeniedError(f"{what} cannot be read: {reason}") from None
     return _text(content, what, advice)
 

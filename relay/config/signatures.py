@@ -94,8 +94,8 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
         if name == "":
             return table, {}
         if not isinstance(name, str) or name not in SCHEMES:
-            advice = guess(str(name), SCHEMES) or f"; there are: {', '.join(SCHEMES)}"
-            raise ValueError(f"no signature scheme is called {shown(name)}{advice}")
+            advice = guess(str(name), SCHEMES) or f"; known: {', '.join(SCHEMES)}"
+            raise ValueError(f"unknown signature scheme {shown(name)}{advice}")
         if name in STANDARD_KEYS and (others := sorted(table.keys() - {"scheme", "secrets"})):
             raise ValueError(f'the scheme "{name}" has a fixed form; remove `{others[0]}`')
         return table, msgspec.structs.asdict(SCHEMES[name])
@@ -121,12 +121,12 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
         kinds = {each.kind for each in template.placeholders}
         has_time = self.timestamp_header is not None or self.timestamp_field is not None
         if "body" not in kinds:
-            yield "signed", "must contain {body}; otherwise nobody notices a changed body"
+            yield "signed", "must contain {body}; otherwise the signature does not protect the body"
         if "timestamp" in kinds and not has_time:
             text = "receivers must know the {timestamp}: add `timestamp_header` or `timestamp_field`"
             yield "signed", text
         if has_time and "timestamp" not in kinds:
-            yield "signed", "must contain {timestamp}; a time that is not signed protects nothing"
+            yield "signed", "must contain {timestamp}; an unsigned time does not prevent replays"
         if self.timestamp_header is not None and self.timestamp_field is not None:
             yield "timestamp_field", "give either `timestamp_header` or `timestamp_field`"
         if self.timestamp_field is not None and not self.separator:
@@ -135,7 +135,7 @@ class SignatureConfig(msgspec.Struct, frozen=True, kw_only=True):
         for key in ("prefix", "separator", "timestamp_field"):
             text = getattr(self, key) or ""
             if not (text.isascii() and text.isprintable()):
-                yield key, "a header contains printable ASCII only"
+                yield key, "expected printable ASCII characters only"
 
 
 SCHEMES: Mapping[str, SignatureConfig] = {

@@ -82,7 +82,7 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
             found[name] = destination
         is_signed = table.get("secrets") or any(each.secrets for each in destination.signatures)
         if not is_signed and "signatures" not in wrong and table.get("format") not in FORMATS:
-            binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot tell who sends")
+            binder.warn(path, "unsigned: it has no `secrets`, so its receiver cannot verify the sender")
     for name in checked:
         _check_stand_in(binder, checked, name)
     return found
@@ -97,12 +97,12 @@ def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], 
             if len(way) == 1:
                 known = binder.document.data["destinations"]
                 if stand_in not in known:
-                    advice = guess(stand_in, known) or f"; there are: {', '.join(known)}"
-                    binder.report(key, f"no destination is called {shown(stand_in)}{advice}")
+                    advice = guess(stand_in, known) or f"; known: {', '.join(known)}"
+                    binder.report(key, f"unknown destination {shown(stand_in)}{advice}")
             return
         if stand_in in way:
             if stand_in == name:
-                binder.report(key, f"goes round in a circle: {' -> '.join([*way, stand_in])}")
+                binder.report(key, f"forms a cycle: {' -> '.join([*way, stand_in])}")
             return
         way.append(stand_in)
         stand_in = destinations[stand_in].on_dead
@@ -149,12 +149,12 @@ def _check_keys(binder: Binder, destination: DestinationConfig, index: int, path
     if scheme.is_standard:
         return
     if not keys:
-        binder.report(entry, "has nothing to sign with: give it, or the destination, `secrets`")
+        binder.report(entry, "has no secrets; set `secrets` here or in the table of the destination")
     elif len(keys) > 1 and not scheme.separator:
         binder.report(
             entry,
-            f"the header {scheme.header} has room for one signature, but there are {len(keys)} secrets; "
-            "give this scheme one of its own in `secrets`",
+            f"the header {scheme.header} contains one signature, but there are {len(keys)} secrets; "
+            "set `secrets` of this scheme to a single secret",
         )
 
 
@@ -183,6 +183,4 @@ def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath)
         source, dot, _ = pattern.removeprefix("!").partition(".")
         known = source in sources or source == OPERATOR_SOURCE
         if dot and not known and not set(source) & set("*?["):
-            binder.warn(
-                (*path, "events", index), f"no source is called {shown(source)}{guess(source, sources)}"
-            )
+            binder.warn((*path, "events", index), f"unknown source {shown(source)}{guess(source, sources)}")

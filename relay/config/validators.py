@@ -67,7 +67,7 @@ def listen_or_off(text: str) -> str:
 def final_status(status: int) -> int:
     """Check a status that ends a delivery."""
     if status == _GONE:
-        raise ValueError("410 disables the destination already, and holds its deliveries")
+        raise ValueError("remove 410: it always disables the destination and holds its deliveries")
     if status not in _FAILURES:
         raise ValueError(f"expected an HTTP status of a failure, 300 to 599, got {status}")
     return status
@@ -76,7 +76,7 @@ def final_status(status: int) -> int:
 def body_size(count: int) -> int:
     """Check the maximum body size; memory holds several copies of a body while it is stored and sent."""
     if count > LARGEST_BODY:
-        raise ValueError(f"bodies of at most {render_size(LARGEST_BODY)} can be held in memory")
+        raise ValueError(f"expected at most {render_size(LARGEST_BODY)}, because bodies are held in memory")
     return count
 
 
@@ -92,7 +92,7 @@ def network(text: str) -> str:
 def file_name(text: str) -> str:
     """Check the name of a file or folder."""
     if not text.isprintable():
-        raise ValueError("a name of a file may not hold control characters")
+        raise ValueError("a file name must not contain control characters")
     return text
 
 
@@ -117,9 +117,11 @@ def url(value: Url) -> Url:
     if not host:
         raise ValueError("the URL has no host")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("no user name or password in a URL; put an authorization header into `headers`")
+        raise ValueError(
+            "a URL must not contain a user name or a password; set an authorization header in `headers`"
+        )
     if any(character.isspace() or not character.isprintable() for character in text):
-        raise ValueError("the URL holds spaces or control characters")
+        raise ValueError("the URL contains spaces or control characters")
     return value
 
 
@@ -137,7 +139,7 @@ def proxy(value: Secret) -> Secret:
     if address.path_qs != "/" or address.fragment:
         raise ValueError("the URL of a proxy ends with its host and port")
     if any(character.isspace() or not character.isprintable() for character in text):
-        raise ValueError("the URL holds spaces or control characters")
+        raise ValueError("the URL contains spaces or control characters")
     return value
 
 
@@ -147,7 +149,7 @@ def web_origin(text: str) -> str:
     if text != "*" and (not parts.netloc or text != f"{parts.scheme}://{parts.netloc}"):
         raise ValueError('expected an origin such as "https://shop.example", or "*"')
     if text != "*" and "*" in text:
-        raise ValueError('list each origin; "*" stands for all of them, and not for a part of one')
+        raise ValueError('list each origin; "*" permits every origin and cannot be a part of one')
     if not text.isascii():
         raise ValueError("write the host as browsers send it, in its xn-- form")
     usual = _USUAL_PORTS.get(parts.scheme.lower(), "")
@@ -167,7 +169,7 @@ def host_name(text: str) -> str:
 def prefix(text: str) -> str:
     """Check the path below which a source is mounted."""
     if not _PREFIX.fullmatch(text):
-        raise ValueError('expected a path such as "/acme": a slash first, none at the end')
+        raise ValueError('expected a path such as "/acme", with a slash at its start and none at its end')
     return text
 
 
@@ -183,14 +185,14 @@ def pattern(text: str) -> str:
     if not text.removeprefix("!"):
         raise ValueError('a pattern must not be empty; "*" matches every event')
     if not text.isprintable():
-        raise ValueError("a pattern has no line breaks or control characters, as no type has any")
+        raise ValueError("a pattern must not contain line breaks or control characters")
     return text
 
 
 def header_name(text: str) -> str:
     """Check the name of a header that an operator adds to deliveries."""
     if not _TOKEN.fullmatch(text):
-        raise ValueError("not a legal header name")
+        raise ValueError("not a valid header name")
     if text.lower() in _OURS or text.lower().startswith("webhook-"):
         raise ValueError("the relay sets this header itself")
     return text
@@ -200,7 +202,7 @@ def header_value(value: Secret) -> Secret:
     """Check a header's value without ever repeating it."""
     text = value.reveal()
     if any(character != "\t" and not character.isprintable() for character in text):
-        raise ValueError("a header's value holds no line breaks or control characters")
+        raise ValueError("a header's value must not contain line breaks or control characters")
     return value
 
 

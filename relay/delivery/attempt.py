@@ -246,7 +246,9 @@ def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome 
     """Return the end of a delivery whose event is gone or whose stored body is damaged, else None."""
     if event is not None and hashlib.sha256(event.body).digest() == event.sha256:
         return None
-    error = "the event is gone" if event is None else "the stored body does not match its SHA-256 digest"
+    error = (
+        "the event no longer exists" if event is None else "the stored body does not match its SHA-256 digest"
+    )
     attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=error)
     return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="corrupt", counts=False)
 

@@ -143,7 +143,7 @@ class DestinationHealth:
         name = self._config.name
         state = msgspec.structs.replace(self.state, paused=False, paused_until=None)
         await self._change_if_possible(self._resumed(state))
-        log.info("%s: resumed: the time of its pause has passed", name, extra=fields(destination=name))
+        log.info("%s: resumed: its pause ended", name, extra=fields(destination=name))
 
     def _resumed(self, state: DestinationState) -> DestinationState:
         """Return a new state; if it ends the hold, also end a rest, forget failures and make a probe due."""

@@ -17,7 +17,7 @@ from relay.errors import BusyError
 from relay.model import EMPTY, StoredEvent
 
 TYPE = "relay.ping"
-MESSAGE = "An operator tests this destination. Nothing has happened, and nothing is to be done."
+MESSAGE = "An operator is testing this destination. No event occurred, and no action is needed."
 
 MAX_SECONDS = 50.0
 """The longest ping, whatever the destination's timeout: commands wait 60 seconds for a response."""

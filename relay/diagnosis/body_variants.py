@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 _LARGEST = 16 * 2**20  # bytes of a decompressed body
 _RAW = "verify the raw body before anything parses it"
-_LINES = "keep line ends unchanged: read and log the body as bytes"
+_LINES = "keep line endings unchanged: read and log the body as bytes"
 _END = "pass on exactly the received bytes; `echo`, editors and templates change the last newline"
 
 
@@ -18,8 +18,8 @@ def body_variants(body: bytes) -> Iterator[tuple[str, str, bytes]]:
     for end in (b"\n", b"\r\n"):
         yield "the newline at the end was removed", _END, body + end
     yield "white space around the body was removed or added", _END, body.strip()
-    yield "line ends were changed from CRLF to LF", _LINES, body.replace(b"\n", b"\r\n")
-    yield "line ends were changed from LF to CRLF", _LINES, body.replace(b"\r\n", b"\n")
+    yield "line endings were changed from CRLF to LF", _LINES, body.replace(b"\n", b"\r\n")
+    yield "line endings were changed from LF to CRLF", _LINES, body.replace(b"\r\n", b"\n")
     yield "a byte order mark was added", _END, body.removeprefix(codecs.BOM_UTF8)
     for how, other in _unpacked(body):
         yield f"the body was compressed ({how}) after signing", "verify the decompressed body", other

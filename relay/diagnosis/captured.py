@@ -195,7 +195,7 @@ def _fit(captured: Captured, length: int, *, trim: bool) -> None:
     for change, other in restored.items():
         if len(other) == length:
             captured.body = other
-            note = f"saving changed line ends from {change}; they were restored, as Content-Length says"
+            note = f"saving changed line endings from {change}; they were restored to match Content-Length"
             captured.notes += (note,)
             return
     if len(body) > length:

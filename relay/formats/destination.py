@@ -36,15 +36,15 @@ def is_shared(config: DestinationConfig) -> bool:
 def problems_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Iterator[tuple[KeyPath, str]]:
     """Yield each key of a destination that does not fit its format, and why."""
     if config.template is None and config.content_type is not None:
-        yield ("content_type",), "belongs to `template`; a format has its own"
+        yield ("content_type",), "needs `template`; a format has its own content type"
     if config.format not in formats:
-        advice = guess(config.format, formats) or f"; there are: {', '.join(formats)}"
-        yield ("format",), f"no format is called {shown(config.format)}{advice}"
+        advice = guess(config.format, formats) or f"; known: {', '.join(formats)}"
+        yield ("format",), f"unknown format {shown(config.format)}{advice}"
         return
     if config.message != MessageConfig() and (
         config.template is not None or not isinstance(formats[config.format], MessageFormat)
     ):
-        yield ("message",), f"belongs to a message format: {', '.join(each.name for each in SERVICES)}"
+        yield ("message",), f"needs a message format: {', '.join(each.name for each in SERVICES)}"
     try:
         format_ = format_of(config, formats)
     except SettingError as error:
@@ -64,5 +64,5 @@ def warnings_of(config: DestinationConfig, formats: Mapping[str, Format]) -> Ite
         if not ends and not isinstance(config.url, Absent):
             expected = f"the URLs of {format_.name} end with {format_.path}"
             if format_.path == "/":
-                expected = "the URL of an ntfy server has no path; the topic belongs into `message`"
+                expected = "the URL of an ntfy server has no path; set the topic in `message`"
             yield ("url",), expected

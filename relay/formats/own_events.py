@@ -45,8 +45,8 @@ def _dead(_: StoredEvent, data: Mapping[str, Any]) -> Words:
     tried = "The only attempt failed" if attempts == 1 else f"All {attempts} attempts failed"
     texts = {
         "exhausted": f"{tried}: {last}." if last else f"{tried}.",
-        "aborted": f"The receiver refused it for good: {last}.",
-        "final_status": f"The receiver refused it for good: {last}.",
+        "aborted": f"The receiver refused it permanently: {last}.",
+        "final_status": f"The receiver refused it permanently: {last}.",
         "corrupt": "Its stored body is damaged.",
     }
     return Words(
@@ -64,8 +64,8 @@ def _dead(_: StoredEvent, data: Mapping[str, Any]) -> Words:
 def _circuit_opened(_: StoredEvent, data: Mapping[str, Any]) -> Words:
     name = str(data["destination"])
     return Words(
-        title=f"{name} does not answer",
-        text="Its deliveries wait. The relay probes until it answers again.",
+        title=f"{name} does not respond",
+        text="Its deliveries wait. The relay sends probes until it responds again.",
         fields=_present(("Last error", data["reason"]), ("URL", data["url"])),
         level="error",
         command=f"relay destinations show {name}",
@@ -77,7 +77,7 @@ def _circuit_opened(_: StoredEvent, data: Mapping[str, Any]) -> Words:
 def _recovered(_: StoredEvent, data: Mapping[str, Any]) -> Words:
     name = str(data["destination"])
     return Words(
-        title=f"{name} answers again",
+        title=f"{name} responds again",
         text="Its deliveries are sent again.",
         fields=_present(("URL", data["url"])),
         level="good",
@@ -89,9 +89,9 @@ def _recovered(_: StoredEvent, data: Mapping[str, Any]) -> Words:
 def _disabled(_: StoredEvent, data: Mapping[str, Any]) -> Words:
     name, reason = str(data["destination"]), str(data["reason"])
     why = {
-        "gone": "It answered 410 Gone.",
-        "asked": "It asked for that with the header webhook-delivery: disable.",
-        "failing": "It answered nothing but failures for too long.",
+        "gone": "It responded with 410 Gone.",
+        "asked": "It requested that with the header webhook-delivery: disable.",
+        "failing": "Every attempt failed for too long.",
     }
     return Words(
         title=f"{name} is disabled",
@@ -127,8 +127,8 @@ def _worker(
         worker, reason = data["worker"], str(data["reason"])
         texts = {
             "silent": f"No heartbeat since {worker['last_heartbeat'][:19].replace('T', ' ')} UTC.",
-            "reported": "It reported so itself.",
-            "uptime": "Its uptime began again.",
+            "reported": "The worker reported this status.",
+            "uptime": "Its uptime started again from 0.",
         }
         return Words(
             title=title.format(worker["id"]),

@@ -116,7 +116,7 @@ def check_change(change: object) -> WorkerChange:
     except Exception as error:
         raise PluginFailed from error
     if isinstance(found, Heartbeat) and abs(found.message_count or 0) > _LARGEST:
-        raise PluginFailed from OverflowError("message_count is larger than a column of a database")
+        raise PluginFailed from OverflowError("message_count does not fit into 64 bits")
     return found
 
 

@@ -88,10 +88,10 @@ def pieces(body: bytes, encoding: str, limit: int) -> Iterator[bytes]:
                 return
             members += 1
             if encoding != "gzip" or not body.startswith(_MARK, at) or members > MOST_MEMBERS:
-                raise Malformed(f"The body has bytes behind the end of its {encoding}")
+                raise Malformed(f"The body has bytes after the end of its {encoding}")
             machine, rest = zlib.decompressobj(format_), b""
         elif not rest and not piece and at == len(body):
-            raise Malformed(f"The body is not whole {encoding}: it was cut short")
+            raise Malformed(f"The {encoding} body is incomplete")
 
 
 def _is_zlib(body: bytes) -> bool:

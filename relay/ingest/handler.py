@@ -289,7 +289,9 @@ class Ingest:
         """Store the events of one request in one transaction, and return the reply."""
         incoming, mount, events = call.incoming, call.match.mount, accepted.events
         if accepted.event is not None or accepted.worker is not None:
-            raise PluginFailed from TypeError("a handler returned `events` beside an event or a worker")
+            raise PluginFailed from TypeError(
+                "a handler returned `events` together with an event or a worker"
+            )
         if not isinstance(events, Sequence):
             raise PluginFailed from TypeError(f"a handler returned `events` as {type(events).__name__}")
         if len(events) > MOST_EVENTS:
@@ -520,7 +522,7 @@ async def _acceptances_of(
         needed = len(stored.data) + len(stored.context)
         size += needed
         if size > most:
-            raise TooLarge("The events of this request are larger together than the relay stores at once")
+            raise TooLarge("The events of this request are too large in total")
         extra.take(needed + EVENT_BYTES)
         acceptances.append(
             Acceptance(

@@ -196,7 +196,7 @@ class ReferenceConnection(Connection):
         elif not content.is_eof():
             self.feed_data(b"")
             if not content.is_eof():
-                content.set_exception(ConnectionResetError("the sender hung up"))
+                content.set_exception(ConnectionResetError("the sender disconnected"))
         return await self._serve(request, is_late=self._is_late)
 
 

@@ -25,6 +25,7 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # RFC 9110, 5.5, and no UTF-8
+_UNSENDABLE = "must not contain line breaks, or characters that UTF-8 cannot encode"
 _encode = msgspec.json.Encoder().encode
 BROWSER_HEADERS = (
     "authorization",
@@ -134,7 +135,7 @@ def render(reply: Reply) -> Response:
     response = Response(reply.status, body if isinstance(body, bytes) else encode(body))
     if type_ is not None:
         if not type_ or _CONTROL.search(type_):
-            raise ValueError("the content type must be a text without line ends that UTF-8 can express")
+            raise ValueError(f"the content type must not be empty and {_UNSENDABLE}")
         response.content_type = type_
     elif body == b"":
         response.content_type = ""
@@ -142,7 +143,7 @@ def render(reply: Reply) -> Response:
         if not _NAME.fullmatch(name) or name.lower() in _OURS:
             raise ValueError(f"a reply may not have a header {name!r}")
         if _CONTROL.search(value):
-            raise ValueError(f"the header {name} may have no line ends, and only what UTF-8 can say")
+            raise ValueError(f"the header {name} {_UNSENDABLE}")
         response.headers[name] = value
     return response
 

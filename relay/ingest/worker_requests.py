@@ -118,7 +118,7 @@ class WorkerRequests:
             self._log.warning(
                 f"{mount.name}: environment",
                 f"{mount.name}: worker {change.worker_id!r} registered with the environment"
-                f" {change.environment[:LONGEST_SHOWN]!r}, usual are {', '.join(ENVIRONMENTS)}",
+                f" {change.environment[:LONGEST_SHOWN]!r}; the usual values are {', '.join(ENVIRONMENTS)}",
                 source=mount.name,
                 worker_id=change.worker_id,
             )

@@ -199,7 +199,7 @@ def _check_marks(manager: pluggy.PluginManager, module: Any) -> None:
         if hook not in known:
             raise PluginError(f'has a hook "{hook}" that does not exist{guess(hook, known)}')
         if not options:
-            raise PluginError(f"defines {name}() without @hookimpl; put the mark above it")
+            raise PluginError(f"defines {name}() without @hookimpl; add the decorator")
         found = True
     if not found:
         raise PluginError(f"offers nothing; define one of {', '.join(known)} with @hookimpl")

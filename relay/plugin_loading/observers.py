@@ -139,4 +139,4 @@ class _Queue:
             hook(records)
         except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread silently
             self._errors.inc()
-            self._log.error("failed", f"plugin {self._observer.plugin} raised in a hook", error)
+            self._log.error("failed", f"plugin {self._observer.plugin} raised an exception in a hook", error)

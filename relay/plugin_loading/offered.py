@@ -146,7 +146,7 @@ class Offers:
         _check_job(job)
         name = f"{plugin.name}.{job.name}"  # so that log lines name the plugin
         if name in self.jobs:
-            raise PluginError(f'offers the job "{name}", which exists already; give it another name')
+            raise PluginError(f'offers the job "{name}", which already exists; give it another name')
         self.jobs[name] = msgspec.structs.replace(job, name=name)
         self.found.append(Offering("job", name, plugin))
 

@@ -74,7 +74,7 @@ class Watchdog:
             if self._starting or self._stopping:
                 self._notifier.extend(MORE)
         elif self._alive:
-            log.critical("stuck, no more keep-alives to the watchdog: %s", "; ".join(stuck))
+            log.critical("stuck, so the watchdog gets no more keep-alives: %s", "; ".join(stuck))
         self._alive = not stuck
         deadline = self._notifier.watchdog
         pace = EVERY if deadline is None else min(deadline / SHARE, EVERY)

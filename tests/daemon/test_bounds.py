@@ -330,5 +330,5 @@ def test_an_absurd_max_body_is_refused_at_its_line(tmp_path, table):
     text = '[sources.adorn]\nplugin = "adorn"\n' + ("[server]\n" if table == "server" else "")
     path = tmp_path / "config.toml"
     path.write_text(text + 'max_body = "257 MiB"\n')
-    with pytest.raises(ConfigError, match="bodies of at most 256 MiB can be held in memory"):
+    with pytest.raises(ConfigError, match="expected at most 256 MiB, because bodies are held in memory"):
         load(path)

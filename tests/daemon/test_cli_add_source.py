@@ -107,7 +107,7 @@ def test_a_kind_with_paths_of_its_own_gets_a_token(config, kind):
     assert load(config, {}, lenient=True).config.sources[kind].plugin == kind
     table = tomllib.loads(config.read_text())["sources"][kind]
     assert table == {"plugin": kind, "tokens": [{"env": f"{kind.upper()}_TOKEN"}]}
-    assert f"Let it use {EXAMPLE} as the base URL" in said.out
+    assert f"Set its base URL to {EXAMPLE}" in said.out
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_generic_source_loads_with_every_verification(config, verify):
         ([], 2, "name the kind of source: adorn, alertmanager"),
         (["twilio"], 2, "--public-url https://hooks.example"),
         (["github", "--name", "Git Hub"], 2, "a name is 1 to 64"),
-        (["github", "--verify", "hmac"], 2, "--verify is for generic"),
+        (["github", "--verify", "hmac"], 2, "--verify applies only to generic"),
         (["github", "--secret-env", "A", "--secret-file", "b"], 2, "give only one of"),
         (["generic", "--verify", "none", "--secret-env", "A"], 2, "no secret"),
         (["github", "--set", "x"], 2, "KEY=VALUE"),

@@ -68,7 +68,7 @@ async def test_the_command_backs_up_to_any_file(relay, config, tmp_path):
     assert said.out.startswith(f"{file}: 2 events, ")
     assert file.stat().st_mode & 0o777 == 0o600
     said = await offline_run(config, "db", "backup", file, code=1)
-    assert said.err == f"{file} exists already\n  name another file, or add --force\n"
+    assert said.err == f"{file} already exists\n  name another file, or add --force\n"
     assert (await offline_run(config, "db", "backup", file, "--force", "--json")).json["deliveries"] == 2
     await stopped(relay)
     await offline_run(config, "db", "backup", tmp_path / "again.db")

@@ -436,7 +436,7 @@ async def test_a_stop_waits_for_room_for_the_only_rescue_copy(tmp_path, disk):
         disk.fill()
         database.unlink()
         stopping = asyncio.create_task(daemon.stop())
-        await until(lambda: "the relay stops as soon as the copy succeeds: make room in" in daemon.said)
+        await until(lambda: "the relay stops as soon as the copy succeeds: free space in" in daemon.said)
         assert not stopping.done()
         disk.clear()
         assert await stopping == 0

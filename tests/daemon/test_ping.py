@@ -227,7 +227,7 @@ async def test_a_private_address_is_not_dialled_and_the_hint_names_the_key(tmp_p
         config = write_config(tmp_path, destination("crm", recorder.url).replace("allow_private = true", ""))
         async with running(config) as relay:
             said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert ["error", "not dialled: 127.0.0.1 is a loopback address"] in said.rows
+    assert ["error", "not connected: 127.0.0.1 is a loopback address"] in said.rows
     assert said.err == "if the address is right, set `allow_private = true` in [destinations.crm]\n"
     assert recorder.ids == []
 
@@ -331,7 +331,7 @@ async def test_a_ping_of_an_unknown_destination_gets_404(crm):
         ({"result": "tls"}, {}, "retried", "`ca_file`"),
         ({"result": "protocol"}, {}, "retried", "has the right scheme"),
         ({"result": "format"}, {}, "retried", "the format standard"),
-        ({"result": "blocked", "error": "not dialled: 0.0.0.0 is a unspecified addres"}, {"kind": "hold"},
+        ({"result": "blocked", "error": "not connected: 0.0.0.0 is a unspecified addres"}, {"kind": "hold"},
          "nothing was sent", "correct its `url`"),
     ],
 )  # fmt: skip

@@ -137,7 +137,7 @@ async def test_operator_events_reach_destinations_that_name_them(tmp_path):
 async def test_circular_on_dead_destinations_stop_the_start(tmp_path, stand_in):
     spare = destination("spare", "http://127.0.0.1:9/x", 'on_dead = "crm"')
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/x", stand_in), spare)
-    with pytest.raises(Exception, match="goes round in a circle: crm -> "):
+    with pytest.raises(Exception, match="forms a cycle: crm -> "):
         async with running(config):
             raise AssertionError("it started")
 

@@ -138,8 +138,8 @@ def test_a_url_that_becomes_a_secret_is_a_change():
     ("value", "problem"),
     [
         ("ftp://hunter2.example/hunter2", "expected a URL that starts with http:// or https://"),
-        ("https://hunter2:hunter2@a.example/", "no user name or password in a URL"),
-        ("https://a.example/ hunter2", "the URL holds spaces"),
+        ("https://hunter2:hunter2@a.example/", "a URL must not contain a user name or a password"),
+        ("https://a.example/ hunter2", "the URL contains spaces"),
         ("hunter2", "expected a URL"),
     ],
 )

@@ -45,7 +45,7 @@ def test_a_genuine_request_is_valid_with_its_event(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("github", {"table": 'secrets = ["another-secret"]\n'}, "no configured key fits"),
+        ("github", {"table": 'secrets = ["another-secret"]\n'}, "no configured key matches"),
         ("github", {"table": 'secrets = [" secret-of-github "]\n'}, "white space around it"),
         ("github", {"headers": [("X-Hub-Signature-256", None)]}, "header X-Hub-Signature-256 is missing"),
         ("github", {"body": lambda text: text + "\n"}, "without the line end"),
@@ -53,7 +53,7 @@ def test_a_genuine_request_is_valid_with_its_event(tmp_path, name):
         ("stripe", {"at": "2023-11-15T00:00:00Z"}, "too old"),
         ("slack", {"at": "2023-11-14T20:00:00Z"}, "too far in the future"),
         ("twilio", {"scheme": "http"}, "https://, unlike `public_url`"),
-        ("twilio", {"table": 'secrets = ["wrong"]\n'}, "no configured key fits"),
+        ("twilio", {"table": 'secrets = ["wrong"]\n'}, "no configured key matches"),
         ("gitlab", {"headers": [("X-Gitlab-Token", "guess")]}, "Unknown key"),
         ("standard-webhooks", {"headers": [("webhook-signature", "v1,AAAA")]}, "signature"),
     ],

@@ -337,7 +337,7 @@ async def test_an_odd_worker_id_in_percent_encoding_is_the_same_worker_in_every_
 async def test_an_id_that_no_path_can_contain_is_refused_at_registration(relay, id_):
     answer = await relay.exchange(register(id_))
     assert (answer.status, answer.json["code"]) == (400, "VALIDATION_ERROR")
-    assert answer.json["error"] == "workerId: no heartbeat can be sent for it"
+    assert answer.json["error"] == "workerId: clients and proxies remove this id from paths"
     assert relay.app.store.workers.all() == ()
 
 
@@ -692,8 +692,8 @@ async def test_an_unusual_environment_is_stored_and_logged(relay, caplog, enviro
     assert (await relay.exchange(raw)).status == 200
     assert (await worker(relay))["environment"] == (environment or "")
     line = (
-        "whatsapp: worker 'w1' registered with the environment 'TEST',"
-        " usual are DEVELOPMENT, STAGING, TESTING, PRODUCTION"
+        "whatsapp: worker 'w1' registered with the environment 'TEST';"
+        " the usual values are DEVELOPMENT, STAGING, TESTING, PRODUCTION"
     )
     assert [message for message in caplog.messages if "environment" in message] == [line] * told
 

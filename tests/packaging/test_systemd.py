@@ -304,7 +304,7 @@ async def test_starvation_is_logged_once(manager, caplog):
     for _ in range(3):
         watchdog._beat()
         watchdog.stop()
-    assert caplog.text.count("stuck, no more keep-alives to the watchdog: the loop limps") == 1
+    assert caplog.text.count("stuck, so the watchdog gets no more keep-alives: the loop limps") == 1
     assert manager.heard("WATCHDOG") == []
 
 

@@ -52,7 +52,7 @@ async def test_a_backup_is_private_and_leaves_no_temporary_file(store, clock, tm
 async def test_a_backup_replaces_a_file_only_with_replace(store, clock, tmp_path):
     target = tmp_path / "copy.db"
     target.write_text("precious")
-    with pytest.raises(StorageError, match="exists already") as caught:
+    with pytest.raises(StorageError, match="already exists") as caught:
         await store.upkeep.backup(target)
     assert "--force" in caught.value.hint
     assert target.read_text() == "precious"

@@ -285,7 +285,11 @@ def test_no_event_of_a_hostile_corpus_breaks_a_body():
         ('template = "{typ}"', "template", 'destinations.api.template: column 1: "typ"'),
         ("template = '''\nx\n{typ}\n'''", "template", "line 2, column 1 of the template"),
         ('[destinations.api.template]\na = 1\nb = "{typ}"', "b", "destinations.api.template.b: column 1"),
-        ('content_type = "text/plain"', "content_type", "belongs to `template`; a format has its own"),
+        (
+            'content_type = "text/plain"',
+            "content_type",
+            "needs `template`; a format has its own",
+        ),
         ("template = 7", "template", "destinations.api.template: expected text, a table or a list, got 7"),
     ],
 )

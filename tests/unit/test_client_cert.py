@@ -147,22 +147,22 @@ UNUSABLE = [
     ('cert = "absent.pem"', "absent.pem cannot be read: No such file or directory"),
     ('cert = "client.pem", key = "absent.pem"', "absent.pem cannot be read: No such file or directory"),
     ('cert = "."', " cannot be read: Is a directory"),
-    ('cert = "empty.pem", key = "key.pem"', "empty.pem holds no certificate in PEM form"),
-    ('cert = "torn.pem", key = "key.pem"', "torn.pem holds no certificate in PEM form"),
-    ('cert = "binary.der", key = "key.pem"', "binary.der holds no certificate in PEM form"),
-    ('cert = "key.pem"', "key.pem holds no certificate in PEM form"),
-    ('cert = "client.pem"', "client.pem holds no private key in PEM form"),
-    ('cert = "client.pem", key = "empty.pem"', "empty.pem holds no private key in PEM form"),
-    ('cert = "client.pem", key = "strange.pem"', "strange.pem is not that of the certificate in"),
-    ('cert = "client.pem", key = "rsa.pem"', "rsa.pem is not that of the certificate in"),
-    ('cert = "client.pem", key = "locked.pem"', "locked.pem is encrypted; give its `password`"),
+    ('cert = "empty.pem", key = "key.pem"', "empty.pem has no certificate in PEM form"),
+    ('cert = "torn.pem", key = "key.pem"', "torn.pem has no certificate in PEM form"),
+    ('cert = "binary.der", key = "key.pem"', "binary.der has no certificate in PEM form"),
+    ('cert = "key.pem"', "key.pem has no certificate in PEM form"),
+    ('cert = "client.pem"', "client.pem has no private key in PEM form"),
+    ('cert = "client.pem", key = "empty.pem"', "empty.pem has no private key in PEM form"),
+    ('cert = "client.pem", key = "strange.pem"', "strange.pem does not match the certificate in"),
+    ('cert = "client.pem", key = "rsa.pem"', "rsa.pem does not match the certificate in"),
+    ('cert = "client.pem", key = "locked.pem"', "locked.pem is encrypted; set `password`"),
     (
         'cert = "client.pem", key = "locked.pem", password = "hush"',
-        "locked.pem is encrypted; its `password` does not open it",
+        "locked.pem is encrypted; `password` does not decrypt it",
     ),
     (
         f'cert = "client.pem", key = "locked.pem", password = "{"hush" * 1000}"',
-        "locked.pem is encrypted; its `password` does not open it",
+        "locked.pem is encrypted; `password` does not decrypt it",
     ),
     ('key = "key.pem"', "missing; it has no default"),
     ('crt = "client.pem"', 'unknown key, did you mean "cert"?'),
@@ -188,5 +188,5 @@ def test_a_client_certificate_that_became_unusable_after_the_check_stops_the_sta
             DestinationConfig(name="crm", url=Url(""), client_cert=ClientCert(cert=files / "empty.pem"))
         )
 
-    with pytest.raises(RelayError, match=r"client_cert of crm: .*empty\.pem holds no certificate"):
+    with pytest.raises(RelayError, match=r"client_cert of crm: .*empty\.pem has no certificate"):
         asyncio.run(build())

@@ -38,19 +38,19 @@ type = "{nothing:x}"  # 29: sources.shop.type: column 1: unknown placeholder
 subject = "{path:nope}"  # 30: sources.shop.subject: column 1: {path:nope}: no path has this segment
 [destinations.crm]
 url = "crm.example.com"  # 32: destinations.crm.url: expected a URL
-format = "standart"  # 33: destinations.crm.format: no format is called "standart"
+format = "standart"  # 33: destinations.crm.format: unknown format "standart"
 events = ["!a"]  # 34: destinations.crm.events: "!a" excludes, but no pattern includes
 where = { "dta.x" = 1 }  # 35: destinations.crm.where: "dta.x": a path starts with
 timeout = 5  # 36: destinations.crm.timeout: expected a duration
 order_by = "nope"  # 37: destinations.crm.order_by: "nope": a path starts with
-on_dead = "cmr"  # 38: destinations.crm.on_dead: no destination is called "cmr", did you mean "crm"?
+on_dead = "cmr"  # 38: destinations.crm.on_dead: unknown destination "cmr", did you mean "crm"?
 [destinations.erp]
 url = "https://erp.example"
 secrets = ["short"]  # 41: destinations.erp.secrets[0]: a literal secret needs
-content_type = "text/plain"  # 42: destinations.erp.content_type: belongs to `template`
-signatures = [{ scheme = "githb" }]  # 43: destinations.erp.signatures[0]: no signature scheme is called
+content_type = "text/plain"  # 42: destinations.erp.content_type: needs `template`
+signatures = [{ scheme = "githb" }]  # 43: destinations.erp.signatures[0]: unknown signature scheme
 retry = { schedule = ["soon"] }  # 44: destinations.erp.retry.schedule[0]: expected a duration
-on_dead = "erp"  # 45: destinations.erp.on_dead: goes round in a circle
+on_dead = "erp"  # 45: destinations.erp.on_dead: forms a cycle
 concurrency = 0  # 46: destinations.erp.concurrency: must be at least 1
 ca_file = "absent.pem"  # 47: destinations.erp.ca_file: HERE/absent.pem cannot be read
 events = ["shpo.*"]
@@ -69,7 +69,7 @@ def test_every_problem_is_found_whatever_else_is_wrong(tmp_path):
     for problem, expected in zip(problems, EXPECTED, strict=True):
         assert problem.startswith(expected.replace("HERE", str(tmp_path)))
     assert last.startswith(f"{len(EXPECTED)} problems; correct and run")
-    assert f'warning: {place}48: destinations.erp.events[0]: no source is called "shpo", did you' in said.err
+    assert f'warning: {place}48: destinations.erp.events[0]: unknown source "shpo", did you' in said.err
     shown = run("check-config", tmp_path / "config.toml", "--json", code=1).json
     assert (len(shown["problems"]), len(shown["warnings"])) == (len(EXPECTED), said.err.count("warning: "))
 

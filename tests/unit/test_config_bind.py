@@ -128,7 +128,7 @@ def test_paths_are_relative_to_the_config_file(tmp_path):
         ("[[inners]]\n[[inners]]\ndepth = 'x'", '3: inners[1].depth: expected a whole number, got "x"'),
         ("short = 'abcd'", "1: short: must have at most 3"),
         ("short = '1'", "1: short: must match ^[a-z]*$"),
-        ("odd = ['x']", "1: odd: its type cannot be given in config.toml: set[str]"),
+        ("odd = ['x']", "1: odd: config.toml cannot express this type: set[str]"),
         (f"mode = '{'x' * 100}'", '1: mode: expected "full" or "normal", got "xxx'),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_secret_comes_from_a_systemd_credential(tmp_path):
         ({"file": "gone"}, ["the file gone does not exist", "write the secret into it"]),
         ({"file": "blank"}, ["the file blank is empty"]),
         ({"file": "."}, ["cannot be read: Is a directory"]),
-        ({"file": "a\0b"}, ["cannot be read: no valid path"]),
+        ({"file": "a\0b"}, ["cannot be read: not a valid path"]),
         ({"file": "binary"}, ["not UTF-8"]),
         ({"file": "huge"}, ["larger than 64 KiB"]),
         ({"credential": "crm"}, ["$CREDENTIALS_DIRECTORY is not set", "LoadCredential=crm:"]),

@@ -138,7 +138,7 @@ def test_a_damaged_page_is_found_and_hides_no_other_check(path, clock):
         file.write(b"\xff" * 600)
     found = failed(path, clock)
     assert "integrity" in found
-    assert "put a backup in its place" in found["integrity"][1]
+    assert "restore a backup" in found["integrity"][1]
     assert len(examine(described(path, clock), Stop())) == len(NAMES)
 
 

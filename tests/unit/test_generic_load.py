@@ -64,7 +64,7 @@ def test_a_source_is_open_to_web_pages_unless_it_checks_credentials(text, is_ope
 def test_a_key_in_the_query_is_a_warning():
     source = load_table('verify = { api_key = { query = "token" } }\nsecrets = ["s"]')
     assert source.warnings() == (
-        "the key stands in the URL, which proxies log; use a header if the sender can",
+        "the key is in the URL, which proxies log; use a header if the sender supports that",
     )
 
 

@@ -341,8 +341,8 @@ def test_a_destination_may_use_a_plugin_s_format(setup, plugins):
 @pytest.mark.parametrize(
     ("format_", "says"),
     [
-        ("audt", 'no format is called "audt", did you mean "audit"?'),
-        ("x", 'no format is called "x"; there are: standard, raw, cloudevents, slack, discord, teams'),
+        ("audt", 'unknown format "audt", did you mean "audit"?'),
+        ("x", 'unknown format "x"; known: standard, raw, cloudevents, slack, discord, teams'),
     ],
 )
 def test_an_unknown_format_is_reported_with_all_other_problems(told, plugins, format_, says):
@@ -434,7 +434,7 @@ def test_jobs_are_named_after_their_plugins(setup, plugins):
 def test_two_jobs_of_one_name_stop_the_start(plugins):
     (plugins / "a.py").write_text(JOBS.format(f"{JOB}, {JOB}"))
     _, (problem,) = discover([plugins])
-    assert problem.problem == 'offers the job "a.tidy", which exists already; give it another name'
+    assert problem.problem == 'offers the job "a.tidy", which already exists; give it another name'
 
 
 @pytest.mark.parametrize(
@@ -493,9 +493,9 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
         "config.toml:1: sources.shop: is in a hurry",
         (
             "config.toml:5: destinations.crm: unsigned: it has no `secrets`, "
-            "so its receiver cannot tell who sends"
+            "so its receiver cannot verify the sender"
         ),
-        'config.toml:7: destinations.crm.events[0]: no source is called "shpo", did you mean "shop"?',
+        'config.toml:7: destinations.crm.events[0]: unknown source "shpo", did you mean "shop"?',
     ]
 
 
@@ -510,7 +510,7 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
         ("[sources.shop]\nplugin = 'shop'", ["1: sources.shop.tokens: missing; it has no default"]),
         (
             "[sources.shop]\nplugin = 'shop'\ntokens = []",
-            ["3: sources.shop.tokens: an empty list lets nobody in"],
+            ["3: sources.shop.tokens: an empty list refuses every request"],
         ),
         (
             "[sources.shop]\nplugin = 'shop'\ntokens = ['hush']",
@@ -541,7 +541,7 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
             "[destinations.crm]\nurl = 'http://x'\nevents = ['!a']\nformat = 'standart'\nwhere = 5",
             [
                 '3: destinations.crm.events: "!a" excludes, but no pattern includes',
-                '4: destinations.crm.format: no format is called "standart", did you mean "standard"?',
+                '4: destinations.crm.format: unknown format "standart", did you mean "standard"?',
                 "5: destinations.crm.where: expected a table of conditions",
             ],
         ),

@@ -340,20 +340,20 @@ OWN = [
     (
         dead(reason="final_status", attempts=1, last_error="HTTP 400 Bad Request"),
         "🔴 Delivery to crm is dead",
-        "The receiver refused it for good: HTTP 400 Bad Request.",
+        "The receiver refused it permanently: HTTP 400 Bad Request.",
         (("Event type", "shop.order"), ("Event", "evt_9"), ("Delivery", "dlv_1")),
         "relay deliveries retry dlv_1",
     ),
     (
         event("relay.destination.circuit_opened", {"destination": "crm", "url": URL, "reason": "no"}),
-        "🔴 crm does not answer",
-        "Its deliveries wait. The relay probes until it answers again.",
+        "🔴 crm does not respond",
+        "Its deliveries wait. The relay sends probes until it responds again.",
         (("Last error", "no"), ("URL", URL)),
         "relay destinations show crm",
     ),
     (
         event("relay.destination.recovered", {"destination": "crm", "url": URL, "reason": "ok"}),
-        "🟢 crm answers again",
+        "🟢 crm responds again",
         "Its deliveries are sent again.",
         (("URL", URL),),
         "",
@@ -361,7 +361,7 @@ OWN = [
     (
         event("relay.destination.disabled", {"destination": "crm", "url": URL, "reason": "gone"}),
         "🔴 crm is disabled",
-        "It answered 410 Gone. Its deliveries are held until you enable it.",
+        "It responded with 410 Gone. Its deliveries are held until you enable it.",
         (("URL", URL),),
         "relay destinations enable crm",
     ),
@@ -373,9 +373,9 @@ OWN = [
         "relay destinations show crm",
     ),
     (
-        event("relay.ping", {"destination": "crm", "message": "An operator tests this."}),
+        event("relay.ping", {"destination": "crm", "message": "An operator is testing this."}),
         "🔵 Test of crm",
-        "An operator tests this.",
+        "An operator is testing this.",
         (),
         "",
     ),
@@ -532,12 +532,12 @@ def test_a_long_key_of_an_alert_stays_distinct():
         (
             'message = { title = "x" }',
             "message",
-            "belongs to a message format: slack, discord, teams, telegram",
+            "needs a message format: slack, discord, teams, telegram",
         ),
         (
             'template = "x"\nformat = "slack"\nmessage = { title = "x" }',
             "message",
-            "belongs to a message format",
+            "needs a message format",
         ),
         ('format = "slack"\nmessage = { titel = "x" }', "message", 'did you mean "title"?'),
         ('format = "slack"\nmessage = { title = "{dat.x}" }', "message", 'did you mean "data.x"?'),
@@ -559,7 +559,7 @@ def test_a_long_key_of_an_alert_stays_distinct():
             "message",
             "UNSET_KEY is not set",
         ),
-        ('format = "slak"', "format", 'no format is called "slak", did you mean "slack"?'),
+        ('format = "slak"', "format", 'unknown format "slak", did you mean "slack"?'),
     ],
 )
 def test_each_mistake_is_a_problem_with_its_line(tmp_path, config, line, problem):
@@ -580,7 +580,7 @@ def test_each_mistake_is_a_problem_with_its_line(tmp_path, config, line, problem
         (
             'format = "ntfy"\nmessage.topic = "t"',
             "https://ntfy.sh/mytopic",
-            "the topic belongs into `message`",
+            "set the topic in `message`",
         ),
         ('format = "ntfy"\nmessage.topic = "t"', "https://ntfy.sh", None),
         ('format = "telegram"\nmessage.chat_id = "1"', "https://t.example/bot1", "end with /sendMessage"),

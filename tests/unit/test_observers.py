@@ -123,7 +123,7 @@ async def test_a_hook_that_raises_is_counted_and_called_again(observers, caplog,
         await until(lambda count=count: each.failures() == count)
     [record] = caplog.records
     assert (record.levelno, record.exc_info[1]) == (logging.ERROR, error)
-    assert record.getMessage() == "plugin audit raised in a hook"
+    assert record.getMessage() == "plugin audit raised an exception in a hook"
 
 
 async def test_the_queue_of_a_hanging_hook_is_bounded_in_bytes(observers, caplog):

@@ -224,7 +224,7 @@ async def test_the_proxys_address_is_checked():
     async with receivers.forwards() as proxy:
         answer = await through(at(proxy), "https://receiver.example/")
         assert answer.result == "blocked"
-        assert answer.error.endswith("not dialled: 127.0.0.1 is a loopback address")
+        assert answer.error.endswith("not connected: 127.0.0.1 is a loopback address")
         assert proxy.connections == 0
 
 
@@ -262,7 +262,7 @@ ADDRESSES = [
 async def test_a_target_with_a_special_address_is_never_requested(scheme, host, reason):
     answer = await through(Secret("http://proxy.example:3128"), f"{scheme}://{host}:9/", resolver=Nowhere())
     assert answer.result == "blocked"
-    assert answer.error == f"through the proxy proxy.example:3128: not dialled: {reason}"
+    assert answer.error == f"through the proxy proxy.example:3128: not connected: {reason}"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1"])

@@ -147,7 +147,7 @@ async def test_a_name_and_a_literal_in_a_special_block_both_end_as_blocked(block
     by_name, by_literal = await dial(Names([address])), await dial(url=literal)
     assert by_name.result == by_literal.result == "blocked"
     assert by_name.error == by_literal.error
-    assert by_name.error.startswith(f"not dialled: {address}")
+    assert by_name.error.startswith(f"not connected: {address}")
 
 
 @pytest.mark.parametrize("address", [*wrapped("127.0.0.1"), "127.0.0.1", "::1"])

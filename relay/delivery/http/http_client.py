@@ -285,7 +285,8 @@ class HttpClient:
             return None
         line = f"HTTP {status} {response.reason}".rstrip()
         if result == "3xx":
-            line += f" to {response.headers.get('location', 'nowhere')}: redirects are never followed"
+            target = response.headers.get("location")
+            line += f"{'' if target is None else f' to {target}'}: redirects are never followed"
         return self._line(line + trouble)
 
 

@@ -88,13 +88,13 @@ def of_failure(error: Exception) -> tuple[AttemptResult, str]:  # noqa: C901, PL
         case ClientConnectorDNSError():
             return "dns", f"cannot resolve {error.host}: {_os(error.os_error)}"
         case ClientConnectorError(os_error=Blocked() as blocked) | (Blocked() as blocked):
-            return "blocked", f"not dialled: {blocked.reason}"
+            return "blocked", f"not connected: {blocked.reason}"
         case ClientConnectorError(os_error=ConnectionResetError() | ConnectionAbortedError()) if error.ssl:
             return "tls", f"{_peer(error)} closed the connection during the TLS handshake"
         case ClientConnectorError():
             return "connect", f"cannot connect to {_peer(error)}: {_os(error.os_error)}"
         case InvalidURL() | NonHttpUrlClientError():  # the text leaves the URL out: it may hold a password
-            return "blocked", f"not dialled: {getattr(error, 'description', None) or 'not an HTTP URL'}"
+            return "blocked", f"not connected: {getattr(error, 'description', None) or 'not an HTTP URL'}"
         case ServerDisconnectedError():
             return "protocol", "the receiver closed the connection without a response"
         case ClientHttpProxyError():

@@ -54,7 +54,7 @@ def back_up(source: Path, target: Path, stop: Stop, *, replace: bool = False, ke
                     raise
                 raise StorageError(
                     f"the backup stopped: in {target.parent}, {render_size(keep_free)} must stay free",
-                    hint="make room, or choose another disk",
+                    hint="free disk space, or choose another disk",
                 ) from error
         events, deliveries = _verify(part, stop, before)
         sync(part)
@@ -81,7 +81,7 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
         if not target.is_file() or target.samefile(source):
             raise StorageError(f"{target} cannot be a backup of {source}", hint="name another file")
         if not replace:
-            raise StorageError(f"{target} exists already", hint="name another file, or add --force")
+            raise StorageError(f"{target} already exists", hint="name another file, or add --force")
 
 
 class _Guard:

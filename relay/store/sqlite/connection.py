@@ -127,13 +127,13 @@ def check_companions(database: Path) -> None:
     for suffix in ("-wal", "-shm", "-journal"):
         path = Path(f"{os.path.realpath(database)}{suffix}")
         if path.exists() and not path.is_file():
-            raise StorageError(f"{path} is not a file", hint="move it away: SQLite needs a file of that name")
+            raise StorageError(f"{path} is not a file", hint="move it away: SQLite uses this name for a file")
 
 
 async def _check_owner(connection: aiosqlite.Connection, path: Path) -> None:
     if not await _scalar(connection, OURS_SQL):
         raise StorageError(
-            f"{path} is a database of another program: it has tables, but none of the relay",
+            f"{path} is a database of another program: it has tables, but not the relay's",
             hint="move it away, or name another file in [storage] url",
         )
 
@@ -229,7 +229,7 @@ async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -
         raise StorageUnavailableError(
             f"the copy before the migration needs {render_size(needed)},"
             f" {path.parent} has {render_size(free)} free",
-            hint="make room on the disk; the relay then continues by itself",
+            hint="free disk space; the relay then continues automatically",
         )
     part = copy.with_name(f"{copy.name}.part")
     part.unlink(missing_ok=True)  # left by an interrupted start

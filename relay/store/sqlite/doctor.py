@@ -58,7 +58,7 @@ DEAD_SQL = f"""
 """  # noqa: S608 - constants
 BODY_SQL = "SELECT public_id, sha256, size, body FROM events WHERE id >= ? ORDER BY id LIMIT 1"
 
-_RESTORE = "stop the relay, keep the file, and put a backup in its place: see docs/storage.md"
+_RESTORE = "stop the relay, keep the file, and restore a backup: see docs/storage.md"
 _REPORT = "please report this as a bug, with a copy of relay.db"
 
 
@@ -161,7 +161,9 @@ def disk(examined: Examined) -> Check:
     detail = f"{render_size(free)} free in {examined.path.parent}"
     if free < examined.min_free:
         floor = render_size(examined.min_free)
-        return _failed("disk", f"{detail}, min_free_disk is {floor}", "make room, or shorten [retention]")
+        return _failed(
+            "disk", f"{detail}, min_free_disk is {floor}", "free disk space, or shorten [retention]"
+        )
     return _passed("disk", detail)
 
 
@@ -178,7 +180,7 @@ def fsync(examined: Examined) -> Check:
                 taken.append(time.perf_counter() - began)
     except OSError as error:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room on the disk" if no_room else "run it as the user of the relay"
+        hint = "free disk space" if no_room else "run it as the user of the relay"
         return _failed("fsync", f"{probe}: {error.strerror}", hint)
     finally:
         with suppress(OSError):  # a file that could not be opened is reported above
@@ -307,7 +309,7 @@ def clock(examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for events in the future."""
     [(latest,)] = connection.execute("SELECT max(received_at) FROM events")
     if latest is not None and latest > examined.now + AHEAD:
-        detail = f"an event was received at {rfc3339(latest)}, and it is {rfc3339(examined.now)} now"
+        detail = f"the latest event was received at {rfc3339(latest)}, but it is now {rfc3339(examined.now)}"
         return _failed("clock", detail, "the machine's clock is wrong or was wrong: timedatectl")
     return _passed("clock", rfc3339(examined.now))
 

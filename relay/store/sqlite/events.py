@@ -96,7 +96,7 @@ class SqliteEvents:
         """See `Events.restore`."""
         if not self._database.writer.has_room(sum(len(event.body) for event in events)):
             raise StorageUnavailableError(
-                "less than min_free_disk would be free", hint="make room on the disk, and import again"
+                "less than min_free_disk would be free", hint="free disk space, and import again"
             )
         restoring = [Restored(event, deliver) for event in events]
 

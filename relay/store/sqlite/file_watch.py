@@ -146,7 +146,7 @@ class FileWatch:
         elif moved is None and self._moved:
             self._moved = self._given_up = False
             self._writer.resume()
-            log.warning("%s is back in its place: senders are accepted again", self._path)
+            log.warning("%s is in its place again: senders are accepted", self._path)
             self._drop_copies()
         elif self._writer.failure is None:
             self._start_unless_running("head", self._check_head)
@@ -200,7 +200,7 @@ class FileWatch:
         if not self._stopping:
             return "; keep the relay running: it tries again until the copy succeeds"
         return (
-            f"; the relay stops as soon as the copy succeeds: make room in {self._path.parent}"
+            f"; the relay stops as soon as the copy succeeds: free space in {self._path.parent}"
             f" (kill -9 {os.getpid()} stops it at once, and all events are lost)"
         )
 

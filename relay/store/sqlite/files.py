@@ -67,7 +67,7 @@ class Files:
         except OSError:
             return None  # SQLite reports a failing disk
         if head[:16] != _DATABASE:
-            return f"{self.path} was overwritten or cut off while it was in use"
+            return f"{self.path} was overwritten or truncated while it was in use"
         changes = int.from_bytes(head[24:28], "big")
         if changes < self._changes:
             return f"{self.path} was overwritten by an older database while it was in use"
@@ -89,7 +89,7 @@ class Files:
         needed = int.from_bytes(head[28:32], "big") * (_LARGEST_PAGE if page == 1 else page)
         if len(head) == _HEAD and size >= needed:
             return None
-        return f"{self.path} was cut off while it was in use"
+        return f"{self.path} was truncated while it was in use"
 
     def _log_cut_off(self) -> str | None:
         """Return an error if the log lacks a valid head, because the next start would drop it; else None."""
@@ -100,7 +100,7 @@ class Files:
         except OSError:
             return None  # it does not exist: `moved` reports that
         if head and int.from_bytes(head, "big") not in MAGIC:
-            return f"{log} was overwritten or cut off while it was in use"
+            return f"{log} was overwritten or truncated while it was in use"
         return None
 
 

@@ -258,9 +258,9 @@ def _code(error: sqlite3.Error) -> int:
 
 def _hint(error: sqlite3.Error) -> str:
     hints = {
-        sqlite3.SQLITE_FULL: "make room on the disk; the relay then continues by itself",
+        sqlite3.SQLITE_FULL: "free disk space; the relay then continues automatically",
         sqlite3.SQLITE_BUSY: "find the program that keeps the file open: fuser -v relay.db",
         sqlite3.SQLITE_CANTOPEN: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
         sqlite3.SQLITE_READONLY: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
     }
-    return hints.get(_code(error), "check the disk; the relay continues by itself once it works")
+    return hints.get(_code(error), "check the disk; the relay continues automatically once the disk works")
