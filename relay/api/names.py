@@ -1,6 +1,5 @@
 """Names and ids that begin with a text, for the completion of the command line."""
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import NamesQuery
 from relay.api.views import about
 from relay.base.clock import rfc3339
+from relay.base.ids import dashed
 from relay.errors import RelayError
 
 MOST = 100
@@ -23,7 +23,6 @@ RECENT = 200
 
 _PREFIXES = {"event": "evt_", "delivery": "dlv_"}
 _LISTS = {"event": "events", "delivery": "deliveries"}
-_GROUPS = re.compile(r"(.{8})(.{0,4})(.{0,4})(.{0,4})(.*)", re.DOTALL)  # of a UUID without its dashes
 
 
 class NameView(msgspec.Struct):
@@ -74,15 +73,14 @@ class NamesApi:
         is_whole = prefix.startswith(typed) or typed.startswith(prefix)
         short = "" if prefix.startswith(typed) else short
         is_plain = "-" not in short and len(short) > len("01234567")
-        dashed = "-".join(filter(None, _GROUPS.fullmatch(short).groups())) if is_plain else short  # type: ignore[union-attr] # it is long enough
         rows = await queries.find(_LISTS[kind], limit=RECENT)
-        found = [row for row in rows if row["id"].startswith(prefix + dashed)]
+        found = [row for row in rows if row["id"].startswith(prefix + dashed(short))]
         if not found and short:
             with suppress(RelayError):  # no id, or several old ones
                 if kind == "event":
-                    [row_id] = [each.event_id for each in await queries.name_events([dashed])]
+                    [row_id] = [each.event_id for each in await queries.name_events([short])]
                 else:
-                    [row_id] = [each.id for each in await queries.name_deliveries([dashed])]
+                    [row_id] = [each.id for each in await queries.name_deliveries([short])]
                 found = await queries.find(_LISTS[kind], limit=1, id=row_id)
         return [
             (_shown(row["id"], prefix, is_whole=is_whole, is_plain=is_plain), _about(row)) for row in found

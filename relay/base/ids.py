@@ -11,6 +11,7 @@ EVENT, DELIVERY, COMMAND, REPLAY, REQUEST = "evt_", "dlv_", "cmd_", "rpl_", "req
 """The prefixes of ids."""
 
 _GIVEN = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_DIGITS = 32
 _RANDOM = 10  # bytes of each id: 74 bits are used
 _BATCH = 512
 _VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}  # its upper bits are 10
@@ -31,6 +32,17 @@ def new_id(prefix: str, micros: int) -> str:
         _pool.extend(drawn[at : at + 2 * _RANDOM] for at in range(0, len(drawn), 2 * _RANDOM))
     time, tail = f"{micros // 1000:012x}", _pool.pop()
     return f"{prefix}{time[:8]}-{time[8:]}-7{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
+
+
+def dashed(digits: str) -> str:
+    """Return the start of a UUID with its dashes, which may all be missing.
+
+    >>> dashed("0190aaaabbbb7c"), dashed("0190aaaa-bbbb"), dashed("0190")
+    ('0190aaaa-bbbb-7c', '0190aaaa-bbbb', '0190')
+    """
+    if "-" in digits or len(digits) > _DIGITS:
+        return digits
+    return "-".join(filter(None, (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])))
 
 
 def given_id(header: str | None) -> str | None:

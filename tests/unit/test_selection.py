@@ -182,11 +182,33 @@ async def test_ids_may_lack_their_prefix_and_be_shortened_while_unique(store, cl
     second = await send(store, clock)
     both = second[4:9]
     assert first[4:9] == both
-    for given in (first, first[4:], first.upper().replace("EVT", "evt"), first[:-5], first[4:-5]):
+    bare = first[4:].replace("-", "")
+    for given in (
+        first,
+        first[4:],
+        first.upper().replace("EVT", "evt"),
+        first[:-5],
+        first[4:-5],
+        bare,
+        bare[:-5],
+    ):
         assert [one.event_id for one in await store.queries.name_events([given])] == [1]
     assert [one.event_id for one in await store.queries.name_events([second, first, second[4:]])] == [1, 2]
     with pytest.raises(RelayError, match=f'ambiguous event id "{both}"; matches: {first}, {second}'):
         await store.queries.name_events([both])
+
+
+async def test_an_ambiguous_id_lists_its_first_five_candidates(store, clock):
+    hooks(store).route = lambda _: (Target("crm"), Target("erp"))
+    ids = sorted([await send(store, clock) for _ in range(6)])
+    with pytest.raises(RelayError) as raised:
+        await store.queries.name_events(["0"])
+    assert raised.value.message == f'ambiguous event id "0"; matches: {", ".join(ids[:5])}, …'
+    rows = await store.queries.find("deliveries", event_id=1)
+    candidates = ", ".join(sorted(f"{row['id']} ({row['destination']})" for row in rows))
+    with pytest.raises(RelayError) as raised:  # both were made in the same millisecond
+        await store.queries.name_deliveries([rows[0]["id"][4:17].replace("-", "")])
+    assert raised.value.message.endswith(f"; matches: {candidates}")
 
 
 async def test_deliveries_are_found_by_shortened_ids(store, clock):

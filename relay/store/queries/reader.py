@@ -42,6 +42,10 @@ If the conditions need no event, type, size and time are empty.
 """
 
 
+MOST_NAMED = 6
+"""Rows that `Reader.named` returns at most, so that an ambiguous id can be reported with its candidates."""
+
+
 class Reader(Protocol):
     """Reads of one engine; each statement reads few rows and ends soon."""
 
@@ -154,7 +158,7 @@ class Reader(Protocol):
         ...
 
     async def named(self, kind: Literal["events", "deliveries"], short: str) -> list[tuple[Any, ...]]:
-        """Return up to two rows whose public id, without its prefix, begins with `short`.
+        """Return up to `MOST_NAMED` rows whose public id, without its prefix, begins with `short`, by id.
 
         Rows of events are public id, row id, size, time of receipt. Rows of deliveries are public id, row id,
         state, event, size, time of receipt, destination.

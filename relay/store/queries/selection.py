@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from relay.base.ids import dashed
 from relay.config.problems import shown
 from relay.errors import RelayError, UnknownError
 from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
@@ -20,7 +21,7 @@ from relay.store import HOUR, Span
 from relay.store.queries.filters import Filter, Match
 from relay.store.queries.page import TOP
 from relay.store.queries.plan import cheapest, plans_of_events, types_matching
-from relay.store.queries.reader import Reader
+from relay.store.queries.reader import MOST_NAMED, Reader
 
 PAGE = 1000
 """Candidates that one page looks at."""
@@ -132,16 +133,23 @@ async def _by_id(
             if (other := _NOUNS.get(short[:4])) is not None:
                 hint = f"it is the id of {other[0]}: `relay {other[1]} show {short}`"
             raise RelayError(f"{shown(given)} is not a valid {noun} id", hint=hint)
-        rows = await reader.named(kind, short)
+        rows = await reader.named(kind, dashed(short))
         if not rows:
             raise UnknownError(f"unknown {noun} {shown(given)}", hint=f"`relay {kind} list` lists {kind}")
         if len(rows) > 1:
-            matches = ", ".join(public_id for public_id, *_ in rows)
+            matches = [_candidate(kind, row) for row in rows[: MOST_NAMED - 1]]
+            more = [] if len(rows) < MOST_NAMED else ["…"]
             raise RelayError(
-                f"ambiguous {noun} id {shown(given)}; matches: {matches}, …", hint="add more characters"
+                f"ambiguous {noun} id {shown(given)}; matches: {', '.join([*matches, *more])}",
+                hint="add more characters",
             )
         found.append(tuple(rows[0])[1:])
     return found
+
+
+def _candidate(kind: Literal["events", "deliveries"], row: Sequence[Any]) -> str:
+    """Return an id, and of a delivery its destination."""
+    return str(row[0]) if kind == "events" else f"{row[0]} ({row[-1]})"
 
 
 async def stats(

@@ -8,7 +8,7 @@ import msgspec
 from relay.model import OPERATOR_SOURCE, DeliveryState, DestinationState, Stat, StoredEvent
 from relay.store import Span
 from relay.store.export import DELIVERY_FIELDS, DeliveryLine, lines_of
-from relay.store.queries.reader import Conditions, Path, Row
+from relay.store.queries.reader import MOST_NAMED, Conditions, Path, Row
 from relay.store.sqlite import event_times
 from relay.store.sqlite.database import Database
 from relay.store.sqlite.rows import STATE_COLUMNS, STATS_COLUMNS, load_events, marks
@@ -126,12 +126,15 @@ STATS_SQL = f"""
      ORDER BY hour DESC, source DESC, type DESC LIMIT :page
 """  # noqa: S608 - constants
 NAMED_SQL = {
-    "events": "SELECT public_id, id, size, received_at FROM events WHERE public_id BETWEEN ? AND ? LIMIT 2",
-    "deliveries": """
+    "events": f"""
+        SELECT public_id, id, size, received_at FROM events
+         WHERE public_id BETWEEN ? AND ? ORDER BY public_id LIMIT {MOST_NAMED}
+    """,  # noqa: S608 - constants
+    "deliveries": f"""
         SELECT d.public_id, d.id, d.state, d.event_id, e.size, e.received_at, d.destination
           FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
-         WHERE d.public_id BETWEEN ? AND ? LIMIT 2
-    """,
+         WHERE d.public_id BETWEEN ? AND ? ORDER BY d.public_id LIMIT {MOST_NAMED}
+    """,  # noqa: S608 - constants
 }
 EXPORTED_SQL = f"SELECT {DELIVERY_FIELDS} FROM deliveries WHERE event_id IN ({{marks}}) ORDER BY event_id, id"  # noqa: S608 - constants
 STATES_SQL = f"SELECT {STATE_COLUMNS} FROM destinations"  # noqa: S608 - a constant
