@@ -40,11 +40,15 @@ def _state_text(destination: Mapping[str, Any]) -> str:
     return held_text(destination["held"]) + (f" until {ends}" if until else "")
 
 
+STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
+"""The column that says whether deliveries are sent, and if not, why."""
+
 _SHAPE = (
-    screen.text("name", least=24, long="middle"),
-    screen.Column("held", "state", screen.each(str), of=_state_text), screen.number("pending"),
+    screen.text("name", least=24, long="middle"), STATE, screen.number("pending"),
     screen.number("in_flight", "in flight", rank=1), screen.number("delivered"), screen.number("dead"),
-    screen.number("expired", rank=2), screen.number("cancelled", rank=3),
+    screen.number("expired", rank=4), screen.number("cancelled", rank=5),
+    screen.Column("last_success", "last success", screen.each(screen.ago), right=True, rank=2),
+    screen.text("url_host", "host", least=12, rank=3, long="middle"),
 )  # fmt: skip
 
 _DELIVERIES = ("oldest", "latest")

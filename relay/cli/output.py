@@ -59,10 +59,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, singular or plural.
 
-    >>> count(1, "source"), count(1204, "event"), count(2, "delivery")
-    ('1 source', '1 204 events', '2 deliveries')
+    >>> count(1, "source"), count(1204, "event"), count(2, "delivery"), count(2, "day")
+    ('1 source', '1 204 events', '2 deliveries', '2 days')
     """
-    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    many = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
     return f"{number:,} {noun if number == 1 else many}".replace(",", " ")
 
 

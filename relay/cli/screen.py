@@ -46,7 +46,7 @@ _STATES: Mapping[str, Colour] = {
 }  # fmt: skip
 
 
-_HOLDS: Mapping[str, Colour | None] = {"": None, "delivering": "green"}
+_HOLDS: Mapping[str, Colour | None] = {"": None, "delivering": "green", "accepting": "green"}
 
 
 def _held_colour(cell: str) -> Colour | None:
@@ -227,6 +227,11 @@ def distance(moment: str) -> str:
     """Return how long ago a time was, or how far ahead it is."""
     seconds = now() - datetime.fromisoformat(moment).timestamp()
     return f"{rough(seconds)} ago" if seconds >= 0 else f"in {rough(-seconds)}"
+
+
+def ago(moment: str | None) -> str:
+    """Return how long ago a time was, `""` for None."""
+    return "" if moment is None else distance(moment)
 
 
 def due(moment: str | None) -> str:

@@ -15,9 +15,19 @@ from relay.cli.screen import Field
 from relay.config.problems import dotted
 
 COLUMNS = ("name", "plugin", "prefix", "paused")
+
+
+def _state_text(source: Mapping[str, Any]) -> str:
+    return "paused" if source["paused"] else "silent" if source["silent"] else "accepting"
+
+
+STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
+"""The column that says whether events are accepted, and whether they come as often as usual."""
+
 _SHAPE = (
-    screen.text("name", least=16, long="middle"), screen.text("plugin", least=10),
-    screen.text("prefix", "path", least=12, long="middle"), screen.word("paused"),
+    screen.text("name", least=16, long="middle"), STATE, screen.text("plugin", "kind", least=10),
+    screen.text("prefix", "path", least=12, long="middle"),
+    screen.Column("last_event", "last event", screen.each(screen.ago), right=True, rank=1),
 )  # fmt: skip
 _TOKEN = ("name", "uses", "last_used")
 _TOKEN_SHAPE = (
@@ -62,7 +72,7 @@ def show(answer: Any, *, name: str) -> None:
         Field("Source", answer["name"]),
         Field("Kind", answer["plugin"]),
         Field("Path", answer["prefix"]),
-        Field("State", *(("paused", "yellow") if answer["paused"] else ("accepting events", "green"))),
+        Field("State", _state_text(answer), screen.colour_of("held", _state_text(answer))),
         Field(
             "Latest event", f"{screen.full_time(latest['received_at'])}, {latest['type']}" if latest else ""
         ),

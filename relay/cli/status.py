@@ -5,16 +5,30 @@ from typing import Any
 
 import click
 
-from relay.base.text import paint, wants_colour
+from relay.base.text import Colour, paint, wants_colour
 from relay.base.units import render_duration
+from relay.cli import screen
 from relay.cli.api_client import Daemon
+from relay.cli.destinations import STATE as DESTINATION_STATE
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED
 from relay.cli.options import json_option
-from relay.cli.output import count, print_json, print_line, print_table
-from relay.cli.screen import cell
+from relay.cli.output import count, print_items, print_json, print_line
+from relay.cli.screen import Field
+from relay.cli.sources import STATE as SOURCE_STATE
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
+_SOURCES = (
+    screen.text("name", "source", least=24, long="middle"), SOURCE_STATE,
+    screen.Column("last_event", "last event", screen.each(screen.ago), right=True),
+)  # fmt: skip
+_DESTINATIONS = (
+    screen.text("name", "destination", least=24, long="middle"), DESTINATION_STATE,
+    screen.number("pending"), screen.number("dead"),
+    screen.Column("last_success", "last success", screen.each(screen.ago), right=True, rank=1),
+    screen.number("in_flight", "in flight", rank=2), screen.number("delivered", rank=3),
+    screen.text("url_host", "host", least=12, rank=4, long="middle"),
+)  # fmt: skip
 
 
 @click.command()
@@ -54,15 +68,75 @@ def _gathered(daemon: Daemon) -> dict[str, Any]:
 
 
 def _print(answer: dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        for line in _lines(answer):
+            print_line(line)
+        return
+    print_line(_head(answer, ", "))
+    paused = [source["name"] for source in answer["sources"] if source["paused"]]
+    click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
+    click.echo(f"workers: {screen.cell(answer['workers']) or '0'}")
+    click.echo(f"backlog: {count(_backlog(answer), 'delivery')}")
+    print_items(_DESTINATION, answer["destinations"], ())
+
+
+def _head(answer: dict[str, Any], separator: str) -> str:
     ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
     if wants_colour(sys.stdout):
         ready = paint(ready, "green" if answer["ready"] else "red")
-    print_line(f"hookferry {answer['version']}, up {render_duration(answer['uptime_seconds'])}, {ready}")
-    paused = [source["name"] for source in answer["sources"] if source["paused"]]
-    click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
-    click.echo(f"workers: {cell(answer['workers']) or '0'}")
-    backlog = sum(each["pending"] for each in answer["destinations"])
-    click.echo(f"backlog: {count(backlog, 'delivery')}")
-    rows = [[cell(each[name]) for name in _DESTINATION] for each in answer["destinations"]]
-    if rows:
-        print_table([name.replace("_", " ") for name in _DESTINATION], rows)
+    up = f"up {render_duration(answer['uptime_seconds'])}"
+    return separator.join([f"hookferry {answer['version']}", up, ready])
+
+
+def _backlog(answer: dict[str, Any]) -> int:
+    return sum(each["pending"] for each in answer["destinations"])
+
+
+def _lines(answer: dict[str, Any]) -> list[str]:
+    """Return the lines for a terminal: problems with their next commands, figures, sources, destinations."""
+    colour, width = wants_colour(sys.stdout), screen.terminal_width()
+    states = answer["workers"]
+    dead = sum(each["dead"] for each in answer["destinations"])
+    backlog = f"{count(_backlog(answer), 'delivery')}" + (
+        f"; {screen.number_text(dead)} dead" if dead else ""
+    )
+    fields = [
+        Field("Backlog", backlog, "red" if dead else None),
+        Field("Disk", *_disk(answer["disk"])),
+        Field("Backup", *_backup(answer["backups"])),
+        Field("Workers", screen.cell(states), "red" if "OFFLINE" in states else None),
+    ]
+    lines = [_head(answer, "  ")]
+    for problem in answer["problems"]:
+        first, *rest = screen.wrap(screen.one_line(problem["what"]), width - 2)
+        lines += ["", paint(f"! {first}", "red") if colour else f"! {first}"]
+        lines += [f"  {line}" for line in [*rest, *screen.wrap(problem["next"], width - 2)]]
+    lines += ["", *screen.field_lines(fields, width=width, colour=colour)]
+    for shape, items in ((_SOURCES, answer["sources"]), (_DESTINATIONS, answer["destinations"])):
+        if items:
+            lines += ["", *screen.table(shape, items, width=width, colour=colour)]
+    return lines
+
+
+def _disk(disk: dict[str, Any] | None) -> tuple[str, Colour | None]:
+    """Return the free space and the days until the disk is full."""
+    if disk is None:
+        return "", None
+    free = f"{screen.size_text(disk['free'])} free in {disk['folder']}"
+    if disk["full"]:
+        return f"{free}: full, senders get 503", "red"
+    days = disk["days_left"]
+    return free + ("" if days is None else f", full in {count(round(days), 'day')}"), None
+
+
+def _backup(backups: dict[str, Any] | None) -> tuple[str, Colour | None]:
+    """Return the age of the latest backup, and whether backups fail."""
+    if backups is None:
+        return "off ([backup] every is not set)", None
+    latest = "none yet"
+    if backups["last_success"] is not None:
+        latest = f"{screen.ago(backups['last_success'])}, {screen.size_text(backups['bytes'] or 0)}"
+    text = f"{latest}; {backups['kept']} kept, one every {backups['interval']}"
+    if backups["error"] is not None:
+        return f"{text}; the last attempt failed: {backups['error']}", "red"
+    return (f"{text}; overdue", "red") if backups["overdue"] else (text, None)

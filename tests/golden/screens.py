@@ -94,6 +94,9 @@ def destination(name, held=None, *, pending=0, in_flight=0, dead=0, delivered=90
     """Return a destination of a list."""
     return {
         "name": name, "held": held, **PAUSE, "in_flight": in_flight,
+        "url_host": "hooks.example.com" if held != "not_in_config" else None,
+        "last_success": at(-7860 if held else -3) if delivered else None,
+        "certificate_expires": at(86_400 * 41) if "crm" in name else None,
         "created": delivered + dead + pending, "delivered": delivered, "dead": dead, "expired": 0,
         "cancelled": 2, "pending": pending, **more,
     }  # fmt: skip
@@ -101,7 +104,10 @@ def destination(name, held=None, *, pending=0, in_flight=0, dead=0, delivered=90
 
 def source(name, plugin, prefix, *, paused=False, **more):
     """Return a source of a list."""
-    return {"name": name, "plugin": plugin, "prefix": prefix, "paused": paused, **more}
+    return {
+        "name": name, "plugin": plugin, "prefix": prefix, "paused": paused, "last_event": at(-3),
+        "silent": False, **more,
+    }  # fmt: skip
 
 
 def worker(number, status="ONLINE", **more):
@@ -135,6 +141,39 @@ PAYLOAD = (
 )
 
 ANSWERS = {
+    "status": {
+        "version": "1.4.0",
+        "ready": True,
+        "reasons": [],
+        "uptime_seconds": 273_845,
+        "sources": ["adorn", "github-enterprise-production", "whatsapp"],
+        "destinations": ["crm-production-eu-west-1", "crm-production-eu-west-2", LONG, "slack", "billing"],
+        "backups": {
+            "last_success": at(-10_800),
+            "bytes": 1_300_000_000,
+            "kept": 7,
+            "interval": "24h",
+            "overdue": False,
+            "error": None,
+        },
+        "disk": {
+            "folder": "/var/lib/relay",
+            "free": 195_000_000_000,
+            "min_free": 1_000_000_000,
+            "full": False,
+            "days_left": 41.2,
+        },
+        "problems": [
+            {
+                "what": "crm-production-eu-west-2 has failed for 2h11m (circuit open), 1 204 deliveries wait",
+                "next": "relay destinations test crm-production-eu-west-2 --close-circuit",
+            },
+            {
+                "what": "github-enterprise-production is silent: its latest event came 1d1h ago",
+                "next": "relay sources show github-enterprise-production",
+            },
+        ],
+    },
     "events": page(*map(event, range(8))),
     "events/01a2": {
         **event(1),
@@ -165,7 +204,9 @@ ANSWERS = {
     },
     "sources": page(
         source("adorn", "adorn", ""),
-        source("github-enterprise-production", "github", "/hooks/github"),
+        source(
+            "github-enterprise-production", "github", "/hooks/github", last_event=at(-90_000), silent=True
+        ),
         source("whatsapp", "whatsapp", "", paused=True),
     ),
     "sources/adorn": {
@@ -265,6 +306,7 @@ ANSWERS = {
 """Answers to GET, by path below `/api/`. The id in a path is any id: the answer is always the same."""
 
 SCREENS = {
+    "status": "status",
     "events-list": "events list",
     "events-show": "events show 01a2",
     "deliveries-list": "deliveries list",
