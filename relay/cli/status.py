@@ -14,7 +14,7 @@ from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED
 from relay.cli.options import json_option
 from relay.cli.output import count, print_items, print_json, print_line
-from relay.cli.screen import Field
+from relay.cli.screen import Field, utc_option
 from relay.cli.sources import STATE as SOURCE_STATE
 
 _DESTINATION = ("name", "held", "pending", "in_flight", "delivered", "dead")
@@ -32,6 +32,7 @@ _DESTINATIONS = (
 
 
 @click.command()
+@utc_option
 @json_option
 @daemon_options
 @click.pass_context
@@ -40,6 +41,7 @@ def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
 
     Example: relay status
 
+    On a terminal, each problem comes first, with the next command.
     While the daemon is not ready, the output has the reasons and the exit code is 1.
     """
     answer = _gathered(daemon)
@@ -84,7 +86,8 @@ def _head(answer: dict[str, Any], separator: str) -> str:
     ready = "ready" if answer["ready"] else f"not ready: {', '.join(answer['reasons'])}"
     if wants_colour(sys.stdout):
         ready = paint(ready, "green" if answer["ready"] else "red")
-    up = f"up {render_duration(answer['uptime_seconds'])}"
+    seconds = answer["uptime_seconds"]
+    up = f"up {screen.rough(seconds) if sys.stdout.isatty() else render_duration(seconds)}"
     return separator.join([f"hookferry {answer['version']}", up, ready])
 
 
