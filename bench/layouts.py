@@ -29,19 +29,13 @@ from relay.base.ids import EVENT, new_id
 from relay.config.schema import WorkerRules
 from relay.model import Attempt, Delivery, Outcome, StoredEvent, Target
 from relay.store import Acceptance
-from relay.store.batch import Batch, Sequences
-from relay.store.claims import Claims, claim
+from relay.store.batch import LEDGER, Batch, Sequences, count_transitions
+from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys, identity
 from relay.store.opening import no_options
 from relay.store.queries import PagedQueries
 from relay.store.roster import Roster
-from relay.store.sqlite import commit, event_times, prune
-from relay.store.sqlite import queries as stored_lists
-from relay.store.sqlite.connection import migrate, open_reader, open_writer
-from relay.store.sqlite.database import Database
-from relay.store.sqlite.mark import GIVEN_SQL
-from relay.store.sqlite.queries import IndexPath, SqliteReader
-from relay.store.sqlite.rows import (
+from relay.store.rows import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
     STATS_COLUMNS,
@@ -49,6 +43,13 @@ from relay.store.sqlite.rows import (
     delivery_of,
     event_row,
 )
+from relay.store.sqlite import commit, event_times, prune
+from relay.store.sqlite import queries as stored_lists
+from relay.store.sqlite.connection import migrate, open_reader, open_writer
+from relay.store.sqlite.database import Database
+from relay.store.sqlite.deliveries import claim
+from relay.store.sqlite.mark import GIVEN_SQL
+from relay.store.sqlite.queries import IndexPath, SqliteReader
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.transaction import Transaction, WriterConnection
 from relay.store.sqlite.transitions import apply_cancellations
@@ -345,10 +346,10 @@ class QueueTable(OneTable):
         if batch.deliveries:
             _write_deliveries(batch, transaction)
         if batch.keys is not None:
-            batch.keys.write(transaction)
-        batch.ledger = commit.count_transitions(batch)
+            commit.write_keys(transaction, batch.keys)
+        batch.ledger = count_transitions(batch)
         if ledger := [(name, *counts.values()) for name, counts in batch.ledger.items()]:
-            columns = f"destination, {', '.join(commit.LEDGER)}"
+            columns = f"destination, {', '.join(LEDGER)}"
             transaction.insert("ledger", columns, ledger, then=commit.ADD_TO_LEDGER)
 
     async def claim(self) -> Sequence[Delivery]:
@@ -465,7 +466,7 @@ async def begin(layout: OneTable, transaction: Transaction, keys: Sequence[Key],
     """Return an empty batch that routes each event to `fan_out` destinations."""
     known = Keys()
     if keys:
-        await known.look_up(transaction, keys, CLOCK.steady())
+        await commit.look_up(transaction, known, keys, CLOCK.steady())
     targets = tuple(Target(f"new-{number}") for number in range(fan_out))
     return Batch(
         clock=CLOCK,

@@ -27,8 +27,11 @@ from relay.model import (
 from relay.store import DEDUPE_FOR, HOUR, Acceptance, Resolve, Route
 from relay.store.dedupe import Key, Keys
 from relay.store.roster import Roster
-from relay.store.worker_changes import SqliteWorkerChanges
+from relay.store.worker_changes import StoredWorkerChanges
 from relay.workers.rules import Now
+
+LEDGER = ("created", "delivered", "dead", "expired", "cancelled")
+"""Columns of the ledger."""
 
 Ending = tuple[DeliveryState, str]
 """The state in which a delivery ends, and the reason."""
@@ -37,9 +40,10 @@ Ending = tuple[DeliveryState, str]
 class Sequences:
     """Counters of row ids in memory, so that an id is known before its row is inserted."""
 
-    def __init__(self, event: int, delivery: int) -> None:
+    def __init__(self, event: int, delivery: int, step: int = 1) -> None:
         self.event = event
         self.delivery = delivery
+        self.step = step  # between two ids
 
 
 class Repeat(msgspec.Struct):
@@ -94,7 +98,7 @@ class Batch:
         self.deliveries: list[Delivery] = []
         self._roster = roster
         self._rules = rules
-        self.worker_changes: SqliteWorkerChanges | None = None
+        self.worker_changes: StoredWorkerChanges | None = None
         self.groupings: dict[int, Grouping] = {}  # of new deliveries that wait for others
         self.outcomes: list[Outcome] = []
         self.with_groups = False  # whether an outcome belongs to a message for several deliveries
@@ -120,11 +124,11 @@ class Batch:
         self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
 
     @property
-    def workers(self) -> SqliteWorkerChanges:
+    def workers(self) -> StoredWorkerChanges:
         """The changes to workers."""
         if self.worker_changes is None:
             now = Now(wall=self.wall, steady=self.steady)
-            self.worker_changes = SqliteWorkerChanges(self._roster, now, self._rules)
+            self.worker_changes = StoredWorkerChanges(self._roster, now, self._rules)
         return self.worker_changes
 
     def accept(self, acceptance: Acceptance, key: Key | None) -> Receipt:
@@ -192,7 +196,7 @@ class Batch:
         request_id: str | None = None,
     ) -> None:
         """Add a delivery; it is dead at once if its destination already has `max_pending` deliveries."""
-        self._sequences.delivery += 1
+        self._sequences.delivery += self._sequences.step
         delivery = Delivery(
             id=self._sequences.delivery,
             public_id=new_id(DELIVERY, self.wall),
@@ -242,7 +246,7 @@ class Batch:
 
         A restored event is neither counted nor passed to listeners: that happened when it was accepted.
         """
-        self._sequences.event += 1
+        self._sequences.event += self._sequences.step
         event = msgspec.structs.replace(event, id=self._sequences.event)
         if is_restored:
             self.restored.append(event)
@@ -289,3 +293,25 @@ class Batch:
                 sha256=hashlib.sha256(body).digest(),
             )
         )
+
+
+def count_transitions(batch: Batch) -> dict[str, dict[str, int]]:
+    """Count, per destination, the deliveries that a written batch created and ended."""
+    changes = [(delivery.destination, "created") for delivery in batch.deliveries]
+    changes += [
+        (each.destination, batch.ended_early[each.id][0])
+        for each in batch.deliveries
+        if each.id in batch.ended_early
+    ]
+    changes += [
+        (outcome.delivery.destination, outcome.state)
+        for outcome in batch.outcomes
+        if outcome.state != "pending" and outcome.delivery.id in batch.settled
+    ]
+    changes += [(destination, state) for destination, (state, _) in batch.ended.values()]
+    found: dict[str, dict[str, int]] = {}
+    for destination, column in changes:
+        if destination not in found:
+            found[destination] = dict.fromkeys(LEDGER, 0)
+        found[destination][column] += 1
+    return found

@@ -5,30 +5,19 @@ or use a constant, so they send different requests with one key. Each of these r
 """
 
 import hashlib
-from collections.abc import Iterable
 
 import msgspec
 
 from relay.model import StoredEvent
-from relay.store.sqlite.transaction import Row, Transaction
+
+NewKey = tuple[str, str, bytes, str, int]
+"""Source, key, identity of the request, public id of the event, end of the validity (steady)."""
 
 SIZE = 20
 """Bytes of an identity. Rows of version 2 have the body's digest (32 bytes) instead."""
 
 KEY_ALONE = bytes(SIZE)
 """The identity of every request to a source whose keys alone make a duplicate."""
-
-KNOWN_SQL = """
-    WITH request (source, key, identity, body, now) AS (VALUES {values})
-    SELECT request.source, request.key, request.identity,
-           (SELECT event_id FROM dedupe AS d
-             WHERE d.source = request.source AND d.key = request.key
-               AND d.identity IN (request.identity, request.body) AND d.expires_at > request.now
-             ORDER BY d.expires_at LIMIT 1),
-           EXISTS (SELECT 1 FROM dedupe AS d
-                    WHERE d.source = request.source AND d.key = request.key AND d.expires_at > request.now)
-      FROM request
-"""
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -48,16 +37,14 @@ class Keys:
             tuple[str, str, bytes], str
         ] = {}  # public id of the event, by source, key, identity
         self._used: set[tuple[str, str]] = set()  # source and key, used by any request
-        self._new: list[Row] = []
+        self.new: list[NewKey] = []
 
-    async def look_up(self, transaction: Transaction, keys: Iterable[Key], now: int) -> None:
-        """Look up keys; `now` is steady."""
-        rows = [(key.source, key.text, key.identity, key.body, now) for key in keys]
-        for source, text, identity, first, is_used in await transaction.fetch_rows(KNOWN_SQL, rows):
-            if first is not None:
-                self._first[source, text, identity] = first
-            if is_used:
-                self._used.add((source, text))
+    def note(self, source: str, text: str, identity: bytes, first: str | None, *, is_used: bool) -> None:
+        """Note what the database knows about a request: its event, and whether any request used its key."""
+        if first is not None:
+            self._first[source, text, identity] = first
+        if is_used:
+            self._used.add((source, text))
 
     def first(self, key: Key) -> str | None:
         """Return the public id of the event that the same request created; None: the request is new."""
@@ -71,13 +58,7 @@ class Keys:
         """Add the key of a new event."""
         self._first[key.source, key.text, key.identity] = event_id
         self._used.add((key.source, key.text))
-        self._new.append((key.source, key.text, key.identity, event_id, expires_at))
-
-    def write(self, transaction: Transaction) -> None:
-        """Write the new keys inside the transaction."""
-        if self._new:
-            columns = "source, key, identity, event_id, expires_at"
-            transaction.insert("dedupe", columns, self._new, verb="REPLACE")
+        self.new.append((key.source, key.text, key.identity, event_id, expires_at))
 
 
 def identity(event: StoredEvent, path: str) -> bytes:

@@ -3,12 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-import aiosqlite
 import msgspec
 
 from relay.config.schema import WorkerRules
 from relay.model import Command, Register, Session, Unregister, Worker, WorkerChange, WorkerStatus
-from relay.store.sqlite.rows import COMMAND_COLUMNS, command_of, worker_of
 from relay.workers.rules import TOMBSTONE, Now, extend_deadline, note_refused
 
 WorkerKey = tuple[str, str]
@@ -229,13 +227,3 @@ class Roster:
             keys.discard(key)
             if not keys:
                 del self._endpoints[place]
-
-
-async def load_roster(connection: aiosqlite.Connection) -> Roster:
-    """Read all workers, and the commands that wait for them."""
-    # The worker with the latest heartbeat is last: it gets the sessions that several rows contain.
-    workers = await connection.execute_fetchall("SELECT record FROM workers ORDER BY last_heartbeat")
-    commands = await connection.execute_fetchall(
-        f"SELECT {COMMAND_COLUMNS} FROM worker_commands WHERE state = 'queued'"  # noqa: S608 - constants
-    )
-    return Roster([worker_of(record) for (record,) in workers], [command_of(tuple(row)) for row in commands])

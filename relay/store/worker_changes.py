@@ -19,15 +19,6 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.store.roster import Roster, WorkerKey
-from relay.store.sqlite.rows import (
-    COMMAND_COLUMNS,
-    MEASUREMENT_COLUMNS,
-    WORKER_COLUMNS,
-    command_row,
-    worker_row,
-)
-from relay.store.sqlite.rows import measurement_row as measurement
-from relay.store.sqlite.transaction import Transaction
 from relay.workers import rules
 from relay.workers.rules import Now
 
@@ -44,7 +35,7 @@ COMMANDS_AT_ONCE = 20
 """Commands in the reply to one heartbeat."""
 
 
-class SqliteWorkerChanges:
+class StoredWorkerChanges:
     """The changes of one transaction; `Roster` holds the rows before it."""
 
     def __init__(
@@ -316,20 +307,6 @@ class SqliteWorkerChanges:
         for worker in neighbours:
             key = (source, worker.id)
             self._set(key, rules.former(worker, self._now, self._rules(*key)))
-
-    def write(self, transaction: Transaction) -> None:
-        """Write all changes inside the batch's transaction."""
-        workers = {**self.seen, **self.workers}
-        if rows := [worker_row(w) for key, w in workers.items() if key not in self.forgotten]:
-            transaction.insert("workers", WORKER_COLUMNS, rows, verb="REPLACE")
-        if self.measured:
-            rows = [measurement(worker, self._now.wall) for worker in self.measured.values()]
-            transaction.insert("worker_metrics", MEASUREMENT_COLUMNS, rows, verb="REPLACE")
-        if self.commands:
-            rows = [command_row(command) for command in self.commands.values()]
-            transaction.insert("worker_commands", COMMAND_COLUMNS, rows, verb="REPLACE")
-        for key in self.forgotten:
-            transaction.run("DELETE FROM workers WHERE source = ? AND id = ?", key)
 
     def publish(self) -> list[tuple[str, WorkerStatus]]:
         """Apply the committed changes to the roster; returns source and new status of each changed worker."""

@@ -19,7 +19,7 @@ from relay.store.sqlite.losses import reports_of
 from relay.store.sqlite.mark import Mark, read_mark
 from relay.store.sqlite.rescue import rescues_of
 from relay.store.sqlite.wal import log_of, read_log
-from relay.store.sqlite.writer import Job
+from relay.store.writer import Job
 
 SOON = 5.0  # seconds within which senders are refused
 

@@ -19,8 +19,7 @@ from relay.ingest.body import Patience
 from relay.ingest.server import Server
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker
 from relay.process.sockets import bind, url
-from relay.store import Acceptance
-from relay.store.sqlite import writer
+from relay.store import Acceptance, writer
 from relay.workers.rules import Now, apply, note_refused, silent
 
 TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}

@@ -235,13 +235,13 @@ async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager,
     monkeypatch.setattr(app_module, "WRITER_PATIENCE", 0.1)
     async with running(write_config(tmp_path, SOURCES)) as relay:
         writer = relay.app.store.database.writer
-        write, let_go = writer._handler.write, asyncio.Event()
+        write, let_go = writer._committer.write, asyncio.Event()
 
         async def wait(transaction, batch):
             await let_go.wait()
-            await type(writer._handler).write(writer._handler, transaction, batch)
+            await type(writer._committer).write(writer._committer, transaction, batch)
 
-        monkeypatch.setattr(writer._handler, "write", wait)
+        monkeypatch.setattr(writer._committer, "write", wait)
         sender = asyncio.create_task(relay.exchange(request("POST", "/v1/events", adorn())))
         await until(lambda: "not ready: the store's writer is stuck" in manager.heard("STATUS"))
         fed = len(manager.heard("WATCHDOG"))
@@ -250,7 +250,7 @@ async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager,
         answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
         assert (answer.status, answer.json["reasons"]) == (503, ["the store's writer is stuck"])
         let_go.set()
-        monkeypatch.setattr(writer._handler, "write", write)
+        monkeypatch.setattr(writer._committer, "write", write)
         assert (await sender).status == 200
         await until(lambda: len(manager.heard("WATCHDOG")) > fed)
 

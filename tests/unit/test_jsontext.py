@@ -17,7 +17,7 @@ from relay.errors import Invalid, Malformed
 from relay.model import Worker
 from relay.source import Incoming
 from relay.store.export import read_line, write_line
-from relay.store.sqlite.rows import worker_of, worker_row
+from relay.store.rows import worker_of, worker_row
 from relay.workers.rules import shown
 
 ANY = msgspec.json.Decoder()

@@ -232,7 +232,7 @@ async def test_a_full_disk_fails_the_batch_and_writes_resume_by_themselves(store
 
 
 async def test_the_queue_is_bounded(store, clock, monkeypatch):
-    monkeypatch.setattr("relay.store.sqlite.writer.MAX_JOBS", 3)
+    monkeypatch.setattr("relay.store.writer.MAX_JOBS", 3)
     tasks = [asyncio.ensure_future(store.events.append(accept(clock))) for _ in range(8)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert sum(isinstance(result, Overloaded) for result in results) == 5

@@ -11,7 +11,8 @@ from relay.base.units import render_size
 from relay.errors import StorageError
 from relay.model import Backup
 from relay.store import Stop
-from relay.store.sqlite.ledger import AUDIT_SQL, counts_of
+from relay.store.ledger import counts_of
+from relay.store.sqlite.ledger import AUDIT_SQL
 from relay.store.sqlite.read_only import opened
 
 SIZE_SQL = """

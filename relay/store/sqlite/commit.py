@@ -4,21 +4,16 @@ Deliveries end first, because a new delivery may have to wait for an earlier one
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from relay.base.clock import Clock
-from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, News, Outcome, Target, WorkerStatus
-from relay.store import Listener, Resolve, Route, Rules
-from relay.store.batch import Batch, Sequences
+from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
+from relay.store.batch import LEDGER, Batch, count_transitions
 from relay.store.claims import Claims
-from relay.store.dedupe import Keys
-from relay.store.sqlite import event_times
-from relay.store.sqlite.deliveries import SqliteDeliveries
-from relay.store.sqlite.ledger import SqliteLedger
-from relay.store.sqlite.rows import (
+from relay.store.dedupe import Key, Keys
+from relay.store.rows import (
     ATTEMPT_COLUMNS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
@@ -28,6 +23,7 @@ from relay.store.sqlite.rows import (
     delivery_row,
     event_row,
 )
+from relay.store.sqlite import event_times
 from relay.store.sqlite.transaction import Transaction
 from relay.store.sqlite.transitions import (
     apply_cancellations,
@@ -39,8 +35,8 @@ from relay.store.sqlite.transitions import (
     make_due,
     repeat,
 )
-from relay.store.sqlite.workers import SqliteWorkers
-from relay.store.sqlite.writer import Job
+from relay.store.sqlite.workers import write_workers
+from relay.store.writer import Committer
 
 log = logging.getLogger("relay.store")
 
@@ -51,13 +47,23 @@ REPEATED_SQL = """
         ON CONFLICT (event_id) DO UPDATE SET requests = requests + excluded.requests
 """
 
+KEYS_SQL = """
+    WITH request (source, key, identity, body, now) AS (VALUES {values})
+    SELECT request.source, request.key, request.identity,
+           (SELECT event_id FROM dedupe AS d
+             WHERE d.source = request.source AND d.key = request.key
+               AND d.identity IN (request.identity, request.body) AND d.expires_at > request.now
+             ORDER BY d.expires_at LIMIT 1),
+           EXISTS (SELECT 1 FROM dedupe AS d
+                    WHERE d.source = request.source AND d.key = request.key AND d.expires_at > request.now)
+      FROM request
+"""
+
+
 KNOWN_SQL = """
     WITH imported (id) AS (VALUES {values})
     SELECT imported.id FROM imported JOIN events ON public_id = imported.id
 """
-
-LEDGER = ("created", "delivered", "dead", "expired", "cancelled")
-"""Columns of the ledger."""
 
 
 def _adding(*columns: str) -> str:
@@ -66,6 +72,20 @@ def _adding(*columns: str) -> str:
 
 ADD_TO_LEDGER = f"ON CONFLICT (destination) DO UPDATE SET {_adding(*LEDGER)}"
 ADD_TO_STATS = f"ON CONFLICT (hour, source, type) DO UPDATE SET {_adding('events', 'duplicates', 'bytes')}"
+
+
+async def look_up(transaction: Transaction, keys: Keys, used: Sequence[Key], now: int) -> None:
+    """Look up idempotency keys, and note the known ones in `keys`; `now` is steady."""
+    rows = [(key.source, key.text, key.identity, key.body, now) for key in used]
+    for source, text, identity, first, is_used in await transaction.fetch_rows(KEYS_SQL, rows):
+        keys.note(source, text, identity, first, is_used=is_used)
+
+
+def write_keys(transaction: Transaction, keys: Keys) -> None:
+    """Write the new idempotency keys inside the transaction."""
+    if keys.new:
+        columns = "source, key, identity, event_id, expires_at"
+        transaction.insert("dedupe", columns, keys.new, verb="REPLACE")
 
 
 async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
@@ -92,9 +112,9 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     if batch.deliveries:
         await _write_deliveries(batch, transaction, claims)
     if batch.keys is not None:
-        batch.keys.write(transaction)
+        write_keys(transaction, batch.keys)
     if batch.worker_changes is not None:
-        batch.worker_changes.write(transaction)
+        write_workers(batch.worker_changes, transaction, batch.wall)
     batch.ledger = count_transitions(batch)
     if batch.ledger:
         totals = [(name, *columns.values()) for name, columns in batch.ledger.items()]
@@ -379,119 +399,12 @@ async def _supersede(
     await end(batch, transaction, claims, older, ("expired", "superseded"))
 
 
-def count_transitions(batch: Batch) -> dict[str, dict[str, int]]:
-    """Count, per destination, the deliveries that a written batch created and ended."""
-    changes = [(delivery.destination, "created") for delivery in batch.deliveries]
-    changes += [
-        (each.destination, batch.ended_early[each.id][0])
-        for each in batch.deliveries
-        if each.id in batch.ended_early
-    ]
-    changes += [
-        (outcome.delivery.destination, outcome.state)
-        for outcome in batch.outcomes
-        if outcome.state != "pending" and outcome.delivery.id in batch.settled
-    ]
-    changes += [(destination, state) for destination, (state, _) in batch.ended.values()]
-    found: dict[str, dict[str, int]] = {}
-    for destination, column in changes:
-        if destination not in found:
-            found[destination] = dict.fromkeys(LEDGER, 0)
-        found[destination][column] += 1
-    return found
+class SqliteCommitter(Committer):
+    """Writes batches to SQLite."""
 
-
-class Committer:
-    """Makes batches, writes them, and applies them to memory; the writer calls it around each commit."""
-
-    sequences: Sequences  # set when the database is opened
-
-    def __init__(
-        self,
-        *,
-        clock: Clock,
-        claims: Claims,
-        deliveries: SqliteDeliveries,
-        workers: SqliteWorkers,
-        ledger: SqliteLedger,
-        route: Route,
-        resolve: Resolve,
-        rules: Rules,
-        listeners: Sequence[Listener],
-        on_status_change: Callable[[str, WorkerStatus], None],
-    ) -> None:
-        self._clock = clock
-        self._claims = claims
-        self._deliveries = deliveries
-        self._workers = workers
-        self._ledger = ledger
-        self._route = route
-        self._resolve = resolve
-        self._rules = rules
-        self._listeners = listeners
-        self._on_status_change = on_status_change
-
-    async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
-        """Return an empty batch that knows the idempotency keys of the jobs."""
-        keys = None
-        if used := [key for job in jobs for key in job.keys if key is not None]:
-            keys = Keys()
-            await keys.look_up(transaction, used, self._clock.steady())
-        return Batch(
-            clock=self._clock,
-            sequences=self.sequences,
-            route=self._route,
-            resolve=self._resolve,
-            roster=self._workers.roster,
-            rules=self._rules,
-            keys=keys,
-            pending=self._ledger.pending_counts,
-        )
+    async def _look_up(self, transaction: Transaction, keys: Keys, used: Sequence[Key]) -> None:
+        await look_up(transaction, keys, used, self._clock.steady())
 
     async def write(self, transaction: Transaction, batch: Batch) -> None:
         """Write a batch inside its transaction."""
         await write(batch, transaction, self._claims)
-
-    def forget(self) -> None:
-        """Drop the marks of a transaction that was rolled back."""
-        self._claims.clear_ending()
-        self._workers.roster.being_written.clear()
-        self._workers.roster.refused.clear()  # the rows in memory already contain them
-
-    def publish(self, batch: Batch) -> None:
-        """Apply a committed batch to memory and call the listeners, in one step of the event loop.
-
-        So no claim can happen in between.
-        """
-        if batch.worker_changes is not None:
-            for source, status in batch.worker_changes.publish():
-                self._on_status_change(source, status)
-        if batch.outcomes:
-            self._claims.release(outcome.delivery.id for outcome in batch.outcomes)
-        if batch.ended or batch.cancelled_in_flight:
-            self._claims.release(batch.ended)
-            self._deliveries.cancel_later(self._claims.cancel(batch.cancelled_in_flight))
-            self._claims.clear_ending()
-        self._claims.add(batch.due)
-        for destination, columns in batch.ledger.items():
-            self._ledger.pending_counts[destination] += 2 * columns["created"] - sum(columns.values())
-        outcomes = [outcome for outcome in batch.outcomes if outcome.delivery.id in batch.settled]
-        made_due = frozenset(batch.made_due.values())
-        if batch.ledger or batch.events or batch.woken or outcomes or made_due:
-            news = News(
-                batch.events,
-                batch.due,
-                batch.woken,
-                batch.ended,
-                batch.ledger,
-                outcomes,
-                made_due,
-                batch.later,
-            )
-            for listen in self._listeners:
-                try:
-                    listen(news)
-                except Exception:  # the commit is durable, and its senders must get their replies
-                    log.exception(
-                        "a listener failed after a commit; lanes read the deliveries from the store"
-                    )

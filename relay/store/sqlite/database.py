@@ -7,7 +7,7 @@ import aiosqlite
 
 from relay.errors import StorageUnavailableError
 from relay.store.sqlite.transaction import WriterConnection
-from relay.store.sqlite.writer import Writer
+from relay.store.sqlite.writer import SqliteWriter
 
 
 class _Closed:
@@ -26,7 +26,7 @@ class Database:
     connection: WriterConnection  # the writer's own; nothing else writes
     reader: aiosqlite.Connection
     counter: aiosqlite.Connection  # for long counts, so that no list waits for them
-    writer: Writer
+    writer: SqliteWriter
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,4 +44,4 @@ class Database:
         closed = _Closed(why)
         self.connection = cast("WriterConnection", closed)
         self.reader = self.counter = cast("aiosqlite.Connection", closed)
-        self.writer = cast("Writer", closed)
+        self.writer = cast("SqliteWriter", closed)

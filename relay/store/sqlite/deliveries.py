@@ -1,29 +1,20 @@
-"""Pending deliveries over SQLite: claim, settle, expire, cancel and repeat them."""
-
-import asyncio
-import logging
-from collections.abc import Collection, Iterable, Sequence
+"""Claims of due deliveries in SQLite."""
 
 import aiosqlite
 
 from relay.base.clock import Clock
-from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
-from relay.store import Cancelled
-from relay.store.batch import Batch, HeldDestinations, Repeat
-from relay.store.claims import Claims, claim, claim_groups
+from relay.model import Claim, Delivery
+from relay.store.claims import Claims
+from relay.store.deliveries import StoredDeliveries
+from relay.store.rows import CLAIM_COLUMNS, GROUP_CLAIM_COLUMNS, delivery_of, grouped_delivery_of
 from relay.store.sqlite.database import Database
-from relay.store.sqlite.writer import Job
-
-log = logging.getLogger("relay.store")
 
 
-class SqliteDeliveries:
+class SqliteDeliveries(StoredDeliveries):
     """`relay.store.Deliveries` over SQLite."""
 
     def __init__(self, database: Database, claims: Claims, clock: Clock) -> None:
-        self._database = database
-        self._claims = claims
-        self.begin_attempt = claims.begin  # see `Deliveries.begin_attempt`
+        super().__init__(database, claims)
         self._clock = clock
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
@@ -39,111 +30,116 @@ class SqliteDeliveries:
 
         return await self._database.writer.call(claim_due)
 
-    def release(self, delivery_ids: Iterable[int]) -> None:
-        """See `Deliveries.release`."""
-        if cancelled := self._claims.release(delivery_ids):
-            self.cancel_later(cancelled)
 
-    async def settle(self, outcome: Outcome) -> bool:
-        """See `Deliveries.settle`."""
-        job = Job[bool](
-            lambda batch: batch.outcomes.append(outcome),
-            finish=lambda batch, _: outcome.delivery.id in batch.settled,
-        )
-        return await self._database.writer.submit(job)
-
-    async def settle_group(self, outcomes: Sequence[Outcome], *, split: bool) -> frozenset[int]:
-        """See `Deliveries.settle_group`."""
-        ids = frozenset(outcome.delivery.id for outcome in outcomes)
-
-        def apply_(batch: Batch) -> frozenset[int]:
-            batch.outcomes += outcomes
-            batch.with_groups = True
-            if split:
-                batch.ungrouped += ids
-            return ids
-
-        job = Job(apply_, finish=lambda batch, asked: asked & batch.settled)
-        return await self._database.writer.submit(job)
-
-    async def expire(self) -> int:
-        """See `Deliveries.expire`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.expire_overdue = True
-            batch.workers.expire_commands()
-            return 0
-
-        return await self._database.writer.submit(Job(apply_, finish=lambda batch, _: len(batch.ended)))
-
-    async def expire_held(self, names: Collection[str], kept: int) -> int:
-        """See `Deliveries.expire_held`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.held = HeldDestinations(frozenset(names), kept)
-            return 0
-
-        def finish(batch: Batch, _: int) -> int:
-            return sum(ending == ("expired", "held") for _, ending in batch.ended.values())
-
-        return await self._database.writer.submit(Job(apply_, finish=finish))
-
-    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
-        """See `Deliveries.cancel`."""
-
-        def apply_(batch: Batch) -> Cancelled:
-            batch.to_cancel += delivery_ids
-            return Cancelled()
-
-        def finish(batch: Batch, _: Cancelled) -> Cancelled:
-            requested = frozenset(delivery_ids)
-            in_flight = len(requested & batch.cancelled_in_flight)
-            return Cancelled(ended=len(requested & batch.ended.keys()), in_flight=in_flight)
-
-        return await self._database.writer.submit(Job(apply_, finish=finish))
-
-    def cancel_later(self, delivery_ids: Sequence[int]) -> None:
-        """Cancel deliveries whose attempt ended without an outcome."""
-        if not delivery_ids:
-            return
-        job = Job[None](lambda batch: batch.to_cancel.extend(delivery_ids))
-        self._database.writer.submit(job).add_done_callback(_report_failure)
-
-    async def make_due(self, delivery_ids: Sequence[int]) -> int:
-        """See `Deliveries.make_due`."""
-
-        def apply_(batch: Batch) -> int:
-            batch.to_make_due += delivery_ids
-            return 0
-
-        def finish(batch: Batch, _: int) -> int:
-            return sum(delivery_id in batch.made_due for delivery_id in set(delivery_ids))
-
-        return await self._database.writer.submit(Job(apply_, finish=finish))
-
-    async def repeat(self, requests: Sequence[tuple[StoredEvent, Target]]) -> tuple[bool, ...]:
-        """See `Deliveries.repeat`."""
-        repeats = [Repeat(event, target) for event, target in requests]
-
-        def apply_(batch: Batch) -> tuple[bool, ...]:
-            batch.to_repeat += repeats
-            return ()
-
-        job = Job(apply_, finish=lambda _batch, _none: tuple(each.done for each in repeats))
-        return await self._database.writer.submit(job)
-
-    async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
-        """See `Deliveries.set_destination`."""
-
-        def apply_(batch: Batch) -> None:
-            batch.states.append(state)
-            if event is not None:
-                batch.add_generated(OPERATOR_SOURCE, event)
-
-        await self._database.writer.submit(Job(apply_))
+# The condition is written out as the partial indexes have it, or SQLite would not use them.
+_FIRST = "d.state = 'pending' AND d.attempts = 0"
+_RETRY = "d.state = 'pending' AND d.attempts > 0"
 
 
-def _report_failure(done: "asyncio.Future[None]") -> None:
-    """Log that a cancellation failed, because no caller waits for it; the operator cancels again."""
-    if not done.cancelled() and (error := done.exception()) is not None:
-        log.warning("a delivery could not be cancelled and is still pending: %s", error)
+async def claim(
+    connection: aiosqlite.Connection,
+    claims: Claims,
+    destination: str,
+    limit: int,
+    *,
+    retries: bool,
+    now: int,
+) -> Claim:
+    """Claim due deliveries; see `relay.store.Deliveries.claim`."""
+    share = _RETRY if retries else _FIRST
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - only constants
+        (destination, now, limit + claims.of(destination)),
+    )
+    claimed = tuple(delivery_of(tuple(row)) for row in rows if row[0] not in claims)[:limit]
+    claims.add(claimed)
+    if len(claimed) == limit:
+        return Claim(claimed, now)
+    later = await connection.execute_fetchall(
+        f"""
+        SELECT min(d.next_attempt_at) FROM deliveries AS d
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
+        """,  # noqa: S608 - only constants
+        (destination, now),
+    )
+    return Claim(claimed, next(iter(later))[0])
+
+
+async def claim_groups(
+    connection: aiosqlite.Connection,
+    claims: Claims,
+    destination: str,
+    limit: int,
+    *,
+    retries: bool,
+    together: int,
+    now: int,
+) -> Claim:
+    """Claim up to `limit` due deliveries, each with up to `together - 1` followers of its group.
+
+    A due first attempt takes followers of its group that are not due yet. Retries keep their due times.
+    """
+    share = _RETRY if retries else _FIRST
+    most = limit + claims.of(destination)
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {GROUP_CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - only constants
+        (destination, now, most),
+    )
+    due = [grouped_delivery_of(tuple(row)) for row in rows]
+    claimed: list[Delivery] = []
+    try:
+        for delivery in due:
+            if len(claimed) == limit:
+                break
+            if delivery.id in claims:
+                continue
+            claims.add((delivery,))
+            claimed.append(delivery)
+            if delivery.group_key is not None:
+                delivery.followers = await _followers(
+                    connection, claims, delivery, share, together=together, now=now
+                )
+                claims.add(delivery.followers)
+    except BaseException:  # the caller will not hear of them
+        claims.release(each.id for delivery in claimed for each in delivery.members)
+        raise
+    if len(claimed) == limit or len(due) == most:
+        return Claim(tuple(claimed), now)
+    later = await connection.execute_fetchall(
+        f"""
+        SELECT min(d.next_attempt_at) FROM deliveries AS d
+         WHERE d.destination = ? AND {share} AND d.next_attempt_at > ?
+        """,  # noqa: S608 - only constants
+        (destination, now),
+    )
+    return Claim(tuple(claimed), next(iter(later))[0])
+
+
+async def _followers(
+    connection: aiosqlite.Connection, claims: Claims, first: Delivery, share: str, *, together: int, now: int
+) -> tuple[Delivery, ...]:
+    """Return unclaimed deliveries of a group in order of acceptance, up to the maximum of one message."""
+    latest = now if share == _RETRY else 2**62
+    rows = await connection.execute_fetchall(
+        f"""
+        SELECT {GROUP_CLAIM_COLUMNS}
+          FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+         WHERE d.destination = ? AND d.group_key = ? AND {share} AND d.next_attempt_at <= ?
+         ORDER BY d.next_attempt_at, d.id
+         LIMIT ?
+        """,  # noqa: S608 - only constants
+        (first.destination, first.group_key, latest, together + claims.of(first.destination)),
+    )
+    return claims.choose_followers(first, (grouped_delivery_of(tuple(row)) for row in rows), together)

@@ -31,6 +31,8 @@ The log then starts again at its beginning, and the free space is exact.
 class Disk:
     """Decides how much senders may write. `ballast` is the size of the reserve in bytes; 0: no reserve."""
 
+    copies, overhead = COPIES, OVERHEAD
+
     def __init__(self, database: Path, *, floor: int = 0, ballast: int = 0) -> None:
         self.floor = floor  # bytes that senders leave free
         self.released = 0  # bytes of the deleted ballast file, until it is written again
@@ -39,7 +41,7 @@ class Disk:
         self._folder = database.parent
         self._handle: int | None = None  # descriptor of the folder
         self._size = ballast
-        self.room = 0  # bytes that may be reserved before the next measurement
+        self.room: float = 0  # bytes that may be reserved before the next measurement
 
     def free(self) -> int:
         """Return the free bytes for this user, also after the folder was moved."""

@@ -19,13 +19,14 @@ from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_size
 from relay.model import Check
 from relay.store import Stop
+from relay.store.ledger import counts_of
+from relay.store.rows import worker_of
 from relay.store.sqlite.connection import OLDEST, has_wal_reset_bug
-from relay.store.sqlite.ledger import AUDIT_SQL, counts_of
+from relay.store.sqlite.ledger import AUDIT_SQL
 from relay.store.sqlite.losses import WHAT_TO_DO, reports_of
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in, read_mark
 from relay.store.sqlite.queries import LATEST
 from relay.store.sqlite.read_only import opened
-from relay.store.sqlite.rows import worker_of
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.wal import log_of, read_log
 from relay.workers.rules import changes_a_path

@@ -1,27 +1,16 @@
-"""Accepted events over SQLite: append, load, import and delete them."""
+"""Loads and deletes events in SQLite."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from relay.errors import RelayError, StorageUnavailableError
-from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
-from relay.store import EVENT_BYTES, Acceptance, Span
-from relay.store.batch import Batch, Restored
-from relay.store.dedupe import KEY_ALONE, Key, identity
-from relay.store.export import read_line
-from relay.store.queries import PagedQueries
+from relay.model import Expunged, StoredEvent
+from relay.store import Queries
+from relay.store.deliveries import StoredDeliveries
+from relay.store.events import StoredEvents
 from relay.store.sqlite.database import Database
-from relay.store.sqlite.deliveries import SqliteDeliveries
 from relay.store.sqlite.prune import Candidate, delete_events, deletions, paced
 from relay.store.sqlite.rows import load_events, marks
-from relay.store.sqlite.workers import SqliteWorkers
-from relay.store.sqlite.writer import Job
-
-IMPORT_EVENTS = 100
-"""Events that one transaction imports, so that senders' events are not delayed by it."""
-
-IMPORT_BYTES = 8 * 2**20
-"""Bytes of bodies of an import in memory at once, unless one event alone is larger."""
+from relay.store.workers import StoredWorkers
 
 EXPUNGE_EVENTS = 500
 """Events whose deliveries one transaction cancels."""
@@ -36,106 +25,24 @@ COST_SQL = """
 """
 
 
-class SqliteEvents:
+class SqliteEvents(StoredEvents):
     """`relay.store.Events` over SQLite."""
 
     def __init__(
-        self,
-        database: Database,
-        *,
-        deliveries: SqliteDeliveries,
-        queries: PagedQueries,
-        workers: SqliteWorkers,
+        self, database: Database, *, deliveries: StoredDeliveries, queries: Queries, workers: StoredWorkers
     ) -> None:
-        self._database = database
+        super().__init__(database, queries=queries, workers=workers)
+        self._sqlite = database
         self._deliveries = deliveries
-        self._queries = queries
-        self._workers = workers
-
-    async def append(self, acceptance: Acceptance) -> Receipt:
-        """See `Events.append`."""
-        if (
-            acceptance.change is not None
-            and (receipt := self._workers.apply_in_memory(acceptance)) is not None
-        ):
-            return receipt
-        event = acceptance.event
-        key = _key_of(acceptance) if acceptance.key else None
-        job = Job[Receipt](
-            lambda batch: batch.accept(acceptance, key),
-            size=len(event.body) if event is not None else 0,
-            keys=() if key is None else (key,),
-        )
-        if acceptance.change is not None:
-            return await self._workers.submit(acceptance.source, acceptance.change, job)
-        return await self._database.writer.submit(job, bounded=True)
-
-    async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
-        """See `Events.append_all`."""
-        keys = [_key_of(each) for each in acceptances]
-        job = Job[Receipt](
-            lambda batch: batch.accept_all(acceptances, keys),
-            size=sum(
-                EVENT_BYTES + len(each.event.body) + len(each.event.context)
-                for each in acceptances
-                if each.event is not None
-            ),
-            keys=keys,
-        )
-        return await self._database.writer.submit(job, bounded=True)
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Events.load`."""
-        return await load_events(self._database.reader, event_ids)
-
-    async def pause_source(self, name: str, *, paused: bool) -> None:
-        """See `Events.pause_source`."""
-        await self._database.writer.submit(Job(lambda batch: batch.pauses.append((name, paused))))
-
-    async def restore(self, events: Sequence[StoredEvent], *, deliver: bool = False) -> tuple[bool, ...]:
-        """See `Events.restore`."""
-        if not self._database.writer.has_room(sum(len(event.body) for event in events)):
-            raise StorageUnavailableError(
-                "less than min_free_disk would be free", hint="free disk space, and import again"
-            )
-        restoring = [Restored(event, deliver) for event in events]
-
-        def apply_(batch: Batch) -> tuple[bool, ...]:
-            batch.to_restore += restoring
-            return ()
-
-        job = Job(apply_, finish=lambda _batch, _none: tuple(each.done for each in restoring))
-        return await self._database.writer.submit(job)
-
-    async def import_lines(
-        self, lines: AsyncIterable[bytes], *, deliver: bool = False
-    ) -> AsyncIterator[Imported]:
-        """See `Events.import_lines`."""
-        count, new, size = 0, 0, 0
-        waiting: list[StoredEvent] = []
-        async for line in lines:
-            try:
-                event = read_line(line)
-            except RelayError as error:
-                new += sum(await self.restore(waiting, deliver=deliver))
-                raise RelayError(
-                    f"line {count + 1}: {error.message}",
-                    hint=f"{new} new events before it are stored; correct the line and import the file again"
-                    " (stored events are skipped)",
-                ) from error
-            count, size = count + 1, size + len(event.body)
-            waiting.append(event)
-            if len(waiting) >= IMPORT_EVENTS or size >= IMPORT_BYTES:
-                new += sum(await self.restore(waiting, deliver=deliver))
-                waiting, size = [], 0
-                yield Imported(lines=count, new=new)
-        new += sum(await self.restore(waiting, deliver=deliver))
-        yield Imported(lines=count, new=new)
+        return await load_events(self._sqlite.reader, event_ids)
 
     async def expunge(self, event_ids: Sequence[int]) -> Expunged:
         """See `Events.expunge`."""
         deleted, cancelled, left = 0, 0, []
-        reader, writer = self._database.reader, self._database.writer
+        reader, writer = self._sqlite.reader, self._sqlite.writer
         for at in range(0, len(event_ids), EXPUNGE_EVENTS):
             some = event_ids[at : at + EXPUNGE_EVENTS]
             pending = await reader.execute_fetchall(PENDING_SQL.format(marks=marks(some)), some)
@@ -148,18 +55,3 @@ class SqliteEvents:
             remaining = f"SELECT id FROM events WHERE id IN ({marks(some)})"  # noqa: S608 - marks only
             left += [id_ for (id_,) in await reader.execute_fetchall(remaining, some)]
         return Expunged(events=deleted, cancelled=cancelled, left=tuple(left))
-
-    async def expunge_selected(self, selection: Selection, span: Span) -> AsyncIterator[Expunged]:
-        """See `Events.expunge_selected`."""
-        async for page in self._queries.select(selection, span):
-            yield await self.expunge([chosen.event_id for chosen in page])
-
-
-def _key_of(acceptance: Acceptance) -> Key | None:
-    """Return the idempotency key of an event, or None."""
-    event = acceptance.event
-    if event is None or not acceptance.key:
-        return None
-    if acceptance.is_key_alone:
-        return Key(acceptance.source, acceptance.key, KEY_ALONE, KEY_ALONE)
-    return Key(acceptance.source, acceptance.key, identity(event, acceptance.path), event.sha256)

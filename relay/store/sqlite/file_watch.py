@@ -27,7 +27,7 @@ from relay.store.sqlite.files import Files
 from relay.store.sqlite.mark import HIGHEST_SQL, Mark, mark_in, write_mark
 from relay.store.sqlite.rescue import rescue, restore_command
 from relay.store.sqlite.wal import log_of
-from relay.store.sqlite.writer import DAMAGED, Writer
+from relay.store.sqlite.writer import DAMAGED, SqliteWriter
 
 log = logging.getLogger("relay.store")
 
@@ -54,7 +54,7 @@ class FileWatch:
         self,
         path: Path,
         *,
-        writer: Writer,
+        writer: SqliteWriter,
         reader: aiosqlite.Connection,
         files: Files,
         disk: Disk,

@@ -1,14 +1,7 @@
-"""The ledger: for each destination, how many deliveries were created, and how many ended in each state.
-
-created = delivered + dead + expired + cancelled + pending, always. All except `pending` are counted in the
-transactions that change them. Pending deliveries are counted in their table, which makes the sum a check.
-"""
-
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+"""The ledger in SQLite."""
 
 from relay.model import Backlog, Counts
+from relay.store.ledger import PendingCounts, counts_of
 from relay.store.sqlite.database import Database
 
 # Pending deliveries are counted in two groups, each of which has an index: no other row is read.
@@ -49,21 +42,6 @@ BACKLOG_SQL = """
 """
 
 
-def counts_of(rows: Iterable[Any]) -> dict[str, Counts]:
-    """Build the counts of each destination from rows of `AUDIT_SQL` or `TOTALS_SQL`."""
-    return {
-        name: Counts(
-            created=created,
-            delivered=delivered,
-            dead=dead,
-            expired=expired,
-            cancelled=cancelled,
-            pending=pending,
-        )
-        for name, created, delivered, dead, expired, cancelled, pending in rows
-    }
-
-
 class LedgerReader:
     """`relay.store.LedgerReads` over SQLite."""
 
@@ -84,13 +62,9 @@ class LedgerReader:
         return {name: Backlog(due, oldest, row) for name, due, oldest, row in map(tuple, rows)}
 
 
-class SqliteLedger(LedgerReader):
+class SqliteLedger(PendingCounts, LedgerReader):
     """`relay.store.Ledger` over SQLite."""
 
     def __init__(self, database: Database) -> None:
-        super().__init__(database)
-        self.pending_counts: Counter[str] = Counter()  # by destination; changes with each commit
-
-    def pending(self) -> dict[str, int]:
-        """See `Ledger.pending`."""
-        return {name: count for name, count in self.pending_counts.items() if count}
+        PendingCounts.__init__(self)
+        LedgerReader.__init__(self, database)

@@ -25,7 +25,7 @@ from relay.store.sqlite.event_times import FORGET_SQL
 from relay.store.sqlite.mark import GIVEN_SQL
 from relay.store.sqlite.queries import EVENT_PATHS, SqliteReader
 from relay.store.sqlite.transaction import Transaction, WriterConnection
-from relay.store.sqlite.writer import Writer
+from relay.store.sqlite.writer import SqliteWriter
 
 T = TypeVar("T")
 
@@ -242,7 +242,7 @@ class Retention:
         return freed
 
 
-async def paced(writer: Writer, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
+async def paced(writer: SqliteWriter, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
     """Run one transaction, then pause for the same time, so that others can use the disk."""
     loop = asyncio.get_running_loop()
     began = loop.time()

@@ -9,9 +9,10 @@ from relay.model import OPERATOR_SOURCE, DeliveryState, DestinationState, Stat, 
 from relay.store import Span
 from relay.store.export import DELIVERY_FIELDS, DeliveryLine, lines_of
 from relay.store.queries.reader import MOST_NAMED, Conditions, Path, Row
+from relay.store.rows import STATE_COLUMNS, STATS_COLUMNS
 from relay.store.sqlite import event_times
 from relay.store.sqlite.database import Database
-from relay.store.sqlite.rows import STATE_COLUMNS, STATS_COLUMNS, load_events, marks
+from relay.store.sqlite.rows import load_events, marks
 
 EVENTS_SQL = """
     SELECT e.id AS row, e.public_id AS id, e.source, e.type, substr(e.subject, 1, 256) AS subject,

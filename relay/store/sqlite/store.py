@@ -16,10 +16,10 @@ from relay.model import (
 from relay.store import Listener, Resolve, Route, Rules
 from relay.store.batch import Sequences
 from relay.store.claims import Claims
+from relay.store.ledger import counts_of
 from relay.store.nodes import OneNode
 from relay.store.queries import PagedQueries
-from relay.store.roster import load_roster
-from relay.store.sqlite.commit import Committer
+from relay.store.sqlite.commit import SqliteCommitter
 from relay.store.sqlite.compact import empty_log
 from relay.store.sqlite.connection import (
     check_companions,
@@ -38,14 +38,15 @@ from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.events import SqliteEvents
 from relay.store.sqlite.file_watch import FileWatch
 from relay.store.sqlite.files import Files
-from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger, counts_of
+from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger
 from relay.store.sqlite.losses import check_after_open, check_before_open
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
 from relay.store.sqlite.queries import SqliteReader
 from relay.store.sqlite.upkeep import SqliteUpkeep
 from relay.store.sqlite.wal import log_of
-from relay.store.sqlite.workers import SqliteWorkers
-from relay.store.sqlite.writer import TRANSIENT, Writer
+from relay.store.sqlite.workers import load_roster
+from relay.store.sqlite.writer import TRANSIENT, SqliteWriter
+from relay.store.workers import StoredWorkers
 
 log = logging.getLogger("relay.store")
 
@@ -80,7 +81,7 @@ class SqliteStore:
         self._full = full
         self.database = Database(path)
         self.claims = Claims()
-        self.workers = SqliteWorkers(self.database, clock, rules)
+        self.workers = StoredWorkers(self.database, clock, rules)
         self.deliveries = SqliteDeliveries(self.database, self.claims, clock)
         self.queries = PagedQueries(SqliteReader(self.database))
         self.ledger = SqliteLedger(self.database)
@@ -89,10 +90,10 @@ class SqliteStore:
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
         )
-        self._committer = Committer(
+        self._committer = SqliteCommitter(
             clock=clock,
             claims=self.claims,
-            deliveries=self.deliveries,
+            cancel_later=self.deliveries.cancel_later,
             workers=self.workers,
             ledger=self.ledger,
             route=route,
@@ -194,7 +195,7 @@ class SqliteStore:
         check_after_open(self.path, self._clock.wall(), highest, self._losses or [])
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
-        self.database.writer = Writer(
+        self.database.writer = SqliteWriter(
             self.database.connection,
             self._committer,
             on_fatal=self._on_fatal,

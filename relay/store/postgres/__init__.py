@@ -1,1 +1,0 @@
-"""The store in PostgreSQL. Several daemons may share it."""
