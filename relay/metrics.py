@@ -176,6 +176,11 @@ class Metrics:
         "Time at which the TLS certificate of a destination expires, as of the latest connect; 0 if unknown.",
         destination=NAMES,
     )
+    certificate_lifetime = _gauge(
+        "relay_destination_certificate_lifetime_seconds",
+        "Time for which this certificate is valid in total; 0 if unknown.",
+        destination=NAMES,
+    )
     job_success = _gauge(
         "relay_job_last_success_timestamp_seconds", "Time of a job's last successful run.", job_name=NAMES
     )

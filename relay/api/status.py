@@ -17,9 +17,6 @@ from relay.doctor import FAILING
 FEW_DAYS = 7
 """With fewer days until the disk is full, the disk is a problem."""
 
-EXPIRES_SOON = 14 * 86_400 * SECOND
-"""Microseconds before its end from which on a certificate is a problem."""
-
 
 class BackupsView(msgspec.Struct):
     """The backups in `[backup] dir`."""
@@ -123,8 +120,9 @@ def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
         yield StatusProblem(what, f"relay check-config {context.state.config.path}")
     yield from _problems_of_sources(context)
     for lane in lanes:
-        expires = lane.certificate_expires
-        if expires is not None and (left := expires - context.clock.wall()) < EXPIRES_SOON:
+        now, certificate = context.clock.wall(), lane.certificate
+        if certificate is not None and now > certificate.renewal_overdue:
+            left = certificate.ends - now
             when = f"expires in {_roughly(left / SECOND)}" if left > 0 else "has expired"
             yield StatusProblem(
                 f"the certificate of {lane.name} {when}", f"relay destinations test {lane.name}"

@@ -20,6 +20,7 @@ from relay.model import (
     OPERATOR_SOURCE,
     PAUSED_IN_CONFIG,
     AttemptResult,
+    Backlog,
     Counts,
     DeliveryState,
     DestinationState,
@@ -375,11 +376,36 @@ async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts]
     }
 
 
-async def list_destinations(stored: StoredData, known: Mapping[str, DestinationConfig]) -> dict[str, Any]:
+async def latest_success(stored: StoredData, destination: str, backlog: Backlog | None) -> int | None:
+    """Return when the latest delivered delivery of a destination was delivered (wall clock).
+
+    The deliveries before the oldest pending one are read as well, because a long backlog may exceed what one
+    page looks at.
+    """
+    for cursor in (None, None if backlog is None else str(backlog.row)):
+        page = await stored.queries.page(
+            "deliveries", limit=1, cursor=cursor, destination=destination, state="delivered"
+        )
+        if page.rows:
+            moment: int | None = page.rows[0]["finished_at"]
+            return moment
+    return None
+
+
+async def list_destinations(
+    stored: StoredData, known: Mapping[str, DestinationConfig], now: int
+) -> dict[str, Any]:
     """Return the destinations of a stopped relay: those in config.toml or with pending deliveries."""
     totals, states = await stored.ledger.totals(), await stored.queries.destination_states()
+    backlogs = await stored.ledger.backlog(now)
     names = [*known, *(name for name, each in totals.items() if name not in known and each.pending)]
-    items = [{**_stored(name, states, known), **counted(totals.get(name))} for name in names]
+    items = [
+        {
+            **_stored(name, states, known, await latest_success(stored, name, backlogs.get(name))),
+            **counted(totals.get(name)),
+        }
+        for name in names
+    ]
     return {"items": items, "next_cursor": None}
 
 
@@ -394,7 +420,8 @@ async def show_destination(
     totals, states = await stored.ledger.totals(), await stored.queries.destination_states()
     if name not in known and name not in totals:
         raise unknown("destination", name, known)
-    shown = _stored(name, states, known)
+    backlogs = await stored.ledger.backlog(now)
+    shown = _stored(name, states, known, await latest_success(stored, name, backlogs.get(name)))
     if name in known:
         shown |= {"events": known[name].events, **times_of(states.get(name, DestinationState(name=name)))}
     return {**shown, **await backlog_of(stored, name, totals, now)}
@@ -433,9 +460,12 @@ def destination_fields(
 
 
 def _stored(
-    name: str, states: Mapping[str, DestinationState], known: Mapping[str, DestinationConfig]
+    name: str,
+    states: Mapping[str, DestinationState],
+    known: Mapping[str, DestinationConfig],
+    last_success: int | None,
 ) -> dict[str, Any]:
-    fields = {"in_flight": None, **destination_fields(known.get(name))}
+    fields = {"in_flight": None, **destination_fields(known.get(name), last_success=last_success)}
     if name not in known:
         return {"name": name, "held": ABSENT, **pause_of(), **fields}
     state = states.get(name, DestinationState(name=name))

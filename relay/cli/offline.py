@@ -141,7 +141,7 @@ class Offline:
         async with self._store.read() as stored:
             if kind == "destinations":
                 return await (
-                    list_destinations(stored, known)
+                    list_destinations(stored, known, now)
                     if given is None
                     else show_destination(stored, given, known, now)
                 )

@@ -21,7 +21,7 @@ from relay.delivery.attempt import (
     unspent,
 )
 from relay.delivery.destination_health import NO_STORAGE, DestinationHealth
-from relay.delivery.http.http_client import OutOfResourcesError
+from relay.delivery.http.http_client import Certificate, OutOfResourcesError
 from relay.delivery.http.result import HttpResult, Timing
 from relay.delivery.limits import OWN_SLOTS, BodyBudget, RateLimit, Slots
 from relay.delivery.retry import Verdict
@@ -105,9 +105,9 @@ class Lane:
         return NO_STORAGE if held is None and self._store.failure is not None else held
 
     @property
-    def certificate_expires(self) -> int | None:
-        """Return when the TLS certificate of the receiver expires (wall clock), as of the latest connect."""
-        return self._runner.client.certificate_expires
+    def certificate(self) -> Certificate | None:
+        """Return the receiver's certificate at the latest connect; None: no TLS connection was made yet."""
+        return self._runner.client.certificate
 
     @property
     def refills(self) -> tuple[tuple[int, bool], ...]:
@@ -238,8 +238,8 @@ class Lane:
         """Apply another config; attempts in flight finish with the runner that they began with."""
         self._replaced.add(self._runner)
         self._spawn(self._close_replaced(self._runner, tuple(self._tasks)))
-        if config.url == self.config.url and runner.client.certificate_expires is None:
-            runner.client.certificate_expires = self.certificate_expires
+        if config.url == self.config.url and runner.client.certificate is None:
+            runner.client.certificate = self.certificate
         former, self.config, self._runner = self.config, config, runner
         if config != former:
             self.health.reconfigure(config)

@@ -8,12 +8,13 @@ An event and a success only write the time of day into an attribute. Once a minu
 sources have sent since the last time. At the start, it reads from the store what happened before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from relay.api.views import latest_success
 from relay.base.clock import SECOND, Clock
 from relay.delivery.dispatcher import Dispatcher
 from relay.ingest.handler import Ingest
@@ -194,7 +195,14 @@ class Activity:
     def certificate_expires(self, destination: str) -> int | None:
         """Return when the certificate of a destination expires (wall clock), as of the latest connect."""
         lane = self._dispatcher.lanes.get(destination)
-        return None if lane is None else lane.certificate_expires
+        return None if lane is None or lane.certificate is None else lane.certificate.ends
+
+    def certificate_lifetime(self, destination: str) -> int | None:
+        """Return for how many microseconds this certificate is valid in total."""
+        lane = self._dispatcher.lanes.get(destination)
+        if lane is None or lane.certificate is None:
+            return None
+        return lane.certificate.ends - lane.certificate.begins
 
     async def _read_past(self) -> None:
         """Read the past of sources and destinations that are new here; forget those that are gone."""
@@ -205,7 +213,7 @@ class Activity:
                 gauge.remove(name)
         for name in self._successes.keys() - lanes.keys():
             del self._successes[name]
-            for gauge in (metrics.last_success, metrics.certificate):
+            for gauge in (metrics.last_success, metrics.certificate, metrics.certificate_lifetime):
                 gauge.remove(name)
         if new := {name: Rhythm() for name in mounts.keys() - self._rhythms.keys()}:
             for name, rhythm in new.items():
@@ -216,10 +224,12 @@ class Activity:
                 metrics.last_event.labels(name).set_function(partial(_seconds, self.last_event, name))
                 metrics.silence.labels(name).set_function(partial(self.silence, name))
                 metrics.usual_gap.labels(name).set_function(partial(self.usual_gap, name))
-        for name in lanes.keys() - self._successes.keys():
-            self._successes[name] = await self._stored_success(name)
+        for name, moment in (await self._stored_successes(lanes.keys() - self._successes.keys())).items():
+            self._successes[name] = moment
             metrics.last_success.labels(name).set_function(partial(_seconds, self.last_success, name))
             metrics.certificate.labels(name).set_function(partial(_seconds, self.certificate_expires, name))
+            lifetime = partial(_seconds, self.certificate_lifetime, name)
+            metrics.certificate_lifetime.labels(name).set_function(lifetime)
 
     async def _read_others(self) -> None:
         """Read the latest events and successes again: other nodes accept events and make attempts, too."""
@@ -228,9 +238,9 @@ class Activity:
             counters = self._ingest.counters[name]
             if moment is not None and moment > (counters.last_event or 0):
                 counters.last_event = moment
-        for name, lane in tuple(self._dispatcher.lanes.items()):
-            if not lane.is_owned:
-                lane.last_success = await self._stored_success(name)
+        lanes = {name: lane for name, lane in self._dispatcher.lanes.items() if not lane.is_owned}
+        for name, moment in (await self._stored_successes(lanes.keys())).items():
+            lanes[name].last_success = moment
 
     async def _stored_event(self, source: str) -> int | None:
         """Return when the latest event of a source was received."""
@@ -255,29 +265,19 @@ class Activity:
                 rhythm.minutes.empty = seconds // _MINUTE
                 rhythm.hours.empty = seconds // _HOUR
 
-    async def _stored_success(self, destination: str) -> int | None:
-        """Return when the latest delivered delivery of a destination was delivered.
-
-        The deliveries before the oldest pending one are read as well, because a long backlog may exceed what
-        one page looks at.
-        """
-        queries, wanted = self._store.queries, {"destination": destination, "state": "delivered"}
-        backlog = (await self._store.ledger.backlog(self._clock.steady())).get(destination)
-        for cursor in (None, None if backlog is None else str(backlog.row)):
-            page = await queries.page("deliveries", limit=1, cursor=cursor, **wanted)
-            if page.rows:
-                moment: int | None = page.rows[0]["finished_at"]
-                return moment
-        return None
+    async def _stored_successes(self, destinations: Collection[str]) -> dict[str, int | None]:
+        """Return the time of the latest success of each destination that the store has."""
+        backlogs = await self._store.ledger.backlog(self._clock.steady()) if destinations else {}
+        return {name: await latest_success(self._store, name, backlogs.get(name)) for name in destinations}
 
 
 def _written_at(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns // 1000
-    except FileNotFoundError:
+    except OSError:  # there is no file yet, or the store cannot be opened, which it reports itself
         return 0
 
 
-def _seconds(moment_of: Callable[[str], int | None], name: str) -> float:
-    """Return a time in seconds since the epoch, as metrics have them; 0: there is none."""
-    return (moment_of(name) or 0) / SECOND
+def _seconds(read: Callable[[str], int | None], name: str) -> float:
+    """Return a time or a period in seconds, as metrics have them; 0: there is none."""
+    return (read(name) or 0) / SECOND

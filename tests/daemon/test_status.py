@@ -7,12 +7,13 @@ from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import request
 
-from relay.api.status import EXPIRES_SOON
 from relay.base.clock import SECOND
+from relay.delivery.http.http_client import Certificate
 from relay.jobs.activity import Rhythm
 from relay.store import DiskSpace
 
 BACKUPS = '[backup]\nevery = "24h"\n'
+DAY = 86_400 * SECOND
 OLD = "relay-20240101T000000Z.db"
 
 
@@ -90,7 +91,9 @@ async def troubled(tmp_path):
         rhythm.minutes.empty = 200
         app.dispatcher.lanes["erp"].health.rest(60 * SECOND)
         old = app.dispatcher.lanes["old"]
-        old._runner.client.certificate_expires = app.clock.wall() + EXPIRES_SOON - 3 * 86_400 * SECOND
+        now = app.clock.wall()
+        old._runner.client.certificate = Certificate(now - 80 * DAY, now + 10 * DAY + 3600 * SECOND)
+        app.dispatcher.lanes["erp"]._runner.client.certificate = Certificate(now - 4 * DAY, now + 2 * DAY)
         app.backups._has_run = True
         app.reloads.failed = "config.toml:3: server.listen: expected host:port"
         app.jobs.stop()  # the job `disk` would change the forecast

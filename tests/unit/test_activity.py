@@ -7,6 +7,7 @@ import pytest
 from stores import accept, end, make_store, opened, send
 
 from relay.base.clock import SECOND
+from relay.delivery.http.http_client import Certificate
 from relay.jobs.activity import DAYS, PATIENCE, Activity, Rhythm, Slots
 from relay.metrics import Metrics
 from relay.store.queries import page
@@ -100,9 +101,7 @@ class World:
         self.store, self.clock, self.accepts, self.metrics = store, clock, True, Metrics()
         self.counters = {name: SimpleNamespace(last_event=None) for name in sources}
         self.mounts = {name: SimpleNamespace(paused=False) for name in sources}
-        self.lanes = {
-            name: SimpleNamespace(last_success=None, certificate_expires=None) for name in destinations
-        }
+        self.lanes = {name: SimpleNamespace(last_success=None, certificate=None) for name in destinations}
         self.activity = Activity(store, self, self, self.metrics, clock, accepts=lambda: self.accepts)
 
     async def pass_minutes(self, text):
@@ -241,9 +240,10 @@ async def test_the_latest_success_is_read_from_the_store_also_below_a_backlog(st
 async def test_a_removed_source_and_destination_lose_their_series(store, clock):
     world = World(store, clock)
     await world.activity.run()
-    world.lanes["crm"].certificate_expires = 5 * SECOND
+    world.lanes["crm"].certificate = Certificate(2 * SECOND, 5 * SECOND)
     expiry = "relay_destination_certificate_expiry_timestamp_seconds"
     assert world.gauge(expiry, destination="crm") == 5
+    assert world.gauge("relay_destination_certificate_lifetime_seconds", destination="crm") == 3
     world.mounts.clear()
     world.lanes.clear()
     await world.activity.run()

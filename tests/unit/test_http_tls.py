@@ -6,9 +6,10 @@ import pytest
 import receivers
 from client import SHORT, send
 
+from relay.base.clock import SECOND
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Url
-from relay.delivery.http.http_client import HttpClient
+from relay.delivery.http.http_client import Certificate, HttpClient
 from relay.delivery.http.response import KEEP_LIMIT
 from relay.errors import RelayError
 
@@ -21,7 +22,7 @@ async def test_a_receiver_with_a_ca_from_the_ca_file_is_trusted(client_for, cert
         for _ in range(2):
             assert (await send(client, receiver.url)).body == b"safe"
         assert receiver.connections == 1
-    assert client.certificate_expires == certificates.ends("good")
+    assert client.certificate.ends == certificates.ends("good")
 
 
 @pytest.mark.parametrize(
@@ -48,15 +49,15 @@ async def test_a_bad_certificate_is_a_tls_failure_with_its_reason(
 
 async def test_the_end_of_a_certificate_is_that_of_the_latest_connect(client_for, certificates):
     client = client_for(ca_file=certificates.ca)
-    assert client.certificate_expires is None
+    assert client.certificate is None
     async with receivers.answers() as receiver:
         assert (await send(client, receiver.url)).result == "ok"
-    assert client.certificate_expires is None
+    assert client.certificate is None
     for certificate, result in (("good", "ok"), ("expired", "tls"), ("brief", "ok")):
         async with receivers.answers(tls=certificates.server(certificate)) as receiver:
             assert (await send(client, receiver.url)).result == result
         ends = certificates.ends("brief" if certificate == "brief" else "good")
-        assert client.certificate_expires == ends  # a handshake that fails changes nothing
+        assert client.certificate.ends == ends  # a handshake that fails changes nothing
 
 
 async def test_an_unknown_ca_is_a_tls_failure(client_for, certificates):
@@ -108,3 +109,9 @@ async def test_a_flood_over_tls_is_cut_off(client_for, certificates):
         assert (answer.result, answer.truncated, len(answer.body)) == ("ok", True, KEEP_LIMIT)
         await asyncio.wait_for(receiver.ended.wait(), 1)
         assert receiver.sent < 50 * 2**20
+
+
+@pytest.mark.parametrize(("valid", "before"), [(398, 14), (90, 14), (47, 11.75), (6, 1.5), (1, 0.25)])
+def test_a_renewal_is_overdue_a_quarter_of_the_period_before_the_end(valid, before):
+    day = 86_400 * SECOND
+    assert Certificate(5 * day, (5 + valid) * day).renewal_overdue == (5 + valid - before) * day

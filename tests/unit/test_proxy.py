@@ -58,7 +58,7 @@ async def test_an_https_destination_is_reached_through_one_tunnel(client_for, ce
         assert tunnel.headers["proxy-authorization"].startswith("Basic ")
         assert not any("proxy-authorization" in request.headers for request in receiver.requests)
         assert (proxy.connections, receiver.connections) == (1, 1)
-        assert client.certificate_expires == certificates.ends("good")  # the receiver's, in the tunnel
+        assert client.certificate.ends == certificates.ends("good")  # the receiver's, in the tunnel
 
 
 async def test_an_http_destination_is_reached_by_a_full_request_to_the_proxy(client_for):

@@ -63,6 +63,21 @@ class OutOfResourcesError(Exception):
         super().__init__(f"this machine is {self.what}")
 
 
+class Certificate(msgspec.Struct, frozen=True):
+    """The period for which a receiver's certificate is valid, by the wall clock."""
+
+    begins: int
+    ends: int
+
+    @property
+    def renewal_overdue(self) -> int:
+        """When it should have been renewed: a quarter of the period before its end, at most 14 days.
+
+        Authorities ask for a renewal when a third of the period is left; some periods last six days.
+        """
+        return self.ends - min((self.ends - self.begins) // 4, 14 * 86_400 * SECOND)
+
+
 class _Request(msgspec.Struct):
     """The facts that are known about a request so far."""
 
@@ -116,7 +131,7 @@ class HttpClient:
             )
             for keep in (True, False)
         )
-        self.certificate_expires: int | None = None  # wall clock; None: no TLS connection was made yet
+        self.certificate: Certificate | None = None  # of the latest connect; None: no TLS connection yet
         self._renewed = 0.0  # older connections are not used (perf_counter)
         self._distrusted_until = 0.0  # no connection is kept until then (perf_counter)
 
@@ -213,9 +228,10 @@ class HttpClient:
         )
 
     def _note_certificate(self, certificate: Mapping[str, Any]) -> None:
-        """Note when the certificate of a receiver expires; a tunnel through a proxy shows the receiver's."""
+        """Note the period of a receiver's certificate; a tunnel through a proxy shows the receiver's."""
         with suppress(KeyError, ValueError):
-            self.certificate_expires = ssl.cert_time_to_seconds(certificate["notAfter"]) * SECOND
+            begins, ends = (ssl.cert_time_to_seconds(certificate[name]) for name in ("notBefore", "notAfter"))
+            self.certificate = Certificate(begins * SECOND, ends * SECOND)
 
     def _distrust(self) -> None:
         """Keep no connection for the next 10 minutes."""
