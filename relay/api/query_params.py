@@ -146,8 +146,21 @@ class AttemptsQuery(msgspec.Struct, kw_only=True):
     """`GET /api/attempts`."""
 
     delivery_id: DeliveryId | None = None
+    event_id: EventId | None = None
     destination: Destination | None = None
     result: Annotated[AttemptResult, _about("Result of the attempt.")] | None = None
+    failed: (
+        Annotated[
+            bool,
+            _about(
+                "1: only failed attempts, 0: only successful ones.",
+                parse=_flag,
+                option=None,
+                hint="send 1 or 0, or omit it",
+            ),
+        ]
+        | None
+    ) = None
     since: (
         Annotated[
             str, _about('Started at this time or later: an age such as "2h", or RFC 3339.', read=moment)

@@ -87,6 +87,9 @@ class AttemptView(msgspec.Struct):
     """An attempt of a delivery."""
 
     delivery_id: str
+    event_id: str
+    type: str
+    destination: str
     started_at: Time
     duration_ms: float
     result: AttemptResult

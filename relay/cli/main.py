@@ -147,6 +147,7 @@ COMMANDS = {
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
     "reload": ("relay.cli.reload:reload", "Reload config.toml in the running daemon."),
     "events": ("relay.cli.events:events", "List, inspect, replay, export, import and delete events."),
+    "attempts": ("relay.cli.attempts:attempts", "List attempts at deliveries."),
     "deliveries": ("relay.cli.deliveries:deliveries", "List, inspect, retry and cancel deliveries."),
     "destinations": (
         "relay.cli.destinations:destinations",

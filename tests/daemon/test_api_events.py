@@ -88,6 +88,8 @@ async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
         ("attempts?result=okay", 400, 'protocol or format, got "okay", did you mean "ok"?', ""),
         ("events?destination=cmr", 404, 'unknown destination "cmr"', "known: crm, idle"),
         ("deliveries?event_id=0190", 404, 'unknown event "0190"', "relay events list"),
+        ("attempts?failed=yes", 400, '"failed": expected 0 or 1', "send 1 or 0"),
+        ("attempts?event_id=0190", 404, 'unknown event "0190"', "relay events list"),
         ("attempts?delivery_id=0190", 404, 'unknown delivery "0190"', "relay deliveries list"),
         ("events?where=x", 400, '"where": ', "data.sale_made"),
         (f"events?where={'[' * 2000}", 400, '"where": ', "data.sale_made"),
@@ -139,6 +141,10 @@ async def test_attempts_are_filtered_by_result(relay, event):
         ("result=5xx", 0),
         ("destination=crm&since=1h", 1),
         ("until=1h", 0),
+        ("failed=1", 0),
+        ("failed=0", 1),
+        (f"event_id={event}", 1),
+        (f"event_id={event}&failed=1", 0),
     ):
         assert len((await relay.operator("GET", f"/api/attempts?{query}"))["items"]) == found, query
 

@@ -225,6 +225,26 @@ async def test_deliveries_are_listed_and_shown_with_their_attempts(commands, eve
     assert (whole.isdigit(), len(tenths)) == (True, 1)
 
 
+async def test_attempts_are_listed(commands, events):
+    listed = await commands("attempts", "list")
+    assert [row[1:5] for row in listed.rows] == [["adorn.session.started", "crm", "ok", "200"]] * 2
+    times = [row[0] for row in listed.rows]
+    assert times == sorted(times, reverse=True)
+    page = (await commands("attempts", "list", "--limit", "1", "--json")).json
+    [latest] = page["items"]
+    assert (latest["started_at"], latest["event_id"] in events) == (times[0], True)
+    rows = (await commands("attempts", "list", "--cursor", page["next_cursor"])).rows
+    assert [row[0] for row in rows] == times[1:]
+    delivery = latest["delivery_id"]
+    for words in (
+        ["--delivery", delivery],
+        ["--event", latest["event_id"]],
+        ["--since", "1h", "--limit", "1"],
+    ):
+        assert (await commands("attempts", "list", *words, "-q")).out == f"{delivery}\n"
+    assert (await commands("attempts", "list", "--failed", "--destination", "crm")).out == ""
+
+
 async def test_an_ended_delivery_is_retried(commands, events, recorder):
     [delivery] = (await commands("deliveries", "list", "--event", events[0], "-q")).out.split()
     assert (await commands("deliveries", "retry", delivery)).out == "1 delivery created, 0 pending due now\n"
@@ -300,7 +320,7 @@ async def test_what_the_file_says_reads_like_what_the_relay_says(commands, event
     delivery = (await commands("events", "show", event, "--json")).json["owed"][0]["id"]
     for command in (
         ["events", "list"], ["events", "show", event],
-        ["deliveries", "list"], ["deliveries", "show", delivery],
+        ["deliveries", "list"], ["deliveries", "show", delivery], ["attempts", "list"],
         ["destinations", "list"], ["destinations", "show", "crm"], ["stats"],
     ):  # fmt: skip
         given = [*command, *(["--json"] if as_json else [])]

@@ -119,7 +119,7 @@ def test_completion_imports_nothing_heavy():
 
 
 def test_commands_that_only_call_the_api_import_no_event_loop_and_no_store():
-    asks = ("deliveries", "destinations", "doctor", "events", "stats", "status", "workers")
+    asks = ("attempts", "deliveries", "destinations", "doctor", "events", "stats", "status", "workers")
     code = f"import {', '.join(f'relay.cli.{name}' for name in asks)}"
     assert not modules_of(code) & {"asyncio", "relay.store", "relay.cli.offline"}
 

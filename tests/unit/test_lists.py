@@ -242,25 +242,35 @@ async def test_attempts_are_sorted_by_their_start_with_every_plan(file, monkeypa
     monkeypatch.setattr(pages, "MOST_CANDIDATES", 400)
     async with open_traced(file) as store:
         stored = await store.traced.execute_fetchall(
-            "SELECT a.started_at, a.id, d.destination, a.result FROM attempts AS a"
+            "SELECT a.started_at, a.id, d.destination, a.result, d.event_id FROM attempts AS a"
             " JOIN deliveries AS d ON d.id = a.delivery_id ORDER BY 1 DESC, 2 DESC"
         )
         since = END - 10 * 86400 * SECOND
-        for to, result, after in itertools.product((None, "late", "crm"), (None, "5xx"), (None, since)):
+        event = max((row[4] for row in stored), key=[row[4] for row in stored].count)
+        cases = itertools.product((None, "late", "crm"), (None, "5xx"), (None, True), (None, since))
+        for to, result, failed, after, of in [
+            *((*case, None) for case in cases),
+            (None, None, None, None, event),
+        ]:
             expected_ids = [
                 row[1]
                 for row in stored
-                if to in (None, row[2]) and result in (None, row[3]) and (after is None or row[0] >= after)
+                if to in (None, row[2])
+                and result in (None, row[3])
+                and failed in (None, row[3] != "ok")
+                and (after is None or row[0] >= after)
+                and of in (None, row[4])
             ]
             found, cursor, more = [], None, True
             while more:
                 page = await store.queries.page(
-                    "attempts", limit=150, cursor=cursor, destination=to, result=result, since=after
-                )
+                    "attempts", limit=150, cursor=cursor, destination=to, result=result, failed=failed,
+                    since=after, event_id=of,
+                )  # fmt: skip
                 found += [row["row"] for row in page.rows]
                 cursor = page.cursor
                 more = cursor is not None
-            assert found == expected_ids, (to, result, after)
+            assert found == expected_ids, (to, result, failed, after, of)
 
 
 async def test_a_page_may_end_within_the_deliveries_of_an_event(store, clock):

@@ -20,6 +20,9 @@ from relay.store.queries.plan import (
 )
 from relay.store.queries.reader import Reader
 
+PORTION = 1000
+"""Deliveries of an event that are read at once."""
+
 WORKER_LISTS = ("worker_metrics", "worker_commands")
 """Lists about workers: one statement, sorted by a time."""
 
@@ -167,8 +170,11 @@ async def _attempts_plan(reader: Reader, wanted: Mapping[str, Any]) -> tuple[_Ta
             return [(id_, id_) for id_ in await reader.attempts_of(delivery or 0, before.key, count)]
 
         return take_own, ("delivery_id",)
-    listed = None
-    if "destination" in wanted:
+    listed, done = None, "destination"
+    if (given := wanted.get("event_id")) is not None:
+        event = await _row_of(reader, "events", given)
+        listed, done = await _deliveries_of(reader, event or 0), "event_id"
+    elif "destination" in wanted:
         listed = await few_deliveries(reader, Selection(destination=wanted["destination"]))
     if listed is not None:
         ordered: list[tuple[int, int]] = []
@@ -179,7 +185,7 @@ async def _attempts_plan(reader: Reader, wanted: Mapping[str, Any]) -> tuple[_Ta
         async def take(before: Cursor, count: int) -> list[tuple[int, int]]:
             return [row for row in ordered if row < (before.key, before.row)][:count]
 
-        return take, ("destination",)
+        return take, (done,)
     since, until = wanted.get("since", 0), wanted.get("until", TOP.key)
     return (
         lambda before, count: reader.attempts_between(
@@ -187,6 +193,17 @@ async def _attempts_plan(reader: Reader, wanted: Mapping[str, Any]) -> tuple[_Ta
         ),
         ("since", "until"),
     )
+
+
+async def _deliveries_of(reader: Reader, event: int) -> list[int]:
+    """Return the row ids of all deliveries of an event, replays included."""
+    plan, found, end = QueryPlan(deliveries_by("event_id"), [(event,)]), list[int](), TOP.key
+    while True:
+        ids, reached = await plan.take(reader, end, 0, PORTION)
+        found += ids
+        if reached is None:
+            return found
+        end = reached
 
 
 # --- workers ---

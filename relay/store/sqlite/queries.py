@@ -31,9 +31,12 @@ DELIVERIES_SQL = """
       FROM deliveries AS d CROSS JOIN events AS v ON v.id = d.event_id WHERE d.id IN ({marks})
 """
 ATTEMPTS_SQL = """
-    SELECT a.id AS row, d.public_id AS delivery_id, a.started_at, a.duration_ms, a.result, a.status, a.error,
-           a.truncated, a.group_id, a.group_size, a.answer
-      FROM attempts AS a CROSS JOIN deliveries AS d ON d.id = a.delivery_id WHERE a.id IN ({marks})
+    SELECT a.id AS row, d.public_id AS delivery_id, v.public_id AS event_id, v.type, d.destination,
+           a.started_at, a.duration_ms, a.result, a.status, a.error, a.truncated, a.group_id, a.group_size,
+           a.answer
+      FROM attempts AS a CROSS JOIN deliveries AS d ON d.id = a.delivery_id
+           CROSS JOIN events AS v ON v.id = d.event_id
+     WHERE a.id IN ({marks})
 """
 """Rows of each list by row id, under the names that they have in a page."""
 
@@ -60,6 +63,7 @@ OF_DELIVERY = {"destination": "+d.destination = ?", "state": "+d.state = ?"}
 OF_ATTEMPT = {
     "destination": "+d.destination = ?",
     "result": "+a.result = ?",
+    "failed": "(a.result <> 'ok') = ?",
     "since": "+a.started_at >= ?",
     "until": "+a.started_at < ?",
 }
