@@ -183,7 +183,9 @@ async def test_sources_are_listed_with_their_pause(relay):
     assert {each["name"]: each["paused"] for each in items} == {
         "adorn": False, "compozy": False, "lazychat": False, "moddy": True, "whatsapp": False,
     }  # fmt: skip
-    assert items[0] == {"name": "adorn", "plugin": "adorn", "prefix": "", "paused": False}
+    assert items[0] == {
+        "name": "adorn", "plugin": "adorn", "prefix": "", "paused": False, "last_event": None, "silent": False
+    }  # fmt: skip
 
 
 async def test_a_source_is_shown_with_its_settings_and_its_latest_event(relay, event):
