@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.cli import screen
 from relay.cli.api_client import Daemon
+from relay.cli.deliveries import RESPONSE
 from relay.cli.endpoint import reader_options
 from relay.cli.main import Group
 from relay.cli.options import filter_options, page_options
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "started_at", "type", "destination", "result", "status", "duration_ms", "error", "delivery_id"
+)  # fmt: skip
+SHAPE = (
+    screen.moment("started_at", "started"),
+    screen.short_id("delivery_id", "delivery", least=screen.UNIQUE_DIGITS),
+    screen.text("destination", least=14, long="middle"), screen.word("result"),
+    screen.Column("duration_ms", "took", screen.each(screen.milliseconds), right=True),
+    RESPONSE,
+    screen.text("type", least=16, rank=2, long="middle"),
 )  # fmt: skip
 
 
@@ -38,4 +48,4 @@ def list_(daemon: "Daemon | Offline", *, failed: bool, as_json: bool, quiet: boo
     -q prints the ids of the deliveries.
     """
     page = gather(daemon, "attempts", failed=True if failed else None, **query)
-    print_page(page, COLUMNS, as_json=as_json, quiet=quiet, key="delivery_id")
+    print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet, key="delivery_id")

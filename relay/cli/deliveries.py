@@ -39,13 +39,16 @@ SHAPE = (
     screen.Column("next_attempt_at", "next try", screen.each(screen.due), rank=3),
 )  # fmt: skip
 _ATTEMPT = ("started_at", "duration_ms", "result", "status", "error")
+RESPONSE = screen.text("error", "response", least=16)._replace(
+    of=lambda attempt: screen.result_text(attempt["status"], attempt["error"])
+)
+"""The column with the response to an attempt."""
+
 ATTEMPT_SHAPE = (
     screen.moment("started_at", "started"),
     screen.Column("duration_ms", "took", screen.each(screen.milliseconds), right=True),
     screen.word("result"),
-    screen.text("error", "response", least=16, long="wrap")._replace(
-        of=lambda attempt: screen.result_text(attempt["status"], attempt["error"])
-    ),
+    RESPONSE._replace(long="wrap"),
 )  # fmt: skip
 REASONS: Mapping[str, str] = {
     "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",

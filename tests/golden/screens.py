@@ -79,7 +79,8 @@ def attempt(number, **more):
         ("timeout", None, "no response within 15 s"),
     )[number % 3]
     return {
-        "delivery_id": id_("dlv_", -9), "started_at": at(-60 * number - 9),
+        "delivery_id": id_("dlv_", -9), "event_id": id_("evt_", -9), "type": TYPES[3],
+        "destination": "crm-production-eu-west-2", "started_at": at(-60 * number - 9),
         "duration_ms": 4.0 + 7500.3 * number, "result": result, "status": status,
         "error": error, "truncated": False, "group_id": None, "group_size": None,
         "answer": '{"error": "upstream connect error or disconnect before headers"}' if status else "",
@@ -184,6 +185,7 @@ ANSWERS = {
     },
     "deliveries": page(*map(delivery, range(10))),
     "deliveries/01a2": {**delivery(3), "tries": [attempt(number) for number in range(3)]},
+    "attempts": page(attempt(0), attempt(1, type=TYPES[1]), attempt(2, delivery_id=id_("dlv_", -80))),
     "destinations": page(
         destination("crm-production-eu-west-1", in_flight=12, pending=14),
         destination("crm-production-eu-west-2", "circuit open", pending=1204, dead=31),
@@ -311,6 +313,7 @@ SCREENS = {
     "events-show": "events show 01a2",
     "deliveries-list": "deliveries list",
     "deliveries-show": "deliveries show 01a2",
+    "attempts-list": "attempts list",
     "destinations-list": "destinations list",
     "destinations-show": "destinations show crm",
     "sources-list": "sources list",
