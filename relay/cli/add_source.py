@@ -21,7 +21,7 @@ from relay.config.document import read
 from relay.config.effective import as_toml
 from relay.config.installed_service import Given, service_of
 from relay.config.paths import find_config
-from relay.config.problems import ConfigError, Problem, guess
+from relay.config.problems import ConfigError, guess
 from relay.plugin_loading.loader import discover, load
 from relay.source import Guide, Preset, Source
 
@@ -167,28 +167,21 @@ def add(
     is_interactive = kind is None
     if kind is None:
         kind = _ask_kind(known)
-    chosen = _chosen(kind, known, verify)
+    chosen = chosen_kind(kind, known, verify)
     if is_interactive:
         name = name or click.prompt("Name of the source", default=kind)
-    name = _named(name or kind)
+    name = checked_name(name or kind)
     if is_interactive and kind == GENERIC and verify is None:
         choice = click.prompt("Verification", default="hmac", type=OneOf(tuple(_VERIFY)))
-        chosen = _chosen(kind, known, choice)
-    default_path = chosen.guide.default_path.replace("{name}", name)
-    if kind != name:
-        default_path = default_path.replace(f"/{kind}", f"/{name}")
+        chosen = chosen_kind(kind, known, choice)
+    default_path = path_of(chosen, kind, name)
     if is_interactive:
         path = path or (click.prompt("Path", default=default_path) if default_path else None)
         public_url = public_url or click.prompt("Public URL of the relay", default=HOST)
     given = _place(chosen, name, secret_env, secret_file, secret_credential)
     if is_interactive and "env" in given and secret_env is None:
         given = {"env": click.prompt("Environment variable with the secret", default=given["env"])}
-    if chosen.signs_url and public_url in (None, HOST):
-        raise click.UsageError(
-            f"{chosen.guide.title} signs the URL: give its scheme and host with --public-url,"
-            " such as --public-url https://hooks.example"
-        )
-    added = _make(
+    added = make_source(
         kind, chosen, name, path=path or default_path, public_url=public_url, place=given, settings=settings
     )
     if not only_print:
@@ -204,18 +197,37 @@ def is_terminal() -> bool:
 def _ask_kind(known: Known) -> str:
     if not is_terminal():
         raise click.UsageError(f"name the kind of source: {', '.join(known)}")
+    print_kinds(known)
+    answer: str = click.prompt("Kind", type=OneOf(tuple(known)), show_choices=False)
+    return answer
+
+
+def print_kinds(known: Known) -> None:
+    """Print a line for each kind of source."""
     for each, (_, preset) in known.items():
         title = (
             "Any other sender" if each == GENERIC else "" if preset is None else kind_of(preset).guide.title
         )
         click.echo(f"  {each:<22} {title}".rstrip())
-    answer: str = click.prompt("Kind", type=OneOf(tuple(known)), show_choices=False)
-    return answer
 
 
-def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
+def path_of(chosen: Kind, kind: str, name: str) -> str:
+    """Return the path that a source has by default; "" for a kind with paths of its own."""
+    path = chosen.guide.default_path.replace("{name}", name)
+    return path if kind == name else path.replace(f"/{kind}", f"/{name}")
+
+
+def chosen_kind(kind: str, known: Known, verify: str | None) -> Kind:
+    """Return the facts about a kind; `verify` is the method of a generic source.
+
+    Raises:
+        CommandError: the kind does not exist.
+        UsageError: `verify` is given for another kind than generic.
+    """
     if kind == GENERIC:
-        steps = ("Set the URL of the webhook to {url}",)
+        steps: tuple[str, ...] = ("Set the URL of the webhook to {url}",)
+        if verify in (None, "bearer"):
+            steps += ("Its header `Authorization` is `Bearer` and the value of {secret}",)
         secret = "the secret that the sender uses"  # noqa: S105 - a description
         guide = Guide(title="the sender", docs="", secret=secret, default_path="/hooks/{name}", steps=steps)
         return Kind(guide=guide, verify=_VERIFY[verify or "bearer"])
@@ -240,7 +252,12 @@ def _chosen(kind: str, known: Known, verify: str | None) -> Kind:
     return Kind(guide=guide, verify="none", tokens="tokens" in source.__struct_fields__)
 
 
-def _named(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return the name of a source.
+
+    Raises:
+        BadParameter: it is not a valid name.
+    """
     try:
         return validators.name(name)
     except ValueError as error:
@@ -260,37 +277,50 @@ def _place(
             raise click.UsageError("senders are not verified, so there is no secret")
         return {}
     suffix = {"public_keys": "PUBLIC_KEY", "tokens": "TOKEN"}.get(kind.secrets_key, "WEBHOOK_SECRET")
-    return given or {"env": _variable(name, suffix)}
+    return given or {"env": variable_for(name, suffix)}
 
 
-def _variable(name: str, suffix: str) -> str:
+def variable_for(name: str, suffix: str) -> str:
+    """Return the name of an environment variable for a secret of a source."""
     text = f"{name}_{suffix}".upper().replace("-", "_")
     return f"_{text}" if text[:1].isdigit() else text
 
 
-def _make(
+def make_source(
     kind: str,
     chosen: Kind,
     name: str,
     *,
     path: str,
     public_url: str | None,
-    place: dict[str, str],
-    settings: Sequence[str],
+    place: Mapping[str, str],
+    verify_place: Mapping[str, str] | None = None,
+    settings: Sequence[str] = (),
 ) -> Added:
-    """Return the new source."""
+    """Return the new source; `place` refers to its secret, `verify_place` to the token of its handshake.
+
+    Raises:
+        UsageError: its sender signs the URL, and `public_url` is missing.
+        BadParameter: a setting is no key and value.
+    """
+    if chosen.signs_url and public_url in (None, HOST):
+        raise click.UsageError(
+            f"{chosen.guide.title} signs the URL: give its scheme and host with --public-url,"
+            " such as --public-url https://hooks.example"
+        )
     base = (public_url or HOST).rstrip("/")
     table: dict[str, Any] = {"plugin": kind, "path": path} if path else {"plugin": kind}
     secrets: list[Needed] = []
     words = {"url": f"{base}{path}", "secret": "the secret", "verify_token": "the verify token"}
     if place:
-        table[chosen.secrets_key] = [place]
+        table[chosen.secrets_key] = [dict(place)]
         [(where, words["secret"])] = place.items()
         secrets.append(Needed(where, words["secret"], chosen.guide.secret))
     if chosen.has_verify_token:
-        words["verify_token"] = _variable(name, "VERIFY_TOKEN")
-        table["verify_tokens"] = [{"env": words["verify_token"]}]
-        secrets.append(Needed("env", words["verify_token"], chosen.guide.verify_token))
+        given = verify_place or {"env": variable_for(name, "VERIFY_TOKEN")}
+        [(where, words["verify_token"])] = given.items()
+        table["verify_tokens"] = [dict(given)]
+        secrets.append(Needed(where, words["verify_token"], chosen.guide.verify_token))
     if chosen.signs_url:
         table["public_url"] = base
     if kind == GENERIC:
@@ -352,10 +382,7 @@ def _append(file: Path, added: Added, given: Given) -> None:
     text = "\n" if content.endswith(b"\n") or not content else "\n\n"
     addition = f"{text}{added.table}\n".replace("\n", newline).encode()
     try:
-        with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", suffix=".toml") as trial:
-            trial.write(content + addition)
-            trial.flush()
-            _check(Path(trial.name), file, given)
+        check_text(file, content + addition, given)
         with file.open("ab") as end:
             end.write(addition)
     except OSError as error:
@@ -363,18 +390,25 @@ def _append(file: Path, added: Added, given: Given) -> None:
         raise file_error(f"cannot write {file}", error, hint) from None
 
 
-def _check(trial: Path, file: Path, given: Given) -> None:
-    try:
-        load(trial, given, lenient=True)
-    except ConfigError as error:
-        renamed = [
-            Problem(str(file), problem.line, problem.key, problem.problem)
-            if problem.file == str(trial)
-            else problem
-            for problem in error.problems
-        ]
-        number = count(len(renamed), "problem")
-        raise ConfigError(renamed, hint=f"{number} with the new table; nothing was written") from None
+def check_text(file: Path, content: bytes, given: Given, *, what: str = "the new table") -> None:
+    """Check a configuration before it is written to `file`; missing secrets are no problem.
+
+    Raises:
+        ConfigError: it has problems; `what` names the part that causes them.
+        OSError: no file can be written in the folder.
+    """
+    with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", suffix=".toml") as trial:
+        trial.write(content)
+        trial.flush()
+        try:
+            load(Path(trial.name), given, lenient=True)
+        except ConfigError as error:
+            renamed = [
+                msgspec.structs.replace(problem, file=str(file)) if problem.file == trial.name else problem
+                for problem in error.problems
+            ]
+            number = count(len(renamed), "problem")
+            raise ConfigError(renamed, hint=f"{number} with {what}; nothing was written") from None
 
 
 def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> None:
@@ -384,15 +418,16 @@ def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> Non
     if is_written:
         click.echo(f"{file}: added the source {added.name}\n")
     click.echo(f"{added.table}\n\nOn this machine:\n")
-    _print_list(_local_steps(added, file))
+    print_steps(_local_steps(added, file))
     click.echo(f"\nAt {added.title}{f', {added.docs}' if added.docs else ''}:\n")
-    _print_list(added.steps)
+    print_steps(added.steps)
     click.echo(f"\nThen try it: relay send {added.name}")
     if HOST in added.url:
         click.echo(f"replace {HOST} with the public URL of this relay, or set it with --public-url", err=True)
 
 
-def _print_list(steps: Sequence[str]) -> None:
+def print_steps(steps: Sequence[str]) -> None:
+    """Print a numbered list."""
     for number, step in enumerate(steps, 1):
         click.echo(f"{number}. {step}")
 

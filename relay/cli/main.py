@@ -144,6 +144,10 @@ class OneOf(click.Choice[str]):
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Report every problem in config.toml."),
     "config": ("relay.cli.config:config_", "Show the effective configuration or create a starter file."),
+    "init": (
+        "relay.cli.init:init",
+        "Set up a relay: config.toml, secrets and, for a service, a drop-in of its unit.",
+    ),
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
     "reload": ("relay.cli.reload:reload", "Reload config.toml in the running daemon."),
     "events": ("relay.cli.events:events", "List, inspect, replay, export, import and delete events."),

@@ -142,7 +142,9 @@ def commands_of(config, *, offline=False):
     """Return every command with what it demands; None: no `config` is named, and `serve` would find one."""
     for path, command in LEAVES.items():
         options = {option for each in command.params for option in each.opts}
-        demanded = (each.format(file="events.jsonl", new="new.toml") for each in arguments_of(path))
+        demanded = (
+            each.format(file="events.jsonl", new="new.toml", folder="made") for each in arguments_of(path)
+        )
         words = WORDS.get(path) or [*path, *demanded]
         if (offline and "--offline" not in options) or (path == ("serve",) and config is None):
             continue

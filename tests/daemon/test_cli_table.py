@@ -38,6 +38,7 @@ MORE = {
     ("events", "replay"): ["--yes", "--to", "crm"],
     ("workers", "forget"): ["--yes"],
     ("config", "schema"): ["--bundled"],
+    ("init",): ["--yes"],
     ("plugins", "new"): ["--dir", "{folder}"],
     ("send",): ["--to", "{public}"],
     ("sources", "add"): ["--print"],
@@ -62,6 +63,7 @@ WRONG = {"--type": "!adorn.*", "--where": "a=1=2!", "--rate": "often", "--since"
 
 WRITTEN = {
     ("config", "init"): "file",
+    ("init",): "folder",
     ("db", "backup"): "file",
     ("events", "export"): "output",
     ("plugins", "new"): "folder",
@@ -335,7 +337,7 @@ def unknown():
                 if name:
                     yield cell(path, [*words, *MORE.get(path, ()), *end], 4, f'"{name}"')
             for option, kind in NEEDS_NAMES.items():
-                if option in each.opts and path != ("send",):
+                if option in each.opts and path not in (("init",), ("send",)):  # there it is a URL
                     name = {"destination": "crn", "event": "01a201eb"}[kind]
                     yield cell(path, [*valid(path), option, name, *end], 4, f'"{name}"')
 

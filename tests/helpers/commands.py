@@ -108,6 +108,7 @@ KINDS = {
     "database": Kind("{database}"),
     "export": Kind("{file}"),
     "new file": Kind("{new}"),
+    "new folder": Kind("{folder}"),
 }
 _KIND_OF = {
     ("EVENT",): "event",
@@ -129,10 +130,11 @@ _KIND_OF = {
     ("db", "backup", "FILE"): "new file",
     ("db", "check", "FILE"): "database",
     ("events", "FILE"): "export",
+    ("init", "FOLDER"): "new folder",
 }
 """The kind of each argument, by its word in the usage line; the words of a command before it go first."""
 
-WANTED = {("config", "init"), ("explain",), ("sources", "add")}
+WANTED = {("config", "init"), ("explain",), ("init",), ("sources", "add")}
 """Commands whose optional argument the tests give; without it they ask or write elsewhere."""
 
 
