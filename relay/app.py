@@ -29,6 +29,7 @@ from relay.ingest.token_use import EVERY as TOKENS_EVERY
 from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
 from relay.jobs.disk_forecast import DiskForecast
+from relay.jobs.history import History
 from relay.jobs.ledger_check import LEDGER, LedgerCheck
 from relay.jobs.replay import Replays
 from relay.jobs.retention import RETENTION
@@ -137,6 +138,13 @@ class App:
             clock,
             accepts=lambda: not self.health.reasons(),
         )
+        self.history = History(
+            self.metrics,
+            clock,
+            sources=lambda: self.ingest.mounts,
+            destinations=lambda: self.dispatcher.lanes,
+            pending=self.store.ledger.pending,
+        )
         self.loop_lag = LoopLag(self.metrics.lag.set)
         self.jobs = Jobs(clock, self.metrics, self.store.nodes.lead)
         self.owner = Owner(
@@ -157,6 +165,7 @@ class App:
                 jobs=self.jobs,
                 backups=self.backups,
                 activity=self.activity,
+                history=self.history,
                 disk=self.disk_forecast,
                 listeners=self.listeners,
             )
@@ -375,6 +384,7 @@ class App:
         jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
+        jobs.add("history", self.history.every, self.history.run)
         jobs.add("activity", self.activity.every, self.activity.run)
         jobs.add("tokens", TOKENS_EVERY, self.ingest.token_uses.run)
         for job in self._setup.jobs:

@@ -5,9 +5,10 @@ label values exists from the start, at 0, so that rates are right from the first
 memory; a scrape reads no table of the database.
 """
 
+import asyncio
 import platform
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.samples import Sample
 
 from relay import __version__
 from relay.errors import REASONS, UNROUTABLE
@@ -63,6 +65,28 @@ def _gauge(name: str, help_: str, **labels: tuple[str, ...]) -> Gauge:
 
 def _histogram(name: str, help_: str, buckets: tuple[float, ...], **labels: tuple[str, ...]) -> Histogram:
     return cast("Histogram", Declared(Histogram, name, help_, labels, {"buckets": buckets}))
+
+
+class Reading:
+    """The values of some metrics at one moment, by name and labels."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.at = asyncio.get_running_loop().time()
+        self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in names}
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Add the samples of a family that were asked for."""
+        for sample in samples:
+            if (series := self._values.get(sample.name)) is not None:
+                series[tuple(sample.labels.values())] = sample.value
+
+    def of(self, name: str, *labels: str) -> float:
+        """Return the value of one series, 0 if it does not exist yet."""
+        return self._values[name].get(labels, 0.0)
+
+    def all(self, name: str) -> dict[tuple[str, ...], float]:
+        """Return all series of a metric by their labels, in the order of their declaration."""
+        return self._values[name]
 
 
 class Metrics:
@@ -242,6 +266,14 @@ class Metrics:
             self.add_source(name)
         for name in destinations:
             self.add_destination(name)
+
+    async def read(self, names: Sequence[str]) -> Reading:
+        """Read metrics, named as a scrape names them, with a pause after each: 50 destinations take 3 ms."""
+        reading = Reading(names)
+        for family in self.registry.restricted_registry(names).collect():
+            reading.add(family.samples)
+            await asyncio.sleep(0)
+        return reading
 
     def add_source(self, name: str) -> None:
         """Create the series of a source at 0."""

@@ -14,6 +14,7 @@ from relay.api.deliveries import DeliveriesApi
 from relay.api.destinations import DestinationsApi
 from relay.api.endpoints import Page, document, endpoint, endpoints_of, routes_of
 from relay.api.events import EventsApi
+from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
 from relay.api.names import NamesApi
 from relay.api.replays import ReplaysApi
@@ -127,7 +128,7 @@ class DaemonApi:
 
 RESOURCES = (
     DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
-    DatabaseApi, NamesApi,
+    DatabaseApi, NamesApi, HistoryApi,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from relay.ingest.handler import Ingest
 from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
 from relay.jobs.disk_forecast import DiskForecast
+from relay.jobs.history import History
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
@@ -35,6 +36,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     jobs: Jobs
     backups: Backups
     activity: Activity
+    history: History
     disk: DiskForecast
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 

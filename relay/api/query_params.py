@@ -35,6 +35,12 @@ def _limit(text: str) -> int:
     return min(int(text), MOST_ROWS)
 
 
+def _whole(text: str, *, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:_MOST_DIGITS]) <= most):
+        raise ValueError(f'expected a whole number from 1 to {most}, got "{text:.40}"')
+    return int(text)
+
+
 def _flag(text: str) -> bool:
     if text.lower() not in _TRUE + _FALSE:
         raise ValueError(f'expected 0 or 1, got "{text:.40}"')
@@ -80,6 +86,19 @@ Conditions = Annotated[
         hint='example: {"data.sale_made": true, "data.total": {"gte": 100}}',
     ),
 ]
+
+
+class HistoryQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/history`."""
+
+    minutes: Annotated[
+        int, _about("Minutes until now.", parse=partial(_whole, most=60)), msgspec.Meta(ge=1, le=60)
+    ] = 60
+    periods: Annotated[
+        int,
+        _about("Number of periods into which the time is divided.", parse=partial(_whole, most=360)),
+        msgspec.Meta(ge=1, le=360),
+    ] = 60
 
 
 class NoQuery(msgspec.Struct):

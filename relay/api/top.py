@@ -16,6 +16,7 @@ from relay.api.stream import Followers, LostView, frame, stream
 from relay.api.views import ABSENT
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
+from relay.metrics import Reading
 
 log = logging.getLogger("relay.api")
 
@@ -69,32 +70,6 @@ class Top(msgspec.Struct):
     workers: dict[str, int]
 
 
-class _Reading:
-    """The metrics at one moment, by name and labels."""
-
-    def __init__(self) -> None:
-        self.at = asyncio.get_running_loop().time()
-        self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _NAMES}
-
-    @classmethod
-    async def take(cls, context: Context) -> "_Reading":
-        """Read the metrics, with a pause after each family: 50 destinations take 3 ms."""
-        reading = cls()
-        for family in context.metrics.registry.restricted_registry(_NAMES).collect():
-            for sample in family.samples:
-                reading._values[sample.name][tuple(sample.labels.values())] = sample.value
-            await asyncio.sleep(0)
-        return reading
-
-    def of(self, name: str, *labels: str) -> float:
-        """Return the value of one series, 0 if it does not exist yet."""
-        return self._values[name].get(labels, 0.0)
-
-    def all(self, name: str) -> dict[tuple[str, ...], float]:
-        """Return all series of a metric by their labels."""
-        return self._values[name]
-
-
 class TopApi:
     """The endpoint `/api/top`."""
 
@@ -121,10 +96,10 @@ class TopApi:
 
     async def _tick(self) -> None:
         """Send a snapshot every second while there are followers."""
-        before = await _Reading.take(self._context)
+        before = await self._context.metrics.read(_NAMES)
         await asyncio.sleep(EVERY)
         while self._followers:
-            now = await _Reading.take(self._context)
+            now = await self._context.metrics.read(_NAMES)
             try:
                 item = frame("top", self._snapshot(before, now))
             except Exception:
@@ -135,7 +110,7 @@ class TopApi:
             before = now
             await asyncio.sleep(EVERY)
 
-    def _snapshot(self, before: _Reading, now: _Reading) -> dict[str, Any]:
+    def _snapshot(self, before: Reading, now: Reading) -> dict[str, Any]:
         context, pending = self._context, self._context.store.ledger.pending()
         lanes, reasons = context.dispatcher.lanes, context.health.reasons()
         rates = _Rates(before, now)
@@ -168,7 +143,7 @@ class TopApi:
 class _Rates:
     """Changes between two readings, per second."""
 
-    def __init__(self, before: _Reading, now: _Reading) -> None:
+    def __init__(self, before: Reading, now: Reading) -> None:
         self._before = before
         self._now = now
         self._seconds = now.at - before.at

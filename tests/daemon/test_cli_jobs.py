@@ -29,6 +29,7 @@ async def test_jobs_are_listed_with_their_results(relay, commands):
         "expire",
         "flush",
         "forget",
+        "history",
         "ledger",
         "retention",
         "sweep",

@@ -1,0 +1,74 @@
+"""`GET /api/history`: the last hour of sources and destinations."""
+
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.context import Context
+from relay.api.endpoints import endpoint
+from relay.api.query_params import HistoryQuery
+from relay.base.clock import rfc3339
+from relay.jobs.history import Series
+
+_Counts = list[float | None]
+
+
+def _about(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+class SourceHistory(msgspec.Struct):
+    """One source, oldest period first; null where the relay did not run."""
+
+    name: str
+    events: Annotated[_Counts, _about("Stored events.")]
+    refused: Annotated[_Counts, _about("Refused requests.")]
+
+
+class DestinationHistory(msgspec.Struct):
+    """One destination, oldest period first; null where the relay did not run or made no attempt."""
+
+    name: str
+    succeeded: Annotated[_Counts, _about("Attempts that succeeded.")]
+    failed: Annotated[_Counts, _about("Attempts that failed.")]
+    p50_ms: Annotated[_Counts, _about("Half of the attempts took at most this long.")]
+    p95_ms: Annotated[_Counts, _about("95 % of the attempts took at most this long.")]
+    pending: Annotated[_Counts, _about("Most pending deliveries at one time.")]
+
+
+class HistoryView(msgspec.Struct):
+    """Figures in periods of equal length."""
+
+    until: Annotated[str, _about("End of the last period.")]
+    step_seconds: Annotated[float, _about("Length of a period.")]
+    sources: list[SourceHistory]
+    destinations: list[DestinationHistory]
+
+
+class HistoryApi:
+    """The endpoint `/api/history`."""
+
+    def __init__(self, context: Context) -> None:
+        self._history = context.history
+
+    @endpoint(
+        "GET", "/api/history", "history", "Show the last hour of each source and destination.",
+        query=HistoryQuery, returns=HistoryView,
+    )  # fmt: skip
+    async def _show(self, _request: web.Request, query: HistoryQuery) -> dict[str, Any]:
+        hour = self._history.hour(query.minutes, query.periods)
+        return {
+            "until": rfc3339(hour.until),
+            "step_seconds": hour.step,
+            "sources": [{"name": each.name, **each.figures} for each in hour.sources],
+            "destinations": [_in_milliseconds(each) for each in hour.destinations],
+        }
+
+
+def _in_milliseconds(series: Series) -> dict[str, Any]:
+    figures: dict[str, Any] = dict(series.figures)
+    for name in ("p50", "p95"):
+        values = figures.pop(name)
+        figures[f"{name}_ms"] = [None if value is None else round(value * 1000, 1) for value in values]
+    return {"name": series.name, **figures}

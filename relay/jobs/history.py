@@ -1,0 +1,202 @@
+"""The last hour of each source and destination, in memory, from the metrics.
+
+Prometheus keeps metrics for longer, but not every relay has one, and a page or a command can show this hour
+without it. Every ten seconds, this job notes what the counters have gained since the last time.
+"""
+
+import math
+from array import array
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import msgspec
+
+from relay.base.clock import SECOND, Clock
+from relay.metrics import Metrics, Reading
+
+EVERY = 10.0
+"""Seconds of one slot."""
+
+SLOTS = 360
+"""Slots that are kept: one hour."""
+
+SOURCE = ("events", "refused")
+DESTINATION = ("succeeded", "failed", "p50", "p95", "pending")
+"""Figures of a slot: attempts by result, their duration in seconds, and deliveries that wait at its end."""
+
+_EVENTS, _REFUSED = "relay_events_received_total", "relay_events_rejected_total"
+_ATTEMPTS, _BUCKETS = "relay_delivery_attempts_total", "relay_delivery_attempt_duration_seconds_bucket"
+_NAMES = (_EVENTS, _REFUSED, _ATTEMPTS, _BUCKETS)
+_SUMS = frozenset({"events", "refused", "succeeded", "failed"})
+_UNKNOWN = math.nan
+
+
+class Ring:
+    """One figure of the last `SLOTS` slots."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self) -> None:
+        self._values = array("d", [_UNKNOWN] * SLOTS)
+
+    def set(self, slot: int, value: float) -> None:
+        """Set the figure of a slot."""
+        self._values[slot % SLOTS] = value
+
+    def of(self, slots: Iterable[int]) -> list[float]:
+        """Return the known figures of slots."""
+        found = (self._values[slot % SLOTS] for slot in slots)
+        return [value for value in found if not math.isnan(value)]
+
+
+class Series(msgspec.Struct, frozen=True):
+    """The figures of a source or destination, oldest first; None where the relay did not run."""
+
+    name: str
+    figures: dict[str, list[float | None]]
+
+
+class Hour(msgspec.Struct, frozen=True):
+    """Figures of sources and destinations in periods of equal length."""
+
+    until: int  # end of the last period, wall clock
+    step: float  # seconds of a period
+    sources: tuple[Series, ...]
+    destinations: tuple[Series, ...]
+
+
+class History:
+    """Notes the figures; `pending` returns the number of pending deliveries by destination."""
+
+    every = EVERY
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        sources: Callable[[], Collection[str]],
+        destinations: Callable[[], Collection[str]],
+        pending: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._names = {"sources": sources, "destinations": destinations}
+        self._pending = pending
+        self._rings: dict[tuple[str, str, str], Ring] = {}  # by kind, name and figure
+        self._before: Reading | None = None
+        self._slot = 0  # the last one
+        self._ran_at = 0  # its end, steady clock
+        self._until = 0  # the same, wall clock
+
+    async def run(self) -> None:
+        """Note the figures of the slot that ends now."""
+        steady = self._clock.steady()
+        passed = round((steady - self._ran_at) / (EVERY * SECOND))
+        before = self._before
+        if before is not None and not passed:  # an operator has just run this job
+            return
+        self._before = now = await self._metrics.read(_NAMES)
+        self._ran_at, self._until = steady, self._clock.wall()
+        known = {(kind, name) for kind, names in self._names.items() for name in names()}
+        for key in [key for key in self._rings if key[:2] not in known]:
+            del self._rings[key]
+        if before is None:
+            return
+        skipped = range(self._slot + 1, self._slot + min(passed, SLOTS))  # the machine was suspended
+        self._slot += passed
+        for ring in self._rings.values():
+            for slot in skipped:
+                ring.set(slot, _UNKNOWN)
+        sources, destinations = _of_sources(before, now), _of_destinations(before, now)
+        pending = self._pending()
+        for name in self._names["sources"]():
+            self._note("sources", name, sources.get(name) or dict.fromkeys(SOURCE, 0.0))
+        for name in self._names["destinations"]():
+            figures = destinations.get(name) or _figures((0.0, 0.0), ())
+            self._note("destinations", name, {**figures, "pending": float(pending.get(name, 0))})
+
+    def _note(self, kind: str, name: str, figures: Mapping[str, float]) -> None:
+        for figure, value in figures.items():
+            key = (kind, name, figure)
+            if (ring := self._rings.get(key)) is None:
+                ring = self._rings[key] = Ring()
+            ring.set(self._slot, value)
+
+    def hour(self, minutes: int, periods: int) -> Hour:
+        """Return the last `minutes`, divided into at most `periods` periods."""
+        slots = min(max(1, round(minutes * 60 / EVERY)), SLOTS)
+        each = -(-slots // periods)
+        count = -(-slots // each)
+        return Hour(
+            until=self._until,
+            step=each * EVERY,
+            sources=self._series("sources", SOURCE, each, count),
+            destinations=self._series("destinations", DESTINATION, each, count),
+        )
+
+    def _series(self, kind: str, figures: Sequence[str], each: int, count: int) -> tuple[Series, ...]:
+        first = self._slot + 1 - each * count
+        periods = [range(first + at * each, first + (at + 1) * each) for at in range(count)]
+
+        def values(name: str, figure: str) -> list[float | None]:
+            ring = self._rings.get((kind, name, figure))
+            if ring is None:
+                return [None] * count
+            return [_joined(figure, ring.of(period)) for period in periods]
+
+        names = self._names[kind]()
+        return tuple(Series(name, {figure: values(name, figure) for figure in figures}) for name in names)
+
+
+def _joined(figure: str, values: Sequence[float]) -> float | None:
+    """Return the figure of a period of several slots: a sum, or else the largest value."""
+    if not values:
+        return None
+    return sum(values) if figure in _SUMS else max(values)
+
+
+def _of_sources(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
+    """Return what each source has gained between two readings."""
+    found: dict[str, dict[str, float]] = {}
+    for figure, metric in zip(SOURCE, (_EVENTS, _REFUSED), strict=True):
+        for labels, value in now.all(metric).items():
+            figures = found.setdefault(labels[0], dict.fromkeys(SOURCE, 0.0))
+            figures[figure] += value - before.of(metric, *labels)
+    return found
+
+
+def _of_destinations(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
+    """Return what each destination has gained between two readings."""
+    attempts: dict[str, list[float]] = {}
+    for (name, result), value in now.all(_ATTEMPTS).items():
+        attempts.setdefault(name, [0.0, 0.0])[result != "ok"] += value - before.of(_ATTEMPTS, name, result)
+    buckets: dict[str, list[tuple[float, float]]] = {}
+    for (name, bound), value in now.all(_BUCKETS).items():
+        gained = value - before.of(_BUCKETS, name, bound)
+        buckets.setdefault(name, []).append((float(bound), gained))
+    return {name: _figures(counts, buckets.get(name, ())) for name, counts in attempts.items()}
+
+
+def _figures(counts: Sequence[float], buckets: Sequence[tuple[float, float]]) -> dict[str, float]:
+    succeeded, failed = counts
+    p50, p95 = quantile(0.5, buckets), quantile(0.95, buckets)
+    return {"succeeded": succeeded, "failed": failed, "p50": p50, "p95": p95}
+
+
+def quantile(share: float, buckets: Sequence[tuple[float, float]]) -> float:
+    """Return a quantile from the upper bounds and cumulative counts of a histogram; NaN if it is empty.
+
+    As Prometheus' `histogram_quantile`: values are taken as evenly distributed within a bucket, and those
+    above the largest finite bound as equal to it.
+    """
+    total = buckets[-1][1] if buckets else 0.0
+    if not total:
+        return _UNKNOWN
+    wanted, lower, below = share * total, 0.0, 0.0
+    for bound, count in buckets:
+        if count >= wanted:
+            return (
+                lower if math.isinf(bound) else lower + (bound - lower) * (wanted - below) / (count - below)
+            )
+        lower, below = bound, count
+    return lower

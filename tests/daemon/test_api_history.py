@@ -1,0 +1,44 @@
+"""`GET /api/history`: the last hour, without Prometheus."""
+
+import pytest
+from daemons import SOURCES, Recorder, destination, running, write_config
+from wire import exchange, request
+
+from relay.base.clock import SECOND
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    async with Recorder() as recorder:
+        config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+        async with running(config) as relay:
+            yield relay
+
+
+async def ask(relay, query=""):
+    answer = await exchange(relay.addresses.socket, request("GET", f"/api/history{query}"))
+    return answer.status, answer.json
+
+
+async def test_the_history_has_each_source_and_destination(relay):
+    history, metrics = relay.app.history, relay.app.metrics
+    await relay.app.jobs.run("history")
+    metrics.received.labels("adorn").inc(2)
+    metrics.attempts.labels("crm", "5xx").inc()
+    metrics.attempt_seconds.labels("crm").observe(0.05)
+    history._ran_at -= 10 * SECOND  # ten seconds pass
+    await history.run()
+    status, found = await ask(relay, "?minutes=1&periods=2")
+    assert (status, found["step_seconds"]) == (200, 30.0)
+    assert [each["name"] for each in found["sources"]] == list(relay.app.ingest.mounts)
+    assert {"name": "adorn", "events": [None, 2], "refused": [None, 0]} in found["sources"]
+    [crm] = found["destinations"]
+    assert (crm["succeeded"], crm["failed"], crm["pending"]) == ([None, 0], [None, 1], [None, 0])
+    assert crm["p50_ms"][0] is None
+    assert 25 <= crm["p50_ms"][1] <= crm["p95_ms"][1] <= 50
+
+
+@pytest.mark.parametrize("query", ["?minutes=61", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"])
+async def test_wrong_parameters_are_refused(relay, query):
+    status, answer = await ask(relay, query)
+    assert (status, answer["error"]["code"]) == (400, "bad_request")

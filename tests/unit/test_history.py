@@ -1,0 +1,120 @@
+"""The last hour of sources and destinations, as `/api/history` returns it."""
+
+import pytest
+
+from relay.jobs.history import SLOTS, History, quantile
+from relay.metrics import Metrics
+
+
+class Daemon:
+    """Counters that a test changes, and a history that it lets run every ten seconds."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.metrics = Metrics(sources=("shop",), destinations=("crm",))
+        self.sources, self.destinations, self.pending = ["shop"], ["crm"], {"crm": 3}
+        self.history = History(
+            self.metrics,
+            clock,
+            sources=lambda: self.sources,
+            destinations=lambda: self.destinations,
+            pending=lambda: self.pending,
+        )
+
+    async def run(self, seconds=10):
+        self.clock.advance(seconds)
+        await self.history.run()
+
+    def figures(self, kind="sources", **asked):
+        [series] = getattr(self.history.hour(**{"minutes": 1, "periods": 6, **asked}), kind)
+        return series.figures
+
+
+@pytest.fixture
+async def daemon(clock):
+    daemon = Daemon(clock)
+    await daemon.run()
+    return daemon
+
+
+async def test_each_slot_has_what_was_gained_in_it(daemon):
+    for count in (1, 0, 4):
+        daemon.metrics.received.labels("shop").inc(count)
+        daemon.metrics.rejected.labels("shop", "auth").inc(2 * count)
+        daemon.metrics.rejected.labels("shop", "invalid").inc(count)
+        await daemon.run()
+    assert daemon.figures() == {"events": [None] * 3 + [1, 0, 4], "refused": [None] * 3 + [3, 0, 12]}
+
+
+async def test_a_destination_has_attempts_durations_and_pending_deliveries(daemon):
+    for result in ("ok", "ok", "5xx", "timeout"):
+        daemon.metrics.attempts.labels("crm", result).inc()
+        daemon.metrics.attempt_seconds.labels("crm").observe(0.2)
+    await daemon.run()
+    daemon.pending = {}
+    await daemon.run()
+    found = daemon.figures("destinations", periods=2)
+    assert (found["succeeded"], found["failed"], found["pending"]) == ([None, 2], [None, 2], [None, 3])
+    found = daemon.figures("destinations")
+    assert found["pending"] == [None] * 4 + [3, 0]
+    assert found["p50"][-1] is None  # no attempt
+    assert 0.1 < found["p50"][-2] < found["p95"][-2] <= 0.25  # the bucket of 0.2 s
+
+
+async def test_periods_are_sums_and_the_last_one_ends_at_the_last_slot(daemon):
+    for _ in range(12):
+        daemon.metrics.received.labels("shop").inc()
+        await daemon.run()
+    hour = daemon.history.hour(minutes=2, periods=2)
+    assert (hour.step, hour.until) == (60.0, daemon.clock.wall())
+    assert hour.sources[0].figures["events"] == [6, 6]
+    assert daemon.history.hour(minutes=2, periods=5).step == 30.0
+
+
+async def test_the_time_of_a_suspension_is_unknown_not_zero(daemon):
+    daemon.metrics.received.labels("shop").inc()
+    await daemon.run()
+    daemon.metrics.received.labels("shop").inc(5)
+    await daemon.run(40)
+    assert daemon.figures()["events"] == [None, 1, None, None, None, 5]
+
+
+async def test_an_hour_is_kept_and_no_more(daemon):
+    for count in range(SLOTS + 2):
+        daemon.metrics.received.labels("shop").inc(count)
+        await daemon.run()
+    events = daemon.figures(minutes=60, periods=SLOTS)["events"]
+    assert events == [*map(float, range(2, SLOTS + 2))]
+    assert daemon.figures(minutes=600, periods=SLOTS)["events"] == events
+
+
+async def test_removed_names_are_forgotten_and_new_ones_begin_unknown(daemon):
+    daemon.metrics.received.labels("shop").inc()
+    await daemon.run()
+    daemon.sources = ["bot"]
+    daemon.metrics.add_source("bot")
+    await daemon.run()
+    assert daemon.figures()["events"] == [None] * 5 + [0]
+    daemon.sources = ["shop"]
+    await daemon.run()
+    assert daemon.figures()["events"] == [None] * 5 + [0]
+
+
+@pytest.mark.parametrize(
+    ("share", "buckets", "value"),
+    [
+        (0.5, [(0.1, 0), (0.2, 10), (float("inf"), 10)], 0.15),
+        (0.95, [(0.1, 10), (0.2, 10), (float("inf"), 10)], 0.095),
+        (0.95, [(0.1, 0), (0.2, 0), (float("inf"), 10)], 0.2),
+        (0.5, [(0.1, 5), (0.2, 10), (float("inf"), 10)], 0.1),
+    ],
+)
+def test_a_quantile_is_interpolated_within_its_bucket(share, buckets, value):
+    assert quantile(share, buckets) == pytest.approx(value)
+
+
+async def test_a_run_between_two_slots_adds_none(daemon):
+    for seconds in (2, 8, 3, 9):  # an operator runs the job as well
+        daemon.metrics.received.labels("shop").inc()
+        await daemon.run(seconds)
+    assert daemon.figures()["events"] == [None] * 4 + [2, 2]
