@@ -202,8 +202,11 @@ def _local(moment: str) -> datetime:
     return datetime.fromisoformat(moment).astimezone(UTC if _in_utc() else None)
 
 
-def clock_times(moments: Sequence[str | None]) -> list[str]:
-    """Return times for one column: all with the date, unless all are of today; "Z" marks UTC."""
+def clock_times(moments: Sequence[str | None], *, fraction: bool = False) -> list[str]:
+    """Return times for one column: all with the date, unless all are of today; "Z" marks UTC.
+
+    `fraction` adds milliseconds.
+    """
     zone, mark = (UTC, "Z") if _in_utc() else (None, "")
     today = datetime.fromtimestamp(now(), UTC).astimezone(zone)
     shown = [moment and _local(moment) for moment in moments]
@@ -213,7 +216,9 @@ def clock_times(moments: Sequence[str | None]) -> list[str]:
         form = "%b %d %H:%M:%S"
     else:
         form = "%Y-%m-%d %H:%M:%S"
-    return [each.strftime(form) + mark if each else "" for each in shown]
+    if fraction:
+        return [f"{each:{form}}.{each.microsecond // 1000:03d}{mark}" if each else "" for each in shown]
+    return [f"{each:{form}}{mark}" if each else "" for each in shown]
 
 
 def full_time(moment: str | None) -> str:

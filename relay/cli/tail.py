@@ -11,18 +11,24 @@ import click
 from relay.base.clock import SECOND, rfc3339
 from relay.base.text import Colour, paint, printable, wants_colour
 from relay.base.units import render_duration
+from relay.cli import screen
 from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import INTERRUPTED, CommandError
 from relay.cli.options import filter_options, json_option
 from relay.cli.output import count, print_line, to_json
-from relay.cli.screen import cell, colour_of
+from relay.cli.screen import utc_option
 
 COLUMNS = (
     "what", "type", "source", "subject", "size", "destination", "attempt", "result", "status", "duration_ms",
     "state", "next_attempt_at", "error", "event_id", "delivery_id",
 )  # fmt: skip
 """Columns of a piped line after the time. A column that an item does not have is empty."""
+
+WIDE = 120
+"""Width of a terminal from which on times have milliseconds."""
+
+_LEAST_NAME, _MOST_NAME = 22, 48  # columns of the type or the destination
 
 MAX_COUNTED = 500
 """Maximum number of missed events that one list request can count."""
@@ -32,6 +38,7 @@ MAX_COUNTED = 500
 @filter_options("tail")
 @click.option("--failed", is_flag=True, help="Only failed attempts.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many items.")
+@utc_option
 @json_option
 @daemon_options
 @click.pass_context
@@ -77,8 +84,11 @@ def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
     if what == "lost":
         click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
         return
+    if sys.stdout.isatty():
+        print_line(line_for_people(what, item, screen.terminal_width()))
+        return
     colour = _colour(what, item) if wants_colour(sys.stdout) else None
-    print_line(paint(_for_people(what, item) if sys.stdout.isatty() else _for_programs(what, item), colour))
+    print_line(paint(_for_programs(what, item), colour))
 
 
 def _for_programs(what: str, item: dict[str, Any]) -> str:
@@ -86,33 +96,55 @@ def _for_programs(what: str, item: dict[str, Any]) -> str:
     if what == "event":
         values["event_id"] = item["id"]
     time_ = item["received_at" if what == "event" else "started_at"]
-    cells = [time_, *(cell(values.get(name)) for name in COLUMNS)]
+    cells = [time_, *(screen.cell(values.get(name)) for name in COLUMNS)]
     return "\t".join(printable(" ".join(text.split())) for text in cells)
 
 
-def _for_people(what: str, item: dict[str, Any]) -> str:
-    if what == "event":
-        about = f" about {item['subject']}" if item["subject"] else ""
-        return printable(f"{item['received_at']}  {item['type']}{about}, {item['size']} B  {item['id']}")
-    result = item["result"] if item["status"] is None else f"{item['status']}"
-    then = item["state"]
-    if item["next_attempt_at"] is not None:
-        then = f"next attempt at {item['next_attempt_at']}"
-    elif item["reason"] is not None:
-        then = f"{then}: {item['reason']}"
-    error = f" ({item['error']})" if item["error"] else ""
-    return printable(
-        f"{item['started_at']}  {item['type'] or 'a deleted event'} to {item['destination']},"
-        f" attempt {item['attempt']}: {result} after {item['duration_ms']:.0f} ms{error}, {then}"
-        f"  {item['delivery_id']}"
+def line_for_people(what: str, item: dict[str, Any], width: int) -> str:
+    """Return the line of an event or an attempt for a terminal: time, event, and what happened.
+
+    An event and its attempts show the same id, so that the eye can follow them.
+    """
+    began, id_ = (
+        (item["received_at"], item["id"])
+        if what == "event"
+        else (item["started_at"], item["event_id"] or item["delivery_id"])
     )
+    [clock] = screen.clock_times([began], fraction=width >= WIDE)
+    [short] = screen.short_ids([id_], screen.UNIQUE_DIGITS)
+    head = f"{clock}  {short}  "
+    room = max(width - screen.width_of(head), 0)
+    name_room = min(max(room * 9 // 20, _LEAST_NAME), _MOST_NAME)
+    if what == "event":
+        subject, size = screen.one_line(item["subject"] or ""), screen.size_text(item["size"])
+        name = screen.one_line(item["type"])
+        detail = f"{screen.cut(subject, room - name_room - 4 - len(size))}, {size}" if subject else size
+    else:
+        name = f"→ {screen.one_line(item['destination'])}"
+        detail = screen.one_line(_outcome(item))
+    name = screen.cut(name, name_room, "middle")
+    padded = name + " " * (name_room - screen.width_of(name))
+    detail = screen.cut(detail, room - name_room - 2)
+    return head + padded + "  " + (paint(detail, _colour(what, item)) if wants_colour(sys.stdout) else detail)
+
+
+def _outcome(attempt: dict[str, Any]) -> str:
+    """Return the result of an attempt, and what follows from it."""
+    result = screen.result_text(attempt["status"], attempt["error"]) or attempt["result"]
+    took, number = screen.milliseconds(attempt["duration_ms"]), attempt["attempt"]
+    nth = "" if number == 1 else f", attempt {number}"
+    if attempt["state"] == "delivered":
+        return f"{result} in {took}{nth}"
+    if attempt["next_attempt_at"] is not None:
+        return f"retry {screen.due(attempt['next_attempt_at'])}: {result}, {took}{nth}"
+    return f"{attempt['state']}: {result}, {took}{nth}"
 
 
 def _colour(what: str, item: dict[str, Any]) -> Colour | None:
     """Return the colour of an attempt: yellow if it is retried, else the colour of the delivery's state."""
     if what == "event":
         return None
-    return "yellow" if item["state"] == "pending" else colour_of("state", item["state"])
+    return "yellow" if item["state"] == "pending" else screen.colour_of("state", item["state"])
 
 
 class Gap:

@@ -88,6 +88,30 @@ def attempt(number, **more):
     }  # fmt: skip
 
 
+def tail_event(number):
+    """Return an event of `relay tail`."""
+    return {name: event(number)[name] for name in ("id", "source", "type", "subject", "received_at", "size")}
+
+
+def tail_attempt(number):
+    """Return an attempt of `relay tail`: delivered, retried, dead, of a deleted event."""
+    state, status, error, next_attempt, reason = (
+        ("delivered", 200, None, None, None),
+        ("pending", None, "cannot connect to hooks.example.com:443: Connection refused", 47, None),
+        ("dead", 503, "HTTP 503 Service Unavailable", None, "exhausted"),
+        ("pending", 429, "HTTP 429 Too Many Requests", 3600, None),
+    )[number]
+    return {
+        "delivery_id": id_("dlv_", -1, number), "event_id": id_("evt_", -1) if number < 3 else None,
+        "destination": ("crm-production-eu-west-1", "crm-production-eu-west-2", "slack", LONG)[number],
+        "type": TYPES[0] if number < 3 else None, "attempt": number + 1,
+        "result": "ok" if number == 0 else "5xx",
+        "status": status, "error": error, "duration_ms": 7.3 * 20**number, "state": state, "reason": reason,
+        "next_attempt_at": None if next_attempt is None else at(next_attempt),
+        "started_at": at(-0.7 + number / 8),
+    }  # fmt: skip
+
+
 PAUSE = {"paused_by": None, "paused_until": None}
 
 
@@ -307,7 +331,17 @@ ANSWERS = {
 }
 """Answers to GET, by path below `/api/`. The id in a path is any id: the answer is always the same."""
 
+STREAMS = {
+    "tail": [
+        ("event", tail_event(0)),
+        *(("attempt", tail_attempt(number)) for number in range(4)),
+        *(("event", tail_event(number)) for number in (2, 1)),
+    ],
+}
+"""Items of the streams, by path below `/api/`."""
+
 SCREENS = {
+    "tail": "tail --limit 7",
     "status": "status",
     "events-list": "events list",
     "events-show": "events show 01a2",
@@ -327,11 +361,24 @@ SCREENS = {
 """Commands by the names of their files."""
 
 
+class Followed(list):
+    """The items of a stream, as `relay.cli.api_client.Stream` yields them."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 class Canned:
     """Answers as `relay.cli.api_client.Daemon` does."""
 
     def get(self, *path, **_query):
         return copy.deepcopy(ANSWERS["/".join(path)])
+
+    def follow(self, *path, **_query):
+        return Followed(copy.deepcopy(STREAMS["/".join(path)]))
 
 
 class Terminal(io.StringIO):
@@ -376,8 +423,8 @@ def file_of(name, width):
 
 def write():
     """Rewrite the screens."""
+    drawn = {file_of(name, width): draw(words, width) for name, words in SCREENS.items() for width in WIDTHS}
     for file in FOLDER.iterdir():
         file.unlink()
-    for name, words in SCREENS.items():
-        for width in WIDTHS:
-            file_of(name, width).write_text(draw(words, width))
+    for file, text in drawn.items():
+        file.write_text(text)

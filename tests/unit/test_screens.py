@@ -9,6 +9,7 @@ import pytest
 
 from relay.api.app import RESOURCES
 from relay.api.endpoints import endpoints_of
+from relay.api.tail import TailAttempt, TailEvent
 from relay.base.text import paint
 from relay.cli import screen
 from relay.cli.screen import Column, cut, table, text, width_of, wrap
@@ -47,6 +48,12 @@ def declared(path):
 def test_the_answers_of_the_screens_have_the_types_of_the_api(path):
     answer = screens.ANSWERS[path]
     assert json.loads(msgspec.json.encode(msgspec.convert(answer, declared(path)))) == answer
+
+
+def test_the_streams_of_the_screens_have_the_types_of_the_api():
+    kinds = {"event": TailEvent, "attempt": TailAttempt}
+    for what, item in screens.STREAMS["tail"]:
+        assert json.loads(msgspec.json.encode(msgspec.convert(item, kinds[what]))) == item
 
 
 @pytest.mark.parametrize(
