@@ -10,12 +10,12 @@ from relay.store.opening import open_store
 
 DAY = 86_400_000_000
 END = 1_800_000_000_000_000
-"""When its last event came in, microseconds since the epoch."""
+"""Time of its last event, microseconds since the epoch."""
 
 _SPAN = 14 * DAY
 _BODY = '{"n":%d,"sale":%s,"total":%d,"note":"%s"}'
 _STATEMENTS = (
-    # Four sources of today; most events are of a fifth, which stopped two days ago.
+    # Four sources are active; most events belong to a fifth, which stopped two days ago.
     """
     WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :events),
     told AS (
@@ -81,7 +81,7 @@ _STATEMENTS = (
 
 
 async def fill(path: Path, events: int) -> None:
-    """Create a database with that many events, three deliveries for each, and an attempt for most of them."""
+    """Create a database with `events` events, three deliveries for each, and an attempt for most of them."""
     async with open_store(f"sqlite:{path.name}", path.parent, SystemClock()):
         pass  # makes the tables
     values = {

@@ -37,7 +37,7 @@ KINDS = {
 
 
 class _Flood(asyncio.Protocol):
-    """One connection that always has requests without a response."""
+    """One connection that always has unanswered requests."""
 
     def __init__(self, request: bytes) -> None:
         self._block = request * (_BLOCK // len(request))
@@ -46,7 +46,7 @@ class _Flood(asyncio.Protocol):
         self.answers = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports have no base class
         self._write()
 
     def pause_writing(self) -> None:

@@ -52,7 +52,7 @@ class _Peer(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's transports have no base class
 
     def send(self, request: bytes) -> None:
         self._received = b""

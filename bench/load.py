@@ -24,7 +24,7 @@ class _Sender(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's transports have no base class
 
     def send_next(self) -> None:
         if self._load.unsent:

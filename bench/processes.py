@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 _LISTENS = re.compile(r"listens on http://([0-9.]+):([0-9]+)")
-_START = 30.0  # seconds for a server to come up
-_STOP = 30.0  # seconds for it to go after SIGTERM
+_START = 30.0  # seconds until a server listens
+_STOP = 30.0  # seconds until it exits after SIGTERM
 
 
 class Server(msgspec.Struct, frozen=True):

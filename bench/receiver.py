@@ -16,7 +16,7 @@ class _Receiver(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's inherit from nothing
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports have no base class
 
     def data_received(self, data: bytes) -> None:
         self._received += data

@@ -19,11 +19,11 @@ from relay.base.clock import SECOND, SystemClock
 from relay.store.opening import open_store
 
 EVENTS = 500_000
-PACE = 500.0  # events a second that come in
+PACE = 500.0  # events that arrive per second
 CONNECTIONS = 32
 QUIET = 50.0  # seconds of the first measurement: retention begins a minute after the start
 TARGET = 0.020  # seconds that the 99th percentile may rise by
-PATIENCE = 900.0  # seconds for all of it to go
+PATIENCE = 900.0  # seconds until everything is deleted
 
 _AGE = 20 * 86_400 * SECOND  # older than the 14 days of the default
 _BODY = b'{"event_type":"member_joined","discord_id":"1","metadata":{"guild_id":"2"}}' + b" " * 131

@@ -9,7 +9,7 @@ import msgspec
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much to measure."""
 
-    rounds: int = 7  # per side, after one that is thrown away
+    rounds: int = 7  # per side, after a discarded one
     requests: int = 4000  # per round
     connections: int = 128
 
@@ -52,7 +52,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     rival: str
     us: str = "relay"
-    target: float  # the least that the ratio of rates shall be, and that of p99
+    target: float  # the smallest acceptable ratio of rates, and of p99
     is_of_cost: bool = False  # whether the target is one of CPU per event, not of rates
     ours: tuple[Round, ...]
     theirs: tuple[Round, ...]

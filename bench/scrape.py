@@ -16,7 +16,7 @@ SCRAPES = 100
 EVERY = 0.25  # seconds between two, sixty times as often as Prometheus
 TARGET = 0.050  # seconds that a scrape may take
 
-# As Prometheus asks; the socket has the same handler as the admin listener.
+# As Prometheus sends it; the socket has the same handler as the admin listener.
 _ASK = b"""\
 GET /metrics HTTP/1.1\r
 Host: relay\r

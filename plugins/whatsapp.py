@@ -63,7 +63,7 @@ _MORE_PRECISE = {
     "created": ("initializing", "qr_required", "connecting", "connected"),
     "disconnected": ("logged_out", "reconnecting", "error"),
 }
-"""Statuses that are more precise than the event's name: if the body has one of them, it counts."""
+"""Statuses that are more precise than the event's name: if the body has one of them, the relay uses it."""
 
 _OF_SESSIONS = ("session", "status", "state", "connection")
 """Words in the names of events that carry a session's status."""

@@ -247,7 +247,7 @@ class App:
             await server.listen(public)
             life.push_async_callback(self._close, server)
 
-            # It reads what happened before the start, while senders are served.
+            # Reads the history from before the start, while senders are already served.
             life.callback(asyncio.create_task(self.jobs.run("activity")).cancel)
             self.health.phase = None
             announce()
@@ -291,7 +291,7 @@ class App:
         try:
             await self.store.open()
         except StorageUnavailableError as error:
-            log.error("the store cannot be opened, senders are refused with 503: %s", in_one_line(error))  # noqa: TRY400 - the message says it
+            log.error("the store cannot be opened, senders are refused with 503: %s", in_one_line(error))  # noqa: TRY400 - the message has the reason
         else:
             return True
         async with AsyncExitStack() as waiting:
@@ -418,7 +418,7 @@ class App:
             pass
 
     async def _forget_workers(self) -> None:
-        """Delete workers that have been offline for long, and old worker metrics and commands."""
+        """Delete workers that have been offline for a long time, and old worker metrics and commands."""
         await self.store.workers.change(lambda changes: changes.forget_old())
         before = self.clock.wall() - int(self.config.retention.worker_metrics * SECOND)
         while await self.store.upkeep.prune_worker_metrics(before):

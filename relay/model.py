@@ -91,7 +91,7 @@ class Outcome(msgspec.Struct, kw_only=True, frozen=True):
 class Grouping(msgspec.Struct, frozen=True):
     """How a delivery waits for others of its destination, so that one message reports all of them."""
 
-    key: str  # deliveries of one (destination, key) go together
+    key: str  # deliveries of one (destination, key) are sent together
     wait: int  # microseconds from the first delivery of a group until it is sent
     most: int  # deliveries of a group; a full group is sent at once
 

@@ -124,7 +124,7 @@ class Reloads:
         except Exception as error:
             self._count(successful=False)
             self.failed = why = in_one_line(error) if isinstance(error, RelayError) else repr(error)
-            log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - the message says it
+            log.error("reload failed, the configuration is unchanged: %s", why)  # noqa: TRY400 - the message has the reason
             raise
         self._state.adopt(draft)
         self.failed = None

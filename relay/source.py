@@ -71,7 +71,7 @@ __all__ = [
 
 
 VERSION = __version__
-"""The relay's version, for replies that tell it."""
+"""The relay's version, for replies that contain it."""
 
 
 T = TypeVar("T")
@@ -142,12 +142,12 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return value if value.isascii() or _storable(value) else ""
 
     def decode(self, type_: type[T], *, loose: bool = False) -> T:
-        """Decode the JSON body into a msgspec type; `loose`: also a body that is not quite JSON.
+        """Decode the JSON body into a msgspec type; `loose`: accept almost-valid JSON, too.
 
         Strings show a lone surrogate as its escape (`relay.base.json_text`); `Raw` keeps the sender's bytes.
 
         Raises:
-            Malformed: the body is no JSON in valid UTF-8, or nested too deeply.
+            Malformed: the body is not JSON in valid UTF-8, or is nested too deeply.
             Invalid: a field is missing or of the wrong type; `field` names it.
         """
         decoder = _decoders.get(type_)
@@ -224,7 +224,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         prefix: str = "",
         signed: bytes | None = None,
     ) -> None:
-        """Check an HMAC in a header, in constant time per secret; any of the secrets may fit.
+        """Check an HMAC in a header, in constant time per secret; any of the secrets may match.
 
         Args:
             secrets: their UTF-8 text is the key.
@@ -235,8 +235,8 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             signed: the signed bytes; the body as received without it.
 
         Raises:
-            Unauthenticated: the header is missing (`missing`) or in the wrong form (`scheme`), or no secret
-                fits (`unknown`).
+            Unauthenticated: the header is missing (`missing`) or malformed (`scheme`), or no secret matches
+            (`unknown`).
         """
         values = self.headers.getall(header, [])
         if not values:
@@ -442,7 +442,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     data_field: ClassVar[str] = "data"
     """The sender's name for an event's data, in refusals of data that does not satisfy a schema."""
     decompresses: ClassVar[bool] = True
-    """Whether the relay accepts gzip and deflate; `class Name(Source, decompresses=False)` says no."""
+    """Whether the relay accepts gzip and deflate; `class Name(Source, decompresses=False)` turns that off."""
     verify_reads_body: ClassVar[bool] = True
     """Whether `verify` needs the body. False: it is called before the body is read, with an empty body.
     The relay then refuses strangers before they use memory, and reserves memory for verified senders."""
@@ -478,14 +478,14 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def handshake(self, incoming: Incoming) -> Reply | None:
         """Return the reply to a request that needs no verified sender, None for every other request.
 
-        Some senders test a URL before they share a secret, such as by a GET that wants a value back. The
+        Some senders test a URL before they share a secret, such as with a GET that expects a value back. The
         relay calls this before `verify`, only where a source overrides it, with the body if `needs_body`.
         """
 
     def verify(self, incoming: Incoming) -> None:
         """Check the sender.
 
-        The body is there as well, unless `verify_reads_body` is False: set that where the head is enough.
+        The body is available, unless `verify_reads_body` is False: set that if the head is enough.
 
         Raises:
             Unauthenticated: no token or an unknown one.
@@ -524,7 +524,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         """Return reasons for `relay verify` why `verify` refuses a request, apart from its bearer token.
 
         Called only for refused requests. A source that checks signatures names the secret, encoding or bytes
-        that would fit; it never returns a secret itself.
+        that would match; it never returns a secret itself.
         """
         _ = incoming
         return ()
@@ -545,7 +545,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def sign(self, incoming: Incoming) -> Incoming:
         """Return a sample with credentials, for `relay send`; `target` and `received_at` are set.
 
-        If the source has the setting `tokens`, `relay send` adds a bearer token, so this need not.
+        If the source has the setting `tokens`, `relay send` adds a bearer token, so this method need not.
         """
         return incoming
 

@@ -191,7 +191,7 @@ class Standby:
                     setup = self._setup = await asyncio.to_thread(self._load)
                 except RelayError as error:
                     self._error = error
-                    log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - the message says it
+                    log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - the message has the reason
                     raise
         self._done.set()
         tables: dict[str, Any] = {"sources": setup.config.sources, "destinations": setup.config.destinations}

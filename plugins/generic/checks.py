@@ -94,7 +94,7 @@ class _Checks:
     def _check_handshakes(self) -> None:
         settings = self._settings
         for at, shake in enumerate(settings.handshakes):
-            # Strangers could otherwise have texts of their choice signed.
+            # Otherwise, strangers could get any text signed.
             may_sign = isinstance(self._given, Hmac) and shake.verified
             filters = FILTERS | {"hmac"} if may_sign else FILTERS
             for template in shake.when:
@@ -141,7 +141,7 @@ class _Checks:
         """Check that a placeholder can have a value.
 
         Raises:
-            ValueError: why it cannot.
+            ValueError: it cannot; the message has the reason.
         """
         check = {
             "header": self._check_header,
@@ -247,5 +247,5 @@ class _Checks:
 
 
 def _lowered(text: str) -> str:
-    """Return a place; names of headers count in any case."""
+    """Return a place with the name of a header in lower case."""
     return text.lower() if text.startswith("header:") else text

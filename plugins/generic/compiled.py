@@ -41,7 +41,7 @@ class Compiled:
         """Check and compile.
 
         Raises:
-            ExceptionGroup: everything that is wrong, with its keys.
+            ExceptionGroup: contains every fault, with its keys.
         """
         self._settings = settings
         verify = settings.verification
@@ -114,7 +114,7 @@ class Compiled:
         """Check that the sender's address is in one of the networks, if any are configured.
 
         Raises:
-            Forbidden: it is not, or it is unknown.
+            Forbidden: the address is in none of them, or is unknown.
         """
         if not self._networks:
             return
@@ -164,7 +164,7 @@ class Compiled:
 
         Raises:
             Invalid: there is no list.
-            TooLarge: there are too many.
+            TooLarge: the list has too many items.
         """
         events = self._events
         if events is None:

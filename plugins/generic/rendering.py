@@ -114,7 +114,7 @@ def without_missing(texts: list[str], literal: list[bool]) -> str:
     """Join the parts of a text; an empty part also removes its separator.
 
     A separator is the text in a literal between letters, digits and brackets. The separator before the empty
-    part is removed; if no text is left before it, the separator behind it is removed. Values stay whole.
+    part is removed; if no text is left before it, the separator after it is removed. Values stay whole.
 
     >>> without_missing(["push", ".", ""], [False, True, False])
     'push'

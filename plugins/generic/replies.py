@@ -51,7 +51,7 @@ class Answer:
         """Return the reply to a request.
 
         Raises:
-            Invalid: a placeholder has a value that its place does not take.
+            Invalid: a placeholder has a value that its place cannot contain.
         """
         return self._constant or self._reply(reading)
 

@@ -117,7 +117,7 @@ def method(text: str) -> str:
 
 
 def first_of_list(text: str) -> str:
-    """Check a place whose first value counts."""
+    """Check a place of which the first value is used."""
     if not _FIRST.fullmatch(text):
         raise ValueError('expected "header:NAME", "query:NAME" or "form:NAME"')
     return text

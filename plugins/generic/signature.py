@@ -190,7 +190,7 @@ class Signature:
             raise Unauthenticated(f"The signature is too {side}")
 
     def _micros(self, sent: str) -> int | None:
-        """Convert a time as sent to microseconds since 1970; return None if it has the wrong form."""
+        """Convert a time as sent to microseconds since 1970; return None if it is malformed."""
         unit = self._settings.timestamp_unit
         if unit == "rfc3339":
             return None if sent.isdecimal() else instant(sent)
@@ -224,7 +224,7 @@ class Signature:
         yield from self._explain(reading, candidates, message)
 
     def _explain(self, reading: Reading, candidates: list[str], message: bytes) -> Iterator[str]:
-        """Yield the keys that would fit, with the settings that they need and the text that was signed."""
+        """Yield the keys that would match, with the settings that they need and the text that was signed."""
         signatures = list(self._signatures(candidates))
         found = False
         for what, changed in self._messages(reading, message):
@@ -271,7 +271,7 @@ class Signature:
                     yield what, message.replace(url, other)
 
     def _fitting(self, signatures: Found, message: bytes) -> Iterator[tuple[str, list[str]]]:
-        """Yield the keys that fit one of the signatures, with the settings that they need."""
+        """Yield the keys that match one of the signatures, with the settings that they need."""
         for at, fits in enumerate(self._verifiers):
             for signature, settings in signatures:
                 if fits((signature,), message):
@@ -380,7 +380,7 @@ def key_of(secret: str, settings: Hmac) -> bytes:
 
 
 def _key_variants(secret: str, settings: Hmac) -> Iterator[tuple[bytes, list[str]]]:
-    """Yield a configured secret's key, and others that it could mean, with the settings that they need."""
+    """Yield a configured secret's key, and other readings of the secret, with the settings that they need."""
     yield key_of(secret, settings), []
     if settings.key_prefix:
         yield secret.encode(), ['key_encoding = "text"', "no key_prefix"]

@@ -62,7 +62,7 @@ class Generic(Keys, kind="generic", dict=True):
         self.compiled.check_network(incoming)
 
     def handshake(self, incoming: Incoming) -> Reply | None:
-        """Answer a handshake that everybody may ask for."""
+        """Answer a handshake that needs no verified sender."""
         early = self.compiled.early
         return self.compiled.greet(early, incoming) if early else None
 
@@ -78,7 +78,7 @@ class Generic(Keys, kind="generic", dict=True):
         return compiled.accept(incoming)
 
     def answer(self, incoming: Incoming) -> Reply:
-        """Answer a verified handshake; its method carries no events."""
+        """Answer a verified handshake; requests with its method are not events."""
         reply = self.compiled.greet(self.compiled.late, incoming)
         if reply is None:
             raise MethodNotAllowed(allow=self.methods)

@@ -116,7 +116,7 @@ def check_scope(request: web.Request, needed: Scope) -> None:
     """Check that a request's token has a scope; requests on the unix socket have no token and every scope.
 
     Raises:
-        ForbiddenError: it has not.
+        ForbiddenError: the token lacks the scope.
     """
     token = request.get(TOKEN)
     if token is not None and _SCOPES.index(token.scope) < _SCOPES.index(needed):
@@ -151,7 +151,7 @@ def _path(request: web.Request) -> str:
 
 
 def _has_own_host(request: web.Request, hosts: Collection[str]) -> bool:
-    """Return whether the Host is one of `hosts`, loopback or the address that was connected to.
+    """Return whether the Host is one of `hosts`, loopback or the address of the connection.
 
     This prevents DNS rebinding.
     """

@@ -240,7 +240,7 @@ class _Schemas:
 def _parts(answer: Any) -> tuple[Any, ...]:
     """Return the types of the documents that a response consists of."""
     if get_origin(answer) is Lines:
-        result: Any = _Result  # mypy takes no type that is computed
+        result: Any = _Result  # mypy accepts no computed type
         return (_Progress, result[get_args(answer)[0]], ErrorView)
     if get_origin(answer) in (Union, types.UnionType):  # msgspec describes only tagged unions of Structs
         return tuple(part for each in get_args(answer) for part in _parts(each))

@@ -134,7 +134,7 @@ class EventsApi:
         query=ExportQuery, returns=dict[str, Any], content=LINES,
     )  # fmt: skip
     async def _export(self, request: web.Request, query: ExportQuery) -> web.StreamResponse:
-        """Send one line per event. The connection breaks if the export fails halfway."""
+        """Send one line per event. If the export fails, the connection is closed early."""
         selection = query.selection(self._clock, everything=True)
         await self._check_names(selection)
         span = await self._store.queries.span(selection)
@@ -236,7 +236,7 @@ async def _lines(request: web.Request) -> AsyncIterator[bytes]:
     """Yield the lines of a request body, without empty lines.
 
     Raises:
-        RelayError: a line is longer than any event, or the body breaks off.
+        RelayError: a line is longer than any event, or the body ends early.
     """
     parts: list[bytes] = []  # of a line that has not ended
     size = 0

@@ -16,7 +16,7 @@ from relay.base.ids import dashed
 from relay.errors import RelayError
 
 MOST = 100
-"""Names of one response."""
+"""Names in one response."""
 
 RECENT = 200
 """Latest events or deliveries whose ids are compared. An older id is found if its prefix is unique."""
@@ -67,7 +67,7 @@ class NamesApi:
                 )
 
     async def _ids(self, kind: str, typed: str) -> list[tuple[str, str]]:
-        """Return the latest ids that begin with a text, in the form in which it begins one."""
+        """Return the latest ids that begin with a text, with or without prefix and dashes like the text."""
         queries, prefix = self._context.store.queries, _PREFIXES[kind]
         short = typed.lower().removeprefix(prefix)
         is_whole = prefix.startswith(typed) or typed.startswith(prefix)
@@ -76,7 +76,7 @@ class NamesApi:
         rows = await queries.find(_LISTS[kind], limit=RECENT)
         found = [row for row in rows if row["id"].startswith(prefix + dashed(short))]
         if not found and short:
-            with suppress(RelayError):  # no id, or several old ones
+            with suppress(RelayError):  # no id, or several old ids
                 if kind == "event":
                     [row_id] = [each.event_id for each in await queries.name_events([short])]
                 else:
@@ -88,7 +88,7 @@ class NamesApi:
 
 
 def _shown(id_: str, prefix: str, *, is_whole: bool, is_plain: bool) -> str:
-    """Return an id in the form that the operator began to type."""
+    """Return an id as the operator began to type it: with or without prefix and dashes."""
     bare = id_.removeprefix(prefix)
     return (prefix if is_whole else "") + (bare.replace("-", "") if is_plain else bare)
 

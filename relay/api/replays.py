@@ -16,7 +16,7 @@ from relay.jobs.replay import DEFAULT_RATE, Replay, ReplayRequest, Replays, Stat
 
 
 class ReplayBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The events to replay, their ids or a filter, and where they go."""
+    """The events to replay (ids or a filter), and their destination."""
 
     events: tuple[str, ...] | None = None
     filter: Filter | None = None

@@ -152,7 +152,7 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
     except RelayError as error:
         status, described = error_of(error)
         return respond({"error": described}, status)
-    except ConnectionError:  # the client has gone
+    except ConnectionError:  # the client has disconnected
         return web.Response(status=_CLIENT_CLOSED)
     except Exception as error:
         if is_storage_failure(error):
@@ -216,7 +216,7 @@ async def _stream_lines(
 ) -> web.StreamResponse:
     lines = web.StreamResponse(headers={"Content-Type": LINES, "Cache-Control": "no-store"})
     await lines.prepare(request)
-    with suppress(ConnectionError):  # the client has gone
+    with suppress(ConnectionError):  # the client has disconnected
         while not task.done():
             await lines.write(_encode({"progress": progress()}) + b"\n")
             await asyncio.wait((task,), timeout=EVERY)

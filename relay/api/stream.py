@@ -18,7 +18,7 @@ MOST = 32
 """Followers of one stream. Each one costs time for every item."""
 
 MOST_BYTES = 2**19
-"""Bytes that wait for one follower; a limit on items alone does not suffice, as senders choose subjects."""
+"""Bytes that wait for one follower; a limit on items alone is not enough, because senders choose subjects."""
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment is sent; only a write shows that a client's machine is gone."""

@@ -82,7 +82,7 @@ def moment(text: str, now: int) -> int:
 def instant(value: object) -> int | None:
     """Parse a point in time from a sender, to microseconds since the epoch.
 
-    RFC 3339 with a time zone, or seconds or milliseconds since the epoch. None: another format.
+    RFC 3339 with a time zone, or seconds or milliseconds since the epoch. Returns None for any other format.
 
     >>> instant("2023-11-14T22:13:20Z"), instant(1700000000), instant("1700000000000")
     (1700000000000000, 1700000000000000, 1700000000000000)

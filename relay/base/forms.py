@@ -12,7 +12,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 
 LONGEST_HEAD = 8190
-"""Bytes of the headers of one part; as of a request's header."""
+"""Bytes of the headers of one part; the same limit as for a request's header."""
 
 MOST_PARAMETERS = 20
 """Parameters of a header of one part; browsers send two."""
@@ -38,7 +38,7 @@ def urlencoded_fields(text: str, limit: int) -> list[tuple[str, str]]:
 
 
 def percent_decoded(text: str) -> str:
-    """Return a name or value of a form without its encoding; `%` without two digits stays as it is.
+    """Return a name or value of a form without its encoding; `%` without two digits stays unchanged.
 
     Raises:
         ValueError: the decoded text is not UTF-8.
@@ -89,7 +89,7 @@ def _field(part: bytes) -> tuple[str, str] | None:
 
 
 def _parameters(value: str) -> dict[str, str]:
-    """Return the parameters of a header by their names in lower case; of two with one name, the first."""
+    """Return the parameters of a header by their names in lower case; the first of several with one name."""
     found: dict[str, str] = {}
     at = value.find(";") + 1 or len(value)
     for _ in range(MOST_PARAMETERS):

@@ -17,7 +17,7 @@ class TokenBucket:
         self._at = now
 
     def wait(self, now: int) -> float:
-        """Return the seconds until a token is available, 0 if one is."""
+        """Return the seconds until a token is available, 0 if a token is available now."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_micro)
         self._at = now
         return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_micro / SECOND

@@ -151,7 +151,7 @@ def parse(text: str, more: Mapping[str, Callable[[Any], Any]] = NO_FILTERS) -> T
 
 
 def _placeholder(text: str, start: int, more: Mapping[str, Callable[[Any], Any]]) -> tuple[Placeholder, int]:
-    """Read a placeholder that begins at `start`; return it and the position behind it."""
+    """Read a placeholder that begins at `start`; return it and the position after it."""
     column = start + 1
     kind, at = _match(_KIND, text, start + 1)
     if not kind.strip():

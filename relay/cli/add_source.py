@@ -30,7 +30,7 @@ Known = Mapping[str, tuple[type[Source], Preset | None]]
 """The kinds of source, each with its preset if it is one."""
 
 HOST = "https://YOUR-HOST"
-"""Stands for the public URL of the relay where nobody named it."""
+"""Placeholder for the public URL of the relay if it is unknown."""
 
 _VERIFY: Mapping[str, Any] = {
     "bearer": "bearer",

@@ -93,7 +93,7 @@ _CODES: Mapping[int, int] = {
 class _Place(Protocol):
     """An address of the daemon."""
 
-    name: str  # for messages; says which variable of the environment named it
+    name: str  # for messages; includes the environment variable that named it
     headers: Mapping[str, str]
     token: str  # where the token in `headers` comes from, for messages; "": there is none
 
@@ -178,7 +178,7 @@ class Daemon:
             for name, value in {**headers, **self._place.headers}.items():
                 connection.putheader(name, value)
             connection.endheaders()
-            with suppress(BrokenPipeError, ConnectionResetError):  # the response usually says why
+            with suppress(BrokenPipeError, ConnectionResetError):  # the response usually has the reason
                 for chunk in chunks:
                     if _has_answered(connection):
                         break

@@ -198,7 +198,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     Example: eval "$(relay completion bash)"
     """  # noqa: D301 - click's mark for a paragraph that is not wrapped
     kind = get_completion_class(shell)
-    assert kind is not None  # noqa: S101 - click has these three
+    assert kind is not None  # noqa: S101 - click supports these three shells
     program = ctx.find_root().info_name or "relay"
     variable = f"_{program.upper()}_COMPLETE"
     click.echo(kind(ctx.find_root().command, {}, program, variable).source())

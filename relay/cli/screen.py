@@ -293,7 +293,7 @@ def number_text(value: float) -> str:
 
 
 def short_ids(ids: Sequence[str | None], least: int = LEAST_DIGITS) -> list[str]:
-    """Return the ids without prefix and dashes, as short as they differ from each other.
+    """Return the ids without prefix and dashes, as short as possible while they stay distinct.
 
     >>> short_ids(["evt_0190aaaa-bbbb-7ccc-8ddd-eeeeeeeeeeee", "evt_0190aaaa-bbbb-7cc1-8ddd-eeeeeeeeeeee"])
     ['0190aaaabbbb7ccc', '0190aaaabbbb7cc1']

@@ -26,7 +26,7 @@ COLUMNS = (
 """Columns of a piped line after the time. A column that an item does not have is empty."""
 
 WIDE = 120
-"""Width of a terminal from which on times have milliseconds."""
+"""On a terminal of at least this width, times have milliseconds."""
 
 _LEAST_NAME, _MOST_NAME = 22, 48  # columns of the type or the destination
 

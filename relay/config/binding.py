@@ -255,7 +255,7 @@ class Binder:
         if isinstance(token, Secret):
             token = _Token(secret=token)
         if isinstance(token.secret, Absent):
-            return Credential(digest=os.urandom(32), name=token.name)  # which no token has
+            return Credential(digest=os.urandom(32), name=token.name)  # no token has this digest
         # Presented tokens are trimmed (relay.source), so one with spaces around it could never match.
         return Credential(
             digest=digest(token.secret.reveal().strip().encode()),
@@ -357,7 +357,7 @@ def within(meta: msgspec.Meta, value: Any) -> None:
     """Check the bounds of one `Meta`.
 
     Raises:
-        ValueError: the value is outside; the message holds numbers only, never text.
+        ValueError: the value is outside; the message contains only numbers, never text.
     """
     if meta.ge is not None and not value >= meta.ge:
         raise ValueError(f"must be at least {meta.ge}, got {shown(value)}")

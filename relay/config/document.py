@@ -185,7 +185,7 @@ class _Scanner:
         self.at = 0
         self.lines: dict[KeyPath, int] = {(): 1}
         self._line, self._counted = 1, 0
-        self._tables: dict[KeyPath, int] = {}  # arrays of tables: how many so far
+        self._tables: dict[KeyPath, int] = {}  # number of tables so far in each array of tables
 
     def document(self) -> None:
         table: KeyPath = ()

@@ -212,7 +212,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     ) -> Iterator[tuple[str, bytes | None]]:
         path = Path(place)
         candidates = [path] if path.is_absolute() else [folder / place for folder in CREDENTIALS]
-        if encrypted:  # only systemd can read it; the running service has it in clear
+        if encrypted:  # only systemd can read it; the running service has it decrypted
             candidates = [_LOADED / name]
         for file in candidates:
             try:
@@ -222,7 +222,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
                 else:
                     yield name, file.read_bytes()[:_LARGEST]
             except PermissionError:
-                with suppress(OSError):  # a user who may not read the source may be the service itself
+                with suppress(OSError):  # the service's user cannot read the source, but the loaded copy
                     yield name, (_LOADED / name).read_bytes()
                     return
                 unreadable.append(str(file))
@@ -372,7 +372,7 @@ _ENV_LINE = re.compile(
 _QUOTED = re.compile(
     r"""[ \t]*(?:'(?P<plain>[^']*)(?:'|\Z)|"(?P<escaped>(?:\\.|[^"\\])*)(?:"|\Z))""", re.DOTALL
 )
-_TRAILING = re.compile(r"\A((?:\\.|[^\\])*?)[ \t]*\Z", re.DOTALL)  # blanks that no backslash keeps
+_TRAILING = re.compile(r"\A((?:\\.|[^\\])*?)[ \t]*\Z", re.DOTALL)  # trailing blanks without a backslash
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -454,7 +454,7 @@ def _specified(value: str) -> str:
 def _words(value: str) -> list[str]:
     try:
         return shlex.split(value)
-    except ValueError:  # systemd would not take it either
+    except ValueError:  # systemd rejects it as well
         return []
 
 

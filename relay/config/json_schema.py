@@ -186,7 +186,7 @@ def _annotated(kind: Any, notes: tuple[Any, ...]) -> dict[str, Any]:
                 more[keyword] = bound
     schema = _of(kind) if found is None else found
     if schema.get("type") == "string" and found is not None:
-        more = {key: value for key, value in more.items() if key == "description"}  # bounds are of the number
+        more = {key: value for key, value in more.items() if key == "description"}  # bounds are for numbers
     if schema.get("type") == "array":
         more = {{"minLength": "minItems", "maxLength": "maxItems"}.get(key, key): more[key] for key in more}
     if "$ref" in schema and more:  # draft 7 ignores keywords beside a reference

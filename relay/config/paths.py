@@ -47,14 +47,14 @@ def _is_found(place: Path) -> bool:
     try:
         return place.exists()
     except OSError:
-        return place.is_absolute()  # then reading it says so
+        return place.is_absolute()  # reading it then reports the error
 
 
 def is_there(path: Path) -> bool:
     """Return whether a path exists; True if this user cannot find out."""
     try:
         return path.exists()
-    except OSError:  # its folder may not be entered, its name is too long: using it says so
+    except OSError:  # no permission for its folder, or its name is too long: using it reports the error
         return True
 
 

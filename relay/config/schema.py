@@ -147,7 +147,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
-    """`[storage]`: where events live."""
+    """`[storage]`: where events are stored."""
 
     url: Annotated[
         str, _check(validators.storage), _help("`sqlite:` and a file, relative to `state_dir`")
@@ -358,7 +358,7 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CircuitConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`circuit = {…}` of a destination: when to stop asking, and how often to probe."""
+    """`circuit = {…}` of a destination: when to stop sending attempts, and how often to probe."""
 
     failures: Annotated[
         int,

@@ -15,7 +15,7 @@ from relay.config.problems import guess, kind_of, shown
 
 
 class Usage:
-    """Counts the requests that a configured secret authenticated. It is no part of the secret's value."""
+    """Counts the requests that a configured secret authenticated. It is not part of the secret's value."""
 
     __slots__ = ("count",)
 
@@ -91,7 +91,7 @@ class Url(Secret):
 
 
 _SHORTEST = 6
-"""Characters from which on a segment of a secret URL's path, or a value of its query, counts as secret."""
+"""Characters: shorter segments of a secret URL's path, and shorter values of its query, are not secret."""
 
 
 def _hidden(url: str) -> tuple[str, tuple[bytes, ...]]:
@@ -130,7 +130,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage = msgspec.field(default_factory=Usage)
 
     def allows(self, scope: str) -> bool:
-        """Say whether the token carries that scope."""
+        """Return whether the token has that scope."""
         return self.scopes is None or scope in self.scopes
 
 

@@ -44,7 +44,7 @@ def bind_tables(binder: Binder) -> Config:
 
 
 def named_tables(binder: Binder, key: str) -> dict[str, dict[str, Any]]:
-    """Return the tables `[key.NAME]`, after reporting names that cannot be one."""
+    """Return the tables `[key.NAME]`, after reporting invalid names."""
     tables = binder.tables(key)
     for name in tables:
         try:
@@ -159,7 +159,7 @@ def _check_keys(binder: Binder, destination: DestinationConfig, index: int, path
 
 
 def _check_choice(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
-    """Check which events a destination chooses, and how it wants them kept in order."""
+    """Check the patterns, conditions and paths of a destination."""
     try:
         Patterns(destination.events)
     except ValueError as error:

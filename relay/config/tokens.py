@@ -14,7 +14,7 @@ from relay.config.secrets import Absent, Secret, Secrets
 class Token(msgspec.Struct, frozen=True, kw_only=True):
     """One configured secret and its place in config.toml."""
 
-    secret: Secret  # as it was found, spaces around it included
+    secret: Secret  # as found, with the spaces around it
     key: str  # such as `sources.moddy.tokens[0]`
     kind: Literal["source", "destination", "admin"]
     owner: str = ""  # the source's or destination's name

@@ -97,14 +97,14 @@ def file_name(text: str) -> str:
 
 
 def storage(text: str) -> str:
-    """Check where events live."""
+    """Check the URL of the storage."""
     if not text.removeprefix("sqlite:") or not text.startswith("sqlite:") or not text.isprintable():
         raise ValueError('expected "sqlite:" and the name of a file, such as "sqlite:relay.db"')
     return text
 
 
 def url(value: Url) -> Url:
-    """Check the address of a destination; its text is never repeated, it may be a secret."""
+    """Check the URL of a destination; errors never contain it, because it may be a secret."""
     text = value.reveal()
     try:
         parts = urlsplit(text)
@@ -126,7 +126,7 @@ def url(value: Url) -> Url:
 
 
 def proxy(value: Secret) -> Secret:
-    """Check the address of an HTTP proxy; its text is never repeated, it may hold a password."""
+    """Check the URL of an HTTP proxy; errors never contain it, because it may contain a password."""
     text = value.reveal()
     try:
         address = URL(text)
@@ -213,7 +213,7 @@ def signing_secret(value: Secret) -> Secret:
 
 
 def existing_file(path: Path) -> Path:
-    """Check that a file named by the operator is there and can be read."""
+    """Check that a file named by the operator exists and can be read."""
     try:
         path.open("rb").close()
     except OSError as error:

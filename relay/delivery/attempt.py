@@ -201,7 +201,7 @@ class AttemptRunner:
         return await self.client.send(self._url, headers, body)
 
     def _not_sent(self, event: StoredEvent, what: str, error: BaseException) -> HttpResult:
-        """Return a failed attempt for a request that cannot be built; a fixed plugin may build the next."""
+        """Return a failed attempt for a request that cannot be built, such as by a faulty plugin."""
         name = self._config.name
         self._log.error(what, f"{name}: {what}", error, destination=name, event_id=event.public_id)
         text = self._config.url.hide(f"{what}: {type(error).__name__}: {error}".encode("utf-8", "replace"))
@@ -243,7 +243,7 @@ def group_id_of(deliveries: Sequence[Delivery]) -> str:
 
 
 def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome | None:
-    """Return the end of a delivery whose event is gone or whose stored body is damaged, else None."""
+    """Return the end of a delivery whose event was deleted or whose stored body is damaged, else None."""
     if event is not None and hashlib.sha256(event.body).digest() == event.sha256:
         return None
     error = (

@@ -45,7 +45,7 @@ class CircuitBreaker:
         self.ramp: int | None = None  # attempts allowed at once while recovering; None: not recovering
         self._responses_to_double = 0  # responses until the ramp doubles
         self.open_until: int | None = None  # when the next probe is due; None: closed
-        self.openings = 0  # openings and closings by hand; each attempt remembers the number at its start
+        self.openings = 0  # number of openings and manual closings; each attempt remembers it from its start
 
     def reconfigure(self, config: CircuitConfig, concurrency: int, now: int) -> None:
         """Apply another config, which may fix the destination: forget failures; probe now if open."""

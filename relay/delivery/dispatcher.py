@@ -198,7 +198,7 @@ class Dispatcher:
 
 
 class StuckLanes:
-    """Finds lanes that do not claim due deliveries: a store query is due or under way for a minute."""
+    """Finds lanes that do not claim due deliveries: a store query has been due or under way for a minute."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

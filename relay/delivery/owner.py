@@ -17,7 +17,7 @@ RENEW_EVERY = 1.0  # seconds
 
 
 class Owner:
-    """Tells the lanes of a dispatcher whether this node owns them. A node that is alone owns all of them."""
+    """Sets for each lane of a dispatcher whether this node owns it. A node that is alone owns every lane."""
 
     def __init__(self, dispatcher: Dispatcher, store: Store, jobs: Callable[[], Collection[str]]) -> None:
         """Take `jobs`, which returns the jobs that run on one node of the cluster."""
@@ -30,7 +30,7 @@ class Owner:
         self._failing = False
 
     async def start(self) -> None:
-        """Take lanes, and go on with it; returns after the first try."""
+        """Take lanes now and from then on; returns after the first attempt."""
         if not self._store.nodes.alone:
             await self._try_to_renew()
             self._task = asyncio.create_task(self._renew_for_ever())
@@ -58,7 +58,7 @@ class Owner:
         self._task = None
 
     async def renew(self) -> None:
-        """Renew once, and tell the lanes.
+        """Renew once, and update the lanes.
 
         Raises:
             StorageError: the database does not answer; the lanes stay owned until their times.
@@ -97,7 +97,7 @@ class Owner:
         task.add_done_callback(lambda _: self._hand_overs.pop(name, None))
 
     async def _hand_over(self, name: str) -> None:
-        """Give a lane away after its last outcome. If that fails, the next renewal says so again."""
+        """Release a lane after its last outcome. If that fails, the next renewal requests it again."""
         await self._dispatcher.drained(name)
         try:
             await self._store.nodes.give((name,))

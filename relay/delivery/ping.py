@@ -63,7 +63,7 @@ class Pings:
             verdict = Verdict(kind="retry")
         meaning, hint = explain(config, response, verdict)
         closed = False
-        # A reload may have changed the URL meanwhile: then the response says nothing about the new one.
+        # A reload may have changed the URL meanwhile: then the response does not describe the new one.
         if close_circuit and verdict.kind == "ok" and lane.config == config:
             closed = await lane.close_circuit("an operator's test succeeded")
         return {

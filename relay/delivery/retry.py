@@ -31,7 +31,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     schedule: tuple[float, ...]  # the delay after the first failure, the second, …
     jitter: float  # 0…1: up to this share of a delay is added at random
-    max_retry_after: float  # the longest wait that a receiver can ask for
+    max_retry_after: float  # the longest wait that a receiver can request
 
     @classmethod
     def of(cls, config: RetryConfig) -> "RetryPolicy":

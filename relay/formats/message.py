@@ -124,7 +124,7 @@ class MessageWriter:
         )
 
     def write_group(self, events: Sequence[StoredEvent]) -> Message:
-        """Return one message about several events. Equal lines are counted, and long lists cut."""
+        """Return one message about several events. Equal lines are counted, and long lists are cut."""
         messages = [self.write(event) for event in events]
         first, count = messages[0], len(messages)
         if count == 1:

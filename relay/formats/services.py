@@ -114,7 +114,7 @@ def _service(
 
 
 def _slack(message: Message, _: MessageConfig) -> Any:
-    """Return blocks, and their content as text for notifications and for services that know no blocks.
+    """Return blocks, and their content as text for notifications and for services that do not support blocks.
 
     Such services, Mattermost among them, find names behind an @ in the text; a word joiner prevents that.
     """
@@ -205,7 +205,7 @@ def _without_half_an_escape(text: str) -> str:
 def _teams(message: Message, _: MessageConfig) -> Any:
     """Return an Adaptive Card, as the workflow "When a Teams webhook request is received" takes it.
 
-    Its texts are `TextRun`s, which know no Markdown.
+    Its texts are `TextRun`s, which do not support Markdown.
     """
     body = [_runs((message.heading, {"size": "Large", "weight": "Bolder"}))]
     body += [_runs((text, {})) for text in (message.text, *(f"• {line}" for line in message.lines)) if text]
@@ -240,8 +240,8 @@ def _runs(*texts: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _telegram(message: Message, config: MessageConfig) -> Any:
-    """Return a message in HTML. Names and mentions work in no `<code>`, and elsewhere not after a joiner."""
-    room = TELEGRAM_TEXT - 200  # for title, command, time and link, of which the texts count
+    """Return a message in HTML. Names and mentions do not work in `<code>` or after a joiner."""
+    room = TELEGRAM_TEXT - 200  # for the texts of title, command, time and link
     parts = [f"<b>{_escape_telegram(message.heading)}</b>"]
     for text in filter(None, (message.text, *(f"• {line}" for line in message.lines))):
         room -= 2 * _units(text) + 1  # joiners count, too

@@ -22,7 +22,7 @@ from relay.model import StoredEvent
 from relay.routing.envelope import Path
 
 MOST_BYTES = 16 * 2**20
-"""The largest request body that a template may make. One placeholder may stand in it many times."""
+"""The largest request body that a template may make. It may contain a placeholder many times."""
 
 Value = str | msgspec.Raw | None
 """A JSON value: a string as text, null and a missing value as None, any other as the sender wrote it."""
@@ -79,7 +79,7 @@ class EventValues:
                 way = (*way, key)
             return value_of(raw)
         except (LookupError, TypeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None  # it leads nowhere, or the data is not JSON
+            return None  # the path does not exist, or the data is not JSON
 
     def scalars(self) -> list[tuple[str, str]]:
         """Return the top-level values of the data that are strings, numbers or booleans, as text."""

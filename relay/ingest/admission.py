@@ -109,7 +109,7 @@ def check_change(change: object) -> WorkerChange:
     start, and a `msgspec.Raw` could forge fields of the events about the worker.
 
     Raises:
-        PluginFailed: a field has another type, or an integer is larger than a column of a database.
+        PluginFailed: a field has another type, or an integer does not fit into 64 bits.
     """
     try:
         found: WorkerChange = msgspec.convert(msgspec.to_builtins(change), WorkerChange)

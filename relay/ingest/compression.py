@@ -64,7 +64,7 @@ def pieces(body: bytes, encoding: str, limit: int) -> Iterator[bytes]:
     Some senders write deflate without the zlib format around it; both are accepted.
 
     Raises:
-        Malformed: the body is not in this encoding, is cut short, or has bytes behind its end.
+        Malformed: the body is not in this encoding, is cut short, or has bytes after its end.
         TooLarge: the content has more than `limit` bytes.
     """
     format_ = _GZIP if encoding == "gzip" else _ZLIB if _is_zlib(body) else _RAW

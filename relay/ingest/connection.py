@@ -24,7 +24,7 @@ log = logging.getLogger("relay.http")
 
 KEEPALIVE = 15.0  # seconds an idle connection is kept; aiohttp's default is 3,630
 FIRST_HEAD = 10.0  # seconds for the first request's head
-LINGERING = 1.0  # seconds to read away the rest of a refused body
+LINGERING = 1.0  # seconds to read and drop the rest of a refused body
 MOST_KEPT = 512
 """Open connections beyond which every answer closes its connection.
 
@@ -98,8 +98,8 @@ class Connection(asyncio.Protocol):
     """One sender's connection; it is closed when it is idle for too long.
 
     Requests are answered one at a time, in their order. The parser stops after each request. Bytes that a
-    sender pipelines behind it (RFC 9112, 9.3.2) stay unparsed until the answer is written, and until then
-    the socket is not read. A turn of the loop begins at most one request and parses chunks for at most a
+    sender pipelines after it (RFC 9112, 9.3.2) stay unparsed until the answer is written, and until then the
+    socket is not read. A turn of the loop begins at most one request and parses chunks for at most a
     millisecond, so that a sender of very many requests or chunks delays no other.
 
     A sender may close its side after its last request and wait for the answers (RFC 9112, 9.6). Until an
@@ -409,7 +409,7 @@ class Connection(asyncio.Protocol):
         return False
 
     async def _discard_body(self, content: StreamReader) -> bool:
-        """Read away the rest of a refused body for a moment; return whether that was all.
+        """Read and drop the rest of a refused body for a moment; return whether all of it was read.
 
         This also precedes a close: closing with unread bytes resets the connection, and the answer is lost.
         """
@@ -420,12 +420,12 @@ class Connection(asyncio.Protocol):
 
         try:
             await in_time(LINGERING, read, lambda: self.has_unread)
-        except Exception:  # noqa: BLE001 - out of time, badly framed, or hung up
+        except Exception:  # noqa: BLE001 - timeout, bad framing, or disconnected
             return False
         return True
 
     def _next(self) -> None:
-        """Begin the next request if it has arrived behind the answered one."""
+        """Begin the next request if it has arrived after the answered one."""
         self._idle_since = self._loop.time()
         cast("Parser", self._parser).message_consumed()
         self._is_catching_up = True
@@ -456,8 +456,8 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Close the connection once everything is written.
 
-        If the sender may still send, only the relay's side is closed, and its bytes are read away for a
-        moment: a close with unread bytes would reset the connection, and the answer would be lost.
+        If the sender may still send, only the relay's side is closed, and its bytes are read and dropped for
+        a moment: a close with unread bytes would reset the connection, and the answer would be lost.
         """
         transport = cast("asyncio.Transport", self._transport)
         if transport.is_closing() or self._is_half_closed or not (self._is_over or self._unparsed):

@@ -230,7 +230,7 @@ class Ingest:
     async def _accept(self, call: _Call, handler: Handle) -> Response:
         """Call the source's handler for a verified request, store the result, and return the reply."""
         incoming, mount = call.incoming, call.match.mount
-        verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info` this is all that log lines cost an event
+        verbose = log.isEnabledFor(logging.DEBUG)  # once: at `info`, log lines cost nothing else
         accepted = ask(handler, incoming)
         if not isinstance(accepted, Accepted) or accepted.events:
             return await self._accept_other(call, accepted)
@@ -242,8 +242,8 @@ class Ingest:
         traced = None if given is None else given_id(given)
         if verbose and traced is None:
             traced = new_id(REQUEST, self._clock.wall())  # log lines of the event's attempts carry it, too
-        # The reply is rendered before the append: a plugin that fails at it costs a 500 with nothing stored.
-        # It leaves after the commit.
+        # The reply is rendered before the append: if the plugin fails, the sender gets a 500 and nothing is
+        # stored. It is sent after the commit.
         expected = Receipt() if stored is None else Receipt(event_id=stored.public_id)
         response = answer(accepted, expected)
         key: str | None = None
@@ -338,7 +338,7 @@ class Ingest:
 
         Returns:
             The receipt; and for an event a function that must be called once it is known whether the sender
-            has heard the answer.
+            has received the answer.
         """
         event, change, replies = acceptance.event, acceptance.change, self._unheard_replies
         if change is not None and len(change.worker_id) > LONGEST_ID:
@@ -420,7 +420,7 @@ class Ingest:
     def _log_accepted(
         self, call: _Call, acceptance: Acceptance, response: Response, receipt: Receipt | None = None
     ) -> None:
-        """Log an accepted request at level debug, just before its answer leaves."""
+        """Log an accepted request at level debug, just before its answer is sent."""
         described = fields(
             request_id=acceptance.request_id or request_id_of(self._clock, call.incoming),
             source=acceptance.source,

@@ -59,7 +59,7 @@ class ReferenceConnection(Connection):
         super().connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """See `Connection.connection_lost`; a request that has come whole is answered all the same."""
+        """See `Connection.connection_lost`; a request that has arrived completely is still answered."""
         if self._is_waiting and not self._is_over:
             self._gone = self._transport
             self._held += self._unparsed
@@ -122,7 +122,7 @@ class ReferenceConnection(Connection):
         """
         for message, content in getattr(self._aiohttp, "_messages", ()):
             if not hasattr(message, "exc") and content.is_eof():
-                return  # the error is behind a whole request
+                return  # the error follows a complete request
             if isinstance(error := getattr(message, "exc", None), HttpProcessingError):
                 self._is_waiting = False
                 raise error
@@ -138,7 +138,7 @@ class ReferenceConnection(Connection):
         self._read_or_not()
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002 - as its base
-        """Go on with a body that has been read."""
+        """Continue after a body has been read."""
         was_full, self._is_full = self._is_full, False
         if self._is_half_closed:
             self._cut_short()
@@ -242,7 +242,7 @@ class _Transport(asyncio.Transport):
 
 
 class _Answered(web.StreamResponse):
-    """Tells aiohttp's server that the connection has written the answer."""
+    """Signals to aiohttp's server that the connection has written the answer."""
 
     def __init__(self, *, goes_on: bool) -> None:
         super().__init__()

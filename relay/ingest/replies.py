@@ -57,7 +57,7 @@ class Response:
     def __init__(self, status: int, body: bytes) -> None:
         self.status = int(status)  # fails on a plugin's mistake, before anything is stored
         self.body = body
-        self.content_type = _JSON  # "" of an empty body
+        self.content_type = _JSON  # "" for an empty body
         self.event_id = ""  # of the acknowledged event
         self.on_heard: OnHeard | None = None
         self.is_last = False  # close the connection after this response, even a keep-alive one

@@ -22,7 +22,7 @@ class Request:
     """One request. aiohttp's `web.Request` would add half of the relay's CPU per request.
 
     A request with a chunked body or an offer to upgrade is the last of its connection: the parser takes a
-    trailer for a header of the next request, and loses the bytes behind an offer.
+    trailer for a header of the next request, and loses the bytes after an offer.
     """
 
     __slots__ = (

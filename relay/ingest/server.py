@@ -106,7 +106,7 @@ class Server:
                 connection = self._idlest.pop()
                 is_silent = connection.idle_since is not None and not connection.has_unread
                 if connection in self.connections and is_silent:
-                    self.connections.discard(connection)  # at once: `connection_lost` comes in a later turn
+                    self.connections.discard(connection)  # at once: `connection_lost` runs in a later turn
                     connection.abort()
                     return True
         return False

@@ -1,6 +1,6 @@
 """Which tokens and secrets senders use, so that an operator knows when an old one can be removed.
 
-The check of a sender only adds 1 to the count of the token that fits (`relay.config.secrets.Usage`). Times
+The check of a sender only adds 1 to the count of the token that matches (`relay.config.secrets.Usage`). Times
 and metrics follow these counts every `EVERY` seconds.
 """
 

@@ -64,7 +64,7 @@ class WorkerRequests:
             return None  # the source has no workers
         change: WorkerChange | None = None
         with suppress(Refusal):
-            ask(source.verify, incoming)  # may be missing so far; a token needs the head only
+            ask(source.verify, incoming)  # it may not have run yet; for a token, the head is enough
             if type(source).sign_of_life is not Source.sign_of_life:
                 change = worker_change_of(match.mount, incoming)
             elif isinstance(refusal, Unavailable | RateLimited) and incoming.method in match.handlers:
@@ -78,7 +78,7 @@ class WorkerRequests:
         return change if status == "OFFLINE" and isinstance(change, Heartbeat) and not is_ours else None
 
     def requeue_unheard(self, commands: tuple[Command, ...], then: OnHeard | None) -> OnHeard:
-        """Return a function that queues a worker's commands again if the worker did not hear its reply."""
+        """Return a function that queues a worker's commands again if the worker did not receive its reply."""
 
         def on_heard(heard: bool) -> None:  # noqa: FBT001 - called by the connection, with this alone
             if not heard:

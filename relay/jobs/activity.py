@@ -1,11 +1,11 @@
-"""When sources sent and destinations accepted last, and which sources are silent for unusually long.
+"""The latest event of each source, the latest success of each destination, and unusually silent sources.
 
 The usual gap of a source is the longest gap between two events, apart from the gaps that together make up
-less than 5 % of the time. So the nights and weekends of a sender that sleeps are usual, a single failure is
+less than 5 % of the time. So the nights and weekends of a sender that sleeps are usual; a single failure is
 not. Sources with few events have no usual gap.
 
-An event and a success only write the time of day into an attribute. Once a minute, this job notes which
-sources have sent since the last time. At the start, it reads from the store what happened before.
+For an event or a success, the daemon only sets an attribute to the current time. Once a minute, this job
+notes which sources have sent since the last time. At the start, it reads from the store what happened before.
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +32,7 @@ RARE = 0.05
 """Share of the time that unusual gaps may take up together."""
 
 SHORTEST = 300
-"""Seconds: no usual gap is shorter, because a pause of a quarter of an hour concerns nobody."""
+"""Seconds: no usual gap is shorter, because a pause of a quarter of an hour needs no alert."""
 
 DAYS = 14
 """Days of which hours are remembered: they contain at least one weekend besides the current one."""
@@ -43,7 +43,7 @@ ENOUGH_HOURS = 10
 
 _MINUTE, _HOUR = 60, 3600
 _HOURS, _MINUTES = DAYS * 24, ENOUGH_DAYS * 24 * 60  # slots
-_SHORT_RUN = 45 * SECOND  # runs closer together, such as an operator's, count for no minute
+_SHORT_RUN = 45 * SECOND  # runs closer together, such as an operator's, do not count as a minute
 
 
 class Slots(msgspec.Struct):
@@ -98,7 +98,7 @@ class Rhythm:
 
     @property
     def silence(self) -> int:
-        """Seconds without an event, of the time that is in the slots."""
+        """Seconds without an event, as far as the slots record them."""
         return self.minutes.empty * _MINUTE
 
     @property
@@ -155,7 +155,7 @@ class Activity:
             if name not in mounts:  # a reload has just removed it
                 continue
             if mounts[name].paused:
-                rhythm.minutes.empty = 0  # silence counts anew from the end of the pause
+                rhythm.minutes.empty = 0  # silence is counted again from the end of the pause
             elif counts:
                 latest = self.last_event(name)
                 rhythm.add_minute(active=latest != rhythm.seen)

@@ -1,4 +1,4 @@
-"""Free space of the disk, and the days until it is used up at the pace at which the database grows."""
+"""Free space of the disk, and the days until the database has filled the disk at its present growth."""
 
 from collections import deque
 from pathlib import Path
@@ -14,7 +14,7 @@ WINDOW = 86_400 * SECOND
 """Microseconds: the pace is that of the last day."""
 
 LEAST = 3600 * SECOND
-"""Microseconds from the first sample to the last: before, the pace is unknown."""
+"""Microseconds that the samples must cover; with less, the pace is unknown."""
 
 
 class DiskForecast:

@@ -152,7 +152,7 @@ class Jobs:
             except asyncio.CancelledError:
                 past.error = "cancelled"
                 raise
-            except GeneratorExit:  # the loop is gone, and the coroutine with it
+            except GeneratorExit:  # the loop is closed, and the coroutine with it
                 raise
             except BaseException as error:  # a plugin's SystemExit would end the daemon
                 log.exception("job %s failed", name)

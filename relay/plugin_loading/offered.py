@@ -30,7 +30,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     file: str  # of the plugin
     door: Door
     version: str
-    preset: Preset | None = None  # whose defaults it has
+    preset: Preset | None = None  # the preset whose defaults it has
 
 
 class Observer(msgspec.Struct, frozen=True, kw_only=True):

@@ -243,7 +243,7 @@ class Lines(logging.StreamHandler[TextIO]):
                     line = self._try_to_write(line)
                 except BlockingIOError:  # no room; or another process made the stream non-blocking
                     pass
-                except OSError:  # the reader is gone
+                except OSError:  # the reader has ended
                     self._drop()
                     return
             if not line:
@@ -302,7 +302,7 @@ class Lines(logging.StreamHandler[TextIO]):
                     self._write_all(self._drop_report(unreported))
                     with self._changed:
                         self._unreported -= unreported
-            except OSError:  # the reader is gone
+            except OSError:  # the reader has ended
                 with self._changed:
                     self._drop()
             with self._changed:

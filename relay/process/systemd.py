@@ -53,7 +53,7 @@ class Notifier:
         self._send(_status(status))
 
     def alive(self) -> None:
-        """Feed the watchdog."""
+        """Send a keep-alive to the watchdog."""
         self._send("WATCHDOG=1")
 
     def extend(self, seconds: float) -> None:

@@ -210,7 +210,8 @@ class Deliveries(Protocol):
     async def settle_group(self, outcomes: Sequence[Outcome], *, split: bool) -> frozenset[int]:
         """Record one attempt at several deliveries in one transaction, and release their claims.
 
-        With `split`, they go out alone from now on. Returns the row ids of those that were still pending.
+        With `split`, each of them is sent alone from now on. Returns the row ids of those that were still
+        pending.
         """
         ...
 
@@ -284,7 +285,7 @@ class Workers(Protocol):
     """The worker registry. Reads are answered from memory."""
 
     def all(self) -> tuple[Worker, ...]:
-        """Return every worker as it is now."""
+        """Return the current row of every worker."""
         ...
 
     def count(self, source: str, status: str) -> int:
@@ -332,7 +333,7 @@ class Queries(Protocol):
         """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
 
         Filters are the fields of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids. A
-        search has a budget: a page may have fewer rows than `limit` and a cursor nevertheless.
+        search has a budget: a page may have fewer rows than `limit` and still have a cursor.
 
         Raises:
             RelayError: the list or the filter does not exist, or the cursor is invalid.
@@ -507,7 +508,7 @@ class Nodes(Protocol):
         ...
 
     async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
-        """Renew what this node owns and take what is free and due to it; call it once a second.
+        """Renew the leases of this node and take free ones that are due to it; call it once a second.
 
         `lanes` are the destinations in the config, with the timeout of an attempt in seconds; `jobs` are the
         jobs of the cluster. A node owns a lane until its time, even if it cannot reach the database.

@@ -1,7 +1,8 @@
 """Idempotency keys: the request that used a key, and the time until which its repetition is a duplicate.
 
-The key alone does not make a duplicate, unless the source says so. Some clients count from 1 after each start
-or use a constant, so they send different requests with one key. Each of these requests is an event.
+The key alone does not make a duplicate, unless the source's settings demand it. Some clients count from 1
+after each start or use a constant, so they send different requests with one key. Each of these requests is an
+event.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ class Keep(msgspec.Struct, frozen=True):
     """How long events of a kind are kept, in microseconds."""
 
     events: int  # from the receipt
-    dead: int  # from the death of one of its deliveries; may exceed `events`
+    dead: int  # from the time one of its deliveries became dead; may exceed `events`
 
 
 class Policy:
@@ -25,7 +25,7 @@ class Policy:
         self.attempts = _micros(default.attempts)
         self.stats = _micros(default.stats)
         self.default = Keep(_micros(default.events), _micros(default.dead))
-        self.sources: dict[str, Keep] = {}  # sources with an own rule for all of their types
+        self.sources: dict[str, Keep] = {}  # sources with their own rule for all of their types
         self._types: dict[str, list[tuple[re.Pattern[str], Keep]]] = {}
         for name, rules in (sources or {}).items():
             if rules.events is not None:

@@ -291,7 +291,7 @@ class StoredWorkerChanges:
     def _take_over(self, source: str, change: Register) -> None:
         """Shorten the deadlines of earlier ids at a new id's endpoint, or reject the new id.
 
-        Private addresses are rejected as well, because the operator asked for it; loopback addresses never.
+        Private addresses are rejected as well, because the operator chose that; loopback addresses never.
         """
         if not rules.names_one_machine(change.endpoint):
             return

@@ -16,7 +16,7 @@ from relay.workers.rules import Now, apply
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 500
-"""Workers that one transaction marks or flushes, so that the event loop waits for some milliseconds only."""
+"""Workers that one transaction marks or flushes, so that the event loop waits for only a few milliseconds."""
 
 
 class StoredWorkers:

@@ -90,8 +90,9 @@ class Watch:
         A late sweep uses the time at which it was due: heartbeats that arrived while the process was stopped
         are read only before the next sweep.
 
-        In a cluster, one node marks silent workers. Each node unregisters the workers whose requests to leave
-        it refused. A node that takes over extends all deadlines: heartbeats may have ended with the other.
+        In a cluster, one node marks silent workers. Each node unregisters the workers whose unregister
+        requests it refused. A node that takes over extends all deadlines: heartbeats may have stopped with
+        the other node.
         """
         now = self._clock.steady()
         if not self._store.nodes.lead(SWEEP):

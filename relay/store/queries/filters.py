@@ -27,11 +27,11 @@ FILTERS: Mapping[str, Sequence[str]] = {
 
 MOST_BODIES = 100
 MOST_BYTES = 2**20
-"""Events and bytes of bodies whose envelopes are compared at once: some milliseconds of the event loop."""
+"""Events and bytes of bodies whose envelopes are compared at once: a few milliseconds of the event loop."""
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
-    """A candidate that matches. Without a look at its event, `size` and `received_at` are 0."""
+    """A candidate that matches. If its event was not read, `size` and `received_at` are 0."""
 
     event_id: int
     row: int  # row id in the list's own table

@@ -76,7 +76,7 @@ class QueryPlan(msgspec.Struct, frozen=True):
 
 
 async def cheapest(reader: Reader, plans: Sequence[QueryPlan], end: int, start: int) -> QueryPlan:
-    """Return the plan that passes over the fewest rows in vain."""
+    """Return the plan that reads the fewest rows that do not match."""
     if len(plans) == 1:
         return plans[0]
     best, oldest = plans[0], end

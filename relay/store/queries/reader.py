@@ -17,7 +17,7 @@ DeliveryPath = Literal["all", "event_id", "destination", "destination and state"
 
 
 class Path(msgspec.Struct, frozen=True):
-    """An index that leads to row ids; its name says which filters it takes the values of."""
+    """An index that leads to row ids; its name lists the filters whose values it takes."""
 
     kind: Literal["events", "deliveries"]
     name: EventPath | DeliveryPath

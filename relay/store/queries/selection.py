@@ -1,7 +1,7 @@
 """Selections: the events or deliveries that an operator's filters or ids select, oldest first.
 
 A selection is read in pages, and no read transaction is longer than one page. So a selection that matches
-next to nothing among ten million events delays neither other readers nor checkpoints.
+almost nothing among ten million events delays neither other readers nor checkpoints.
 """
 
 import re
@@ -24,7 +24,7 @@ from relay.store.queries.plan import cheapest, plans_of_events, types_matching
 from relay.store.queries.reader import MOST_NAMED, Reader
 
 PAGE = 1000
-"""Candidates that one page looks at."""
+"""Candidates that one page examines."""
 
 MOST_IDS = 1000
 """Ids that one request may name."""

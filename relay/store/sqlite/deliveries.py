@@ -112,7 +112,7 @@ async def claim_groups(
                     connection, claims, delivery, share, together=together, now=now
                 )
                 claims.add(delivery.followers)
-    except BaseException:  # the caller will not hear of them
+    except BaseException:  # the caller does not get them
         claims.release(each.id for delivery in claimed for each in delivery.members)
         raise
     if len(claimed) == limit or len(due) == most:

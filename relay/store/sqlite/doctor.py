@@ -106,7 +106,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
 
 
 def database(path: Path, config: Path) -> Check:
-    """Name the database, and look for a second one beside config.toml, of a relay started by hand."""
+    """Name the database, and look for a second one beside config.toml, of a relay started in a shell."""
     other = config.parent / path.name
     if other == path or not other.is_file() or (path.exists() and other.samefile(path)):
         return _passed("database", str(path))

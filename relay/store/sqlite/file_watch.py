@@ -233,6 +233,6 @@ class FileWatch:
         return status.st_size, status.st_mtime_ns
 
     async def _checkpoint(self) -> None:
-        """Move the log into the file, because SQLite drops everything behind a damaged byte of the log."""
+        """Move the log into the file, because SQLite drops everything after a damaged byte of the log."""
         with suppress(StorageError, sqlite3.Error):  # the disk is full, or the relay stops
             await self._writer.call(empty_log)

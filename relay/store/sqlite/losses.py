@@ -84,7 +84,7 @@ def check_after_open(database: Path, wall: int, highest: Mark, before: list[str]
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        log.error("%s could not be written: %s", report, error.strerror)  # noqa: TRY400 - the message says it
+        log.error("%s could not be written: %s", report, error.strerror)  # noqa: TRY400 - the message has the reason
 
 
 def _copy(source: Path, target: Path) -> None:

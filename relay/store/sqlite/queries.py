@@ -52,7 +52,7 @@ MATCHING_ATTEMPTS_SQL = """
      WHERE a.id IN ({marks}) AND {conditions}
 """
 
-# The unary plus keeps the planner from any other index than the one that leads to a candidate.
+# The unary plus keeps the planner from using an index other than the one that leads to a candidate.
 OF_EVENT = {
     "source": "+e.source = ?",
     "subject": "+e.subject = ?",
@@ -111,7 +111,7 @@ SHORT = {
     "retry": "SELECT id FROM deliveries WHERE destination = ? AND state = 'pending' AND attempts > 0 LIMIT ?",
     "destination": "SELECT id FROM deliveries WHERE destination = ? AND id > 0 LIMIT ?",
 }
-"""Statements that return row ids of deliveries in another order than the list's."""
+"""Statements that return row ids of deliveries in an order other than the list's."""
 
 _GROUPS = (
     "attempts = 0 AND next_attempt_at IS NULL AND id > :id ORDER BY id",
@@ -176,7 +176,7 @@ EVENT_PATHS = {
 DELIVERY_PATHS = {
     "all": IndexPath("deliveries"),
     "event_id": IndexPath("deliveries", "event_id = ?"),
-    "destination": IndexPath("deliveries", "destination = ? AND id > 0"),  # the index says so too
+    "destination": IndexPath("deliveries", "destination = ? AND id > 0"),  # the index has this condition, too
     "destination and state": IndexPath("deliveries", f"destination = ? AND {_LOST}"),
 }
 """Paths to row ids by filters, whose values they take. Each has its index."""

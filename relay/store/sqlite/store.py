@@ -179,7 +179,7 @@ class SqliteStore:
             self.ledger.pending_counts = Counter({name: each.pending for name, each in totals.items()})
             self.database.reader = await open_reader(self.path, self._note_error)
             try:
-                # Every 15 s, counting a large backlog takes a while: no list must wait for it.
+                # Every 15 s, a large backlog is counted, which takes a while: no list must wait for that.
                 self.database.counter = await open_reader(self.path, self._note_error)
                 try:
                     self._watched.open()

@@ -131,7 +131,7 @@ async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, he
     """Expire deliveries of destinations that accept nothing, a day after a warning.
 
     The table `held` stores the start of the time in which they accept nothing, so a restart does not extend
-    that time. All times are steady, like due times. The column `told` is set after the warning.
+    that time. All times are steady, like due times. The column `told` is 1 after the operator was warned.
     """
     rows = await transaction.fetch("SELECT destination, since, told FROM held")
     known = {name: (since, bool(warned)) for name, since, warned in rows}

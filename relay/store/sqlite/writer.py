@@ -12,7 +12,7 @@ from relay.store.writer import Committer, Remedy, Writer
 log = logging.getLogger("relay.store")
 
 PROBE_SIZE = 64 * 2**10
-"""Bytes written by an attempt while writes fail: about the size of some outcomes with their responses."""
+"""Bytes written by an attempt while writes fail: about the size of a few outcomes with their responses."""
 
 PROBE_SQL = "REPLACE INTO meta (name, value) VALUES ('probe', hex(zeroblob(? / 2)))"
 
