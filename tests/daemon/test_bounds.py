@@ -26,8 +26,8 @@ from relay.plugin_loading.loader import load
 from relay.process import logs
 from relay.process.logs import RateLimitedLog
 from relay.store import Acceptance, roster, worker_changes
+from relay.store import pruning as prune
 from relay.store.retention_policy import Policy
-from relay.store.sqlite import prune
 
 DESIGN = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
 BOUNDS = re.findall(r"^\| .+ \| ([0-9,]+) \(`(relay[a-z_.]*)\.([A-Z_]+)`\) \| .+ \|$", DESIGN, re.MULTILINE)

@@ -4,12 +4,12 @@ import pytest
 from stores import opened, rows, send
 
 from relay.model import Compacted
-from relay.store.sqlite import prune
+from relay.store import pruning
 
 
 @pytest.fixture
 async def store(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
+    monkeypatch.setattr(pruning, "LONGEST_PAUSE", 0)
     async with opened(tmp_path / "relay.db", clock) as store:
         yield store
 

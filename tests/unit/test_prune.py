@@ -11,6 +11,7 @@ from stores import rows as read_rows
 from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
 from relay.model import Attempt, Command, Outcome, Target
+from relay.store import pruning
 from relay.store.retention_policy import Policy
 from relay.store.sqlite import event_times, prune
 from relay.store.sqlite.queries import EVENT_PATHS, TYPES_SQL
@@ -21,7 +22,7 @@ POLICY = Policy(Retention())
 
 @pytest.fixture
 async def store(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(prune, "LONGEST_PAUSE", 0)
+    monkeypatch.setattr(pruning, "LONGEST_PAUSE", 0)
     store = make_store(tmp_path / "relay.db", clock, durability="normal")
     hooks(store).route = lambda event: () if event.source == "relay" else (Target("crm"),)
     store.fresh = []
@@ -115,7 +116,7 @@ async def test_a_dead_delivery_does_not_extend_the_retention_of_a_type(store, cl
 async def test_an_event_that_is_repeated_before_its_deletion_stays(store, clock):
     number = await send(store, clock)
     clock.advance(15 * DAY)
-    candidate = prune.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
+    candidate = pruning.Candidate(number, 1, clock.wall() - 30 * 86_400 * SECOND)
     [loaded] = (await store.events.load([number])).values()
     assert await store.deliveries.repeat([(loaded, Target("crm"))]) == (True,)
     assert await call_writer(store, partial(prune.delete_events, [candidate])) == 0
@@ -199,7 +200,7 @@ async def test_many_events_are_deleted_in_small_transactions_between_those_of_se
 
     pruned, _ = await asyncio.gather(store.upkeep.prune(POLICY), senders())
     assert (pruned.events, pruned.done) == (20_000, True)
-    assert max(changes) <= prune.COST + prune.PAGE  # rows, with those of the sender in between
+    assert max(changes) <= pruning.COST + pruning.PAGE  # rows, with those of the sender in between
     while_both = "".join(each[0] for each in order).rstrip("p")
     assert while_both.count("p") >= 50
     assert "pp" not in while_both
@@ -208,9 +209,14 @@ async def test_many_events_are_deleted_in_small_transactions_between_those_of_se
 
 def test_each_page_of_a_body_costs_as_much_as_a_row():
     candidates = [
-        prune.Candidate(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])
+        pruning.Candidate(number, cost, 0) for number, cost in enumerate([600, 500, 400, 100, 5000, 1])
     ]
-    assert [[each.id for each in some] for some in prune.deletions(candidates)] == [[0], [1, 2, 3], [4], [5]]
+    assert [[each.id for each in some] for some in pruning.deletions(candidates)] == [
+        [0],
+        [1, 2, 3],
+        [4],
+        [5],
+    ]
 
 
 async def test_a_pass_ends_in_time_and_the_next_one_continues(store, clock):

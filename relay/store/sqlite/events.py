@@ -7,8 +7,9 @@ from relay.model import Expunged, StoredEvent
 from relay.store import Queries
 from relay.store.deliveries import StoredDeliveries
 from relay.store.events import StoredEvents
+from relay.store.pruning import Candidate, deletions, paced
 from relay.store.sqlite.database import Database
-from relay.store.sqlite.prune import Candidate, delete_events, deletions, paced
+from relay.store.sqlite.prune import delete_events
 from relay.store.sqlite.rows import load_events, marks
 from relay.store.workers import StoredWorkers
 

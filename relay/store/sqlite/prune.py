@@ -1,24 +1,16 @@
-"""Retention: deletes finished data that is old enough, in transactions too short to delay senders.
-
-Each group of events with a rule (a type, a source, all others) is read in pages. A cursor per group remembers
-the end of the last pass, so that a pass reads only events that have become old enough since. Events that
-were kept because of their deliveries are read again in the next round.
-"""
+"""Retention over SQLite, see `relay.store.pruning`: its statements, and free pages returned to the disk."""
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import aiosqlite
-import msgspec
 
-from relay.base.clock import SECOND, Clock
+from relay.base.clock import Clock
 from relay.errors import StorageUnavailableError
-from relay.model import Pruned
-from relay.store.queries.page import portions
-from relay.store.retention_policy import Policy
+from relay.store.pruning import COST, PAGE, Candidate, Group, Retention, deletions, paced
 from relay.store.sqlite.database import Database
 from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.event_times import FORGET_SQL
@@ -27,25 +19,9 @@ from relay.store.sqlite.queries import EVENT_PATHS, SqliteReader
 from relay.store.sqlite.transaction import Transaction, WriterConnection
 from relay.store.sqlite.writer import SqliteWriter
 
-T = TypeVar("T")
-
-PAGE = 500
-"""Candidates of one page."""
-
-COST = 1000
-"""Rows and pages of bodies that one transaction deletes, unless a single event costs more."""
-
 SCARCE_COST = 100
-"""The same on a full disk, because deleted pages are first written to the log."""
+"""`COST` on a full disk, because deleted pages are first written to the log."""
 
-MOST_TYPES = 1000
-"""Types of one source that are read separately; with more, all events of the source are read together."""
-
-ROUND = 3600 * SECOND
-"""Microseconds after which all old events are read again, also those that were kept before."""
-
-PASS = 45.0  # seconds; the next pass continues
-LONGEST_PAUSE = 0.5  # seconds between two transactions
 VACUUM_PAGES = 64  # pages that one transaction returns to the disk
 VACUUM_STEPS = 100  # of these transactions in one pass
 SPARE = 10  # one tenth of the file may stay free
@@ -100,22 +76,6 @@ ROWS_SQL = {
 }
 
 
-class Group(msgspec.Struct, frozen=True):
-    """Events with one rule."""
-
-    kind: str  # of EVENT_PATHS
-    name: str  # the full type or the source
-    kept: int  # microseconds
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """An event that may be deleted."""
-
-    id: int
-    cost: int  # see COST
-    dead: int  # wall clock: the event is kept if one of its deliveries died later
-
-
 async def delete_events(candidates: Sequence[Candidate], connection: WriterConnection) -> int:
     """Delete, in one transaction, those events that may still be deleted; returns their number.
 
@@ -132,48 +92,42 @@ async def delete_events(candidates: Sequence[Candidate], connection: WriterConne
     return len(deletable)
 
 
-def deletions(candidates: Iterable[Candidate], most: int = COST) -> Iterator[list[Candidate]]:
-    """Cut events into portions, each for one transaction."""
-    return portions(candidates, most, lambda candidate: candidate.cost)
-
-
-class Retention:
-    """Deletes finished data; each call continues where the previous call ended."""
+class SqliteRetention(Retention[WriterConnection]):
+    """Deletes finished data of an SQLite file."""
 
     def __init__(self, database: Database, clock: Clock, disk: Disk) -> None:
+        super().__init__(SqliteReader(database), clock)
         self._database = database
-        self._reader = SqliteReader(database)
-        self._clock = clock
         self._disk = disk
-        self._cursors: dict[Group, int] = {}
-        self._round = 0  # steady clock
 
-    async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
-        """See `relay.store.Upkeep.prune`."""
-        loop = asyncio.get_running_loop()
-        deadline, steady = loop.time() + seconds, self._clock.steady()
-        now = min(self._clock.wall(), steady)  # so a wall clock that jumped ahead deletes nothing
-        if steady - self._round >= ROUND:
-            self._cursors.clear()
-            self._round = steady
-        deleted: Counter[str] = Counter()
-        for group in await self._groups(policy):
-            async for candidates, more in self._deletable(group, policy, now):
-                deleted["events"] += await self._delete(candidates)
-                if more and loop.time() > deadline:
-                    return _pruned(deleted, done=False)
-        before = {"attempts": now - policy.attempts, "keys": steady, "stats": now - policy.stats}
-        for name, moment in before.items():
-            more = True
-            while more:
-                count, more = await paced(self._database.writer, partial(_delete_rows, name, moment))
-                deleted[name] += count
-                if more and loop.time() > deadline:
-                    return _pruned(deleted, done=False)
+    @property
+    def _writer(self) -> SqliteWriter:
+        return self._database.writer
+
+    async def _last(self, _group: Group, moment: int) -> int:
+        [(last,)] = await self._database.reader.execute_fetchall(LAST_SQL, (moment,))
+        return int(last)
+
+    async def _page(self, group: Group, end: int, start: int) -> Sequence[tuple[Any, ...]]:
+        sql = PAGE_SQL.format(candidates=EVENT_PATHS[group.kind].sql(newest_first=False))
+        name = (group.name,) if group.name else ()
+        rows = await self._database.reader.execute_fetchall(sql, (*name, end, start, PAGE))
+        return list(map(tuple, rows))
+
+    async def _delete_events(self, candidates: Sequence[Candidate], connection: WriterConnection) -> int:
+        return await delete_events(candidates, connection)
+
+    async def _delete_rows(
+        self, name: str, before: int, connection: aiosqlite.Connection
+    ) -> tuple[int, bool]:
+        sql, limit = ROWS_SQL[name]
+        async with connection.execute(sql, (before, limit)) as cursor:
+            return cursor.rowcount, cursor.rowcount == limit
+
+    async def _end(self, deleted: Counter[str], deadline: float) -> int:
         if deleted["events"]:
             await paced(self._database.writer, _forget_times)
-        deleted["pages"] = await self._return_pages(deadline)
-        return _pruned(deleted, done=True)
+        return await self._return_pages(deadline)
 
     async def _delete(self, candidates: Sequence[Candidate]) -> int:
         """Delete events; on a full disk in small transactions, the cheapest first."""
@@ -190,41 +144,6 @@ class Retention:
                 self._round = 0  # the next pass deletes the large ones, in the space freed by the others
         return deleted
 
-    async def _groups(self, policy: Policy) -> list[Group]:
-        groups = []
-        for source in policy.by_type:
-            # "/" is the character after ".".
-            types = await self._reader.types_between(f"{source}.", f"{source}/", MOST_TYPES)
-            if len(types) > MOST_TYPES:  # senders choose types, so their number needs a limit
-                groups.append(Group("source", source, policy.shortest(source)))
-                continue
-            rules = ((type_, policy.of_type(source, type_)) for type_ in types)
-            groups += [Group("type", type_, rule.events) for type_, rule in rules if rule is not None]
-        groups += [Group("source", source, keep.events) for source, keep in policy.sources.items()]
-        return [*groups, Group("all", "", policy.default.events)]
-
-    async def _deletable(
-        self, group: Group, policy: Policy, now: int
-    ) -> AsyncIterator[tuple[list[Candidate], bool]]:
-        """Read a group's deletable events in pages that may be empty, and whether more pages follow."""
-        [(last,)] = await self._database.reader.execute_fetchall(LAST_SQL, (now - group.kept,))
-        sql = PAGE_SQL.format(candidates=EVENT_PATHS[group.kind].sql(newest_first=False))
-        name = (group.name,) if group.name else ()
-        while True:
-            start = self._cursors.get(group, 0) + 1
-            rows = list(await self._database.reader.execute_fetchall(sql, (*name, last + 1, start, PAGE)))
-            candidates = []
-            for id_, source, full_type, received_at, cost, needed in rows:
-                keep = policy.of(source, full_type)
-                dead = now - keep.dead
-                if received_at <= now - keep.events and (needed is None or needed <= dead):
-                    candidates.append(Candidate(id_, cost, dead))
-            yield candidates, len(rows) == PAGE
-            if rows:
-                self._cursors[group] = rows[-1][0]
-            if len(rows) < PAGE:
-                return
-
     async def _return_pages(self, deadline: float) -> int:
         """Return a portion of the free pages to the disk; returns their number.
 
@@ -240,27 +159,6 @@ class Retention:
                 break
             freed += await paced(self._database.writer, vacuum_some)
         return freed
-
-
-async def paced(writer: SqliteWriter, function: Callable[[WriterConnection], Awaitable[T]]) -> T:
-    """Run one transaction, then pause for the same time, so that others can use the disk."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    result = await writer.call(function)
-    await asyncio.sleep(min(loop.time() - began, LONGEST_PAUSE))
-    return result
-
-
-def _pruned(deleted: Counter[str], *, done: bool) -> Pruned:
-    counts = {name: deleted[name] for name in ("events", *ROWS_SQL, "pages")}
-    return msgspec.convert({**counts, "done": done}, Pruned)
-
-
-async def _delete_rows(name: str, before: int, connection: aiosqlite.Connection) -> tuple[int, bool]:
-    """Delete a batch of rows of a kind; returns their number, and whether more may exist."""
-    sql, limit = ROWS_SQL[name]
-    async with connection.execute(sql, (before, limit)) as cursor:
-        return cursor.rowcount, cursor.rowcount == limit
 
 
 async def _forget_times(connection: aiosqlite.Connection) -> None:

@@ -11,6 +11,7 @@ from relay.base.clock import Clock
 from relay.errors import StorageUnavailableError
 from relay.model import Backup, Check, Compacted, Measured, Pruned
 from relay.store import DiskSpace
+from relay.store.pruning import PASS, paced
 from relay.store.retention_policy import Policy
 from relay.store.sqlite.backup import back_up, lacks
 from relay.store.sqlite.compact import SIZES_SQL, empty_log
@@ -18,7 +19,7 @@ from relay.store.sqlite.database import Database
 from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.doctor import Examined, examine
 from relay.store.sqlite.measure import measure
-from relay.store.sqlite.prune import PASS, Retention, paced, vacuum_some
+from relay.store.sqlite.prune import SqliteRetention, vacuum_some
 from relay.store.sqlite.read_only import in_thread
 
 PRUNE_AT_ONCE = 1000
@@ -32,7 +33,7 @@ class SqliteUpkeep:
         self._database = database
         self._clock = clock
         self._disk = disk
-        self._retention = Retention(database, clock, disk)
+        self._retention = SqliteRetention(database, clock, disk)
 
     async def check_disk(self) -> DiskSpace:
         """See `Upkeep.check_disk`."""
