@@ -1,0 +1,491 @@
+"""Nodes over PostgreSQL: leases say which node runs each lane and each job of the cluster.
+
+A lease is a row. It names the incarnation (a random id, new at each start) of the node that holds it until a
+time, by the server's clock; its epoch grows by one whenever it changes hands. A node renews exactly the pairs
+of name and epoch that it took, so it never renews what it has lost.
+"""
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from relay import __version__
+from relay.base.clock import SECOND, Clock
+from relay.errors import StorageError
+from relay.model import Node
+from relay.store import Ownership
+from relay.store.postgres.clock import SLEW, ServerClock
+
+log = logging.getLogger("relay.store")
+
+LIVE = 5.0
+"""Seconds after its latest renewal for which a node counts as live, or the length of a lease if shorter."""
+
+SETTLE_IN = 30.0
+"""Seconds after its start in which a node takes no lane that another node holds."""
+
+NEGLECTED = 5.0
+"""Seconds after which any node takes a free lease, although another live node should."""
+
+FORGET_AFTER = 3600.0
+"""Seconds without a renewal after which a node's row is deleted and its slot is used again."""
+
+SLOTS = 256
+"""Nodes at a time; row ids contain the slot of the node that made them."""
+
+LANE, JOB = "lane:", "job:"
+
+
+# --- decisions, without I/O -----------------------------------------------------------------------
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A row of `leases` at one moment."""
+
+    name: str  # `lane:DESTINATION` or `job:NAME`
+    incarnation: str | None
+    epoch: int
+    is_held: bool
+    free_for: float | None = None  # seconds since it became free; None: it never was held, or is held
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """A live node, this one included."""
+
+    incarnation: str
+    name: str
+    age: float  # seconds since it started
+    destinations: frozenset[str]
+
+    def may_hold(self, name: str) -> bool:
+        """Return whether the node can run a lane or a job."""
+        return name.startswith(JOB) or name.removeprefix(LANE) in self.destinations
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What one node does about leases now."""
+
+    missing: tuple[str, ...]  # names without a row
+    take: tuple[str, ...]
+    adopt: Mapping[str, int]  # taken by this incarnation, but the server's response was lost; with epochs
+    hand_over: str | None  # one held lease that another node should hold
+
+
+def due_to(name: str, peers: Iterable[Peer]) -> Peer | None:
+    """Return the node that should hold a lease: the highest hash of name and node (rendezvous hashing).
+
+    So all nodes come to the same result, and a node that joins or leaves moves only its share.
+    """
+    able = [peer for peer in peers if peer.may_hold(name)]
+    return max(able, key=lambda peer: _weight(name, peer.incarnation), default=None)
+
+
+def plan(
+    me: str,
+    held: Mapping[str, int],
+    wanted: AbstractSet[str],
+    leases: Sequence[Lease],
+    peers: Sequence[Peer],
+) -> Plan:
+    """Decide what node `me` takes and hands over.
+
+    `held` has the epochs of the leases that it holds and is not handing over; `wanted` are the names that it
+    could hold. Free leases are taken at once by the node that they are due to. Held ones move one at a time,
+    and only to a node that has settled in.
+    """
+    known = {lease.name: lease for lease in leases}
+    take, adopt, movable = [], {}, []
+    for name in sorted(wanted):
+        lease = known.get(name, Lease(name, None, 0, is_held=False))
+        due = due_to(name, peers)
+        is_mine = due is None or due.incarnation == me
+        if not lease.is_held:
+            if is_mine or (lease.free_for is not None and lease.free_for > NEGLECTED):
+                take.append(name)
+        elif lease.incarnation == me and held.get(name) != lease.epoch:
+            adopt[name] = lease.epoch
+    for name in sorted(held):
+        due = due_to(name, peers)
+        if due is not None and due.incarnation != me and due.age >= SETTLE_IN:
+            movable.append(name)
+    return Plan(
+        missing=tuple(name for name in sorted(wanted) if name not in known),
+        take=tuple(take),
+        adopt=adopt,
+        hand_over=movable[0] if movable else None,
+    )
+
+
+def length_of(lease: float, timeout: float) -> float:
+    """Return for how many seconds a lease of a lane is taken; `timeout` is that of one attempt."""
+    return max(lease, 2 * timeout)
+
+
+def trusted_until(asked: int, length: float, timeout: float) -> int:
+    """Return the time (steady clock) at which a node stops to begin attempts under a lease.
+
+    It counts from `asked`, before the request was sent, so it comes before the end of the lease by the
+    server's clock, by at least the `timeout` of an attempt. The steady clock may run slow by one part in
+    `SLEW`.
+    """
+    return asked + int((length - timeout) * SECOND) * (SLEW - 1) // SLEW
+
+
+def free_slot(used: Collection[int]) -> int | None:
+    """Return the smallest slot that no node has; None: all are in use."""
+    return next((slot for slot in range(SLOTS) if slot not in used), None)
+
+
+def _weight(name: str, incarnation: str) -> bytes:
+    return hashlib.blake2b(f"{name}\n{incarnation}".encode(), digest_size=8).digest()
+
+
+# --- the rows -------------------------------------------------------------------------------------
+
+JOIN_SQL = """
+    INSERT INTO nodes (incarnation, slot, name, version, schema, config_digest, destinations, internal_url,
+                       started, seen)
+    VALUES ($1::uuid, $2, $3, $4, $5, $6, $7::text[], NULL, clock_timestamp(), clock_timestamp())
+        ON CONFLICT DO NOTHING
+"""
+
+SEEN_SQL = """
+    UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3
+     WHERE incarnation = $1::uuid
+    RETURNING slot
+"""
+
+RENEW_SQL = """
+    UPDATE leases AS l SET until = clock_timestamp() + h.length * interval '1 second'
+      FROM unnest($2::text[], $3::bigint[], $4::float8[]) AS h (name, epoch, length)
+     WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
+    RETURNING l.name
+"""
+
+TAKE_SQL = """
+    WITH free AS MATERIALIZED (
+        SELECT name FROM leases WHERE name = ANY($2::text[]) AND until <= clock_timestamp()
+         ORDER BY name FOR UPDATE SKIP LOCKED
+    )
+    UPDATE leases AS l
+       SET incarnation = $1::uuid, epoch = l.epoch + 1,
+           until = clock_timestamp() + h.length * interval '1 second'
+      FROM free JOIN unnest($2::text[], $3::float8[]) AS h (name, length) USING (name)
+     WHERE l.name = free.name
+    RETURNING l.name, l.epoch
+"""
+
+GIVE_SQL = """
+    UPDATE leases AS l SET until = clock_timestamp()
+      FROM unnest($2::text[], $3::bigint[]) AS h (name, epoch)
+     WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
+"""
+
+LEASES_SQL = """
+    SELECT name, incarnation::text, epoch, until > clock_timestamp() AS is_held,
+           CASE WHEN until <= clock_timestamp() AND until > '-infinity'
+                THEN extract(epoch FROM clock_timestamp() - until)::float8 END AS free_for
+      FROM leases
+"""
+
+PEERS_SQL = """
+    SELECT incarnation::text, name, destinations,
+           extract(epoch FROM clock_timestamp() - started)::float8 AS age
+      FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
+"""
+
+NODES_SQL = """
+    SELECT incarnation::text, name, version, (extract(epoch FROM started) * 1000000)::bigint AS started_at,
+           (extract(epoch FROM seen) * 1000000)::bigint AS seen_at, destinations,
+           encode(config_digest, 'hex') AS config
+      FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
+     ORDER BY name, started
+"""
+
+
+class Rows(Protocol):
+    """A connection. A statement that fails raises a StorageError, and none takes longer than some seconds."""
+
+    async def fetch(self, sql: str, *values: Any) -> Sequence[Any]:
+        """Run a statement; returns its rows, with columns by name."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class PostgresNodes:
+    """`relay.store.Nodes` over PostgreSQL, on a connection that nothing else uses."""
+
+    alone = False
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Rows]],
+        clock: Clock,
+        *,
+        name: str,
+        lease: float,
+        schema: int,
+        digest: Callable[[], bytes] = lambda: b"",
+    ) -> None:
+        """Take the length of a `lease` in seconds, and `digest`, which returns the digest of the config."""
+        self.incarnation = str(uuid.uuid4())
+        self.slot = 0  # after `join`
+        self._connect = connect
+        self._connection: Rows | None = None
+        self._clock = clock
+        self._name = name
+        self._lease = lease
+        self._live = min(LIVE, lease)
+        self._schema = schema
+        self._digest = digest
+        self._lanes: Mapping[str, float] = {}  # with timeouts in seconds
+        self._held: dict[str, int] = {}  # epochs by name
+        self._handing_over: set[str] = set()
+        self._trusted: dict[str, int] = {}  # by name; steady clock
+        self._lock = asyncio.Lock()  # held while the connection is used
+        self._has_left = False
+
+    async def join(self) -> None:
+        """Become a node: compare the clocks, and take a slot.
+
+        Raises:
+            StorageError: the database does not answer, or there are 256 nodes.
+        """
+        async with self._lock:
+            await self._compare_clocks()
+            await self._join()
+
+    async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
+        """See `Nodes.own`."""
+        self._lanes = dict(lanes)
+        async with self._lock:
+            await self._compare_clocks()
+            if not self._has_left:
+                await self._be_seen()
+            await self._renew()
+            leases = [
+                Lease(row["name"], row["incarnation"], row["epoch"], row["is_held"], row["free_for"])
+                for row in await self._fetch(LEASES_SQL)
+            ]
+            peers = [
+                Peer(row["incarnation"], row["name"], row["age"], frozenset(row["destinations"]))
+                for row in await self._fetch(PEERS_SQL, self._live)
+            ]
+            if not self._has_left:
+                await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
+        return self._ownership(leases, peers)
+
+    async def give(self, lanes: Collection[str]) -> None:
+        """See `Nodes.give`."""
+        async with self._lock:
+            await self._give([name for name in map(_lane, lanes) if name in self._held])
+
+    def lead(self, job: str) -> bool:
+        """See `Nodes.lead`."""
+        return self._trusted.get(_job(job), 0) > self._clock.steady()
+
+    @property
+    def owned(self) -> list[str]:
+        """The destinations whose lanes this node owns now, those included that it is handing over."""
+        now = self._clock.steady()
+        return [
+            name.removeprefix(LANE)
+            for name, until in self._trusted.items()
+            if until > now and name.startswith(LANE)
+        ]
+
+    async def all(self) -> tuple[Node, ...]:
+        """See `Nodes.all`."""
+        async with self._lock:
+            rows = await self._fetch(NODES_SQL, self._live)
+            leases = await self._fetch(LEASES_SQL)
+        held: dict[str, list[str]] = {}
+        for lease in leases:
+            if lease["is_held"]:
+                held.setdefault(lease["incarnation"], []).append(lease["name"])
+        return tuple(
+            Node(
+                name=row["name"],
+                version=row["version"],
+                started_at=row["started_at"],
+                seen_at=row["seen_at"],
+                is_self=row["incarnation"] == self.incarnation,
+                lanes=_of_kind(LANE, held.get(row["incarnation"], ())),
+                jobs=_of_kind(JOB, held.get(row["incarnation"], ())),
+                destinations=tuple(row["destinations"]),
+                config=row["config"] or "",
+            )
+            for row in rows
+        )
+
+    async def leave(self) -> None:
+        """See `Nodes.leave`."""
+        self._has_left = True
+        async with self._lock:
+            await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
+
+    async def close(self) -> None:
+        """Give everything that is still held, and close the connection; after the last attempt has ended."""
+        async with self._lock:
+            with suppress(StorageError):  # the leases end on their own
+                await self._give(list(self._held))
+                await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
+            await self._disconnect()
+
+    async def _fetch(self, sql: str, *values: Any) -> Sequence[Any]:
+        try:
+            if self._connection is None:
+                self._connection = await self._connect()
+            return await self._connection.fetch(sql, *values)
+        except BaseException:
+            await self._disconnect()
+            raise
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                await connection.close()
+
+    async def _compare_clocks(self) -> None:
+        if not isinstance(self._clock, ServerClock):
+            return
+        sent = self._clock.local()
+        [row] = await self._fetch("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now")
+        self._clock.compare(sent, self._clock.local(), row["now"])
+
+    async def _join(self) -> None:
+        while True:
+            await self._fetch(
+                "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * interval '1 second'",
+                FORGET_AFTER,
+            )
+            slot = free_slot({row["slot"] for row in await self._fetch("SELECT slot FROM nodes")})
+            if slot is None:
+                raise StorageError(f"the cluster has {SLOTS} nodes already", hint="stop a node")
+            destinations = sorted(self._lanes)
+            await self._fetch(
+                JOIN_SQL,
+                self.incarnation,
+                slot,
+                self._name,
+                __version__,
+                self._schema,
+                self._digest(),
+                destinations,
+            )
+            rows = await self._fetch("SELECT slot FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
+            if rows:  # else another node was faster
+                self.slot = rows[0]["slot"]
+                return
+
+    async def _be_seen(self) -> None:
+        rows = await self._fetch(SEEN_SQL, self.incarnation, sorted(self._lanes), self._digest())
+        if not rows:  # this process was stopped for so long that the others have forgotten it
+            log.warning("the other nodes had forgotten this node; it joins again")
+            await self._join()
+
+    async def _renew(self) -> None:
+        """Renew the leases that this node holds; forget those that it has lost."""
+        names = sorted(self._held)
+        if not names:
+            return
+        asked = self._clock.steady()
+        lengths = [self._length(name) for name in names]
+        rows = await self._fetch(
+            RENEW_SQL, self.incarnation, names, [self._held[name] for name in names], lengths
+        )
+        renewed = {row["name"] for row in rows}
+        for name in names:
+            if name in renewed:
+                self._trust(name, asked)
+            else:
+                self._forget(name)
+
+    async def _follow(self, leases: Sequence[Lease], peers: Sequence[Peer], wanted: AbstractSet[str]) -> None:
+        """Take and hand over leases."""
+        self._handing_over |= {name for name in self._held.keys() - wanted if name.startswith(LANE)}
+        wanted -= self._handing_over
+        held = {name: epoch for name, epoch in self._held.items() if name in wanted}
+        steps = plan(self.incarnation, held, wanted, leases, peers)
+        if (moving := steps.hand_over) is not None:
+            if moving.startswith(LANE):
+                self._handing_over.add(moving)
+            else:  # a job's run may end after the lease begins elsewhere: jobs are made for that
+                await self._give([moving])
+        self._held.update(steps.adopt)
+        if steps.missing:
+            await self._fetch(
+                "INSERT INTO leases (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING",
+                list(steps.missing),
+            )
+        if steps.take:
+            asked = self._clock.steady()
+            lengths = [self._length(name) for name in steps.take]
+            for row in await self._fetch(TAKE_SQL, self.incarnation, list(steps.take), lengths):
+                self._held[row["name"]] = row["epoch"]
+                self._trust(row["name"], asked)
+
+    async def _give(self, names: Sequence[str]) -> None:
+        if names:
+            epochs = [self._held[name] for name in names]
+            for name in names:
+                self._trusted.pop(name, None)
+            await self._fetch(GIVE_SQL, self.incarnation, list(names), epochs)
+            for name in names:
+                self._forget(name)
+
+    def _ownership(self, leases: Sequence[Lease], peers: Sequence[Peer]) -> Ownership:
+        names = {peer.incarnation: peer.name for peer in peers}
+        return Ownership(
+            until={
+                name.removeprefix(LANE): until
+                for name, until in self._trusted.items()
+                if name.startswith(LANE)
+            },
+            elsewhere={
+                lease.name.removeprefix(LANE): names.get(lease.incarnation or "", "")
+                for lease in leases
+                if lease.is_held and lease.incarnation != self.incarnation and lease.name.startswith(LANE)
+            },
+            hand_over=frozenset(name.removeprefix(LANE) for name in self._handing_over),
+        )
+
+    def _trust(self, name: str, asked: int) -> None:
+        self._trusted[name] = trusted_until(asked, self._length(name), self._timeout(name))
+
+    def _forget(self, name: str) -> None:
+        self._held.pop(name, None)
+        self._trusted.pop(name, None)
+        self._handing_over.discard(name)
+
+    def _length(self, name: str) -> float:
+        return length_of(self._lease, self._timeout(name))
+
+    def _timeout(self, name: str) -> float:
+        """Return how many seconds before its end a lease counts as lost."""
+        if name.startswith(JOB):
+            return self._lease / 2
+        return self._lanes.get(name.removeprefix(LANE), self._lease / 2)
+
+
+def _lane(destination: str) -> str:
+    return LANE + destination
+
+
+def _job(name: str) -> str:
+    return JOB + name
+
+
+def _of_kind(kind: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(name.removeprefix(kind) for name in names if name.startswith(kind)))
