@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.config.effective import effective_table
 from relay.config.installed_service import RunningEnvironment
 from relay.config.problems import ConfigError
 from relay.config.schema import Config
@@ -24,6 +25,21 @@ from relay.workers.watch import SWEEP
 log = logging.getLogger("relay.reload")
 
 
+class ReloadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """How to reload."""
+
+    dry_run: bool = False  # only show the changes
+
+
+class ChangedKey(msgspec.Struct, frozen=True):
+    """One key whose value differs; null: it has no value. Secrets appear as `<secret>`."""
+
+    table: str
+    key: str
+    before: Any
+    after: Any
+
+
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     """The tables that a reload added, changed and removed, as config.toml names them."""
 
@@ -31,6 +47,7 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    keys: tuple[ChangedKey, ...] = ()  # of the changed tables
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -99,17 +116,22 @@ class Reloads:
             with self.around():
                 return await self._apply()
 
+    async def preview(self) -> Reloaded:
+        """Return what a reload would change; change nothing. Raises as `reload` does."""
+        setup, unread = await asyncio.to_thread(self._load)
+        done = _compare(self._state.config, setup.config)
+        return msgspec.structs.replace(done, warnings=(*done.warnings, *map(_unread, unread)))
+
     async def drift(self) -> Check:
         """Compare config.toml with the running configuration; change nothing."""
         hint = "relay reload"
         try:
-            setup, _ = await asyncio.to_thread(self._load)
+            done = await self.preview()
         except ConfigError as error:
             detail, hint = error.message, "correct it before the next reload or restart"
         except RestartNeededError as error:
             detail, hint = error.message, "restart the daemon, or undo these changes"
         else:
-            done = _compare(self._state.config, setup.config)
             if not (done.added or done.changed or done.removed):
                 return Check(name="config", ok=True, detail=f"{done.path} matches the running configuration")
             detail = f"not applied yet: {done}"
@@ -168,13 +190,39 @@ def _unread(file: str) -> str:
 def _compare(before: Config, config: Config) -> Reloaded:
     """Return the tables that differ."""
     old, new = dict(_tables(before)), dict(_tables(config))
+    changed = tuple(name for name, table in new.items() if name in old and old[name] != table)
     return Reloaded(
         path=str(config.path),
         added=tuple(name for name in new if name not in old),
-        changed=tuple(name for name, table in new.items() if name in old and old[name] != table),
+        changed=changed,
         removed=tuple(name for name in old if name not in new),
+        keys=tuple(_changed_keys(changed, before, config)),
         warnings=config.warnings,
     )
+
+
+def _changed_keys(names: Iterable[str], before: Config, config: Config) -> Iterator[ChangedKey]:
+    """Yield the keys of changed tables whose values differ."""
+    for name in names:
+        table, _, inner = name.partition(".")
+        old, new = getattr(before, table), getattr(config, table)
+        if inner:
+            old, new = old[inner], new[inner]
+        shown = effective_table(old), effective_table(new)
+        if not isinstance(new, msgspec.Struct):  # a key above all tables
+            yield ChangedKey("", name, *shown)
+            continue
+        former, values = _fields(old), _fields(new)
+        for key in sorted(former.keys() | values.keys()):
+            if former.get(key) != values.get(key) and (key in shown[0] or key in shown[1]):
+                yield ChangedKey(name, key, shown[0].get(key), shown[1].get(key))
+
+
+def _fields(record: msgspec.Struct) -> dict[str, Any]:
+    """Return the values of a table by their keys."""
+    values = {each.encode_name: getattr(record, each.name) for each in msgspec.structs.fields(record)}
+    settings = values.get("settings")
+    return values | _fields(settings) if isinstance(settings, msgspec.Struct) else values
 
 
 def _tables(config: Config) -> Iterator[tuple[str, Any]]:

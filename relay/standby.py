@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.api.auth import audit, name_requests, set_headers
-from relay.api.responses import error_response, errors, respond
+from relay.api.responses import body_of, error_response, errors, respond
 from relay.api.scrape import Scrape
 from relay.base.clock import SystemClock
 from relay.config.binding import Binder
@@ -36,7 +36,7 @@ from relay.process.sockets import bind_unix, listen
 from relay.process.state_dir import StateDir
 from relay.process.systemd import Inherited, Notifier
 from relay.process.watchdog import Watchdog
-from relay.reload import Reloaded
+from relay.reload import ReloadBody, Reloaded
 
 log = logging.getLogger("relay.hold")
 
@@ -176,7 +176,10 @@ class Standby:
         response.headers["Retry-After"] = str(RETRY_AFTER)
         return response
 
-    async def _answer_reload(self, _request: web.Request) -> web.Response:
+    async def _answer_reload(self, request: web.Request) -> web.Response:
+        body = await body_of(request, ReloadBody, optional=True)
+        if body.dry_run:
+            return respond(self._loaded(await asyncio.to_thread(self._load)))
         return respond(await self._reload())
 
     async def _reload(self) -> Reloaded:
@@ -194,9 +197,13 @@ class Standby:
                     log.error("config.toml is still invalid: %s", self._why)  # noqa: TRY400 - the message has the reason
                     raise
         self._done.set()
+        log.info("%s is valid: starting", self._path)
+        return self._loaded(setup)
+
+    def _loaded(self, setup: Setup) -> Reloaded:
+        """Return the tables that the daemon starts with."""
         tables: dict[str, Any] = {"sources": setup.config.sources, "destinations": setup.config.destinations}
         added = tuple(f"{kind}.{name}" for kind, table in tables.items() for name in table)
-        log.info("%s is valid: starting", self._path)
         return Reloaded(path=str(self._path), added=added, warnings=setup.config.warnings)
 
     def _reload_soon(self) -> None:

@@ -27,7 +27,7 @@ from relay.api.top import TopApi
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
 from relay.config.schema import Admin
-from relay.reload import Reloaded
+from relay.reload import ReloadBody, Reloaded
 
 
 class HealthView(msgspec.Struct):
@@ -104,11 +104,14 @@ class DaemonApi:
         "/api/reload",
         "reload",
         "Reload config.toml: apply the whole file or nothing.",
+        body=ReloadBody,
+        optional_body=True,
         returns=Reloaded,
         scope="admin",
     )
-    async def _reload(self, _request: web.Request) -> Reloaded:
-        return await self._context.reloads.reload()
+    async def _reload(self, _request: web.Request, body: ReloadBody) -> Reloaded:
+        reloads = self._context.reloads
+        return await (reloads.preview() if body.dry_run else reloads.reload())
 
     @endpoint(
         "GET", "/api/config", "showConfig", "Show the effective configuration, including defaults.",

@@ -1,18 +1,20 @@
 """Deliveries and their attempts: list, show, retry and cancel them."""
 
-from typing import Any
+import base64
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
+from relay.api.events import load_event
 from relay.api.query_params import AttemptsQuery, DeliveriesQuery, Filter, read_field
 from relay.api.replays import ReplayView, begin
 from relay.api.responses import CountView, respond, selection_of
-from relay.api.views import AttemptView, DeliveryShown, DeliveryView, list_items, show_delivery
+from relay.api.views import AttemptView, DeliveryShown, DeliveryView, about, list_items, show_delivery
 from relay.base.units import parse_rate, render_rate
-from relay.errors import RelayError
+from relay.errors import RelayError, UnknownError
 from relay.jobs.replay import DEFAULT_RATE, ReplayRequest, Retried
 from relay.model import Selection
 from relay.store import Cancelled
@@ -37,6 +39,17 @@ class CancelledView(msgspec.Struct):
 
     cancelled: int
     in_flight: int
+
+
+class RequestView(msgspec.Struct):
+    """The request of a delivery."""
+
+    method: str
+    url: Annotated[str, about("Scheme and host alone if the URL is a secret.")]
+    headers: Annotated[dict[str, str], about("Secrets and signatures are masked.")]
+    body: Annotated[str | None, about("The body, if it is UTF-8 text.")]
+    body_base64: Annotated[str | None, about("The body otherwise.")]
+    grouped: Annotated[bool, about("Whether the relay sends it in one message with other deliveries.")]
 
 
 class DeliveriesApi:
@@ -64,6 +77,32 @@ class DeliveriesApi:
     )  # fmt: skip
     async def _show(self, request: web.Request) -> dict[str, Any]:
         return await show_delivery(self._store, request.match_info["id"])
+
+    @endpoint(
+        "GET", "/api/deliveries/{id}/request", "showRequest",
+        "Show the request that an attempt at a delivery would send now.", returns=RequestView,
+    )  # fmt: skip
+    async def _request(self, request: web.Request) -> RequestView:
+        delivery = await show_delivery(self._store, request.match_info["id"])
+        lane = self._dispatcher.lanes.get(delivery["destination"])
+        if lane is None:
+            raise UnknownError(
+                f'the destination "{delivery["destination"]}" is not in config.toml',
+                hint="add it, and run: relay reload",
+            )
+        made = lane.preview(await load_event(self._store, delivery["event_id"]))
+        try:
+            text, encoded = made.body.decode(), None
+        except UnicodeDecodeError:
+            text, encoded = None, base64.b64encode(made.body).decode()
+        return RequestView(
+            method=made.method,
+            url=made.url,
+            headers=made.headers,
+            body=text,
+            body_base64=encoded,
+            grouped=delivery["group_key"] is not None,
+        )
 
     @endpoint(
         "GET", "/api/attempts", "listAttempts", "List attempts, newest first.",

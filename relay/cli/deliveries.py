@@ -1,5 +1,7 @@
 """`relay deliveries`."""
 
+import base64
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -101,6 +103,39 @@ def show(answer: Any, **_: str) -> None:
         shape = (*ATTEMPT_SHAPE, screen.number("group_size", "group size")) if grouped else ATTEMPT_SHAPE
         print_items(names, answer["tries"], shape)
         _print_answers(answer["tries"])
+
+
+@deliveries.command("request")
+@click.option("--curl", is_flag=True, help="Print a curl command that sends the same request.")
+@endpoint("GET deliveries/{delivery}/request")
+def request_(answer: Any, *, curl: bool, **_: str) -> None:
+    """Show the request that the next attempt would send.
+
+    Example: relay deliveries request 01a201eb
+
+    The request is built by the present configuration, for this delivery alone; nothing is sent. Secrets and
+    signatures are masked. To send a signed test request: relay destinations test NAME
+    """
+    body = answer["body"] if answer["body_base64"] is None else None
+    if curl:
+        parts = ["curl", "-X", answer["method"], shlex.quote(answer["url"])]
+        parts += [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in answer["headers"].items()]
+        given = "@-" if body is None else shlex.quote(body)
+        command = f"{' '.join([*parts[:4]])} \\\n  " + " \\\n  ".join([*parts[4:], f"--data-binary {given}"])
+        source = "" if body is not None else f"echo {answer['body_base64']} | base64 -d | "
+        click.echo(source + command)
+        return
+    click.echo(f"{answer['method']} {printable(answer['url'])}")
+    for name, value in answer["headers"].items():
+        click.echo(f"{name}: {printable(value)}")
+    click.echo()
+    if body is None:
+        content = base64.b64decode(answer["body_base64"])
+        click.echo(f"{count(len(content), 'byte')} that are no text; --json has them in base64")
+    else:
+        click.echo("\n".join(map(printable, body.split("\n"))))
+    if answer["grouped"]:
+        click.echo("\nthe relay sends this delivery in one message with others (group_by)", err=True)
 
 
 def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:

@@ -34,6 +34,13 @@ def effective_source(source: SourceConfig) -> dict[str, Any]:
     return _table(source) | _table(source.settings)
 
 
+def effective_table(record: Any) -> Any:
+    """Return one table of a configuration as JSON values; any other value as it is shown."""
+    if isinstance(record, SourceConfig):
+        return effective_source(record)
+    return _table(record) if isinstance(record, msgspec.Struct) else _value(record, None)
+
+
 def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a config.toml with the same settings."""
     loose = {name: value for name, value in tables.items() if not isinstance(value, dict)}

@@ -14,6 +14,7 @@ from relay.config.schema import DestinationConfig
 from relay.delivery.http.http_client import HttpClient, OutOfResourcesError
 from relay.delivery.http.result import HttpResult, Timing, one_line
 from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
+from relay.errors import RelayError
 from relay.formats import Format
 from relay.formats.destination import is_shared
 from relay.model import Attempt, Delivery, Outcome, StoredEvent
@@ -36,6 +37,15 @@ class GroupResult(msgspec.Struct, frozen=True):
     outcomes: list[Outcome]
     verdict: Verdict
     is_split: bool = False  # whether each delivery is sent alone from now on
+
+
+class Preview(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that could be sent now, with secrets and signatures masked."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: bytes
 
 
 class AttemptRunner:
@@ -91,6 +101,33 @@ class AttemptRunner:
         except OutOfResourcesError as error:
             return HttpResult(result="connect", error=f"not sent: {error}"), HOLD
         return response, OK if response.result == "ok" else self._verdict(response)
+
+    def preview(self, event: StoredEvent) -> Preview:
+        """Return the request that an attempt at an event alone would send now.
+
+        Raises:
+            RelayError: the format fails.
+        """
+        format_, config = self._format, self._config
+        try:
+            body = format_.render(event)
+            content_type = format_.content_type or format_.content_type_of(event)
+        except Exception as error:
+            result = self._not_sent(event, f"the format {format_.name} failed", error)
+            raise RelayError(str(result.error), hint="correct the plugin, then reload the relay") from error
+        signatures = self._signer.headers(event.public_id, self._clock.wall() // SECOND, body)
+        masked = {each.header.lower() for each in config.signatures}
+        headers = {
+            **{name.lower(): str(value) for name, value in config.headers.items()},
+            "content-type": content_type,
+            **{
+                name.lower(): "<signature>" if name.lower() in masked else value
+                for name, value in signatures.items()
+            },
+        }
+        if event.traceparent is not None:
+            headers["traceparent"] = event.traceparent
+        return Preview(method=config.method, url=str(config.url), headers=headers, body=body)
 
     async def attempt_group(
         self, deliveries: Sequence[Delivery], events: Sequence[StoredEvent]

@@ -13,6 +13,7 @@ from relay.config.schema import DestinationConfig
 from relay.delivery.attempt import (
     BLOCKED_REST,
     AttemptRunner,
+    Preview,
     corrupt,
     delivery_fields,
     log_attempt,
@@ -233,6 +234,10 @@ class Lane:
         """Send an event without a delivery, even while deliveries are held; no metric or limit counts it."""
         # The task is one of the lane's, so a runner that a reload replaces is closed only after it.
         return await asyncio.shield(self._spawn(self._runner.ping(event, timing)))
+
+    def preview(self, event: StoredEvent) -> Preview:
+        """Return the request that an attempt at an event would send now; raises as the runner does."""
+        return self._runner.preview(event)
 
     def change(self, config: DestinationConfig, runner: AttemptRunner) -> None:
         """Apply another config; attempts in flight finish with the runner that they began with."""

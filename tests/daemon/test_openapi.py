@@ -202,6 +202,7 @@ async def test_every_response_matches_its_schema(relay, recorder):
         await ask("GET", path)
     delivery = (await ask("GET", "/api/deliveries?limit=1&state=delivered")).json["items"][0]["id"]
     await ask("GET", f"/api/deliveries/{delivery}")
+    await ask("GET", f"/api/deliveries/{delivery}/request")
     await ask("GET", "/api/history?minutes=5&periods=3")
     await ask("GET", "/api/names?kind=event&prefix=evt_")
     assert (await ask("GET", "/api/names", status=400)).json["error"]["message"] == (

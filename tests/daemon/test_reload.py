@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
+from commands import Commands
 from daemons import SOURCES, Daemon, Recorder, adorn, destination, running, write_config
 from support import FakeClock, until
 from wire import Wire, exchange, request
@@ -55,6 +56,59 @@ def say(answer):
 
 
 # --- what is taken in ---------------------------------------------------------------------------------
+
+
+async def test_a_dry_run_shows_the_changed_keys_and_changes_nothing(tmp_path, crm):
+    keys = 'headers = { authorization = "Bearer one" }\ntimeout = "10s"'
+    config = write_config(tmp_path, SOURCES, destination("crm", crm.url, keys))
+    async with running(config) as relay:
+        before = relay.app.config
+        text = config.read_text().replace("Bearer one", "Bearer two").replace('"10s"', '"5s"')
+        config.write_text(text + destination("new", crm.url))
+        answer = await exchange(relay.addresses.socket, request("POST", "/api/reload", b'{"dry_run": true}'))
+        assert relay.app.config is before
+        assert answer.json["added"] == ["destinations.new"]
+        assert answer.json["changed"] == ["destinations.crm"]
+        hidden = {"authorization": "<secret>"}
+        expected = [
+            {"table": "destinations.crm", "key": "headers", "before": hidden, "after": hidden},
+            {"table": "destinations.crm", "key": "timeout", "before": "10s", "after": "5s"},
+        ]
+        assert answer.json["keys"] == expected
+        assert (await ask(relay)).json["keys"] == expected
+        assert relay.app.config.destinations["crm"].timeout == 5.0
+        assert (await ask(relay)).json["keys"] == []
+
+
+async def test_relay_reload_prints_the_changed_keys(tmp_path, crm):
+    config = write_config(tmp_path, SOURCES, destination("crm", crm.url, 'timeout = "10s"'))
+    async with running(config) as relay:
+        commands = Commands(relay.addresses.socket)
+        config.write_text(config.read_text().replace('timeout = "10s"', 'timeout = "5s"'))
+        planned = await commands("reload", "--dry-run")
+        assert planned.out.splitlines() == [
+            f"a reload of {config} would make these changes: changed destinations.crm",
+            '  destinations.crm: timeout: "10s" -> "5s"',
+        ]
+        done = await commands("reload")
+        assert done.out.splitlines()[0] == f"reloaded {config}: changed destinations.crm"
+        assert done.out.splitlines()[1:] == planned.out.splitlines()[1:]
+        assert (await commands("reload", "--dry-run")).out == f"a reload of {config}: no changes\n"
+
+
+async def test_a_dry_run_reports_problems_and_changes_that_need_a_restart(tmp_path, crm):
+    config = write_config(tmp_path, SOURCES, destination("crm", crm.url))
+    valid = config.read_text()
+    async with running(config) as relay:
+        for text, status, code in (
+            (valid + "\n[destinations.bad]\n", 400, "bad_config"),
+            (valid.replace("[storage]", '[storage]\ndurability = "normal"'), 409, "restart_needed"),
+        ):
+            config.write_text(text)
+            answer = await exchange(
+                relay.addresses.socket, request("POST", "/api/reload", b'{"dry_run": true}')
+            )
+            assert (answer.status, answer.json["error"]["code"]) == (status, code), text
 
 
 async def test_a_reload_reports_its_changes(tmp_path, crm):

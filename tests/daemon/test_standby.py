@@ -174,6 +174,9 @@ async def test_with_sockets_senders_get_503_until_a_reload_finds_no_problem(file
         assert (await held.send()).status == 503
 
         mend()
+        said = await held.typed("reload", "--dry-run")
+        assert f"a reload of {file} would make these changes: added sources.adorn" in said.out
+        assert (await held.send()).status == 503
         said = await held.typed("reload")
         assert f"reloaded {file}: added sources.adorn" in said.out
         await until(lambda: manager.heard("STATUS")[-1].startswith("serving"))
