@@ -26,6 +26,7 @@ from relay.metrics import Metrics
 
 SHIPPED = Path(__file__).parents[2] / "systemd" / "prometheus"
 ALERTS = (SHIPPED / "alerts.yml").read_text()
+TESTS = (SHIPPED / "alerts_test.yml").read_text()
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 needs_promtool = needs("promtool")  # of the package prometheus
 
@@ -81,13 +82,19 @@ def test_promtool_accepts_the_shipped_files(arguments):
 def test_an_alert_that_fires_late_is_detected(tmp_path):
     shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
     (tmp_path / "alerts.yml").write_text(ALERTS.replace("for: 1m", "for: 9m"))
+    head, first, *_ = TESTS.split("\n  - name: ")  # all of them take seconds
+    (tmp_path / "alerts_test.yml").write_text(f"{head}\n  - name: {first}\n")
     assert promtool("test", "rules", "alerts_test.yml", cwd=tmp_path).returncode != 0
 
 
 def test_every_alert_is_tested_and_ends_with_a_command():
     names = re.findall(r"- alert: (\w+)", ALERTS)
-    tested = re.findall(r"^  - name: (\w+)", (SHIPPED / "alerts_test.yml").read_text(), re.MULTILINE)
+    tested = re.findall(r"^  - name: (\w+)", TESTS, re.MULTILINE)
     assert tested == names
+    for name, test in zip(names, TESTS.split("\n  - name: ")[1:], strict=True):
+        cases = test.split(f"- alertname: {name}\n")[1:]
+        fires = ["exp_alerts:" in case for case in cases]
+        assert len(set(fires)) == 2, f"{name}: one test must fire, another must not"
     commands = re.findall(r'description: ".*: ([^:"]+)"$', ALERTS, re.MULTILINE)
     assert len(commands) == len(names)
     ours = {command.split()[1] for command in commands if command.startswith("relay ")}
