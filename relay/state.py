@@ -115,8 +115,9 @@ class State:
 
     def _count(self, config: Config) -> None:
         """Create the metrics of every source and destination, exported as 0 from the start."""
-        for name in config.sources:
+        for name, source in config.sources.items():
             self._metrics.add_source(name)
+            self._metrics.plugin_errors.labels(source.plugin)
             self._metrics.count_workers(name, self._store.workers.count)
         for name in config.destinations:
             self._metrics.add_destination(name)

@@ -22,11 +22,12 @@ from wire import exchange, request
 from relay import __version__
 from relay.api.scrape import STRETCH, Scrape
 from relay.cli import COMMANDS
-from relay.metrics import Metrics
+from relay.metrics import Metrics, declared
 
 SHIPPED = Path(__file__).parents[2] / "systemd" / "prometheus"
 ALERTS = (SHIPPED / "alerts.yml").read_text()
 TESTS = (SHIPPED / "alerts_test.yml").read_text()
+DASHBOARD = json.loads((SHIPPED / "dashboard.json").read_text())
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 needs_promtool = needs("promtool")  # of the package prometheus
 
@@ -39,13 +40,20 @@ def promtool(*arguments, cwd=SHIPPED, given=""):
 def expressions():
     """Return every shipped expression by the alert or panel that has it."""
     alerts = dict(re.findall(r"- alert: (\w+)\n +expr: (.+)", ALERTS))
-    panels = json.loads((SHIPPED / "dashboard.json").read_text())["panels"]
-    shown = {
-        f"{panel['title']} {target['refId']}": target["expr"]
-        for panel in panels
-        for target in panel["targets"]
-    }
-    return {**alerts, **shown}
+    return {**alerts, **{f"{panel['title']} {ref}": expr for panel, ref, expr in of_dashboard()}}
+
+
+def of_dashboard():
+    """Yield every expression of the dashboard with its panel."""
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", ()):  # a row has none
+            yield panel, target["refId"], target["expr"]
+
+
+def filled_in(expression, job=".+", instance=".+"):
+    """Return an expression of the dashboard with its variables filled in, as Grafana does."""
+    values = {"$job": job, "$instance": instance, "$__rate_interval": "5m"}
+    return re.sub(r"\$\w+", lambda match: values[match[0]], expression)
 
 
 async def scrape(relay, accept="text/plain"):
@@ -100,6 +108,79 @@ def test_every_alert_is_tested_and_ends_with_a_command():
     ours = {command.split()[1] for command in commands if command.startswith("relay ")}
     assert ours
     assert ours <= set(COMMANDS)
+
+
+def test_every_metric_is_on_the_dashboard():
+    shown = {name for *_, expression in of_dashboard() for name in re.findall(r"relay_\w+", expression)}
+    shown = {re.sub(r"_(total|bucket|sum|count|info)$", "", name) for name in shown}
+    assert {each.name for each in declared().values()} - shown == {"relay_plugin_info"} - shown
+    assert "relay_build" in shown
+
+
+def test_every_panel_selects_the_relay_by_job_and_instance():
+    variables = {each["name"]: each.get("query", "") for each in DASHBOARD["templating"]["list"]}
+    assert list(variables) == ["datasource", "job", "instance"]
+    assert "relay_build_info" in variables["job"]
+    assert '{job=~"$job"}' in variables["instance"]
+    for panel, _, expression in of_dashboard():
+        metrics = re.findall(r"(?:relay|process)_\w+(\{[^}]*\})?", expression)
+        assert metrics, panel["title"]
+        assert all('job=~"$job", instance=~"$instance"' in labels for labels in metrics), expression
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
+    taken = [
+        (at["x"] + right, at["y"] + below)
+        for at in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for right in range(at["w"])
+        for below in range(at["h"])
+    ]
+    assert len(taken) == len(set(taken))  # no panel covers another one
+
+
+def test_rates_that_may_be_low_are_shown_per_minute_or_per_hour():
+    for panel, _, expression in of_dashboard():
+        if "rate(" in expression and "histogram_quantile" not in expression:
+            factor = {"per minute": "60 * ", "hour": "3600 * "}
+            [wanted] = [text for words, text in factor.items() if panel["title"].endswith(words)] or [""]
+            assert expression.startswith(wanted), panel["title"]
+            assert wanted or panel["title"] in {
+                "Size of received bodies per second",
+                "Requests per commit",
+                "CPU",
+            }
+
+
+@needs_promtool
+def test_promtool_parses_every_panel_and_those_of_the_process_show_only_the_relay(tmp_path):
+    rules = [
+        {"record": f"panel:{number}", "expr": filled_in(expression)}
+        for number, (*_, expression) in enumerate(of_dashboard())
+    ]
+    (tmp_path / "panels.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    checked = promtool("check", "rules", "panels.yml", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    relay, other = (f'{{job="{job}", instance="{job}:1"}}' for job in ("relay", "prometheus"))
+    series = {"process_resident_memory_bytes": "7x10", "process_cpu_seconds_total": "0+60x10"}
+    cases = [
+        {"expr": filled_in(expression, "relay", "relay:1"), "eval_time": "8m", "exp_samples": samples}
+        for panel, _, expression in of_dashboard()
+        for samples in {
+            "Memory": [{"labels": f"process_resident_memory_bytes{relay}", "value": 7}],
+            "CPU": [{"labels": relay, "value": 1}],
+        }.get(panel["title"], ())
+        for samples in ([samples],)
+    ]
+    assert len(cases) == 2
+    given = [
+        {"series": f"{name}{labels}", "values": values}
+        for name, values in series.items()
+        for labels in (relay, other)
+    ]
+    test = {"interval": "1m", "input_series": given, "promql_expr_test": cases}
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [], "tests": [test]}))
+    checked = promtool("test", "rules", "test.yml", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 async def test_every_expression_uses_exported_metrics(tmp_path):
