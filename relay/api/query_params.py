@@ -235,6 +235,16 @@ class TailQuery(msgspec.Struct, kw_only=True):
     destination: Destination | None = None
     type: Type | None = None
     failed: Annotated[Literal["0", "1"], _about("1: only failed attempts.", option=None)] = "0"
+    since: (
+        Annotated[
+            str,
+            _about('Begin with stored items since this time: an age such as "2h", or RFC 3339.', read=moment),
+        ]
+        | None
+    ) = None
+    payload: Annotated[
+        Literal["0", "1"], _about("1: events with the first 16 KiB of their bodies.", option=None)
+    ] = "0"
 
 
 class ExportQuery(Filter, kw_only=True):

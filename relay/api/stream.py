@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
@@ -135,8 +135,13 @@ class Followers(Generic[T]):
             follower.end()
 
 
-async def stream(request: web.Request, followers: Followers[T], wanted: T) -> web.StreamResponse:
-    """Send the items that a client wants until it disconnects or the daemon stops."""
+async def stream(
+    request: web.Request, followers: Followers[T], wanted: T, past: AsyncIterator[bytes] | None = None
+) -> web.StreamResponse:
+    """Send the items that a client wants until it disconnects or the daemon stops.
+
+    `past` yields frames that are sent first; `b""` only says that the search for them goes on.
+    """
     if followers.ended:
         return error_response(503, "draining", "the relay is stopping", "try again after its restart")
     if followers.full:
@@ -150,10 +155,23 @@ async def stream(request: web.Request, followers: Followers[T], wanted: T) -> we
         try:
             await response.prepare(request)
             await _write(response, follower, _GREETING)
+            if past is not None:
+                await _send_past(response, follower, past)
             await _follow(response, follower, transport)
         except ConnectionError:
             pass  # the client has disconnected, which is the usual end of a stream
     return response
+
+
+async def _send_past(response: web.StreamResponse, follower: Follower[T], past: AsyncIterator[bytes]) -> None:
+    now = asyncio.get_running_loop().time
+    written = now()
+    async for frame_ in past:
+        if follower.ended:
+            return
+        if frame_ or now() - written >= HEARTBEAT:
+            await _write(response, follower, frame_ or _STILL_HERE)
+            written = now()
 
 
 async def _follow(response: web.StreamResponse, follower: Follower[T], transport: asyncio.Transport) -> None:

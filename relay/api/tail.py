@@ -1,23 +1,50 @@
-"""`GET /api/tail`: events and attempts as they happen, sent to followers after each commit."""
+"""`GET /api/tail`: events and attempts as they happen, sent to followers after each commit.
 
-from collections.abc import Callable
-from functools import lru_cache
+With `since`, stored items come first, oldest first. At the seam, an item is neither missing nor sent twice.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import EVENT_STREAM, endpoint
-from relay.api.query_params import TailQuery
+from relay.api.query_params import MOST_ROWS, TailQuery, read_field
 from relay.api.stream import Followers, LostView, frame, stream
-from relay.api.views import Time, unknown
-from relay.base.clock import rfc3339
+from relay.api.views import MOST_PAYLOAD, Time, about, unknown
+from relay.base.clock import SECOND, moment, rfc3339
 from relay.errors import RelayError
 from relay.model import OPERATOR_SOURCE, DeliveryState, News, Outcome, StoredEvent
 from relay.routing.subscription import Patterns
 
 ROOM = 1000
 """Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
+
+MOST_KEYS = 20_000
+"""Stored items of a follower that are compared with live ones; beyond that, an item may be sent twice."""
+
+KEEP = 30.0
+"""Seconds after its history during which a follower's live items are compared with it."""
+
+OVERLAP = 60 * SECOND
+"""Time between the start of an item and its commit, in addition to the timeout of an attempt."""
+
+CATCH_UP = 2 * SECOND
+"""A part of the history that took no longer is the last but one; live items begin with the last one."""
+
+AHEAD = 3600 * SECOND
+"""The last part of a history ends so far in the future, because the clock may have been ahead."""
+
+MOST_PARTS = 10
+"""Parts of a history after which live items begin in any case."""
+
+NARROWEST = 1000
+"""Microseconds of history that are read at once if it has many items; a quiet time is read in wider parts."""
 
 _TYPES = 4096  # types whose match is remembered; bounded, because senders choose types
 
@@ -31,24 +58,73 @@ class TailEvent(msgspec.Struct):
     subject: str | None
     received_at: Time
     size: int
+    payload: (
+        Annotated[str, about("With `payload=1`: the first 16 KiB of the body; invalid UTF-8 is replaced.")]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
+    payload_truncated: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class TailAttempt(msgspec.Struct):
-    """An attempt that was recorded. The event's fields are null if the event is unreadable."""
+    """An attempt that was recorded. The event's fields are null if the event is unreadable.
+
+    Of a stored attempt, `attempt`, `reason` and `next_attempt_at` are null, and `state` too unless delivered.
+    """
 
     delivery_id: str
     event_id: str | None
     destination: str
     type: str | None
-    attempt: int
+    attempt: int | None
     result: str
     status: int | None
     error: str | None
     duration_ms: float
-    state: DeliveryState
+    state: DeliveryState | None
     reason: str | None
     next_attempt_at: Time | None
     started_at: Time
+
+
+class Seam:
+    """Separates the stored from the live items of a follower, by a key of each item."""
+
+    def __init__(self) -> None:
+        """Begin with the history; live items do not count yet."""
+        self._is_open = False  # whether live items count
+        self._live: set[str] | None = (
+            set()
+        )  # keys of live items during the last part; None: the history ended
+        self._sent: set[str] = set()  # keys of stored items that may be live too, or stored in the next part
+        self._forget_at = 0.0
+
+    def open(self) -> None:
+        """Let live items count from now on."""
+        self._is_open = True
+
+    def close(self, now: float) -> None:
+        """End the history; `now` is loop time."""
+        self._live = None
+        self._forget_at = now + KEEP
+
+    def takes_stored(self, key: str, *, keep: bool) -> bool:
+        """Return whether a stored item was not sent yet; `keep` it if it may come again."""
+        if key in self._sent or key in (self._live or ()):
+            return False
+        if keep and len(self._sent) < MOST_KEYS:
+            self._sent.add(key)
+        return True
+
+    def takes_live(self, key: str, now: float) -> bool:
+        """Return whether a live item counts and was not sent from the store; `now` is loop time."""
+        if not self._is_open or key in self._sent:
+            return False
+        if self._live is not None:
+            if len(self._live) < MOST_KEYS:
+                self._live.add(key)
+        elif self._sent and now >= self._forget_at:
+            self._sent.clear()
+        return True
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,12 +134,17 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     destination: str | None = None  # attempts to it; no events
     matches: Callable[[str], bool] | None = None  # of the full type
     failed: bool = False  # only failed attempts
+    payload: bool = False  # events with the start of their bodies
+    seam: Seam | None = None  # of a follower with a history
+
+    @property
+    def events(self) -> bool:
+        """Whether the follower wants any events."""
+        return not self.failed and self.destination is None
 
     def event(self, event: StoredEvent) -> bool:
         """Return whether the follower wants an event."""
-        if self.failed or self.destination is not None:
-            return False
-        return self._fits(event)
+        return self.events and self._fits(event.source, event.type)
 
     def attempt(self, outcome: Outcome) -> bool:
         """Return whether the follower wants an attempt."""
@@ -74,12 +155,20 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if event is None:  # it could not be read, so its source and type are unknown
             return self.source is None and self.matches is None
-        return self._fits(event)
+        return self._fits(event.source, event.type)
 
-    def _fits(self, event: StoredEvent) -> bool:
-        if self.source is not None and event.source != self.source:
+    def stored_attempt(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the follower wants a stored attempt to its destination."""
+        return self._fits(row["type"].partition(".")[0], row["type"])
+
+    def _fits(self, source: str, type_: str) -> bool:
+        if self.source is not None and source != self.source:
             return False
-        return self.matches is None or self.matches(event.type)
+        return self.matches is None or self.matches(type_)
+
+    def takes(self, key: str) -> bool:
+        """Return whether a live item was not sent from the store."""
+        return self.seam is None or self.seam.takes_live(key, asyncio.get_running_loop().time())
 
 
 class TailApi:
@@ -88,6 +177,8 @@ class TailApi:
     def __init__(self, context: Context) -> None:
         self._ingest = context.ingest
         self._dispatcher = context.dispatcher
+        self._store = context.store
+        self._clock = context.clock
         self._followers: Followers[Wanted] = Followers(ROOM)
         self._listeners = context.listeners
 
@@ -96,15 +187,19 @@ class TailApi:
         for outcome in news.outcomes:  # first, because they may have created some of the events
             item = None
             for follower in self._followers:
-                if follower.wanted.attempt(outcome):
+                wanted = follower.wanted
+                if wanted.attempt(outcome) and wanted.takes(_key_of(outcome)):
                     item = item or frame("attempt", _attempt(outcome))
                     follower.put(item)
         for event in news.events:
-            item = None
+            items: dict[bool, bytes] = {}  # by whether it has the payload
             for follower in self._followers:
-                if follower.wanted.event(event):
-                    item = item or frame("event", _event(event), event.public_id)
-                    follower.put(item)
+                wanted = follower.wanted
+                if wanted.event(event) and wanted.takes(event.public_id):
+                    if wanted.payload not in items:
+                        shown = _event(event, payload=wanted.payload)
+                        items[wanted.payload] = frame("event", shown, event.public_id)
+                    follower.put(items[wanted.payload])
 
     def end(self) -> None:
         """End all streams, because the daemon stops."""
@@ -116,16 +211,19 @@ class TailApi:
         query=TailQuery, returns=TailEvent | TailAttempt | LostView, content=EVENT_STREAM,
     )  # fmt: skip
     async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
-        wanted = self._wanted(query)
+        now = self._clock.wall()
+        since = None if query.since is None else read_field("since", partial(moment, now=now), query.since)
+        wanted = self._wanted(query, None if since is None else Seam())
+        past = None if since is None else self._past(wanted, query.type, since)
         if self._listen not in self._listeners:
             self._listeners.append(self._listen)
         try:
-            return await stream(request, self._followers, wanted)
+            return await stream(request, self._followers, wanted, past)
         finally:
             if not self._followers:
                 self._listeners.remove(self._listen)
 
-    def _wanted(self, query: TailQuery) -> Wanted:
+    def _wanted(self, query: TailQuery, seam: Seam | None) -> Wanted:
         source, destination = query.source, query.destination
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_SOURCE:
             raise unknown("source", source, self._ingest.mounts)
@@ -136,7 +234,95 @@ class TailApi:
             destination=destination,
             matches=None if query.type is None else _matcher(query.type),
             failed=query.failed == "1",
+            payload=query.payload == "1",
+            seam=seam,
         )
+
+    async def _past(self, wanted: Wanted, pattern: str | None, since: int) -> AsyncIterator[bytes]:
+        """Yield the frames of stored items since a time (wall clock), oldest first, up to the live ones.
+
+        An item is stored some time after it began, so each part begins before the end of the former one.
+        """
+        seam = wanted.seam
+        assert seam is not None  # noqa: S101 - a follower with a history has one
+        timeouts = [lane.config.timeout for lane in self._dispatcher.lanes.values()]
+        overlap = OVERLAP + int(max(timeouts, default=0) * SECOND)
+        start, parts = since, 0
+        while True:
+            began, parts = self._clock.wall(), parts + 1
+            is_last = began - start <= overlap + CATCH_UP or parts == MOST_PARTS
+            if is_last:
+                seam.open()
+            async for at, key, item in self._between(
+                wanted, pattern, start, began + AHEAD if is_last else began
+            ):
+                if not key:
+                    yield b""
+                elif seam.takes_stored(key, keep=at >= began - overlap):
+                    yield item
+            if is_last:
+                break
+            start = max(since, began - overlap)
+        seam.close(asyncio.get_running_loop().time())
+
+    async def _between(
+        self, wanted: Wanted, pattern: str | None, start: int, end: int
+    ) -> AsyncIterator[tuple[int, str, bytes]]:
+        """Yield time, key and frame of the stored items of a time span (wall clock), oldest first.
+
+        An empty key says that the search goes on.
+        """
+        width = 60 * SECOND
+        while start < end:
+            until = min(start + width, end)
+            found = await self._window(wanted, pattern, start, until, whole=width == NARROWEST)
+            if found is None:
+                width = max(width // 8, NARROWEST)
+                continue
+            for at, row in sorted(found, key=itemgetter(0)):
+                if "size" in row:
+                    event = await self._stored_event(row, payload=wanted.payload)
+                    yield at, row["id"], frame("event", event, row["id"])
+                else:
+                    attempt = _stored_attempt(row)
+                    yield at, f"{attempt.delivery_id} {attempt.started_at}", frame("attempt", attempt)
+            yield until, "", b""
+            start = until
+            width *= 4 if len(found) < MOST_ROWS // 8 else 1
+
+    async def _window(
+        self, wanted: Wanted, pattern: str | None, start: int, end: int, *, whole: bool
+    ) -> list[tuple[int, dict[str, Any]]] | None:
+        """Return times and rows of the items of a time span; None: more than one page, unless `whole`."""
+        lists: dict[str, dict[str, Any]] = {
+            "attempts": {"destination": wanted.destination, "failed": True if wanted.failed else None}
+        }
+        if wanted.events:
+            lists["events"] = {"source": wanted.source, "type": pattern}
+        found = []
+        for kind, filters in lists.items():
+            time, cursor = "received_at" if kind == "events" else "started_at", None
+            while True:
+                page = await self._store.queries.page(
+                    kind, limit=MOST_ROWS, cursor=cursor, since=start, until=end, **filters
+                )
+                found += [
+                    (row[time], row) for row in page.rows if kind == "events" or wanted.stored_attempt(row)
+                ]
+                cursor = page.cursor
+                if cursor is None:
+                    break
+                if not whole:
+                    return None
+        return found
+
+    async def _stored_event(self, row: Mapping[str, Any], *, payload: bool) -> TailEvent:
+        shown = {name: row[name] for name in ("id", "source", "type", "subject", "size")}
+        event = TailEvent(**shown, received_at=rfc3339(row["received_at"]))
+        if payload:
+            stored = (await self._store.events.load([row["row"]])).get(row["row"])
+            _add_payload(event, b"" if stored is None else stored.body)
+        return event
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
@@ -147,14 +333,41 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lru_cache(maxsize=_TYPES)(patterns.matches)
 
 
-def _event(event: StoredEvent) -> TailEvent:
-    return TailEvent(
+def _event(event: StoredEvent, *, payload: bool) -> TailEvent:
+    shown = TailEvent(
         id=event.public_id,
         source=event.source,
         type=event.type,
         subject=event.subject,
         received_at=rfc3339(event.received_at),
         size=len(event.body),
+    )
+    if payload:
+        _add_payload(shown, event.body)
+    return shown
+
+
+def _add_payload(event: TailEvent, body: bytes) -> None:
+    event.payload = body[:MOST_PAYLOAD].decode("utf-8", "replace")
+    event.payload_truncated = len(body) > MOST_PAYLOAD
+
+
+def _key_of(outcome: Outcome) -> str:
+    """Return the key of an attempt, as of a stored one."""
+    assert outcome.attempt is not None  # noqa: S101 - `Wanted.attempt` accepts no other outcome
+    return f"{outcome.delivery.public_id} {rfc3339(outcome.attempt.started_at)}"
+
+
+def _stored_attempt(row: Mapping[str, Any]) -> TailAttempt:
+    same = ("delivery_id", "event_id", "destination", "type", "result", "status", "error")
+    return TailAttempt(
+        **{name: row[name] for name in same},
+        attempt=None,
+        duration_ms=round(row["duration_ms"], 1),
+        state="delivered" if row["result"] == "ok" else None,
+        reason=None,
+        next_attempt_at=None,
+        started_at=rfc3339(row["started_at"]),
     )
 
 

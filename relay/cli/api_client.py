@@ -451,16 +451,22 @@ RETRY_EVERY = 0.5
 
 
 def follow_stream(
-    daemon: Daemon, name: str, lost: Callable[[], None], restored: Callable[[], None], **query: object
+    daemon: Daemon,
+    name: str,
+    lost: Callable[[], None],
+    restored: Callable[[], None],
+    *,
+    since: str | None = None,
+    **query: object,
 ) -> Generator[tuple[str, Any], None, None]:
     """Yield the events of a stream; reconnect after the daemon restarts.
 
-    `lost` is called when the stream ends, `restored` after it is open again.
+    `lost` is called when the stream ends, `restored` after it is open again. `since` is only sent at first.
 
     Raises:
         CommandError: the first connection fails, or the daemon does not allow the stream.
     """
-    stream = daemon.follow(name, **query)
+    stream = daemon.follow(name, since=since, **query)
     while True:
         with stream:
             yield from stream

@@ -30,6 +30,9 @@ WIDE = 120
 
 _LEAST_NAME, _MOST_NAME = 22, 48  # columns of the type or the destination
 
+MOST_LINES = 40
+"""Lines of a payload on a terminal."""
+
 MAX_COUNTED = 500
 """Maximum number of missed events that one list request can count."""
 
@@ -37,6 +40,7 @@ MAX_COUNTED = 500
 @click.command()
 @filter_options("tail")
 @click.option("--failed", is_flag=True, help="Only failed attempts.")
+@click.option("--payload", is_flag=True, help="Print the payloads of events, up to 16 KiB each.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many items.")
 @utc_option
 @json_option
@@ -48,20 +52,23 @@ def tail(
     daemon: Daemon,
     *,
     failed: bool,
+    payload: bool,
     limit: int | None,
     as_json: bool,
     **filters: str | None,
 ) -> None:
     """Follow events and attempts as they happen.
 
-    Example: relay tail --source adorn --failed
+    Example: relay tail --source adorn --failed --since 1h
+
+    --since prints stored events and attempts first, then new ones, without a gap.
 
     Runs until Ctrl-C. After a restart of the daemon, it reconnects and prints the number of missed events
     on stderr. In a pipe, the output is tab-separated lines; --json prints one object per line.
     """
     only_attempts = failed or filters["destination"] is not None
     gap = Gap(daemon, source=filters["source"], pattern=filters["type"], events=not only_attempts)
-    query = {**filters, "failed": 1 if failed else None}
+    query: dict[str, Any] = {**filters, "failed": 1 if failed else None, "payload": 1 if payload else None}
     left = limit
     try:
         with closing(follow_stream(daemon, "tail", gap.start, gap.end, **query)) as items:
@@ -86,6 +93,8 @@ def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
         return
     if sys.stdout.isatty():
         print_line(line_for_people(what, item, screen.terminal_width()))
+        for line in screen.payload_lines(item.get("payload", ""), MOST_LINES):
+            print_line(f"  {line}")
         return
     colour = _colour(what, item) if wants_colour(sys.stdout) else None
     print_line(paint(_for_programs(what, item), colour))
@@ -96,7 +105,8 @@ def _for_programs(what: str, item: dict[str, Any]) -> str:
     if what == "event":
         values["event_id"] = item["id"]
     time_ = item["received_at" if what == "event" else "started_at"]
-    cells = [time_, *(screen.cell(values.get(name)) for name in COLUMNS)]
+    columns = COLUMNS if "payload" not in item else (*COLUMNS, "payload")
+    cells = [time_, *(screen.cell(values.get(name)) for name in columns)]
     return "\t".join(printable(" ".join(text.split())) for text in cells)
 
 
@@ -132,18 +142,20 @@ def _outcome(attempt: dict[str, Any]) -> str:
     """Return the result of an attempt, and what follows from it."""
     result = screen.result_text(attempt["status"], attempt["error"]) or attempt["result"]
     took, number = screen.milliseconds(attempt["duration_ms"]), attempt["attempt"]
-    nth = "" if number == 1 else f", attempt {number}"
+    nth = "" if number in (1, None) else f", attempt {number}"
     if attempt["state"] == "delivered":
         return f"{result} in {took}{nth}"
     if attempt["next_attempt_at"] is not None:
         return f"retry {screen.due(attempt['next_attempt_at'])}: {result}, {took}{nth}"
-    return f"{attempt['state']}: {result}, {took}{nth}"
+    return f"{attempt['state'] or 'failed'}: {result}, {took}{nth}"
 
 
 def _colour(what: str, item: dict[str, Any]) -> Colour | None:
     """Return the colour of an attempt: yellow if it is retried, else the colour of the delivery's state."""
     if what == "event":
         return None
+    if item["state"] is None:  # of a stored attempt that failed
+        return "yellow"
     return "yellow" if item["state"] == "pending" else screen.colour_of("state", item["state"])
 
 

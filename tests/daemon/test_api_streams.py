@@ -8,8 +8,9 @@ from daemons import SOURCES, Daemon, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, following, request
 
-from relay.api import stream, top
+from relay.api import stream, tail, top
 from relay.api.stream import MOST, MOST_BYTES, Followers
+from relay.base.clock import SECOND
 
 TYPE = "adorn.session.started"
 
@@ -75,6 +76,73 @@ async def test_an_event_and_its_attempts_are_streamed(relay, recorder):
         _, delivered = await reader.next()
         assert (delivered["attempt"], delivered["result"], delivered["state"]) == (2, "ok", "delivered")
         assert delivered["next_attempt_at"] is None
+
+
+@pytest.mark.parametrize("parts", [10, 1], ids=["in parts", "at once"])
+async def test_stored_items_come_first_and_each_item_comes_once_while_others_arrive(
+    relay, recorder, monkeypatch, parts
+):
+    monkeypatch.setattr(tail, "OVERLAP", -15 * SECOND)  # the timeout of an attempt is added
+    monkeypatch.setattr(tail, "CATCH_UP", SECOND // 20)
+    monkeypatch.setattr(tail, "MOST_PARTS", parts)
+    monkeypatch.setattr(tail, "MOST_ROWS", 8)  # of a page
+    recorder.answers.append((500, {}))
+    sent = [await send(relay, f"before {number}") for number in range(30)]
+    await until(
+        lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="delivered") == 30
+    )
+
+    async def go_on():
+        sent.extend([await send(relay, f"after {number}") for number in range(60)])
+
+    before, others = tuple(sent), asyncio.create_task(go_on())
+    events, attempts = [], []
+    async with follow(relay, "/api/tail?since=1h&payload=1") as reader:
+        async with asyncio.timeout(30):
+            while len(events) < 90 or len(attempts) < 91:
+                name, item = await reader.next()
+                if name == "event":
+                    assert json.loads(item["payload"])["session_id"] == item["subject"]
+                    assert item["payload_truncated"] is False
+                    events.append(item["id"])
+                else:
+                    attempts.append((item["delivery_id"], item["started_at"]))
+        await others
+        last = await send(relay, "last")
+        while (item := await reader.next())[1].get("id") != last:
+            assert item[0] == "attempt"
+    assert sorted(events) == sorted(sent)
+    assert tuple(events[:30]) == before
+    assert len(set(attempts)) == len(attempts) == 91
+
+
+async def test_a_history_has_the_filters_of_the_stream(relay, recorder):
+    recorder.answers.append((500, {}))
+    await send(relay)
+    await until(lambda: recorder.arrived)
+    await send_moddy(relay)
+    finished = {"outcome": "delivered", "destination": "crm"}
+    await until(lambda: relay.counted("relay_deliveries_finished_total", **finished) == 2)
+    retried, crm, erp = ("crm", "5xx", None), ("crm", "ok", "delivered"), ("erp", "ok", "delivered")
+    moddy = "moddy.member_joined"
+    for query, expected in (
+        ("since=1h", {TYPE, moddy, retried, crm, erp}),
+        ("since=1h&source=moddy", {moddy, crm, erp}),
+        ("since=1h&type=moddy.*", {moddy, crm, erp}),
+        ("since=1h&destination=crm&type=adorn.*", {retried, crm}),
+        ("since=1h&failed=1", {retried}),
+        ("since=0001-01-01T00:00:00Z&destination=erp", {erp}),
+    ):
+        found = set()
+        async with follow(relay, f"/api/tail?{query}") as reader:
+            while len(found) < len(expected):
+                name, item = await reader.next()
+                attempt = item.get("destination"), item.get("result"), item.get("state")
+                found.add(item["type"] if name == "event" else attempt)
+                assert name == "event" or item["attempt"] is None
+        assert found == expected, query
+    status, error = await refused(relay, "/api/tail?since=noon")
+    assert (status, error["message"][:9]) == (400, '"since": ')
 
 
 async def test_an_event_is_readable_when_it_is_streamed(relay):

@@ -56,6 +56,23 @@ async def test_a_piped_line_has_its_columns_and_limit_ends_it(relay, recorder):
     assert "\x1b" not in said.out
 
 
+async def test_the_past_comes_first_with_payloads(relay):
+    event = await send(relay)
+    await until(
+        lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="delivered")
+    )
+    command = await tailed(relay, "--since", "1h", "--payload", "--limit", "4")
+    later = await send(relay, "s-2")
+    [first, second, third, fourth] = (await command).rows
+    assert [row[1] for row in (first, second, third, fourth)] == ["event", "attempt", "event", "attempt"]
+    assert (len(first), len(second)) == (len(COLUMNS) + 2, len(COLUMNS) + 1)
+    assert json.loads(first[-1])["session_id"] == "s-1"
+    found = dict(zip(COLUMNS, second[1:], strict=True))
+    assert (found["event_id"], found["attempt"], found["state"]) == (event, "", "delivered")
+    assert json.loads(third[-1])["session_id"] == "s-2"
+    assert dict(zip(COLUMNS, fourth[1:], strict=True))["event_id"] == later
+
+
 async def test_json_is_one_object_per_line(relay):
     command = await tailed(relay, "--json", "--limit", "2")
     event = await send(relay)
