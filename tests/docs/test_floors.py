@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,10 @@ def test_the_design_page_draws_the_same_floors():
     page = (ROOT / "docs" / "design.md").read_text()
     drawn = re.findall(r"^(\d)  (.+)$", page, re.MULTILINE)
     assert [(int(number), tuple(names.split())) for number, names in drawn] == list(enumerate(FLOORS))
+
+
+def test_every_package_of_the_relay_is_installed():
+    """An installation has only the packages that pyproject.toml names; a checkout runs without that list."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "relay").rglob("__init__.py")}
+    assert {name for name in listed if not name.startswith("relay.sources")} == found
