@@ -11,7 +11,7 @@ from stores import end, hooks, opened, send
 
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Register, Target, Unregister
-from relay.store import Acceptance, Stop
+from relay.store import Acceptance, Stop, checks
 from relay.store.sqlite import doctor
 from relay.store.sqlite.doctor import Examined, examine
 
@@ -224,7 +224,7 @@ async def test_a_paused_source_is_found_if_it_is_configured(tmp_path, clock):
 
 
 def test_bodies_are_sampled_evenly_and_the_latest_is_among_them(path, clock, monkeypatch):
-    monkeypatch.setattr(doctor, "SAMPLE", 3)
+    monkeypatch.setattr(checks, "SAMPLE", 3)
     [bodies] = [check for check in examine(described(path, clock), Stop()) if check.name == "bodies"]
     assert bodies.detail == "sampled bodies that match their sha256: 5"  # of nine
     change(path, "UPDATE events SET body = x'7b7d' WHERE id = (SELECT max(id) FROM events)")

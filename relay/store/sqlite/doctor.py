@@ -1,7 +1,6 @@
 """Checks of a database file and its surroundings. The file is only read, so a daemon may be using it."""
 
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_size
 from relay.model import Check
-from relay.store import Stop
+from relay.store import Stop, checks
+from relay.store.checks import failed, passed
 from relay.store.ledger import counts_of
-from relay.store.rows import worker_of
 from relay.store.sqlite.connection import OLDEST, has_wal_reset_bug
 from relay.store.sqlite.ledger import AUDIT_SQL
 from relay.store.sqlite.losses import WHAT_TO_DO, reports_of
@@ -29,18 +27,10 @@ from relay.store.sqlite.queries import LATEST
 from relay.store.sqlite.read_only import opened
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.wal import log_of, read_log
-from relay.workers.rules import changes_a_path
-
-SAMPLE = 200
-"""Events whose bodies are compared with their digests, spread evenly over all events."""
-
-AHEAD = 300 * SECOND
-"""Microseconds: an event further in the future means that the clock is or was wrong."""
 
 LONG_LOG = 128 * 2**20  # bytes: twice the size to which checkpoints cut the log
 SLOW_FSYNC = 0.1  # seconds
 FSYNCS = 5
-SHOWN = 5  # ids in one finding
 LOCK_TIMEOUT = 1000  # milliseconds for another program's lock
 
 # A delivery without a due time waits for an earlier pending one of its key; without an earlier one, it is
@@ -81,7 +71,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
     if examined.path.exists() and not examined.path.is_file():
         return [
             *found,
-            _failed(
+            failed(
                 "open",
                 f"{examined.path} is not a file",
                 "move it away, or name another file in [storage] url",
@@ -93,7 +83,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
             if locked := _locked(connection):
                 return [
                     *found,
-                    _failed(
+                    failed(
                         "open",
                         f"{examined.path}: {locked}",
                         f"find the program that locks it: fuser -v {examined.path}",
@@ -101,7 +91,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
                 ]
             found += [_run(check, examined, connection) for check in INSIDE]
     except sqlite3.Error as error:
-        found.append(_failed("open", f"{examined.path}: {error}", _RESTORE))
+        found.append(failed("open", f"{examined.path}: {error}", _RESTORE))
     return found
 
 
@@ -109,10 +99,10 @@ def database(path: Path, config: Path) -> Check:
     """Name the database, and look for a second one beside config.toml, of a relay started in a shell."""
     other = config.parent / path.name
     if other == path or not other.is_file() or (path.exists() and other.samefile(path)):
-        return _passed("database", str(path))
+        return passed("database", str(path))
     detail = f"{path}; another database, {other}, has the events of a relay that used {config.parent}"
     export = f"STATE_DIRECTORY={config.parent} relay events export --offline -c {config} -o other.jsonl"
-    return _failed("database", detail, f"{export}, then relay events import other.jsonl, then delete {other}")
+    return failed("database", detail, f"{export}, then relay events import other.jsonl, then delete {other}")
 
 
 def sqlite(_examined: Examined) -> Check:
@@ -120,13 +110,13 @@ def sqlite(_examined: Examined) -> Check:
     version = sqlite3.sqlite_version
     if sqlite3.sqlite_version_info < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        return _failed("sqlite", version, f"use a Python that was built with SQLite {wanted} or newer")
+        return failed("sqlite", version, f"use a Python that was built with SQLite {wanted} or newer")
     bug = (
         "; this version has the WAL-reset bug: no other program may write the file"
         if has_wal_reset_bug()
         else ""
     )
-    return _passed("sqlite", version + bug)
+    return passed("sqlite", version + bug)
 
 
 def permissions(examined: Examined) -> Check:
@@ -138,19 +128,19 @@ def permissions(examined: Examined) -> Check:
         except FileNotFoundError:
             if suffix:
                 continue
-            return _failed("permissions", f"{path} does not exist", "see [storage] url and state_dir")
+            return failed("permissions", f"{path} does not exist", "see [storage] url and state_dir")
         except OSError as error:
-            return _failed("permissions", f"{path}: {error.strerror}", "see [storage] url and state_dir")
+            return failed("permissions", f"{path}: {error.strerror}", "see [storage] url and state_dir")
         if not stat.S_ISREG(status.st_mode):
-            return _failed("permissions", f"{path} is not a file", f"move it away: {path}")
+            return failed("permissions", f"{path} is not a file", f"move it away: {path}")
         if status.st_mode & 0o077:
             mode = f"{path} has mode {status.st_mode & 0o777:04o}"
-            return _failed("permissions", mode, f"chmod 600 {path}")
+            return failed("permissions", mode, f"chmod 600 {path}")
         if not os.access(path, os.R_OK | os.W_OK):
-            return _failed(
+            return failed(
                 "permissions", f"{path} is not writable", f"chown it to the user of the relay: {path}"
             )
-    return _passed("permissions", "only the relay's user can read the files")
+    return passed("permissions", "only the relay's user can read the files")
 
 
 def disk(examined: Examined) -> Check:
@@ -158,14 +148,14 @@ def disk(examined: Examined) -> Check:
     try:
         free = shutil.disk_usage(examined.path.parent).free
     except OSError as error:
-        return _failed("disk", f"{examined.path.parent}: {error.strerror}", "see state_dir in config.toml")
+        return failed("disk", f"{examined.path.parent}: {error.strerror}", "see state_dir in config.toml")
     detail = f"{render_size(free)} free in {examined.path.parent}"
     if free < examined.min_free:
         floor = render_size(examined.min_free)
-        return _failed(
+        return failed(
             "disk", f"{detail}, min_free_disk is {floor}", "free disk space, or shorten [retention]"
         )
-    return _passed("disk", detail)
+    return passed("disk", detail)
 
 
 def fsync(examined: Examined) -> Check:
@@ -182,14 +172,14 @@ def fsync(examined: Examined) -> Check:
     except OSError as error:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free disk space" if no_room else "run it as the user of the relay"
-        return _failed("fsync", f"{probe}: {error.strerror}", hint)
+        return failed("fsync", f"{probe}: {error.strerror}", hint)
     finally:
         with suppress(OSError):  # a file that could not be opened is reported above
             probe.unlink(missing_ok=True)
     detail = f"{statistics.median(taken) * 1000:.1f} ms"
     if statistics.median(taken) > SLOW_FSYNC:
-        return _failed("fsync", detail, "put state_dir on a faster disk; senders wait this long for a reply")
-    return _passed("fsync", detail)
+        return failed("fsync", detail, "put state_dir on a faster disk; senders wait this long for a reply")
+    return passed("fsync", detail)
 
 
 def losses(examined: Examined) -> Check:
@@ -199,18 +189,16 @@ def losses(examined: Examined) -> Check:
         if log.damaged:  # the daemon may have been writing it: read it once more
             log = read_log(log_of(examined.path))
     except OSError as error:
-        return _failed(
+        return failed(
             "losses", f"{log_of(examined.path)}: {error.strerror}", "run it as the user of the relay"
         )
     if log.damaged:
         detail = f"the log is damaged: {log.commits} transactions after frame {log.valid} would be dropped"
-        return _failed(
-            "losses", detail, f"copy relay.db and relay.db-wal before the next start; {WHAT_TO_DO}"
-        )
+        return failed("losses", detail, f"copy relay.db and relay.db-wal before the next start; {WHAT_TO_DO}")
     if found := reports_of(examined.path):
         names = ", ".join(path.name for path in found)
-        return _failed("losses", f"data was lost or rescued: {names}", _afterwards(found))
-    return _passed("losses", "no sign of lost data")
+        return failed("losses", f"data was lost or rescued: {names}", _afterwards(found))
+    return passed("losses", "no sign of lost data")
 
 
 def _afterwards(found: list[Path]) -> str:
@@ -222,8 +210,8 @@ def history(examined: Examined, connection: sqlite3.Connection) -> Check:
     [highest] = map(mark_in, connection.execute(HIGHEST_SQL))
     if missing := highest.missing(read_mark(examined.path)):
         detail = f"the database is older than its high-water mark: {', '.join(missing)} are missing"
-        return _failed("history", detail, WHAT_TO_DO)
-    return _passed("history", f"{highest.events} events and {highest.deliveries} deliveries so far")
+        return failed("history", detail, WHAT_TO_DO)
+    return passed("history", f"{highest.events} events and {highest.deliveries} deliveries so far")
 
 
 def version(_examined: Examined, connection: sqlite3.Connection) -> Check:
@@ -231,88 +219,61 @@ def version(_examined: Examined, connection: sqlite3.Connection) -> Check:
     [(found,)] = connection.execute("PRAGMA user_version")
     if found != len(MIGRATIONS):
         detail = f"schema version {found}, this program knows {len(MIGRATIONS)}"
-        return _failed("version", detail, "use the program that wrote it, or start the relay to migrate it")
-    return _passed("version", f"schema version {found}")
+        return failed("version", detail, "use the program that wrote it, or start the relay to migrate it")
+    return passed("version", f"schema version {found}")
 
 
 def integrity(_examined: Examined, connection: sqlite3.Connection) -> Check:
     """Let SQLite check every page and every reference between rows."""
     [(verdict,)] = connection.execute("PRAGMA quick_check(1)").fetchall()
     if verdict != "ok":
-        return _failed("integrity", str(verdict), _RESTORE)
+        return failed("integrity", str(verdict), _RESTORE)
     for table, _, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(1):
-        return _failed("integrity", f"a row of {table} refers to a missing row of {parent}", _REPORT)
-    return _passed("integrity", "all pages and references are intact")
+        return failed("integrity", f"a row of {table} refers to a missing row of {parent}", _REPORT)
+    return passed("integrity", "all pages and references are intact")
 
 
 def conservation(_examined: Examined, connection: sqlite3.Connection) -> Check:
     """Compare the ledger of each destination with the table."""
-    ledger = counts_of(connection.execute(AUDIT_SQL))
-    wrong = [f"{name} ({counts.unaccounted:+d})" for name, counts in ledger.items() if counts.unaccounted]
-    if wrong:
-        return _failed("conservation", f"deliveries not accounted for: {', '.join(wrong)}", _REPORT)
-    total = sum(counts.created for counts in ledger.values())
-    return _passed("conservation", f"deliveries accounted for: {total}")
+    return checks.conservation(counts_of(connection.execute(AUDIT_SQL)), _REPORT)
 
 
 def stuck(_examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for pending deliveries that never become due."""
     names = [name for (name,) in connection.execute("SELECT destination FROM ledger")]
-    found = [id_ for name in names for (id_,) in connection.execute(STUCK_SQL, (name,))]
-    if found:
-        return _failed(
-            "stuck", f"deliveries that never become due: {len(found)}, the first is {found[0]}", _REPORT
-        )
-    return _passed("stuck", "every pending delivery becomes due")
+    return checks.stuck([id_ for name in names for (id_,) in connection.execute(STUCK_SQL, (name,))], _REPORT)
 
 
 def dead(_examined: Examined, connection: sqlite3.Connection) -> Check:
     """Count the dead deliveries that were not repeated."""
-    found = connection.execute(DEAD_SQL).fetchall()
-    if not found:
-        return _passed("dead", "no dead deliveries")
-    names = ", ".join(f"{name} ({number})" for name, number in found)
-    hints = [f"relay deliveries list --destination {found[0][0]} --state dead shows why"]
-    hints += [f"relay deliveries retry --destination {name} --state dead" for name, _ in found]
-    return _failed("dead", f"dead deliveries: {names}", "; ".join(hints))
+    return checks.dead(connection.execute(DEAD_SQL).fetchall())
 
 
 def sources(examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for paused sources; their senders are refused."""
-    known = examined.sources
-    paused = [
-        name
-        for (name,) in connection.execute("SELECT name FROM sources WHERE paused ORDER BY name")
-        if known is None or name in known
-    ]
-    if paused:
-        hint = "; ".join(f"relay sources resume {name}" for name in paused)
-        return _failed("sources", f"paused, their senders get 503: {', '.join(paused)}", hint)
-    return _passed("sources", "no source is paused")
+    rows = connection.execute("SELECT name FROM sources WHERE paused ORDER BY name")
+    return checks.sources([name for (name,) in rows], examined.sources)
 
 
 def bodies(_examined: Examined, connection: sqlite3.Connection) -> Check:
-    """Compare bodies with their digests, because no other check notices a flipped bit."""
+    """Compare bodies with their digests."""
     [(first, last)] = connection.execute("SELECT min(id), max(id) FROM events")
     if first is None:
-        return _passed("bodies", "no events")
-    step = max(1, (last - first) // SAMPLE)
+        return passed("bodies", "no events")
+    step = max(1, (last - first) // checks.SAMPLE)
     sampled = set()
     for start in (*range(first, last, step), last):
         [(id_, digest, size, body)] = connection.execute(BODY_SQL, (start,))
         sampled.add(id_)
-        if len(body) != size or hashlib.sha256(body).digest() != digest:
-            return _failed("bodies", f"the body of {id_} does not match its sha256", _RESTORE)
-    return _passed("bodies", f"sampled bodies that match their sha256: {len(sampled)}")
+        if not checks.is_intact(digest, size, body):
+            return failed("bodies", f"the body of {id_} does not match its sha256", _RESTORE)
+    return passed("bodies", f"sampled bodies that match their sha256: {len(sampled)}")
 
 
 def clock(examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for events in the future."""
     [(latest,)] = connection.execute("SELECT max(received_at) FROM events")
-    if latest is not None and latest > examined.now + AHEAD:
-        detail = f"the latest event was received at {rfc3339(latest)}, but it is now {rfc3339(examined.now)}"
-        return _failed("clock", detail, "the machine's clock is wrong or was wrong: timedatectl")
-    return _passed("clock", rfc3339(examined.now))
+    return checks.clock(latest, examined.now)
 
 
 def room(examined: Examined, connection: sqlite3.Connection) -> Check:
@@ -327,54 +288,27 @@ def room(examined: Examined, connection: sqlite3.Connection) -> Check:
     length = log.stat().st_size if log.exists() else 0
     detail = f"{render_size(pages * size)}, {render_size(free * size)} of it free, log {render_size(length)}"
     if length > LONG_LOG:
-        return _failed(
+        return failed(
             "room", detail, "find the program that keeps the file open for reading: fuser -v relay.db"
         )
     if vacuum != 2:  # noqa: PLR2004 - incremental
-        return _failed(
+        return failed(
             "room",
             f"{detail}; free pages are never returned to the disk",
             "restore a backup that this program made",
         )
-    return _passed("room", detail)
+    return passed("room", detail)
 
 
 def destinations(examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for pending deliveries of destinations that are no longer in the configuration."""
-    if examined.destinations is None:
-        return _passed("destinations", "the configuration is unknown")
-    ledger = counts_of(connection.execute(AUDIT_SQL))
-    lost = [
-        f"{name} ({counts.pending})"
-        for name, counts in ledger.items()
-        if counts.pending and name not in examined.destinations
-    ]
-    if lost:
-        hint = "add them to config.toml again, or cancel their deliveries; [retention] held expires them"
-        return _failed(
-            "destinations",
-            f"pending deliveries of destinations that are not in config.toml: {', '.join(lost)}",
-            hint,
-        )
-    return _passed("destinations", "every pending delivery has a configured destination")
+    return checks.destinations(counts_of(connection.execute(AUDIT_SQL)), examined.destinations)
 
 
 def workers(_examined: Examined, connection: sqlite3.Connection) -> Check:
     """Look for workers whose clients must percent-encode the worker id in paths."""
     rows = connection.execute("SELECT source, id, status, record FROM workers ORDER BY source, id")
-    odd, lost = 0, []
-    for source, id_, status, record in rows:
-        if (part := changes_a_path(id_)) and worker_of(record).unregistered_at is None:
-            odd += 1
-            if status == "OFFLINE":
-                lost.append(f"{id_!r} of {source} ({part!r})")
-    if lost:
-        detail = f"OFFLINE workers whose ids need percent-encoding in paths: {', '.join(lost[:SHOWN])}"
-        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
-        hint = "percent-encode the ids in their clients or change them; then run relay workers forget"
-        return _failed("workers", detail + more, hint)
-    needing = f"workers whose clients percent-encode their ids: {odd}"
-    return _passed("workers", needing if odd else "no worker id needs percent-encoding")
+    return checks.workers(rows)
 
 
 SURROUNDINGS: tuple[Callable[[Examined], Check], ...] = (sqlite, permissions, disk, fsync, losses)
@@ -402,12 +336,4 @@ def _run(
     try:
         return check(examined, connection)
     except sqlite3.Error as error:
-        return _failed(check.__name__, f"the check failed: {error}", _RESTORE)
-
-
-def _passed(name: str, detail: str) -> Check:
-    return Check(name=name, ok=True, detail=detail)
-
-
-def _failed(name: str, detail: str, hint: str) -> Check:
-    return Check(name=name, ok=False, detail=detail, hint=hint)
+        return failed(check.__name__, f"the check failed: {error}", _RESTORE)
