@@ -52,7 +52,7 @@ from relay.store.sqlite.mark import GIVEN_SQL
 from relay.store.sqlite.queries import IndexPath, SqliteReader
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.transaction import Transaction, WriterConnection
-from relay.store.sqlite.transitions import apply_cancellations
+from relay.store.transitions import apply_cancellations
 
 GROUP = 64
 """Events in one commit, and outcomes in one commit."""

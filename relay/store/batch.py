@@ -115,6 +115,7 @@ class Batch:
         # Set by the write:
         self.ledger: dict[str, dict[str, int]] = {}  # changes of the ledger, by destination and column
         self.restored: list[StoredEvent] = []
+        self.attempt_ids: list[int] = []  # row ids of the attempts, if the engine chooses them
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries that are due now
         self.later: dict[str, int] = {}  # see `News.later`

@@ -22,6 +22,10 @@ class Claims:
     def __contains__(self, delivery_id: int) -> bool:
         return delivery_id in self._destinations
 
+    def destination_of(self, delivery_id: int) -> str | None:
+        """Return the destination of a claimed delivery."""
+        return self._destinations.get(delivery_id)
+
     def of(self, destination: str) -> int:
         """Return how many of a destination's deliveries are claimed."""
         return self._counts[destination]

@@ -28,6 +28,7 @@ class Key(msgspec.Struct, frozen=True):
     text: str
     identity: bytes  # of the request
     body: bytes  # sha256 of its body
+    is_exclusive: bool = False  # the source refuses different requests with the key
 
 
 class Keys:
@@ -39,6 +40,7 @@ class Keys:
         ] = {}  # public id of the event, by source, key, identity
         self._used: set[tuple[str, str]] = set()  # source and key, used by any request
         self.new: list[NewKey] = []
+        self.exclusive: set[tuple[str, str]] = set()  # source and key of the new ones that are exclusive
 
     def note(self, source: str, text: str, identity: bytes, first: str | None, *, is_used: bool) -> None:
         """Note what the database knows about a request: its event, and whether any request used its key."""
@@ -59,6 +61,8 @@ class Keys:
         """Add the key of a new event."""
         self._first[key.source, key.text, key.identity] = event_id
         self._used.add((key.source, key.text))
+        if key.is_exclusive:
+            self.exclusive.add((key.source, key.text))
         self.new.append((key.source, key.text, key.identity, event_id, expires_at))
 
 

@@ -130,4 +130,10 @@ def _key_of(acceptance: Acceptance) -> Key | None:
         return None
     if acceptance.is_key_alone:
         return Key(acceptance.source, acceptance.key, KEY_ALONE, KEY_ALONE)
-    return Key(acceptance.source, acceptance.key, identity(event, acceptance.path), event.sha256)
+    return Key(
+        acceptance.source,
+        acceptance.key,
+        identity(event, acceptance.path),
+        event.sha256,
+        is_exclusive=acceptance.rejects_conflict,
+    )

@@ -399,7 +399,7 @@ class Writer(ABC, Generic[C]):
     async def _undo(self, jobs: list[Job[Any]], error: Exception) -> None:
         await self._roll_back()
         self._committer.forget()
-        remedy = self._judge(error)
+        remedy = await self._judge(error)
         if remedy is Remedy.STOP:
             self._set_failure(self.broken or f"{error}")
         for job in jobs:
@@ -421,7 +421,7 @@ class Writer(ABC, Generic[C]):
             result = await function(self._connection)
         except Exception as error:  # noqa: BLE001 - the caller must get any error
             await self._roll_back()
-            remedy = self._judge(error)
+            remedy = await self._judge(error)
             if remedy in {Remedy.AGAIN, Remedy.WITHOUT_SENDERS}:
                 await self._run_call(function, future)
                 return
@@ -474,7 +474,7 @@ class Writer(ABC, Generic[C]):
         """End the transaction of the connection if there is one."""
 
     @abstractmethod
-    def _judge(self, error: Exception) -> Remedy:
+    async def _judge(self, error: Exception) -> Remedy:
         """Return what to do after an error of a transaction or a call."""
 
     @abstractmethod

@@ -30,6 +30,7 @@ FLOORS = (
 HOUSES = ("relay", "plugins")
 SPEAKERS = {
     "aiosqlite": {"relay.store"},
+    "asyncpg": {"relay.store.postgres"},
     "apscheduler": {"relay.jobs.scheduler"},
     "click": {"relay.cli"},
     "cryptography": {"relay.keys"},

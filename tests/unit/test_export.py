@@ -9,9 +9,8 @@ from support import FakeClock
 
 from relay.errors import RelayError
 from relay.model import Imported, Selection, Target
-from relay.store import queries
+from relay.store import events, queries
 from relay.store.export import read_line, write_line
-from relay.store.sqlite import events
 from relay.store.sqlite.queries import EXPORTED_SQL
 
 

@@ -470,12 +470,12 @@ async def test_the_claims_of_a_query_that_fails_are_released(store, chat, monkey
     await rows(store, "SELECT 1")
     await store.deliveries.make_due([row["row"] for row in await store.queries.find("deliveries")])
 
-    async def fail(*_args, **_options):
-        raise OSError("no")
+    def fail(*_args, **_options):
+        raise ValueError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(claims, "_followers", fail)
-        with pytest.raises(OSError, match="no"):
+        patched.setattr(claims.Claims, "choose_followers", fail)
+        with pytest.raises(ValueError, match="no"):
             await store.deliveries.claim("chat", 5, retries=False, together=10)
     claim = await store.deliveries.claim("chat", 5, retries=False, together=10)
     [first] = claim.deliveries

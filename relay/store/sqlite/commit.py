@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
+from relay.model import Delivery
 from relay.store.batch import LEDGER, Batch, count_transitions
 from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
@@ -25,17 +25,9 @@ from relay.store.rows import (
 )
 from relay.store.sqlite import event_times
 from relay.store.sqlite.transaction import Transaction
-from relay.store.sqlite.transitions import (
-    apply_cancellations,
-    cancel,
-    end,
-    expire,
-    expire_held,
-    free,
-    make_due,
-    repeat,
-)
+from relay.store.sqlite.transitions import cancel, end, expire, expire_held, free, make_due, repeat
 from relay.store.sqlite.workers import write_workers
+from relay.store.transitions import apply_cancellations, group_times, handle_dead, supersede
 from relay.store.writer import Committer
 
 log = logging.getLogger("relay.store")
@@ -219,7 +211,7 @@ async def _write_outcomes(batch: Batch, transaction: Transaction) -> None:
         await free(batch, transaction, freed)
     dead = [each for each in batch.outcomes if each.state == "dead" and each.delivery.id in batch.settled]
     if dead:
-        _handle_dead(batch, dead)
+        handle_dead(batch, dead)
 
 
 def _write_group_attempts(batch: Batch, transaction: Transaction, attempts: Sequence[Any]) -> None:
@@ -239,37 +231,6 @@ def _write_group_attempts(batch: Batch, transaction: Transaction, attempts: Sequ
             """,
             [(delivery_id,) for delivery_id in batch.ungrouped],
         )
-
-
-def _handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
-    """Raise an operator event for each dead delivery, and deliver its event to the `on_dead` destination."""
-    for outcome in dead:
-        delivery = outcome.delivery
-        if (name := delivery.on_dead) is not None:
-            options = None if delivery.event is None else batch.resolve(name, delivery.event)
-            target = Target(name, grouping=None if options is None else options.grouping)
-            batch.add_delivery(target, delivery.event_id, delivery.size, delivery.event)
-        if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
-            batch.add_generated(OPERATOR_SOURCE, _dead_event(outcome))
-
-
-def _dead_event(outcome: Outcome) -> GeneratedEvent:
-    delivery, attempt = outcome.delivery, outcome.attempt
-    event = delivery.event
-    return GeneratedEvent(
-        type="delivery.dead",
-        subject=delivery.destination,
-        data={
-            "delivery": delivery.public_id,
-            "event": event.public_id if event is not None else None,
-            "type": event.type if event is not None else None,
-            "destination": delivery.destination,
-            "reason": outcome.reason,
-            "attempts": delivery.attempts + outcome.counts,
-            "last_status": attempt.status if attempt is not None else None,
-            "last_error": attempt.error if attempt is not None else None,
-        },
-    )
 
 
 async def _write_deliveries(batch: Batch, transaction: Transaction, claims: Claims) -> None:
@@ -322,20 +283,7 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
         """,  # noqa: S608 - only an integer
         places,
     )
-    groups = {(name, key): (count, due) for name, key, count, due in waiting}
-    times: dict[int, int] = {}
-    members: dict[tuple[str, str | None], list[int]] = {}
-    full = set()
-    for delivery in wanted:
-        grouping, place = batch.groupings[delivery.id], (delivery.destination, delivery.group_key)
-        count, due = groups.get(place, (0, batch.steady + grouping.wait))
-        times[delivery.id] = due
-        members.setdefault(place, []).append(delivery.id)
-        groups[place] = (count + 1, due)
-        if count + 1 >= grouping.most:
-            times.update(dict.fromkeys(members.pop(place), batch.steady))
-            del groups[place]
-            full.add(place)
+    times, full = group_times(batch, wanted, waiting)
     if full:
         transaction.run_rows(
             f"""
@@ -345,7 +293,7 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
                AND deliveries.state = 'pending' AND deliveries.attempts = 0
                AND deliveries.next_attempt_at > {int(batch.steady)}
             """,  # noqa: S608 - only an integer
-            list(full),
+            full,
         )
     return times
 
@@ -383,19 +331,7 @@ async def _supersede(
         """,
         list({(d.destination, d.latest_key) for d in generated}),
     )
-    ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in generated]
-    ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id in pending]
-    newest: dict[tuple[str, str | None], tuple[int, int]] = {}
-    for key, age in ages:
-        newest[key] = max(age, newest.get(key, age))
-    for d in generated:
-        if newest[d.destination, d.latest_key] > (d.event_id, d.id):
-            batch.ended_early[d.id] = ("expired", "superseded")
-    older = [
-        (id_, name, order_key)
-        for id_, name, order_key, key, event_id in pending
-        if newest[name, key] > (event_id, id_)
-    ]
+    older = supersede(batch, generated, pending)
     await end(batch, transaction, claims, older, ("expired", "superseded"))
 
 

@@ -4,25 +4,19 @@ Deliveries expire (past their time to live, superseded, or held for too long), a
 and are repeated as new deliveries. When a delivery of an order key ends, the next one of the key becomes due.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import msgspec
-
-from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, GeneratedEvent, Outcome
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 from relay.store.sqlite.transaction import Row, Transaction
-
-EXPIRE_AT_ONCE = 1000
-"""Deliveries that one transaction expires; the next transaction follows at once."""
-
-HELD_AT_ONCE = 500
-"""Held deliveries that one transaction ends for a destination: waiting, first attempts and retries each."""
-
-NOTICE = 86_400 * SECOND
-"""Microseconds between the warning to the operator and the first delivery that expires."""
+from relay.store.transitions import (
+    EXPIRE_AT_ONCE,
+    HELD_AT_ONCE,
+    NOTICE,
+    Pending,
+    is_warning_due,
+    warn_of_expiry,
+)
 
 # A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
 # Waiting deliveries end first, so that the end of an earlier one does not make them due.
@@ -43,14 +37,6 @@ FIRST_SQL = """
      WHERE destination = ? AND state = 'pending' AND attempts {share} 0
 """
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
-
-
-class Pending(NamedTuple):
-    """The columns of a pending delivery that are needed to end it."""
-
-    id: int
-    destination: str
-    order_key: str | None
 
 
 async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None:
@@ -155,13 +141,10 @@ async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, si
         for (due,) in await transaction.fetch(FIRST_SQL.format(share=share), (name,))
         if due is not None
     ]
-    notice = min(NOTICE, kept // 2)
-    if not first or max(min(first), since) > batch.steady - kept + notice:
-        return
-    transaction.run("UPDATE held SET told = 1 WHERE destination = ?", (name,))
-    expires_in = max(0, max(min(first), since) + kept - batch.steady)
-    data = {"destination": name, "expires_in_seconds": expires_in // SECOND, "held": kept // SECOND}
-    batch.add_generated(OPERATOR_SOURCE, GeneratedEvent(type="deliveries.expiring", subject=name, data=data))
+    seconds = is_warning_due(batch, since, kept, min(first, default=None))
+    if seconds is not None:
+        transaction.run("UPDATE held SET told = 1 WHERE destination = ?", (name,))
+        warn_of_expiry(batch, name, seconds, kept)
 
 
 async def _expire(batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int) -> None:
@@ -170,16 +153,6 @@ async def _expire(batch: Batch, transaction: Transaction, claims: Claims, name: 
         for share in SHARES:
             rows += await transaction.fetch(DUE_SQL.format(share=share), (name, before, HELD_AT_ONCE))
     await end(batch, transaction, claims, rows, ("expired", "held"))
-
-
-def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
-    """Turn the outcomes of deliveries that were cancelled during their attempt into cancellations."""
-    return [
-        msgspec.structs.replace(outcome, state="cancelled", reason="operator", next_attempt_at=None)
-        if outcome.state != "delivered" and outcome.delivery.id in claims.cancelled
-        else outcome
-        for outcome in outcomes
-    ]
 
 
 async def make_due(batch: Batch, transaction: Transaction) -> None:

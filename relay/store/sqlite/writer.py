@@ -50,7 +50,7 @@ class SqliteWriter(Writer[WriterConnection]):
         if self._connection.in_transaction:
             await self._connection.execute("ROLLBACK")
 
-    def _judge(self, error: Exception) -> Remedy:
+    async def _judge(self, error: Exception) -> Remedy:
         code = self._code(error)
         if self._release_reserve(code):
             return Remedy.WITHOUT_SENDERS

@@ -1,0 +1,120 @@
+"""Claims of due deliveries in PostgreSQL."""
+
+from collections.abc import Iterable
+
+from relay.base.clock import SECOND, Clock
+from relay.model import Claim, Delivery
+from relay.store.claims import Claims
+from relay.store.deliveries import StoredDeliveries
+from relay.store.postgres.connection import Connection, Database
+from relay.store.postgres.rows import CLAIM_COLUMNS, delivery_of, text
+
+OVERLAP = 5 * SECOND
+"""Microseconds before the cursor that a claim reads again, because another node's commit may come late."""
+
+FROM_BEGINNING = 30 * SECOND
+"""Microseconds after which a claim ignores its cursor once, as the net below all other reasons."""
+
+DUE_SQL = f"""
+    SELECT {CLAIM_COLUMNS}, next_attempt_at FROM owed
+     WHERE destination = $1 AND attempts {{share}} 0 AND next_attempt_at <= $2 AND next_attempt_at > $3
+     ORDER BY next_attempt_at, id
+     LIMIT $4
+"""  # noqa: S608 - only constants
+NEXT_SQL = """
+    SELECT next_attempt_at FROM owed
+     WHERE destination = $1 AND attempts {share} 0 AND next_attempt_at > $2
+     ORDER BY next_attempt_at LIMIT 1
+"""
+FOLLOWERS_SQL = f"""
+    SELECT {CLAIM_COLUMNS} FROM owed
+     WHERE destination = $1 AND group_key = $2 AND attempts {{share}} 0 AND next_attempt_at <= $3
+     ORDER BY next_attempt_at, id
+     LIMIT $4
+"""  # noqa: S608 - only constants
+
+
+class PostgresDeliveries(StoredDeliveries):
+    """`relay.store.Deliveries` over PostgreSQL.
+
+    A claim begins where the last one of its destination ended. From the beginning, it would walk over the
+    index entries of all deliveries that have ended, which stay there while any old snapshot is open.
+    """
+
+    def __init__(self, database: Database, claims: Claims, clock: Clock) -> None:
+        super().__init__(database, claims)
+        self._clock = clock
+        self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
+
+    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
+        """See `Deliveries.claim`."""
+
+        async def claim_due(connection: Connection) -> Claim:
+            claimed: list[Delivery] = []
+            try:
+                return await self._claim(
+                    connection, destination, limit, claimed, retries=retries, together=together
+                )
+            except BaseException:  # the caller will not hear of them
+                self.release(each.id for delivery in claimed for each in delivery.members)
+                raise
+
+        return await self._database.writer.call(claim_due)
+
+    def release(self, delivery_ids: Iterable[int]) -> None:
+        """See `Deliveries.release`; the next claim finds them again."""
+        ids = tuple(delivery_ids)
+        for name in {name for id_ in ids if (name := self._claims.destination_of(id_)) is not None}:
+            self.forget_cursor(name)
+        super().release(ids)
+
+    def forget_cursor(self, destination: str) -> None:
+        """Let the next claims of a destination begin with its oldest delivery."""
+        for retries in (False, True):
+            self._cursors.pop((destination, retries), None)
+
+    async def _claim(
+        self,
+        connection: Connection,
+        destination: str,
+        limit: int,
+        claimed: list[Delivery],
+        *,
+        retries: bool,
+        together: int,
+    ) -> Claim:
+        now, share = self._clock.steady(), ">" if retries else "="
+        cursor, began = self._cursors.get((destination, retries), (0, now))
+        if now - began >= FROM_BEGINNING:
+            cursor, began = 0, now
+        most = limit + self._claims.of(destination)
+        rows = await connection.fetch(
+            DUE_SQL.format(share=share), destination, now, max(cursor - OVERLAP, 0), most
+        )
+        for row in rows:
+            if len(claimed) == limit:
+                break
+            if row["id"] in self._claims:
+                continue
+            delivery = delivery_of(tuple(row)[:-1])
+            self._claims.add((delivery,))
+            claimed.append(delivery)
+            if together > 1 and delivery.group_key is not None:
+                latest = now if retries else 2**62
+                others = await connection.fetch(
+                    FOLLOWERS_SQL.format(share=share), destination, text(delivery.group_key), latest,
+                    together + self._claims.of(destination),
+                )  # fmt: skip
+                delivery.followers = self._claims.choose_followers(
+                    delivery, map(delivery_of, others), together
+                )
+                self._claims.add(delivery.followers)
+        is_more = len(claimed) == limit or len(rows) == most
+        if not is_more:
+            self._cursors[destination, retries] = (now, began)
+        elif claimed:
+            due = next(row["next_attempt_at"] for row in rows if row["id"] == claimed[-1].id)
+            self._cursors[destination, retries] = (max(cursor, due), began)
+        if is_more:
+            return Claim(tuple(claimed), now)
+        return Claim(tuple(claimed), await connection.value(NEXT_SQL.format(share=share), destination, now))

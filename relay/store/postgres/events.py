@@ -1,0 +1,71 @@
+"""Loads and deletes events in PostgreSQL."""
+
+from collections.abc import Sequence
+
+from relay.model import Expunged, StoredEvent
+from relay.store import Queries
+from relay.store.deliveries import StoredDeliveries
+from relay.store.events import StoredEvents
+from relay.store.postgres.connection import Connection, Database
+from relay.store.postgres.rows import stored_event
+from relay.store.rows import EVENT_COLUMNS
+from relay.store.workers import StoredWorkers
+
+EXPUNGE_EVENTS = 500
+"""Events whose deliveries one transaction cancels and deletes."""
+
+LOAD_SQL = f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ANY($1::bigint[])"  # noqa: S608 - constants
+PENDING_SQL = "SELECT id FROM owed WHERE event_id = ANY($1::bigint[])"
+
+# An event with a pending delivery stays: an attempt is under way.
+DELETE_SQL = """
+    WITH chosen AS (
+         SELECT e.id FROM events AS e
+          WHERE e.id = ANY($1::bigint[])
+            AND NOT EXISTS (SELECT 1 FROM owed AS o WHERE o.event_id = e.id)),
+    old AS (SELECT d.id FROM deliveries AS d JOIN chosen AS c ON c.id = d.event_id),
+    a AS (DELETE FROM attempts AS t USING old WHERE t.delivery_id = old.id),
+    e AS (DELETE FROM ends AS t USING old WHERE t.delivery_id = old.id),
+    d AS (DELETE FROM deliveries AS t USING old WHERE t.id = old.id),
+    r AS (DELETE FROM repetitions AS t USING chosen WHERE t.event_id = chosen.id)
+    DELETE FROM events AS t USING chosen WHERE t.id = chosen.id
+    RETURNING t.id
+"""
+
+
+async def delete_events(connection: Connection, ids: Sequence[int]) -> list[int]:
+    """Delete events without pending deliveries, with everything that belongs to them; returns their ids."""
+    return [id_ for (id_,) in await connection.fetch(DELETE_SQL, ids)]
+
+
+class PostgresEvents(StoredEvents):
+    """`relay.store.Events` over PostgreSQL."""
+
+    def __init__(
+        self, database: Database, *, deliveries: StoredDeliveries, queries: Queries, workers: StoredWorkers
+    ) -> None:
+        super().__init__(database, queries=queries, workers=workers)
+        self._postgres = database
+        self._deliveries = deliveries
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """See `Events.load`."""
+        events = map(stored_event, await self._postgres.fetch(LOAD_SQL, list(event_ids)))
+        return {event.id: event for event in events}
+
+    async def expunge(self, event_ids: Sequence[int]) -> Expunged:
+        """See `Events.expunge`."""
+        deleted, cancelled, left = 0, 0, []
+        for at in range(0, len(event_ids), EXPUNGE_EVENTS):
+            some = list(event_ids[at : at + EXPUNGE_EVENTS])
+            pending = await self._postgres.fetch(PENDING_SQL, some)
+            if ids := [id_ for (id_,) in pending]:
+                cancelled += (await self._deliveries.cancel(ids)).ended
+
+            async def delete(connection: Connection, ids: Sequence[int] = tuple(some)) -> list[int]:
+                return await delete_events(connection, ids)
+
+            deleted += len(await self._postgres.writer.call(delete))
+            rest = await self._postgres.fetch("SELECT id FROM events WHERE id = ANY($1::bigint[])", some)
+            left += [id_ for (id_,) in rest]
+        return Expunged(events=deleted, cancelled=cancelled, left=tuple(left))

@@ -1,0 +1,53 @@
+"""The ledger in PostgreSQL: a row per node and destination, read as sums."""
+
+from relay.model import Backlog, Counts
+from relay.store.batch import LEDGER
+from relay.store.ledger import PendingCounts, counts_of
+from relay.store.postgres.connection import Database
+
+_SUMS = ", ".join(f"sum({column})::bigint AS {column}" for column in LEDGER)
+
+TOTALS_SQL = f"""
+    SELECT destination, {", ".join(LEDGER)}, created - delivered - dead - expired - cancelled AS pending
+      FROM (SELECT destination, {_SUMS} FROM ledger GROUP BY destination) AS l
+"""  # noqa: S608 - only constants
+AUDIT_SQL = f"""
+    SELECT destination, {", ".join(f"coalesce({column}, 0)" for column in LEDGER)}, coalesce(pending, 0)
+      FROM (SELECT destination, {_SUMS} FROM ledger GROUP BY destination) AS l
+      FULL JOIN (SELECT destination, count(*) AS pending FROM owed GROUP BY destination) AS o
+           USING (destination)
+"""  # noqa: S608 - only constants
+BACKLOG_SQL = """
+    SELECT l.destination, due.count, first.created_at, first.id
+      FROM (SELECT DISTINCT destination FROM ledger) AS l
+      CROSS JOIN LATERAL (
+            SELECT (SELECT count(*) FROM owed AS o
+                     WHERE o.destination = l.destination AND o.attempts = 0 AND o.next_attempt_at <= $1)
+                 + (SELECT count(*) FROM owed AS o
+                     WHERE o.destination = l.destination AND o.attempts > 0 AND o.next_attempt_at <= $1)
+                   AS count) AS due
+      CROSS JOIN LATERAL (
+            SELECT o.id, o.created_at FROM owed AS o WHERE o.destination = l.destination
+             ORDER BY o.id LIMIT 1) AS first
+"""
+
+
+class PostgresLedger(PendingCounts):
+    """`relay.store.Ledger` over PostgreSQL."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self._database = database
+
+    async def totals(self) -> dict[str, Counts]:
+        """See `LedgerReads.totals`."""
+        return counts_of(await self._database.fetch(TOTALS_SQL))
+
+    async def audit(self) -> dict[str, Counts]:
+        """See `LedgerReads.audit`."""
+        return counts_of(await self._database.fetch(AUDIT_SQL))
+
+    async def backlog(self, now: int) -> dict[str, Backlog]:
+        """See `LedgerReads.backlog`."""
+        rows = await self._database.fetch(BACKLOG_SQL, now)
+        return {name: Backlog(due, oldest, row) for name, due, oldest, row in rows}

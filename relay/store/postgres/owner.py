@@ -1,0 +1,89 @@
+"""One daemon at a time uses a database: a lease in the table `leases`, renewed every few seconds.
+
+The lease is a row, not a lock of a session: a pooler gives each transaction another session, and a silent
+network would keep a dead session's lock. A daemon that starts again with the same state folder takes its own
+lease over at once, because the folder belongs to one process.
+"""
+
+import os
+import socket
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from relay.errors import StorageError
+from relay.store.postgres.connection import Connection
+
+LEASE = 30.0
+"""Seconds after which another daemon may take the database over."""
+
+RENEW_EVERY = 5.0
+"""Seconds between two renewals."""
+
+NAME = "daemon"
+
+TAKE_SQL = """
+    UPDATE leases
+       SET epoch = CASE WHEN incarnation = $2 THEN epoch ELSE epoch + 1 END, incarnation = $2,
+           until = clock_timestamp() + $3 * interval '1 second', standing = $4
+     WHERE name = $1 AND (until <= clock_timestamp() OR incarnation = $2 OR standing ->> 'owner' = $5)
+    RETURNING epoch
+"""
+RENEW_SQL = """
+    UPDATE leases SET until = clock_timestamp() + $3 * interval '1 second'
+     WHERE name = $1 AND incarnation = $2 RETURNING epoch
+"""
+GIVE_SQL = "UPDATE leases SET until = '-infinity' WHERE name = $1 AND incarnation = $2"
+HOLDER_SQL = """
+    SELECT standing ->> 'host', standing ->> 'folder',
+           ceil(extract(epoch FROM until - clock_timestamp()))::int
+      FROM leases WHERE name = $1
+"""
+
+
+class Owner:
+    """This process, as the one that uses the database."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._incarnation = uuid.uuid4()
+
+    async def take(self, connection: Connection) -> None:
+        """Take the lease, or keep it.
+
+        Raises:
+            StorageError: another daemon has it.
+        """
+        await connection.execute("INSERT INTO leases (name) VALUES ($1) ON CONFLICT DO NOTHING", NAME)
+        owner, host = _identity(self._folder), socket.gethostname()
+        standing = {"owner": owner, "host": host, "folder": str(self._folder), "pid": os.getpid()}
+        shown = msgspec.json.encode(standing).decode()
+        if await connection.fetch(TAKE_SQL, NAME, self._incarnation, LEASE, shown, owner):
+            return
+        [(host, folder, seconds)] = await connection.fetch(HOLDER_SQL, NAME)
+        raise StorageError(
+            f"another daemon uses this database: on {host}, with the state folder {folder}",
+            hint=f"stop it, or use another database; after a crash, start again in {seconds} s",
+        )
+
+    async def renew(self, connection: Connection) -> bool:
+        """Extend the lease; False: another daemon has taken it."""
+        return bool(await connection.fetch(RENEW_SQL, NAME, self._incarnation, LEASE))
+
+    async def give(self, connection: Connection) -> None:
+        """Let another daemon take the lease at once."""
+        await connection.execute(GIVE_SQL, NAME, self._incarnation)
+
+
+def _identity(folder: Path) -> str:
+    """Return an id of a state folder, which is in a file in it; written at the first start."""
+    path = folder / "node.id"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        identity = str(uuid.uuid4())
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{identity}\n")
+        return identity

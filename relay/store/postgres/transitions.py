@@ -1,0 +1,354 @@
+"""Transitions of pending deliveries in PostgreSQL that need more than one statement.
+
+Deliveries expire (past their time to live, superseded, or held for too long), are cancelled, are made due,
+and are repeated as new deliveries. When a delivery of an order key ends, the next one of the key becomes due.
+
+The rows of `order_keys` are locks: a transaction that adds or ends a delivery of a key changes the key's row
+first, and looks at the key's deliveries in a later statement, which sees what the others have committed. In
+one statement, the end of a delivery would not see a delivery that is being inserted behind it, and that
+delivery would wait for ever.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import asyncpg
+
+from relay.model import Delivery
+from relay.store.batch import Batch, Ending, HeldDestinations
+from relay.store.claims import Claims
+from relay.store.postgres.rows import text, uuid_of
+from relay.store.postgres.transaction import Transaction
+from relay.store.transitions import (
+    EXPIRE_AT_ONCE,
+    HELD_AT_ONCE,
+    NOTICE,
+    Pending,
+    group_times,
+    is_warning_due,
+    supersede,
+    warn_of_expiry,
+)
+
+Key = tuple[str, str | None]
+"""Destination and order key."""
+
+LOCK_SQL = """
+    INSERT INTO order_keys AS k (destination, order_key, pending)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::int[])
+    ON CONFLICT (destination, order_key) DO UPDATE SET pending = k.pending + excluded.pending
+"""
+BUSY_SQL = """
+    SELECT k.destination, k.order_key FROM unnest($1::text[], $2::text[]) AS k (destination, order_key)
+     WHERE EXISTS (SELECT 1 FROM owed AS o WHERE o.destination = k.destination AND o.order_key = k.order_key)
+"""
+FREE_SQL = """
+    UPDATE owed SET next_attempt_at = $3
+     WHERE next_attempt_at IS NULL AND id IN (
+           SELECT (SELECT min(o.id) FROM owed AS o
+                    WHERE o.destination = k.destination AND o.order_key = k.order_key)
+             FROM unnest($1::text[], $2::text[]) AS k (destination, order_key))
+    RETURNING destination
+"""
+FORGET_SQL = """
+    DELETE FROM order_keys AS k USING unnest($1::text[], $2::text[]) AS f (destination, order_key)
+     WHERE k.destination = f.destination AND k.order_key = f.order_key AND k.pending <= 0
+"""
+END_SQL = """
+    WITH gone AS (
+         DELETE FROM owed AS o USING unnest($1::bigint[]) AS e (id) WHERE o.id = e.id
+         RETURNING o.id, o.event_id, o.destination, o.attempts, o.last_status, o.last_error)
+    INSERT INTO ends (delivery_id, event_id, destination, state, reason, attempts, finished_at, last_status,
+                      last_error)
+    SELECT id, event_id, destination, $2, $3, attempts, $4, last_status, last_error FROM gone
+    RETURNING delivery_id
+"""
+EXPIRED_SQL = (
+    "SELECT id, destination, order_key FROM owed WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2"
+)
+CHOSEN_SQL = "SELECT id, destination, order_key FROM owed WHERE id = ANY($1::bigint[])"
+LATEST_SQL = """
+    SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id
+      FROM unnest($1::text[], $2::text[]) AS w (destination, latest_key)
+      JOIN owed AS o USING (destination, latest_key)
+"""
+GROUPS_SQL = """
+    SELECT g.destination, g.group_key, count(*), min(o.next_attempt_at)
+      FROM unnest($1::text[], $2::text[]) AS g (destination, group_key)
+      JOIN owed AS o USING (destination, group_key)
+     WHERE o.attempts = 0 AND o.next_attempt_at > $3
+     GROUP BY 1, 2
+"""
+FILLED_SQL = """
+    UPDATE owed AS o SET next_attempt_at = $3
+      FROM unnest($1::text[], $2::text[]) AS g (destination, group_key)
+     WHERE o.destination = g.destination AND o.group_key = g.group_key AND o.attempts = 0
+       AND o.next_attempt_at > $3
+"""
+MAKE_DUE_SQL = """
+    UPDATE owed SET next_attempt_at = $2 WHERE id = ANY($1::bigint[]) AND next_attempt_at > $2
+    RETURNING id, destination
+"""
+REPEAT_SQL = """
+    SELECT c.event_id, c.destination,
+           (SELECT max(d.id) FROM deliveries AS d
+             WHERE d.event_id = c.event_id AND d.destination = c.destination)
+      FROM unnest($1::bigint[], $2::text[]) AS c (event_id, destination)
+      JOIN events AS e ON e.id = c.event_id
+     WHERE NOT EXISTS (SELECT 1 FROM owed AS o
+                        WHERE o.event_id = c.event_id AND o.destination = c.destination)
+       FOR KEY SHARE OF e  -- so that retention does not drop the event meanwhile
+"""
+STORED_SQL = "SELECT public_id FROM events WHERE public_id = ANY($1::uuid[])"
+
+# A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
+# Waiting deliveries end first, so that the end of an earlier one does not make them due.
+WAITING_SQL = """
+    SELECT id, destination, order_key FROM (
+           SELECT id, destination, order_key, created_at FROM owed
+            WHERE destination = $1 AND attempts = 0 AND next_attempt_at IS NULL
+            ORDER BY id LIMIT $3) AS w
+     WHERE created_at <= $2
+"""
+DUE_SQL = """
+    SELECT id, destination, order_key FROM owed
+     WHERE destination = $1 AND attempts {share} 0 AND next_attempt_at <= $2
+     ORDER BY next_attempt_at, id LIMIT $3
+"""
+FIRST_SQL = "SELECT min(next_attempt_at) FROM owed WHERE destination = $1 AND attempts {share} 0"
+SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
+
+
+def is_requested(batch: Batch) -> bool:
+    """Return whether an operator or a periodic job requests changes of deliveries."""
+    return bool(
+        batch.expire_overdue
+        or batch.held
+        or batch.to_cancel
+        or batch.to_make_due
+        or batch.to_repeat
+        or batch.to_restore
+    )
+
+
+def has_options(delivery: Delivery) -> bool:
+    """Return whether a new delivery has columns beside those that every delivery has."""
+    return (
+        delivery.order_key is not None
+        or delivery.latest_key is not None
+        or delivery.expires_at is not None
+        or delivery.on_dead is not None
+        or delivery.replay_of is not None
+        or delivery.group_key is not None
+    )
+
+
+def waits_for_others(delivery: Delivery) -> bool:
+    """Return whether stored deliveries decide about a new one."""
+    return delivery.order_key is not None or delivery.latest_key is not None or delivery.group_key is not None
+
+
+async def after_outcomes(batch: Batch, transaction: Transaction) -> None:
+    """Make followers of ended deliveries due, and split groups."""
+    if batch.ungrouped:
+        await transaction.fetch(
+            "UPDATE owed SET group_key = NULL WHERE id = ANY($1::bigint[])", list(batch.ungrouped)
+        )
+    await free(
+        batch,
+        transaction,
+        [
+            (outcome.delivery.destination, outcome.delivery.order_key)
+            for outcome in batch.outcomes
+            if outcome.state != "pending"
+            and outcome.delivery.order_key is not None
+            and outcome.delivery.id in batch.settled
+        ],
+    )
+
+
+async def write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+    """Write the changes of deliveries that operators and periodic jobs request."""
+    if batch.expire_overdue:
+        rows = await transaction.fetch(EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE)
+        await end(batch, transaction, claims, rows, ("expired", "ttl"))
+    if batch.held is not None:
+        await _expire_held(batch, transaction, claims, batch.held)
+    if batch.to_cancel:
+        rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
+        await end(batch, transaction, claims, rows, ("cancelled", "operator"))
+        batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
+    if batch.to_make_due:
+        made_due = await transaction.fetch(MAKE_DUE_SQL, batch.to_make_due, batch.steady)
+        batch.made_due = dict(made_due)
+    if batch.to_repeat:
+        await _repeat(batch, transaction)
+    if batch.to_restore:
+        await _restore(batch, transaction)
+
+
+async def end(
+    batch: Batch, transaction: Transaction, claims: Claims, rows: Iterable[Any], ending: Ending
+) -> None:
+    """End pending deliveries (id, destination, order key) without an attempt, except those in flight.
+
+    A delivery whose outcome this transaction has written is no longer in flight.
+    """
+    candidates = {id_: Pending(id_, name, order_key) for id_, name, order_key in rows}
+    chosen = sorted(id_ for id_ in candidates if id_ in batch.settled or claims.end(id_))
+    if not chosen:
+        return
+    state, reason = ending
+    gone = await transaction.fetch(END_SQL, chosen, state, reason, batch.wall)
+    ended = [candidates[id_] for (id_,) in gone]
+    batch.ended.update({each.id: (each.destination, ending) for each in ended})
+    await free(
+        batch,
+        transaction,
+        [(each.destination, each.order_key) for each in ended if each.order_key is not None],
+    )
+
+
+async def free(batch: Batch, transaction: Transaction, keys: Sequence[Key]) -> None:
+    """Make the next delivery of each order key due after an earlier one has ended."""
+    if not keys:
+        return
+    places = await _lock(transaction, Counter({key: -count for key, count in Counter(keys).items()}))
+    rows = await transaction.fetch(FREE_SQL, *places, batch.steady)
+    batch.woken.update(destination for (destination,) in rows)
+    await transaction.fetch(FORGET_SQL, *places)
+
+
+async def _lock(transaction: Transaction, changes: Counter[Key]) -> tuple[list[str], list[str | None]]:
+    """Lock order keys in sorted order and change their numbers of pending deliveries; returns the columns."""
+    rows = sorted((name, text(key), change) for (name, key), change in changes.items())
+    names, keys, counts = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+    await transaction.fetch(LOCK_SQL, names, keys, counts)
+    return names, keys
+
+
+async def due_times(batch: Batch, transaction: Transaction, claims: Claims) -> dict[int, int]:
+    """Return when new deliveries are due; one that waits behind another of its key is missing.
+
+    New deliveries may supersede older ones, stored and in this batch.
+    """
+    for each in batch.deliveries:
+        each.order_key, each.latest_key = text(each.order_key), text(each.latest_key)
+        each.group_key, each.on_dead = text(each.group_key), text(each.on_dead)
+    if latest := [d for d in batch.deliveries if d.latest_key is not None]:
+        await _supersede(batch, transaction, claims, latest)
+    pending = [d for d in batch.deliveries if d.id not in batch.ended_early]
+    busy: set[Key] = set()
+    ordered: Counter[Key] = Counter((d.destination, d.order_key) for d in pending if d.order_key is not None)
+    if ordered:
+        places = await _lock(transaction, ordered)
+        busy = {(name, key) for name, key in await transaction.fetch(BUSY_SQL, *places)}
+    times = await _group_times(batch, transaction) if batch.groupings else {}
+    due: dict[int, int] = {}
+    for delivery in pending:
+        key = (delivery.destination, delivery.order_key)
+        behind = delivery.order_key is not None and key in busy
+        busy.add(key)
+        if behind:
+            continue
+        at = times.get(delivery.id)
+        due[delivery.id] = batch.steady if at is None else at
+        if at is None:
+            batch.due.append(delivery)
+        else:
+            batch.later[delivery.destination] = min(at, batch.later.get(delivery.destination, at))
+    return due
+
+
+async def _supersede(
+    batch: Batch, transaction: Transaction, claims: Claims, deliveries: Sequence[Delivery]
+) -> None:
+    new = [d for d in deliveries if d.id not in batch.ended_early]
+    places = sorted({(d.destination, d.latest_key or "") for d in new})
+    pending = await transaction.fetch(LATEST_SQL, [name for name, _ in places], [key for _, key in places])
+    await end(batch, transaction, claims, supersede(batch, new, pending), ("expired", "superseded"))
+
+
+async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]:
+    wanted = [d for d in batch.deliveries if d.id in batch.groupings and d.id not in batch.ended_early]
+    places = sorted({(d.destination, d.group_key or "") for d in wanted})
+    if not places:
+        return {}
+    columns = [name for name, _ in places], [key for _, key in places]
+    waiting = await transaction.fetch(GROUPS_SQL, *columns, batch.steady)
+    times, full = group_times(batch, wanted, waiting)
+    if full:
+        names, keys = [name for name, _ in full], [key for _, key in full]
+        await transaction.fetch(FILLED_SQL, names, keys, batch.steady)
+    return times
+
+
+async def _expire_held(
+    batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations
+) -> None:
+    """Expire deliveries of destinations that accept nothing, a day after a warning.
+
+    The table `held` stores the start of the time in which they accept nothing, so a restart does not extend
+    that time. All times are steady, like due times.
+    """
+    rows = await transaction.fetch("SELECT destination, since, warned FROM held")
+    known = {name: (since, warned) for name, since, warned in rows}
+    if gone := sorted(known.keys() - held.names):
+        await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", gone)
+    if new := sorted(held.names - known.keys()):
+        sql = "INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)"
+        await transaction.fetch(sql, new, batch.steady)
+    notice = min(NOTICE, held.kept // 2)
+    for name in sorted(held.names & known.keys()):
+        since, warned = known[name]
+        if not warned and since <= batch.steady - held.kept + notice:
+            await _warn(batch, transaction, name, held.kept, since)
+        if since <= batch.steady - held.kept:
+            await _expire_destination(batch, transaction, claims, name, batch.steady - held.kept)
+
+
+async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:
+    found = [(await transaction.fetch(FIRST_SQL.format(share=share), name))[0][0] for share in SHARES]
+    first = min((due for due in found if due is not None), default=None)
+    seconds = is_warning_due(batch, since, kept, first)
+    if seconds is not None:
+        await transaction.fetch("UPDATE held SET warned = true WHERE destination = $1", name)
+        warn_of_expiry(batch, name, seconds, kept)
+
+
+async def _expire_destination(
+    batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int
+) -> None:
+    rows: list[asyncpg.Record] = await transaction.fetch(WAITING_SQL, name, before, HELD_AT_ONCE)
+    if not rows:
+        for share in SHARES:
+            rows += await transaction.fetch(DUE_SQL.format(share=share), name, before, HELD_AT_ONCE)
+    await end(batch, transaction, claims, rows, ("expired", "held"))
+
+
+async def _repeat(batch: Batch, transaction: Transaction) -> None:
+    """Create new deliveries of events, unless the event was deleted or one of its deliveries is pending."""
+    rows = await transaction.fetch(
+        REPEAT_SQL,
+        [each.event.id for each in batch.to_repeat],
+        [each.target.destination for each in batch.to_repeat],
+    )
+    latest = {(event_id, name): delivery_id for event_id, name, delivery_id in rows}
+    for each in batch.to_repeat:
+        key = (each.event.id, each.target.destination)
+        each.done = key in latest
+        if each.done:
+            size = len(each.event.body)
+            batch.add_delivery(each.target, each.event.id, size, each.event, replay_of=latest.pop(key))
+
+
+async def _restore(batch: Batch, transaction: Transaction) -> None:
+    """Add the events of an export that are not stored yet."""
+    rows = await transaction.fetch(STORED_SQL, [uuid_of(each.event.public_id) for each in batch.to_restore])
+    known = {f"evt_{uuid}" for (uuid,) in rows}
+    for each in batch.to_restore:
+        each.done = each.event.public_id not in known
+        if each.done:
+            known.add(each.event.public_id)
+            batch.put_back(each)

@@ -1,0 +1,144 @@
+"""Decisions about pending deliveries that are the same for every engine.
+
+An engine reads rows, asks for the decision, and writes it in the same transaction.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from relay.base.clock import SECOND
+from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
+from relay.store.batch import Batch
+from relay.store.claims import Claims
+
+EXPIRE_AT_ONCE = 1000
+"""Deliveries that one transaction expires; the next transaction follows at once."""
+
+HELD_AT_ONCE = 500
+"""Held deliveries that one transaction ends for a destination: waiting, first attempts and retries each."""
+
+NOTICE = 86_400 * SECOND
+"""Microseconds between the warning to the operator and the first delivery that expires."""
+
+Place = tuple[str, str | None]
+"""Destination and the key of a group or of `latest_by`."""
+
+
+class Pending(NamedTuple):
+    """The columns of a pending delivery that are needed to end it."""
+
+    id: int
+    destination: str
+    order_key: str | None
+
+
+class GroupTimes(NamedTuple):
+    """When the new deliveries of groups are due."""
+
+    times: dict[int, int]  # by row id
+    full: Sequence[Place]  # groups whose stored deliveries are due now
+
+
+def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
+    """Turn the outcomes of deliveries that were cancelled during their attempt into cancellations."""
+    return [
+        msgspec.structs.replace(outcome, state="cancelled", reason="operator", next_attempt_at=None)
+        if outcome.state != "delivered" and outcome.delivery.id in claims.cancelled
+        else outcome
+        for outcome in outcomes
+    ]
+
+
+def handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
+    """Raise an operator event for each dead delivery, and deliver its event to the `on_dead` destination."""
+    for outcome in dead:
+        delivery = outcome.delivery
+        if (name := delivery.on_dead) is not None:
+            options = None if delivery.event is None else batch.resolve(name, delivery.event)
+            target = Target(name, grouping=None if options is None else options.grouping)
+            batch.add_delivery(target, delivery.event_id, delivery.size, delivery.event)
+        if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
+            batch.add_generated(OPERATOR_SOURCE, _dead_event(outcome))
+
+
+def _dead_event(outcome: Outcome) -> GeneratedEvent:
+    delivery, attempt = outcome.delivery, outcome.attempt
+    event = delivery.event
+    return GeneratedEvent(
+        type="delivery.dead",
+        subject=delivery.destination,
+        data={
+            "delivery": delivery.public_id,
+            "event": event.public_id if event is not None else None,
+            "type": event.type if event is not None else None,
+            "destination": delivery.destination,
+            "reason": outcome.reason,
+            "attempts": delivery.attempts + outcome.counts,
+            "last_status": attempt.status if attempt is not None else None,
+            "last_error": attempt.error if attempt is not None else None,
+        },
+    )
+
+
+def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[Any]) -> list[Pending]:
+    """Expire new deliveries that a newer event supersedes; returns the stored ones that are superseded.
+
+    `pending` has row id, destination, order key, latest key and event of the stored deliveries of the same
+    keys. Events are compared, not deliveries: a replay of an old event does not supersede a newer event.
+    """
+    ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in deliveries]
+    ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id in pending]
+    newest: dict[Place, tuple[int, int]] = {}
+    for key, age in ages:
+        newest[key] = max(age, newest.get(key, age))
+    for d in deliveries:
+        if newest[d.destination, d.latest_key] > (d.event_id, d.id):
+            batch.ended_early[d.id] = ("expired", "superseded")
+    return [
+        Pending(id_, name, order_key)
+        for id_, name, order_key, key, event_id in pending
+        if newest[name, key] > (event_id, id_)
+    ]
+
+
+def group_times(batch: Batch, deliveries: Sequence[Delivery], waiting: Sequence[Any]) -> GroupTimes:
+    """Return when each new delivery of a group is due: with the group that waits now, or begins here.
+
+    The first delivery of a group begins its wait, and all have the same due time. A group that is due
+    already, because it is in flight or its destination is held, takes no more. A full group is due at once.
+    `waiting` has destination, group key, number of deliveries and due time of the groups that wait.
+    """
+    groups = {(name, key): (count, due) for name, key, count, due in waiting}
+    times: dict[int, int] = {}
+    members: dict[Place, list[int]] = {}
+    full: dict[Place, None] = {}
+    for delivery in deliveries:
+        grouping, place = batch.groupings[delivery.id], (delivery.destination, delivery.group_key)
+        count, due = groups.get(place, (0, batch.steady + grouping.wait))
+        times[delivery.id] = due
+        members.setdefault(place, []).append(delivery.id)
+        groups[place] = (count + 1, due)
+        if count + 1 >= grouping.most:
+            times.update(dict.fromkeys(members.pop(place), batch.steady))
+            del groups[place]
+            full[place] = None
+    return GroupTimes(times, list(full))
+
+
+def is_warning_due(batch: Batch, since: int, kept: int, first: int | None) -> int | None:
+    """Return the seconds until held deliveries expire if the operator must be warned now; None: not yet.
+
+    `since` is when the destination stopped accepting, `first` the due time of its oldest delivery.
+    """
+    if first is None or max(first, since) > batch.steady - kept + min(NOTICE, kept // 2):
+        return None
+    return max(0, max(first, since) + kept - batch.steady) // SECOND
+
+
+def warn_of_expiry(batch: Batch, destination: str, seconds: int, kept: int) -> None:
+    """Raise the operator event `relay.deliveries.expiring`."""
+    data = {"destination": destination, "expires_in_seconds": seconds, "held": kept // SECOND}
+    event = GeneratedEvent(type="deliveries.expiring", subject=destination, data=data)
+    batch.add_generated(OPERATOR_SOURCE, event)
