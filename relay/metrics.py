@@ -208,6 +208,7 @@ class Metrics:
     job_success = _gauge(
         "relay_job_last_success_timestamp_seconds", "Time of a job's last successful run.", job_name=NAMES
     )
+    job_every = _gauge("relay_job_interval_seconds", "Interval between two runs of a job.", job_name=NAMES)
     job_runs = _counter("relay_job_runs", "Runs of jobs, by outcome.", job_name=NAMES, outcome=JOB_OUTCOMES)
     job_seconds = _histogram("relay_job_duration_seconds", "Duration of a job's run.", _SLOW, job_name=NAMES)
     plugins = _gauge("relay_plugin_info", "1 for each available kind of source.", plugin=NAMES, version=NAMES)

@@ -93,7 +93,7 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
         if ctx.params.get("url") is not None:
             raise click.UsageError("FILE cannot be used with --url: a remote daemon writes its own backups")
         config = tables_of(ctx.params.get("config"))
-        keep_free = config.storage.min_free_disk
+        keep_free = config.storage.free_after_backup
         done = _copy(readable(database_of(config)), file, force=force, keep_free=keep_free)
     if as_json:
         print_json(done)

@@ -164,6 +164,14 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
         _help("a request that would leave less free space than this gets 503, until there is enough again"),
     ] = 64 * 2**20
 
+    @property
+    def free_after_backup(self) -> int:
+        """Bytes that a backup leaves free on the database's disk.
+
+        With only `min_free_disk`, the next request of a sender would be refused.
+        """
+        return 2 * self.min_free_disk
+
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """`[retention]`: the time to keep finished data."""

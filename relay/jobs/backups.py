@@ -126,7 +126,6 @@ class Backups:
         if self._metrics is not None:
             self._metrics.backup_at.set(latest or 0)
             self._metrics.backup_size.set(size or 0)
-            self._metrics.backup_every.set(self._config().backup.every or 0)
 
     @property
     def overdue(self) -> bool:
@@ -146,6 +145,8 @@ class Backups:
         self.look()
         every, now = self._config().backup.every, self._clock.wall() // SECOND
         self._has_run = True
+        if self._metrics is not None:
+            self._metrics.backup_every.set(every or 0)
         if every is None or any(0 <= now - made < every for made in self.made().values()):
             return
         try:
@@ -180,7 +181,7 @@ class Backups:
         name = datetime.fromtimestamp(now, UTC).strftime(_NAME)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            floor = self._config().storage.min_free_disk
+            floor = self._config().storage.free_after_backup
             if lacking := await self._store.upkeep.missing_space(folder, keep_free=floor):
                 self._make_room(lacking, now)
             done = await self._store.upkeep.backup(folder / name, keep_free=floor)

@@ -84,6 +84,7 @@ class Jobs:
         With `cluster`, it runs on one of the nodes that share the data, otherwise on each.
         """
         self._metrics.add_job(name)
+        self._metrics.job_every.labels(name).set(seconds)
         job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, cluster, asyncio.Lock())
 
         async def run() -> None:
@@ -101,6 +102,7 @@ class Jobs:
     def change(self, name: str, seconds: float) -> None:
         """Change the interval of a job."""
         self._jobs[name].past.every = seconds
+        self._metrics.job_every.labels(name).set(seconds)
         self._scheduler.reschedule_job(name, trigger=_Every(seconds))
 
     def all(self) -> list[Past]:
