@@ -18,6 +18,7 @@ from relay.api.app import Api
 from relay.api.context import Context
 from relay.base.clock import SECOND, Clock
 from relay.base.units import render_size
+from relay.config.effective import shared_digest
 from relay.config.paths import socket_path
 from relay.config.schema import Config
 from relay.delivery.dispatcher import StuckLanes
@@ -108,6 +109,9 @@ class App:
             durability=config.storage.durability,
             min_free=config.storage.min_free_disk,
             reserve=DISK_RESERVE,
+            node=config.cluster.node,
+            lease=config.cluster.lease,
+            digest=self._config_digest,
         )
         self.state = State(
             setup,
@@ -163,6 +167,7 @@ class App:
                 replays=self.replays,
                 reloads=self.reloads,
                 jobs=self.jobs,
+                owner=self.owner,
                 backups=self.backups,
                 activity=self.activity,
                 history=self.history,
@@ -178,9 +183,17 @@ class App:
         self.reloads.waits_for = lambda: self.store.failure
         self.stopping = asyncio.Event()
         self._announced = False
+        self._digested: tuple[Config, bytes] | None = None  # the latest configuration and its digest
         self._retention: asyncio.Task[Past] | None = None  # a pass that started because the disk is full
         self._retention_due = 0  # steady clock: earliest start of the next such pass
         self._deadline = 0.0  # loop time by which requests and attempts in flight must end
+
+    def _config_digest(self) -> bytes:
+        """Return the digest of the configuration that all nodes of a cluster should share."""
+        config = self.config
+        if self._digested is None or self._digested[0] is not config:
+            self._digested = config, shared_digest(config)
+        return self._digested[1]
 
     @property
     def config(self) -> Config:

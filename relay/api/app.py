@@ -17,6 +17,7 @@ from relay.api.events import EventsApi
 from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
 from relay.api.names import NamesApi
+from relay.api.nodes import NodesApi
 from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
@@ -131,7 +132,7 @@ class DaemonApi:
 
 RESOURCES = (
     DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
-    DatabaseApi, NamesApi, HistoryApi,
+    DatabaseApi, NamesApi, HistoryApi, NodesApi,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from relay.api.query_params import WorkersQuery
 from relay.api.views import check_names
 from relay.base.clock import Clock
 from relay.delivery.dispatcher import Dispatcher
+from relay.delivery.owner import Owner
 from relay.ingest.handler import Ingest
 from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
@@ -34,6 +35,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     replays: Replays
     reloads: Reloads
     jobs: Jobs
+    owner: Owner
     backups: Backups
     activity: Activity
     history: History

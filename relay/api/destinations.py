@@ -90,7 +90,8 @@ class DestinationsApi:
         self._clock = context.clock
         self._state = context.state
         self._activity = context.activity
-        self._pings = Pings(context.clock)
+        self._owner = context.owner
+        self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
         "GET", "/api/destinations", "listDestinations", "List destinations with their delivery counts.",
@@ -131,8 +132,7 @@ class DestinationsApi:
         if body.for_ is not None:
             seconds = read_field("for", parse_time_span, body.for_)
             until = self._clock.steady() + int(seconds * SECOND)
-        await lane.set_state(msgspec.structs.replace(lane.health.state, paused=True, paused_until=until))
-        return _destination(lane)
+        return _steered(lane, await self._owner.steer(lane, {"paused": True, "paused_until": until}))
 
     @endpoint(
         "POST", "/api/destinations/{name}/{verb:resume|disable|enable}", "steerDestination",
@@ -140,17 +140,15 @@ class DestinationsApi:
     )  # fmt: skip
     async def _steer(self, request: web.Request) -> dict[str, Any]:
         lane = self._lane(request)
-        now, state = self._clock.wall(), lane.health.state
         if request.match_info["verb"] == "resume" and lane.config.paused:
             raise await asyncio.to_thread(_paused_in_config, self._state.config.path, lane.name)
         changes: dict[str, dict[str, Any]] = {
             "resume": {"paused": False, "paused_until": None},
-            "disable": {"disabled_at": state.disabled_at or now, "disabled_reason": "operator"},
+            "disable": {"disabled_at": self._clock.wall(), "disabled_reason": "operator"},
             "enable": {"disabled_at": None, "disabled_reason": None},
         }
         change = changes[request.match_info["verb"]]
-        await lane.set_state(msgspec.structs.replace(state, **change))
-        return _destination(lane)
+        return _steered(lane, await self._owner.steer(lane, change))
 
     @endpoint(
         "POST", "/api/destinations/{name}/test", "testDestination",
@@ -192,6 +190,11 @@ def _destination(lane: Lane) -> dict[str, Any]:
     pause = pause_of(lane.health.paused_by, lane.health.paused_until)
     shown = {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight}
     return {**shown, "node": lane.node} if lane.node else shown
+
+
+def _steered(lane: Lane, fields: dict[str, Any]) -> dict[str, Any]:
+    """Describe a destination after a change; `fields` are from the node that owns its lane."""
+    return {"name": lane.name, **fields, **pause_of(fields["paused_by"], fields["paused_until"])}
 
 
 def _paused_in_config(path: Path, name: str) -> SetInConfigError:

@@ -161,6 +161,7 @@ COMMANDS = {
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
     "jobs": ("relay.cli.jobs:jobs", "List periodic jobs and run them."),
+    "nodes": ("relay.cli.nodes:nodes", "List the nodes that share the database, and their lanes."),
     "status": ("relay.cli.status:status", "Show the state of the daemon on one screen."),
     "top": ("relay.cli.top:top", "Live dashboard, refreshed every second."),
     "tail": ("relay.cli.tail:tail", "Follow events and attempts as they happen."),

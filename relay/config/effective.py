@@ -1,5 +1,6 @@
 """The effective configuration as the text of a config.toml, with defaults; secrets appear as `<secret>`."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,16 @@ def effective(config: Config) -> dict[str, Any]:
     tables = _table(config)
     tables["sources"] = {name: effective_source(source) for name, source in config.sources.items()}
     return tables
+
+
+_SHARED = ("retention", "workers", "sources", "destinations")
+"""Tables that all nodes of a cluster should have in common."""
+
+
+def shared_digest(config: Config) -> bytes:
+    """Return a digest of the tables that the nodes of a cluster should share; secrets do not count."""
+    shared = {name: table for name, table in effective(config).items() if name in _SHARED}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).digest()
 
 
 def effective_source(source: SourceConfig) -> dict[str, Any]:

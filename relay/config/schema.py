@@ -197,6 +197,24 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     )
 
 
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """`[cluster]`: this daemon as one of several nodes on a PostgreSQL database."""
+
+    node: Annotated[
+        str,
+        _check(validators.printable),
+        _help('the name of this node in lists and logs; `""`: the host name. It need not be unique'),
+    ] = ""
+    lease: Annotated[
+        Duration,
+        _check(validators.lease),
+        _help(
+            "other nodes take over the work of a node that has not answered for this long, or for twice a "
+            "destination's `timeout` if that is longer; at least 3 s, the same on all nodes"
+        ),
+    ] = 30.0
+
+
 class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[backup]`: copies of the database, made while it works."""
 
@@ -582,6 +600,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     admin: Admin = Admin()
     storage: Storage = Storage()
     retention: Retention = Retention()
+    cluster: Cluster = Cluster()
     backup: BackupConfig = BackupConfig()
     log: Log = Log()
     plugins: Plugins = Plugins()

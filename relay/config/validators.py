@@ -19,6 +19,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)  # RFC 9110, 5.6.2
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _PORTS = range(65_536)
 _FAILURES = range(300, 600)  # HTTP statuses
+_SHORTEST_LEASE = 3.0  # seconds
 _GONE = 410
 _HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*", re.ASCII)
 _USUAL_PORTS = {"http": ":80", "https": ":443"}
@@ -94,6 +95,20 @@ def file_name(text: str) -> str:
     if not text.isprintable():
         raise ValueError("a file name must not contain control characters")
     return text
+
+
+def printable(text: str) -> str:
+    """Check a name that people read."""
+    if not text.isprintable():
+        raise ValueError("a name may not hold control characters")
+    return text
+
+
+def lease(seconds: float) -> float:
+    """Check how long a node owns its lanes without a renewal; it renews once a second."""
+    if seconds < _SHORTEST_LEASE:
+        raise ValueError("a lease shorter than 3s would end before it can be renewed")
+    return seconds
 
 
 def storage(text: str) -> str:

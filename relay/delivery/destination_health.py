@@ -60,10 +60,10 @@ class DestinationHealth:
 
     def held_at(self, now: int) -> str | None:
         """Return why deliveries are held at this time (steady clock), or None if they are not held."""
-        if self.owned_until <= now:  # the node could not renew its ownership, or has none
-            return NO_STORAGE if self.owned_until else ELSEWHERE
         if self._stored_hold is not None:
             return self._stored_hold
+        if self.owned_until <= now:  # the node could not renew its ownership, or has none
+            return NO_STORAGE if self.owned_until else ELSEWHERE
         if self.rest_until > now:
             return self._rest_reason
         if self.circuit.limit(now) == 0:
@@ -124,11 +124,15 @@ class DestinationHealth:
 
         If the destination was failing, attempts begin one at a time, and the next failure opens the circuit.
         """
-        self.state = state
-        self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
+        self.note(state)
         self.rest_until = 0
         self.circuit.restart(careful=state.failing_since is not None)
         self._set_gauges()
+
+    def note(self, state: DestinationState) -> None:
+        """Keep the state that the owner of the lane has stored, to show it."""
+        self.state = state
+        self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
 
     async def set_by_operator(self, state: DestinationState) -> None:
         """Apply and store an operator's decision; resuming ends a rest, forgets failures and probes."""

@@ -2,11 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from typing import Any
+
+import msgspec
 
 from relay.delivery.dispatcher import Dispatcher
-from relay.errors import StorageError
+from relay.delivery.lane import Lane
+from relay.errors import StorageError, UnknownError
 from relay.model import DestinationState
 from relay.process.logs import fields
 from relay.store import Ownership, Store
@@ -14,6 +18,9 @@ from relay.store import Ownership, Store
 log = logging.getLogger("relay.delivery")
 
 RENEW_EVERY = 1.0  # seconds
+
+STEER, CLOSE_CIRCUIT = "pause or resume", "close the circuit"
+"""What operators ask the owner of a lane."""
 
 
 class Owner:
@@ -32,12 +39,62 @@ class Owner:
     async def start(self) -> None:
         """Take lanes now and from then on; returns after the first attempt."""
         if not self._store.nodes.alone:
+            self._store.nodes.attend(self)
             await self._try_to_renew()
             self._task = asyncio.create_task(self._renew_for_ever())
 
-    def wake(self) -> None:
-        """Renew now instead of within a second: a lane may be free."""
+    def wake(self, lanes: Collection[str] | None, *, retries: bool = False) -> None:
+        """See `Attendant.wake`."""
+        for name in self._dispatcher.lanes if lanes is None else lanes:
+            lane = self._dispatcher.lanes.get(name)
+            if lane is not None and lane.is_owned:
+                lane.wake()
+                if retries:
+                    lane.wake(retries=True)
+
+    def renew_soon(self) -> None:
+        """See `Attendant.renew_soon`."""
         self._due.set()
+
+    async def answer(self, lane: str, verb: str, argument: Any) -> Any:
+        """See `Attendant.answer`."""
+        found = self._dispatcher.lanes.get(lane)
+        if found is None or not found.is_owned:
+            raise UnknownError(f"{lane}: another node delivers to it now", hint="try again")
+        if verb == STEER:
+            return await self.steer(found, argument)
+        if verb == CLOSE_CIRCUIT:
+            return await self.close_circuit(found, argument)
+        raise UnknownError(f"{lane}: this node does not know how to {verb}", hint="update this node")
+
+    async def steer(self, lane: Lane, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Change the state of a destination for an operator, on the node that owns its lane.
+
+        `change` has the new values of fields of `DestinationState`. Returns fields of the destination then.
+
+        Raises:
+            StorageError: the state could not be stored, or the node that owns the lane does not answer.
+        """
+        if not lane.is_owned:
+            shown: dict[str, Any] = await self._store.nodes.ask(lane.name, STEER, change)
+            return {**shown, "node": lane.node} if lane.node else shown
+        state = msgspec.structs.replace(lane.health.state, **change)
+        if lane.health.state.disabled_at is not None and state.disabled_at is not None:
+            state = msgspec.structs.replace(state, disabled_at=lane.health.state.disabled_at)
+        await lane.set_state(state)
+        health = lane.health
+        return {
+            "held": lane.held,
+            "paused_by": health.paused_by,
+            "paused_until": health.paused_until,
+            "in_flight": lane.in_flight,
+        }
+
+    async def close_circuit(self, lane: Lane, reason: str) -> bool:
+        """Close an open circuit on the node that owns the lane; see `Lane.close_circuit`."""
+        if not lane.is_owned:
+            return bool(await self._store.nodes.ask(lane.name, CLOSE_CIRCUIT, reason))
+        return await lane.close_circuit(reason)
 
     async def leave(self) -> None:
         """Hand over every lane once its attempts in flight have ended; renew until `stop`."""
@@ -67,22 +124,25 @@ class Owner:
         wanted = {name: lane.config.timeout for name, lane in lanes.items()}
         owned = await store.nodes.own(wanted, self._jobs())
         gained = {name for name in owned.until if name in lanes and not lanes[name].is_owned}
-        states = await store.queries.destination_states() if gained else {}
+        is_needed = gained or len(owned.until) < len(lanes)  # the states of all other lanes are only shown
+        states = await store.queries.destination_states() if is_needed else {}
         self._apply(owned, gained, states)
 
     def _apply(self, owned: Ownership, gained: Collection[str], states: dict[str, DestinationState]) -> None:
         for name, lane in self._dispatcher.lanes.items():
             until = owned.until.get(name)
+            state = states.get(name) or DestinationState(name=name)
             if until is None:
                 if lane.is_owned:
                     extra = fields(destination=name)
                     log.warning("%s: lost the lane to another node", name, extra=extra)
                 lane.disown(owned.elsewhere.get(name, ""))
+                lane.health.note(state)
             elif name in self._hand_overs or name in owned.hand_over:
                 pass
             elif name in gained:
                 log.info("%s: this node runs the lane", name, extra=fields(destination=name))
-                lane.own(until, states.get(name) or DestinationState(name=name))
+                lane.own(until, state)
             else:
                 lane.own(until, None)
         for name in owned.hand_over:

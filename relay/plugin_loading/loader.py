@@ -19,7 +19,7 @@ from relay.config.binding import WRONG, Binder
 from relay.config.document import read
 from relay.config.installed_service import Given
 from relay.config.problems import ConfigError, KeyPath, Problem, check_again, faults_of, guess, shown
-from relay.config.schema import Admin, Config, SourceConfig, Storage
+from relay.config.schema import Admin, Cluster, Config, SourceConfig, Storage
 from relay.config.tables import bind_tables, named_tables
 from relay.errors import Refusal, RestartNeededError
 from relay.formats import Format
@@ -35,6 +35,7 @@ _AT_START = {
     "server": ("listen", "implementation"),
     "admin": Admin.__struct_fields__,
     "storage": Storage.__struct_fields__,
+    "cluster": Cluster.__struct_fields__,
     "plugins": ("dirs",),
 }
 """Keys, by table, that only a restart applies; `state_dir` is another."""

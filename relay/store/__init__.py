@@ -518,6 +518,19 @@ class Nodes(Protocol):
         """
         ...
 
+    def attend(self, attendant: "Attendant") -> None:
+        """Set the object that hears of the other nodes; call it before the first `own`."""
+        ...
+
+    async def ask(self, lane: str, verb: str, argument: Any) -> Any:
+        """Let the node that owns a lane do what an operator asks, and return its answer.
+
+        Raises:
+            StorageUnavailableError: no node has answered in time.
+            RelayError: the owner refused.
+        """
+        ...
+
     async def give(self, lanes: Collection[str]) -> None:
         """Let other nodes take lanes; call it after the outcomes of their attempts are stored."""
         ...
@@ -532,6 +545,26 @@ class Nodes(Protocol):
 
     async def leave(self) -> None:
         """Take no more lanes, and let other nodes plan without this one; before the last attempts end."""
+        ...
+
+
+class Attendant(Protocol):
+    """Hears of the other nodes. A node that is alone never calls it."""
+
+    def wake(self, lanes: Collection[str] | None, *, retries: bool = False) -> None:
+        """Look for due deliveries of lanes that this node owns; None: of all of them."""
+        ...
+
+    def renew_soon(self) -> None:
+        """Call `Nodes.own` at once: a lane may be free."""
+        ...
+
+    async def answer(self, lane: str, verb: str, argument: Any) -> Any:
+        """Do what an operator asked another node, and return the answer, as JSON values.
+
+        Raises:
+            RelayError: it cannot be done.
+        """
         ...
 
 

@@ -1,12 +1,14 @@
 """Nodes: the daemons that share stored data. One node alone owns every lane and every job."""
 
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from relay import __version__
 from relay.base.clock import Clock
+from relay.errors import UnknownError
 from relay.model import Node
-from relay.store import FOREVER, Ownership
+from relay.store import FOREVER, Attendant, Ownership
 
 
 class OneNode:
@@ -14,14 +16,24 @@ class OneNode:
 
     alone = True
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, name: str = "", digest: Callable[[], bytes] = lambda: b"") -> None:
         self._clock = clock
+        self._name = name or socket.gethostname()
+        self._digest = digest  # of the config
         self._started_at = clock.wall()
 
     async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
         """See `Nodes.own`; every lane is owned for ever."""
         _ = jobs
         return Ownership(until=dict.fromkeys(lanes, FOREVER))
+
+    def attend(self, attendant: Attendant) -> None:
+        """See `Nodes.attend`; there is no other node to hear of."""
+
+    async def ask(self, lane: str, verb: str, argument: Any) -> Any:
+        """See `Nodes.ask`; this node owns every lane of its config."""
+        _ = argument
+        raise UnknownError(f"{lane}: no node delivers to it; cannot {verb}")
 
     async def give(self, lanes: Collection[str]) -> None:
         """See `Nodes.give`; no other node takes lanes."""
@@ -33,10 +45,16 @@ class OneNode:
 
     async def all(self) -> tuple[Node, ...]:
         """See `Nodes.all`."""
-        name = socket.gethostname()
-        now = self._clock.wall()
-        node = Node(name=name, version=__version__, started_at=self._started_at, seen_at=now, is_self=True)
-        return (node,)
+        return (
+            Node(
+                name=self._name,
+                version=__version__,
+                started_at=self._started_at,
+                seen_at=self._clock.wall(),
+                is_self=True,
+                config=self._digest().hex(),
+            ),
+        )
 
     async def leave(self) -> None:
         """See `Nodes.leave`; no other node waits for that."""

@@ -54,6 +54,9 @@ def make_store(
     durability: Literal["full", "normal"] = "full",
     min_free: int = 0,
     reserve: int = 0,
+    node: str = "",
+    lease: float = 30.0,
+    digest: Callable[[], bytes] = lambda: b"",
 ) -> Store:
     """Make a store that is not open yet.
 
@@ -73,6 +76,9 @@ def make_store(
         durability: `normal` may lose the last commits at a power failure, never at a crash of the process.
         min_free: bytes of the disk that senders cannot fill.
         reserve: bytes kept in a file that is deleted when the disk is full.
+        node: name of this node in lists; "": the host name.
+        lease: seconds after which other nodes take over the lanes of a node that does not answer.
+        digest: returns the digest of the configuration that all nodes should share.
 
     Raises:
         RelayError: no engine supports the URL.
@@ -80,6 +86,7 @@ def make_store(
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above
 
+    _ = lease  # one node needs none
     path = path_of(url, folder)
     return SqliteStore(
         path,
@@ -93,6 +100,8 @@ def make_store(
         observe_requests=observe_requests,
         on_fatal=on_fatal,
         full=durability == "full",
+        node=node,
+        digest=digest,
         disk=Disk(path, floor=min_free, ballast=reserve),
     )
 

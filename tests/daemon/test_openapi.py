@@ -194,7 +194,17 @@ async def test_every_response_matches_its_schema(relay, recorder):
     id_ = await populate(relay, recorder)
     for path in ("/health", "/ready", "/metrics", "/api/openapi.json", "/api/status", "/api/config"):
         await ask("GET", path)
-    for path in ("plugins", "jobs", "db", "doctor", "stats", "sources", "sources/adorn", "destinations"):
+    for path in (
+        "plugins",
+        "jobs",
+        "nodes",
+        "db",
+        "doctor",
+        "stats",
+        "sources",
+        "sources/adorn",
+        "destinations",
+    ):
         await ask("GET", f"/api/{path}")
     for path in ("destinations/crm", "events", "deliveries", "attempts", "workers"):
         assert (await ask("GET", f"/api/{path}")).json != {"items": [], "next_cursor": None}

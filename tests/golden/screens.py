@@ -147,6 +147,14 @@ def worker(number, status="ONLINE", **more):
     }  # fmt: skip
 
 
+def node(name, jobs, lanes, **more):
+    """Return a node of a cluster."""
+    return {
+        "name": name, "version": "1.4.0", "is_self": False, "started_at": at(-86_400), "seen_at": at(-0.5),
+        "lanes": list(lanes), "jobs": list(jobs), "config": "2c26b46b68ff", **more,
+    }  # fmt: skip
+
+
 def job(name, every, **more):
     """Return a job."""
     return {
@@ -296,6 +304,10 @@ ANSWERS = {
             error="ConnectionError: cannot connect to s3.example.com:443: Connection refused",
         ),
     ),
+    "nodes": page(
+        node("eu-1", ("backup", "ledger"), ("crm-production-eu-west-1", LONG, "slack"), is_self=True),
+        node("eu-2", ("forget", "retention"), ("crm-production-eu-west-2",), config="9f86d081884c"),
+    ),
     "stats": page(
         *(
             {
@@ -355,6 +367,7 @@ SCREENS = {
     "workers-list": "workers list",
     "workers-show": "workers show whatsapp w",
     "jobs-list": "jobs list",
+    "nodes": "nodes",
     "stats": "stats",
     "db-status": "db status",
 }

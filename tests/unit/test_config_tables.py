@@ -4,7 +4,7 @@ import pytest
 
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.schema import Config, RetryConfig
+from relay.config.schema import AdminToken, Config, RetryConfig
 from relay.config.secrets import Secret
 from relay.config.tables import bind_tables, named_tables
 
@@ -52,7 +52,7 @@ def test_every_table_is_read(bind, tmp_path):
     assert binder.problems == []
     assert config.state_dir == tmp_path / "state"
     assert config.server.listen == "[::1]:0"
-    assert (config.admin.listen, config.admin.tokens) == ("", (Secret("hush"),))
+    assert (config.admin.listen, config.admin.tokens) == ("", (AdminToken(secret=Secret("hush")),))
     assert config.storage.durability == "normal"
     assert config.log.level == "debug"
     assert [str(path) for path in config.plugins.dirs] == [str(tmp_path / "mine"), "/ours"]

@@ -40,6 +40,8 @@ class ScriptedNodes:
         self.given = []
         self.left = False
         self.leads = set()
+        self.requests = []
+        self.owner_there = None
         self.others = ()
 
     async def own(self, lanes, jobs):
@@ -47,6 +49,13 @@ class ScriptedNodes:
         if self.error is not None:
             raise self.error
         return self.ownership
+
+    def attend(self, attendant):
+        self.attendant = attendant
+
+    async def ask(self, lane, verb, argument):
+        self.requests.append((lane, verb, argument))
+        return await self.owner_there.answer(lane, verb, argument)
 
     async def give(self, lanes):
         if self.error is not None:
@@ -220,6 +229,56 @@ async def test_a_gained_lane_has_the_state_that_the_other_node_stored(store, rec
         store.nodes.ownership = owned("crm")
         await owner.renew()
         assert (lane.held, lane.health.limit(CLOCK.steady())) == (None, 1)  # it was failing: one at a time
+
+
+async def test_an_operator_may_ask_any_node(store, receiver):
+    """Two dispatchers on one store stand for two nodes; the second one owns the lane."""
+    config, nodes = destination("crm", receiver.url), store.nodes
+    receiver.usual = (500, {})
+    async with dispatcher_for(store, config) as here, dispatcher_for(store, config) as there:
+        nodes.owner_there = owner_there = Owner(there, store, set)
+        owner, lane = Owner(here, store, set), here.lanes["crm"]
+        nodes.ownership = owned(elsewhere={"crm": "b"})
+        await owner.renew()
+        nodes.ownership = owned("crm")
+        await owner_there.renew()
+        shown = await owner.steer(lane, {"paused": True, "paused_until": None})
+        assert shown == {
+            "held": "paused", "paused_by": "operator", "paused_until": None, "in_flight": 0, "node": "b",
+        }  # fmt: skip
+        assert there.lanes["crm"].held == "paused"
+        assert (await store.queries.destination_states())["crm"].paused
+        nodes.ownership = owned(elsewhere={"crm": "b"})
+        await owner.renew()
+        assert lane.held == "paused"  # it shows what the other node stored
+        await owner.steer(lane, {"paused": False})
+        circuit = there.lanes["crm"].health.circuit
+        while not circuit.is_open:
+            circuit.record("connect", CLOCK.steady(), circuit.openings)
+        assert await owner.close_circuit(lane, "for the test")
+        assert not circuit.is_open
+        assert len(nodes.requests) == 3
+        there.lanes["crm"].disown()
+        with pytest.raises(RelayError, match="another node delivers to it now"):
+            await owner.steer(lane, {"paused": True})
+
+
+async def test_wake_ups_concern_only_lanes_of_this_node(store, receiver):
+    async with dispatcher_for(store, *(destination(name, receiver.url) for name in ("crm", "erp"))) as found:
+        owner = Owner(found, store, set)
+        store.nodes.ownership = owned("crm")
+        await owner.start()
+        assert store.nodes.attendant is owner
+        await until(lambda: all(count for count, _ in found.lanes["crm"].refills))
+        for wake in (lambda: owner.wake(("crm", "erp", "none"), retries=True), lambda: owner.wake(None)):
+            before = [count for count, _ in found.lanes["crm"].refills]
+            wake()
+            await until(lambda: found.lanes["crm"].refills[0][0] > before[0])  # noqa: B023 - waited for
+        assert [count for count, _ in found.lanes["erp"].refills] == [0, 0]
+        asked = len(store.nodes.asked)
+        owner.renew_soon()
+        await until(lambda: len(store.nodes.asked) > asked)
+        await owner.stop()
 
 
 async def test_a_node_that_is_alone_owns_every_lane_without_asking(tmp_path):

@@ -1,10 +1,11 @@
 """Leases over PostgreSQL: which node takes what, for how long it trusts that, and how lanes change hands."""
 
 import asyncio
+from functools import partial
 
 import pytest
 from postgres import database_of, drop_databases, needs_postgres
-from support import FakeClock
+from support import FakeClock, until
 
 from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageUnavailableError
@@ -140,6 +141,10 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS leases (
         name text PRIMARY KEY, incarnation uuid, epoch bigint NOT NULL DEFAULT 0,
         until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb) WITH (fillfactor = 50);
+    CREATE TABLE IF NOT EXISTS requests (
+        id uuid PRIMARY KEY, destination text NOT NULL, verb text NOT NULL, argument bytea NOT NULL,
+        asked timestamptz NOT NULL DEFAULT clock_timestamp(), taken timestamptz, answered timestamptz,
+        answer bytea, error text);
 """
 
 
@@ -172,8 +177,15 @@ class Cluster:
     async def connect(self):
         return Link(await asyncpg.connect(self.url), self)
 
-    async def join(self, name="a", lease=30.0, clock=None, lanes=("crm", "erp")):
-        node = PostgresNodes(self.connect, clock or FakeClock(), name=name, lease=lease, schema=1)
+    async def join(self, name="a", lease=30.0, clock=None, lanes=("crm", "erp"), *, listens=False):
+        node = PostgresNodes(
+            self.connect,
+            clock or FakeClock(),
+            name=name,
+            lease=lease,
+            schema=1,
+            listen=partial(asyncpg.connect, self.url) if listens else None,
+        )
         node.lanes = dict.fromkeys(lanes, 10.0)
         await node.join()
         self.nodes.append(node)
@@ -368,6 +380,48 @@ async def test_a_node_that_leaves_keeps_its_leases_until_it_gives_them(cluster):
     await first.close()  # gives its jobs
     await own(second)
     assert second.lead("sweep")
+
+
+class Attendant:
+    """What a node does for the others."""
+
+    def __init__(self):
+        self.woken, self.renewals, self.asked = [], 0, []
+
+    def wake(self, lanes, *, retries=False):
+        if lanes is not None:  # not a poll before notifications arrive
+            self.woken.append((tuple(lanes), retries))
+
+    def renew_soon(self):
+        self.renewals += 1
+
+    async def answer(self, lane, verb, argument):
+        self.asked.append((lane, verb, argument))
+        return f"{verb} done"
+
+
+@needs_postgres
+async def test_nodes_wake_and_ask_each_other(cluster):
+    first, second = await cluster.join("a", listens=True), await cluster.join("b", listens=True)
+    await until(lambda: first._wake_ups.arrives and second._wake_ups.arrives)
+    attendant = Attendant()
+    first.attend(attendant)
+    await own(first)
+    second.announce(("crm",))
+    await until(lambda: attendant.woken == [(("crm",), False)])
+    second.announce(("erp",), retries=True)
+    await until(lambda: attendant.woken[1:] == [(("erp",), True)])
+    assert await second.ask("crm", "pause", {"until": None}) == "pause done"
+    assert attendant.asked == [("crm", "pause", {"until": None})]
+
+    async def cancel(lane, ids):
+        return len(ids)
+
+    first.handle("cancel", cancel)
+    assert await second.ask("crm", "cancel", [1, 2]) == 2
+    assert attendant.renewals == 0
+    await second.give(())
+    await until(lambda: attendant.renewals == 1)
 
 
 @needs_postgres

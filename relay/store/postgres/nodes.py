@@ -8,6 +8,7 @@ of name and epoch that it took, so it never renews what it has lost.
 import asyncio
 import hashlib
 import logging
+import socket
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,8 +21,10 @@ from relay import __version__
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageError
 from relay.model import Node
-from relay.store import Ownership
+from relay.store import Attendant, Ownership
 from relay.store.postgres.clock import SLEW, ServerClock
+from relay.store.postgres.requests import Handle, Requests
+from relay.store.postgres.wakeups import Notifications, WakeUp, WakeUps
 
 log = logging.getLogger("relay.store")
 
@@ -236,14 +239,18 @@ class PostgresNodes:
         lease: float,
         schema: int,
         digest: Callable[[], bytes] = lambda: b"",
+        listen: Callable[[], Awaitable[Notifications]] | None = None,
     ) -> None:
-        """Take the length of a `lease` in seconds, and `digest`, which returns the digest of the config."""
+        """Take the length of a `lease` in seconds, and functions.
+
+        `digest` returns the digest of the config; `listen` connects for notifications.
+        """
         self.incarnation = str(uuid.uuid4())
         self.slot = 0  # after `join`
         self._connect = connect
         self._connection: Rows | None = None
         self._clock = clock
-        self._name = name
+        self._name = name or socket.gethostname()
         self._lease = lease
         self._live = min(LIVE, lease)
         self._schema = schema
@@ -254,6 +261,12 @@ class PostgresNodes:
         self._trusted: dict[str, int] = {}  # by name; steady clock
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
+        self._attendant: Attendant | None = None
+        self._wake_ups: WakeUps | None = None  # None: other nodes are not heard
+        if listen is not None:
+            self._wake_ups = WakeUps(listen, self.incarnation, self._wake)
+        self._requests = Requests(self._locked, lambda: self.announce(requests=True))
+        self._answering: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
         """Become a node: compare the clocks, and take a slot.
@@ -264,6 +277,32 @@ class PostgresNodes:
         async with self._lock:
             await self._compare_clocks()
             await self._join()
+        if self._wake_ups is not None:
+            self._wake_ups.start()
+
+    def attend(self, attendant: Attendant) -> None:
+        """See `Nodes.attend`."""
+        self._attendant = attendant
+
+    def handle(self, verb: str, handle: Handle) -> None:
+        """Set what does one of the things that other nodes ask for a lane; the attendant does the others."""
+        self._requests.handlers[verb] = handle
+
+    def announce(
+        self,
+        lanes: Iterable[str] = (),
+        *,
+        retries: bool = False,
+        leases: bool = False,
+        requests: bool = False,
+    ) -> None:
+        """Tell the other nodes, soon, what they may look for in the database; see `WakeUp`."""
+        if self._wake_ups is not None:
+            self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests)
+
+    async def ask(self, lane: str, verb: str, argument: Any) -> Any:
+        """See `Nodes.ask`."""
+        return await self._requests.ask(lane, verb, argument)
 
     async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
         """See `Nodes.own`."""
@@ -283,12 +322,14 @@ class PostgresNodes:
             ]
             if not self._has_left:
                 await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
+        self._answer_requests()
         return self._ownership(leases, peers)
 
     async def give(self, lanes: Collection[str]) -> None:
         """See `Nodes.give`."""
         async with self._lock:
             await self._give([name for name in map(_lane, lanes) if name in self._held])
+        self.announce(leases=True)
 
     def lead(self, job: str) -> bool:
         """See `Nodes.lead`."""
@@ -336,11 +377,45 @@ class PostgresNodes:
 
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
+        await self._requests.stop()
         async with self._lock:
             with suppress(StorageError):  # the leases end on their own
                 await self._give(list(self._held))
                 await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
             await self._disconnect()
+        if self._wake_ups is not None:
+            self.announce(leases=True)
+            await self._wake_ups.stop()
+
+    def _wake(self, heard: WakeUp) -> None:
+        """Act on what another node announced."""
+        attendant = self._attendant
+        if attendant is None:
+            return
+        if heard.lanes or heard.is_poll:
+            attendant.wake(None if heard.is_poll else heard.lanes, retries=heard.retries)
+        if heard.leases:
+            attendant.renew_soon()
+        if heard.requests or heard.is_poll:
+            self._answer_requests()
+
+    def _answer_requests(self) -> None:
+        """Look for requests to the lanes of this node, in the background."""
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer_all())
+
+    async def _answer_all(self) -> None:
+        if self._attendant is None:
+            return
+        try:
+            await self._requests.answer(self.owned, self._attendant.answer)
+            await self._requests.clean()
+        except Exception as error:  # noqa: BLE001 - the nodes that ask notice that nobody answers
+            log.debug("cannot look for requests of other nodes: %s", error)
+
+    async def _locked(self, sql: str, *values: Any) -> Sequence[Any]:
+        async with self._lock:
+            return await self._fetch(sql, *values)
 
     async def _fetch(self, sql: str, *values: Any) -> Sequence[Any]:
         try:

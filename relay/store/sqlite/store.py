@@ -69,6 +69,8 @@ class SqliteStore:
         on_fatal: Callable[[str], None],
         full: bool,
         disk: Disk,
+        node: str,
+        digest: Callable[[], bytes],
     ) -> None:
         self.path = path
         self.location = str(path)
@@ -86,7 +88,7 @@ class SqliteStore:
         self.queries = PagedQueries(SqliteReader(self.database))
         self.ledger = SqliteLedger(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
-        self.nodes = OneNode(clock)
+        self.nodes = OneNode(clock, node, digest)
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
         )

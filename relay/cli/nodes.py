@@ -1,0 +1,33 @@
+"""`relay nodes`."""
+
+from typing import Any
+
+import click
+
+from relay.cli import screen
+from relay.cli.endpoint import endpoint
+from relay.cli.options import quiet_option
+from relay.cli.output import print_page
+
+COLUMNS = ("name", "version", "started_at", "seen_at", "config", "jobs", "lanes")
+
+_SHAPE = (
+    screen.text("name", least=12, long="middle"), screen.word("version"),
+    screen.moment("started_at", "started", rank=1), screen.moment("seen_at", "seen", rank=2),
+    screen.word("config"), screen.text("jobs", least=12, long="wrap"),
+    screen.text("lanes", least=16, long="wrap"),
+)  # fmt: skip
+
+
+@click.command()
+@quiet_option
+@endpoint("GET nodes")
+def nodes(answer: Any, *, quiet: bool) -> None:
+    """List the nodes that share the database, with the lanes and jobs that each runs.
+
+    Example: relay nodes
+
+    Nodes with different values of CONFIG have different sources, destinations or rules. With SQLite,
+    there is one node.
+    """
+    print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")

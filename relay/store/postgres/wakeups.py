@@ -1,0 +1,194 @@
+"""Wake-ups: a node tells the others which lanes have new deliveries, and hears that from them.
+
+They are sent after the commit, on a connection of their own: PostgreSQL runs the commits of transactions with
+NOTIFY one after another, which made 32 writers 9 times slower (pgbench). A lost wake-up costs a poll.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+log = logging.getLogger("relay.store")
+
+CHANNEL = "relay"
+PAUSE = 0.02  # seconds between two notifications of a node
+POLL = 0.25  # seconds between looks at the database while notifications do not arrive
+PROBE_EVERY = 10.0  # seconds between checks whether notifications arrive
+PROBE_TIMEOUT = 2.0
+TIMEOUT = 5.0  # seconds of one statement
+RETRY = 1.0  # seconds until the next attempt to connect
+MOST_BYTES = 7000
+"""Bytes of names in one notification; PostgreSQL allows 8,000 for the payload."""
+
+
+class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What another node announces."""
+
+    sender: str  # incarnation
+    lanes: tuple[str, ...] = ()  # destinations with deliveries that are due now
+    retries: bool = False  # these are retries, too
+    leases: bool = False  # a lease may be free
+    requests: bool = False  # a request of an operator waits for the owner of a lane
+    is_poll: bool = False  # not announced: notifications do not arrive, so anything may have happened
+    probe: int = 0  # sent by a node to itself
+
+
+class Notifications(Protocol):
+    """A connection of asyncpg, as far as wake-ups use it."""
+
+    async def add_listener(self, channel: str, callback: Callable[..., None]) -> None:
+        """Listen on a channel."""
+        ...
+
+    async def execute(self, query: str, *args: Any) -> str:
+        """Run a statement."""
+        ...
+
+    def terminate(self) -> None:
+        """Close the connection at once."""
+        ...
+
+
+class WakeUps:
+    """Sends and receives wake-ups, until `stop`."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Notifications]],
+        sender: str,
+        on_wake_up: Callable[[WakeUp], None],
+    ) -> None:
+        self.arrives = False  # whether notifications arrive
+        self._connect = connect
+        self._sender = sender
+        self._on_wake_up = on_wake_up
+        self._connection: Notifications | None = None
+        self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
+        self._leases = self._requests = False
+        self._due = asyncio.Event()  # something is to be announced
+        self._probe = 0  # number of the latest probe
+        self._answered = asyncio.Event()  # the latest probe has arrived
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Connect and listen in the background."""
+        self._tasks = [asyncio.create_task(work()) for work in (self._listen, self._send, self._poll)]
+
+    async def stop(self) -> None:
+        """Send what waits, if possible, and disconnect."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(Exception):
+            await self._flush()
+        self._disconnect()
+
+    def announce(
+        self,
+        lanes: Iterable[str] = (),
+        *,
+        retries: bool = False,
+        leases: bool = False,
+        requests: bool = False,
+    ) -> None:
+        """Tell the other nodes, soon and together with other announcements."""
+        self._lanes[retries].update(lanes)
+        self._leases |= leases
+        self._requests |= requests
+        self._due.set()
+
+    async def _listen(self) -> None:
+        """Keep a connection that listens, and check that notifications arrive."""
+        while True:
+            try:
+                self._connection = await self._connect()
+                async with asyncio.timeout(TIMEOUT):
+                    await self._connection.add_listener(CHANNEL, self._receive)
+                self._due.set()
+                while True:
+                    await self._check()
+                    await asyncio.sleep(PROBE_EVERY)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the node polls meanwhile
+                log.debug("wake-ups do not arrive: %s", error)
+            self.arrives = False
+            self._disconnect()
+            await asyncio.sleep(RETRY)
+
+    async def _check(self) -> None:
+        """Send a probe to this node. A pooler in transaction mode lets no notification through."""
+        self._probe += 1
+        self._answered.clear()
+        await self._notify(WakeUp(self._sender, probe=self._probe))
+        try:
+            await asyncio.wait_for(self._answered.wait(), PROBE_TIMEOUT)
+        except TimeoutError:
+            if self.arrives:
+                log.warning("notifications of PostgreSQL do not arrive; looking every %g s instead", POLL)
+            self.arrives = False
+        else:
+            self.arrives = True
+
+    def _receive(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+        try:
+            heard = msgspec.json.decode(payload, type=WakeUp)
+        except msgspec.DecodeError:
+            log.debug("a notification on the channel %s is not from a relay", CHANNEL)
+            return
+        if heard.sender != self._sender:
+            self._on_wake_up(heard)
+        elif heard.probe == self._probe:
+            self._answered.set()
+
+    async def _send(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            with suppress(Exception):  # the next look at the database finds the same
+                await self._flush()
+            await asyncio.sleep(PAUSE)
+
+    async def _flush(self) -> None:
+        if self._connection is None:  # sent once it is connected
+            return
+        lanes, leases, requests = self._lanes, self._leases, self._requests
+        self._lanes, self._leases, self._requests = {False: set(), True: set()}, False, False
+        for retries, names in lanes.items():
+            for portion in _portions(sorted(names)):
+                await self._notify(WakeUp(self._sender, portion, retries))
+        if leases or requests:
+            await self._notify(WakeUp(self._sender, leases=leases, requests=requests))
+
+    async def _notify(self, message: WakeUp) -> None:
+        assert self._connection is not None  # noqa: S101 - the callers have checked it
+        payload = msgspec.json.encode(message).decode()
+        async with asyncio.timeout(TIMEOUT):
+            await self._connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL)
+            if not self.arrives:
+                self._on_wake_up(WakeUp("", is_poll=True))
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+
+def _portions(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Divide names into portions that fit into one notification each."""
+    portion: list[str] = []
+    size = 0
+    for name in names:
+        size += len(name) + 3
+        if size > MOST_BYTES:
+            yield tuple(portion)
+            portion, size = [], len(name) + 3
+        portion.append(name)
+    if portion:
+        yield tuple(portion)

@@ -1,0 +1,125 @@
+"""Wake-ups over PostgreSQL: sent together, heard by the other nodes, replaced by polls if they get lost."""
+
+import asyncio
+from unittest.mock import patch
+
+import pytest
+from postgres import database_of, drop_databases, needs_postgres
+from support import until
+
+from relay.store.postgres import wakeups
+from relay.store.postgres.wakeups import WakeUp, WakeUps
+
+asyncpg = pytest.importorskip("asyncpg")
+
+
+class Deaf:
+    """A connection through a pooler in transaction mode: LISTEN has no effect."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    async def add_listener(self, channel, callback):
+        pass
+
+    async def execute(self, *args):
+        return await self.connection.execute(*args)
+
+    def terminate(self):
+        self.connection.terminate()
+
+
+@pytest.fixture
+async def make(tmp_path):
+    url, made = database_of(tmp_path), []
+
+    def make(sender, *, is_deaf=False):
+        async def connect():
+            connection = await asyncpg.connect(url)
+            return Deaf(connection) if is_deaf else connection
+
+        heard = []
+        node = WakeUps(connect, sender, heard.append)
+        node.heard = heard
+        node.start()
+        made.append(node)
+        return node
+
+    yield make
+    for node in made:
+        await node.stop()
+    drop_databases()
+
+
+@needs_postgres
+async def test_the_other_nodes_hear_an_announcement(make):
+    first, second = make("a"), make("b")
+    await until(lambda: first.arrives and second.arrives)
+    first.heard.clear()
+    second.heard.clear()
+    for name in ("crm", "erp", "crm"):
+        first.announce((name,))
+    await until(lambda: second.heard)
+    assert second.heard == [WakeUp("a", lanes=("crm", "erp"))]
+    first.announce(leases=True)
+    first.announce(requests=True)
+    await until(lambda: len(second.heard) == 2)
+    assert second.heard[1] == WakeUp("a", leases=True, requests=True)
+    first.announce(("crm",), retries=True)
+    await until(lambda: len(second.heard) == 3)
+    assert second.heard[2] == WakeUp("a", lanes=("crm",), retries=True)
+    assert first.heard == []
+
+
+@needs_postgres
+async def test_many_announcements_are_few_notifications(make):
+    first, second = make("a"), make("b")
+    await until(lambda: first.arrives and second.arrives)
+    second.heard.clear()
+    for number in range(2000):
+        first.announce((f"destination-{number % 1000}",))
+        if number % 100 == 0:
+            await asyncio.sleep(0)
+    names = {f"destination-{number}" for number in range(1000)}
+    await until(lambda: {name for message in second.heard for name in message.lanes} == names)
+    assert len(second.heard) <= 6
+
+
+@needs_postgres
+async def test_what_is_announced_while_disconnected_is_sent_later(make):
+    second = make("b")
+    await until(lambda: second.arrives)
+    first = make("a")
+    first.announce(("crm",))
+    await until(lambda: WakeUp("a", lanes=("crm",)) in second.heard)
+
+
+@needs_postgres
+async def test_a_lost_connection_is_replaced_and_polled_meanwhile(make):
+    with patch.object(wakeups, "PROBE_EVERY", 0.05), patch.object(wakeups, "RETRY", 0.3):
+        node = make("a")
+        await until(lambda: node.arrives)
+        node.heard.clear()
+        node._connection.terminate()
+        await until(lambda: node.heard and not node.arrives)
+        assert node.heard[0] == WakeUp("", is_poll=True)
+        await until(lambda: node.arrives)
+
+
+@needs_postgres
+async def test_behind_a_pooler_a_node_looks_every_quarter_second(make):
+    with patch.object(wakeups, "PROBE_TIMEOUT", 0.1):
+        deaf, other = make("a", is_deaf=True), make("b")
+        await until(lambda: other.arrives and len(deaf.heard) >= 3)
+        assert not deaf.arrives
+        assert set(deaf.heard) == {WakeUp("", is_poll=True)}
+        deaf.announce(("crm",))
+        await until(lambda: WakeUp("a", lanes=("crm",)) in other.heard)
+
+
+def test_names_are_divided_into_portions():
+    names = [f"{number:063d}" for number in range(300)]
+    portions = list(wakeups._portions(names))
+    assert [name for portion in portions for name in portion] == names
+    assert all(sum(map(len, portion)) <= wakeups.MOST_BYTES for portion in portions)
+    assert len(portions) == 3
