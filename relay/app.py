@@ -442,6 +442,8 @@ class App:
     async def _check_disk(self) -> None:
         """Refuse senders while less than `min_free_disk` is free; stored events are still delivered."""
         space = await self.store.upkeep.check_disk()
+        if space is None:
+            return
         full = space.is_full
         if full != self.ingest.admission.disk_full:
             log.log(

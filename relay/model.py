@@ -390,11 +390,12 @@ class Compacted(msgspec.Struct, kw_only=True, frozen=True):
 class Measured(msgspec.Struct, kw_only=True, frozen=True):
     """Contents and sizes of a database."""
 
-    path: str
+    path: str  # of the file, or the host and name of the database
+    engine: str  # with its version
     version: int  # of the schema
-    bytes: int  # of the file
-    free: int  # bytes in the file that new data will reuse
-    log: int  # bytes of the write-ahead log beside it
+    bytes: int  # of the file or database
+    free: int | None = None  # bytes in the file that new data will reuse; None: there is no file
+    log: int | None = None  # bytes of the write-ahead log beside it; None: likewise
     events: int
     oldest: int | None  # time of receipt of the oldest event, wall clock
     newest: int | None

@@ -1,7 +1,7 @@
 """The database: its size, backups, compaction, and the doctor's checks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -10,7 +10,7 @@ from relay import doctor
 from relay.api.context import Context
 from relay.api.endpoints import Lines, endpoint
 from relay.api.responses import stream_lines
-from relay.api.views import Time
+from relay.api.views import Time, about
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
 from relay.jobs.backups import described
 from relay.model import Backup, Check, Compacted
@@ -27,16 +27,17 @@ class BackupFileView(msgspec.Struct):
 class DatabaseView(msgspec.Struct):
     """Contents and size of the database, and its backups."""
 
-    path: str
+    path: Annotated[str, about("File, or host and name of the database.")]
+    engine: Annotated[str, about("Database engine with its version.")]
     version: int
     bytes: int
-    free: int
-    log: int
+    free: Annotated[int | None, about("Free bytes in the file; null: PostgreSQL.")]
+    log: Annotated[int | None, about("Bytes of the write-ahead log; null: PostgreSQL.")]
     events: int
     oldest: Time | None
     newest: Time | None
     pending: int
-    sqlite: str
+    sqlite: Annotated[str | None, about("Version of SQLite; null: another engine.")]
     backups: tuple[BackupFileView, ...]
 
 

@@ -53,12 +53,13 @@ def status(daemon: Daemon | Offline, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
-    sizes = {name: render_size(answer[name]) for name in ("bytes", "free", "log")}
+    sizes = {name: render_size(answer[name]) for name in ("bytes", "free", "log") if answer[name] is not None}
     fields = {**{name: value for name, value in answer.items() if name != "backups"}, **sizes}
+    size = sizes["bytes"] if "log" not in sizes else "{bytes}, {free} of it free; log {log}".format(**sizes)
     shown = [
         Field("Database", answer["path"]),
-        Field("Size", f"{sizes['bytes']}, {sizes['free']} of it free; log {sizes['log']}"),
-        Field("Version", f"tables {answer['version']}, SQLite {answer['sqlite']}"),
+        Field("Size", size),
+        Field("Version", f"tables {answer['version']}, {answer['engine']}"),
         Field("Events", screen.number_text(answer["events"])),
         Field("Oldest", screen.full_time(answer["oldest"])),
         Field("Newest", screen.full_time(answer["newest"])),

@@ -1,7 +1,6 @@
 """Periodic backups: the latest `keep` are kept; older ones are deleted after a newer one is verified."""
 
 import logging
-import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -47,7 +46,8 @@ def described(measured: Measured, made: Mapping[Path, float]) -> dict[str, Any]:
         {"path": str(path), "bytes": path.stat().st_size, "made_at": rfc3339(int(moment * SECOND))}
         for path, moment in made.items()
     ]
-    return {**described, "sqlite": sqlite3.sqlite_version, "backups": backups}
+    name, _, version = measured.engine.partition(" ")
+    return {**described, "sqlite": version if name == "SQLite" else None, "backups": backups}
 
 
 def oldest_first(made: Mapping[Path, float], now: float) -> list[Path]:

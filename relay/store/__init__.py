@@ -427,8 +427,11 @@ class DiskSpace(msgspec.Struct, frozen=True):
 class Upkeep(Protocol):
     """Retention, backups, checks and sizes."""
 
-    async def check_disk(self) -> DiskSpace:
-        """Read the free space; writes the reserve file again if there is room for it."""
+    async def check_disk(self) -> DiskSpace | None:
+        """Read the free space; writes the reserve file again if there is room for it.
+
+        Returns None if the data is not on a disk of this machine; a full disk then refuses commits.
+        """
         ...
 
     async def prune(self, policy: Policy, seconds: float = 45.0) -> Pruned:

@@ -332,6 +332,7 @@ ANSWERS = {
         "newest": at(-1),
         "pending": 1221,
         "sqlite": "3.40.1",
+        "engine": "SQLite 3.40.1",
         "backups": [
             {
                 "path": "/var/lib/relay/backups/relay-20260131.db",

@@ -37,6 +37,6 @@ def measure(path: Path, stop: Stop) -> Measured:
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"{path} cannot be read: {error}", hint=f"relay db check {path}") from error
     return Measured(
-        path=str(path), version=version, bytes=size, free=free, log=log_size, events=events,
-        oldest=oldest, newest=newest, pending=pending,
+        path=str(path), engine=f"SQLite {sqlite3.sqlite_version}", version=version, bytes=size, free=free,
+        log=log_size, events=events, oldest=oldest, newest=newest, pending=pending,
     )  # fmt: skip

@@ -1,0 +1,599 @@
+"""The statements of lists, selections and exports over PostgreSQL.
+
+Tables are partitioned by row ids, which carry the time. A path compares the columns of its index and the row
+id as one row, and sorts by all of them. So only that index serves a statement, whatever the planner believes
+about the data, and partitions outside of the range of row ids are not read.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from relay.model import OPERATOR_SOURCE, DeliveryState, DestinationState, Selection, Stat, StoredEvent
+from relay.store import Span
+from relay.store.export import DELIVERY_FIELDS, DeliveryLine, lines_of
+from relay.store.postgres.connection import Database
+from relay.store.postgres.rows import EPOCH, first_id, stored_event, uuid_of
+from relay.store.queries import PagedQueries
+from relay.store.queries.reader import MOST_NAMED, Conditions, Path, Row
+from relay.store.rows import EVENT_COLUMNS
+
+EARLY = f"received_at > (id >> 22) * 1000 + 1000 + {EPOCH}"
+LATE = f"received_at < (id >> 22) * 1000 + {EPOCH} - 60000000"
+"""Events whose time of receipt is after that of their row id, or more than a minute before it: imports, and
+events from before and after a change of the clock. Both conditions have partial indexes."""
+
+STATES: tuple[str, ...] = get_args(DeliveryState)
+SLACK = 60_000_000  # microseconds, as in `LATE`
+MOST_ODD = 2000
+"""`EARLY` or `LATE` events whose row ids are compared; with more of them, all row ids are searched."""
+
+DAY = 86_400_000 << 22
+"""Difference of two row ids that are a day apart."""
+
+OF_EVENTS_SQL = f"""
+    WITH late AS MATERIALIZED (
+        SELECT event_id, id, destination FROM deliveries
+         WHERE id - event_id > {DAY} AND event_id BETWEEN $2 AND $3 AND event_id = ANY($1::bigint[]))
+    SELECT e.id, found.ids, found.names, found.states
+      FROM unnest($1::bigint[]) AS e (id)
+     CROSS JOIN LATERAL (
+           SELECT array_agg(d.id) AS ids, array_agg(d.destination) AS names,
+                  array_agg((SELECT x.state FROM ends AS x WHERE x.delivery_id = d.id)) AS states
+             FROM (SELECT id, destination FROM deliveries
+                    WHERE event_id = e.id AND id >= e.id - {DAY} AND id <= e.id + {DAY}
+                    UNION ALL
+                   SELECT id, destination FROM late WHERE event_id = e.id) AS d) AS found
+     WHERE found.ids IS NOT NULL
+"""  # noqa: S608 - constants
+"""The deliveries of events. Nearly all are in the partition of their event, or in one beside it.
+
+Replays may be much younger; they have a partial index. The aggregate keeps the planner from joining whole
+partitions, whatever it believes about their size.
+"""
+
+EVENTS_SQL = """
+    SELECT e.id AS row, 'evt_' || e.public_id AS id, e.source, e.type, left(e.subject, 256) AS subject,
+           e.received_at, e.size,
+           EXISTS (SELECT FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate
+      FROM events AS e WHERE e.id = ANY($1::bigint[]) AND e.id BETWEEN $2 AND $3
+"""
+DELIVERIES_SQL = """
+    SELECT d.id AS row, 'dlv_' || d.public_id AS id, d.event_id AS event, d.destination,
+           coalesce(x.state, 'pending') AS state, x.reason, coalesce(x.attempts, o.attempts, 0) AS attempts,
+           o.next_attempt_at, coalesce(x.last_status, o.last_status) AS last_status,
+           coalesce(x.last_error, o.last_error) AS last_error, d.created_at, x.finished_at,
+           d.replay_of AS replayed,
+           CASE WHEN x.state IS NULL THEN o.group_key ELSE d.group_key END AS group_key
+      FROM deliveries AS d
+      LEFT JOIN ends AS x ON x.delivery_id = d.id
+           AND x.delivery_id = ANY($1::bigint[]) AND x.delivery_id BETWEEN $2 AND $3
+      LEFT JOIN owed AS o ON o.id = d.id AND o.id = ANY($1::bigint[])
+     WHERE d.id = ANY($1::bigint[]) AND d.id BETWEEN $2 AND $3
+"""
+ATTEMPTS_SQL = """
+    SELECT a.id AS row, a.delivery_id AS delivery, a.started_at, a.duration_ms, a.result, a.status, a.error,
+           a.truncated, a.group_id, a.group_size, a.answer
+      FROM attempts AS a WHERE a.id = ANY($1::bigint[]) AND a.id BETWEEN $2 AND $3
+"""
+"""Rows of each list by row id."""
+
+IDS_SQL = {
+    "events": """
+        SELECT id, 'evt_' || public_id AS public_id, type
+          FROM events WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3
+    """,
+    "deliveries": """
+        SELECT id, 'dlv_' || public_id AS public_id, event_id, destination
+          FROM deliveries WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3
+    """,
+}
+ATTEMPTS_OF_DELIVERY_SQL = """
+    SELECT id FROM attempts
+     WHERE (delivery_id, id) < ($1::bigint, $2::bigint) AND (delivery_id, id) >= ($1::bigint, 0)
+     ORDER BY delivery_id DESC, id DESC LIMIT $3
+"""
+ATTEMPTS_BY_TIME_SQL = """
+    SELECT started_at, id FROM attempts
+     WHERE started_at BETWEEN $1 AND $2 AND (started_at, id) < ($3::bigint, $4::bigint)
+     ORDER BY started_at DESC, id DESC LIMIT $5
+"""
+TYPES_SQL = """
+    WITH RECURSIVE found (type, number) AS (
+        (SELECT type, 1 FROM events WHERE type >= $1 AND type < $2 ORDER BY type LIMIT 1)
+         UNION ALL
+         SELECT (SELECT e.type FROM events AS e WHERE e.type > found.type AND e.type < $2
+                  ORDER BY e.type LIMIT 1), number + 1
+           FROM found WHERE found.type IS NOT NULL AND number < $3::int)
+    SELECT type FROM found WHERE type IS NOT NULL
+"""
+_GROUPS = (
+    ("attempts = 0 AND next_attempt_at IS NULL AND id > $4 AND $3::bigint IS NOT DISTINCT FROM $3", "id"),
+    ("attempts = 0 AND (next_attempt_at, id) > ($3::bigint, $4::bigint)", "next_attempt_at, id"),
+    ("attempts > 0 AND (next_attempt_at, id) > ($3::bigint, $4::bigint)", "next_attempt_at, id"),
+)
+PENDING_SQL = tuple(
+    f"""
+    SELECT id, next_attempt_at FROM owed
+     WHERE destination = $1 AND id <= $2 AND {group} ORDER BY {order} LIMIT $5
+    """  # noqa: S608 - constants
+    for group, order in _GROUPS
+)
+STATS_SQL = """
+    SELECT hour, source, type, sum(events)::bigint, sum(duplicates)::bigint, sum(bytes)::bigint FROM stats
+     WHERE hour >= $1 AND hour <= $2 AND (hour, source, type) < ($2, $3, $4)
+     GROUP BY hour, source, type ORDER BY hour DESC, source DESC, type DESC LIMIT $5
+"""
+NAMED_SQL = {
+    "events": f"""
+        SELECT 'evt_' || public_id, id, size, received_at
+          FROM events WHERE public_id BETWEEN $1::uuid AND $2::uuid ORDER BY public_id LIMIT {MOST_NAMED}
+    """,  # noqa: S608 - constants
+    "deliveries": f"""
+        SELECT 'dlv_' || d.public_id, d.id,
+               coalesce((SELECT x.state FROM ends AS x WHERE x.delivery_id = d.id), 'pending'), d.event_id,
+               e.size, e.received_at, d.destination
+          FROM (SELECT * FROM deliveries WHERE public_id BETWEEN $1::uuid AND $2::uuid
+                 ORDER BY public_id LIMIT {MOST_NAMED}) AS d
+          JOIN events AS e ON e.id = d.event_id ORDER BY d.public_id
+    """,  # noqa: S608 - constants
+}
+_SHORTEST, _LONGEST = "00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"
+EXPORTED_SQL = f"""
+    SELECT event AS event_id, id AS public_id, {DELIVERY_FIELDS.partition("public_id, ")[2]}
+      FROM ({DELIVERIES_SQL}) AS exported
+     ORDER BY event, row
+"""  # noqa: S608 - constants
+
+
+class IndexPath(msgspec.Struct, frozen=True):
+    """Row ids along one index."""
+
+    table: str
+    columns: tuple[str, ...] = ()  # of the index, before the row id
+    key: str = "id"  # column with the row id
+    only: str = ""  # condition of a partial index
+    is_partition_key: bool = True
+
+    def sql(self, *, newest_first: bool = True, offset: bool = False) -> str:
+        """Return a statement. Its values are an array for each column, the end, the start and a limit.
+
+        Its rows are the number of a term, from 1, and a row id.
+        """
+        width = len(self.columns)
+        end, start, limit = (f"${width + number}" for number in (1, 2, 3))
+        order = "DESC" if newest_first else "ASC"
+        names = (*self.columns, self.key)
+        bounds = []
+        if self.columns:
+            values = ", ".join(f"term.v{number}" for number in range(width))
+            bounds = [f"({', '.join(names)}) {sign} ({values}, {at}::bigint)"
+                      for sign, at in (("<", end), (">=", start))]  # fmt: skip
+        if self.is_partition_key:
+            bounds += [f"{self.key} < {end}::bigint", f"{self.key} >= {start}::bigint"]
+        if self.only:
+            bounds.append(self.only)
+        ordered = ", ".join(f"{name} {order}" for name in names)
+        skipped = f" OFFSET ${width + 4}" if offset else ""
+        found = (
+            f"SELECT {self.key} AS found FROM {self.table} WHERE {' AND '.join(bounds)}"  # noqa: S608 - constants
+            f" ORDER BY {ordered} LIMIT {limit}{skipped}"
+        )
+        if not self.columns:
+            return f"SELECT 1, found FROM ({found}) AS rows"  # noqa: S608 - constants
+        arrays = ", ".join(f"${number + 1}::text[]" for number in range(width))
+        given = ", ".join(f"v{number}" for number in range(width))
+        return (
+            f"SELECT term.number, rows.found FROM unnest({arrays}) WITH ORDINALITY AS term ({given}, number)"  # noqa: S608 - constants
+            f" CROSS JOIN LATERAL ({found}) AS rows"
+        )
+
+
+_LOST = "state <> 'delivered'"
+EVENT_PATHS = {
+    "all": IndexPath("events"),
+    "source": IndexPath("events", ("source",)),
+    "type": IndexPath("events", ("type",)),
+    "subject": IndexPath("events", ("subject",), only="subject IS NOT NULL"),
+    "state": IndexPath("ends", ("state",), "event_id", _LOST, is_partition_key=False),
+    "destination and state": IndexPath(
+        "ends", ("destination", "state"), "event_id", _LOST, is_partition_key=False
+    ),
+}
+DELIVERY_PATHS = {
+    "all": IndexPath("deliveries"),
+    "event_id": IndexPath("deliveries", ("event_id",)),
+    "destination": IndexPath("deliveries", ("destination",)),
+    "destination and state": IndexPath("ends", ("destination", "state"), "delivery_id", _LOST),
+    "pending": IndexPath("owed"),
+}
+"""Paths to row ids by filters, whose values they take. Each has its index."""
+
+OF_EVENT = {"source": "e.source = {}", "subject": "e.subject = {}",
+            "since": "e.received_at >= {}", "until": "e.received_at < {}"}  # fmt: skip
+OF_ATTEMPT = {"destination": "d.destination = {}", "result": "a.result = {}",
+              "failed": "(a.result <> 'ok') = {}::boolean",
+              "since": "a.started_at >= {}", "until": "a.started_at < {}"}  # fmt: skip
+"""Conditions of filters."""
+
+WORKER_LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "worker_metrics": (
+        """
+        SELECT m.at AS row, m.source, m.worker_id, m.at, m.status, m.cpu, m.memory, m.uptime,
+               m.message_count, m.sessions
+          FROM worker_metrics AS m
+        """,
+        "m.at",
+        {"source": "m.source", "worker_id": "m.worker_id"},
+    ),
+    "worker_commands": (
+        """
+        SELECT c.created_at AS row, c.public_id AS id, c.source, c.worker_id, c.state, c.created_at,
+               c.sent_at, c.expires_at, c.body
+          FROM worker_commands AS c
+        """,
+        "c.created_at",
+        {"id": "c.public_id", "source": "c.source", "worker_id": "c.worker_id", "state": "c.state"},
+    ),
+}
+"""Lists about workers: a statement, the time that sorts it, and the columns of filters."""
+
+
+class PostgresReader:
+    """`relay.store.queries.reader.Reader` over PostgreSQL."""
+
+    delivery_paths = frozenset(DELIVERY_PATHS)
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def candidates(
+        self,
+        path: Path,
+        terms: Sequence[tuple[Any, ...]],
+        end: int,
+        start: int,
+        count: int,
+        *,
+        newest_first: bool = True,
+    ) -> list[list[int]]:
+        """See `Reader.candidates`."""
+        known = _path(path)
+        sql = known.sql(newest_first=newest_first)
+        found: list[list[int]] = [[] for _ in terms]
+        for number, id_ in await self._database.fetch(sql, *_arrays(known, terms), end, start, count):
+            found[number - 1].append(id_)
+        return found
+
+    async def candidate(
+        self, path: Path, terms: Sequence[tuple[Any, ...]], end: int, start: int, number: int
+    ) -> list[int]:
+        """See `Reader.candidate`."""
+        known = _path(path)
+        values = (*_arrays(known, terms), end, start, 1, number - 1)
+        return [id_ for _, id_ in await self._database.fetch(known.sql(offset=True), *values)]
+
+    async def types_between(self, first: str, end: str, most: int) -> list[str]:
+        """See `Reader.types_between`."""
+        return [type_ for (type_,) in await self._database.fetch(TYPES_SQL, first, end, most + 1)]
+
+    async def destinations(self) -> list[str]:
+        """See `Reader.destinations`."""
+        rows = await self._database.fetch("SELECT DISTINCT destination FROM ledger ORDER BY destination")
+        return [name for (name,) in rows]
+
+    async def pending_of(self, destination: str, most: int) -> list[int]:
+        """See `Reader.pending_of`."""
+        found: list[int] = []
+        for share in ("attempts = 0", "attempts > 0"):
+            sql = f"SELECT id FROM owed WHERE destination = $1 AND {share} LIMIT $2"  # noqa: S608 - constants
+            found += [id_ for (id_,) in await self._database.fetch(sql, destination, most - len(found))]
+        return found
+
+    async def deliveries_of(self, destination: str, most: int) -> list[int]:
+        """See `Reader.deliveries_of`."""
+        path = Path("deliveries", "destination")
+        [found] = await self.candidates(path, [(destination,)], 2**63 - 1, 0, most)
+        return found
+
+    async def events_of(self, delivery_ids: Sequence[int]) -> set[int]:
+        """See `Reader.events_of`."""
+        sql = "SELECT event_id FROM deliveries WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"
+        return {id_ for (id_,) in await self._by_ids(sql, delivery_ids)}
+
+    async def span(self, since: int | None, until: int | None) -> Span | None:
+        """See `Reader.span`."""
+        first, last = 1, 2**63 - 2
+        after, before = -(2**63) if since is None else since, 2**63 - 1 if until is None else until
+        if since is not None:
+            first = first_id(max(EPOCH, since - 1000))
+            early = await self._odd(EARLY, after, before)
+            first = 1 if early is None else max(1, min([first, *early]))
+        if until is not None:
+            last = first_id(max(EPOCH, until + SLACK + 1000))
+            late = await self._odd(LATE, after, before)
+            last = 2**63 - 2 if late is None else max([last, *late])
+        return Span(first, last)
+
+    async def _odd(self, condition: str, since: int, until: int) -> list[int] | None:
+        """Return row ids of the events of a range of times that fulfil a condition; None: too many."""
+        sql = f"""
+            SELECT id FROM events WHERE {condition} AND received_at >= $1 AND received_at < $2
+             ORDER BY received_at LIMIT {MOST_ODD + 1}
+        """  # noqa: S608 - constants
+        found = [id_ for (id_,) in await self._database.fetch(sql, since, until)]
+        return None if len(found) > MOST_ODD else found
+
+    async def newest(self, kind: Literal["events", "deliveries"]) -> int:
+        """See `Reader.newest`."""
+        found = await self._database.fetch(f"SELECT id FROM {kind} ORDER BY id DESC LIMIT 1")  # noqa: S608 - a constant
+        return next((id_ for (id_,) in found), 0)
+
+    async def row_of(self, kind: str, public_id: str) -> int:
+        """See `Reader.row_of`."""
+        range_ = _range_of(public_id[4:])
+        if range_ is None or range_[0] != range_[1]:
+            return 0
+        sql = f"SELECT id FROM {kind} WHERE public_id = $1::uuid"  # noqa: S608 - a constant
+        return next((id_ for (id_,) in await self._database.fetch(sql, uuid_of(public_id))), 0)
+
+    async def matches(self, conditions: Conditions, ids: Sequence[int]) -> Iterable[Row]:
+        """See `Reader.matches`."""
+        # Each statement reads one table, because a join would look for each row in every partition.
+        selection = conditions.selection
+        if conditions.deliveries and not conditions.by_event:
+            sql, values = _of_deliveries(selection)
+            found = await self._by_ids(sql, ids, *values)
+            if not conditions.reads_events:
+                return [(event, row, "", 0, 0, destination) for event, row, destination in found]
+            events = await self._matching_events(conditions, [event for event, *_ in found])
+            return [
+                (event, row, *events[event], destination)
+                for event, row, destination in found
+                if event in events
+            ]
+        events = await self._matching_events(conditions, ids)
+        if not conditions.deliveries and selection.destination is None and selection.state is None:
+            return [(id_, id_, *event, None) for id_, event in events.items()]
+        latest = conditions.latest or not conditions.deliveries
+        matches: list[Row] = []
+        for id_, deliveries in (await self._deliveries_of(list(events))).items():
+            last = {destination: row for row, destination, _ in deliveries} if latest else {}
+            fitting = [
+                (id_, row, *events[id_], destination)
+                for row, destination, state in deliveries
+                if selection.destination in (None, destination)
+                and selection.state in (None, state)
+                and (not latest or last[destination] == row)
+            ]
+            if conditions.deliveries:
+                matches += fitting
+            elif fitting:
+                matches.append((id_, id_, *events[id_], None))
+        return matches
+
+    async def _matching_events(
+        self, conditions: Conditions, ids: Sequence[int]
+    ) -> dict[int, tuple[str, int, int]]:
+        """Return type, size and time of receipt of the events that fulfil the conditions about events."""
+        sql, values = _of_events(conditions)
+        rows = await self._by_ids(sql, ids, *values)
+        return {id_: (type_, size, received_at) for id_, type_, size, received_at in rows}
+
+    async def _deliveries_of(self, event_ids: Sequence[int]) -> dict[int, list[tuple[int, str, str]]]:
+        """Return id, destination and state of each delivery of events, the oldest first."""
+        return {
+            event: sorted(
+                (id_, name, state or "pending") for id_, name, state in zip(ids, names, states, strict=True)
+            )
+            for event, ids, names, states in await self._by_ids(OF_EVENTS_SQL, event_ids)
+        }
+
+    async def rows(self, kind: str, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """See `Reader.rows`."""
+        sql = {"events": EVENTS_SQL, "deliveries": DELIVERIES_SQL, "attempts": ATTEMPTS_SQL}[kind]
+        found = [dict(row) for row in await self._by_ids(sql, ids)]
+        return await _COMPLETE[kind](self, found)
+
+    async def _events(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add the numbers of deliveries by state."""
+        deliveries = await self._deliveries_of([row["row"] for row in found])
+        for row in found:
+            states = [state for _, _, state in deliveries.get(row["row"], ())]
+            row["deliveries"] = msgspec.json.encode(
+                {state: states.count(state) if states else None for state in STATES}
+            )
+        return found
+
+    async def _deliveries(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add the public ids of events and of replayed deliveries."""
+        events = {row[0]: row for row in await self._by_ids(IDS_SQL["events"], [r["event"] for r in found])}
+        replayed = [row["replayed"] for row in found if row["replayed"] is not None]
+        names = {row[0]: row[1] for row in await self._by_ids(IDS_SQL["deliveries"], replayed)}
+        complete = []
+        for row in found:
+            event, replay = row.pop("event"), row.pop("replayed")
+            if event in events:
+                _, row["event_id"], row["type"] = events[event]
+                complete.append({**row, "replay_of": names.get(replay)})
+        return complete
+
+    async def _attempts(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add the public ids of deliveries and events."""
+        rows = await self._by_ids(IDS_SQL["deliveries"], [row["delivery"] for row in found])
+        deliveries = {row["id"]: row for row in rows}
+        rows = await self._by_ids(IDS_SQL["events"], [row["event_id"] for row in rows])
+        events = {row["id"]: row for row in rows}
+        complete = []
+        for row in found:
+            delivery = deliveries.get(row.pop("delivery"))
+            event = None if delivery is None else events.get(delivery["event_id"])
+            if delivery is not None and event is not None:
+                row["delivery_id"], row["destination"] = delivery["public_id"], delivery["destination"]
+                row["event_id"], row["type"] = event["public_id"], event["type"]
+                complete.append(row)
+        return complete
+
+    async def attempts_of(self, delivery: int, before: int, count: int) -> list[int]:
+        """See `Reader.attempts_of`."""
+        rows = await self._database.fetch(ATTEMPTS_OF_DELIVERY_SQL, delivery, before, count)
+        return [id_ for (id_,) in rows]
+
+    async def attempts_between(
+        self, since: int, until: int, before: tuple[int, int], count: int
+    ) -> list[tuple[int, int]]:
+        """See `Reader.attempts_between`."""
+        rows = await self._database.fetch(ATTEMPTS_BY_TIME_SQL, since, until, *before, count)
+        return [(started_at, id_) for started_at, id_ in rows]
+
+    async def attempts_of_all(self, delivery_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """See `Reader.attempts_of_all`."""
+        sql = "SELECT started_at, id FROM attempts WHERE delivery_id = ANY($1::bigint[])"
+        rows = await self._database.fetch(sql, delivery_ids)
+        return [(started_at, id_) for started_at, id_ in rows]
+
+    async def matching_attempts(self, filters: Mapping[str, Any], ids: Sequence[int]) -> set[int]:
+        """See `Reader.matching_attempts`."""
+        conditions = " AND ".join(
+            OF_ATTEMPT[name].format(f"${number}") for number, name in enumerate(filters, 4)
+        )
+        values = [bool(value) if name == "failed" else value for name, value in filters.items()]
+        joined = "JOIN deliveries AS d ON d.id = a.delivery_id" if "destination" in filters else ""
+        sql = f"""
+            SELECT a.id FROM attempts AS a {joined}
+             WHERE a.id = ANY($1::bigint[]) AND a.id BETWEEN $2 AND $3 AND {conditions}
+        """  # noqa: S608 - constants
+        return {id_ for (id_,) in await self._by_ids(sql, ids, *values)}
+
+    async def worker_rows(
+        self, kind: str, filters: Mapping[str, Any], before: int | None, count: int
+    ) -> list[dict[str, Any]]:
+        """See `Reader.worker_rows`."""
+        sql, time, columns = WORKER_LISTS[kind]
+        values = list(filters.values())
+        conditions = [f"{columns[name]} = ${number}" for number, name in enumerate(filters, 1)]
+        if before is not None:
+            values.append(before)
+            conditions.append(f"{time} < ${len(values)}")
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        limited = f"{sql} {where} ORDER BY {time} DESC LIMIT ${len(values) + 1}"
+        return [dict(row) for row in await self._database.fetch(limited, *values, count)]
+
+    async def pending_page(
+        self, destination: str, group: int, last: int, after: tuple[int | None, int], count: int
+    ) -> list[tuple[int, int | None]]:
+        """See `Reader.pending_page`."""
+        rows = await self._database.fetch(PENDING_SQL[group], destination, last, *after, count)
+        return [(id_, due) for id_, due in rows]
+
+    async def named(self, kind: Literal["events", "deliveries"], short: str) -> list[tuple[Any, ...]]:
+        """See `Reader.named`."""
+        range_ = _range_of(short)
+        if range_ is None:
+            return []
+        return list(map(tuple, await self._database.fetch(NAMED_SQL[kind], *range_)))
+
+    async def stats(self, since: int, before: tuple[int, str, str], count: int) -> list[Stat]:
+        """See `Reader.stats`."""
+        return [Stat(*row) for row in await self._database.fetch(STATS_SQL, since, *before, count)]
+
+    async def load_events(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """See `Reader.load_events`."""
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"  # noqa: S608 - constants
+        events = map(stored_event, await self._by_ids(sql, event_ids))
+        return {event.id: event for event in events}
+
+    async def delivery_lines(self, event_ids: Sequence[int]) -> dict[int, list[DeliveryLine]]:
+        """See `Reader.delivery_lines`."""
+        deliveries = await self._deliveries_of(event_ids)
+        ids = [id_ for of_event in deliveries.values() for id_, _, _ in of_event]
+        rows = await self._by_ids(EXPORTED_SQL, ids)
+        return lines_of(map(tuple, rows))
+
+    async def destination_states(self) -> dict[str, DestinationState]:
+        """See `Reader.destination_states`."""
+        columns = ", ".join(DestinationState.__struct_fields__)
+        rows = await self._database.fetch(f"SELECT {columns} FROM destinations")  # noqa: S608 - constants
+        return {row["name"]: DestinationState(**dict(row)) for row in rows}
+
+    async def paused_sources(self) -> frozenset[str]:
+        """See `Reader.paused_sources`."""
+        return frozenset(
+            name for (name,) in await self._database.fetch("SELECT name FROM sources WHERE paused")
+        )
+
+    async def _by_ids(self, sql: str, ids: Sequence[int], *values: Any) -> Sequence[Any]:
+        """Run a statement over row ids: its first values are the ids, the lowest and the highest of them."""
+        if not ids:
+            return ()
+        return await self._database.fetch(sql, list(ids), min(ids), max(ids), *values)
+
+
+_COMPLETE = {
+    "events": PostgresReader._events,  # noqa: SLF001 - of the class above
+    "deliveries": PostgresReader._deliveries,  # noqa: SLF001
+    "attempts": PostgresReader._attempts,  # noqa: SLF001
+}
+
+
+class PostgresQueries(PagedQueries):
+    """`relay.store.Queries` over PostgreSQL."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(PostgresReader(database))
+
+
+def _path(path: Path) -> IndexPath:
+    return (EVENT_PATHS if path.kind == "events" else DELIVERY_PATHS)[path.name]
+
+
+def _arrays(path: IndexPath, terms: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Return the values of each column of a path, from the values of each term."""
+    return [[term[number] for term in terms] for number in range(len(path.columns))]
+
+
+def _range_of(short: str) -> tuple[str, str] | None:
+    """Return the first and the last UUID that begin with a text; None if none can begin so."""
+    filled = short + _SHORTEST[len(short) :]
+    if any((given == "-") != (usual == "-") for given, usual in zip(filled, _SHORTEST, strict=False)):
+        return None
+    return (filled, short + _LONGEST[len(short) :]) if len(filled) == len(_SHORTEST) else None
+
+
+def _of_events(wanted: Conditions) -> tuple[str, list[Any]]:
+    """Return the statement of the conditions about events, and its values after the candidates."""
+    known = {name: getattr(wanted.selection, name) for name in OF_EVENT}
+    given = {name: value for name, value in known.items() if value is not None}
+    conditions = [OF_EVENT[name].format(f"${number}") for number, name in enumerate(given, 4)]
+    values = list(given.values())
+    if wanted.types is not None:
+        values.append(list(wanted.types))
+        conditions.append(f"e.type = ANY(${len(values) + 3}::text[])")
+    if not wanted.operator_events:
+        conditions.append(f"e.source <> '{OPERATOR_SOURCE}'")
+    columns = "e.id, e.type, e.size, e.received_at"
+    return f"SELECT {columns} FROM events AS e WHERE {_and([_CHOSEN.format('e'), *conditions])}", values  # noqa: S608 - constants
+
+
+def _of_deliveries(selection: Selection) -> tuple[str, list[Any]]:
+    """Return the statement of the conditions about deliveries, and its values after the candidates."""
+    conditions, values = [], []
+    if selection.destination is not None:
+        values.append(selection.destination)
+        conditions.append(f"d.destination = ${len(values) + 3}")
+    if selection.state == "pending":
+        conditions.append("(SELECT true FROM owed AS o WHERE o.id = d.id)")
+    elif selection.state is not None:
+        values.append(selection.state)
+        conditions.append(_STATE.format(len(values) + 3))
+    columns = "d.event_id, d.id, d.destination"
+    return f"SELECT {columns} FROM deliveries AS d WHERE {_and([_CHOSEN.format('d'), *conditions])}", values  # noqa: S608 - constants
+
+
+_STATE = "(SELECT x.state FROM ends AS x WHERE x.delivery_id = d.id) = ${}"
+_CHOSEN = "{0}.id = ANY($1::bigint[]) AND {0}.id BETWEEN $2 AND $3"
+
+
+def _and(conditions: Iterable[str]) -> str:
+    return " AND ".join(conditions)
