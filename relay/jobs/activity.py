@@ -8,6 +8,8 @@ For an event or a success, the daemon only sets an attribute to the current time
 notes which sources have sent since the last time. At the start, it reads from the store what happened before.
 """
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -68,12 +70,12 @@ class Slots(msgspec.Struct):
 
     def usual_gap(self) -> int:
         """Return the usual gap between two periods with events, in periods; 0: there are no two."""
-        gaps = sorted((len(run) + 1 for run in f"{self.bits:b}".split("1")[1:-1]), reverse=True)
-        rest = RARE * sum(gaps)
-        for gap in gaps:
-            rest -= gap
+        gaps = Counter(map(len, f"{self.bits:b}".split("1")[1:-1]))  # by the number of periods without events
+        rest = RARE * (self.span - 1)
+        for empty in sorted(gaps, reverse=True):
+            rest -= gaps[empty] * (empty + 1)
             if rest < 0:
-                return gap
+                return empty + 1
         return 0
 
 
@@ -83,34 +85,36 @@ class Rhythm:
     def __init__(self) -> None:
         self.hours = Slots(_HOURS)
         self.minutes = Slots(_MINUTES)
+        self.usual_gap = 0  # seconds between two events, at the latest `measure`; 0: not known
         self.seen: int | None = None  # time of the latest event that is in the slots, wall clock
         self._minutes = 0  # of the current hour
         self._active = False  # in the current hour
 
-    def add_minute(self, *, active: bool) -> None:
-        """Append a minute in which the relay was able to accept events."""
+    def add_minute(self, *, active: bool) -> bool:
+        """Append a minute in which the relay was able to accept events; return whether it ends an hour."""
         self.minutes.add(active=active)
         self._active = self._active or active
         self._minutes += 1
         if self._minutes == _HOUR // _MINUTE:
             self.hours.add(active=self._active)
             self._minutes, self._active = 0, False
+        return not self._minutes
 
     @property
     def silence(self) -> int:
         """Seconds without an event, as far as the slots record them."""
         return self.minutes.empty * _MINUTE
 
-    @property
-    def usual_gap(self) -> int:
-        """Usual time between two events in seconds; 0: not known."""
+    def measure(self) -> None:
+        """Measure the usual gap, which takes a millisecond."""
         hours = self.hours
         if hours.span < ENOUGH_DAYS * 24 or hours.bits.bit_count() < ENOUGH_HOURS:
-            return 0
+            self.usual_gap = 0
+            return
         gap = hours.usual_gap() * _HOUR
         if gap == _HOUR and self.minutes.span >= 24 * 60:
             gap = self.minutes.usual_gap() * _MINUTE
-        return max(gap, SHORTEST)
+        self.usual_gap = max(gap, SHORTEST)
 
 
 class Activity:
@@ -158,8 +162,11 @@ class Activity:
                 rhythm.minutes.empty = 0  # silence is counted again from the end of the pause
             elif counts:
                 latest = self.last_event(name)
-                rhythm.add_minute(active=latest != rhythm.seen)
+                ends_hour = rhythm.add_minute(active=latest != rhythm.seen)
                 rhythm.seen = latest
+                if ends_hour:
+                    rhythm.measure()
+                    await asyncio.sleep(0)  # lets senders in
         for name in self._successes:
             self._successes[name] = self.last_success(name)
 
@@ -259,6 +266,7 @@ class Activity:
             rhythm, seen = rhythms[name], rhythms[name].seen
             for hour in range(min(active, default=0), max(active, default=-1) + 1):
                 rhythm.hours.add(active=hour in active)
+            rhythm.measure()
             stopped_at = min(self._stopped_at, self._clock.wall())
             if seen is not None and stopped_at > seen:
                 seconds = (stopped_at - seen) // SECOND

@@ -89,6 +89,7 @@ async def troubled(tmp_path):
         rhythm = app.activity._rhythms["compozy"] = Rhythm()
         for _ in range(7 * 24):
             rhythm.hours.add(active=True)
+        rhythm.measure()
         rhythm.minutes.empty = 200
         app.dispatcher.lanes["erp"].health.rest(60 * SECOND)
         old = app.dispatcher.lanes["old"]

@@ -63,6 +63,7 @@ def rhythm(hours, minutes=""):
         made.hours.add(active=each == "1")
     for each in minutes:
         made.add_minute(active=each == "1")
+    made.measure()
     return made
 
 
