@@ -172,6 +172,7 @@ class App:
                 activity=self.activity,
                 history=self.history,
                 disk=self.disk_forecast,
+                ledger_check=self.ledger_check,
                 listeners=self.listeners,
             )
         )

@@ -13,6 +13,7 @@ from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
 from relay.jobs.disk_forecast import DiskForecast
 from relay.jobs.history import History
+from relay.jobs.ledger_check import LedgerCheck
 from relay.jobs.replay import Replays
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
@@ -40,6 +41,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     activity: Activity
     history: History
     disk: DiskForecast
+    ledger_check: LedgerCheck
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 
     async def check_names(self, filter_: Selection | WorkersQuery) -> None:

@@ -110,6 +110,9 @@ def _disk(context: Context) -> DiskView | None:
 def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
     """Yield the problems, the worst first."""
     yield from _problems_of_disk(context, reasons)
+    for name, count in sorted(context.ledger_check.unaccounted.items()):
+        what = f"the ledger of {name} does not balance, a bug in the relay; difference: {count}"
+        yield StatusProblem(what, "relay doctor")
     pending = context.store.ledger.pending()
     lanes = sorted(context.dispatcher.lanes.values(), key=lambda lane: -pending.get(lane.name, 0))
     for lane in lanes:

@@ -22,6 +22,7 @@ class LedgerCheck:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._clock = clock
+        self.unaccounted: dict[str, int] = {}  # by destination, those that are not 0, at the latest check
         self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:
@@ -38,7 +39,9 @@ class LedgerCheck:
             lane, ledger, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if ledger is None else ledger.unaccounted
             self._metrics.unaccounted.labels(name).set(unaccounted)
+            self.unaccounted.pop(name, None)
             if unaccounted:
+                self.unaccounted[name] = unaccounted
                 log.error("%s: %d deliveries are unaccounted for", name, unaccounted)
             pending = 0 if ledger is None else ledger.pending
             in_flight = min(self._dispatcher.in_flight(name), pending)

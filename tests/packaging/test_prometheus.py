@@ -21,7 +21,10 @@ from wire import exchange, request
 
 from relay import __version__
 from relay.api.scrape import STRETCH, Scrape
+from relay.base.clock import SECOND
 from relay.cli import COMMANDS
+from relay.delivery.http.http_client import Certificate
+from relay.jobs.activity import PATIENCE
 from relay.metrics import Metrics, declared
 
 SHIPPED = Path(__file__).parents[2] / "systemd" / "prometheus"
@@ -108,6 +111,15 @@ def test_every_alert_is_tested_and_ends_with_a_command():
     ours = {command.split()[1] for command in commands if command.startswith("relay ")}
     assert ours
     assert ours <= set(COMMANDS)
+
+
+def test_alerts_have_the_limits_of_the_program():
+    assert f"silence_seconds > {PATIENCE} * (relay_source_usual_gap_seconds" in ALERTS
+    assert "certificate_lifetime_seconds / 4, 1209600)" in ALERTS
+    day = 86_400 * SECOND
+    for valid in (6, 90):
+        certificate = Certificate(0, valid * day)
+        assert certificate.ends - certificate.renewal_overdue == min(valid * day / 4, 1_209_600 * SECOND)
 
 
 def test_every_metric_is_on_the_dashboard():
