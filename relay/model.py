@@ -283,7 +283,11 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     environment: str = ""
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
-    maintenance: bool = False  # set by an operator; overrides reported statuses
+    maintenance: bool = False  # by an operator or a planned window; overrides reported statuses
+    maintenance_by: Literal["operator", "config"] | None = None
+    maintenance_until: int | None = None  # steady clock; None: until an operator ends it
+    maintained_as: str = ""  # the pattern of an operator's maintenance, "SOURCE/PATTERN"; see `rules.Plan`
+    exempt_until: int | None = None  # steady clock: an operator ended a planned window for this worker
     registered_at: int = 0  # wall clock
     last_heartbeat: int = 0  # wall clock, for display only
     deadline: int = 0  # steady clock; a worker that is silent beyond it is offline

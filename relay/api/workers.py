@@ -1,5 +1,7 @@
 """Workers: list and show them, forget one, set maintenance, queue and cancel commands."""
 
+from collections.abc import Sequence
+from functools import partial
 from heapq import nsmallest
 from typing import Annotated, Any, Literal
 
@@ -8,17 +10,22 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
-from relay.api.query_params import MOST_ROWS, WorkersQuery
-from relay.api.views import Time
+from relay.api.query_params import MOST_ROWS, WorkersQuery, read_field
+from relay.api.views import Time, about
 from relay.base.clock import SECOND, rfc3339
 from relay.base.ids import COMMAND, new_id
-from relay.base.units import parse_duration
+from relay.base.units import parse_duration, parse_time_span
+from relay.config.validators import pattern
 from relay.errors import RelayError, UnknownError
 from relay.model import Command, Worker, WorkerStatus
-from relay.workers.rules import shown
+from relay.store import WorkerChanges
+from relay.workers.rules import Plan, matches, shown
 
 RECENT_METRICS = 60  # rows shown with a worker: one hour
 RECENT_COMMANDS = 20
+AT_ONCE = 500
+"""Workers that one transaction puts into maintenance."""
+
 DEFAULT_TTL = "10m"
 MOST_COMMAND_BYTES = 16 * 1024
 
@@ -65,6 +72,11 @@ class WorkerView(msgspec.Struct):
     id: str
     status: WorkerStatus
     maintenance: bool
+    maintenance_by: Annotated[
+        Literal["operator", "config"] | None,
+        about("Who started it: an operator, or a window in config.toml; null: it is not in maintenance."),
+    ]
+    maintenance_until: Annotated[Time | None, about("When it ends; null: when an operator ends it.")]
     endpoint: str
     description: str
     version: str
@@ -97,10 +109,27 @@ class ForgottenView(msgspec.Struct):
     forgotten: bool
 
 
-class MaintenanceBody(msgspec.Struct):
-    """Whether the worker is in maintenance."""
+class MaintenanceBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Whether the worker is in maintenance, and for how long."""
 
     on: bool
+    for_: Annotated[str, about('Duration such as "2h"; without it, until an operator ends it.')] | None = (
+        msgspec.field(default=None, name="for")
+    )
+
+
+class PatternBody(MaintenanceBody, kw_only=True):
+    """The workers that begin or end maintenance, and for how long."""
+
+    pattern: Annotated[str, about('Shell-style pattern of their ids, such as "batch-*".')]
+    source: Annotated[str, about("Name of their source; without it, of every source.")] | None = None
+
+
+class MaintainedView(msgspec.Struct):
+    """The result of beginning or ending maintenance by a pattern."""
+
+    workers: Annotated[int, about("Number of workers that match.")]
+    maintenance_until: Time | None
 
 
 class CommandBody(msgspec.Struct):
@@ -193,9 +222,43 @@ class WorkersApi:
     )  # fmt: skip
     async def _maintain(self, request: web.Request, body: MaintenanceBody) -> dict[str, Any]:
         worker = self._find(request)
-        key = (worker.source, worker.id)
-        after = await self._store.workers.change(lambda changes: changes.maintain(key, on=body.on))
+        key, plan = (worker.source, worker.id), self._plan(body)
+        after = await self._store.workers.change(lambda changes: changes.maintain(key, on=body.on, plan=plan))
         return _worker(after or worker)
+
+    @endpoint(
+        "POST", "/api/workers/maintenance", "maintainWorkers",
+        "Start or end maintenance of the workers whose ids match a pattern.",
+        body=PatternBody, returns=MaintainedView,
+    )  # fmt: skip
+    async def _maintain_all(self, _request: web.Request, body: PatternBody) -> MaintainedView:
+        read_field("pattern", pattern, body.pattern)
+        if body.source is not None:
+            await self._check_names(WorkersQuery(source=body.source))
+        as_ = f"{body.source or '*'}/{body.pattern}"
+        plan = self._plan(body, as_)
+        keys = [
+            (row.source, row.id)
+            for row in self._store.workers.all()
+            if row.unregistered_at is None and matches(as_, row)
+        ]
+        if not keys:
+            of = "" if body.source is None else f' of source "{body.source}"'
+            hint = "list them: relay workers list; workers that come later join those that match now"
+            raise UnknownError(f'no worker{of} matches "{body.pattern}"', hint=hint)
+        for first in range(0, len(keys), AT_ONCE):
+            some = keys[first : first + AT_ONCE]
+            await self._store.workers.change(partial(_maintain_some, some, body.on, plan))
+        return MaintainedView(len(keys), None if plan.until is None else rfc3339(plan.until))
+
+    def _plan(self, body: MaintenanceBody, pattern: str = "") -> Plan:
+        """Return an operator's maintenance as a request's body describes it."""
+        if body.for_ is None:
+            return Plan("operator", None, pattern)
+        if not body.on:
+            raise RelayError('"for" needs "on": true', hint="to end maintenance at once, leave it out")
+        seconds = read_field("for", parse_time_span, body.for_)
+        return Plan("operator", self._clock.steady() + int(seconds * SECOND), pattern)
 
     @endpoint(
         "GET", f"{_WORKER}/commands", "listCommands", "List a worker's commands, newest first.",
@@ -258,6 +321,11 @@ class WorkersApi:
         raise UnknownError(
             f'unknown worker "{key[1]}" of source "{key[0]}"', hint="list them: relay workers list"
         )
+
+
+def _maintain_some(keys: Sequence[tuple[str, str]], on: bool, plan: Plan, changes: WorkerChanges) -> None:  # noqa: FBT001 - see above
+    for key in keys:
+        changes.maintain(key, on=on, plan=plan)
 
 
 def _worker(worker: Worker) -> dict[str, Any]:

@@ -6,21 +6,32 @@ from typing import Any
 
 import click
 
-from relay.base.units import parse_duration
+from relay.base.units import parse_duration, parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import Group, OneOf
 from relay.cli.options import checked, filter_options, json_option, page_options
-from relay.cli.output import print_fields, print_items, print_json, print_page
+from relay.cli.output import count, print_fields, print_items, print_json, print_page
 from relay.cli.screen import Field
 from relay.cli.selection import confirm, yes_option
 
-COLUMNS = ("id", "source", "status", "last_heartbeat", "session_count", "version", "environment", "endpoint")
+COLUMNS = (
+    "id",
+    "source",
+    "status",
+    "last_heartbeat",
+    "session_count",
+    "version",
+    "environment",
+    "endpoint",
+    "maintenance_until",
+)
 _SHAPE = (
     screen.text("id", "worker", least=24, long="middle"), screen.text("source", least=8, long="middle"),
     screen.word("status"), screen.moment("last_heartbeat", "last seen"),
+    screen.moment("maintenance_until", "until", rank=2),
     screen.number("session_count", "sessions", rank=1), screen.text("version", least=6, rank=2),
     screen.text("environment", least=6, rank=3), screen.text("endpoint", least=12, rank=4, long="middle"),
 )  # fmt: skip
@@ -89,6 +100,7 @@ def _fields(worker: Mapping[str, Any]) -> list[Field]:
         Field("Source", worker["source"]),
         Field("Description", worker["description"]),
         Field("Status", worker["status"], screen.colour_of("status", worker["status"])),
+        Field("Maintenance", _maintenance_text(worker)),
         Field("Last seen", screen.full_time(worker["last_heartbeat"])),
         Field("Registered", screen.full_time(worker["registered_at"])),
         Field("Endpoint", worker["endpoint"]),
@@ -119,17 +131,76 @@ def forget(daemon: Daemon, source: str, worker: str, *, yes: bool, as_json: bool
     print_json(answer) if as_json else click.echo(f"{worker}: forgotten")
 
 
+def _maintenance_text(worker: Mapping[str, Any]) -> str:
+    """Return who started a worker's maintenance and when it ends."""
+    if not worker["maintenance"]:
+        return ""
+    who = "planned in config.toml" if worker["maintenance_by"] == "config" else "by an operator"
+    until = worker["maintenance_until"]
+    return (
+        f"{who}, until {screen.full_time(until)}"
+        if until
+        else f"{who}, until `relay workers maintenance … off`"
+    )
+
+
+_SWITCH = ("on", "off")
+
+
 @workers.command()
-@endpoint("POST workers/{source}/{worker}/maintenance", body=lambda state, **_: {"on": state == "on"})
-@click.argument("state", metavar="STATE", type=OneOf(("on", "off")))
-def maintenance(answer: Any, *, worker: str, **_: str) -> None:
-    """Start or end a worker's maintenance. A worker in maintenance is never reported offline.
+@click.argument("source", required=False, shell_complete=complete("source"))
+@click.argument("worker", required=False, shell_complete=complete("worker"))
+@click.argument("state", metavar="[on|off]", required=False, type=OneOf(_SWITCH))
+@click.option("--pattern", help='All workers whose ids match, such as "batch-*", also those that come later.')
+@click.option(
+    "--for", "for_", metavar="DURATION", callback=checked(parse_time_span),
+    help='End the maintenance after this time, such as "2h".  [default: with `off`]',
+)  # fmt: skip
+@json_option
+@daemon_options
+def maintenance(
+    daemon: Daemon,
+    source: str | None,
+    worker: str | None,
+    state: str | None,
+    *,
+    pattern: str | None,
+    for_: str | None,
+    as_json: bool,
+) -> None:
+    """Start or end maintenance of workers, which are then never reported offline.
 
-    Example: relay workers maintenance whatsapp worker-001 on
+    Example: relay workers maintenance --pattern "batch-*" --for 2h
 
-    STATE is on or off.
+    Name one worker by SOURCE and WORKER, or several with --pattern, if you like of one SOURCE. With
+    --pattern or --for, `on` may be left out. Maintenance survives restarts of workers and of the daemon.
+    Planned windows are in config.toml: `maintenance` of `[workers]`.
     """
-    click.echo(f"{worker}: {answer['status']}")
+    words = [word for word in (source, worker, state) if word is not None]
+    given = words.pop() if words and words[-1] in _SWITCH else None
+    if len(words) != 2 and pattern is None:  # noqa: PLR2004 - source and worker
+        raise click.UsageError("name a SOURCE and a WORKER, or --pattern")
+    if len(words) > 1 and pattern is not None:
+        raise click.UsageError("--pattern names workers of one SOURCE or of all; leave out WORKER")
+    if given is None and pattern is None and for_ is None:
+        raise click.UsageError("say on or off, or for how long with --for")
+    if given == "off" and for_ is not None:
+        raise click.UsageError("--for needs on: it says when the maintenance ends")
+    body = {"on": given != "off"} | ({} if for_ is None else {"for": for_})
+    if pattern is None:
+        answer = daemon.post("workers", *words, "maintenance", body=body)
+    else:
+        of = {"source": words[0]} if words else {}
+        answer = daemon.post("workers", "maintenance", body={**body, **of, "pattern": pattern})
+    if as_json:
+        print_json(answer)
+        return
+    until = f" until {answer['maintenance_until']}" if answer["maintenance_until"] else ""
+    if pattern is None:
+        click.echo(f"{words[1]}: {answer['status']}{until}")
+    else:
+        state_ = "in maintenance" if body["on"] else "out of maintenance"
+        click.echo(f"{count(answer['workers'], 'worker')} {state_}{until}")
 
 
 def _command(type_: str, more: dict[str, Any], ttl: str, **_: str) -> dict[str, Any]:

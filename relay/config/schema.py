@@ -16,6 +16,7 @@ from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
 from relay.config.document import INCLUDED
+from relay.config.maintenance import MaintenanceWindow
 from relay.config.message import MessageConfig
 from relay.config.secrets import Secret, Url
 from relay.config.signatures import DEFAULT, SignatureConfig
@@ -305,6 +306,10 @@ class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
             'offline_after = "10m" } }`; the first matching pattern is used'
         ),
     ] = {}
+    maintenance: Annotated[
+        tuple[MaintenanceWindow, ...],
+        _help("[planned windows](workers.md#maintenance) in which silent workers are not reported offline"),
+    ] = ()
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):

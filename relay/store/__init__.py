@@ -46,6 +46,7 @@ from relay.model import (
     WorkerStatus,
 )
 from relay.store.retention_policy import Policy
+from relay.workers.rules import Plan
 
 T = TypeVar("T")
 Route = Callable[[StoredEvent], tuple[Target, ...]]
@@ -264,7 +265,7 @@ class WorkerChanges(Protocol):
         """Remove workers that have been offline for longer than their rules keep them."""
         ...
 
-    def maintain(self, key: tuple[str, str], *, on: bool) -> Worker | None:
+    def maintain(self, key: tuple[str, str], *, on: bool, plan: Plan | None = None) -> Worker | None:
         """Begin or end maintenance; None: the worker is unknown."""
         ...
 
@@ -313,6 +314,10 @@ class Workers(Protocol):
         the relay itself was stopped counts against no worker. Requests that arrived before the call count,
         even if the disk takes long to store them.
         """
+        ...
+
+    async def follow_plans(self) -> tuple[Worker, ...]:
+        """Begin and end planned maintenance; returns the rows that changed. Call it before each sweep."""
         ...
 
     async def flush(self) -> None:

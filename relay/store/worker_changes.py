@@ -234,12 +234,25 @@ class StoredWorkerChanges:
                 old.append((worker.source, worker.id))
         return self.forget(old)
 
-    def maintain(self, key: WorkerKey, *, on: bool) -> Worker | None:
+    def follow_plans(self, keys: Iterable[WorkerKey]) -> list[Worker]:
+        """Begin or end planned maintenance of workers; returns the rows that changed."""
+        patterns, changed = rules.patterns_of(self._roster, self._now), []
+        for key in keys:
+            row = self.get(key)
+            if row is None:
+                continue
+            after = rules.follow_plan(row, self._now, self._rules(*key), patterns)
+            if after is not row:
+                self._set(key, after)
+                changed.append(after)
+        return changed
+
+    def maintain(self, key: WorkerKey, *, on: bool, plan: rules.Plan | None = None) -> Worker | None:
         """Begin or end maintenance; None: the worker is unknown or has left."""
         worker = self.get(key)
         if worker is None or worker.unregistered_at is not None:
             return None
-        after = rules.maintain(worker, self._now, self._rules(*key), on=on)
+        after = rules.maintain(worker, self._now, self._rules(*key), on=on, plan=plan)
         self._set(key, after)
         return after
 

@@ -1,5 +1,6 @@
 """The worker registry: heartbeats in memory, deadlines, and changes by operators and jobs."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from relay.store import Acceptance, Rules, WorkerChanges
 from relay.store.batch import Batch
 from relay.store.roster import Roster, WorkerKey
 from relay.store.writer import HasWriter, Job
-from relay.workers.rules import Now, apply
+from relay.workers.rules import Now, apply, follow_plan, patterns_of
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 500
@@ -96,6 +97,23 @@ class StoredWorkers:
             if len(some) < ROWS_AT_ONCE:
                 return tuple(marked)
 
+    async def follow_plans(self) -> tuple[Worker, ...]:
+        """See `Workers.follow_plans`; only rows that a plan changes are written."""
+        now, rows = self._now(), tuple(self.roster)
+        patterns, due = patterns_of(rows, now), list[WorkerKey]()
+        for number, row in enumerate(rows):
+            key = (row.source, row.id)
+            if follow_plan(row, now, self._rules(*key), patterns) is not row:
+                due.append(key)
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # others run meanwhile
+        changed: list[Worker] = []
+        while due:
+            some, due = due[:ROWS_AT_ONCE], due[ROWS_AT_ONCE:]
+            follow = partial(_follow_plans, some)
+            changed += await self._database.writer.submit(Job(follow))
+        return tuple(changed)
+
     async def change(self, request: Callable[[WorkerChanges], T]) -> T:
         """See `Workers.change`."""
         return await self._database.writer.submit(Job(lambda batch: request(batch.workers)))
@@ -107,6 +125,10 @@ class StoredWorkers:
     def count(self, source: str, status: str) -> int:
         """See `Workers.count`."""
         return self.roster.census[source, status]
+
+
+def _follow_plans(keys: Sequence[WorkerKey], batch: Batch) -> list[Worker]:
+    return batch.workers.follow_plans(keys)
 
 
 def _flush(keys: Sequence[WorkerKey], batch: Batch) -> None:

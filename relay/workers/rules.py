@@ -14,16 +14,17 @@
 | a new id at the endpoint of another worker      | `worker.registered`; short deadline for the old id, |
 |                                                 | unless many workers may share such an endpoint      |
 | decreased uptime                                | `worker.restarted`                                  |
-| operator maintenance                            | overrides reports; no deadline                      |
+| maintenance by an operator or a planned window  | overrides reports; no deadline                      |
 
 `offline` and `online` events alternate: a worker that was OFFLINE before its maintenance gets `online` when
 it is ONLINE again, and no second `offline`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -53,8 +54,13 @@ INTERNAL = (
     "changed",
     "recovering",
     "fresh",
+    "maintained_as",
+    "exempt_until",
 )
 """Fields that no event and no list contains."""
+
+_MAINTENANCE = ("maintenance", "maintenance_by", "maintenance_until", "maintained_as", "exempt_until")
+"""Fields that a worker keeps when it unregisters."""
 
 ENVIRONMENTS = ("DEVELOPMENT", "STAGING", "TESTING", "PRODUCTION")
 """Documented environments; others occur and are stored (docs/contracts/whatsapp.md#registration)."""
@@ -116,7 +122,8 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
     if has_left and row is not None and isinstance(change, Heartbeat) and _has_just_left(row, now):
         return Step(worker=row, quiet=True)
     if row is not None and row.unregistered_at is not None:
-        base = Worker(source=source, id=row.id, registered_at=now.wall, maintenance=row.maintenance)
+        kept = {name: getattr(row, name) for name in _MAINTENANCE}
+        base = Worker(source=source, id=row.id, registered_at=now.wall, **kept)
         row = None
     if isinstance(change, Register):
         return _register(row, base, change, now, rules)
@@ -167,18 +174,106 @@ def extend_deadline(row: Worker, now: Now, rules: WorkerRules) -> Worker:
     return msgspec.structs.replace(row, deadline=now.steady + int(patience * SECOND))
 
 
-def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool) -> Worker:
-    """Start or end an operator's maintenance of a worker; both give it a new deadline."""
-    if on == row.maintenance:
-        return row
-    status: WorkerStatus = "MAINTENANCE" if on else "OFFLINE" if row.was_offline else "ONLINE"
-    return msgspec.structs.replace(
+class Plan(msgspec.Struct, frozen=True):
+    """A maintenance that a worker should be in: of a window in config.toml, or of an operator's pattern."""
+
+    by: Literal["operator", "config"]
+    until: int | None  # steady clock; None: until an operator ends it
+    pattern: str = ""  # of an operator: "SOURCE/PATTERN", with the source "*" for all
+
+
+def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool, plan: Plan | None = None) -> Worker:
+    """Start or end a worker's maintenance; both give it a new deadline.
+
+    `plan` says who starts it, and for how long; by default an operator, without an end. If an operator ends
+    a planned maintenance, or that of a pattern for one worker, it does not start again for this worker.
+    """
+    plan = plan or Plan("operator", None)
+    if not on:
+        if not row.maintenance:
+            return row
+        ended = msgspec.structs.replace(
+            row,
+            maintenance=False,
+            maintenance_by=None,
+            maintenance_until=None,
+            maintained_as="" if plan.pattern == row.maintained_as else row.maintained_as,
+            exempt_until=row.maintenance_until if row.maintenance_by == "config" else None,
+        )
+        if row.unregistered_at is not None:
+            return ended
+        status: WorkerStatus = "OFFLINE" if row.was_offline else "ONLINE"
+        return msgspec.structs.replace(
+            ended, status=status, was_offline=False, deadline=_deadline(now, rules)
+        )
+    begun = msgspec.structs.replace(
         row,
-        maintenance=on,
-        status=status,
-        was_offline=on and _is_lost(row),
-        deadline=_deadline(now, rules),
+        maintenance=True,
+        maintenance_by=plan.by,
+        maintenance_until=plan.until,
+        maintained_as=plan.pattern,
+        exempt_until=None,
     )
+    if row.maintenance:
+        return begun
+    return msgspec.structs.replace(
+        begun, status="MAINTENANCE", was_offline=_is_lost(row), deadline=_deadline(now, rules)
+    )
+
+
+def patterns_of(rows: Iterable[Worker], now: Now) -> dict[str, int | None]:
+    """Return the patterns of operators that are in force, each with its end (steady clock, None: no end).
+
+    Workers that an operator's pattern put into maintenance remember it, also for workers that come later.
+    """
+    return {
+        row.maintained_as: row.maintenance_until
+        for row in rows
+        if row.maintained_as and row.maintenance and not _is_over(row, now)
+    }
+
+
+def follow_plan(row: Worker, now: Now, rules: WorkerRules, patterns: Mapping[str, int | None]) -> Worker:
+    """Return a row after its planned maintenance began, changed or ended; the same row if nothing changes."""
+    if not row.maintenance and row.unregistered_at is not None:
+        return row
+    plan = _plan_of(row, now, rules, patterns)
+    if not row.maintenance:
+        return row if plan is None else maintain(row, now, rules, on=True, plan=plan)
+    if row.maintenance_by == "config":
+        if plan is None:
+            return _without_exemption(maintain(row, now, rules, on=False))
+        same = plan.by == "config" and abs((plan.until or 0) - (row.maintenance_until or 0)) < SECOND
+        return row if same else maintain(row, now, rules, on=True, plan=plan)
+    if not _is_over(row, now):
+        return row
+    ended = _without_exemption(maintain(row, now, rules, on=False))
+    return ended if plan is None else maintain(row, now, rules, on=True, plan=plan)
+
+
+def _plan_of(row: Worker, now: Now, rules: WorkerRules, patterns: Mapping[str, int | None]) -> Plan | None:
+    """Return the maintenance that a worker should be in now, unless an operator ended it for this worker."""
+    for pattern, until in patterns.items():
+        if pattern != row.maintained_as and matches(pattern, row):
+            return Plan("operator", until, pattern)
+    if row.exempt_until is not None and now.steady < row.exempt_until:
+        return None
+    ends = [end for each in rules.maintenance if (end := each.open_until(now.wall)) is not None]
+    return Plan("config", now.steady + max(ends) - now.wall) if ends else None
+
+
+def matches(pattern: str, row: Worker) -> bool:
+    """Return whether an operator's pattern, "SOURCE/PATTERN", matches a worker."""
+    source, _, ids = pattern.partition("/")
+    return source in ("*", row.source) and fnmatchcase(row.id, ids)
+
+
+def _is_over(row: Worker, now: Now) -> bool:
+    return row.maintenance_until is not None and row.maintenance_until <= now.steady
+
+
+def _without_exemption(row: Worker) -> Worker:
+    return msgspec.structs.replace(row, exempt_until=None, maintained_as="")
 
 
 def former(row: Worker, now: Now, rules: WorkerRules | None = None) -> Worker:
@@ -243,6 +338,9 @@ def shown(row: Worker) -> dict[str, Any]:
         del item[name]
     for moment in ("registered_at", "last_heartbeat"):
         item[moment] = rfc3339(item[moment])
+    if row.maintenance:
+        item["maintenance_by"] = row.maintenance_by or "operator"
+        item["maintenance_until"] = row.maintenance_until and rfc3339(row.maintenance_until)
     return item
 
 

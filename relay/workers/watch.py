@@ -2,8 +2,9 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import translate
+from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 
 import msgspec
@@ -64,7 +65,11 @@ class Rulebook:
                     for name, value in msgspec.structs.asdict(override).items()
                     if value is not None
                 }
-                return msgspec.structs.replace(rules, **overrides)
+                rules = msgspec.structs.replace(rules, **overrides)
+                break
+        if rules.maintenance:
+            windows = tuple(each for each in rules.maintenance if fnmatchcase(worker_id, each.ids))
+            rules = msgspec.structs.replace(rules, maintenance=windows)
         return rules
 
 
@@ -99,6 +104,7 @@ class Watch:
             self._last = None
             self._log(await self._store.workers.sweep(at=0))
             return
+        self._log_plans(await self._store.workers.follow_plans())
         if self._last is None or now - self._last > 3 * self.interval * SECOND:
             marked = await self._store.workers.sweep(extend=True)
         else:
@@ -106,6 +112,13 @@ class Watch:
             marked = await self._store.workers.sweep(at=min(now, in_time))
         self._log(marked)
         self._last = now
+
+    def _log_plans(self, changed: Iterable[Worker]) -> None:
+        """Log the sources whose workers began or ended planned maintenance."""
+        numbers = Counter((worker.source, worker.maintenance) for worker in changed)
+        for (source, begins), number in numbers.items():
+            verb = "began" if begins else "ended"
+            log.info("%s: maintenance of %d workers %s", source, number, verb, extra=fields(source=source))
 
     def _log(self, marked: Iterable[Worker]) -> None:
         """Log the workers that a sweep marked offline or unregistered."""

@@ -1,6 +1,7 @@
 """`relay workers`, `status`, `explain` and `completion`."""
 
 import json
+import re
 
 import pytest
 from commands import run
@@ -52,6 +53,38 @@ async def test_maintenance_begins_and_ends(commands):
     answer = (await commands("workers", "maintenance", "whatsapp", "w1", "off", "--json")).json
     assert answer["id"] == "w1"
     assert not answer["maintenance"]
+
+
+async def test_maintenance_of_a_pattern_has_an_end(commands):
+    said = await commands("workers", "maintenance", "--pattern", "w*", "--for", "2h")
+    assert re.fullmatch(r"2 workers in maintenance until \d{4}-\S+Z\n", said.out)
+    rows = (await commands("workers", "list", "--status", "MAINTENANCE")).rows
+    assert [row[0] for row in rows] == ["w1", "w2"]
+    assert said.out.split()[-1] == rows[0][-1]
+    said = await commands("workers", "maintenance", "whatsapp", "off", "--pattern", "w2")
+    assert said.out == "1 worker out of maintenance\n"
+    shown = (await commands("workers", "show", "whatsapp", "w1", "--json")).json
+    assert (shown["maintenance_by"], shown["maintenance_until"]) == ("operator", rows[0][-1])
+    said = await commands("workers", "maintenance", "whatsapp", "w1", "--for", "30m")
+    assert said.out.startswith("w1: MAINTENANCE until ")
+    said = await commands("workers", "maintenance", "--pattern", "batch-*", "on", code=4)
+    assert said.err.startswith('no worker matches "batch-*"\n  list them: relay workers list')
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["whatsapp", "w1"], 2, "say on or off, or for how long with --for"),
+        (["on"], 2, "name a SOURCE and a WORKER, or --pattern"),
+        (["whatsapp", "w1", "on", "--pattern", "w*"], 2, "--pattern names workers of one SOURCE"),
+        (["--pattern", "w*", "off", "--for", "1h"], 2, "--for needs on"),
+        (["--pattern", "w*", "--for", "0s"], 2, "expected a duration longer than 0"),
+        (["whatsap", "on", "--pattern", "w*"], 4, 'unknown source "whatsap", did you mean "whatsapp"?'),
+        (["--pattern", "", "on"], 1, '"pattern": a pattern must not be empty'),
+    ],
+)
+async def test_an_unclear_maintenance_is_refused(commands, words, code, says):
+    assert says in (await commands("workers", "maintenance", *words, code=code)).err
 
 
 async def test_forget_needs_confirmation(commands):

@@ -229,6 +229,7 @@ async def test_every_response_matches_its_schema(relay, recorder):
     await ask("GET", worker)
     await ask("DELETE", f"{worker}/commands/{command['id']}")
     await ask("POST", f"{worker}/maintenance", {"on": True})
+    await ask("POST", "/api/workers/maintenance", {"on": True, "pattern": "w*", "for": "1h"})
     await ask("DELETE", worker)
 
     await ask("POST", "/api/replays", {"events": [id_], "dry_run": True}, status=200)

@@ -154,6 +154,34 @@ async def test_queued_commands_survive_a_restart(tmp_path):
         assert len((await relay.exchange(beat())).json["data"]["commands"]) == 1
 
 
+async def test_maintenance_by_a_pattern_or_a_window_survives_a_restart_and_ends_by_itself(tmp_path, clock):
+    # The clock begins on 2023-11-14 at 22:13:20 UTC.
+    window = '{ ids = "planned-*", days = ["tue"], start = "23:00", end = "01:00", zone = "Europe/Berlin" }'
+    config = write_config(tmp_path, SOURCES, f"[workers]\nmaintenance = [{window}]")
+    async with running(config, clock=clock) as relay:
+        for each in ("batch-1", "planned-1", "w1"):
+            await relay.exchange(beat(each))
+        _, done = await ask(relay, "POST", "/maintenance", {"on": True, "pattern": "batch-*", "for": "2h"})
+        assert done == {"workers": 1, "maintenance_until": "2023-11-15T00:13:20.000Z"}
+        await relay.exchange(beat("batch-2"))
+        await relay.app.state.watch.sweep()
+        statuses = {row.id: row.status for row in relay.app.store.workers.all()}
+        assert statuses == dict.fromkeys(("batch-1", "batch-2", "planned-1"), "MAINTENANCE") | {
+            "w1": "ONLINE"
+        }
+        shown = await worker(relay, "planned-1")
+        assert (shown["maintenance_by"], shown["maintenance_until"]) == ("config", "2023-11-15T00:00:00.000Z")
+    async with running(config, clock=clock) as relay:
+        clock.advance(108 * 60)  # the window has ended
+        await relay.app.state.watch.sweep()
+        assert (await worker(relay, "planned-1"))["status"] == "ONLINE"
+        assert (await worker(relay, "batch-2"))["status"] == "MAINTENANCE"
+        clock.advance(900)
+        await relay.app.state.watch.sweep()
+        assert (await worker(relay, "batch-2"))["status"] == "ONLINE"
+        assert set(await types(relay)) == {"registered"}  # nothing was reported offline
+
+
 async def test_maintenance_overrides_reports_and_silence(relay, clock):
     await relay.exchange(beat(status="ONLINE"))
     assert (await ask(relay, "POST", "/whatsapp/w1/maintenance", {"on": True}))[1]["status"] == "MAINTENANCE"

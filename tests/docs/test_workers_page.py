@@ -9,6 +9,7 @@ from daemons import HEAD
 
 from relay.app import App
 from relay.base.clock import SECOND
+from relay.config.maintenance import MaintenanceWindow
 from relay.config.schema import WorkerRules
 from relay.model import Worker
 from relay.plugin_loading.loader import load
@@ -18,16 +19,27 @@ from relay.workers.watch import Rulebook
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "workers.md").read_text()
+TABLES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 RULES = (ROOT / "relay" / "workers" / "rules.py").read_text()
 
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
     monkeypatch.setenv("WHATSAPP_WORKER_TOKEN", "worker-secret-token-12345")
-    [block] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     path = tmp_path / "config.toml"
-    path.write_text(HEAD.format(port=0) + block)
+    path.write_text(HEAD.format(port=0) + TABLES[0])
     return load(path)
+
+
+def test_the_windows_on_the_page_are_valid(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(HEAD.format(port=0) + TABLES[1])
+    windows = load(path).config.workers.maintenance
+    assert [each.ids for each in windows] == ["batch-*", "*"]
+    keys = set(re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| .* \| .* \|$", PAGE, re.MULTILINE))
+    assert {key for each in keys for key in re.findall(r"\w+", each)} >= set(
+        MaintenanceWindow.__struct_fields__
+    )
 
 
 def test_the_page_has_exactly_the_events_of_the_rules():

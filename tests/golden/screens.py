@@ -139,7 +139,9 @@ def worker(number, status="ONLINE", **more):
     """Return a worker."""
     return {
         "source": "whatsapp", "id": f"whatsapp-worker-eu-central-{number:03}", "status": status,
-        "maintenance": status == "MAINTENANCE", "endpoint": f"https://worker-{number}.internal.example.com:8443",
+        "maintenance": status == "MAINTENANCE",
+        "maintenance_by": "operator" if status == "MAINTENANCE" else None,
+        "maintenance_until": at(7200) if status == "MAINTENANCE" else None, "endpoint": f"https://worker-{number}.internal.example.com:8443",
         "description": "", "version": "2.14.0", "environment": "production", "max_sessions": 50,
         "registered_at": at(-86_400 * 12), "last_heartbeat": at(-7 if status == "ONLINE" else -4000),
         "restarts": number, "cpu": 45.5, "memory": 67.8, "uptime": 360_000.0, "message_count": 1250,

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from relay.base.clock import SECOND, rfc3339
+from relay.config.maintenance import MaintenanceWindow
 from relay.config.schema import WorkerRules
 from relay.model import Heartbeat, Register, Session, SessionSeen, Unregister, Worker, WorkerChange
 from relay.workers.rules import (
@@ -14,12 +15,15 @@ from relay.workers.rules import (
     OVERLAP,
     TOMBSTONE,
     Now,
+    Plan,
     Step,
     apply,
     extend_deadline,
+    follow_plan,
     former,
     maintain,
     names_one_machine,
+    patterns_of,
     shown,
     silent,
 )
@@ -455,6 +459,89 @@ def test_maintenance_outlasts_an_unregister_and_a_new_registration(change):
     row = said(row, Unregister(worker_id="w"), 10).worker
     step = said(row, change, 30)
     assert (step.worker.status, types(step)) == ("MAINTENANCE", ["worker.registered"])
+
+
+def plan(row, seconds, rules=RULES, patterns=None):
+    """Follow the plans for a worker; the clocks differ, as everywhere."""
+    return follow_plan(row, at(seconds), rules, {} if patterns is None else patterns)
+
+
+def pattern_of(*rows, seconds=10):
+    return patterns_of(rows, at(seconds))
+
+
+HOUR = STEADY + 3600 * SECOND
+BY_PATTERN = maintain(ONLINE, at(5), RULES, on=True, plan=Plan("operator", HOUR, "whatsapp/w*"))
+LATER = msgspec.structs.replace(ONLINE, id="w2")
+WINDOW = MaintenanceWindow(ids="w*", start="10:30", end="11:30")  # the test begins at 10:30
+PLANNED = WorkerRules(offline_after=90.0, maintenance=(WINDOW,))
+
+
+def test_maintenance_with_an_end_ends_by_itself_and_gives_a_new_deadline():
+    row = maintain(ONLINE, at(5), RULES, on=True, plan=Plan("operator", HOUR))
+    assert (shown(row)["maintenance_by"], shown(row)["maintenance_until"]) == ("operator", rfc3339(HOUR))
+    assert plan(row, 3599) is row
+    assert silent(row, at(3599)) is None
+    row = plan(row, 3600)
+    assert (row.status, row.maintenance, row.deadline) == ("ONLINE", False, at(3690).steady)
+    assert (shown(row)["maintenance_by"], shown(row)["maintenance_until"]) == (None, None)
+    assert silent(row, at(3690)) is None
+    assert silent(row, at(3691)) is not None
+
+
+def test_an_operator_s_pattern_includes_workers_that_come_later():
+    patterns = pattern_of(ONLINE, BY_PATTERN)
+    assert patterns == {"whatsapp/w*": HOUR}
+    row = plan(LATER, 10, patterns=patterns)
+    assert (row.status, row.maintenance_until, row.maintained_as) == ("MAINTENANCE", HOUR, "whatsapp/w*")
+    assert pattern_of(row) == patterns  # also without the first worker
+    for other in ({"source": "adorn"}, {"id": "x"}):
+        other_row = msgspec.structs.replace(LATER, **other)
+        assert plan(other_row, 10, patterns=patterns) is other_row
+    assert pattern_of(BY_PATTERN, seconds=3600) == {}
+
+
+def test_one_worker_leaves_the_maintenance_of_a_pattern():
+    row = maintain(BY_PATTERN, at(10), RULES, on=False)
+    assert plan(row, 20, patterns=pattern_of(BY_PATTERN)) is row
+    assert plan(row, 20, patterns={"*/w": HOUR}).maintenance  # another pattern
+    again = maintain(row, at(30), RULES, on=True, plan=Plan("operator", HOUR, "whatsapp/w*"))
+    ended = maintain(again, at(40), RULES, on=False, plan=Plan("operator", None, "whatsapp/w*"))
+    assert plan(ended, 50, patterns={"whatsapp/w*": HOUR}).maintenance  # the whole pattern ended and began
+
+
+def test_a_planned_window_begins_and_ends_by_the_clock():
+    row = plan(ONLINE, 10, PLANNED)
+    assert (row.status, row.maintenance_by, row.maintenance_until) == ("MAINTENANCE", "config", HOUR)
+    assert plan(row, 3599, PLANNED) is row
+    assert not plan(row, 3600, PLANNED).maintenance
+    assert plan(row, 20, RULES).status == "ONLINE"  # a reload removed the window
+    assert plan(OFFLINE, 10, PLANNED).was_offline
+    assert said(row, report("OFFLINE"), 20).generated == ()
+    assert plan(GONE, 10, PLANNED) is GONE
+
+
+def test_an_operator_ends_a_planned_window_for_a_worker():
+    row = maintain(plan(ONLINE, 10, PLANNED), at(20), PLANNED, on=False)
+    assert plan(row, 3599, PLANNED) is row
+    tomorrow = 86_400 + 10
+    assert plan(row, tomorrow, PLANNED).maintenance
+
+
+def test_maintenance_by_an_operator_continues_in_and_after_a_window():
+    row = maintain(ONLINE, at(5), PLANNED, on=True)
+    assert plan(row, 10, PLANNED) is row
+    assert plan(row, 4000, PLANNED) is row
+    short = maintain(ONLINE, at(5), PLANNED, on=True, plan=Plan("operator", at(100).steady))
+    row = plan(short, 100, PLANNED)  # the window goes on
+    assert (row.maintenance_by, row.maintenance_until, row.status) == ("config", HOUR, "MAINTENANCE")
+
+
+def test_an_unregistered_worker_keeps_its_maintenance_until_the_end():
+    row = said(BY_PATTERN, Unregister(worker_id="w"), 10).worker
+    assert said(row, REGISTER, 30).worker.maintenance_until == HOUR
+    row = plan(row, 3600)
+    assert (row.maintenance, row.status, row.unregistered_at is None) == (False, "OFFLINE", False)
 
 
 def test_an_unregister_in_the_future_hides_no_heartbeat():
