@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
+from stores import change_rows
 from support import until
 from wire import request
 
@@ -97,7 +98,9 @@ async def troubled(tmp_path):
         old._runner.client.certificate = Certificate(now - 80 * DAY, now + 10 * DAY + 3600 * SECOND)
         app.dispatcher.lanes["erp"]._runner.client.certificate = Certificate(now - 4 * DAY, now + 2 * DAY)
         app.backups._has_run = True
-        app.ledger_check.unaccounted["crm"] = -1
+        await change_rows(app.store, "UPDATE ledger SET created = created + 1 WHERE destination = 'crm'")
+        await app.ledger_check.check()
+        await change_rows(app.store, "UPDATE ledger SET created = created - 1 WHERE destination = 'crm'")
         app.reloads.failed = "config.toml:3: server.listen: expected host:port"
         app.jobs.stop()  # the job `disk` would change the forecast
         app.disk_forecast._samples.clear()
@@ -114,7 +117,7 @@ async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp
     assert status["backups"]["overdue"] is True
     assert problems(status) == [
         ("at the pace of the last day, the disk is full in 2 days", "relay db status"),
-        ("the ledger of crm does not balance, a bug in the relay; difference: -1", "relay doctor"),
+        ("the ledger of crm does not balance, a bug in the relay; difference: 1", "relay doctor"),
         ("crm is paused; 1 delivery waits", "relay destinations resume crm"),
         ("erp is held (resting); 1 delivery waits", "relay destinations show erp"),
         ("gone is disabled: operator; 1 delivery waits", "relay destinations enable gone"),

@@ -199,13 +199,14 @@ def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, p
     for name in ("relay.db-wal", "relay.db.mark", "backups/relay-20260131T120000Z.db-journal"):
         root.add(f"/var/lib/relay/{name}", "")
     root.add("/var/lib/relay/backups/relay-20260131T120000Z.db", "saved")
+    root.add("/var/lib/relay/backups/before-upgrade.db", "by hand")
     said = root.run("apt-get", "purge", "-y", "hookferry")
     assert "Backups of hookferry stay in /var/lib/relay" in said
     assert mine() == [False, False]
     assert not Path(root.path / "etc/relay").exists()
     state = root.path / "var/lib/relay"
     left = sorted(str(path.relative_to(state)) for path in state.rglob("*"))
-    assert left == ["backups", "backups/relay-20260131T120000Z.db"]
+    assert left == ["backups", "backups/before-upgrade.db", "backups/relay-20260131T120000Z.db"]
 
 
 def test_a_purge_without_backups_leaves_nothing(root):
