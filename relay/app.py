@@ -424,7 +424,8 @@ class App:
             return "draining"
         if reasons := self.health.reasons():
             return f"not ready: {'; '.join(reasons)}"
-        return f"serving {len(self.ingest.mounts)} sources and {len(self.dispatcher.lanes)} destinations"
+        numbers = {"source": len(self.ingest.mounts), "destination": len(self.dispatcher.lanes)}
+        return "serving " + " and ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items())
 
     async def _expire(self) -> None:
         """Expire deliveries that exceed their `ttl`, in short transactions."""
