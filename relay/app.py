@@ -87,7 +87,7 @@ class App:
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         config = setup.config
         self._setup = setup
-        self.clock = clock = clock or clock_of(setup.config.storage.url)
+        self.clock = clock = clock or clock_of(setup.config.storage.url.reveal())
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
@@ -95,7 +95,7 @@ class App:
         self.router, self.rulebook = Router.of(config.destinations), Rulebook.of_config(config)
         self.listeners: list[Listener] = []  # called after each commit, lanes first
         self.store = make_store(
-            config.storage.url,
+            config.storage.url.reveal(),
             config.state_dir,
             clock,
             route=self.router.route,

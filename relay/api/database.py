@@ -107,7 +107,7 @@ class DatabaseApi:
         return (
             *found,
             doctor.held(self._destinations(), self._clock.steady()),
-            self._backups.examine(),
+            *([self._backups.examine()] if self._store.files else []),
             doctor.writable(config, config.state_dir),
             doctor.ready(self._health.reasons()),
             doctor.jobs(self._jobs.all()),

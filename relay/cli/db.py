@@ -16,7 +16,7 @@ from relay.cli.api_client import Daemon, run_operation
 from relay.cli.doctor import named, print_checks
 from relay.cli.endpoint import daemon_options, reader_options
 from relay.cli.main import INTERRUPTED, CommandError, Group, file_error
-from relay.cli.offline import Offline, database_of, readable, tables_of
+from relay.cli.offline import Offline, database_of, readable, tables_of, url_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
@@ -95,7 +95,10 @@ def backup(ctx: click.Context, daemon: Daemon, file: Path | None, *, force: bool
             raise click.UsageError("FILE cannot be used with --url: a remote daemon writes its own backups")
         config = tables_of(ctx.params.get("config"))
         keep_free = config.storage.free_after_backup
-        done = _copy(readable(database_of(config)), file, force=force, keep_free=keep_free)
+        if (source := database_of(config)) is None:  # raises the error with the advice
+            offline_store(url_of(config), config.state_dir).back_up(file, Stop())
+            return
+        done = _copy(readable(source), file, force=force, keep_free=keep_free)
     if as_json:
         print_json(done)
     else:
@@ -115,10 +118,12 @@ def check(file: Path | None, config: Path | None, *, as_json: bool) -> None:
     FILE defaults to the database of the configuration. Read-only; needs no daemon. The exit code is 1 if
     a check fails. `relay doctor` has more checks.
     """
-    path = readable(file or database_of(tables_of(config)))
-    if not path.exists():
-        raise _missing(path)
-    store = _store_at(path)
+    if file is not None:
+        store = _existing(file)
+    else:
+        tables = tables_of(config)
+        path = database_of(tables)
+        store = offline_store(url_of(tables), tables.state_dir) if path is None else _existing(path)
     found = _in_thread(
         lambda stop: store.examine(stop, now=SystemClock().wall()),
         lambda: "checking every page",
@@ -161,6 +166,12 @@ def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[st
     except OSError as error:
         raise file_error(f"cannot write {target}", error, "name another file") from None
     return msgspec.structs.asdict(done)
+
+
+def _existing(path: Path) -> OfflineStore:
+    if not readable(path).exists():
+        raise _missing(path)
+    return _store_at(path)
 
 
 def _store_at(path: Path) -> OfflineStore:

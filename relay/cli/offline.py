@@ -17,11 +17,12 @@ from relay.config.document import read
 from relay.config.installed_service import directories_of, installed
 from relay.config.paths import find_config, is_there
 from relay.config.schema import Config
+from relay.config.secrets import Absent, Secret
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import PAUSED_IN_CONFIG, Check, Selection
 from relay.store import Stop, StoredData
-from relay.store.opening import offline_store, path_of
+from relay.store.opening import file_of, offline_store
 
 if TYPE_CHECKING:
     from relay import doctor
@@ -34,14 +35,17 @@ class Offline:
         self._config = config
         tables = read(config.path).data.get("sources")
         self._sources = tuple(tables) if isinstance(tables, dict) else ()
-        readable(database_of(config))
-        self._store = offline_store(config.storage.url, state_of(config))
+        self._file = database_of(config)
+        if self._file is not None:
+            readable(self._file)
+        self._store = offline_store(url_of(config), state_of(config))
 
     def measure(self) -> dict[str, Any]:
         """Return the contents and size of the database, and its backups; raises `StorageError`."""
         from relay.jobs.backups import described, made_in  # noqa: PLC0415 - see `_read`
 
-        backups = made_in(state_of(self._config) / self._config.backup.dir)
+        folder = state_of(self._config) / self._config.backup.dir
+        backups = {} if self._file is None else made_in(folder)
         return described(self._store.measure(Stop()), backups)
 
     def examine(self) -> list[Check]:
@@ -50,7 +54,6 @@ class Offline:
         from relay.jobs import backups  # noqa: PLC0415 - see `_read`
 
         config, now = self._config, SystemClock().wall()
-        made = backups.made_in(state_of(config) / config.backup.dir)
         found = self._store.examine(
             Stop(),
             now=now,
@@ -61,7 +64,9 @@ class Offline:
         with suppress(StorageError):  # the checks above report an unreadable file
             # No daemon retries now, so a failed last attempt is a problem at once.
             found.append(doctor.held(asyncio.run(self._backlogs()), now, patience=0))
-        found.append(backups.examine(made, config.backup.every, now // SECOND))
+        if self._file is not None:
+            made = backups.made_in(state_of(config) / config.backup.dir)
+            found.append(backups.examine(made, config.backup.every, now // SECOND))
         return [*found, doctor.writable(config, state_of(config))]
 
     async def _backlogs(self) -> list["doctor.DestinationBacklog"]:
@@ -189,17 +194,29 @@ def tables_of(given: Path | None) -> Config:
     return bind_tables(Binder(read(path), directories_of(path), lenient=True))
 
 
-def database_of(config: Config) -> Path:
-    """Return the path of the database file."""
-    return path_of(config.storage.url, state_of(config))
+def url_of(config: Config) -> str:
+    """Return the URL of the storage.
+
+    Raises:
+        CommandError: it is a secret that this command cannot read.
+    """
+    url: Secret = config.storage.url  # `Absent` if the look-up was lenient
+    if isinstance(url, Absent):
+        hint = "run the command as root or as the daemon's user, with the same environment"
+        raise CommandError(f"[storage] url: {url.why}", hint=hint, code=NOT_ALLOWED)
+    return url.reveal()
+
+
+def database_of(config: Config) -> Path | None:
+    """Return the path of the database file; None: PostgreSQL."""
+    return file_of(url_of(config), state_of(config))
 
 
 def state_of(config: Config) -> Path:
-    """Return the state folder, which contains the database."""
-    url = config.storage.url
-    if not is_there(path_of(url, config.state_dir)) and is_there(path_of(url, STATE)):
-        return STATE
-    return config.state_dir
+    """Return the state folder, which contains an SQLite database."""
+    url = url_of(config)
+    ours, theirs = (file_of(url, folder) or folder for folder in (config.state_dir, STATE))
+    return STATE if not is_there(ours) and is_there(theirs) else config.state_dir
 
 
 def readable(path: Path) -> Path:

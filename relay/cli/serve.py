@@ -21,7 +21,7 @@ from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
 from relay.errors import RelayError
 from relay.process.systemd import sockets_given
-from relay.store.opening import path_of
+from relay.store.opening import file_of, path_of
 
 if TYPE_CHECKING:
     from relay.plugin_loading.loader import Setup
@@ -120,11 +120,14 @@ def _refuse_second(path: Path) -> None:
         config = bind_tables(Binder(read(path), os.environ, lenient=True))
     except ConfigError:  # `load` reports it
         return
-    ours = path_of(config.storage.url, config.state_dir)
+    url = config.storage.url.reveal()
+    ours = file_of(url, config.state_dir) if url else None
+    if ours is None:  # a server's database can be used by one daemon only, wherever it runs
+        return
     there = service.directories.get("STATE_DIRECTORY", "").partition(":")[0]
     theirs = ours
     if there and "state_dir" not in read(path).data:
-        theirs = path_of(config.storage.url, Path(there))
+        theirs = path_of(url, Path(there))
     if not is_there(theirs):
         if os.path.realpath(theirs) != os.path.realpath(ours):
             logging.getLogger("relay").warning(

@@ -151,8 +151,13 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """`[storage]`: where events are stored."""
 
     url: Annotated[
-        str, _check(validators.storage), _help("`sqlite:` and a file, relative to `state_dir`")
-    ] = "sqlite:relay.db"
+        Url,
+        _check(validators.storage),
+        _help(
+            "`sqlite:` and a file, relative to `state_dir`; or `postgresql://USER@HOST/DATABASE`, a string "
+            "or, with a password, a secret"
+        ),
+    ] = Url("sqlite:relay.db")
     durability: Annotated[
         Literal["full", "normal"],
         _help(

@@ -40,6 +40,10 @@ def bind_tables(binder: Binder) -> Config:
     if config.admin.listen == config.server.listen and not config.admin.listen.endswith(":0"):
         text = "the same address as [server] listen; give it another port"
         binder.report(("admin", "listen"), text)
+    scheme = config.storage.url.reveal().partition(":")[0]
+    if config.backup.every is not None and scheme in validators.POSTGRES:
+        text = "the relay makes no backups of a PostgreSQL database: remove this key, see docs/storage.md"
+        binder.report(("backup", "every"), text)
     return config
 
 

@@ -3,8 +3,9 @@
 import ipaddress
 import re
 import ssl
+from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from yarl import URL
 
@@ -26,6 +27,9 @@ _USUAL_PORTS = {"http": ":80", "https": ":443"}
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
 LARGEST_BODY = 256 * 2**20
 """The most that `max_body` can be, in bytes."""
+
+POSTGRES = ("postgresql", "postgres")
+"""Schemes of the URL of a PostgreSQL database."""
 
 RESERVED = "relay"
 """The source name that the relay's own events have."""
@@ -111,11 +115,38 @@ def lease(seconds: float) -> float:
     return seconds
 
 
-def storage(text: str) -> str:
-    """Check the URL of the storage."""
-    if not text.removeprefix("sqlite:") or not text.startswith("sqlite:") or not text.isprintable():
-        raise ValueError('expected "sqlite:" and the name of a file, such as "sqlite:relay.db"')
-    return text
+def storage(value: Url) -> Url:
+    """Check the URL of the storage; its text is never repeated, it may hold a password."""
+    text = value.reveal()
+    scheme, _, name = text.partition(":")
+    if not text.isprintable() or not (
+        name.startswith("//") if scheme in POSTGRES else scheme == "sqlite" and name
+    ):
+        raise ValueError(
+            'expected "sqlite:" and the name of a file, such as "sqlite:relay.db", '
+            'or "postgresql://USER@HOST/DATABASE"'
+        )
+    if scheme in POSTGRES:
+        _postgres(value)
+    return value
+
+
+def _postgres(value: Url) -> None:
+    try:
+        parts = urlsplit(value.reveal())
+    except ValueError:
+        raise ValueError("not a URL: its hosts cannot be read") from None
+    if not parts.path.strip("/"):
+        raise ValueError('the URL names no database, as in "postgresql://USER@HOST/DATABASE"')
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    has_password = ":" in parts.netloc.rpartition("@")[0] or "password" in options
+    if has_password and not value.is_hidden:
+        raise ValueError(
+            'the URL holds a password: write it as a secret, url = { env = "RELAY_STORAGE_URL" }, '
+            "or use a password file"
+        )
+    if find_spec("asyncpg") is None:
+        raise ValueError("PostgreSQL needs the package asyncpg: pip install 'hookferry[postgres]'")
 
 
 def url(value: Url) -> Url:

@@ -680,7 +680,7 @@ class Store(Protocol):
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """The files that hold the data, by the label of `relay_store_bytes`."""
+        """The files that hold the data, by the label of `relay_storage_size_bytes`; empty: PostgreSQL."""
         ...
 
     def explain(self, error: Exception) -> StorageError | None:

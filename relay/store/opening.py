@@ -10,6 +10,7 @@ from typing import Literal
 
 from relay.base.clock import Clock, SystemClock
 from relay.config.schema import WorkerRules
+from relay.config.validators import POSTGRES
 from relay.errors import RelayError
 from relay.model import StoredEvent, WorkerStatus
 from relay.store import Listener, OfflineStore, Resolve, Route, Rules, Store
@@ -125,9 +126,14 @@ def offline_store(url: str, folder: Path) -> OfflineStore:
     Raises:
         RelayError: no engine supports the URL.
     """
+    if (path := file_of(url, folder)) is None:
+        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+        from relay.store.postgres.offline import PostgresOffline  # noqa: PLC0415 - see above
+
+        return PostgresOffline(read_url(url))
     from relay.store.sqlite.offline import SqliteOffline  # noqa: PLC0415 - see above
 
-    return SqliteOffline(path_of(url, folder))
+    return SqliteOffline(path)
 
 
 def is_storage_failure(error: Exception) -> bool:
@@ -139,6 +145,11 @@ def is_storage_failure(error: Exception) -> bool:
 
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF in TRANSIENT | DAMAGED
+
+
+def file_of(url: str, folder: Path) -> Path | None:
+    """Return the file of a URL; None: the data is in a PostgreSQL database. Raises as `path_of`."""
+    return None if url.partition(":")[0] in POSTGRES else path_of(url, folder)
 
 
 def path_of(url: str, folder: Path) -> Path:

@@ -122,6 +122,10 @@ def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
         ('[admin]\nsocket = "a\\n"', "2: admin.socket: a file name must not contain control characters"),
         ('[backup]\ndir = "a\\n"', "2: backup.dir: a file name must not contain control characters"),
         ("[admin]\nlisten = '127.0.0.1:8080'", "2: admin.listen: the same address as [server] listen"),
+        (
+            "[storage]\nurl = 'postgresql://db/relay'\n[backup]\nevery = '1d'",
+            "4: backup.every: the relay makes no backups of a PostgreSQL database",
+        ),
         ("[storage]\nurl = 'pg:x'", '2: storage.url: expected "sqlite:"'),
         ("[workers]\noffline_after = '0s'", "2: workers.offline_after: must be more than 0"),
         ("destinations = 5", "1: destinations: expected tables such as [destinations.NAME], got 5"),

@@ -7,7 +7,7 @@ from relay.store import Stop
 from relay.store.opening import make_store, offline_store, path_of
 
 
-@pytest.mark.parametrize("url", ["postgresql://db/relay", "sqlite", "sqlite:", "relay.db", ""])
+@pytest.mark.parametrize("url", ["mysql://db/relay", "sqlite", "sqlite:", "relay.db", ""])
 def test_an_unsupported_url_is_named_with_one_that_works(tmp_path, clock, url):
     for use in (
         lambda: make_store(url, tmp_path, clock),
