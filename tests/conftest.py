@@ -19,7 +19,7 @@ from commands import Commands
 from daemons import SOURCES, Recorder, destination, running, write_config
 from lanes import CLOCK, Receiver
 from machines import fetch
-from stores import make_store
+from stores import KINDS, make_store
 from support import FakeClock
 
 from relay.app import GC_THRESHOLDS
@@ -148,6 +148,16 @@ def tmp_path(request, tmp_path_factory):
     """A folder with a short name, since the path of a unix socket has at most 107 bytes."""
     name = re.sub(r"\W", "_", request.node.name.removeprefix("test_"))
     return tmp_path_factory.mktemp(name[:12])
+
+
+@pytest.fixture(autouse="postgres" in KINDS)
+def emptied_databases():
+    """Empty a test's databases of PostgreSQL at its end."""
+    yield
+    if "postgres" in KINDS:
+        from postgres_stores import give_back  # noqa: PLC0415 - needs asyncpg
+
+        give_back()
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 The engine's modules are imported when a store is made, because most commands run without one.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +62,7 @@ def make_store(
     """Make a store that is not open yet.
 
     Args:
-        url: `sqlite:NAME`.
+        url: `sqlite:NAME`, or the URL of a PostgreSQL database.
         folder: the state folder; relative names are relative to it.
         clock: of every time that the store writes or compares.
         route: returns the deliveries of a new event.
@@ -84,11 +84,29 @@ def make_store(
     Raises:
         RelayError: no engine supports the URL.
     """
+    if (path := file_of(url, folder)) is None:
+        with _needing_asyncpg():
+            from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+            from relay.store.postgres.store import PostgresStore  # noqa: PLC0415 - see above
+
+        return PostgresStore(
+            read_url(url),
+            folder,
+            clock,
+            route=route,
+            resolve=resolve,
+            rules=rules,
+            listeners=listeners,
+            on_status_change=on_status_change,
+            observe_seconds=observe_seconds,
+            observe_requests=observe_requests,
+            on_fatal=on_fatal,
+            full=durability == "full",
+        )
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above
 
     _ = lease  # one node needs none
-    path = path_of(url, folder)
     return SqliteStore(
         path,
         clock,
@@ -127,8 +145,9 @@ def offline_store(url: str, folder: Path) -> OfflineStore:
         RelayError: no engine supports the URL.
     """
     if (path := file_of(url, folder)) is None:
-        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
-        from relay.store.postgres.offline import PostgresOffline  # noqa: PLC0415 - see above
+        with _needing_asyncpg():
+            from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+            from relay.store.postgres.offline import PostgresOffline  # noqa: PLC0415 - see above
 
         return PostgresOffline(read_url(url))
     from relay.store.sqlite.offline import SqliteOffline  # noqa: PLC0415 - see above
@@ -136,11 +155,29 @@ def offline_store(url: str, folder: Path) -> OfflineStore:
     return SqliteOffline(path)
 
 
+@contextmanager
+def _needing_asyncpg() -> Iterator[None]:
+    """Explain that the optional package of PostgreSQL is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "asyncpg":
+            raise
+        raise RelayError(
+            "[storage] url: PostgreSQL needs the package asyncpg",
+            hint="install it: pip install 'hookferry[postgres]'",
+        ) from error
+
+
 def is_storage_failure(error: Exception) -> bool:
     """Return whether an exception of the engine comes from the file, its disk or another program.
 
     False: another exception, or a faulty statement.
     """
+    if type(error).__module__.startswith("asyncpg."):
+        from relay.store.postgres.connection import is_transient  # noqa: PLC0415 - see above
+
+        return is_transient(error)
     from relay.store.sqlite.writer import DAMAGED, TRANSIENT  # noqa: PLC0415 - see above
 
     code: int = getattr(error, "sqlite_errorcode", 0)

@@ -1,9 +1,13 @@
 """Stores for tests, and builders of events, acceptances and outcomes."""
 
+import asyncio
 import hashlib
 import os
 import weakref
 from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
 
 from relay.base.ids import EVENT, new_id
 from relay.model import Attempt, Outcome, StoredEvent, Target
@@ -11,6 +15,9 @@ from relay.store import Acceptance, opening
 
 KINDS = tuple(os.environ.get("RELAY_TEST_STORES", "sqlite").split(","))
 """Engines that the tests of the store's contract run against."""
+
+only_sqlite = pytest.mark.skipif(KINDS[0] != "sqlite", reason="looks at the file or the plans of SQLite")
+"""For tests about SQLite itself; the tests of the other engine look at its own."""
 
 _HOOKS = weakref.WeakKeyDictionary()
 
@@ -41,7 +48,7 @@ def make_store(path, clock, *, kind=KINDS[0], on_fatal=lambda _why: None, **opti
     """Make a store of an engine; `hooks(store)` are the functions that it calls."""
     called = Hooks()
     store = opening.make_store(
-        f"{kind}:{path.name}",
+        _url(kind, path, clock),
         path.parent,
         clock,
         route=called.call_route,
@@ -60,19 +67,55 @@ def hooks(store):
     return _HOOKS[store]
 
 
+def _url(kind, path, clock):
+    if kind != "postgres":
+        return f"{kind}:{path.name}"
+    from postgres_stores import url_of  # noqa: PLC0415 - needs asyncpg
+
+    return url_of(path, clock)
+
+
+def is_postgres(store):
+    """Return whether a store is in PostgreSQL."""
+    return hasattr(store.database, "address")
+
+
 async def rows(store, sql, values=()):
-    """Read rows behind the store's back."""
+    """Read rows behind the store's back, by SQL for SQLite's tables."""
+    if is_postgres(store):
+        from postgres_stores import run  # noqa: PLC0415 - needs asyncpg
+
+        return await run(store.database.address.dsn, sql, values)
     return [tuple(row) for row in await store.database.reader.execute_fetchall(sql, values)]
 
 
 async def change_rows(store, sql, values=()):
-    """Change rows behind the store's back, with its writer's own connection."""
-    await store.database.connection.execute(sql, values)
+    """Change rows behind the store's back."""
+    if is_postgres(store):
+        from postgres_stores import run  # noqa: PLC0415 - needs asyncpg
+
+        await run(store.database.address.dsn, sql, values, path="public")
+    else:
+        await store.database.connection.execute(sql, values)
 
 
 async def set_pragma(store, text):
-    """Set a PRAGMA on the connection of the store's writer, such as `query_only = ON`."""
+    """Set a PRAGMA on the connection of an SQLite store's writer."""
     await store.database.connection.execute(f"PRAGMA {text}")
+
+
+async def refuse_writes(store, *, now):
+    """Let the engine refuse the store's writes, as on a full disk, or accept them again."""
+    if not is_postgres(store):
+        await set_pragma(store, f"max_page_count = {1 if now else 1_000_000}")
+        return
+    setting = f"SET default_transaction_read_only = {'on' if now else 'off'}"
+    for _ in range(1000):  # a probe may be under way
+        try:
+            await store.database.writer.connection.execute(setting)
+            break
+        except asyncpg.InterfaceError:
+            await asyncio.sleep(0.01)
 
 
 async def call_writer(store, function):
@@ -106,8 +149,18 @@ async def opened(path, clock):
     yield store
     for name, books in (await store.ledger.audit()).items():
         assert books.unaccounted == 0, name
-    assert not await store.database.reader.execute_fetchall("PRAGMA foreign_key_check")
+    await check_rows(store)
     await store.close()
+
+
+async def check_rows(store):
+    """Check that all stored rows belong to each other."""
+    if is_postgres(store):
+        from postgres_stores import FAULTS_SQL, run  # noqa: PLC0415 - needs asyncpg
+
+        assert await run(store.database.address.dsn, FAULTS_SQL, path="public") == []
+    else:
+        assert await rows(store, "PRAGMA foreign_key_check") == []
 
 
 def make_event(clock=None, body=b'{"n": 1}', **fields):
@@ -157,13 +210,11 @@ async def end(store, event, state="delivered", destination=None):
             await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state=state))
 
 
-async def ids(store):
-    """Return the row ids of all events."""
-    return [
-        row[0] for row in await store.database.reader.execute_fetchall("SELECT id FROM events ORDER BY id")
-    ]
+async def ids(store, table="events"):
+    """Return the row ids of all events, or of another table."""
+    return [row[0] for row in await rows(store, f"SELECT id FROM {table} ORDER BY id")]
 
 
 async def count_rows(store, table):
-    [(count,)] = await store.database.reader.execute_fetchall(f"SELECT count(*) FROM {table}")
+    [(count,)] = await rows(store, f"SELECT count(*) FROM {table}")
     return count

@@ -2,11 +2,12 @@
 
 import msgspec
 import pytest
-from stores import accept, hooks, make_store
+from stores import accept, hooks, is_postgres, make_store, only_sqlite
 from stores import rows as read_rows
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome, Target
+from relay.store.postgres import transitions as postgres_transitions
 from relay.store.sqlite import transitions
 
 DAY = 86_400.0
@@ -194,7 +195,8 @@ async def test_a_delivery_in_flight_does_not_expire_while_held(store, clock):
 
 
 async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
-    monkeypatch.setattr(transitions, "HELD_AT_ONCE", 10)
+    module = postgres_transitions if is_postgres(store) else transitions
+    monkeypatch.setattr(module, "HELD_AT_ONCE", 10)
     for number in range(25):
         await send(store, clock)
         if number % 2:
@@ -206,6 +208,7 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
     assert [len(news.dropped) for news in store.news if news.dropped] == [20, 5]
 
 
+@only_sqlite
 @pytest.mark.parametrize(
     ("sql", "values"),
     [

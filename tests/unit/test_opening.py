@@ -21,6 +21,31 @@ def test_an_unsupported_url_is_named_with_one_that_works(tmp_path, clock, url):
         )
 
 
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("postgresql://db/relay?pooler=yes", 'pooler: expected "true" or "false", got "yes"'),
+        ("postgresql://[::1/relay", "the host cannot be read"),
+        ("postgresql://", "no database; write postgresql://USER@HOST/DATABASE"),
+        ("postgresql://u:geheim@db1:5432", "no database"),
+    ],
+)
+def test_a_faulty_url_of_postgresql_is_named_without_its_password(tmp_path, clock, url, fault):
+    with pytest.raises(RelayError) as caught:
+        make_store(url, tmp_path, clock)
+    assert fault in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
+def test_a_store_in_postgresql_shows_neither_user_nor_password(tmp_path, clock):
+    url = "postgresql://relay:geheim@db1:5432,db2/events?sslmode=verify-full&pooler=true"
+    store = make_store(url, tmp_path, clock)
+    assert store.location == "postgresql://db1:5432,db2/events"
+    assert store.database.address.dsn == url.removesuffix("&pooler=true")
+    assert store.database.address.options["statement_cache_size"] == 0
+    assert store.database.address.options["target_session_attrs"] == "read-write"
+
+
 def test_a_name_is_relative_to_the_state_folder(tmp_path):
     assert path_of("sqlite:relay.db", tmp_path) == tmp_path / "relay.db"
     assert path_of(f"sqlite:{tmp_path}/other.db", tmp_path / "state") == tmp_path / "other.db"

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from stores import accept, hooks, make_store
+from stores import accept, hooks, ids, make_store
 
 from relay.base.clock import SECOND
 from relay.model import Attempt, Outcome
@@ -52,10 +52,11 @@ async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
     owe(store, ("crm", {"order_by": "subject"}))
     for subject in ("a", "b", "a", "a"):
         await store.events.append(accept(clock, subject=subject))
-    assert [d.id for d in store.fresh] == [1, 2]
+    made = await ids(store, "deliveries")
+    assert [d.id for d in store.fresh] == made[:2]
     await store.deliveries.settle(ending(store.fresh[0]))
     assert store.news[-1].woken == {"crm"}
-    assert await due(store) == [3]
+    assert await due(store) == [made[2]]
 
 
 async def test_any_end_of_the_first_delivery_releases_its_key(store, clock):
@@ -66,7 +67,7 @@ async def test_any_end_of_the_first_delivery_releases_its_key(store, clock):
     [second] = (await store.deliveries.claim("crm", 9, retries=False)).deliveries
     store.deliveries.release([second.id])
     assert (await store.deliveries.cancel([second.id])).ended == 1
-    assert await due(store) == [3]
+    assert await due(store) == (await ids(store, "deliveries"))[2:]
 
 
 async def test_a_first_delivery_that_waits_for_its_retry_blocks_its_key(store, clock):
@@ -90,9 +91,10 @@ async def test_order_holds_within_one_batch_and_across_batches(store, clock):
         seen.append(delivery.id)
         await store.deliveries.settle(ending(delivery))
         waiting += (await store.deliveries.claim("crm", 9, retries=False)).deliveries
-    assert sorted(seen) == list(range(1, 31))
+    made = await ids(store, "deliveries")
+    assert sorted(seen) == made
     for key in range(3):
-        mine = [number for number in seen if (number - 1) % 3 == key]
+        mine = [number for number in map(made.index, seen) if number % 3 == key]
         assert mine == sorted(mine)
 
 
@@ -100,26 +102,26 @@ async def test_an_event_without_the_value_does_not_wait(store, clock):
     owe(store, ("crm", {"order_by": "data.k"}))
     for _ in range(2):
         await store.events.append(accept(clock))
-    assert [d.id for d in store.fresh] == [1, 2]
+    assert [d.id for d in store.fresh] == await ids(store, "deliveries")
 
 
 async def test_a_delivery_past_its_ttl_expires_even_if_claimed(store, clock):
     owe(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
-    store.deliveries.release([1])
+    store.deliveries.release([store.fresh[0].id])
     await store.events.append(accept(clock))
     clock.advance(61)
     assert await store.deliveries.expire() == 2
     assert await store.deliveries.expire() == 0
     assert await states(store) == [("expired", "ttl")] * 2
-    assert set(store.news[-1].dropped) == {1, 2}
+    assert sorted(store.news[-1].dropped) == await ids(store, "deliveries")
     assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
 async def test_a_delivery_in_flight_does_not_expire(store, clock):
     owe(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
-    assert store.deliveries.begin_attempt(1)
+    assert store.deliveries.begin_attempt(store.fresh[0].id)
     clock.advance(61)
     assert await store.deliveries.expire() == 0
     assert await store.deliveries.settle(ending(store.fresh[0])) is True
@@ -148,7 +150,7 @@ async def test_of_one_batch_only_the_newest_of_a_key_is_sent(store, clock):
 async def test_a_delivery_in_flight_is_never_superseded(store, clock):
     owe(store, ("crm", {"latest_by": "subject"}))
     await store.events.append(accept(clock))
-    assert store.deliveries.begin_attempt(1)
+    assert store.deliveries.begin_attempt(store.fresh[0].id)
     await store.events.append(accept(clock))
     assert await states(store) == [("pending", None)] * 2
 
@@ -187,7 +189,8 @@ async def test_a_dead_delivery_goes_to_on_dead_and_raises_an_event(store, clock)
     await store.events.append(accept(clock))
     await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
     assert types == ["shop.order", "relay.delivery.dead"]
-    assert [(d.destination, d.event_id) for d in store.fresh] == [("crm", 1), ("spare", 1)]
+    first, _ = await ids(store)
+    assert [(d.destination, d.event_id) for d in store.fresh] == [("crm", first), ("spare", first)]
 
 
 async def test_a_dead_delivery_of_an_operator_event_raises_no_event(store, clock):
@@ -202,8 +205,8 @@ async def test_a_dead_delivery_of_an_operator_event_raises_no_event(store, clock
 async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clock):
     owe(store, ("crm", {}))
     await store.events.append(accept(clock))
-    assert store.deliveries.begin_attempt(1)
-    assert await store.deliveries.cancel([1]) == Cancelled(in_flight=1)
+    assert store.deliveries.begin_attempt(store.fresh[0].id)
+    assert await store.deliveries.cancel([store.fresh[0].id]) == Cancelled(in_flight=1)
     assert await store.deliveries.settle(ending(store.fresh[0])) is True
     assert await states(store) == [("delivered", None)]
 
@@ -211,10 +214,11 @@ async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clo
 async def test_a_delivery_that_a_transaction_is_ending_cannot_begin(store, clock):
     owe(store, ("crm", {}))
     await store.events.append(accept(clock))
-    cancelling = asyncio.ensure_future(store.deliveries.cancel([1]))
+    made = store.fresh[0].id
+    cancelling = asyncio.ensure_future(store.deliveries.cancel([made]))
     began = []
     while not cancelling.done():
-        began.append(store.deliveries.begin_attempt(1) if store.claims._ending else None)
+        began.append(store.deliveries.begin_attempt(made) if store.claims._ending else None)
         await asyncio.sleep(0)
     assert (await cancelling).ended == 1
     assert False in began

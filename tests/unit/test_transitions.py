@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from stores import KINDS, accept, change_rows, hooks, make_store, set_pragma
+from stores import KINDS, accept, change_rows, hooks, ids, is_postgres, make_store, refuse_writes
 from support import until
 
 from relay.base.clock import SECOND
@@ -56,9 +56,15 @@ async def books(store, name="crm"):
     return {field: n for field in counts.__struct_fields__ if (n := getattr(counts, field))}
 
 
-async def again(store, event_id=1, *owed):
-    event = (await store.events.load([event_id]))[event_id]
-    return await store.deliveries.repeat([(event, each) for each in owed or (Target("crm"),)])
+async def event(store, number):
+    """Load an event by its place in the order of acceptance, from 1."""
+    id_ = (await ids(store))[number - 1]
+    return (await store.events.load([id_]))[id_]
+
+
+async def again(store, number=1, *owed):
+    event_ = await event(store, number)
+    return await store.deliveries.repeat([(event_, each) for each in owed or (Target("crm"),)])
 
 
 # --- cancel -------------------------------------------------------------------------------------------
@@ -127,14 +133,14 @@ async def test_a_cancelled_delivery_whose_attempt_a_stop_cut_off_is_cancelled(st
 async def test_a_failed_cancellation_leaves_nothing_behind(store, clock):
     delivery = await send(store, clock)
     store.deliveries.begin_attempt(delivery.id)
-    await set_pragma(store, "max_page_count = 1")
+    await refuse_writes(store, now=True)
     results = await asyncio.gather(
         store.deliveries.cancel([delivery.id]),
         store.events.append(accept(clock, b"x" * 4_000_000)),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [StorageUnavailableError] * 2
-    await set_pragma(store, "max_page_count = 1000000")
+    await refuse_writes(store, now=False)
     await until(lambda: store.failure is None)
     await store.deliveries.settle(ending(delivery, "pending", next_attempt_at=clock.steady()))
     assert await states(store) == [("pending", None)]
@@ -143,7 +149,7 @@ async def test_a_failed_cancellation_leaves_nothing_behind(store, clock):
 async def test_more_are_cancelled_at_once_than_sqlite_takes_values(store, clock):
     for _ in range(20):
         await send(store, clock)
-    many = [*range(1, 21), *range(1000, 41_000)]
+    many = [*await ids(store, "deliveries"), *range(1000, 41_000)]
     assert await store.deliveries.cancel(many) == Cancelled(ended=20)
     assert await books(store) == {"created": 20, "cancelled": 20}
 
@@ -172,7 +178,7 @@ async def test_a_delivery_that_waits_for_its_order_key_cannot_be_made_due(store,
     owe(store, Target("crm", order_key="a"))
     await send(store, clock)
     await send(store, clock)
-    assert await store.deliveries.make_due([1, 2]) == 0
+    assert await store.deliveries.make_due(await ids(store, "deliveries")) == 0
     assert (await store.deliveries.claim("crm", 9, retries=False)).deliveries == ()
 
 
@@ -183,11 +189,13 @@ async def test_a_repeated_event_gets_a_new_delivery_that_refers_to_the_latest(st
     await store.deliveries.settle(ending(await send(store, clock)))
     assert await again(store) == (True,)
     repeated = store.fresh[-1]
-    assert (repeated.id, repeated.event_id, repeated.replay_of, repeated.attempts) == (2, 1, 1, 0)
+    [first, second], [event_id] = await ids(store, "deliveries"), await ids(store)
+    assert (repeated.id, repeated.event_id, repeated.replay_of) == (second, event_id, first)
+    assert repeated.attempts == 0
     assert repeated.event.body == b"{}"
     await store.deliveries.settle(ending(repeated, "dead", reason="aborted"))
     assert await again(store) == (True,)
-    assert store.fresh[-1].replay_of == 2
+    assert store.fresh[-1].replay_of == second
     rows = await store.queries.find("deliveries")
     assert [row["replay_of"] for row in rows] == [rows[1]["id"], rows[2]["id"], None]
     assert await books(store) == {"created": 3, "delivered": 1, "dead": 1, "pending": 1}
@@ -211,15 +219,23 @@ async def test_a_pending_delivery_is_not_repeated(store, clock):
 async def test_a_deleted_event_is_skipped_when_events_are_repeated(store, clock):
     for _ in range(2):
         await store.deliveries.settle(ending(await send(store, clock)))
-    events = await store.events.load([1, 2])
-    for table in ("attempts WHERE delivery_id", "deliveries WHERE event_id", "events WHERE id"):
-        await change_rows(store, f"DELETE FROM {table} = 1")
+    events = [await event(store, 1), await event(store, 2)]
+    first = (await ids(store, "deliveries"))[0]
+    tables = {
+        "attempts WHERE delivery_id": first,
+        "deliveries WHERE id": first,
+        "events WHERE id": events[0].id,
+    }
+    if is_postgres(store):
+        tables["ends WHERE delivery_id"] = first
+    for table, id_ in tables.items():
+        await change_rows(store, f"DELETE FROM {table} = {id_}")
     try:
-        repeated = await store.deliveries.repeat([(events[1], Target("crm")), (events[2], Target("crm"))])
+        repeated = await store.deliveries.repeat([(each, Target("crm")) for each in events])
     finally:
         await change_rows(store, "UPDATE ledger SET created = created - 1, delivered = delivered - 1")
     assert repeated == (False, True)
-    assert store.fresh[-1].event_id == 2
+    assert store.fresh[-1].event_id == events[1].id
 
 
 async def test_a_repeated_delivery_has_the_options_of_the_request(store, clock):
@@ -233,15 +249,15 @@ async def test_a_repeated_delivery_has_the_options_of_the_request(store, clock):
 async def test_repeated_deliveries_of_one_order_key_are_sent_in_order(store, clock):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
-    events = await store.events.load([1, 2, 3])
-    await store.deliveries.repeat([(events[number], Target("crm", order_key="k")) for number in (1, 2, 3)])
+    events = [await event(store, number) for number in (1, 2, 3)]
+    await store.deliveries.repeat([(each, Target("crm", order_key="k")) for each in events])
     for number in (1, 2, 3):
         repeated = (
             store.fresh[-1]
             if number == 1
             else (await store.deliveries.claim("crm", 9, retries=False)).deliveries[0]
         )
-        assert repeated.event_id == number
+        assert repeated.event_id == events[number - 1].id
         assert (await store.deliveries.claim("crm", 9, retries=False)).deliveries == ()
         await store.deliveries.settle(ending(repeated))
 
@@ -260,13 +276,13 @@ async def test_with_latest_by_the_newest_event_stays_whichever_is_repeated(store
     await again(store, 2, Target("crm", latest_key="k"))
     await again(store, number, Target("crm", latest_key="k"))
     [pending] = await store.queries.find("deliveries", state="pending")
-    [event] = await store.queries.find("events", id=pending["event_id"])
-    assert event["row"] == newest
+    [found] = await store.queries.find("events", id=pending["event_id"])
+    assert found["row"] == (await ids(store))[newest - 1]
 
 
 async def test_of_events_repeated_together_only_the_newest_of_a_key_is_sent(store, clock):
     for _ in range(3):
         await store.deliveries.settle(ending(await send(store, clock)))
-    events = await store.events.load([1, 2, 3])
-    await store.deliveries.repeat([(events[number], Target("crm", latest_key="k")) for number in (3, 1, 2)])
+    events = [await event(store, number) for number in (3, 1, 2)]
+    await store.deliveries.repeat([(each, Target("crm", latest_key="k")) for each in events])
     assert (await states(store))[3:] == [("pending", None)] + [("expired", "superseded")] * 2

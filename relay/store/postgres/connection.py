@@ -41,6 +41,9 @@ PLANS = {
 """Settings of the writing session without a pooler. With one, each statement is planned when it runs."""
 
 
+EXAMPLE = 'write url = "postgresql://USER@HOST/DATABASE" in config.toml'
+
+
 class Address(msgspec.Struct, frozen=True):
     """A database, as `[storage] url` names it."""
 
@@ -66,16 +69,16 @@ def read_url(url: str) -> Address:
     Raises:
         RelayError: it is no such URL. The text does not contain the URL, which may be a secret.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in {"postgresql", "postgres"}:
-        raise RelayError(
-            "[storage] url: expected a URL that starts with postgresql://",
-            hint='write url = "postgresql://USER@HOST/DATABASE" in config.toml',
-        )
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise RelayError("[storage] url: the host cannot be read", hint=EXAMPLE) from None
     options = parse_qsl(parts.query, keep_blank_values=True)
     pooler = dict(options).get("pooler", "false")
     if pooler not in {"true", "false"}:
         raise RelayError(f'[storage] url: pooler: expected "true" or "false", got "{pooler}"')
+    if not parts.path.strip("/") and "dbname" not in dict(options) and "database" not in dict(options):
+        raise RelayError("[storage] url: no database; write postgresql://USER@HOST/DATABASE")
     rest = urlencode([(name, value) for name, value in options if name != "pooler"], safe="/:,")
     hosts = parts.netloc.rpartition("@")[2] or dict(options).get("host", "")
     return Address(

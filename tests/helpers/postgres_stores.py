@@ -1,0 +1,119 @@
+"""Databases of PostgreSQL for tests of the store: emptied and used again, because making one takes longer.
+
+Tests read rows by SQL that SQLite's tables need as well. So the schema `seen` has views of the same shape:
+a delivery with its state, a ledger without nodes, public ids with their prefixes.
+"""
+
+import re
+from decimal import Decimal
+from uuid import UUID
+
+import asyncpg
+from postgres import database_of, server
+
+from relay.store.postgres import partitions
+from relay.store.postgres.schema import META, MIGRATIONS, PARTITIONED
+
+partitions.AHEAD = 1  # a test rarely lasts for longer; a missing partition is made then
+
+VIEWS = """
+CREATE SCHEMA seen;
+CREATE VIEW seen.events AS
+    SELECT id, 'evt_' || public_id AS public_id, source, type, subject, received_at, content_type,
+           traceparent, sha256, size, context, data_at, data_size, data, body
+      FROM public.events;
+CREATE VIEW seen.deliveries AS
+    SELECT d.id, 'dlv_' || d.public_id AS public_id, d.event_id, d.destination,
+           coalesce(e.state, 'pending') AS state, e.reason, coalesce(e.attempts, o.attempts) AS attempts,
+           d.created_at, o.next_attempt_at, e.finished_at,
+           coalesce(e.last_status, o.last_status) AS last_status,
+           coalesce(e.last_error, o.last_error) AS last_error, d.order_key, d.latest_key, d.expires_at,
+           d.on_dead, d.replay_of, CASE WHEN o.id IS NULL THEN d.group_key ELSE o.group_key END AS group_key
+      FROM public.deliveries AS d LEFT JOIN public.ends AS e ON e.delivery_id = d.id
+      LEFT JOIN public.owed AS o ON o.id = d.id;
+CREATE VIEW seen.ledger AS
+    SELECT destination, sum(created)::bigint AS created, sum(delivered)::bigint AS delivered,
+           sum(dead)::bigint AS dead, sum(expired)::bigint AS expired, sum(cancelled)::bigint AS cancelled
+      FROM public.ledger GROUP BY destination;
+CREATE VIEW seen.stats AS
+    SELECT hour, source, type, sum(events)::bigint AS events, sum(duplicates)::bigint AS duplicates,
+           sum(bytes)::bigint AS bytes
+      FROM public.stats GROUP BY hour, source, type;
+CREATE VIEW seen.dedupe AS
+    SELECT source, key, identity, 'evt_' || event_id AS event_id, expires_at
+      FROM public.dedupe WHERE identity <> '';
+"""
+TABLES = (
+    *PARTITIONED, "owed", "order_keys", "ledger", "stats", "dedupe", "repetitions", "held", "destinations",
+    "sources", "workers", "worker_metrics", "worker_commands", "leases", "nodes", "requests",
+)  # fmt: skip
+EMPTY_SQL = "".join(
+    (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity",
+        " WHERE datname = current_database() AND pid <> pg_backend_pid();",
+        *(f"DELETE FROM {table};" for table in TABLES),
+    )
+)
+
+# A delivery is either pending or has ended, and belongs to an event; nothing else is left.
+FAULTS_SQL = """
+    SELECT 'delivery', d.id FROM deliveries AS d
+     WHERE (SELECT count(*) FROM owed AS o WHERE o.id = d.id)
+         + (SELECT count(*) FROM ends AS e WHERE e.delivery_id = d.id) <> 1
+        OR NOT EXISTS (SELECT 1 FROM events AS e WHERE e.id = d.event_id)
+     UNION ALL
+    SELECT 'pending', id FROM owed WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = owed.id)
+     UNION ALL
+    SELECT 'end', delivery_id FROM ends
+     WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = ends.delivery_id)
+     UNION ALL
+    SELECT 'attempt', id FROM attempts AS a
+     WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = a.delivery_id)
+"""
+
+_free = []  # DSNs of empty databases
+_used = {}  # DSN by path
+_made = []
+
+
+def url_of(path, clock):
+    """Return the DSN of the database with a name, which is empty at the first call of a test."""
+    if path not in _used:
+        _used[path] = _free.pop() if _free else _make(clock)
+    return _used[path]
+
+
+def _make(clock):
+    url = database_of(f"store {len(_made)}")
+    _made.append(url)
+    days = partitions.days_from(clock.wall(), 1)
+    tables = "".join(partitions._partition(table, day) for table in PARTITIONED for day in days)
+    version = f"INSERT INTO meta VALUES ('version', '{len(MIGRATIONS)}');"
+    server().run("".join((META, *MIGRATIONS, version, tables, VIEWS)), url.rpartition("/")[2])
+    return url
+
+
+def give_back():
+    """Empty the databases of a test that has ended."""
+    while _used:
+        _, url = _used.popitem()
+        server().run(EMPTY_SQL, url.rpartition("/")[2])
+        _free.append(url)
+
+
+async def run(url, sql, values=(), *, path="seen,public"):
+    """Run a statement with SQLite's parameters and literals; returns plain rows."""
+    sql = re.sub(r"x'([0-9a-f]*)'", r"'\\x\1'::bytea", sql)
+    for number in range(1, len(values) + 1):
+        sql = sql.replace("?", f"${number}", 1)
+    connection = await asyncpg.connect(url, server_settings={"search_path": path}, statement_cache_size=0)
+    try:
+        return [tuple(map(_plain, row)) for row in await connection.fetch(sql, *values)]
+    finally:
+        await connection.close()
+
+
+def _plain(value):
+    if isinstance(value, UUID):
+        return str(value)
+    return int(value) if isinstance(value, Decimal | bool) else value
