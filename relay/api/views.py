@@ -13,6 +13,7 @@ import msgspec
 
 from relay.api.query_params import MOST_ROWS, STATES, read_filters
 from relay.base.clock import rfc3339
+from relay.base.json_text import decode
 from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.errors import RelayError, UnknownError
@@ -313,11 +314,14 @@ class _Exported(msgspec.Struct):
     body_base64: bytes = b""
 
 
+_exported = msgspec.json.Decoder(_Exported)
+
+
 async def _payload(stored: StoredData, event_id: int) -> dict[str, Any]:
     """Return the start of an event's body. The export does not check the body, so a damaged one is shown."""
     found = _Exported("")
     async for line in stored.queries.export(Selection(), Span(event_id, event_id)):
-        found = msgspec.json.decode(line, type=_Exported)
+        found = decode(_exported, line)  # its `data` may contain a lone surrogate
     body = found.body_base64 if found.body is None else found.body.encode()
     return {
         "content_type": found.content_type,
