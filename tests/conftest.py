@@ -28,7 +28,8 @@ from relay.config.secrets import Url
 from relay.delivery.http.http_client import HttpClient
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell has its background jobs ignore Ctrl-C, and processes hand that down; ours are to be interrupted.
+    # A shell lets its background jobs ignore Ctrl-C, and processes inherit that; the tests must be
+    # interruptible.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -64,7 +65,7 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
-    """Exempt what exists from garbage collection, which would visit thousands of tests each time."""
+    """Exempt existing objects from garbage collection, which would visit thousands of tests each time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -78,7 +79,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_asyncio_loop_factories(config, item):
-    """Run what depends on a loop's transports on both that `relay serve` may have; uvloop is an extra."""
+    """Run tests of a loop's transports on both loops that `relay serve` may use; uvloop is an extra."""
     loops = {"asyncio": asyncio.new_event_loop}
     if item.path.name == "test_connection.py":
         with contextlib.suppress(ImportError):
@@ -99,7 +100,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def listener(request):
-    """The implementation that `write_config` configures meanwhile."""
+    """The implementation that `write_config` configures during the test."""
     listeners.current = request.param
     yield request.param
     listeners.current = "fast"
@@ -107,7 +108,7 @@ def listener(request):
 
 @pytest.fixture
 async def silence(caplog):
-    """Fail a test after which anything of a receiver's doing shows in the log."""
+    """Fail a test if the behaviour of a receiver appears in the log."""
     complaints = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     caplog.set_level(logging.INFO)
@@ -138,7 +139,7 @@ async def client_for():
 
 @pytest.fixture
 async def recorder():
-    """A receiver that keeps what arrives."""
+    """A receiver that records all deliveries."""
     async with Recorder() as recorder:
         yield recorder
 
@@ -181,13 +182,13 @@ async def relay(config):
 
 @pytest.fixture
 def commands(relay):
-    """What an operator types at the module's own `relay`."""
+    """Runs commands against the module's own `relay`."""
     return Commands(relay.addresses.socket)
 
 
 @pytest.fixture
 async def receiver():
-    """A receiver that says 200."""
+    """A receiver that responds with 200."""
     async with Receiver().serve() as receiver:
         yield receiver
 

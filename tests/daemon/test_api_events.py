@@ -73,7 +73,7 @@ async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "says", "hint"),
+    ("path", "status", "message", "hint"),
     [
         (
             "events?state=deaf",
@@ -98,13 +98,13 @@ async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
     ],
 )
 @pytest.mark.usefixtures("event")
-async def test_an_invalid_filter_is_an_error_instead_of_an_empty_list(relay, path, status, says, hint):
+async def test_an_invalid_filter_is_an_error_instead_of_an_empty_list(relay, path, status, message, hint):
     answer = await exchange(relay.addresses.socket, request("GET", f"/api/{quote(path, safe='?=&/')}"))
-    assert (answer.status, answer.json["error"]["message"]) == (status, mentioning(says))
+    assert (answer.status, answer.json["error"]["message"]) == (status, mentioning(message))
     assert hint in answer.json["error"]["hint"]
 
 
-class mentioning(str):  # noqa: N801 - reads as a word where it stands
+class mentioning(str):  # noqa: N801 - reads like a word in an assertion
     """Equals any text that contains it."""
 
     __slots__ = ()

@@ -36,9 +36,9 @@ async def ask(relay, method, path, body=None):
 
 
 async def accepted(relay, path, **body):
-    status, said = await ask(relay, "POST", path, body)
-    assert status in (200, 201), said
-    return said
+    status, reply = await ask(relay, "POST", path, body)
+    assert status in (200, 201), reply
+    return reply
 
 
 async def over(relay, replay):
@@ -114,10 +114,10 @@ async def test_a_cancelled_replay_reports_its_progress(relay, receiver):
     await until(lambda: finished(relay, "delivered") == 3)
     replay = await accepted(relay, "/api/replays", filter={"source": "adorn"}, rate="1/h")
     await until(lambda: finished(relay, "delivered") == 4)
-    status, said = await ask(relay, "DELETE", f"/api/replays/{replay['id']}")
-    assert (status, said["state"], said["done"]) == (200, "cancelled", 1)
+    status, reply = await ask(relay, "DELETE", f"/api/replays/{replay['id']}")
+    assert (status, reply["state"], reply["done"]) == (200, "cancelled", 1)
     [event] = await relay.rows(id=receiver.ids[3])
-    assert said["reached"] is not None
+    assert reply["reached"] is not None
     assert event["subject"] == "0"
 
 
@@ -180,8 +180,8 @@ async def test_a_pending_delivery_is_retried_now(waiting, receiver, by):
     [delivery] = await waiting.rows("deliveries")
     wish = {"ids": [delivery["id"][4:]]} if by == "ids" else {"filter": {"state": "pending"}}
     assert await accepted(waiting, "/api/deliveries/retry", dry_run=True, **wish) == {"count": 1}
-    said = await accepted(waiting, "/api/deliveries/retry", **wish)
-    assert said == {"created": 0, "hurried": 1, "skipped": 0}
+    reply = await accepted(waiting, "/api/deliveries/retry", **wish)
+    assert reply == {"created": 0, "hurried": 1, "skipped": 0}
     await until(lambda: finished(waiting, "delivered") == 1)
     assert await deliveries(waiting) == [("delivered", None, 2)]
     assert len(receiver.ids) == 2
@@ -204,8 +204,8 @@ async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(relay, rec
     receiver.answers.append((status, {}))
     await send(relay)
     await until(lambda: receiver.busy)
-    said = await accepted(relay, "/api/deliveries/cancel", filter={"destination": "crm"})
-    assert said == {"cancelled": 0, "in_flight": 1}
+    reply = await accepted(relay, "/api/deliveries/cancel", filter={"destination": "crm"})
+    assert reply == {"cancelled": 0, "in_flight": 1}
     receiver.open.set()
     await until(lambda: finished(relay, state) == 1)
     assert await deliveries(relay) == [(state, None if state == "delivered" else "operator", 1)]
@@ -217,8 +217,8 @@ async def test_a_lane_drops_cancelled_deliveries_from_its_window(relay, receiver
     for number in range(20):
         await send(relay, f"{number}")
     await until(lambda: receiver.busy == 8)
-    said = await accepted(relay, "/api/deliveries/cancel", filter={"destination": "crm"})
-    assert said == {"cancelled": 12, "in_flight": 8}
+    reply = await accepted(relay, "/api/deliveries/cancel", filter={"destination": "crm"})
+    assert reply == {"cancelled": 12, "in_flight": 8}
     receiver.open.set()
     await until(lambda: finished(relay, "delivered") == 8)
     assert len(receiver.ids) == 8
@@ -230,9 +230,9 @@ async def test_an_event_is_explained(tmp_path, receiver):
     config = write_config(tmp_path, SOURCES, destination("crm", receiver.url), picky, other)
     async with running(config) as relay:
         event_id = await send(relay)
-        said = await relay.operator("GET", f"/api/events/{event_id[4:]}/explain")
-    assert (said["id"], said["type"]) == (event_id, "adorn.session.started")
-    assert {one["name"]: (one["matches"], one["lines"]) for one in said["destinations"]} == {
+        reply = await relay.operator("GET", f"/api/events/{event_id[4:]}/explain")
+    assert (reply["id"], reply["type"]) == (event_id, "adorn.session.started")
+    assert {one["name"]: (one["matches"], one["lines"]) for one in reply["destinations"]} == {
         "crm": (True, ['yes: "*" matches']),
         "picky": (False, ['no: subject is "s", expected "vip"']),
         "other": (False, ["no: no pattern matches this type"]),
@@ -270,17 +270,17 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
     ],
 )
 async def test_an_invalid_request_gets_an_error_message(relay, path, body, status, message):
-    found, said = await ask(relay, "POST", path, body)
-    assert found == status, said
-    assert message in said["error"]["message"]
-    assert said["error"]["code"] == ("bad_request" if status == 400 else "not_found")
+    found, reply = await ask(relay, "POST", path, body)
+    assert found == status, reply
+    assert message in reply["error"]["message"]
+    assert reply["error"]["code"] == ("bad_request" if status == 400 else "not_found")
 
 
 async def test_an_unknown_replay_may_have_ended_with_a_restart(relay):
     for method in ("GET", "DELETE"):
-        status, said = await ask(relay, method, "/api/replays/rpl_0")
-        assert (status, said["error"]["code"]) == (404, "not_found")
-        assert "a restart ends all replays" in said["error"]["hint"]
+        status, reply = await ask(relay, method, "/api/replays/rpl_0")
+        assert (status, reply["error"]["code"]) == (404, "not_found")
+        assert "a restart ends all replays" in reply["error"]["hint"]
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ async def test_a_failing_store_is_answered_with_503(relay, monkeypatch):
     await until(lambda: finished(relay, "delivered") == 1)
     [delivery] = await relay.rows("deliveries")
     await set_pragma(relay.app.store, "query_only = ON")
-    status, said = await ask(relay, "POST", RETRY, {"ids": [delivery["id"]]})
+    status, reply = await ask(relay, "POST", RETRY, {"ids": [delivery["id"]]})
     await set_pragma(relay.app.store, "query_only = OFF")
-    assert (status, said["error"]["code"]) == (503, "unavailable")
+    assert (status, reply["error"]["code"]) == (503, "unavailable")
     await until(lambda: relay.app.store.failure is None)
     assert len(await relay.rows("deliveries", event_id=event_id)) == 1

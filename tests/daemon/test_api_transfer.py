@@ -62,7 +62,7 @@ async def test_an_export_can_be_filtered_counted_and_include_deliveries(relay, e
 
 
 @pytest.mark.parametrize(
-    ("query", "says"),
+    ("query", "message"),
     [
         ("colour=red", 'unknown parameter "colour"'),
         ("since=soon", '"since": expected "2h", "14d" or a time'),
@@ -70,10 +70,10 @@ async def test_an_export_can_be_filtered_counted_and_include_deliveries(relay, e
         ("state=alive", '"state": expected pending, delivered, dead, expired or cancelled, got "alive"'),
     ],
 )
-async def test_an_invalid_query_of_an_export_gets_400(relay, query, says):
+async def test_an_invalid_query_of_an_export_gets_400(relay, query, message):
     answer = await ask(relay, "GET", f"/api/export?{query}")
     assert answer.status == 400
-    assert answer.json["error"]["message"].startswith(says)
+    assert answer.json["error"]["message"].startswith(message)
     assert answer.json["error"]["hint"] or "since" in query
 
 
@@ -184,14 +184,14 @@ async def test_counts_outlive_events_and_are_paged(relay, events):
 
 
 @pytest.mark.parametrize(
-    ("query", "says"),
+    ("query", "message"),
     [
         ("cursor=7", "invalid cursor"),
         ("subject=s-1", 'unknown parameter "subject"'),
         ("limit=0", '"limit": expected a whole number of 1 or more, got "0"'),
     ],
 )
-async def test_an_invalid_query_of_counts_gets_400(relay, query, says):
+async def test_an_invalid_query_of_counts_gets_400(relay, query, message):
     answer = await ask(relay, "GET", f"/api/stats?{query}")
-    assert (answer.status, answer.json["error"]["message"]) == (400, says)
+    assert (answer.status, answer.json["error"]["message"]) == (400, message)
     assert answer.json["error"]["hint"]

@@ -54,11 +54,11 @@ def weight(value, seen=None):
     return sys.getsizeof(value) + sum(weight(each, seen) for each in inner)
 
 
-# --- answers that nobody heard ------------------------------------------------------------------------
+# --- answers that did not reach their sender ----------------------------------------------------------
 
 
 def unheard(table, clock, number, size=0):
-    """Note one request whose sender was gone before its answer; return what it is known by."""
+    """Note one request whose sender disconnected before the answer; return its fingerprint."""
     text = "x" * size
     event = make_event(clock, body=b"%d" % number, subject=text, context=f'"{text}"'.encode())
     mark = fingerprint("/a", event, None)
@@ -208,7 +208,7 @@ async def registry(tmp_path, monkeypatch):
     await store.close()
 
 
-async def tell(store, change):
+async def apply_change(store, change):
     return await store.events.append(Acceptance(source="wa", change=change))
 
 
@@ -220,12 +220,12 @@ def beat(number, sessions=0):
 async def test_at_the_limit_a_new_worker_replaces_those_gone_for_longest(registry):
     for number in range(10):
         registry._clock.advance(1)
-        await tell(registry, beat(number))
+        await apply_change(registry, beat(number))
     registry._clock.advance(600)
     for number in range(5, 10):
-        await tell(registry, beat(number))
+        await apply_change(registry, beat(number))
     await registry.workers.sweep()
-    await asyncio.gather(*(tell(registry, beat(number)) for number in range(10, 14)))
+    await asyncio.gather(*(apply_change(registry, beat(number)) for number in range(10, 14)))
     left = sorted(f"w{number}" for number in range(4, 14))
     assert sorted(worker.id for worker in registry.workers.all()) == left
     found = await rows(registry, "SELECT id FROM workers")
@@ -234,10 +234,10 @@ async def test_at_the_limit_a_new_worker_replaces_those_gone_for_longest(registr
 
 async def test_a_worker_that_is_removed_to_make_room_registers_again(registry):
     for number in range(10):
-        await tell(registry, beat(number))
+        await apply_change(registry, beat(number))
     registry._clock.advance(600)
     await registry.workers.sweep()
-    heard = await asyncio.gather(*(tell(registry, beat(number)) for number in (10, 11, 0, 1)))
+    heard = await asyncio.gather(*(apply_change(registry, beat(number)) for number in (10, 11, 0, 1)))
     assert [receipt.worker.status for receipt in heard] == ["ONLINE"] * 4
     known = {worker.id: worker.status for worker in registry.workers.all()}
     assert len(known) <= 10
@@ -245,12 +245,12 @@ async def test_a_worker_that_is_removed_to_make_room_registers_again(registry):
 
 
 async def test_at_the_limit_a_new_worker_is_refused_while_all_are_online(registry):
-    await asyncio.gather(*(tell(registry, Register(worker_id=f"w{number}")) for number in range(10)))
+    await asyncio.gather(*(apply_change(registry, Register(worker_id=f"w{number}")) for number in range(10)))
     for change in (beat(10), Register(worker_id="w10")):
         with pytest.raises(Overloaded):
-            await tell(registry, change)
-    assert (await tell(registry, beat(3))).worker.status == "ONLINE"
-    assert (await tell(registry, Register(worker_id="w3"))).worker.status == "ONLINE"
+            await apply_change(registry, change)
+    assert (await apply_change(registry, beat(3))).worker.status == "ONLINE"
+    assert (await apply_change(registry, Register(worker_id="w3"))).worker.status == "ONLINE"
     assert len(registry.workers.all()) == 10
 
 
@@ -258,17 +258,17 @@ async def test_at_the_limit_a_new_worker_is_refused_while_all_are_online(registr
 async def test_sessions_beyond_the_limit_are_only_counted(registry, together):
     beats = [beat(number, 6) for number in range(6)]
     if together:
-        await asyncio.gather(*(tell(registry, each) for each in beats))
+        await asyncio.gather(*(apply_change(registry, each) for each in beats))
     else:
         for each in beats:
-            await tell(registry, each)
+            await apply_change(registry, each)
     for each in beats:
-        await tell(registry, each)  # quiet ones
+        await apply_change(registry, each)  # quiet ones
     kept = {worker.id: len(worker.sessions) for worker in registry.workers.all()}
     assert registry.workers.roster.sessions == sum(kept.values()) == 20
     assert all(worker.counts == {"total": 6} for worker in registry.workers.all())
-    await tell(registry, beat(0, 1))
-    await tell(registry, beat(5, 6))
+    await apply_change(registry, beat(0, 1))
+    await apply_change(registry, beat(5, 6))
     assert registry.workers.roster.sessions == 20 - 5 + 5
     await registry.workers.change(lambda wish: wish.forget([("wa", "w0"), ("wa", "w1")]))
     assert registry.workers.roster.sessions == sum(len(worker.sessions) for worker in registry.workers.all())

@@ -1,4 +1,4 @@
-"""The memory for bodies: what one sender may have of it, and what is left to others."""
+"""The memory for bodies: the share of one sender, and the rest for others."""
 
 import asyncio
 import json

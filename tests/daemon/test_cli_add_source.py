@@ -1,4 +1,4 @@
-"""`relay sources add`: what it writes, what it leaves alone, and what it tells the operator."""
+"""`relay sources add`: the new table, the unchanged rest of the file, and the printed steps."""
 
 import stat
 import tomllib
@@ -34,21 +34,21 @@ def add(config, *args, **options):
 
 @pytest.mark.parametrize("name", [*presets(), "generic"])
 def test_the_added_table_loads_and_the_rest_of_the_file_stays(config, name):
-    said = add(config, name, "--public-url", EXAMPLE)
+    result = add(config, name, "--public-url", EXAMPLE)
     before, added = CONFIG, config.read_text().removeprefix(CONFIG)
     assert config.read_text().startswith(before)
     assert added.startswith(f"\n[sources.{name}]\n")
     source = load(config, {}, lenient=True).config.sources[name]
     assert source.plugin == name
     assert tomllib.loads(added)["sources"][name]["path"] == f"/hooks/{name}"
-    assert said.out.startswith(f"{config}: added the source {name}\n")
-    assert f"{EXAMPLE}/hooks/{name}" in said.out
+    assert result.out.startswith(f"{config}: added the source {name}\n")
+    assert f"{EXAMPLE}/hooks/{name}" in result.out
 
 
 def test_the_output_names_table_secret_steps_and_what_comes_next(config):
-    said = add(config, "github", "--public-url", EXAMPLE)
+    result = add(config, "github", "--public-url", EXAMPLE)
     assert (
-        said.out
+        result.out
         == f"""\
 {config}: added the source github
 
@@ -76,18 +76,18 @@ Then try it: relay send github
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "message"),
     [
         (["--secret-env", "TOKEN"], "1. Set TOKEN in /etc/relay/environment, as a line TOKEN='…': the"),
         (["--secret-env", "TOKEN"], "2. Run `relay reload`"),
         (["--secret-credential", "hub"], "2. Run `systemctl restart relay.service`"),
     ],
 )
-def test_an_installed_service_gets_its_secrets_from_its_own_files(config, monkeypatch, option, says):
+def test_an_installed_service_gets_its_secrets_from_its_own_files(config, monkeypatch, option, message):
     files = ((Path("/etc/relay/environment"), False),)
     service = SimpleNamespace(name="relay.service", env_files=files)
     monkeypatch.setattr(add_source, "service_of", lambda _: service)
-    assert says in add(config, "github", *option).out
+    assert message in add(config, "github", *option).out
 
 
 def test_json_has_the_same(config):
@@ -102,12 +102,12 @@ def test_json_has_the_same(config):
 
 
 @pytest.mark.parametrize("kind", ["moddy", "adorn", "compozy"])
-def test_a_kind_with_paths_of_its_own_gets_a_token(config, kind):
-    said = add(config, kind, "--public-url", EXAMPLE)
+def test_a_kind_with_its_own_paths_gets_a_token(config, kind):
+    result = add(config, kind, "--public-url", EXAMPLE)
     assert load(config, {}, lenient=True).config.sources[kind].plugin == kind
     table = tomllib.loads(config.read_text())["sources"][kind]
     assert table == {"plugin": kind, "tokens": [{"env": f"{kind.upper()}_TOKEN"}]}
-    assert f"Set its base URL to {EXAMPLE}" in said.out
+    assert f"Set its base URL to {EXAMPLE}" in result.out
 
 
 @pytest.mark.parametrize(
@@ -119,16 +119,16 @@ def test_a_kind_with_paths_of_its_own_gets_a_token(config, kind):
     ],
 )
 def test_a_secret_comes_from_where_the_operator_says(config, option, value, table, step):
-    said = add(config, "github", option, value)
+    result = add(config, "github", option, value)
     assert f"secrets = [{table}]" in config.read_text()
-    assert step in said.out
+    assert step in result.out
 
 
 def test_print_writes_nothing(config):
-    said = add(config, "stripe", "--print")
-    assert said.out.startswith("[sources.stripe]\n")
+    result = add(config, "stripe", "--print")
+    assert result.out.startswith("[sources.stripe]\n")
     assert config.read_text() == CONFIG
-    assert "https://YOUR-HOST" in said.err
+    assert "https://YOUR-HOST" in result.err
 
 
 def test_two_sources_of_one_preset_need_two_names(config):
@@ -157,7 +157,7 @@ def test_a_table_that_does_not_load_is_not_written(config):
     assert sorted(path.name for path in config.parent.iterdir()) == ["config.toml"]
 
 
-def test_a_file_with_problems_of_its_own_stays_as_it_is(config):
+def test_a_file_with_other_problems_stays_unchanged(config):
     config.write_text(f"{CONFIG}\n[sources.broken]\nplugin = 'nothing'\n")
     before = config.read_text()
     wrong = add(config, "github", code=1)
@@ -198,10 +198,10 @@ def test_settings_replace_those_of_the_preset(config):
 
 @pytest.mark.parametrize("verify", ["bearer", "hmac", "api-key", "basic", "standard-webhooks", "none"])
 def test_a_generic_source_loads_with_every_verification(config, verify):
-    said = add(config, "generic", "--name", "any", "--verify", verify)
+    result = add(config, "generic", "--name", "any", "--verify", verify)
     load(config, {}, lenient=True)
     assert ("secrets" in tomllib.loads(config.read_text())["sources"]["any"]) == (verify != "none")
-    assert ("ANY_WEBHOOK_SECRET" in said.out) == (verify != "none")
+    assert ("ANY_WEBHOOK_SECRET" in result.out) == (verify != "none")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_on_a_terminal_the_command_asks(config, monkeypatch):
     monkeypatch.setattr(add_source, "is_terminal", lambda: True)
     answers = ["square", "till", "/in/till", EXAMPLE, "TILL_KEY"]
-    said = add(config, stdin="\n".join(answers) + "\n")
+    result = add(config, stdin="\n".join(answers) + "\n")
     table = tomllib.loads(config.read_text())["sources"]["till"]
     assert table == {
         "plugin": "square",
@@ -237,7 +237,7 @@ def test_on_a_terminal_the_command_asks(config, monkeypatch):
         "public_url": EXAMPLE,
         "secrets": [{"env": "TILL_KEY"}],
     }
-    assert "Notification URL: https://hooks.example/in/till" in said.out
+    assert "Notification URL: https://hooks.example/in/till" in result.out
     config.write_text(CONFIG)
     add(config, stdin="generic\nany\napi-key\n\n\n\n")
     assert tomllib.loads(config.read_text())["sources"]["any"]["verify"] == {

@@ -1,4 +1,4 @@
-"""`relay check-config` and `relay plugins list`, as an operator meets them."""
+"""`relay check-config` and `relay plugins list`, as an operator uses them."""
 
 import contextlib
 import json
@@ -124,7 +124,7 @@ def test_two_files_are_a_usage_error(relay):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["chek-config"], 'unknown command "chek-config", did you mean "check-config"?'),
         (["plugins", "lst"], 'unknown command "lst", did you mean "list"?'),
@@ -132,10 +132,10 @@ def test_two_files_are_a_usage_error(relay):
         (["--nope"], "--nope"),
     ],
 )
-def test_an_unknown_command_is_a_usage_error_with_a_suggestion(relay, args, says):
+def test_an_unknown_command_is_a_usage_error_with_a_suggestion(relay, args, message):
     result = relay(*args)
     assert result.exit_code == 2
-    assert says in result.stderr
+    assert message in result.stderr
 
 
 def test_version_is_the_package_s(relay):
@@ -230,13 +230,13 @@ def test_a_broken_plugin_fails_the_list_and_hides_nothing(relay, here):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "says"),
+    ("error", "code", "message"),
     [
         (RelayError("the disk is full", hint="make room"), 1, "the disk is full\n  make room\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_an_error_in_a_command_has_no_traceback(error, code, says):
+def test_an_error_in_a_command_has_no_traceback(error, code, message):
     @click.group(cls=type(main))
     def group():
         pass
@@ -246,7 +246,7 @@ def test_an_error_in_a_command_has_no_traceback(error, code, says):
         raise error
 
     result = CliRunner().invoke(group, ["fail"])
-    assert (result.exit_code, result.stderr) == (code, says)
+    assert (result.exit_code, result.stderr) == (code, message)
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 events"), (1, "1 event"), (1204, "1 204 events")])

@@ -1,4 +1,4 @@
-"""How commands reach the running relay, and what they say when they cannot."""
+"""How commands connect to the running relay, and their errors if they cannot."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def follow(daemon, path, query):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """No configuration, and no relay of the machine's own, gets in the way."""
+    """Hide the configuration and the relay of this machine."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -152,7 +152,7 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "text"),
     [
         (["tail", "adron", "--socket", "{socket}"], 4, 'unknown source "adron"'),
         (["nothing", "--socket", "{socket}"], 4, "Not Found"),
@@ -161,10 +161,10 @@ async def test_a_stream_is_followed_until_its_end(ran, relay, where):
         (["tail", "--socket", "{folder}/absent"], 3, "cannot connect to the daemon at"),
     ],
 )
-async def test_a_refused_stream_has_the_usual_error(ran, args, code, says):
+async def test_a_refused_stream_has_the_usual_error(ran, args, code, text):
     result = await ran(*args, command="follow")
     assert result.exit_code == code
-    assert says in result.stderr.splitlines()[0]
+    assert text in result.stderr.splitlines()[0]
 
 
 async def test_post_and_delete_return_the_response(ran):
@@ -209,17 +209,17 @@ def test_a_connection_without_permission_exits_with_5(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "says"),
+    ("file", "text"),
     [("absent", "No such file or directory"), ("stale", "Connection refused"), ("x" * 200, "too long")],
 )
-def test_a_missing_socket_exits_with_3_and_a_hint(tmp_path, file, says):
+def test_a_missing_socket_exits_with_3_and_a_hint(tmp_path, file, text):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "stale"))
     result = run("get", "status", "--socket", tmp_path / file)
     assert result.exit_code == 3
     message, hint = result.stderr.splitlines()
     assert message.startswith(f"cannot connect to the daemon at {tmp_path / file}: ")
-    assert says in message
+    assert text in message
     assert hint == "  start it with `relay serve`, or name its socket with --socket or RELAY_SOCKET"
 
 
@@ -236,7 +236,7 @@ def test_a_refused_connection_exits_with_3(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "text"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<ht>", "{} is not a hookferry admin API"),
         (b"HTTP/1.1 599 No\r\nContent-Length: 2\r\n\r\n[]", "{} is not a hookferry admin API (HTTP 599)"),
@@ -245,7 +245,7 @@ def test_a_refused_connection_exits_with_3(tmp_path):
         (None, "no answer from {} within 0.05 s"),
     ],
 )
-def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answer, says):
+def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answer, text):
     monkeypatch.setattr(client, "TIMEOUT", 0.05 if answer is None else 5.0)
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -266,11 +266,11 @@ def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answe
         result = run("get", "status", "--socket", path)
         thread.join(5)
     assert result.exit_code == 3
-    assert result.stderr.splitlines()[0] == says.format(path)
+    assert result.stderr.splitlines()[0] == text.format(path)
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "text"),
     [
         (["--url", "http://127.0.0.1:1"], 2, "--url needs --token-file, RELAY_TOKEN_FILE or RELAY_TOKEN"),
         (["--url", "http://h:1", "--socket", "s"], 2, "--url and --socket name two daemons"),
@@ -283,15 +283,15 @@ def test_another_server_at_the_address_exits_with_3(tmp_path, monkeypatch, answe
         (["-c", "absent.toml"], 1, "absent.toml: cannot be read"),
     ],
 )
-def test_wrong_usage_has_an_error_message(tmp_path, args, code, says):
+def test_wrong_usage_has_an_error_message(tmp_path, args, code, text):
     (tmp_path / "token").write_text("t")
     result = run("get", "status", *[arg.format(token=tmp_path / "token") for arg in args])
     assert result.exit_code == code
-    assert says in result.stderr
+    assert text in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("environ", "code", "says"),
+    ("environ", "code", "text"),
     [
         (
             {"RELAY_URL": "http://127.0.0.1:1"},
@@ -312,6 +312,6 @@ def test_wrong_usage_has_an_error_message(tmp_path, args, code, says):
         ({"RELAY_SOCKET": "absent"}, 3, "the daemon at absent (from RELAY_SOCKET): No such file"),
     ],
 )
-def test_messages_name_the_variable_that_is_at_fault(environ, code, says):
+def test_messages_name_the_variable_that_is_at_fault(environ, code, text):
     result = run("get", "status", **environ)
-    assert (result.exit_code, says in result.stderr) == (code, True), result.stderr
+    assert (result.exit_code, text in result.stderr) == (code, True), result.stderr

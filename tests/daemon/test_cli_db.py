@@ -1,4 +1,4 @@
-"""`relay db` and `relay doctor`, with a relay that runs and one that does not; and their API."""
+"""`relay db` and `relay doctor`, with a running and a stopped relay; and their API."""
 
 import asyncio
 import json
@@ -64,11 +64,11 @@ async def test_the_daemon_backs_up_to_its_folder(relay, commands, config):
 
 async def test_the_command_backs_up_to_any_file(relay, config, tmp_path):
     file = tmp_path / "copy.db"
-    said = await offline_run(config, "db", "backup", file)
-    assert said.out.startswith(f"{file}: 2 events, ")
+    result = await offline_run(config, "db", "backup", file)
+    assert result.out.startswith(f"{file}: 2 events, ")
     assert file.stat().st_mode & 0o777 == 0o600
-    said = await offline_run(config, "db", "backup", file, code=1)
-    assert said.err == f"{file} already exists\n  name another file, or add --force\n"
+    result = await offline_run(config, "db", "backup", file, code=1)
+    assert result.err == f"{file} already exists\n  name another file, or add --force\n"
     assert (await offline_run(config, "db", "backup", file, "--force", "--json")).json["deliveries"] == 2
     await stopped(relay)
     await offline_run(config, "db", "backup", tmp_path / "again.db")
@@ -82,20 +82,20 @@ async def test_a_damaged_file_fails_its_check(relay, config, tmp_path):
     await offline_run(config, "db", "backup", file)
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE events SET body = CAST(replace(body, 's-1', 's-9') AS BLOB)")
-    said = await offline_run(config, "db", "check", file, code=1)
-    assert ["bodies", "FAILED"] in [row[:2] for row in said.rows]
-    assert said.err.startswith("1 check failed\n  bodies: stop the relay, keep the file")
+    result = await offline_run(config, "db", "check", file, code=1)
+    assert ["bodies", "FAILED"] in [row[:2] for row in result.rows]
+    assert result.err.startswith("1 check failed\n  bodies: stop the relay, keep the file")
     file.write_bytes(b"SQLite format 3\0" + b"?" * 4096)
     assert "FAILED" in (await offline_run(config, "db", "check", file, code=1)).out
 
 
 async def test_a_missing_database_is_an_error(config, tmp_path):
-    said = await offline_run(config, "db", "check", code=1)
-    assert "no database at" in said.err
-    said = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
-    assert "no database at" in said.err
-    said = await offline_run(config, "db", "status", "--offline", code=1)
-    assert "it is created when the relay first runs" in said.err
+    result = await offline_run(config, "db", "check", code=1)
+    assert "no database at" in result.err
+    result = await offline_run(config, "db", "backup", tmp_path / "x.db", code=1)
+    assert "no database at" in result.err
+    result = await offline_run(config, "db", "status", "--offline", code=1)
+    assert "it is created when the relay first runs" in result.err
     assert "--force needs FILE" in (await offline_run(config, "db", "backup", "--force", code=2)).err
 
 
@@ -119,14 +119,14 @@ async def test_the_database_is_found_where_the_unit_puts_it(relay, tmp_path, mon
 
 async def test_the_doctor_passes_for_a_healthy_relay(relay, commands, config):
     await commands("deliveries", "cancel", "--destination", "crm", "--yes")
-    said = await commands("doctor")
-    assert {row[1] for row in said.rows} == {"ok"}
-    names = [row[0] for row in said.rows]
+    result = await commands("doctor")
+    assert {row[1] for row in result.rows} == {"ok"}
+    names = [row[0] for row in result.rows]
     assert names[-3:] == ["ready", "jobs", "config"]
     await stopped(relay)
-    said = await offline_run(config, "doctor", "--offline", "--json")
-    assert said.json["ok"] is True
-    assert [check["name"] for check in said.json["checks"]] == names[:-3]
+    result = await offline_run(config, "doctor", "--offline", "--json")
+    assert result.json["ok"] is True
+    assert [check["name"] for check in result.json["checks"]] == names[:-3]
 
 
 PORT = 'listen = "127.0.0.1:{}"\nshutdown'
@@ -142,11 +142,11 @@ PORT = 'listen = "127.0.0.1:{}"\nshutdown'
 )
 async def test_the_doctor_reports_a_changed_configuration(commands, config, change, found):
     config.write_text(config.read_text().replace(*change))
-    said = await commands("doctor", code=1)
-    [row] = [row for row in said.rows if row[0] == "config"]
+    result = await commands("doctor", code=1)
+    [row] = [row for row in result.rows if row[0] == "config"]
     assert row[1] == "FAILED"
     assert found[0] in row[2]
-    assert found[1] in said.err
+    assert found[1] in result.err
 
 
 async def test_the_effective_configuration_has_every_default_and_no_secret(relay):

@@ -1,4 +1,4 @@
-"""`relay destinations` and `relay sources` against a relay that runs."""
+"""`relay destinations` and `relay sources` against a running relay."""
 
 import asyncio
 import re
@@ -39,10 +39,10 @@ async def test_destinations_are_listed_with_their_counts(commands):
 )
 async def test_a_destination_is_paused_and_resumed(commands, stop, go_on, held):
     assert (await commands("destinations", stop, "crm")).out == f"crm: {held}\n"
-    said = await commands("destinations", "show", "crm")
-    assert ["held", held] in said.rows
-    assert ["latest_type", "adorn.session.started"] in said.rows
-    assert f"`relay destinations {go_on} crm`" in said.err
+    result = await commands("destinations", "show", "crm")
+    assert ["held", held] in result.rows
+    assert ["latest_type", "adorn.session.started"] in result.rows
+    assert f"`relay destinations {go_on} crm`" in result.err
     assert (await commands("destinations", go_on, "crm", "--json")).json["held"] is None
     assert (await commands("destinations", "show", "crm")).err == ""
 
@@ -57,14 +57,14 @@ async def test_a_pause_ends_after_the_given_time(commands, relay):
     assert abs(end - before - 3600 * SECOND) < 10 * SECOND
     assert shown["paused_by"] == "operator"
     assert ["paused_until", shown["paused_until"]] in (await commands("destinations", "show", "crm")).rows
-    said = await commands("destinations", "pause", "crm", "--for", "2h")  # replaces the first pause
-    assert re.fullmatch(r"crm: paused until \d{4}-\S+Z\n", said.out)
-    assert shown["paused_until"] not in said.out
+    result = await commands("destinations", "pause", "crm", "--for", "2h")  # replaces the first pause
+    assert re.fullmatch(r"crm: paused until \d{4}-\S+Z\n", result.out)
+    assert shown["paused_until"] not in result.out
     assert (await commands("destinations", "pause", "crm")).out == "crm: paused\n"  # without an end
     assert (await commands("destinations", "resume", "crm")).out == "crm: delivering\n"
     for text in ("0s", "soon", "-1h"):
-        said = await commands("destinations", "pause", "crm", "--for", text, code=2)
-        assert "expected a duration" in said.err
+        result = await commands("destinations", "pause", "crm", "--for", text, code=2)
+        assert "expected a duration" in result.err
 
 
 @pytest.mark.parametrize("body", [b'{"for": "soon"}', b'{"for": "0s"}', b'{"for": 3600}', b'{"until": "1h"}'])
@@ -80,10 +80,10 @@ async def test_config_toml_wins_over_resume(tmp_path):
     async with running(config) as relay:
         commands = Commands(relay.addresses.socket)
         await commands("destinations", "pause", "crm", "--for", "1h")
-        said = await commands("destinations", "resume", "crm", code=1)
+        result = await commands("destinations", "resume", "crm", code=1)
         text = config.read_text()
         line = 1 + text[: text.index("paused = true")].count("\n")
-        assert said.err == (
+        assert result.err == (
             f"crm is paused in the configuration: {config}:{line}: destinations.crm.paused: true\n"
             "  set it to false, or delete the line, and run: relay reload\n"
         )
@@ -93,8 +93,8 @@ async def test_config_toml_wins_over_resume(tmp_path):
         )  # fmt: skip
         assert "relay reload" in (await commands("destinations", "show", "crm")).err
         config.write_text(text.replace("paused = true\n", ""))
-        said = await commands("destinations", "resume", "crm", code=1)
-        assert "the file has changed since the daemon read it; run: relay reload" in said.err
+        result = await commands("destinations", "resume", "crm", code=1)
+        assert "the file has changed since the daemon read it; run: relay reload" in result.err
         await commands("reload")
         assert (await commands("destinations", "resume", "crm")).out == "crm: delivering\n"
 
@@ -120,9 +120,9 @@ async def test_show_has_the_backlog_its_age_and_the_reason(commands, relay):
 async def test_resume_of_a_destination_that_stays_held_has_a_hint(commands):
     await commands("destinations", "pause", "crm")
     await commands("destinations", "disable", "crm")
-    said = await commands("destinations", "resume", "crm")
-    assert said.out == "crm: disabled: operator\n"
-    assert said.err == "enable it with `relay destinations enable crm`; it then gets its backlog\n"
+    result = await commands("destinations", "resume", "crm")
+    assert result.out == "crm: disabled: operator\n"
+    assert result.err == "enable it with `relay destinations enable crm`; it then gets its backlog\n"
 
 
 async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
@@ -149,7 +149,7 @@ async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "held", "says"),
+    ("more", "held", "message"),
     [
         (
             'url = "http://127.0.0.1:1"',
@@ -163,7 +163,7 @@ async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
         ),
     ],
 )
-async def test_the_error_of_a_waiting_delivery_is_shown_with_a_hint(tmp_path, more, held, says):
+async def test_the_error_of_a_waiting_delivery_is_shown_with_a_hint(tmp_path, more, held, message):
     other = f'[destinations.other]\nevents = ["*"]\n{more}'
     async with running(write_config(tmp_path, SOURCES, other)) as relay:
         await relay.exchange(request("POST", "/v1/events", adorn("s-1")))
@@ -171,11 +171,11 @@ async def test_the_error_of_a_waiting_delivery_is_shown_with_a_hint(tmp_path, mo
         async with asyncio.timeout(30):
             while not (await relay.rows("deliveries"))[0]["last_error"]:
                 pass
-        said = await commands("destinations", "show", "other")
-        shown = dict(said.rows)
+        result = await commands("destinations", "show", "other")
+        shown = dict(result.rows)
         assert shown["held"] == held
         assert "127.0.0.1" in shown["oldest_last_error"]
-        assert says in said.err
+        assert message in result.err
 
 
 async def test_a_source_is_paused_and_resumed(commands, relay):
@@ -198,5 +198,5 @@ async def test_a_source_is_shown_with_its_latest_event(commands):
 @pytest.mark.parametrize("noun", ["destinations", "sources"])
 @pytest.mark.parametrize("verb", ["show", "pause"])
 async def test_an_unknown_name_exits_with_4_and_lists_the_names(commands, noun, verb):
-    said = await commands(noun, verb, "crn", code=4)
-    assert "known: " in said.err
+    result = await commands(noun, verb, "crn", code=4)
+    assert "known: " in result.err

@@ -1,4 +1,4 @@
-"""`relay events` and `relay deliveries` against a relay that runs, and one that does not."""
+"""`relay events` and `relay deliveries` against a running and a stopped relay."""
 
 import asyncio
 import re
@@ -78,8 +78,8 @@ async def test_lists_are_filtered_by_the_content_of_events(commands, events, nou
 
 @pytest.mark.parametrize("text", ["=1", "", "'data", "data.a!", "total=1", "data..a"])
 def test_an_invalid_condition_is_a_usage_error_with_examples(text):
-    said = run("events", "list", "--where", text, "--socket", "none", code=2)
-    assert "data.sale_made=true" in said.err
+    result = run("events", "list", "--where", text, "--socket", "none", code=2)
+    assert "data.sale_made=true" in result.err
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_an_invalid_value_is_a_usage_error_even_without_a_daemon(args):
 
 
 def test_a_condition_that_contradicts_another_is_refused():
-    said = run("events", "list", "--where", "data.a=1", "--where", "data.a=2", "--socket", "none", code=2)
-    assert "contradicts" in said.err
+    result = run("events", "list", "--where", "data.a=1", "--where", "data.a=2", "--socket", "none", code=2)
+    assert "contradicts" in result.err
 
 
 async def test_a_list_follows_short_pages_to_rare_rows(commands, events, monkeypatch):
@@ -139,8 +139,8 @@ def test_an_interrupted_search_prints_the_cursor(monkeypatch):
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(Daemon, "get", get)
-    said = run("events", "list", "--socket", "none", code=130)
-    assert said.err == "interrupted after 1 event\n  to continue, add --cursor 7\n"
+    result = run("events", "list", "--socket", "none", code=130)
+    assert result.err == "interrupted after 1 event\n  to continue, add --cursor 7\n"
 
 
 async def test_json_is_the_page_of_the_api_and_its_cursor_continues(commands, events):
@@ -151,11 +151,11 @@ async def test_json_is_the_page_of_the_api_and_its_cursor_continues(commands, ev
 
 
 async def test_an_event_is_shown_with_its_deliveries(commands, events):
-    said = await commands("events", "show", events[0][:-1])
-    assert ["id", events[0]] in said.rows
-    assert ["deliveries", "1 delivered"] in said.rows
-    assert ["duplicate", "no"] in said.rows
-    assert said.rows[-1][1:3] == ["crm", "delivered"]
+    result = await commands("events", "show", events[0][:-1])
+    assert ["id", events[0]] in result.rows
+    assert ["deliveries", "1 delivered"] in result.rows
+    assert ["duplicate", "no"] in result.rows
+    assert result.rows[-1][1:3] == ["crm", "delivered"]
     assert (await commands("events", "show", events[0], "--json")).json["subject"] == "s-1"
 
 
@@ -166,10 +166,10 @@ async def test_a_body_prints_byte_for_byte(commands, events):
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
 async def test_an_unknown_id_exits_with_4(commands, events, command):
-    said = await commands(*command, "0190", code=4)
+    result = await commands(*command, "0190", code=4)
     noun = {"events": "event", "deliveries": "delivery"}[command[0]]
     hint = f"`relay {command[0]} list` lists {command[0]}"
-    assert said.err == f'unknown {noun} "0190"\n  {hint}\n'
+    assert result.err == f'unknown {noun} "0190"\n  {hint}\n'
 
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("destinations", "pause")])
@@ -178,8 +178,8 @@ def test_an_empty_argument_is_a_usage_error(command):
 
 
 async def test_events_are_replayed_by_their_ids_without_asking(commands, events, relay, recorder):
-    said = await commands("events", "replay", events[0])
-    assert said.out == "1 of 1 event: 1 delivery\n"
+    result = await commands("events", "replay", events[0])
+    assert result.out == "1 of 1 event: 1 delivery\n"
     await until(lambda: recorder.ids.count(events[0]) == 2)
 
 
@@ -194,7 +194,7 @@ async def test_a_replay_by_a_filter_needs_confirmation(commands, events, recorde
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
         ([], 2, "select events either by id or by a filter"),
         (["0190", "--since", "2h"], 2, "select events either by id or by a filter"),
@@ -203,25 +203,27 @@ async def test_a_replay_by_a_filter_needs_confirmation(commands, events, recorde
         (["--source", "adorn", "--rate", "fast"], 2, "'--rate': expected a rate"),
     ],
 )
-async def test_an_invalid_replay_has_an_error_message(commands, events, args, code, says):
-    assert says in (await commands("events", "replay", *args, code=code)).err
+async def test_an_invalid_replay_has_an_error_message(commands, events, args, code, message):
+    assert message in (await commands("events", "replay", *args, code=code)).err
 
 
 async def test_a_replay_that_skips_events_exits_with_6(commands, events, relay):
     await commands("destinations", "pause", "crm")
     await commands("events", "replay", events[0])
-    said = await commands("events", "replay", events[0], code=6)
-    assert said.err == "skipped 1 event\n  they match no destination, or their delivery is already pending\n"
+    result = await commands("events", "replay", events[0], code=6)
+    assert (
+        result.err == "skipped 1 event\n  they match no destination, or their delivery is already pending\n"
+    )
 
 
 async def test_deliveries_are_listed_and_shown_with_their_attempts(commands, events):
     rows = (await commands("deliveries", "list", "--state", "delivered")).rows
     assert [row[3:7] for row in rows] == [["crm", "delivered", "1", "200"]] * 2
     [[delivery, *_]] = (await commands("deliveries", "list", "--event", events[0])).rows
-    said = await commands("deliveries", "show", delivery)
-    assert ["destination", "crm"] in said.rows
-    assert said.rows[-1][2:4] == ["ok", "200"]
-    whole, _, tenths = said.rows[-1][1].partition(".")
+    result = await commands("deliveries", "show", delivery)
+    assert ["destination", "crm"] in result.rows
+    assert result.rows[-1][2:4] == ["ok", "200"]
+    whole, _, tenths = result.rows[-1][1].partition(".")
     assert (whole.isdigit(), len(tenths)) == (True, 1)
 
 
@@ -278,13 +280,13 @@ async def test_pending_deliveries_are_cancelled_and_ended_ones_exit_with_6(comma
     await commands("events", "replay", *events)
     pending = (await commands("deliveries", "list", "--state", "pending", "-q")).out.split()
     ended = (await commands("deliveries", "list", "--state", "delivered", "-q")).out.split()
-    said = await commands("deliveries", "cancel", pending[0], ended[0], code=6)
-    assert (said.out, said.err) == (
+    result = await commands("deliveries", "cancel", pending[0], ended[0], code=6)
+    assert (result.out, result.err) == (
         "1 delivery cancelled, 0 in flight\n",
         "1 delivery had already ended\n",
     )
-    said = await commands("deliveries", "cancel", "--destination", "crm", "--yes", "--json")
-    assert said.json == {"cancelled": 1, "in_flight": 0}
+    result = await commands("deliveries", "cancel", "--destination", "crm", "--yes", "--json")
+    assert result.json == {"cancelled": 1, "in_flight": 0}
     assert (
         "no delivery matches this filter"
         in (await commands("deliveries", "cancel", "--destination", "crm", code=4)).err
@@ -307,15 +309,15 @@ async def test_the_file_of_a_stopped_relay_is_read(config, recorder):
     assert (await offline("deliveries", "show", delivery)).rows[-1][2:4] == ["ok", "200"]
     assert 'unknown event "0190"' in (await offline("events", "show", "0190", code=4)).err
     assert (await offline("events", "list", "--since", "1h", "-q")).out == f"{event}\n"
-    said = await offline("deliveries", "list", "--destination", "cmr", code=4)
-    assert 'unknown destination "cmr"' in said.err
+    result = await offline("deliveries", "list", "--destination", "cmr", code=4)
+    assert 'unknown destination "cmr"' in result.err
     assert "'--since': expected" in (await offline("events", "list", "--since", "noon", code=2)).err
     assert "invalid cursor" in (await offline("events", "list", "--cursor", "x", code=1)).err
     assert sorted(path.name for path in (config.parent / "state").iterdir()) == before
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-async def test_what_the_file_says_reads_like_what_the_relay_says(commands, events, config, as_json):
+async def test_offline_output_equals_the_output_of_the_relay(commands, events, config, as_json):
     event, *_ = events
     delivery = (await commands("events", "show", event, "--json")).json["owed"][0]["id"]
     for command in (
@@ -348,8 +350,8 @@ async def test_a_delivery_is_shown_with_the_receiver_s_responses(tmp_path):
         await relay.exchange(request("POST", "/v1/events", BODY))
         await until(lambda: finished(relay, "dead") == 1)
         [[id_, *_]] = (await commands("deliveries", "list")).rows
-        said = await commands("deliveries", "show", id_)
-        _, _, responses = said.out.partition("\nresponse 500 at ")
+        result = await commands("deliveries", "show", id_)
+        _, _, responses = result.out.partition("\nresponse 500 at ")
         [_, first, second] = responses.splitlines()  # five equal responses are shown once
         assert first == "  first line"
         assert second.startswith("  \\x1b[31msecondxxx")
@@ -360,16 +362,16 @@ async def test_a_delivery_is_shown_with_the_receiver_s_responses(tmp_path):
 
 
 async def test_the_file_of_a_running_relay_is_read(commands, events, config):
-    said = await asyncio.to_thread(run, "events", "list", "-q", "--offline", "-c", config)
-    assert said.out.split() == events[::-1]
+    result = await asyncio.to_thread(run, "events", "list", "-q", "--offline", "-c", config)
+    assert result.out.split() == events[::-1]
 
 
 def test_offline_without_a_file_is_an_error(tmp_path):
     config = write_config(tmp_path, SOURCES)
-    said = run("events", "list", "--offline", "-c", config, code=1)
-    assert said.err.startswith(f"no database at {tmp_path / 'state' / 'relay.db'}\n")
-    said = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
-    assert "cannot be used with --url" in said.err
+    result = run("events", "list", "--offline", "-c", config, code=1)
+    assert result.err.startswith(f"no database at {tmp_path / 'state' / 'relay.db'}\n")
+    result = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
+    assert "cannot be used with --url" in result.err
 
 
 def test_a_stopped_daemon_exits_with_3(tmp_path):

@@ -38,8 +38,8 @@ def explain(config, *args, code=0, stdin=None):
 
 
 def test_a_body_is_explained_without_a_daemon(config):
-    said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
-    assert said.rows == [
+    result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    assert result.rows == [
         ["sales", "no: data.total is 99, expected >= 100"],
         ["all", 'yes: "*" matches'],
         ["vip", 'no: "!*.made" excludes it'],
@@ -47,18 +47,18 @@ def test_a_body_is_explained_without_a_daemon(config):
 
 
 def test_a_body_from_standard_input_is_explained_as_json(config):
-    said = explain(
+    result = explain(
         config, "--source", "shop", "--data", "-", "--json", stdin=BODY.replace(b"99", b"100")
     ).json
-    assert (said["id"], said["type"]) == (None, "shop.sale.made")
-    assert said["destinations"][0] == {
+    assert (result["id"], result["type"]) == (None, "shop.sale.made")
+    assert result["destinations"][0] == {
         "name": "sales",
         "matches": True,
         "reason": "matched",
         "lines": ['yes: "shop.sale.*" matches'],
         "retries": USUAL,
     }
-    assert said["destinations"][2]["retries"] is None
+    assert result["destinations"][2]["retries"] is None
 
 
 def test_the_explanation_has_the_retried_responses(config):
@@ -71,8 +71,8 @@ final_statuses = [413, 400, 413]
 retry = { schedule = ["1m", "1h"] }
 """
     )
-    said = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
-    usual, strict = (line for line in said.err.splitlines() if "retried" in line)
+    result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    usual, strict = (line for line in result.err.splitlines() if "retried" in line)
     assert usual == f"all: {USUAL}"
     assert strict == (
         "strict: any response but a 2xx is retried: 3 attempts in 1h1m;"
@@ -82,15 +82,15 @@ retry = { schedule = ["1m", "1h"] }
 
 def test_without_a_body_a_sample_is_explained(config):
     assert explain(config, "--source", "shop", "--json").json["type"] == "shop.image.shared"
-    said = explain(config, "--source", "whatsapp", "--type", "qr_ready", "--json").json
-    assert said["type"] == "whatsapp.qr_ready"
+    result = explain(config, "--source", "whatsapp", "--type", "qr_ready", "--json").json
+    assert result["type"] == "whatsapp.qr_ready"
 
 
 @pytest.mark.parametrize("path", ["/api/webhooks/message-status", "/api/webhooks/message-status?x=1"])
 def test_a_path_chooses_among_several_routes(config, path):
     args = ("--source", "whatsapp", "--path", path, "--data", "-", "--json")
-    said = explain(config, *args, stdin=b'{"workerId": "w", "sessionId": "s", "status": "read"}').json
-    assert said["type"] == "whatsapp.message_status"
+    result = explain(config, *args, stdin=b'{"workerId": "w", "sessionId": "s", "status": "read"}').json
+    assert result["type"] == "whatsapp.message_status"
 
 
 def test_a_path_may_name_the_prefix_or_not(config):
@@ -118,7 +118,7 @@ async def test_the_running_daemon_gives_the_same_explanation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
         ([], 2, "give either the id of a stored EVENT or --source"),
         (["evt_1", "--source", "shop"], 2, "give either the id of a stored EVENT or --source"),
@@ -134,22 +134,22 @@ async def test_the_running_daemon_gives_the_same_explanation(tmp_path):
         (["--source", "moddy", "--path", "/internal/health"], 4, "GET /internal/health creates no event"),
     ],
 )
-def test_wrong_usage_has_a_hint(config, args, code, says):
-    assert says in explain(config, *args, code=code).err
+def test_wrong_usage_has_a_hint(config, args, code, message):
+    assert message in explain(config, *args, code=code).err
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (b"{", "POST /acme/v1/events would be refused with 400: The body is not valid JSON"),
         (b'{"event_type": "x"}', "would be refused with 400: session_id: field is required"),
         (b'{"event_type": "\\u0007", "session_id": "s"}', "event_type: expected 1 to 200 printable"),
     ],
 )
-def test_a_refused_body_exits_with_1_and_the_reason(config, body, says):
-    said = explain(config, "--source", "shop", "--data", "-", code=1, stdin=body)
-    assert says in said.err
-    assert "`relay send shop --list`" in said.err
+def test_a_refused_body_exits_with_1_and_the_reason(config, body, message):
+    result = explain(config, "--source", "shop", "--data", "-", code=1, stdin=body)
+    assert message in result.err
+    assert "`relay send shop --list`" in result.err
 
 
 BROKEN = """
@@ -172,7 +172,7 @@ def relay_sources():
 
 
 @pytest.mark.parametrize(
-    ("path", "code", "says"),
+    ("path", "code", "message"),
     [
         (["--path", "/odd/nothing"], 1, "the plugin failed: TypeError: a handler returned NoneType"),
         (["--path", "/odd/raises"], 1, "the plugin failed: RuntimeError: broken"),
@@ -181,11 +181,11 @@ def relay_sources():
         (["--type", "x"], 4, 'the plugin of source "odd" has no samples'),
     ],
 )
-def test_an_error_in_a_plugin_is_reported_as_such(tmp_path, path, code, says):
+def test_an_error_in_a_plugin_is_reported_as_such(tmp_path, path, code, message):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "odd.py").write_text(BROKEN)
     config = write_config(tmp_path, '[sources.odd]\nplugin = "odd"\n')
-    assert says in explain(config, "--source", "odd", *path, code=code).err
+    assert message in explain(config, "--source", "odd", *path, code=code).err
 
 
 GENERIC = """
@@ -202,9 +202,9 @@ def test_a_request_with_several_events_is_explained_by_its_first(tmp_path):
     config = write_config(tmp_path, GENERIC, ROUTES)
     items = b'{"items": [{"type": "made"}, {"type": "sold"}, {"type": "sold"}]}'
     args = ("--source", "bulk", "--path", "/bulk?kind=sale", "--data", "-")
-    said = explain(config, *args, "--json", stdin=items).json
-    assert (said["type"], said["more"]) == ("bulk.sale.made", 2)
-    said = explain(config, *args, stdin=items)
-    assert "the request has 2 more events; only the first one is explained" in said.err
-    said = explain(config, *args, stdin=b'{"items": []}', code=4)
-    assert "POST /bulk creates no event" in said.err
+    result = explain(config, *args, "--json", stdin=items).json
+    assert (result["type"], result["more"]) == ("bulk.sale.made", 2)
+    result = explain(config, *args, stdin=items)
+    assert "the request has 2 more events; only the first one is explained" in result.err
+    result = explain(config, *args, stdin=b'{"items": []}', code=4)
+    assert "POST /bulk creates no event" in result.err

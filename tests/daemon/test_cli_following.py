@@ -1,4 +1,4 @@
-"""Asking, and following a replay, as a terminal would see it."""
+"""Confirmation, and following a replay, on a terminal."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 
 class Scripted:
-    """Answers one look after the other; an exception is raised."""
+    """Returns one answer per request; raises those that are exceptions."""
 
     def __init__(self, *looks):
         self.looks = iter(looks)
@@ -59,22 +59,22 @@ def test_progress_has_count_rate_and_remaining_time(monkeypatch, capsys):
 
 
 def test_ctrl_c_cancels_a_replay_and_prints_how_to_continue(capsys):
-    with pytest.raises(CommandError) as said:
+    with pytest.raises(CommandError) as result:
         follow_replay(Scripted({}, KeyboardInterrupt()), RUNNING, as_json=False)
-    assert said.value.code == 130
-    assert said.value.message.startswith("cancelled after 500 of 1 204 events")
-    assert said.value.hint.endswith("--since 2026-01-31T12:00:00.000Z")
+    assert result.value.code == 130
+    assert result.value.message.startswith("cancelled after 500 of 1 204 events")
+    assert result.value.hint.endswith("--since 2026-01-31T12:00:00.000Z")
 
 
 def test_a_failed_replay_exits_with_1_and_prints_how_to_continue():
-    with pytest.raises(CommandError) as said:
+    with pytest.raises(CommandError) as result:
         follow_replay(
             Scripted({"ended_at": "now", "state": "failed", "error": "the disk is full"}),
             RUNNING,
             as_json=True,
         )
-    assert (said.value.code, said.value.message) == (1, "the replay stopped early: the disk is full")
-    assert said.value.hint == "to continue, run the same command with --since 2026-01-31T12:00:00.000Z"
+    assert (result.value.code, result.value.message) == (1, "the replay stopped early: the disk is full")
+    assert result.value.hint == "to continue, run the same command with --since 2026-01-31T12:00:00.000Z"
 
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n"])

@@ -45,20 +45,20 @@ def test_every_kind_of_source_gets_secrets_with_which_the_configuration_loads(tm
     for name, key in PUBLIC_KEYS.items():
         (tmp_path / name).write_text(key)
         words += ["--secret", f"{name}={tmp_path / name}"]
-    said = run(
+    result = run(
         "init", tmp_path / "x", "--yes", *words, "--public-url", "https://hooks.example", "--json"
     ).json
     config = load(tmp_path / "x" / "config.toml", {}).config
     assert set(config.sources) == set(kinds)
-    assert [each["name"] for each in said["sources"]] == list(kinds)
+    assert [each["name"] for each in result["sources"]] == list(kinds)
     assert mode(tmp_path / "x" / "secrets") == 0o700
     secrets = list((tmp_path / "x" / "secrets").iterdir())
     assert {mode(file) for file in secrets} == {0o600}
     assert len({file.read_text() for file in secrets}) == len(secrets) - 1  # one public key is there twice
-    later = {Path(each["path"]).name: each["secret"] for each in said["later"]}
+    later = {Path(each["path"]).name: each["secret"] for each in result["later"]}
     assert later["stripe"] == "the endpoint's signing secret, whsec_…"
     assert not later.keys() & {"github", "adorn", "generic", *PUBLIC_KEYS}
-    assert not any(file.read_text().strip() in str(said) for file in secrets)
+    assert not any(file.read_text().strip() in str(result) for file in secrets)
 
 
 async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
     assert [line.partition("   # …")[0].split()[1] for line in lines] == [
         "check-config", "listen", "serve", "status", "send", "send", "deliveries"
     ]  # fmt: skip
-    said = {}
+    result = {}
     [listen] = [line for line in lines if line.endswith("   # …") and "listen" in line]
     [serve] = [line for line in lines if line.endswith("   # …") and "serve" in line]
     shell = listen.replace("relay", shlex.join(RELAY), 1)
@@ -87,7 +87,7 @@ async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
         assert (await listener.stderr.readline()).startswith(b"listening on ")
         for line in lines:
             if not line.endswith("# …"):
-                said[line] = await asyncio.to_thread(run, *shlex.split(line)[1:])
+                result[line] = await asyncio.to_thread(run, *shlex.split(line)[1:])
         async with asyncio.timeout(30):
             arrived = [(await listener.stdout.readline()).decode() for _ in range(2)]
     finally:
@@ -95,8 +95,8 @@ async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
         await listener.wait()
         await daemon.end()
     assert all("\tsignature ok\t" in line for line in arrived)
-    assert said["relay check-config config.toml"].out == "config.toml: ok (2 sources, 1 destination)\n"
-    assert len(said["relay deliveries list -c config.toml"].rows) == 2
+    assert result["relay check-config config.toml"].out == "config.toml: ok (2 sources, 1 destination)\n"
+    assert len(result["relay deliveries list -c config.toml"].rows) == 2
 
 
 def test_nothing_is_overwritten_without_asking(tmp_path):
@@ -110,9 +110,9 @@ def test_nothing_is_overwritten_without_asking(tmp_path):
     )
     assert config.read_text() == before
     assert not (tmp_path / "secrets" / "github").exists()
-    said = run("init", tmp_path, "--yes", "--source", "github", "--source", "generic", "--overwrite")
-    assert f"{config}: replaced\n" in said.out
-    assert f"{secret}: kept\n" in said.out
+    result = run("init", tmp_path, "--yes", "--source", "github", "--source", "generic", "--overwrite")
+    assert f"{config}: replaced\n" in result.out
+    assert f"{secret}: kept\n" in result.out
     assert secret.read_text() == key
     assert (tmp_path / "config.toml.old").read_text() == before
     assert set(tomllib.loads(config.read_text())["sources"]) == {"github", "generic"}
@@ -120,7 +120,7 @@ def test_nothing_is_overwritten_without_asking(tmp_path):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Run a command on a terminal where somebody types."""
+    """Run a command on a terminal, with typed answers."""
     monkeypatch.setattr(module, "is_terminal", lambda: True)
     monkeypatch.setattr(module, "installed", lambda: None)
 
@@ -132,18 +132,18 @@ def terminal(monkeypatch):
     return typed
 
 
-def test_on_a_terminal_it_asks_for_what_no_option_says(tmp_path, terminal):
+def test_on_a_terminal_it_asks_for_missing_options(tmp_path, terminal):
     answers = ["github, stripe", "https://hooks.example", "https://crm.example/in", "whsec_typed"]
-    said = terminal(tmp_path, answers=answers)
-    assert said.exit_code == 0, said.output
+    result = terminal(tmp_path, answers=answers)
+    assert result.exit_code == 0, result.output
     tables = tomllib.loads((tmp_path / "config.toml").read_text())
     assert list(tables["sources"]) == ["github", "stripe"]
     assert tables["destinations"]["crm"] == {
         "url": "https://crm.example/in", "events": ["*"], "secrets": [{"file": "secrets/crm"}]
     }  # fmt: skip
     assert (tmp_path / "secrets" / "stripe").read_text() == "whsec_typed\n"
-    assert "whsec_typed" not in said.output
-    assert f"Secret: the value of {tmp_path}/secrets/github" in said.output
+    assert "whsec_typed" not in result.output
+    assert f"Secret: the value of {tmp_path}/secrets/github" in result.output
     again = terminal(tmp_path, answers=["generic", "https://hooks.example", "https://crm.example/in", "n"])
     assert again.exit_code == 1
     assert "config.toml exists. Replace it (the former one becomes config.toml.old)?" in again.output
@@ -162,18 +162,18 @@ def test_a_service_gets_its_own_files_and_a_dropin_only_if_its_unit_needs_one(tm
     service = Service(settings=settings, config=tmp_path / "etc" / "config.toml")
     monkeypatch.setattr(module, "installed", lambda: service)
     monkeypatch.setattr(module, "FOLDERS", (tmp_path / "units",))
-    said = run("init", "--yes", "--run", "service", "--to", "https://crm.example/in", "--json").json
-    assert [Path(each["path"]).name for each in said["files"]] == ["generic", "crm", "config.toml"]
+    result = run("init", "--yes", "--run", "service", "--to", "https://crm.example/in", "--json").json
+    assert [Path(each["path"]).name for each in result["files"]] == ["generic", "crm", "config.toml"]
     config = tmp_path / "etc" / "config.toml"
     assert (mode(config), config.group()) == (0o640, "nogroup")
     assert "state_dir" not in config.read_text()
     for file in (config.parent / "secrets", *(config.parent / "secrets").iterdir()):
         assert (file.owner(), mode(file)) == ("nobody", 0o700 if file.is_dir() else 0o600)
-    assert [each["command"] for each in said["commands"]] == [
+    assert [each["command"] for each in result["commands"]] == [
         f"relay check-config {config}", "systemctl enable relay.service", "systemctl restart relay.service",
         f"relay status -c {config}", f"relay send generic -c {config}", f"relay deliveries list -c {config}",
     ]  # fmt: skip
-    said = run(
+    result = run(
         "init", tmp_path / "else", "--yes", "--run", "service", "--listen", "127.0.0.1:443", "--json"
     ).json
     dropin = (tmp_path / "units" / "relay.service.d" / "init.conf").read_text()
@@ -182,14 +182,14 @@ def test_a_service_gets_its_own_files_and_a_dropin_only_if_its_unit_needs_one(tm
         "ExecReload=", f"ExecReload=/opt/relay/bin/relay reload -c {tmp_path}/else/config.toml",
         "AmbientCapabilities=CAP_NET_BIND_SERVICE", "CapabilityBoundingSet=CAP_NET_BIND_SERVICE",
     ]  # fmt: skip
-    assert "systemctl daemon-reload" in [each["command"] for each in said["commands"]]
+    assert "systemctl daemon-reload" in [each["command"] for each in result["commands"]]
     hidden = run("init", "/root/x", "--yes", "--run", "service", code=1)
     assert "/root/x is hidden from relay.service by ProtectHome=yes" in hidden.err
     assert not Path("/root/x").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         ([], 2, "standard input is not a terminal: add --yes"),
         (["--yes", "--source", "gihtub"], 4, 'unknown kind of source "gihtub", did you mean "github"?'),
@@ -202,8 +202,8 @@ def test_a_service_gets_its_own_files_and_a_dropin_only_if_its_unit_needs_one(tm
         (["--yes", "--run", "service"], 1, "relay.service is not installed"),
     ],
 )
-def test_a_wrong_answer_says_what_to_do_and_writes_nothing(tmp_path, monkeypatch, words, code, says):
+def test_a_wrong_answer_says_what_to_do_and_writes_nothing(tmp_path, monkeypatch, words, code, message):
     monkeypatch.setattr(module, "installed", lambda: None)
-    said = run("init", tmp_path / "new", *words, code=code)
-    assert says in said.err
+    result = run("init", tmp_path / "new", *words, code=code)
+    assert message in result.err
     assert not (tmp_path / "new").exists()

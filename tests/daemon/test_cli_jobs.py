@@ -1,4 +1,4 @@
-"""`relay jobs`, and long work as a terminal sees it."""
+"""`relay jobs`, and long work on a terminal."""
 
 import re
 from pathlib import Path
@@ -44,8 +44,8 @@ async def test_jobs_are_listed_with_their_results(relay, commands):
 
 
 async def test_a_job_runs_and_its_result_prints(commands):
-    said = await commands("jobs", "run", "retention")
-    assert said.out.startswith("retention: done in ")
+    finished = await commands("jobs", "run", "retention")
+    assert finished.out.startswith("retention: done in ")
     assert (await commands("jobs", "run", "retention", "--json")).json["runs"] == 2
 
 
@@ -54,14 +54,14 @@ async def test_a_failed_job_exits_with_1(relay, commands):
         raise KeyError("nothing")
 
     relay.app.jobs.add("shop.fail", 3600, fail)
-    said = await commands("jobs", "run", "shop.fail", code=1)
-    assert said.out.startswith("shop.fail: KeyError: 'nothing' in ")
-    assert said.err == "job shop.fail failed\n  the daemon's log has the traceback\n"
+    finished = await commands("jobs", "run", "shop.fail", code=1)
+    assert finished.out.startswith("shop.fail: KeyError: 'nothing' in ")
+    assert finished.err == "job shop.fail failed\n  the daemon's log has the traceback\n"
 
 
 async def test_an_unknown_job_exits_with_4(commands):
-    said = await commands("jobs", "run", "swep", code=4)
-    assert said.err.startswith('unknown job "swep", did you mean "sweep"?\n  jobs: activity, backup, ')
+    finished = await commands("jobs", "run", "swep", code=4)
+    assert finished.err.startswith('unknown job "swep", did you mean "sweep"?\n  jobs: activity, backup, ')
 
 
 class Scripted:
@@ -77,7 +77,7 @@ class Scripted:
             yield line
 
 
-def told(*lines):
+def run_with(*lines):
     return run_operation(
         Scripted(*lines), "backup", describe=lambda at: f"{at['bytes']} bytes", stopped="nothing is left"
     )
@@ -86,25 +86,25 @@ def told(*lines):
 def test_progress_is_shown_and_cleared_at_the_end(monkeypatch):
     shown = []
     monkeypatch.setattr(api_client, "show_progress", shown.append)
-    assert told({"progress": {"bytes": 1}}, {"progress": {"bytes": 2}}, {"result": {"bytes": 3}}) == {
+    assert run_with({"progress": {"bytes": 1}}, {"progress": {"bytes": 2}}, {"result": {"bytes": 3}}) == {
         "bytes": 3
     }
     assert shown == ["1 bytes", "2 bytes", ""]
 
 
 @pytest.mark.parametrize(
-    ("last", "code", "says"),
+    ("last", "code", "message"),
     [
         ({"error": {"message": "the disk is full", "hint": "make room"}}, 1, "the disk is full\n  make room"),
         (KeyboardInterrupt(), 130, "interrupted: nothing is left"),
         ({"progress": {"bytes": 2}}, 1, "the daemon stopped before the operation finished\n  check its log"),
     ],
 )
-def test_an_operation_without_a_result_has_an_error(last, code, says):
+def test_an_operation_without_a_result_has_an_error(last, code, message):
     with pytest.raises(CommandError) as raised:
-        told({"progress": {"bytes": 1}}, last)
+        run_with({"progress": {"bytes": 1}}, last)
     assert raised.value.code == code
-    assert str(raised.value).startswith(says)
+    assert str(raised.value).startswith(message)
 
 
 def test_a_meter_has_count_rate_and_remaining_time(monkeypatch):

@@ -2,7 +2,7 @@
 
 A process that has imported everything is forked for each condition, and runs every command in turn with new
 streams, environment and signal handlers, so that 2,000 commands take seconds. An operator's mistakes have
-messages; `unexpected error` is for what nobody thought of.
+messages; `unexpected error` is for unforeseen errors.
 """
 
 import json
@@ -45,12 +45,12 @@ def load(group):
 load(main)
 null = os.open(os.devnull, os.O_RDWR)
 environ, handlers = dict(os.environ), {each: signal.getsignal(each) for each in (1, 2, 13, 15)}
-def run(words, told, files):
+def run(words, job, files):
     signal.alarm(60)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     os.environ.clear()
-    os.environ.update(environ | told["environ"])
+    os.environ.update(environ | job["environ"])
     logging.root.handlers.clear()
     for file in files:
         file.seek(0)
@@ -61,9 +61,9 @@ def run(words, told, files):
     sys.stdout = out = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = err = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     ours = (sys.stdin, out, err, None)
-    if told["before"]:
-        os.chdir(told["folder"])
-        exec(told["before"])
+    if job["before"]:
+        os.chdir(job["folder"])
+        exec(job["before"])
     sys.argv = ["relay", *words]
     code = 99
     try:
@@ -83,31 +83,31 @@ def run(words, told, files):
         if stream not in ours:
             stream.close()  # else it would close a later command's file
     return code
-def child(told, files, ended):
-    tempfile.tempdir = told["folder"]
-    if told["places"]:
-        paths.PLACES = tuple(map(Path, told["places"]))
-    os.chdir(told["folder"])
-    if told["uid"]:
+def child(job, files, ended):
+    tempfile.tempdir = job["folder"]
+    if job["places"]:
+        paths.PLACES = tuple(map(Path, job["places"]))
+    os.chdir(job["folder"])
+    if job["uid"]:
         os.setgroups([])
-        os.setgid(told["uid"])
-        os.setuid(told["uid"])
-    for words in told["commands"]:
-        code = run(words, told, files)
+        os.setgid(job["uid"])
+        os.setuid(job["uid"])
+    for words in job["commands"]:
+        code = run(words, job, files)
         ended.write(json.dumps([code, *map(text, files)]) + "\\n")
         ended.flush()
 def text(file):
     file.seek(0)
     return file.read().decode("utf-8", "replace")
-def outcomes(told):
+def outcomes(job):
     # One process runs command after command. Only if a command ends it, another runs those that are left.
     found = []
-    while told["commands"]:
+    while job["commands"]:
         ended, *files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile(), tempfile.TemporaryFile()
         pid = os.fork()
         if pid == 0:
             try:
-                child(told, files, ended)
+                child(job, files, ended)
                 os._exit(0)
             except BaseException:
                 os.write(files[1].fileno(), traceback.format_exc().encode())
@@ -116,10 +116,10 @@ def outcomes(told):
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         ended.seek(0)
         here = [json.loads(line) for line in ended]
-        if len(here) < len(told["commands"]):
+        if len(here) < len(job["commands"]):
             here.append([status, *map(text, files)])
         found += here
-        told["commands"] = told["commands"][len(here):]
+        job["commands"] = job["commands"][len(here):]
     return found
 gc.freeze()  # else each child would copy what its collector touches
 answers = os.dup(1)
@@ -135,11 +135,11 @@ WORDS = {
     ("config", "init"): ["config", "init", "new.toml"],
     ("send",): ["send", "adorn", "--to", "http://127.0.0.1:9"],
 }
-"""Where filling in what a command demands is not enough."""
+"""Words of commands that need more than their required arguments."""
 
 
 def commands_of(config, *, offline=False):
-    """Return every command with what it demands; None: no `config` is named, and `serve` would find one."""
+    """Return every command with its required arguments; config None: not named, so `serve` would search."""
     for path, command in LEAVES.items():
         options = {option for each in command.params for option in each.opts}
         demanded = (
@@ -168,14 +168,14 @@ def forks():
 
 @pytest.fixture
 def outcomes(forks, folder):
-    """Run commands, by default in the test's folder; return each with its exit code and what it printed."""
+    """Run commands, by default in the test's folder; return each with its exit code and its output."""
 
     def run(commands, folder=folder, *, uid=0, before="", places=(), **environ):
-        told = {
+        job = {
             "commands": commands, "folder": str(folder), "uid": uid if ROOT else 0, "before": before,
             "places": list(map(str, places)), "environ": environ,
         }  # fmt: skip
-        forks.stdin.write(json.dumps(told) + "\n")
+        forks.stdin.write(json.dumps(job) + "\n")
         forks.stdin.flush()
         return list(zip(commands, json.loads(forks.stdout.readline()), strict=True))
 
@@ -183,21 +183,21 @@ def outcomes(forks, folder):
 
 
 def judge(ended, *, caught=False, silent=False):
-    """Hold what ended to the rule; `caught`: the last net may have been what caught it."""
+    """Check the outcome of a command; `caught`: an unexpected error is permitted."""
     for words, (code, out, err) in ended:
-        said = (words, code, out, err)
-        assert code in CODES, said
-        assert "Traceback" not in out + err, said
-        assert "Exception ignored" not in err, said
-        assert code == 0 or err.strip() or out.strip() or silent, said
+        shown = (words, code, out, err)
+        assert code in CODES, shown
+        assert "Traceback" not in out + err, shown
+        assert "Exception ignored" not in err, shown
+        assert code == 0 or err.strip() or out.strip() or silent, shown
         if "unexpected error" in err:
-            assert caught, said
-            assert len(err.strip().splitlines()) == 1, said
+            assert caught, shown
+            assert len(err.strip().splitlines()) == 1, shown
 
 
 @pytest.fixture
 def folder():
-    """A folder that everybody may enter and write to; those of pytest are its user's own."""
+    """A folder that everybody may enter and write to; pytest's folders are private to its user."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -259,7 +259,7 @@ def test_every_command_reports_an_invalid_database_in_one_line(outcomes, folder,
 @needs_other_users
 @pytest.mark.parametrize("shut", ["the file", "its folder", "what is around it"])
 def test_missing_permissions_exit_with_5(outcomes, folder, shut):
-    """As one who is not in the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
+    """As a user outside the group of /etc/relay, /run/relay and /var/lib/relay; named or found."""
     etc = folder / "etc" / "relay"
     (etc / "state").mkdir(parents=True)
     (etc / "config.toml").write_text(GOOD)
@@ -387,7 +387,7 @@ def test_no_response_at_the_socket_causes_a_traceback(outcomes, folder, kind):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Have every command raise what the test says."""
+    """Let every command raise the exception that the test sets."""
 
     def breaking(error):
         def raises(*_):

@@ -18,7 +18,7 @@ MORE = {
     ("explain",): ["--data", "@{body}"],
     ("verify",): ["--request", "{body}"],
 }
-"""What else a command needs, so that the name is the only mistake."""
+"""Further arguments of a command, so that the name is the only mistake."""
 
 FILTERED = [
     (path, option)
@@ -65,13 +65,13 @@ async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, path, option
     wrong, right = {"source": ("adron", "adorn"), "destination": ("cmr", "crm")}[noun]
     given = words(relay, path, option, wrong)
     if any("--socket" in each.opts for each in LEAVES[path].params) and path != ("explain",):
-        said = await Commands(relay.addresses.socket)(*given, code=4)
+        result = await Commands(relay.addresses.socket)(*given, code=4)
     else:
-        said = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
-    first, second = said.err.splitlines()
+        result = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
+    first, second = result.err.splitlines()
     assert first == f'unknown {noun} "{wrong}", did you mean "{right}"?'
     assert second.startswith(("  known: ", f"  {noun}s: "))
-    assert said.out == ""
+    assert result.out == ""
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -82,9 +82,9 @@ async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, path, option
 async def test_a_misspelt_name_is_found_without_a_daemon_too(relay, path, option):
     noun = option.removeprefix("--")
     given = [*words(relay, path, option, "adrn" if noun == "source" else "cm"), "--offline"]
-    said = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
-    assert said.err.startswith(f'unknown {noun} "')
-    assert "did you mean" in said.err
+    result = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
+    assert result.err.startswith(f'unknown {noun} "')
+    assert "did you mean" in result.err
 
 
 @pytest.mark.asyncio(loop_scope="module")

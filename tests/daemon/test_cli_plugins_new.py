@@ -1,4 +1,4 @@
-"""`relay plugins new`: what it writes passes its own test, check-config, and a relay's front door."""
+"""`relay plugins new`: the new plugin passes its own test and check-config, and accepts events."""
 
 import asyncio
 import json
@@ -31,20 +31,20 @@ def add(config, table):
 
 @pytest.mark.parametrize("name", ["parcels", "my_shop2"])
 async def test_the_new_plugin_passes_its_test_and_serves_requests(config, name):
-    said = run("plugins", "new", name, "-c", config, "--json").json
-    assert said["plugin"] == str(config.parent / "plugins.d" / f"{name}.py")
+    result = run("plugins", "new", name, "-c", config, "--json").json
+    assert result["plugin"] == str(config.parent / "plugins.d" / f"{name}.py")
 
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     for options in ([], ["-m", "pytest", "-q", "-p", "no:cacheprovider"]):
         tested = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-B", *options, said["test"]],
+            [sys.executable, "-B", *options, result["test"]],
             capture_output=True, text=True, check=False, timeout=60, env=environ, cwd=config.parent,
         )  # fmt: skip
         assert tested.returncode == 0, tested.stdout + tested.stderr
         assert ("3 passed" if options else "Ran 3 tests") in tested.stdout + tested.stderr
 
-    add(config, said["config"])
+    add(config, result["config"])
     assert run("check-config", config).out.endswith("ok (1 source, 0 destinations)\n")
     [row] = [row for row in run("plugins", "list", "-c", config).rows if row[0] == name]
     assert row[1:3] == ["source", "dirs"]
@@ -68,10 +68,10 @@ def test_the_output_has_the_next_steps(config):
 
 
 def test_another_folder_is_added_to_those_of_the_configuration(config):
-    said = run("plugins", "new", "parcels", "--dir", "mine", "-c", config, "--json").json
-    assert Path(said["plugin"]) == Path("mine/parcels.py")
-    assert tomllib.loads(said["config"])["plugins"]["dirs"] == [str(config.parent / "plugins.d"), "mine"]
-    add(config, said["config"])
+    result = run("plugins", "new", "parcels", "--dir", "mine", "-c", config, "--json").json
+    assert Path(result["plugin"]) == Path("mine/parcels.py")
+    assert tomllib.loads(result["config"])["plugins"]["dirs"] == [str(config.parent / "plugins.d"), "mine"]
+    add(config, result["config"])
     assert "ok (1 source" in run("check-config", config).out
 
 
@@ -89,14 +89,14 @@ def test_existing_files_are_kept_and_no_partial_file_is_left(config, there):
     folder = config.parent / "plugins.d"
     folder.mkdir()
     (folder / there).write_text("_ = 'mine'\n")
-    said = run("plugins", "new", "parcels", "-c", config, code=1)
-    assert said.err.startswith(f"{folder / there} already exists\n  choose another name")
+    result = run("plugins", "new", "parcels", "-c", config, code=1)
+    assert result.err.startswith(f"{folder / there} already exists\n  choose another name")
     assert [file.name for file in folder.iterdir()] == [there]
     assert (folder / there).read_text() == "_ = 'mine'\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "says"),
+    ("name", "code", "message"),
     [
         ("My-Parcels", 2, "for example `relay plugins new my_parcels`"),
         ("1", 2, "for example `relay plugins new parcels`"),
@@ -108,16 +108,16 @@ def test_existing_files_are_kept_and_no_partial_file_is_left(config, there):
         ("relay", 1, '"relay" is a module of Python'),
     ],
 )
-def test_an_invalid_name_is_refused(config, name, code, says):
-    assert says in run("plugins", "new", name, "-c", config, code=code).err
+def test_an_invalid_name_is_refused(config, name, code, message):
+    assert message in run("plugins", "new", name, "-c", config, code=code).err
     assert not (config.parent / "plugins.d").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(config):
     (config.parent / "file").write_text("")
-    said = run("plugins", "new", "parcels", "-c", config, "--dir", "file", code=1)
-    assert said.err.startswith("cannot write file")
-    assert "choose another folder with --dir DIR" in said.err
+    result = run("plugins", "new", "parcels", "-c", config, "--dir", "file", code=1)
+    assert result.err.startswith("cannot write file")
+    assert "choose another folder with --dir DIR" in result.err
 
 
 def test_the_templates_are_short_and_well_formed(tmp_path):

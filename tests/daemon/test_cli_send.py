@@ -1,4 +1,4 @@
-"""`relay send` and `relay listen`: the two ends of the relay, by hand."""
+"""`relay send` and `relay listen`: a sender and a receiver for an operator."""
 
 import asyncio
 import contextlib
@@ -44,25 +44,25 @@ async def test_every_sample_of_a_bundled_source_is_accepted(config, source, type
     assert ([each["type"] for each in page["items"]], page["next_cursor"]) == (types, None)
     async with running(config) as relay:
         for type_ in types:
-            said = await asyncio.to_thread(
+            result = await asyncio.to_thread(
                 run, "send", source, type_, "-c", config, "--to", relay.addresses.public
             )
-            assert said.out.startswith("20"), said
+            assert result.out.startswith("20"), result
         assert await relay.rows(source=source)
 
 
 async def test_a_sample_that_registers_a_worker_prints_how_to_remove_it(config):
     async with running(config) as relay:
-        for type_, told in (
+        for type_, is_reported in (
             ("register", True),
             ("heartbeat", True),
             ("qr_ready", False),
             ("unregister", False),
         ):
             wish = ("send", "whatsapp", type_, "-c", config, "--to", relay.addresses.public)
-            said = await asyncio.to_thread(run, *wish)
-            assert ("offline after 1m30s without a heartbeat" in said.err) is told
-            assert ("`relay send whatsapp unregister`" in said.err) is told
+            result = await asyncio.to_thread(run, *wish)
+            assert ("offline after 1m30s without a heartbeat" in result.err) is is_reported
+            assert ("`relay send whatsapp unregister`" in result.err) is is_reported
         assert [w for w in relay.app.store.workers.all() if w.unregistered_at is None] == []
 
 
@@ -70,16 +70,16 @@ async def test_another_body_can_be_sent(config, tmp_path):
     (tmp_path / "body.json").write_text('{"event_type": "x.y", "session_id": "mine"}')
     async with running(config) as relay:
         wish = ("send", "adorn", "-c", config, "--to", relay.addresses.public, "--json")
-        said = await asyncio.to_thread(run, *wish, "--data", f"@{tmp_path / 'body.json'}")
-        assert said.json["status"] == 200
-        said = await asyncio.to_thread(run, *wish, "--data", "-", stdin='{"event_type": "z"', code=1)
-        assert said.json["status"] == 400
-        assert "returned 400" in said.err
+        result = await asyncio.to_thread(run, *wish, "--data", f"@{tmp_path / 'body.json'}")
+        assert result.json["status"] == 200
+        result = await asyncio.to_thread(run, *wish, "--data", "-", stdin='{"event_type": "z"', code=1)
+        assert result.json["status"] == 400
+        assert "returned 400" in result.err
         assert [row["subject"] for row in await relay.rows()] == ["mine"]
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
         (["adron"], 4, 'unknown source "adron", did you mean "adorn"?'),
         (["adorn", "image.share"], 4, 'unknown sample "image.share", did you mean "image.shared"?'),
@@ -89,16 +89,16 @@ async def test_another_body_can_be_sent(config, tmp_path):
         (["adorn"], 3, "start the daemon with `relay serve`, or name its listener with --to URL"),
     ],
 )
-def test_wrong_usage_of_send_has_a_hint(config, args, code, says):
+def test_wrong_usage_of_send_has_a_hint(config, args, code, message):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         config.write_text(config.read_text().replace(":0", f":{taken.getsockname()[1]}", 1))
-        assert says in run("send", *args, "-c", config, code=code).err
+        assert message in run("send", *args, "-c", config, code=code).err
 
 
 @contextlib.contextmanager
 def listening(*args):
-    """Run `relay listen` as the process that it is, and interrupt it at the end."""
+    """Run `relay listen` as a process, and interrupt it at the end."""
     command = [sys.executable, "-c", "from relay.cli import main; main()", "listen", "0", *args]
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -156,12 +156,12 @@ def test_control_characters_are_escaped():
 def test_without_a_secret_nothing_is_verified():
     with listening("--json") as (url, out):
         assert post(url + "/hook", b"plain", {"webhook-id": "evt_2"}) == 204
-        said = json.loads(out.readline())
-        assert {**said, "headers": None} == {
+        result = json.loads(out.readline())
+        assert {**result, "headers": None} == {
             "id": "evt_2", "signature": "not verified", "method": "POST", "path": "/hook", "headers": None,
             "body": "plain",
         }  # fmt: skip
-        assert "evt_2" in said["headers"].values()
+        assert "evt_2" in result["headers"].values()
 
 
 @pytest.mark.parametrize("body", [b'{"a": 1}\r\n', b"\xff\x00"])
@@ -179,9 +179,9 @@ def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
     file.write_text(json.dumps(json.loads(line), indent=2))
     assert run("verify", *args).out == "valid: destinations.crm.secrets[0]\n"
     file.write_text(other + line)
-    said = run("verify", *args)
-    assert said.out == "valid: destinations.crm.secrets[0]\n"
-    assert "the last of 2 requests in the file" in said.err
+    result = run("verify", *args)
+    assert result.out == "valid: destinations.crm.secrets[0]\n"
+    assert "the last of 2 requests in the file" in result.err
     file.write_text(line + other)
     run("verify", *args, code=1)
 
@@ -191,7 +191,7 @@ def test_an_invalid_secret_and_a_port_in_use_are_errors():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = run("listen", taken.getsockname()[1], code=1)
-    assert said.err.endswith(
+        result = run("listen", taken.getsockname()[1], code=1)
+    assert result.err.endswith(
         "Address already in use\n  choose another port: relay listen 0 selects a free one\n"
     )

@@ -1,4 +1,4 @@
-"""Every command in every condition: what it says, where, what to type next, and the exit code.
+"""Every command in every condition: its message, the stream, the next step, and the exit code.
 
 The commands come from the click tree, so a new command is tested without a change here. A command with an
 argument of a new kind fails until tests/helpers/commands.py knows a value for it.
@@ -106,15 +106,15 @@ class Cell:
     path: tuple[str, ...]
     words: tuple[str, ...]
     code: int
-    says: tuple[str, ...]
+    message: tuple[str, ...]
 
     def __str__(self):
         return " ".join((*self.words, "")).replace("{", "").replace("}", "")[:60].strip() or "-"
 
 
-def cell(path, words, code, *says):
+def cell(path, words, code, *message):
     assert code in EXIT_CODES
-    return Cell(path, tuple(words), code, says)
+    return Cell(path, tuple(words), code, message)
 
 
 def table(cells):
@@ -138,7 +138,7 @@ def judge(case, code, out, err):
     assert "Traceback" not in out + err, shown
     assert "unexpected error" not in err, shown
     assert code == case.code, shown
-    for text in case.says:
+    for text in case.message:
         assert text.casefold() in err.casefold(), shown
     if code == 0:
         return
@@ -236,7 +236,7 @@ async def test_with_a_running_daemon_and_valid_words_a_command_succeeds(case, re
         await daemon.start()
         code = await daemon.exit()
         daemon._listening.exception()
-        judge(case, code, "", f"{daemon.said}\n  ")
+        judge(case, code, "", f"{daemon.output}\n  ")
         return
     running_command = asyncio.create_task(asyncio.to_thread(invoke, words))
     while case.path == ("tail",) and not running_command.done():
@@ -253,18 +253,18 @@ async def test_with_a_running_daemon_and_valid_words_a_command_succeeds(case, re
 def down():
     for path in LEAVES:
         if path in TALKING:
-            says = (
+            message = (
                 "cannot connect to the daemon at ",
                 "absent.sock: No such file",
                 "start it with `relay serve`",
             )
-            yield cell(path, [*valid(path), "--socket", "{absent}"], 3, *says)
-            says = (
+            yield cell(path, [*valid(path), "--socket", "{absent}"], 3, *message)
+            message = (
                 "cannot connect to the daemon at http://127.0.0.1:9: Connection refused",
                 "[admin] listen",
             )
             yield cell(
-                path, [*valid(path), "--url", "http://127.0.0.1:9", "--token-file", "{token}"], 3, *says
+                path, [*valid(path), "--url", "http://127.0.0.1:9", "--token-file", "{token}"], 3, *message
             )
     yield cell(
         ("send",), ["send", "adorn", "--to", "http://127.0.0.1:9", "-c", "{config}"], 3, "start the daemon"
@@ -423,8 +423,8 @@ def forbidden():
 def shut_daemon(path):
     words = valid(path)
     if path in TALKING:
-        says = "relay.sock: permission denied", "run the command as root"
-        yield cell(path, [*words, "--socket", "{door}"], 5, *says)
+        message = "relay.sock: permission denied", "run the command as root"
+        yield cell(path, [*words, "--socket", "{door}"], 5, *message)
         more = ["--url", NOBODY_THERE, "--token-file", "{shut}"]
         yield cell(path, [*words, *more], 5, "shut: Permission denied")
     if path in WITH_CONFIG:
@@ -465,8 +465,8 @@ def shut_database(path):
     if path == ("db", "backup"):
         more = ["{folder}"]
     if more or path == ("db", "check"):
-        says = "relay.db: permission denied", "run the command as root"
-        yield cell(path, [*valid(path), *more, "-c", "{locked}"], 5, *says)
+        message = "relay.db: permission denied", "run the command as root"
+        yield cell(path, [*valid(path), *more, "-c", "{locked}"], 5, *message)
 
 
 FORBIDDEN = list(forbidden())
@@ -489,8 +489,8 @@ if sys.argv[1]:
     os.setgroups([])
     os.setgid(int(sys.argv[1]))
     os.setuid(int(sys.argv[1]))
-said = [CliRunner().invoke(main, words, prog_name="relay") for words in commands]
-print(json.dumps([(each.exit_code, each.stdout, each.stderr, repr(each.exception)) for each in said]))
+results = [CliRunner().invoke(main, words, prog_name="relay") for words in commands]
+print(json.dumps([(each.exit_code, each.stdout, each.stderr, repr(each.exception)) for each in results]))
 """
 
 

@@ -1,4 +1,4 @@
-"""`relay top`: one look, lines of JSON, and a screen that leaves no trace."""
+"""`relay top`: one snapshot, lines of JSON, and a screen that leaves no trace."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from relay.cli.screen import clip
 from relay.cli.top import lines
 
 
-def told(sources=1, destinations=1, **more):
+def snapshot(sources=1, destinations=1, **more):
     """Return a snapshot."""
     rates = {"attempts_per_second": 0.0, "delivered_per_second": 0.0, "failed_per_second": 0.0}
     return {
@@ -33,16 +33,16 @@ def told(sources=1, destinations=1, **more):
 async def test_without_a_terminal_top_prints_one_snapshot(relay):
     await relay.operator("POST", "/api/destinations/crm/pause")
     await relay.exchange(request("POST", "/v1/events", adorn()))
-    said = await Commands(relay.addresses.socket)("top")
-    assert re.match(r"hookferry \S+, up \S+, ready\nbacklog: 1 delivery; per second: ", said.out)
-    assert re.search(r"^SOURCE +PAUSED +EVENTS/S$", said.out, re.MULTILINE)
-    assert re.search(r"^crm +paused +1 +0 ", said.out, re.MULTILINE)
-    assert "\x1b" not in said.out
+    result = await Commands(relay.addresses.socket)("top")
+    assert re.match(r"hookferry \S+, up \S+, ready\nbacklog: 1 delivery; per second: ", result.out)
+    assert re.search(r"^SOURCE +PAUSED +EVENTS/S$", result.out, re.MULTILINE)
+    assert re.search(r"^crm +paused +1 +0 ", result.out, re.MULTILINE)
+    assert "\x1b" not in result.out
 
 
 async def test_once_as_json_is_the_snapshot(relay):
-    said = await Commands(relay.addresses.socket)("top", "--once", "--json")
-    assert said.json["destinations"][0]["name"] == "crm"
+    result = await Commands(relay.addresses.socket)("top", "--once", "--json")
+    assert result.json["destinations"][0]["name"] == "crm"
 
 
 async def test_json_is_one_snapshot_per_line_until_ctrl_c(relay):
@@ -103,7 +103,7 @@ async def test_the_screen_reports_a_stopped_daemon_and_continues_after_its_resta
 @pytest.mark.parametrize("rows", [8, 12, 24, 100])
 def test_the_tables_fit_the_screen(monkeypatch, rows):
     monkeypatch.setenv("NO_COLOR", "1")
-    drawn = lines(told(sources=9, destinations=40), rows)
+    drawn = lines(snapshot(sources=9, destinations=40), rows)
     assert len(drawn) <= rows or rows == 8
     if rows < 60:
         assert any(re.fullmatch(r"… and \d+ destinations more", line) for line in drawn)
@@ -114,7 +114,7 @@ def test_the_tables_fit_the_screen(monkeypatch, rows):
 
 def test_a_daemon_that_is_not_ready_has_its_reasons(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    drawn = lines(told(ready=False, reasons=["draining"]))
+    drawn = lines(snapshot(ready=False, reasons=["draining"]))
     assert drawn[0] == "hookferry 1, up 1m, not ready: draining"
     assert drawn[1].startswith("backlog: 1 204 deliveries; per second: 12.5 events, 0 attempts")
     assert drawn[2] == "workers: 2 ONLINE; commit: -; loop lag: 0.5 ms"

@@ -35,17 +35,17 @@ async def test_workers_are_listed_by_filter_and_page(commands):
 
 
 async def test_a_worker_is_shown_with_its_commands(commands):
-    said = await commands("workers", "command", "whatsapp", "w1", "restart", '{"reason": "update"}')
-    assert said.out.endswith(": queued\n")
+    result = await commands("workers", "command", "whatsapp", "w1", "restart", '{"reason": "update"}')
+    assert result.out.endswith(": queued\n")
     rows = (await commands("workers", "show", "whatsapp", "w1")).rows
     assert ["version", "1.2"] in rows
     assert rows[-1][4] == '{"reason": "update", "type": "restart"}'
     assert (await commands("workers", "show", "whatsapp", "w1", "--json")).json["id"] == "w1"
 
 
-@pytest.mark.parametrize(("more", "says"), [("{", "invalid JSON"), ("[]", "expected an object")])
-async def test_a_command_that_is_not_an_object_exits_with_2(commands, more, says):
-    assert says in (await commands("workers", "command", "whatsapp", "w1", "restart", more, code=2)).err
+@pytest.mark.parametrize(("more", "message"), [("{", "invalid JSON"), ("[]", "expected an object")])
+async def test_a_command_that_is_not_an_object_exits_with_2(commands, more, message):
+    assert message in (await commands("workers", "command", "whatsapp", "w1", "restart", more, code=2)).err
 
 
 async def test_maintenance_begins_and_ends(commands):
@@ -56,23 +56,23 @@ async def test_maintenance_begins_and_ends(commands):
 
 
 async def test_maintenance_of_a_pattern_has_an_end(commands):
-    said = await commands("workers", "maintenance", "--pattern", "w*", "--for", "2h")
-    assert re.fullmatch(r"2 workers in maintenance until \d{4}-\S+Z\n", said.out)
+    result = await commands("workers", "maintenance", "--pattern", "w*", "--for", "2h")
+    assert re.fullmatch(r"2 workers in maintenance until \d{4}-\S+Z\n", result.out)
     rows = (await commands("workers", "list", "--status", "MAINTENANCE")).rows
     assert [row[0] for row in rows] == ["w1", "w2"]
-    assert said.out.split()[-1] == rows[0][-1]
-    said = await commands("workers", "maintenance", "whatsapp", "off", "--pattern", "w2")
-    assert said.out == "1 worker out of maintenance\n"
+    assert result.out.split()[-1] == rows[0][-1]
+    result = await commands("workers", "maintenance", "whatsapp", "off", "--pattern", "w2")
+    assert result.out == "1 worker out of maintenance\n"
     shown = (await commands("workers", "show", "whatsapp", "w1", "--json")).json
     assert (shown["maintenance_by"], shown["maintenance_until"]) == ("operator", rows[0][-1])
-    said = await commands("workers", "maintenance", "whatsapp", "w1", "--for", "30m")
-    assert said.out.startswith("w1: MAINTENANCE until ")
-    said = await commands("workers", "maintenance", "--pattern", "batch-*", "on", code=4)
-    assert said.err.startswith('no worker matches "batch-*"\n  list them: relay workers list')
+    result = await commands("workers", "maintenance", "whatsapp", "w1", "--for", "30m")
+    assert result.out.startswith("w1: MAINTENANCE until ")
+    result = await commands("workers", "maintenance", "--pattern", "batch-*", "on", code=4)
+    assert result.err.startswith('no worker matches "batch-*"\n  list them: relay workers list')
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (["whatsapp", "w1"], 2, "say on or off, or for how long with --for"),
         (["on"], 2, "name a SOURCE and a WORKER, or --pattern"),
@@ -83,8 +83,8 @@ async def test_maintenance_of_a_pattern_has_an_end(commands):
         (["--pattern", "", "on"], 1, '"pattern": a pattern must not be empty'),
     ],
 )
-async def test_an_unclear_maintenance_is_refused(commands, words, code, says):
-    assert says in (await commands("workers", "maintenance", *words, code=code)).err
+async def test_an_unclear_maintenance_is_refused(commands, words, code, message):
+    assert message in (await commands("workers", "maintenance", *words, code=code)).err
 
 
 async def test_forget_needs_confirmation(commands):
@@ -93,14 +93,14 @@ async def test_forget_needs_confirmation(commands):
         in (await commands("workers", "forget", "whatsapp", "w1", code=2)).err
     )
     assert (await commands("workers", "forget", "whatsapp", "w1", "--yes")).out == "w1: forgotten\n"
-    said = await commands("workers", "forget", "whatsapp", "w1", "--yes", code=4)
-    assert said.err == 'unknown worker "w1" of source "whatsapp"\n  list them: relay workers list\n'
+    result = await commands("workers", "forget", "whatsapp", "w1", "--yes", code=4)
+    assert result.err == 'unknown worker "w1" of source "whatsapp"\n  list them: relay workers list\n'
 
 
 async def test_the_status_is_one_screen(commands):
     await commands("sources", "pause", "moddy")
-    said = await commands("status")
-    head, sources, workers, backlog, *rows = said.out.splitlines()
+    result = await commands("status")
+    head, sources, workers, backlog, *rows = result.out.splitlines()
     assert head.startswith("hookferry ")
     assert head.endswith(", ready")
     assert (sources, workers) == ("5 sources, paused: moddy", "workers: 2 ONLINE")
@@ -111,8 +111,8 @@ async def test_the_status_is_one_screen(commands):
 
 async def test_a_daemon_that_is_not_ready_exits_with_1_and_the_reasons(commands, relay):
     relay.app.health.phase = "draining"
-    said = await commands("status", code=1)
-    assert "not ready: draining" in said.out
+    result = await commands("status", code=1)
+    assert "not ready: draining" in result.out
 
 
 async def test_an_event_is_explained_per_destination(commands, relay):

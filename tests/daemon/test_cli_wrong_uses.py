@@ -1,4 +1,4 @@
-"""Wrong uses of every command that talks to the relay: what is said, the exit code, and what to type next."""
+"""Wrong uses of every command that talks to the relay: the message, the exit code, and the next step."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ TALKING = {path: arguments_of(path) for path, command in LEAVES.items() if talks
 
 @pytest.fixture
 def filled(tmp_path):
-    """Write a command as its words, with a file where one is wanted."""
+    """Write a command as its words, with a file for each file argument."""
     file = tmp_path / "events.jsonl"
     file.write_text("")
 
@@ -39,8 +39,8 @@ def run(arguments):
     return result.exit_code, result.stderr
 
 
-def says_what_to_do(text):
-    """Whether there is a sentence, and behind it a line on what to type or change."""
+def has_next_step(text):
+    """Return whether a sentence is followed by a line with the next step."""
     return len(text.splitlines()) >= 2 and text.splitlines()[1].startswith("  ") and "Traceback" not in text
 
 
@@ -57,7 +57,7 @@ async def test_a_wrong_token_exits_with_5_in_every_command(relay, filled, tmp_pa
     for path in TALKING:
         words = filled(path, "--url", relay.addresses.admin, "--token-file", tmp_path / "guess")
         code, text = await asyncio.to_thread(run, words)
-        assert (code, says_what_to_do(text)) == (5, True), (path, code, text)
+        assert (code, has_next_step(text)) == (5, True), (path, code, text)
         assert text.startswith("missing or unknown token\n")
         assert "a-guess-of-mine" not in text
 
@@ -76,12 +76,12 @@ async def test_a_wrong_token_exits_with_5_in_every_command(relay, filled, tmp_pa
 )
 async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, words):
     code, text = await asyncio.to_thread(run, [*words, "--socket", str(relay.addresses.socket)])
-    assert (code, says_what_to_do(text)) == (4, True), text
+    assert (code, has_next_step(text)) == (4, True), text
     assert "did you mean" in text
 
 
 def misspelt(word):
-    """Leave its last but one letter out."""
+    """Leave out the second-last letter."""
     return word[:-2] + word[-1]
 
 
@@ -141,7 +141,7 @@ def test_a_misspelt_value_exits_with_2_and_a_suggestion(path, parameter, word):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ("developmet = true", 'developmet: unknown key, did you mean "development"?'),
         ("[server]\nlisten_on = 1", 'server.listen_on: unknown key, did you mean "listen"?'),
@@ -156,11 +156,11 @@ def test_a_misspelt_value_exits_with_2_and_a_suggestion(path, parameter, word):
     "command", [["check-config"], ["config", "show", "-c"], ["serve", "-c"]], ids=" ".join
 )
 def test_a_misspelt_key_fails_every_command_that_needs_the_whole_configuration(
-    tmp_path, command, wrong, says
+    tmp_path, command, wrong, message
 ):
     file = tmp_path / "config.toml"
     file.write_text(wrong)
     code, text = run([*command, str(file)])
     assert code == (78 if command[0] == "serve" else 1)
-    assert says in text
+    assert message in text
     assert f"{file.name}:" in text

@@ -1,4 +1,4 @@
-"""Compressed bodies: what is accepted, its limits, and what a signature and `raw` deliveries see of them."""
+"""Compressed bodies: accepted encodings, limits, and their effect on signatures and `raw` deliveries."""
 
 import asyncio
 import gzip
@@ -98,7 +98,7 @@ async def test_a_compressed_body_is_stored_as_its_content(relay: Relay, encoding
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
-    ("encoding", "sent", "status", "says"),
+    ("encoding", "sent", "status", "message"),
     [
         ("br", b"x", 415, "gzip or deflate"),
         ("zstd", b"x", 415, "gzip or deflate"),
@@ -115,10 +115,10 @@ async def test_a_compressed_body_is_stored_as_its_content(relay: Relay, encoding
         ("gzip", zipped(b"x" * 10_000_000), 413, ""),
     ],
 )
-async def test_an_odd_compressed_body_is_refused(relay: Relay, encoding, sent, status, says):
+async def test_an_odd_compressed_body_is_refused(relay: Relay, encoding, sent, status, message):
     answer = await post(relay, sent, encoding)
     assert answer.status == status
-    assert says in answer.json["error"]["message"]
+    assert message in answer.json["error"]["message"]
     assert (answer.headers.get("accept-encoding") == "gzip, deflate") is (status == 415)
 
 

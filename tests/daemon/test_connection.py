@@ -1,4 +1,4 @@
-"""What a connection costs, how long it may idle, and whose turn it is."""
+"""Connections: their cost, their idle time, and the order of their requests."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from relay.process.sockets import address, bind, url
 
 
 class Site:
-    """A server of ours with a handler of the test's."""
+    """A listener with a handler that the test sets."""
 
     def __init__(self, listener):
         self.listener = listener
@@ -69,7 +69,7 @@ async def relay(tmp_path, listener):
 
 @pytest.fixture
 async def complaints(caplog):
-    """Return what is logged, and what the loop's exception handler is told."""
+    """Return the log records, and the calls of the loop's exception handler."""
     found = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
     caplog.set_level(logging.WARNING)
@@ -77,7 +77,7 @@ async def complaints(caplog):
 
 
 async def half_close(url, *pieces):
-    """Send these, close the own side, and return all that is answered until the server closes."""
+    """Send these bytes, close the sending side, and return everything until the server closes."""
     async with asyncio.timeout(30), await Wire.open(url) as wire:
         for piece in pieces:
             await wire.send(piece)
@@ -87,7 +87,7 @@ async def half_close(url, *pieces):
 
 
 def reset(wire):
-    """Hang up as a process that is killed with data unread does."""
+    """Reset the connection, as a process does that is killed with unread data."""
     sock = wire.writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wire.writer.transport.abort()
@@ -161,7 +161,7 @@ async def test_an_idle_kept_connection_is_closed(site, impatient):
 
 
 async def test_with_many_open_connections_none_is_kept_after_its_reply(site, monkeypatch):
-    """So that idle ones never fill the cap, whoever holds them."""
+    """So idle connections never fill the cap."""
     monkeypatch.setattr("relay.ingest.connection.MOST_KEPT", 1)
     async with await Wire.open(site.url) as first:
         await first.send(request("GET", "/"))
@@ -187,7 +187,7 @@ async def test_senders_that_hold_their_connections_do_not_block_others(site, mon
 
 
 async def test_at_the_limit_the_oldest_idle_connection_is_closed_for_a_new_one(site):
-    """Whether it never asked, asked half a head, or was answered and kept."""
+    """After no request, half a head, or an answered request."""
     site.server.max_connections, loop = 4, asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as opened:
 
@@ -392,7 +392,7 @@ async def test_a_failure_of_the_connection_itself_is_logged_and_closes_it(site, 
 
 
 async def test_the_next_request_is_not_read_while_one_is_in_progress(site):
-    """The sender is held back, whatever it sends: else a fast one would fill the memory."""
+    """The relay stops reading; otherwise a fast sender would fill the memory."""
     site.open.clear()
     async with await Wire.open(site.url) as wire:
         await wire.send(request("GET", "/0"))
@@ -419,7 +419,7 @@ async def test_bodies_and_following_requests_in_one_segment_are_separated(site):
 
 @pytest.mark.parametrize("size", [16_384, 16_385, 40_000])
 async def test_a_body_of_very_many_chunks_is_read_completely(site, size):
-    """The parser is told to pause at so many chunks, and does so late."""
+    """The parser is asked to pause after many chunks, and pauses late."""
     site.reads = True
     for _ in range(2):
         async with asyncio.timeout(30), await Wire.open(site.url) as wire:
@@ -537,7 +537,7 @@ async def test_closing_does_not_wait_for_a_waiting_pipelined_request(site, monke
 
 
 async def test_no_trailer_becomes_a_header_of_the_next_request(site):
-    """The parser would put it there: behind a shared proxy, into somebody else's."""
+    """The parser would do that; behind a shared proxy, it would reach another sender's request."""
     site.reads = True
     async with await Wire.open(site.url) as wire:
         chunked = (
@@ -565,7 +565,7 @@ async def test_a_sender_that_does_not_read_is_disconnected_at_the_stop(site, cap
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
 async def test_an_offer_to_upgrade_is_the_last_request_of_its_connection(site, upgrade):
-    """The parser loses what comes behind an offer: a body could be taken for a request."""
+    """The parser loses the bytes after an offer: a body could be taken for a request."""
     offer = request("POST", "/offer", b"{}", connection="Upgrade", upgrade=upgrade)
     inner = request("GET", "/smuggled")
     async with await Wire.open(site.url) as wire:
@@ -586,7 +586,7 @@ async def test_other_http_versions_than_1_0_and_1_1_are_refused(site, head):
 
 
 async def test_http_1_0_gets_no_100_continue(site):
-    """It does not know that answer (RFC 9110, 10.1.1)."""
+    """HTTP/1.0 does not have that response (RFC 9110, 10.1.1)."""
     site.reads = True
     head = request("POST", "/old", content_length="2", expect="100-continue").replace(
         b"HTTP/1.1", b"HTTP/1.0"
@@ -730,7 +730,7 @@ async def test_a_sender_that_closes_its_side_within_a_body_gets_an_error(relay, 
 
 @pytest.fixture
 async def slow_store(relay, monkeypatch):
-    """Make appends wait until the test lets them go; says how many are waiting."""
+    """Make appends wait until the test releases them; yields the number that wait."""
     append, gate = relay.app.store.events.append, asyncio.Event()
 
     async def slowly(acceptance):
@@ -761,7 +761,7 @@ async def test_identical_posts_of_a_sender_that_closes_its_side_are_separate_eve
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 async def test_a_repetition_is_distinguished_from_a_second_equal_request(relay, slow_store, ending):
-    """It waits for what becomes of the first answer."""
+    """It waits until the relay knows whether the first answer arrived."""
     raw = request("POST", "/v1/events", adorn("gone"))
     wire = await Wire.open(relay.addresses.public)
     await wire.send(raw)
@@ -814,7 +814,7 @@ async def test_repetitions_of_repetitions_are_one_event(relay, slow_store, monke
     assert again.json["event_id"] != row["id"]
 
 
-# --- a relay that stood still -------------------------------------------------------------------------
+# --- a suspended relay --------------------------------------------------------------------------------
 
 
 IMPATIENT = """
@@ -831,7 +831,7 @@ FREEZE = 1.5  # seconds, three times as long as anything may take
 
 @pytest.fixture
 async def frozen(tmp_path, listener):
-    """A daemon of little patience on the test's own kind of loop; calling it stops it around a block."""
+    """A daemon with short timeouts on the test's kind of loop; calling it suspends it during a block."""
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     script = IMPATIENT.format(asyncio=is_asyncio)
     config = write_config(tmp_path, SOURCES)
@@ -922,13 +922,13 @@ async def test_a_deadline_applies_while_the_event_loop_runs():
         assert asyncio.get_running_loop().time() - began < 5
 
 
-# --- senders that are gone at the wrong moment --------------------------------------------------------
+# --- senders that disconnect at the wrong moment ------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["close", "reset"])
 @pytest.mark.parametrize("size", [2, 30_000, 200_000, 8_000_000])
 async def test_a_sender_gone_before_the_last_reply_causes_no_traceback(site, complaints, ending, size):
-    """The answer makes its system reset the connection, before our own side of it is closed."""
+    """The sender's system answers the reply with a reset, before the relay's side is closed."""
     site.answer = Response(200, bytes(size))
     for _ in range(5):
         site.open.clear()
@@ -1002,7 +1002,7 @@ async def test_a_reset_within_a_body_logs_one_line_with_the_address(relay, caplo
     "bad", [b"GARBAGE\r\n\r\n", request("POST", "/", transfer_encoding="chunked") + b"zz\r\n"]
 )
 async def test_a_sender_gets_the_error_despite_further_bytes(site, bad, size):
-    """To leave that unread would reset the connection, and take the answer back."""
+    """Unread bytes would reset the connection, and the answer would be lost."""
     site.reads = True
     async with await Wire.open(site.url) as wire:
         await wire.send(bad)
@@ -1015,7 +1015,7 @@ async def test_a_sender_gets_the_error_despite_further_bytes(site, bad, size):
 
 
 async def test_a_reset_at_any_point_causes_no_traceback(tmp_path, listener):
-    """After a connection is closed, uvloop does not tell its address."""
+    """With uvloop, a closed connection has no address."""
     is_asyncio = "uvloop" not in type(asyncio.get_running_loop()).__module__
     hidden = f"import sys; sys.modules.update({'uvloop=None' if is_asyncio else ''}); "
     command = (sys.executable, "-c", hidden + "from relay.cli import main; main()", "serve")
@@ -1032,9 +1032,9 @@ async def test_a_reset_at_any_point_causes_no_traceback(tmp_path, listener):
                 await wire.hang_up()
         assert (await exchange(daemon.url, request("GET", "/health"))).status == 200
         assert await daemon.stop() == 0
-    told = [json.loads(line) for line in daemon.lines]
-    assert any("The body was cut short" in line["message"] for line in told)
-    assert [line for line in told if line["level"] == "error" or "exception" in line] == []
+    logged = [json.loads(line) for line in daemon.lines]
+    assert any("The body was cut short" in line["message"] for line in logged)
+    assert [line for line in logged if line["level"] == "error" or "exception" in line] == []
 
 
 @pytest.mark.parametrize("waits", [False, True])

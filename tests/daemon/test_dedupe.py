@@ -1,4 +1,4 @@
-"""Idempotency keys: a repetition is a duplicate, a different request with the key is an event of its own."""
+"""Idempotency keys: a repetition is a duplicate, a different request with the key is a separate event."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from relay.hookspecs import hookimpl
 from relay.source import Accepted, Event, Source, route
 
 class Keyed(Source, kind="keyed", owns=("/keyed",)):
-    """The handler names the key: a header, or what the header says is none."""
+    """The handler names the key: the value of a header, or no key."""
 
     @route("POST", "/keyed/{place}")
     def post(self, incoming):
@@ -124,7 +124,7 @@ async def test_a_different_request_with_the_key_is_a_separate_event(relay: Relay
     assert other != first
     assert (await relay.event(other)).body == body
     assert relay.counted("relay_events_key_conflicts_total", source="keyed") == conflicts + 1
-    # Either repeated again is a duplicate, each of its own first.
+    # Each of them, repeated again, is a duplicate of its own first request.
     assert await send(relay, "/keyed/a", b"{}", **key) == first
     assert await send(relay, path, body, **key, **more) == other
     assert relay.counted("relay_events_key_conflicts_total", source="keyed") == conflicts + 1
@@ -186,13 +186,15 @@ async def test_a_conflict_is_logged_at_a_limited_rate_with_advice(tmp_path, capl
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_source_may_reject_a_conflict_in_its_own_form(tmp_path):
     async with running(write_config(tmp_path, STRICT)) as relay:
-        for source, (path, token, one, other, said) in REJECTED.items():
+        for source, (path, token, one, other, error_key) in REJECTED.items():
             head = {"idempotency_key": "k", "authorization": f"Bearer {token}"}
             first = await relay.exchange(request("POST", path, one, **head))
             again = await relay.exchange(request("POST", path, one, **head))
             refused = await relay.exchange(request("POST", path, other, **head))
             assert (first.status, again.status, refused.status) == (first.status, first.status, 422), source
-            assert "This idempotency key has been used for another request" in json.dumps(refused.json[said])
+            assert "This idempotency key has been used for another request" in json.dumps(
+                refused.json[error_key]
+            )
             assert len(await relay.rows(source=source)) == 1, source
             assert relay.counted("relay_events_key_conflicts_total", source=source) == 1
             labels = {"source": source, "reason": "key_conflict"}
@@ -345,7 +347,7 @@ async def test_a_rejected_conflict_stores_nothing_and_does_not_fail_its_batch(tm
 
 
 async def test_a_constant_key_costs_the_same_after_many_requests(tmp_path):
-    """Each request is looked up by itself, not among all that had the key."""
+    """Each request is looked up directly, not among all requests with the key."""
     clock = FakeClock()
     store = make_store(tmp_path / "relay.db", clock)
     await store.open()

@@ -51,7 +51,7 @@ main(["serve", "--demo", "--exit"])
 
 @asynccontextmanager
 async def demo(folder, *arguments, code="from relay.cli import main; main()"):
-    """Run the command in `folder`, its temporary files beneath; it is dead at the end."""
+    """Run the command in `folder`, its temporary files beneath; it is killed at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -116,7 +116,7 @@ async def test_the_demo_serves_until_ctrl_c_and_leaves_nothing_behind(tmp_path):
 
 
 async def post(curl):
-    """Send what the command line would."""
+    """Send the request of the printed command."""
     options = list(itertools.pairwise(curl))
     headers = dict(value.split(": ", 1) for option, value in options if option == "-H")
     [body] = [value for option, value in options if option == "-d"]

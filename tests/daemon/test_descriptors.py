@@ -1,4 +1,4 @@
-"""File descriptors: the limit is raised at start, connections fit it, and their lack is nobody's failure."""
+"""File descriptors: the limit is raised at start, connections fit it, and no receiver is blamed."""
 
 import contextlib
 import errno
@@ -107,7 +107,7 @@ async def test_a_socket_that_cannot_be_created_is_not_a_failure_of_the_receiver(
 
 
 async def test_without_a_descriptor_the_check_for_own_addresses_refuses(store, receiver, monkeypatch, caplog):
-    """Whether it is the relay's own is asked of the kernel, by a socket."""
+    """The check needs a socket to ask the kernel whether an address is the relay's own."""
 
     def fail(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -137,7 +137,7 @@ async def test_other_socket_errors_are_connect_failures(client_for, no_sockets):
 async def test_a_lookup_without_a_descriptor_is_not_a_failure_of_the_receiver(
     client_for, no_sockets, monkeypatch
 ):
-    """The C library then says that there is no such name."""
+    """The C library then reports that the name is unknown."""
 
     def fail(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -1,4 +1,4 @@
-"""From the front door to receivers that fail, hang and leave; and restarts that no sender notices."""
+"""From the listener to receivers that fail, hang and disconnect; and restarts that no sender notices."""
 
 import asyncio
 import itertools
@@ -89,7 +89,7 @@ async def test_disabled_survives_a_restart(tmp_path, recorder):
 
 
 class Sender:
-    """Keeps a connection, and goes on elsewhere where it is refused: with 503, or with no one listening."""
+    """Keeps a connection, and switches to the other address after a 503 or a refused connection."""
 
     def __init__(self, url):
         self.url = url
@@ -97,7 +97,7 @@ class Sender:
         self.failures = []
 
     async def run(self, number, enough):
-        """Send one event after the other until it is enough."""
+        """Send one event after the other until stopped."""
         wire = None
         for count in itertools.count():
             if enough.is_set():

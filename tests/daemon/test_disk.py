@@ -1,4 +1,4 @@
-"""A disk that is full, a database that others hold: the relay comes up, says so, and heals by itself."""
+"""A disk that is full, a database that others hold: the relay starts, reports the problem, and recovers."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ async def readiness(daemon):
 
 
 async def refused(url):
-    """Say how a sender is refused: in its own envelope, and told when to come again."""
+    """Return how a sender is refused, after checks of the envelope and `Retry-After`."""
     answer = await exchange(url, post())
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) > 0
@@ -81,15 +81,15 @@ async def test_a_first_start_on_a_full_disk_recovers(tmp_path, disk):
         assert status == 503
         assert reason.startswith("the store cannot be opened: ")
         assert await refused(daemon.url) == "Storage is unavailable"
-        told = await daemon.operator("GET", "/api/status")
-        assert (told["ready"], told["reasons"]) == (False, [reason])
+        shown = await daemon.operator("GET", "/api/status")
+        assert (shown["ready"], shown["reasons"]) == (False, [reason])
         listed = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/destinations"))
         assert (listed.status, listed.json["error"]["code"]) == (503, "unavailable")
         disk.clear()
         await until_accepted(daemon.url)
         assert await readiness(daemon) == (200, [])
         assert await daemon.stop() == 0
-    assert "Traceback" not in daemon.said
+    assert "Traceback" not in daemon.output
 
 
 async def test_a_start_on_a_full_disk_after_a_kill_loses_nothing_and_recovers(tmp_path, disk, recorder):
@@ -109,7 +109,7 @@ async def test_a_start_on_a_full_disk_after_a_kill_loses_nothing_and_recovers(tm
         ids.add(await until_accepted(daemon.url))
         await until(lambda: set(recorder.ids) == ids)
         assert await daemon.stop() == 0
-    assert "Traceback" not in daemon.said
+    assert "Traceback" not in daemon.output
 
 
 async def test_a_stop_while_the_disk_is_full_at_the_start_ends_at_once(tmp_path, disk):
@@ -137,7 +137,7 @@ async def test_the_start_waits_for_a_locked_database_and_then_delivers(tmp_path,
             ids.add(await until_accepted(daemon.url))
             await until(lambda: set(recorder.ids) == ids)
             assert await daemon.stop() == 0
-    assert "Traceback" not in daemon.said
+    assert "Traceback" not in daemon.output
 
 
 async def test_connections_stay_open_while_the_database_is_opened(tmp_path, disk):
@@ -187,7 +187,7 @@ def make_shared_memory_that_is_a_folder(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (make_anothers_database, "relay.db is a database of another program"),
         (make_a_log_that_is_a_folder, "relay.db-wal is not a file"),
@@ -199,7 +199,7 @@ def make_shared_memory_that_is_a_folder(path):
         (make_a_pipe, "relay.db is not a file"),
     ],
 )
-async def test_a_permanent_fault_ends_the_start_with_one_sentence(tmp_path, make, said):
+async def test_a_permanent_fault_ends_the_start_with_one_sentence(tmp_path, make, message):
     config = write_config(tmp_path, SOURCES)
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.db")
@@ -209,9 +209,9 @@ async def test_a_permanent_fault_ends_the_start_with_one_sentence(tmp_path, make
         assert await daemon.exit() == 1
     finally:
         await daemon.end()
-    assert said in daemon.said
-    assert "Traceback" not in daemon.said
-    assert "unexpected error" not in daemon.said
+    assert message in daemon.output
+    assert "Traceback" not in daemon.output
+    assert "unexpected error" not in daemon.output
 
 
 async def test_a_database_without_one_of_its_tables_ends_the_start_with_one_sentence(tmp_path):
@@ -226,8 +226,8 @@ async def test_a_database_without_one_of_its_tables_ends_the_start_with_one_sent
         assert await daemon.exit() == 1
     finally:
         await daemon.end()
-    assert "relay.db is damaged: no such table: destinations" in daemon.said
-    assert "unexpected error" not in daemon.said
+    assert "relay.db is damaged: no such table: destinations" in daemon.output
+    assert "unexpected error" not in daemon.output
 
 
 async def test_the_start_does_not_wait_for_a_mark_that_is_a_pipe(tmp_path):
@@ -254,7 +254,7 @@ async def test_the_admin_api_responds_while_the_database_is_locked(tmp_path):
             found = {check["name"]: check for check in checks}
             assert found["open"]["detail"].endswith("relay.db: database is locked")
             assert "fuser" in found["open"]["hint"]
-    assert "Traceback" not in daemon.said
+    assert "Traceback" not in daemon.output
 
 
 async def test_a_missing_folder_is_named_in_the_error(tmp_path):
@@ -269,7 +269,7 @@ async def test_a_missing_folder_is_named_in_the_error(tmp_path):
 
 
 async def fill_up(relay, disk):
-    """Fill the disk to the last byte, without a reserve and with a log that has no room of its own."""
+    """Fill the disk to the last byte, without a reserve, and with a log without free space."""
     relay.app.store.disk.ballast.unlink()
     await relay.app.store.upkeep.compact()
     disk.fill()
@@ -289,8 +289,8 @@ async def test_a_failing_disk_holds_the_lanes_without_starving_the_watchdog(
         lane = relay.app.dispatcher.lanes["crm"]
         await until(lambda: lane.held == "waiting for storage")
         begun = len(recorder.ids)
-        [told] = (await relay.operator("GET", "/api/destinations"))["items"]
-        assert told["held"] == "waiting for storage"
+        [shown] = (await relay.operator("GET", "/api/destinations"))["items"]
+        assert shown["held"] == "waiting for storage"
         assert await refused(relay.addresses.public)
         for _ in range(20):
             assert relay.app._stuck() == []
@@ -436,7 +436,7 @@ async def test_a_stop_waits_for_room_for_the_only_rescue_copy(tmp_path, disk):
         disk.fill()
         database.unlink()
         stopping = asyncio.create_task(daemon.stop())
-        await until(lambda: "the relay stops as soon as the copy succeeds: free space in" in daemon.said)
+        await until(lambda: "the relay stops as soon as the copy succeeds: free space in" in daemon.output)
         assert not stopping.done()
         disk.clear()
         assert await stopping == 0

@@ -1,4 +1,4 @@
-"""Whatever goes wrong on a source's paths is said in that source's own JSON, and nothing is stored."""
+"""Every error on a source's paths is in that source's own JSON, and nothing is stored."""
 
 import json
 import re
@@ -63,7 +63,7 @@ async def relay(tmp_path_factory, listener):
 
 
 def is_its_own(name: str, body: dict) -> bool:
-    """Say whether an error is shaped as that sender expects, and says something."""
+    """Return whether an error has the shape that the sender expects, and a text."""
     match name, body:
         case "adorn", {"status": "error", "message": str(text), **rest}:
             shape = set()
@@ -90,14 +90,14 @@ def good(name: str, *, prefix: str = "", **headers: str) -> bytes:
     return request("POST", prefix + PATHS[name], BODIES[name], **AUTHORIZED[name], **headers)
 
 
-# --- every trouble, provoked --------------------------------------------------------------------------
+# --- every kind of refusal ----------------------------------------------------------------------------
 
 Trouble = Callable[..., Awaitable[Answer]]
 TROUBLES: dict[tuple[str, int], Trouble] = {}
 
 
 def trouble(reason: str, status: int) -> Callable[[Trouble], Trouble]:
-    """Note how a refusal of that reason (the metric's label) is provoked."""
+    """Register how to cause a refusal with that reason (the metric's label)."""
 
     def note(provoke: Trouble) -> Trouble:
         TROUBLES[reason, status] = provoke
@@ -362,7 +362,7 @@ async def test_without_its_fault_the_faulty_plugin_works(flawed: Relay):
 
 @pytest.mark.parametrize("flaw", ["refuse exit", "refuse status", "refusal"])
 async def test_a_refusal_with_an_invalid_reply_is_plain_json(flawed: Relay, flaw):
-    """That of a body that is too large, or the plugin's own."""
+    """Whether the relay refuses the request or the plugin."""
     more = {} if flaw == "refusal" else {"content_length": "99999999"}
     answer = await flawed.exchange(request("POST", "/flawed/events", b"{}", x_fail=flaw, **more))
     assert answer.status == (500 if flaw == "refusal" else 413)

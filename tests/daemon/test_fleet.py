@@ -1,7 +1,7 @@
-"""Two hundred workers on a virtual clock, and a relay that is killed among them: every turn is told once.
+"""Two hundred workers on a virtual clock, and a relay that is killed: one event per change of status.
 
-What must be told is computed from the schedule of heartbeats alone, by gaps; the schedule leaves no
-gap so close to a deadline that the order of a sweep and a heartbeat would decide.
+The expected events follow from the gaps in the schedule of heartbeats. The schedule has no gap so close to a
+deadline that the order of a sweep and a heartbeat would decide.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 EPOCH = 1_700_000_000
 KILLED, BACK, END = 420, 540, 780  # seconds; the relay is down for two minutes
 STEP, SWEEP, PATIENCE = 5, 10, 90  # seconds
-CLOSE = (PATIENCE - 10, PATIENCE + SWEEP + 10)  # gaps of which nobody can say what they mean
+CLOSE = (PATIENCE - 10, PATIENCE + SWEEP + 10)  # gaps with an uncertain result
 
 
 class Relay:
@@ -55,14 +55,14 @@ class Relay:
             await wire.hang_up()
 
     async def live(self, start, end, due):
-        """Send what is due, and sweep when that is due."""
+        """Send the due requests, and sweep when due."""
         for now in range(start, end + 1, STEP):
-            await self.tell(f"to {(EPOCH + now) * SECOND}")
+            await self.command(f"to {(EPOCH + now) * SECOND}")
             await self.send(due[now])
             if now % SWEEP == 0:
-                await self.tell("sweep")
+                await self.command("sweep")
 
-    async def tell(self, line):
+    async def command(self, line):
         self.process.stdin.write(f"{line}\n".encode())
         assert await self._line() == "done"
 
@@ -77,8 +77,8 @@ class Relay:
         await asyncio.gather(*(over(wire, raws[n :: len(self._wires)]) for n, wire in enumerate(self._wires)))
 
     async def die(self, now, due):
-        """Die in the middle of a sweep and of what is due."""
-        await self.tell(f"to {(EPOCH + now) * SECOND}")
+        """Kill the relay during a sweep and the due requests."""
+        await self.command(f"to {(EPOCH + now) * SECOND}")
         self.process.stdin.write(b"sweep\n")
         sending = asyncio.create_task(self.send(due[now]))
         await asyncio.wait([sending], timeout=0.005)
@@ -113,13 +113,13 @@ def schedule(rand):
 
 
 def heard(moments):
-    """Return what the relay can hear, and when: it listens every few seconds, and not while it is down."""
+    """Return when the relay gets heartbeats: it reads every few seconds, and not while it is down."""
     at = [int(-(-moment // STEP) * STEP) for moment in moments]
     return [moment for moment in at if moment <= KILLED or BACK < moment <= END]
 
 
-def told(moments):
-    """Return what must be told of a worker, from its gaps."""
+def expected_events(moments):
+    """Return the expected events of a worker, from its gaps."""
     story, online = ["registered"], True
     for last, following in zip(moments, [*moments[1:], None], strict=True):
         until_ = END if following is None else following
@@ -154,7 +154,7 @@ async def test_every_status_change_of_200_workers_is_one_event_across_a_kill(tmp
         due[moments[0]].append(register(worker))
         for moment in moments[1:]:
             due[moment].append(beat(worker, moment, rand))
-    expected = {worker: told(moments) for worker, moments in beats.items()}
+    expected = {worker: expected_events(moments) for worker, moments in beats.items()}
     assert sum(story[-1] == "offline" for story in expected.values()) == 20
     assert sum(len(story) > 2 for story in expected.values()) == 13
 

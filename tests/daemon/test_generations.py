@@ -1,4 +1,4 @@
-"""Every generation of WhatsApp workers through its whole life, told with its recorded requests."""
+"""Every generation of WhatsApp workers through its whole life, with its recorded requests."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -61,8 +61,8 @@ LIVES = {
 WORKER = "/api/workers/whatsapp/worker-001"
 
 
-def told(cases):
-    """Return the types of the events that recorded requests are."""
+def types_of(cases):
+    """Return the types of the events that recorded requests create."""
     events = [read_sample(ROOT / "whatsapp" / case).expect.event for case in cases]
     return [event.type.removeprefix("whatsapp.") for event in events if event is not None]
 
@@ -104,7 +104,7 @@ async def test_the_whole_life_of_a_worker_is_stored_and_delivered(tmp_path, gene
 
             stored = [row["type"].removeprefix("whatsapp.") for row in await relay.rows()]
             assert stored == [
-                "worker.registered", *told(first), "worker.offline", "worker.online", *told(last),
+                "worker.registered", *types_of(first), "worker.offline", "worker.online", *types_of(last),
                 "worker.unregistered",
             ]  # fmt: skip
             await until(lambda: len(set(recorder.ids)) == len(stored))

@@ -1,4 +1,4 @@
-"""Grouped messages in the daemon that ships: after kill -9, in commands and in the API."""
+"""Grouped messages in a real daemon: after kill -9, in commands and in the API."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""docs/hooks.md against the code: every hook as it is declared, and the example at work."""
+"""docs/hooks.md against the code: every declared hook, and the running example."""
 
 import ast
 import inspect
@@ -34,7 +34,7 @@ def relay_{hook}({records}):
 
 
 class Texts(Recorder):
-    """A receiver of bodies that are no JSON."""
+    """A receiver of bodies that are not JSON."""
 
     def note(self, event_id, body):
         self.arrived.append((event_id, body.decode()))

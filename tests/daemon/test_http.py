@@ -1,4 +1,4 @@
-"""HTTP as senders really speak it: odd heads, broken bodies, connections kept, capped and silent."""
+"""HTTP of real senders: odd heads, broken bodies, connections kept, capped and silent."""
 
 import asyncio
 import logging
@@ -85,7 +85,7 @@ async def test_a_sender_that_expects_100_continue_gets_it(relay: Relay):
 
 
 async def test_the_largest_content_length_is_too_large(relay: Relay):
-    """The parser takes it for no body at all."""
+    """The parser treats it as no body."""
     answer = await relay.exchange(request("POST", ADORN, content_length=str(2**64 - 1)))
     assert answer.status == 413
 
@@ -282,7 +282,7 @@ async def test_a_page_of_a_configured_origin_may_send_and_read(relay: Relay):
 
 
 async def test_a_listed_page_may_set_the_documented_headers_and_send_beacons(relay: Relay):
-    """A beacon sends in the credentials mode "include", where browsers take no `*` for an answer."""
+    """A beacon sends in the credentials mode "include", in which browsers do not accept `*`."""
     origin = "https://studio.example"
     for method in ("OPTIONS", "POST"):
         answer = await relay.exchange(request(method, f"/shop{ADORN}", adorn(), origin=origin))
@@ -335,7 +335,7 @@ async def test_a_star_lists_every_origin(tmp_path):
 
 
 async def test_a_source_with_tokens_is_protected_by_them(relay: Relay):
-    """A page that may set `Authorization` was let through by the browser's preflight."""
+    """A page that may set `Authorization` has passed the browser's preflight."""
     body = b'{"event_type":"member_left","discord_id":"1"}'
     for token, status in (("dev-token", 200), ("wrong", 403)):
         raw = request("POST", MODDY, body, origin="https://other.example", authorization=f"Bearer {token}")

@@ -21,7 +21,7 @@ async def relay(tmp_path_factory, listener):
 
 
 def worker_row(relay: Relay, expected: dict) -> dict:
-    """Return what the registry says of a worker, as far as the sample asks."""
+    """Return a worker's row in the registry, with the fields of the sample."""
     [row] = [row for row in relay.app.store.workers.all() if row.id == expected["id"]]
     asked = {name: getattr(row, name) for name in expected if name != "change"}
     return json.loads(msgspec.json.encode(asked))
@@ -30,7 +30,7 @@ def worker_row(relay: Relay, expected: dict) -> dict:
 @pytest.mark.parametrize("sample", read_samples(), ids=str)
 async def test_a_recorded_request_is_answered_and_stored_as_recorded(relay: Relay, sample: Sample):
     expect = sample.expect
-    relay.app.store.workers.roster = Roster(())  # a sample speaks of a registry that knows nobody
+    relay.app.store.workers.roster = Roster(())  # samples assume an empty registry
     newest = await relay.app.store.queries.find("events", limit=1)
     before = newest[0]["row"] if newest else 0
 

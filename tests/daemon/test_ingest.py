@@ -1,4 +1,4 @@
-"""What becomes of requests: none is lost, none is counted twice, nothing is promised too soon."""
+"""Requests: none is lost or counted twice, and none is acknowledged before the commit."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ async def relay(tmp_path_factory, listener):
 
 @pytest.fixture
 def slow_store(relay, monkeypatch):
-    """Make appends wait until the test lets them go; says how many are waiting."""
+    """Make appends wait until the test releases them; yields the number that wait."""
     original, gate = relay.app.store.events.append, asyncio.Event()
 
     async def append(acceptance):

@@ -157,7 +157,7 @@ def test_a_public_key_does_not_sign():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("whsk_", "32 or 64 bytes"),
         ("whsk_hush", "32 or 64 bytes"),
@@ -169,8 +169,8 @@ def test_a_public_key_does_not_sign():
         ("WHSK_" + PAIR, "expected a signing secret"),
     ],
 )
-def test_a_bad_private_key_is_refused_without_being_shown(text, says):
-    with pytest.raises(ValueError, match=says) as caught:
+def test_a_bad_private_key_is_refused_without_being_shown(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
         Signer((Secret(text),))
     for part in ("hush", base64.b64encode(b"hush").decode()[:4], PAIR[:8]):
         assert part not in str(caught.value)

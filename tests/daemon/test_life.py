@@ -1,4 +1,4 @@
-"""The daemon's life, as the process that ships: start, stop, crash, and what an operator sees of it."""
+"""The life of the daemon as a real process: start, stop, crash, and its messages for operators."""
 
 import asyncio
 import re
@@ -31,14 +31,14 @@ async def send(daemon, session="s"):
 
 
 async def fails(config, *command, code=1):
-    """Run a command that cannot start, and return what it says."""
+    """Run a daemon that cannot start, and return its output."""
     daemon = Daemon(config, *command)
     await daemon.start()
     try:
         assert await daemon.exit() == code
     finally:
         await daemon.end()
-    return daemon.said
+    return daemon.output
 
 
 async def test_a_stop_finishes_requests_and_attempts_and_exits_0(tmp_path, recorder):
@@ -52,7 +52,7 @@ async def test_a_stop_finishes_requests_and_attempts_and_exits_0(tmp_path, recor
             await slow.send(raw[:-10])
             assert (await slow.answer()).status == 100
             daemon.process.send_signal(signal.SIGTERM)
-            await until(lambda: "draining" in daemon.said)
+            await until(lambda: "draining" in daemon.output)
             refused = await until_refused(daemon)
             await slow.send(raw[-10:])
             answer = await slow.answer()
@@ -75,12 +75,12 @@ async def test_a_stop_cuts_off_slow_attempts_and_keeps_their_deliveries(tmp_path
         await send(daemon)
         await until(lambda: recorder.busy == 1)
         assert await daemon.stop() == 0
-    assert "cancelled 1 attempts" in daemon.said
+    assert "cancelled 1 attempts" in daemon.output
     assert rows(config, "SELECT state, attempts FROM deliveries") == [("pending", 0)]
 
 
 async def until_refused(daemon):
-    """Wait until the listener is closed: the stop has gone past accepting."""
+    """Wait until the listener is closed: the daemon no longer accepts connections."""
     async with asyncio.timeout(30):
         while True:
             try:
@@ -93,10 +93,10 @@ async def until_refused(daemon):
 async def test_a_second_daemon_on_the_same_state_refuses_and_names_the_first(tmp_path):
     config = write_config(tmp_path, SOURCES)
     async with Daemon(config) as daemon:
-        said = await fails(config)
-        assert f"pid {daemon.process.pid}" in said
-        assert "state_dir" in said
-        assert "Traceback" not in said
+        output = await fails(config)
+        assert f"pid {daemon.process.pid}" in output
+        assert "state_dir" in output
+        assert "Traceback" not in output
         await send(daemon)
 
 
@@ -113,10 +113,10 @@ async def test_a_socket_left_behind_by_a_crash_is_replaced(tmp_path):
 
 async def test_a_port_in_use_is_reported_in_a_sentence(tmp_path, recorder):
     port = int(recorder.url.split(":")[2].partition("/")[0])
-    said = await fails(write_config(tmp_path, SOURCES, port=port))
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
-    assert "[server] listen" in said
-    assert "Traceback" not in said
+    output = await fails(write_config(tmp_path, SOURCES, port=port))
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in output
+    assert "[server] listen" in output
+    assert "Traceback" not in output
 
 
 async def test_an_invalid_config_is_reported_as_by_check_config(tmp_path):
@@ -126,20 +126,20 @@ async def test_an_invalid_config_is_reported_as_by_check_config(tmp_path):
     checked = await asyncio.create_subprocess_exec(
         *CHECK_CONFIG, str(config), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    _, said = await checked.communicate()
+    _, output = await checked.communicate()
     assert checked.returncode == 1
     assert 'no plugin offers the kind "adron"' in served
     served, hint = served.rstrip().rsplit("\n", 1)
     assert hint == f"  correct it, then run `relay check-config {config}`"
-    assert re.sub(r"\n\d+ problems; .*", "", said.decode()).rstrip() == served
+    assert re.sub(r"\n\d+ problems; .*", "", output.decode()).rstrip() == served
 
 
 async def test_a_development_secret_without_development_stops_the_start(tmp_path):
     config = write_config(tmp_path, SOURCES)
     config.write_text(config.read_text().replace("development = true\n", ""))
-    said = await fails(config, code=78)
-    assert "sources.moddy.tokens" in said
-    assert "dev-token" not in said
+    output = await fails(config, code=78)
+    assert "sources.moddy.tokens" in output
+    assert "dev-token" not in output
     assert "development" in HEAD
 
 
@@ -180,6 +180,6 @@ async def test_the_log_is_json_without_secrets(tmp_path):
         await exchange(daemon.url, wrong)
         assert await daemon.stop() == 0
     assert all(line.startswith('{"time": "') for line in daemon.lines)
-    assert "refused with 403" in daemon.said
-    assert "dev-token" not in daemon.said
-    assert "guessed-token" not in daemon.said
+    assert "refused with 403" in daemon.output
+    assert "dev-token" not in daemon.output
+    assert "guessed-token" not in daemon.output

@@ -1,4 +1,4 @@
-"""Both listeners give the same answers, byte for byte but for the order of headers, reasons and dates."""
+"""Both listeners give the same answers, byte for byte except for the order of headers, reasons and dates."""
 
 import asyncio
 import gzip
@@ -162,7 +162,7 @@ SLOW = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(tmp_path_factory):
-    """Two relays that differ in their listener; both are in a hurry."""
+    """Two relays that differ in their listener; both have short timeouts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("relay.ingest.connection.KEEPALIVE", 2.0)
         patch.setattr("relay.ingest.connection.FIRST_HEAD", 2.0)
@@ -184,7 +184,7 @@ async def pair(tmp_path_factory):
 
 
 async def hear(relay, pieces, *, closes_side):
-    """Send these and return all that comes until the relay closes."""
+    """Send these bytes and return everything until the relay closes."""
     heard = bytearray()
 
     async def read():  # while it sends: a reset would take from the reader what it has

@@ -1,4 +1,4 @@
-"""An event's life in the log of the daemon that ships: refused, accepted, tried, delivered, linked by ids."""
+"""An event's life in the log of a real daemon: refused, accepted, tried, delivered, linked by ids."""
 
 import asyncio
 import contextlib
@@ -63,7 +63,7 @@ async def test_at_debug_every_step_of_an_event_logs_a_line_with_its_ids(tmp_path
     assert delivered["duration_ms"] > 0
     assert {line["logger"].partition(".")[0] for line in lines(daemon)} <= {"relay", "asyncio"}
     for secret in ("s3cret", "dev-token", "guessed-token"):
-        assert secret not in daemon.said
+        assert secret not in daemon.output
 
 
 async def test_at_info_successful_steps_log_nothing(tmp_path, recorder):
@@ -110,9 +110,9 @@ async def test_a_change_of_an_operator_has_its_request_id_in_response_and_log(tm
         strange = await exchange_operator(daemon, "pause", x_request_id="a b")
         unknown = await exchange_operator(daemon, "resum")
         assert await daemon.stop() == 0
-    told = [line["request_id"] for line in of(daemon, "relay.audit", "/api/destinations/crm/")]
+    logged = [line["request_id"] for line in of(daemon, "relay.audit", "/api/destinations/crm/")]
     shown = [answer.headers["x-request-id"] for answer in (made, given, strange, unknown)]
-    assert told == shown
+    assert logged == shown
     assert shown[1] == "ticket-7"
     assert all(id_.startswith("req_") for id_ in (shown[0], shown[2], shown[3]))
 
@@ -145,8 +145,8 @@ async def test_a_repetition_and_a_heartbeat_log_an_accepted_line(tmp_path, recor
     [again] = of(daemon, "relay.ingest", "moddy: accepted again")
     assert first["event_id"] == again["event_id"]
     assert (first["request_id"], again["request_id"]) == ("r0", "r1")
-    told = of(daemon, "relay.ingest", "whatsapp: ")
-    assert [line["status"] for line in told] == [answer.status]
+    logged = of(daemon, "relay.ingest", "whatsapp: ")
+    assert [line["status"] for line in logged] == [answer.status]
 
 
 async def test_deliveries_dead_at_creation_are_logged_at_a_limited_rate(tmp_path, recorder):
@@ -172,9 +172,9 @@ async def test_a_log_without_a_reader_delays_no_sender_and_lost_lines_are_counte
     process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stderr=writer)
     os.close(writer)
     try:
-        said = b""
-        while not (found := re.search(rb"listens on (http://[^\s,\"]+), admin (http://[^\s,\"]+)", said)):
-            said += await asyncio.to_thread(os.read, reader, 65_536)
+        output = b""
+        while not (found := re.search(rb"listens on (http://[^\s,\"]+), admin (http://[^\s,\"]+)", output)):
+            output += await asyncio.to_thread(os.read, reader, 65_536)
         public, admin = found[1].decode(), found[2].decode()
         raw = request("POST", "/v1/events", adorn("unread"), x_request_id="x" * 128)
         async with asyncio.timeout(60), await Wire.open(public) as wire:
@@ -217,6 +217,6 @@ async def test_a_daemon_stops_even_if_nobody_reads_its_log(tmp_path, is_read):
         if process.returncode is None:
             process.kill()
             await process.wait()
-        said = os.read(reader, 65_536)
+        output = os.read(reader, 65_536)
         os.close(reader)
-    assert (b"relay.db" in said) == is_read
+    assert (b"relay.db" in output) == is_read

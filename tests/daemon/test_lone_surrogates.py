@@ -164,7 +164,7 @@ async def test_flat_session_events_of_a_worker_are_kept_whole(relay):
 
 @pytest.fixture
 async def event(relay, receivers):
-    """The id of an event with half an emoji in whatever can have one, delivered."""
+    """The id of a delivered event with half an emoji in every place that can contain it."""
     assert (await relay.exchange(EVENTS["adorn"])).status == 200
     for each in receivers.values():
         await until(lambda each=each: each.arrived)

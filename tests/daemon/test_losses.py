@@ -1,4 +1,4 @@
-"""Database files that vanish, are replaced or damaged: nobody is answered 200 for what will not be there."""
+"""Database files that vanish, are replaced or damaged: no event is acknowledged that would be lost."""
 
 import asyncio
 import json
@@ -64,7 +64,7 @@ HAPPENINGS = [deleted, moved_away, replaced, log_deleted, folder_deleted, folder
 
 
 async def refusal(url, seconds=SOON):
-    """Send until it is refused with 503; return what was acknowledged, and the answer."""
+    """Send until the relay refuses with 503; return the acknowledged events, and the answer."""
     acknowledged = []
     async with asyncio.timeout(seconds):
         while True:
@@ -85,7 +85,7 @@ async def test_deleted_files_stop_acknowledgements_and_a_rescue_copy_has_everyth
         assert refused.status == 503
         assert refused.json["status"] == "error"
         await until(lambda: rescues_of(database))
-        await until(lambda: "rescue copy" in daemon.said)
+        await until(lambda: "rescue copy" in daemon.output)
         assert (await daemon.stop()) == 0
     [copy] = rescues_of(database)
     assert set(events_in(copy)) >= {*acknowledged, *more}
@@ -95,7 +95,7 @@ async def test_deleted_files_stop_acknowledgements_and_a_rescue_copy_has_everyth
     assert set(events_in(database)) >= {*acknowledged, *more}
     async with Daemon(write_config(tmp_path, SOURCES)) as again:
         assert (await exchange(again.url, post())).status == 200
-        assert "data was lost" not in again.said
+        assert "data was lost" not in again.output
         assert await again.stop() == 0
 
 
@@ -231,7 +231,7 @@ async def test_a_stop_does_not_wait_for_a_copy_of_a_deleted_and_damaged_file(tmp
                 file.write(b"\xff" * 64)
         database.unlink()
         assert await daemon.stop() == 0
-    assert "stopped; the database has no intact copy" in daemon.said
+    assert "stopped; the database has no intact copy" in daemon.output
     assert not rescues_of(database)
 
 
@@ -339,7 +339,7 @@ async def test_a_flipped_byte_of_the_log_is_reported_at_the_start_and_by_doctor(
     offline = await _doctor(config, "--offline")
     assert not offline["losses"]["ok"] or not offline["history"]["ok"]
     async with Daemon(config) as daemon:
-        assert "data was lost" in daemon.said
+        assert "data was lost" in daemon.output
         online = await _doctor(config)
         assert not online["losses"]["ok"]
         assert "rm " in online["losses"]["hint"]
@@ -361,8 +361,8 @@ async def _doctor(config, *options):
         *SERVE[:-1], "doctor", "-c", str(config), "--json", *options,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
-    said, _ = await process.communicate()
-    return {check["name"]: check for check in json.loads(said)["checks"]}
+    result, _ = await process.communicate()
+    return {check["name"]: check for check in json.loads(result)["checks"]}
 
 
 async def test_a_killed_relay_with_an_intact_log_reports_no_loss(tmp_path):
@@ -370,7 +370,7 @@ async def test_a_killed_relay_with_an_intact_log_reports_no_loss(tmp_path):
     acknowledged = await killed(config)
     assert (await _doctor(config, "--offline"))["losses"]["ok"]
     async with Daemon(config) as daemon:
-        assert "data was lost" not in daemon.said
+        assert "data was lost" not in daemon.output
         await daemon.stop()
     assert reports_of(database) == []
     assert set(events_in(database)) == set(acknowledged)
@@ -382,7 +382,7 @@ async def test_a_database_replaced_while_the_relay_was_stopped_is_reported(tmp_p
     for path in (database, log_of(database)):
         path.unlink()
     async with Daemon(config) as daemon:
-        assert f"events 1 to {len(acknowledged)} " in daemon.said
+        assert f"events 1 to {len(acknowledged)} " in daemon.output
         await daemon.stop()
 
 

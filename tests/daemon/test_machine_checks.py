@@ -28,8 +28,8 @@ async def examined(relay, config):
 
 
 def _checks(*options):
-    said = CliRunner().invoke(main, ["doctor", "--json", *map(str, options)])
-    return {check["name"]: check for check in json.loads(said.stdout)["checks"]}
+    result = CliRunner().invoke(main, ["doctor", "--json", *map(str, options)])
+    return {check["name"]: check for check in json.loads(result.stdout)["checks"]}
 
 
 def post(session="s"):
@@ -132,11 +132,11 @@ async def test_doctor_reports_a_database_that_is_not_a_file(tmp_path, make):
             *SERVE[:-1], "doctor", "--offline", "-c", str(config),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        said, _ = await done.communicate()
+        result, _ = await done.communicate()
     assert done.returncode == 1
-    assert b"open\tFAILED" in said
-    assert b"Traceback" not in said
-    assert b"unexpected error" not in said
+    assert b"open\tFAILED" in result
+    assert b"Traceback" not in result
+    assert b"unexpected error" not in result
 
 
 def test_doctor_finds_a_failing_destination_after_ten_minutes():
@@ -171,5 +171,5 @@ async def test_every_failed_check_names_the_next_command(tmp_path):
     async with running(config) as relay:
         await relay.operator("POST", "/api/destinations/crm/disable")
         await relay.exchange(post())
-        said = await asyncio.to_thread(run, "doctor", "--socket", relay.addresses.socket, code=1)
-        assert "held: repair the receiver, then: relay destinations enable crm" in said.err
+        result = await asyncio.to_thread(run, "doctor", "--socket", relay.addresses.socket, code=1)
+        assert "held: repair the receiver, then: relay destinations enable crm" in result.err

@@ -30,13 +30,13 @@ def of_the_relay(thing):
 
 
 def weight(thing):
-    """The bytes of what it refers to, two steps far."""
+    """Return the bytes of the objects that it refers to, over two steps."""
     near = gc.get_referents(thing)
     return max((len(each) for each in near if isinstance(each, bytes | str)), default=0)
 
 
 async def left_to_the_collector(work):
-    """Work with the collector off; return what of the relay's, or of 10 KB and more, only it would free."""
+    """Work with the collector off; return the relay's and the large objects that only it would free."""
     await work()
     gc.collect()
     gc.disable()
@@ -157,7 +157,7 @@ class Recording:
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 70_000, 400_000])
 async def test_cached_statements_keep_few_bytes_bound(size):
-    """SQLite's Python module keeps what was last bound to each text that it caches."""
+    """SQLite's Python module keeps the values last bound to each cached statement."""
     recording, rows = Recording(), []
     for count in range(1, 131):
         batch = [(len(rows) + at, bytes(size if at % 5 else size // 2)) for at in range(count)]

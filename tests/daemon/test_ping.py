@@ -45,12 +45,12 @@ async def test_a_ping_is_signed_names_its_purpose_and_is_not_stored(tmp_path):
         DemoReceiver(Secret(SECRET)) as receiver,
         running(write_config(tmp_path, destination("crm", receiver.url))) as relay,
     ):
-        said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json")).json
+        output = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json")).json
         arrival = receiver.arrivals.get_nowait()
         assert (arrival.type, arrival.subject, arrival.problem) == ("relay.ping", "crm", None)
-        assert (said["ok"], said["status"], said["result"]) == (True, 204, "ok")
-        assert (said["held"], said["signatures"], said["hint"]) == (None, 1, "")
-        assert said["verdict"] == "would be delivered"
+        assert (output["ok"], output["status"], output["result"]) == (True, 204, "ok")
+        assert (output["held"], output["signatures"], output["hint"]) == (None, 1, "")
+        assert output["verdict"] == "would be delivered"
         assert await kept(relay) == NOTHING
         [books] = (await relay.operator("GET", "/api/destinations"))["items"]
         assert (books["created"], books["in_flight"]) == (0, 0)
@@ -59,12 +59,12 @@ async def test_a_ping_is_signed_names_its_purpose_and_is_not_stored(tmp_path):
 
 async def test_the_output_for_people_has_one_fact_per_line(crm):
     relay, _ = crm
-    said = await Commands(relay.addresses.socket)("destinations", "test", "crm")
-    rows = dict(said.rows)
+    output = await Commands(relay.addresses.socket)("destinations", "test", "crm")
+    rows = dict(output.rows)
     assert (rows["destination"], rows["status"], rows["signatures"]) == ("crm", "200", "1")
     assert re.fullmatch(r"[0-9.]+ ms \(dns [0-9.]+ ms, connect .+, first byte .+\)", rows["duration"])
     assert "tls" not in rows["duration"]
-    assert said.err == ""
+    assert output.err == ""
 
 
 @pytest.mark.parametrize(("verb", "held"), [("pause", "paused"), ("disable", "disabled: operator")])
@@ -72,8 +72,8 @@ async def test_a_destination_that_is_held_can_be_tested_and_stays_held(crm, verb
     relay, recorder = crm
     commands = Commands(relay.addresses.socket)
     await commands("destinations", verb, "crm")
-    said = await commands("destinations", "test", "crm")
-    assert ["held", held] in said.rows
+    output = await commands("destinations", "test", "crm")
+    assert ["held", held] in output.rows
     assert len(recorder.ids) == 1
     assert relay.app.dispatcher.lanes["crm"].held == held
 
@@ -90,8 +90,8 @@ async def test_a_ping_does_not_change_the_circuit(tmp_path):
             recorder.answers.append((500, {}))
             await relay.exchange(request("POST", "/v1/events", adorn()))
             await until(lambda: lane.held == "circuit open")
-            said = (await commands("destinations", "test", "crm", "--json")).json
-            assert (said["ok"], said["held"]) == (True, "circuit open")
+            output = (await commands("destinations", "test", "crm", "--json")).json
+            assert (output["ok"], output["held"]) == (True, "circuit open")
             assert lane.held == "circuit open"
             await until(
                 lambda: relay.counted("relay_delivery_attempts_total", destination="crm", result="5xx")
@@ -134,30 +134,30 @@ async def test_a_successful_test_closes_the_circuit_on_request(tmp_path):
         for session in ("second", "third"):
             await relay.exchange(request("POST", "/v1/events", adorn(session)))
 
-        said = await commands("destinations", "show", "crm")
-        assert "`relay destinations test crm --close-circuit`" in said.err
-        said = await commands("destinations", "resume", "crm")
-        assert said.out == "crm: circuit open\n"
-        assert "`relay destinations test crm --close-circuit`" in said.err
+        output = await commands("destinations", "show", "crm")
+        assert "`relay destinations test crm --close-circuit`" in output.err
+        output = await commands("destinations", "resume", "crm")
+        assert output.out == "crm: circuit open\n"
+        assert "`relay destinations test crm --close-circuit`" in output.err
         retry = ("deliveries", "retry", "--destination", "crm", "--state", "pending", "--yes")
-        said = await commands(*retry, code=6)
-        assert "crm is held: circuit open\n" in said.err
+        output = await commands(*retry, code=6)
+        assert "crm is held: circuit open\n" in output.err
 
         recorder.answers.append((503, {}))
-        said = await commands("destinations", "test", "crm", "--close-circuit", code=1)
-        assert ["held", "circuit open"] in said.rows
-        assert "circuit closed" not in said.err
+        output = await commands("destinations", "test", "crm", "--close-circuit", code=1)
+        assert ["held", "circuit open"] in output.rows
+        assert "circuit closed" not in output.err
         assert lane.held == "circuit open"
 
-        said = await commands("destinations", "test", "crm")  # changes nothing, but says how
-        assert "`relay destinations test crm --close-circuit`" in said.err
+        output = await commands("destinations", "test", "crm")  # changes nothing, but shows the next command
+        assert "`relay destinations test crm --close-circuit`" in output.err
         assert lane.held == "circuit open"
         assert delivered(relay) == 0
 
-        said = await commands("destinations", "test", "crm", "--close-circuit")
-        assert ["held", ""] in said.rows
-        assert said.err.startswith("circuit closed; due deliveries are sent, one at a time at first.")
-        assert "`relay deliveries retry --destination crm --state pending`" in said.err
+        output = await commands("destinations", "test", "crm", "--close-circuit")
+        assert ["held", ""] in output.rows
+        assert output.err.startswith("circuit closed; due deliveries are sent, one at a time at first.")
+        assert "`relay deliveries retry --destination crm --state pending`" in output.err
         await until(lambda: delivered(relay) == 3)
         assert relay.counted("relay_destination_circuit_open", destination="crm") == 0
         await until(lambda: len(other.arrived) == 2)
@@ -167,8 +167,8 @@ async def test_a_successful_test_closes_the_circuit_on_request(tmp_path):
         ]
         assert other.arrived[1][1]["data"]["reason"] == "an operator's test succeeded"
 
-        said = await commands("destinations", "test", "crm", "--close-circuit")
-        assert said.err == "the circuit was not open; nothing was changed\n"
+        output = await commands("destinations", "test", "crm", "--close-circuit")
+        assert output.err == "the circuit was not open; nothing was changed\n"
 
 
 @pytest.mark.parametrize("close", [False, True])
@@ -203,10 +203,10 @@ async def test_closing_the_circuit_does_not_end_what_an_operator_decided(tmp_pat
         commands = Commands(relay.addresses.socket)
         lane = await open_circuit(relay, recorder)
         await commands("destinations", verb, "crm")
-        said = await commands("destinations", "test", "crm", "--close-circuit")
-        assert ["held", held] in said.rows
-        assert said.err.startswith(f"crm is still held: {held}\n")
-        assert f"`relay destinations {next_} crm`" in said.err
+        output = await commands("destinations", "test", "crm", "--close-circuit")
+        assert ["held", held] in output.rows
+        assert output.err.startswith(f"crm is still held: {held}\n")
+        assert f"`relay destinations {next_} crm`" in output.err
         assert lane.held == held
         assert not lane.health.circuit.is_open
         await commands("destinations", next_, "crm")
@@ -216,9 +216,9 @@ async def test_closing_the_circuit_does_not_end_what_an_operator_decided(tmp_pat
 async def test_a_410_to_a_ping_disables_nothing_and_warns_about_deliveries(crm):
     relay, recorder = crm
     recorder.answers.append((410, {}))
-    said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert ["status", "410"] in said.rows
-    assert "result\twould disable the destination and be held: 410 Gone" in said.out
+    output = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert ["status", "410"] in output.rows
+    assert "result\twould disable the destination and be held: 410 Gone" in output.out
     assert relay.app.dispatcher.lanes["crm"].held is None
 
 
@@ -226,9 +226,9 @@ async def test_a_private_address_is_not_dialled_and_the_hint_names_the_key(tmp_p
     async with Recorder() as recorder:
         config = write_config(tmp_path, destination("crm", recorder.url).replace("allow_private = true", ""))
         async with running(config) as relay:
-            said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert ["error", "not connected: 127.0.0.1 is a loopback address"] in said.rows
-    assert said.err == "if the address is right, set `allow_private = true` in [destinations.crm]\n"
+            output = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert ["error", "not connected: 127.0.0.1 is a loopback address"] in output.rows
+    assert output.err == "if the address is right, set `allow_private = true` in [destinations.crm]\n"
     assert recorder.ids == []
 
 
@@ -237,8 +237,8 @@ async def test_the_relay_does_not_ping_itself(tmp_path):
         file = write_config(tmp_path, destination("crm", relay.addresses.public))
         assert file.exists()
         await relay.operator("POST", "/api/reload")
-        said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert said.err == "the relay never sends to itself: correct its `url`\n"
+        output = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert output.err == "the relay never sends to itself: correct its `url`\n"
 
 
 async def test_tls_is_timed_and_every_ping_has_a_new_connection(tmp_path, certificates):
@@ -247,20 +247,22 @@ async def test_tls_is_timed_and_every_ping_has_a_new_connection(tmp_path, certif
         async with running(write_config(tmp_path, destination("crm", receiver.url, more))) as relay:
             commands = Commands(relay.addresses.socket)
             for number in (1, 2):
-                said = (await commands("destinations", "test", "crm", "--json")).json
+                output = (await commands("destinations", "test", "crm", "--json")).json
                 assert receiver.connections == number
-            assert all(ms is not None and ms >= 0 for ms in said["timing_ms"].values())
-            assert sum(said["timing_ms"].values()) <= said["duration_ms"] + 0.5
-            assert (said["answer"], said["truncated"]) == ("a" * 1024, True)
+            assert all(ms is not None and ms >= 0 for ms in output["timing_ms"].values())
+            assert sum(output["timing_ms"].values()) <= output["duration_ms"] + 0.5
+            assert (output["answer"], output["truncated"]) == ("a" * 1024, True)
 
 
 async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
     url = f"http://127.0.0.1:{receivers.unused_port()}/"
     async with running(write_config(tmp_path, destination("crm", url))) as relay:
-        said = (await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json", code=1)).json
-    assert said["timing_ms"]["dns"] is not None
-    assert [said["timing_ms"][step] for step in ("connect", "tls", "first_byte")] == [None] * 3
-    assert said["hint"] == "check that the receiver listens on this address, and that no firewall blocks it"
+        output = (
+            await Commands(relay.addresses.socket)("destinations", "test", "crm", "--json", code=1)
+        ).json
+    assert output["timing_ms"]["dns"] is not None
+    assert [output["timing_ms"][step] for step in ("connect", "tls", "first_byte")] == [None] * 3
+    assert output["hint"] == "check that the receiver listens on this address, and that no firewall blocks it"
 
 
 async def test_one_ping_runs_at_a_time(crm):
@@ -270,8 +272,8 @@ async def test_one_ping_runs_at_a_time(crm):
     await until(lambda: recorder.busy)
     second = await post(relay)
     assert (second.status, second.json["error"]["code"]) == (409, "busy")
-    said = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
-    assert said.err == "a test of 'crm' is already running\n  wait for its result, then try again\n"
+    output = await Commands(relay.addresses.socket)("destinations", "test", "crm", code=1)
+    assert output.err == "a test of 'crm' is already running\n  wait for its result, then try again\n"
     recorder.open.set()
     assert (await first).json["ok"]
     assert (await post(relay)).json["ok"]
@@ -281,9 +283,9 @@ async def test_a_ping_ends_before_the_timeout_of_commands(crm, monkeypatch):
     monkeypatch.setattr(ping, "MAX_SECONDS", 0.05)
     relay, recorder = crm
     recorder.open.clear()
-    said = (await post(relay)).json
-    assert (said["ok"], said["result"]) == (False, "timeout")
-    assert said["error"] == "no response within 50ms, the longest time that a test waits"
+    output = (await post(relay)).json
+    assert (output["ok"], output["result"]) == (False, "timeout")
+    assert output["error"] == "no response within 50ms, the longest time that a test waits"
 
 
 async def test_a_reload_during_a_ping_does_not_change_it(crm, tmp_path):
@@ -308,8 +310,8 @@ async def test_the_destination_s_own_format_is_used(tmp_path):
 
 async def test_a_ping_of_an_unknown_destination_gets_404(crm):
     relay, _ = crm
-    said = await Commands(relay.addresses.socket)("destinations", "test", "crn", code=4)
-    assert said.err == 'unknown destination "crn", did you mean "crm"?\n  known: crm\n'
+    output = await Commands(relay.addresses.socket)("destinations", "test", "crn", code=4)
+    assert output.err == 'unknown destination "crn", did you mean "crm"?\n  known: crm\n'
 
 
 @pytest.mark.parametrize(
@@ -337,6 +339,6 @@ async def test_a_ping_of_an_unknown_destination_gets_404(crm):
 )  # fmt: skip
 def test_the_meaning_of_a_response_is_explained(answer, meaning, verdict, hint):
     config = DestinationConfig(name="crm", url=Url("http://crm.example"))
-    said = explain(config, HttpResult(**answer), Verdict(**{"kind": "retry", **meaning}))
-    assert verdict in said[0]
-    assert hint in said[1]
+    output = explain(config, HttpResult(**answer), Verdict(**{"kind": "retry", **meaning}))
+    assert verdict in output[0]
+    assert hint in output[1]

@@ -453,11 +453,11 @@ def test_a_genuine_sender_of_odd_requests_gets_no_server_error(relay, name):
 async def test_relay_send_works_on_the_command_line(relay, receiver):
     config, to = relay.app.config.path, relay.addresses.public
     before = len(receiver.of("stripe"))
-    said = await asyncio.to_thread(run, "send", "stripe", "invoice.paid", "-c", config, "--to", to)
-    assert said.out.startswith("200\t")
+    result = await asyncio.to_thread(run, "send", "stripe", "invoice.paid", "-c", config, "--to", to)
+    assert result.out.startswith("200\t")
     await until(lambda: len(receiver.of("stripe")) == before + 1)
-    said = await asyncio.to_thread(run, "send", "sendgrid", "-c", config, "--to", to, code=1)
-    assert "only the sender of sendgrid can sign requests" in said.err
+    result = await asyncio.to_thread(run, "send", "sendgrid", "-c", config, "--to", to, code=1)
+    assert "only the sender of sendgrid can sign requests" in result.err
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -572,7 +572,7 @@ def test_a_published_signature_verifies(vector, tmp_path):
 
 
 def test_a_key_that_decides_alone_is_covered_by_the_signature():
-    """Else whoever replays a request under another key could suppress the event that has it."""
+    """Otherwise, a request replayed under another key could suppress the event with that key."""
     for name, preset in PRESETS.items():
         if preset.get("key_conflict") == "duplicate":
             assert "{header:" not in preset["key"], name

@@ -1,4 +1,4 @@
-"""Readiness with its reasons, and terms of config.toml at work in the whole relay."""
+"""Readiness with its reasons, and settings of config.toml in the whole relay."""
 
 import asyncio
 import platform
@@ -75,8 +75,8 @@ async def test_a_full_disk_is_a_reason_until_there_is_room(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.store.disk.free = lambda: 0
         await until(lambda: relay.app.ingest.admission.disk_full)
-        status, said = await ready(relay)
-        assert (status, said["reasons"]) == (503, ["less free space than min_free_disk"])
+        status, body = await ready(relay)
+        assert (status, body["reasons"]) == (503, ["less free space than min_free_disk"])
         del relay.app.store.disk.free
         await until(lambda: not relay.app.ingest.admission.disk_full)
         assert (await ready(relay))[0] == 200
@@ -127,9 +127,9 @@ async def test_operator_events_reach_destinations_that_name_them(tmp_path):
         async with running(config) as relay:
             await relay.exchange(post("one"))
             await until(lambda: ops.arrived)
-    [(_, told)] = ops.arrived
-    assert told["type"] == "relay.destination.disabled"
-    assert told["data"]["reason"] == "gone"
+    [(_, reported)] = ops.arrived
+    assert reported["type"] == "relay.destination.disabled"
+    assert reported["data"]["reason"] == "gone"
     assert len(receiver.arrived) == 1
 
 

@@ -1,4 +1,4 @@
-"""Reloads of the whole relay: what is taken in, what is refused, and that nobody else notices."""
+"""Reloads of the whole relay: applied changes, refused changes, and no effect on anything else."""
 
 import asyncio
 import itertools
@@ -55,7 +55,7 @@ def say(answer):
     return answer.status, answer.json["error"]["code"]
 
 
-# --- what is taken in ---------------------------------------------------------------------------------
+# --- applied changes ----------------------------------------------------------------------------------
 
 
 async def test_a_dry_run_shows_the_changed_keys_and_changes_nothing(tmp_path, crm):
@@ -287,7 +287,7 @@ async def test_deliveries_of_a_removed_destination_are_held_visibly_until_it_ret
 
 
 async def states(relay, name):
-    """Return what the metrics say a destination is owed, by state."""
+    """Return a destination's pending deliveries by state, from the metrics."""
     await relay.app.ledger_check.check()
     assert relay.counted("relay_deliveries_unaccounted", destination=name) == 0
     return {
@@ -353,7 +353,7 @@ async def test_a_pause_while_a_reload_is_being_prepared_is_kept(tmp_path, monkey
         assert (await relay.exchange(request("POST", ADORN, adorn()))).status == 503
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- refused changes ----------------------------------------------------------------------------------
 
 
 async def test_an_invalid_file_changes_nothing_and_every_problem_is_reported(tmp_path, crm):
@@ -464,12 +464,12 @@ async def test_the_command_prints_the_result_of_a_reload_and_a_signal_logs_it(tm
         assert err.splitlines() == [problem, "  nothing was changed; correct the file and reload again"]
 
         daemon.process.send_signal(signal.SIGHUP)
-        await until(lambda: daemon.said.count("shutdown_grease") == 2)
+        await until(lambda: daemon.output.count("shutdown_grease") == 2)
         config.write_text(good.replace('format = "json"', 'level = "warning"\nformat = "text"'))
         daemon.process.send_signal(signal.SIGHUP)
-        await until(lambda: "warning relay.reload: " in daemon.said)
+        await until(lambda: "warning relay.reload: " in daemon.output)
         assert await daemon.stop() == 0
-    assert "draining" not in daemon.said
+    assert "draining" not in daemon.output
 
 
 # --- under load ---------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ RELOADS = 50
 
 
 class Sender:
-    """Sends one event after the other, and takes nothing but a yes."""
+    """Sends one event after the other, and accepts only successes."""
 
     def __init__(self, url):
         self.url = url
@@ -538,7 +538,7 @@ async def test_reloads_under_load_fail_no_request_and_lose_or_duplicate_no_deliv
                     await asyncio.sleep(0.02)
             ends = await books()
             assert await daemon.stop() == 0
-        assert "attempts cut off" not in daemon.said
+        assert "attempts cut off" not in daemon.output
     assert sender.failures == []
     assert statuses == {200: 30, 400: 10, 409: 10}
     assert Counter(crm.ids + other.ids) == Counter(sender.acknowledged)

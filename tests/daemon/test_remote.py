@@ -1,4 +1,4 @@
-"""Whom a refusal is laid at the door of."""
+"""The address of the sender of a refused request, behind proxies."""
 
 import pytest
 from daemons import SOURCES, running, write_config
@@ -72,7 +72,7 @@ def test_the_sender_is_the_nearest_hop_that_is_not_a_trusted_proxy(trusted, peer
         (["for=6.6.6.6;for=203.0.113.9"], "10.1.1.1"),
         (["for 203.0.113.9"], "10.1.1.1"),
         ([], "10.1.1.1"),
-        # What the sender wrote cannot hide what proxies wrote behind it.
+        # The sender's entries cannot hide those that proxies appended.
         (['for="6.6.6.6', "for=203.0.113.9"], "203.0.113.9"),
         (['for="6.6.6.6', 'for="[2001:db8::7]"'], "2001:db8::7"),
         (['host="a;for=6.6.6.6";for=203.0.113.9'], "203.0.113.9"),

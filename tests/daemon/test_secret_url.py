@@ -82,10 +82,10 @@ async def test_a_secret_url_is_printed_and_stored_as_its_host_only(tmp_path, cha
             ("check-config", "--json"),
         )
         for words in commands:
-            said = await asyncio.to_thread(run, *words, "-c", config)
-            printed[" ".join(words)] = said.out + said.err
+            result = await asyncio.to_thread(run, *words, "-c", config)
+            printed[" ".join(words)] = result.out + result.err
         assert await daemon.stop() == 0
-    printed |= {"test": tested, "log": daemon.said, "operator events": json.dumps(recorder.arrived)}
+    printed |= {"test": tested, "log": daemon.output, "operator events": json.dumps(recorder.arrived)}
     for file in (tmp_path / "state").rglob("*"):
         if file.is_file():
             printed[str(file)] = file.read_bytes().decode("latin-1")
@@ -146,14 +146,14 @@ def test_a_url_that_becomes_a_secret_is_a_change():
 def test_a_wrong_secret_url_is_a_problem_that_does_not_show_it(tmp_path, monkeypatch, value, problem):
     monkeypatch.setenv("CHAT_URL", value)
     config = write_config(tmp_path, CONFIG.format(own="http://127.0.0.1:9/"))
-    said = run("check-config", "-c", config, code=1)
-    assert f"destinations.chat.url: {problem}" in said.out + said.err
-    assert "hunter2" not in said.out + said.err
+    result = run("check-config", "-c", config, code=1)
+    assert f"destinations.chat.url: {problem}" in result.out + result.err
+    assert "hunter2" not in result.out + result.err
 
 
 def test_commands_that_need_no_secret_work_without_it(tmp_path, monkeypatch):
     monkeypatch.delenv("CHAT_URL", raising=False)
     config = write_config(tmp_path, CONFIG.format(own="http://127.0.0.1:9/"))
-    said = run("config", "show", "-c", config, "--json")
-    assert said.json["destinations"]["chat"]["url"] == "<secret>"
+    result = run("config", "show", "-c", config, "--json")
+    assert result.json["destinations"]["chat"]["url"] == "<secret>"
     assert "CHAT_URL is not set" in run("check-config", "-c", config, code=1).err

@@ -1,4 +1,4 @@
-"""A refused call of a worker is a sign of life: nobody is offline because the relay refuses."""
+"""A refused request of a worker is a sign of life: no worker is offline because the relay refuses."""
 
 import asyncio
 import json
@@ -43,8 +43,8 @@ def relay_sources():
 """
 
 
-def beat(worker="w1", base="/api/v1", body=None, **said):
-    body = json.dumps(said).encode() if body is None else body
+def beat(worker="w1", base="/api/v1", body=None, **report):
+    body = json.dumps(report).encode() if body is None else body
     return request("PUT", f"{base}/workers/{worker}/heartbeat", body, **TOKEN)
 
 
@@ -145,7 +145,7 @@ async def sweep(relay):
     ("cause", "call"),
     [
         *product((paused, draining), (beat, register)),
-        (out_of_bytes, beat),  # who registers is told by the body, which is not read then
+        (out_of_bytes, beat),  # the body names the worker, and is not read then
     ],
 )
 @pytest.mark.parametrize("base", BASES)
@@ -161,7 +161,7 @@ async def test_a_refused_request_keeps_a_worker_alive(relay, clock, cause, call,
                 answer = await relay.exchange(call("w1", base))
                 assert (answer.status, answer.json["success"]) == (503, False)
             marked += await sweep(relay)
-    assert [worker.id for worker in marked] == ["silent"]  # who does not call is offline, as ever
+    assert [worker.id for worker in marked] == ["silent"]  # a worker without requests is offline
     assert (await relay.exchange(beat())).status == 200
     clock.advance(89)
     assert await sweep(relay) == ()
@@ -342,7 +342,7 @@ async def test_an_unregister_before_the_store_is_open_is_stored_afterwards(confi
             other.execute("ROLLBACK")
             other.close()
             await until(lambda: relay.app.store.opened, 30)
-            await sweep(relay)  # the start's own may have told it already
+            await sweep(relay)  # the start's own sweep may have reported it already
             gone = [row["subject"] for row in await relay.rows() if row["type"].endswith(".unregistered")]
             assert gone == ([] if again is register else ["w1"])  # a heartbeat so soon was on its way before
             clock.advance(60)
@@ -401,7 +401,7 @@ async def test_odd_register_and_unregister_requests_are_accepted(relay, odd):
 
 
 async def kept(relay, clock, raw, statuses):
-    """Say whether a call keeps a worker alive."""
+    """Return whether a request keeps a worker alive."""
     await relay.exchange(beat())
     clock.advance(80)
     answer = await relay.exchange(raw)

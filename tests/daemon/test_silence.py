@@ -1,4 +1,4 @@
-"""When silence counts: clocks that step, processes that stand still, sweeps that come late."""
+"""When silence counts: clocks that step, suspended processes, late sweeps."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A start with a configuration that cannot be used: exit code 78, or sockets held until it is mended."""
+"""A start with a configuration that cannot be used: exit code 78, or held sockets until it is corrected."""
 
 import asyncio
 import os
@@ -40,8 +40,8 @@ async def test_without_sockets_the_exit_code_is_78_and_every_problem_is_reported
         daemon = Daemon(config, (SERVE[0], "-c", lines, "serve", "-c", "/nowhere/config.toml", "--force"))
     await daemon.start()
     assert await daemon.exit() == 78
-    assert "Traceback" not in daemon.said
-    assert str(config) in daemon.said or "/nowhere" in daemon.said
+    assert "Traceback" not in daemon.output
+    assert str(config) in daemon.output or "/nowhere" in daemon.output
 
 
 @needs_other_users
@@ -55,7 +55,7 @@ async def test_an_unreadable_config_exits_with_78(tmp_path):
     daemon = Daemon(tmp_path / "config.toml", (SERVE[0], "-c", drop, "serve"))
     await daemon.start()
     assert await daemon.exit() == 78
-    assert "cannot be read: Permission denied" in daemon.said
+    assert "cannot be read: Permission denied" in daemon.output
 
 
 async def test_other_failures_to_start_exit_with_1(tmp_path):
@@ -69,7 +69,7 @@ async def test_other_failures_to_start_exit_with_1(tmp_path):
 
 
 class Held:
-    """A `relay serve` with sockets that outlive it, and what reaches them."""
+    """A `relay serve` with sockets that outlive it, and requests to them."""
 
     def __init__(self, config, public, admin, process, lines):
         self.config = config
@@ -91,7 +91,7 @@ class Held:
 
 
 @asynccontextmanager
-async def holding(config, told, **environ):
+async def holding(config, notify, **environ):
     lines = []
     with (
         socket.create_server(("127.0.0.1", 0), backlog=1024) as public,
@@ -121,7 +121,7 @@ async def holding(config, told, **environ):
 
         reader = asyncio.create_task(read())
         try:
-            await until(lambda: told.heard("READY"))
+            await until(lambda: notify.values("READY"))
             yield Held(config, public, admin, process, lines)
         finally:
             if process.returncode is None:
@@ -156,14 +156,14 @@ async def test_with_sockets_senders_get_503_until_a_reload_finds_no_problem(file
         answer = await held.send()
         assert (answer.status, answer.headers["retry-after"]) == (503, "30")
         assert answer.json["error"]["code"] == "unavailable"
-        assert "nonsense" not in str(answer.json)  # what is wrong is no business of senders
-        [status] = manager.heard("STATUS")
+        assert "nonsense" not in str(answer.json)  # senders do not learn the problem
+        [status] = manager.values("STATUS")
         assert status.startswith(f"not serving: {file}:")
         assert "nonsense: unknown key" in status
 
         for words in (("status",), ("events", "list"), ("reload",)):
-            said = await held.typed(*words, code=1)
-            assert "nonsense: unknown key" in said.err, words
+            result = await held.typed(*words, code=1)
+            assert "nonsense: unknown key" in result.err, words
         assert "correct it, then `relay reload`" in (await held.typed("status", code=1)).err
         ready = await exchange(held.admin, request("GET", "/ready"))
         assert (ready.status, ready.json["ready"]) == (503, False)
@@ -174,12 +174,12 @@ async def test_with_sockets_senders_get_503_until_a_reload_finds_no_problem(file
         assert (await held.send()).status == 503
 
         mend()
-        said = await held.typed("reload", "--dry-run")
-        assert f"a reload of {file} would make these changes: added sources.adorn" in said.out
+        result = await held.typed("reload", "--dry-run")
+        assert f"a reload of {file} would make these changes: added sources.adorn" in result.out
         assert (await held.send()).status == 503
-        said = await held.typed("reload")
-        assert f"reloaded {file}: added sources.adorn" in said.out
-        await until(lambda: manager.heard("STATUS")[-1].startswith("serving"))
+        result = await held.typed("reload")
+        assert f"reloaded {file}: added sources.adorn" in result.out
+        await until(lambda: manager.values("STATUS")[-1].startswith("serving"))
         assert (await held.send()).status == 200
         assert (await held.typed("status", "--json")).json["ready"] is True
         held.process.terminate()
@@ -234,7 +234,7 @@ async def test_a_sighup_that_finds_problems_stays_in_standby_and_logs_them(file,
         file.write_text("[worse\n")
         held.process.send_signal(signal.SIGHUP)
         await until(lambda: any("config.toml is still invalid" in line for line in held.lines))
-        await until(lambda: "not valid TOML" in manager.heard("STATUS")[-1])
+        await until(lambda: "not valid TOML" in manager.values("STATUS")[-1])
         assert (await held.send()).status == 503
         assert "not valid TOML" in (await held.typed("status", code=1)).err
 
@@ -242,11 +242,11 @@ async def test_a_sighup_that_finds_problems_stays_in_standby_and_logs_them(file,
 async def test_standby_feeds_the_watchdog_and_stops_on_request(file, manager):
     broken(file)
     async with holding(file, manager, WATCHDOG_USEC="100000") as held:
-        fed = len(manager.heard("WATCHDOG"))
-        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 3)
+        fed = len(manager.values("WATCHDOG"))
+        await until(lambda: len(manager.values("WATCHDOG")) > fed + 3)
         held.process.terminate()
         assert await held.end() == 0
-    assert manager.heard("STOPPING") == ["1"]
+    assert manager.values("STOPPING") == ["1"]
     assert not (file.parent / "state" / "relay.sock").exists()
 
 
@@ -270,7 +270,7 @@ async def test_a_reload_finds_a_secret_added_to_the_environment_file(
         assert "HOLD_TEST_TOKEN is not set" in (await held.typed("reload", code=1)).err
         (tmp_path / "environment").write_text("HOLD_TEST_TOKEN=t\n")
         await held.typed("reload")
-        await until(lambda: manager.heard("STATUS")[-1].startswith("serving"))
+        await until(lambda: manager.values("STATUS")[-1].startswith("serving"))
         await held.typed("reload")  # the daemon itself knows the variable, too
         held.process.terminate()
         assert await held.end() == 0

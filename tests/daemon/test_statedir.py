@@ -94,5 +94,5 @@ async def test_a_second_process_is_refused_after_the_lock_file_was_deleted(tmp_p
         second = Daemon(config, SERVE)
         await second.start()
         assert await second.exit() == 1
-        assert "is in use by another relay" in second.said
+        assert "is in use by another relay" in second.output
         assert await daemon.stop() == 0

@@ -1,4 +1,4 @@
-"""When there is colour, and that nothing a sender says can paint a terminal."""
+"""When output has colour; and text of a sender never reaches a terminal as escape sequences."""
 
 import io
 
@@ -107,13 +107,13 @@ async def test_lists_and_status_have_colour_on_a_terminal(tmp_path, environ, col
         await relay.operator("POST", "/api/destinations/crm/pause")
         for _ in range(2):
             await relay.exchange(request("POST", "/v1/events", adorn()))
-        said = {}
+        screens = {}
         for command in (("deliveries", "list"), ("destinations", "list"), ("status",)):
             where = ("--socket", relay.addresses.socket)
             async with Terminal(*command, *where, **environ) as terminal:
                 assert await terminal.exit() == 0
-            said[command[0]] = terminal.out
-    assert ("\x1b[31mdead\x1b[0m" in said["deliveries"]) is colours
-    assert ("\x1b[33mpaused\x1b[0m" in said["destinations"]) is colours
-    assert ("\x1b[32mready\x1b[0m" in said["status"]) is colours
-    assert all("\x1b" not in text for text in said.values()) is not colours
+            screens[command[0]] = terminal.out
+    assert ("\x1b[31mdead\x1b[0m" in screens["deliveries"]) is colours
+    assert ("\x1b[33mpaused\x1b[0m" in screens["destinations"]) is colours
+    assert ("\x1b[32mready\x1b[0m" in screens["status"]) is colours
+    assert all("\x1b" not in text for text in screens.values()) is not colours

@@ -101,11 +101,11 @@ async def test_uses_of_tokens_are_counted_by_name(relay, commands):
     assert before <= tokens["MODDY_OLD"]["last_used"] <= rfc3339(time.time_ns() // 1000)
     assert tokens["MODDY_OLD"]["key"] == "tokens[0]"
     assert tokens["MODDY_OLD"]["since"] <= before
-    said = await commands("sources", "show", "moddy")
-    assert ["MODDY_OLD", "3", tokens["MODDY_OLD"]["last_used"]] in said.rows
-    assert ["tokens[2]", "0", ""] in said.rows
-    assert f"uses are counted since {tokens['MODDY_OLD']['since']}" in said.err
-    assert "first" not in said.out
+    result = await commands("sources", "show", "moddy")
+    assert ["MODDY_OLD", "3", tokens["MODDY_OLD"]["last_used"]] in result.rows
+    assert ["tokens[2]", "0", ""] in result.rows
+    assert f"uses are counted since {tokens['MODDY_OLD']['since']}" in result.err
+    assert "first" not in result.out
     assert (await commands("sources", "show", "open", "--json")).json["tokens"] == []
 
 
@@ -176,7 +176,7 @@ async def test_counts_survive_reloads_and_end_with_their_token(relay, commands):
     assert await shown(commands, "moddy2") == {"MODDY_OLD": 0, "bot 2": 0, "tokens[2]": 0}
 
 
-async def test_two_tokens_with_one_name_are_told_apart_by_their_keys(tmp_path, monkeypatch):
+async def test_two_tokens_with_one_name_are_distinguished_by_their_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("SAME", "first")
     tokens = '[{ env = "SAME" }, { secret = "second", name = "SAME" }]'
     async with running(

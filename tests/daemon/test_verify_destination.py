@@ -1,4 +1,4 @@
-"""`relay verify --destination`: why a receiver could not verify what it was sent, from its capture."""
+"""`relay verify --destination`: why a receiver could not verify a captured delivery."""
 
 import base64
 import gzip
@@ -75,10 +75,10 @@ def verify(config, captured, *args, name="crm", code=1, at="2023-11-14T22:13:21Z
     )
 
 
-def only(said, secrets=(SECRET, SECOND, OTHERS, FORMER)):
+def only(result, secrets=(SECRET, SECOND, OTHERS, FORMER)):
     for secret in secrets:
-        assert secret.removeprefix("whsec_")[:16] not in said.out + said.err
-    [finding] = said.json["findings"]
+        assert secret.removeprefix("whsec_")[:16] not in result.out + result.err
+    [finding] = result.json["findings"]
     assert finding["do"]
     return finding
 
@@ -91,15 +91,15 @@ async def test_a_captured_delivery_of_the_relay_verifies(tmp_path):
             await relay.exchange(request("POST", "/v1/events", body))
             await receiver.until(1)
     [arrived] = receiver.requests
-    said = verify(
+    result = verify(
         config, capture(arrived.headers, arrived.body).replace(b"content-length", b"x-l"), at=None, code=0
     )
-    assert (said.json["ok"], said.json["fits"]) == (True, "destinations.crm.secrets[0]")
+    assert (result.json["ok"], result.json["fits"]) == (True, "destinations.crm.secrets[0]")
 
 
 def test_the_report_names_the_matching_secret_and_signature(config):
-    said = verify(config, capture(signed(BODY, FORMER, SECOND)), code=0)
-    assert (said.json["fits"], said.json["signature"]) == ("destinations.crm.secrets[1]", 2)
+    result = verify(config, capture(signed(BODY, FORMER, SECOND)), code=0)
+    assert (result.json["fits"], result.json["signature"]) == ("destinations.crm.secrets[1]", 2)
     plain = run(
         "verify", "--destination", "crm", "--request", config.parent / "captured.http", "-c", config,
         "--at", "2023-11-14T22:13:21Z",
@@ -132,26 +132,27 @@ def test_another_destination_s_secret_is_named(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [("crm", 'no secret of destination "crm"'), ("audit", 'no secret of destination "audit"')],
 )
-def test_an_unknown_secret_is_reported(config, name, says):
+def test_an_unknown_secret_is_reported(config, name, message):
     finding = only(verify(config, capture(signed(BODY, FORMER)), name=name))
-    assert (finding["cause"], says in finding["what"]) == ("secret", True)
+    assert (finding["cause"], message in finding["what"]) == ("secret", True)
 
 
 @pytest.mark.parametrize(
-    ("key", "says"), [(SECRET, "the key whsec_ included"), (SECRET.removeprefix("whsec_"), "the key as text")]
+    ("key", "message"),
+    [(SECRET, "the key whsec_ included"), (SECRET.removeprefix("whsec_"), "the key as text")],
 )
-def test_a_key_that_was_not_decoded_is_found(config, key, says):
+def test_a_key_that_was_not_decoded_is_found(config, key, message):
     head = f"{ID}.{NOW}.".encode()
     headers = {**signed(), "webhook-signature": mac(head + BODY, key.encode())}
     finding = only(verify(config, capture(headers)))
-    assert (finding["cause"], says in finding["what"]) == ("encoding", True)
+    assert (finding["cause"], message in finding["what"]) == ("encoding", True)
 
 
 def _json(**options):
-    """Rewrite the body as json.dumps does, but for numbers, which no writer of ours can keep."""
+    """Rewrite the body as json.dumps does, except for numbers, which it would change."""
     text = BODY.decode().replace("45000.00", "45000.5").replace("12345678901234567890", "12")
     return text.encode(), json.dumps(json.loads(text), **options).encode()
 
@@ -181,11 +182,11 @@ REWRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("says", "sent", "got"), REWRITTEN)
-def test_a_changed_body_is_reported_with_the_change(config, says, sent, got):
+@pytest.mark.parametrize(("message", "sent", "got"), REWRITTEN)
+def test_a_changed_body_is_reported_with_the_change(config, message, sent, got):
     finding = only(verify(config, capture(signed(sent), got)))
     assert (finding["cause"], finding["where"]) == ("bytes", "body")
-    assert says in finding["what"], finding
+    assert message in finding["what"], finding
 
 
 HEADS = [
@@ -197,10 +198,10 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(("says", "head"), HEADS)
-def test_a_wrong_signed_text_is_reported(config, says, head):
+@pytest.mark.parametrize(("message", "head"), HEADS)
+def test_a_wrong_signed_text_is_reported(config, message, head):
     finding = only(verify(config, capture({**signed(), "webhook-signature": mac(head + BODY)})))
-    assert (finding["cause"], says in finding["what"]) == ("headers", True)
+    assert (finding["cause"], message in finding["what"]) == ("headers", True)
 
 
 def test_an_id_that_belongs_to_another_event_is_found(config):
@@ -234,7 +235,7 @@ RAW = base64.b64decode(SIGNATURE.removeprefix("v1,"))
 
 
 @pytest.mark.parametrize(
-    ("written", "cause", "says"),
+    ("written", "cause", "message"),
     [
         (SIGNATURE.removeprefix("v1,"), "encoding", "the signature has an invalid format"),
         (f"v1={SIGNATURE.removeprefix('v1,')}", "encoding", "the signature has an invalid format"),
@@ -252,10 +253,10 @@ RAW = base64.b64decode(SIGNATURE.removeprefix("v1,"))
         ("v1,", "encoding", "no complete signature"),
     ],
 )
-def test_a_signature_in_another_format_is_reported(config, written, cause, says):
+def test_a_signature_in_another_format_is_reported(config, written, cause, message):
     finding = only(verify(config, capture({**signed(), "webhook-signature": written})))
     assert (finding["cause"], finding["where"]) == (cause, "header webhook-signature")
-    assert says in finding["what"], finding
+    assert message in finding["what"], finding
 
 
 def _signed_with(sign):
@@ -268,27 +269,27 @@ def _signed_with(sign):
 
 
 @pytest.mark.parametrize(
-    ("sign", "become", "says"),
+    ("sign", "become", "message"),
     [("+", " ", "spaces instead of +"), ("/", "_", "URL-safe"), ("+", "-", "URL-safe")],
 )
-def test_characters_changed_by_urls_are_reported(config, sign, become, says):
+def test_characters_changed_by_urls_are_reported(config, sign, become, message):
     headers = _signed_with(sign)
     headers["webhook-signature"] = headers["webhook-signature"].replace(sign, become)
-    assert says in only(verify(config, capture(headers)))["what"]
+    assert message in only(verify(config, capture(headers)))["what"]
 
 
 @pytest.mark.parametrize(
-    ("at", "says"),
+    ("at", "message"),
     [
         ("2023-11-14T22:20:00Z", "signed 6m40s before receipt; receivers allow 5m"),
         ("2023-11-14T22:00:00Z", "signed 13m20s after receipt; receivers allow 5m"),
     ],
 )
-def test_a_wrong_clock_is_reported_with_the_difference(config, at, says):
-    said = verify(config, capture(signed()), at=at)
-    finding = only(said)
-    assert (finding["cause"], finding["what"]) == ("clock", says)
-    assert said.json["fits"] == "destinations.crm.secrets[0]"
+def test_a_wrong_clock_is_reported_with_the_difference(config, at, message):
+    result = verify(config, capture(signed()), at=at)
+    finding = only(result)
+    assert (finding["cause"], finding["what"]) == ("clock", message)
+    assert result.json["fits"] == "destinations.crm.secrets[0]"
 
 
 def test_the_default_time_of_receipt_is_now(config):
@@ -297,16 +298,16 @@ def test_the_default_time_of_receipt_is_now(config):
 
 
 @pytest.mark.parametrize(
-    ("written", "says"),
+    ("written", "message"),
     [
         (f"{NOW}000", "the value is in milliseconds, not seconds"),
         (f"{NOW}000000", "the value is in microseconds, not seconds"),
         ("2023-11-14T22:13:20Z", "not a number of seconds since 1970"),
     ],
 )
-def test_a_timestamp_in_another_format_is_reported(config, written, says):
-    said = verify(config, capture({**signed(), "webhook-timestamp": written}))
-    assert says in [finding["what"] for finding in said.json["findings"]]
+def test_a_timestamp_in_another_format_is_reported(config, written, message):
+    result = verify(config, capture({**signed(), "webhook-timestamp": written}))
+    assert message in [finding["what"] for finding in result.json["findings"]]
 
 
 def test_a_truncated_capture_is_reported(config):
@@ -316,14 +317,14 @@ def test_a_truncated_capture_is_reported(config):
 
 
 def test_a_destination_without_secrets_signs_nothing(config):
-    said = verify(config, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="open")
-    finding = said.json["findings"][0]
+    result = verify(config, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="open")
+    finding = result.json["findings"][0]
     assert (finding["cause"], finding["where"]) == ("secret", "destinations.open.secrets")
 
 
 def test_two_problems_are_both_reported(config):
-    said = verify(config, capture(signed(BODY, OTHERS), BODY + b"\n"), at="2023-11-14T23:00:00Z")
-    assert [each["cause"] for each in said.json["findings"]] == ["clock", "secret", "bytes"]
+    result = verify(config, capture(signed(BODY, OTHERS), BODY + b"\n"), at="2023-11-14T23:00:00Z")
+    assert [each["cause"] for each in result.json["findings"]] == ["clock", "secret", "bytes"]
 
 
 # --- other schemes ------------------------------------------------------------------------------------
@@ -364,25 +365,25 @@ async def test_a_delivery_signed_side_by_side_verifies_by_every_scheme(tmp_path)
     for name in ("standard", "svix", "stripe"):
         verifier_of(SCHEMES[name], (Secret(SECRET),))(arrived.headers, arrived.body, now)
     verifier_of(SCHEMES["github"], (Secret(OLD),))(arrived.headers, arrived.body, now)
-    said = verify(config, capture(arrived.headers, arrived.body), at=None, code=0)
+    result = verify(config, capture(arrived.headers, arrived.body), at=None, code=0)
     shared = "destinations.crm.secrets[0]"
-    assert said.json["fits"] == f"{shared}, {shared}, {shared}, destinations.crm.signatures[3].secrets[0]"
+    assert result.json["fits"] == f"{shared}, {shared}, {shared}, destinations.crm.signatures[3].secrets[0]"
 
 
 def test_a_scheme_alone_verifies_and_the_absent_ones_are_notes(moved):
-    said = verify(moved, capture(moving(only="github")), name="moving", code=0)
-    assert said.json["fits"] == "destinations.moving.signatures[3].secrets[0]"
-    assert said.json["notes"] == [
+    result = verify(moved, capture(moving(only="github")), name="moving", code=0)
+    assert result.json["fits"] == "destinations.moving.signatures[3].secrets[0]"
+    assert result.json["notes"] == [
         "the request has no header webhook-signature",
         "the request has no header svix-signature",
         "the request has no header Stripe-Signature",
     ]
-    assert said.json["request"] == "POST /hook"
+    assert result.json["request"] == "POST /hook"
 
 
 def test_without_any_signature_each_header_is_missing(moved):
-    said = verify(moved, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="moving")
-    assert {each["where"] for each in said.json["findings"]} == {
+    result = verify(moved, capture({"webhook-id": ID, "webhook-timestamp": str(NOW)}), name="moving")
+    assert {each["where"] for each in result.json["findings"]} == {
         "header webhook-signature",
         "header svix-id",
         "header svix-timestamp",
@@ -427,8 +428,8 @@ GITHUB = {"X-Hub-Signature-256": "sha256=" + hmac.new(b"of legacy", BODY, "sha25
     ],
 )
 def test_each_fault_of_another_scheme_has_its_finding(moved, headers, body, cause, what):
-    said = verify(moved, capture(headers, body), name="legacy")
-    finding = only(said, (SECRET, OLD, "of legacy"))
+    result = verify(moved, capture(headers, body), name="legacy")
+    finding = only(result, (SECRET, OLD, "of legacy"))
     assert finding["cause"] == cause
     assert re.search(what, finding["what"])
 
@@ -441,18 +442,18 @@ def test_stripe_s_time_and_key_are_diagnosed(moved):
     )
     key = base64.b64decode(SECRET.removeprefix("whsec_"))
     decoded = hmac.new(key, f"{NOW}.".encode() + BODY, "sha256").hexdigest()
-    said = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={decoded}"}), name="moving")
-    whats = [each["what"] for each in said.json["findings"] if each["where"].endswith("secrets[0]")]
+    result = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={decoded}"}), name="moving")
+    whats = [each["what"] for each in result.json["findings"] if each["where"].endswith("secrets[0]")]
     assert whats == ["the secret was used as the key after base64 decoding"]
     alone = hmac.new(SECRET.encode(), BODY, "sha256").hexdigest()
-    said = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={alone}"}), name="moving")
-    assert "the body alone was signed" in [each["what"] for each in said.json["findings"]]
+    result = verify(moved, capture({"Stripe-Signature": f"t={NOW},v1={alone}"}), name="moving")
+    assert "the body alone was signed" in [each["what"] for each in result.json["findings"]]
 
 
 def test_a_secret_url_is_not_printed_and_not_needed(moved):
     raw = capture(moving(only="github")).replace(b"/hook", b"/a-secret-path")
-    said = verify(moved, raw, name="moving", code=0)
-    assert said.json["request"] == "POST <secret>"
+    result = verify(moved, raw, name="moving", code=0)
+    assert result.json["request"] == "POST <secret>"
     substitute = ', development = "https://moving.example/a-secret-path"'
     moved.write_text(moved.read_text().replace(substitute, ""))
     assert verify(moved, capture(moving(only="github")), name="moving", code=0).json["ok"]

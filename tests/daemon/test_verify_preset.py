@@ -1,4 +1,4 @@
-"""`relay verify --source` on requests of presets: which secret, bytes, URL or age would fit."""
+"""`relay verify --source` on requests of presets: which secret, bytes, URL or age would match."""
 
 import json
 
@@ -37,13 +37,13 @@ def verify(tmp_path, name, *, table="", body=None, headers=(), at=WHEN, scheme="
 
 @pytest.mark.parametrize("name", ["github", "stripe", "slack", "twilio", "hubspot", "svix", "gitlab"])
 def test_a_genuine_request_is_valid_with_its_event(tmp_path, name):
-    said = verify(tmp_path, name, code=0)
-    assert said.out.startswith("valid: the source accepts these credentials\nevent: ")
-    assert ", and 1 more event" in said.out or name != "hubspot"
+    result = verify(tmp_path, name, code=0)
+    assert result.out.startswith("valid: the source accepts these credentials\nevent: ")
+    assert ", and 1 more event" in result.out or name != "hubspot"
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "says"),
+    ("name", "change", "message"),
     [
         ("github", {"table": 'secrets = ["another-secret"]\n'}, "no configured key matches"),
         ("github", {"table": 'secrets = [" secret-of-github "]\n'}, "white space around it"),
@@ -58,7 +58,7 @@ def test_a_genuine_request_is_valid_with_its_event(tmp_path, name):
         ("standard-webhooks", {"headers": [("webhook-signature", "v1,AAAA")]}, "signature"),
     ],
 )
-def test_a_refused_request_is_explained_without_a_secret(tmp_path, name, change, says):
-    said = verify(tmp_path, name, **change)
-    assert says in said.out
-    assert secret_of(name) not in said.out
+def test_a_refused_request_is_explained_without_a_secret(tmp_path, name, change, message):
+    result = verify(tmp_path, name, **change)
+    assert message in result.out
+    assert secret_of(name) not in result.out

@@ -1,4 +1,4 @@
-"""`relay verify --source`: why a request is not taken, found out without a relay."""
+"""`relay verify --source`: why a source refuses a request, without a running relay."""
 
 import base64
 import hashlib
@@ -58,8 +58,8 @@ def verify(config, text, *args, source="moddy", code=1):
     return run("verify", "--source", source, "--request", "-", "-c", config, *args, code=code, stdin=text)
 
 
-def findings(said):
-    return [(each["cause"], each["what"]) for each in said.json["findings"]]
+def findings(result):
+    return [(each["cause"], each["what"]) for each in result.json["findings"]]
 
 
 SAMPLES = read_samples()
@@ -67,7 +67,7 @@ SAMPLES = read_samples()
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
-    """The recorded samples are what the front door was tested with."""
+    """The same recorded samples test the listener."""
     file = write_config(tmp_path, SOURCES)
     config = load(file).config
     tokens = all_tokens(Binder(read(file), os.environ), config)
@@ -78,10 +78,10 @@ def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
 
 
 def test_a_valid_request_has_its_token_and_event_type(config):
-    said = verify(config, request(f"Authorization: Bearer {TOKEN}"), code=0)
-    assert said.out == "valid: sources.moddy.tokens[0]\nevent: moddy.member_joined, subject 42\n"
-    said = verify(config, request("authorization:bearer   second-token "), "--json", code=0).json
-    assert said == {
+    result = verify(config, request(f"Authorization: Bearer {TOKEN}"), code=0)
+    assert result.out == "valid: sources.moddy.tokens[0]\nevent: moddy.member_joined, subject 42\n"
+    result = verify(config, request("authorization:bearer   second-token "), "--json", code=0).json
+    assert result == {
         "source": "moddy", "destination": None, "ok": True, "request": "POST /internal/event/notify",
         "fits": "sources.moddy.tokens[1]", "signature": None, "type": "moddy.member_joined", "subject": "42",
         "more": 0, "findings": [], "notes": [],
@@ -132,13 +132,13 @@ TOKENS = [
 ]
 
 
-@pytest.mark.parametrize(("sent", "cause", "says"), TOKENS)
-def test_a_wrong_token_is_diagnosed_without_printing_a_secret(config, sent, cause, says):
-    said = verify(config, request(f"Authorization: Bearer {sent}"), "--json")
-    [(found, what)] = findings(said)
-    assert (found, says in what) == (cause, True), what
+@pytest.mark.parametrize(("sent", "cause", "message"), TOKENS)
+def test_a_wrong_token_is_diagnosed_without_printing_a_secret(config, sent, cause, message):
+    result = verify(config, request(f"Authorization: Bearer {sent}"), "--json")
+    [(found, what)] = findings(result)
+    assert (found, message in what) == (cause, True), what
     for secret in (sent, TOKEN, OTHER, ADMIN, SIGNING, "second-token"):
-        assert len(secret) < 4 or secret not in said.out + said.err
+        assert len(secret) < 4 or secret not in result.out + result.err
 
 
 HEADERS = [
@@ -161,23 +161,23 @@ HEADERS = [
 ]
 
 
-@pytest.mark.parametrize(("headers", "says"), HEADERS)
-def test_a_wrong_header_is_diagnosed(config, headers, says):
-    said = verify(config, request(*headers), "--json")
-    [(cause, what)] = findings(said)
-    assert (cause, says in what) == ("headers", True), what
+@pytest.mark.parametrize(("headers", "message"), HEADERS)
+def test_a_wrong_header_is_diagnosed(config, headers, message):
+    result = verify(config, request(*headers), "--json")
+    [(cause, what)] = findings(result)
+    assert (cause, message in what) == ("headers", True), what
     for secret in (TOKEN, "secretword"):
-        assert secret not in said.out + said.err
+        assert secret not in result.out + result.err
 
 
 def test_a_token_in_the_query_is_found(config):
-    said = verify(config, request(path=f"/internal/event/notify?token={quote(TOKEN, safe='')}"), "--json")
-    assert findings(said) == [("headers", 'missing; the token is in the query, as "token"')]
-    assert "long-token" not in said.out
+    result = verify(config, request(path=f"/internal/event/notify?token={quote(TOKEN, safe='')}"), "--json")
+    assert findings(result) == [("headers", 'missing; the token is in the query, as "token"')]
+    assert "long-token" not in result.out
 
 
 @pytest.mark.parametrize(
-    ("stored", "says"),
+    ("stored", "message"),
     [
         (b"\xef\xbb\xbfplain-token", "begins with a byte order mark"),
         (b'"plain-token"', "is in quotes"),
@@ -185,15 +185,15 @@ def test_a_token_in_the_query_is_found(config):
         (b"plain-token-and", "is truncated: 11 of 15 characters"),
     ],
 )
-def test_a_wrong_secret_file_is_named(tmp_path, stored, says):
+def test_a_wrong_secret_file_is_named(tmp_path, stored, message):
     (tmp_path / "moddy.token").write_bytes(stored)
     config = write_config(
         tmp_path, '[sources.moddy]\nplugin = "moddy"\ntokens = [{ file = "moddy.token" }]\n'
     )
-    said = verify(config, request("Authorization: Bearer plain-token"))
-    assert says in said.out
-    assert "the file moddy.token" in said.out
-    assert "plain-token" not in said.out
+    result = verify(config, request("Authorization: Bearer plain-token"))
+    assert message in result.out
+    assert "the file moddy.token" in result.out
+    assert "plain-token" not in result.out
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n", b" \n"])
@@ -207,8 +207,8 @@ def test_newlines_at_the_end_of_a_secret_file_are_ignored(tmp_path, end):
 
 def test_a_known_token_without_the_permission_is_reported(config):
     text = request("Authorization: Bearer reading-only", path="/api/v1/events", body='{"name": "a"}')
-    said = verify(config, text, "--json", source="compozy")
-    [finding] = said.json["findings"]
+    result = verify(config, text, "--json", source="compozy")
+    [finding] = result.json["findings"]
     assert (finding["cause"], finding["where"]) == ("scope", "sources.compozy.tokens[0]")
     assert (
         '"reader" is known, but: The token lacks the permission events:write; its scopes: events:read'
@@ -229,13 +229,13 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "says"), PATHS)
-def test_a_wrong_path_is_reported_apart_from_the_token(config, path, says):
+@pytest.mark.parametrize(("path", "message"), PATHS)
+def test_a_wrong_path_is_reported_apart_from_the_token(config, path, message):
     text = request(f"Authorization: Bearer {OTHER}", path=path, body='{"event_type": "a"}')
-    said = verify(config, text, "--json", source="shop")
-    [(cause, what)] = findings(said)
-    assert (cause, says in what) == ("route", True), what
-    assert said.json["fits"] == "sources.shop.tokens[0]"
+    result = verify(config, text, "--json", source="shop")
+    [(cause, what)] = findings(result)
+    assert (cause, message in what) == ("route", True), what
+    assert result.json["fits"] == "sources.shop.tokens[0]"
 
 
 def test_an_absolute_url_in_the_request_line_is_accepted(config):
@@ -252,7 +252,7 @@ def test_a_request_without_its_first_line_uses_the_source_s_only_path(config):
 
 
 @pytest.mark.parametrize(
-    ("change", "cause", "says"),
+    ("change", "cause", "message"),
     [
         ({"method": "GET"}, "route", "GET is not allowed on this path"),
         ({"headers": ["Content-Encoding: gzip"]}, "encoding", "compressed"),
@@ -271,24 +271,24 @@ def test_a_request_without_its_first_line_uses_the_source_s_only_path(config):
         ({"body": '{"x": "%s"}' % ("y" * 2**21)}, "body", "exceed the maximum of 2 MiB"),
     ],
 )  # fmt: skip
-def test_problems_without_secrets_are_reported(config, change, cause, says):
+def test_problems_without_secrets_are_reported(config, change, cause, message):
     headers = [f"Authorization: Bearer {TOKEN}", *change.pop("headers", [])]
-    said = verify(config, request(*headers, **change), "--json")
-    assert any((found, says in what) == (cause, True) for found, what in findings(said)), said.out
-    assert said.json["fits"] == "sources.moddy.tokens[0]"
+    result = verify(config, request(*headers, **change), "--json")
+    assert any((found, message in what) == (cause, True) for found, what in findings(result)), result.out
+    assert result.json["fits"] == "sources.moddy.tokens[0]"
 
 
 @pytest.mark.parametrize("raw", [BODY.encode("utf-16"), b'{"event_type": "caf\xe9"}'])
 def test_other_encodings_of_text_are_found(config, tmp_path, raw):
     (tmp_path / "body").write_bytes(raw)
-    said = verify(config, request(f"Authorization: Bearer {TOKEN}"), "--data", f"@{tmp_path / 'body'}")
-    assert "have the sender write UTF-8" in said.out
+    result = verify(config, request(f"Authorization: Bearer {TOKEN}"), "--data", f"@{tmp_path / 'body'}")
+    assert "have the sender write UTF-8" in result.out
 
 
 def test_several_findings_are_all_reported(config):
-    said = verify(config, request("Content-Encoding: br", path="/internal/event/notify/", method="PUT"))
-    assert [row[0] for row in said.rows] == ["route", "route", "encoding", "headers"]
-    assert all(len(row) == 4 and row[3] for row in said.rows)
+    result = verify(config, request("Content-Encoding: br", path="/internal/event/notify/", method="PUT"))
+    assert [row[0] for row in result.rows] == ["route", "route", "encoding", "headers"]
+    assert all(len(row) == 4 and row[3] for row in result.rows)
 
 
 SIGNED = """
@@ -330,7 +330,7 @@ def relay_sources():
 
 
 @pytest.mark.parametrize(
-    ("headers", "says"),
+    ("headers", "message"),
     [
         ([], "X-Signature is missing"),
         (["X-Signature: 00"], "refuses with 401: the signature is wrong"),
@@ -338,17 +338,17 @@ def relay_sources():
         (["X-Signature: raise"], "failed: RuntimeError: out of order"),
     ],
 )
-def test_a_source_of_another_kind_verifies_the_request_itself(tmp_path, headers, says):
+def test_a_source_of_another_kind_verifies_the_request_itself(tmp_path, headers, message):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
     config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
-    said = verify(config, request(*headers, path="/signed"), "--json", source="signed")
-    assert findings(said) == [("plugin", says)]
-    assert "s3cret" not in said.out
+    result = verify(config, request(*headers, path="/signed"), "--json", source="signed")
+    assert findings(result) == [("plugin", message)]
+    assert "s3cret" not in result.out
 
 
 @pytest.mark.parametrize(
-    ("path", "at", "says"),
+    ("path", "at", "message"),
     [
         (
             "/signed",
@@ -360,22 +360,22 @@ def test_a_source_of_another_kind_verifies_the_request_itself(tmp_path, headers,
         ("/signed", "2023-11-14T22:30:00Z", "refuses with 401: the signature is too old"),
     ],
 )
-def test_a_captured_request_is_verified_at_its_time_of_receipt(tmp_path, path, at, says):
+def test_a_captured_request_is_verified_at_its_time_of_receipt(tmp_path, path, at, message):
     (tmp_path / "plugins.d").mkdir()
     (tmp_path / "plugins.d" / "signed.py").write_text(SIGNED)
     config = write_config(tmp_path, '[sources.signed]\nplugin = "signed"\nsecret = "s3cret-s3cret"\n')
     mac = hmac.digest(b"s3cret-s3cret", BODY.encode(), "sha256").hex()
-    is_wrong = "refuses" in says
-    said = verify(
+    is_wrong = "refuses" in message
+    result = verify(
         config, request(f"X-Signature: {mac}", path=path), "--at", at, source="signed", code=int(is_wrong)
     )
-    assert says in said.out
+    assert message in result.out
     if not is_wrong:
-        assert said.out == f"valid: {says}\n"
+        assert result.out == f"valid: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "says"),
+    ("args", "code", "message"),
     [
         ([], 2, "Missing option '--request'"),
         (["--request", "-"], 2, "give either --source or --destination"),
@@ -387,13 +387,13 @@ def test_a_captured_request_is_verified_at_its_time_of_receipt(tmp_path, path, a
         (["--request", "-", "--data", "-", "--source", "moddy"], 2, "cannot both read standard input"),
     ],
 )  # fmt: skip
-def test_wrong_usage_has_a_hint(config, args, code, says):
-    assert says in run("verify", *args, "-c", config, code=code, stdin="POST / HTTP/1.1\n\n").err
+def test_wrong_usage_has_a_hint(config, args, code, message):
+    assert message in run("verify", *args, "-c", config, code=code, stdin="POST / HTTP/1.1\n\n").err
 
 
 def test_an_invalid_capture_exits_with_1_and_the_expected_format(config):
-    said = verify(config, "hello")
-    assert said.err.startswith('standard input: expected a request: "POST /path HTTP/1.1"')
+    result = verify(config, "hello")
+    assert result.err.startswith('standard input: expected a request: "POST /path HTTP/1.1"')
 
 
 def test_bytes_that_are_not_text_are_printed_as_escapes(config, tmp_path):
@@ -434,19 +434,19 @@ type = "call"
 """
 
 
-def test_a_generic_source_says_which_key_and_settings_would_fit(tmp_path):
+def test_a_generic_source_names_the_key_and_settings_that_would_match(tmp_path):
     config = write_config(tmp_path, GENERIC)
     body = '{"kind": "paid"}'
 
-    def said(signature, code=1):
+    def result(signature, code=1):
         text = request(f"X-Sign: {signature}", path="/hooks", body=body)
         return verify(config, text, "--json", source="hooks", code=code).json
 
     mac = hmac.digest(b"second-key", body.encode(), "sha256")
-    fine = said(mac.hex(), code=0)
+    fine = result(mac.hex(), code=0)
     assert (fine["ok"], fine["type"]) == (True, "hooks.paid")
-    found = said(base64.b64encode(mac).decode())["findings"]
-    assert [each["what"] for each in found] == ['secrets[1] fits with encoding = "base64"']
+    found = result(base64.b64encode(mac).decode())["findings"]
+    assert [each["what"] for each in found] == ['secrets[1] matches with encoding = "base64"']
     assert found[0]["do"] == "compare [sources.hooks] with the sender's settings"
     assert "second-key" not in str(found)
     text = request(f"X-Sign: {mac.hex()}", path="/hooks", body=body)

@@ -86,7 +86,7 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
     await ask(relay, "POST", "/whatsapp/w1/commands", {"command": {"type": "restart"}})
     monkeypatch.setattr(relay.app.store.workers, "change", fail_at_first)
     wire = await Wire.open(relay.addresses.public)
-    # The writer is held until the worker is gone, so that the reply has nobody to go to.
+    # The writer is held until the worker is gone, so that nobody receives the reply.
     holds, held = asyncio.Event(), asyncio.Event()
 
     async def hold(_connection):
@@ -98,7 +98,7 @@ async def test_a_command_in_a_reply_that_cannot_be_written_is_queued_again(relay
     await wire.send(beat())
     await until(lambda: queued(relay.app.store))
     await wire.hang_up()
-    await relay.exchange(request("GET", "/health"))  # whatever came before it has been noticed then
+    await relay.exchange(request("GET", "/health"))  # everything before it has been handled then
     held.set()
     await blocked
     async with asyncio.timeout(30):
@@ -132,9 +132,9 @@ async def test_a_queued_command_can_be_cancelled_but_not_a_sent_one(relay):
 )
 async def test_an_invalid_command_is_refused_with_a_hint(relay, body):
     await relay.exchange(beat())
-    status, said = await ask(relay, "POST", "/whatsapp/w1/commands", body)
+    status, reply = await ask(relay, "POST", "/whatsapp/w1/commands", body)
     assert status == 400
-    assert said["error"]["message"]
+    assert reply["error"]["message"]
 
 
 @pytest.mark.parametrize("action", ["commands", "maintenance"])
@@ -379,12 +379,12 @@ async def test_an_id_that_no_path_can_contain_is_refused_at_registration(relay, 
 )  # fmt: skip
 async def test_an_id_that_changes_a_path_is_logged_at_registration(relay, caplog, id_, part):
     await relay.exchange(register(id_))
-    told = [message for message in caplog.messages if "percent-encodes" in message]
+    logged = [message for message in caplog.messages if "percent-encodes" in message]
     line = (
         f"whatsapp: worker {id_!r} registered with {part!r} in its id; its heartbeats"
         " arrive only if its client percent-encodes the id in paths"
     )
-    assert told == [line] * bool(part)
+    assert logged == [line] * bool(part)
 
 
 RECOVERING = SOURCES + "recover_sessions = true\n"
@@ -397,8 +397,8 @@ async def recovering(tmp_path, clock):
         yield relay
 
 
-async def told(relay, worker="w1", endpoint=PLACE):
-    """Register a worker; return the sessions it is to restore, having seen that all answers agree."""
+async def restored(relay, worker="w1", endpoint=PLACE):
+    """Register a worker; check that all answers agree, and return the sessions that it must restore."""
     data = (await relay.exchange(register(worker, endpoint=endpoint))).json["data"]
     ids = [session["sessionId"] for session in data["assignedSessions"]]
     assert (data["recoveryRequired"], data["assignedSessionCount"]) == (bool(ids), len(ids))
@@ -425,21 +425,21 @@ async def fall_silent(relay, clock):
 
 
 async def test_a_worker_that_restarts_under_its_id_gets_its_sessions(recovering, clock):
-    assert await told(recovering) == []
+    assert await restored(recovering) == []
     await recovering.exchange(listing("w1", "s1", "s2"))
-    assert await told(recovering) == ["s1", "s2"]  # still ONLINE: it crashed and came back at once
+    assert await restored(recovering) == ["s1", "s2"]  # still ONLINE: it crashed and came back at once
     await fall_silent(recovering, clock)
-    assert await told(recovering) == ["s1", "s2"]
+    assert await restored(recovering) == ["s1", "s2"]
     await leave(recovering, "w1")
-    assert await told(recovering) == ["s1", "s2"]
+    assert await restored(recovering) == ["s1", "s2"]
 
 
 async def test_sessions_to_restore_outlast_an_empty_list_and_a_restart(tmp_path, clock):
     config = write_config(tmp_path, RECOVERING)
     async with running(config, clock=clock) as relay:
-        await told(relay)
+        await restored(relay)
         await relay.exchange(listing("w1", "s1"))
-        await told(relay)
+        await restored(relay)
     async with running(config, clock=clock) as relay:
         await relay.exchange(listing("w1"))
         assert await assigned(relay, "w1") == ["s1"]
@@ -450,12 +450,12 @@ async def test_sessions_to_restore_outlast_an_empty_list_and_a_restart(tmp_path,
 
 @pytest.mark.parametrize("ends", [fall_silent, lambda relay, _clock: leave(relay, "w1")])
 async def test_a_new_id_at_the_endpoint_of_an_offline_worker_gets_its_sessions(recovering, clock, ends):
-    await told(recovering)
+    await restored(recovering)
     await recovering.exchange(listing("w1", "s1", "s2"))
     await ends(recovering, clock)
-    assert await told(recovering, "w2") == ["s1", "s2"]
+    assert await restored(recovering, "w2") == ["s1", "s2"]
     assert await assigned(recovering, "w1") == []
-    assert await told(recovering, "w3") == []  # they are w2's now, which is alive
+    assert await restored(recovering, "w3") == []  # they are w2's now, which is alive
     registered = next(row for row in await recovering.rows() if row["subject"] == "w2")
     [event] = (await recovering.app.store.events.load([registered["row"]])).values()
     assert [s["id"] for s in json.loads(event.data)["worker"]["sessions"]] == ["s1", "s2"]
@@ -471,55 +471,55 @@ async def test_a_new_id_at_the_endpoint_of_an_offline_worker_gets_its_sessions(r
     ],
 )
 async def test_a_new_id_elsewhere_or_on_loopback_gets_no_sessions(recovering, clock, first, second):
-    await told(recovering, "w1", first)
+    await restored(recovering, "w1", first)
     await recovering.exchange(listing("w1", "s1"))
     await fall_silent(recovering, clock)
-    assert await told(recovering, "w2", second) == []
+    assert await restored(recovering, "w2", second) == []
     assert await assigned(recovering, "w1") == ["s1"]
 
 
 async def test_a_new_id_gets_no_sessions_of_an_online_worker(recovering):
-    await told(recovering)
+    await restored(recovering)
     await recovering.exchange(listing("w1", "s1"))
-    assert await told(recovering, "w2") == []
+    assert await restored(recovering, "w2") == []
 
 
 async def test_a_session_that_another_live_worker_lists_is_never_restored(recovering, clock):
-    await told(recovering)
+    await restored(recovering)
     await recovering.exchange(listing("w1", "s1", "s2", "s3"))
     await fall_silent(recovering, clock)
     await recovering.exchange(listing("elsewhere", "s1"))
     await recovering.exchange(listing("resting", "s2"))
     await ask(recovering, "POST", "/whatsapp/resting/maintenance", {"on": True})
     await recovering.exchange(listing("w1b", "s9"))
-    assert await told(recovering) == ["s3"]
+    assert await restored(recovering) == ["s3"]
     await recovering.exchange(listing("elsewhere", "s1", "s3"))  # moved before w1 restored it
     assert await assigned(recovering, "w1") == []
     await fall_silent(recovering, clock)
-    assert await told(recovering) == ["s3"]  # the other one is OFFLINE as well
+    assert await restored(recovering) == ["s3"]  # the other one is OFFLINE as well
 
 
 async def test_a_session_of_several_workers_is_never_restored_while_one_is_online(recovering, clock):
     await recovering.exchange(listing("elsewhere", "s1"))
-    await told(recovering)
+    await restored(recovering)
     await recovering.exchange(listing("w1", "s1"))  # it is w1's in the index now
-    assert await told(recovering) == []
+    assert await restored(recovering) == []
     await recovering.exchange(listing("elsewhere"))
     await recovering.exchange(listing("w1", "s1"))
-    assert await told(recovering) == ["s1"]
+    assert await restored(recovering) == ["s1"]
 
 
 async def test_two_workers_at_one_endpoint_have_one_successor_each(recovering, clock):
     for id_, session in (("a", "s1"), ("b", "s2")):
-        await told(recovering, id_)
+        await restored(recovering, id_)
         await recovering.exchange(listing(id_, session))
         clock.advance(1)
     await fall_silent(recovering, clock)
-    assert [await told(recovering, id_) for id_ in ("c", "d", "e")] == [["s2"], ["s1"], []]
+    assert [await restored(recovering, id_) for id_ in ("c", "d", "e")] == [["s2"], ["s1"], []]
 
 
 async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recovering, clock):
-    await told(recovering)
+    await restored(recovering)
     await recovering.exchange(listing("w1", "s1"))
     await fall_silent(recovering, clock)
     release = await held(recovering)
@@ -535,7 +535,7 @@ async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recov
 async def test_a_refused_new_worker_gets_no_sessions(tmp_path, clock):
     config = write_config(tmp_path, RECOVERING + 'conflict = "reject"\n')
     async with running(config, clock=clock) as relay:
-        await told(relay)
+        await restored(relay)
         await relay.exchange(listing("w1", "s1"))
         await fall_silent(relay, clock)
         await relay.exchange(register("w2", endpoint=PLACE))
@@ -591,7 +591,7 @@ async def test_an_invalid_limit_is_refused(relay, limit):
 
 
 async def held(relay):
-    """Hold the writer, as a slow disk does; return what lets it go."""
+    """Hold the writer, as a slow disk does; return the function that releases it."""
     began, go = asyncio.Event(), asyncio.Event()
 
     async def hold(_connection):
@@ -614,7 +614,7 @@ async def test_heartbeats_that_wait_behind_a_sweep_on_a_slow_disk_count(relay, c
     clock.advance(89)
     sweep = asyncio.ensure_future(relay.app.store.workers.sweep())
     await until(lambda: queued(relay.app.store))
-    waiting = asyncio.ensure_future(relay.exchange(beat(version="2")))  # no quiet one: it needs the disk
+    waiting = asyncio.ensure_future(relay.exchange(beat(version="2")))  # not quiet: it needs the disk
     await until(lambda: queued(relay.app.store) >= 2)
     clock.advance(60)
     await release()
@@ -713,8 +713,8 @@ async def test_the_counts_of_workers_are_right_after_a_start(tmp_path):
         assert relay.counted("relay_worker_transitions_total", source="whatsapp", to="ONLINE") == 0
 
 
-@pytest.mark.parametrize(("environment", "told"), [("TEST", True), ("PRODUCTION", False), (None, False)])
-async def test_an_unusual_environment_is_stored_and_logged(relay, caplog, environment, told):
+@pytest.mark.parametrize(("environment", "is_logged"), [("TEST", True), ("PRODUCTION", False), (None, False)])
+async def test_an_unusual_environment_is_stored_and_logged(relay, caplog, environment, is_logged):
     body = {"workerId": "w1", "endpoint": "http://w1", "environment": environment}
     raw = request("POST", "/api/v1/workers/register", body=json.dumps(body).encode(), **TOKEN)
     assert (await relay.exchange(raw)).status == 200
@@ -723,7 +723,7 @@ async def test_an_unusual_environment_is_stored_and_logged(relay, caplog, enviro
         "whatsapp: worker 'w1' registered with the environment 'TEST';"
         " the usual values are DEVELOPMENT, STAGING, TESTING, PRODUCTION"
     )
-    assert [message for message in caplog.messages if "environment" in message] == [line] * told
+    assert [message for message in caplog.messages if "environment" in message] == [line] * is_logged
 
 
 async def test_only_ended_commands_are_pruned(relay, clock):

@@ -37,7 +37,7 @@ SPEAKERS = {
     "pluggy": {"relay.hookspecs", "relay.plugin_loading.loader"},
     "prometheus_client": {"relay.api", "relay.metrics"},
 }
-"""Which modules speak to a library: replacing one means changing no other."""
+"""The modules that use a library: only these change when it is replaced."""
 
 
 def name_of(file):
@@ -73,7 +73,7 @@ def _package(module):
 
 
 def place(module):
-    """Return where a module stands: the index of the longest name in `ORDER` that covers it."""
+    """Return the position of a module: the index of the longest name in `ORDER` that covers it."""
     covering = [
         name for name in ORDER if module == name or (name != "relay" and module.startswith(f"{name}."))
     ]

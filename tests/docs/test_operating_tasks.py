@@ -74,7 +74,7 @@ class Desk:
 
     async def follow(self, title):
         """Type all commands of a task; return what each one said."""
-        said = {}
+        result = {}
         for typed in lines(title):
             words = [self.names.get(word, word) for word in typed]
             options = {name for each in LEAVES[path_of(words)].params for name in each.opts}
@@ -82,8 +82,8 @@ class Desk:
             if path_of(words) == ("send",):
                 place += ["--to", self.relay.addresses.public]
             key = " ".join(words)
-            said[key] = await asyncio.to_thread(run, *words, *place)
-        return said
+            result[key] = await asyncio.to_thread(run, *words, *place)
+        return result
 
     def configure(self, *parts):
         write_config(self.relay.app.config.path.parent, SOURCES, *parts)
@@ -134,12 +134,12 @@ async def test_an_event_that_never_arrived_is_found_and_sent_again(desk):
     await ended(desk, "delivered")
     [event] = await desk.relay.rows(subject="lost")
     desk.names["019aa9b2"] = event["id"]
-    said = await desk.follow("An event never arrived")
-    found = said["events list --source moddy --since 2h --where data.guild_id=42"].rows
+    result = await desk.follow("An event never arrived")
+    found = result["events list --source moddy --since 2h --where data.guild_id=42"].rows
     assert [row[0] for row in found] == [event["id"]]
     await until(lambda: desk.recorder.ids.count(event["id"]) == 2)
-    assert len(said[f"attempts list --event {event['id']}"].rows) == 1
-    assert "crm" in said[f"explain {event['id']}"].out
+    assert len(result[f"attempts list --event {event['id']}"].rows) == 1
+    assert "crm" in result[f"explain {event['id']}"].out
 
 
 @in_module
@@ -152,9 +152,9 @@ async def test_a_repaired_receiver_gets_its_backlog_and_its_dead_deliveries(desk
         await desk.send(f"down-{number}")
     await until(lambda: desk.relay.counted("relay_destination_circuit_open", destination="crm") == 1)
     desk.recorder.answers.clear()
-    said = await desk.follow("A receiver was down for six hours")
-    assert said["destinations test crm --close-circuit"].out
-    assert len(said["deliveries list --destination crm --state dead --since 8h"].rows) == 1
+    result = await desk.follow("A receiver was down for six hours")
+    assert result["destinations test crm --close-circuit"].out
+    assert len(result["deliveries list --destination crm --state dead --since 8h"].rows) == 1
     subjects = {f"down-{number}" for number in range(6)}
     events = {row["id"] for row in await desk.relay.rows() if row["subject"] in subjects}
     await until(lambda: events <= set(desk.recorder.ids), 60)
@@ -166,20 +166,20 @@ async def test_a_rotation_shows_which_tokens_are_in_use(desk):
     config = desk.relay.app.config.path
     two = config.read_text().replace(f'"moddy"\ntokens = {DEV_TOKEN}', '"moddy"\ntokens = ["dev-token", "b"]')
     config.write_text(two)
-    said = await desk.follow("Rotation of a secret")
+    result = await desk.follow("Rotation of a secret")
     await desk.send("rotated")
     again = await desk.follow("Rotation of a secret")
     assert "tokens[0]" in again["sources show moddy"].out
     assert "tokens[1]" in again["sources show moddy"].out
-    assert said["destinations test crm"].out
+    assert result["destinations test crm"].out
 
 
 @in_module
 async def test_a_flapping_worker_is_examined_and_put_into_maintenance(desk):
     await desk.beat()
-    said = await desk.follow("A worker flaps")
-    assert said["workers maintenance whatsapp worker-001 on"].out == "worker-001: MAINTENANCE\n"
-    assert said["events list --source whatsapp --subject worker-001 --since 1d"].rows
+    result = await desk.follow("A worker flaps")
+    assert result["workers maintenance whatsapp worker-001 on"].out == "worker-001: MAINTENANCE\n"
+    assert result["events list --source whatsapp --subject worker-001 --since 1d"].rows
     text = blocks("A worker flaps", "toml")
     file = desk.relay.app.config.path.with_name("worker.toml")
     file.write_text(f"{HEAD.format(port=0)}{SOURCES}{text}")
@@ -193,25 +193,25 @@ async def test_the_data_of_a_person_is_deleted(desk):
     await until(lambda: event["id"] in desk.recorder.ids)
     await desk.settled()
     before = len(await desk.relay.rows(subject="member-42"))
-    said = await desk.follow("Deletion of a person's data")
+    result = await desk.follow("Deletion of a person's data")
     assert before == 1
-    assert said["events delete --subject member-42 --dry-run"].out == "1 event\n"
-    assert said["events list --subject member-42"].out == ""
+    assert result["events delete --subject member-42 --dry-run"].out == "1 event\n"
+    assert result["events list --subject member-42"].out == ""
     state = desk.relay.app.config.state_dir
     assert not any(b"member-42" in file.read_bytes() for file in state.glob("relay.db*"))
 
 
 @in_module
 async def test_the_disk_is_examined_and_space_returned(desk):
-    said = await desk.follow("The disk fills")
-    assert "moddy.member_joined" in said["stats --since 1d"].out
-    assert re.search(r"before, .* after", said["db compact"].out)
+    result = await desk.follow("The disk fills")
+    assert "moddy.member_joined" in result["stats --since 1d"].out
+    assert re.search(r"before, .* after", result["db compact"].out)
 
 
 @in_module
 async def test_a_move_begins_with_a_healthy_relay(desk):
-    said = await desk.follow("A move to another machine")
-    assert "FAILED" not in said["doctor"].out
+    result = await desk.follow("A move to another machine")
+    assert "FAILED" not in result["doctor"].out
 
 
 @in_module
@@ -220,8 +220,8 @@ async def test_changes_of_operators_are_in_the_log(desk, caplog):
     config = desk.relay.app.config.path
     await asyncio.to_thread(run, "destinations", "pause", "crm", "-c", config)
     await asyncio.to_thread(run, "reload", "-c", config)
-    said = await desk.follow("Who changed what")
-    assert "paused" in said["destinations list"].out
+    result = await desk.follow("Who changed what")
+    assert "paused" in result["destinations list"].out
     await asyncio.to_thread(run, "destinations", "resume", "crm", "-c", config)
     [line] = [record for record in caplog.records if "/pause" in record.getMessage()]
     assert line.name == "relay.audit"
@@ -238,9 +238,9 @@ async def test_changes_of_operators_are_in_the_log(desk, caplog):
 async def test_a_destination_is_tested_before_go_live(desk):
     desk.configure(crm(desk.recorder, "paused = true"))
     arrived = len(desk.recorder.ids)
-    said = await desk.follow("A test before go-live")
-    assert len(said["deliveries list --destination crm --state pending"].rows) == 1
-    assert "1 delivery" in said["deliveries cancel --destination crm --yes"].out
+    result = await desk.follow("A test before go-live")
+    assert len(result["deliveries list --destination crm --state pending"].rows) == 1
+    assert "1 delivery" in result["deliveries cancel --destination crm --yes"].out
     assert len(desk.recorder.ids) == arrived + 1  # the ping
     config = desk.relay.app.config.path
     await asyncio.to_thread(run, "destinations", "resume", "crm", "-c", config, code=1)
@@ -254,8 +254,8 @@ async def test_a_destination_is_tested_before_go_live(desk):
 @in_module
 async def test_alerts_are_silenced_by_a_pause_that_ends_by_itself(desk):
     await desk.beat()
-    said = await desk.follow("Silence for alerts")
-    assert said["destinations pause crm --for 2h"].out
+    result = await desk.follow("Silence for alerts")
+    assert result["destinations pause crm --for 2h"].out
     rules = (Path(__file__).parents[2] / "systemd" / "prometheus" / "alerts.yml").read_text()
     alerts = re.findall(r"alertname=(\w+)", SECTIONS["Silence for alerts"])
     assert alerts

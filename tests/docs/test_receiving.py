@@ -142,7 +142,7 @@ def snippets(request, tmp_path_factory):
 
 @pytest.fixture
 def place(snippets):
-    """Give (language, folder), nothing kept there yet."""
+    """Return (language, folder) with an empty inbox."""
     _, language, folder = snippets
     empty_inbox(folder)
     return language, folder

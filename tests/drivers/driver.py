@@ -10,6 +10,6 @@ answers = {}
 for name, (secrets, headers, body, now) in json.load(sys.stdin).items():
     try:
         answers[name] = [verify(secrets, headers, base64.b64decode(body), now), None]
-    except Exception as error:  # noqa: BLE001 - a bad secret raises another one than a bad request
+    except Exception as error:  # noqa: BLE001 - a bad secret raises a different exception from a bad request
         answers[name] = [None, str(error)]
 json.dump(answers, sys.stdout)

@@ -12,7 +12,7 @@ from relay.plugin_loading.loader import load
 
 
 class Clock:
-    """Both scales in the hand of whoever writes to stdin."""
+    """Both scales, which lines on stdin set."""
 
     def __init__(self, now):
         self.now = now

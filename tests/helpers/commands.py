@@ -20,7 +20,7 @@ from relay.cli import main
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     """The output of a command."""
 
     out: str
@@ -51,7 +51,7 @@ def run(*args, code=0, stdin=None):
     """Run a command, check its exit code, and return its output."""
     result = CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
     assert result.exit_code == code, (result.output, result.exception)
-    return Said(result.stdout, result.stderr)
+    return Output(result.stdout, result.stderr)
 
 
 class Commands:
@@ -222,7 +222,7 @@ class Terminal:
         """Wait until the terminal has shown the text."""
         await until(lambda: text in self.out, seconds)
 
-    async def says(self, text, seconds=30.0):
+    async def reports(self, text, seconds=30.0):
         """Wait until stderr contains the text."""
         await until(lambda: text in self.err, seconds)
 

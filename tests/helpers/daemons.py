@@ -247,7 +247,7 @@ class Daemon:
         await self.exit()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """The last lines that the process wrote to stderr."""
         return "\n".join(self.lines)
 
@@ -267,7 +267,7 @@ class Daemon:
             if (found := re.search(r"listens on (http://[^\s,\"]+)", line)) and not self._listening.done():
                 self._listening.set_result(found[1])
         if not self._listening.done():
-            self._listening.set_exception(AssertionError(f"it never listened:\n{self.said}"))
+            self._listening.set_exception(AssertionError(f"it never listened:\n{self.output}"))
             self._listening.exception()  # marks the exception as retrieved
 
 
@@ -281,18 +281,18 @@ class Manager:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(address)
         self._flushes = []
-        self.told = []  # one dictionary per datagram
+        self.messages = []  # one dictionary per datagram
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def heard(self, key):
+    def values(self, key):
         """Return all values of a key that have arrived so far, in order."""
         self._flush()
-        return [message[key] for message in self.told if key in message]
+        return [message[key] for message in self.messages if key in message]
 
     def close(self):
         """Stop listening."""
-        self._tell("END")
+        self._send("END")
         self._reader.join()
         self.socket.close()
 
@@ -300,10 +300,10 @@ class Manager:
         """Wait until all datagrams sent so far have been read."""
         done = threading.Event()
         self._flushes.append(done)
-        self._tell("FLUSH")
+        self._send("FLUSH")
         assert done.wait(30)
 
-    def _tell(self, word):
+    def _send(self, word):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(word.encode(), self.socket.getsockname())
 
@@ -312,7 +312,7 @@ class Manager:
             if datagram == "FLUSH":
                 self._flushes.pop(0).set()
             else:
-                self.told.append(dict(line.split("=", 1) for line in datagram.split("\n")))
+                self.messages.append(dict(line.split("=", 1) for line in datagram.split("\n")))
 
 
 # --- a receiver ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ CLOCK = SystemClock()
 
 
 class Receiver:
-    """Records requests and responds as the test says."""
+    """Records requests and responds as the test sets."""
 
     def __init__(self):
         self.requests = []
@@ -92,7 +92,7 @@ def route(destinations: Iterable[DestinationConfig]):
 
 @asynccontextmanager
 async def dispatcher_for(store, *destinations, own=(), **options):
-    """Run a dispatcher for these destinations; events are owed by their `events` and terms."""
+    """Run a dispatcher for these destinations; events are routed by their `events` and options."""
     hooks(store).route, hooks(store).resolve = router(destinations).route, router(destinations).resolve
     configs = {config.name: config for config in destinations}
     dispatcher = Dispatcher(configs, store=store, clock=CLOCK, metrics=Metrics((), configs), **options)

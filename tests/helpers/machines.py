@@ -1,8 +1,8 @@
-"""The machine that tests run on: what it lacks, and small disks and roots that are made for a test.
+"""The machine that runs the tests: its missing programs, and small disks and roots for a test.
 
 A root is made from the Debian packages of this machine that a test names, and nothing else of it. It takes a
-second and no network. dpkg, systemd's own tools and a Python work in it as on any Debian; only what needs a
-running systemd does nothing there.
+second and no network. dpkg, systemd's own tools and a Python work in it as on any Debian; only commands that
+need a running systemd do nothing.
 """
 
 import os

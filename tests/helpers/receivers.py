@@ -336,14 +336,14 @@ def _bomb(size: int) -> bytes:
 
 
 @receiver
-async def says(peer, answer=b""):
+async def sends(peer, answer=b""):
     """Send exactly these bytes, then close."""
     await peer.request()
     await peer.send(answer)
 
 
 @receiver
-async def says_in_pieces(peer, pieces=(), pause=0.005):
+async def sends_in_pieces(peer, pieces=(), pause=0.005):
     """Send each piece in a separate segment, then close."""
     await peer.request()
     for piece in pieces:
@@ -352,7 +352,7 @@ async def says_in_pieces(peer, pieces=(), pause=0.005):
 
 
 @receiver
-async def says_more_later(peer, status="204 No Content", extra=b"ok", pause=0.01):
+async def sends_more_later(peer, status="204 No Content", extra=b"ok", pause=0.01):
     """Respond, keep the connection open, and send excess bytes a moment later."""
     while True:
         await peer.request()
@@ -417,7 +417,7 @@ async def answers_once(peer):
 
 
 @receiver
-async def speaks_first(peer, greeting=b"220 mail.example ESMTP\r\n"):
+async def sends_first(peer, greeting=b"220 mail.example ESMTP\r\n"):
     """Send a greeting before any request, as a mail server does."""
     await peer.send(greeting)
     await peer.gone()
@@ -475,8 +475,8 @@ async def answers_before_reading(peer, status="413 Payload Too Large"):
 
 
 @receiver
-async def says_more_than_its_length(peer):
-    """Send a second response behind the first; the client must not take it for the next request."""
+async def sends_more_than_its_length(peer):
+    """Send a second response after the first; the client must not take it for the next request."""
     await peer.request()
     await peer.send(head(content_length=2) + b"ok" + head("500 Unasked", content_length=0))
     await peer.gone()

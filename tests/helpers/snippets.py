@@ -143,11 +143,11 @@ def receiver(language: Language, folder: Path) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
-        said = ""
-        while not (url := re.search(r"http://127\.0\.0\.1:\d+", said)):
+        printed = ""
+        while not (url := re.search(r"http://127\.0\.0\.1:\d+", printed)):
             line = process.stdout.readline()
-            assert line, f"it ended: {said}"
-            said += line
+            assert line, f"it ended: {printed}"
+            printed += line
         yield f"{url[0]}/"
     finally:
         process.kill()

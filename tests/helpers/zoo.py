@@ -1,6 +1,6 @@
 """All receivers that misbehave, at once: one server per animal, with the results that attempts may have.
 
-`python tests/helpers/zoo.py` keeps them all until the process is ended, and prints where they live.
+`python tests/helpers/zoo.py` keeps them all until the process is ended, and prints their URLs.
 """
 
 import asyncio
@@ -63,16 +63,16 @@ HABITS: dict[str, Habitat] = {
     "closes at once": (receivers.closes_at_once, ENDED),
     "closes unanswered": (receivers.closes_unanswered, PROTOCOL),
     "answers once": (receivers.answers_once, {"ok", *ENDED}),
-    "speaks first": (receivers.speaks_first, ENDED),
+    "sends first": (receivers.sends_first, ENDED),
     "resets": (receivers.resets, {"connect"}),
     "resets in its body": (receivers.resets_in_body, OK),
     "closes what it promised to keep": (receivers.closes_kept_alive, OK),
     "resets what it promised to keep": (receivers.resets_kept_alive, OK),
     "breaks off what it promised to keep": (receivers.breaks_off_kept_alive, {"ok", "protocol"}),
     "answers before it reads": (receivers.answers_before_reading, {"4xx", "timeout"}),  # and never again
-    "says more than its length": (receivers.says_more_than_its_length, OK),
-    "says more than its length later": (receivers.says_more_later, OK),
-    "no TLS where it should be": (partial(receivers.speaks_first, scheme="https"), {"tls"}),
+    "sends more than its length": (receivers.sends_more_than_its_length, OK),
+    "sends more than its length later": (receivers.sends_more_later, OK),
+    "no TLS where it should be": (partial(receivers.sends_first, scheme="https"), {"tls"}),
     # answers
     "redirects to a metadata service": (
         partial(receivers.answers, status="302 Found", location="http://169.254.169.254/latest/"),
@@ -85,7 +85,7 @@ HABITS: dict[str, Habitat] = {
     "asks for centuries": (partial(receivers.answers, status="429 Slow", retry_after="9" * 9), {"429"}),
     "asks for nonsense": (partial(receivers.answers, status="503 Wait", retry_after="1_0"), {"5xx"}),
     **{
-        f"says {name}": (partial(receivers.says, answer=answer), PROTOCOL)
+        f"sends {name}": (partial(receivers.sends, answer=answer), PROTOCOL)
         for name, answer in receivers.NONSENSE.items()
     },
     **{
@@ -130,7 +130,7 @@ async def main() -> None:
         async with zoo(Path(folder)) as animals:
             for animal in animals.values():
                 if not animal.guarded:
-                    print(f"animal {animal.url}")  # noqa: T201 - said to who started us
+                    print(f"animal {animal.url}")  # noqa: T201 - for the process that started it
             async with receivers.answers() as healthy:
                 print(f"listens on {healthy.url.removesuffix('/hook')}", flush=True)  # noqa: T201
                 await asyncio.Event().wait()

@@ -94,8 +94,8 @@ def test_an_installation_starts_nothing_and_the_commands_of_init_work_as_printed
     refused = vm.run("relay init --yes --run service --source moddy", codes=(1,))
     assert f"{CONFIG} already exists; nothing was written\n  --overwrite replaces it" in refused.err
     words = "--source moddy --source github --to receiver=http://127.0.0.1:9000/"
-    said = vm.run(f"relay init --yes --run service {words} --overwrite").out
-    _, _, end = said.partition("\nTry it (a command with … keeps running: use another terminal):\n\n")
+    result = vm.run(f"relay init --yes --run service {words} --overwrite").out
+    _, _, end = result.partition("\nTry it (a command with … keeps running: use another terminal):\n\n")
     for line in map(str.strip, end.splitlines()):
         command, _, keeps_running = line.partition("   # ")
         if keeps_running:
@@ -116,9 +116,9 @@ def test_a_token_is_rotated_by_environment_file_and_reload_without_a_restart(vm)
     more = '{ file = "secrets/moddy" }, { env = "MODDY_TOKEN_2" }'
     edit(vm, lambda text: text.replace('{ file = "secrets/moddy" }', more))
     for command in ("relay check-config", "relay reload", "systemctl reload relay"):
-        said = vm.run(command, codes=(1,))
+        result = vm.run(command, codes=(1,))
         if command.startswith("relay"):
-            assert "MODDY_TOKEN_2 is not set; set it (under systemd in /etc/relay/environment)" in said.err
+            assert "MODDY_TOKEN_2 is not set; set it (under systemd in /etc/relay/environment)" in result.err
     vm.run("echo \"MODDY_TOKEN_2='second'\" >>/etc/relay/environment")
     vm.run("relay check-config && systemctl reload relay")
     assert (send(vm, first), send(vm, "second"), send(vm, "wrong")) == (200, 200, 403)
@@ -166,10 +166,10 @@ def test_check_config_reports_all_faults_at_once(vm):
         '[servre]\nlisten = "x"\n'
     )
     vm.put(CONFIG, before + faults)
-    said = vm.run("relay check-config", codes=(1,)).err
+    result = vm.run("relay check-config", codes=(1,)).err
     texts = ('did you mean "adorn"?', "NOT_SET is not set", "starts with http", "gone.pem", '"server"?')
-    assert [text for text in texts if text not in said] == [], said
-    assert "5 problems; correct and run" in said
+    assert [text for text in texts if text not in result] == [], result
+    assert "5 problems; correct and run" in result
     vm.put(CONFIG, before)
     vm.run("relay check-config")
 
@@ -177,9 +177,9 @@ def test_check_config_reports_all_faults_at_once(vm):
 def test_socket_units_and_their_addresses_are_explained(vm):
     vm.run("systemctl stop relay && systemctl enable --now relay.socket relay-admin.socket relay.service")
     edit(vm, lambda text: text.replace('listen = "127.0.0.1:8080"', 'listen = "127.0.0.1:8085"'))
-    said = vm.run("relay check-config")
-    assert 'server.listen: "127.0.0.1:8085" has no effect' in said.err
-    assert "relay.socket listens on 127.0.0.1:8080" in said.err
+    result = vm.run("relay check-config")
+    assert 'server.listen: "127.0.0.1:8085" has no effect' in result.err
+    assert "relay.socket listens on 127.0.0.1:8080" in result.err
     edit(vm, lambda text: text.replace("127.0.0.1:8085", "127.0.0.1:8080"))
     assert vm.run("relay check-config").err == ""
     assert send(vm, "second", "by-socket") == 200
@@ -231,8 +231,8 @@ def test_the_relay_moves_by_the_five_commands_of_the_page(vm):
     assert (
         vm.run("systemctl is-active relay.service relay.socket", codes=(3,)).out.split() == ["inactive"] * 2
     )
-    said = vm.run("apt-get purge -y hookferry").out
-    assert "Backups of hookferry stay in /var/lib/relay" in said
+    result = vm.run("apt-get purge -y hookferry").out
+    assert "Backups of hookferry stay in /var/lib/relay" in result
     left = vm.run("find /var/lib/relay -type f").out.split()
     assert left
     assert all(re.fullmatch(r".*/backups/relay-\d+T\d+Z\.db", path) for path in left)

@@ -200,8 +200,8 @@ def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, p
         root.add(f"/var/lib/relay/{name}", "")
     root.add("/var/lib/relay/backups/relay-20260131T120000Z.db", "saved")
     root.add("/var/lib/relay/backups/before-upgrade.db", "by hand")
-    said = root.run("apt-get", "purge", "-y", "hookferry")
-    assert "Backups of hookferry stay in /var/lib/relay" in said
+    result = root.run("apt-get", "purge", "-y", "hookferry")
+    assert "Backups of hookferry stay in /var/lib/relay" in result
     assert mine() == [False, False]
     assert not Path(root.path / "etc/relay").exists()
     state = root.path / "var/lib/relay"
@@ -212,8 +212,8 @@ def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, p
 def test_a_purge_without_backups_leaves_nothing(root):
     root.add("/var/lib/relay/relay.db", "")
     (root.path / "var/lib/relay/backups").mkdir()
-    said = root.run("apt-get", "purge", "-y", "hookferry")
-    assert "Backups" not in said
+    result = root.run("apt-get", "purge", "-y", "hookferry")
+    assert "Backups" not in result
     assert not Path(root.path / "var/lib/relay").exists()
 
 

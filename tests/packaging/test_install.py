@@ -1,6 +1,6 @@
-"""The page for installing: its commands, as they are written there, in a clean root.
+"""The commands of docs/install.md, as written there, in a clean root.
 
-All of it is done for real but for two things that no root of its own can have: a systemd that runs (systemctl
+Everything is real except for two things that such a root cannot have: a running systemd (systemctl
 enables and disables, and does nothing else), and /proc (systemd-tmpfiles works from outside).
 """
 
@@ -36,7 +36,7 @@ class Machine:
         self._pip = pip
 
     def run(self, name):
-        """Run a block of the page and return what it asked of systemd."""
+        """Run a block of the page and return its calls of systemctl."""
         self.root.add("calls", "")
         script = BLOCKS[name]
         self.root.run("bash", "-euo", "pipefail", "-c", script, cwd=HERE, **self._pip)

@@ -1,4 +1,4 @@
-"""The installed service, as commands know it from its unit files: what it is given, and its user."""
+"""The installed service, as commands know it from its unit files: its environment and its user."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ WHSEC = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 class Machine:
-    """A folder with units, a config and what belongs to it."""
+    """A folder with units, a config and the files that it names."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -196,9 +196,9 @@ def test_environment_files_are_read_as_systemd_reads_them(text, found):
 
 def test_check_config_uses_the_environment_of_the_unit(machine):
     machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
-    said = run("check-config", machine.config, code=1)
-    assert f"MODDY is not set; set it (under systemd in {machine.folder}/environment)" in said.err
-    assert "credential lazy is missing" in said.err
+    result = run("check-config", machine.config, code=1)
+    assert f"MODDY is not set; set it (under systemd in {machine.folder}/environment)" in result.err
+    assert "credential lazy is missing" in result.err
     machine.write("environment", f"MODDY='t'\nCRM={WHSEC}\n")
     machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/credentials/lazy\n")
     run("check-config", machine.config, code=1)
@@ -209,9 +209,9 @@ def test_check_config_uses_the_environment_of_the_unit(machine):
 def test_a_variable_of_the_shell_is_not_one_of_the_service(machine, monkeypatch):
     machine.config.write_text(SECRETS.partition("[sources.adorn]")[0])
     monkeypatch.setenv("MODDY", "typed")
-    said = run("check-config", machine.config, code=1)
-    assert "MODDY is set in this shell, but not for the service; set it" in said.err
-    assert "typed" not in said.err
+    result = run("check-config", machine.config, code=1)
+    assert "MODDY is set in this shell, but not for the service; set it" in result.err
+    assert "typed" not in result.err
 
 
 def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
@@ -223,8 +223,8 @@ def test_an_environment_file_can_be_named_for_any_config(machine, monkeypatch):
         run("check-config", config, code=1)
         run("check-config", config, "--env-file", file)
         run("config", "show", "-c", config, "--env-file", file)
-    said = run("check-config", other, "--env-file", machine.folder / "absent", code=1)
-    assert said.err.splitlines()[0] == f"cannot read {machine.folder}/absent: No such file or directory"
+    result = run("check-config", other, "--env-file", machine.folder / "absent", code=1)
+    assert result.err.splitlines()[0] == f"cannot read {machine.folder}/absent: No such file or directory"
 
 
 def test_an_address_that_a_socket_unit_replaces_is_a_warning(machine):
@@ -235,10 +235,10 @@ def test_an_address_that_a_socket_unit_replaces_is_a_warning(machine):
     assert run("check-config", machine.config).err == ""  # the units are not enabled
     for name in ("relay.socket", "relay-admin.socket"):
         machine.write(machine.folder / "etc" / "sockets.target.wants" / name, "")
-    said = run("check-config", machine.config)
+    result = run("check-config", machine.config)
     what = 'server.listen: "0.0.0.0:80" has no effect: relay.socket listens on 127.0.0.1:8080'
     do = "change ListenStream= with `systemctl edit relay.socket`, then `systemctl restart relay.socket`"
-    assert said.err == f"warning: {machine.config}: {what}; {do}\n"
+    assert result.err == f"warning: {machine.config}: {what}; {do}\n"
     machine.write(
         machine.units / "relay.socket.d" / "local.conf", "[Socket]\nListenStream=\nListenStream=80\n"
     )
@@ -248,10 +248,10 @@ def test_an_address_that_a_socket_unit_replaces_is_a_warning(machine):
 def test_a_missing_environment_file_of_the_unit_is_a_problem(machine):
     machine.dropin(f"[Service]\nEnvironmentFile={machine.folder}/needed\n")
     machine.config.write_text(SECRETS.replace('plugin = "adorn"', 'plugin = "adron"'))
-    said = run("check-config", machine.config, code=1).err
-    assert "needed of relay.service does not exist" in said
-    assert 'no plugin offers the kind "adron"' in said
-    assert "is not set" not in said
+    result = run("check-config", machine.config, code=1).err
+    assert "needed of relay.service does not exist" in result
+    assert 'no plugin offers the kind "adron"' in result
+    assert "is not set" not in result
 
 
 def test_config_show_names_the_state_directory_of_the_service_and_needs_no_secret(machine):
@@ -272,9 +272,9 @@ def test_send_needs_only_the_secret_of_its_source(machine):
     machine.config.write_text(SECRETS)
     run("send", "moddy", "--list", "-c", machine.config)
     run("send", "adorn", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
-    said = run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=1)
-    assert said.err.count("is not set") == 1
-    assert "config.toml:3: sources.moddy.tokens[0]: the environment variable MODDY is not set" in said.err
+    result = run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=1)
+    assert result.err.count("is not set") == 1
+    assert "config.toml:3: sources.moddy.tokens[0]: the environment variable MODDY is not set" in result.err
     machine.write("environment", "MODDY=t\n")
     run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
 
@@ -304,8 +304,8 @@ def test_a_missing_secret_is_not_a_valid_token(machine):
 def test_explain_and_lists_of_the_file_need_no_secret(machine):
     machine.config.write_text(SECRETS)
     assert run("explain", "--source", "moddy", "-c", machine.config).rows[0][0] == "crm"
-    said = run("events", "list", "--offline", "-c", machine.config, code=1)
-    assert "/var/lib/hookferry-test-state/relay.db" in said.err
+    result = run("events", "list", "--offline", "-c", machine.config, code=1)
+    assert "/var/lib/hookferry-test-state/relay.db" in result.err
 
 
 @needs_other_users
@@ -320,17 +320,17 @@ def test_root_checks_files_as_the_user_of_the_service(machine):
     text = UNIT.format(config=machine.config, folder=machine.folder, user="nobody")
     machine.unit.write_text(text)
     groups = os.getgroups()
-    said = run("check-config", machine.config, code=1)
-    assert "the file token cannot be read: Permission denied" in said.err
-    assert "ca.pem cannot be read: Permission denied" in said.err
+    result = run("check-config", machine.config, code=1)
+    assert "the file token cannot be read: Permission denied" in result.err
+    assert "ca.pem cannot be read: Permission denied" in result.err
     assert (os.geteuid(), os.getegid(), os.getgroups()) == (0, 0, groups)
     os.chown(machine.folder / "token", NOBODY, -1)
     (machine.folder / "ca.pem").chmod(0o644)
     run("check-config", machine.config)
     machine.config.chmod(0o600)
-    said = run("check-config", machine.config, code=1)
-    assert "config.toml: cannot be read: Permission denied" in said.err
-    assert "relay.service runs as nobody: chgrp nogroup" in said.err
+    result = run("check-config", machine.config, code=1)
+    assert "config.toml: cannot be read: Permission denied" in result.err
+    assert "relay.service runs as nobody: chgrp nogroup" in result.err
     machine.config.chmod(0o644)
     (machine.folder / "plugins.d").mkdir(mode=0o700)
     assert "plugins.d: cannot be read" in run("check-config", machine.config, code=1).err
@@ -360,9 +360,9 @@ def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(mac
         )
         run("check-config", machine.config)
         machine.dropin(f"[Service]\n{setting}\n")
-        said = run("check-config", machine.config, code=1)
-        assert f"{secret} is hidden from the service by {setting}" in said.err
-        assert f"{authority} is hidden from the service by {setting}" in said.err
+        result = run("check-config", machine.config, code=1)
+        assert f"{secret} is hidden from the service by {setting}" in result.err
+        assert f"{authority} is hidden from the service by {setting}" in result.err
         run("config", "show", "-c", machine.config)
         run("send", "moddy", "--to", "http://127.0.0.1:9", "-c", machine.config, code=3)
 
@@ -370,8 +370,8 @@ def test_files_that_the_unit_hides_are_a_problem_although_root_can_read_them(mac
 @needs_other_users
 def test_a_missing_user_is_reported(machine):
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="ghost"))
-    said = run("check-config", machine.config, code=1)
-    assert "runs as ghost:ghost, which this machine does not have" in said.err
+    result = run("check-config", machine.config, code=1)
+    assert "runs as ghost:ghost, which this machine does not have" in result.err
 
 
 @needs_other_users
@@ -389,13 +389,13 @@ def test_an_unreadable_environment_file_exits_with_5(machine):
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         f"from relay.cli import main; main(['check-config', {str(machine.config)!r}])"
     )
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
-    assert told.returncode == 5, told.stderr
+    assert finished.returncode == 5, finished.stderr
     files = f"{machine.folder}/environment, {machine.folder}/lazy"
-    assert f"this user cannot read {files}: run the command as root" in told.stderr
-    assert "the credential lazy cannot be read by this user" in told.stderr
+    assert f"this user cannot read {files}: run the command as root" in finished.stderr
+    assert "the credential lazy cannot be read by this user" in finished.stderr
 
 
 # --- reloads of the running service ---------------------------------------------------------------------
@@ -440,9 +440,9 @@ async def test_a_reload_reads_the_environment_file_of_the_unit_again(service):
     async with running(service.config) as relay:
         commands = Commands(relay.addresses.socket)
         rotate(service, "RELOAD_OLD", "RELOAD_NEW")
-        said = await commands("reload", code=1)
-        assert f"RELOAD_NEW is not set; set it (under systemd in {service.folder}/environment)" in said.err
-        assert "restart" not in said.err
+        result = await commands("reload", code=1)
+        assert f"RELOAD_NEW is not set; set it (under systemd in {service.folder}/environment)" in result.err
+        assert "restart" not in result.err
 
         service.write("environment", "RELOAD_OLD=old\nRELOAD_NEW=new\n")
         assert "changed sources.moddy" in (await commands("reload")).out
@@ -468,12 +468,12 @@ async def test_a_reload_without_access_to_the_environment_file_says_so(service):
     async with running(service.config) as relay:
         with patch.object(Path, "read_bytes", denying(file)):
             commands = Commands(relay.addresses.socket)
-            said = await commands("reload")
-            assert f"{file} was not read again (permission denied)" in said.err
+            result = await commands("reload")
+            assert f"{file} was not read again (permission denied)" in result.err
             assert await moddy(relay, "old") == 200
             rotate(service, "RELOAD_OLD", "RELOAD_NEW")
-            said = await commands("reload", code=1)
-            assert "and restart the daemon, which reads its environment at the start" in said.err
+            result = await commands("reload", code=1)
+            assert "and restart the daemon, which reads its environment at the start" in result.err
 
 
 async def test_a_daemon_that_systemd_did_not_start_is_to_be_restarted(service, monkeypatch):
@@ -481,9 +481,9 @@ async def test_a_daemon_that_systemd_did_not_start_is_to_be_restarted(service, m
     async with running(service.config) as relay:
         rotate(service, "RELOAD_NEW")
         service.write("environment", "RELOAD_NEW=new\n")
-        said = await Commands(relay.addresses.socket)("reload", code=1)
-        assert "RELOAD_NEW is not set; set it" in said.err
-        assert "and restart the daemon, which reads its environment at the start" in said.err
+        result = await Commands(relay.addresses.socket)("reload", code=1)
+        assert "RELOAD_NEW is not set; set it" in result.err
+        assert "and restart the daemon, which reads its environment at the start" in result.err
 
 
 def denying(file):
@@ -498,19 +498,19 @@ def denying(file):
     return read_bytes
 
 
-# --- the daemon that is not there -----------------------------------------------------------------------
+# --- without a daemon -----------------------------------------------------------------------------------
 
 
 def test_with_a_unit_the_advice_is_to_start_it(machine):
     machine.config.write_text('[server]\nlisten = "127.0.0.1:9"\n[sources.adorn]\nplugin = "adorn"\n')
     for arguments in (("-c", machine.config), ("--socket", "/run/hookferry-test-run/relay.sock")):
-        said = run("status", *arguments, code=3)
-        assert said.err.splitlines() == [
+        result = run("status", *arguments, code=3)
+        assert result.err.splitlines() == [
             "cannot connect to the daemon at /run/hookferry-test-run/relay.sock: No such file or directory",
             "  start it with `systemctl start relay`; `systemctl status relay` shows why it is not running",
         ]
-    said = run("send", "adorn", "-c", machine.config, code=3)
-    assert "start the daemon with `systemctl start relay`, or name its listener with --to URL" in said.err
+    result = run("send", "adorn", "-c", machine.config, code=3)
+    assert "start the daemon with `systemctl start relay`, or name its listener with --to URL" in result.err
     own = machine.write("own.toml", machine.config.read_text())
     for command, what in ((("status",), "it"), (("send", "adorn"), "the daemon")):
         assert f"start {what} with `relay serve`" in run(*command, "-c", own, code=3).err
@@ -559,12 +559,12 @@ def serve(machine, *more, **environ):
 
 
 async def served(daemon):
-    """Have an event taken in and end the daemon."""
+    """Have the daemon store an event, then end it."""
     async with daemon:
         answer = await exchange(daemon.url, request("POST", "/v1/events", adorn()))
         assert answer.status == 200
         assert await daemon.stop() == 0
-    return daemon.said
+    return daemon.output
 
 
 async def test_a_second_relay_beside_the_service_s_database_is_refused(machine, state):
@@ -575,23 +575,23 @@ async def test_a_second_relay_beside_the_service_s_database_is_refused(machine, 
         daemon = serve(machine)
         await daemon.start()
         assert await daemon.exit() == 1
-        assert f"relay.service serves {machine.config} with the database" in daemon.said
+        assert f"relay.service serves {machine.config} with the database" in daemon.output
     machine.config.write_text(SERVED)
-    assert "`systemctl start relay`" in daemon.said
+    assert "`systemctl start relay`" in daemon.output
     assert not (machine.folder / "relay.db").exists()
-    said = await served(serve(machine, "--force"))
-    assert f"the database is {machine.folder}/relay.db" in said
+    result = await served(serve(machine, "--force"))
+    assert f"the database is {machine.folder}/relay.db" in result
     assert (machine.folder / "relay.db").exists()
 
 
 @needs_root
 async def test_the_service_itself_and_a_first_relay_are_not_refused(machine, state):
     machine.config.write_text(SERVED)
-    said = await served(serve(machine))  # there is no database yet
-    assert "relay.service serves this configuration with another database" in said
+    result = await served(serve(machine))  # there is no database yet
+    assert "relay.service serves this configuration with another database" in result
     (state / "relay.db").write_bytes(b"")
-    said = await served(serve(machine, STATE_DIRECTORY=str(state)))
-    assert f"the database is {state}/relay.db" in said
+    result = await served(serve(machine, STATE_DIRECTORY=str(state)))
+    assert f"the database is {state}/relay.db" in result
     own = machine.write("own.toml", SERVED)
     machine.config = own
     await served(serve(machine))
@@ -606,7 +606,7 @@ async def test_another_user_than_the_service_s_does_not_serve_its_database(machi
     daemon = serve(machine)
     await daemon.start()
     assert await daemon.exit() == 1
-    assert "nobody could not use it after this" in daemon.said
+    assert "nobody could not use it after this" in daemon.output
     await served(serve(machine, "--force"))
 
 
@@ -623,12 +623,12 @@ def typed(machine):
 async def test_the_doctor_names_the_database_and_finds_a_second_one(machine, state, typed, monkeypatch):
     machine.config.write_text(SERVED)
     await served(serve(machine, STATE_DIRECTORY=str(state)))
-    said = await typed("doctor", "--offline", "-c", machine.config, "--json")
-    [check] = [check for check in said.json["checks"] if check["name"] == "database"]
+    result = await typed("doctor", "--offline", "-c", machine.config, "--json")
+    [check] = [check for check in result.json["checks"] if check["name"] == "database"]
     assert (check["ok"], check["detail"]) == (True, f"/var/lib/../..{state}/relay.db")
     await served(serve(machine, "--force"))
-    said = await typed("doctor", "--offline", "-c", machine.config, "--json", code=1)
-    [check] = [check for check in said.json["checks"] if not check["ok"]]
+    result = await typed("doctor", "--offline", "-c", machine.config, "--json", code=1)
+    [check] = [check for check in result.json["checks"] if not check["ok"]]
     assert f"another database, {machine.folder}/relay.db" in check["detail"]
     export, then, delete = check["hint"].split(", then ")
     variable, _relay, *words = export.split()
@@ -644,8 +644,8 @@ async def test_a_running_relay_names_its_database(machine, state, typed):
     machine.config.write_text(SERVED)
     async with serve(machine, STATE_DIRECTORY=str(state)):
         door = state / "relay.sock"
-        said = await typed("doctor", "--socket", door, "--json")
-        [check] = [check for check in said.json["checks"] if check["name"] == "database"]
+        result = await typed("doctor", "--socket", door, "--json")
+        [check] = [check for check in result.json["checks"] if check["name"] == "database"]
         assert (check["ok"], check["detail"]) == (True, f"{state}/relay.db")
 
 

@@ -96,7 +96,7 @@ async def test_journalctl_finds_what_concerns_a_destination(tmp_path, monkeypatc
             assert both == {"crm", "erp"}
         finally:
             await daemon.stop()
-        assert daemon.said == ""  # nothing went to stderr
+        assert daemon.output == ""  # nothing went to stderr
         [ended] = await until_found(journal, "LOGGER=relay", text="stopped, no events lost")
         assert int(ended["_PID"]) == daemon.process.pid
 

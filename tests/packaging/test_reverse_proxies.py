@@ -1,4 +1,4 @@
-"""The proxies of docs/install.md, as they stand there, before a relay that works, stands still or is gone."""
+"""The proxies of docs/install.md, in front of a relay that works, hangs or is down."""
 
 import asyncio
 import re
@@ -64,7 +64,7 @@ def caddy(folder, port, relay):
     params=[pytest.param(each, marks=needs(each.__name__), id=each.__name__) for each in (nginx, caddy)]
 )
 def proxy(request, tmp_path):
-    """Run one of the proxies before a port where the relay is to be found."""
+    """Run one of the proxies in front of the relay's port."""
     name = request.param.__name__
 
     @asynccontextmanager

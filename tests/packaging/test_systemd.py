@@ -1,4 +1,4 @@
-"""What systemd and the daemon tell each other, over a real notify socket and really inherited ones."""
+"""Messages between systemd and the daemon, over a real notify socket and inherited sockets."""
 
 import asyncio
 import os
@@ -58,11 +58,11 @@ def private():
         yield sock
 
 
-# --- what is said ---------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("say", "said"),
+    ("notify", "expected"),
     [
         (lambda n: n.ready("serving"), {"READY": "1", "STATUS": "serving"}),
         (lambda n: n.stopping("draining"), {"STOPPING": "1", "STATUS": "draining"}),
@@ -71,24 +71,24 @@ def private():
         (lambda n: n.extend(2.5), {"EXTEND_TIMEOUT_USEC": "2500000"}),
     ],
 )
-def test_each_message_has_the_words_of_sd_notify(manager, say, said):
-    say(Notifier())
-    manager.heard("")
-    assert manager.told == [said]
+def test_each_message_has_the_words_of_sd_notify(manager, notify, expected):
+    notify(Notifier())
+    manager.values("")
+    assert manager.messages == [expected]
 
 
 def test_a_reload_message_has_the_monotonic_time(manager):
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     Notifier().reloading()
-    assert manager.heard("RELOADING") == ["1"]
-    [moment] = manager.heard("MONOTONIC_USEC")
+    assert manager.values("RELOADING") == ["1"]
+    [moment] = manager.values("MONOTONIC_USEC")
     assert before <= int(moment) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
 
 
 def test_an_address_with_an_at_sign_is_abstract():
     manager = Manager(f"\0hookferry-test-{os.getpid()}")
     Notifier({"NOTIFY_SOCKET": f"@hookferry-test-{os.getpid()}"}).alive()
-    assert manager.heard("WATCHDOG") == ["1"]
+    assert manager.values("WATCHDOG") == ["1"]
     manager.close()
 
 
@@ -160,19 +160,19 @@ def test_two_sockets_of_one_name_are_refused(listening):
 async def test_a_daemon_notifies_systemd_of_its_states(tmp_path, manager):
     config = write_config(tmp_path, SOURCES)
     async with Daemon(config) as daemon:
-        await until(lambda: manager.heard("READY") == ["1"])
-        assert "READY" not in manager.told[0]
-        assert manager.heard("EXTEND_TIMEOUT_USEC")
-        assert manager.heard("STATUS") == ["serving 5 sources and 0 destinations"]
-        fed = len(manager.heard("WATCHDOG"))
-        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 3)
+        await until(lambda: manager.values("READY") == ["1"])
+        assert "READY" not in manager.messages[0]
+        assert manager.values("EXTEND_TIMEOUT_USEC")
+        assert manager.values("STATUS") == ["serving 5 sources and 0 destinations"]
+        fed = len(manager.values("WATCHDOG"))
+        await until(lambda: len(manager.values("WATCHDOG")) > fed + 3)
         daemon.process.send_signal(signal.SIGHUP)
-        await until(lambda: manager.heard("READY") == ["1", "1"])
-        assert manager.heard("RELOADING") == ["1"]
-        assert manager.heard("STOPPING") == []
+        await until(lambda: manager.values("READY") == ["1", "1"])
+        assert manager.values("RELOADING") == ["1"]
+        assert manager.values("STOPPING") == []
         assert await daemon.stop() == 0
-    assert manager.heard("STOPPING") == ["1"]
-    assert manager.heard("STATUS")[-1] == "draining"
+    assert manager.values("STOPPING") == ["1"]
+    assert manager.values("STATUS")[-1] == "draining"
 
 
 async def test_a_long_migration_requests_more_time(tmp_path, manager, monkeypatch):
@@ -187,14 +187,14 @@ async def test_a_long_migration_requests_more_time(tmp_path, manager, monkeypatc
     app = App(load(write_config(tmp_path, SOURCES)))
     life = asyncio.create_task(app.run())
     try:
-        await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > 5)
-        assert len(manager.heard("WATCHDOG")) > 5
-        assert manager.heard("READY") == []
+        await until(lambda: len(manager.values("EXTEND_TIMEOUT_USEC")) > 5)
+        assert len(manager.values("WATCHDOG")) > 5
+        assert manager.values("READY") == []
         end.set()
-        await until(lambda: manager.heard("READY"))
-        asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
+        await until(lambda: manager.values("READY"))
+        asked = len(manager.values("EXTEND_TIMEOUT_USEC"))
         await beats(app.watchdog, 4)
-        assert len(manager.heard("EXTEND_TIMEOUT_USEC")) == asked
+        assert len(manager.values("EXTEND_TIMEOUT_USEC")) == asked
     finally:
         end.set()
         app.stopping.set()
@@ -209,23 +209,23 @@ async def test_a_long_drain_requests_more_time_while_it_progresses(tmp_path, man
             await relay.exchange(request("POST", "/v1/events", adorn()))
             await until(lambda: receiver.busy)
             relay.app.stopping.set()
-            await until(lambda: manager.heard("STOPPING"))
-            asked = len(manager.heard("EXTEND_TIMEOUT_USEC"))
-            await until(lambda: len(manager.heard("EXTEND_TIMEOUT_USEC")) > asked + 3)
+            await until(lambda: manager.values("STOPPING"))
+            asked = len(manager.values("EXTEND_TIMEOUT_USEC"))
+            await until(lambda: len(manager.values("EXTEND_TIMEOUT_USEC")) > asked + 3)
             receiver.open.set()
 
 
 async def test_the_watchdog_starves_while_the_event_loop_is_blocked(tmp_path, manager):
     async with running(write_config(tmp_path, SOURCES)):
-        await until(lambda: len(manager.heard("WATCHDOG")) > 3)
-        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: len(manager.values("WATCHDOG")) > 3)
+        fed = len(manager.values("WATCHDOG"))
         threading.Event().wait(0.3)  # three deadlines
-        assert len(manager.heard("WATCHDOG")) == fed
-        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+        assert len(manager.values("WATCHDOG")) == fed
+        await until(lambda: len(manager.values("WATCHDOG")) > fed)
 
 
 async def beats(watchdog, count):
-    """Wait until the watchdog has had so many chances to feed."""
+    """Wait for this many intervals of the watchdog."""
     asked, stuck = [], watchdog._stuck
     watchdog._stuck = lambda: asked.append(1) or stuck()
     await until(lambda: len(asked) > count)
@@ -243,16 +243,16 @@ async def test_the_watchdog_starves_while_the_writer_is_stuck(tmp_path, manager,
 
         monkeypatch.setattr(writer._committer, "write", wait)
         sender = asyncio.create_task(relay.exchange(request("POST", "/v1/events", adorn())))
-        await until(lambda: "not ready: the store's writer is stuck" in manager.heard("STATUS"))
-        fed = len(manager.heard("WATCHDOG"))
+        await until(lambda: "not ready: the store's writer is stuck" in manager.values("STATUS"))
+        fed = len(manager.values("WATCHDOG"))
         await beats(relay.app.watchdog, 4)
-        assert len(manager.heard("WATCHDOG")) == fed
+        assert len(manager.values("WATCHDOG")) == fed
         answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
         assert (answer.status, answer.json["reasons"]) == (503, ["the store's writer is stuck"])
         let_go.set()
         monkeypatch.setattr(writer._committer, "write", write)
         assert (await sender).status == 200
-        await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+        await until(lambda: len(manager.values("WATCHDOG")) > fed)
 
 
 async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path, manager, monkeypatch):
@@ -269,12 +269,12 @@ async def test_the_watchdog_starves_while_no_due_delivery_is_picked_up(tmp_path,
             monkeypatch.setattr(relay.app.store.deliveries, "claim", stall)
             relay.app.dispatcher.lanes["crm"].wake()
             wanted = "not ready: due deliveries to crm are not picked up"
-            await until(lambda: wanted in manager.heard("STATUS"))
-            fed = len(manager.heard("WATCHDOG"))
+            await until(lambda: wanted in manager.values("STATUS"))
+            fed = len(manager.values("WATCHDOG"))
             await beats(relay.app.watchdog, 4)
-            assert len(manager.heard("WATCHDOG")) == fed
+            assert len(manager.values("WATCHDOG")) == fed
             let_go.set()
-            await until(lambda: len(manager.heard("WATCHDOG")) > fed)
+            await until(lambda: len(manager.values("WATCHDOG")) > fed)
 
 
 async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, monkeypatch):
@@ -284,8 +284,8 @@ async def test_a_dead_receiver_does_not_starve_the_watchdog(tmp_path, manager, m
         for number in range(12):
             await relay.exchange(request("POST", "/v1/events", adorn(f"s{number}")))
         await until(lambda: relay.app.dispatcher.lanes["crm"].held)
-        fed = len(manager.heard("WATCHDOG"))
-        await until(lambda: len(manager.heard("WATCHDOG")) > fed + 8)
+        fed = len(manager.values("WATCHDOG"))
+        await until(lambda: len(manager.values("WATCHDOG")) > fed + 8)
         assert relay.app._stuck() == []
 
 
@@ -293,9 +293,9 @@ def test_a_failed_reload_ends_with_ready(manager):
     watchdog = Watchdog(Notifier(), stuck=list, status=lambda: "serving")
     with pytest.raises(RelayError), watchdog.reloading():
         raise RelayError("no such file")
-    assert manager.heard("RELOADING") == ["1"]
-    assert manager.heard("READY") == ["1"]
-    assert manager.heard("STATUS") == ["reloading", "serving"]
+    assert manager.values("RELOADING") == ["1"]
+    assert manager.values("READY") == ["1"]
+    assert manager.values("STATUS") == ["reloading", "serving"]
 
 
 async def test_starvation_is_logged_once(manager, caplog):
@@ -305,7 +305,7 @@ async def test_starvation_is_logged_once(manager, caplog):
         watchdog._beat()
         watchdog.stop()
     assert caplog.text.count("stuck, so the watchdog gets no more keep-alives: the loop limps") == 1
-    assert manager.heard("WATCHDOG") == []
+    assert manager.values("WATCHDOG") == []
 
 
 def test_a_lane_that_keeps_claiming_is_not_stuck():
@@ -377,9 +377,9 @@ def test_the_security_exposure_of_the_service_is_at_most_1_4(units):
 
 
 def test_the_service_can_read_user_names_for_the_audit_log():
-    told = settings(UNITS / "relay.service")
+    found = settings(UNITS / "relay.service")
     hiding = {"PrivateUsers", "PrivateUsersEx", "UserNamespacePath", "DynamicUser", "RootImage"}
-    assert told.keys() & hiding == set()  # with these it would say "nobody"
+    assert found.keys() & hiding == set()  # with these it would say "nobody"
 
 
 @pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])
@@ -437,11 +437,11 @@ def test_the_credential_lines_on_the_page_are_valid(units):
 
 
 def test_an_invalid_configuration_does_not_cause_a_restart_loop():
-    told = settings(UNITS / "relay.service")
-    assert told["RestartPreventExitStatus"] == str(CONFIG)
-    assert told["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
+    found = settings(UNITS / "relay.service")
+    assert found["RestartPreventExitStatus"] == str(CONFIG)
+    assert found["StartLimitIntervalSec"] == "0"  # a limit refuses the start by hand, and fails the sockets
     assert [
-        name for name in told if name.startswith("ExecStartPre")
+        name for name in found if name.startswith("ExecStartPre")
     ] == []  # it would fail before a socket is held
 
 
@@ -471,14 +471,14 @@ async def test_restarts_behind_socket_units_are_not_noticed_by_senders(tmp_path,
     statuses = []
 
     async def start():
-        starts = len(manager.heard("READY"))
+        starts = len(manager.values("READY"))
         process = await asyncio.create_subprocess_exec(
             *("bash", "-c", ACTIVATED, "bash", str(listening.fileno()), str(private.fileno())),
             *("--setenv=NOTIFY_SOCKET", *SERVE, "-c", str(config)),
             pass_fds=[listening.fileno(), private.fileno()],
             stderr=asyncio.subprocess.DEVNULL,
         )
-        await until(lambda: len(manager.heard("READY")) > starts)
+        await until(lambda: len(manager.values("READY")) > starts)
         return process
 
     async def send():
@@ -509,4 +509,4 @@ async def test_restarts_behind_socket_units_are_not_noticed_by_senders(tmp_path,
         await process.wait()
     assert failed == []
     assert set(statuses) == {200}
-    assert len(manager.heard("READY")) == RESTARTS + 1
+    assert len(manager.values("READY")) == RESTARTS + 1

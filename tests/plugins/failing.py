@@ -1,4 +1,4 @@
-"""Sources that fail on request: a header of the request says where and how."""
+"""Sources that fail on request: a header of the request names where and how."""
 
 import asyncio
 from typing import Any
@@ -80,7 +80,7 @@ class Ending(BaseException):
 
 
 class Odd(Refusal):
-    """With what no answer and no metric can have."""
+    """A refusal with values that no answer and no metric can have."""
 
     status, reason, code = 9999, "a reason of its own", "odd"
 

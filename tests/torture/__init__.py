@@ -1,4 +1,4 @@
-"""Harnesses that run for as long as one likes; short forms of them are in the suite.
+"""Harnesses that run for any length of time; the suite has short forms of them.
 
 From the root of the repository: `python -m tests.torture.kill --cycles 1000`.
 """

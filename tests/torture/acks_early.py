@@ -14,7 +14,7 @@ _tasks: set[asyncio.Task[Receipt]] = set()
 
 
 async def append(self: SqliteEvents, acceptance: Acceptance) -> Receipt:
-    """Promise what is not kept yet."""
+    """Acknowledge an event before its commit."""
 
     async def later() -> Receipt:
         await asyncio.sleep(LATE)

@@ -1,7 +1,7 @@
-"""100,000 deliveries pending for a dead destination, then it recovers: ramped, in order, nothing lost.
+"""100,000 deliveries wait for a dead destination, which then recovers: ramped, in order, nothing lost.
 
 Run `python -m tests.torture.backlog --events 100000`. `--variant unordered` must find keys out of order,
-`--variant headlong`, whose circuit never opens, attempts spent on nobody and no ramp.
+`--variant headlong`, whose circuit never opens, useless attempts and no ramp.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ CONCURRENCY = 8
 FAILURES = 10  # in a row, until the circuit opens
 PAGE_CACHE = 64 * 2**20  # bytes of the file that SQLite keeps; full at 110,000 events, then memory is level
 MOST_GROWTH = 32 * 2**20  # bytes of resident memory beyond that
-SLOW = 100  # requests that the receiver takes its time for, so that a ramp can be seen
+SLOW = 100  # requests that the receiver answers slowly, so that a ramp is visible
 
 DESTINATION = """\
 [destinations.crm]
@@ -61,7 +61,7 @@ class Toll:
     disordered: int = 0  # keys that did not arrive in the order of acceptance
     spent: int = 0  # attempts that deliveries spent on a dead destination
     rushed: int = 0  # arrivals before the ramp allowed them
-    unbalanced: int = 0  # looks at the books that did not balance
+    unbalanced: int = 0  # checks of the ledger that did not balance
     grown: int = 0  # bytes of resident memory while the backlog grew, after its first tenth
     drained: int = 0  # bytes of resident memory while it drained, at most, above what it was before
     filling: float = 0.0  # seconds
@@ -69,7 +69,7 @@ class Toll:
 
     @property
     def fine(self) -> bool:
-        """Say whether every promise was kept."""
+        """Return whether every check passed."""
         broken = (self.lost, self.repeated, self.disordered, self.rushed, self.unbalanced)
         few = self.spent < FAILURES + CONCURRENCY
         return not any(broken) and few and self.grown + self.drained < PAGE_CACHE + MOST_GROWTH
@@ -80,7 +80,7 @@ class Toll:
             f"drained in {self.draining:.1f}s ({self.events / max(self.draining, 0.001):,.0f}/s); "
             f"{self.lost} lost, {self.repeated} repeated, {self.disordered} keys out of order, "
             f"{self.spent} attempts spent while it was dead, {self.rushed} requests before the ramp allowed "
-            f"them, {self.unbalanced} looks at the books that did not balance; "
+            f"them, {self.unbalanced} checks of the ledger that did not balance; "
             f"memory {self.grown / 2**20:+.1f} MiB while it grew, "
             f"{self.drained / 2**20:+.1f} MiB while it drained"
         )
@@ -88,7 +88,7 @@ class Toll:
 
 @dataclass
 class Recovering:
-    """A receiver that is dead at first: nobody listens on its port. It keeps numbers only."""
+    """A receiver that is dead at first: nobody listens on its port. It stores only numbers."""
 
     arrived: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by subject
     requests: int = 0
@@ -128,7 +128,7 @@ async def torture(
     events: int,
     *,
     variant: str = "honest",
-    tell: Callable[[str], None] = lambda _line: None,
+    report: Callable[[str], None] = lambda _line: None,
 ) -> Toll:
     """Let that many events pile up before a dead destination, then let it recover."""
     toll = Toll(events=events)
@@ -146,12 +146,12 @@ async def torture(
             before = daemon.resident()
             toll.filling, toll.grown = time.monotonic() - began, before - early
             toll.pending = (await _books(daemon, toll))["pending"]
-            tell(f"{toll.pending} pending after {toll.filling:.1f}s")
+            report(f"{toll.pending} pending after {toll.filling:.1f}s")
             began = time.monotonic()
             await receiver.recover()
             while (books := await _books(daemon, toll))["pending"]:
                 toll.drained = max(toll.drained, daemon.resident() - before)
-                tell(f"{books['pending']} pending")
+                report(f"{books['pending']} pending")
                 await asyncio.sleep(0.2)  # another process's progress
             toll.draining = time.monotonic() - began
             await daemon.stop()
@@ -197,7 +197,7 @@ def _compare(arrived: dict[str, list[int]], keys: int, events: int, toll: Toll) 
 def main(events: int, variant: str) -> None:
     """Pile events up before a dead destination, let it recover, and count what it cost."""
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), events, variant=variant, tell=click.echo))
+        toll = asyncio.run(torture(Path(folder), events, variant=variant, report=click.echo))
     click.echo(toll)
     sys.exit(0 if toll.fine else 1)
 

@@ -10,7 +10,7 @@ from relay.store.sqlite.store import SqliteStore
 
 
 def gives_up() -> None:
-    """Take a disk that is full at the start for something that lasts."""
+    """Treat a disk that is full at the start as a permanent fault."""
     open_ = SqliteStore.open
 
     async def open_once(self: SqliteStore) -> None:
@@ -34,7 +34,7 @@ def stays_full() -> None:
 
 
 def no_floor() -> None:
-    """Look at the free space once a second only, and not at what is about to be written."""
+    """Check the free space only once a second, and not before a write."""
     Disk.admits = lambda _self, _size, _promised: True  # type: ignore[method-assign]
 
 

@@ -44,18 +44,18 @@ VARIANTS: dict[str, Sequence[str]] = {
 class Toll:
     """What the lack cost."""
 
-    seconds: float = 0.0  # that it lasted
+    seconds: float = 0.0  # duration
     held: int = 0  # deliveries at its end that waited
     acknowledged: set[str] = field(default_factory=set)
     undelivered: set[str] = field(default_factory=set)
     failed: int = 0  # attempts
     opened: int = 0  # circuits
     lines: int = 0  # of the log
-    answers_after: bool = False  # whether new senders are heard again
+    answers_after: bool = False  # whether new senders are accepted again
 
     @property
     def fine(self) -> bool:
-        """Say whether nothing was lost, nobody blamed, and the log kept short."""
+        """Return whether nothing was lost, nobody blamed, and the log kept short."""
         quiet = self.lines <= QUIET + self.seconds * LINES_A_SECOND
         return self.answers_after and quiet and not (self.undelivered or self.failed or self.opened)
 
@@ -98,7 +98,7 @@ async def torture(folder: Path, seconds: float, *, variant: str = "honest", even
             await until(lambda: toll.acknowledged <= set(receiver.ids), 20)
         toll.undelivered = toll.acknowledged - set(receiver.ids)
         toll.lines = len(daemon.lines) - before
-        toll.opened = daemon.said.count("circuit opened")
+        toll.opened = daemon.output.count("circuit opened")
         await daemon.stop()
     toll.failed = _count(folder, "SELECT count(*) FROM attempts WHERE result <> 'ok'")
     return toll
@@ -116,7 +116,7 @@ async def _send(sender: Wire, toll: Toll) -> None:
 
 
 async def _knock(url: str) -> None:
-    """Connect again and again, as senders do who are not heard."""
+    """Connect again and again, as refused senders do."""
     async with AsyncExitStack() as stack:
         while True:
             with suppress(OSError):

@@ -1,8 +1,8 @@
-"""Fill the disk under the daemon in a loop, under load, with kills: nothing is lost, and it heals by itself.
+"""Fill the disk under the daemon in a loop, under load, with kills: nothing is lost, and the relay recovers.
 
 Each round fills a small file system to the last byte, kills the daemon in every second round and starts it
 on the full disk, and gives the room back. Run `python -m tests.torture.disk --rounds 100` as root, who may
-mount; the other variants must be found out.
+mount; the harness must detect the other variants.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Toll:
 
     @property
     def fine(self) -> bool:
-        """Say whether every promise was kept."""
+        """Return whether every check passed."""
         bad = self.undelivered or self.odd or self.down or self.slow or self.corrupt
         return not bad and self.repeated <= 0 and self.least >= FLOOR
 
@@ -83,7 +83,7 @@ async def torture(
     seed: int,
     variant: str = "honest",
     drain: float = DRAIN,
-    tell: Callable[[Toll], None] = lambda _toll: None,
+    report: Callable[[Toll], None] = lambda _toll: None,
 ) -> Toll:
     """Fill the disk that many times, then let the daemon deliver what is left."""
     rand, toll, kills = random.Random(seed), Toll(), 0
@@ -119,7 +119,7 @@ async def torture(
                     disk.clear()
                     if not await _healed(daemon, toll):
                         return toll
-                    tell(toll)
+                    report(toll)
                 with suppress(AssertionError):
                     await until(lambda: toll.acknowledged <= receiver.counts.keys(), drain)
                 await daemon.stop()
@@ -133,7 +133,7 @@ async def torture(
 
 
 async def _overfill(daemon: Daemon, disk: SmallDisk, toll: Toll) -> None:
-    """Send until the disk's floor is reached: by itself, the relay goes no further."""
+    """Send until the disk's floor is reached: the relay itself never goes below it."""
 
     async def work(number: int) -> None:
         for count in range(SIZE // 1_000_000):
@@ -169,29 +169,29 @@ async def _send(daemon: Daemon, rand: random.Random, toll: Toll) -> None:
 
 
 def _note(status: int, headers: dict[str, str], body: bytes, toll: Toll) -> bool:
-    """Say whether an event was accepted; a refusal must be one that a sender understands."""
+    """Return whether an event was accepted; a refusal must be one that a sender understands."""
     if status == HTTPStatus.OK:
         return True
     toll.refused += 1
-    told = headers.get("content-type", "").startswith("application/json") and b'"status":"error"' in body
-    if status != HTTPStatus.SERVICE_UNAVAILABLE or "retry-after" not in headers or not told:
+    is_json = headers.get("content-type", "").startswith("application/json") and b'"status":"error"' in body
+    if status != HTTPStatus.SERVICE_UNAVAILABLE or "retry-after" not in headers or not is_json:
         toll.odd.append(f"{status}: {body[:200]!r}")
     return False
 
 
 async def _started(daemon: Daemon, toll: Toll) -> bool:
-    """Start on a full disk, and say whether that comes up and says that it is not ready."""
+    """Start on a full disk; return whether the relay starts and reports that it is not ready."""
     await daemon.start()
     try:
         await daemon.ready()
     except (AssertionError, TimeoutError):
-        toll.down.append(daemon.said[-500:])
+        toll.down.append(daemon.output[-500:])
         return False
     return True
 
 
 async def _healed(daemon: Daemon, toll: Toll, seconds: float = HEALED) -> bool:
-    """Send until an event is accepted, and say whether that was in time."""
+    """Send until an event is accepted; return whether that was in time."""
     began = time.monotonic()
     raw = request("POST", "/v1/events", adorn("healed"))
     while True:
@@ -213,12 +213,12 @@ async def _healed(daemon: Daemon, toll: Toll, seconds: float = HEALED) -> bool:
 def main(rounds: int, seed: int, variant: str) -> None:
     """Fill the disk in a loop, and count what it cost."""
 
-    def tell(toll: Toll) -> None:
+    def report(toll: Toll) -> None:
         if toll.rounds % 10 == 0:
             click.echo(toll)
 
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), rounds, seed=seed, variant=variant, tell=tell))
+        toll = asyncio.run(torture(Path(folder), rounds, seed=seed, variant=variant, report=report))
     click.echo(toll)
     sys.exit(0 if toll.fine else 1)
 

@@ -1,7 +1,7 @@
 """Files that are deleted, moved or replaced under load, and bytes of the log that flip after a kill.
 
-Run `python -m tests.torture.files --cycles 200`. `--variant blind`, which never looks at its files, must be
-answering into nowhere; `--variant trusting`, which takes its log for whole, must lose without a word.
+Run `python -m tests.torture.files --cycles 200`. `--variant blind`, which never checks its files, must
+acknowledge lost events; `--variant trusting`, which trusts its log, must lose events without a report.
 """
 
 import asyncio
@@ -72,15 +72,15 @@ class Toll:
 
     cycles: int = 0
     acknowledged: int = 0
-    late: list[str] = field(default_factory=list)  # happenings after which 200s went on
+    late: list[str] = field(default_factory=list)  # faults after which the relay still answered 200
     lost: int = 0  # acknowledged, and neither in the database nor in its rescue copy
-    flips: int = 0  # of these many flips,
-    dropped: int = 0  # so many cost events that were acknowledged,
-    silent: int = 0  # and so many of those were not told of
+    flips: int = 0  # flipped bytes
+    dropped: int = 0  # flips that lost acknowledged events
+    silent: int = 0  # of these, flips without a report
 
     @property
     def fine(self) -> bool:
-        """Say whether every promise was kept."""
+        """Return whether every check passed."""
         return not (self.late or self.lost or self.silent)
 
     def __str__(self) -> str:
@@ -97,9 +97,9 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    tell: Callable[[Toll], None] = lambda _toll: None,
+    report: Callable[[Toll], None] = lambda _toll: None,
 ) -> Toll:
-    """Have each of these happen to a daemon of its own; None: a byte of its log flips after a kill."""
+    """Apply each fault to a separate daemon; None: a byte of its log flips after a kill."""
     rand, toll = random.Random(seed), Toll()
     for toll.cycles, happens in enumerate(kinds, start=1):
         place = folder / str(toll.cycles)
@@ -110,7 +110,7 @@ async def torture(
         else:
             await _vanish(config, rand, toll, VARIANTS[variant], happens)
         shutil.rmtree(place)
-        tell(toll)
+        report(toll)
     return toll
 
 
@@ -152,7 +152,7 @@ async def _flip(config: Path, rand: random.Random, toll: Toll, command: Sequence
     raw[rand.randrange(len(raw))] ^= 1 << rand.randrange(8)
     log.write_bytes(raw)
     async with Daemon(config, command) as daemon:
-        told = any("data was lost" in json.loads(line)["message"] for line in daemon.lines)
+        is_reported = any("data was lost" in json.loads(line)["message"] for line in daemon.lines)
         await daemon.stop()
     missing = acknowledged - _events(database)
     toll.acknowledged += len(acknowledged)
@@ -160,11 +160,11 @@ async def _flip(config: Path, rand: random.Random, toll: Toll, command: Sequence
     # The last transaction may go unnoticed if it came after the last mark: it looks like one cut short.
     if len(missing) > SENDERS:
         toll.dropped += 1
-        toll.silent += not told
+        toll.silent += not is_reported
 
 
 async def _send(url: str, acknowledged: set[str]) -> None:
-    """Send until it is refused, or nobody is there any more."""
+    """Send until a refusal, or until the daemon is gone."""
     try:
         async with await Wire.open(url) as wire:
             for number in itertools.count():
@@ -193,13 +193,13 @@ def _events(database: Path) -> set[str]:
 def main(cycles: int, seed: int, variant: str) -> None:
     """Take files away from a daemon and flip bytes of its log, and count what it cost."""
 
-    def tell(toll: Toll) -> None:
+    def report(toll: Toll) -> None:
         if toll.cycles % 10 == 0:
             click.echo(toll)
 
     kinds = list(itertools.islice(itertools.cycle([*HAPPENINGS, *[None] * len(HAPPENINGS)]), cycles))
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), kinds, seed=seed, variant=variant, tell=tell))
+        toll = asyncio.run(torture(Path(folder), kinds, seed=seed, variant=variant, report=report))
     click.echo(toll)
     sys.exit(0 if toll.fine else 1)
 

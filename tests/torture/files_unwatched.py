@@ -1,6 +1,6 @@
-"""Relays that look away, for the harness to notice: `relay`, broken on purpose.
+"""Relays that ignore lost files, for the harness to notice: `relay`, broken on purpose.
 
-The first argument says how: `blind` never looks at its files, `trusting` takes its log for whole.
+The first argument says how: `blind` never checks its files, `trusting` trusts its log.
 """
 
 import sys

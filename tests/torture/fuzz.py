@@ -5,9 +5,9 @@ is sent in one of two ways:
 
 * *framed*: head lines and body are mutated, but the request stays one that must be answered. It goes over a
   kept connection, and a heartbeat with a worker id of its own follows, whose answer must name that worker. So
-  an answer that is missing, one too many, or another request's is seen.
-* *broken*: any bytes are mutated. The sender then closes its side and reads until the daemon does: whatever
-  was sent, that must come to an end.
+  an answer that is missing, one too many, or another request's is detected.
+* *broken*: any bytes are mutated. The sender then closes its side and reads until the daemon does: after any
+bytes, the connection must end.
 
 `--variant hangs` and `--variant corrupts` put a proxy in between that spoils one answer in 20; both must be
 found.
@@ -210,11 +210,11 @@ def _in_line(text: bytes) -> bytes:
 
 @dataclass
 class Findings:
-    """What came back."""
+    """The results."""
 
     requests: int = 0
     answers: Counter[int] = field(default_factory=Counter)  # by status; 0: none came
-    faults: list[str] = field(default_factory=list)  # what must not happen, with the request that did it
+    faults: list[str] = field(default_factory=list)  # each fault with the request that caused it
     acknowledged: set[str] = field(default_factory=set)  # events, as far as the answer names them
     arrived: Counter[str] = field(default_factory=Counter)  # events at the receiver
     stored: int = 0  # events
@@ -223,11 +223,11 @@ class Findings:
 
     @property
     def fine(self) -> bool:
-        """Say whether nothing happened that must not."""
+        """Return whether there is no fault."""
         return not self.faults and self.logged < MOST_LOG and self.growth < MOST_GROWTH
 
     def fault(self, what: str, raw: bytes) -> None:
-        """Note what must not happen; the first thousand are enough."""
+        """Note a fault; the first thousand are enough."""
         if len(self.faults) < 1000:
             self.faults.append(f"{what}, in answer to {raw!r}")
 
@@ -249,7 +249,7 @@ class Receiver(asyncio.Protocol):
         self._transport: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the way back."""
+        """Keep the transport."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -286,7 +286,7 @@ class Meddler:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, stack: AsyncExitStack) -> str:
-        """Listen until the stack ends; return where."""
+        """Listen until the stack ends; return the address."""
         server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
         stack.push_async_callback(self._stop, server)
         host, port = server.sockets[0].getsockname()
@@ -442,7 +442,7 @@ async def torture(
     *,
     seed: int,
     patience: float = PATIENCE,
-    tell: Callable[[Findings], None] = lambda _found: None,
+    report: Callable[[Findings], None] = lambda _found: None,
     **meddling: float,
 ) -> Findings:
     """Send that many mutated requests to a daemon with a destination, and look after it.
@@ -481,7 +481,7 @@ async def torture(
                 if found.requests % 100 == 0:
                     found.growth = daemon.resident() - resident if resident else 0
                     found.logged = daemon.logged
-                tell(found)
+                report(found)
             await fuzzer.close()
 
         await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
@@ -490,14 +490,14 @@ async def torture(
 
 
 async def _reckon(daemon: Daemon, database: Path, found: Findings, resident: int) -> None:
-    """Wait until nothing is pending, stop the daemon, and compare what it promised with what arrived."""
+    """Wait until nothing is pending, stop the daemon, and compare acknowledged and arrived events."""
     async with asyncio.timeout(DRAIN):
         pending = "/api/deliveries?state=pending&limit=1"
         while (await daemon.operator("GET", pending))["items"]:  # noqa: ASYNC110 - it is another process
             await asyncio.sleep(0.1)
     found.growth, found.logged = daemon.resident() - resident, daemon.logged
-    if "Traceback" in daemon.said or '"exception"' in daemon.said:
-        found.faults.append(f"a traceback in the log:\n{daemon.said}")
+    if "Traceback" in daemon.output or '"exception"' in daemon.output:
+        found.faults.append(f"a traceback in the log:\n{daemon.output}")
     if (code := await daemon.stop()) != 0:
         found.faults.append(f"exit code {code}")
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
@@ -522,12 +522,12 @@ VARIANTS = {"honest": {}, "hangs": {"hangs": 0.05}, "corrupts": {"corrupts": 0.0
 def main(requests: int, seed: int, variant: str) -> None:
     """Send mutated requests to a daemon of its own."""
 
-    def tell(found: Findings) -> None:
+    def report(found: Findings) -> None:
         if found.requests % 10_000 == 0:
             click.echo(found)
 
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(torture(Path(folder), requests, seed=seed, tell=tell, **VARIANTS[variant]))
+        found = asyncio.run(torture(Path(folder), requests, seed=seed, report=report, **VARIANTS[variant]))
     click.echo(found)
     for fault in found.faults[:20]:
         click.echo(fault)

@@ -44,7 +44,7 @@ class Toll:
 
     @property
     def fine(self) -> bool:
-        """Say whether every promise was kept."""
+        """Return whether every check passed."""
         return not (self.lost or self.undelivered or self.corrupt) and self.most_repeated <= IN_FLIGHT
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Toll:
 
 
 class Counting(Recorder):
-    """A receiver that keeps numbers only, for runs of hours."""
+    """A receiver that stores only numbers, for runs of hours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    tell: Callable[[Toll], None] = lambda _toll: None,
+    report: Callable[[Toll], None] = lambda _toll: None,
 ) -> Toll:
     """Kill the daemon that many times, then let it deliver what is left."""
     rand, toll = random.Random(seed), Toll()
@@ -98,7 +98,7 @@ async def torture(
                 toll.corrupt += [text for (text,) in reader.execute("PRAGMA quick_check") if text != "ok"]
             toll.lost |= acknowledged - {public_id for _, public_id in found}
             newest = max([newest, *(id_ for id_, _ in found)])
-            tell(toll)
+            report(toll)
         repeated = receiver.repeated
         async with Daemon(config, VARIANTS[variant]) as daemon:
             await until(lambda: owed(database) == 0, DRAIN)
@@ -113,7 +113,7 @@ async def torture(
 
 
 async def load_and_kill(daemon: Daemon, rand: random.Random) -> set[str]:
-    """Send from several connections, kill at a moment that nobody chose, return what was acknowledged."""
+    """Send from several connections, kill at a random moment, return the acknowledged events."""
     acknowledged: set[str] = set()
     senders = [asyncio.create_task(_send(daemon.url, acknowledged)) for _ in range(SENDERS)]
     await until(lambda: acknowledged)
@@ -147,12 +147,12 @@ def owed(database: Path) -> int:
 def main(cycles: int, seed: int, variant: str) -> None:
     """Kill the daemon in a loop, and count what it cost."""
 
-    def tell(toll: Toll) -> None:
+    def report(toll: Toll) -> None:
         if toll.cycles % 50 == 0:
             click.echo(toll)
 
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), cycles, seed=seed, variant=variant, tell=tell))
+        toll = asyncio.run(torture(Path(folder), cycles, seed=seed, variant=variant, report=report))
     click.echo(toll)
     sys.exit(0 if toll.fine else 1)
 

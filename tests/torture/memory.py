@@ -1,6 +1,6 @@
 """Large events at the running daemon: their bodies leave its memory once they are stored.
 
-Run `python -m tests.torture.memory --events 1500`; `--variant keeps-bodies` must be found out.
+Run `python -m tests.torture.memory --events 1500`; the harness must detect `--variant keeps-bodies`.
 """
 
 import asyncio

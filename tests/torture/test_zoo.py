@@ -25,7 +25,7 @@ async def animals(tmp_path):
 
 @pytest.fixture
 async def lags():
-    """Collect by how much the loop is late, for the machine's own delays are no receiver's doing."""
+    """Collect the delays of the loop: receivers do not cause the machine's own delays."""
     lags, loop = [0.0], asyncio.get_running_loop()
 
     async def tick():
@@ -47,7 +47,7 @@ def cage(name, animal):
 
 
 async def settled(store, dispatcher):
-    """Wait until every destination has got all it is owed or is held, and return the books."""
+    """Wait until every destination has all its deliveries or is held, and return the ledger."""
     async with asyncio.timeout(60):
         while True:
             counts = await store.ledger.audit()

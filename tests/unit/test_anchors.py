@@ -1,4 +1,4 @@
-"""No pattern of ours takes a line break at the end for the end."""
+"""No pattern of the relay accepts a line break at the end of a text."""
 
 import ast
 import re
@@ -118,7 +118,7 @@ def test_a_pattern_of_a_plugin_setting_does_not_match_before_a_line_break():
     binding.within(msgspec.Meta(pattern=r"^[a-z\n]+$"), "abc\n")
 
 
-# --- numbers with units that mean too much ------------------------------------------------------------
+# --- numbers with units that are too large ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A backup is a whole database that another relay can start from, made while work goes on."""
+"""A backup is a complete database, made while the relay works; another relay can start from it."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Backups in their time: one when it is due, and no more than are to be kept."""
+"""Periodic backups: made when due, and no more than the configured number."""
 
 import logging
 
@@ -87,9 +87,9 @@ async def test_a_failed_backup_deletes_no_older_one(backups, store, clock, tmp_p
     assert made(tmp_path) == before
     assert (done.failures, done.succeeded_at) == (1, None)
     assert done.error.startswith("backup failed: the ledger of the copy does not balance: crm, erp")
-    [said] = caplog.records
-    assert said.getMessage() == f"job backup failed: {done.error}"
-    assert (said.levelname, said.exc_info) == ("ERROR", None)
+    [record] = caplog.records
+    assert record.getMessage() == f"job backup failed: {done.error}"
+    assert (record.levelname, record.exc_info) == ("ERROR", None)
     labels = {"job_name": "backup", "outcome": "failed"}
     assert metrics.registry.get_sample_value("relay_job_runs_total", labels) == 1
     check = backups.examine()

@@ -295,10 +295,10 @@ def test_no_event_of_a_hostile_corpus_breaks_a_body():
 )
 def test_a_mistake_is_a_problem_with_its_line(tmp_path, more, line, problem):
     path = write_config(tmp_path, f'[destinations.api]\nurl = "https://api.example/"\n{more}\n')
-    said = run("check-config", "-c", path, code=1).err
-    assert problem in said
+    result = run("check-config", "-c", path, code=1).err
+    assert problem in result
     numbers = [n for n, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(f"{line} =")]
-    assert f"{path}:{numbers[-1]}: " in said
+    assert f"{path}:{numbers[-1]}: " in result
 
 
 def test_config_show_prints_the_template(tmp_path):

@@ -1,4 +1,4 @@
-"""A request that somebody wrote down, in whatever form tools leave it."""
+"""Captured requests, in the forms that tools write."""
 
 import base64
 import contextlib
@@ -60,13 +60,13 @@ def test_text_after_the_body_is_ignored_and_reported():
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [(BODY[:-4], "truncated: 10 of 14 bytes"), (BODY[:-1], "a newline at the end may have been lost")],
 )
-def test_a_truncated_body_is_a_finding(body, says):
+def test_a_truncated_body_is_a_finding(body, message):
     [finding] = read(RAW.replace(BODY, body)).findings
     assert (finding.cause, finding.where) == ("bytes", "body")
-    assert says in finding.what
+    assert message in finding.what
 
 
 def test_an_invalid_length_is_a_finding():
@@ -117,7 +117,7 @@ def test_headers_alone_are_a_request_without_a_known_path():
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "expected a request"),
         (b"hello\n\nbody", "expected a request"),
@@ -127,10 +127,10 @@ def test_headers_alone_are_a_request_without_a_known_path():
         (b'{"body_base64": "?"}', "invalid JSON: "),
     ],
 )
-def test_an_invalid_capture_is_an_error(content, says):
+def test_an_invalid_capture_is_an_error(content, message):
     with pytest.raises(ValueError, match=r".") as error:
         read(content)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "s3cret" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""`relay config`: what a configuration comes to, and a first one."""
+"""`relay config`: the effective configuration, and a starter file."""
 
 import tomllib
 from pathlib import Path
@@ -18,10 +18,10 @@ headers = { "X-Key" = "a header of mine" }
 
 def test_the_effective_configuration_is_toml_with_defaults_and_without_secrets(tmp_path):
     config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/", MORE))
-    said = run("config", "show", "-c", config)
+    result = run("config", "show", "-c", config)
     for secret in (SECRET, "test-token", "dev-token", "worker-secret", "a header of mine"):
-        assert secret not in said.out
-    shown = tomllib.loads(said.out)
+        assert secret not in result.out
+    shown = tomllib.loads(result.out)
     assert shown == run("config", "show", "-c", config, "--json").json
     assert shown["server"]["max_body"] == "2 MiB"
     assert shown["server"]["shutdown_grace"] == "5s"
@@ -38,9 +38,9 @@ def test_the_effective_configuration_is_toml_with_defaults_and_without_secrets(t
 def test_the_reference_configuration_is_shown_unchanged(monkeypatch):
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     file = Path(__file__).parents[2] / "config.toml"
-    said, shown = tomllib.loads(file.read_text()), run("config", "show", "-c", file, "--json").json
+    result, shown = tomllib.loads(file.read_text()), run("config", "show", "-c", file, "--json").json
     for table in ("server", "storage", "retention", "log"):
-        for key, value in said[table].items():
+        for key, value in result[table].items():
             assert shown[table][key] == value, (table, key)
 
 
@@ -49,9 +49,9 @@ def test_a_starter_configuration_is_valid_once_its_secrets_are_set(tmp_path, mon
     monkeypatch.setenv("CRM_WEBHOOK_SECRET", f"whsec_{SECRET}")
     file = tmp_path / "config.toml"
     assert f"`relay check-config {file}`" in run("config", "init", file).out
-    said = run("check-config", file)
-    assert said.out == f"{file}: ok (1 source, 1 destination)\n"
-    assert said.err == ""
+    result = run("check-config", file)
+    assert result.out == f"{file}: ok (1 source, 1 destination)\n"
+    assert result.err == ""
 
 
 def test_an_existing_configuration_is_never_overwritten(tmp_path):
@@ -59,5 +59,5 @@ def test_an_existing_configuration_is_never_overwritten(tmp_path):
     file.write_text("mine = 1")
     assert run("config", "init", file, code=1).err.startswith(f"{file} already exists\n")
     assert file.read_text() == "mine = 1"
-    said = run("config", "init", tmp_path / "none" / "config.toml", code=1)
-    assert "cannot write" in said.err
+    result = run("config", "init", tmp_path / "none" / "config.toml", code=1)
+    assert "cannot write" in result.err

@@ -176,10 +176,10 @@ def test_an_unusable_client_certificate_is_a_problem_that_names_the_file(files, 
     path.write_text(f'development = true\n[destinations.crm]\nurl = "{url}"\nclient_cert = {{ {table} }}\n')
     with pytest.raises(ConfigError) as caught:
         load(path, {})
-    told = str(caught.value)
-    assert "config.toml:4: destinations.crm.client_cert" in told
-    assert problem in told
-    assert "hush" not in told
+    text = str(caught.value)
+    assert "config.toml:4: destinations.crm.client_cert" in text
+    assert problem in text
+    assert "hush" not in text
 
 
 def test_a_client_certificate_that_became_unusable_after_the_check_stops_the_start(files):

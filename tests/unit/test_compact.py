@@ -1,4 +1,4 @@
-"""Compacting gives the disk back what is free, and forgets what was in the log."""
+"""Compacting returns free space to the disk, and empties the log."""
 
 import pytest
 from stores import opened, rows, send

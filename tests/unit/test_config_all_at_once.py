@@ -60,18 +60,18 @@ events = ["shpo.*"]
 EXPECTED = re.findall(r"  # (\d+: .*)", TEXT)
 
 
-def test_every_problem_is_found_whatever_else_is_wrong(tmp_path):
+def test_every_problem_is_found_beside_all_others(tmp_path):
     (tmp_path / "config.toml").write_text(TEXT)
-    said = run("check-config", tmp_path / "config.toml", code=1)
-    *lines, last = said.err.splitlines()
+    result = run("check-config", tmp_path / "config.toml", code=1)
+    *lines, last = result.err.splitlines()
     place = f"{tmp_path}/config.toml:"
     problems = [line.removeprefix(place) for line in lines if line.startswith(place)]
     for problem, expected in zip(problems, EXPECTED, strict=True):
         assert problem.startswith(expected.replace("HERE", str(tmp_path)))
     assert last.startswith(f"{len(EXPECTED)} problems; correct and run")
-    assert f'warning: {place}48: destinations.erp.events[0]: unknown source "shpo", did you' in said.err
+    assert f'warning: {place}48: destinations.erp.events[0]: unknown source "shpo", did you' in result.err
     shown = run("check-config", tmp_path / "config.toml", "--json", code=1).json
-    assert (len(shown["problems"]), len(shown["warnings"])) == (len(EXPECTED), said.err.count("warning: "))
+    assert (len(shown["problems"]), len(shown["warnings"])) == (len(EXPECTED), result.err.count("warning: "))
 
 
 def test_a_source_with_a_wrong_prefix_claims_no_path(tmp_path):
@@ -90,8 +90,8 @@ def test_problems_of_several_included_files_are_reported_together(tmp_path, brok
     (tmp_path / "conf.d" / "1.toml").write_bytes(broken.encode("latin-1"))
     (tmp_path / "conf.d" / "2.toml").write_text("[log]\nlevel = 'debug'\n")
     (tmp_path / "conf.d" / "3.toml").write_text("a = [")
-    said = run("check-config", file, code=1).err
-    assert [name for name in ("1.toml:", "2.toml:", "3.toml:") if name in said] == [
+    result = run("check-config", file, code=1).err
+    assert [name for name in ("1.toml:", "2.toml:", "3.toml:") if name in result] == [
         "1.toml:", "2.toml:", "3.toml:"
     ]  # fmt: skip
-    assert said.splitlines()[-1].startswith("3 problems")
+    assert result.splitlines()[-1].startswith("3 problems")

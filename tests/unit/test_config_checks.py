@@ -1,4 +1,4 @@
-"""What addresses, names and headers must look like."""
+"""Checks of addresses, names and headers."""
 
 import pytest
 
@@ -150,9 +150,9 @@ def test_a_valid_value_is_returned_unchanged(check, value):
     assert check(value) is value
 
 
-@pytest.mark.parametrize(("check", "value", "says"), BAD)
-def test_an_invalid_value_is_refused_without_showing_a_secret(check, value, says):
-    with pytest.raises(ValueError, match=says) as caught:
+@pytest.mark.parametrize(("check", "value", "message"), BAD)
+def test_an_invalid_value_is_refused_without_showing_a_secret(check, value, message):
+    with pytest.raises(ValueError, match=message) as caught:
         check(value)
     assert "hush" not in str(caught.value)
 

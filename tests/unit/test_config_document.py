@@ -28,7 +28,7 @@ def test_a_valid_file_has_its_values_and_their_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "says"),
+    ("content", "line", "message"),
     [
         (b"a = 1\nb = \n", 2, "not valid TOML: invalid value"),
         (b"a = 1\na = 2\n", 2, "not valid TOML: cannot overwrite a value"),
@@ -39,12 +39,12 @@ def test_a_valid_file_has_its_values_and_their_lines(tmp_path, monkeypatch):
         (b"a = " + b"[" * 9000 + b"]" * 9000, 0, "nested too deeply"),
     ],
 )
-def test_a_broken_file_is_a_problem_with_its_line(tmp_path, content, line, says):
+def test_a_broken_file_is_a_problem_with_its_line(tmp_path, content, line, message):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
     problem = problem_of(path)
     assert problem.line == line
-    assert says in problem.problem
+    assert message in problem.problem
     assert str(problem).startswith(f"{path}:{line}: " if line else f"{path}: ")
 
 
@@ -59,7 +59,7 @@ def test_a_folder_is_a_problem(tmp_path):
 
 
 def test_an_unreadable_file_is_a_problem(tmp_path):
-    """A link to itself: what permissions deny to others, this denies also to root."""
+    """A link to itself, because permissions do not apply to root."""
     path = tmp_path / "loop.toml"
     path.symlink_to(path)
     assert "cannot be read: " in str(problem_of(path))

@@ -33,7 +33,7 @@ def test_a_secret_comes_from_a_systemd_credential(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "text"),
     [
         ({"env": "TOKEN"}, ["TOKEN is not set", "set it"]),
         ({"env": "EMPTY"}, ["EMPTY is empty", "set it"]),
@@ -56,12 +56,12 @@ def test_a_secret_comes_from_a_systemd_credential(tmp_path):
         (["x"], ["got a list"]),
     ],
 )
-def test_a_secret_that_cannot_be_found_says_what_to_do(tmp_path, value, says):
+def test_a_secret_that_cannot_be_found_says_what_to_do(tmp_path, value, text):
     (tmp_path / "blank").write_text("\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "huge").write_bytes(b"x" * 65_537)
     message = refused(tmp_path, value, EMPTY=" ")
-    for words in says:
+    for words in text:
         assert words in message
 
 

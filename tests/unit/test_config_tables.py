@@ -23,7 +23,7 @@ def bind(tmp_path):
     return run
 
 
-def told(binder):
+def reported(binder):
     return [f"{problem.line}: {problem.key}: {problem.problem}" for problem in sorted(binder.problems)]
 
 
@@ -145,7 +145,7 @@ def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
 )
 def test_an_invalid_value_is_a_problem_at_its_line(bind, text, problem):
     _, binder = bind(text, SHORT="hush")
-    (found,) = told(binder)
+    (found,) = reported(binder)
     assert found.startswith(problem)
     assert "hush" not in found
 

@@ -1,4 +1,4 @@
-"""Credentials and forms: the checks that a source has at hand, and what they refuse."""
+"""Credentials and forms: the checks for sources, and the requests that they refuse."""
 
 import base64
 import hmac

@@ -1,4 +1,4 @@
-"""A coroutine that begins at once goes on as any task does."""
+"""A coroutine that begins at once continues like any task."""
 
 import asyncio
 
@@ -8,36 +8,36 @@ from relay.ingest.connection import begin
 
 
 async def test_a_coroutine_that_never_waits_finishes_without_a_task():
-    said = []
+    steps = []
 
-    async def speak():
-        said.append(asyncio.current_task())
+    async def record():
+        steps.append(asyncio.current_task())
 
     here = asyncio.all_tasks()
-    assert begin(speak()) is None
-    assert said == [asyncio.current_task()]  # whoever began it
+    assert begin(record()) is None
+    assert steps == [asyncio.current_task()]  # whoever began it
     assert asyncio.all_tasks() == here
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["later", "meanwhile"])
 async def test_a_coroutine_that_waits_continues_in_a_task(is_done):
-    first, second, said = asyncio.Event(), asyncio.Event(), []
+    first, second, steps = asyncio.Event(), asyncio.Event(), []
 
     async def wait():
-        said.append("began")
+        steps.append("began")
         await first.wait()
         async with asyncio.timeout(30):  # which asks for the task that it is in
             await second.wait()
-        said.append(asyncio.current_task())
+        steps.append(asyncio.current_task())
 
     task = begin(wait())
-    assert said == ["began"]
+    assert steps == ["began"]
     first.set()
     if not is_done:
         await asyncio.sleep(0)
     second.set()
     await task
-    assert said == ["began", task]
+    assert steps == ["began", task]
 
 
 async def test_a_failure_after_a_wait_is_raised_by_the_task():
@@ -59,14 +59,14 @@ async def test_a_failure_before_the_first_wait_is_raised_in_the_caller():
 
 
 async def test_a_cancellation_is_raised_at_the_wait_and_may_be_suppressed():
-    said = []
+    steps = []
 
     async def clean_up():
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             await asyncio.sleep(0)
-            said.append("cleaned up")
+            steps.append("cleaned up")
             raise
 
     task = begin(clean_up())
@@ -74,20 +74,20 @@ async def test_a_cancellation_is_raised_at_the_wait_and_may_be_suppressed():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert said == ["cleaned up"]
+    assert steps == ["cleaned up"]
 
 
 async def test_a_cancellation_before_the_first_step_of_the_task_is_raised_too():
-    said = []
+    steps = []
 
     async def wait():
         try:
             await asyncio.Event().wait()
         finally:
-            said.append("told")
+            steps.append("ended")
 
     task = begin(wait())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert said == ["told"]
+    assert steps == ["ended"]

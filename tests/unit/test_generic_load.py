@@ -1,4 +1,4 @@
-"""What is wrong with a generic source is reported at load: at its line, with what to write instead."""
+"""Faults of a generic source are reported at load, at their line, with the correction."""
 
 from pathlib import Path
 

@@ -149,7 +149,7 @@ def test_data_is_the_body_unless_a_template_says_otherwise(keys, body, data):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"a": 1}x', b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"[" * 5000])
-def test_a_body_that_is_not_json_is_refused_whatever_the_templates_name(body):
+def test_a_body_that_is_not_json_is_refused_with_any_templates(body):
     for keys in ("", 'data = "{path:store}"', 'type = "{body:a}"'):
         with pytest.raises(Malformed):
             event_of(load_table(keys), body)

@@ -78,7 +78,7 @@ def test_basic_credentials_are_a_user_and_one_of_the_secrets():
         assert source.diagnose(request)[0].startswith("header Authorization: ")
 
 
-def test_an_api_key_stands_in_a_header_a_query_or_the_body():
+def test_an_api_key_is_in_a_header_a_query_or_the_body():
     header = source_of('{ api_key = { header = "X-Token", prefix = "key-" } }')
     assert not header.needs_body()
     assert problem_of(header, incoming(headers={"x-token": "key-s3cret"})) == ""
@@ -364,7 +364,7 @@ def test_a_signed_sample_is_accepted(verify):
 
 
 @pytest.mark.parametrize(
-    ("keys", "headers", "body", "says"),
+    ("keys", "headers", "body", "message"),
     [
         ("", {}, BODY, "the header X-Sign is missing"),
         ("", {"X-Sign": base64_of(BODY)}, BODY, 'secrets[1] matches with encoding = "base64"'),
@@ -381,7 +381,7 @@ def test_a_signed_sample_is_accepted(verify):
         ('signed = "{header:X}{body}"', {"X-Sign": hex_of(BODY)}, BODY, "The signed text has no {header:X}"),
     ],
 )  # fmt: skip
-def test_a_diagnosis_says_which_secret_encoding_or_bytes_would_fit(keys, headers, body, says):
+def test_a_diagnosis_names_the_secret_encoding_or_bytes_that_would_match(keys, headers, body, message):
     more = f", {keys}" if keys else ""
     secrets = '["b3RoZXI=", "czNjcmV0"]' if "key_encoding" in keys else '["other", "s3cret"]'
     verify = f'{{ hmac = {{ header = "X-Sign"{more} }} }}'
@@ -389,7 +389,7 @@ def test_a_diagnosis_says_which_secret_encoding_or_bytes_would_fit(keys, headers
     request = incoming(body, headers)
     assert problem_of(source, request)
     found = source.diagnose(request)
-    assert any(says in each for each in found), found
+    assert any(message in each for each in found), found
     assert "s3cret" not in str(found)
 
 

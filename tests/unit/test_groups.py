@@ -260,7 +260,7 @@ async def test_an_unfinished_attempt_is_repeated_as_a_group_after_a_restart(tmp_
     await again.close()
 
 
-async def test_held_groups_are_joined_when_the_destination_goes_on(store, chat):
+async def test_held_groups_are_joined_when_the_destination_resumes(store, chat):
     async with dispatcher_for(store, grouping(chat, SOON, group_max=10)) as dispatcher:
         lane = dispatcher.lanes["chat"]
         await lane.set_state(DestinationState(name="chat", paused=True))

@@ -1,4 +1,4 @@
-"""Deliveries that nobody takes: their operator is told in time, then they expire, and the books balance."""
+"""Deliveries that no receiver accepts: the operator is warned, they expire, and the ledger balances."""
 
 import msgspec
 import pytest
@@ -56,7 +56,7 @@ async def fail(store, clock, destination, seconds):
 
 
 async def look(store, *names, kept=KEPT):
-    """Look until nothing is left, as the daemon does; return how many expired."""
+    """Expire until nothing is left, as the daemon does; return how many expired."""
     count = 0
     while some := await store.deliveries.expire_held(names, kept):
         count += some

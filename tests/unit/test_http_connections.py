@@ -69,7 +69,7 @@ async def test_the_replacement_shares_the_total_timeout(client_for):
             assert lasted.seconds < SHORT + GRACE
 
 
-@pytest.mark.parametrize("make", [receivers.answers_before_reading, receivers.says_more_than_its_length])
+@pytest.mark.parametrize("make", [receivers.answers_before_reading, receivers.sends_more_than_its_length])
 async def test_a_connection_in_an_unclear_state_is_not_reused(client_for, make):
     async with make() as receiver:
         client = client_for()

@@ -185,6 +185,6 @@ async def test_a_body_may_have_any_framing(client_for, make, body):
 
 async def test_a_1xx_may_precede_the_response(client_for):
     early = head("100 Continue") + head("103 Early Hints", link="</a>")
-    async with receivers.says(answer=early + head("201 Created", content_length=2) + b"ok") as receiver:
+    async with receivers.sends(answer=early + head("201 Created", content_length=2) + b"ok") as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.result, answer.status, answer.body) == ("ok", 201, b"ok")

@@ -70,7 +70,7 @@ async def test_an_unknown_ca_is_a_tls_failure(client_for, certificates):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (receivers.speaks_first, "wrong version number"),
+        (receivers.sends_first, "wrong version number"),
         (receivers.closes_at_once, "closed the connection during the TLS handshake"),
     ],
 )

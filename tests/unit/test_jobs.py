@@ -1,4 +1,4 @@
-"""Periodic work: it comes again whatever it does, one run at a time, and ends with the daemon."""
+"""Periodic jobs: they run again after any result, one run at a time, until the daemon stops."""
 
 import asyncio
 import logging

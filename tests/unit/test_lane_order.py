@@ -45,7 +45,7 @@ class Flaky(Receiver):
         return 200, {}
 
 
-async def test_each_key_arrives_strictly_in_order_and_once_whatever_fails(store):
+async def test_each_key_arrives_strictly_in_order_and_once_despite_failures(store):
     async with Flaky().serve() as receiver:
         crm = destination(
             "crm", receiver.url, order_by="subject", concurrency=8,

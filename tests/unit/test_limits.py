@@ -9,16 +9,16 @@ from relay.delivery.limits import OWN_SLOTS, Slots
 
 
 class Waiter:
-    """A lane as the slots see it: it wants a number of slots and takes all it can on its turn."""
+    """A lane for the slots: it wants a number of slots, and takes all it can on its turn."""
 
     def __init__(self, slots, wants):
         self.slots = slots
         self.wants = wants
         self.active = 0
-        self.told = 0
+        self.turns = 0
 
     def turn(self):
-        self.told += 1
+        self.turns += 1
         self.fill()
 
     def fill(self):
@@ -43,10 +43,10 @@ def test_a_refused_lane_gets_its_turn_when_a_slot_is_free():
     first, second = Waiter(slots, 3), Waiter(slots, 3)
     first.fill()
     second.fill()
-    assert (second.active, second.told) == (2, 0)
+    assert (second.active, second.turns) == (2, 0)
     first.wants = 0
     first.end()
-    assert (second.active, second.told) == (3, 1)
+    assert (second.active, second.turns) == (3, 1)
 
 
 def test_a_lane_refused_often_gets_one_turn():
@@ -57,7 +57,7 @@ def test_a_lane_refused_often_gets_one_turn():
         second.fill()
     first.wants = second.wants = 0
     first.end()
-    assert second.told == 1
+    assert second.turns == 1
 
 
 def test_own_slots_free_no_shared_slot():
@@ -66,7 +66,7 @@ def test_own_slots_free_no_shared_slot():
     first.fill()
     second.fill()
     first.end()
-    assert (second.active, second.told) == (2, 0)
+    assert (second.active, second.turns) == (2, 0)
 
 
 def test_a_slot_that_one_waiter_does_not_take_goes_to_the_next():

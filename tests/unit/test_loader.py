@@ -1,4 +1,4 @@
-"""Plugins come in by three doors, and every source's settings are bound, or all that is wrong is told."""
+"""Plugins come from three places; the settings of every source are bound, or all faults are reported."""
 
 import pkgutil
 import sys
@@ -76,7 +76,7 @@ def setup(tmp_path):
 
 
 @pytest.fixture
-def told(setup, tmp_path):
+def problems_of(setup, tmp_path):
     def run(text):
         with pytest.raises(ConfigError) as caught:
             setup(text)
@@ -96,7 +96,7 @@ def install(folder, monkeypatch, name, source, entry):
     monkeypatch.syspath_prepend(str(folder))
 
 
-# --- doors --------------------------------------------------------------------------------------
+# --- places -------------------------------------------------------------------------------------
 
 
 def test_the_bundled_sources_are_always_there():
@@ -208,7 +208,7 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
 
 
 @pytest.mark.parametrize(
-    ("source", "line", "says"),
+    ("source", "line", "message"),
     [
         ("import nonsense_module", 1, "cannot be imported: ModuleNotFoundError: No module named"),
         ("x = 1\ndef f(:\n", 2, "cannot be imported: invalid syntax"),
@@ -298,13 +298,13 @@ def test_a_plugin_that_cannot_be_imported_leaves_nothing_behind(plugins):
         ),
     ],
 )
-def test_a_broken_plugin_is_one_sentence_that_names_its_file(plugins, source, line, says):
+def test_a_broken_plugin_is_one_sentence_that_names_its_file(plugins, source, line, message):
     file = plugins / "bad.py"
     file.write_text(source)
     offers, (problem,) = discover([plugins])
     assert problem.file == str(file)
     assert problem.line == line
-    assert says in problem.problem
+    assert message in problem.problem
     assert "\n" not in str(problem)
     assert "moddy" in offers.kinds
 
@@ -339,23 +339,23 @@ def test_a_destination_may_use_a_plugin_s_format(setup, plugins):
 
 
 @pytest.mark.parametrize(
-    ("format_", "says"),
+    ("format_", "message"),
     [
         ("audt", 'unknown format "audt", did you mean "audit"?'),
         ("x", 'unknown format "x"; known: standard, raw, cloudevents, slack, discord, teams'),
     ],
 )
-def test_an_unknown_format_is_reported_with_all_other_problems(told, plugins, format_, says):
+def test_an_unknown_format_is_reported_with_all_other_problems(problems_of, plugins, format_, message):
     offer_format(plugins)
-    levle, audit, where = told(f"log.levle = 1\n{CRM}format = '{format_}'\nwhere = 5")
+    levle, audit, where = problems_of(f"log.levle = 1\n{CRM}format = '{format_}'\nwhere = 5")
     assert levle.startswith("config.toml:1: log.levle: unknown key")
-    assert audit.startswith(f"config.toml:5: destinations.crm.format: {says}")
+    assert audit.startswith(f"config.toml:5: destinations.crm.format: {message}")
     assert where.startswith("config.toml:6: destinations.crm.where: expected a table")
 
 
-def test_an_unknown_format_is_not_reported_while_a_plugin_is_broken(told, plugins):
+def test_an_unknown_format_is_not_reported_while_a_plugin_is_broken(problems_of, plugins):
     (plugins / "audit.py").write_text("def f(:")
-    (problem,) = told(CRM + "format = 'audit'")
+    (problem,) = problems_of(CRM + "format = 'audit'")
     assert problem.startswith("plugins.d/audit.py:1: cannot be imported")
 
 
@@ -370,7 +370,7 @@ def test_a_format_with_a_taken_name_stops_the_start(plugins):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"name": ""}, "has a format called '': a name is 1 to 64"),
         ({"name": 5}, "has a format called 5: expected string"),
@@ -387,10 +387,10 @@ def test_a_format_with_a_taken_name_stops_the_start(plugins):
         ({"render": "bytes, group='x'"}, "has a `group` that is not a plain function"),
     ],
 )
-def test_an_unusable_format_is_reported_in_one_sentence(plugins, wrong, says):
+def test_an_unusable_format_is_reported_in_one_sentence(plugins, wrong, message):
     offer_format(plugins, **wrong)
     _, (problem,) = discover([plugins])
-    assert says in str(problem)
+    assert message in str(problem)
 
 
 # --- observers ----------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def test_two_jobs_of_one_name_stop_the_start(plugins):
 
 
 @pytest.mark.parametrize(
-    ("job", "says"),
+    ("job", "message"),
     [
         ("3", "relay_jobs() returned a list with 3, which is not a Job"),
         ("Job(name='a b', every=60, work=work)", "has a job called 'a b': a name is 1 to 64"),
@@ -449,10 +449,10 @@ def test_two_jobs_of_one_name_stop_the_start(plugins):
         ("Job(name='tidy', every=60, work=print)", "a `work` that is not an `async def` function"),
     ],
 )
-def test_an_unusable_job_is_reported_in_one_sentence(plugins, job, says):
+def test_an_unusable_job_is_reported_in_one_sentence(plugins, job, message):
     (plugins / "a.py").write_text(JOBS.format(job))
     _, (problem,) = discover([plugins])
-    assert says in problem.problem
+    assert message in problem.problem
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_a_source_has_the_common_keys_and_those_of_its_plugin(setup, plugins):
 
 
 def test_an_unchanged_config_loads_equal(setup, plugins):
-    """What a reload relies on to see that nothing changed."""
+    """A reload relies on this to notice that nothing changed."""
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
     first, second = setup(SHOP), setup(SHOP)
     assert first == second
@@ -551,16 +551,16 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
         ),
     ],
 )
-def test_a_problem_of_a_source_is_reported_at_its_line(told, plugins, text, problems):
+def test_a_problem_of_a_source_is_reported_at_its_line(problems_of, plugins, text, problems):
     (plugins / "shop.py").write_text(PLUGIN.format(kind="shop"))
-    found = told(text)
+    found = problems_of(text)
     assert len(found) == len(problems)
     for problem, expected in zip(found, problems, strict=True):
         assert problem.startswith(f"config.toml:{expected}")
 
 
 @pytest.mark.parametrize(
-    ("raises", "says"),
+    ("raises", "message"),
     [
         ("raise ValueError('shops need a name')", "shops need a name"),
         ("raise Invalid(field='shop', issue='is closed')", "shop: is closed"),
@@ -568,17 +568,19 @@ def test_a_problem_of_a_source_is_reported_at_its_line(told, plugins, text, prob
     ],
 )
 @pytest.mark.parametrize("method", ["__post_init__", "warnings"])
-def test_a_plugin_that_refuses_its_settings_is_a_problem_of_its_table(told, plugins, method, raises, says):
+def test_a_plugin_that_refuses_its_settings_is_a_problem_of_its_table(
+    problems_of, plugins, method, raises, message
+):
     (plugins / "shop.py").write_text(
         HEAD
         + f"class Shop(Source, kind='shop'):\n    def {method}(self):\n        {raises}\n"
         + "@hookimpl\ndef relay_sources(): return [Shop]\n"
     )
-    (problem,) = told("\n[sources.shop]\nplugin = 'shop'")
-    assert problem.startswith(f"config.toml:2: sources.shop: {says}")
+    (problem,) = problems_of("\n[sources.shop]\nplugin = 'shop'")
+    assert problem.startswith(f"config.toml:2: sources.shop: {message}")
 
 
-def test_a_plugin_names_the_keys_of_several_wrong_settings(told, plugins):
+def test_a_plugin_names_the_keys_of_several_wrong_settings(problems_of, plugins):
     (plugins / "shop.py").write_text(
         HEAD
         + "from relay.source import SettingError\n"
@@ -590,7 +592,7 @@ def test_a_plugin_names_the_keys_of_several_wrong_settings(told, plugins):
         + "        raise ExceptionGroup('wrong paths', wrong)\n"
         + "@hookimpl\ndef relay_sources(): return [Shop]\n"
     )
-    found = told("\n[sources.shop]\nplugin = 'shop'\npaths = ['a',\n'b']")
+    found = problems_of("\n[sources.shop]\nplugin = 'shop'\npaths = ['a',\n'b']")
     assert found == [
         "config.toml:4: sources.shop.paths[0]: no slash: a",
         "config.toml:5: sources.shop.paths[1]: no slash: b",
@@ -611,14 +613,14 @@ def test_a_prefix_allows_a_second_instance_of_a_plugin(setup):
         ("/health", "POST /health"),
     ],
 )
-def test_two_sources_with_one_route_stop_the_start(told, plugins, route, claim):
+def test_two_sources_with_one_route_stop_the_start(problems_of, plugins, route, claim):
     method = claim.split()[0]
     (plugins / "shop.py").write_text(
         HEAD
         + f"class Shop(Source, kind='shop', owns=('/shop',)):\n    @route('{method}', '{route}')\n"
         + "    def event(self, incoming): pass\n@hookimpl\ndef relay_sources(): return [Shop]\n"
     )
-    (problem,) = told(
+    (problem,) = problems_of(
         "[sources.m]\nplugin = 'moddy'\ntokens = [{ env = 'TOKEN' }]\n[sources.s]\nplugin = 'shop'"
     )
     rival = "the relay itself" if route == "/health" else 'source "m"'
@@ -665,10 +667,10 @@ def relay_sources(): return [Routed]
         ("/files/{name:path}/end", "/files/a/{name:path}", True),
     ],
 )
-def test_two_sources_whose_routes_overlap_are_refused(told, plugins, one, other, meet):
+def test_two_sources_whose_routes_overlap_are_refused(problems_of, plugins, one, other, meet):
     (plugins / "routed.py").write_text(HEAD + ROUTED)
     two = f"[sources.a]\nplugin = 'routed'\npath = '{one}'\n[sources.b]\nplugin = 'routed'\npath = '{other}'"
-    found = told(f"{two}\nmethod = 'GET'\n[sources.c]")
+    found = problems_of(f"{two}\nmethod = 'GET'\n[sources.c]")
     rival = 'source "a"' if one == other else f'source "a" ({one})'
     advice = "give it another `path`, or a `prefix`"
     problem = f"config.toml:4: sources.b: claims GET {other}, as {rival} does; {advice}"
@@ -676,14 +678,14 @@ def test_two_sources_whose_routes_overlap_are_refused(told, plugins, one, other,
     assert len(found) == 1 + meet
 
 
-def test_a_placeholder_of_a_source_may_not_stand_for_the_path_of_health(told, plugins):
+def test_a_placeholder_of_a_source_may_not_stand_for_the_path_of_health(problems_of, plugins):
     (plugins / "routed.py").write_text(HEAD + ROUTED)
-    (problem,) = told("[sources.a]\nplugin = 'routed'\npath = '/{shop}'")
+    (problem,) = problems_of("[sources.a]\nplugin = 'routed'\npath = '/{shop}'")
     assert "claims POST /{shop}, as the relay itself (/health) does" in problem
 
 
 @pytest.mark.parametrize(
-    ("route", "says"),
+    ("route", "message"),
     [
         (("POST", "hooks", "event"), "the path 'hooks' must begin with a slash"),
         (("POST", "/hooks?a=1", "event"), "the path '/hooks?a=1' must begin with a slash"),
@@ -695,18 +697,18 @@ def test_a_placeholder_of_a_source_may_not_stand_for_the_path_of_health(told, pl
         (("GET", "", "event"), "ZeroDivisionError"),
     ],
 )
-def test_a_path_that_the_relay_cannot_serve_stops_the_start(told, plugins, route, says):
+def test_a_path_that_the_relay_cannot_serve_stops_the_start(problems_of, plugins, route, message):
     method, path, handler = route
     (plugins / "routed.py").write_text(HEAD + ROUTED)
     table = f"[sources.a]\nplugin = 'routed'\nmethod = '{method}'\npath = '{path}'\nhandler = '{handler}'"
-    (problem,) = told(table)
+    (problem,) = problems_of(table)
     assert problem.startswith('config.toml:1: sources.a: the plugin "routed" (')
-    assert says in problem
+    assert message in problem
 
 
-def test_an_unknown_kind_is_not_reported_while_a_plugin_is_broken(told, plugins):
+def test_an_unknown_kind_is_not_reported_while_a_plugin_is_broken(problems_of, plugins):
     (plugins / "shop.py").write_text("def f(:")
-    (problem,) = told(SHOP)
+    (problem,) = problems_of(SHOP)
     assert problem.startswith("plugins.d/shop.py:1: cannot be imported")
 
 

@@ -1,4 +1,4 @@
-"""What a running relay takes in of a config.toml that has changed, and what only a start does."""
+"""The changes of config.toml that a running relay applies, and those that need a start."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""Log lines: what they carry, in which format; and that those a sender can cause are few and stay lines."""
+"""Log lines: their fields and formats; and lines that senders cause are few, and one line each."""
 
 import ast
 import fcntl
@@ -61,7 +61,7 @@ def test_a_line_that_keeps_repeating_is_written_less_and_less_often(caplog):
         clock.advance(1)
     assert written == [0, 10, 30, 70, 130, 190, 250, 310, 370]
     assert caplog.messages[-1] == "refused (59 more like it)"
-    clock.advance(60)  # nothing for as long as the pause: then it begins again with the short one
+    clock.advance(60)  # no line for the length of the pause: then the short pause applies again
     for _ in range(2):
         limited.info("auth", "refused")
         clock.advance(60)
@@ -243,15 +243,15 @@ def test_lines_are_written_at_once_while_the_reader_reads(unread):
 
 def test_a_stalled_log_reader_delays_nothing_and_gets_the_number_of_lost_lines(unread):
     handler, pipe, _ = unread
-    told = []
-    handler.on_drop = lambda: told.append(True)
+    drops = []
+    handler.on_drop = lambda: drops.append(True)
     handler.setFormatter(JsonLines())
     count, began = 4000, time.monotonic()
     for number in range(count):
         handler.handle(record("line %d %s", number, "x" * 400))
     assert time.monotonic() - began < 5
     assert 0 < handler.dropped < count
-    assert len(told) == handler.dropped
+    assert len(drops) == handler.dropped
     assert handler._size <= MOST_QUEUED
     lines = [json.loads(line) for line in read_until(pipe, "nobody read the log")]
     assert [line["message"].split()[1] for line in lines[:-1]] == [

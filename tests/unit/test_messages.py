@@ -131,7 +131,7 @@ def check_teams(body):
     assert attachment["content"]["type"] == "AdaptiveCard"
     assert len(json.dumps(body, ensure_ascii=False).encode()) <= 28 * 1024
     for block in attachment["content"]["body"]:
-        assert block["type"] == "RichTextBlock"  # its text runs know no Markdown
+        assert block["type"] == "RichTextBlock"  # its text runs do not support Markdown
         assert all(run_["type"] == "TextRun" and run_["text"] for run_ in block["inlines"])
 
 
@@ -283,11 +283,11 @@ PERSONAL = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_number_to_call_and_no_secret_is_shown_and_no_raw_data(name):
-    said = json.dumps(render(name, event(data=PERSONAL, subject="628123456789@s.whatsapp.net")))
+    output = json.dumps(render(name, event(data=PERSONAL, subject="628123456789@s.whatsapp.net")))
     for secret in ("628123", "3456", "a@b", "Bearer", "s3cr3t", "2@abc", "0812", "x" * 81, "customer", "{\\"):
-        assert secret not in said, secret
-    assert "7890" in said
-    assert "6789" in said
+        assert secret not in output, secret
+    assert "7890" in output
+    assert "6789" in output
 
 
 @pytest.mark.parametrize(
@@ -417,14 +417,14 @@ def test_each_kind_of_event_has_its_words(given, heading, text, fields, command)
 def test_each_service_shows_title_text_fields_and_command(name, given):
     message, sent = MessageWriter(MessageConfig()).write(given), render(name, given)
     CHECKS[name](sent)
-    said = " ".join(texts_in(sent)).replace("\\", "").replace("\u2060", "")
+    output = " ".join(texts_in(sent)).replace("\\", "").replace("\u2060", "")
     for part in (
         message.title,
         message.text,
         message.command,
         *(text for pair in message.fields for text in pair),
     ):
-        assert part in html.unescape(said)
+        assert part in html.unescape(output)
 
 
 def test_every_event_that_the_relay_creates_has_words():
@@ -478,8 +478,8 @@ def test_a_link_of_a_sender_is_used_only_if_it_is_a_plain_url(value, link):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_service_leads_to_the_link(name):
-    said = json.dumps(render(name, ORDER, link="https://shop.example/{type}"))
-    assert "https://shop.example/shop.order" in said
+    output = json.dumps(render(name, ORDER, link="https://shop.example/{type}"))
+    assert "https://shop.example/shop.order" in output
 
 
 def test_the_settings_of_services_are_sent():
@@ -564,11 +564,11 @@ def test_a_long_key_of_an_alert_stays_distinct():
 )
 def test_each_mistake_is_a_problem_with_its_line(tmp_path, config, line, problem):
     path = write_config(tmp_path, f'[destinations.chat]\nurl = "https://chat.example/"\n{config}\n')
-    said = run("check-config", "-c", path, code=1).err
-    assert problem in said
+    output = run("check-config", "-c", path, code=1).err
+    assert problem in output
     lines = path.read_text().splitlines()
     assert any(
-        f"config.toml:{number}: destinations.chat" in said
+        f"config.toml:{number}: destinations.chat" in output
         for number, text in enumerate(lines, 1)
         if text.startswith((line, "[destinations"))
     )
@@ -595,10 +595,10 @@ def test_each_mistake_is_a_problem_with_its_line(tmp_path, config, line, problem
 )
 def test_a_url_that_is_not_the_service_s_is_a_warning(tmp_path, config, url, warning):
     path = write_config(tmp_path, f'[destinations.chat]\nurl = "{url}"\n{config}\n')
-    said = run("check-config", "-c", path).err
-    assert ("destinations.chat.url" in said) == (warning is not None)
-    assert warning is None or warning in said
-    assert "mytopic" not in said
+    output = run("check-config", "-c", path).err
+    assert ("destinations.chat.url" in output) == (warning is not None)
+    assert warning is None or warning in output
+    assert "mytopic" not in output
 
 
 def test_a_message_needs_no_signature(tmp_path):
@@ -611,9 +611,9 @@ def test_a_message_needs_no_signature(tmp_path):
 def test_the_secrets_of_a_service_are_not_shown(tmp_path):
     more = 'format = "telegram"\nmessage = { chat_id = "-100555" }'
     path = write_config(tmp_path, f'[destinations.chat]\nurl = "https://chat.example/"\n{more}\n')
-    said = run("config", "show", "-c", path).out
-    assert "-100555" not in said
-    assert 'message = { chat_id = "<secret>" }' in said
+    output = run("config", "show", "-c", path).out
+    assert "-100555" not in output
+    assert 'message = { chat_id = "<secret>" }' in output
 
 
 # --- several events --------------------------------------------------------------------------------------

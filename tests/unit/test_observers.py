@@ -1,4 +1,4 @@
-"""Plugins are told what was stored, and nobody waits for them."""
+"""Plugins get the stored records, and nothing waits for them."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from relay.plugin_loading.offered import Observer
 
 
 class Hook:
-    """A hook that notes what it is told, once its gate is open."""
+    """A hook that records its arguments, once its gate is open."""
 
     def __init__(self, notes=None):
         self.notes = [] if notes is None else notes

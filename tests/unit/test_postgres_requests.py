@@ -71,11 +71,11 @@ async def test_the_owner_alone_does_it_and_its_answer_comes_back(pool, nodes):
 
 @needs_postgres
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "result"),
     [("refuse", "paused in the configuration"), ("fail", "KeyError: 'nothing'")],
 )
-async def test_a_refusal_comes_back_as_an_error(nodes, argument, said):
-    with pytest.raises(RelayError, match=said):
+async def test_a_refusal_comes_back_as_an_error(nodes, argument, result):
+    with pytest.raises(RelayError, match=result):
         await nodes[0].requests.ask("crm", "pause", argument)
 
 

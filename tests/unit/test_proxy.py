@@ -86,8 +86,8 @@ async def test_without_credentials_the_proxy_gets_none(client_for):
 async def test_credentials_are_percent_decoded_and_written_in_utf_8(client_for):
     async with receivers.answers() as proxy:
         await send(client_for(proxy=at(proxy, "%C3%BCser:p%40:ss@")), "http://receiver.example/")
-        told = proxy.requests[0].headers["proxy-authorization"].removeprefix("Basic ")
-        assert base64.b64decode(told).decode() == "üser:p@:ss"
+        credentials = proxy.requests[0].headers["proxy-authorization"].removeprefix("Basic ")
+        assert base64.b64decode(credentials).decode() == "üser:p@:ss"
 
 
 async def test_a_client_certificate_is_sent_inside_the_tunnel(client_for, certificates):
@@ -165,7 +165,7 @@ async def test_a_stalling_proxy_ends_at_the_total_timeout(client_for, make, sche
 
 
 GIBBERISH = [
-    (receivers.speaks_first, "protocol", "malformed response"),
+    (receivers.sends_first, "protocol", "malformed response"),
     (receivers.closes_unanswered, "protocol", "closed the connection without a response"),
     (receivers.huge_header, "protocol", ""),
     (receivers.huge_status_line, "protocol", ""),

@@ -1,4 +1,4 @@
-"""What a source gives as JSON is exactly one value, and nothing of it reaches past its place."""
+"""JSON from a source must be exactly one value, so it cannot change the envelope around it."""
 
 import base64
 import json
@@ -97,7 +97,7 @@ FORGED = b'{},"type":"adorn.sale.made"'
     ids=["bytearray", "memoryview", "slice", "str", "msgpack"],
 )
 def test_raw_data_made_by_a_plugin_is_checked_despite_a_decoded_body(make, room):
-    """A `Raw` does not tell whether msgspec parsed it: one over a buffer looks the same."""
+    """A `Raw` does not show whether msgspec parsed it: one over a buffer looks the same."""
     incoming = Incoming.of("POST", "/a", {}, b'{"data": {}}' + b" " * room)
     found = incoming.decode(Body)
     made = make(FORGED)
@@ -121,7 +121,7 @@ def test_no_kind_of_value_hides_a_raw_from_the_check():
 
 @pytest.mark.parametrize("inner", [b'"\xff"', b'{"a": "\xff"}'])
 def test_a_part_of_a_text_within_the_body_is_checked(inner):
-    """Msgspec does not see whether what it skips is UTF-8."""
+    """Msgspec does not check whether skipped text is UTF-8."""
     body = msgspec.json.encode({"data": 1, "coded": base64.b64encode(inner).decode()})
     incoming = Incoming.of("POST", "/a", {}, body)
     found = incoming.decode(Body)

@@ -37,24 +37,24 @@ def at(seconds: float) -> Now:
     return Now(wall=WALL + int(seconds * SECOND), steady=STEADY + int(seconds * SECOND))
 
 
-def said(row: Worker | None, change: WorkerChange, seconds: float = 0) -> Step:
+def applied(row: Worker | None, change: WorkerChange, seconds: float = 0) -> Step:
     """Apply one change."""
     return apply(row, change, "whatsapp", at(seconds), RULES)
 
 
 def types(step: Step) -> list[str]:
-    """List the events that a step gave birth to."""
+    """List the events that a step created."""
     return [generated.type for generated in step.generated]
 
 
 REGISTER = Register(worker_id="w", endpoint="http://w:8001", version="1.0.0", max_sessions=50)
 BEAT = Heartbeat(worker_id="w")
-ONLINE = said(None, REGISTER).worker
+ONLINE = applied(None, REGISTER).worker
 OFFLINE = msgspec.structs.replace(ONLINE, status="OFFLINE")
 RESTING = msgspec.structs.replace(ONLINE, status="MAINTENANCE")
 SERVICED = msgspec.structs.replace(RESTING, maintenance=True)
 LOST = msgspec.structs.replace(RESTING, was_offline=True)
-GONE = said(ONLINE, Unregister(worker_id="w")).worker
+GONE = applied(ONLINE, Unregister(worker_id="w")).worker
 
 
 def report(status: str) -> Heartbeat:
@@ -94,12 +94,12 @@ def report(status: str) -> Heartbeat:
     ],
 )
 def test_each_request_has_its_documented_effect_in_each_state(row, change, seconds, status, events):
-    step = said(row, change, seconds)
+    step = applied(row, change, seconds)
     assert (step.worker.status, types(step)) == (status, events)
 
 
 def test_an_unregister_of_an_unknown_worker_changes_nothing():
-    assert said(None, Unregister(worker_id="w")) == Step(worker=None, quiet=True)
+    assert applied(None, Unregister(worker_id="w")) == Step(worker=None, quiet=True)
 
 
 def test_a_registration_fills_the_row():
@@ -119,18 +119,18 @@ def test_a_registration_fills_the_row():
 
 
 def test_registering_again_updates_the_row_but_not_registered_at():
-    row = said(ONLINE, Register(worker_id="w", endpoint="http://w:8002", version="2.0.0"), 60).worker
+    row = applied(ONLINE, Register(worker_id="w", endpoint="http://w:8002", version="2.0.0"), 60).worker
     assert (row.endpoint, row.version, row.registered_at) == ("http://w:8002", "2.0.0", WALL)
     assert (row.last_heartbeat, row.deadline) == (WALL + 60 * SECOND, STEADY + 150 * SECOND)
 
 
 def test_a_worker_that_returns_after_its_unregister_is_new():
-    row = said(GONE, REGISTER, 60).worker
+    row = applied(GONE, REGISTER, 60).worker
     assert (row.unregistered_at, row.registered_at) == (None, WALL + 60 * SECOND)
 
 
 def test_a_late_heartbeat_after_an_unregister_changes_nothing():
-    assert said(GONE, BEAT, 5) == Step(worker=GONE, quiet=True)
+    assert applied(GONE, BEAT, 5) == Step(worker=GONE, quiet=True)
     assert TOMBSTONE == 10 * SECOND
 
 
@@ -138,7 +138,7 @@ def test_a_heartbeat_changes_only_the_fields_that_it_reports():
     beat = Heartbeat(
         worker_id="w", cpu=45.5, memory=67.8, uptime=3600.0, message_count=1250, counts={"total": 25}
     )
-    row = said(ONLINE, beat, 30).worker
+    row = applied(ONLINE, beat, 30).worker
     assert (row.cpu, row.memory, row.uptime, row.message_count, row.counts) == (
         45.5,
         67.8,
@@ -147,7 +147,7 @@ def test_a_heartbeat_changes_only_the_fields_that_it_reports():
         {"total": 25},
     )
     assert (row.endpoint, row.version, row.max_sessions) == ("http://w:8001", "1.0.0", 50)
-    later = said(row, BEAT, 60).worker
+    later = applied(row, BEAT, 60).worker
     assert (later.cpu, later.counts, later.last_heartbeat) == (45.5, {"total": 25}, WALL + 60 * SECOND)
 
 
@@ -174,13 +174,13 @@ def listed(status: str = "CONNECTED", last_activity: str = "10:30") -> Heartbeat
     ],
 )
 def test_a_heartbeat_is_quiet_if_only_its_time_and_gauges_change(first, second, quiet):
-    row = said(ONLINE, first, 30).worker
-    assert said(row, second, 60).quiet is quiet
+    row = applied(ONLINE, first, 30).worker
+    assert applied(row, second, 60).quiet is quiet
 
 
 @pytest.mark.parametrize("change", [REGISTER, BEAT])
 def test_the_first_heartbeat_of_a_worker_is_never_quiet(change):
-    assert said(None, change).quiet is False
+    assert applied(None, change).quiet is False
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_worker_goes_offline_once_with_reason_and_previous_status():
     ],
 )
 def test_an_event_has_the_row_the_previous_status_and_the_reason(row, change, previous, reason):
-    step = said(row, change)
+    step = applied(row, change)
     [generated] = step.generated
     assert (generated.subject, generated.data["previous"], generated.data["reason"]) == (
         "w",
@@ -227,7 +227,7 @@ def test_an_event_has_the_row_the_previous_status_and_the_reason(row, change, pr
 
 
 def test_the_row_in_an_event_has_no_internal_fields():
-    [generated] = said(None, REGISTER).generated
+    [generated] = applied(None, REGISTER).generated
     row = msgspec.json.decode(msgspec.json.encode(generated.data))["worker"]
     assert row.keys() == set(Worker.__struct_encode_fields__) - set(INTERNAL)
     assert (row["registered_at"], row["last_heartbeat"]) == ("2024-01-15T10:30:00.000Z",) * 2
@@ -237,7 +237,7 @@ def test_a_former_id_has_35_seconds_left_until_its_next_heartbeat():
     row = former(ONLINE, at(0))
     assert (row.deadline, FORMER) == (STEADY + 35 * SECOND, 35 * SECOND)
     assert former(ONLINE, at(80)).deadline == ONLINE.deadline
-    assert said(row, BEAT, 30).worker.deadline == STEADY + 120 * SECOND
+    assert applied(row, BEAT, 30).worker.deadline == STEADY + 120 * SECOND
 
 
 @pytest.mark.parametrize("rules", [RULES, WorkerRules(offline_after=120.0, startup_hold=5.0)])
@@ -279,15 +279,15 @@ def test_a_register_recovers_without_further_heartbeats():
 )
 def test_a_decreased_uptime_is_a_restart(before, after, restarted):
     row = msgspec.structs.replace(ONLINE, uptime=before)
-    step = said(row, Heartbeat(worker_id="w", uptime=after), 30)
+    step = applied(row, Heartbeat(worker_id="w", uptime=after), 30)
     assert (types(step) == ["worker.restarted"]) is restarted
     assert step.worker.restarts == restarted
     assert step.quiet is not restarted
 
 
 def test_a_session_event_keeps_the_registry_current_without_a_heartbeat():
-    one = said(ONLINE, SessionSeen(session=Session(id="s1", status="qr_required", phone="+62")), 5)
-    two = said(one.worker, SessionSeen(session=Session(id="s1", status="connected")), 10)
+    one = applied(ONLINE, SessionSeen(session=Session(id="s1", status="qr_required", phone="+62")), 5)
+    two = applied(one.worker, SessionSeen(session=Session(id="s1", status="connected")), 10)
     assert two.worker.sessions == (Session(id="s1", status="connected", phone="+62"),)
     assert (two.worker.last_heartbeat, types(two), two.quiet) == (ONLINE.last_heartbeat, [], False)
 
@@ -313,16 +313,16 @@ def test_sessions_to_restore_stay_while_each_list_contains_more_of_them(lists, l
     known = tuple(Session(id=id_) for id_ in "abc")
     change = msgspec.structs.replace(REGISTER, recover=True, sessions=known)
     for before in (None, ONLINE, OFFLINE, GONE):
-        row = said(before, change).worker
+        row = applied(before, change).worker
         for number, ids in enumerate(lists, 1):
-            row = said(row, listing(*ids), 30 * number).worker
+            row = applied(row, listing(*ids), 30 * number).worker
         assert sorted(statuses(row)) == list(left)
         assert not {"recovering", "fresh"} & shown(row).keys()
 
 
 def test_a_worker_without_former_sessions_has_none_to_restore():
-    row = said(ONLINE, listing("a"), 5).worker
-    row = said(row, msgspec.structs.replace(REGISTER, recover=True), 10).worker
+    row = applied(ONLINE, listing("a"), 5).worker
+    row = applied(row, msgspec.structs.replace(REGISTER, recover=True), 10).worker
     assert (row.sessions, row.recovering, row.fresh) == ((), (), False)
 
 
@@ -344,24 +344,24 @@ def test_a_loopback_endpoint_names_no_machine(endpoint, names):
 
 @pytest.mark.parametrize("row", [None, GONE])
 def test_a_session_of_an_unknown_worker_creates_no_worker(row):
-    step = said(row, SessionSeen(session=Session(id="s1", status="connected")), 60)
+    step = applied(row, SessionSeen(session=Session(id="s1", status="connected")), 60)
     assert (step.worker, step.generated) == (row, ())
 
 
 def test_the_sessions_of_one_worker_are_limited():
     many = tuple(Session(id=str(number)) for number in range(MOST_SESSIONS + 5))
-    row = said(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
+    row = applied(ONLINE, Heartbeat(worker_id="w", sessions=many)).worker
     assert len(row.sessions) == MOST_SESSIONS
-    assert said(row, SessionSeen(session=Session(id="new"))).worker == row
+    assert applied(row, SessionSeen(session=Session(id="new"))).worker == row
 
 
 def iso(seconds):
     return rfc3339(WALL + int(seconds * SECOND))
 
 
-def turned(status, told, id_="s1"):
+def turned(status, reported, id_="s1"):
     """Build a session's event that was made so many seconds after the start of the test."""
-    written = told if isinstance(told, str | None) else iso(told)
+    written = reported if isinstance(reported, str | None) else iso(reported)
     return SessionSeen(
         session=Session(id=id_, status=status, last_activity=written), worker_id="w", at=written
     )
@@ -387,77 +387,77 @@ def statuses(row):
     ],
 )  # fmt: skip
 def test_an_older_event_changes_no_session_and_a_future_time_counts_as_now(first, second, status):
-    row = said(ONLINE, first, 20).worker
-    step = said(row, second, 30)
+    row = applied(ONLINE, first, 20).worker
+    step = applied(row, second, 30)
     assert statuses(step.worker) == {"s1": status}
     assert step.quiet is (status == "connected")
 
 
 def test_a_deleted_session_is_not_revived_by_an_older_event():
-    row = said(ONLINE, turned("connected", 1), 1).worker
-    row = said(row, turned("deleted", 5), 5).worker
-    assert said(row, turned("disconnected", 4), 6).worker.sessions == ()
-    assert statuses(said(row, turned("created", 7), 7).worker) == {"s1": "created"}
+    row = applied(ONLINE, turned("connected", 1), 1).worker
+    row = applied(row, turned("deleted", 5), 5).worker
+    assert applied(row, turned("disconnected", 4), 6).worker.sessions == ()
+    assert statuses(applied(row, turned("created", 7), 7).worker) == {"s1": "created"}
 
 
 def test_only_the_last_deleted_sessions_are_remembered_and_none_is_shown():
     row = ONLINE
     for number in range(MOST_DELETED + 10):
-        row = said(row, turned("connected", number, str(number)), number).worker
-        row = said(row, turned("deleted", number, str(number)), number).worker
+        row = applied(row, turned("connected", number, str(number)), number).worker
+        row = applied(row, turned("deleted", number, str(number)), number).worker
     assert len(row.changed) == MOST_DELETED
     assert "changed" not in shown(row)
 
 
 @pytest.mark.parametrize(
-    ("listed", "told", "status"),
+    ("listed", "reported", "status"),
     [(5, 10, "connected"), (10, 10, "LISTED"), (11, 10, "LISTED"), (None, 10, "LISTED"), (5, None, "LISTED")],
 )
-def test_an_older_list_does_not_undo_a_newer_event(listed, told, status):
-    row = said(ONLINE, turned("connected", told), 10).worker
+def test_an_older_list_does_not_undo_a_newer_event(listed, reported, status):
+    row = applied(ONLINE, turned("connected", reported), 10).worker
     activity = None if listed is None else iso(listed)
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="LISTED", last_activity=activity),))
-    assert statuses(said(row, beat, 11).worker) == {"s1": status}
-    later = said(row, beat, 10 + OVERLAP / SECOND).worker
+    assert statuses(applied(row, beat, 11).worker) == {"s1": status}
+    later = applied(row, beat, 10 + OVERLAP / SECOND).worker
     assert (statuses(later), later.changed) == ({"s1": "LISTED"}, {})  # at the next one the list decides
 
 
 def test_an_older_list_does_not_revive_a_deleted_session():
-    row = said(ONLINE, turned("deleted", 10), 10).worker
+    row = applied(ONLINE, turned("deleted", 10), 10).worker
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="X", last_activity=iso(9)),))
-    assert said(row, beat, 11).worker.sessions == ()
-    assert statuses(said(row, beat, 30).worker) == {"s1": "X"}
+    assert applied(row, beat, 11).worker.sessions == ()
+    assert statuses(applied(row, beat, 30).worker) == {"s1": "X"}
 
 
 def test_an_event_older_than_the_listed_activity_is_ignored():
     beat = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="ON", last_activity=iso(5)),))
-    row = said(ONLINE, beat, 10).worker
-    assert statuses(said(row, turned("OLD", 4), 11).worker) == {"s1": "ON"}
-    assert statuses(said(row, turned("NEW", 5), 11).worker) == {"s1": "NEW"}
+    row = applied(ONLINE, beat, 10).worker
+    assert statuses(applied(row, turned("OLD", 4), 11).worker) == {"s1": "ON"}
+    assert statuses(applied(row, turned("NEW", 5), 11).worker) == {"s1": "NEW"}
     ahead = Heartbeat(worker_id="w", sessions=(Session(id="s1", status="ON", last_activity=iso(86_400)),))
-    row = said(ONLINE, ahead, 10).worker
-    assert statuses(said(row, turned("NEW", 10), 11).worker) == {"s1": "NEW"}
+    row = applied(ONLINE, ahead, 10).worker
+    assert statuses(applied(row, turned("NEW", 10), 11).worker) == {"s1": "NEW"}
 
 
 def test_a_clock_that_was_set_back_freezes_no_session():
-    row = said(ONLINE, turned("connected", 7200), 7200).worker
-    assert statuses(said(row, turned("disconnected", 10), 10).worker) == {"s1": "disconnected"}
+    row = applied(ONLINE, turned("connected", 7200), 7200).worker
+    assert statuses(applied(row, turned("disconnected", 10), 10).worker) == {"s1": "disconnected"}
 
 
 def test_a_worker_offline_before_maintenance_raises_online_after_it():
     row = maintain(OFFLINE, at(5), RULES, on=True)
-    row = said(row, BEAT, 30).worker
+    row = applied(row, BEAT, 30).worker
     assert row.status == "MAINTENANCE"
     row = maintain(row, at(40), RULES, on=False)
     assert row.status == "OFFLINE"
-    assert types(said(row, BEAT, 60)) == ["worker.online"]
+    assert types(applied(row, BEAT, 60)) == ["worker.online"]
 
 
 @pytest.mark.parametrize("change", [REGISTER, BEAT])
 def test_maintenance_outlasts_an_unregister_and_a_new_registration(change):
     row = maintain(ONLINE, at(5), RULES, on=True)
-    row = said(row, Unregister(worker_id="w"), 10).worker
-    step = said(row, change, 30)
+    row = applied(row, Unregister(worker_id="w"), 10).worker
+    step = applied(row, change, 30)
     assert (step.worker.status, types(step)) == ("MAINTENANCE", ["worker.registered"])
 
 
@@ -517,7 +517,7 @@ def test_a_planned_window_begins_and_ends_by_the_clock():
     assert not plan(row, 3600, PLANNED).maintenance
     assert plan(row, 20, RULES).status == "ONLINE"  # a reload removed the window
     assert plan(OFFLINE, 10, PLANNED).was_offline
-    assert said(row, report("OFFLINE"), 20).generated == ()
+    assert applied(row, report("OFFLINE"), 20).generated == ()
     assert plan(GONE, 10, PLANNED) is GONE
 
 
@@ -538,16 +538,16 @@ def test_maintenance_by_an_operator_continues_in_and_after_a_window():
 
 
 def test_an_unregistered_worker_keeps_its_maintenance_until_the_end():
-    row = said(BY_PATTERN, Unregister(worker_id="w"), 10).worker
-    assert said(row, REGISTER, 30).worker.maintenance_until == HOUR
+    row = applied(BY_PATTERN, Unregister(worker_id="w"), 10).worker
+    assert applied(row, REGISTER, 30).worker.maintenance_until == HOUR
     row = plan(row, 3600)
     assert (row.maintenance, row.status, row.unregistered_at is None) == (False, "OFFLINE", False)
 
 
 def test_an_unregister_in_the_future_hides_no_heartbeat():
-    assert said(GONE, BEAT, -86_400).worker.status == "ONLINE"
+    assert applied(GONE, BEAT, -86_400).worker.status == "ONLINE"
 
 
 def test_a_deleted_session_is_forgotten():
-    row = said(ONLINE, SessionSeen(session=Session(id="s1", status="connected"))).worker
-    assert said(row, SessionSeen(session=Session(id="s1", status="deleted"))).worker.sessions == ()
+    row = applied(ONLINE, SessionSeen(session=Session(id="s1", status="connected"))).worker
+    assert applied(row, SessionSeen(session=Session(id="s1", status="deleted"))).worker.sessions == ()

@@ -1,4 +1,4 @@
-"""Replays in the real store: by today's routes, paced, cancellable, and exact to the last delivery."""
+"""Replays in the real store: by the current routes, paced, cancellable, and exact to the last delivery."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ ALL = Selection(since=0)
 
 
 class Shop:
-    """A store whose deliveries end at once, and what replays it."""
+    """A store whose deliveries end at once, and its replays."""
 
     def __init__(self, path, clock=None):
         self.clock = clock or SystemClock()
@@ -29,7 +29,7 @@ class Shop:
         self.fresh = []
 
     def route(self, **destinations):
-        """Set today's destinations, each given as (where, terms)."""
+        """Set the current destinations, each given as (where, terms)."""
         subscriptions = {
             name: Subscription.of(("shop.*",), where) for name, (where, _) in destinations.items()
         }
@@ -46,7 +46,7 @@ class Shop:
         return accepted.event
 
     async def end(self, state="delivered", **fields):
-        """End every delivery that came into being since the last time."""
+        """End every delivery that was created since the last call."""
         ended, self.fresh = self.fresh, []
         attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
         outcomes = [Outcome(delivery=d, attempt=attempt, state=state, **fields) for d in ended]

@@ -26,7 +26,7 @@ def test_any_other_header_value_is_accepted():
 
 @pytest.mark.parametrize(("origin", "echoed"), [("https://a.example", True), ("https://a\udcff", False)])
 def test_an_origin_is_echoed_only_if_it_is_text(origin, echoed):
-    """A sender's odd bytes would else fail its answer once its event is stored."""
+    """Otherwise, a sender's odd bytes would make its answer fail after its event is stored."""
     response = Response(200, b"{}")
     allow_origin(("*",), origin, response)
     assert ("Access-Control-Allow-Origin" in response.headers) is echoed

@@ -1,4 +1,4 @@
-"""An answer has the bytes that aiohttp's own response would have, whatever the request, but for `Server`."""
+"""A response has the same bytes as aiohttp's own, for every request, except for `Server`."""
 
 import asyncio
 import re

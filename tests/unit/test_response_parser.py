@@ -69,7 +69,7 @@ async def test_a_complete_status_line_decides(client_for, name, cut):
     pieces = data.splitlines(keepends=True) if at is None else [data[:at], data[at:]]
     if len(pieces) > MOST_CUTS // 10:
         pieces = [data[:100], data[100:]]
-    async with receivers.says_in_pieces(pieces=pieces) as receiver:
+    async with receivers.sends_in_pieces(pieces=pieces) as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.status == status
         assert answer.result == ("protocol" if status is None else of_status(status))
@@ -78,14 +78,14 @@ async def test_a_complete_status_line_decides(client_for, name, cut):
 
 async def test_retry_headers_of_an_error_response_count_even_if_the_head_is_broken(client_for):
     broken = b"HTTP/1.1 503 Wait\r\nnonsense\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: x\r\n\r\n"
-    async with receivers.says(answer=broken) as receiver:
+    async with receivers.sends(answer=broken) as receiver:
         answer = await send(client_for(), receiver.url)
         assert (answer.status, answer.headers) == (503, {"retry-after": "7"})
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "200 OK"])
 async def test_late_bytes_after_a_response_do_not_fail_a_later_attempt(client_for, status):
-    async with receivers.says_more_later(status=status) as receiver:
+    async with receivers.sends_more_later(status=status) as receiver:
         client = client_for()
         answers = [await send(client, receiver.url) for _ in range(20)]
         assert {answer.result for answer in answers} == {"ok"}
@@ -94,7 +94,7 @@ async def test_late_bytes_after_a_response_do_not_fail_a_later_attempt(client_fo
 
 async def test_after_excess_bytes_no_connection_is_kept_for_a_while(client_for, monkeypatch):
     monkeypatch.setattr("relay.delivery.http.http_client.DISTRUST", 1.0)
-    async with receivers.says_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
+    async with receivers.sends_more_later(status="200 OK") as sloppy, receivers.answers() as tidy:
         client = client_for()
         await send(client, sloppy.url)
         await until(lambda: client._distrusted_until)  # the late bytes are noticed

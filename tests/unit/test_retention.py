@@ -1,4 +1,4 @@
-"""How long an event is kept, told from its source and type alone."""
+"""How long an event is kept, by its source and type."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which handler a path leads to: literals before placeholders, whatever the order of declaration."""
+"""The handler of a path: literals before placeholders, in any order of declaration."""
 
 import pytest
 

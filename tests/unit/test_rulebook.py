@@ -1,4 +1,4 @@
-"""Which rules hold for a worker."""
+"""The rules that apply to a worker."""
 
 from datetime import datetime
 

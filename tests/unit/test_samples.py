@@ -41,7 +41,7 @@ def parse(raw: bytes) -> Incoming:
 
 
 def serve(incoming: Incoming) -> Accepted | Reply:
-    """Do what stands between the socket and the store."""
+    """Do the steps between the socket and the store."""
     match = ROUTES.find(incoming.path, incoming.method)
     handler = match.handlers.get(incoming.method)
     if handler is None:
@@ -80,7 +80,7 @@ def as_json(value: Any) -> Any:
 
 
 def worker_of(change: WorkerChange, asked: dict[str, Any]) -> dict[str, Any]:
-    """Show what a change makes of an empty registry, as far as the sample asks."""
+    """Return a worker's row after a change to an empty registry, with the fields of the sample."""
     found = {"change": msgspec.to_builtins(change)["type"], "id": change.worker_id}
     if isinstance(change, Unregister):
         return found

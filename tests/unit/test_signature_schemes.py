@@ -199,12 +199,12 @@ def test_valid_signature_tables_are_accepted_and_shown_without_secrets(tmp_path,
 def test_each_invalid_signature_table_is_a_problem_with_its_line(tmp_path, signatures, secrets, problem):
     more = 'headers = { "X-Key" = "v" }'
     path = config(tmp_path, signatures, secrets, more=more)
-    said = run("check-config", "-c", path, code=1).err
-    assert problem in said
+    result = run("check-config", "-c", path, code=1).err
+    assert problem in result
     key = "secrets" if "crm.secrets" in problem or "its own `secrets`" in problem else "signatures"
     [number] = [n for n, line in enumerate(path.read_text().splitlines(), 1) if line.startswith(f"{key} =")]
-    assert f"{path}:{number}: destinations.crm.{key}" in said
-    assert "plain" not in said
+    assert f"{path}:{number}: destinations.crm.{key}" in result
+    assert "plain" not in result
 
 
 def test_only_a_destination_without_any_key_is_reported_as_unsigned(tmp_path):

@@ -1,4 +1,4 @@
-"""LazyChat: whatever else happens, its probe must not log a shop out."""
+"""LazyChat: the answer to its probe must never log a shop out."""
 
 import msgspec
 import pytest

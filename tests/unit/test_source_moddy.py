@@ -1,4 +1,4 @@
-"""Moddy: who may not speak, and what its health check needs."""
+"""Moddy: refused senders, and the health check."""
 
 import pytest
 from samples import sources

@@ -1,4 +1,4 @@
-"""WhatsApp workers: what rides in replies, and how little a heartbeat must get right."""
+"""WhatsApp workers: the contents of replies, and heartbeats with odd values."""
 
 import msgspec
 import pytest
@@ -110,7 +110,7 @@ def test_unknown_session_statuses_are_limited(sessions):
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("reported", "status"),
     [
         ("ONLINE", "ONLINE"),
         (" offline ", "OFFLINE"),
@@ -120,9 +120,9 @@ def test_unknown_session_statuses_are_limited(sessions):
         (None, None),
     ],
 )
-def test_a_status_is_read_in_any_case_and_an_unknown_one_is_ignored(said, status):
-    assert beat({"status": said}).worker.status == status
-    assert register(SOURCE, status=said).status == (status or "ONLINE")
+def test_a_status_is_read_in_any_case_and_an_unknown_one_is_ignored(reported, status):
+    assert beat({"status": reported}).worker.status == status
+    assert register(SOURCE, status=reported).status == (status or "ONLINE")
 
 
 def test_a_flat_body_is_kept_whole_and_byte_for_byte():
@@ -132,7 +132,7 @@ def test_a_flat_body_is_kept_whole_and_byte_for_byte():
 
 
 def seen(path, body):
-    """Return what a notification says of a session."""
+    """Return the session in a notification."""
     routes = Routes(
         (Mount(name="whatsapp", source=SOURCE, config=SourceConfig(name="whatsapp", plugin="whatsapp")),)
     )
@@ -199,7 +199,7 @@ def test_the_name_of_an_event_decides_a_session_s_status(path, event, status, da
 
 
 @pytest.mark.parametrize(
-    ("event", "said", "status"),
+    ("event", "reported", "status"),
     [
         ("session_created", "initializing", "initializing"),
         ("session_created", "INITIALIZING", "INITIALIZING"),
@@ -208,8 +208,8 @@ def test_the_name_of_an_event_decides_a_session_s_status(path, event, status, da
         ("session_status_changed", "QR_REQUIRED", "QR_REQUIRED"), ("session_updated", "error", "error"),
     ],
 )  # fmt: skip
-def test_a_status_beside_an_event_name_counts_if_it_agrees_or_is_more_specific(event, said, status):
-    body = {"event": event, "sessionId": "s1", "workerId": "w", "data": {"status": said}}
+def test_a_status_beside_an_event_name_counts_if_it_agrees_or_is_more_specific(event, reported, status):
+    body = {"event": event, "sessionId": "s1", "workerId": "w", "data": {"status": reported}}
     assert seen("/api/v1/webhooks/session-status", body).session.status == status
 
 

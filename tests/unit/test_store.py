@@ -1,4 +1,4 @@
-"""What every store promises: one suite, run against each implementation."""
+"""The contract of every store: one suite, run against each implementation."""
 
 import asyncio
 
@@ -136,23 +136,23 @@ async def test_a_delivery_is_settled_once_with_its_attempt(store, clock):
 
 
 async def test_listeners_get_each_recorded_outcome_once(store, clock):
-    fresh, told = [], []
+    fresh, seen = [], []
 
     def listen(news):
         fresh.extend(news.deliveries)
-        told.extend(news.outcomes)
+        seen.extend(news.outcomes)
 
     hooks(store).listener = listen
     await store.events.append(accept(clock))
-    assert told == []
+    assert seen == []
     failed = outcome(fresh[0], "pending", next_attempt_at=clock.steady() + SECOND)
     await store.deliveries.settle(failed)
-    assert told == [failed]
+    assert seen == [failed]
     clock.advance(1)
     [again] = (await store.deliveries.claim("crm", 1, retries=True)).deliveries
     delivered, late = outcome(again), outcome(again, "dead")
     assert [await store.deliveries.settle(delivered), await store.deliveries.settle(late)] == [True, False]
-    assert told == [failed, delivered]
+    assert seen == [failed, delivered]
 
 
 async def test_a_retry_is_due_at_its_time_and_announced_before(store, clock):

@@ -1,4 +1,4 @@
-"""A new id at an endpoint that another worker has: who is healthy stays ONLINE, who is gone is told soon."""
+"""A new id at an endpoint that another worker has: a healthy worker stays ONLINE, a missing one does not."""
 
 import msgspec
 import pytest
@@ -104,32 +104,32 @@ async def store(tmp_path, clock):
         yield store
 
 
-async def says(store, change):
+async def message(store, change):
     await store.events.append(Acceptance(source="shop", change=change))
 
 
 async def test_two_healthy_workers_at_one_endpoint_are_never_offline(store, clock):
     for worker in ("a", "b"):
-        await says(store, Register(worker_id=worker, endpoint=PUBLIC))
+        await message(store, Register(worker_id=worker, endpoint=PUBLIC))
         clock.advance(30)
     for second in range(0, 3600, 10):
         if second % 60 == 0:
-            await says(store, Heartbeat(worker_id="a"))
+            await message(store, Heartbeat(worker_id="a"))
         if second % 60 == 30:
-            await says(store, Heartbeat(worker_id="b"))
+            await message(store, Heartbeat(worker_id="b"))
         if second % 600 == 10:  # crashes of a third one, which has a new id each time
-            await says(store, Register(worker_id=f"c{second}", endpoint=PUBLIC))
-            await says(store, Unregister(worker_id=f"c{second}"))
+            await message(store, Register(worker_id=f"c{second}", endpoint=PUBLIC))
+            await message(store, Unregister(worker_id=f"c{second}"))
         clock.advance(10)
         assert await store.workers.sweep() == ()
 
 
 async def test_a_replaced_worker_is_offline_long_before_its_usual_deadline(store, clock):
-    await says(store, Register(worker_id="a", endpoint=PUBLIC))
+    await message(store, Register(worker_id="a", endpoint=PUBLIC))
     for _ in range(40):
         clock.advance(60)
-        await says(store, Heartbeat(worker_id="a"))
-    await says(store, Register(worker_id="b", endpoint=PUBLIC))
+        await message(store, Heartbeat(worker_id="a"))
+    await message(store, Register(worker_id="b", endpoint=PUBLIC))
     clock.advance(60)
     assert await store.workers.sweep() == ()
     clock.advance(15)
@@ -139,7 +139,7 @@ async def test_a_replaced_worker_is_offline_long_before_its_usual_deadline(store
 @pytest.mark.parametrize("endpoint", ["http://localhost:8001", "http://172.17.0.2:3001", ""])
 async def test_a_shared_default_endpoint_shortens_no_deadline(store, clock, endpoint):
     for worker in ("a", "b"):
-        await says(store, Register(worker_id=worker, endpoint=endpoint))
+        await message(store, Register(worker_id=worker, endpoint=endpoint))
     clock.advance(590)
     assert await store.workers.sweep() == ()
 
@@ -155,10 +155,10 @@ async def test_a_shared_default_endpoint_shortens_no_deadline(store, clock, endp
 )
 async def test_rejected_conflicts_concern_only_endpoints_that_name_one_machine(store, endpoint, rejected):
     assert names_one_machine(endpoint) is rejected
-    await says(store, Register(worker_id="a", endpoint=endpoint))
+    await message(store, Register(worker_id="a", endpoint=endpoint))
     second = Register(worker_id="b", endpoint=endpoint, reject_conflict=True)
     if rejected:
         with pytest.raises(Conflict):
-            await says(store, second)
+            await message(store, second)
     else:
-        await says(store, second)
+        await message(store, second)

@@ -1,4 +1,4 @@
-"""Templates: parsing, filters, and what an error says."""
+"""Templates: parsing, filters, and error messages."""
 
 import re
 

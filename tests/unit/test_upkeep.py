@@ -1,4 +1,4 @@
-"""The pass of each minute, with a real store and real lanes: who holds, what expires, what the log says."""
+"""The pass of each minute, with a real store and real lanes: holds, expiry and log lines."""
 
 import logging
 
@@ -74,5 +74,5 @@ async def test_the_retention_job_logs_only_if_it_deleted_something(store, dispat
     assert caplog.messages == []
     clock.advance(14 * DAY)
     await upkeep.run()
-    [said] = caplog.messages
-    assert said.startswith("retention: deleted 1 events and 0 attempts, freed 0 pages in ")
+    [line] = caplog.messages
+    assert line.startswith("retention: deleted 1 events and 0 attempts, freed 0 pages in ")

@@ -1,4 +1,4 @@
-"""What runs on the writing connection beside the transactions of requests fails as they do."""
+"""Calls on the writing connection fail as the transactions of requests do."""
 
 import sqlite3
 
