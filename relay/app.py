@@ -16,6 +16,7 @@ import msgspec
 from relay import __version__
 from relay.api.app import Api
 from relay.api.context import Context
+from relay.api.listener import listen
 from relay.base.clock import SECOND, Clock
 from relay.base.units import render_size
 from relay.config.effective import shared_digest
@@ -41,7 +42,7 @@ from relay.plugin_loading.observers import Observers
 from relay.process.descriptors import connection_cap, limit_accept_errors, raise_limit
 from relay.process.health import Health, LoopLag
 from relay.process.logs import in_one_line, on_drop
-from relay.process.sockets import address, bind, bind_unix, listen, url
+from relay.process.sockets import address, bind, bind_unix, url
 from relay.process.state_dir import StateDir
 from relay.process.systemd import SOCKET_ADVICE, Inherited, Notifier, is_same_address
 from relay.process.watchdog import Watchdog

@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.api.auth import audit, name_requests, set_headers
+from relay.api.listener import listen
 from relay.api.responses import body_of, error_response, errors, respond
 from relay.api.scrape import Scrape
 from relay.base.clock import SystemClock
@@ -32,7 +33,7 @@ from relay.ingest.server import Server
 from relay.metrics import Metrics
 from relay.plugin_loading.loader import Setup
 from relay.process.logs import in_one_line
-from relay.process.sockets import bind_unix, listen
+from relay.process.sockets import bind_unix
 from relay.process.state_dir import StateDir
 from relay.process.systemd import Inherited, Notifier
 from relay.process.watchdog import Watchdog

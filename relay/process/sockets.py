@@ -4,8 +4,6 @@ import os
 import socket
 from pathlib import Path
 
-from aiohttp import web
-
 from relay.errors import RelayError
 
 BACKLOG = 1024
@@ -74,12 +72,3 @@ def url(sock: socket.socket) -> str:
     """Return the http URL of a bound TCP socket."""
     host, port = address(sock)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def listen(app: web.Application, sock: socket.socket, *, grace: float) -> web.BaseRunner:
-    """Serve on a bound socket; `grace` is the time in seconds for requests in progress at the stop."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace)
-    await runner.setup()
-    await web.SockSite(runner, sock, backlog=ACCEPTS).start()
-    sock.listen(BACKLOG)
-    return runner

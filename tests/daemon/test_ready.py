@@ -2,6 +2,7 @@
 
 import asyncio
 import platform
+import re
 
 import aiohttp
 import pytest
@@ -170,3 +171,33 @@ async def test_nobody_learns_versions_without_a_token(tmp_path):
         assert (await exchange(admin, request("GET", "/health"))).json == {"status": "ok"}
         metrics = await exchange(admin, request("GET", "/metrics"))
         assert "server" not in metrics.headers
+
+
+MALFORMED = {
+    "a header without a colon": b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(20) + b"\r\n\r\n",
+    "words": b"hello there\r\n\r\n",
+    "a long header": b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "a bad chunk": b"POST /api/reload HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+async def test_bytes_that_are_not_http_get_the_error_of_the_api_without_versions(tmp_path, caplog):
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        for what, raw in MALFORMED.items():
+            for url in (relay.addresses.admin, relay.addresses.socket):
+                answer = await exchange(url, raw)
+                assert answer.status in (400, 401), what  # the token is missing before the chunk is bad
+                assert "server" not in answer.headers, what
+                assert answer.headers["x-request-id"].startswith("req_"), what
+                if answer.status == 400:
+                    error = answer.json["error"]
+                    assert error["code"] == "bad_request", what
+                    assert error["message"].startswith(("the request is not valid HTTP", "invalid body")), (
+                        what
+                    )
+                assert not set(re.findall(r"aiohttp|Python|Bad status|0x", answer.body.decode())), what
+        answer = await exchange(relay.addresses.admin, request("GET", "/health"))
+        assert answer.status == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
